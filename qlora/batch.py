@@ -1,0 +1,46 @@
+"""The one value that walks from `data/` through `training/` into `step/`: a micro-batch.
+
+Shape suffixes here and in `step/`: B rows of the micro-batch, S positions of a row, N = B·S flattened, T trained
+positions of the N, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents, already shifted: `targets_BS[b, s]` is the token that follows position s.
+
+    input_ids_BS       int64
+    position_ids_BS    int64, restarts at 0 with each document (this is what isolates documents, DESIGN 6.13)
+    document_ids_BS    int64, number of the document in its row; padding is a document of its own
+    targets_BS         int64, the next token of the same document (0 where there is none: its weight is 0)
+    loss_weights_BS    float32, weight of the target's loss; 0.0 where it is not trained
+    trained_T          int64, places in the flattened N whose weight is not 0. Made on the host with the rest, so
+                       that the step asks the device nothing; only these positions ever go through the head.
+    """
+
+    input_ids_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    document_ids_BS: torch.Tensor
+    targets_BS: torch.Tensor
+    loss_weights_BS: torch.Tensor
+    trained_T: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        return int(self.input_ids_BS.shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """All positions, padding included: what the forward pass computes."""
+        return int(self.input_ids_BS.numel())
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))

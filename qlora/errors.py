@@ -1,0 +1,99 @@
+"""Everything a user can cause or fix, as one tree.
+
+    QloraError                      exit code
+    ├── UserError                       2   the user can fix it
+    │   ├── RecipeError                     a key, a value, the TOML itself (several problems at once)
+    │   ├── DataError                       a file, a row, nothing left to train on
+    │   ├── ModelError                      the base: missing, unsafe, unknown, already quantized
+    │   ├── TokenizerError                  no end token, a template that cannot be rendered
+    │   ├── RunFolderError                  the run's folder: in use, another recipe's, not writable
+    │   ├── HardwareError                   the machine cannot do what the recipe asks
+    │   └── ExportError                     nothing to merge, an adapter of another base
+    ├── DoesNotFit                      3   it does not fit in memory
+    ├── TrainingStopped                 4   training ended by itself: non-finite numbers, full disk
+    └── StoppedBySignal           130/143   SIGINT or SIGTERM; the state is saved
+
+An error is written for the person who meets it: `what` says what is wrong and where (`file:line` or
+`table.key`), `hint` says what to do. The command line prints these two lines and leaves with `exit_code`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class QloraError(Exception):
+    """Root of the tree. Never raised itself."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+class UserError(QloraError):
+    """Something the user can fix."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One of possibly several things wrong with a recipe."""
+
+    where: str
+    what: str
+    hint: str
+
+
+class RecipeError(UserError):
+    """The recipe cannot be used. Carries every problem found, in the order of the file."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        first = problems[0]
+        super().__init__(f"{first.where}: {first.what}", first.hint)
+        self.problems = problems
+
+
+class DataError(UserError):
+    """A data file, a row of it, or what is left of all rows."""
+
+
+class ModelError(UserError):
+    """The base model's folder or hub name."""
+
+
+class TokenizerError(UserError):
+    """The base's tokenizer or chat template."""
+
+
+class RunFolderError(UserError):
+    """The folder of a run: taken, unwritable, of another recipe, or with nothing to resume."""
+
+
+class HardwareError(UserError):
+    """This machine cannot do what the recipe asks."""
+
+
+class ExportError(UserError):
+    """An adapter and a base that cannot become one model."""
+
+
+class DoesNotFit(QloraError):
+    """The settings need more memory than there is."""
+
+    exit_code = 3
+
+
+class TrainingStopped(QloraError):
+    """Training ended by itself; the last good checkpoint is intact."""
+
+    exit_code = 4
+
+
+class StoppedBySignal(QloraError):
+    """SIGINT or SIGTERM. `exit_code` is 128 + the signal's number, as shells count."""
+
+    def __init__(self, what: str, hint: str, signal_number: int) -> None:
+        super().__init__(what, hint)
+        self.exit_code = 128 + signal_number

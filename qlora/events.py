@@ -1,0 +1,209 @@
+"""What a run says. The trainer emits these; sinks in `report/` draw or store them.
+
+Every event is a frozen dataclass of plain values (numbers, strings, tuples, dicts), so that a line of
+`events.jsonl` holds all of it. `Progress` is the one event that is drawn and not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Protocol
+
+
+@dataclass(frozen=True)
+class Event:
+    kind: ClassVar[str] = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The event as JSON-ready values, its kind first."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"event": self.kind, **values}
+
+
+@dataclass(frozen=True)
+class Start(Event):
+    """The first event of a process: what will run, where, with what."""
+
+    kind: ClassVar[str] = "start"
+    recipe: str
+    run_dir: str
+    base: str
+    commit: str | None
+    device: str
+    versions: Mapping[str, str]
+    resumed_from_step: int | None
+
+
+@dataclass(frozen=True)
+class Plan(Event):
+    """What will happen, with the arithmetic, before anything long starts."""
+
+    kind: ClassVar[str] = "plan"
+    train_rows: int
+    eval_rows: int
+    packs: int
+    tokens_per_epoch: int
+    trained_tokens_per_epoch: int
+    batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    steps: int
+    epochs: float
+    trainable_parameters: int
+    total_parameters: int
+    packing: bool
+    gradient_checkpointing: bool
+    max_length: int
+    arithmetic: str
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something chosen, dropped, cut, skipped or worked around, with its count where there is one."""
+
+    kind: ClassVar[str] = "notice"
+    topic: str
+    message: str
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """Work under way (load, tokenize, merge, evaluate, generate). Drawn, never kept."""
+
+    kind: ClassVar[str] = "progress"
+    task: str
+    done: int
+    total: int
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step. `loss` is nats per trained token, `seconds` the step's own time."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """Evaluation rows measured. `exact_match` is a share of 0 to 1, None when it was not asked for."""
+
+    kind: ClassVar[str] = "eval"
+    step: int
+    loss: float | None
+    perplexity: float | None
+    exact_match: float | None
+    rows: int
+    best: bool
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """One greedy answer of the model being tuned, beside the untuned base's."""
+
+    kind: ClassVar[str] = "sample"
+    step: int
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    kind: ClassVar[str] = "saved"
+    what: str
+    step: int
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Recovered(Event):
+    """The run met a fault, did something about it, and goes on."""
+
+    kind: ClassVar[str] = "recovered"
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Rejected(Event):
+    """Data rows left out, per source and reason. `examples` are `file:line` of the first few."""
+
+    kind: ClassVar[str] = "rejected"
+    source: str
+    reason: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class End(Event):
+    """The last event: why the run ended and its totals."""
+
+    kind: ClassVar[str] = "end"
+    reason: str
+    step: int
+    steps: int
+    seconds: float
+    tokens: int
+    trained_tokens: int
+    train_loss: float | None
+    eval_loss: float | None
+    exact_match_before: float | None
+    exact_match_after: float | None
+    peak_bytes: int
+    adapter: str | None
+    adapter_step: int | None
+
+
+class Sink(Protocol):
+    """Receives every event of a run, in order."""
+
+    def emit(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self.sinks = sinks
+
+    def emit(self, event: Event) -> None:
+        for sink in self.sinks:
+            sink.emit(event)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class Recorder:
+    """A sink that keeps the events in a list: for tests and for callers of the Python API."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        pass
+
+    def of(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event.kind == kind]
