@@ -1,0 +1,230 @@
+"""What makes a recipe's errors useful: the line of a key, the nearest valid key, other trainers' names for ours.
+
+TOML parsers do not keep positions, so a small scanner finds the line of each key. It only serves messages: when it
+is wrong about an exotic layout, the message lacks a line and the recipe is read all the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import Problem
+
+Location = tuple[int | str, ...]
+
+# Names of axolotl, LLaMA-Factory, TRL, unsloth and peft for what we have, or why we do not have it.
+FOREIGN_NAMES = {
+    "base_model": "model.base",
+    "model_name_or_path": "model.base",
+    "model_name": "model.base",
+    "attn_implementation": "model.attention",
+    "flash_attention": "model.attention",
+    "flash_attn": "model.attention",
+    "load_in_4bit": 'quantization.type = "nf4"',
+    "load_in_8bit": 'quantization.type = "nf4"',
+    "quantization_bit": 'quantization.type = "nf4"',
+    "bnb_4bit_quant_type": "quantization.type",
+    "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "double_quantization": "quantization.double_quant",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target_linear": 'lora.target_modules = "all-linear"',
+    "lora_modules_to_save": "lora.modules_to_save",
+    "init_lora_weights": "lora.init",
+    "peft_use_dora": "lora.use_dora",
+    "peft_use_rslora": "lora.use_rslora",
+    "datasets": "[[data.train]]",
+    "dataset": "[[data.train]]",
+    "train_file": "[[data.train]]",
+    "test_datasets": "[[data.eval]]",
+    "sequence_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sample_packing": "data.packing",
+    "train_on_inputs": 'data.loss_on ("all" or "assistant")',
+    "train_on_prompt": 'data.loss_on ("all" or "assistant")',
+    "assistant_only_loss": 'data.loss_on = "assistant"',
+    "completion_only_loss": 'data.loss_on = "assistant"',
+    "val_set_size": "data.eval_fraction",
+    "val_size": "data.eval_fraction",
+    "excess_length_strategy": "data.truncation",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size (rows per step, all micro-batches together)",
+    "accumulation_steps": "train.batch_size (rows per step, all micro-batches together)",
+    "lr": "train.learning_rate",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "warmup_steps": "train.warmup_ratio",
+    "optim": "train.optimizer",
+    "gradient_clipping": "train.max_grad_norm",
+    "use_gradient_checkpointing": "train.gradient_checkpointing",
+    "neftune_noise_alpha": "train.neftune_alpha",
+    "noisy_embedding_alpha": "train.neftune_alpha",
+    "random_state": "train.seed",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep",
+    "saves_per_epoch": "checkpoint.every_steps",
+    "eval_steps": "eval.every_steps",
+    "evals_per_epoch": "eval.every_steps",
+    "output_dir": "output.dir",
+    "logging_dir": "output.dir",
+    "report_to": "report.sinks",
+}
+REFUSED_NAMES = {
+    "trust_remote_code": "code from a model's folder is never run here; take the key out",
+    "bf16": "training is always in bf16; take the key out",
+    "fp16": "training is always in bf16; take the key out",
+    "torch_dtype": "training is always in bf16; take the key out",
+}
+_KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
+_DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
+_TABLE = re.compile(rf"\s*(\[\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]")
+
+
+class LineIndex:
+    """Line numbers of the keys of one recipe."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path = path
+        self.lines: dict[Location, int] = {}
+        self.overrides: dict[Location, str] = {}
+        self._scan(text)
+
+    def where(self, location: Location) -> str:
+        """`file:line` of a key, or of the nearest table above it that has a line, or the file alone."""
+        if (override := self.overrides.get(location)) is not None:
+            return f"--set {override}"
+        for end in range(len(location), 0, -1):
+            if line := self.lines.get(location[:end]):
+                return f"{self.path}:{line}"
+        return str(self.path)
+
+    def order(self, where: str) -> int:
+        """Sort key of a `where`: its line, files without one last."""
+        tail = where.rpartition(":")[2]
+        return int(tail) if tail.isdigit() else 1 << 30
+
+    def _scan(self, text: str) -> None:
+        table: Location = ()
+        counts: dict[Location, int] = {}
+        depth, fence = 0, ""
+        for number, line in enumerate(text.splitlines(), 1):
+            if not fence and depth == 0:
+                if match := _TABLE.match(line):
+                    table = _split(match[2])
+                    if match[1] == "[[":
+                        counts[table] = counts.get(table, -1) + 1
+                        table = (*table, counts[table])
+                    self.lines.setdefault(table, number)
+                    continue
+                if match := _DOTTED.match(line):
+                    self.lines.setdefault((*table, *_split(match[1])), number)
+            depth, fence = _nesting(line, depth, fence)
+
+
+def _split(dotted: str) -> Location:
+    return tuple(part.strip("\"' ") for part in re.findall(_KEY, dotted))
+
+
+def _nesting(line: str, depth: int, fence: str) -> tuple[int, str]:
+    """Open brackets and the open triple quote at the end of a line, given those at its start."""
+    position = 0
+    while position < len(line):
+        rest = line[position:]
+        if fence:
+            end = rest.find(fence)
+            if end < 0:
+                return depth, fence
+            position, fence = position + end + 3, ""
+        elif rest.startswith(('"""', "'''")):
+            fence, position = rest[:3], position + 3
+        elif rest[0] in "\"'":
+            match = re.match(r"\"(?:\\.|[^\"\\])*\"|'[^']*'", rest)
+            position += match.end() if match else 1
+        elif rest[0] == "#":
+            break
+        else:
+            depth += (rest[0] in "[{") - (rest[0] in "]}")
+            position += 1
+    return max(depth, 0), fence
+
+
+def toml_problem(path: Path, text: str, error: tomllib.TOMLDecodeError) -> Problem:
+    """A TOML syntax error with its line (the parser says "at end of document" for the last one)."""
+    match = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
+    where = f"{path}:{match[1] if match else len(text.splitlines())}"
+    message = re.sub(r"\s*\(at .*\)$", "", str(error))
+    return Problem(
+        where,
+        f"not valid TOML: {message[0].lower()}{message[1:]}",
+        'strings need quotes, lists need brackets: base = "owner/name", formats = ["hf"]',
+    )
+
+
+def explain_unknown_key(location: Location, known: Sequence[str], index: LineIndex) -> Problem:
+    """An unknown key, with the nearest valid one or what another trainer's name is called here."""
+    dotted = ".".join(str(part) for part in location)
+    last = str(location[-1])
+    plain = ".".join(str(part) for part in location if not isinstance(part, int))
+    return Problem(index.where(location), f"unknown key {dotted}", _suggestion(plain, last, known))
+
+
+def _suggestion(dotted: str, last: str, known: Sequence[str]) -> str:
+    if last in REFUSED_NAMES:
+        return REFUSED_NAMES[last]
+    if last in FOREIGN_NAMES:
+        return f"here this is called {FOREIGN_NAMES[last]}"
+    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    tables = {name.split(".")[0] for name in known}
+    if "." not in dotted and (near := difflib.get_close_matches(dotted, tables, 1, 0.6)):
+        return f"did you mean [{near[0]}]?"
+    table = dotted.rpartition(".")[0]
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == table}
+    for choices in (siblings, {name.rpartition(".")[2]: name for name in known}):
+        if near := difflib.get_close_matches(last, choices, 1, 0.6):
+            return f"did you mean {choices[near[0]]}?"
+    return f"keys of [{table}]: {', '.join(siblings)}" if siblings else f"tables: {', '.join(sorted(tables))}"
+
+
+def apply_override(raw: dict[str, Any], item: str, index: LineIndex) -> Problem | None:
+    """Put one `table.key=value` into the parsed recipe. Values are TOML; what is no TOML is a string."""
+    name, separator, text = item.partition("=")
+    parts = name.strip().split(".")
+    if not separator or len(parts) < 2 or not all(parts):
+        return Problem(f"--set {item}", "is not table.key=value", "for example --set train.learning_rate=1e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    place: Any = raw
+    for part in parts[:-1]:
+        step: Any = int(part) if isinstance(place, list) and part.isdigit() else part
+        if isinstance(place, list) and not (isinstance(step, int) and step < len(place)):
+            return Problem(f"--set {item}", f"there is no entry {part!r}", f"entries are numbered 0 to {len(place) - 1}")
+        place = place[step] if isinstance(place, list) else place.setdefault(step, {})
+        if not isinstance(place, (dict, list)):
+            return Problem(f"--set {item}", f"{part} is a value, not a table", "for example --set train.max_steps=20")
+    last = parts[-1]
+    if isinstance(place, list):
+        return Problem(f"--set {item}", "names a whole list entry", "for example --set data.train.0.path=rows.jsonl")
+    place[last] = value
+    # An override replaces its alternative, so that --set train.max_steps=20 works on a recipe with epochs.
+    for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+        if parts == ["train", one]:
+            place.pop(other, None)
+    index.overrides[tuple(int(part) if part.isdigit() else part for part in parts)] = item
+    return None
