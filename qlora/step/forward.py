@@ -1,0 +1,112 @@
+"""What one micro-batch does: embed, run the layers, ask the head for the trained tokens, go back.
+
+Works on real tensors for the trainer and on meta tensors for the estimator; reads nothing back to the host. Two things
+a reader would question: the head is called by us and not by the model (see `loss.py`), and attention_mask is always
+None with use_cache False, because only then does transformers isolate packed documents by their positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora.batch import Batch
+from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform, token_logprobs, weighted_loss
+
+
+@dataclass(frozen=True)
+class CausalParts:
+    """The parts of a causal language model that a step uses; they share their weights with the whole."""
+
+    trunk: nn.Module
+    embedding: nn.Module
+    head: nn.Module
+    transform: LogitsTransform | None
+    chunk_tokens: int
+
+    @classmethod
+    def of(cls, causal_lm: Any) -> CausalParts:
+        """Take a transformers causal LM apart (the model inside a PEFT wrapper: `peft_model.get_base_model()`)."""
+        config = causal_lm.config.get_text_config()
+        return cls(
+            trunk=causal_lm.base_model,
+            embedding=causal_lm.get_input_embeddings(),
+            head=causal_lm.get_output_embeddings(),
+            transform=logits_transform(config),
+            chunk_tokens=chunk_tokens(config.vocab_size),
+        )
+
+
+def hidden_states(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
+    """The trunk's last hidden states (B, S, D), documents isolated from each other."""
+    common = {"position_ids": batch.position_ids_BS, "attention_mask": None, "use_cache": False}
+    if neftune_alpha > 0:
+        embeds_BSD = parts.embedding(batch.input_ids_BS)
+        output = parts.trunk(inputs_embeds=embeds_BSD + neftune_noise(embeds_BSD, batch, neftune_alpha), **common)
+    else:
+        output = parts.trunk(input_ids=batch.input_ids_BS, **common)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def neftune_noise(embeds_BSD: Tensor, batch: Batch, alpha: float) -> Tensor:
+    """Uniform noise of magnitude alpha / sqrt(L·D), L the length of the token's own document.
+
+    NEFTune (Jain et al. 2023, algorithm 1). In a pack each document gets the noise that it would get alone.
+    """
+    ids_BS = batch.document_ids_BS
+    ones_BS = torch.ones_like(ids_BS, dtype=embeds_BSD.dtype)
+    counts_BS = torch.zeros_like(ones_BS, dtype=torch.float32).scatter_add_(1, ids_BS, ones_BS.float())
+    lengths_BS = counts_BS.gather(1, ids_BS)
+    magnitude_BS = alpha / torch.sqrt(lengths_BS * embeds_BSD.shape[-1])
+    noise_BSD = torch.empty_like(embeds_BSD).uniform_(-1, 1)
+    return noise_BSD * magnitude_BS.unsqueeze(-1).to(embeds_BSD.dtype)
+
+
+def batch_logprobs(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
+    """Log-probabilities (T,) of the trained targets of a micro-batch, in the order of `batch.trained_T`."""
+    hidden_BSD = hidden_states(parts, batch, neftune_alpha)
+    hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, batch.trained_T)
+    targets_T = batch.targets_BS.flatten().index_select(0, batch.trained_T)
+    return token_logprobs(hidden_TD, targets_T, parts.head, parts.transform, parts.chunk_tokens)
+
+
+def batch_loss(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
+    """Summed, weighted loss of a micro-batch in nats: a scalar fp32 tensor."""
+    weights_T = batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)
+    return weighted_loss(batch_logprobs(parts, batch, neftune_alpha), weights_T)
+
+
+def forward_backward(parts: CausalParts, batch: Batch, step_weight: float, neftune_alpha: float = 0.0) -> Tensor:
+    """Add a micro-batch's share of the step's gradient; returns its summed loss, detached, still on the device.
+
+    `step_weight` is the sum of all loss weights of the whole step, over all its micro-batches (DESIGN 6.1).
+    """
+    loss = batch_loss(parts, batch, neftune_alpha)
+    (loss / step_weight).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def set_gradient_checkpointing(causal_lm: Any, enabled: bool, keep_random_state: bool) -> None:
+    """Recompute each layer in the backward pass, through our own function (where offload will hook in).
+
+    `keep_random_state` is needed where a layer draws random numbers (LoRA dropout), so that the second pass draws the
+    same ones.
+    """
+    recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=keep_random_state)
+    causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
+
+
+def seed_micro_batch(seed: int, step: int, micro_step: int) -> None:
+    """Set the random state that dropout and NEFTune draw from: a function of the recipe and the place in the run.
+
+    Nothing random has to be saved for that: a resumed run, a replayed step and the first one draw the same numbers.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_step}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
