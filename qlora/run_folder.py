@@ -1,0 +1,103 @@
+"""The folder of a run, seen from outside: whose it is, what may be done with it, what it holds."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from qlora import __version__, disk
+from qlora.errors import ExportError, RecipeError, RunFolderError
+from qlora.events import Start
+from qlora.recipe import Recipe, differing_keys, load_recipe, recipe_toml
+
+RECIPE_FILE = "recipe.toml"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
+
+
+def path_of(recipe: Recipe, name: str) -> Path:
+    """`output.dir/name`, absolute."""
+    return (Path(recipe.output.dir).expanduser() / name).resolve()
+
+
+def claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
+    """Decide whether this run may have the folder. Raises RunFolderError; "fresh" moves an old run out of the way."""
+    exists = run_dir.exists()
+    if exists and not run_dir.is_dir():
+        raise RunFolderError(f"{run_dir}: is a file, the run needs a folder of that name", "move it, or change output.dir")
+    empty = not exists or not any(run_dir.iterdir())
+    if mode == "new" and not empty:
+        raise RunFolderError(
+            f"{run_dir}: holds a run already",
+            "--resume goes on with it, --fresh keeps it under another name and starts anew",
+        )
+    if mode == "fresh" and not empty:
+        disk.set_aside(run_dir, ".")
+    if mode == "resume":
+        _must_match(run_dir, recipe)
+    disk.make_folder(run_dir.parent)
+
+
+def _must_match(run_dir: Path, recipe: Recipe) -> None:
+    file = run_dir / RECIPE_FILE
+    if not file.is_file():
+        raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without --resume")
+    try:
+        old = load_recipe(file)
+    except RecipeError as error:
+        raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with --fresh") from error
+    pinned = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": old.model.revision})})
+    if keys := differing_keys(pinned, old):
+        raise RunFolderError(
+            f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}",
+            "set them back to go on, or start anew with --fresh",
+        )
+
+
+def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
+    """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant."""
+    if commit is not None:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
+    disk.write_atomic(run_dir / RECIPE_FILE, recipe_toml(recipe, f"# written by qlora {__version__}; every key resolved\n"))
+
+
+def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:
+    return Start(
+        recipe=run_dir.name,
+        run_dir=str(run_dir),
+        base=recipe.model.base,
+        commit=commit,
+        device=device,
+        versions={"qlora": __version__, **{name: package_version(name) for name in PACKAGES}},
+        resumed_from_step=step,
+    )
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def adapter_of(path: Path) -> tuple[Path, Path]:
+    """The adapter folder that `path` (a run or an adapter) means, and the parent of its exports. Raises ExportError."""
+    if not path.is_dir():
+        raise ExportError(f"{path}: no such folder", "name a run's folder, such as runs/quickstart, or an adapter folder")
+    if (path / "adapter" / "adapter_config.json").is_file():
+        return path / "adapter", path / "export"
+    if (path / "adapter_config.json").is_file():
+        of_run = (path.parent / RECIPE_FILE).is_file()
+        return path, path.parent / "export" if of_run else path.with_name(path.name + "-export")
+    if (path / RECIPE_FILE).is_file():
+        raise ExportError(f"{path}: this run has no adapter yet", "train it to its first evaluation or its end")
+    raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
+
+
+def refuse_foreign_folder(target: Path) -> None:
+    """Only what an earlier export published may be replaced."""
+    if not target.exists():
+        return
+    names = {path.name for path in target.iterdir()} if target.is_dir() else None
+    if names is None or (names and disk.MANIFEST not in names):
+        raise ExportError(f"{target}: exists and was not made by an export", "name another folder with --out, or remove it")

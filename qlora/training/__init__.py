@@ -1,0 +1,1 @@
+"""The run, in reading order: checkpoints, evaluation, the loop."""

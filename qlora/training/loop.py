@@ -1,0 +1,402 @@
+"""A run, in reading order: check, evaluate the untuned model, then step, evaluate and save until it is done.
+
+The loop emits events and draws nothing. A step is a function of the recipe and of the run's state alone: which rows it
+reads follows from its number, and so does every random number, so that a resumed run is the same run. Signals are read
+between micro-batches; what an unfinished step has gathered is thrown away and its rows are read again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.batch import Batch
+from qlora.data.chat import ChatTokenizer
+from qlora.data.loader import TrainOrder, collate
+from qlora.data.prepare import PreparedData
+from qlora.errors import TrainingStopped
+from qlora.events import End, Evaluated, Notice, Plan, Recovered, Sampled, Sink, StepDone
+from qlora.model import adapters
+from qlora.model.hub import BaseFolder
+from qlora.recipe import Recipe
+from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
+from qlora.step.optimizer import AdapterOptimizer
+from qlora.training import checkpoint, schedule, selfcheck
+from qlora.training.checkpoint import Checkpoint, Fingerprints, RunState
+from qlora.training.deliver import Delivery
+from qlora.training.evaluate import SAMPLE_TOKENS, Evaluator, Question
+from qlora.training.memory_use import peak_bytes
+from qlora.training.stop import StopRequest
+
+SKIPS_BEFORE_STOPPING = 3  # non-finite steps in a row
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run works on, ready to use: the model has its adapters, the rows are tokens."""
+
+    recipe: Recipe
+    run_dir: Path
+    model: Any  # peft's wrapper around the causal LM
+    base: BaseFolder
+    chat: ChatTokenizer
+    data: PreparedData
+    device: torch.device
+    pad_id: int
+    sink: Sink
+    stop: StopRequest
+
+
+def run(job: Job, resume_from: Checkpoint | None) -> RunState:
+    """Train to the end. Raises StoppedBySignal and TrainingStopped with the last completed step saved."""
+    training = Training(job)
+    with job.stop.being_read():
+        state = training.begin(resume_from)
+        state = training.first_look(state)
+        while not training.is_finished(state):
+            state = training.step(state)
+            if training.evaluation_is_due(state):
+                state = training.evaluate(state)
+            training.save_if_due(state)
+        return training.finish(state)
+
+
+class Training:
+    """A run that is under way."""
+
+    def __init__(self, job: Job) -> None:
+        recipe = job.recipe
+        self.job = job
+        self.sink = job.sink
+        self.train = recipe.train
+        self.parameters = adapters.trainable(job.model)
+        self.causal_lm = job.model.get_base_model()
+        self.parts = CausalParts.of(self.causal_lm)
+        self.optimizer = AdapterOptimizer(self.parameters, recipe.train.optimizer, recipe.train.weight_decay)
+        self.fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
+        self.data_section = recipe.data
+        self.batch_size, self.order = self._make_order()
+        self.steps = recipe.train.max_steps or self.order.steps(recipe.train.epochs or schedule.DEFAULT_EPOCHS)
+        self.evaluator = self._make_evaluator()
+        self.delivery = Delivery(
+            job.model,
+            job.base,
+            recipe,
+            job.chat.template,
+            len(job.data.train.lengths),
+            len(job.data.eval.lengths),
+        )
+        self.questions: list[Question] = []
+        self.base_answers: list[str] = []
+        self.saved_step = -1
+        self.saved_at = time.monotonic()
+
+    # --- before the first step -----------------------------------------------------------------------------------
+
+    def begin(self, resume_from: Checkpoint | None) -> RunState:
+        """Check the loss against the model's own, put a checkpoint back, and say what will happen."""
+        dropout = self.job.recipe.lora.dropout > 0
+        set_gradient_checkpointing(self.causal_lm, self.train.gradient_checkpointing, keep_random_state=dropout)
+        check = selfcheck.run(self.causal_lm, self.parts, self.job.data.train, self.job.device)
+        if check is not None and self.data_section.packing and not check.packing_is_safe:
+            self.sink.emit(
+                Notice(
+                    "packing",
+                    f"switched off: documents of one pack see each other in this architecture "
+                    f"({check.leak:.2f} nats a token; {check.head:.3f} alone)",
+                )
+            )
+            self._without_packing()
+        if self.train.optimizer.startswith("paged_") and not self.optimizer.paged:
+            self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"))
+        self.sink.emit(self.plan())
+        if self.steps < schedule.FEW_STEPS:
+            self.sink.emit(Notice("steps", f"only {self.steps} optimizer steps: little is learned in so few", self.steps))
+        if resume_from is None:
+            return RunState()
+        checkpoint.restore(resume_from, self.parameters, self.optimizer, self.fingerprints)
+        self.saved_step = resume_from.state.step
+        return resume_from.state
+
+    def plan(self) -> Plan:
+        data, order = self.job.data, self.order
+        batch, micro = self.batch_size, self.train.micro_batch_size
+        packs = len(order.epoch_packs(0))
+        unit = "packs" if self.data_section.packing else "rows"
+        per_epoch = order.steps(1.0)
+        trainable, total = self.job.model.get_nb_trainable_parameters()
+        return Plan(
+            train_rows=len(data.train.lengths),
+            eval_rows=len(data.eval.lengths),
+            packs=packs,
+            tokens_per_epoch=sum(data.train.lengths),
+            trained_tokens_per_epoch=sum(data.train.trained),
+            batch_size=batch,
+            micro_batch_size=micro,
+            accumulation=math.ceil(batch / micro),
+            steps=self.steps,
+            epochs=order.epoch_of_step(self.steps),
+            trainable_parameters=trainable,
+            total_parameters=total,
+            packing=self.data_section.packing,
+            gradient_checkpointing=self.train.gradient_checkpointing,
+            max_length=self.data_section.max_length,
+            arithmetic=(
+                f"{packs} {unit} an epoch ÷ {batch} a step = {per_epoch} steps an epoch; "
+                f"{batch} {unit} a step = {math.ceil(batch / micro)} micro-batches of {micro}"
+            ),
+        )
+
+    def first_look(self, state: RunState) -> RunState:
+        """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
+        section = self.job.recipe.eval
+        count = max(section.samples, section.exact_match_rows)
+        if self.evaluator is None or self.is_finished(state):
+            return state
+        self.questions = self.evaluator.questions(count)
+        if section.samples and self.questions:
+            chosen = self.questions[: section.samples]
+            self.base_answers = self.evaluator.answers(chosen, untuned=True, limit=SAMPLE_TOKENS)
+        if state.step > 0:
+            return state
+        matches = self._exact_match()
+        loss = self.evaluator.loss()
+        self._say_evaluation(0, loss, matches, best=False)
+        return replace(state, exact_match_before=matches, eval_loss=loss)
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    def step(self, state: RunState) -> RunState:
+        """One optimizer step, or, when its numbers are not finite, none."""
+        started = time.monotonic()
+        packs = self.order.packs_of_step(state.step)
+        micro = self.train.micro_batch_size
+        batches = [self._collate(packs[start : start + micro]) for start in range(0, len(packs), micro)]
+        step_weight = sum(float(batch.loss_weights_BS.sum()) for batch in batches)
+        loss = self._gather_gradient(state, batches, step_weight)
+        norm = self.optimizer.gradient_norm()
+        loss_value, norm_value = (float(value) for value in torch.stack([loss / step_weight, norm]).tolist())
+        rate = schedule.learning_rate(
+            schedule.progress_of(state.step, self.steps, state.seconds, self.train), self.train
+        )
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            self.optimizer.clip(norm, self.train.max_grad_norm)
+            self.optimizer.step(rate)
+            skipped = 0
+        else:
+            skipped = self._skip(state, packs)
+        seconds = time.monotonic() - started
+        tokens = sum(self.job.data.train.lengths[row] for pack in packs for row in pack)
+        trained = sum(int(batch.trained_T.numel()) for batch in batches)
+        state = replace(
+            state,
+            step=state.step + 1,
+            tokens=state.tokens + tokens,
+            trained_tokens=state.trained_tokens + trained,
+            seconds=state.seconds + seconds,
+            train_loss=loss_value if skipped == 0 else state.train_loss,
+            skipped_in_a_row=skipped,
+        )
+        if skipped >= SKIPS_BEFORE_STOPPING:
+            self._save(state)
+            raise TrainingStopped(
+                f"step {state.step}: loss or gradient was not finite {skipped} times in a row",
+                "lower train.learning_rate; the weights of the last good step are in the newest checkpoint",
+            )
+        if skipped == 0:
+            self.sink.emit(
+                StepDone(
+                    step=state.step,
+                    epoch=self.order.epoch_of_step(state.step),
+                    loss=loss_value,
+                    learning_rate=rate,
+                    grad_norm=norm_value,
+                    tokens=tokens,
+                    trained_tokens=trained,
+                    tokens_per_second=tokens / seconds,
+                    peak_bytes=peak_bytes(self.job.device),
+                    seconds=seconds,
+                )
+            )
+        return state
+
+    def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> torch.Tensor:
+        """Forward and backward of each micro-batch; the summed loss in nats, still on the device."""
+        self.job.model.train()
+        losses = []
+        for micro_step, batch in enumerate(batches):
+            if self.job.stop.is_set:
+                self._stop(state)
+            if batch.trained_T.numel() == 0:
+                continue
+            seed_micro_batch(self.train.seed, state.step, micro_step)
+            placed = batch.to(self.job.device)
+            losses.append(forward_backward(self.parts, placed, step_weight, self.train.neftune_alpha))
+        if self.job.stop.is_set:
+            self._stop(state)
+        return torch.stack(losses).sum()
+
+    def _skip(self, state: RunState, packs: Sequence[tuple[int, ...]]) -> int:
+        self.optimizer.zero_gradients()
+        wheres = [self.job.data.train.wheres[row] for pack in packs for row in pack]
+        named = ", ".join(wheres[:5]) + (f" and {len(wheres) - 5} more" if len(wheres) > 5 else "")
+        message = f"loss or gradient not finite: step skipped, weights unchanged; its rows: {named}"
+        self.sink.emit(Recovered(state.step + 1, message))
+        return state.skipped_in_a_row + 1
+
+    # --- between steps -------------------------------------------------------------------------------------------
+
+    def is_finished(self, state: RunState) -> bool:
+        out_of_time = self.train.max_minutes is not None and state.seconds >= 60 * self.train.max_minutes
+        return state.step >= self.steps or state.stopped_early or out_of_time
+
+    def evaluation_is_due(self, state: RunState) -> bool:
+        at_interval = state.step % self.job.recipe.eval.every_steps == 0
+        return self.evaluator is not None and (at_interval or self.is_finished(state))
+
+    def evaluate(self, state: RunState) -> RunState:
+        """Measure, deliver the adapter when it is the best so far, and decide whether it is time to stop."""
+        assert self.evaluator is not None
+        loss = self.evaluator.loss()
+        best = state.best_loss is None or loss < state.best_loss
+        waited = 0 if best else state.evaluations_without_improvement + 1
+        patience = self.job.recipe.eval.early_stopping_patience
+        state = replace(
+            state,
+            eval_loss=loss,
+            best_loss=loss if best else state.best_loss,
+            best_step=state.step if best else state.best_step,
+            evaluations_without_improvement=waited,
+            stopped_early=state.stopped_early or (0 < patience <= waited),
+        )
+        self._say_evaluation(state.step, loss, None, best)
+        self._say_samples(state.step)
+        if best:
+            self.delivery.publish(self.job.run_dir, state, self.sink)
+        return state
+
+    def save_if_due(self, state: RunState) -> None:
+        section = self.job.recipe.checkpoint
+        elapsed_minutes = (time.monotonic() - self.saved_at) / 60
+        if state.step % section.every_steps == 0 or elapsed_minutes >= section.every_minutes:
+            self._save(state)
+
+    def _save(self, state: RunState) -> None:
+        if self.saved_step == state.step or state.step == 0:
+            return
+        keep = self.job.recipe.checkpoint.keep
+        self.sink.emit(checkpoint.save(self.job.run_dir, state, self.optimizer, self.fingerprints, keep))
+        self.saved_step, self.saved_at = state.step, time.monotonic()
+
+    def _stop(self, state: RunState) -> None:
+        """Leave by a signal: the last completed step is saved, the gradient of an unfinished one is not."""
+        self._save(state)
+        self.sink.emit(self._end("stopped", state))
+        if state.step == 0:
+            raise self.job.stop.error("no step was finished, nothing to save", "run the same command with --fresh")
+        raise self.job.stop.error(f"saved after step {state.step} of {self.steps}", "continue with --resume")
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    def finish(self, state: RunState) -> RunState:
+        """Save, put the best adapter back into the model, measure what is delivered, and say how it ended."""
+        self._save(state)
+        if self.evaluator is None or state.best_step is None:
+            self.delivery.publish(self.job.run_dir, state, self.sink)
+            delivered = state.step
+        else:
+            delivered = state.best_step
+            if delivered != state.step:
+                adapters.load_into(self.job.model, self.job.run_dir / "adapter")
+            state = self._final_exact_match(state, delivered)
+        reason = "early stopping" if state.stopped_early else "time limit" if state.step < self.steps else "finished"
+        self.sink.emit(self._end(reason, state, delivered))
+        return state
+
+    def _final_exact_match(self, state: RunState, delivered: int) -> RunState:
+        wanted = self.job.recipe.eval.exact_match_rows
+        if not self.evaluator or not wanted:
+            return state
+        self.questions = self.questions or self.evaluator.questions(wanted)
+        matches = self._exact_match()
+        self._say_evaluation(delivered, state.best_loss, matches, best=True)
+        state = replace(state, exact_match_after=matches, eval_loss=state.best_loss)
+        self.delivery.publish(self.job.run_dir, replace(state, step=delivered), self.sink)
+        return state
+
+    def _end(self, reason: str, state: RunState, delivered: int | None = None) -> End:
+        folder = self.job.run_dir / "adapter"
+        return End(
+            reason=reason,
+            step=state.step,
+            steps=self.steps,
+            seconds=state.seconds,
+            tokens=state.tokens,
+            trained_tokens=state.trained_tokens,
+            train_loss=state.train_loss,
+            eval_loss=state.eval_loss,
+            exact_match_before=state.exact_match_before,
+            exact_match_after=state.exact_match_after,
+            peak_bytes=peak_bytes(self.job.device),
+            adapter=str(folder) if folder.is_dir() else None,
+            adapter_step=delivered if delivered is not None else state.best_step,
+        )
+
+    # --- small things --------------------------------------------------------------------------------------------
+
+    def _make_order(self) -> tuple[int, TrainOrder]:
+        """The order of rows; the batch size may depend on how many packs there are, so it is made twice."""
+        data, seed = self.job.data.train, self.train.seed
+        trial = TrainOrder(data, self.data_section, seed, 1)
+        batch_size = schedule.auto_batch_size(len(trial.epoch_packs(0)), self.train)
+        return batch_size, TrainOrder(data, self.data_section, seed, batch_size)
+
+    def _without_packing(self) -> None:
+        self.data_section = self.data_section.model_copy(update={"packing": False})
+        self.batch_size, self.order = self._make_order()
+        self.steps = self.train.max_steps or self.order.steps(self.train.epochs or schedule.DEFAULT_EPOCHS)
+        self.evaluator = self._make_evaluator()
+
+    def _make_evaluator(self) -> Evaluator | None:
+        job = self.job
+        if not len(job.data.eval.lengths):
+            return None
+        return Evaluator(
+            job.model,
+            self.parts,
+            job.chat,
+            job.data.eval,
+            self.data_section,
+            job.pad_id,
+            job.device,
+            job.sink,
+            self.train.micro_batch_size,
+        )
+
+    def _collate(self, packs: Sequence[tuple[int, ...]]) -> Batch:
+        return collate(self.job.data.train, packs, self.job.pad_id, self.data_section.max_length)
+
+    def _exact_match(self) -> float | None:
+        rows = self.job.recipe.eval.exact_match_rows
+        if not rows or not self.questions or self.evaluator is None:
+            return None
+        return self.evaluator.exact_match(self.questions[:rows])
+
+    def _say_evaluation(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
+        perplexity = None if loss is None else math.exp(min(loss, 700.0))
+        rows = len(self.job.data.eval.lengths)
+        self.sink.emit(Evaluated(step, loss, perplexity, matches, rows, best))
+
+    def _say_samples(self, step: int) -> None:
+        if self.evaluator is None or not self.base_answers:
+            return
+        chosen = self.questions[: len(self.base_answers)]
+        tuned = self.evaluator.answers(chosen, limit=SAMPLE_TOKENS)
+        for question, before, after in zip(chosen, self.base_answers, tuned, strict=True):
+            self.sink.emit(Sampled(step, question.asked, question.expected, before, after))
