@@ -1,0 +1,1 @@
+"""Sinks: drawing and storing are pure functions of events."""

@@ -1,0 +1,74 @@
+"""What a person sees: nothing breaks in a narrow terminal, outside of one, or on text that looks like markup."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora.events import End, Evaluated, Event, Notice, Plan, Progress, Recovered, Rejected, Sampled, Saved, Start, StepDone
+from qlora.report.console import ConsoleSink, human_bytes, human_seconds, sparkline
+
+PLAN = Plan(450, 60, 8, 16000, 4000, 1, 1, 1, 80, 10.0, 700_000, 5_200_000, True, False, 2048, "8 packs ÷ 1 = 8 steps")
+EVENTS: list[Event] = [
+    Start("quickstart", "/runs/quickstart", "owner/name", "0123456789abcdef", "cpu", {"torch": "2"}, None),
+    Progress("load", 1, 4, "bytes"),
+    Progress("load", 4, 4, "bytes"),
+    Rejected("rows.jsonl", "longer than 2,048 tokens", 3, ("rows.jsonl:4",)),
+    Notice("template", "the base has no chat template: ChatML is used"),
+    PLAN,
+    Evaluated(0, 5.0, 148.4, 0.0, 60, False),
+    *(StepDone(n, n / 8, 5 / n, 1e-3, 0.5, 2000, 500, 900.0, 1 << 30, 2.0) for n in range(1, 81)),
+    Recovered(3, "loss not finite: step skipped"),
+    Evaluated(80, 0.1, 1.1, None, 60, True),
+    Sampled(80, "What does [red]the Lumo lamp[/] cost?", "40 euros", "[/]blue", "40 euros"),
+    Saved("adapter", 80, "/runs/quickstart/adapter", 1 << 20),
+    End("finished", 80, 80, 160.0, 160000, 40000, 0.06, 0.1, 0.0, 0.95, 1 << 30, "/runs/[x]/adapter", 80),
+]
+
+
+def drawn(width: int, terminal: bool) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
+    sink = ConsoleSink(console)
+    for event in EVENTS:
+        sink.emit(event)
+    sink.close()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_every_event_is_drawn_at_every_width(width: int, terminal: bool) -> None:
+    text = drawn(width, terminal)
+    assert "finished at step 80" in text and "exact match" in text
+
+
+def test_text_of_rows_is_never_markup() -> None:
+    assert "[red]the Lumo lamp[/]" in drawn(80, False)
+
+
+def test_plain_output_has_no_escape_codes_and_is_short() -> None:
+    text = drawn(100, False)
+    assert "\x1b" not in text
+    assert "step 1/80" in text and "step 80/80" in text
+    assert len(text.splitlines()) < 45
+
+
+def test_lines_fit_an_80_column_terminal_panel() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, highlight=False)
+    sink = ConsoleSink(console)
+    for event in EVENTS[:20]:
+        sink.emit(event)
+    console.print(sink.picture())
+    sink.close()
+    assert "left" in out.getvalue()
+
+
+def test_figures_for_people() -> None:
+    assert [human_bytes(n) for n in (12, 2048, 3 << 30)] == ["12 B", "2.0 KiB", "3.0 GiB"]
+    assert [human_seconds(n) for n in (5, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
+    assert sparkline([]) == "" and sparkline([1.0]) == "▁"
+    assert sparkline([0, 1]) == "▁█" and len(sparkline(list(map(float, range(1000))), 40)) == 40

@@ -1,0 +1,43 @@
+"""events.jsonl: every event, each step once over all resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from qlora.events import Evaluated, Notice, Progress, StepDone
+from qlora.report.files import JsonLines, read_events
+
+STEP = StepDone(1, 0.1, 2.0, 1e-3, 0.5, 100, 40, 50.0, 1 << 20, 2.0)
+
+
+def step(number: int) -> StepDone:
+    return dataclasses.replace(STEP, step=number)
+
+
+def test_events_are_json_and_progress_is_not_kept(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "events.jsonl")
+    for event in (Notice("packing", "switched off — „why“"), Progress("load", 1, 2), step(1)):
+        sink.emit(event)
+    sink.close()
+    events = read_events(tmp_path / "events.jsonl")
+    assert [event["event"] for event in events] == ["notice", "step"]
+    assert set(events[1]) == {"event", *(field.name for field in dataclasses.fields(StepDone))}
+
+
+def test_a_resumed_run_reports_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    first = JsonLines(path)
+    for number in range(1, 8):
+        first.emit(step(number))
+    first.emit(Evaluated(6, 1.0, 2.7, None, 10, True))
+    first.close()
+    with path.open("a") as file:
+        file.write('{"event": "step", "st')  # the process died while it wrote
+    second = JsonLines(path, resume_from_step=5)
+    for number in range(6, 10):
+        second.emit(step(number))
+    second.close()
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [event["step"] for event in events] == list(range(1, 10))
