@@ -1,0 +1,229 @@
+"""The Python API: what each command does, without a screen.
+
+What is cheap to find wrong is found first: recipe, run folder, data files and the base's folder are checked before torch
+is imported, and a weight is read only when rows, tokenizer and template are known to be good.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qlora import disk, run_folder
+from qlora.errors import ExportError, Problem, RecipeError
+from qlora.events import Sink, Sinks
+from qlora.recipe import DataSection, Recipe, SourceSection
+from qlora.report.files import JsonLines
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora.data.chat import ChatTokenizer
+    from qlora.data.prepare import PreparedData
+    from qlora.export.hf import Exported
+    from qlora.model.hub import BaseFolder
+    from qlora.training.checkpoint import RunState
+    from qlora.training.stop import StopRequest
+
+Mode = Literal["new", "resume", "fresh"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its folder, where it ended, the delivered adapter, and what was exported."""
+
+    run_dir: Path
+    state: RunState
+    adapter: Path
+    exported: tuple[Exported, ...]
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    name: str | None = None,
+    mode: Mode = "new",
+    sink: Sink | None = None,
+    stop: StopRequest | None = None,
+) -> TrainResult:
+    """Train a recipe to its end, then export what it asks for.
+
+    `name` is the run's folder in `output.dir`; a recipe file gives its own. `mode`: "new" refuses an existing run folder,
+    "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of `qlora.errors`.
+    """
+    loaded, run_name = _named(recipe, name)
+    say = sink or Sinks()
+    base = preflight(loaded, say)
+    run_dir = run_folder.path_of(loaded, run_name)
+    run_folder.claim(run_dir, loaded, mode)
+    return _train(_Ready(loaded, run_dir, base, mode), say, stop)
+
+
+def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> PreparedData:
+    """Validate recipe, base, tokenizer and every row, and stop before any weight is read."""
+    loaded, _ = _named(recipe, "check")
+    say = sink or Sinks()
+    base = preflight(loaded, say)
+    _, data = _prepare(loaded, base, say)
+    return data
+
+
+def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
+    """What can be checked without torch: the data files are there and begin well, the base is one that can be trained."""
+    from qlora.data.prepare import check_files
+    from qlora.model import hub
+
+    if not recipe.data.train:
+        hint = 'add [[data.train]] with path = "rows.jsonl"'
+        raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
+    check_files(_local_sources(recipe.data, sink))
+    return hub.resolve(recipe.model.base, recipe.model.revision, sink)
+
+
+def merge_and_export(
+    source: str | Path,
+    *,
+    to: Literal["hf"] = "hf",
+    merge_base: Literal["auto", "nf4", "full"] = "auto",
+    out: str | Path | None = None,
+    sink: Sink | None = None,
+) -> Exported:
+    """Merge a run's adapter, or any PEFT LoRA folder, into its base and write the whole model.
+
+    `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the original weights, "auto"
+    is nf4 where the adapter was trained on a quantized base.
+    """
+    from qlora.export import hf
+    from qlora.export.merge import Merge, read_adapter
+    from qlora.model import hub
+    from qlora.training.deliver import provenance
+
+    say = sink or Sinks()
+    adapter_dir, default_out = run_folder.adapter_of(Path(source).expanduser().resolve())
+    target = Path(out).expanduser().resolve() if out else default_out / to
+    run_folder.refuse_foreign_folder(target)
+    adapter = read_adapter(adapter_dir)
+    origin = provenance(adapter_dir, adapter.config)
+    base = hub.resolve(origin.base, origin.revision, say)
+    if origin.fingerprint and origin.fingerprint != base.fingerprint:
+        raise ExportError(
+            f"{adapter_dir}: was trained on another base than {base.name} is now (its files differ)",
+            f"put the base back as it was at training ({origin.revision}), or train again",
+        )
+    quantized = origin.quantization.type != "none"
+    chosen = merge_base if merge_base != "auto" else ("nf4" if quantized else "full")
+    merge = Merge(base, adapter, chosen, origin.quantization, pick_device())
+    return hf.write(merge, target, say)
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
+    import torch
+    from accelerate import PartialState
+
+    from qlora.errors import HardwareError
+
+    device = PartialState().device
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise HardwareError(
+            f"{torch.cuda.get_device_name(device)}: computes no bf16 (that came with Ampere, RTX 30)",
+            "hide it with CUDA_VISIBLE_DEVICES= to train on the CPU, or use a newer GPU",
+        )
+    return device if device.type in ("cuda", "xpu") else torch.device("cpu")
+
+
+# --- the phases of a training run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A run whose cheap checks are done."""
+
+    recipe: Recipe
+    run_dir: Path
+    base: BaseFolder
+    mode: Mode
+
+
+def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
+    from qlora.training import checkpoint, loop
+    from qlora.training.stop import StopRequest
+
+    recipe, run_dir, base = ready.recipe, ready.run_dir, ready.base
+    disk.make_folder(run_dir)
+    disk.sweep_leftovers(run_dir)
+    disk.sweep_leftovers(run_dir / "checkpoints")
+    resume_from = checkpoint.newest(run_dir, sink) if ready.mode == "resume" else None
+    step = resume_from.state.step if resume_from else None
+    run_folder.write_recipe(run_dir, recipe, base.commit)
+    files = [JsonLines(run_dir / "events.jsonl", step or 0)] if "jsonl" in recipe.report.sinks else []
+    say = Sinks(sink, *files)
+    try:
+        say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))
+        chat, data = _prepare(recipe, base, say)
+        model = _model(recipe, base, data, chat, say)
+        device = next(model.parameters()).device
+        pad_id = chat.pad_id
+        job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest())
+        state = loop.run(job, resume_from)
+        del model, job
+        exported = tuple(merge_and_export(run_dir, to=kind, sink=say) for kind in recipe.export.formats)
+    finally:
+        for file in files:
+            file.close()
+    return TrainResult(run_dir, state, run_dir / "adapter", exported)
+
+
+def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
+    """Tokenizer, template and tokens of every row."""
+    from qlora.data.chat import ChatTokenizer
+    from qlora.data.prepare import prepare
+    from qlora.model import load
+    from qlora.model.tokenizer import tokenizer_fingerprint
+
+    tokenizer = load.load_tokenizer(base)
+    chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
+    sources = _local_sources(recipe.data, sink)
+    data = prepare(sources, tokenizer_fingerprint(base.path), chat, recipe.train.seed, disk.cache_dir(), sink)
+    return chat, data
+
+
+def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, sink: Sink) -> Any:
+    """The quantized base with fresh adapters."""
+    from qlora.data.loader import TrainOrder, collate
+    from qlora.model import adapters, load
+
+    device = pick_device()
+    model = load.load_base(base, recipe.quantization, recipe.model.attention, device, sink)
+    batches = None
+    if recipe.lora.init == "eva":
+        order = TrainOrder(data.train, recipe.data, recipe.train.seed, recipe.train.micro_batch_size)
+        count = min(EVA_BATCHES, order.steps(1.0))
+        batches = [
+            collate(data.train, order.packs_of_step(step), chat.pad_id, recipe.data.max_length).to(device)
+            for step in range(count)
+        ]
+    return adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
+
+
+EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
+
+
+def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
+    if isinstance(recipe, Recipe):
+        return recipe, name or "run"
+    path = Path(recipe)
+    return Recipe.from_file(path), name or path.stem
+
+
+def _local_sources(data: DataSection, sink: Sink) -> DataSection:
+    """`hub:` sources downloaded; everything below reads files only."""
+    from qlora.model import hub
+
+    def local(section: SourceSection) -> SourceSection:
+        if not section.path.startswith("hub:"):
+            return section
+        return section.model_copy(update={"path": hub.download_rows(section.path, sink)})
+
+    return data.model_copy(update={"train": tuple(map(local, data.train)), "eval": tuple(map(local, data.eval))})

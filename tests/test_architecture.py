@@ -1,0 +1,133 @@
+"""Imports go down the floors only, heavy packages stay out of the commands' start, and nothing runs code from outside."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "qlora"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+# The house: a module may import what stands on a lower floor, and of its own room what stands before it on its line.
+FLOORS = {
+    "cli": 8,
+    "api": 7,
+    "export": 6,
+    "training": 5,
+    "model": 3,
+    "data": 3,
+    "step": 3,
+    "report": 2,
+    "run_folder": 2.5,  # knows recipes, folders and events, no model
+    "recipe": 2,
+    "recipe_text": 1.5,
+    "disk": 1.7,
+    "events": 1,
+    "errors": 1,
+    "batch": 1,
+    "": 0.5,  # qlora/__init__.py: the version
+}
+LINES = {
+    "cli": ["common", "train", "export"],
+    "export": ["merge", "hf"],
+    "training": ["stop", "memory_use", "schedule", "checkpoint", "deliver", "evaluate", "selfcheck", "loop"],
+    "model": ["tokenizer", "tensors", "hub", "nf4", "attention", "blueprint", "load", "adapters", "generate"],
+    "data": ["formats", "sources", "template", "chat", "packing", "store", "prepare", "loader"],
+    "step": ["loss", "forward", "optimizer"],
+    "report": ["files", "console"],
+}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every `qlora` module that a file imports, wherever in the file, types included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "qlora")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qlora":
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                as_path = PACKAGE.parent / full.replace(".", "/")
+                yield full if as_path.with_suffix(".py").is_file() or as_path.is_dir() else str(node.module)
+
+
+def place(module: str) -> tuple[str, str]:
+    """("model", "hub") for qlora.model.hub, ("recipe", "") for qlora.recipe."""
+    parts = module.split(".")[1:] + ["", ""]
+    return parts[0], parts[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_the_floors(path: Path) -> None:
+    room, name = place("qlora." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    for imported in imports_of(path):
+        other_room, other_name = place(imported)
+        if room == other_room and name:
+            line = LINES[room]
+            assert line.index(other_name) < line.index(name), f"{path.name} imports {imported}, which stands after it"
+        else:
+            assert FLOORS[other_room] < FLOORS[room], f"{path.relative_to(ROOT)} imports {imported}, which is not below it"
+
+
+def test_every_module_has_a_place_on_its_line() -> None:
+    for path in MODULES:
+        room, name = place("qlora." + ".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+        assert not name or name in LINES[room], path
+
+
+@pytest.mark.parametrize("command", ["train", "export"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['qlora', '--help']\n"
+        f"from qlora.cli.{command} import app\n"
+        "try:\n    app()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'bitsandbytes', 'accelerate', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def calls(name: str) -> Iterator[tuple[Path, ast.Call]]:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if called == name:
+                    yield path, node
+
+
+def test_only_safe_ways_to_read_files() -> None:
+    """No pickle, no torch.load, and transformers is always told not to run a stranger's code."""
+    for path in MODULES:
+        source = path.read_text(encoding="utf-8")
+        assert "import pickle" not in source
+        assert "torch.load(" not in source and "torch.save(" not in source, path
+    for name in ("from_pretrained", "from_config"):
+        for path, call in calls(name):
+            said = {keyword.arg: keyword.value for keyword in call.keywords}
+            value = said.get("trust_remote_code")
+            assert isinstance(value, ast.Constant) and value.value is False, f"{path}:{call.lineno}"
+
+
+def test_one_broad_except_and_no_global() -> None:
+    broad = []
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not isinstance(node, ast.Global), f"{path}:{node.lineno}"
+            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception"):
+                broad.append(f"{path.relative_to(PACKAGE)}")
+    assert broad == ["cli/common.py"]
+
+
+def test_nothing_outside_report_and_cli_prints() -> None:
+    for path, call in calls("print"):
+        assert path.relative_to(PACKAGE).parts[0] in ("cli", "report"), f"{path}:{call.lineno}"
