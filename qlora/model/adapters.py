@@ -1,0 +1,230 @@
+"""Low-rank adapters beside the frozen layers. The only user of peft.
+
+They are bf16 (the optimizer keeps fp32 masters), drawn on the CPU from the recipe's seed whatever device the model is on
+and whatever the global random state, and change nothing at step 0: B is zero. Only inits that leave the base's weights
+alone exist here, so that the saved adapter always belongs to the base as published. DoRA's magnitudes stay in float32:
+one number an output row, whose early changes (0.1 %) are smaller than a step of bf16 (0.4 %).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.batch import Batch
+from qlora.errors import ModelError
+from qlora.model.blueprint import head_of, linear_layers
+from qlora.model.nf4 import import_bitsandbytes
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from qlora.recipe import LoraSection
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+ADAPTER = "default"
+# Passes over the given batches after which EVA's components count as never converging (20 is usual).
+EVA_MAX_FORWARDS = 500
+
+
+def attach(
+    model: Any,
+    lora: LoraSection,
+    seed: int,
+    dtype: torch.dtype = torch.bfloat16,
+    eva_batches: Iterable[Batch] | None = None,
+) -> PeftModel:
+    """Puts adapters on the layers that `lora` names, in `dtype`, drawn from `seed`; everything else stays frozen.
+
+    `eva_batches` are a few training batches for init "eva", which starts A from the layers' inputs. Raises ModelError for
+    a layer name that the model lacks, or for modules that cannot be trained.
+    """
+    import_bitsandbytes()  # peft would import it as well, and not quietly
+    from peft import get_peft_model
+
+    targets = _targets(model, lora.target_modules)
+    _check_modules_to_save(model, lora.modules_to_save)
+    batches = list(eva_batches or ())
+    if lora.init == "eva" and not batches:
+        raise ModelError('lora.init = "eva" needs rows to start from', 'add training rows, or set lora.init = "default"')
+    training = model.training
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        peft_model = get_peft_model(model, _config(lora, targets), autocast_adapter_dtype=False)
+        for name, parameter in trainable(peft_model).items():
+            if "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(dtype)
+        if lora.init == "eva":
+            _start_from_inputs(peft_model, batches)
+    _restart_magnitudes(peft_model)
+    _check_layers(peft_model)
+    peft_model.train(training)
+    return peft_model
+
+
+def trainable(model: Any) -> dict[str, nn.Parameter]:
+    """What is trained, by name, in the order of the names: the same in every process."""
+    return {name: parameter for name, parameter in sorted(model.named_parameters()) if parameter.requires_grad}
+
+
+def save(model: PeftModel, folder: Path, base_name: str, commit: str | None) -> None:
+    """Writes the adapter into `folder` in PEFT's layout, for `PeftModel.from_pretrained` and for `load_into`.
+
+    `base_name` and `commit` are the base's as the recipe says: whoever opens the adapter looks for it under that name.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    # save_embedding_layers=True or "auto" would ask the hub for the base's configuration.
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    model.peft_config[ADAPTER].save_pretrained(str(folder))
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config |= {"base_model_name_or_path": base_name, "revision": commit, "inference_mode": True}
+    # peft writes its sets in an order that differs from process to process.
+    config["target_modules"] = sorted(config["target_modules"])
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load_into(model: PeftModel, folder: Path) -> None:
+    """Gives attached adapters the weights that `save` wrote. Raises ModelError when they are not of the same shape."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / WEIGHTS_FILE)
+    wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    differing = sorted(
+        name
+        for name in {*stored, *wanted}
+        if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape
+    )
+    if differing:
+        what = f"{folder / WEIGHTS_FILE}: {len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
+        raise ModelError(what, "use the recipe that made this adapter, or start afresh with --fresh")
+    set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
+
+
+@contextmanager
+def without_adapters(model: PeftModel) -> Iterator[None]:
+    """The base alone, for as long as the block runs."""
+    with model.disable_adapter():
+        yield
+
+
+def _config(lora: LoraSection, targets: list[str]) -> LoraConfig:
+    from peft import EvaConfig, LoraConfig
+
+    init: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}[lora.init]
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        init_lora_weights=init,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
+        # rho = 1: every layer keeps rank r. Above 1, EVA moves ranks between layers and drops some.
+        eva_config=EvaConfig(rho=1.0) if lora.init == "eva" else None,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+
+
+def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
+    """Module names as peft takes them: the last parts of the names, where they mean the same layers."""
+    layers = dict(linear_layers(model))
+    suffixes = sorted({name.rpartition(".")[2] for name in layers})
+    if wanted == "all-linear":
+        matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
+        return suffixes if matched == layers.keys() else sorted(layers)
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    head = next((name for name, module in model.named_modules() if module is head_of(model)), "lm_head")
+    for name in names:
+        if name == head:
+            what = f"lora.target_modules: {name} is the head, which is computed in pieces and takes no adapter"
+            raise ModelError(what, "leave it out, or train it whole with lora.modules_to_save")
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            what = f"lora.target_modules: the model has no linear layer {name!r}"
+            raise ModelError(what, f'use "all-linear" or some of: {", ".join(suffixes)}')
+    return sorted(set(names))
+
+
+def _check_modules_to_save(model: Any, names: tuple[str, ...]) -> None:
+    modules = dict(model.named_modules())
+    tied = {key.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for key in pair}
+    for name in names:
+        matched = [key for key in modules if key == name or key.endswith(f".{name}")]
+        if not matched:
+            what = f"lora.modules_to_save: the model has no module {name!r}"
+            raise ModelError(what, "name a module such as lm_head, embed_tokens or norm")
+        if tied.intersection(matched):
+            what = f"lora.modules_to_save: {name} shares its weight with {' and '.join(sorted(tied - {*matched}))}"
+            raise ModelError(what, "leave it out: trained apart, the two would no longer be one weight when merged")
+        inside = [module for key in matched for module in modules[key].modules()]
+        if any(type(module).__name__ == "Linear4bit" for module in inside):
+            what = f"lora.modules_to_save: {name} is held in 4 bit and cannot be trained whole"
+            raise ModelError(what, "leave it to lora.target_modules")
+
+
+def _start_from_inputs(model: PeftModel, batches: list[Batch]) -> None:
+    """EVA (arXiv:2410.07170): A becomes the main directions of each layer's inputs at trained positions."""
+    from peft import initialize_lora_eva_weights
+
+    forwards = 0
+
+    def forward(network: Any, batch: Batch) -> None:
+        nonlocal forwards
+        forwards += 1
+        if forwards > EVA_MAX_FORWARDS:
+            what = f'lora.init = "eva" has not converged after {EVA_MAX_FORWARDS} passes over the first rows'
+            raise ModelError(what, 'use more or longer rows, a smaller lora.r, or lora.init = "default"')
+        network(
+            input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, attention_mask=None, use_cache=False
+        )
+
+    def trained_positions(batch: Batch, _: Any) -> Tensor:
+        return (batch.loss_weights_BS > 0).nonzero()
+
+    initialize_lora_eva_weights(
+        model,
+        dataloader=batches,
+        forward_fn=forward,
+        prepare_model_inputs_fn=trained_positions,
+        adapter_name=ADAPTER,
+        show_progress_bar=False,
+    )
+
+
+def _restart_magnitudes(model: Any) -> None:
+    """DoRA's magnitudes as its forward pass computes norms, so that their quotient is exactly 1 at step 0."""
+    for layer in model.modules():
+        magnitudes = getattr(layer, "lora_magnitude_vector", None)
+        if not magnitudes or ADAPTER not in magnitudes:
+            continue
+        magnitude = magnitudes[ADAPTER]
+        magnitude.update_layer(
+            base_layer=layer.get_base_layer(),
+            lora_A=layer.lora_A[ADAPTER].weight.detach(),
+            lora_B=layer.lora_B[ADAPTER].weight.detach(),
+            scaling=layer.scaling[ADAPTER],
+        )
+        magnitude.weight.data = magnitude.weight.data.float()
+
+
+def _check_layers(model: Any) -> None:
+    """peft attaches a plain layer to a 4-bit one in silence when it does not know that the model is in 4 bit."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.bnb import Linear4bit
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and type(layer.get_base_layer()).__name__ == "Linear4bit":
+            assert isinstance(layer, Linear4bit), f"{name}: a plain adapter on a 4-bit layer"

@@ -1,0 +1,227 @@
+"""What a base will look like in memory, before a byte of its weights is read.
+
+The model is built with its parameters on `meta` and its buffers real (transformers computes `inv_freq`, `embed_scale`
+and their like in the constructor; on `meta` they would be lost). Beside it stands, for each parameter, the name of the
+tensor in the checkpoint that fills it, by transformers' own table of renamings. The text part of a multimodal checkpoint
+is taken by itself, as the causal model of its `text_config`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.errors import ModelError
+from qlora.model import attention as our_attention
+from qlora.model.hub import BaseFolder
+from qlora.model.tensors import TensorEntry, read_tensor
+
+# Subclasses of nn.Linear that compute the same, so that a 4-bit layer may take their place.
+PLAIN_LINEARS = ("Linear", "FalconLinear")
+
+# How multimodal checkpoints call their text part, from transformers 4.50 on and before.
+_TEXT_PREFIXES = (
+    (re.compile(r"^model\.language_model\.(?:model\.)?"), "model."),
+    (re.compile(r"^language_model\.(?:model\.)?model\."), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^model\.text_model\."), "model."),
+)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """`model` without weights; `sources` from parameter (or stored buffer) to checkpoint name; `skipped` are not used.
+
+    `attention` is what the model was built with; `skipped` leaves out companions of 4-bit weights.
+    """
+
+    model: Any
+    sources: Mapping[str, str]
+    skipped: tuple[str, ...]
+    attention: str
+
+
+def draw(base: BaseFolder, attention: str = "auto") -> Blueprint:
+    """The blueprint of `base` with `attention` "auto", "sdpa" or "eager".
+
+    Raises ModelError when transformers cannot build the model, when a parameter has no tensor of its shape, or when the
+    weights are of a kind that 4-bit layers cannot hold.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        text = config.get_text_config(decoder=True)
+        if config.tie_word_embeddings and "lm_head.weight" not in _text_names(base.tensors, text is not config):
+            text.tie_word_embeddings = True
+        chosen = _choose_attention(text, attention, base.name)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                text, dtype=torch.bfloat16, attn_implementation=chosen, trust_remote_code=False
+            )
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        what = f"{base.name}: transformers cannot build this model ({reason})"
+        raise ModelError(what, "check config.json, or use another copy or another model") from error
+    _untie_if_stored_apart(base, text, model)
+    _check_layers(model, base.name)
+    sources, skipped = _match(base, model, text is not config)
+    return Blueprint(model, sources, skipped, chosen)
+
+
+def parameter_sources(base: BaseFolder) -> Mapping[str, str]:
+    """Name in the causal (text) model to name in the checkpoint, for every parameter and buffer that is stored."""
+    return draw(base).sources
+
+
+def head_of(model: Any) -> Any:
+    """The output layer, which is never quantized nor adapted by "all-linear"."""
+    return model.get_output_embeddings()
+
+
+def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear layer but the head, by name: what is held in 4 bit, and what "all-linear" means."""
+    head = head_of(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and _is_plain(module):
+            yield name, module
+
+
+def quantized_modules(base: BaseFolder) -> frozenset[str]:
+    """The layers that are held in 4 bit when `base` is loaded so, by their name in the causal model."""
+    blueprint = draw(base)
+    names = frozenset(name for name, _ in linear_layers(blueprint.model))
+    if not base.stored_4bit:
+        return names
+    return frozenset(name for name in names if is_stored_4bit(base, blueprint.sources[f"{name}.weight"]))
+
+
+def is_stored_4bit(base: BaseFolder, tensor: str) -> bool:
+    """Whether the checkpoint's `tensor` is bitsandbytes' packed 4-bit data."""
+    return any(f"{tensor}.quant_state.bitsandbytes__{kind}" in base.tensors for kind in ("nf4", "fp4"))
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    return any(kind.__name__ in (*PLAIN_LINEARS, "Linear4bit") for kind in type(module).__mro__[:1])
+
+
+def _choose_attention(text: Any, wanted: str, name: str) -> str:
+    """The attention function's name; eager where sdpa cannot compute what the model needs."""
+    from transformers import AutoModelForCausalLM
+
+    ours = our_attention.register()
+    model_class = AutoModelForCausalLM._model_mapping[type(text)]
+    lack = None
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        lack = "it caps attention scores, which sdpa does not"
+    elif not getattr(model_class, "_supports_sdpa", False):
+        lack = "transformers has no sdpa for it"
+    if wanted == "sdpa" and lack:
+        raise ModelError(f'model.attention = "sdpa" is not possible for {name}: {lack}', 'use "auto" or "eager"')
+    return "eager" if wanted == "eager" or lack else ours
+
+
+def _text_names(names: Mapping[str, TensorEntry], multimodal: bool) -> dict[str, str]:
+    """Name in the text model to name in the checkpoint, before transformers' own renamings."""
+    if not multimodal:
+        return {name: name for name in names}
+    found = {}
+    for name in names:
+        plain = name
+        for pattern, prefix in _TEXT_PREFIXES:
+            plain, count = pattern.subn(prefix, name)
+            if count:
+                break
+        found[plain] = name
+    return found
+
+
+def _match(base: BaseFolder, model: Any, multimodal: bool) -> tuple[dict[str, str], tuple[str, ...]]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [step for step in mapping if isinstance(step, WeightConverter)]
+    renamings = [step for step in mapping if not isinstance(step, WeightConverter)]
+    wanted = model.state_dict()
+    sources: dict[str, str] = {}
+    skipped = []
+    for plain, name in _text_names(base.tensors, multimodal).items():
+        if _is_companion(name, base):
+            continue
+        target, converted = rename_source_key(plain, renamings, converters, model.base_model_prefix, wanted)
+        if converted is not None and target in wanted:
+            what = f"{base.name}: {name} is stored in another layout than the model computes with"
+            raise ModelError(what, "this model is not supported yet; use another one")
+        if target not in wanted:
+            skipped.append(name)
+        elif target in sources:
+            raise ModelError(f"{base.name}: {name} and {sources[target]} are the same parameter", "get a clean copy")
+        else:
+            _check_shape(base, name, target, tuple(wanted[target].shape))
+            sources[target] = name
+    tied = model.all_tied_weights_keys
+    for target in [name for name in sources if name in tied]:
+        skipped.append(sources.pop(target))
+    missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in {*sources, *tied}]
+    if missing:
+        what = f"{base.name}: {len(missing)} of its tensors are missing, the first is {missing[0]}"
+        raise ModelError(what, "download the model again; a base without its head cannot be trained here")
+    return sources, tuple(sorted(skipped))
+
+
+def _is_companion(name: str, base: BaseFolder) -> bool:
+    """Whether a tensor is part of a stored 4-bit weight: `X.weight.absmax` and its like."""
+    owner, _, rest = name.partition(".weight.")
+    return bool(rest) and is_stored_4bit(base, f"{owner}.weight")
+
+
+def _check_shape(base: BaseFolder, name: str, target: str, shape: tuple[int, ...]) -> None:
+    stored = base.tensors[name].shape
+    if stored != shape and not is_stored_4bit(base, name):
+        what = f"{base.name}: {name} is {list(stored)}, but the configuration makes {target} {list(shape)}"
+        raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+
+
+def _untie_if_stored_apart(base: BaseFolder, text: Any, model: Any) -> None:
+    """A checkpoint may hold head and embeddings apart though its configuration ties them: the weights decide."""
+    names = _text_names(base.tensors, multimodal=True)
+    head, embeddings = names.get("lm_head.weight"), names.get("model.embed_tokens.weight")
+    if "lm_head.weight" not in model.all_tied_weights_keys or head is None or embeddings is None:
+        return
+    one, other = base.tensors[head], base.tensors[embeddings]
+    rows = one.shape[0]
+    same = (one.dtype, one.shape) == (other.dtype, other.shape) and all(
+        torch.equal(read_tensor(one, (at, min(rows, at + 4096))), read_tensor(other, (at, min(rows, at + 4096))))
+        for at in range(0, rows, 4096)
+    )
+    if not same:
+        text.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _check_layers(model: Any, name: str) -> None:
+    """Refuses models whose weights lie where 4-bit layers and adapters do not reach."""
+    from transformers.pytorch_utils import Conv1D
+
+    if head_of(model) is None:
+        raise ModelError(f"{name}: {type(model).__name__} has no output layer", "use a causal language model")
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        what = f"{name}: {type(model).__name__} keeps its layers transposed (Conv1D), which 4-bit layers do not"
+        raise ModelError(what, "use a model of this decade, such as SmolLM2-135M")
+    experts = [
+        parameter for key, parameter in model.named_parameters() if parameter.ndim == 3 and re.search("expert|moe", key)
+    ]
+    if experts:
+        gib = sum(parameter.numel() for parameter in experts) * 2 / 2**30
+        what = f"{name}: its fused experts ({gib:.2f} GiB in 16 bit) cannot be held in 4 bit yet"
+        raise ModelError(what, "use a dense model of the size you need")
+    if next(linear_layers(model), None) is None:
+        raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", "use another model")

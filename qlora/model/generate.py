@@ -1,0 +1,96 @@
+"""Greedy answers, several at a time: for samples, exact match, chat and the verification of exports.
+
+Prompts are padded on the left, so that every row's next token stands in the last column; each row has its own positions,
+and a row is computed as it would be alone. The loop is ours because it must leave no trace: no configuration is written,
+no random number drawn, and the model's training flags are given back as they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def greedy(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    end_token_ids: Collection[int],
+    max_new_tokens: int,
+    pad_id: int,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, up to (and without) the first of `end_token_ids`.
+
+    `pad_id` fills unused positions and may be any token: it is never attended to. Prompts of similar length share a
+    batch; the answers come back in the order of the prompts.
+    """
+    if not all(prompts):
+        raise ValueError("a prompt without tokens")
+    answers: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    with _evaluating(model), torch.no_grad():
+        for start in range(0, len(by_length), batch_size):
+            chosen = by_length[start : start + batch_size]
+            batch = _answer(model, [prompts[index] for index in chosen], set(end_token_ids), max_new_tokens, pad_id)
+            for index, answer in zip(chosen, batch, strict=True):
+                answers[index] = answer
+    return answers
+
+
+def _answer(
+    model: Any, prompts: list[Sequence[int]], ends: set[int], max_new_tokens: int, pad_id: int
+) -> list[list[int]]:
+    """One batch. B prompts, S the longest of them; the mask grows by a column a token."""
+    device = model.get_input_embeddings().weight.device
+    longest = max(map(len, prompts))
+    ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
+    last_only = _last_logits_only(model)
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = [True] * len(prompts)
+    cache = None
+    for _ in range(max_new_tokens):
+        output = model(
+            input_ids=ids_BS,
+            attention_mask=mask_BS,
+            position_ids=position_ids_BS,
+            past_key_values=cache,
+            use_cache=True,
+            **last_only,
+        )
+        cache = output.past_key_values
+        next_B: Tensor = output.logits[:, -1].argmax(dim=-1)
+        for row, token in enumerate(next_B.tolist()):
+            running[row] = running[row] and token not in ends
+            if running[row]:
+                answers[row].append(token)
+        if not any(running):
+            break
+        ids_BS = next_B[:, None]
+        mask_BS = torch.cat((mask_BS, mask_BS.new_ones(len(prompts), 1)), dim=1)
+        position_ids_BS = position_ids_BS[:, -1:] + 1
+    return answers
+
+
+def _last_logits_only(model: Any) -> dict[str, int]:
+    """Asks for the last position's logits where the model can: all of a long prompt's would be gigabytes."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for the block; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,320 @@
+"""A hub name or a folder becomes a checked local folder. The only user of the network.
+
+What is refused is refused here, from `config.json` and the headers of the weights, before any weight is read (and, for
+a hub name, before any is downloaded): pickles, weights that another tool has quantized, fused experts, models that are
+not causal, and configurations that try to choose code. A hub revision is resolved to a commit first, so that a run can
+be repeated; what is already in the hub's cache serves when the network does not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from qlora.disk import sha256_text
+from qlora.errors import ModelError
+from qlora.events import Notice, Progress, Sink
+from qlora.model.tensors import FLOAT_DTYPES, PICKLE_ENDINGS, TensorEntry, find_tensors, load_json
+
+__all__ = ["BaseFolder", "TensorEntry", "resolve"]
+
+# Everything a base needs and nothing that could run.
+SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "tekken.json", "*.tiktoken")
+WEIGHT_FILES = ("model.safetensors", "model-*.safetensors")
+MAX_CONFIG_BYTES = 10_000_000
+
+# Keys by which a configuration has chosen code (CVE-2026-4372, CVE-2026-5241, CVE-2025-23304).
+FORBIDDEN_KEYS = ("trust_remote_code", "_target_", "_attn_implementation_internal", "_experts_implementation_internal")
+CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.")
+_NAME_THE_ORIGINAL = "name the original model, with 16-bit weights: it is quantized while it is loaded"
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A base whose files have been checked.
+
+    name         as the recipe says it
+    commit       the hub's commit, None for a folder
+    config       config.json
+    tensors      every tensor of the checkpoint by its name there
+    fingerprint  sha256 of config, tensor names, dtypes, shapes and file sizes: cheap, and other weights rarely share it
+    """
+
+    path: Path
+    name: str
+    commit: str | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    fingerprint: str
+
+    @property
+    def stored_4bit(self) -> bool:
+        """Whether bitsandbytes' 4-bit weights are stored in it."""
+        return any(".quant_state.bitsandbytes__" in name for name in self.tensors)
+
+
+def resolve(base: str, revision: str, sink: Sink) -> BaseFolder:
+    """The checked folder of `base`: an absolute path, or a hub name (`owner/name`) at `revision`.
+
+    Raises ModelError for whatever keeps it from being a base to train on.
+    """
+    place = Path(base).expanduser()
+    if place.is_absolute():
+        if not place.is_dir():
+            raise ModelError(f"model.base: there is no folder {place}", "correct model.base, or give a hub name")
+        return _check_folder(place, base, None, sink)
+    if not _HUB_NAME.fullmatch(base) or ".." in base:
+        what = f"model.base: {base!r} is neither a folder nor a hub name (owner/name)"
+        raise ModelError(what, "give the folder's path, or a name as it stands on huggingface.co")
+    folder, commit = _download(base, revision, sink)
+    return _check_folder(folder, base, commit, sink)
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError when a model with this configuration cannot be trained here, and says why."""
+    for key, _ in _walk(config):
+        if key in FORBIDDEN_KEYS:
+            what = f"{where}: the configuration holds {key!r}, which chooses code to run"
+            raise ModelError(what, "do not use this copy; get the model from its original publisher")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING_NAMES:
+        own_code = "; the code in its folder (auto_map) is never run" if "auto_map" in config else ""
+        what = f"{where}: model_type {model_type!r} is not known to the installed transformers{own_code}"
+        raise ModelError(what, "use a model that transformers supports by itself, or a newer transformers")
+    _check_quantization(config, where)
+    text = _text_section(config)
+    if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
+        what = f"{where}: {model_type} is an encoder-decoder, not a causal language model"
+        raise ModelError(what, "use a decoder-only model, such as Llama, Qwen, Gemma or Mistral")
+    kinds = [str(kind) for kind in config.get("architectures") or ()]
+    causal = not kinds or any(kind.endswith(CAUSAL_ENDINGS) for kind in kinds)
+    if not causal or text.get("model_type", model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        what = f"{where}: {kinds[0] if kinds else model_type} is not a causal language model"
+        raise ModelError(what, "use a model that predicts the next token (…ForCausalLM)")
+
+
+def _check_quantization(config: Mapping[str, Any], where: str) -> None:
+    stored = config.get("quantization_config") or _text_section(config).get("quantization_config")
+    if not stored:
+        return
+    method = str(stored.get("quant_method", "bitsandbytes")) if isinstance(stored, dict) else str(stored)
+    if method == "bitsandbytes" and isinstance(stored, dict) and stored.get("load_in_4bit"):
+        return
+    if method == "bitsandbytes":
+        method = "bitsandbytes 8-bit"
+    raise ModelError(f"{where}: its weights are already quantized ({method})", _NAME_THE_ORIGINAL)
+
+
+def _check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> BaseFolder:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        what = f"{name}: is an adapter, not a base" if adapter else f"{name}: there is no config.json in it"
+        raise ModelError(what, "name the folder or hub model that holds the whole base")
+    if config_file.stat().st_size > MAX_CONFIG_BYTES:
+        raise ModelError(f"{config_file}: {config_file.stat().st_size:,} bytes", "get a clean copy of the model")
+    config = load_json(config_file)
+    check_config(config, name)
+    tensors = find_tensors(folder)
+    _check_tensors(tensors, name)
+    if "auto_map" in config:
+        sink.emit(Notice("model", f"{name} carries its own code; it is never run, transformers' own model is used"))
+    sizes = sorted({(entry.file.name, entry.file.stat().st_size) for entry in tensors.values()})
+    fingerprint = sha256_text(
+        json.dumps(config, sort_keys=True),
+        json.dumps([(key, entry.dtype, entry.shape) for key, entry in tensors.items()]),
+        json.dumps(sizes),
+    )
+    return BaseFolder(folder, name, commit, config, tensors, fingerprint)
+
+
+def _check_tensors(tensors: Mapping[str, TensorEntry], where: str) -> None:
+    if experts := [entry for key, entry in tensors.items() if _EXPERTS.search(key)]:
+        raise _experts_error(where, sum(entry.numel for entry in experts))
+    for name, entry in tensors.items():
+        if entry.dtype.startswith("F8") or entry.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
+            raise ModelError(f"{where}: {name} is stored in {entry.dtype}", _NAME_THE_ORIGINAL)
+        if name.endswith((".qweight", ".weight_packed", ".g_idx", ".qzeros", ".SCB")):
+            raise ModelError(f"{where}: its weights are already quantized ({name})", _NAME_THE_ORIGINAL)
+        if name.endswith(".weight") and entry.dtype not in (*FLOAT_DTYPES, "U8"):
+            raise ModelError(f"{where}: {name} is stored in {entry.dtype}", _NAME_THE_ORIGINAL)
+
+
+def _experts_error(where: str, values: int) -> ModelError:
+    what = (
+        f"{where}: a mixture of experts; its fused experts ({values * 2 / 2**30:.2f} GiB in 16 bit) "
+        "cannot be held in 4 bit yet"
+    )
+    return ModelError(what, "use a dense model of the size you need")
+
+
+def _text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a JSON value at any depth. Not recursive: depth is the file's choice."""
+    waiting = [value]
+    while waiting:
+        current = waiting.pop()
+        if isinstance(current, dict):
+            yield from current.items()
+            waiting.extend(current.values())
+        elif isinstance(current, list):
+            waiting.extend(current)
+
+
+def _download(name: str, revision: str, sink: Sink) -> tuple[Path, str]:
+    """The snapshot's folder and commit. Small files first: most refusals need no weights."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        info = hub.HfApi().model_info(name, revision=revision, files_metadata=True)
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status < 500:
+            raise _refused(name, revision, error) from None
+        return _cached(name, revision, sink, f"the hub answers {status}")
+    except (OfflineModeIsEnabled, OSError, *_transport_errors()):
+        return _cached(name, revision, sink, "the hub cannot be reached")
+    commit = str(info.sha)
+    files = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    fetch = _fetcher(name, commit, sink)
+    small = _matching(files, SMALL_FILES)
+    if "config.json" not in small:
+        raise ModelError(f"{name}: there is no config.json in it", "name a repository that holds a model")
+    folder = Path(fetch("config.json")).parent
+    check_config(load_json(folder / "config.json"), name)
+    weights = _matching(files, WEIGHT_FILES)
+    if not weights:
+        pickles = [file for file in files if file.endswith(PICKLE_ENDINGS)]
+        why = f"has its weights as pickle only ({pickles[0]}), which can run code" if pickles else "has no safetensors"
+        raise ModelError(f"{name}: {why}", "use a repository or revision with safetensors weights")
+    if "model.safetensors" in weights:
+        weights = {"model.safetensors": weights["model.safetensors"]}
+    for file in small:
+        fetch(file)
+    _refuse_experts(name, commit, folder)
+    total = sum(weights.values())
+    done = 0
+    for file, file_bytes in weights.items():
+        fetch(file, lambda read, base=done: sink.emit(Progress("download", min(total, base + read), total, "B")))
+        done += file_bytes
+    return folder, commit
+
+
+def _fetcher(name: str, commit: str, sink: Sink) -> Callable[..., str]:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def fetch(file: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+        try:
+            return hub.hf_hub_download(name, file, revision=commit, tqdm_class=_bar(on_bytes))
+        except HfHubHTTPError as error:
+            raise _refused(name, commit, error) from None
+        except (OSError, *_transport_errors()) as error:
+            what = f"{name}: {file} could not be downloaded ({type(error).__name__})"
+            raise ModelError(what, "check network and free disk, then run again: what has arrived is kept") from None
+
+    return fetch
+
+
+def _bar(on_bytes: Callable[[int], None]) -> type:
+    """A progress bar class that draws nothing and tells how many bytes of a file have arrived."""
+    from huggingface_hub.utils.tqdm import silent_tqdm
+
+    class Bar(silent_tqdm):  # type: ignore[misc, unused-ignore]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.n = int(kwargs.get("initial") or 0)
+            self.total = kwargs.get("total")
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            on_bytes(self.n)
+
+        def refresh(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+        def set_description(self, *_: Any, **__: Any) -> None:
+            pass
+
+    return Bar
+
+
+def _cached(name: str, revision: str, sink: Sink, why: str) -> tuple[Path, str]:
+    """The snapshot that an earlier run left in the hub's cache."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = hub.snapshot_download(
+            name, revision=revision, local_files_only=True, allow_patterns=[*SMALL_FILES, *WEIGHT_FILES]
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        what = f"{name}: {why}, and revision {revision} is not in the cache"
+        raise ModelError(what, "connect once to download it, or name a local folder") from None
+    folder = Path(found)
+    sink.emit(Notice("model", f"{why}: {name} is taken from the cache, commit {folder.name}"))
+    return folder, folder.name
+
+
+def _refuse_experts(name: str, commit: str, folder: Path) -> None:
+    """Refuses fused experts by the index, before the weights are downloaded; asks the hub for their headers' sizes."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file() or not any(_EXPERTS.search(key) for key in load_json(index).get("weight_map") or ()):
+        return
+    import huggingface_hub as hub
+
+    metadata = hub.get_safetensors_metadata(name, revision=commit)
+    values = sum(
+        tensor.parameter_count
+        for file in metadata.files_metadata.values()
+        for key, tensor in file.tensors.items()
+        if _EXPERTS.search(key)
+    )
+    raise _experts_error(name, values)
+
+
+def _refused(name: str, revision: str, error: Exception) -> ModelError:
+    """The hub's refusal in our words: its own messages may carry addresses and headers."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        what = f"{name}: its publisher asks you to accept a licence first"
+        return ModelError(what, f"accept it on https://huggingface.co/{name}, then run: hf auth login")
+    if isinstance(error, RevisionNotFoundError):
+        return ModelError(f"{name}: there is no revision {revision!r}", "correct model.revision (main is usual)")
+    if isinstance(error, RepositoryNotFoundError):
+        what = f"{name}: the hub has no such model, or it is private"
+        return ModelError(what, "check the spelling; for a private model run: hf auth login")
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", "no status")
+    return ModelError(f"{name}: the hub refuses it ({status})", "try again later, or check your token with: hf auth whoami")
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's HTTP client raises when there is no connection: it is not an OSError."""
+    import httpx
+
+    return (httpx.TransportError,)
+
+
+def _matching(files: Mapping[str, int], patterns: tuple[str, ...]) -> dict[str, int]:
+    """The files of the top folder that match, sorted."""
+    return {file: files[file] for file in sorted(files) if "/" not in file and any(fnmatch(file, p) for p in patterns)}
