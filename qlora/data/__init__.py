@@ -1,0 +1,1 @@
+"""Data: rows of files become conversations, tokens with a mask, packs, and an order."""

@@ -1,0 +1,293 @@
+"""Conversations to tokens, with the weight of each token as a target.
+
+The rendered text is the truth: a conversation is rendered whole by the base's own chat template, tokenized once, and
+each answer is then found in that text. Where it begins comes from the template's `{% generation %}` marks, else
+from the prompt that a server would send at that point (rendered with `add_generation_prompt`). Some templates rewrite
+the history (Mistral's move the system prompt, Qwen3's drop old reasoning), so that this prompt is no beginning of the
+text: then its last message is looked for, else the answer is replaced by a placeholder. An answer ends with the
+template's end-of-turn token, which is trained; the newline after it is not.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora.data.formats import Conversation, Message, RowError
+from qlora.data.template import PLACEHOLDERS, ChatTemplate
+from qlora.errors import TokenizerError
+from qlora.events import Notice, Sink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Token ids of a row, and the weight of each token AS A TARGET (not shifted). 0.0 is not trained."""
+
+    input_ids: list[int]
+    loss_weights: list[float]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant's turn in the rendered text, in characters.
+
+    `limit`: where the next one begins; nothing of this one lies there. `end`: where a generation mark closes.
+    """
+
+    message: int
+    start: int
+    limit: int
+    end: int | None
+    trained: bool
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    conversation: Conversation
+    text: str
+    turns: tuple[_Turn, ...]
+
+
+class ChatTokenizer:
+    """A base's tokenizer and chat template, ready to turn conversations into rows and prompts.
+
+    `loss_on`: "assistant" trains the answers, "all" every token but the first. `end_token_ids`: what ends an answer.
+    Raises TokenizerError when no token ends an answer, when the tokenizer is no fast one (offsets are needed), or
+    when the template cannot render even one question and answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, sink: Sink) -> None:
+        if not tokenizer.is_fast:
+            raise TokenizerError(
+                "the base has no fast tokenizer, so that answers cannot be found exact to the token",
+                "use a base with a tokenizer.json",
+            )
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        self.lost_reasoning = 0  # trained answers whose reasoning the template left out of the history
+        self._sink = sink
+        self._chat_template = ChatTemplate(tokenizer, sink)
+        end_ids = tokenizer.convert_tokens_to_ids(self._chat_template.end_tokens)
+        self.end_token_ids: tuple[int, ...] = tuple(end_ids)
+        pad = tokenizer.pad_token_id
+        self.pad_id = self.end_token_ids[-1] if pad is None else int(pad)  # pads are masked by place, never by id
+        self._adds_bos = _adds_bos(tokenizer)
+        self._told_of_tools = False
+
+    @property
+    def template(self) -> str | None:
+        """The template in use, to be saved with the adapter."""
+        return self._chat_template.text
+
+    @property
+    def templates(self) -> tuple[str, str]:
+        """The templates for conversations without and with tools: what a cache of tokens depends on."""
+        return self._chat_template.texts[False], self._chat_template.texts[True]
+
+    def encode(self, conversation: Conversation) -> TokenRow:
+        """Tokens and mask of one conversation. Raises RowError."""
+        row = self.encode_many([conversation])[0]
+        if isinstance(row, RowError):
+            raise row
+        return row
+
+    def encode_many(self, conversations: Sequence[Conversation]) -> list[TokenRow | RowError]:
+        """As `encode`, many at once (several times faster); in a bad row's place stands its RowError."""
+        rendered = [self._rendered_or_error(conversation) for conversation in conversations]
+        texts = [row.text for row in rendered if isinstance(row, _Rendered)]
+        tokens = self._tokenize(texts)
+        rows: list[TokenRow | RowError] = []
+        for row in rendered:
+            try:
+                rows.append(row if isinstance(row, RowError) else self._row(row, *next(tokens)))
+            except RowError as error:
+                rows.append(error)
+        return rows
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> list[int]:
+        """Tokens of a conversation that the assistant is to continue. Raises RowError."""
+        text = self._chat_template.render(messages, tools, add_generation_prompt=True)
+        ids, _ = next(self._tokenize([text]))
+        return self._with_one_bos(ids, [0.0] * len(ids))[0]
+
+    # --- where the answers are ----------------------------------------------------------------------------------
+
+    def _rendered_or_error(self, conversation: Conversation) -> _Rendered | RowError:
+        try:
+            if conversation.text is not None:
+                return _Rendered(conversation, conversation.text, ())
+            self._check(conversation)
+            return self._locate(conversation)
+        except RowError as error:
+            return error
+
+    def _check(self, conversation: Conversation) -> None:
+        """Raise RowError for what the template would drop in silence, and for an answer that would end too early."""
+        template = self._chat_template
+        if conversation.tools and not template.writes_tools and not self._told_of_tools:
+            self._told_of_tools = True
+            self._sink.emit(Notice("tools", "the chat template does not show the model its tools: they are left out"))
+        for message in conversation.messages:
+            if "tool_calls" in message and not template.writes_calls:
+                raise RowError("the chat template of this base does not write tool calls")
+            if message["role"] == "tool" and not template.writes_results:
+                raise RowError("the chat template of this base does not write tool results")
+            if message["role"] == "assistant" and message.get("train", True):
+                said = (message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", "")))
+                for token in template.end_tokens:
+                    if any(token in text for text in said):
+                        raise RowError(f"an answer contains {token}, which ends a turn for this base: take it out")
+
+    def _locate(self, conversation: Conversation) -> _Rendered:
+        messages, tools = conversation.messages, conversation.tools
+        if self.loss_on == "all":
+            return _Rendered(conversation, self._chat_template.render(messages, tools), ())
+        text, marks = self._chat_template.render_marked(messages, tools)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [bool(messages[number].get("train", True)) for number in answers]
+        ends: list[int | None] = [None] * len(answers)
+        if marks and len(marks) == len(answers):
+            starts, ends = [start for start, _ in marks], [end for _, end in marks]
+        elif marks and all(trained):
+            # The template marks an answer's parts one by one: then marks and messages have no common numbers.
+            starts, ends = [start for start, _ in marks], [end for _, end in marks]
+            answers, trained = [answers[-1]] * len(marks), [True] * len(marks)
+        else:
+            starts = []
+            for number in answers:
+                starts.append(self._start(conversation, text, number, starts[-1] if starts else 0))
+        limits = [*starts[1:], len(text)]
+        if any(start > limit for start, limit in zip(starts, limits, strict=True)):
+            raise RowError("the answers cannot be told apart in the rendered text")
+        return _Rendered(conversation, text, tuple(map(_Turn, answers, starts, limits, ends, trained)))
+
+    def _start(self, conversation: Conversation, text: str, number: int, previous_start: int) -> int:
+        """Where answer `number` begins: after the prompt that a server would send for it."""
+        before = conversation.messages[:number]
+        try:
+            prompt = self._chat_template.render(before, conversation.tools, add_generation_prompt=True)
+        except RowError:
+            prompt = ""  # the template wants more messages than these
+        if prompt and text.startswith(prompt):
+            return len(prompt)
+        last_said = before[-1]["content"].strip() if before else ""
+        if last_said and (place := prompt.rfind(last_said)) >= 0:
+            tail = prompt[place:]
+            if (place := text.find(tail, previous_start)) >= 0:
+                return place + len(tail)
+        return self._span_by_replacing(conversation, text, number)[0]
+
+    def _span_by_replacing(self, conversation: Conversation, text: str, number: int) -> tuple[int, int]:
+        """Characters of answer `number`, from rendering the conversation with a placeholder in its place."""
+        answer = conversation.messages[number]
+        placeholder = next(p for p in PLACEHOLDERS if p[0] != answer["content"][:1])
+        stand_in = {"role": "assistant", "content": placeholder}
+        messages = [stand_in if at == number else message for at, message in enumerate(conversation.messages)]
+        other = self._chat_template.render(messages, conversation.tools)
+        before, found, after = other.partition(placeholder)
+        if not found or not text.startswith(before) or not text.endswith(after) or placeholder in after:
+            raise RowError(f"answer {number} is not found in the rendered text: the chat template rewrites it")
+        return len(before), len(text) - len(after)
+
+    # --- tokens -------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids and character offsets of each text, without the tokenizer's own BOS and EOS."""
+        if texts:
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    def _row(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> TokenRow:
+        if rendered.conversation.text is not None:
+            eos = self.tokenizer.eos_token_id
+            ids = [*ids, self.end_token_ids[0] if eos is None else eos]
+            weights = [1.0] * len(ids)
+        elif self.loss_on == "all":
+            ids = [*ids] if self._chat_template.writes_end else [*ids, self.end_token_ids[0]]
+            weights = [1.0] * len(ids)
+        else:
+            ids, weights = self._weigh(rendered, ids, offsets)
+        ids, weights = self._with_one_bos(ids, weights)
+        if not any(weights):
+            raise RowError("no token of it would be trained: it has no trained assistant message")
+        return TokenRow(ids, weights)
+
+    def _weigh(
+        self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> tuple[list[int], list[float]]:
+        """Weights of the tokens; and an end token after the last answer where the template writes none."""
+        ends = [end for _, end in offsets]
+        # Tokenizers that trim offsets leave a token of spaces no width, at its end: it begins where the last one ended.
+        begins = [begin if begin < end or not at else ends[at - 1] for at, (begin, end) in enumerate(offsets)]
+        weights = [0.0] * len(ids)
+        open_end = None
+        for turn in rendered.turns:
+            if not turn.trained:
+                continue
+            first = bisect_right(ends, turn.start)
+            stop = self._end_token(rendered.text, turn, ids[first : bisect_left(begins, turn.limit)], begins[first:])
+            if stop is None:
+                open_end = self._open_end(rendered, turn)
+                until = bisect_left(begins, open_end)
+            else:
+                open_end, until = None, first + stop + 1
+            weights[first:until] = [1.0] * (until - first)
+            for at in {first, until - 1} if first < until else ():
+                if not _belongs(rendered.text, (begins[at], ends[at]), turn.start, open_end):
+                    weights[at] = 0.0
+            self._count_reasoning(rendered, turn)
+        if open_end is not None and not rendered.text[open_end:].strip():
+            until = bisect_left(begins, open_end)
+            return [*ids[:until], self.end_token_ids[0]], [*weights[:until], 1.0]
+        return ids, weights
+
+    def _end_token(self, text: str, turn: _Turn, ids: list[int], begins: list[int]) -> int | None:
+        """Number of the token among `ids` that ends the turn; with a mark it stands in it or right behind it."""
+        for number, token in enumerate(ids):
+            if token in self.end_token_ids:
+                behind = turn.end is not None and text[turn.end : begins[number]].strip()
+                return None if behind else number
+        return None
+
+    def _open_end(self, rendered: _Rendered, turn: _Turn) -> int:
+        """Where a turn ends that no token ends."""
+        if turn.end is None:
+            return self._span_by_replacing(rendered.conversation, rendered.text, turn.message)[1]
+        return turn.start + len(rendered.text[turn.start : turn.end].rstrip())
+
+    def _count_reasoning(self, rendered: _Rendered, turn: _Turn) -> None:
+        reasoning = rendered.conversation.messages[turn.message].get("reasoning_content", "").strip()
+        if reasoning not in rendered.text[turn.start : turn.limit]:
+            self.lost_reasoning += 1
+
+    def _with_one_bos(self, ids: list[int], weights: list[float]) -> tuple[list[int], list[float]]:
+        """One BOS where the template or the tokenizer puts any; no weight on a first token: nothing predicts it."""
+        bos = self.tokenizer.bos_token_id
+        given = 0
+        while given < len(ids) and ids[given] == bos:
+            given += 1
+        if bos is not None and (given or self._adds_bos):
+            return [bos, *ids[given:]], [0.0, *weights[given:]]
+        return ids, [0.0, *weights[1:]] if weights else []
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a BOS before a text of its own accord."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
+
+
+def _belongs(text: str, token: tuple[int, int], start: int, end: int | None) -> bool:
+    """Whether a token on the border of an answer (`end` None: its end token is the border) is part of it.
+
+    A token that reaches over the border must carry visible text of the answer: a newline of the header that the
+    tokenizer joined with one of the answer is the prompt's.
+    """
+    begin, stop = token
+    inside = begin >= start and (end is None or stop <= end)
+    return inside or bool(text[max(begin, start) : stop if end is None else min(stop, end)].strip())

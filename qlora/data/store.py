@@ -1,0 +1,192 @@
+"""Tokenized rows on the disk: one Arrow file, memory-mapped, so that millions of rows take no RAM.
+
+`RowWriter` appends batches while rows are tokenized; `open_rows` maps the finished file through `datasets`.
+A `PreparedSplit` is a choice of its rows: what the trainer, the evaluation and the self-check read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, overload
+
+from qlora.data.chat import TokenRow
+from qlora.data.formats import Conversation, Message
+
+_DIGEST_BYTES = 16
+
+
+class Prompt(NamedTuple):
+    """What an answer is generated from, and the answer that the row gives."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    expected: str
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """Rows to train on or to evaluate on.
+
+    rows      random access to TokenRow; read from the disk, so look at `lengths` and `trained` where these are enough
+    lengths   tokens of each row
+    trained   trained tokens of each row
+    wheres    `file:line` of each row
+    sources   index of the row's source in [[data.train]] or [[data.eval]]
+    prompts   JSON of each row's Prompt, "" for a row without a last answer in words
+    """
+
+    rows: Sequence[TokenRow]
+    lengths: Sequence[int]
+    trained: Sequence[int]
+    wheres: Sequence[str]
+    sources: Sequence[int]
+    prompts: Sequence[str] = ()
+
+    def prompt(self, index: int) -> Prompt | None:
+        """The row's last answer and what comes before it; None where there is none in words."""
+        text = self.prompts[index] if self.prompts else ""
+        return Prompt(**json.loads(text)) if text else None
+
+
+class RowWriter:
+    """Writes rows into an Arrow stream, a batch at a time. A context manager: the file is whole when it closes."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        text, number = pyarrow.string(), pyarrow.int32()
+        self._schema = pyarrow.schema(
+            {
+                "input_ids": pyarrow.list_(number),
+                "loss_weights": pyarrow.list_(pyarrow.float32()),
+                "length": number,
+                "trained": number,
+                "source": number,
+                "where": text,
+                "prompt": pyarrow.large_string(),
+                "digest": pyarrow.binary(_DIGEST_BYTES),
+            }
+        )
+        self._path = path
+        self._content = hashlib.sha256()
+
+    def __enter__(self) -> RowWriter:
+        import pyarrow
+
+        self._stream = pyarrow.ipc.new_stream(str(self._path), self._schema)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def write(self, batch: Sequence[tuple[TokenRow, Conversation, str, int]]) -> None:
+        """Append (row, its conversation, its `file:line`, index of its source)."""
+        import pyarrow
+
+        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        for row, conversation, where, source in batch:
+            tokens = array("q", row.input_ids).tobytes()
+            self._content.update(len(tokens).to_bytes(8, "little") + tokens + array("f", row.loss_weights).tobytes())
+            columns["input_ids"].append(row.input_ids)
+            columns["loss_weights"].append(row.loss_weights)
+            columns["length"].append(len(row.input_ids))
+            columns["trained"].append(sum(map(bool, row.loss_weights)))
+            columns["source"].append(source)
+            columns["where"].append(where)
+            columns["prompt"].append(_prompt_json(conversation))
+            columns["digest"].append(hashlib.sha256(tokens).digest()[:_DIGEST_BYTES])
+        self._stream.write_batch(pyarrow.record_batch(columns, schema=self._schema))
+
+    def content_sha256(self) -> str:
+        """Of all tokens and weights written so far, in their order."""
+        return self._content.hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """An opened file of rows. `digests` tell rows of equal tokens."""
+
+    dataset: Any
+    digests: list[bytes]
+
+    def split(self, chosen: Sequence[int] | None = None) -> PreparedSplit:
+        """All rows, or the chosen ones in the order given."""
+        indices = range(len(self.digests)) if chosen is None else chosen
+        columns = self.dataset.data.table
+
+        def numbers(name: str) -> array[int]:
+            values = columns.column(name).to_pylist()
+            return array("q", (values[index] for index in indices))
+
+        return PreparedSplit(
+            rows=_Rows(self.dataset, indices),
+            lengths=numbers("length"),
+            trained=numbers("trained"),
+            wheres=_Texts(self.dataset, "where", indices),
+            sources=numbers("source"),
+            prompts=_Texts(self.dataset, "prompt", indices),
+        )
+
+
+def open_rows(path: Path) -> StoredRows:
+    """Map a file that a RowWriter wrote."""
+    import datasets
+
+    # Opened as it lies, with nothing to download, convert or copy: there is no bar to draw.
+    dataset = datasets.Dataset.from_file(str(path))
+    return StoredRows(dataset, dataset.data.table.column("digest").to_pylist())
+
+
+class _Rows(Sequence[TokenRow]):
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        self._tokens = dataset.select_columns(["input_ids", "loss_weights"])
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenRow]: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | list[TokenRow]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        return TokenRow(**self._tokens[self._indices[index]])
+
+
+class _Texts(Sequence[str]):
+    def __init__(self, dataset: Any, column: str, indices: Sequence[int]) -> None:
+        self._texts = dataset.select_columns([column])
+        self._column = column
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        return str(self._texts[self._indices[index]][self._column])
+
+
+def _prompt_json(conversation: Conversation) -> str:
+    """The last assistant message and what comes before it, when it is trained and made of words alone."""
+    messages = conversation.messages
+    last = next((at for at in reversed(range(len(messages))) if messages[at]["role"] == "assistant"), 0)
+    if not last or "tool_calls" in messages[last] or not messages[last].get("train", True):
+        return ""
+    prompt = Prompt(list(messages[:last]), list(conversation.tools or ()) or None, messages[last]["content"])
+    return json.dumps(prompt._asdict(), ensure_ascii=False)

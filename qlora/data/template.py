@@ -1,0 +1,201 @@
+"""The base's chat template: which one it is, what it writes, and conversations rendered by it.
+
+Templates come with the base and are rendered by transformers in jinja's sandbox. What a template does is not guessed
+from its source but seen from small conversations rendered once at the start: which token ends a turn, and whether
+tools, calls and results are written at all (some templates drop them in silence).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import jinja2
+
+from qlora.data.formats import Message, RowError
+from qlora.errors import TokenizerError
+from qlora.events import Notice, Sink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tools = Sequence[dict[str, Any]]
+
+# ChatML with tools in the Hermes manner, for a base without a template. END is the token that ends a turn.
+FALLBACK_TEMPLATE = """\
+{%- set intro = messages[0].content if messages and messages[0].role == 'system' else '' %}
+{%- if tools %}
+    {{- '<|im_start|>system\\n' + (intro + '\\n\\n' if intro else '') }}
+    {{- 'You may call these tools, one JSON object per line:\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{% endfor %}
+    {{- '\\n</tools>\\nTo call one, answer with <tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call>END\\n' }}
+{%- elif intro %}
+    {{- '<|im_start|>system\\n' + intro + 'END\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>END\\n' }}
+    {%- elif not (loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n' if message.content or not loop.first }}
+            {{- '<tool_call>\\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- 'END\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+# Llama 3's template writes the day of rendering unless it is given one. Rows must not depend on the day on which they
+# are tokenized, or a resumed run could see others; this is the template's own default.
+DATE_STRING = "26 Jul 2024"
+# What a template's own code can raise while it renders (jinja2's errors, and Python's from operations on values).
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+# Private-use characters: they stand in no template, survive trimming, and differ from an answer's first character.
+PLACEHOLDERS = ("\ue0a1ANSWER\ue0a1", "\ue0b2ANSWER\ue0b2")
+_QUESTION: Message = {"role": "user", "content": "Question?"}
+_CALL_ID = "call00000"
+_NO_PARAMETERS = {"description": "", "parameters": {"type": "object", "properties": {}}}
+_GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class ChatTemplate:
+    """The template in use. `texts`: by whether there are tools. `end_tokens`: the turn's own end first, then EOS.
+
+    Raises TokenizerError when there is no such token, or the template cannot render even one question and answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sink: Sink) -> None:
+        self._special_values: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._special_tokens = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t)]
+        eos = [str(tokenizer.eos_token)] if tokenizer.eos_token is not None else []
+        self.texts = _choose(tokenizer, eos, sink)
+        self._marked = {tools: bool(_GENERATION_MARK.search(text)) for tools, text in self.texts.items()}
+        turn_ends = self._find_turn_ends()
+        self.writes_end = bool(turn_ends)
+        self.end_tokens = list(dict.fromkeys(turn_ends + eos))
+        if not self.end_tokens:
+            raise _no_end_token()
+        if not self.writes_end:
+            message = f"the chat template ends no turn with a token: {self.end_tokens[0]} is added to each row's end"
+            sink.emit(Notice("template", message))
+        self.writes_calls, self.writes_results, self.writes_tools = self._find_tool_support()
+
+    @property
+    def text(self) -> str:
+        """The template's source, as it is saved with an adapter."""
+        return self.texts[False]
+
+    def has_marks(self, tools: Tools | None) -> bool:
+        """Whether the template marks answers with {% generation %}."""
+        return self._marked[bool(tools)]
+
+    def render(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
+        """The conversation as the base reads it. Raises RowError with the template's own message."""
+        return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+
+    def render_marked(self, messages: Sequence[Message], tools: Tools | None) -> tuple[str, list[tuple[int, int]]]:
+        """Text, and the spans of characters inside generation marks (none for a template without marks)."""
+        text, marks = self._render(messages, tools, return_assistant_tokens_mask=self.has_marks(tools))
+        return text, list(marks[0]) if marks else []
+
+    def _render(self, messages: Sequence[Message], tools: Tools | None, **options: bool) -> tuple[str, Any]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        chat = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        try:
+            rendered = render_jinja_template(
+                conversations=[chat],
+                tools=list(tools) if tools else None,
+                chat_template=self.texts[bool(tools)],
+                **{"date_string": DATE_STRING, **self._special_values, **options},
+            )
+        except _TEMPLATE_ERRORS as error:
+            raise RowError(f"the chat template refuses this conversation: {error}") from None
+        texts, marks = cast(tuple[list[str], Any], rendered)  # annotated as str in transformers
+        return texts[0], marks
+
+    def _find_turn_ends(self) -> list[str]:
+        """The special tokens with which this template ends an answer and, where that differs, a tool call."""
+        here = PLACEHOLDERS[0]
+        try:
+            text = self.render([_QUESTION, {"role": "assistant", "content": here}], None)
+        except RowError as error:
+            raise TokenizerError(f"the base's chat template fails: {error.reason}", "use another base") from None
+        after = text.rpartition(here)[2]
+        specials = self._specials_in(after)
+        if not specials or after[: after.index(specials[0])].strip():
+            return []
+        # Llama 3.1 ends some calls with <|eom_id|>. Other special tokens may close the call's parts: the last counts.
+        with_call = self._try([_QUESTION, _call(here)], None) or ""
+        after_call = self._specials_in(with_call.rpartition(here)[2])
+        return specials[:1] if not after_call or specials[0] in after_call else [specials[0], after_call[-1]]
+
+    def _find_tool_support(self) -> tuple[bool, bool, bool]:
+        """Whether calls, results and tools are written; a refusal counts as yes, since its message meets the row."""
+        here, there = PLACEHOLDERS
+        result: Message = {"role": "tool", "content": there, "name": here, "tool_call_id": _CALL_ID}
+        with_call = self._try([_QUESTION, _call(here)], None)
+        with_result = self._try([_QUESTION, _call(here), result], None)
+        with_tools = self._try([_QUESTION], [{"type": "function", "function": {"name": there, **_NO_PARAMETERS}}])
+        return (
+            with_call is None or here in with_call,
+            with_result is None or there in with_result,
+            with_tools is None or there in with_tools,
+        )
+
+    def _try(self, messages: Sequence[Message], tools: Tools | None) -> str | None:
+        try:
+            return self.render(messages, tools)
+        except RowError:
+            return None
+
+    def _specials_in(self, text: str) -> list[str]:
+        """The special tokens in `text`, in their order; of two that begin together only the longer."""
+        longest_first = sorted(self._special_tokens, key=len, reverse=True)
+        return re.findall("|".join(map(re.escape, longest_first)), text) if longest_first else []
+
+
+def _call(name: str) -> Message:
+    function = {"name": name, "arguments": {}}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "id": _CALL_ID, "function": function}],
+    }
+
+
+def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str], sink: Sink) -> dict[bool, str]:
+    """The template for conversations without and with tools: the tokenizer's own, else ChatML, said aloud."""
+    if tokenizer.chat_template:
+        try:
+            # Of several named templates transformers picks `tool_use`, if there is one, when tools are given.
+            return {False: tokenizer.get_chat_template(), True: tokenizer.get_chat_template(tools=[{}])}
+        except ValueError as error:
+            raise TokenizerError(f"the base's chat template: {error}", "use another base") from None
+    if "<|im_end|>" in tokenizer.get_vocab():
+        end = "<|im_end|>"
+    elif eos:
+        end = eos[0]
+    else:
+        raise _no_end_token()
+    template = FALLBACK_TEMPLATE.replace("END", end.replace("'", "\\'"))
+    sink.emit(Notice("template", f"the base has no chat template: ChatML is used, its turns end with {end}"))
+    return {False: template, True: template}
+
+
+def _no_end_token() -> TokenizerError:
+    return TokenizerError(
+        "the base's tokenizer has no token that ends an answer: the model could never stop",
+        "set eos_token in the base's tokenizer_config.json, or use another base",
+    )
