@@ -1,8 +1,8 @@
 """Tiny random bases of the seven families that are tried in tests, each a folder as a person would download it.
 
-Under a million parameters, a byte-level BPE tokenizer with a ChatML template beside the weights. Weights are drawn wider
-than a real initialization (1/sqrt(hidden), norms and biases moved off their neutral value), so that a wrong mask, position,
-buffer or scale shows in the logits and cannot hide.
+Under a million parameters, a byte-level BPE tokenizer with a ChatML template beside the weights. Weights are drawn
+wider than a real initialization (1/sqrt(hidden), norms and biases moved off their neutral value), so that a wrong mask,
+position, buffer or scale shows in the logits and cannot hide.
 """
 
 from __future__ import annotations

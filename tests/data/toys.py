@@ -34,7 +34,7 @@ class Family:
     """What a family's tokenizer has: its special tokens, and whether it puts a BOS of its own."""
 
     special: tuple[str, ...]
-    eos: str
+    eos: str | None
     pad: str | None = None
     bos: str | None = None
     adds_bos: bool = False
@@ -75,7 +75,7 @@ def toy_tokenizer(family: Family, template: str | None = None) -> PreTrainedToke
     """A byte-level BPE tokenizer with the family's special tokens."""
     vocab = {char: number for number, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges: list[tuple[str, str]] = []
-    for word in dict.fromkeys(form for word in WORDS.split() for form in ("Ġ" + word, word)):
+    for word in dict.fromkeys(start + plain for plain in WORDS.split() for start in ("Ġ", "")):
         for length in range(2, len(word) + 1):
             left, right = word[: length - 1], word[length - 1]
             if word[:length] not in vocab:
@@ -106,9 +106,7 @@ def _set_post_processor(tokenizer: Tokenizer, family: Family) -> None:
     steps: list[Any] = [processors.ByteLevel(trim_offsets=family.trims_offsets)]
     if family.adds_bos and family.bos:
         number = tokenizer.token_to_id(family.bos)
-        steps.append(
-            processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[(family.bos, number)])
-        )
+        steps.append(processors.TemplateProcessing(single=f"{family.bos} $A", special_tokens=[(family.bos, number)]))
     tokenizer.post_processor = processors.Sequence(steps)
 
 
@@ -180,9 +178,7 @@ CASES = (
     ),
     Case(
         "system",
-        lambda: talk(
-            system("You help."), user("Who?"), assistant("The model."), user("What?"), assistant("\n{\n}")
-        ),
+        lambda: talk(system("You help."), user("Who?"), assistant("The model."), user("What?"), assistant("\n{\n}")),
     ),
     Case(
         "tool call and result",

@@ -1,0 +1,391 @@
+"""Tokens and masks beyond the golden files: odd templates, BOS, the fallback, borders, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from qlora.data.chat import ChatTokenizer, TokenRow
+from qlora.data.formats import Conversation, RowError
+from qlora.errors import TokenizerError
+from qlora.events import Notice, Recorder
+from tests.data.toys import (
+    CASES,
+    FAMILIES,
+    WEATHER,
+    Family,
+    assistant,
+    call,
+    family_tokenizer,
+    result,
+    system,
+    talk,
+    template_of,
+    toy_tokenizer,
+    user,
+)
+
+CHATML = FAMILIES["qwen2"]
+
+
+def chat_of(template: str | None, family: Family = CHATML, loss_on: str = "assistant") -> ChatTokenizer:
+    return ChatTokenizer(toy_tokenizer(family, template), loss_on, Recorder())
+
+
+def family_chat(family: str, loss_on: str = "assistant") -> ChatTokenizer:
+    return ChatTokenizer(family_tokenizer(family), loss_on, Recorder())
+
+
+def trained(chat: ChatTokenizer, row: TokenRow) -> list[str]:
+    """The trained stretches of a row, as text."""
+    stretches: list[list[int]] = [[]]
+    for token, weight in zip(row.input_ids, row.loss_weights, strict=True):
+        if weight:
+            stretches[-1].append(token)
+        elif stretches[-1]:
+            stretches.append([])
+    return [chat.tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+def notices(chat: ChatTokenizer, topic: str) -> list[Notice]:
+    sink = chat._sink
+    assert isinstance(sink, Recorder)
+    return [event for event in sink.events if isinstance(event, Notice) and event.topic == topic]
+
+
+# --- what is trained ----------------------------------------------------------------------------------------------
+
+words = st.text(st.characters(exclude_categories=("Cs", "Cc", "Co", "Cn"), exclude_characters="<|[]"), min_size=1)
+answers = words.map(str.strip).filter(bool)
+
+
+@settings(deadline=None, max_examples=40)
+@given(questions=st.lists(answers, min_size=3, max_size=3), replies=st.lists(answers, min_size=3, max_size=3))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trained_text_is_every_answer_with_its_end_and_nothing_else(
+    family: str, questions: list[str], replies: list[str]
+) -> None:
+    chat = family_chat(family)
+    messages = [m for pair in zip(map(user, questions), map(assistant, replies), strict=True) for m in pair]
+    end = chat.tokenizer.convert_ids_to_tokens(chat.end_token_ids[0])
+    expected = [reply + end for reply in replies]
+    if family == "qwen3":
+        expected[-1] = "<think>\n\n</think>\n\n" + expected[-1]
+    if family == "mistral":
+        expected = [" " + text for text in expected]
+    found = trained(chat, chat.encode(talk(*messages)))
+    assert [unicodedata.normalize("NFC", text) for text in found] == [
+        unicodedata.normalize("NFC", text) for text in expected
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_continues_the_prompt_that_is_served(family: str) -> None:
+    chat = family_chat(family)
+    for case in CASES:
+        conversation = case.make()
+        try:
+            row = chat.encode(conversation)
+        except RowError:
+            continue
+        prompt = chat.prompt_ids(conversation.messages[:-1], conversation.tools)
+        if case.name != "system":  # its last answer begins with a line break, which joins that of the header
+            assert row.input_ids[: len(prompt)] == prompt
+            assert not row.loss_weights[len(prompt) - 1] and row.loss_weights[len(prompt)]
+
+
+def test_a_line_break_joined_across_the_border_is_the_prompts() -> None:
+    chat = family_chat("qwen2")
+    row = chat.encode(talk(user("a"), assistant("\nb")))
+    assert chat.tokenizer.decode(row.input_ids).count("assistant\n\nb") == 1
+    assert trained(chat, row) == ["b<|im_end|>"]
+
+
+def test_a_word_joined_with_the_prompts_space_is_trained() -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    chat = chat_of(template)
+    assert trained(chat, chat.encode(talk(user("What"), assistant("Yes")))) == [" Yes<|im_end|>"]
+
+
+def test_sentencepiece_style_offsets() -> None:
+    vocab = {char: number for number, char in enumerate(["<s>", "</s>", "[INST]", "[/INST]", "▁", *"HiYes"])}
+    for piece in ("▁H", "▁Hi", "▁Y", "▁Ye", "▁Yes"):
+        vocab[piece] = len(vocab)
+    merges = [("▁", "H"), ("▁H", "i"), ("▁", "Y"), ("▁Y", "e"), ("▁Ye", "s")]
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["[INST]", "[/INST]"],
+        chat_template=template_of("mistral", marks=False),
+    )
+    chat = ChatTokenizer(tokenizer, "assistant", Recorder())
+    row = chat.encode(talk(user("Hi"), assistant("Yes")))
+    pieces = chat.tokenizer.convert_ids_to_tokens(row.input_ids)
+    assert pieces == ["<s>", "[INST]", "▁Hi", "[/INST]", "▁Yes", "</s>"]
+    assert row.loss_weights == [0, 0, 0, 0, 1, 1]
+
+
+def test_context_only_turns_are_not_trained() -> None:
+    chat = family_chat("llama3")
+    row = chat.encode(talk(user("a"), assistant("b", train=False), user("c"), assistant("d")))
+    assert trained(chat, row) == ["d<|eot_id|>"]
+
+
+def test_loss_on_all_trains_every_token_but_the_first() -> None:
+    for family in FAMILIES:
+        chat = family_chat(family, loss_on="all")
+        row = chat.encode(talk(user("a"), assistant("b")))
+        assert row.loss_weights == [0.0] + [1.0] * (len(row.input_ids) - 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_text_is_trained_whole_with_eos(family: str) -> None:
+    chat = family_chat(family)
+    row = chat.encode(Conversation(text="It is cold. "))
+    bos = [chat.tokenizer.bos_token_id] if chat.tokenizer.bos_token_id is not None else []
+    body = chat.tokenizer("It is cold. ", add_special_tokens=False)["input_ids"]
+    assert row.input_ids == [*bos, *body, chat.tokenizer.eos_token_id]
+    assert row.loss_weights == [0.0] + [1.0] * (len(row.input_ids) - 1)
+
+
+def test_many_at_once_are_as_one_by_one() -> None:
+    chat = family_chat("llama3")
+    conversations = [case.make() for case in CASES] + [talk(user("a")), Conversation(text="b")]
+    together = chat.encode_many(conversations)
+    for conversation, row in zip(conversations, together, strict=True):
+        if isinstance(row, RowError):
+            with pytest.raises(RowError, match=re.escape(row.reason)):
+                chat.encode(conversation)
+        else:
+            assert chat.encode(conversation) == row
+    assert isinstance(together[-2], RowError)
+
+
+# --- BOS ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "gemma"])
+def test_there_is_one_bos(family: str) -> None:
+    for template in (template_of(family, marks=False), template_of("qwen2", marks=False)):
+        chat = chat_of(template, FAMILIES[family])
+        bos, bos_text = chat.tokenizer.bos_token_id, chat.tokenizer.bos_token
+        row = chat.encode(talk(user("a"), assistant("b")))
+        texts = [chat.encode(Conversation(text=text)) for text in ("x", f"{bos_text}x", f"{bos_text}{bos_text}x")]
+        prompt = chat.prompt_ids([user("a")], None)
+        for ids in (row.input_ids, prompt, *(text.input_ids for text in texts)):
+            assert ids[0] == bos and ids.count(bos) == 1
+
+
+def test_no_bos_where_neither_template_nor_tokenizer_has_one() -> None:
+    chat = family_chat("qwen2")
+    assert chat.tokenizer.bos_token_id is None
+    assert chat.tokenizer.decode(chat.prompt_ids([user("a")], None)[:1]) == "<|im_start|>"
+
+
+# --- templates that do odd things ---------------------------------------------------------------------------------
+
+LINES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{BODY}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chatml(body: str) -> str:
+    return LINES.replace(
+        "{BODY}", "{% if m.role == 'assistant' %}" + body + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n",  # marks without the end token
+        "{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}",  # marks with the line break after it
+        "{% generation %}{{ m.content[:1] }}{% endgeneration %}{% generation %}{{ m.content[1:] }}<|im_end|>"
+        "{% endgeneration %}{{ '\n' }}",  # marks around parts of an answer
+        "{{ m.content }}<|im_end|>\n",
+        "{{ m.content | trim }}\n<|im_end|>\n",
+    ],
+)
+def test_the_end_token_is_trained_and_the_line_break_after_it_is_not(body: str) -> None:
+    chat = chat_of(chatml(body))
+    row = chat.encode(talk(user("a"), assistant("bcd"), user("e"), assistant("fgh")))
+    assert [text.replace("\n", "") for text in trained(chat, row)] == ["bcd<|im_end|>", "fgh<|im_end|>"]
+    assert not row.loss_weights[-1]
+
+
+def test_an_end_token_in_a_question_does_not_end_an_answer() -> None:
+    for body in ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n", "{{ m.content }}<|im_end|>\n"):
+        chat = chat_of(chatml(body))
+        row = chat.encode(talk(user("a <|im_end|> b"), assistant("c"), user("<|im_end|>"), assistant("d")))
+        assert trained(chat, row) == ["c<|im_end|>", "d<|im_end|>"]
+
+
+def test_an_end_token_in_a_question_does_not_end_a_marked_answer_that_has_none() -> None:
+    answer = "{% generation %}{{ m.content }}{% endgeneration %}{{ '\n' }}"
+    question = "{{ m.content }}{{ '\n' }}"
+    chat = chat_of(
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        + question
+        + "{% else %}"
+        + answer
+        + "{% endif %}{% endfor %}"
+    )
+    row = chat.encode(talk(user("a"), assistant("b"), user("c <|im_end|>"), assistant("d")))
+    assert trained(chat, row) == ["b", "d<|im_end|>"]
+
+
+def test_a_template_without_end_tokens_gets_one_at_the_end_of_the_row() -> None:
+    template = "{% for m in messages %}\n### {{ m.role }}\n{{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}\n### assistant\n{% endif %}"
+    chat = chat_of(template)
+    row = chat.encode(talk(user("a"), assistant("b c"), user("d"), assistant("e")))
+    assert trained(chat, row) == ["b c", "e<|im_end|>"]
+    assert row.input_ids[-1] == chat.tokenizer.eos_token_id
+    assert "<|im_end|> is added" in notices(chat, "template")[0].message
+    assert chat_of(template, loss_on="all").encode(talk(user("a"), assistant("b"))).input_ids[-1] == row.input_ids[-1]
+
+
+def test_reasoning_lost_from_history_is_counted() -> None:
+    chat = family_chat("qwen3")
+    chat.encode(
+        talk(user("a"), assistant("b", reasoning_content="why b"), user("c"), assistant("d", reasoning_content="why d"))
+    )
+    assert chat.lost_reasoning == 1
+
+
+@pytest.mark.parametrize("thought", [{"reasoning_content": "Look."}, {}])
+def test_answers_are_found_where_the_history_is_rewritten(thought: dict[str, str]) -> None:
+    """Qwen 3's manner: a call's reasoning stands only until the next question, so prompts are no prefix of the row."""
+    chat = family_chat("qwen3")
+    conversation = talk(
+        user("a"),
+        {**call("get_weather", city="Oslo"), **thought},
+        result("1"),
+        {**call("get_weather", 1, city="Paris"), **thought},
+        result("1", 1),
+        assistant("b"),
+        user("a"),
+        assistant("c"),
+        tools=(WEATHER,),
+    )
+    found = trained(chat, chat.encode(conversation))
+    assert [text[-len("</tool_call><|im_end|>") :] for text in found[:2]] == ["</tool_call><|im_end|>"] * 2
+    assert ["Oslo" in found[0], "Paris" in found[1]] == [True, True]
+    assert found[2:] == ["b<|im_end|>", "<think>\n\n</think>\n\nc<|im_end|>"]
+
+
+def test_an_answer_that_cannot_be_found_is_refused() -> None:
+    body = "{{ m.content if loop.last else m.content | length }}<|im_end|>\n"
+    template = chatml(body).replace("{{ m.content }}<|im_end|>", "{{ messages | length }}<|im_end|>")
+    chat = chat_of(template)
+    assert trained(chat, chat.encode(talk(user("a"), assistant("b")))) == ["b<|im_end|>"]
+    with pytest.raises(RowError, match="answer 1 is not found"):
+        chat.encode(talk(user("a"), assistant("b"), user("c"), assistant("d")))
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "reason"),
+    [
+        ("gemma", [system("a"), user("b"), assistant("c")], "System role not supported"),
+        ("gemma", [user("a"), user("b"), assistant("c")], "Roles must alternate"),
+        ("gemma", [user("a"), call("f"), result("1"), assistant("c")], "does not write tool calls"),
+        ("phi3", [user("a"), call("f"), result("1"), assistant("c")], "does not write tool calls"),
+        ("mistral", [user("a"), assistant("b"), assistant("c")], "must take turns"),
+        ("llama3", [user("a"), {**call("f"), "tool_calls": [*call("f")["tool_calls"] * 2]}], "one call at a time"),
+    ],
+)
+def test_a_templates_own_words_reach_the_user(family: str, messages: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        family_chat(family).encode(talk(*messages))
+
+
+def test_calls_that_end_otherwise_than_answers() -> None:
+    chat = family_chat("llama3")
+    assert [chat.tokenizer.decode([token]) for token in chat.end_token_ids] == ["<|eot_id|>", "<|eom_id|>"]
+
+
+def test_a_turns_end_comes_before_eos() -> None:
+    chat = family_chat("phi3")
+    assert [chat.tokenizer.decode([token]) for token in chat.end_token_ids] == ["<|end|>", "<|endoftext|>"]
+
+
+def test_tools_that_the_template_does_not_show_are_told_of_once() -> None:
+    chat = family_chat("gemma")
+    for _ in range(3):
+        chat.encode(talk(user("a"), assistant("b"), tools=(WEATHER,)))
+    assert len(notices(chat, "tools")) == 1
+
+
+def test_a_named_template_for_tools_is_used_with_tools() -> None:
+    tokenizer = toy_tokenizer(CHATML)
+    plain, with_tools = chatml("{{ m.content }}<|im_end|>\n"), template_of("qwen2", marks=False)
+    tokenizer.chat_template = {"default": plain, "tool_use": with_tools}
+    chat = ChatTokenizer(tokenizer, "assistant", Recorder())
+    assert chat.template == plain
+    assert "get_weather" in tokenizer.decode(chat.prompt_ids([user("a")], [WEATHER]))
+
+
+# --- no template, no end token ------------------------------------------------------------------------------------
+
+
+def test_chatml_is_used_aloud_where_there_is_no_template() -> None:
+    chat = chat_of(None)
+    conversation = CASES[3].make()
+    row = chat.encode(conversation)
+    found = trained(chat, row)
+    assert found[1] == "It is cold.<|im_end|>"
+    assert found[0] == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    assert '"description": "the weather now"' in chat.tokenizer.decode(row.input_ids)
+    assert notices(chat, "template")[0].message.startswith("the base has no chat template: ChatML")
+    assert chat.template and "im_start" in chat.template
+
+
+def test_chatml_ends_turns_with_eos_where_the_vocabulary_has_no_end_of_its_own() -> None:
+    chat = chat_of(None, FAMILIES["mistral"])
+    assert trained(chat, chat.encode(talk(user("a"), assistant("b"))))[0] == "b</s>"
+    assert chat.end_token_ids == (chat.tokenizer.eos_token_id,)
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    tokenizer = family_tokenizer("qwen2")
+    slow = type("SlowTokenizer", (type(tokenizer),), {"is_fast": False})
+    tokenizer.__class__ = slow
+    with pytest.raises(TokenizerError, match="no fast tokenizer"):
+        ChatTokenizer(tokenizer, "assistant", Recorder())
+
+
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    tokenizer = toy_tokenizer(replace(CHATML, special=(), eos=None))
+    with pytest.raises(TokenizerError, match="no token that ends an answer") as caught:
+        ChatTokenizer(tokenizer, "assistant", Recorder())
+    assert "eos_token" in caught.value.hint
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages.nothing.at_all }}", "{{ 1 / 0 }}"])
+def test_a_template_that_cannot_be_rendered_is_refused(template: str) -> None:
+    with pytest.raises(TokenizerError, match="chat template fails"):
+        chat_of(template)
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
+    with pytest.raises(TokenizerError, match="fails"):
+        chat_of("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+
+
+def test_the_day_of_tokenizing_does_not_matter() -> None:
+    chat = family_chat("llama3")
+    assert "26 Jul 2024" in chat.tokenizer.decode(chat.prompt_ids([user("a")], None))

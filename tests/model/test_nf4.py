@@ -1,0 +1,98 @@
+"""Blocks of rows give what bitsandbytes gives for the whole weight, and plain torch gives the same codes."""
+
+from __future__ import annotations
+
+import itertools
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from qlora.model.nf4 import (
+    BLOCK,
+    dequantize,
+    quantize,
+    quantize_rows,
+    reference_dequantize,
+    reference_quantize,
+    rows_in_block,
+    unpack,
+    values_of,
+)
+from tests.model.conftest import CPU
+
+# Rows that end inside a block of 64, odd numbers of values, one value, a last block that is not full.
+SHAPES = ((64, 64), (128, 100), (33, 65), (7, 3), (1, 1), (1, 64), (1000, 67), (5, 1000), (256, 4096), (301, 255))
+KINDS = tuple(itertools.product(("nf4", "fp4"), (True, False)))
+
+
+def weight_of(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, generator=generator) * 0.05).to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_blocks_of_rows_equal_the_whole(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = weight_of(shape, dtype)
+    for quant_type, double in KINDS:
+        data, state = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double, blocksize=BLOCK)
+        ours = quantize_rows(lambda a, b: weight[a:b], shape, quant_type, double, CPU, values_per_block=64 * shape[1])
+        assert torch.equal(ours.data, data)
+        assert torch.equal(ours.state.absmax, state.absmax)
+        assert (ours.state.shape, ours.state.dtype, ours.state.blocksize) == (weight.shape, dtype, BLOCK)
+        assert ours.state.nested == double
+        if double:
+            assert torch.equal(ours.state.offset, state.offset)
+            assert torch.equal(ours.state.state2.absmax, state.state2.absmax)
+        assert torch.equal(dequantize(ours, dtype), bnb.dequantize_4bit(data, state).reshape(shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_reference_gives_every_code(shape: tuple[int, int], quant_type: str) -> None:
+    weight = weight_of(shape)
+    ours = quantize(weight, quant_type, False, CPU)
+    codes, absmax = reference_quantize(weight, quant_type)
+    assert torch.equal(codes, unpack(ours.data, weight.numel()))
+    assert torch.equal(absmax, ours.state.absmax)
+    assert torch.equal(reference_dequantize(codes, absmax, shape, quant_type), dequantize(ours, torch.float32))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_values_are_those_of_bitsandbytes(quant_type: str) -> None:
+    assert torch.equal(values_of(quant_type), bnb.get_4bit_type(quant_type, device="cpu"))
+
+
+def test_zeros_and_one_large_value() -> None:
+    weight = torch.zeros(4, 64, dtype=torch.bfloat16)
+    weight[2, 5] = 3.0
+    for quant_type, double in KINDS:
+        assert torch.allclose(
+            dequantize(quantize(weight, quant_type, double, CPU), torch.float32), weight.float(), atol=0.02
+        )
+
+
+def test_a_block_of_rows_is_whole_blocks_of_values() -> None:
+    for columns in (1, 3, 64, 65, 100, 4096, 14336, 1 << 24):
+        rows = rows_in_block(columns)
+        assert rows * columns % BLOCK == 0 and rows >= 1
+    assert rows_in_block(4096, 1 << 22) == 1024
+
+
+def test_rows_are_read_once_and_in_order() -> None:
+    weight = weight_of((1000, 67))
+    asked: list[tuple[int, int]] = []
+
+    def read(start: int, end: int) -> torch.Tensor:
+        asked.append((start, end))
+        return weight[start:end]
+
+    quantize_rows(read, (1000, 67), "nf4", True, CPU, values_per_block=64 * 67 * 4)
+    assert asked == [(0, 256), (256, 512), (512, 768), (768, 1000)]
+
+
+def test_nbytes_is_what_the_format_promises() -> None:
+    """4 bits a value, and for each 64 values 8 bits, and for each 256 of those 32: 4.127 bits (QLoRA, section 3)."""
+    quantized = quantize(weight_of((256, 4096)), "nf4", True, CPU)
+    assert quantized.nbytes * 8 / (256 * 4096) == pytest.approx(4 + 8 / 64 + 32 / (64 * 256))

@@ -1,0 +1,91 @@
+"""Small runs for tests: rows, a recipe, a run that is stopped after a step, and what it left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora import api
+from qlora.disk import sha256_file
+from qlora.errors import StoppedBySignal
+from qlora.events import Event, Recorder, Sinks
+from qlora.recipe import load_recipe
+from qlora.training.stop import StopRequest
+
+# Everything that draws random numbers or looks at the model between steps.
+EVERYTHING = (
+    "lora.dropout=0.1",
+    "train.neftune_alpha=5.0",
+    "train.batch_size=4",
+    "train.micro_batch_size=2",
+    "train.learning_rate=1e-3",
+    "data.max_length=96",
+    "data.eval_fraction=0.2",
+    "eval.every_steps=3",
+    "eval.samples=2",
+    "eval.exact_match_rows=2",
+)
+
+
+def write_rows(path: Path, count: int = 30) -> Path:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is the price of lamp {i}{' and the station' * (i % 3)}?"},
+                {"role": "assistant", "content": f"It costs {i * 7 % 90 + 10} euros."},
+            ]
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_recipe(folder: Path, base: Path, name: str = "tiny") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "rows.jsonl")
+    path = folder / f"{name}.toml"
+    path.write_text(
+        f'[model]\nbase = "{base}"\n[[data.train]]\npath = "rows.jsonl"\n[output]\ndir = "{folder / "runs"}"\n'
+    )
+    return path
+
+
+class StopAfter:
+    """A sink that asks the run to stop when a step is done, as a signal would."""
+
+    def __init__(self, step: int, stop: StopRequest) -> None:
+        self.step, self.stop = step, stop
+
+    def emit(self, event: Event) -> None:
+        if event.kind == "step" and event.as_dict()["step"] == self.step:
+            self.stop.set()
+
+    def close(self) -> None:
+        pass
+
+
+def train(recipe: Path, *overrides: str, mode: api.Mode = "new", stop_after: int | None = None) -> Recorder:
+    """Run a recipe, to its end or until it is stopped after a step."""
+    recorder, stop = Recorder(), StopRequest()
+    sinks = [recorder] if stop_after is None else [recorder, StopAfter(stop_after, stop)]
+    try:
+        api.train(load_recipe(recipe, overrides), name=recipe.stem, mode=mode, sink=Sinks(*sinks), stop=stop)
+    except StoppedBySignal:
+        assert stop_after is not None
+    return recorder
+
+
+def run_dir(recipe: Path) -> Path:
+    return recipe.parent / "runs" / recipe.stem
+
+
+def hashes(recipe: Path, step: int) -> dict[str, str]:
+    """sha256 of adapter and optimizer of the checkpoint after `step`."""
+    folder = run_dir(recipe) / "checkpoints" / f"step-{step:06d}"
+    return {name: sha256_file(folder / name) for name in ("adapter.safetensors", "optimizer.safetensors")}
+
+
+def values(recorder: Recorder, kind: str, key: str) -> list[Any]:
+    return [event.as_dict()[key] for event in recorder.of(kind)]

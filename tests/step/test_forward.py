@@ -1,0 +1,107 @@
+"""Token-weighted accumulation, noise per document, and a loss that is the model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora.batch import Batch
+from qlora.events import Recorder
+from qlora.recipe import LoraSection, QuantizationSection
+from qlora.step.forward import CausalParts, batch_loss, forward_backward, neftune_noise, seed_micro_batch
+
+
+@pytest.fixture(scope="module")
+def model(llama: Path):  # type: ignore[no-untyped-def]
+    """The tiny base in fp32 with fp32 adapters whose B is not zero."""
+    from qlora.model import adapters, hub, load
+
+    base = hub.resolve(str(llama), "main", Recorder())
+    network = load.load_base(base, QuantizationSection(type="none"), "auto", torch.device("cpu"), Recorder()).float()
+    wrapped = adapters.attach(network, LoraSection(r=4), seed=0, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapters.trainable(wrapped).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return wrapped.train()
+
+
+def batch_of(rows: list[list[int]], trained: list[int]) -> Batch:
+    """Rows of one document each, padded to a common length; the last `trained[i]` tokens of row i are targets."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    weights = torch.zeros(len(rows), width)
+    positions = torch.zeros_like(ids)
+    documents = torch.ones_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        positions[i] = torch.cat([torch.arange(len(row)), torch.arange(width - len(row))])
+        documents[i, : len(row)] = 0
+        weights[i, len(row) - 1 - trained[i] : len(row) - 1] = 1.0
+    targets = torch.roll(ids, -1, 1) * (weights > 0)
+    return Batch(ids, positions, documents, targets, weights, weights.flatten().nonzero().squeeze(1))
+
+
+def uneven_rows() -> tuple[list[list[int]], list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [64, 12, 30, 5]
+    rows = [torch.randint(4, 100, (n,), generator=generator).tolist() for n in lengths]
+    return rows, [60, 8, 20, 2]  # trained tokens: a mean of means would weigh the last row 30 times too much
+
+
+def gradients(model, batches: list[Batch]) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+    parts = CausalParts.of(model.get_base_model())
+    model.zero_grad(set_to_none=True)
+    total = sum(float(batch.loss_weights_BS.sum()) for batch in batches)
+    for batch in batches:
+        forward_backward(parts, batch, total)
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    flat = [torch.cat([tensor.flatten() for tensor in side.values()]) for side in (one, other)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def test_uneven_micro_batches_equal_one_batch(model) -> None:  # type: ignore[no-untyped-def]
+    rows, trained = uneven_rows()
+    whole = gradients(model, [batch_of(rows, trained)])
+    split = gradients(model, [batch_of([row], [count]) for row, count in zip(rows, trained, strict=True)])
+    assert relative(split, whole) < 1e-5
+
+
+def test_the_loss_is_the_models_own(model) -> None:  # type: ignore[no-untyped-def]
+    rows, trained = uneven_rows()
+    causal_lm = model.get_base_model()
+    expected = 0.0
+    for row, count in zip(rows, trained, strict=True):
+        ids = torch.tensor([row])
+        labels = torch.full_like(ids, -100)
+        labels[0, -count:] = ids[0, -count:]
+        expected += float(causal_lm(input_ids=ids, labels=labels).loss) * count
+    ours = float(batch_loss(CausalParts.of(causal_lm), batch_of(rows, trained)).detach())
+    assert ours == pytest.approx(expected, rel=1e-5)
+
+
+def test_random_state_is_a_function_of_the_place() -> None:
+    seed_micro_batch(1, 2, 3)
+    one = torch.rand(4)
+    torch.rand(100)
+    seed_micro_batch(1, 2, 3)
+    assert torch.equal(torch.rand(4), one)
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
+        seed_micro_batch(*other)
+        assert not torch.equal(torch.rand(4), one)
+
+
+def test_noise_has_each_documents_own_magnitude() -> None:
+    """alpha / sqrt(L·D): documents of 4 and 16 tokens in one pack get the noise that they would get alone."""
+    documents = torch.tensor([[0] * 4 + [1] * 16])
+    zeros = torch.zeros_like(documents)
+    batch = Batch(zeros, zeros, documents, zeros, zeros.float(), zeros[0, :0])
+    noise = neftune_noise(torch.zeros(1, 20, 64), batch, alpha=8.0)
+    assert noise[0, :4].abs().max() == pytest.approx(8.0 / (4 * 64) ** 0.5, rel=0.02)
+    assert noise[0, 4:].abs().max() == pytest.approx(8.0 / (16 * 64) ** 0.5, rel=0.02)
