@@ -28,6 +28,7 @@ FLOORS = {
     "recipe": 2,
     "recipe_text": 1.5,
     "disk": 1.7,
+    "quiet": 1,
     "events": 1,
     "errors": 1,
     "batch": 1,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora.data.formats import Conversation, Message, RowError
-from qlora.data.template import PLACEHOLDERS, ChatTemplate
+from qlora.data.template import PLACEHOLDERS, ChatTemplate, Tools
 from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink
 
@@ -161,26 +161,32 @@ class ChatTokenizer:
             starts = []
             for number in answers:
                 starts.append(self._start(conversation, text, number, starts[-1] if starts else 0))
-        limits = [*starts[1:], len(text)]
-        if any(start > limit for start, limit in zip(starts, limits, strict=True)):
+        limits = [*starts, len(text)][1:]
+        if any(start >= limit for start, limit in zip(starts, limits, strict=True)):
             raise RowError("the answers cannot be told apart in the rendered text")
         return _Rendered(conversation, text, tuple(map(_Turn, answers, starts, limits, ends, trained)))
 
     def _start(self, conversation: Conversation, text: str, number: int, previous_start: int) -> int:
         """Where answer `number` begins: after the prompt that a server would send for it."""
-        before = conversation.messages[:number]
+        messages, tools = conversation.messages[:number], conversation.tools
         try:
-            prompt = self._chat_template.render(before, conversation.tools, add_generation_prompt=True)
+            prompt = self._chat_template.render(messages, tools, add_generation_prompt=True)
+            if prompt and text.startswith(prompt):
+                return len(prompt)
+            tail = self._tail(prompt, messages, tools)
         except RowError:
-            prompt = ""  # the template wants more messages than these
-        if prompt and text.startswith(prompt):
-            return len(prompt)
-        last_said = before[-1]["content"].strip() if before else ""
-        if last_said and (place := prompt.rfind(last_said)) >= 0:
-            tail = prompt[place:]
-            if (place := text.find(tail, previous_start)) >= 0:
-                return place + len(tail)
-        return self._span_by_replacing(conversation, text, number)[0]
+            tail = ""  # the template wants more messages than these
+        place = text.find(tail, previous_start) if tail else -1
+        return place + len(tail) if place >= 0 else self._span_by_replacing(conversation, text, number)[0]
+
+    def _tail(self, prompt: str, messages: Sequence[Message], tools: Tools | None) -> str:
+        """The end of a prompt, from the content of its last message on; "" where that is unclear. Raises RowError."""
+        if not prompt or not messages or not messages[-1]["content"].strip():
+            return ""
+        replaced = [*messages[:-1], {**messages[-1], "content": PLACEHOLDERS[0]}]
+        other = self._chat_template.render(replaced, tools, add_generation_prompt=True)
+        before, found, after = other.rpartition(PLACEHOLDERS[0])
+        return prompt[len(before) :] if found and prompt.startswith(before) and prompt.endswith(after) else ""
 
     def _span_by_replacing(self, conversation: Conversation, text: str, number: int) -> tuple[int, int]:
         """Characters of answer `number`, from rendering the conversation with a placeholder in its place."""
@@ -261,7 +267,10 @@ class ChatTokenizer:
         return turn.start + len(rendered.text[turn.start : turn.end].rstrip())
 
     def _count_reasoning(self, rendered: _Rendered, turn: _Turn) -> None:
-        reasoning = rendered.conversation.messages[turn.message].get("reasoning_content", "").strip()
+        message = rendered.conversation.messages[turn.message]
+        thought, ended, _ = message["content"].partition("</think>")
+        within = thought.removeprefix("<think>") if ended else ""
+        reasoning = message.get("reasoning_content", within).strip()
         if reasoning not in rendered.text[turn.start : turn.limit]:
             self.lost_reasoning += 1
 

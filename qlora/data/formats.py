@@ -81,7 +81,7 @@ def to_conversation(row: Row, format: str) -> Conversation:
 def load_json(text: str) -> Any:
     """Strict JSON: no NaN or Infinity, no NUL, no half of a surrogate pair. Raises RowError with the place."""
     try:
-        value = json.loads(text, parse_constant=_not_json)
+        value = json.loads(text, parse_constant=reject_constant)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise RowError(f"broken JSON: {error.msg} at {line}column {error.colno}") from None
@@ -120,7 +120,8 @@ def _walk_text(value: Any) -> None:
             _walk_text(item)
 
 
-def _not_json(constant: str) -> Any:
+def reject_constant(constant: str) -> Any:
+    """For json's `parse_constant`: NaN, Infinity and -Infinity raise ValueError."""
     raise ValueError(f"{constant} is no JSON value")
 
 
@@ -169,7 +170,7 @@ def _read_sharegpt(row: Row) -> Conversation:
     for number, item in enumerate(_list(row["conversations"], "conversations")):
         place = f"conversations[{number}]"
         if not isinstance(item, Mapping):
-            raise RowError(f"{place} is {_kind(item)}, not an object with from and value")
+            raise RowError(f"{place} is {kind_of(item)}, not an object with from and value")
         if "from" not in item or "value" not in item:
             other = " (it looks like the messages format)" if "role" in item else ""
             raise RowError(f"{place} has no from or no value{other}")
@@ -206,7 +207,7 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
     for number, item in enumerate(_list(_parsed(value, name), name)):
         place = f"{name}[{number}]"
         if not isinstance(item, Mapping):
-            raise RowError(f"{place} is {_kind(item)}, not an object with role and content")
+            raise RowError(f"{place} is {kind_of(item)}, not an object with role and content")
         if "role" not in item:
             other = " (it looks like the sharegpt format: from and value)" if "from" in item else ""
             raise RowError(f"{place} has no role{other}")
@@ -250,7 +251,7 @@ def _checked(message: Message, item: Row, place: str) -> Message:
 def _flag(item: Row, place: str) -> bool:
     train, weight = item.get("train"), item.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise RowError(f"{place}.train is {_kind(train)}, not true or false")
+        raise RowError(f"{place}.train is {kind_of(train)}, not true or false")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise RowError(f"{place}.weight is {weight!r} (known are 0 and 1)")
     return train is not False and weight != 0
@@ -270,7 +271,7 @@ def _content(value: Any, place: str) -> str:
     texts = []
     for number, part in enumerate(value):
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
+            kind = part.get("type") if isinstance(part, Mapping) else kind_of(part)
             raise RowError(f"{place}[{number}] is a part of type {kind!r}: only text is trained on")
         texts.append(_text(part.get("text"), f"{place}[{number}].text"))
     return "".join(texts)
@@ -294,7 +295,7 @@ def _tool_calls(calls: list[Any], place: str) -> list[dict[str, Any]]:
             raise RowError(f"{where} is not a tool call: an object with name and arguments")
         arguments = _parsed(function.get("arguments") or {}, f"{where}.arguments")
         if not isinstance(arguments, Mapping):
-            raise RowError(f"{where}.arguments is {_kind(arguments)}, not an object")
+            raise RowError(f"{where}.arguments is {kind_of(arguments)}, not an object")
         name_and_arguments = {"name": function["name"], "arguments": dict(arguments)}
         identity = {"id": _text(call["id"], f"{where}.id")} if call.get("id") is not None else {}
         found.append({"type": "function", **identity, "function": name_and_arguments})
@@ -345,17 +346,18 @@ def _parsed(value: Any, place: str) -> Any:
 
 def _list(value: Any, place: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise RowError(f"{place} is {_kind(value)}, not a list")
+        raise RowError(f"{place} is {kind_of(value)}, not a list")
     return list(value)
 
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{place} is {_kind(value)}, not text")
+        raise RowError(f"{place} is {kind_of(value)}, not text")
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words that fit after "is"."""
     if value is None:
         return "missing"
     if isinstance(value, bool):

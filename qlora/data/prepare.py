@@ -131,15 +131,19 @@ def prepare(
 
 
 def _hold_out(digests: Sequence[bytes], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices (held out, kept): rows in the order of a hash of seed and tokens, so that equal rows stay together."""
-    wanted = max(1, round(fraction * len(digests))) if fraction and len(digests) > 1 else 0
-    ranks = [hashlib.sha256(seed.to_bytes(8, "little") + digest).digest() for digest in digests]
-    order = sorted(range(len(digests)), key=lambda index: ranks[index])
-    while 0 < wanted < len(order) and ranks[order[wanted]] == ranks[order[wanted - 1]]:
-        wanted += 1
-    if wanted == len(order) and wanted:
-        wanted = 1  # nothing but copies: then they cannot be kept apart
-    return sorted(order[:wanted]), sorted(order[wanted:])
+    """Indices (held out, kept). Rows of equal tokens stay together, in the order of a hash of seed and tokens."""
+    wanted = min(len(digests) - 1, max(1, round(fraction * len(digests)))) if fraction else 0
+    groups: dict[bytes, list[int]] = {}
+    for index, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(index)
+    held_out: list[int] = []
+    for digest in sorted(groups, key=lambda digest: hashlib.sha256(seed.to_bytes(8, "little") + digest).digest()):
+        if len(held_out) + len(groups[digest]) <= wanted:
+            held_out += groups[digest]
+    if wanted > 0 and not held_out:  # every row has more copies than are wanted
+        smallest = min(groups.values(), key=len)
+        held_out = smallest if len(groups) > 1 else smallest[:1]
+    return sorted(held_out), sorted(set(range(len(digests))).difference(held_out))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora.data.formats import RowError, check_text, load_json
+from qlora.data.formats import RowError, check_text, kind_of, load_json, reject_constant
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _ArrayReader:
         self.at = 0  # place in the window
         self.line = 1  # line of the file at that place
         self.read_chars = 0
-        self.decoder = json.JSONDecoder(parse_constant=_reject_constant)
+        self.decoder = json.JSONDecoder(parse_constant=reject_constant)
 
     def items(self) -> Iterator[_Item]:
         self._skip_space()
@@ -216,8 +216,8 @@ class _ArrayReader:
                 raise self._broken("nested too deep to read") from None
             except ValueError as error:
                 raise self._broken(str(error)) from None
-            if end == len(self.window) and self._fill():
-                continue  # a number at the edge may go on
+            if len(self.window) - end < 3 and self._fill():
+                continue  # a number at the edge may go on: 1 and .5, 1 and e+5
             self._advance(end)
             return value
 
@@ -246,10 +246,12 @@ class _ArrayReader:
     def _fill(self) -> bool:
         """Read on; at least as much as is held, so that a long element is not scanned over and over."""
         more = self.text.read(max(_CHUNK_CHARS, len(self.window) - self.at))
+        if not more:
+            return False
         self.window = self.window[self.at :] + more
         self.at = 0
         self.read_chars += len(more)
-        return bool(more)
+        return True
 
     def _broken(self, reason: str) -> DataError:
         return DataError(
@@ -345,12 +347,7 @@ def _checked_file(path: Path) -> Path:
 
 
 def _json_kind(value: Any) -> str:
-    kinds = ((bool, "true or false"), (str, "text"), (int | float, "a number"), (list, "a list"), (dict, "an object"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), "null")
-
-
-def _reject_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON value")
+    return "null" if value is None else kind_of(value)
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[_Item]]] = {

@@ -1,9 +1,9 @@
 """Low-rank adapters beside the frozen layers. The only user of peft.
 
-They are bf16 (the optimizer keeps fp32 masters), drawn on the CPU from the recipe's seed whatever device the model is on
-and whatever the global random state, and change nothing at step 0: B is zero. Only inits that leave the base's weights
-alone exist here, so that the saved adapter always belongs to the base as published. DoRA's magnitudes stay in float32:
-one number an output row, whose early changes (0.1 %) are smaller than a step of bf16 (0.4 %).
+They are bf16 (the optimizer keeps fp32 masters), drawn on the CPU from the recipe's seed, whatever device the model is
+on and whatever the global random state, and change nothing at step 0: B is zero. Only inits that leave the base's
+weights alone exist here, so that the saved adapter always belongs to the base as published. DoRA's magnitudes stay in
+float32: one number an output row, whose early changes (0.1 %) are smaller than a step of bf16 (0.4 %).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.errors import ModelError
 from qlora.model.blueprint import head_of, linear_layers
-from qlora.model.nf4 import import_bitsandbytes
+from qlora.quiet import import_bitsandbytes, old_names_in_peft
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -43,21 +43,28 @@ def attach(
 ) -> PeftModel:
     """Puts adapters on the layers that `lora` names, in `dtype`, drawn from `seed`; everything else stays frozen.
 
-    `eva_batches` are a few training batches for init "eva", which starts A from the layers' inputs. Raises ModelError for
-    a layer name that the model lacks, or for modules that cannot be trained.
+    `eva_batches` are a few training batches for init "eva", which starts A from the layers' inputs. Raises ModelError
+    for a layer name that the model lacks, or for modules that cannot be trained.
     """
     import_bitsandbytes()  # peft would import it as well, and not quietly
     from peft import get_peft_model
 
     targets = _targets(model, lora.target_modules)
-    _check_modules_to_save(model, lora.modules_to_save)
+    whole = _whole_modules(model, lora.modules_to_save)
     batches = list(eva_batches or ())
     if lora.init == "eva" and not batches:
-        raise ModelError('lora.init = "eva" needs rows to start from', 'add training rows, or set lora.init = "default"')
+        raise ModelError(
+            'lora.init = "eva" needs rows to start from', 'add training rows, or set lora.init = "default"'
+        )
     training = model.training
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        peft_model = get_peft_model(model, _config(lora, targets), autocast_adapter_dtype=False)
+        try:
+            with old_names_in_peft():
+                peft_model = get_peft_model(model, _config(lora, targets, whole), autocast_adapter_dtype=False)
+        except ValueError as error:  # peft knows layers that must stay as they are, such as Mamba's out_proj
+            what = f"lora.target_modules: {str(error).splitlines()[0].rpartition('] ')[2]}"
+            raise ModelError(what, f"name the layers: {targets} without those") from error
         for name, parameter in trainable(peft_model).items():
             if "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(dtype)
@@ -107,7 +114,9 @@ def load_into(model: PeftModel, folder: Path) -> None:
         if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape
     )
     if differing:
-        what = f"{folder / WEIGHTS_FILE}: {len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
+        what = (
+            f"{folder / WEIGHTS_FILE}: {len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
+        )
         raise ModelError(what, "use the recipe that made this adapter, or start afresh with --fresh")
     set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
 
@@ -119,7 +128,7 @@ def without_adapters(model: PeftModel) -> Iterator[None]:
         yield
 
 
-def _config(lora: LoraSection, targets: list[str]) -> LoraConfig:
+def _config(lora: LoraSection, targets: list[str], whole: list[str]) -> LoraConfig:
     from peft import EvaConfig, LoraConfig
 
     init: Any = {"default": True, "gaussian": "gaussian", "eva": "eva"}[lora.init]
@@ -131,7 +140,7 @@ def _config(lora: LoraSection, targets: list[str]) -> LoraConfig:
         init_lora_weights=init,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        modules_to_save=list(lora.modules_to_save) or None,
+        modules_to_save=whole or None,
         # rho = 1: every layer keeps rank r. Above 1, EVA moves ranks between layers and drops some.
         eva_config=EvaConfig(rho=1.0) if lora.init == "eva" else None,
         task_type="CAUSAL_LM",
@@ -158,9 +167,11 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
     return sorted(set(names))
 
 
-def _check_modules_to_save(model: Any, names: tuple[str, ...]) -> None:
+def _whole_modules(model: Any, names: tuple[str, ...]) -> list[str]:
+    """Full names of the modules to be trained whole: peft would take `norm` for `input_layernorm` as well."""
     modules = dict(model.named_modules())
     tied = {key.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for key in pair}
+    whole: list[str] = []
     for name in names:
         matched = [key for key in modules if key == name or key.endswith(f".{name}")]
         if not matched:
@@ -173,6 +184,8 @@ def _check_modules_to_save(model: Any, names: tuple[str, ...]) -> None:
         if any(type(module).__name__ == "Linear4bit" for module in inside):
             what = f"lora.modules_to_save: {name} is held in 4 bit and cannot be trained whole"
             raise ModelError(what, "leave it to lora.target_modules")
+        whole += matched
+    return sorted(set(whole))
 
 
 def _start_from_inputs(model: PeftModel, batches: list[Batch]) -> None:
@@ -187,9 +200,7 @@ def _start_from_inputs(model: PeftModel, batches: list[Batch]) -> None:
         if forwards > EVA_MAX_FORWARDS:
             what = f'lora.init = "eva" has not converged after {EVA_MAX_FORWARDS} passes over the first rows'
             raise ModelError(what, 'use more or longer rows, a smaller lora.r, or lora.init = "default"')
-        network(
-            input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, attention_mask=None, use_cache=False
-        )
+        network(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, attention_mask=None, use_cache=False)
 
     def trained_positions(batch: Batch, _: Any) -> Tensor:
         return (batch.loss_weights_BS > 0).nonzero()

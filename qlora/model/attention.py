@@ -5,9 +5,9 @@ from `position_ids` (they restart at 0 with each document); sliding windows are 
 hold for that, and the model's caller sees to them:
 
 * `attention_mask` is None. A 2-D mask switches the making of document masks off; a 4-D one drops sliding windows.
-* `use_cache` is False. A cache switches it off as well, also while training without gradient checkpointing. Gradient
-  checkpointing hides the second: its layers throw the cache away, but the mask was made before them, with the cache
-  there, and does not separate the documents.
+* `use_cache` is False. A cache switches it off as well, and a cache is the default, in training too. Gradient
+  checkpointing hides that: while training it sets `use_cache=False` by itself, so that a run with it is right, and
+  its evaluation, or the same run without it, is not.
 * padding restarts at position 0, so that it is a document of its own.
 """
 

@@ -2,8 +2,8 @@
 
 The model is built with its parameters on `meta` and its buffers real (transformers computes `inv_freq`, `embed_scale`
 and their like in the constructor; on `meta` they would be lost). Beside it stands, for each parameter, the name of the
-tensor in the checkpoint that fills it, by transformers' own table of renamings. The text part of a multimodal checkpoint
-is taken by itself, as the causal model of its `text_config`.
+tensor in the checkpoint that fills it, by transformers' own table of renamings. The text part of a multimodal
+checkpoint is taken by itself, as the causal model of its `text_config`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ from qlora.model.tensors import TensorEntry, read_tensor
 
 # Subclasses of nn.Linear that compute the same, so that a 4-bit layer may take their place.
 PLAIN_LINEARS = ("Linear", "FalconLinear")
+# Models whose layers look attention up by class, not by registered function: they know "sdpa" and no other name.
+OWN_ATTENTION = ("falcon",)
+
+# What transformers raises for a configuration that is wrong: it has no error of its own for that.
+_WRONG_CONFIG = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, ArithmeticError)
 
 # How multimodal checkpoints call their text part, from transformers 4.50 on and before.
 _TEXT_PREFIXES = (
@@ -53,6 +58,7 @@ def draw(base: BaseFolder, attention: str = "auto") -> Blueprint:
     weights are of a kind that 4-bit layers cannot hold.
     """
     from accelerate import init_empty_weights
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -65,10 +71,11 @@ def draw(base: BaseFolder, attention: str = "auto") -> Blueprint:
             model = AutoModelForCausalLM.from_config(
                 text, dtype=torch.bfloat16, attn_implementation=chosen, trust_remote_code=False
             )
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    except (*_WRONG_CONFIG, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = f"{base.name}: transformers cannot build this model ({reason})"
         raise ModelError(what, "check config.json, or use another copy or another model") from error
+    _compute_buffers(model)
     _untie_if_stored_apart(base, text, model)
     _check_layers(model, base.name)
     sources, skipped = _match(base, model, text is not config)
@@ -124,7 +131,19 @@ def _choose_attention(text: Any, wanted: str, name: str) -> str:
         lack = "transformers has no sdpa for it"
     if wanted == "sdpa" and lack:
         raise ModelError(f'model.attention = "sdpa" is not possible for {name}: {lack}', 'use "auto" or "eager"')
-    return "eager" if wanted == "eager" or lack else ours
+    if wanted == "eager" or lack:
+        return "eager"
+    return "sdpa" if text.model_type in OWN_ATTENTION else ours
+
+
+def _compute_buffers(model: Any) -> None:
+    """Buffers once more, as transformers computes them after loading: constructors saw bf16 as the default dtype, in
+    which sines of large positions are noise (GPT-J). Parameters are on `meta`, so that initializing them does nothing.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = False
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()
 
 
 def _text_names(names: Mapping[str, TensorEntry], multimodal: bool) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Greedy answers, several at a time: for samples, exact match, chat and the verification of exports.
 
-Prompts are padded on the left, so that every row's next token stands in the last column; each row has its own positions,
-and a row is computed as it would be alone. The loop is ours because it must leave no trace: no configuration is written,
-no random number drawn, and the model's training flags are given back as they were.
+Prompts are padded on the left, so that every row's next token stands in the last column; each row has its own
+positions, and is computed as it would be alone. The loop is ours because it must leave no trace: no configuration is
+written, no random number drawn, and the model's training flags are given back as they were.
 """
 
 from __future__ import annotations

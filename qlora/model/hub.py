@@ -8,7 +8,9 @@ be repeated; what is already in the hub's cache serves when the network does not
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,21 +19,32 @@ from pathlib import Path
 from typing import Any
 
 from qlora.disk import sha256_text
-from qlora.errors import ModelError
+from qlora.errors import DataError, ModelError, UserError
 from qlora.events import Notice, Progress, Sink
-from qlora.model.tensors import FLOAT_DTYPES, PICKLE_ENDINGS, TensorEntry, find_tensors, load_json
+from qlora.model.tensors import (
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    PICKLE_ENDINGS,
+    SINGLE_FILE,
+    TensorEntry,
+    find_tensors,
+    load_json,
+    read_index,
+)
 
-__all__ = ["BaseFolder", "TensorEntry", "resolve"]
+__all__ = ["BaseFolder", "TensorEntry", "download_rows", "resolve"]
 
 # Everything a base needs and nothing that could run.
 SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "tekken.json", "*.tiktoken")
-WEIGHT_FILES = ("model.safetensors", "model-*.safetensors")
+WEIGHT_FILES = (SINGLE_FILE, "model-*.safetensors")
+ROW_FILES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 MAX_CONFIG_BYTES = 10_000_000
 
 # Keys by which a configuration has chosen code (CVE-2026-4372, CVE-2026-5241, CVE-2025-23304).
 FORBIDDEN_KEYS = ("trust_remote_code", "_target_", "_attn_implementation_internal", "_experts_implementation_internal")
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_HUB_ROWS = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:@]+))?(?::(?P<split>[\w.-]+))?")
 _EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.")
 _NAME_THE_ORIGINAL = "name the original model, with 16-bit weights: it is quantized while it is loaded"
 
@@ -73,7 +86,7 @@ def resolve(base: str, revision: str, sink: Sink) -> BaseFolder:
     if not _HUB_NAME.fullmatch(base) or ".." in base:
         what = f"model.base: {base!r} is neither a folder nor a hub name (owner/name)"
         raise ModelError(what, "give the folder's path, or a name as it stands on huggingface.co")
-    folder, commit = _download(base, revision, sink)
+    folder, commit = _download(_Repository(base, revision, "model", (*SMALL_FILES, *WEIGHT_FILES)), sink)
     return _check_folder(folder, base, commit, sink)
 
 
@@ -140,21 +153,20 @@ def _check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Ba
 
 def _check_tensors(tensors: Mapping[str, TensorEntry], where: str) -> None:
     if experts := [entry for key, entry in tensors.items() if _EXPERTS.search(key)]:
-        raise _experts_error(where, sum(entry.numel for entry in experts))
+        values = sum(entry.numel for entry in experts)
+        raise _experts_error(where, f"{values * 2 / 2**30:.2f} GiB in 16 bit")
     for name, entry in tensors.items():
         if entry.dtype.startswith("F8") or entry.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
             raise ModelError(f"{where}: {name} is stored in {entry.dtype}", _NAME_THE_ORIGINAL)
         if name.endswith((".qweight", ".weight_packed", ".g_idx", ".qzeros", ".SCB")):
             raise ModelError(f"{where}: its weights are already quantized ({name})", _NAME_THE_ORIGINAL)
-        if name.endswith(".weight") and entry.dtype not in (*FLOAT_DTYPES, "U8"):
+        in_4bit = any(f"{name}.quant_state.bitsandbytes__{kind}" in tensors for kind in ("nf4", "fp4"))
+        if name.endswith(".weight") and entry.dtype not in FLOAT_DTYPES and not in_4bit:
             raise ModelError(f"{where}: {name} is stored in {entry.dtype}", _NAME_THE_ORIGINAL)
 
 
-def _experts_error(where: str, values: int) -> ModelError:
-    what = (
-        f"{where}: a mixture of experts; its fused experts ({values * 2 / 2**30:.2f} GiB in 16 bit) "
-        "cannot be held in 4 bit yet"
-    )
+def _experts_error(where: str, size: str) -> ModelError:
+    what = f"{where}: a mixture of experts; its fused experts ({size}) cannot be held in 4 bit yet"
     return ModelError(what, "use a dense model of the size you need")
 
 
@@ -175,58 +187,140 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(current)
 
 
-def _download(name: str, revision: str, sink: Sink) -> tuple[Path, str]:
-    """The snapshot's folder and commit. Small files first: most refusals need no weights."""
-    import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+@dataclass(frozen=True)
+class _Repository:
+    """A repository of the hub; `kind` is "model" or "dataset", `wanted` the patterns of the files to take."""
 
-    try:
-        info = hub.HfApi().model_info(name, revision=revision, files_metadata=True)
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if status < 500:
-            raise _refused(name, revision, error) from None
-        return _cached(name, revision, sink, f"the hub answers {status}")
-    except (OfflineModeIsEnabled, OSError, *_transport_errors()):
-        return _cached(name, revision, sink, "the hub cannot be reached")
-    commit = str(info.sha)
-    files = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
-    fetch = _fetcher(name, commit, sink)
+    name: str
+    revision: str
+    kind: str
+    wanted: tuple[str, ...]
+
+    def error(self, what: str, hint: str) -> UserError:
+        known = ModelError if self.kind == "model" else DataError
+        return known(f"{self.name}: {what}", hint)
+
+
+def _download(repository: _Repository, sink: Sink) -> tuple[Path, str]:
+    """A model's snapshot folder and commit. Small files first: most refusals need no weights."""
+    found = _look_up(repository)
+    if isinstance(found, str):
+        return _cached(repository, found, sink)
+    commit, files = found
+    fetch = _fetcher(repository, commit)
     small = _matching(files, SMALL_FILES)
     if "config.json" not in small:
-        raise ModelError(f"{name}: there is no config.json in it", "name a repository that holds a model")
-    folder = Path(fetch("config.json")).parent
-    check_config(load_json(folder / "config.json"), name)
+        raise repository.error("there is no config.json in it", "name a repository that holds a model")
+    folder = _first_file(repository, commit, fetch, "config.json")
+    check_config(load_json(folder / "config.json"), repository.name)
     weights = _matching(files, WEIGHT_FILES)
     if not weights:
         pickles = [file for file in files if file.endswith(PICKLE_ENDINGS)]
         why = f"has its weights as pickle only ({pickles[0]}), which can run code" if pickles else "has no safetensors"
-        raise ModelError(f"{name}: {why}", "use a repository or revision with safetensors weights")
-    if "model.safetensors" in weights:
-        weights = {"model.safetensors": weights["model.safetensors"]}
+        raise repository.error(why, "use a repository or revision with safetensors weights")
+    if SINGLE_FILE in weights:
+        weights = {SINGLE_FILE: weights[SINGLE_FILE]}
     for file in small:
         fetch(file)
-    _refuse_experts(name, commit, folder)
-    total = sum(weights.values())
-    done = 0
-    for file, file_bytes in weights.items():
-        fetch(file, lambda read, base=done: sink.emit(Progress("download", min(total, base + read), total, "B")))
-        done += file_bytes
+    _refuse_experts(repository.name, folder)
+    _fetch_all(fetch, weights, sink)
     return folder, commit
 
 
-def _fetcher(name: str, commit: str, sink: Sink) -> Callable[..., str]:
-    import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError
+def download_rows(source: str, sink: Sink) -> str:
+    """The rows of a data set, `hub:NAME[@revision][:split]`, as a glob over its downloaded files.
 
-    def fetch(file: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+    A split (train unless named) is the data files in one folder whose names begin with it. Raises DataError.
+    """
+    match = _HUB_ROWS.fullmatch(source)
+    if match is None:
+        what = f"{source}: is not of the form hub:NAME[@revision][:split]"
+        raise DataError(what, "for example hub:tatsu-lab/alpaca, or hub:owner/name@main:train")
+    split = match["split"] or "train"
+    wanted = tuple(f"{place}{split}*{ending}" for place in ("", "*/") for ending in ROW_FILES)
+    repository = _Repository(match["name"], match["revision"] or "main", "dataset", wanted)
+    found = _look_up(repository)
+    if isinstance(found, str):
+        folder, _ = _cached(repository, found, sink)
+        names = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
+        chosen = _one_set(repository, split, names)
+    else:
+        commit, files = found
+        fetch = _fetcher(repository, commit)
+        chosen = _one_set(repository, split, files)
+        folder = _first_file(repository, commit, fetch, chosen[0])
+        _fetch_all(fetch, {name: files[name] for name in chosen}, sink)
+    place, ending = Path(chosen[0]).parent, Path(chosen[0]).suffix
+    return f"{glob.escape(str(folder / place))}/{split}*{ending}"
+
+
+def _one_set(repository: _Repository, split: str, files: Mapping[str, int]) -> list[str]:
+    """The files of a split: all of one folder and one kind, or else it is not clear which are meant."""
+    chosen = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in repository.wanted))
+    if not chosen:
+        what = f"no file of the split {split!r} as {', '.join(ROW_FILES)}"
+        raise repository.error(what, "name another split, or download the rows and give their path")
+    kinds = sorted({(str(Path(name).parent), Path(name).suffix) for name in chosen})
+    if len(kinds) > 1:
+        what = f"the split {split!r} stands in several places ({', '.join(place + '/*' + end for place, end in kinds)})"
+        raise repository.error(what, "download the rows and give their path")
+    return chosen
+
+
+def _look_up(repository: _Repository) -> tuple[str, dict[str, int]] | str:
+    """The revision's commit and its files with their bytes; or, when the hub cannot be asked, why not."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    ask = hub.HfApi().model_info if repository.kind == "model" else hub.HfApi().dataset_info
+    try:
+        info = ask(repository.name, revision=repository.revision, files_metadata=True)
+    except HFValidationError:
+        raise repository.error("is no name that the hub allows", "names are owner/name, as on huggingface.co") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status < 500 and status not in (408, 429):
+            raise _refused(repository, error) from None
+        return f"the hub answers {status}"
+    except (OSError, HTTPError):  # no connection, or HF_HUB_OFFLINE
+        return "the hub cannot be reached"
+    return str(info.sha), {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+
+
+def _first_file(repository: _Repository, commit: str, fetch: Callable[..., str], file: str) -> Path:
+    """The snapshot's folder. By the revision's own name, so that the cache knows it under that name when offline."""
+    path = fetch(file, revision=repository.revision)
+    folder = Path(path.removesuffix(file.replace("/", os.sep)))
+    if folder.name != commit:
+        raise repository.error(f"{repository.revision} was changed at this moment", "run again")
+    return folder
+
+
+def _fetch_all(fetch: Callable[..., str], files: Mapping[str, int], sink: Sink) -> None:
+    """Fetches files of known sizes with one progress over all."""
+    total, done = sum(files.values()), 0
+    for file, file_bytes in files.items():
+        fetch(file, lambda read, base=done: sink.emit(Progress("download", min(total, base + read), total, "B")))
+        done += file_bytes
+
+
+def _fetcher(repository: _Repository, commit: str) -> Callable[..., str]:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    def fetch(file: str, on_bytes: Callable[[int], None] = lambda _: None, revision: str = commit) -> str:
         try:
-            return hub.hf_hub_download(name, file, revision=commit, tqdm_class=_bar(on_bytes))
+            return str(
+                hub.hf_hub_download(
+                    repository.name, file, repo_type=repository.kind, revision=revision, tqdm_class=_bar(on_bytes)
+                )
+            )
         except HfHubHTTPError as error:
-            raise _refused(name, commit, error) from None
-        except (OSError, *_transport_errors()) as error:
-            what = f"{name}: {file} could not be downloaded ({type(error).__name__})"
-            raise ModelError(what, "check network and free disk, then run again: what has arrived is kept") from None
+            raise _refused(repository, error) from None
+        except (OSError, HTTPError) as error:
+            what = f"{file} could not be downloaded ({type(error).__name__})"
+            hint = "check network and free disk, then run again: what has arrived is kept"
+            raise repository.error(what, hint) from None
 
     return fetch
 
@@ -245,74 +339,60 @@ def _bar(on_bytes: Callable[[int], None]) -> type:
             self.n += int(n or 0)
             on_bytes(self.n)
 
-        def refresh(self) -> None:
-            pass
-
         def close(self) -> None:
-            pass
-
-        def set_description(self, *_: Any, **__: Any) -> None:
             pass
 
     return Bar
 
 
-def _cached(name: str, revision: str, sink: Sink, why: str) -> tuple[Path, str]:
+def _cached(repository: _Repository, why: str, sink: Sink) -> tuple[Path, str]:
     """The snapshot that an earlier run left in the hub's cache."""
     import huggingface_hub as hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         found = hub.snapshot_download(
-            name, revision=revision, local_files_only=True, allow_patterns=[*SMALL_FILES, *WEIGHT_FILES]
+            repository.name,
+            repo_type=repository.kind,
+            revision=repository.revision,
+            local_files_only=True,
+            allow_patterns=list(repository.wanted),
         )
     except (LocalEntryNotFoundError, HFValidationError):
-        what = f"{name}: {why}, and revision {revision} is not in the cache"
-        raise ModelError(what, "connect once to download it, or name a local folder") from None
+        what = f"{why}, and revision {repository.revision} is not in the cache"
+        raise repository.error(what, "connect once to download it, or name a local folder") from None
     folder = Path(found)
-    sink.emit(Notice("model", f"{why}: {name} is taken from the cache, commit {folder.name}"))
+    sink.emit(Notice("hub", f"{why}: {repository.name} is taken from the cache, commit {folder.name}"))
     return folder, folder.name
 
 
-def _refuse_experts(name: str, commit: str, folder: Path) -> None:
-    """Refuses fused experts by the index, before the weights are downloaded; asks the hub for their headers' sizes."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file() or not any(_EXPERTS.search(key) for key in load_json(index).get("weight_map") or ()):
-        return
-    import huggingface_hub as hub
-
-    metadata = hub.get_safetensors_metadata(name, revision=commit)
-    values = sum(
-        tensor.parameter_count
-        for file in metadata.files_metadata.values()
-        for key, tensor in file.tensors.items()
-        if _EXPERTS.search(key)
-    )
-    raise _experts_error(name, values)
+def _refuse_experts(name: str, folder: Path) -> None:
+    """Refuses fused experts by the index alone, before the weights are downloaded."""
+    index = folder / INDEX_FILE
+    if index.is_file() and any(_EXPERTS.search(key) for key in read_index(index)):
+        metadata = load_json(index).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        size = f"{total / 2**30:.1f} GiB with the rest of the model" if isinstance(total, int) else "of unknown size"
+        raise _experts_error(name, size)
 
 
-def _refused(name: str, revision: str, error: Exception) -> ModelError:
+def _refused(repository: _Repository, error: Exception) -> UserError:
     """The hub's refusal in our words: its own messages may carry addresses and headers."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
-        what = f"{name}: its publisher asks you to accept a licence first"
-        return ModelError(what, f"accept it on https://huggingface.co/{name}, then run: hf auth login")
+        place = "" if repository.kind == "model" else "datasets/"
+        hint = f"accept it on https://huggingface.co/{place}{repository.name}, then run: hf auth login"
+        return repository.error("its publisher asks you to accept a licence first", hint)
     if isinstance(error, RevisionNotFoundError):
-        return ModelError(f"{name}: there is no revision {revision!r}", "correct model.revision (main is usual)")
+        return repository.error(f"there is no revision {repository.revision!r}", "correct the revision (main is usual)")
     if isinstance(error, RepositoryNotFoundError):
-        what = f"{name}: the hub has no such model, or it is private"
-        return ModelError(what, "check the spelling; for a private model run: hf auth login")
+        hint = f"check the spelling; for a private {repository.kind} run: hf auth login"
+        return repository.error(f"the hub has no such {repository.kind}, or it is private", hint)
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", "no status")
-    return ModelError(f"{name}: the hub refuses it ({status})", "try again later, or check your token with: hf auth whoami")
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What the hub's HTTP client raises when there is no connection: it is not an OSError."""
-    import httpx
-
-    return (httpx.TransportError,)
+    hint = "try again later, or check your token with: hf auth whoami"
+    return repository.error(f"the hub refuses it ({status})", hint)
 
 
 def _matching(files: Mapping[str, int], patterns: tuple[str, ...]) -> dict[str, int]:

@@ -8,6 +8,7 @@ an 8B model and changes no result that we could measure.)
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ from qlora.model.blueprint import (
     quantized_modules,
 )
 from qlora.model.hub import BaseFolder
-from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, import_bitsandbytes, dequantize, quantize_rows, rows_in_block
+from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
+from qlora.quiet import import_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,9 +45,11 @@ def load_tokenizer(base: BaseFolder) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = f"{base.name}: its tokenizer cannot be opened ({reason})"
-        raise TokenizerError(what, "the base's folder needs tokenizer.json (or tokenizer.model) and its config") from error
+        raise TokenizerError(
+            what, "the base's folder needs tokenizer.json (or tokenizer.model) and its config"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
@@ -74,7 +78,9 @@ def load_base(
     model.requires_grad_(False)
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if lost:
-        raise ModelError(f"{base.name}: {lost[0]} got no value while loading", "this model is not supported; use another")
+        raise ModelError(
+            f"{base.name}: {lost[0]} got no value while loading", "this model is not supported; use another"
+        )
     # peft looks at this, and attaches its plain layers in silence where it is missing.
     model.is_loaded_in_4bit = any(_is_4bit(module) for module in model.modules())
     model.config.name_or_path = base.name
@@ -90,12 +96,34 @@ def stored_4bit(base: BaseFolder, tensor: str, device: torch.device) -> Quantize
         for name, entry in base.tensors.items()
         if name.startswith(f"{tensor}.")
     }
+    data = read_tensor(base.tensors[tensor])
     try:
         state = bnb.functional.QuantState.from_dict(parts, device=device)
-    except (ValueError, KeyError, AssertionError, TypeError) as error:
-        what = f"{base.name}: the 4-bit statistics of {tensor} cannot be read ({type(error).__name__})"
+        _check_state(state, data)
+    except (ValueError, KeyError, AssertionError, TypeError, AttributeError, RuntimeError) as error:
+        what = f"{base.name}: the 4-bit statistics of {tensor} cannot be read ({error or type(error).__name__})"
         raise ModelError(what, "get a clean copy of the model, or name the original one") from error
-    return Quantized(read_tensor(base.tensors[tensor]).to(device), state)
+    return Quantized(data.to(device), state)
+
+
+def _check_state(state: Any, data: Tensor) -> None:
+    """Raises ValueError where sizes disagree: bitsandbytes' kernels trust them, and would read past the end."""
+    values = math.prod(state.shape)
+    sizes = [("codes", data.nbytes, -(-values // 2)), ("code table", state.code.numel(), 16)]
+    sizes.append(("block constants", state.absmax.numel(), -(-values // state.blocksize)))
+    kinds = [state.code.dtype, state.absmax.dtype if not state.nested else state.offset.dtype]
+    if state.nested:
+        blocks = -(-state.absmax.numel() // state.state2.blocksize)
+        sizes += [("nested constants", state.state2.absmax.numel(), blocks)]
+        sizes += [("nested table", state.state2.code.numel(), 256)]
+        kinds += [state.state2.absmax.dtype, state.state2.code.dtype]
+    for what, found, wanted in sizes:
+        if found != wanted:
+            raise ValueError(f"{found:,} {what} for {values:,} values, not {wanted:,}")
+    nested_bytes = not state.nested or state.absmax.dtype == torch.uint8
+    compute = state.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if set(kinds) != {torch.float32} or not nested_bytes or not compute:
+        raise ValueError("numbers of an unexpected type")
 
 
 def _swap_linears(blueprint: Blueprint, base: BaseFolder, quantization: QuantizationSection) -> None:
@@ -134,6 +162,9 @@ def _stream(blueprint: Blueprint, base: BaseFolder, device: torch.device, sink: 
             _set_4bit(module, _quantized(base, source, module, device))
         elif leaf in module._buffers:
             module._buffers[leaf] = _read_as(base, source, module._buffers[leaf].dtype, device)
+        elif is_stored_4bit(base, source):  # the head, where someone has stored it in 4 bit
+            stored = _of_shape(base, source, stored_4bit(base, source, device), tuple(module._parameters[leaf].shape))
+            module._parameters[leaf] = nn.Parameter(dequantize(stored, torch.bfloat16), requires_grad=False)
         else:
             dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
             module._parameters[leaf] = nn.Parameter(_read_as(base, source, dtype, device), requires_grad=False)
@@ -143,11 +174,7 @@ def _stream(blueprint: Blueprint, base: BaseFolder, device: torch.device, sink: 
 
 def _quantized(base: BaseFolder, source: str, layer: Any, device: torch.device) -> Quantized:
     if is_stored_4bit(base, source):
-        stored = stored_4bit(base, source, device)
-        if tuple(stored.state.shape) != (layer.out_features, layer.in_features):
-            what = f"{base.name}: {source} is {list(stored.state.shape)} in 4 bit, not the layer's shape"
-            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
-        return stored
+        return _of_shape(base, source, stored_4bit(base, source, device), (layer.out_features, layer.in_features))
     entry = base.tensors[source]
     return quantize_rows(
         lambda start, end: read_tensor(entry, (start, end)).to(torch.bfloat16),
@@ -156,6 +183,13 @@ def _quantized(base: BaseFolder, source: str, layer: Any, device: torch.device) 
         layer.weight.compress_statistics,
         device,
     )
+
+
+def _of_shape(base: BaseFolder, source: str, stored: Quantized, shape: tuple[int, ...]) -> Quantized:
+    if tuple(stored.state.shape) != shape:
+        what = f"{base.name}: {source} is {list(stored.state.shape)} in 4 bit, but the model needs {list(shape)}"
+        raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+    return stored
 
 
 def _set_4bit(layer: Any, quantized: Quantized) -> None:
@@ -177,8 +211,6 @@ def _set_4bit(layer: Any, quantized: Quantized) -> None:
 
 def _read_as(base: BaseFolder, source: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The tensor in `dtype` on `device`, cast in blocks of rows so that no second copy of it exists."""
-    if is_stored_4bit(base, source):  # the head, where someone has stored it in 4 bit
-        return dequantize(stored_4bit(base, source, device), dtype)
     entry = base.tensors[source]
     if entry.numel <= VALUES_PER_BLOCK or len(entry.shape) < 2:
         return read_tensor(entry).to(device=device, dtype=dtype)
@@ -215,7 +247,9 @@ def _tell(
     odd.update(
         type(module).__name__
         for name, module in blueprint.model.named_modules()
-        if isinstance(module, nn.Linear) and name not in swapped and module is not blueprint.model.get_output_embeddings()
+        if isinstance(module, nn.Linear)
+        and name not in swapped
+        and module is not blueprint.model.get_output_embeddings()
     )
     if odd and quantization.type != "none":
         layers = ", ".join(f"{count} {kind}" for kind, count in sorted(odd.items()))

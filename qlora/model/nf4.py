@@ -12,7 +12,6 @@ taken over all absmax values at once.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qlora.quiet import import_bitsandbytes
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -48,9 +49,8 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and block constants; the value tables, 1 KiB a weight, come on top."""
-        nested = self.state.state2.absmax if self.state.nested else None
-        constants = (self.state.absmax, *(() if nested is None else (nested,)))
-        return self.data.nbytes + sum(tensor.nbytes for tensor in constants)
+        nested = [self.state.state2.absmax] if self.state.nested else []
+        return sum(int(tensor.nbytes) for tensor in (self.data, self.state.absmax, *nested))
 
 
 def quantize(weight: Tensor, quant_type: str, double_quant: bool, device: torch.device) -> Quantized:
@@ -132,18 +132,6 @@ def reference_dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], 
     """The weight that codes and absmax stand for, float32, in plain torch."""
     scale = absmax.repeat_interleave(BLOCK)[: codes.numel()]
     return (values_of(quant_type)[codes.long()] * scale).view(shape)
-
-
-def import_bitsandbytes() -> Any:
-    """The library, without its advice on import to install `kernels`, which would fetch native code at run time."""
-    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = advice.level
-    advice.setLevel(logging.ERROR)
-    try:
-        import bitsandbytes
-    finally:
-        advice.setLevel(level)
-    return bitsandbytes
 
 
 def unpack(data: Tensor, numel: int) -> Tensor:

@@ -140,7 +140,8 @@ def read_tensor(entry: TensorEntry, rows: tuple[int, int] | None = None) -> torc
         offset += rows[0] * (entry.nbytes // max(1, entry.shape[0]))
         shape = (rows[1] - rows[0], *entry.shape[1:])
     tensor = torch.empty(shape, dtype=dtype)
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(bytearray())
+    bytes_in_place: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(bytes_in_place)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(offset)
         while view:
@@ -199,7 +200,9 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         return inside(folder, name)
     except ValueError as error:
-        raise ModelError(f"{folder}: {error}", "a base may only name files of its own folder; do not use this one") from error
+        raise ModelError(
+            f"{folder}: {error}", "a base may only name files of its own folder; do not use this one"
+        ) from error
 
 
 def _parse_json(text: bytes, file: Path) -> dict[str, Any]:

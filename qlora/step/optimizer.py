@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+
+from qlora.quiet import import_bitsandbytes
+
+bnb = import_bitsandbytes()
 
 BETAS = (0.9, 0.999)  # Adam (Kingma & Ba 2015, section 2), the default of every library of the field
 EPSILON = 1e-8
@@ -30,7 +33,7 @@ class AdapterOptimizer:
         self.paged = name.startswith("paged_") and on_gpu
         self.inner = _make(name, list(self.masters.values()), weight_decay, self.paged)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._collector(key))
+            parameter.register_post_accumulate_grad_hook(self._collector(key))  # type: ignore[no-untyped-call]
             for key, parameter in self.parameters.items()
             if self.masters[key] is not parameter
         ]

@@ -259,12 +259,16 @@ def test_a_template_without_end_tokens_gets_one_at_the_end_of_the_row() -> None:
     assert chat_of(template, loss_on="all").encode(talk(user("a"), assistant("b"))).input_ids[-1] == row.input_ids[-1]
 
 
-def test_reasoning_lost_from_history_is_counted() -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_reasoning_lost_from_history_is_counted(inside: bool) -> None:
+    def thoughtful(thought: str, answer: str) -> dict[str, Any]:
+        text = f"<think>\n{thought}\n</think>\n\n{answer}"
+        return assistant(text) if inside else assistant(answer, reasoning_content=thought)
+
     chat = family_chat("qwen3")
-    chat.encode(
-        talk(user("a"), assistant("b", reasoning_content="why b"), user("c"), assistant("d", reasoning_content="why d"))
-    )
+    row = chat.encode(talk(user("a"), thoughtful("why b", "b"), user("c"), thoughtful("why d", "d")))
     assert chat.lost_reasoning == 1
+    assert trained(chat, row) == ["b<|im_end|>", "<think>\nwhy d\n</think>\n\nd<|im_end|>"]
 
 
 @pytest.mark.parametrize("thought", [{"reasoning_content": "Look."}, {}])
