@@ -1,7 +1,7 @@
 """The Python API: what each command does, without a screen.
 
-What is cheap to find wrong is found first: recipe, run folder, data files and the base's folder are checked before torch
-is imported, and a weight is read only when rows, tokenizer and template are known to be good.
+What is cheap to find wrong is found first: recipe, run folder, data files and the base's folder are checked before
+torch is imported, and a weight is read only when rows, tokenizer and template are known to be good.
 """
 
 from __future__ import annotations
@@ -49,14 +49,16 @@ def train(
 ) -> TrainResult:
     """Train a recipe to its end, then export what it asks for.
 
-    `name` is the run's folder in `output.dir`; a recipe file gives its own. `mode`: "new" refuses an existing run folder,
-    "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of `qlora.errors`.
+    `name` is the run's folder in `output.dir`; a recipe file gives its own. `mode`: "new" refuses an existing run,
+    "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of
+    `qlora.errors`.
     """
     loaded, run_name = _named(recipe, name)
     say = sink or Sinks()
-    base = preflight(loaded, say)
     run_dir = run_folder.path_of(loaded, run_name)
-    run_folder.claim(run_dir, loaded, mode)
+    run_folder.check_claim(run_dir, loaded, mode)
+    base = preflight(loaded, say)
+    run_folder.claim(run_dir, mode)
     return _train(_Ready(loaded, run_dir, base, mode), say, stop)
 
 
@@ -70,7 +72,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> PreparedD
 
 
 def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
-    """What can be checked without torch: the data files are there and begin well, the base is one that can be trained."""
+    """What can be checked without torch: the data files are there and begin well, the base can be trained."""
     from qlora.data.prepare import check_files
     from qlora.model import hub
 
@@ -91,8 +93,8 @@ def merge_and_export(
 ) -> Exported:
     """Merge a run's adapter, or any PEFT LoRA folder, into its base and write the whole model.
 
-    `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the original weights, "auto"
-    is nf4 where the adapter was trained on a quantized base.
+    `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the original weights,
+    "auto" is nf4 where the adapter was trained on a quantized base.
     """
     from qlora.export import hf
     from qlora.export.merge import Merge, read_adapter
@@ -151,13 +153,12 @@ def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
     from qlora.training.stop import StopRequest
 
     recipe, run_dir, base = ready.recipe, ready.run_dir, ready.base
-    disk.make_folder(run_dir)
     disk.sweep_leftovers(run_dir)
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if ready.mode == "resume" else None
     step = resume_from.state.step if resume_from else None
     run_folder.write_recipe(run_dir, recipe, base.commit)
-    files = [JsonLines(run_dir / "events.jsonl", step or 0)] if "jsonl" in recipe.report.sinks else []
+    files = [JsonLines(run_dir / run_folder.EVENTS_FILE, step or 0)] if "jsonl" in recipe.report.sinks else []
     say = Sinks(sink, *files)
     try:
         say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))

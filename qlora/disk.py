@@ -93,6 +93,18 @@ def make_folder(path: Path) -> None:
         ) from error
 
 
+def check_writable(path: Path) -> None:
+    """Whether `path`, or the nearest folder above it that exists, can be written to. Raises RunFolderError."""
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunFolderError(
+            f"{path}: cannot write here ({place} is read-only for you)",
+            "name another folder in output.dir, or give yourself write access to this one",
+        )
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace a file's content in one rename: a reader sees the old bytes or the new ones."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

@@ -79,7 +79,9 @@ class DataSection(Section):
     """What the model learns from."""
 
     train: tuple[SourceSection, ...] = Field((), description="Training sources")
-    eval: tuple[SourceSection, ...] = Field((), description="Evaluation sources; without them eval_fraction is held out")
+    eval: tuple[SourceSection, ...] = Field(
+        (), description="Evaluation sources; without them eval_fraction is held out"
+    )
     max_length: int = Field(2048, ge=16, le=1 << 20, description="Longest row, and length of a pack, in tokens")
     packing: bool = Field(True, description="Several short documents share a row, isolated from each other")
     loss_on: Literal["assistant", "all"] = Field("assistant", description="Which tokens are trained")
@@ -345,7 +347,9 @@ def looks_like_folder(base: str) -> bool:
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     base = Path(recipe.model.base).expanduser()
     if looks_like_folder(recipe.model.base) or (folder / base).is_dir():
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str((folder / base).resolve())})})
+        recipe = recipe.model_copy(
+            update={"model": recipe.model.model_copy(update={"base": str((folder / base).resolve())})}
+        )
 
     def source(section: SourceSection) -> SourceSection:
         if section.path.startswith("hub:"):

@@ -214,7 +214,9 @@ def apply_override(raw: dict[str, Any], item: str, index: LineIndex) -> Problem 
     for part in parts[:-1]:
         step: Any = int(part) if isinstance(place, list) and part.isdigit() else part
         if isinstance(place, list) and not (isinstance(step, int) and step < len(place)):
-            return Problem(f"--set {item}", f"there is no entry {part!r}", f"entries are numbered 0 to {len(place) - 1}")
+            return Problem(
+                f"--set {item}", f"there is no entry {part!r}", f"entries are numbered 0 to {len(place) - 1}"
+            )
         place = place[step] if isinstance(place, list) else place.setdefault(step, {})
         if not isinstance(place, (dict, list)):
             return Problem(f"--set {item}", f"{part} is a value, not a table", "for example --set train.max_steps=20")

@@ -12,6 +12,8 @@ from qlora.events import Start
 from qlora.recipe import Recipe, differing_keys, load_recipe, recipe_toml
 
 RECIPE_FILE = "recipe.toml"
+EVENTS_FILE = "events.jsonl"
+RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 
 
@@ -20,22 +22,34 @@ def path_of(recipe: Recipe, name: str) -> Path:
     return (Path(recipe.output.dir).expanduser() / name).resolve()
 
 
-def claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
-    """Decide whether this run may have the folder. Raises RunFolderError; "fresh" moves an old run out of the way."""
-    exists = run_dir.exists()
-    if exists and not run_dir.is_dir():
-        raise RunFolderError(f"{run_dir}: is a file, the run needs a folder of that name", "move it, or change output.dir")
-    empty = not exists or not any(run_dir.iterdir())
-    if mode == "new" and not empty:
+def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
+    """Whether this run may have the folder; changes nothing. Raises RunFolderError.
+
+    A folder in which nothing was trained yet (its rows were broken, say) is taken again without a question.
+    """
+    for place in (run_dir, *run_dir.parents):
+        if place.exists() and not place.is_dir():
+            raise RunFolderError(f"{place}: is a file, the run needs a folder there", "move it, or change output.dir")
+    names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    if mode == "new" and names & RESULTS:
         raise RunFolderError(
             f"{run_dir}: holds a run already",
             "--resume goes on with it, --fresh keeps it under another name and starts anew",
         )
-    if mode == "fresh" and not empty:
-        disk.set_aside(run_dir, ".")
+    if mode == "new" and names and RECIPE_FILE not in names:
+        raise RunFolderError(f"{run_dir}: holds files that are not a run's", "change output.dir, or the recipe's name")
     if mode == "resume":
         _must_match(run_dir, recipe)
-    disk.make_folder(run_dir.parent)
+    disk.check_writable(run_dir)
+
+
+def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> None:
+    """Take the folder: "fresh" moves an old run out of the way, "new" forgets a run that trained nothing."""
+    if mode == "fresh" and run_dir.exists() and any(run_dir.iterdir()):
+        disk.set_aside(run_dir, ".")
+    disk.make_folder(run_dir)
+    if mode == "new":
+        (run_dir / EVENTS_FILE).unlink(missing_ok=True)
 
 
 def _must_match(run_dir: Path, recipe: Recipe) -> None:
@@ -58,7 +72,9 @@ def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
     """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant."""
     if commit is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
-    disk.write_atomic(run_dir / RECIPE_FILE, recipe_toml(recipe, f"# written by qlora {__version__}; every key resolved\n"))
+    disk.write_atomic(
+        run_dir / RECIPE_FILE, recipe_toml(recipe, f"# written by qlora {__version__}; every key resolved\n")
+    )
 
 
 def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:
@@ -83,7 +99,9 @@ def package_version(name: str) -> str:
 def adapter_of(path: Path) -> tuple[Path, Path]:
     """The adapter folder that `path` (a run or an adapter) means, and the parent of its exports. Raises ExportError."""
     if not path.is_dir():
-        raise ExportError(f"{path}: no such folder", "name a run's folder, such as runs/quickstart, or an adapter folder")
+        raise ExportError(
+            f"{path}: no such folder", "name a run's folder, such as runs/quickstart, or an adapter folder"
+        )
     if (path / "adapter" / "adapter_config.json").is_file():
         return path / "adapter", path / "export"
     if (path / "adapter_config.json").is_file():
@@ -100,4 +118,6 @@ def refuse_foreign_folder(target: Path) -> None:
         return
     names = {path.name for path in target.iterdir()} if target.is_dir() else None
     if names is None or (names and disk.MANIFEST not in names):
-        raise ExportError(f"{target}: exists and was not made by an export", "name another folder with --out, or remove it")
+        raise ExportError(
+            f"{target}: exists and was not made by an export", "name another folder with --out, or remove it"
+        )

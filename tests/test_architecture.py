@@ -1,4 +1,4 @@
-"""Imports go down the floors only, heavy packages stay out of the commands' start, and nothing runs code from outside."""
+"""Imports go down the floors only, heavy packages stay out of the commands' start, no stranger's code runs."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ FLOORS = {
     "batch": 1,
     "": 0.5,  # qlora/__init__.py: the version
 }
+HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     "cli": ["common", "train", "export"],
     "export": ["merge", "hf"],
@@ -59,7 +60,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 def place(module: str) -> tuple[str, str]:
     """("model", "hub") for qlora.model.hub, ("recipe", "") for qlora.recipe."""
-    parts = module.split(".")[1:] + ["", ""]
+    parts = [*module.split(".")[1:], "", ""]
     return parts[0], parts[1]
 
 
@@ -70,9 +71,11 @@ def test_imports_go_down_the_floors(path: Path) -> None:
         other_room, other_name = place(imported)
         if room == other_room and name:
             line = LINES[room]
-            assert line.index(other_name) < line.index(name), f"{path.name} imports {imported}, which stands after it"
+            assert line.index(other_name) < line.index(name), f"{path.name}: {imported} stands after it"
         else:
-            assert FLOORS[other_room] < FLOORS[room], f"{path.relative_to(ROOT)} imports {imported}, which is not below it"
+            assert FLOORS[other_room] < FLOORS[room], (
+                f"{path.relative_to(ROOT)} imports {imported}, which is not below it"
+            )
 
 
 def test_every_module_has_a_place_on_its_line() -> None:
@@ -85,11 +88,11 @@ def test_every_module_has_a_place_on_its_line() -> None:
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\n"
-        f"sys.argv = ['qlora', '--help']\n"
+        "sys.argv = ['qlora', '--help']\n"
         f"from qlora.cli.{command} import app\n"
         "try:\n    app()\n"
         "except SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'bitsandbytes', 'accelerate', 'pyarrow'} & set(sys.modules)\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -85,7 +85,8 @@ def test_wrong_values_say_what_is_allowed(tmp_path: Path, line: str, message: st
 
 
 @pytest.mark.parametrize(
-    ("text", "line"), [("[model\nbase = 1", 1), ('[model]\nbase = owner/name', 2), ('[model]\nbase = "a"\nbase = "b"', 3)]
+    ("text", "line"),
+    [("[model\nbase = 1", 1), ("[model]\nbase = owner/name", 2), ('[model]\nbase = "a"\nbase = "b"', 3)],
 )
 def test_broken_toml_has_a_line(tmp_path: Path, text: str, line: int) -> None:
     ((where, what, _),) = problems(tmp_path, text)
@@ -103,7 +104,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_overrides_are_toml_values_or_strings(tmp_path: Path) -> None:
     path = write(tmp_path, SMALL + "[train]\nepochs = 2\n")
-    recipe = load_recipe(path, ["train.max_steps=7", "model.base=other/name", "data.train.0.weight=0.5", 'lora.target_modules=["q_proj"]'])
+    recipe = load_recipe(
+        path,
+        ["train.max_steps=7", "model.base=other/name", "data.train.0.weight=0.5", 'lora.target_modules=["q_proj"]'],
+    )
     assert recipe.train.max_steps == 7 and recipe.train.epochs is None
     assert recipe.model.base == "other/name" and recipe.data.train[0].weight == 0.5
     assert recipe.lora.target_modules == ("q_proj",)
@@ -126,7 +130,8 @@ def test_wrong_overrides_are_named(tmp_path: Path, override: str, message: str) 
 
 
 def test_lines_survive_multiline_values_and_comments(tmp_path: Path) -> None:
-    text = '[model]\nbase = """x"""\n[lora]\ntarget_modules = [\n  "q_proj", # [\n]\n# r = 3\nrr = 4\n[[data.train]]\npath="a"\n[[data.train]]\npathh="b"\n'
+    text = '[model]\nbase = """x"""\n[lora]\ntarget_modules = [\n  "q_proj", # [\n]\n# r = 3\nrr = 4\n'
+    text += '[[data.train]]\npath="a"\n[[data.train]]\npathh="b"\n'
     found = problems(tmp_path, text)
     assert [where for where, _, _ in found] == ["recipe.toml:8", "recipe.toml:11", "recipe.toml:12"]
 

@@ -62,7 +62,8 @@ def _run(source: Path, to: Format, base: Base, out: Path | None, as_json: bool) 
         values = {"format": done.format, "folder": str(done.folder), "bytes": done.bytes, "tensors": done.tensors}
         print(json.dumps({**values, "merged_modules": done.merged_modules, "base": done.merge_base}))
     else:
-        print(f"{done.folder}: {human_bytes(done.bytes)}, {done.tensors} tensors, {done.merged_modules} merged ({done.merge_base})")
+        merged = f"{done.merged_modules} of {done.tensors} tensors merged, base {done.merge_base}"
+        print(f"{done.folder}: {human_bytes(done.bytes)}, {merged}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ def _run(recipe: Path | None, overrides: list[str], resume: bool, fresh: bool, c
         raise RecipeError([Problem("qlora-train", "--resume and --fresh exclude each other", hint)])
     loaded = load_recipe(recipe, overrides)
     from qlora import api
-
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
     from qlora.training.stop import StopRequest

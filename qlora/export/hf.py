@@ -28,7 +28,11 @@ from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, read_header
 from qlora.model.tokenizer import copy_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # the hub's own default (huggingface_hub, MAX_SHARD_SIZE)
-DTYPE_NAMES = {torch.bfloat16: ("BF16", "bfloat16"), torch.float16: ("F16", "float16"), torch.float32: ("F32", "float32")}
+DTYPE_NAMES = {
+    torch.bfloat16: ("BF16", "bfloat16"),
+    torch.float16: ("F16", "float16"),
+    torch.float32: ("F32", "float32"),
+}
 SPARE_BYTES = 64 << 20  # config, tokenizer, index
 
 
@@ -101,7 +105,11 @@ def _write_shard(
     offset = 0
     for tensor in tensors:
         end = offset + _nbytes(tensor, dtype)
-        header[tensor.name] = {"dtype": DTYPE_NAMES[dtype][0], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[dtype][0],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
@@ -167,7 +175,7 @@ def patched_config(merge: Merge) -> str:
 
 
 def _text_config(base: BaseFolder) -> dict[str, Any]:
-    """The config of a multimodal base's text model by itself: its own section, with what the whole says for all parts."""
+    """The config of a multimodal base's text model: its own section, with what the whole says for all parts."""
     shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
     whole = {key: base.config[key] for key in shared if key in base.config}
     return {**whole, **base.config["text_config"], "architectures": [type(draw(base).model).__name__]}

@@ -1,7 +1,9 @@
 """An adapter and its base become one set of weights, tensor by tensor.
 
-    merged = W + scale · B A                     LoRA (Hu et al. 2021, eq. 3); scale = alpha / r, or alpha / sqrt(r) (rsLoRA)
+    merged = W + scale · B A                     LoRA (Hu et al. 2021, eq. 3)
     merged = m · (W + scale · B A) / ‖·‖ by row  DoRA (Liu et al. 2024, eq. 5)
+
+with scale = alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023).
 
 W is what the adapter was trained against: the base's weight as its NF4 code says it (`nf4`, rounded to bf16 as in the
 training's forward pass), or the original weight (`full`). Sums are in fp32, rounded once. Nothing is loaded as a model:
@@ -162,7 +164,7 @@ class Merge:
     def tensors(self) -> list[MergedTensor]:
         """Every tensor of the merged model, in the order of the base's own. Raises ExportError when they don't match.
 
-        Names are those of the base's checkpoint; of a multimodal one, whose text part alone is merged, the causal model's.
+        Names are those of the base's checkpoint; of a multimodal one, whose text part alone is merged, the model's.
         """
         blueprint = draw(self.base)
         shapes = {name: tuple(tensor.shape) for name, tensor in blueprint.model.state_dict().items()}

@@ -96,6 +96,11 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         if key in FORBIDDEN_KEYS:
             what = f"{where}: the configuration holds {key!r}, which chooses code to run"
             raise ModelError(what, "do not use this copy; get the model from its original publisher")
+    _check_quantization(config, where)
+
+
+def check_model_type(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError when transformers knows no causal model of this kind. The slowest check, so the last."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -104,7 +109,6 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         own_code = "; the code in its folder (auto_map) is never run" if "auto_map" in config else ""
         what = f"{where}: model_type {model_type!r} is not known to the installed transformers{own_code}"
         raise ModelError(what, "use a model that transformers supports by itself, or a newer transformers")
-    _check_quantization(config, where)
     text = _text_section(config)
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
         what = f"{where}: {model_type} is an encoder-decoder, not a causal language model"
@@ -140,6 +144,7 @@ def _check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Ba
     check_config(config, name)
     tensors = find_tensors(folder)
     _check_tensors(tensors, name)
+    check_model_type(config, name)
     if "auto_map" in config:
         sink.emit(Notice("model", f"{name} carries its own code; it is never run, transformers' own model is used"))
     sizes = sorted({(entry.file.name, entry.file.stat().st_size) for entry in tensors.values()})
@@ -212,7 +217,9 @@ def _download(repository: _Repository, sink: Sink) -> tuple[Path, str]:
     if "config.json" not in small:
         raise repository.error("there is no config.json in it", "name a repository that holds a model")
     folder = _first_file(repository, commit, fetch, "config.json")
-    check_config(load_json(folder / "config.json"), repository.name)
+    config = load_json(folder / "config.json")
+    check_config(config, repository.name)
+    check_model_type(config, repository.name)
     weights = _matching(files, WEIGHT_FILES)
     if not weights:
         pickles = [file for file in files if file.endswith(PICKLE_ENDINGS)]

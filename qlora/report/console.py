@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from rich import box
@@ -66,7 +67,7 @@ def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:
         return ""
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(SPARK[min(len(SPARK) - 1, int((m - low) / span * len(SPARK)))] for m in means)
@@ -129,7 +130,9 @@ class ConsoleSink:
     def _rejected(self, event: Rejected) -> None:
         examples = f" ({', '.join(event.examples)}{', …' if event.count > len(event.examples) else ''})"
         shown = examples if event.examples else ""
-        self._print(Text.assemble(("rows left out: ", "yellow"), f"{event.count} of {event.source}: {event.reason}{shown}"))
+        self._print(
+            Text.assemble(("rows left out: ", "yellow"), f"{event.count} of {event.source}: {event.reason}{shown}")
+        )
 
     def _progress(self, event: Progress) -> None:
         new = self.task is None or self.task.task != event.task

@@ -71,15 +71,13 @@ def token_logprobs(
     return torch.cat(pieces) if pieces else hidden_TD.new_zeros(0, dtype=torch.float32)
 
 
-def _chunk_logprobs(
-    hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, transform: LogitsTransform | None
-) -> Tensor:
-    logits_CV = head(hidden_CD)
+def _chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, transform: LogitsTransform | None) -> Tensor:
+    logits_CV: Tensor = head(hidden_CD)
     if transform is not None:
         logits_CV = transform(logits_CV)
     logits_CV = logits_CV.float()
     chosen_C = logits_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
-    return chosen_C - torch.logsumexp(logits_CV, dim=-1)
+    return chosen_C - logits_CV.logsumexp(dim=-1)
 
 
 def weighted_loss(logprobs_T: Tensor, weights_T: Tensor) -> Tensor:

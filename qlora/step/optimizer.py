@@ -154,5 +154,7 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 def _copy(target: Tensor, source: Tensor) -> None:
     if target.shape != source.shape or target.dtype != source.dtype:
-        raise ValueError(f"state of shape {tuple(source.shape)} {source.dtype} for {tuple(target.shape)} {target.dtype}")
+        raise ValueError(
+            f"state of shape {tuple(source.shape)} {source.dtype} for {tuple(target.shape)} {target.dtype}"
+        )
     target.copy_(source)

@@ -1,9 +1,9 @@
 """What survives a crash: the run's state, saved as a folder published by one rename, and read back bit for bit.
 
 A checkpoint holds `adapter.safetensors` (the bf16 adapters), `optimizer.safetensors` (fp32 masters and moments),
-`state.json` (`RunState`, update counters, fingerprints of base and data) and `manifest.json` (sha256 of each). No random
-state: random numbers are a function of the recipe and the step (`step.forward.seed_micro_batch`), and so is the order
-of the rows. The final folder `adapter/` is another thing: the best adapter, in PEFT's layout.
+`state.json` (`RunState`, update counters, fingerprints of base and data) and `manifest.json` (sha256 of each). No
+random state: random numbers are a function of the recipe and the step (`step.forward.seed_micro_batch`), and so is
+the order of the rows. The final folder `adapter/` is another thing: the best adapter, in PEFT's layout.
 """
 
 from __future__ import annotations

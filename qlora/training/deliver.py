@@ -78,7 +78,9 @@ class Delivery:
         train = "not measured" if state.train_loss is None else f"{state.train_loss:.4f}"
         measured = "not measured (no evaluation rows)" if state.eval_loss is None else f"{state.eval_loss:.4f}"
         before, after = state.exact_match_before, state.exact_match_after
-        matches = "" if before is None or after is None else f"| exact match | {before:.1%} before, {after:.1%} after |\n"
+        matches = (
+            "" if before is None or after is None else f"| exact match | {before:.1%} before, {after:.1%} after |\n"
+        )
         return f"""---
 base_model: {self.base.name}
 library_name: peft

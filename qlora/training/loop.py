@@ -114,10 +114,14 @@ class Training:
             )
             self._without_packing()
         if self.train.optimizer.startswith("paged_") and not self.optimizer.paged:
-            self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"))
+            self.sink.emit(
+                Notice("optimizer", f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM")
+            )
         self.sink.emit(self.plan())
         if self.steps < schedule.FEW_STEPS:
-            self.sink.emit(Notice("steps", f"only {self.steps} optimizer steps: little is learned in so few", self.steps))
+            self.sink.emit(
+                Notice("steps", f"only {self.steps} optimizer steps: little is learned in so few", self.steps)
+            )
         if resume_from is None:
             return RunState()
         checkpoint.restore(resume_from, self.parameters, self.optimizer, self.fingerprints)

@@ -47,9 +47,7 @@ def run(causal_lm: Any, parts: CausalParts, split: PreparedSplit, device: torch.
         reference = torch.cat([_own_logprobs(causal_lm, split, row, device) for row in rows])
         alone = torch.cat([_ours(parts, split, (row,), device) for row in rows])
         packed = _ours(parts, split, tuple(rows), device)
-    check = SelfCheck(
-        head=float((alone - reference).abs().mean()), leak=float((packed - reference).abs().mean())
-    )
+    check = SelfCheck(head=float((alone - reference).abs().mean()), leak=float((packed - reference).abs().mean()))
     if not check.head <= TOLERANCE:
         raise ModelError(
             f"this architecture's loss cannot be computed in chunks: it differs from the model's own by "

@@ -1,4 +1,4 @@
-"""Whatever a user can get wrong: exit 2, two lines that say what, where and what to do, no traceback, nothing damaged."""
+"""Whatever a user can get wrong: exit 2, two lines (what and where, what to do), no traceback, nothing damaged."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ def pickle_only(base: Path) -> list[str]:
 
 
 def taken(recipe: Path) -> list[str]:
-    (recipe.parent / "runs" / "tiny").mkdir(parents=True)
-    (recipe.parent / "runs" / "tiny" / "recipe.toml").touch()
+    (recipe.parent / "runs" / "tiny" / "checkpoints").mkdir(parents=True)
     return []
 
 
@@ -70,7 +69,7 @@ QUICK: dict[str, Break] = {
     "there is no folder": lambda recipe, base: ["--set", "model.base=./nowhere"],
     "rows.jsonl": lambda recipe, base: [str((recipe.parent / "rows.jsonl").unlink() or recipe)],
     "rows.jsonl:1": lambda recipe, base: rows(recipe, '{"messages": \n'),
-    "no rows": lambda recipe, base: rows(recipe, ""),
+    "the file is empty": lambda recipe, base: rows(recipe, ""),
     "pickle": lambda recipe, base: pickle_only(base),
     "config.json": lambda recipe, base: base_file(base, "config.json", None),
     "is missing, but the index names it": lambda recipe, base: shard_gone(base),
@@ -78,20 +77,21 @@ QUICK: dict[str, Break] = {
         base, "config.json", lambda c: {**c, "quantization_config": {"quant_method": "gptq"}}
     ),
     "holds a run already": lambda recipe, base: taken(recipe),
-    "cannot write here|is a file": lambda recipe, base: output_is_a_file(recipe),
+    "is a file, the run needs a folder": lambda recipe, base: output_is_a_file(recipe),
     "exclude each other": lambda recipe, base: ["--resume", "--fresh"],
     "no run here to resume": lambda recipe, base: ["--resume"],
 }
 # What needs the tokenizer.
 SLOWER: dict[str, Break] = {
-    "end token": lambda recipe, base: no_end_token(base),
-    "longer than 16": lambda recipe, base: ["--set", "data.max_length=16"],
+    "no token that ends an answer": lambda recipe, base: no_end_token(base),
+    "no row is left: 30 are over": lambda recipe, base: ["--set", "data.max_length=16"],
     "rows.jsonl:1.*16": lambda recipe, base: ["--set", "data.max_length=16", "--set", "data.truncation=error"],
     "rows.jsonl:2": lambda recipe, base: rows(
         recipe, (recipe.parent / "rows.jsonl").read_text().splitlines()[0] + '\n{"messages": []}\n'
     ),
     "train": lambda recipe, base: rows(
-        recipe, '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": false}]}\n'
+        recipe,
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": false}]}\n',
     ),
     "no linear layer 'q_prj'": lambda recipe, base: ["--set", "lora.target_modules=['q_prj']"],
 }

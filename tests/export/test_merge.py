@@ -1,4 +1,4 @@
-"""The merged model is the trained one: every kind of adapter, both merge bases, and what cannot be merged is refused."""
+"""The merged model is the trained one: every kind of adapter, both merge bases; what cannot be merged is refused."""
 
 from __future__ import annotations
 

@@ -7,7 +7,20 @@ import io
 import pytest
 from rich.console import Console
 
-from qlora.events import End, Evaluated, Event, Notice, Plan, Progress, Recovered, Rejected, Sampled, Saved, Start, StepDone
+from qlora.events import (
+    End,
+    Evaluated,
+    Event,
+    Notice,
+    Plan,
+    Progress,
+    Recovered,
+    Rejected,
+    Sampled,
+    Saved,
+    Start,
+    StepDone,
+)
 from qlora.report.console import ConsoleSink, human_bytes, human_seconds, sparkline
 
 PLAN = Plan(450, 60, 8, 16000, 4000, 1, 1, 1, 80, 10.0, 700_000, 5_200_000, True, False, 2048, "8 packs ÷ 1 = 8 steps")

@@ -1,4 +1,4 @@
-"""What a run does besides its steps: skips what is not finite, keeps the best adapter, stops early, says what it did."""
+"""What a run does besides its steps: skips what is not finite, keeps the best adapter, stops early, tells."""
 
 from __future__ import annotations
 
