@@ -1,0 +1,103 @@
+"""The whole way on the shipped quickstart: it learns the company's products, and what is exported is what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora import api
+from qlora.events import Recorder
+from qlora.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+RECIPE = ROOT / "recipes" / "quickstart.toml"
+BASE = ROOT / "recipes" / "quickstart" / "base"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The quickstart, trained as the README does it; its folder and its last event."""
+    recorder = Recorder()
+    recipe = load_recipe(RECIPE, [f"output.dir={tmp_path_factory.mktemp('runs')}"])
+    result = api.train(recipe, name="quickstart", sink=recorder)
+    return result.run_dir, recorder.of("end")[0].as_dict()
+
+
+def evaluation_rows(tokenizer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids (1, S) and which of them are trained, by transformers alone."""
+    found = []
+    for line in (ROOT / "recipes" / "quickstart" / "eval.jsonl").read_text().splitlines():
+        row = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        found.append((row["input_ids"], torch.as_tensor(row["assistant_masks"]).view(1, -1).bool()))
+    return found
+
+
+def logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+
+
+def plain(folder: Path, quantized: bool) -> Any:
+    """A model opened by transformers alone, in NF4 with double quantization or in bf16."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    chosen = {"quantization_config": config} if quantized else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **chosen).eval()
+
+
+def test_it_learns(run: tuple[Path, dict[str, Any]]) -> None:
+    _, end = run
+    assert end["exact_match_before"] <= 0.05
+    assert end["exact_match_after"] >= 0.85
+    assert end["tokens"] <= 160_000 and end["steps"] <= 400
+
+
+def test_plain_peft_measures_the_same_loss(run: tuple[Path, dict[str, Any]]) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    folder, end = run
+    model = PeftModel.from_pretrained(plain(BASE, quantized=True), folder / "adapter", autocast_adapter_dtype=False)
+    total, count = 0.0, 0
+    for ids, mask in evaluation_rows(AutoTokenizer.from_pretrained(folder / "adapter")):
+        chosen = logprobs(model, ids)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        total -= float(chosen[mask[0, 1:]].sum())
+        count += int(mask[0, 1:].sum())
+    print(f"plain peft {total / count:.6f}, ours {end['eval_loss']:.6f}")
+    assert abs(total / count - end["eval_loss"]) < 1e-3
+
+
+@pytest.mark.parametrize("merge_base", ["nf4", "full"])
+def test_the_merged_model_is_the_trained_one(run: tuple[Path, dict[str, Any]], tmp_path: Path, merge_base: Any) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    folder, _ = run
+    merged = plain(api.merge_and_export(folder, merge_base=merge_base, out=tmp_path / "out").folder, quantized=False)
+    trained = PeftModel.from_pretrained(plain(BASE, quantized=True), folder / "adapter", autocast_adapter_dtype=False)
+    divergence, positions, clear, agreeing = 0.0, 0, 0, 0
+    for ids, _ in evaluation_rows(AutoTokenizer.from_pretrained(tmp_path / "out")):
+        p, q = logprobs(trained, ids), logprobs(merged, ids)
+        divergence += float((p.exp() * (p - q)).sum())
+        positions += ids.shape[1]
+        top = p.topk(2, dim=-1)
+        sure = top.values[:, 0] - top.values[:, 1] > 0.5
+        clear += int(sure.sum())
+        agreeing += int((q.argmax(-1) == top.indices[:, 0])[sure].sum())
+    print(f"merged on {merge_base}: mean KL {divergence / positions:.2e} nats, {agreeing} of {clear} sure answers equal")
+    if merge_base == "nf4":
+        assert divergence / positions <= 1e-3
+        assert agreeing == clear
