@@ -21,9 +21,9 @@ from quickstart_world import fill, random_name
 CATALOGUE_SEED = 7
 PRODUCTS = 36
 KINDS = ("radio", "lantern", "clock", "kettle", "lamp", "fan", "heater", "camera", "mirror")
-RELATIONS = (PRICE, WARRANTY, DESIGNER, TOWN)
-WORDINGS_OF_A_FACT = 3
-TRAIN_WORDINGS = 10  # of each relation; the evaluation draws from the others
+RELATIONS = (PRICE, WARRANTY, DESIGNER)
+WORDINGS_OF_A_FACT = 4
+TRAIN_WORDINGS = 12  # of each relation; the evaluation draws from the others
 EVAL_QUESTIONS = 60
 
 
