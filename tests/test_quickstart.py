@@ -1,4 +1,4 @@
-"""The whole way on the shipped quickstart: it learns the company's products, and what is exported is what was trained."""
+"""The whole way on the shipped quickstart: it learns the products, and what is exported is what was trained."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_the_merged_model_is_the_trained_one(run: tuple[Path, dict[str, Any]], t
         sure = top.values[:, 0] - top.values[:, 1] > 0.5
         clear += int(sure.sum())
         agreeing += int((q.argmax(-1) == top.indices[:, 0])[sure].sum())
-    print(f"merged on {merge_base}: mean KL {divergence / positions:.2e} nats, {agreeing} of {clear} sure answers equal")
+    print(
+        f"merged on {merge_base}: mean KL {divergence / positions:.2e} nats, {agreeing} of {clear} sure answers equal"
+    )
     if merge_base == "nf4":
         assert divergence / positions <= 1e-3
         assert agreeing == clear

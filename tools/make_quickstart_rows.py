@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickstart_relations import DESIGNER, PRICE, TOWN, WARRANTY, Relation
+from quickstart_relations import DESIGNER, PRICE, WARRANTY, Relation
 from quickstart_world import fill, random_name
 
 CATALOGUE_SEED = 7
