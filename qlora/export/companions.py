@@ -115,7 +115,9 @@ def make_it_stop(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
         return
     said["eos_token_id"] = [end_ids[0], *ids]
     disk.write_atomic(file, json.dumps(said, indent=2) + "\n")
-    message = f"the trained answers end with token {end_ids[0]}, which the base does not stop at: added to its end tokens"
+    message = (
+        f"the trained answers end with token {end_ids[0]}, which the base does not stop at: added to its end tokens"
+    )
     sink.emit(Notice("export", message))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from qlora.export import hf
 from qlora.export.merge import Merge, read_adapter, scale_of
 from qlora.model import adapters, hub, load
 from qlora.recipe import LoraSection, QuantizationSection
-from tests.families import make_base
+from tests.families import as_version_4_saves, make_base
 
 NF4 = QuantizationSection()
 KINDS = {
@@ -107,11 +109,12 @@ def test_untouched_tensors_are_the_bases_bytes(tmp_path: Path, llama: Path) -> N
         assert torch.equal(tensor, merged[name]) is not changed, name
 
 
-def test_config_and_tokenizer_are_the_bases_files(tmp_path: Path, llama: Path) -> None:
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
+def test_config_and_tokenizer_are_the_bases_files(tmp_path: Path) -> None:
+    base = as_version_4_saves(make_base("llama", tmp_path / "base"))
+    trained(base, tmp_path / "adapter", KINDS["plain"])
     exported(tmp_path / "adapter", out=tmp_path / "out")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (llama / name).read_bytes(), name
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
 
 
 def test_shards_have_an_index(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +259,46 @@ def test_blocks_are_multiples_of_the_unit_and_the_same_values(
             assert len(blocks) > 2 or tensor.shape[0] < 100
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads anonymous memory from /proc")
+@pytest.mark.parametrize("base", ["full", "nf4"])
+def test_memory_is_a_block_not_a_tensor(tmp_path: Path, base: str) -> None:
+    """Tensors of 128 and 144 MiB in fp32, of which a block at a time is held, and on NF4 the codes of one (16 MiB)."""
+    shape = {"hidden_size": 512, "intermediate_size": 65536, "num_hidden_layers": 1}
+    make_base("llama", tmp_path / "base", vocab=73728, dtype=torch.float32, overrides=shape)
+    of_peft(tmp_path / "base", tmp_path / "adapter", target_modules="all-linear")
+    code = f"""
+import threading, time
+from pathlib import Path
+from qlora.export import hf
+from qlora.recipe import QuantizationSection
+from tests.export.test_merge import Recorder, merge_of
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+def watch():
+    while not done.is_set():
+        peaks.append(anonymous())
+        time.sleep(0.002)
+
+work = Path({str(tmp_path)!r})
+merge = merge_of(work / "base", work / "adapter", merge_base={base!r}, quantization=QuantizationSection())
+next(merge.tensors()[3].blocks(1))  # what is imported at first use is no part of it
+peaks, done = [anonymous()], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+hf.write(merge, work / "out", Recorder())
+done.set()
+thread.join()
+print((max(peaks) - peaks[0]) // 1024)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert int(done.stdout.split()[-1]) < 96
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_dtype_is_written_and_opened(tmp_path: Path, llama: Path, dtype: torch.dtype) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
@@ -300,7 +343,28 @@ def drop_b(folder: Path) -> None:
     save_file({n: t for n, t in tensors.items() if n != name}, folder / "adapter_model.safetensors")
 
 
+def drop_a(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(n for n in tensors if "lora_A" in n)
+    save_file({n: t for n, t in tensors.items() if n != name}, folder / "adapter_model.safetensors")
+
+
+def add(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({**tensors, f"base_model.model.{name}": tensor}, folder / "adapter_model.safetensors")
+
+
 BROKEN = {
+    "has no lora_A": drop_a,
+    "started with pissa": lambda folder: edit(folder / "adapter_config.json", init_lora_weights="pissa_niter_4"),
+    "biases in the adapter": lambda folder: edit(folder / "adapter_config.json", lora_bias=True),
+    "is stored as U8": lambda folder: add(folder, "lm_head.base_layer.weight", torch.zeros(384, 32, dtype=torch.uint8)),
+    "head.weight has 390 rows": lambda folder: add(folder, "lm_head.weight", torch.ones(390, 64)),
+    r"is \(384, 60\) here and": lambda folder: add(folder, "lm_head.weight", torch.ones(384, 60)),
+    "1 trained token rows, adapter_config.json names 0": lambda folder: add(
+        folder, "model.embed_tokens.token_adapter.trainable_tokens_delta", torch.ones(1, 64)
+    ),
+    "is not in the base": lambda folder: add(folder, "model.layers.0.router.weight", torch.ones(4, 64)),
     "nothing to merge": zero_b,
     "no matching lora_B": drop_b,
     "no adapter_model.safetensors": lambda folder: (folder / "adapter_model.safetensors").unlink(),
