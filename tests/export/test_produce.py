@@ -20,8 +20,8 @@ from qlora.export.products import Options
 from qlora.model import adapters, hub, load
 from qlora.recipe import LoraSection, QuantizationSection
 from tests.export.gguf import written
-from tests.export.test_merge import KINDS, trained
-from tests.families import make_base
+from tests.export.test_merge import KINDS, of_peft, trained
+from tests.families import make_base, make_tokenizer
 from tests.runs import run_dir, train, write_recipe
 
 PLAIN = QuantizationSection(type="none")
@@ -129,6 +129,35 @@ def test_other_adapters_become_gguf_files(tmp_path: Path, llama: Path, kind: str
     trained(llama, tmp_path / "adapter", KINDS[kind])
     report = export(tmp_path / "adapter", "gguf", quants=("f32",), out=tmp_path / "out")
     assert line(report, "gguf-f32").kl < 1e-3
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["apart", "tied"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_with_new_tokens_is_measured_too(tmp_path: Path, tie: bool) -> None:
+    base = make_base("llama", tmp_path / "base", tie=tie)
+    of_peft(base, tmp_path / "adapter", resize=390)
+    name_the_base(tmp_path / "adapter", base)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|call|>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    report = export(tmp_path / "adapter", "hf", "gguf", quants=("f32",), out=tmp_path / "out")
+    assert line(report, "hf").kl < 1e-3 and line(report, "gguf-f32").kl < 1e-3
+    reader = gguf.GGUFReader(next((tmp_path / "out" / "gguf-f32").glob("*.gguf")))
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 390 and "<|call|>" in tokens and tokens[-1].startswith("[PAD")
+
+
+def test_a_model_with_fewer_rows_than_tokens_is_refused(tmp_path: Path, llama: Path) -> None:
+    of_peft(llama, tmp_path / "adapter", resize=300)
+    name_the_base(tmp_path / "adapter", llama)
+    with pytest.raises(ExportError, match=r"beyond the model's 300 rows"):
+        export(tmp_path / "adapter", "hf", out=tmp_path / "out")
+
+
+def name_the_base(adapter: Path, base: Path) -> None:
+    """As peft names it where it has opened the base itself."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))
 
 
 @pytest.mark.parametrize(
