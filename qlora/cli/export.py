@@ -52,12 +52,13 @@ def _run(source: Path, to: Format, base: Base, out: Path | None, as_json: bool) 
     from qlora.report.console import ConsoleSink, human_bytes
     from qlora.training.stop import StopRequest
 
-    sink = Sinks(*([] if as_json else [ConsoleSink()]))
-    with common.Signals(StopRequest()):
+    stop = StopRequest()
+    screen = common.Screen(None if as_json else ConsoleSink(), stop)
+    with common.Signals(stop, screen):
         try:
-            done = api.merge_and_export(source, to=to.value, merge_base=base.value, out=out, sink=sink)
+            done = api.merge_and_export(source, to=to.value, merge_base=base.value, out=out, sink=Sinks(screen))
         finally:
-            sink.close()
+            screen.close()
     if as_json:
         values = {"format": done.format, "folder": str(done.folder), "bytes": done.bytes, "tensors": done.tensors}
         print(json.dumps({**values, "merged_modules": done.merged_modules, "base": done.merge_base}))

@@ -25,6 +25,7 @@ from qlora.model.blueprint import (
     parameter_sources,
     quantized_modules,
 )
+from qlora.model.config import reduce_config
 from qlora.model.hub import BaseFolder
 from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
@@ -227,6 +228,10 @@ def _tell(
     blueprint: Blueprint, base: BaseFolder, attention: str, quantization: QuantizationSection, sink: Sink
 ) -> None:
     """Says what differs from what a reader of the recipe would expect."""
+    if dropped := reduce_config(base.config).dropped:
+        some = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
+        message = f"keys of config.json that this model does not know are not read: {some}"
+        sink.emit(Notice("model", message, len(dropped)))
     if blueprint.skipped:
         mib = total_bytes(base.tensors[name] for name in blueprint.skipped) / 2**20
         message = f"{len(blueprint.skipped)} tensors ({mib:.1f} MiB) that the text model does not use are skipped"
