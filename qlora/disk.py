@@ -86,7 +86,7 @@ def make_folder(path: Path) -> None:
     """Create a folder with its parents. Raises RunFolderError when it can't be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
+        probe = path / f".write-test.tmp-{os.getpid()}"  # swept like every leftover
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -145,7 +145,8 @@ def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[st
             name = path.relative_to(temporary).as_posix()
             manifest["files"][name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         manifest[_SELF] = _sha256_of(manifest)
-        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        # No newline at its end: a manifest that lacks its last byte must not be a manifest.
+        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
         for folder in (temporary, *(path for path in temporary.rglob("*") if path.is_dir())):
             _close_to_others(folder)
             _sync_folder(folder)
@@ -238,7 +239,12 @@ def _swap_in(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -139,7 +139,7 @@ def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
         if fault is None:
             try:
                 return Checkpoint(folder, _read_state(folder))
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 fault = f"state.json cannot be read ({error})"
         try:
             name = f"Set aside as {disk.set_aside(folder, '.broken').name}"

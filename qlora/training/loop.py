@@ -32,7 +32,7 @@ from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, 
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import checkpoint, health, schedule, selfcheck
 from qlora.training.checkpoint import Checkpoint, Fingerprints, RunState
-from qlora.training.deliver import Delivery
+from qlora.training.deliver import Delivery, delivered_step
 from qlora.training.evaluate import SAMPLE_TOKENS, Evaluator, Question
 from qlora.training.health import Trend
 from qlora.training.memory_use import peak_bytes
@@ -347,11 +347,13 @@ class Training:
         health.check_moved(self.optimizer, self.at_start, state.step)
         if state.skipped:
             self.sink.emit(Notice("steps", "steps skipped, their numbers were not finite", state.skipped))
-        if self.evaluator is None or state.best_step is None:
+        # What lies on the disk counts: a life that was killed may have delivered a later best than this state knows.
+        on_disk = delivered_step(self.job.run_dir)
+        if self.evaluator is None or state.best_step is None or on_disk is None:
             self._deliver(state)
             delivered = state.step
         else:
-            delivered = state.best_step
+            delivered = on_disk
             if delivered != state.step:
                 adapters.load_into(self.job.model, self.job.run_dir / "adapter")
             state = self._final_exact_match(state, delivered)
