@@ -51,6 +51,7 @@ FORBIDDEN_KEYS = (
 )
 # How attention is computed may be named in a configuration (and is ignored), but not as a repository of kernels.
 IMPLEMENTATION_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 # The largest tokenizer known to us (Gemma 3) has 33 MB, the largest merges.txt 2 MB.
 MAX_SMALL_BYTES = 256_000_000
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -159,6 +160,7 @@ def _check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Ba
     check_config(config, name)
     check_tokenizer_config(folder)
     tensors = find_tensors(folder)
+    _check_sizes(config, len(tensors), name)
     _check_tensors(tensors, name)
     check_model_type(config, name)
     if "auto_map" in config:
@@ -170,6 +172,15 @@ def _check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Ba
         json.dumps(sizes),
     )
     return BaseFolder(folder, name, commit, config, tensors, fingerprint)
+
+
+def _check_sizes(config: Mapping[str, Any], tensor_count: int, where: str) -> None:
+    """Raises ModelError for layers without tensors: a billion of them would be built one by one, for days."""
+    for key in LAYER_COUNTS:
+        layers = _text_section(config).get(key)
+        if isinstance(layers, int) and layers > tensor_count:
+            what = f"{where}: config.json tells of {layers:,} layers, but the weights are {tensor_count:,} tensors"
+            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
 
 
 def check_entries(folder: Path) -> None:

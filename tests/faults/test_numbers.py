@@ -68,9 +68,9 @@ def test_weights_and_moments_stay_and_the_rows_are_named(
     assert all(name.startswith("rows.jsonl:") for name in named)
     # A loss tells its own micro-batch's row; a gradient that is not finite may be of any row of the step.
     assert len(named) == (1 if what == "loss" else MICRO)
-    assert [
-        m for m in values(recorder, "notice", "message") if "skipped" in m
-    ] == ["steps skipped, their numbers were not finite"]
+    assert [m for m in values(recorder, "notice", "message") if "skipped" in m] == [
+        "steps skipped, their numbers were not finite"
+    ]
 
 
 def test_a_skipped_step_costs_a_later_one_nothing(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
