@@ -229,7 +229,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "a configuration of other types": (
         lambda base, marker: p.change(base, "config.json", hidden_size="64; touch x", rope_theta={"a": 1}),
-        "cannot build this model",
+        "cannot build this model|cannot be opened",
     ),
 }  # fmt: skip
 
