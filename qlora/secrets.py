@@ -24,7 +24,7 @@ _FORMS = (
     re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,}"),  # GitHub
     re.compile(r"\bAKIA[A-Z0-9]{16}\b"),  # AWS
     re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=-]{8,}"),
-    re.compile(r"(?i)(?<=authorization: )(?!bearer)\S{8,}(?: \S{8,})?"),
+    re.compile(r"(?i)(?<=authorization: )(?!bearer)\S+(?: \S{8,})?"),
     re.compile(r"(?<=://)[^/\s:@]*:[^/\s:@]+(?=@)"),  # user:password in an address
 )
 
