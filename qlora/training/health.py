@@ -20,8 +20,8 @@ from qlora.step.optimizer import AdapterOptimizer
 SKIPS_BEFORE_STOPPING = 3  # non-finite steps in a row
 NAMED_ROWS = 20  # `file:line` in a message; the count says how many more
 
-# A spike is a loss far above its recent course. 6 mean deviations and 30 %: none in the 450 steps of the quickstart,
-# whose losses fall by 90 %, while a learning rate ten times too high is told at its first jump.
+# A spike is a loss far above its recent course. 6 mean deviations and 30 %: none in the 378 steps of the quickstart,
+# where the largest rise is 2.7 deviations while the loss falls from 3.3 to 0.05.
 TREND_DECAY = 0.95
 TREND_STEPS = 20
 SPIKE_DEVIATIONS = 6.0
