@@ -92,14 +92,18 @@ def test_replacing_keeps_one_whole_folder(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_flushed_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+    calls: list[int | str] = []
     sync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), sync(handle))[1])
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(os.fstat(handle).st_ino), sync(handle))[1])
     monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(f"rename {Path(b).name}"), rename(a, b))[1])
     disk.publish_folder(tmp_path / "x", fill("hello"))
-    # two files, the manifest with its folder, the folder; then the name; then the parent
+    # each file, the manifest last of them, and the folders; then the name; then the parent
     at = calls.index("rename x")
-    assert calls[:at].count("fsync") >= 4 and calls[at + 1 :] == ["fsync"]
+    inode = {path.name: path.stat().st_ino for path in (tmp_path, tmp_path / "x", *(tmp_path / "x").rglob("*"))}
+    flushed = calls[:at]
+    assert {inode[name] for name in ("a.txt", "b.bin", disk.MANIFEST, "sub", "x")} <= {*flushed}
+    assert flushed.index(inode[disk.MANIFEST]) > max(flushed.index(inode[name]) for name in ("a.txt", "b.bin"))
+    assert calls[at + 1 :] == [inode[tmp_path.name]]
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
