@@ -58,9 +58,15 @@ def train(
     say = sink or Sinks()
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
+    if mode == "resume":
+        loaded = run_folder.pinned(run_dir, loaded)
     base = preflight(loaded, say)
-    run_folder.claim(run_dir, mode)
-    return _train(_Ready(loaded, run_dir, base, mode), say, stop)
+    loaded = _with_pinned_rows(loaded, say)
+    held = run_folder.claim(run_dir, mode)
+    try:
+        return _train(_Ready(loaded, run_dir, base, mode), say, stop)
+    finally:
+        held.release()
 
 
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> PreparedData:
@@ -305,6 +311,20 @@ def _local_sources(data: DataSection, sink: Sink) -> DataSection:
     def local(section: SourceSection) -> SourceSection:
         if not section.path.startswith("hub:"):
             return section
-        return section.model_copy(update={"path": hub.download_rows(section.path, sink)})
+        return section.model_copy(update={"path": hub.download_rows(section.path, sink).pattern})
 
     return data.model_copy(update={"train": tuple(map(local, data.train)), "eval": tuple(map(local, data.eval))})
+
+
+def _with_pinned_rows(recipe: Recipe, sink: Sink) -> Recipe:
+    """The recipe with the revisions of its `hub:` sources as the commits that they mean now: what the run records."""
+    from qlora.model import hub
+
+    def pin(section: SourceSection) -> SourceSection:
+        if not section.path.startswith("hub:"):
+            return section
+        return section.model_copy(update={"path": hub.download_rows(section.path, sink).pinned})
+
+    data = recipe.data
+    pinned = {"train": tuple(map(pin, data.train)), "eval": tuple(map(pin, data.eval))}
+    return recipe.model_copy(update={"data": data.model_copy(update=pinned)})

@@ -9,6 +9,7 @@ newest checkpoint was unloadable after 29 of 30 random kills; published this way
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -22,8 +23,10 @@ from typing import Any
 from qlora.errors import RunFolderError
 
 MANIFEST = "manifest.json"
+_SELF = "sha256"  # of the manifest itself
 _READ_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SWAPPED = ".old-swap-"  # a folder that its successor replaces; `.old-` alone is one that is being removed
 
 
 def sha256_file(path: Path) -> str:
@@ -86,7 +89,7 @@ def make_folder(path: Path) -> None:
     """Create a folder with its parents. Raises RunFolderError when it can't be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
+        probe = path / f".write-test.tmp-{os.getpid()}"  # swept like every leftover
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -112,19 +115,24 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace a file's content in one rename: a reader sees the old bytes or the new ones."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     payload = data.encode() if isinstance(data, str) else data
-    with temporary.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        _close_to_others(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
-def publish_folder(final: Path, write: Callable[[Path], None]) -> int:
+def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> int:
     """Have `write` fill a hidden folder, then give it the name `final` in one rename. Returns its bytes.
 
     An existing folder of that name is replaced: it is moved aside, and removed once the new one stands. Whatever
-    goes wrong before the rename leaves the old folder as it was and no temporary one.
+    goes wrong before the rename leaves the old folder as it was and no temporary one. `about` goes into the manifest.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -132,26 +140,31 @@ def publish_folder(final: Path, write: Callable[[Path], None]) -> int:
     temporary.mkdir()
     try:
         write(temporary)
-        return publish_filled(temporary, final, {})
+        return publish_filled(temporary, final, {}, about)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def publish_filled(filled: Path, final: Path, known: Mapping[str, str]) -> int:
+def publish_filled(filled: Path, final: Path, known: Mapping[str, str], about: Mapping[str, Any] | None = None) -> int:
     """Give the folder `filled` the name `final` in one rename, with its manifest in it. Returns its bytes.
 
     Both are on one file system. `known` is the sha256 of files that were hashed while they were written: these are not
-    read again.
+    read again. `about` goes into the manifest.
     """
     files = sorted(path for path in filled.rglob("*") if path.is_file())
-    manifest: dict[str, Any] = {"files": {}}
+    manifest: dict[str, Any] = {**(about or {}), "files": {}}
     for path in files:
+        _close_to_others(path)
         _sync_file(path)
         name = path.relative_to(filled).as_posix()
         manifest["files"][name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
-    write_atomic(filled / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    _sync_folder(filled)
+    manifest[_SELF] = _sha256_of(manifest)
+    # No newline at its end: a manifest that lacks its last byte must not be a manifest.
+    write_atomic(filled / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    for folder in (filled, *(path for path in filled.rglob("*") if path.is_dir())):
+        _close_to_others(folder)
+        _sync_folder(folder)
     _swap_in(filled, final)
     return sum(int(entry["bytes"]) for entry in manifest["files"].values())
 
@@ -249,7 +262,10 @@ class FolderLock:
 def verify_folder(folder: Path) -> str | None:
     """None when every file of the manifest is there with its size and sha256, else what is wrong."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = read_manifest(folder)
+        entries = manifest["files"]
+        if manifest.pop(_SELF) != _sha256_of(manifest):
+            return f"{MANIFEST} is damaged (its own sha256 differs)"
         for name, entry in entries.items():
             path = inside(folder, name)
             if not path.is_file():
@@ -258,9 +274,22 @@ def verify_folder(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
             if sha256_file(path) != entry["sha256"]:
                 return f"{name} is damaged (its sha256 differs from the manifest's)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"the manifest cannot be read ({error})"
     return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A published folder's manifest, not verified. Raises OSError or ValueError."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError("it holds no JSON object")
+    return manifest
+
+
+def _sha256_of(manifest: Mapping[str, Any]) -> str:
+    """Of everything in a manifest but this hash itself: versions and names are protected like the files are."""
+    return sha256_text(json.dumps(manifest, sort_keys=True))
 
 
 def set_aside(folder: Path, suffix: str) -> Path:
@@ -276,27 +305,48 @@ def set_aside(folder: Path, suffix: str) -> Path:
 def remove_folder(folder: Path) -> None:
     """Remove a published folder: first out of its name in one rename, so that no half of it is ever seen."""
     doomed = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep_leftovers(parent: Path) -> int:
-    """Remove hidden `.tmp-` and `.old-` folders and files that a killed process left. Returns how many."""
+    """Remove hidden `.tmp-` and `.old-` folders and files that a killed process left. Returns how many.
+
+    A process may have died between the two renames that replace a folder, so that neither the old one nor the new one
+    has its name: then the new one, if it is whole, or else the old one gets it.
+    """
+    _finish_swaps(parent)
     leftovers = [path for path in parent.glob(".*") if ".tmp-" in path.name or ".old-" in path.name]
     for path in leftovers:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return len(leftovers)
 
 
+def _finish_swaps(parent: Path) -> None:
+    for mark in (".tmp-", _SWAPPED):  # a whole new one is better than the old one
+        for path in sorted(parent.glob(f".*{mark}*")):
+            final = parent / path.name[1:].partition(mark)[0]
+            replaced = any(parent.glob(f".{glob.escape(final.name)}{_SWAPPED}*"))
+            if path.is_dir() and replaced and not final.exists() and verify_folder(path) is None:
+                os.rename(path, final)
+                _sync_folder(parent)
+
+
 def _swap_in(temporary: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    old = final.with_name(f".{final.name}{_SWAPPED}{os.getpid()}")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.rename(final, old)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -315,6 +365,13 @@ def _try_lock(handle: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _close_to_others(path: Path) -> None:
+    """Nobody else may write to it, whatever the umask: files become 0644 or 0600, folders 0755 or 0700."""
+    mode = path.stat().st_mode
+    if mode & 0o022 and os.name != "nt":
+        path.chmod(mode & 0o7755)
 
 
 def _sync_file(path: Path) -> None:

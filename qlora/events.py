@@ -7,8 +7,10 @@ Every event is a frozen dataclass of plain values (numbers, strings, tuples, dic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
+
+from qlora.secrets import redact_all
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,14 @@ class End(Event):
     adapter_step: int | None
 
 
+def redacted(event: Event) -> Event:
+    """The event without secrets in its texts; the same object where there is nothing to hide."""
+    held = {field.name: getattr(event, field.name) for field in fields(event)}
+    texts = {name: value for name, value in held.items() if isinstance(value, str | tuple | Mapping)}
+    changed = {name: clean for name, value in texts.items() if (clean := redact_all(value)) != value}
+    return replace(event, **changed) if changed else event
+
+
 class Sink(Protocol):
     """Receives every event of a run, in order."""
 
@@ -206,14 +216,15 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """Several sinks as one."""
+    """Several sinks as one. No secret gets past it: an event may quote a path, a row or a library's error."""
 
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
 
     def emit(self, event: Event) -> None:
+        clean = redacted(event)
         for sink in self.sinks:
-            sink.emit(event)
+            sink.emit(clean)
 
     def close(self) -> None:
         for sink in self.sinks:

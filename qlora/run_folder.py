@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from qlora import __version__, disk
+from qlora import __version__, disk, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import Start
-from qlora.recipe import Recipe, differing_keys, load_recipe, recipe_toml
+from qlora.recipe import Recipe, SourceSection, differing_keys, load_recipe, recipe_toml
 
 RECIPE_FILE = "recipe.toml"
 EVENTS_FILE = "events.jsonl"
 RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ROWS = re.compile(r"hub:(?P<name>[^@:]+)(?:@(?P<revision>[^:@]+))?(?::(?P<split>[\w.-]+))?")
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 
 
@@ -30,7 +33,8 @@ def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "f
     for place in (run_dir, *run_dir.parents):
         if place.exists() and not place.is_dir():
             raise RunFolderError(f"{place}: is a file, the run needs a folder there", "move it, or change output.dir")
-    names = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    lock.check_free(run_dir)
+    names = {path.name for path in run_dir.iterdir()} - {lock.LOCK_FILE} if run_dir.exists() else set()
     if mode == "new" and names & RESULTS:
         raise RunFolderError(
             f"{run_dir}: holds a run already",
@@ -43,13 +47,25 @@ def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "f
     disk.check_writable(run_dir)
 
 
-def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> None:
-    """Take the folder: "fresh" moves an old run out of the way, "new" forgets a run that trained nothing."""
-    if mode == "fresh" and run_dir.exists() and any(run_dir.iterdir()):
-        disk.set_aside(run_dir, ".")
+def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> lock.FolderLock:
+    """Take the folder: "fresh" moves an old run out of the way, "new" forgets a run that trained nothing.
+
+    Raises RunFolderError when another process was faster.
+    """
     disk.make_folder(run_dir)
-    if mode == "new":
-        (run_dir / EVENTS_FILE).unlink(missing_ok=True)
+    held = lock.acquire(run_dir)
+    try:
+        if mode == "fresh" and {path.name for path in run_dir.iterdir()} - {lock.LOCK_FILE}:
+            disk.set_aside(run_dir, ".")  # with the lock in it: whoever waits for that one finds a run of another name
+            held.release()
+            disk.make_folder(run_dir)
+            held = lock.acquire(run_dir)
+        if mode == "new":
+            (run_dir / EVENTS_FILE).unlink(missing_ok=True)
+    except BaseException:
+        held.release()
+        raise
+    return held
 
 
 def _must_match(run_dir: Path, recipe: Recipe) -> None:
@@ -60,12 +76,40 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
         old = load_recipe(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with --fresh") from error
-    pinned = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": old.model.revision})})
-    if keys := differing_keys(pinned, old):
+    if keys := differing_keys(_pinned_as(recipe, old), old):
         raise RunFolderError(
             f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}",
             "set them back to go on, or start anew with --fresh",
         )
+
+
+def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
+    """The recipe with the commits that the run in `run_dir` recorded: a branch that has moved on changes nothing."""
+    return _pinned_as(recipe, load_recipe(run_dir / RECIPE_FILE))
+
+
+def _pinned_as(recipe: Recipe, old: Recipe) -> Recipe:
+    model, data = recipe.model, recipe.data
+    if not _COMMIT.fullmatch(model.revision):
+        model = model.model_copy(update={"revision": old.model.revision})
+    sources = {
+        side: tuple(
+            map(_pinned_source, getattr(data, side), [*getattr(old.data, side), *[None] * len(getattr(data, side))])
+        )
+        for side in ("train", "eval")
+    }
+    return recipe.model_copy(update={"model": model, "data": data.model_copy(update=sources)})
+
+
+def _pinned_source(ours: SourceSection, theirs: SourceSection | None) -> SourceSection:
+    """`hub:NAME@main` becomes `hub:NAME@COMMIT:train` where the run recorded that name and split."""
+    one, other = _HUB_ROWS.fullmatch(ours.path), _HUB_ROWS.fullmatch(theirs.path if theirs else "")
+    if not one or not other or theirs is None or one["name"] != other["name"]:
+        return ours
+    same_split = (one["split"] or "train") == (other["split"] or "train")
+    if not same_split or _COMMIT.fullmatch(one["revision"] or ""):
+        return ours
+    return ours.model_copy(update={"path": theirs.path})
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
@@ -84,9 +128,19 @@ def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, 
         base=recipe.model.base,
         commit=commit,
         device=device,
-        versions={"qlora": __version__, **{name: package_version(name) for name in PACKAGES}},
+        versions=versions(),
         resumed_from_step=step,
     )
+
+
+def versions() -> dict[str, str]:
+    """Ours and those of the packages that numbers depend on."""
+    return {"qlora": __version__, **{name: package_version(name) for name in PACKAGES}}
+
+
+def provenance(recipe: Recipe) -> dict[str, Any]:
+    """What the manifest of a checkpoint says about how it was made."""
+    return {"versions": versions(), "recipe_sha256": disk.sha256_text(recipe_toml(recipe))}
 
 
 def package_version(name: str) -> str:

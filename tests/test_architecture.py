@@ -18,6 +18,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 FLOORS = {
     "cli": 8,
     "api": 7,
+    "verify_resume": 6.5,
     "export": 6,
     "training": 5,
     "model": 3,
@@ -28,8 +29,10 @@ FLOORS = {
     "recipe": 2,
     "recipe_text": 1.5,
     "disk": 1.7,
+    "lock": 1.7,
     "quiet": 1,
     "events": 1,
+    "secrets": 0.7,
     "errors": 1,
     "batch": 1,
     "": 0.5,  # qlora/__init__.py: the version
@@ -38,39 +41,26 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 LINES = {
     "cli": ["common", "train", "export"],
     "export": [
-        *(
-            "adapter",
-            "parts",
-            "merge",
-            "workshop",
-            "versions",
-            "hf",
-            "gguf",
-            "imatrix",
-            "ollama",
-            "products",
-            "runtime_child",
-        ),
-        *("runtime", "streamed", "fidelity", "verify_child", "verify", "study", "inspection", "companions", "produce"),
+        *("adapter", "parts", "merge", "workshop", "versions", "hf", "gguf", "imatrix", "ollama", "products"),
+        *("runtime_child", "runtime", "streamed", "fidelity", "verify_child", "verify"),
+        *("study", "inspection", "companions", "produce"),
     ],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "vocab", "rope", "families", "metadata"),
         *("ggml", "encode", "mix", "plan", "write", "lora"),
     ],
-    "training": ["stop", "memory_use", "schedule", "checkpoint", "deliver", "evaluate", "selfcheck", "loop"],
-    "model": [
-        "cpu_products",
-        "tokenizer",
-        "tensors",
-        "hub",
-        "nf4",
-        "attention",
-        "blueprint",
-        "load",
-        "adapters",
-        "generate",
+    "training": [
+        *("stop", "memory_use", "schedule", "checkpoint", "saving", "deliver"),
+        *("evaluate", "selfcheck", "health", "loop"),
     ],
-    "data": ["formats", "sources", "template", "chat", "packing", "store", "prepare", "loader"],
+    "model": [
+        *("cpu_products", "tokenizer", "config", "tensors", "hub", "nf4"),
+        *("attention", "blueprint", "load", "adapters", "generate"),
+    ],
+    "data": [
+        *("formats", "sources", "render_worker", "render", "template", "chat"),
+        *("packing", "store", "prepare", "loader"),
+    ],
     "step": ["loss", "forward", "optimizer"],
     "report": ["files", "console"],
 }

@@ -56,6 +56,35 @@ def test_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk.publish_folder(tmp_path / "x", fill("old"))
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if ".tmp-" in source.name:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(OSError, match="No space"):
+            disk.publish_folder(tmp_path / "x", fill("new"))
+    assert (tmp_path / "x" / "a.txt").read_text() == "old" and disk.verify_folder(tmp_path / "x") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+def test_nobody_else_may_write_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        disk.publish_folder(tmp_path / "x", fill("hello"))
+        disk.write_atomic(tmp_path / "y", "hello")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "x", *(tmp_path / "x").rglob("*"), tmp_path / "y"):
+        assert path.stat().st_mode & 0o022 == 0, path
+
+
 def test_replacing_keeps_one_whole_folder(tmp_path: Path) -> None:
     disk.publish_folder(tmp_path / "x", fill("old"))
     disk.publish_folder(tmp_path / "x", fill("new"))
@@ -63,14 +92,18 @@ def test_replacing_keeps_one_whole_folder(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_flushed_before_the_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+    calls: list[int | str] = []
     sync, rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), sync(handle))[1])
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(os.fstat(handle).st_ino), sync(handle))[1])
     monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(f"rename {Path(b).name}"), rename(a, b))[1])
     disk.publish_folder(tmp_path / "x", fill("hello"))
-    # two files, the manifest with its folder, the folder; then the name; then the parent
+    # each file, the manifest last of them, and the folders; then the name; then the parent
     at = calls.index("rename x")
-    assert calls[:at].count("fsync") >= 4 and calls[at + 1 :] == ["fsync"]
+    inode = {path.name: path.stat().st_ino for path in (tmp_path, tmp_path / "x", *(tmp_path / "x").rglob("*"))}
+    flushed = calls[:at]
+    assert {inode[name] for name in ("a.txt", "b.bin", disk.MANIFEST, "sub", "x")} <= {*flushed}
+    assert flushed.index(inode[disk.MANIFEST]) > max(flushed.index(inode[name]) for name in ("a.txt", "b.bin"))
+    assert calls[at + 1 :] == [inode[tmp_path.name]]
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:

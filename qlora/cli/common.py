@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.errors import QloraError, RecipeError, StoppedBySignal
+from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
+from qlora.secrets import redact
+from qlora.training.stop import StopAsked
 
 if TYPE_CHECKING:
+    from qlora.events import Event, Sink
     from qlora.training.stop import StopRequest
 
 INTERNAL_ERROR = 1
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run(work: Callable[[], None]) -> None:
     """Do a command's work; whatever goes wrong becomes two lines on stderr and an exit code."""
+    os.umask(os.umask(0o077) | 0o022)  # what is written is for its owner to change, and for nobody else
     try:
         work()
     except RecipeError as error:
@@ -34,8 +41,11 @@ def run(work: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # Whoever read our output has gone. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output(1)
         sys.exit(128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1)
+    except OSError as error:
+        _say(*_system_error(error))
+        sys.exit(TrainingStopped.exit_code if error.errno in DISK_FULL else UserError.exit_code)
     except Exception as error:  # the one broad except: a fault of ours must not look like the user's
         _say(f"internal error: {type(error).__name__}: {error}", f"please report it with {_keep_traceback()}")
         sys.exit(INTERNAL_ERROR)
@@ -43,45 +53,135 @@ def run(work: Callable[[], None]) -> None:
 
 def _say(what: str, hint: str) -> None:
     """Two lines: what and where, what to do. Never rich's markup: a message may hold brackets."""
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    label = "\033[1;31merror\033[0m" if colour else "error"
-    print(f"{label}: {what}\n       {hint}", file=sys.stderr)
+    # A message may quote a stranger's file: one line stays one, and no control character reaches the terminal.
+    what, hint = (" ".join(_plain(redact(text)).split()) for text in (what, hint))
+    try:
+        colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        label = "\033[1;31merror\033[0m" if colour else "error"
+        print(f"{label}: {what}\n       {hint}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        drop_output(1, 2)  # the terminal is gone; the exit code still tells
 
 
-def _keep_traceback() -> Path:
+def _plain(text: str) -> str:
+    return (
+        "".join(letter if letter.isprintable() or letter in "\n\t " else "\ufffd" for letter in text)
+        .encode(sys.stderr.encoding or "utf-8", "replace")
+        .decode(sys.stderr.encoding or "utf-8", "replace")
+    )
+
+
+def _system_error(error: OSError) -> tuple[str, str]:
+    """What the system refused, and the usual way out of it."""
+    place = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in DISK_FULL:
+        hint = "free some space (or raise your quota), then go on with --resume; what was saved is intact"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "give yourself the right to read and write there, or name another place"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        hint = "raise the limit on open files (ulimit -n), or close other programs"
+    else:
+        hint = "look at the place and the device that are named, then run it again"
+    return f"{place}{reason}", hint
+
+
+def drop_output(*handles: int) -> None:
+    """Nobody reads these any more (1 is stdout, 2 stderr): what is still written goes nowhere, and fails no more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for handle in handles:
+        os.dup2(nowhere, handle)
+    os.close(nowhere)
+
+
+def _keep_traceback() -> str:
     from qlora.disk import cache_dir
 
     folder = cache_dir() / "crashes"
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"crash-{os.getpid()}.txt"
-    file.write_text(traceback.format_exc(), encoding="utf-8")
-    return file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(redact(traceback.format_exc()))
+    except OSError as error:
+        return f"the command and its recipe (the traceback could not be kept: {error.strerror})"
+    return str(file)
 
 
 class Signals:
     """SIGINT and SIGTERM: the first one asks the run to stop, the second one ends the process at once.
 
     Where nobody reads the request (loading, tokenizing, exporting) there is no step to save: then the first signal ends
-    the command by an exception, and half-written folders are swept on the way out.
+    the command by an exception, and half-written folders are swept on the way out. It is a KeyboardInterrupt, which
+    libraries do not catch; should one swallow it all the same, `Screen` asks again at the next event.
+
+    SIGHUP (the terminal is closed) ends nothing: the run saves, and goes on without a screen. A command that was
+    started to outlive its terminal (nohup) ignores it already, and stays so.
     """
 
-    def __init__(self, stop: StopRequest) -> None:
+    def __init__(self, stop: StopRequest, screen: Screen) -> None:
         self.stop = stop
+        self.screen = screen
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._receive)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._hang_up)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, KeyboardInterrupt | StopAsked) and self.stop.is_set:
+            hint = "run the same command again; a run that has saved a step goes on with --resume"
+            raise self.stop.error("outside of training", hint) from None
 
     def _receive(self, number: int, _frame: Any) -> None:
         if self.stop.is_set:
             os._exit(128 + number)
         self.stop.set(number)
         if not self.stop.is_read:
-            name = signal.Signals(number).name
-            raise StoppedBySignal(f"stopped by {name} outside of training", "--resume goes on from here", number)
+            raise KeyboardInterrupt
+
+    def _hang_up(self, _number: int, _frame: Any) -> None:
+        self.screen.hang_up()
+
+
+class Screen:
+    """A sink that draws through another one for as long as there is somebody to see it.
+
+    A closed pipe or terminal ends the drawing and not the run: it is asked to save, and goes on in silence.
+    """
+
+    def __init__(self, inner: Sink | None, stop: StopRequest) -> None:
+        self.inner = inner
+        self.stop = stop
+
+    def emit(self, event: Event) -> None:
+        if self.stop.is_set and not self.stop.is_read:
+            raise KeyboardInterrupt  # the first one was swallowed
+        if self.inner is not None:
+            try:
+                self.inner.emit(event)
+            except (OSError, ValueError):
+                self.detach(1)
+
+    def close(self) -> None:
+        if self.inner is not None:
+            try:
+                self.inner.close()
+                sys.stdout.flush()
+            except (OSError, ValueError):
+                self.detach(1)
+
+    def hang_up(self) -> None:
+        """The terminal is gone: neither the screen nor an error has a place to be shown."""
+        self.detach(1, 2)
+
+    def detach(self, *handles: int) -> None:
+        self.inner = None
+        self.stop.ask_to_save()
+        drop_output(*handles)

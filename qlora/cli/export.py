@@ -104,12 +104,13 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
     from qlora.training.stop import StopRequest
 
     options: Options = api.export_options(**chosen)
-    sink = Sinks(*([] if as_json else [ConsoleSink()]))
-    with common.Signals(StopRequest()):
+    stop = StopRequest()
+    screen = common.Screen(None if as_json else ConsoleSink(), stop)
+    with common.Signals(stop, screen):
         try:
-            report = api.merge_and_export(source, options=options, sink=sink, **request)
+            report = api.merge_and_export(source, options=options, sink=Sinks(screen), **request)
         finally:
-            sink.close()
+            screen.close()
     if as_json:
         print(json.dumps(_as_json(report)))
 

@@ -27,45 +27,73 @@ def train(
     check: Annotated[
         bool, typer.Option("--check", help="Validate recipe, base and every row, then stop before training.")
     ] = False,
+    verify_resume: Annotated[
+        bool,
+        typer.Option("--verify-resume", help="Prove in a few steps that a resumed run equals an uninterrupted one."),
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON Schema and stop.")] = False,
 ) -> None:
     """Train a LoRA adapter on a 4-bit base, as RECIPE says. The result is a folder under output.dir.
 
-    Ctrl-C finishes the step, saves and exits; --resume goes on from there.
+    Ctrl-C finishes the micro-batch, saves and exits; --resume goes on from there.
     """
-    common.run(lambda: _run(recipe, set_ or [], resume, fresh, check, schema))
+    wanted = [
+        name
+        for name, given in (("resume", resume), ("fresh", fresh), ("check", check), ("verify-resume", verify_resume))
+        if given
+    ]
+    common.run(lambda: print(_schema()) if schema else _run(recipe, set_ or [], wanted))
 
 
-def _run(recipe: Path | None, overrides: list[str], resume: bool, fresh: bool, check: bool, schema: bool) -> None:
+def _schema() -> str:
+    from qlora.recipe import recipe_schema
+
+    return json.dumps(recipe_schema(), indent=2)
+
+
+def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
+    """`wanted` holds at most one of: resume, fresh, check, verify-resume."""
     from qlora.errors import Problem, RecipeError
-    from qlora.recipe import load_recipe, recipe_schema
+    from qlora.training.stop import StopRequest
 
-    if schema:
-        print(json.dumps(recipe_schema(), indent=2))
-        return
     if recipe is None:
         hint = "for example qlora-train recipes/quickstart.toml"
         raise RecipeError([Problem("qlora-train", "no recipe given", hint)])
-    if resume and fresh:
-        hint = "--resume goes on with the run, --fresh starts anew beside it"
-        raise RecipeError([Problem("qlora-train", "--resume and --fresh exclude each other", hint)])
-    loaded = load_recipe(recipe, overrides)
+    if len(wanted) > 1:
+        flags = " and ".join(f"--{name}" for name in wanted)
+        hint = "--resume goes on with the run, --fresh starts anew beside it; give one of them"
+        raise RecipeError([Problem("qlora-train", f"{flags} exclude each other", hint)])
+    stop = StopRequest()
+    screen = common.Screen(None, stop)
+    with common.Signals(stop, screen):
+        try:
+            _work(recipe, overrides, wanted[0] if wanted else "new", screen)
+        finally:
+            screen.close()
+
+
+def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> None:
+    from qlora.recipe import load_recipe
+
+    loaded = load_recipe(path, overrides)
     from qlora import api
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
-    from qlora.training.stop import StopRequest
 
-    stop = StopRequest()
-    sink = Sinks(*([ConsoleSink()] if check or "console" in loaded.report.sinks else []))
-    mode: api.Mode = "resume" if resume else "fresh" if fresh else "new"
-    with common.Signals(stop):
-        try:
-            if check:
-                _report(api.check(loaded, sink=sink))
-            else:
-                api.train(loaded, name=recipe.stem, mode=mode, sink=sink, stop=stop)
-        finally:
-            sink.close()
+    if wanted in ("check", "verify-resume") or "console" in loaded.report.sinks:
+        screen.inner = ConsoleSink()
+    sink = Sinks(screen)
+    if wanted == "check":
+        _report(api.check(loaded, sink=sink))
+    elif wanted == "verify-resume":
+        from qlora.verify_resume import verify_resume
+
+        proof = verify_resume(loaded, path.stem, sink)
+        print(f"resume is exact: {proof.tensors} tensors of adapter and optimizer are equal bit for bit after step")
+        print(f"{proof.steps}, uninterrupted and resumed from step {proof.resumed_from} in a new process")
+    else:
+        mode: api.Mode = "resume" if wanted == "resume" else "fresh" if wanted == "fresh" else "new"
+        api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
 
 
 def _report(data: PreparedData) -> None:

@@ -23,6 +23,8 @@ from qlora.events import Notice, Sink
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PART_ROWS = 64  # of a batch: rendered ahead in one go, and tokenized in one call
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -98,16 +100,26 @@ class ChatTokenizer:
 
     def encode_many(self, conversations: Sequence[Conversation]) -> list[TokenRow | RowError]:
         """As `encode`, many at once (several times faster); in a bad row's place stands its RowError."""
-        rendered = [self._rendered_or_error(conversation) for conversation in conversations]
-        texts = [row.text for row in rendered if isinstance(row, _Rendered)]
-        tokens = self._tokenize(texts)
+        parts = [conversations[at : at + _PART_ROWS] for at in range(0, len(conversations), _PART_ROWS)]
+        self._render_ahead(parts[0] if parts else ())
         rows: list[TokenRow | RowError] = []
+        for number, part in enumerate(parts):
+            rendered = [self._rendered_or_error(conversation) for conversation in part]
+            # The next part is rendered by its own process while this one is tokenized here.
+            self._render_ahead(parts[number + 1] if number + 1 < len(parts) else ())
+            rows += self._rows(rendered)
+        return rows
+
+    def _render_ahead(self, conversations: Sequence[Conversation]) -> None:
+        self._chat_template.render_ahead([text for item in conversations for text in self._requests(item)])
+
+    def _rows(self, rendered: Sequence[_Rendered | RowError]) -> Iterator[TokenRow | RowError]:
+        tokens = self._tokenize([row.text for row in rendered if isinstance(row, _Rendered)])
         for row in rendered:
             try:
-                rows.append(row if isinstance(row, RowError) else self._row(row, *next(tokens)))
+                yield row if isinstance(row, RowError) else self._row(row, *next(tokens))
             except RowError as error:
-                rows.append(error)
-        return rows
+                yield error
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> list[int]:
         """Tokens of a conversation that the assistant is to continue. Raises RowError."""
@@ -116,6 +128,18 @@ class ChatTokenizer:
         return self._with_one_bos(ids, [0.0] * len(ids))[0]
 
     # --- where the answers are ----------------------------------------------------------------------------------
+
+    def _requests(self, conversation: Conversation) -> Iterator[str]:
+        """The renderings that `_locate` will want of a conversation, as far as they are known beforehand."""
+        messages, tools = conversation.messages, conversation.tools
+        if conversation.text is not None:
+            return
+        template = self._chat_template
+        yield template.request(messages, tools)
+        if self.loss_on != "all" and not template.has_marks(tools):
+            for number, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    yield template.request(messages[:number], tools, add_generation_prompt=True)
 
     def _rendered_or_error(self, conversation: Conversation) -> _Rendered | RowError:
         try:

@@ -27,7 +27,8 @@ OnBad = Callable[[str, str], None]  # (file:line, reason)
 
 _CHUNK_CHARS = 1 << 20
 _PARQUET_ROWS = 256
-_CSV_FIELD_CHARS = 1 << 28
+# No row may be larger: a file without line breaks, or a cell without an end, would be read into memory whole.
+MAX_ROW_BYTES = 1 << 28
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -130,10 +131,17 @@ def _checked_item(item: _Item) -> _Item:
 
 
 def _jsonl(file: Path, name: str) -> Iterator[_Item]:
-    read_bytes = 0
+    read_bytes = number = 0
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        while line := lines.readline(MAX_ROW_BYTES + 1):
             read_bytes += len(line)
+            number += 1
+            if len(line) > MAX_ROW_BYTES:
+                while line and not line.endswith(b"\n"):  # its rest, in pieces
+                    line = lines.readline(_CHUNK_CHARS)
+                    read_bytes += len(line)
+                yield _Item(number, RowError(f"over {MAX_ROW_BYTES >> 20} MiB in one line"), read_bytes)
+                continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
@@ -245,6 +253,8 @@ class _ArrayReader:
 
     def _fill(self) -> bool:
         """Read on; at least as much as is held, so that a long element is not scanned over and over."""
+        if len(self.window) - self.at > MAX_ROW_BYTES:
+            raise self._broken(f"over {MAX_ROW_BYTES >> 20} MiB in one row")
         more = self.text.read(max(_CHUNK_CHARS, len(self.window) - self.at))
         if not more:
             return False
@@ -261,7 +271,7 @@ class _ArrayReader:
 
 
 def _csv(file: Path, name: str) -> Iterator[_Item]:
-    csv.field_size_limit(_CSV_FIELD_CHARS)  # the module's default stops at 128 KiB a cell
+    csv.field_size_limit(MAX_ROW_BYTES)  # the module's default stops at 128 KiB a cell
     with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
@@ -306,6 +316,8 @@ def _parquet(file: Path, name: str) -> Iterator[_Item]:
 
 def _txt(file: Path, name: str) -> Iterator[_Item]:
     """The whole file is one row."""
+    if file.stat().st_size > MAX_ROW_BYTES:
+        raise DataError(f"{name}: a text of over {MAX_ROW_BYTES >> 20} MiB", "split it into smaller files")
     data = file.read_bytes()
     yield _Item(1, {"text": data.decode("utf-8-sig").replace("\r\n", "\n")}, len(data))
 

@@ -1,19 +1,18 @@
 """The base's chat template: which one it is, what it writes, and conversations rendered by it.
 
-Templates come with the base and are rendered by transformers in jinja's sandbox. What a template does is not guessed
-from its source but seen from small conversations rendered once at the start: which token ends a turn, and whether
-tools, calls and results are written at all (some templates drop them in silence).
+Templates come with the base: a stranger's programs, rendered in a bounded process of their own (`render.py`). What a
+template does is not guessed from its source but seen from small conversations rendered once at the start: which token
+ends a turn, and whether tools, calls and results are written at all (some templates drop them in silence).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
-
-import jinja2
+from typing import TYPE_CHECKING, Any
 
 from qlora.data.formats import Message, RowError
+from qlora.data.render import Rendered, Renderer, request_text
 from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink
 
@@ -51,16 +50,10 @@ FALLBACK_TEMPLATE = """\
 # Llama 3's template writes the day of rendering unless it is given one. Rows must not depend on the day on which they
 # are tokenized, or a resumed run could see others; this is the template's own default.
 DATE_STRING = "26 Jul 2024"
-# What a template's own code can raise while it renders (jinja2's errors, and Python's from operations on values).
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
+# The largest template known to us has 20 kB (gpt-oss); one that is far larger is no template.
+MAX_TEMPLATE_CHARS = 1 << 20
+# Names that a message's reasoning goes by. Templates read the first one, gpt-oss's read the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 # Private-use characters: they stand in no template, survive trimming, and differ from an answer's first character.
 PLACEHOLDERS = ("\ue0a1ANSWER\ue0a1", "\ue0b2ANSWER\ue0b2")
 _QUESTION: Message = {"role": "user", "content": "Question?"}
@@ -76,10 +69,15 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sink: Sink) -> None:
-        self._special_values: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._special_tokens = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t)]
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token is not None else []
         self.texts = _choose(tokenizer, eos, sink)
+        if max(map(len, self.texts.values())) > MAX_TEMPLATE_CHARS:
+            raise TokenizerError("the base's chat template has more than a million characters", "use another base")
+        # A template that stands for both is compiled once.
+        distinct = list(dict.fromkeys(self.texts.values()))
+        self._numbers = {tools: distinct.index(text) for tools, text in self.texts.items()}
+        self._renderer = Renderer(distinct, {"date_string": DATE_STRING, **tokenizer.special_tokens_map})
         self._marked = {tools: bool(_GENERATION_MARK.search(text)) for tools, text in self.texts.items()}
         turn_ends = self._find_turn_ends()
         self.writes_end = bool(turn_ends)
@@ -102,28 +100,26 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """The conversation as the base reads it. Raises RowError with the template's own message."""
-        return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+        return self._renderer.render(self.request(messages, tools, add_generation_prompt)).text
 
     def render_marked(self, messages: Sequence[Message], tools: Tools | None) -> tuple[str, list[tuple[int, int]]]:
         """Text, and the spans of characters inside generation marks (none for a template without marks)."""
-        text, marks = self._render(messages, tools, return_assistant_tokens_mask=self.has_marks(tools))
-        return text, list(marks[0]) if marks else []
+        rendered: Rendered = self._renderer.render(self.request(messages, tools))
+        return rendered.text, rendered.marks
 
-    def _render(self, messages: Sequence[Message], tools: Tools | None, **options: bool) -> tuple[str, Any]:
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def render_ahead(self, requests: Sequence[str]) -> None:
+        """Render many `request`s at once: the calls of `render` and `render_marked` that follow find their answers."""
+        self._renderer.ask_ahead(requests)
 
-        chat = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-        try:
-            rendered = render_jinja_template(
-                conversations=[chat],
-                tools=list(tools) if tools else None,
-                chat_template=self.texts[bool(tools)],
-                **{"date_string": DATE_STRING, **self._special_values, **options},
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise RowError(f"the chat template refuses this conversation: {error}") from None
-        texts, marks = cast(tuple[list[str], Any], rendered)  # annotated as str in transformers
-        return texts[0], marks
+    def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
+        """What the rendering process is asked: all that the text depends on."""
+        values = {
+            "messages": [_as_templates_read_it(message) for message in messages],
+            "tools": list(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return request_text(self._numbers[bool(tools)], values)
 
     def _find_turn_ends(self) -> list[str]:
         """The special tokens with which this template ends an answer and, where that differs, a tool call."""
@@ -166,6 +162,13 @@ class ChatTemplate:
         return re.findall("|".join(map(re.escape, longest_first)), text) if longest_first else []
 
 
+def _as_templates_read_it(message: Message) -> Message:
+    """Without our own key, and with the reasoning under the names that templates read it by (as transformers does)."""
+    plain = {key: value for key, value in message.items() if key != "train"}
+    reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
 def _call(name: str) -> Message:
     function = {"name": name, "arguments": {}}
     return {
@@ -181,7 +184,7 @@ def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str], sink: Sink) -> d
         try:
             # Of several named templates transformers picks `tool_use`, if there is one, when tools are given.
             return {False: tokenizer.get_chat_template(), True: tokenizer.get_chat_template(tools=[{}])}
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise TokenizerError(f"the base's chat template: {error}", "use another base") from None
     if "<|im_end|>" in tokenizer.get_vocab():
         end = "<|im_end|>"

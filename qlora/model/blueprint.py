@@ -18,6 +18,7 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.model import attention as our_attention
+from qlora.model.config import open_config
 from qlora.model.hub import BaseFolder
 from qlora.model.tensors import TensorEntry, read_tensor
 
@@ -59,10 +60,10 @@ def draw(base: BaseFolder, attention: str = "auto") -> Blueprint:
     """
     from accelerate import init_empty_weights
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+        config = open_config(base.config)
         text = config.get_text_config(decoder=True)
         if config.tie_word_embeddings and "lm_head.weight" not in _text_names(base.tensors, text is not config):
             text.tie_word_embeddings = True

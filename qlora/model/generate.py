@@ -8,7 +8,7 @@ written, no random number drawn, and the model's training flags are given back a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,12 @@ def greedy(
     max_new_tokens: int,
     pad_id: int,
     batch_size: int = 16,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, up to (and without) the first of `end_token_ids`.
 
     `pad_id` fills unused positions and may be any token: it is never attended to. Prompts of similar length share a
-    batch; the answers come back in the order of the prompts.
+    batch; the answers come back in the order of the prompts. `check_stop` is called before each token and may raise.
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens")
@@ -36,14 +37,20 @@ def greedy(
     with _evaluating(model), torch.no_grad():
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]
-            batch = _answer(model, [prompts[index] for index in chosen], set(end_token_ids), max_new_tokens, pad_id)
+            texts = [prompts[index] for index in chosen]
+            batch = _answer(model, texts, set(end_token_ids), max_new_tokens, pad_id, check_stop)
             for index, answer in zip(chosen, batch, strict=True):
                 answers[index] = answer
     return answers
 
 
 def _answer(
-    model: Any, prompts: list[Sequence[int]], ends: set[int], max_new_tokens: int, pad_id: int
+    model: Any,
+    prompts: list[Sequence[int]],
+    ends: set[int],
+    max_new_tokens: int,
+    pad_id: int,
+    check_stop: Callable[[], None],
 ) -> list[list[int]]:
     """One batch. B prompts, S the longest of them; the mask grows by a column a token."""
     device = model.get_input_embeddings().weight.device
@@ -56,6 +63,7 @@ def _answer(
     running = [True] * len(prompts)
     cache = None
     for _ in range(max_new_tokens):
+        check_stop()
         output = model(
             input_ids=ids_BS,
             attention_mask=mask_BS,

@@ -18,13 +18,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora.disk import sha256_text
+from qlora.disk import inside, sha256_text
 from qlora.errors import DataError, ModelError, UserError
 from qlora.events import Notice, Progress, Sink
 from qlora.model.tensors import (
     FLOAT_DTYPES,
     INDEX_FILE,
     PICKLE_ENDINGS,
+    PICKLE_MAGICS,
     SINGLE_FILE,
     TensorEntry,
     find_tensors,
@@ -36,16 +37,28 @@ __all__ = ["BaseFolder", "TensorEntry", "download_rows", "resolve"]
 
 # Everything a base needs and nothing that could run.
 SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "tekken.json", "*.tiktoken")
+COPIED_FILES = ("LICENSE*", "NOTICE*")  # into what is made of a base
 WEIGHT_FILES = (SINGLE_FILE, "model-*.safetensors")
 ROW_FILES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 MAX_CONFIG_BYTES = 10_000_000
 
-# Keys by which a configuration has chosen code (CVE-2026-4372, CVE-2026-5241, CVE-2025-23304).
-FORBIDDEN_KEYS = ("trust_remote_code", "_target_", "_attn_implementation_internal", "_experts_implementation_internal")
+# Keys by which a configuration has chosen code (CVE-2026-4372, CVE-2026-5241, CVE-2025-23304; Hydra's, Lightning's and
+# jsonpickle's ways to name a class, and Python's own).
+FORBIDDEN_KEYS = (
+    *("trust_remote_code", "_attn_implementation_internal", "_experts_implementation_internal"),
+    *("_target_", "_partial_", "_class_path", "class_path", "_instantiator", "_convert_", "custom_pipelines"),
+    *("py/object", "py/reduce", "py/function", "py/type", "__class__", "__reduce__", "__setstate__", "__import__"),
+)
+# How attention is computed may be named in a configuration (and is ignored), but not as a repository of kernels.
+IMPLEMENTATION_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+# The largest tokenizer known to us (Gemma 3) has 33 MB, the largest merges.txt 2 MB.
+MAX_SMALL_BYTES = 256_000_000
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _HUB_ROWS = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^:@]+))?(?::(?P<split>[\w.-]+))?")
 _EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.")
+_FROM_ITS_PUBLISHER = "do not use this copy; get the model from its original publisher"
 _NAME_THE_ORIGINAL = "name the original model, with 16-bit weights: it is quantized while it is loaded"
 
 
@@ -92,10 +105,11 @@ def resolve(base: str, revision: str, sink: Sink) -> BaseFolder:
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Raises ModelError when a model with this configuration cannot be trained here, and says why."""
-    for key, _ in _walk(config):
-        if key in FORBIDDEN_KEYS:
+    for key, value in _walk(config):
+        names_code = key in IMPLEMENTATION_KEYS and "/" in str(value)
+        if key in FORBIDDEN_KEYS or names_code:
             what = f"{where}: the configuration holds {key!r}, which chooses code to run"
-            raise ModelError(what, "do not use this copy; get the model from its original publisher")
+            raise ModelError(what, _FROM_ITS_PUBLISHER)
     _check_quantization(config, where)
 
 
@@ -105,7 +119,7 @@ def check_model_type(config: Mapping[str, Any], where: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         own_code = "; the code in its folder (auto_map) is never run" if "auto_map" in config else ""
         what = f"{where}: model_type {model_type!r} is not known to the installed transformers{own_code}"
         raise ModelError(what, "use a model that transformers supports by itself, or a newer transformers")
@@ -113,9 +127,10 @@ def check_model_type(config: Mapping[str, Any], where: str) -> None:
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
         what = f"{where}: {model_type} is an encoder-decoder, not a causal language model"
         raise ModelError(what, "use a decoder-only model, such as Llama, Qwen, Gemma or Mistral")
-    kinds = [str(kind) for kind in config.get("architectures") or ()]
+    named = config.get("architectures") or ()
+    kinds = [str(kind) for kind in named] if isinstance(named, list | tuple) else [str(named)]
     causal = not kinds or any(kind.endswith(CAUSAL_ENDINGS) for kind in kinds)
-    if not causal or text.get("model_type", model_type) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not causal or str(text.get("model_type", model_type)) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         what = f"{where}: {kinds[0] if kinds else model_type} is not a causal language model"
         raise ModelError(what, "use a model that predicts the next token (…ForCausalLM)")
 
@@ -138,11 +153,14 @@ def _check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Ba
         adapter = (folder / "adapter_config.json").is_file()
         what = f"{name}: is an adapter, not a base" if adapter else f"{name}: there is no config.json in it"
         raise ModelError(what, "name the folder or hub model that holds the whole base")
+    check_entries(folder)
     if config_file.stat().st_size > MAX_CONFIG_BYTES:
         raise ModelError(f"{config_file}: {config_file.stat().st_size:,} bytes", "get a clean copy of the model")
     config = load_json(config_file)
     check_config(config, name)
+    check_tokenizer_config(folder)
     tensors = find_tensors(folder)
+    _check_sizes(config, len(tensors), name)
     _check_tensors(tensors, name)
     check_model_type(config, name)
     if "auto_map" in config:
@@ -154,6 +172,50 @@ def _check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Ba
         json.dumps(sizes),
     )
     return BaseFolder(folder, name, commit, config, tensors, fingerprint)
+
+
+def _check_sizes(config: Mapping[str, Any], tensor_count: int, where: str) -> None:
+    """Raises ModelError for layers without tensors: a billion of them would be built one by one, for days."""
+    for key in LAYER_COUNTS:
+        layers = _text_section(config).get(key)
+        if isinstance(layers, int) and layers > tensor_count:
+            what = f"{where}: config.json tells of {layers:,} layers, but the weights are {tensor_count:,} tensors"
+            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+
+
+def check_entries(folder: Path) -> None:
+    """Raises ModelError for an entry of a stranger's folder that is not what its name says.
+
+    A pipe or device under a file's name would block whoever opens it, and a link out of the folder would carry a
+    file of this machine into the adapter that is made of it. Weights are bounded by their own headers.
+    """
+    for path in sorted(folder.iterdir()):
+        known = any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors"))
+        if not known:
+            continue  # nothing here opens it
+        try:
+            inside(folder, path.name)
+        except ValueError as error:
+            raise ModelError(f"{folder}: {error}", _FROM_ITS_PUBLISHER) from error
+        if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > MAX_SMALL_BYTES:
+            what = f"{path}: {path.stat().st_size:,} bytes are too many for a file of its kind"
+            raise ModelError(what, _FROM_ITS_PUBLISHER)
+
+
+def check_tokenizer_config(folder: Path) -> None:
+    """Raises ModelError where a tokenizer's configuration tries to choose code. Code of its own is never run."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        file = folder / name
+        if file.is_file():
+            check_config({**load_json(file), "quantization_config": None}, name)
+    if (folder / "tokenizer.json").is_file() and _magic(folder / "tokenizer.json") in PICKLE_MAGICS:
+        what = f"{folder / 'tokenizer.json'}: is a pickle under another name, and pickles are never opened"
+        raise ModelError(what, _FROM_ITS_PUBLISHER)
+
+
+def _magic(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(2)
 
 
 def _check_tensors(tensors: Mapping[str, TensorEntry], where: str) -> None:
@@ -234,7 +296,15 @@ def _download(repository: _Repository, sink: Sink) -> tuple[Path, str]:
     return folder, commit
 
 
-def download_rows(source: str, sink: Sink) -> str:
+@dataclass(frozen=True)
+class HubRows:
+    """Downloaded rows: where they lie (a glob), and what they are called with the revision as a commit."""
+
+    pattern: str
+    pinned: str
+
+
+def download_rows(source: str, sink: Sink) -> HubRows:
     """The rows of a data set, `hub:NAME[@revision][:split]`, as a glob over its downloaded files.
 
     A split (train unless named) is the data files in one folder whose names begin with it. Raises DataError.
@@ -248,7 +318,7 @@ def download_rows(source: str, sink: Sink) -> str:
     repository = _Repository(match["name"], match["revision"] or "main", "dataset", wanted)
     found = _look_up(repository)
     if isinstance(found, str):
-        folder, _ = _cached(repository, found, sink)
+        folder, commit = _cached(repository, found, sink)
         names = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
         chosen = _one_set(repository, split, names)
     else:
@@ -258,7 +328,8 @@ def download_rows(source: str, sink: Sink) -> str:
         folder = _first_file(repository, commit, fetch, chosen[0])
         _fetch_all(fetch, {name: files[name] for name in chosen}, sink)
     place, ending = Path(chosen[0]).parent, Path(chosen[0]).suffix
-    return f"{glob.escape(str(folder / place))}/{split}*{ending}"
+    pattern = f"{glob.escape(str(folder / place))}/{split}*{ending}"
+    return HubRows(pattern, f"hub:{repository.name}@{commit}:{split}")
 
 
 def _one_set(repository: _Repository, split: str, files: Mapping[str, int]) -> list[str]:

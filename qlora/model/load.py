@@ -25,6 +25,7 @@ from qlora.model.blueprint import (
     parameter_sources,
     quantized_modules,
 )
+from qlora.model.config import reduce_config
 from qlora.model.hub import BaseFolder
 from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
@@ -35,24 +36,37 @@ if TYPE_CHECKING:
 
     from qlora.recipe import QuantizationSection
 
+# What transformers raises for a tokenizer folder that is wrong: it has no error of its own for that.
+_WRONG_TOKENIZER = (
+    *(ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
+    *(AssertionError, MemoryError),
+)
+
 __all__ = ["load_base", "load_tokenizer", "parameter_sources", "quantized_modules", "stored_4bit"]
 
 
 def load_tokenizer(base: BaseFolder) -> PreTrainedTokenizerBase:
     """The base's tokenizer. Without a padding token it gets one (padding is told by position, never by this id)."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"{base.name}: its tokenizer cannot be opened ({reason})"
-        raise TokenizerError(
-            what, "the base's folder needs tokenizer.json (or tokenizer.model) and its config"
-        ) from error
+    except (*_WRONG_TOKENIZER, StrictDataclassError) as error:
+        raise _no_tokenizer(base, error) from error
+    except BaseException as error:
+        if type(error) is not Exception:  # tokenizers raises the bare class, and no other
+            raise
+        raise _no_tokenizer(base, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _no_tokenizer(base: BaseFolder, error: BaseException) -> TokenizerError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    what = f"{base.name}: its tokenizer cannot be opened ({reason})"
+    return TokenizerError(what, "the base's folder needs tokenizer.json (or tokenizer.model) and its config")
 
 
 def load_base(
@@ -227,6 +241,10 @@ def _tell(
     blueprint: Blueprint, base: BaseFolder, attention: str, quantization: QuantizationSection, sink: Sink
 ) -> None:
     """Says what differs from what a reader of the recipe would expect."""
+    if dropped := reduce_config(base.config).dropped:
+        some = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
+        message = f"keys of config.json that this model does not know are not read: {some}"
+        sink.emit(Notice("model", message, len(dropped)))
     if blueprint.skipped:
         mib = total_bytes(base.tensors[name] for name in blueprint.skipped) / 2**20
         message = f"{len(blueprint.skipped)} tensors ({mib:.1f} MiB) that the text model does not use are skipped"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+# How pickles begin: torch's zip, and pickle's own protocols 2 to 5.
+PICKLE_MAGICS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 # The format's own cap on a header: safetensors, MAX_HEADER_SIZE.
 MAX_HEADER_BYTES = 100_000_000
@@ -226,7 +228,7 @@ def _lie(file: Path, name: str, what: str) -> ModelError:
 
 
 def _not_safetensors(file: Path, head: bytes, size: int) -> ModelError:
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    if head.startswith(PICKLE_MAGICS):
         what = "is a pickle under another name, and pickles are never opened"
     elif head.startswith(b"version "):
         what = "is a Git LFS pointer, not the file itself"

@@ -6,6 +6,7 @@ pipe, CI) the same events become plain lines.
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections import deque
@@ -75,11 +76,18 @@ def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:
     return "".join(SPARK[min(len(SPARK) - 1, int((m - low) / span * len(SPARK)))] for m in means)
 
 
+class _Terminal(Console):
+    """rich ends the process when whoever reads the output has gone; here that ends the drawing alone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+
+
 class ConsoleSink:
     """Draws a run on `console`; live when that is a terminal, as lines when not."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stdout, highlight=False)
+        self.console = console or _Terminal(file=sys.stdout, highlight=False)
         self.live: Live | None = None
         self.plan: Plan | None = None
         self.losses: list[float] = []

@@ -3,35 +3,61 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qlora import disk
 from qlora.events import Event, Progress
 
+MAX_WAITING = 10_000  # lines kept for a disk that has no room; the oldest go first
+
 
 class JsonLines:
-    """A sink that appends events to a file, flushed line by line."""
+    """A sink that appends events to a file, line by line.
+
+    A full disk does not end a run: lines that cannot be written wait for the next event, and no half line stays.
+    """
 
     def __init__(self, path: Path, resume_from_step: int | None = None) -> None:
         self.path = path
         if resume_from_step is not None and path.exists():
             _forget_after(path, resume_from_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._written_bytes = self._file.tell()
+        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
 
     def emit(self, event: Event) -> None:
         if not isinstance(event, Progress):
-            self._file.write(json.dumps(event.as_dict(), ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._waiting.append(json.dumps(event.as_dict(), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            self._write()
 
     def close(self) -> None:
+        self._write()
         self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            try:
+                written = self._file.write(line)
+            except OSError:
+                return
+            if written != len(line):  # the disk took a part of it
+                with suppress(OSError):
+                    os.truncate(self._file.fileno(), self._written_bytes)
+                return
+            self._written_bytes += len(line)
+            self._waiting.popleft()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All whole lines of an events file; a last line cut short by a crash is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): a text in an event may hold a line separator of its own (U+2028).
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             found.append(json.loads(line))
         except ValueError:

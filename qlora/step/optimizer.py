@@ -32,6 +32,10 @@ class AdapterOptimizer:
         on_gpu = any(parameter.is_cuda for parameter in self.parameters.values())
         self.paged = name.startswith("paged_") and on_gpu
         self.inner = _make(name, list(self.masters.values()), weight_decay, self.paged)
+        # The largest norm that each parameter's gradient ever had: zero at the end of a run means it never learned.
+        device = next((master.device for master in self.masters.values()), torch.device("cpu"))
+        self.largest_gradients = torch.zeros(len(self.masters), device=device)
+        self._norms: Tensor | None = None  # of the gradient that `gradient_norm` saw, until the update
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._collector(key))  # type: ignore[no-untyped-call]
             for key, parameter in self.parameters.items()
@@ -55,8 +59,13 @@ class AdapterOptimizer:
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the whole gradient in fp32, a scalar still on the device."""
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+        zero = self.largest_gradients.new_zeros(())
+        norms = torch.stack(
+            [zero if master.grad is None else torch.linalg.vector_norm(master.grad) for master in self.masters.values()]
+        )
+        self._norms = norms
+        whole: Tensor = torch.linalg.vector_norm(norms)
+        return whole
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale the gradient down to `max_norm` where it is longer; 0 is off. Asks the device nothing."""
@@ -71,6 +80,8 @@ class AdapterOptimizer:
         """Update the masters, round them into the parameters, and drop the gradients."""
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
+        if self._norms is not None:
+            self.largest_gradients = torch.maximum(self.largest_gradients, self._norms)
         self.inner.step()
         self.write_back()
         self.zero_gradients()
@@ -86,13 +97,16 @@ class AdapterOptimizer:
         for key, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[key].grad = None
+        self._norms = None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next update depends on: tensors by name, on the host, and the update counters.
 
-        `master/<parameter>` are the fp32 copies, `<slot>/<parameter>` the optimizer's moments and their scales.
+        `master/<parameter>` are the fp32 copies, `<slot>/<parameter>` the optimizer's moments and their scales,
+        `largest_gradients` one number a parameter.
         """
         tensors = {f"master/{key}": _to_host(master) for key, master in self.masters.items()}
+        tensors["largest_gradients"] = _to_host(self.largest_gradients)
         counters: dict[str, int] = {}
         for key, master in self.masters.items():
             for slot, value in self.inner.state.get(master, {}).items():
@@ -111,6 +125,7 @@ class AdapterOptimizer:
         bitsandbytes' own load_state_dict moves paged state to the GPU for good; copying into its own freshly made
         buffers keeps it paged. Raises KeyError or ValueError when the tensors are of another model.
         """
+        _copy(self.largest_gradients, tensors["largest_gradients"])
         for group_index, group in enumerate(self.inner.param_groups):
             for index, (key, master) in enumerate(self.masters.items()):
                 _copy(master, tensors[f"master/{key}"])

@@ -40,6 +40,14 @@ def provenance(folder: Path, adapter_config: Mapping[str, Any]) -> Provenance:
     return Provenance(base, str(adapter_config.get("revision") or "main"), None, QuantizationSection())
 
 
+def delivered_step(run_dir: Path) -> int | None:
+    """The step of the adapter that lies in a run's folder, by its own word; None where there is none."""
+    try:
+        return int(json.loads((run_dir / "adapter" / PROVENANCE_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 @dataclass(frozen=True)
 class Delivery:
     """What the delivered folder says about the run."""
@@ -58,7 +66,8 @@ class Delivery:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
             copy_tokenizer(self.base.path, folder, self.template)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
-            disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(self.provenance(), indent=1) + "\n")
+            said = {**self.provenance(), "step": state.step}
+            disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(said, indent=1) + "\n")
 
         size = disk.publish_folder(run_dir / "adapter", write)
         sink.emit(Saved("adapter", state.step, str(run_dir / "adapter"), size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,7 @@ class Evaluator:
     device: torch.device
     sink: Sink
     micro_batch_size: int
+    check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
 
     def loss(self) -> float:
         """Mean loss in nats per trained token over all evaluation rows."""
@@ -72,6 +73,7 @@ class Evaluator:
         weight = 0.0
         with evaluating(self.model):
             for start in range(0, len(packs), self.micro_batch_size):
+                self.check_stop()
                 chosen = packs[start : start + self.micro_batch_size]
                 batch = collate(self.split, chosen, self.pad_id, self.data.max_length)
                 weight += float(batch.loss_weights_BS.sum())
@@ -104,6 +106,7 @@ class Evaluator:
                 self.chat.end_token_ids,
                 min(count, limit) if limit else count,
                 self.pad_id,
+                check_stop=self.check_stop,
             )
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in produced]
 

@@ -2,7 +2,8 @@
 
 The loop emits events and draws nothing. A step is a function of the recipe and of the run's state alone: which rows it
 reads follows from its number, and so does every random number, so that a resumed run is the same run. Signals are read
-between micro-batches; what an unfinished step has gathered is thrown away and its rows are read again.
+between micro-batches; what an unfinished step has gathered is thrown away and its rows are read again, and so is an
+unfinished evaluation: the state that is saved is always that of a completed step.
 """
 
 from __future__ import annotations
@@ -11,30 +12,32 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlora import run_folder
 from qlora.batch import Batch
 from qlora.data.chat import ChatTokenizer
 from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedData
-from qlora.errors import TrainingStopped
+from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Evaluated, Notice, Plan, Recovered, Sampled, Sink, StepDone
 from qlora.model import adapters
 from qlora.model.hub import BaseFolder
 from qlora.recipe import Recipe
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
-from qlora.training import checkpoint, schedule, selfcheck
+from qlora.training import checkpoint, health, schedule, selfcheck
 from qlora.training.checkpoint import Checkpoint, Fingerprints, RunState
-from qlora.training.deliver import Delivery
+from qlora.training.deliver import Delivery, delivered_step
 from qlora.training.evaluate import SAMPLE_TOKENS, Evaluator, Question
+from qlora.training.health import Trend
 from qlora.training.memory_use import peak_bytes
-from qlora.training.stop import StopRequest
-
-SKIPS_BEFORE_STOPPING = 3  # non-finite steps in a row
+from qlora.training.saving import Saver
+from qlora.training.stop import StopAsked, StopRequest
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,18 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
     """Train to the end. Raises StoppedBySignal and TrainingStopped with the last completed step saved."""
     training = Training(job)
     with job.stop.being_read():
-        state = training.begin(resume_from)
-        state = training.first_look(state)
-        while not training.is_finished(state):
-            state = training.step(state)
-            if training.evaluation_is_due(state):
-                state = training.evaluate(state)
-            training.save_if_due(state)
-        return training.finish(state)
+        try:
+            state = training.begin(resume_from)
+            state = training.first_look(state)
+            while True:
+                if training.evaluation_is_due(state):
+                    state = training.evaluate(state)
+                training.save_if_due(state)
+                if training.is_finished(state):
+                    return training.finish(state)
+                state = training.step(state)
+        except StopAsked:
+            raise training.stopped() from None
 
 
 class Training:
@@ -94,8 +101,10 @@ class Training:
         )
         self.questions: list[Question] = []
         self.base_answers: list[str] = []
-        self.saved_step = -1
-        self.saved_at = time.monotonic()
+        self.saver = Saver(job.run_dir, recipe.checkpoint, job.sink, job.stop)
+        self.about = run_folder.provenance(recipe)
+        self.at_start = health.fingerprints(self.optimizer.masters)
+        self.completed = RunState()  # the last state that may be saved
 
     # --- before the first step -----------------------------------------------------------------------------------
 
@@ -122,11 +131,14 @@ class Training:
             self.sink.emit(
                 Notice("steps", f"only {self.steps} optimizer steps: little is learned in so few", self.steps)
             )
-        if resume_from is None:
-            return RunState()
-        checkpoint.restore(resume_from, self.parameters, self.optimizer, self.fingerprints)
-        self.saved_step = resume_from.state.step
-        return resume_from.state
+        if resume_from is not None:
+            checkpoint.restore(resume_from, self.parameters, self.optimizer, self.fingerprints)
+            self.saver.saved_step = resume_from.state.step
+            self.completed = resume_from.state
+            if changed := checkpoint.other_versions(resume_from, self.about):
+                self.sink.emit(Notice("versions", f"the checkpoint was made with {changed}: last digits may differ"))
+        self.saver.check_room(self.optimizer, sum(parameter.nbytes for parameter in self.parameters.values()))
+        return self.completed
 
     def plan(self) -> Plan:
         data, order = self.job.data, self.order
@@ -183,18 +195,20 @@ class Training:
         micro = self.train.micro_batch_size
         batches = [self._collate(packs[start : start + micro]) for start in range(0, len(packs), micro)]
         step_weight = sum(float(batch.loss_weights_BS.sum()) for batch in batches)
-        loss = self._gather_gradient(state, batches, step_weight)
+        losses = self._gather_gradient(state, batches, step_weight)
         norm = self.optimizer.gradient_norm()
-        loss_value, norm_value = (float(value) for value in torch.stack([loss / step_weight, norm]).tolist())
-        rate = schedule.learning_rate(
-            schedule.progress_of(state.step, self.steps, state.seconds, self.train), self.train
-        )
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
+        # The one question that a step asks the device: is all of it finite? Only then does the update happen.
+        mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
+        loss_value, norm_value = (float(value) for value in torch.stack([mean, norm]).tolist())
+        progress = schedule.progress_of(state.step, self.steps, state.seconds, self.train)
+        rate = schedule.learning_rate(progress, self.train)
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._skip(state, losses, [packs[start : start + micro] for start in range(0, len(packs), micro)])
+            skipped = state.skipped_in_a_row + 1
+        else:
             self.optimizer.clip(norm, self.train.max_grad_norm)
             self.optimizer.step(rate)
             skipped = 0
-        else:
-            skipped = self._skip(state, packs)
         seconds = time.monotonic() - started
         tokens = sum(self.job.data.train.lengths[row] for pack in packs for row in pack)
         trained = sum(int(batch.trained_T.numel()) for batch in batches)
@@ -204,11 +218,14 @@ class Training:
             tokens=state.tokens + tokens,
             trained_tokens=state.trained_tokens + trained,
             seconds=state.seconds + seconds,
-            train_loss=loss_value if skipped == 0 else state.train_loss,
+            skipped=state.skipped + (skipped > 0),
             skipped_in_a_row=skipped,
         )
-        if skipped >= SKIPS_BEFORE_STOPPING:
-            self._save(state)
+        if skipped == 0:
+            state = self._with_loss(state, loss_value)
+        self.completed = state
+        if skipped >= health.SKIPS_BEFORE_STOPPING:
+            self._save(state, last_chance=True)
             raise TrainingStopped(
                 f"step {state.step}: loss or gradient was not finite {skipped} times in a row",
                 "lower train.learning_rate; the weights of the last good step are in the newest checkpoint",
@@ -230,29 +247,42 @@ class Training:
             )
         return state
 
-    def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> torch.Tensor:
-        """Forward and backward of each micro-batch; the summed loss in nats, still on the device."""
+    def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
+        """Forward and backward of each micro-batch; each one's summed loss in nats, still on the device."""
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):
-            if self.job.stop.is_set:
-                self._stop(state)
+            self._check_stop()
             if batch.trained_T.numel() == 0:
+                losses.append(torch.zeros((), device=self.job.device))  # it adds nothing to loss nor gradient
                 continue
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)
             losses.append(forward_backward(self.parts, placed, step_weight, self.train.neftune_alpha))
-        if self.job.stop.is_set:
-            self._stop(state)
-        return torch.stack(losses).sum()
+        self._check_stop()
+        return losses
 
-    def _skip(self, state: RunState, packs: Sequence[tuple[int, ...]]) -> int:
+    def _check_stop(self) -> None:
+        if self.job.stop.is_set:
+            self.optimizer.zero_gradients()
+        self.job.stop.check()
+
+    def _skip(
+        self, state: RunState, losses: Sequence[torch.Tensor], micro_batches: Sequence[Sequence[tuple[int, ...]]]
+    ) -> None:
         self.optimizer.zero_gradients()
-        wheres = [self.job.data.train.wheres[row] for pack in packs for row in pack]
-        named = ", ".join(wheres[:5]) + (f" and {len(wheres) - 5} more" if len(wheres) > 5 else "")
-        message = f"loss or gradient not finite: step skipped, weights unchanged; its rows: {named}"
+        rows = health.rows_behind(torch.stack(list(losses)).tolist(), micro_batches, self.job.data.train)
+        message = f"loss or gradient not finite: step skipped, weights unchanged; its rows: {rows}"
         self.sink.emit(Recovered(state.step + 1, message))
-        return state.skipped_in_a_row + 1
+
+    def _with_loss(self, state: RunState, loss: float) -> RunState:
+        """The state with the step's loss in its course; a loss that jumps out of it is said."""
+        trend = Trend(state.loss_trend, state.loss_spread, state.losses_seen)
+        if trend.is_spike(loss):
+            times = loss / max(trend.mean, 1e-9)
+            self.sink.emit(Notice("loss", f"spike at step {state.step}: {loss:.3f}, {times:.1f} times its course"))
+        trend = trend.after(loss)
+        return replace(state, train_loss=loss, loss_trend=trend.mean, loss_spread=trend.spread, losses_seen=trend.seen)
 
     # --- between steps -------------------------------------------------------------------------------------------
 
@@ -261,61 +291,69 @@ class Training:
         return state.step >= self.steps or state.stopped_early or out_of_time
 
     def evaluation_is_due(self, state: RunState) -> bool:
-        at_interval = state.step % self.job.recipe.eval.every_steps == 0
-        return self.evaluator is not None and (at_interval or self.is_finished(state))
+        if self.evaluator is None or state.step in (0, state.evaluated_step):
+            return False
+        return state.step % self.job.recipe.eval.every_steps == 0 or self.is_finished(state)
 
     def evaluate(self, state: RunState) -> RunState:
         """Measure, deliver the adapter when it is the best so far, and decide whether it is time to stop."""
         assert self.evaluator is not None
         loss = self.evaluator.loss()
+        answers = self._sample_answers()
         best = state.best_loss is None or loss < state.best_loss
         waited = 0 if best else state.evaluations_without_improvement + 1
         patience = self.job.recipe.eval.early_stopping_patience
-        state = replace(
+        evaluated = replace(
             state,
             eval_loss=loss,
-            best_loss=loss if best else state.best_loss,
-            best_step=state.step if best else state.best_step,
+            evaluated_step=state.step,
             evaluations_without_improvement=waited,
             stopped_early=state.stopped_early or (0 < patience <= waited),
         )
         self._say_evaluation(state.step, loss, None, best)
-        self._say_samples(state.step)
+        self._say_samples(state.step, answers)
         if best:
-            self.delivery.publish(self.job.run_dir, state, self.sink)
-        return state
+            bettered = replace(evaluated, best_loss=loss, best_step=state.step)
+            # What could not be written is not the best: what is delivered at the end must be on the disk.
+            if self.saver.deliver(lambda: self.delivery.publish(self.job.run_dir, bettered, self.sink), state.step):
+                evaluated = bettered
+        self.completed = evaluated
+        return evaluated
 
     def save_if_due(self, state: RunState) -> None:
-        section = self.job.recipe.checkpoint
-        elapsed_minutes = (time.monotonic() - self.saved_at) / 60
-        if state.step % section.every_steps == 0 or elapsed_minutes >= section.every_minutes:
+        if self.saver.is_due(state.step):
             self._save(state)
 
-    def _save(self, state: RunState) -> None:
-        if self.saved_step == state.step or state.step == 0:
-            return
-        keep = self.job.recipe.checkpoint.keep
-        self.sink.emit(checkpoint.save(self.job.run_dir, state, self.optimizer, self.fingerprints, keep))
-        self.saved_step, self.saved_at = state.step, time.monotonic()
+    def _save(self, state: RunState, last_chance: bool = False) -> None:
+        self.saver.save(state, self.optimizer, self.fingerprints, self.about, last_chance)
 
-    def _stop(self, state: RunState) -> None:
+    def stopped(self) -> StoppedBySignal:
         """Leave by a signal: the last completed step is saved, the gradient of an unfinished one is not."""
-        self._save(state)
+        state, stop = self.completed, self.job.stop
+        try:
+            self._save(state, last_chance=True)
+        except TrainingStopped as error:
+            return stop.error(error.what, error.hint)
         self.sink.emit(self._end("stopped", state))
         if state.step == 0:
-            raise self.job.stop.error("no step was finished, nothing to save", "run the same command with --fresh")
-        raise self.job.stop.error(f"saved after step {state.step} of {self.steps}", "continue with --resume")
+            return stop.error("no step was finished, nothing to save", "run the same command with --resume or --fresh")
+        return stop.error(f"saved after step {state.step} of {self.steps}", "continue with --resume")
 
     # --- the end -------------------------------------------------------------------------------------------------
 
     def finish(self, state: RunState) -> RunState:
         """Save, put the best adapter back into the model, measure what is delivered, and say how it ended."""
-        self._save(state)
-        if self.evaluator is None or state.best_step is None:
-            self.delivery.publish(self.job.run_dir, state, self.sink)
+        self._save(state, last_chance=True)
+        health.check_moved(self.optimizer, self.at_start, state.step)
+        if state.skipped:
+            self.sink.emit(Notice("steps", "steps skipped, their numbers were not finite", state.skipped))
+        # What lies on the disk counts: a life that was killed may have delivered a later best than this state knows.
+        on_disk = delivered_step(self.job.run_dir)
+        if self.evaluator is None or state.best_step is None or on_disk is None:
+            self._deliver(state)
             delivered = state.step
         else:
-            delivered = state.best_step
+            delivered = on_disk
             if delivered != state.step:
                 adapters.load_into(self.job.model, self.job.run_dir / "adapter")
             state = self._final_exact_match(state, delivered)
@@ -331,8 +369,12 @@ class Training:
         matches = self._exact_match()
         self._say_evaluation(delivered, state.best_loss, matches, best=True)
         state = replace(state, exact_match_after=matches, eval_loss=state.best_loss)
-        self.delivery.publish(self.job.run_dir, replace(state, step=delivered), self.sink)
+        self._deliver(replace(state, step=delivered))
         return state
+
+    def _deliver(self, state: RunState) -> None:
+        publish = partial(self.delivery.publish, self.job.run_dir, state, self.sink)
+        self.saver.deliver(publish, state.step, last_chance=True)
 
     def _end(self, reason: str, state: RunState, delivered: int | None = None) -> End:
         folder = self.job.run_dir / "adapter"
@@ -381,6 +423,7 @@ class Training:
             job.device,
             job.sink,
             self.train.micro_batch_size,
+            job.stop.check,
         )
 
     def _collate(self, packs: Sequence[tuple[int, ...]]) -> Batch:
@@ -397,10 +440,12 @@ class Training:
         rows = len(self.job.data.eval.lengths)
         self.sink.emit(Evaluated(step, loss, perplexity, matches, rows, best))
 
-    def _say_samples(self, step: int) -> None:
+    def _sample_answers(self) -> list[str]:
         if self.evaluator is None or not self.base_answers:
-            return
-        chosen = self.questions[: len(self.base_answers)]
-        tuned = self.evaluator.answers(chosen, limit=SAMPLE_TOKENS)
-        for question, before, after in zip(chosen, self.base_answers, tuned, strict=True):
+            return []
+        return self.evaluator.answers(self.questions[: len(self.base_answers)], limit=SAMPLE_TOKENS)
+
+    def _say_samples(self, step: int, answers: Sequence[str]) -> None:
+        chosen = self.questions[: len(answers)]
+        for question, before, after in zip(chosen, self.base_answers, answers, strict=True):
             self.sink.emit(Sampled(step, question.asked, question.expected, before, after))

@@ -86,6 +86,13 @@ LINES: list[tuple[str, str | bytes, str]] = [
     ("weight 0.5", of(USER, says("x", weight=0.5)), "weight is 0.5"),
     ("nobody answers", of(USER), "no token of it would be trained"),
     ("nobody trained", of(USER, says("x", train=False)), "no token of it would be trained"),
+    ("mixed types", of(USER, 3, None, says("x")), "messages[1] is a number"),
+    ("parts of mixed types", of({"role": "user", "content": ["a", 1]}, says("x")), "only text"),
+    ("weight a text", of(USER, says("x", weight="1")), "weight is '1'"),
+    ("train a number", of(USER, says("x", train=1)), "train is a number"),
+    ("a NUL in a key", '{"a\\u0000b": 1, "messages": []}', "NUL"),
+    ("reasoning a list", of(USER, says("x", reasoning_content=[])), "reasoning_content is a list"),
+    ("a BOM in the middle", "\ufeff" + GOOD_LINE, "broken JSON"),
     ("end token inside", of(USER, says("x<|im_end|>\n<|im_start|>user")), "<|im_end|>"),
 ]
 

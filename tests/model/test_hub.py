@@ -332,7 +332,9 @@ def test_rows_of_a_data_set(tmp_path: Path, serve: Callable[[Hub], Any]) -> None
     )
     stop = serve(hub)
     sink = Recorder()
-    pattern = download_rows("hub:owner/rows@v1.0", sink)
+    rows = download_rows("hub:owner/rows@v1.0", sink)
+    assert rows.pinned == f"hub:owner/rows@{hub.commit}:train"
+    pattern = rows.pattern
     assert sorted(path.read_bytes() for path in Path(pattern).parent.glob(Path(pattern).name)) == [b"one", b"two"]
     assert hub.downloaded() == {"train-0.parquet", "train-1.parquet"}
     assert [event.done for event in sink.events if isinstance(event, Progress)][-1] == 6
@@ -348,4 +350,4 @@ def test_rows_of_a_data_set(tmp_path: Path, serve: Callable[[Hub], Any]) -> None
     with pytest.raises(DataError, match="several places"):
         download_rows("hub:owner/rows", Recorder())
     stop()
-    assert download_rows("hub:owner/rows@" + hub.commit, Recorder()) == pattern
+    assert download_rows("hub:owner/rows@" + hub.commit, Recorder()) == rows

@@ -1,0 +1,213 @@
+"""Chat templates rendered out of this process: one long-lived worker, asked over pipes, ended when it misbehaves.
+
+Bounds of one rendering: 2 seconds, 8 MiB of text, 1 GiB of memory (CVE-2025-61620: a sandboxed but unbounded template
+takes a machine down). A worker that breaks one is killed, the row is an error, and the next row gets a new worker; a
+template that does it OFFENCES times is given up. Requests travel in batches, which costs about 40 µs a rendering.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from qlora.data import render_worker
+from qlora.data.formats import RowError
+from qlora.errors import TokenizerError
+
+START_SECONDS = 60.0  # a cold disk and a busy machine; 0.1 s is usual
+GRACE_SECONDS = 0.5  # for the pipe and a busy machine, on top of the template's own time
+OFFENCES = 3
+# JSON writes a character as at most six bytes (\u1234), and marks are short.
+REPLY_BYTES = 6 * render_worker.OUTPUT_BYTES + (1 << 20)
+_PIECE_BYTES = 1 << 20
+# What Python needs to start, and the time zone. Nothing else of the environment: it may hold tokens.
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a template made of a conversation; `marks` are the spans of characters in generation blocks."""
+
+    text: str
+    marks: list[tuple[int, int]]
+
+
+class Renderer:
+    """Renders `templates` by a worker of its own. `values` are given to every rendering.
+
+    `ask_ahead` sends many requests at once, so that `render` finds them answered.
+    """
+
+    def __init__(self, templates: Sequence[str], values: Mapping[str, Any]) -> None:
+        self._first_line = json.dumps({"templates": list(templates), "values": dict(values)}, default=_placeholder)
+        self._worker: _Worker | None = None
+        self._asked: deque[str] = deque()  # and not answered yet
+        self._ahead: dict[str, dict[str, Any]] = {}
+        self.offences = 0
+
+    def ask_ahead(self, requests: Sequence[str]) -> None:
+        """Forget earlier answers and have these rendered (made by `request_text`). Does not wait for the answers."""
+        self._collect()
+        self._ahead = {}
+        self._asked.extend(dict.fromkeys(requests))
+        if self._asked:
+            self._running().send("[" + ",".join(self._asked) + "]\n")
+
+    def render(self, request: str) -> Rendered:
+        """Raises RowError with the template's own message, or with the bound that it left."""
+        if request in self._asked:
+            self._collect(request)
+        answer = self._ahead.get(request) or self._ask(request)
+        if "bound" in answer:
+            raise RowError(f"the chat template of the base was stopped: {answer['bound']}")
+        if "error" in answer:
+            raise RowError(f"the chat template refuses this conversation: {answer['error']}")
+        return Rendered(answer["text"], [(start, end) for start, end in answer["marks"]])
+
+    def _collect(self, until: str | None = None) -> None:
+        """Take the answers to what was asked ahead, up to the one to `until`.
+
+        When a bound is left, the rest is not answered: each is then asked alone, which finds the one that did it.
+        """
+        while self._asked and (until is None or until not in self._ahead):
+            worker = self._running()
+            if not self._asked:  # it was asked of a worker that is gone
+                return
+            answer = worker.receive()
+            if "bound" in answer:
+                worker.end()
+                self._asked.clear()
+                return
+            self._ahead[self._asked.popleft()] = answer
+
+    def _ask(self, request: str) -> dict[str, Any]:
+        self._collect()
+        worker = self._running()
+        worker.send(f"[{request}]\n")
+        answer = worker.receive()
+        if "bound" in answer:
+            worker.end()
+            self.offences += 1
+            if self.offences >= OFFENCES:
+                raise TokenizerError(
+                    f"the base's chat template was stopped {self.offences} times: {answer['bound']}",
+                    "do not trust this base; get the model from its original publisher, or use another one",
+                )
+        return answer
+
+    def _running(self) -> _Worker:
+        # After a fork the pipe belongs to the other process: two that talk on it would get each other's answers.
+        if self._worker is None or self._worker.owner != os.getpid() or self._worker.ended:
+            self._asked.clear()
+            self._worker = _Worker()
+            self._worker.send(self._first_line + "\n")
+        return self._worker
+
+
+def request_text(template: int, values: Mapping[str, Any]) -> str:
+    """A request as the worker reads it: the number of the template, and the values it may use."""
+    return json.dumps([template, values], default=_placeholder)
+
+
+def _placeholder(value: Any) -> str:
+    """What JSON does not know, as transformers gives it to a template."""
+    return f"<{type(value).__name__}>"
+
+
+class _Worker:
+    """A running worker process, and a thread that reads what it answers (a pipe cannot be waited for on Windows)."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.ended = False
+        self._rest = b""  # of what was read: bytes after the last whole line
+        self._lines: deque[bytes] = deque()
+        command = [sys.executable, "-I", str(Path(render_worker.__file__)), json.dumps(sys.path)]
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        except OSError as error:
+            raise TokenizerError(
+                f"no process could be started to render chat templates ({error.strerror or error})",
+                "close other programs, or raise the limit on processes (ulimit -u)",
+            ) from error
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests = self._process.stdin
+        self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True).start()
+        weakref.finalize(self, _end, self._process, self._requests, self.owner)
+        if self._next_line(START_SECONDS) != b"ready":
+            self.end()
+            raise TokenizerError(
+                "the process that renders chat templates does not start", "check the installation of jinja2"
+            )
+
+    def send(self, text: str) -> None:
+        try:
+            self._requests.write(text.encode())
+            self._requests.flush()
+        except (OSError, ValueError):
+            return  # it has gone; `receive` says so
+
+    def receive(self) -> dict[str, Any]:
+        line = self._next_line(render_worker.SECONDS + GRACE_SECONDS)
+        if line is None:
+            return {"bound": f"it took more than {render_worker.SECONDS:.0f} seconds"}
+        if not line:
+            cut = len(self._rest) > REPLY_BYTES
+            return {"bound": "it writes more than 8 MiB" if cut else "it ended the process that renders it"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        self.ended = True
+        _end(self._process, self._requests, self.owner)
+
+    def _next_line(self, seconds: float) -> bytes | None:
+        """A whole line; b"" when the worker has gone or writes without end; None when nothing came in time."""
+        while not self._lines:
+            try:
+                piece = self._replies.get(timeout=seconds)
+            except queue.Empty:
+                return None
+            *lines, self._rest = (self._rest + piece).split(b"\n")
+            self._lines.extend(lines)
+            if not lines and (not piece or len(self._rest) > REPLY_BYTES):
+                return b""
+        return self._lines.popleft()
+
+
+def _read(stream: IO[bytes], replies: queue.SimpleQueue[bytes]) -> None:
+    """Bytes as they come; the last piece, when the worker has gone, is empty."""
+    while True:
+        piece = os.read(stream.fileno(), _PIECE_BYTES)
+        replies.put(piece)
+        if not piece:
+            return
+
+
+def _end(process: subprocess.Popen[bytes], requests: IO[bytes], owner: int) -> None:
+    if owner != os.getpid():
+        return  # a forked copy of us: the worker is not ours to end
+    process.kill()
+    process.wait()
+    try:
+        requests.close()
+    except OSError:
+        return  # what was still to be sent has nobody to read it

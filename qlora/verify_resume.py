@@ -1,0 +1,115 @@
+"""`--verify-resume`: the proof, on the user's own machine, that a resumed run is the run that was never stopped.
+
+Two processes, a few steps each, with the user's own recipe: the first trains to the end and saves on the way, the
+second is given that half-way checkpoint and nothing else. What both end with is compared tensor by tensor, tolerance 0.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from qlora import run_folder
+from qlora.errors import TrainingStopped
+from qlora.events import Progress, Sink
+from qlora.recipe import Recipe, recipe_toml
+from qlora.training.checkpoint import folder_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STEPS = 6
+HALF = 3
+EVALUATE_EVERY = 2  # so that evaluations lie before and after the stop
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared: `tensors` of adapter and optimizer after `steps`, one side resumed from `resumed_from`."""
+
+    tensors: int
+    steps: int
+    resumed_from: int
+
+
+def verify_resume(recipe: Recipe, name: str, sink: Sink) -> Proof:
+    """Raises TrainingStopped when the two runs differ, and whatever error the runs themselves end with."""
+    with TemporaryDirectory(prefix="qlora-verify-resume-") as place:
+        straight, resumed = Path(place) / "straight", Path(place) / "resumed"
+        sink.emit(Progress("uninterrupted run", 0, 1))
+        _train(recipe, straight, name)
+        target = resumed / name
+        half = folder_of(target, HALF)
+        shutil.copytree(folder_of(straight / name, HALF), half)
+        shutil.copyfile(straight / name / run_folder.RECIPE_FILE, target / run_folder.RECIPE_FILE)
+        sink.emit(Progress("resumed run", 0, 1))
+        _train(recipe, resumed, name, "--resume")
+        return _compare(folder_of(straight / name, STEPS), folder_of(target, STEPS))
+
+
+def short(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe, all that decides a step as it is, for a few steps into another folder."""
+    changes: dict[str, dict[str, Any]] = {
+        "train": {"max_steps": STEPS, "epochs": None, "max_minutes": None},
+        "checkpoint": {"every_steps": HALF, "keep": 2},
+        "eval": {"every_steps": EVALUATE_EVERY, "early_stopping_patience": 0, "samples": 0, "exact_match_rows": 0},
+        "report": {"sinks": ("jsonl",)},
+        "export": {"formats": ()},
+        "output": {"dir": str(out)},
+    }
+    sections = {name: getattr(recipe, name).model_copy(update=values) for name, values in changes.items()}
+    return recipe.model_copy(update=sections)
+
+
+def _train(recipe: Recipe, out: Path, name: str, *flags: str) -> None:
+    out.mkdir(exist_ok=True)
+    file = out / f"{name}.toml"
+    file.write_text(recipe_toml(short(recipe, out)), encoding="utf-8")
+    command = [sys.executable, "-m", "qlora.cli.train", str(file), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = [line.strip() for line in done.stderr.strip().splitlines()] or [f"exit code {done.returncode}"]
+        first = next((number for number, line in enumerate(said) if line.startswith("error: ")), len(said) - 1)
+        hint = said[first + 1] if first + 1 < len(said) else "run the recipe itself to see more"
+        error = TrainingStopped(said[first].removeprefix("error: "), hint)
+        error.exit_code = done.returncode
+        raise error
+
+
+def _compare(one: Path, other: Path) -> Proof:
+    from safetensors.torch import load_file
+
+    compared = 0
+    differing: list[str] = []
+    largest = 0.0
+    for file in ("adapter.safetensors", "optimizer.safetensors"):
+        ours, theirs = load_file(one / file), load_file(other / file)
+        compared += len(ours)
+        for name in sorted({*ours, *theirs}):
+            if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
+                differing.append(name)
+                largest = max(largest, _distance(ours.get(name), theirs.get(name)))
+    if differing:
+        raise TrainingStopped(
+            f"a resumed run is not the same: {len(differing)} of {compared} tensors differ, {differing[0]} first, "
+            f"by at most {largest:.3g}",
+            "please report it with this recipe and the versions in runs/…/events.jsonl",
+        )
+    return Proof(compared, STEPS, HALF)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float:
+    if one is None or other is None or one.shape != other.shape:
+        return float("inf")
+    return float((one.double() - other.double()).abs().max()) if one.numel() else 0.0

@@ -1,0 +1,98 @@
+"""Every error of the tree: its exit code and its two lines, whatever the message holds."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from qlora import errors
+from qlora.cli import common
+from qlora.errors import Problem, QloraError, RecipeError, StoppedBySignal
+
+MAKERS: dict[type[QloraError], Callable[[], QloraError]] = {
+    RecipeError: lambda: RecipeError([Problem("recipe.toml:3", "lora.rank is unknown", "did you mean lora.r?")]),
+    StoppedBySignal: lambda: StoppedBySignal("stopped by SIGTERM", "continue with --resume", signal.SIGTERM),
+}
+CODES = {
+    QloraError: 2,
+    errors.UserError: 2,
+    errors.RecipeError: 2,
+    errors.DataError: 2,
+    errors.ModelError: 2,
+    errors.TokenizerError: 2,
+    errors.RunFolderError: 2,
+    errors.HardwareError: 2,
+    errors.ExportError: 2,
+    errors.DoesNotFit: 3,
+    errors.TrainingStopped: 4,
+    errors.StoppedBySignal: 143,
+}
+
+
+def tree(root: type[QloraError]) -> list[type[QloraError]]:
+    return [root, *(kind for child in root.__subclasses__() for kind in tree(child))]
+
+
+def ended(work: Callable[[], None]) -> int:
+    with pytest.raises(SystemExit) as end:
+        common.run(work)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_the_table_has_every_error_of_the_tree() -> None:
+    assert {kind for kind in tree(QloraError) if kind.__module__.startswith("qlora.")} == set(CODES)
+    for kind in CODES:
+        assert kind.__name__ in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)
+def test_two_lines_and_an_exit_code(kind: type[QloraError], capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise MAKERS.get(kind, lambda: kind("rows.jsonl:3: what is wrong [x]", "what to do about it"))()
+
+    assert ended(work) == CODES[kind]
+    said = capsys.readouterr()
+    first, second = said.err.splitlines()
+    assert first.startswith("error: ") and second.startswith("       ") and len(second.strip()) > 5
+    assert not said.out and "Traceback" not in said.err
+
+
+def test_several_problems_of_a_recipe_are_two_lines_each(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise RecipeError([Problem("a.toml:1", "one", "do one"), Problem("a.toml:2", "two", "do two")])
+
+    assert ended(work) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "hint"),
+    [
+        (errno.ENOSPC, 4, "free some space"),
+        (errno.EDQUOT, 4, "quota"),
+        (errno.EFBIG, 4, "free some space"),
+        (errno.EACCES, 2, "right to read and write"),
+        (errno.EROFS, 2, "right to read and write"),
+        (errno.EMFILE, 2, "ulimit -n"),
+        (errno.EIO, 2, "the device"),
+    ],
+)
+def test_what_the_system_refuses(number: int, code: int, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise OSError(number, "the system's words", "/some/place")
+
+    assert ended(work) == code
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: /some/place: the system's words" and hint in second
+
+
+def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    assert ended(work) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 2

@@ -1,0 +1,172 @@
+"""kill -9 at any moment: the run goes on from the last step that was published, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora import disk
+from qlora.disk import sha256_file
+from qlora.events import Recorder
+from qlora.training import checkpoint
+from tests.faults.forks import Warm, finished, fork, in_child, warm
+from tests.runs import write_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
+
+KILLS = 100
+FILES = ("adapter.safetensors", "optimizer.safetensors")
+SAVING = {"every_steps": 1, "keep": 2}
+# Dropout, two micro-batches a step and an evaluation that delivers an adapter: all that a step depends on. In bf16 and
+# on few layers, since a hundred lives are to pass quickly (tests/training/test_resume.py has 4 bit).
+SETTINGS = (
+    *("lora.dropout=0.1", "lora.r=4", "train.batch_size=2", "train.micro_batch_size=1", "train.learning_rate=1e-3"),
+    *("data.max_length=48", "data.eval_fraction=0.1", "eval.every_steps=5", "eval.samples=0", "report.sinks=[]"),
+    *('quantization.type="none"', "train.gradient_checkpointing=false", 'lora.target_modules=["q_proj", "v_proj"]'),
+)
+
+
+def last_hashes(folder: Path, step: int) -> dict[str, str]:
+    return {name: sha256_file(folder / "tiny" / "checkpoints" / f"step-{step:06d}" / name) for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("kill"), llama)
+
+
+def test_a_hundred_random_kills(place: Path, tmp_path: Path) -> None:
+    """One long run, killed 100 times while it steps, evaluates and saves; each life goes on from the one before."""
+    steps = 2 * KILLS
+    ready = warm(place, *SETTINGS, f"train.max_steps={steps}", "train.optimizer=adamw_8bit")
+    finished(in_child(ready, tmp_path / "straight", **SAVING))
+    wanted = last_hashes(tmp_path / "straight", steps)
+    chance = random.Random(20)
+    published, resumed_exactly, killed = 0, 0, 0
+    folder = tmp_path / "killed"
+    while killed < KILLS:
+        child = in_child(ready, folder, **SAVING)
+        first = child.wait_for("saved checkpoint")
+        assert first is not None, child.rest()
+        time.sleep(chance.random() * 0.1)
+        child.kill()
+        code = child.wait()
+        said = [first, *child.rest()]
+        steps_saved = [int(line.split()[2]) for line in said if line.startswith("saved checkpoint")]
+        # The life before this one had published `published`: this one began right after it, or it lost something.
+        assert steps_saved[0] == published + 1, (published, steps_saved)
+        resumed_exactly += 1
+        killed += code == -signal.SIGKILL
+        published = newest_step(folder)
+        assert published >= max(steps_saved), "older than what was published"
+        if code == 0 or published >= steps - 1:
+            break
+    assert killed == KILLS and resumed_exactly == KILLS, (killed, resumed_exactly, published)
+    finished(in_child(ready, folder, **SAVING))
+    assert last_hashes(folder, steps) == wanted
+    assert not [path for path in (folder / "tiny").rglob(".*") if path.name != ".lock"]
+
+
+def newest_step(folder: Path) -> int:
+    """The newest checkpoint that verifies, found without changing anything."""
+    found = sorted((folder / "tiny" / "checkpoints").glob("step-*"), reverse=True)
+    return next(int(path.name[5:]) for path in found if disk.verify_folder(path) is None)
+
+
+# --- at each call of disk.py -----------------------------------------------------------------------------------------
+
+CALLS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "scandir")
+
+
+@contextmanager
+def tripwire(at: int) -> Iterator[list[str]]:
+    """Count the calls that touch the disk; SIGKILL before the one numbered `at` (0: never)."""
+    seen: list[str] = []
+    before = {name: getattr(os, name) for name in CALLS}
+
+    def wrapped(name: str) -> Callable[..., Any]:
+        def call(*values: Any, **named: Any) -> Any:
+            seen.append(name)
+            if len(seen) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return before[name](*values, **named)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, wrapped(name))
+    try:
+        yield seen
+    finally:
+        for name in CALLS:
+            setattr(os, name, before[name])
+
+
+def watched(ready: Warm, folder: Path, at: int, counts: Path | None = None) -> Any:
+    def work(say: Callable[[str], None]) -> None:
+        with tripwire(at) as seen:
+            ready.train(folder, say, every_steps=1, keep=1)
+        if counts:
+            counts.write_text(str(len(seen)))
+
+    return fork(work)
+
+
+def test_a_kill_at_each_call(place: Path, tmp_path: Path) -> None:
+    """Two steps, each saved; the second replaces the adapter of the first and removes its checkpoint."""
+    settings = (*SETTINGS, "eval.every_steps=1", "train.max_steps=2", "train.optimizer=adamw")
+    ready = warm(place, *settings)
+    finished(watched(ready, tmp_path / "straight", 0, tmp_path / "count"))
+    wanted = last_hashes(tmp_path / "straight", 2)
+    adapter = sha256_file(tmp_path / "straight" / "tiny" / "adapter" / "adapter_model.safetensors")
+    calls = int((tmp_path / "count").read_text())
+    assert calls > 60
+    recovered = 0
+    for at in range(1, calls + 1):
+        folder = tmp_path / f"at{at}"
+        child = watched(ready, folder, at)
+        assert child.wait() == -signal.SIGKILL, (at, child.rest())
+        finished(in_child(ready, folder, every_steps=1, keep=1))
+        assert last_hashes(folder, 2) == wanted, at
+        assert sha256_file(folder / "tiny" / "adapter" / "adapter_model.safetensors") == adapter, at
+        leftovers = [path.name for path in (folder / "tiny").rglob(".*") if path.name != ".lock"]
+        assert not leftovers, (at, leftovers)
+        recovered += 1
+        shutil.rmtree(folder)
+    assert recovered == calls
+    print(f"killed at each of {calls} calls: {recovered} recovered")
+
+
+def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path: Path) -> None:
+    """A folder that is replaced is away for a moment: whichever of the two is whole comes back."""
+    disk.publish_folder(tmp_path / "adapter", lambda folder: (folder / "a").write_text("old") and None)
+
+    def replace_it(_: Any) -> None:
+        real = os.rename
+
+        def rename(source: Any, target: Any) -> None:
+            if Path(target).name == "adapter":
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target)
+
+        os.rename = rename
+        disk.publish_folder(tmp_path / "adapter", lambda folder: (folder / "a").write_text("new") and None)
+
+    assert fork(replace_it).wait() == -signal.SIGKILL
+    assert not (tmp_path / "adapter").exists()
+    disk.sweep_leftovers(tmp_path)
+    assert (tmp_path / "adapter" / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_checkpoint_newest_needs_no_run(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path, Recorder()) is None
