@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,29 +59,57 @@ def draw(base: BaseFolder, attention: str = "auto") -> Blueprint:
     Raises ModelError when transformers cannot build the model, when a parameter has no tensor of its shape, or when the
     weights are of a kind that 4-bit layers cannot hold.
     """
+    text, multimodal = text_config(base.path, base.name, head_stored=_head_is_stored(base))
+    chosen = choose_attention(text, attention, base.name)
+    model = sketch(text, chosen, base.name)
+    _untie_if_stored_apart(base, text, model)
+    check_layers(model, base.name)
+    sources, skipped = _match(base, model, multimodal)
+    return Blueprint(model, sources, skipped, chosen)
+
+
+def text_config(folder: Path, name: str, head_stored: bool = False) -> tuple[Any, bool]:
+    """transformers' configuration of the causal (text) model in `folder`, and whether that is a part of a larger one.
+
+    `config.json` alone is enough. Raises ModelError when transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    with _told_as_model_errors(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config(decoder=True)
+        if config.tie_word_embeddings and not head_stored:
+            text.tie_word_embeddings = True
+        return text, text is not config
+
+
+def _head_is_stored(base: BaseFolder) -> bool:
+    return "lm_head.weight" in {*base.tensors, *_text_names(base.tensors, multimodal=True)}
+
+
+def sketch(text: Any, attention: str, name: str) -> Any:
+    """The causal model of a configuration: parameters on `meta`, buffers real. `attention` as `choose_attention` says."""
     from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with _told_as_model_errors(name), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            text, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+        )
+    _compute_buffers(model)
+    return model
+
+
+@contextmanager
+def _told_as_model_errors(name: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
-        text = config.get_text_config(decoder=True)
-        if config.tie_word_embeddings and "lm_head.weight" not in _text_names(base.tensors, text is not config):
-            text.tie_word_embeddings = True
-        chosen = _choose_attention(text, attention, base.name)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                text, dtype=torch.bfloat16, attn_implementation=chosen, trust_remote_code=False
-            )
+        yield
     except (*_WRONG_CONFIG, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"{base.name}: transformers cannot build this model ({reason})"
+        what = f"{name}: transformers cannot build this model ({reason})"
         raise ModelError(what, "check config.json, or use another copy or another model") from error
-    _compute_buffers(model)
-    _untie_if_stored_apart(base, text, model)
-    _check_layers(model, base.name)
-    sources, skipped = _match(base, model, text is not config)
-    return Blueprint(model, sources, skipped, chosen)
 
 
 def parameter_sources(base: BaseFolder) -> Mapping[str, str]:
@@ -118,11 +148,14 @@ def _is_plain(module: nn.Linear) -> bool:
     return any(kind.__name__ in (*PLAIN_LINEARS, "Linear4bit") for kind in type(module).__mro__[:1])
 
 
-def _choose_attention(text: Any, wanted: str, name: str) -> str:
-    """The attention function's name; eager where sdpa cannot compute what the model needs."""
+def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:
+    """The attention function's name; eager where sdpa cannot compute what the model needs.
+
+    `target` is the device that a model on `meta` stands for (see `attention.register`).
+    """
     from transformers import AutoModelForCausalLM
 
-    ours = our_attention.register()
+    ours = our_attention.register(target)
     model_class = AutoModelForCausalLM._model_mapping[type(text)]
     lack = None
     if getattr(text, "attn_logit_softcapping", None) is not None:
@@ -226,7 +259,7 @@ def _untie_if_stored_apart(base: BaseFolder, text: Any, model: Any) -> None:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _check_layers(model: Any, name: str) -> None:
+def check_layers(model: Any, name: str) -> None:
     """Refuses models whose weights lie where 4-bit layers and adapters do not reach."""
     from transformers.pytorch_utils import Conv1D
 
