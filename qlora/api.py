@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
     from qlora.export.hf import Exported
+    from qlora.memory.estimate import Estimate
     from qlora.model.hub import BaseFolder
     from qlora.training.checkpoint import RunState
+    from qlora.training.recovery import Fit
     from qlora.training.stop import StopRequest
 
 Mode = Literal["new", "resume", "fresh"]
@@ -62,13 +64,22 @@ def train(
     return _train(_Ready(loaded, run_dir, base, mode), say, stop)
 
 
-def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> PreparedData:
-    """Validate recipe, base, tokenizer and every row, and stop before any weight is read."""
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that is good: its rows as tokens, and the memory it will take (None where that cannot be told)."""
+
+    data: PreparedData
+    memory: Estimate | None
+
+
+def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
+    """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
     loaded, _ = _named(recipe, "check")
     say = sink or Sinks()
     base = preflight(loaded, say)
-    _, data = _prepare(loaded, base, say)
-    return data
+    chat, data = _prepare(loaded, base, say)
+    fit = _fit(loaded, base, chat, data, say)
+    return Checked(data, None if fit.plan is None else fit.plan.estimate)
 
 
 def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
@@ -163,10 +174,11 @@ def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
     try:
         say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))
         chat, data = _prepare(recipe, base, say)
+        fit = _fit(recipe, base, chat, data, say)
         model = _model(recipe, base, data, chat, say)
         device = next(model.parameters()).device
         pad_id = chat.pad_id
-        job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest())
+        job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest(), fit)
         state = loop.run(job, resume_from)
         del model, job
         exported = tuple(merge_and_export(run_dir, to=kind, sink=say) for kind in recipe.export.formats)
@@ -190,6 +202,13 @@ def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenize
     return chat, data
 
 
+def _fit(recipe: Recipe, base: BaseFolder, chat: ChatTokenizer, data: PreparedData, sink: Sink) -> Fit:
+    """What the run may take, decided before a weight is read. Raises DoesNotFit."""
+    from qlora.training import fit
+
+    return fit.plan_run(recipe, base, fit.facts_of(recipe, data, chat), sink)
+
+
 def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, sink: Sink) -> Any:
     """The quantized base with fresh adapters."""
     from qlora.data.loader import TrainOrder, collate
@@ -199,7 +218,8 @@ def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatToken
     model = load.load_base(base, recipe.quantization, recipe.model.attention, device, sink)
     batches = None
     if recipe.lora.init == "eva":
-        order = TrainOrder(data.train, recipe.data, recipe.train.seed, recipe.train.micro_batch_size)
+        rows = recipe.train.micro_batch_size
+        order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1 if rows == "auto" else rows)
         count = min(EVA_BATCHES, order.steps(1.0))
         batches = [
             collate(data.train, order.packs_of_step(step), chat.pad_id, recipe.data.max_length).to(device)

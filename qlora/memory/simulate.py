@@ -2,8 +2,8 @@
 
 The model is built without weights, gets its 4-bit layers, adapters, checkpointing and optimizer from the code that
 trains, and goes through every phase of a run. Layers repeat, so that two short models are run (three layers and one
-period more) and each stretch of the run is extended by itself: a stretch's bytes grow by the same amount with each layer,
-while which of the stretches is the highest may change.
+period more) and each stretch of the run is extended by itself: a stretch's bytes grow by the same amount with each
+layer, while which of the stretches is the highest may change.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
 PAGED_FROM_VALUES = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller state is never paged
-# From three layers on every stretch grows by the same bytes a layer; with two, the first layer of the backward pass is
-# the last but one, and a stretch between them does not exist (bytes by number of layers: tests/memory/test_simulate.py).
+# From three layers on every stretch grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
+# none between the first and the last layer of the backward pass.
 FEWEST_LAYERS = 3
+OUTSIDE = ("start", "end")  # what the simulation itself does before and after
 TRAIN_STRETCHES = ("forward", "loss", "backward", "backward end", "update")
 
 
@@ -174,6 +175,7 @@ class _Rig:
         live, frame = self.live, self.frame
         live.packed = workload.packed
         live.peaks = {"load": live.peaks["load"]}
+        live.begin("start")
         set_gradient_checkpointing(self.causal_lm, workload.gradient_checkpointing, keep_random_state=False)
         with live, OnMeta(frame.target), frame.stack.computing(), self._marks():
             with live.region("optimizer"):
@@ -197,10 +199,11 @@ class _Rig:
                 if workload.samples:
                     live.begin("generate")
                     self._answer(workload)
+            live.begin("end")
             paged = _paged_bytes(optimizer, workload.optimizer, frame.target)
             optimizer.detach()
             del optimizer, batch
-        return Simulation(dict(live.peaks), held, paged)
+        return Simulation({name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}, held, paged)
 
     def _settle_optimizer(self, optimizer: AdapterOptimizer) -> None:
         """Its moments exist from the first update on: make them before anything is counted."""

@@ -51,14 +51,14 @@ class Labels:
         return "activations"
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered. `packed` is what the model hears when it asks whether a row holds several documents.
 
     `target` ("cuda" or "cpu") is the device that meta tensors stand for: it decides about the scratch of kernels.
     """
 
     def __init__(self, target: str, packed: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.target = target
         self.packed = packed
         self.labels = Labels()
@@ -170,8 +170,10 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """The 4-bit product as bitsandbytes computes it for more than a few rows (backends/default/ops.py): the whole weight
-    is dequantized for a moment. Its fused kernel for few rows (backends/cuda/ops.py) takes less."""
+    """The 4-bit product as bitsandbytes computes it for more than a few rows (backends/default/ops.py).
+
+    The whole weight is dequantized for a moment. Its fused kernel for few rows (backends/cuda/ops.py) takes less.
+    """
     ops = torch.ops.bitsandbytes
     if absmax_8bit is not None:
         absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset

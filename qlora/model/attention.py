@@ -69,7 +69,6 @@ def _attention(
 ) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1 and attention_mask is not None and _shares_keys(query, device_type, settings):
         # transformers repeats keys and values for each query head as soon as there is a mask: CUDA's fused kernels
@@ -94,7 +93,7 @@ def _shares_keys(query: Tensor, device_type: str, settings: dict[str, Any]) -> b
     return plain and device_type == "cpu" and query.shape[2] > 1 and query.dtype != torch.float16
 
 
-# --- attention of meta tensors, for the estimator ----------------------------------------------------------------------
+# --- attention of meta tensors, for the estimator --------------------------------------------------------------------
 
 
 class OnMeta(TorchFunctionMode):

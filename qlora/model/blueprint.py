@@ -88,7 +88,7 @@ def _head_is_stored(base: BaseFolder) -> bool:
 
 
 def sketch(text: Any, attention: str, name: str) -> Any:
-    """The causal model of a configuration: parameters on `meta`, buffers real. `attention` as `choose_attention` says."""
+    """The causal model of a configuration: parameters on `meta`, buffers real. `attention` by `choose_attention`."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 

@@ -95,6 +95,9 @@ def load_nothing(model: Any, quantization: QuantizationSection) -> None:
     The same functions quantize, so that a dispatch mode sees the same storages as loading makes.
     """
     meta = torch.device("meta")
+    # bitsandbytes keeps its 8-bit code table from the first quantization on, on that one's device: never on meta.
+    functional = import_bitsandbytes().functional
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     if quantization.type != "none":
         for name, linear in list(linear_layers(model)):
             layer = _swap_linear(model, name, linear, quantization)
