@@ -6,6 +6,7 @@ torch is imported, and a weight is read only when rows, tokenizer and template a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qlora import disk, run_folder
 from qlora.errors import ExportError, Problem, RecipeError
 from qlora.events import Sink, Sinks
-from qlora.recipe import DataSection, Recipe, SourceSection
+from qlora.recipe import DataSection, Recipe, SourceSection, load_recipe, recipe_of_base
 from qlora.report.files import JsonLines
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from qlora.data.prepare import PreparedData
     from qlora.export.hf import Exported
     from qlora.memory.estimate import Estimate
+    from qlora.memory.plan import Question
     from qlora.model.hub import BaseFolder
     from qlora.training.checkpoint import RunState
     from qlora.training.recovery import Fit
@@ -128,6 +130,52 @@ def merge_and_export(
     chosen = merge_base if merge_base != "auto" else ("nf4" if quantized else "full")
     merge = Merge(base, adapter, chosen, origin.quantization, pick_device())
     return hf.write(merge, target, say)
+
+
+def estimate_memory(
+    recipe: Recipe | str | Path,
+    *,
+    gpu: str | None = None,
+    vram: str | None = None,
+    stack: str = "qlora",
+    sink: Sink | None = None,
+) -> Estimate:
+    """The predicted peak of a recipe (a file, or a hub name or folder alone) on a card, a size, or this machine.
+
+    Needs no data and no weights: `config.json` is enough. Raises the errors of `qlora.errors`.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else recipe_or_model(str(recipe))
+    return question(loaded, gpu=gpu, vram=vram, stack=stack, sink=sink).estimate()
+
+
+def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
+    path = Path(what).expanduser()
+    if path.suffix == ".toml":
+        return load_recipe(path, overrides)
+    if path.name == "config.json" and path.is_file():
+        path = path.parent
+    return recipe_of_base(str(path) if path.is_dir() else what, overrides)
+
+
+def question(
+    recipe: Recipe, *, gpu: str | None = None, vram: str | None = None, stack: str = "qlora", sink: Sink | None = None
+) -> Question:
+    """What is asked about a recipe's memory, ready to be answered several times."""
+    from qlora.memory import hardware
+    from qlora.memory.estimate import Estimator
+    from qlora.memory.plan import Question
+    from qlora.memory.stack import STACKS
+    from qlora.model import hub
+    from qlora.model.blueprint import text_config
+
+    if gpu is not None and vram is not None:
+        problem = Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")
+        raise RecipeError([problem])
+    machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
+    folder = hub.resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
+    text, _ = text_config(folder, recipe.model.base)
+    return Question(recipe, Estimator(text, recipe.model.base, machine, STACKS[stack]))
 
 
 def pick_device() -> torch.device:

@@ -20,6 +20,7 @@ FLOORS = {
     "api": 7,
     "export": 6,
     "training": 5,
+    "memory": 4,
     "model": 3,
     "data": 3,
     "step": 3,
@@ -36,13 +37,17 @@ FLOORS = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    "cli": ["common", "train", "export"],
+    "cli": ["common", "train", "export", "estimate"],
     "export": ["merge", "hf"],
-    "training": ["stop", "memory_use", "schedule", "checkpoint", "deliver", "evaluate", "selfcheck", "loop"],
+    "training": [
+        *("stop", "memory_use", "schedule", "checkpoint", "deliver", "evaluate", "selfcheck"),
+        *("recovery", "probe", "fit", "loop"),
+    ],
+    "memory": ["allocator", "trace", "stack", "simulate", "hardware", "beyond", "calibration", "estimate", "plan"],
     "model": ["tokenizer", "tensors", "hub", "nf4", "attention", "blueprint", "load", "adapters", "generate"],
     "data": ["formats", "sources", "template", "chat", "packing", "store", "prepare", "loader"],
     "step": ["loss", "forward", "optimizer"],
-    "report": ["files", "console"],
+    "report": ["files", "memory", "console"],
 }
 
 
@@ -84,7 +89,7 @@ def test_every_module_has_a_place_on_its_line() -> None:
         assert not name or name in LINES[room], path
 
 
-@pytest.mark.parametrize("command", ["train", "export"])
+@pytest.mark.parametrize("command", ["train", "export", "estimate"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\n"

@@ -122,6 +122,18 @@ def common_cards() -> dict[str, int]:
     return {f"{size} GB": int(size * USABLE_SHARE * GIB) for size in sorted(CARD_OF_GIGABYTES)}
 
 
+def asked_for(gpu: str | None, vram: str | None, limit: str) -> Machine:
+    """The machine that a question names: a card, a size, `memory.limit`, or this one. Raises HardwareError."""
+    if gpu is not None:
+        return named(gpu)
+    if vram is None:
+        return this_machine(limit)
+    nbytes = parse_bytes(vram)
+    if nbytes is None:
+        raise HardwareError(f"--vram: {vram!r} is not a size", "write it as 8GiB, or as 8GB")
+    return of_size(nbytes)
+
+
 def this_machine(limit: str = "auto") -> Machine:
     """The machine we run on: its GPU when it has one that trains, else its RAM. `limit` is `memory.limit`."""
     import torch

@@ -12,6 +12,7 @@ from typing import Any
 
 from qlora.errors import DoesNotFit
 from qlora.memory.estimate import DataFacts, Estimate, Estimator, with_reserve
+from qlora.memory.hardware import Machine
 from qlora.recipe import Recipe
 
 RESERVE_SHARE = 0.05  # of the limit, kept free by plans: what other programs take and what the estimate misses
@@ -141,22 +142,57 @@ class Planner:
         shorter rows and smaller ranks do.
         """
         before = self.ask(recipe)
-        tried = [self._remedy(recipe, changes, before) for changes in _levers(recipe)]
-        alone = [remedy for remedy in tried if remedy.saved_bytes > 0]
-        enough = [remedy for remedy in alone if remedy.estimate.fits]
+        enough: dict[str, Remedy] = {}  # by key: the mildest change of it that is enough
+        alone: dict[str, Remedy] = {}  # by key: the change that saves most
+        for changes in _levers(recipe):
+            (key,) = changes
+            if key not in enough and len(enough) < most:
+                remedy = self._remedy(recipe, changes, before)
+                if remedy.saved_bytes > 0:
+                    alone[key] = remedy
+                    if remedy.estimate.fits:
+                        enough[key] = remedy
         if enough:
-            return enough[:most]
+            return list(enough.values())
         together: dict[str, Any] = {}
         for changes in _levers(recipe):
             together |= changes
             remedy = self._remedy(recipe, together, before)
             if remedy.estimate.fits:
                 return [remedy]
-        return sorted(alone, key=lambda remedy: -remedy.saved_bytes)[:most]
+        return sorted(alone.values(), key=lambda remedy: -remedy.saved_bytes)[:most]
 
     def _remedy(self, recipe: Recipe, changes: Changes, before: Estimate) -> Remedy:
         estimate = self.ask(changed(recipe, changes))
         return Remedy(dict(changes), before.peak_bytes - estimate.peak_bytes, estimate)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A recipe and the machine that it is to run on, without rows."""
+
+    recipe: Recipe
+    estimator: Estimator
+
+    @property
+    def machine(self) -> Machine:
+        return self.estimator.machine
+
+    @property
+    def title(self) -> str:
+        return f"{self.estimator.name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
+
+    def estimate(self, changes: Changes | None = None) -> Estimate:
+        """With "auto" keys decided, and `changes` made first."""
+        recipe = changed(self.recipe, changes or {})
+        return Planner(self.estimator).decide(recipe).estimate
+
+    def search(self) -> list[Plan]:
+        return Planner(self.estimator).search(self.recipe)
+
+    def does_not_fit(self) -> DoesNotFit:
+        planner = Planner(self.estimator)
+        return does_not_fit(planner, planner.decide(self.recipe).recipe)
 
 
 def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:

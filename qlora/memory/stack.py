@@ -50,7 +50,9 @@ class Stack:
         if self.chunked_loss:
             forward_backward(parts, batch, 1.0, neftune_alpha)
         else:
-            _whole_loss(parts, batch, neftune_alpha).backward()  # type: ignore[no-untyped-call]
+            # Not loss.backward(): that is a torch function, in which the mode of `computing` is off, and layers that are
+            # recomputed inside it would be computed in another dtype than before.
+            torch.autograd.backward(_whole_loss(parts, batch, neftune_alpha))
 
     def optimizer(self, parameters: dict[str, nn.Parameter], name: str, weight_decay: float) -> AdapterOptimizer:
         return AdapterOptimizer(parameters, name, weight_decay, masters=self.masters)
