@@ -27,7 +27,7 @@ from qlora.model.attention import OnMeta
 from qlora.model.blueprint import check_layers, choose_attention, sketch
 from qlora.model.load import load_nothing
 from qlora.recipe import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, batch_loss, set_gradient_checkpointing
+from qlora.step.forward import CausalParts
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
@@ -176,7 +176,7 @@ class _Rig:
         live.packed = workload.packed
         live.peaks = {"load": live.peaks["load"]}
         live.begin("start")
-        set_gradient_checkpointing(self.causal_lm, workload.gradient_checkpointing, keep_random_state=False)
+        frame.stack.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
         with live, OnMeta(frame.target), frame.stack.computing(), self._marks():
             with live.region("optimizer"):
                 optimizer = frame.stack.optimizer(self.parameters, workload.optimizer, 0.0)
@@ -195,7 +195,7 @@ class _Rig:
             with torch.no_grad():
                 if workload.evaluates:
                     live.begin("evaluate")
-                    batch_loss(self.parts, batch)
+                    frame.stack.evaluate(self.parts, batch)
                 if workload.samples:
                     live.begin("generate")
                     self._answer(workload)

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
-from qlora.step.forward import CausalParts, forward_backward, hidden_states
+from qlora.step.forward import (
+    CausalParts,
+    batch_loss,
+    forward_backward,
+    hidden_states,
+    set_gradient_checkpointing,
+)
 from qlora.step.optimizer import AdapterOptimizer
-
-Name = Literal["qlora", "plain", "torchtune"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,21 @@ class Stack:
     def computing(self) -> AbstractContextManager[Any]:
         return _Autocast() if self.autocast else nullcontext()
 
+    def set_checkpointing(self, causal_lm: Any, enabled: bool) -> None:
+        """As the step does it. A mode is off inside `backward`, so that layers recomputed there enter it again."""
+        set_gradient_checkpointing(causal_lm, enabled, keep_random_state=False)
+        if self.autocast:
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_again)
+            causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
+
     def forward_backward(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> None:
         if self.chunked_loss:
             forward_backward(parts, batch, 1.0, neftune_alpha)
         else:
-            # Not loss.backward(): that is a torch function, in which the mode of `computing` is off, and layers that are
-            # recomputed inside it would be computed in another dtype than before.
-            torch.autograd.backward(_whole_loss(parts, batch, neftune_alpha))
+            _whole_loss(parts, batch, neftune_alpha).backward()  # type: ignore[no-untyped-call]
+
+    def evaluate(self, parts: CausalParts, batch: Batch) -> None:
+        batch_loss(parts, batch) if self.chunked_loss else _whole_loss(parts, batch, 0.0)
 
     def optimizer(self, parameters: dict[str, nn.Parameter], name: str, weight_decay: float) -> AdapterOptimizer:
         return AdapterOptimizer(parameters, name, weight_decay, masters=self.masters)
@@ -86,6 +100,10 @@ class _Autocast(TorchFunctionMode):
             args = tuple(_in_bf16(value) for value in args)
             kwargs = {key: _in_bf16(value) for key, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
+
+
+def _again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), _Autocast()
 
 
 def _in_bf16(value: Any) -> Any:

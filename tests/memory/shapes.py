@@ -1,4 +1,4 @@
-"""Shapes of published models, as their `config.json` tells them: facts of the shape only, no weights and no tokenizer."""
+"""Shapes of published models, as their `config.json` tells them: facts only, no weights and no tokenizer."""
 
 from __future__ import annotations
 
