@@ -7,14 +7,14 @@ torch is imported, and a weight is read only when rows, tokenizer and template a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import disk, run_folder
 from qlora.errors import ExportError, Problem, RecipeError
-from qlora.events import Sink, Sinks
-from qlora.recipe import DataSection, Recipe, SourceSection, load_recipe, recipe_of_base
+from qlora.events import Notice, Sink, Sinks
+from qlora.recipe import DataSection, ExportSection, Recipe, SourceSection, load_recipe, recipe_of_base
 from qlora.report.files import JsonLines
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
-    from qlora.export.hf import Exported
+    from qlora.export.products import Exported, Options, Report, Rows, Source
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.hub import BaseFolder
@@ -80,6 +80,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     say = sink or Sinks()
     base = preflight(loaded, say)
     chat, data = _prepare(loaded, base, say)
+    _foresee_gguf(loaded.export, base, chat, say)
     fit = _fit(loaded, base, chat, data, say)
     return Checked(data, None if fit.plan is None else fit.plan.estimate)
 
@@ -99,37 +100,81 @@ def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
 def merge_and_export(
     source: str | Path,
     *,
-    to: Literal["hf"] = "hf",
+    to: str | Sequence[str] = "hf",
+    quants: Sequence[str] = (),
     merge_base: Literal["auto", "nf4", "full"] = "auto",
     out: str | Path | None = None,
+    options: Options | None = None,
     sink: Sink | None = None,
-) -> Exported:
-    """Merge a run's adapter, or any PEFT LoRA folder, into its base and write the whole model.
+) -> Report:
+    """Merge a run's adapter, or any PEFT LoRA folder, into its base, write it, reopen it and measure it.
 
-    `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the original weights,
-    "auto" is nf4 where the adapter was trained on a quantized base.
+    `to` is "hf", "gguf" or "adapter-gguf", or several of them; `quants` are the types of the GGUF files ("q8_0" when
+    there are none). `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the
+    original weights, "auto" the one that is measured nearer to the trained model (without verification: nf4 where the
+    adapter was trained on a quantized base). `out` is the folder of a single product, the parent of several.
     """
-    from qlora.export import hf
-    from qlora.export.merge import Merge, read_adapter
+    from qlora.export.produce import produce
+    from qlora.export.products import Options, plan_products
+    from qlora.model.cpu_products import fast_products
+
+    say = sink or Sinks()
+    chosen = options or Options()
+    place = Path(source).expanduser().resolve()
+    adapter_dir, default_out = run_folder.adapter_of(place)
+    target = Path(out).expanduser().resolve() if out else None
+    products = plan_products([to] if isinstance(to, str) else to, quants, target, default_out)
+    for product in products:
+        run_folder.refuse_foreign_folder(product.folder)
+    opened = _open_source(adapter_dir, say)
+    if chosen.verify or chosen.imatrix or any(product.key.endswith("gguf") for product in products):
+        opened = replace(opened, rows=_rows_of(adapter_dir, opened, say))
+    with fast_products(opened.device):
+        return produce(opened, products, merge_base, chosen, say)
+
+
+def export_options(**chosen: Any) -> Options:
+    """`Options` of an export, for callers that must not import torch before they need it."""
+    from qlora.export.products import Options
+
+    return Options(**chosen)
+
+
+def _open_source(adapter_dir: Path, sink: Sink) -> Source:
+    """An adapter with its base, checked; its rows are not read yet."""
+    from qlora.export.adapter import read_adapter
+    from qlora.export.products import Source
     from qlora.model import hub
     from qlora.training.deliver import provenance
 
-    say = sink or Sinks()
-    adapter_dir, default_out = run_folder.adapter_of(Path(source).expanduser().resolve())
-    target = Path(out).expanduser().resolve() if out else default_out / to
-    run_folder.refuse_foreign_folder(target)
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
-    base = hub.resolve(origin.base, origin.revision, say)
+    base = hub.resolve(origin.base, origin.revision, sink)
     if origin.fingerprint and origin.fingerprint != base.fingerprint:
         raise ExportError(
             f"{adapter_dir}: was trained on another base than {base.name} is now (its files differ)",
             f"put the base back as it was at training ({origin.revision}), or train again",
         )
-    quantized = origin.quantization.type != "none"
-    chosen = merge_base if merge_base != "auto" else ("nf4" if quantized else "full")
-    merge = Merge(base, adapter, chosen, origin.quantization, pick_device())
-    return hf.write(merge, target, say)
+    recipe = run_folder.recipe_of(adapter_dir)
+    sources = recipe.data.train if recipe is not None else ()
+    datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in sources))
+    return Source(run_folder.name_of(adapter_dir), adapter, origin, base, pick_device(), datasets)
+
+
+def _rows_of(adapter_dir: Path, source: Source, sink: Sink) -> Rows | None:
+    """The rows of the adapter's run as tokens; None, said aloud, where there is no run or its files are gone."""
+    from qlora.errors import UserError
+    from qlora.export.products import Rows
+
+    recipe = run_folder.recipe_of(adapter_dir)
+    if recipe is None:
+        return None
+    try:
+        chat, data = _prepare(recipe, source.base, Sinks())
+    except UserError as error:
+        sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
+        return None
+    return Rows(data, recipe.data, chat)
 
 
 def estimate_memory(
@@ -208,6 +253,7 @@ class _Ready:
 
 
 def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
+    from qlora.model.cpu_products import fast_products
     from qlora.training import checkpoint, loop
     from qlora.training.stop import StopRequest
 
@@ -222,18 +268,51 @@ def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
     try:
         say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))
         chat, data = _prepare(recipe, base, say)
+        _foresee_gguf(recipe.export, base, chat, say)
         fit = _fit(recipe, base, chat, data, say)
-        model = _model(recipe, base, data, chat, say)
-        device = next(model.parameters()).device
-        pad_id = chat.pad_id
-        job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest(), fit)
-        state = loop.run(job, resume_from)
-        del model, job
-        exported = tuple(merge_and_export(run_dir, to=kind, sink=say) for kind in recipe.export.formats)
+        with fast_products(pick_device()):
+            model = _model(recipe, base, data, chat, say)
+            device = next(model.parameters()).device
+            pad_id = chat.pad_id
+            job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest(), fit)
+            state = loop.run(job, resume_from)
+            del model, job
+        exported = _export(run_dir, recipe.export, say)
     finally:
         for file in files:
             file.close()
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
+
+
+def _foresee_gguf(section: ExportSection, base: BaseFolder, chat: ChatTokenizer, sink: Sink) -> None:
+    """Say before training whether its result can become a GGUF; raise ExportError where the recipe asks for one."""
+    from qlora.export.gguf.plan import Tokens, plan
+
+    quants = [name.removeprefix("gguf:") for name in section.formats if name.startswith("gguf:")]
+    try:
+        foreseen = plan(base, None, Tokens(template=chat.template), quants, section.imatrix)
+    except ExportError as error:
+        if any("gguf" in name for name in section.formats):
+            raise
+        sink.emit(Notice("gguf", f"a model trained on this base cannot be exported as GGUF: {error.what}"))
+        return
+    vocab = foreseen.vocab.pre if foreseen.vocab.model == "gpt2" else "SentencePiece"
+    sink.emit(Notice("gguf", f"this base exports to GGUF: {foreseen.layout.arch}, tokenizer {vocab}"))
+    for notice in foreseen.notices:
+        sink.emit(Notice("gguf", notice))
+
+
+def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[Exported, ...]:
+    """What [export] asks for, when training has ended."""
+    if not section.formats:
+        return ()
+    kinds = dict.fromkeys(name.partition(":")[0] for name in section.formats)
+    quants = [name.partition(":")[2] for name in section.formats if ":" in name]
+    options = export_options(max_kl=section.max_kl, imatrix=section.imatrix)
+    report = merge_and_export(
+        run_dir, to=list(kinds), quants=quants, merge_base=section.base, options=options, sink=sink
+    )
+    return report.products
 
 
 def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:

@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from qlora.errors import RunFolderError
 
 MANIFEST = "manifest.json"
 _READ_BYTES = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sha256_file(path: Path) -> str:
@@ -129,19 +132,118 @@ def publish_folder(final: Path, write: Callable[[Path], None]) -> int:
     temporary.mkdir()
     try:
         write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest: dict[str, Any] = {"files": {}}
-        for path in files:
-            _sync_file(path)
-            name = path.relative_to(temporary).as_posix()
-            manifest["files"][name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        _sync_folder(temporary)
-        _swap_in(temporary, final)
+        return publish_filled(temporary, final, {})
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish_filled(filled: Path, final: Path, known: Mapping[str, str]) -> int:
+    """Give the folder `filled` the name `final` in one rename, with its manifest in it. Returns its bytes.
+
+    Both are on one file system. `known` is the sha256 of files that were hashed while they were written: these are not
+    read again.
+    """
+    files = sorted(path for path in filled.rglob("*") if path.is_file())
+    manifest: dict[str, Any] = {"files": {}}
+    for path in files:
+        _sync_file(path)
+        name = path.relative_to(filled).as_posix()
+        manifest["files"][name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
+    write_atomic(filled / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _sync_folder(filled)
+    _swap_in(filled, final)
     return sum(int(entry["bytes"]) for entry in manifest["files"].values())
+
+
+class HashedFile:
+    """A file written from front to back whose sha256 runs along, in a thread of `hashing`, while it is written.
+
+    `size` is what has been appended; nothing is open while nothing is written.
+    """
+
+    def __init__(self, path: Path, hashing: Executor) -> None:
+        self.path = path
+        self.size = 0
+        self._hashing = hashing
+        self._digest = hashlib.sha256()
+        self._hashed: Future[None] | None = None
+        self._file: Any = None
+
+    def resume(self, size: int) -> str:
+        """Go on behind the first `size` bytes of the file that is there; the rest is cut off. Returns their sha256.
+
+        Raises OSError where there are fewer.
+        """
+        with self.path.open("rb+") as file:
+            if file.seek(0, os.SEEK_END) < size:
+                raise OSError(errno.EIO, f"{self.path} is shorter than {size} bytes")
+            file.truncate(size)
+            file.seek(0)
+            while block := file.read(_READ_BYTES):
+                self._digest.update(block)
+        self.size = size
+        return self._digest.hexdigest()
+
+    def append(self, data: Any) -> None:
+        """Write the bytes of `data`: a contiguous buffer, which the caller does not change afterwards."""
+        view = memoryview(data)
+        if not view.nbytes:
+            return
+        left = view.cast("B")
+        if self._file is None:
+            self._file = self.path.open("r+b" if self.size else "wb", buffering=0)
+            self._file.seek(self.size)
+        if self._hashed is not None:
+            self._hashed.result()
+        self._hashed = self._hashing.submit(self._digest.update, left)
+        while left:
+            written = self._file.write(left)
+            left = left[written:]
+            self.size += written
+
+    def snapshot(self) -> Future[str]:
+        """The sha256 of what has been appended up to now, once it is hashed."""
+        return self._hashing.submit(lambda: self._digest.copy().hexdigest())
+
+    def sync(self) -> None:
+        """Flush what has been appended to the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class FolderLock:
+    """One writer at a time: a lock file, held by the operating system's own lock, which ends with the process.
+
+    A file that a killed process left is therefore no obstacle; it holds the number of the process for the message.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock. Raises BlockingIOError, with the other process's number or "?", when it is taken."""
+        self.path = path
+        while True:
+            self._file = path.open("a+")
+            if not _try_lock(self._file.fileno()):
+                self._file.seek(0)
+                holder = self._file.read(20).strip() or "?"
+                self._file.close()
+                raise BlockingIOError(errno.EWOULDBLOCK, holder, str(path))
+            # Its last holder may have removed the file between our opening and locking it.
+            if path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
+                break
+            self._file.close()
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go of the lock; the file stays."""
+        self._file.close()
 
 
 def verify_folder(folder: Path) -> str | None:
@@ -197,6 +299,22 @@ def _swap_in(temporary: Path, final: Path) -> None:
     os.rename(temporary, final)
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            os.lseek(handle, 1 << 20, os.SEEK_SET)  # far behind the number: a locked byte cannot be read there
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sync_file(path: Path) -> None:

@@ -152,6 +152,33 @@ class Rejected(Event):
 
 
 @dataclass(frozen=True)
+class Fidelity(Event):
+    """How near exports are to the trained model. Each entry: name, measured_by, kl, perplexity, top1, bytes.
+
+    `kl` is the mean over `positions` of KL(trained || candidate) in nats, `top1` the share of positions where both
+    think the same token most likely. `texts` says whose rows they are.
+    """
+
+    kind: ClassVar[str] = "fidelity"
+    texts: str
+    rows: int
+    positions: int
+    entries: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Exported(Event):
+    """One product under its final name. `format` is "hf", "gguf-q8_0", "adapter-gguf" and so on."""
+
+    kind: ClassVar[str] = "exported"
+    format: str
+    path: str
+    bytes: int
+    merge_base: str | None
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class End(Event):
     """The last event: why the run ended and its totals."""
 

@@ -6,6 +6,7 @@ Every problem of a recipe is found before any is reported, each with its line (s
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,10 @@ from qlora.recipe_text import LineIndex, apply_override, explain_unknown_key, to
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+
+# What [export] formats may name. The quants are those of qlora.export.gguf.mix (a test compares the two).
+GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
+EXPORT_FORMATS = ("hf", "adapter-gguf", *(f"gguf:{quant}" for quant in GGUF_QUANTS))
 
 SOURCE_FORMATS = ("auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text")
 
@@ -167,7 +172,26 @@ class ReportSection(Section):
 class ExportSection(Section):
     """What is made of the adapter when training ends."""
 
-    formats: tuple[Literal["hf"], ...] = Field((), description="hf: merged safetensors folder in <run>/export/hf")
+    formats: tuple[str, ...] = Field(
+        (),
+        description="hf (safetensors), gguf:q4_k_m and its like, adapter-gguf; each a folder in <run>/export",
+        json_schema_extra={"items": {"type": "string", "enum": list(EXPORT_FORMATS)}},
+    )
+    base: Literal["auto", "nf4", "full"] = Field(
+        "auto", description="Merge into the dequantized base, the original weights, or whichever is measured nearer"
+    )
+    max_kl: float | None = Field(None, gt=0, description="Mean KL in nats beyond which an export is an error")
+    imatrix: bool = Field(False, description="Weigh the errors of K- and IQ-quants by your rows' activations")
+
+    @field_validator("formats")
+    @classmethod
+    def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        for name in formats:
+            if name not in EXPORT_FORMATS:
+                near = difflib.get_close_matches(name, EXPORT_FORMATS, 1, 0.4)
+                meant = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(EXPORT_FORMATS)}"
+                raise ValueError(f"unknown format {name!r}{meant}")
+        return formats
 
 
 class OutputSection(Section):
@@ -364,6 +388,14 @@ def _cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
                 index.where(("data", "eval_fraction")),
                 "[eval] asks for evaluation rows, but data.eval_fraction is 0 and there is no [[data.eval]]",
                 "set data.eval_fraction = 0.05 or add [[data.eval]] with a path",
+            )
+        )
+    if "adapter-gguf" in recipe.export.formats and (recipe.lora.use_dora or recipe.lora.modules_to_save):
+        problems.append(
+            Problem(
+                index.where(("export", "formats")),
+                "adapter-gguf cannot hold what lora.use_dora and lora.modules_to_save train",
+                'merge it instead: formats = ["gguf:q8_0"]',
             )
         )
     if recipe.lora.use_dora and recipe.lora.init == "eva":

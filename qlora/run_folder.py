@@ -112,6 +112,29 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
     raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
 
 
+def recipe_of(adapter_dir: Path) -> Recipe | None:
+    """The recipe of the run that an adapter's folder belongs to; None for an adapter alone."""
+    file = adapter_dir.parent / RECIPE_FILE
+    if not file.is_file():
+        return None
+    try:
+        return load_recipe(file)
+    except RecipeError as error:
+        raise ExportError(
+            f"{file}: cannot be read ({error.what})", "name the adapter's folder, moved elsewhere"
+        ) from error
+
+
+def name_of(adapter_dir: Path) -> str:
+    """What an export calls itself: the run's name, or the adapter folder's."""
+    return adapter_dir.parent.name if (adapter_dir.parent / RECIPE_FILE).is_file() else adapter_dir.name
+
+
+def dataset_name(path: str) -> str:
+    """What a published file may tell of a source of rows: a hub dataset's name, or a file's without its folders."""
+    return path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
+
+
 def refuse_foreign_folder(target: Path) -> None:
     """Only what an earlier export published may be replaced."""
     if not target.exists():

@@ -1,21 +1,28 @@
-"""`qlora-export RUN_OR_ADAPTER --to hf`: the adapter merged into its base, as a model like any other."""
+"""`qlora-export RUN_OR_ADAPTER --to hf|gguf|adapter-gguf`: the adapter merged into its base, written and verified."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlora.cli import common
+from qlora.recipe import GGUF_QUANTS
+
+if TYPE_CHECKING:
+    from qlora.export.products import Options, Report
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 class Format(str, Enum):
     hf = "hf"
+    gguf = "gguf"
+    adapter_gguf = "adapter-gguf"
 
 
 class Base(str, Enum):
@@ -24,46 +31,94 @@ class Base(str, Enum):
     full = "full"
 
 
+class Dtype(str, Enum):
+    bf16 = "bf16"
+    f16 = "f16"
+    f32 = "f32"
+
+
+Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: ignore[misc]
+
+
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or a PEFT adapter folder.")],
-    to: Annotated[Format, typer.Option("--to", help="hf: safetensors shards with config and tokenizer.")] = Format.hf,
+    to: Annotated[
+        list[Format] | None,
+        typer.Option(
+            "--to",
+            help="hf: safetensors with config and tokenizer. gguf: for llama.cpp, Ollama, LM Studio. adapter-gguf: the "
+            "adapter alone, for llama.cpp's --lora. Repeatable.",
+            show_default="hf",
+        ),
+    ] = None,
+    quant: Annotated[
+        list[Quant] | None, typer.Option("--quant", help="Type of a GGUF; repeatable.", show_default="q8_0")
+    ] = None,
     base: Annotated[
         Base,
         typer.Option(
             "--base",
-            help="nf4: the base as training saw it, dequantized. full: its original weights. "
-            "auto: nf4 when the adapter was trained on a quantized base.",
+            help="nf4: merge into the base as training saw it, dequantized. full: into its original weights. "
+            "auto: whichever is measured nearer to the trained model.",
         ),
     ] = Base.auto,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write.", show_default="<run>/export/hf")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write.", show_default="<run>/export/<format>")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Reopen and measure what was written, before it gets its name.")
+    ] = True,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", min=0.0, help="Mean KL in nats beyond which an export is an error.")
+    ] = None,
+    imatrix: Annotated[
+        bool, typer.Option("--imatrix", help="Weigh the errors of K- and IQ-quants by the activations of your rows.")
+    ] = False,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights in safetensors.")] = Dtype.bf16,
+    tokenizer_pre: Annotated[
+        str | None,
+        typer.Option("--tokenizer-pre", help="llama.cpp's name of the pre-tokenizer, if it is not recognised."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and measured as JSON.")] = False,
 ) -> None:
-    """Dequantize the base, merge the adapter into it tensor by tensor, and write the whole model.
+    """Dequantize the base, merge the adapter into it tensor by tensor, write the model and prove that it is the one.
 
-    The folder appears under its name when all of it is written and reopened. CPU memory of one tensor is enough.
+    Folders appear under their names when all of them is written, reopened and measured. The memory of one tensor is
+    enough, and no GPU is needed. A killed export goes on where it was when it is run again.
     """
-    common.run(lambda: _run(source, to, base, out, as_json))
+    options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype.value}
+    request: dict[str, Any] = {
+        "to": [name.value for name in to or [Format.hf]],
+        "quants": [name.value for name in quant or []],
+        "merge_base": base.value,
+        "out": out,
+    }
+    common.run(lambda: _run(source, request, {**options, "tokenizer_pre": tokenizer_pre}, as_json))
 
 
-def _run(source: Path, to: Format, base: Base, out: Path | None, as_json: bool) -> None:
+def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json: bool) -> None:
     from qlora import api
     from qlora.events import Sinks
-    from qlora.report.console import ConsoleSink, human_bytes
+    from qlora.report.console import ConsoleSink
     from qlora.training.stop import StopRequest
 
+    options: Options = api.export_options(**chosen)
     sink = Sinks(*([] if as_json else [ConsoleSink()]))
     with common.Signals(StopRequest()):
         try:
-            done = api.merge_and_export(source, to=to.value, merge_base=base.value, out=out, sink=sink)
+            report = api.merge_and_export(source, options=options, sink=sink, **request)
         finally:
             sink.close()
     if as_json:
-        values = {"format": done.format, "folder": str(done.folder), "bytes": done.bytes, "tensors": done.tensors}
-        print(json.dumps({**values, "merged_modules": done.merged_modules, "base": done.merge_base}))
-    else:
-        merged = f"{done.merged_modules} of {done.tensors} tensors merged, base {done.merge_base}"
-        print(f"{done.folder}: {human_bytes(done.bytes)}, {merged}")
+        print(json.dumps(_as_json(report)))
+
+
+def _as_json(report: Report) -> dict[str, Any]:
+    products = [{**asdict(product), "folder": str(product.folder)} for product in report.products]
+    checks = [dict(zip(("format", "check", "ok", "detail"), check, strict=True)) for check in report.checks]
+    fidelity = [asdict(line) for line in report.fidelity]
+    return {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ way that version 4 reads as another model.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ import torch
 
 from qlora import disk
 from qlora.errors import ExportError
-from qlora.events import Progress, Sink
-from qlora.export.merge import Merge, MergedTensor, is_multimodal
-from qlora.model.blueprint import draw
-from qlora.model.hub import BaseFolder
+from qlora.events import Notice, Progress, Sink
+from qlora.export.merge import Merge, MergedTensor
+from qlora.export.workshop import Workshop
 from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, read_header
 from qlora.model.tokenizer import copy_tokenizer
 
@@ -33,60 +32,64 @@ DTYPE_NAMES = {
     torch.float16: ("F16", "float16"),
     torch.float32: ("F32", "float32"),
 }
-SPARE_BYTES = 64 << 20  # config, tokenizer, index
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written."""
-
-    folder: Path
-    format: str
-    bytes: int
-    tensors: int
-    merged_modules: int
-    merge_base: str
+def planned_bytes(merge: Merge) -> int:
+    """Bytes of weights that `fill` will write."""
+    return sum(_nbytes(tensor, merge.dtype) for tensor in merge.tensors())
 
 
-def write(merge: Merge, out: Path, sink: Sink) -> Exported:
-    """Merge into the folder `out`, which appears in one rename when all of it is there and reopened.
+def fill(merge: Merge, workshop: Workshop, sink: Sink) -> int:
+    """Merge into the product "hf" of `workshop`: shards, index and companions, reopened. Returns the tensors written.
 
-    Raises ExportError when the disk is too small or a reopened shard is not what was meant to be written.
+    The product is not published, and its card is left to the caller. Raises ExportError when a reopened shard is not
+    what was meant to be written.
     """
-    tensors = merge.tensors()
-    sizes = [_nbytes(tensor, merge.dtype) for tensor in tensors]
-    total = sum(sizes)
-    free = disk.free_bytes(out.parent)
-    if free < total + SPARE_BYTES:
-        raise ExportError(
-            f"{out}: needs {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
-            "free some space, or name another disk with --out",
-        )
-    shards = _plan_shards(tensors, sizes)
+    shards = _plan_shards(merge.tensors(), merge.dtype)
+    total = sum(_nbytes(tensor, merge.dtype) for members in shards.values() for tensor in members)
+    item = done = 0
+    for name, members in shards.items():
+        for tensor in members:
+            item += 1
+            size = _nbytes(tensor, merge.dtype)
+            if item > workshop.start:
+                if tensor is members[0]:
+                    workshop.append("hf", name, _header(members, merge.dtype))
+                for block in tensor.blocks(1):
+                    workshop.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
+                    sink.emit(Progress("merge", done, total, "bytes"))
+                workshop.mark(item)
+            done += size
+    sink.emit(Progress("merge", done, total, "bytes"))
+    folder = workshop.folder("hf")
+    if len(shards) > 1:
+        _write_index(folder, shards, total)
+    _write_companions(folder, merge, sink)
+    _reopen(folder, shards)
+    return item
 
-    def fill(folder: Path) -> None:
-        done = 0
-        for name, members in shards.items():
-            done = _write_shard(folder / name, members, merge.dtype, (done, total), sink)
-        if len(shards) > 1:
-            _write_index(folder, shards, total)
-        _write_companions(folder, merge)
-        _reopen(folder, shards)
 
-    size = disk.publish_folder(out, fill)
-    trained = len(merge.adapter.lora) + len(merge.adapter.whole)
-    return Exported(out, "hf", size, len(tensors), trained, merge.merge_base)
+def write(merge: Merge, out: Path, sink: Sink) -> int:
+    """Merge into the folder `out`, which appears in one rename when all of it is there and reopened. Returns its bytes.
+
+    Goes on where an earlier call of the same work was killed. Raises ExportError as `fill` and `Workshop.open` do.
+    """
+    with Workshop.open({"hf": out}, merge.identity(), planned_bytes(merge)) as workshop:
+        fill(merge, workshop, sink)
+        disk.write_atomic(workshop.folder("hf") / "README.md", card(merge))
+        return workshop.publish("hf")
 
 
 def _nbytes(tensor: MergedTensor, dtype: torch.dtype) -> int:
-    return int(torch.Size(tensor.shape).numel()) * dtype.itemsize
+    return math.prod(tensor.shape) * dtype.itemsize
 
 
-def _plan_shards(tensors: Sequence[MergedTensor], sizes: Sequence[int]) -> dict[str, list[MergedTensor]]:
+def _plan_shards(tensors: Sequence[MergedTensor], dtype: torch.dtype) -> dict[str, list[MergedTensor]]:
     """Tensors by file name, in order, at most SHARD_BYTES a file unless one tensor alone is larger."""
     groups: list[list[MergedTensor]] = [[]]
     filled = 0
-    for tensor, size in zip(tensors, sizes, strict=True):
+    for tensor in tensors:
+        size = _nbytes(tensor, dtype)
         if groups[-1] and filled + size > SHARD_BYTES:
             groups.append([])
             filled = 0
@@ -97,10 +100,8 @@ def _plan_shards(tensors: Sequence[MergedTensor], sizes: Sequence[int]) -> dict[
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_shard(
-    path: Path, tensors: Sequence[MergedTensor], dtype: torch.dtype, progress: tuple[int, int], sink: Sink
-) -> int:
-    """One file: header, then each tensor's blocks. Returns the bytes done of the whole export."""
+def _header(tensors: Sequence[MergedTensor], dtype: torch.dtype) -> bytes:
+    """What a shard begins with: names, shapes and places of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
@@ -113,16 +114,7 @@ def _write_shard(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
-    done, total = progress
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            for block in tensor.blocks():
-                raw = block.contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-                file.write(raw.data)
-                done += raw.nbytes
-                sink.emit(Progress("merge", done, total, "bytes"))
-    return done
+    return struct.pack("<Q", len(text)) + text
 
 
 def _write_index(folder: Path, shards: dict[str, list[MergedTensor]], total: int) -> None:
@@ -131,7 +123,7 @@ def _write_index(folder: Path, shards: dict[str, list[MergedTensor]], total: int
     disk.write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def _write_companions(folder: Path, merge: Merge) -> None:
+def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     """Config, generation config, licence, and from the adapter's folder the tokenizer and template of the training."""
     base = merge.base.path
     disk.write_atomic(folder / "config.json", patched_config(merge))
@@ -139,15 +131,24 @@ def _write_companions(folder: Path, merge: Merge) -> None:
         if path.is_file() and (path.name == "generation_config.json" or path.name.startswith(("LICENSE", "NOTICE"))):
             shutil.copyfile(path, folder / path.name)
     trained_with = merge.adapter.folder
-    copy_tokenizer(trained_with if (trained_with / "tokenizer_config.json").is_file() else base, folder, None)
-    (folder / "README.md").write_text(card(merge), encoding="utf-8")
+    has_tokenizer = (trained_with / "tokenizer_config.json").is_file()
+    if merge.vocabulary_resized and not has_tokenizer:
+        what = (
+            "the adapter resized the vocabulary and brings no tokenizer: the base's is written, without the new tokens"
+        )
+        sink.emit(Notice("export", what))
+    copy_tokenizer(trained_with if has_tokenizer else base, folder, None)
 
 
-def card(merge: Merge) -> str:
-    """The merged model's card: the adapter's own text under a header that says what was merged into what."""
+def card(merge: Merge, extra: str = "") -> str:
+    """The merged model's card: the adapter's own text under a header that says what was merged into what.
+
+    `extra` is Markdown that stands between the two.
+    """
     held = {"nf4": "its weights as 4-bit training saw them (dequantized)", "full": "its original weights"}
     own = merge.adapter.folder / "README.md"
     text = own.read_text(encoding="utf-8").split("---\n", 2)[-1].strip() if own.is_file() else ""
+    sections = "\n\n".join(part for part in (extra.strip(), text) if part)
     return f"""---
 base_model: {merge.base.name}
 library_name: transformers
@@ -156,29 +157,19 @@ tags: [qlora, merged]
 
 # {Path(merge.base.name).name} with a LoRA adapter merged in
 
-Made from {merge.base.name}, {held[merge.merge_base]}, and {len(merge.adapter.lora)} trained modules added to them.
+Made from {merge.base.name}, {held[merge.merge_base]}, and {len(merge.changed)} trained modules added to them.
 
-{text}
+{sections}
 """
 
 
 def patched_config(merge: Merge) -> str:
     """The base's config.json as text: byte for byte when nothing changed, else with the changed keys alone."""
     original = (merge.base.path / "config.json").read_text(encoding="utf-8")
-    config = json.loads(original)
-    patched = _text_config(merge.base) if is_multimodal(merge.base) else dict(config)
-    name = DTYPE_NAMES[merge.dtype][1]
+    patched = merge.text_config()
     present = [key for key in ("torch_dtype", "dtype") if key in patched] or ["torch_dtype"]
-    patched.update(dict.fromkeys(present, name))
-    patched.pop("quantization_config", None)
-    return original if patched == config else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
-
-
-def _text_config(base: BaseFolder) -> dict[str, Any]:
-    """The config of a multimodal base's text model: its own section, with what the whole says for all parts."""
-    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
-    whole = {key: base.config[key] for key in shared if key in base.config}
-    return {**whole, **base.config["text_config"], "architectures": [type(draw(base).model).__name__]}
+    patched.update(dict.fromkeys(present, DTYPE_NAMES[merge.dtype][1]))
+    return original if patched == json.loads(original) else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
 
 
 def _reopen(folder: Path, shards: dict[str, list[MergedTensor]]) -> None:

@@ -110,7 +110,8 @@ class Estimator:
         machine, factor = self.machine, self.correction.factor
         terms = self._terms()
         worst = simulation.worst[1]
-        fragmentation = self._fragmentation(worst.total - simulation.paged, worst.parts["weights"])
+        slack = worst.slack if machine.device_type == "cuda" else 0
+        fragmentation = slack + self._fragmentation(worst.total - simulation.paged, worst.parts["weights"])
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -137,7 +138,7 @@ class Estimator:
             components=components,
             phases=phases,
             terms={**terms, "fragmentation": fragmentation, "dequantized_weights": round(worst.parts["workspace"])},
-            tensor_bytes=round((worst.total - simulation.paged) * factor) + terms.get("cublas_workspace", 0),
+            tensor_bytes=round((worst.total - simulation.paged + slack) * factor) + terms.get("cublas_workspace", 0),
             paged_bytes=simulation.paged,
             tokens_per_second=self._speed(workload, simulator),
             settings=settings_of(recipe, workload, self.stack),

@@ -332,7 +332,9 @@ def _extended(short: Simulation, long: Simulation, sizes: Sequence[int], layers:
     stretches = {}
     for name, peak in long.stretches.items():
         other = short.stretches[name]
-        reserved = round(_line(other.reserved, peak.reserved, sizes, layers))
-        stretches[name] = Peak(parts(other.parts, peak.parts), reserved)
+        # The allocator's own figures go up in steps, not in a line: what the longer model had is not made less.
+        slack = max(peak.slack, round(_line(other.slack, peak.slack, sizes, layers)))
+        reserved = max(peak.reserved, round(_line(other.reserved, peak.reserved, sizes, layers)))
+        stretches[name] = Peak(parts(other.parts, peak.parts), slack, reserved)
     paged = round(_line(short.paged, long.paged, sizes, layers))
     return Simulation(stretches, parts(short.held, long.held), paged)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.memory.allocator import CachingAllocator
+from qlora.memory.allocator import CachingAllocator, rounded
 
 aten = torch.ops.aten
 
@@ -26,9 +26,14 @@ CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "l
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest total of a stretch: bytes by category at that moment, and the most that was reserved."""
+    """The largest total of a stretch: bytes by category at that moment, each storage rounded to 512.
+
+    `slack` is what the allocator counts on top at that moment, because it hands out some blocks larger than asked for;
+    `reserved` the most that it had taken from the driver.
+    """
 
     parts: Mapping[str, int]
+    slack: int
     reserved: int
 
     @property
@@ -68,6 +73,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
         self._region: str | None = None
         self._stretch = ""
+        self._total = 0
         self._highest = -1
 
     # --- what the caller says ------------------------------------------------------------------------------------
@@ -127,35 +133,40 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = id(storage)
         if key in self._known:
             return
-        block = self.allocator.allocate(storage.nbytes())
+        taken = rounded(storage.nbytes())
+        block = self.allocator.allocate(taken)
         if block is None:
             return
-        taken = block.nbytes
 
         def died(_: Any) -> None:
             del self._known[key]
-            self._now[category] -= taken
+            self._add(category, -taken)
             self.allocator.release(block)
 
         self._known[key] = weakref.ref(storage, died)
-        self._now[category] += taken
+        self._add(category, taken)
         self._record()
+
+    def _add(self, category: str, count: int) -> None:
+        self._now[category] += count
+        self._total += count
 
     def _use_for_a_moment(self, sizes: tuple[int, ...]) -> None:
         blocks = [block for size in sizes if (block := self.allocator.allocate(size)) is not None]
-        taken = sum(block.nbytes for block in blocks)
-        self._now["workspace"] += taken
+        taken = sum(map(rounded, sizes))
+        self._add("workspace", taken)
         self._record()
-        self._now["workspace"] -= taken
+        self._add("workspace", -taken)
         for block in blocks:
             self.allocator.release(block)
 
     def _record(self) -> None:
-        if self.allocator.allocated > self._highest:
-            self._highest = self.allocator.allocated
-            self.peaks[self._stretch] = Peak(dict(self._now), self.allocator.reserved)
+        if self._total > self._highest:
+            self._highest = self._total
+            slack = self.allocator.allocated - self._total
+            self.peaks[self._stretch] = Peak(dict(self._now), slack, self.allocator.reserved)
         elif self.allocator.reserved > self.peaks[self._stretch].reserved:
-            self.peaks[self._stretch] = Peak(self.peaks[self._stretch].parts, self.allocator.reserved)
+            self.peaks[self._stretch] = replace(self.peaks[self._stretch], reserved=self.allocator.reserved)
 
 
 def _gemm_4bit(

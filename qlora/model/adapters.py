@@ -121,6 +121,33 @@ def load_into(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
 
 
+def open_saved(model: Any, folder: Path) -> PeftModel:
+    """The model with a saved adapter on it, ours or another trainer's, frozen, in the precision that it was saved in.
+
+    Raises ModelError when peft cannot put it on this model.
+    """
+    import_bitsandbytes()
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    try:
+        with old_names_in_peft():
+            peft_model = PeftModel.from_pretrained(
+                model, str(folder), autocast_adapter_dtype=False, trust_remote_code=False
+            )
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: does not fit this base ({reason})", "name the base it was trained on") from error
+    # peft gives every tensor the base's dtype: DoRA's magnitudes would be rounded to bf16 (0.4 % of their size).
+    saved = load_file(folder / WEIGHTS_FILE)
+    for name, parameter in peft_model.named_parameters():
+        stored = saved.get(name.replace(f".{ADAPTER}.weight", "").replace(f".{ADAPTER}", ""))
+        if "lora_magnitude_vector" in name and stored is not None:
+            parameter.data = stored.to(parameter.device)
+    _check_layers(peft_model)
+    return peft_model.eval()
+
+
 @contextmanager
 def without_adapters(model: PeftModel) -> Iterator[None]:
     """The base alone, for as long as the block runs."""

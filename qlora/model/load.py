@@ -8,6 +8,7 @@ an 8B model and changes no result that we could measure.)
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from functools import partial
@@ -99,17 +100,37 @@ def load_nothing(model: Any, quantization: QuantizationSection) -> None:
     functional = import_bitsandbytes().functional
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     if quantization.type != "none":
+        kind = _params_on_meta()
         for name, linear in list(linear_layers(model)):
             layer = _swap_linear(model, name, linear, quantization)
             width = linear.in_features
             read = partial(_meta_rows, width=width)
             shape = (linear.out_features, width)
-            _set_4bit(layer, quantize_rows(read, shape, quantization.type, quantization.double_quant, meta))
+            quantized = quantize_rows(read, shape, quantization.type, quantization.double_quant, meta)
+            _set_4bit(layer, quantized, kind)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(meta) if buffer is not None else None
     model.requires_grad_(False)
     model.is_loaded_in_4bit = any(_is_4bit(module) for module in model.modules())
+
+
+def _params_on_meta() -> Any:
+    """bitsandbytes' parameter, which DoRA copies when it starts: its own copy begins on the CPU and cannot go to meta.
+
+    peft knows the class by its name.
+    """
+    params = import_bitsandbytes().nn.Params4bit
+
+    class Params4bit(params):  # type: ignore[misc, valid-type]
+        def __deepcopy__(self, memo: Any) -> Any:
+            kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            settings = {name: getattr(self, name) for name in kept}
+            twin = type(self)(self.data.clone(), requires_grad=False, bnb_quantized=True, **settings)
+            twin.quant_state = copy.deepcopy(self.quant_state, memo)
+            return twin
+
+    return Params4bit
 
 
 def _meta_rows(start: int, end: int, width: int) -> Tensor:
@@ -225,10 +246,9 @@ def _of_shape(base: BaseFolder, source: str, stored: Quantized, shape: tuple[int
     return stored
 
 
-def _set_4bit(layer: Any, quantized: Quantized) -> None:
-    """Gives a 4-bit layer its weight, in the form that bitsandbytes gives it itself."""
-    bnb = import_bitsandbytes()
-    layer.weight = bnb.nn.Params4bit(
+def _set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
+    """Gives a 4-bit layer its weight, as bitsandbytes does it itself (as a parameter of class `kind`)."""
+    layer.weight = (kind or import_bitsandbytes().nn.Params4bit)(
         quantized.data,
         requires_grad=False,
         quant_state=quantized.state,

@@ -25,6 +25,8 @@ from qlora.events import (
     End,
     Evaluated,
     Event,
+    Exported,
+    Fidelity,
     Notice,
     Plan,
     Progress,
@@ -99,6 +101,8 @@ class ConsoleSink:
             Saved: self._saved,
             Recovered: self._recovered,
             Rejected: self._rejected,
+            Fidelity: self._fidelity,
+            Exported: self._exported,
             End: self._end,
         }
 
@@ -183,6 +187,17 @@ class ConsoleSink:
 
     def _recovered(self, event: Recovered) -> None:
         self._print(Text.assemble((f"step {event.step}: ", "yellow"), event.message))
+
+    def _fidelity(self, event: Fidelity) -> None:
+        self._drop_task()
+        self.close()
+        self._print(fidelity_table(event))
+
+    def _exported(self, event: Exported) -> None:
+        self._drop_task()
+        self.close()
+        merged = f", merged on {event.merge_base}" if event.merge_base else ""
+        self._print(Text(f"{event.format}  {human_bytes(event.bytes)}{merged}  {event.path}", style="green"))
 
     def _end(self, event: End) -> None:
         self._drop_task()
@@ -296,6 +311,28 @@ def sample_table(sample: Sampled) -> Table:
     table.add_row("  base", Text(_clip(sample.base)))
     table.add_row("  tuned", Text(_clip(sample.tuned), style="green"))
     return table
+
+
+def fidelity_table(fidelity: Fidelity) -> RenderableType:
+    """How near each export is to the trained model, a line each, and who measured which."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("mean KL, nats", "perplexity", "same token", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    by: dict[str, list[str]] = {}
+    for entry in fidelity.entries:
+        by.setdefault(entry["measured_by"], []).append(entry["name"])
+        table.add_row(
+            Text(entry["name"]),
+            "0" if entry["kl"] == 0 else f"{entry['kl']:.1e}",
+            f"{entry['perplexity']:.4f}",
+            f"{entry['top1']:.1%}",
+            human_bytes(entry["bytes"]) if entry["bytes"] else "",
+        )
+    counted = f"{fidelity.positions:,} tokens of {fidelity.rows:,} {fidelity.texts}"
+    measured = "; ".join(f"{', '.join(names)} by {who}" for who, names in by.items())
+    heading = Text(f"how near to the trained model, on {counted}", style="bold")
+    return Group(heading, table, Text(f"measured: {measured}", style="dim"))
 
 
 def end_panel(end: End, losses: list[float]) -> Panel:

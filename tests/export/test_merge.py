@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from qlora import api
 from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
-from qlora.export.merge import scale_of
+from qlora.export import hf
+from qlora.export.merge import Merge, read_adapter, scale_of
 from qlora.model import adapters, hub, load
 from qlora.recipe import LoraSection, QuantizationSection
 from tests.families import make_base
@@ -45,6 +47,11 @@ def trained(base_dir: Path, folder: Path, lora: LoraSection, quantization: Quant
     return model.eval()
 
 
+def exported(adapter: Path, **settings):  # type: ignore[no-untyped-def]
+    """What the command does, without reopening it in another process."""
+    return api.merge_and_export(adapter, options=api.export_options(verify=False), **settings)
+
+
 def logits(model) -> torch.Tensor:  # type: ignore[no-untyped-def]
     ids = torch.arange(4, 68).view(2, 32)
     with torch.no_grad():
@@ -56,16 +63,16 @@ def kl(reference: torch.Tensor, other: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def opened(folder: Path):  # type: ignore[no-untyped-def]
+def opened(folder: Path, dtype: torch.dtype = torch.bfloat16):  # type: ignore[no-untyped-def]
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_on_nf4_is_the_trained_model(tmp_path: Path, llama: Path, kind: str) -> None:
     model = trained(llama, tmp_path / "adapter", KINDS[kind])
-    done = api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+    done = exported(tmp_path / "adapter", out=tmp_path / "out")
     assert done.merge_base == "nf4"
     with model.disable_adapter():
         untouched = kl(logits(model), logits(opened(llama)))
@@ -77,7 +84,7 @@ def test_merged_on_nf4_is_the_trained_model(tmp_path: Path, llama: Path, kind: s
 @pytest.mark.parametrize("kind", ["plain", "dora"])
 def test_merged_on_full_is_the_adapter_on_the_original_weights(tmp_path: Path, llama: Path, kind: str) -> None:
     model = trained(llama, tmp_path / "adapter", KINDS[kind], QuantizationSection(type="none"))
-    done = api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+    done = exported(tmp_path / "adapter", out=tmp_path / "out")
     assert done.merge_base == "full"
     assert kl(logits(model), logits(opened(tmp_path / "out"))) < 1e-3
 
@@ -86,13 +93,13 @@ def test_merged_on_full_is_the_adapter_on_the_original_weights(tmp_path: Path, l
 def test_other_families_and_tied_heads(tmp_path: Path, family: str) -> None:
     base = make_base(family, tmp_path / "base", seed=2, shards=2)
     model = trained(base, tmp_path / "adapter", KINDS["plain"])
-    api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+    exported(tmp_path / "adapter", out=tmp_path / "out")
     assert kl(logits(model), logits(opened(tmp_path / "out"))) < 2e-3
 
 
 def test_untouched_tensors_are_the_bases_bytes(tmp_path: Path, llama: Path) -> None:
     trained(llama, tmp_path / "adapter", KINDS["some"], QuantizationSection(type="none"))
-    api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+    exported(tmp_path / "adapter", out=tmp_path / "out")
     base, merged = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert base.keys() == merged.keys()
     for name, tensor in base.items():
@@ -102,7 +109,7 @@ def test_untouched_tensors_are_the_bases_bytes(tmp_path: Path, llama: Path) -> N
 
 def test_config_and_tokenizer_are_the_bases_files(tmp_path: Path, llama: Path) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
-    api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+    exported(tmp_path / "adapter", out=tmp_path / "out")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (llama / name).read_bytes(), name
 
@@ -112,10 +119,153 @@ def test_shards_have_an_index(tmp_path: Path, llama: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(hf, "SHARD_BYTES", 60_000)
     model = trained(llama, tmp_path / "adapter", KINDS["plain"])
-    api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+    exported(tmp_path / "adapter", out=tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert kl(logits(model), logits(opened(tmp_path / "out"))) < 1e-3
+
+
+def of_peft(base: Path, folder: Path, resize: int = 0, **settings):  # type: ignore[no-untyped-def]
+    """An adapter made by peft alone on a plain model in fp32, moved from its start and saved by peft itself."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if resize:
+        model.resize_token_embeddings(resize)
+    chosen = {"target_modules": ["q_proj", "down_proj"], **settings}
+    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **chosen}))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def merge_of(base: Path, adapter: Path, **settings) -> Merge:  # type: ignore[no-untyped-def]
+    found = hub.resolve(str(base), "main", Recorder())
+    values = {"merge_base": "full", "quantization": QuantizationSection(type="none"), "dtype": torch.float32}
+    return Merge(found, read_adapter(adapter), device=torch.device("cpu"), **{**values, **settings})
+
+
+def whole(tensor, unit: int = 1) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    return torch.cat([block.reshape(-1) for block in tensor.blocks(unit)]).view(tensor.shape)
+
+
+BOTH = ["q_proj", "embed_tokens", "lm_head"]
+PEFT_KINDS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    "fan_in_fan_out": {"fan_in_fan_out": True},  # peft sets it aside for nn.Linear
+    "norms and head whole": {"modules_to_save": ["lm_head", "norm"]},
+    "embeddings whole": {"modules_to_save": ["embed_tokens"]},
+    "embedding lora": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding dora": {"target_modules": BOTH, "use_dora": True},
+    "head lora": {"target_modules": ["q_proj", "lm_head"]},
+    "both lora": {"target_modules": BOTH},
+    "token rows": {"trainable_token_indices": [3, 5, 200]},
+    "token rows apart": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [1]}},
+    "kept together: lora": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "kept together: whole": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "resized": {"resize": 390},
+    "resized and trained": {"resize": 390, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "resized and rows": {"resize": 390, "trainable_token_indices": [3, 385]},
+    "resized and lora": {"resize": 390, "target_modules": BOTH},
+    "smaller": {"resize": 300},
+}
+# What leaves a tied head with its embeddings. (peft's own merge adds to the shared weight, and its result is not the
+# model that was trained, wherever only one of the two was.)
+TOGETHER = ("plain", "kept together", "token rows", "resized", "smaller", "fan_in", "rslora", "dora", "patterns")
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_the_sum_is_pefts_own(tmp_path: Path, kind: str, tie: bool) -> None:
+    """Tensor by tensor what peft merges, and as a model what peft computes without merging."""
+    base = make_base("llama", tmp_path / "base", tie=tie, dtype=torch.float32)
+    model = of_peft(base, tmp_path / "adapter", **PEFT_KINDS[kind])
+    merge = merge_of(base, tmp_path / "adapter")
+    expected = logits(model)
+    hf.write(merge, tmp_path / "out", Recorder())
+    merged = opened(tmp_path / "out", torch.float32)
+    assert torch.allclose(logits(merged), expected, atol=2e-5, rtol=0)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    stays = kind.startswith(TOGETHER) and kind not in ("token rows apart", "resized and trained", "resized and lora")
+    assert config["tie_word_embeddings"] is (tie and stays)
+    assert config["vocab_size"] == PEFT_KINDS[kind].get("resize", 384)
+    if not tie or (stays and kind != "kept together: lora"):  # there peft's merge adds the product twice
+        theirs = model.merge_and_unload().state_dict()
+        ours = {tensor.parameter: whole(tensor) for tensor in merge.tensors()}
+        assert ours.keys() == theirs.keys() - ({"lm_head.weight"} if tie else set())
+        for name, tensor in ours.items():
+            assert float((tensor - theirs[name]).abs().max()) < 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "embedding dora", "head lora", "token rows", "resized"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_expected_change_is_the_change(tmp_path: Path, llama: Path, kind: str) -> None:
+    of_peft(llama, tmp_path / "adapter", **PEFT_KINDS[kind])
+    merge = merge_of(llama, tmp_path / "adapter")
+    before = {tensor.parameter: whole(tensor) for tensor in merge.base_tensors()}
+    changed = []
+    for tensor in merge.tensors():
+        after, old = whole(tensor), before[tensor.parameter]
+        grown = torch.nn.functional.pad(old, (0, 0, 0, len(after) - len(old))) if after.ndim == 2 else old
+        norm = float((after.double() - grown.double()).norm())
+        assert merge.expected_delta(tensor.parameter) == pytest.approx(norm, rel=1e-4, abs=1e-9)
+        changed += [tensor.parameter] if norm else []
+    assert set(merge.changed) == set(changed) and changed
+
+
+def test_names_with_an_adapters_name_in_them(tmp_path: Path, llama: Path) -> None:
+    """As a state dict that was saved without peft's help has them."""
+    of_peft(llama, tmp_path / "adapter", modules_to_save=["lm_head"])
+    merge = merge_of(llama, tmp_path / "adapter")
+    expected = {tensor.parameter: whole(tensor) for tensor in merge.tensors()}
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    longer = {"lora_A.weight": "lora_A.default.weight", "lora_B.weight": "lora_B.default.weight"}
+    longer["lm_head.weight"] = "lm_head.modules_to_save.default.weight"
+    tensors = load_file(file)
+    for short, long in longer.items():
+        tensors = {name.replace(short, long): tensor for name, tensor in tensors.items()}
+    assert all("default" in name for name in tensors)
+    save_file(tensors, file)
+    again = merge_of(llama, tmp_path / "adapter")
+    assert all(torch.equal(whole(tensor), expected[tensor.parameter]) for tensor in again.tensors())
+
+
+@pytest.mark.parametrize("base", ["full", "nf4"])
+def test_blocks_are_multiples_of_the_unit_and_the_same_values(
+    tmp_path: Path, llama: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["dora"])
+    merge = merge_of(llama, tmp_path / "adapter", merge_base=base, quantization=NF4)
+    expected = {tensor.parameter: whole(tensor) for tensor in merge.tensors()}
+    monkeypatch.setattr("qlora.export.merge.VALUES_PER_BLOCK", 64 * 8)
+    for tensor in merge.tensors():
+        for unit in (1, 3, 16):
+            # Matrix products of other sizes add up in another order: the last bit differs.
+            assert torch.allclose(whole(tensor, unit), expected[tensor.parameter], atol=1e-6, rtol=0)
+            blocks = list(tensor.blocks(unit))
+            assert all(len(block) % unit == 0 for block in blocks[:-1]) or len(tensor.shape) < 2
+            assert len(blocks) > 2 or tensor.shape[0] < 100
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_dtype_is_written_and_opened(tmp_path: Path, llama: Path, dtype: torch.dtype) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    merge = merge_of(llama, tmp_path / "adapter", dtype=dtype)
+    hf.write(merge, tmp_path / "out", Recorder())
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {dtype}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    exact = {tensor.name: whole(tensor) for tensor in replace(merge, dtype=torch.float32).tensors()}
+    assert all(torch.equal(written[name], exact[name].to(dtype)) for name in written)
 
 
 def test_plain_peft_opens_the_adapter_on_plain_transformers(tmp_path: Path, llama: Path) -> None:
@@ -130,7 +280,7 @@ def test_an_adapter_made_elsewhere_merges_too(tmp_path: Path, llama: Path) -> No
     """Only PEFT's two files, no provenance of ours."""
     model = trained(llama, tmp_path / "adapter", KINDS["plain"])
     (tmp_path / "adapter" / "qlora.json").unlink()
-    done = api.merge_and_export(tmp_path / "adapter")
+    done = exported(tmp_path / "adapter")
     assert done.folder == tmp_path / "adapter-export" / "hf"
     assert kl(logits(model), logits(opened(done.folder))) < 1e-3
 
@@ -169,7 +319,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(tmp_path: Path, ll
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     BROKEN[message](tmp_path / "adapter")
     with pytest.raises(QloraError, match=message) as caught:
-        api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+        exported(tmp_path / "adapter", out=tmp_path / "out")
     assert caught.value.exit_code == 2 and caught.value.hint
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
@@ -184,13 +334,13 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path: Path, llama: Path) -> 
     wider = {name: torch.cat([t, t], 1) if "lora_A" in name else t for name, t in tensors.items()}
     save_file(wider, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ExportError, match="here and"):
-        api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+        exported(tmp_path / "adapter", out=tmp_path / "out")
 
 
 def test_folders_that_are_no_adapter(tmp_path: Path) -> None:
     for path, message in ((tmp_path / "none", "no such folder"), (tmp_path, "neither a run")):
         with pytest.raises(ExportError, match=message):
-            api.merge_and_export(path)
+            exported(path)
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path, llama: Path) -> None:
@@ -198,18 +348,18 @@ def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path, llama: Path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     with pytest.raises(ExportError, match="was not made by an export"):
-        api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+        exported(tmp_path / "adapter", out=tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").exists()
     shutil.rmtree(tmp_path / "out")
-    api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
-    api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+    exported(tmp_path / "adapter", out=tmp_path / "out")
+    exported(tmp_path / "adapter", out=tmp_path / "out")
 
 
 def test_a_disk_that_is_too_small_is_seen_first(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     monkeypatch.setattr("qlora.disk.free_bytes", lambda path: 1000)
     with pytest.raises(ExportError, match=r"needs .* are free"):
-        api.merge_and_export(tmp_path / "adapter", out=tmp_path / "out")
+        exported(tmp_path / "adapter", out=tmp_path / "out")
 
 
 def test_scales_follow_the_patterns() -> None:

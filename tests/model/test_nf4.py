@@ -15,6 +15,8 @@ from qlora.model.nf4 import (
     quantize_rows,
     reference_dequantize,
     reference_quantize,
+    row_reader,
+    row_unit,
     rows_in_block,
     unpack,
     values_of,
@@ -71,6 +73,66 @@ def test_zeros_and_one_large_value() -> None:
         assert torch.allclose(
             dequantize(quantize(weight, quant_type, double, CPU), torch.float32), weight.float(), atol=0.02
         )
+
+
+def awkward(kind: str) -> torch.Tensor:
+    """Weights (n, 64) in float32 that stand near the edges of the code, of floating point, or of both."""
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(2100, 64, generator=generator)  # more than one stretch, and a short one
+    if kind == "uniform":
+        return torch.rand(2100, 64, generator=generator) * 2 - 1
+    if kind == "ties":  # scaled values on every midpoint and one step of fp32 beside it, for both codes
+        midpoints = torch.cat([(v[:-1] + v[1:]) / 2 for v in (values_of("nf4"), values_of("fp4").sort().values)])
+        beside = [midpoints, midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))]
+        values = torch.nn.functional.pad(torch.cat(beside), (1, 5), value=1.0)
+        return values[torch.randint(len(values), (500, 64), generator=generator)].index_fill(1, torch.tensor(7), 1.0)
+    if kind == "sparse":
+        return normal * (torch.rand(2100, 64, generator=generator) < 0.05) * (torch.arange(2100) % 3 > 0)[:, None]
+    scales = {"normal": 0.02, "huge": 1e37, "tiny": 1e-30, "below 1e-38": 1e-39, "denormal": 3e-45}
+    return normal * scales[kind]
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "ties", "sparse", "huge", "tiny", "below 1e-38", "denormal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_our_cpu_codes_are_those_of_bitsandbytes(kind: str, dtype: torch.dtype) -> None:
+    weight = awkward(kind).to(dtype)  # "huge" is infinite in fp16
+    for quant_type, double in KINDS:
+        data, state = bnb.quantize_4bit(weight, quant_type=quant_type, compress_statistics=double, blocksize=BLOCK)
+        ours = quantize(weight, quant_type, double, CPU)
+        assert torch.equal(ours.data, data)
+        assert torch.equal(ours.state.absmax, state.absmax)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_a_block_without_a_trace(threads: int) -> None:
+    weight = weight_of((1031, 191))
+    expected, _ = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=BLOCK)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(quantize(weight, "nf4", False, CPU).data, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_no_number_is_left_to_bitsandbytes(value: float) -> None:
+    weight = weight_of((64, 64))
+    weight[3, 5] = value
+    data, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=BLOCK)
+    ours = quantize(weight, "nf4", False, CPU)
+    assert torch.equal(ours.data, data) and torch.equal(ours.state.absmax, state.absmax) is not (value != value)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_read_back_as_they_are_in_the_whole(shape: tuple[int, int]) -> None:
+    for quant_type, double in KINDS:
+        held = quantize(weight_of(shape), quant_type, double, CPU)
+        read, unit = row_reader(held, torch.bfloat16), row_unit(held)
+        whole = dequantize(held, torch.bfloat16)
+        spans = [(at, min(at + unit, shape[0])) for at in range(0, shape[0], unit)]
+        for start, end in (*spans[:3], *spans[-2:], (0, shape[0])):
+            assert torch.equal(read(start, end), whole[start:end])
 
 
 def test_a_block_of_rows_is_whole_blocks_of_values() -> None:

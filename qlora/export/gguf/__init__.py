@@ -1,0 +1,1 @@
+"""A trained model as one GGUF file: names, tokenizer, types and bytes as llama.cpp expects them."""

@@ -1,0 +1,71 @@
+"""The adapter alone as GGUF, for llama.cpp's --lora and Ollama's ADAPTER: the base stays the file that it is.
+
+Layout (llama.cpp, convert_lora_to_gguf.py and llama-adapter.cpp): `<name>.lora_a` (r, in) and `<name>.lora_b` (out, r)
+in float32, and one `adapter.lora.alpha` for all; llama.cpp scales a product by alpha / r. What is scaled otherwise
+(rsLoRA, ranks and alphas by pattern) is folded into B, and so is what happens to a weight's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gguf
+import torch
+from torch import Tensor
+
+from qlora.errors import ExportError
+from qlora.export.adapter import Adapter, LoraModule
+from qlora.export.gguf.families import Layout
+from qlora.export.gguf.metadata import About, entries, general_keys, header
+from qlora.export.gguf.rope import Key
+from qlora.export.workshop import Workshop
+from qlora.model.tensors import read_tensor
+
+F32 = gguf.GGMLQuantizationType.F32
+
+
+def check(adapter: Adapter) -> None:
+    """Raises ExportError for adapters that are more than products of two matrices."""
+    hint = "merge it instead: --to gguf"
+    if any(module.magnitude is not None for module in adapter.lora.values()):
+        raise ExportError(f"{adapter.folder}: DoRA's magnitudes cannot stand in an adapter file", hint)
+    if whole := sorted({*adapter.whole, *adapter.rows}):
+        raise ExportError(f"{adapter.folder}: {whole[0]} was trained whole, which an adapter file cannot hold", hint)
+    if embeddings := sorted(name for name, module in adapter.lora.items() if module.embedding):
+        raise ExportError(f"{adapter.folder}: {embeddings[0]} has an adapter on an embedding", hint)
+
+
+def planned_bytes(adapter: Adapter) -> int:
+    return 4 * sum(module.a.numel + module.b.numel for module in adapter.lora.values())
+
+
+def write(adapter: Adapter, layout: Layout, about: About, workshop: Workshop, place: tuple[str, str]) -> None:
+    """Write the adapter of a base laid out as `layout` to `place`: the workshop's product and the file's name in it."""
+    check(adapter)
+    keys: list[Key] = [
+        *general_keys(about, "adapter"),
+        ("adapter.type", "lora"),
+        ("adapter.lora.alpha", float(adapter.config["lora_alpha"])),
+        ("general.file_type", int(gguf.LlamaFileType.ALL_F32)),
+        ("general.quantization_version", gguf.GGML_QUANT_VERSION),
+    ]
+    infos = [(name, tuple(matrix.shape), F32) for name, matrix in expected_matrices(adapter, layout)]
+    workshop.append(*place, header(layout.arch, entries(keys), infos))
+    for _, matrix in expected_matrices(adapter, layout):
+        content = matrix.numpy().tobytes()
+        workshop.append(*place, content + bytes(-len(content) % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def expected_matrices(adapter: Adapter, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Name in the file and float32 values of each A (r, in) and B (out, r)."""
+    alpha = float(adapter.config["lora_alpha"])
+    for tensor in layout.tensors:
+        if module := adapter.lora.get(tensor.parameter):
+            b_OR = read_tensor(module.b).to(torch.float32) * _fold(module, alpha)
+            yield f"{tensor.name}.lora_a", read_tensor(module.a).to(torch.float32)
+            yield f"{tensor.name}.lora_b", tensor.to_gguf(b_OR).contiguous()
+
+
+def _fold(module: LoraModule, alpha: float) -> float:
+    """What B is multiplied by, so that alpha / r of the file gives the module's own scale."""
+    return module.scale / (alpha / module.a.shape[0])

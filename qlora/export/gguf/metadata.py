@@ -1,0 +1,133 @@
+"""What a GGUF file says of itself: who made it, of what, under which licence; and its header as bytes.
+
+Every key has one owner: `tokenizer.*` comes from `vocab`, the architecture's own from `families`, `general.*` from
+here. llama.cpp changes how it splits text when `general.name` holds "phi-3", so that a name taken as it comes could
+break a model in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from qlora import __version__
+from qlora.export.gguf.rope import Key
+from qlora.export.gguf.vocab import Entry
+from qlora.model.hub import BaseFolder
+
+ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
+MAX_CARD_BYTES = 1 << 20
+_LICENSE = re.compile(r"^license(?P<part>|_name|_link):\s*[\"']?(?P<value>[^\"'\n]+?)[\"']?\s*$", re.MULTILINE)
+_SWITCH = re.compile(r"phi-?3", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a reader of the file should know. `run`: the run's or adapter's name; `datasets`: names, never paths."""
+
+    base: str
+    revision: str
+    license: Mapping[str, str]  # "", "_name", "_link" to their values in the base's model card
+    run: str
+    datasets: tuple[str, ...]
+
+    @classmethod
+    def of(cls, base: BaseFolder, run: str, datasets: Sequence[str]) -> About:
+        return cls(base.name, base.commit or "", licence_of(base.path), run, tuple(datasets))
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """The licence in the header of a folder's README.md, as the hub's model cards say it; empty when there is none."""
+    card = folder / "README.md"
+    if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return {}
+    return {match["part"]: match["value"] for match in _LICENSE.finditer(text[3:].partition("\n---")[0])}
+
+
+def general_keys(about: About, kind: str, strips_after_specials: bool = False) -> list[Key]:
+    """`general.*` of a file of `kind` "model" or "adapter".
+
+    `strips_after_specials`: the tokenizer swallows blanks after special tokens, as Phi-3's does. llama.cpp has no key
+    for that and goes by the name.
+    """
+    base_title = Path(about.base).name
+    title = f"{base_title} {about.run}".strip()
+    if strips_after_specials:
+        title = title if _SWITCH.search(title) else f"{title} (Phi-3 tokenizer)"
+    else:
+        title = _SWITCH.sub(lambda match: f"{match[0][:3]} 3", title)
+    keys: list[Key] = [
+        ("general.type", kind),
+        ("general.name", title),
+        ("general.finetune", about.run),
+        ("general.quantized_by", f"qlora {__version__}"),
+        ("general.description", f"{base_title} with a LoRA adapter, trained by QLoRA"),
+    ]
+    keys += [(f"general.license{_gguf_part(part)}", value) for part, value in about.license.items()]
+    keys += [("general.base_model.count", 1), ("general.base_model.0.name", base_title)]
+    if "/" in about.base and not Path(about.base).is_absolute():  # a name of the hub
+        keys.append(("general.base_model.0.organization", about.base.split("/")[0]))
+        keys.append(("general.base_model.0.repo_url", f"https://huggingface.co/{about.base}"))
+    if about.revision:
+        keys.append(("general.base_model.0.version", about.revision))
+    if about.datasets:
+        keys.append(("general.dataset.count", len(about.datasets)))
+        keys += [(f"general.dataset.{i}.name", name) for i, name in enumerate(about.datasets)]
+    return keys
+
+
+def _gguf_part(part: str) -> str:
+    return part.replace("_", ".")
+
+
+def entries(keys: Sequence[Key]) -> list[Entry]:
+    """Keys with the type that llama.cpp reads them as: counts are unsigned. Empty texts are left out."""
+    return [_entry(key, value) for key, value in keys if value != ""]
+
+
+def _entry(key: str, value: Any) -> Entry:
+    kinds = gguf.GGUFValueType
+    if isinstance(value, list):
+        return Entry(key, value, kinds.ARRAY, _entry("", value[0]).type)
+    if isinstance(value, bool):
+        return Entry(key, value, kinds.BOOL)
+    if isinstance(value, int):
+        return Entry(key, value, kinds.UINT32)
+    return Entry(key, value, kinds.FLOAT32 if isinstance(value, float) else kinds.STRING)
+
+
+def header(
+    arch: str,
+    keys: Sequence[Entry],
+    tensors: Sequence[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]],
+) -> bytes:
+    """Everything before the weights, padded: magic, keys, and name, shape, type and place of each tensor.
+
+    The bytes depend on the arguments alone, so that a broken-off file can be gone on with.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        writer = gguf.GGUFWriter(path, arch)
+        for entry in keys:
+            writer.add_key_value(*entry)
+        for name, shape, kind in tensors:
+            # The writer tells a quantized tensor's shape by its bytes.
+            in_bytes = gguf.quant_shape_to_byte_shape(shape, kind)
+            writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        content = path.read_bytes()
+    return content + bytes(-len(content) % ALIGNMENT)

@@ -1,0 +1,261 @@
+"""Which type each tensor of a GGUF file gets.
+
+A quant such as Q4_K_M is a mixture: most weights in its default type, the few that hurt most when rounded in a finer
+one. The rules here give the types that llama.cpp's quantizer gives (src/llama-quant.cpp, llama_tensor_get_type), for
+the architectures that we write; f32, f16, bf16 and q8_0 come out as its converter writes them (conversion/base.py).
+Files then have the sizes and the quality that users know by the name.
+
+1. One-dimensional tensors (norms, biases, RoPE factors), names ending in `_norm.weight` and those not ending in
+   `.weight` stay F32: they are small, and the runtime's kernels take nothing else for them.
+2. The head gets the quant's `head` type: its errors go straight into the logits. A tied model has no `output.weight`,
+   and `token_embd.weight` is the head.
+3. All others get the first of the quant's rules that fits their role and place, else its default.
+4. A row must be whole blocks: 256 values in K- and IQ-quants, 32 in the older ones. A type that does not fit gives way
+   to the next finer one of blocks of 32, and that to F16. What gave way is told to the user.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+from qlora.errors import ExportError
+from qlora.export.gguf.encode import NATIVE
+
+F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
+Q5_0, Q5_1, Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q5_1, GGMLQuantizationType.Q8_0
+Q3_K, Q4_K = GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q4_K
+Q5_K, Q6_K = GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K
+Q4_0, IQ4_XS, IQ4_NL = GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.IQ4_NL
+
+# GGUF's names of the architectures whose rules these are. Mistral's files say "llama". Others (Falcon, mixtures of
+# experts) have exceptions of their own.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+
+# What takes the place of a type whose blocks do not fit a row (llama-quant.cpp, tensor_type_fallback).
+FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType] = {
+    Q3_K: Q4_0,
+    Q4_K: Q5_0,
+    Q5_K: Q5_1,
+    Q6_K: Q8_0,
+    IQ4_XS: IQ4_NL,
+}
+
+
+@dataclass(frozen=True)
+class MixHparams:
+    """What the rules ask of a model: `block_count`, `attention.head_count` and `head_count_kv` of its GGUF file."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight stands."""
+
+    layer: int
+    layers: int
+    heads_per_kv_head: int
+    big_grouped: bool  # llama.cpp's "70B"
+    has_imatrix: bool
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights of `role` (the middle of `blk.N.<role>.weight`) get `kind` where `fits`."""
+
+    role: str
+    kind: GGMLQuantizationType
+    fits: Callable[[Place], bool]
+
+
+@dataclass(frozen=True)
+class Quant:
+    """One of the names that a user can ask for. `file_type` is the number in `general.file_type`."""
+
+    label: str
+    file_type: int
+    default: GGMLQuantizationType
+    head: GGMLQuantizationType
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def needs_library(self) -> bool:
+        """Whether it takes ggml to write it."""
+        return self.default not in NATIVE
+
+
+class Fallback(NamedTuple):
+    """A tensor whose rows do not fit the type that it should have had."""
+
+    name: str
+    wanted: GGMLQuantizationType
+    got: GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class TypeChoice:
+    """A type for every tensor, by GGUF name, and those that are not of the type that the quant asks for."""
+
+    types: Mapping[str, GGMLQuantizationType]
+    fallbacks: tuple[Fallback, ...]
+
+    def notice(self) -> str | None:
+        """What to tell the user about the fallbacks, in one line; None when there are none."""
+        if not self.fallbacks:
+            return None
+        counts = Counter((fallback.wanted, fallback.got) for fallback in self.fallbacks)
+        parts = ", ".join(f"{got.name} for {wanted.name} in {count}" for (wanted, got), count in counts.items())
+        return f"rows that are not whole blocks: {parts} of {len(self.types)} tensors, so the file is larger than usual"
+
+
+def everywhere(place: Place) -> bool:
+    return True
+
+
+def first_layers(count: int) -> Callable[[Place], bool]:
+    return lambda place: place.layer < count
+
+
+def first_part(parts: int) -> Callable[[Place], bool]:
+    """The first 1/parts of all layers, rounded down."""
+    return lambda place: place.layer < place.layers // parts
+
+
+def outer_and_every_third(place: Place) -> bool:
+    """The first and last eighth of the layers, where errors did most harm, and every third between (use_more_bits)."""
+    eighth = place.layers // 8
+    return place.layer < eighth or place.layer >= 7 * place.layers // 8 or (place.layer - eighth) % 3 == 2
+
+
+def grouped_by_four(place: Place) -> bool:
+    """Four query heads or more share a value head: attn_v is a small tensor, and finer bits cost little."""
+    return place.heads_per_kv_head >= 4
+
+
+def first_eighth_unweighted(place: Place) -> bool:
+    """Without an importance matrix, IQ4_XS is at its worst in the first `ffn_down`s."""
+    return first_part(8)(place) and not place.has_imatrix
+
+
+_SIX_BITS_OUTSIDE = tuple(Rule(role, Q6_K, outer_and_every_third) for role in ("attn_v", "ffn_down"))
+# In each: values and what goes down from the feed-forward part are added to the residual stream as they are, so their
+# errors stay; queries, keys, gate and up only steer and bear the default. Numbers: enum llama_ftype in llama.h.
+QUANTS: Mapping[str, Quant] = {
+    "f32": Quant("F32", LlamaFileType.ALL_F32.value, F32, F32),
+    "f16": Quant("F16", LlamaFileType.MOSTLY_F16.value, F16, F16),
+    "bf16": Quant("BF16", LlamaFileType.MOSTLY_BF16.value, BF16, BF16),
+    "q8_0": Quant("Q8_0", LlamaFileType.MOSTLY_Q8_0.value, Q8_0, Q8_0),
+    "q6_k": Quant("Q6_K", LlamaFileType.MOSTLY_Q6_K.value, Q6_K, Q6_K),
+    "q5_k_m": Quant("Q5_K_M", LlamaFileType.MOSTLY_Q5_K_M.value, Q5_K, Q6_K, _SIX_BITS_OUTSIDE),
+    "q4_k_m": Quant("Q4_K_M", LlamaFileType.MOSTLY_Q4_K_M.value, Q4_K, Q6_K, _SIX_BITS_OUTSIDE),
+    "q4_k_s": Quant(
+        "Q4_K_S",
+        LlamaFileType.MOSTLY_Q4_K_S.value,
+        Q4_K,
+        Q6_K,
+        (Rule("attn_v", Q5_K, first_layers(4)), Rule("ffn_down", Q5_K, first_part(8))),
+    ),
+    "q3_k_m": Quant(
+        "Q3_K_M",
+        LlamaFileType.MOSTLY_Q3_K_M.value,
+        Q3_K,
+        Q6_K,
+        (
+            Rule("attn_v", Q5_K, first_layers(2)),
+            Rule("attn_v", Q4_K, everywhere),
+            Rule("ffn_down", Q5_K, first_part(16)),
+            Rule("ffn_down", Q4_K, everywhere),
+            Rule("attn_output", Q4_K, everywhere),
+        ),
+    ),
+    "iq4_xs": Quant(
+        "IQ4_XS",
+        LlamaFileType.MOSTLY_IQ4_XS.value,
+        IQ4_XS,
+        Q6_K,
+        (Rule("attn_v", Q5_K, grouped_by_four), Rule("ffn_down", Q5_K, first_eighth_unweighted)),
+    ),
+}
+
+_LAYER_WEIGHT = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+# A projection of query, key and value in one (Phi-3) is handled as the most sensitive of the three.
+_ROLES = {"attn_qkv": "attn_v"}
+# llama.cpp numbers attn_v and ffn_down as it meets them, layer by layer. In ARCHITECTURES each layer has one of each,
+# and the number is the layer's own.
+
+
+def choose_types(
+    quant: str,
+    arch: str,
+    hparams: MixHparams,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    has_imatrix: bool = False,
+) -> TypeChoice:
+    """The type of each of `tensors` (GGUF name, shape as torch has it: rows, columns) in a file of `quant`.
+
+    `has_imatrix`: an importance matrix is given, for whichever tensors. Raises ExportError for an unknown `quant`, and
+    for an `arch` whose rules are not known.
+    """
+    if quant not in QUANTS:
+        raise ExportError(f"unknown quant {quant!r}", f"choose from {', '.join(QUANTS)}")
+    if arch not in ARCHITECTURES:
+        raise ExportError(f"{arch}: no rules for quantizing this architecture", f"known are {', '.join(ARCHITECTURES)}")
+    chosen = QUANTS[quant]
+    names = {name for name, _ in tensors}
+    head = "output.weight" if "output.weight" in names else "token_embd.weight"
+    place = Place(
+        layer=0,
+        layers=hparams.layers,
+        heads_per_kv_head=hparams.heads // hparams.kv_heads,
+        big_grouped=is_big_grouped(arch, hparams),
+        has_imatrix=has_imatrix,
+    )
+    types, fallbacks = {}, []
+    for name, shape in tensors:
+        if stays_f32(name, shape):
+            types[name] = F32
+            continue
+        wanted = chosen.head if name == head else _by_rules(name, chosen, place)
+        types[name] = fit(wanted, shape[-1])
+        if types[name] != wanted:
+            fallbacks.append(Fallback(name, wanted, types[name]))
+    return TypeChoice(types, tuple(fallbacks))
+
+
+def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
+    """Rule 1. A single row counts as one-dimensional: ggml drops leading dimensions of 1."""
+    one_dimensional = len(shape) < 2 or shape[0] == 1
+    return one_dimensional or not name.endswith(".weight") or name.endswith("_norm.weight")
+
+
+def fit(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+    """Rule 4: `wanted`, or the nearest type whose blocks make up rows of `columns` values."""
+    for kind in (wanted, FALLBACKS.get(wanted, wanted)):
+        if columns % GGML_QUANT_SIZES[kind][0] == 0:
+            return kind
+    return F16
+
+
+def is_big_grouped(arch: str, hparams: MixHparams) -> bool:
+    """What llama.cpp calls a 70B: 80 layers with grouped heads, or any Qwen2 of 80 (src/models/)."""
+    grouped = hparams.heads != hparams.kv_heads
+    return hparams.layers == 80 and (arch == "qwen2" or (arch == "llama" and grouped))
+
+
+def _by_rules(name: str, quant: Quant, place: Place) -> GGMLQuantizationType:
+    """Rule 3. In a 70B, 8 query heads share a value head: attn_v is so small that 5 bits cost next to nothing."""
+    match = _LAYER_WEIGHT.fullmatch(name)
+    if match is None:
+        return quant.default
+    role = _ROLES.get(match[2], match[2])
+    here = replace(place, layer=int(match[1]))
+    kind = next((rule.kind for rule in quant.rules if rule.role == role and rule.fits(here)), quant.default)
+    return Q5_K if role == "attn_v" and here.big_grouped and kind in (Q3_K, Q4_K) else kind

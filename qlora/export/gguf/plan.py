@@ -1,0 +1,87 @@
+"""All that must hold before a GGUF file is written, found without reading a weight: also asked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
+
+from qlora.export.gguf.families import Layout, lay_out
+from qlora.export.gguf.ggml import Ggml, find_library
+from qlora.export.gguf.mix import QUANTS, MixHparams, TypeChoice, choose_types
+from qlora.export.gguf.vocab import Vocab, read_vocab
+from qlora.model.blueprint import draw
+from qlora.model.hub import BaseFolder
+from qlora.model.tokenizer import copy_tokenizer, tokenizer_fingerprint
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """A model's layout and vocabulary, the types of its tensors for each quant, and ggml where a quant needs it."""
+
+    layout: Layout
+    vocab: Vocab
+    choices: Mapping[str, TypeChoice]
+    library: Ggml | None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        fallbacks = [f"{quant}: {said}" for quant, choice in self.choices.items() if (said := choice.notice())]
+        return (*self.layout.notices, *self.vocab.warnings, *fallbacks)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the vocabulary is read: the folder of the trained tokenizer, and what overrides what stands in it."""
+
+    folder: Path | None = None  # None: the base's own
+    template: str | None = None
+    pre: str | None = None
+
+
+def plan(
+    base: BaseFolder,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    tokens: Tokens,
+    quants: Sequence[str],
+    has_imatrix: bool = False,
+) -> GgufPlan:
+    """The plan for a model of `base` whose stored parameters are `shapes` (None: the base's own).
+
+    Raises ExportError for whatever llama.cpp cannot express, for a quant that needs a ggml that is not installed, and
+    for a tokenizer that llama.cpp would read in another way.
+    """
+    blueprint = draw(base)
+    if shapes is None:
+        weights = blueprint.model.state_dict()
+        shapes = {name: tuple(weights[name].shape) for name in blueprint.sources}
+    layout = lay_out(blueprint.model, shapes)
+    with _tokenizer_folder(base, tokens.folder) as folder:
+        vocab = read_vocab(folder, shapes["model.embed_tokens.weight"][0], pre=tokens.pre, template=tokens.template)
+    hparams = MixHparams(layout.layers, layout.heads, layout.kv_heads)
+    named = [(tensor.name, tensor.shape) for tensor in layout.tensors]
+    choices = {quant: choose_types(quant, layout.arch, hparams, named, has_imatrix) for quant in quants}
+    needed = any(QUANTS[quant].needs_library for quant in quants)
+    return GgufPlan(layout, vocab, choices, find_library() if needed else None)
+
+
+@contextmanager
+def _tokenizer_folder(base: BaseFolder, trained_with: Path | None) -> Iterator[Path]:
+    """The base's folder; where the tokenizer of the training is another one, its files beside the base's configuration.
+
+    Which tokens end an answer stands in the base's generation_config.json, which an adapter's folder does not have.
+    """
+    own = trained_with is not None and (trained_with / "tokenizer_config.json").is_file()
+    if not own or trained_with is None or tokenizer_fingerprint(trained_with) == tokenizer_fingerprint(base.path):
+        yield base.path
+        return
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("config.json", "generation_config.json"):
+            if (base.path / file).is_file():
+                copyfile(base.path / file, folder / file)
+        copy_tokenizer(trained_with, folder, None)
+        yield folder

@@ -1,0 +1,198 @@
+"""Rotary positions as llama.cpp is told of them: keys, and tensors where keys cannot say it.
+
+What transformers computes and what llama.cpp will compute from these keys are held against each other before anything
+is written: a base whose positions would turn otherwise is refused. (Both read the same configuration in their own way,
+and a wrong reading shows only as a model that talks worse the longer the text is.)
+
+    none      f_i = base^(-2i/d)
+    linear    f_i / factor                               Chen et al. 2023 (position interpolation)
+    llama3    f_i / t_i, t in a tensor `rope_freqs`      Llama 3.1; the slow frequencies are stretched, the fast are not
+    yarn      a ramp between f_i and f_i / factor        Peng et al. 2023, section 3.2
+    longrope  f_i / t_i, two tensors, for short and long texts, and a factor on attention   Ding et al. 2024
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora.errors import ExportError
+
+Key = tuple[str, Any]
+YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0  # YaRN section 3.2, the defaults of transformers and of llama.cpp
+SAME_FREQUENCY = 1e-4  # relative; the two differ by 1e-6 through fp32 powers, by 1e-2 and more when read wrongly
+FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What the model itself computes with: its frequencies (pairs of dims,) and its factor on attention."""
+
+    frequencies: NDArray[np.float64]
+    attention: float
+
+
+def witnesses(model: Any) -> dict[str, Witness]:
+    """The rotary embedding of a transformers model by layer type, "" where all layers share one."""
+    found = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if name.endswith("inv_freq") and "original" not in name:
+                kind = name.removesuffix("inv_freq").rstrip("_")
+                factor = getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling", None)
+                found[kind] = Witness(buffer.double().numpy(), 1.0 if factor is None else float(factor))
+    return found
+
+
+@dataclass(frozen=True)
+class Rope:
+    """`keys` follow the architecture's prefix ("rope.freq_base"); `tensors` are float32, one value a pair of dims."""
+
+    keys: tuple[Key, ...]
+    tensors: Mapping[str, NDArray[np.float32]]
+
+
+def describe(config: Any, rotated_dims: int, model: Mapping[str, Witness], takes_factors: bool) -> Rope:
+    """Keys and tensors for the rotary embedding of a text model's `config` (transformers 5's `rope_parameters`).
+
+    `model` is what the model itself computes with, `takes_factors` whether the architecture reads factor tensors.
+    Raises ExportError for what llama.cpp cannot express.
+    """
+    sections = config.rope_parameters
+    if "full_attention" not in sections:
+        return _one(config, dict(sections), rotated_dims, model[""], takes_factors)
+    whole = _one(config, dict(sections["full_attention"]), rotated_dims, model["full_attention"], takes_factors)
+    local = dict(sections.get("sliding_attention") or {})
+    if local.get("rope_type", "default") != "default":
+        raise _refused(f"sliding layers with {local['rope_type']!r} positions")
+    keys = list(whole.keys)
+    if local:
+        keys.append(("rope.freq_base_swa", float(local["rope_theta"])))
+        _compare(_frequencies(float(local["rope_theta"]), rotated_dims), 1.0, model["sliding_attention"])
+    return Rope(tuple(keys), whole.tensors)
+
+
+def _one(config: Any, said: dict[str, Any], dims: int, own: Witness, takes_factors: bool) -> Rope:
+    kind = str(said.get("rope_type", "default"))
+    base = float(said["rope_theta"])
+    plain = _frequencies(base, dims)
+    keys: list[Key] = [("rope.freq_base", base)]
+    if kind == "default":
+        _compare(plain, 1.0, own)
+        return Rope(tuple(keys), {})
+    if kind == "linear":
+        factor = float(said["factor"])
+        _compare(plain / factor, 1.0, own)
+        return Rope((*keys, ("rope.scaling.type", "linear"), ("rope.scaling.factor", factor)), {})
+    if kind == "yarn":
+        more, turned, attention = _yarn(config, said, plain)
+        _compare(turned, attention, own)
+        return Rope((*keys, *more), {})
+    if kind in ("llama3", "longrope") and not takes_factors:
+        raise _refused(f"{kind!r} positions in this architecture")
+    if kind == "llama3":
+        factors = _llama3_factors(said, plain)
+        _compare(plain / factors, 1.0, own)
+        return Rope(tuple(keys), {"rope_freqs.weight": factors.astype(np.float32)})
+    if kind == "longrope":
+        more, tensors = _longrope(config, said, dims)
+        _compare(plain / tensors["rope_factors_short.weight"], dict(more)["rope.scaling.attn_factor"], own)
+        return Rope((*keys, *more), tensors)
+    raise _refused(f"{kind!r} positions")
+
+
+def _frequencies(base: float, dims: int) -> NDArray[np.float64]:
+    """Turns a token for each pair of dims, before any scaling (Su et al. 2021, section 3.2.2)."""
+    return base ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
+
+
+def _llama3_factors(said: Mapping[str, Any], plain: NDArray[np.float64]) -> NDArray[np.float64]:
+    """By how much each frequency is slowed: not at all for short waves, by `factor` for long ones, a ramp between."""
+    factor, low, high = (float(said[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained = float(said["original_max_position_embeddings"])
+    waves = 2 * math.pi / plain
+    ramp = np.clip((trained / waves - low) / (high - low), 0.0, 1.0)
+    return 1.0 / ((1.0 - ramp) / factor + ramp)  # type: ignore[no-any-return]
+
+
+def _yarn(
+    config: Any, said: Mapping[str, Any], plain: NDArray[np.float64]
+) -> tuple[list[Key], NDArray[np.float64], float]:
+    factor, base = float(said["factor"]), float(said["rope_theta"])
+    trained = int(said.get("original_max_position_embeddings") or config.max_position_embeddings)
+    fast = float(said.get("beta_fast") or YARN_BETA_FAST)
+    slow = float(said.get("beta_slow") or YARN_BETA_SLOW)
+    if said.get("truncate") is False:
+        raise _refused("yarn positions whose ramp is not rounded (truncate = false)")
+    usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN section 3.4
+    keys: list[Key] = [
+        ("rope.scaling.type", "yarn"),
+        ("rope.scaling.factor", factor),
+        ("rope.scaling.original_context_length", trained),
+        ("rope.scaling.yarn_beta_fast", fast),
+        ("rope.scaling.yarn_beta_slow", slow),
+    ]
+    # llama.cpp always applies the usual factor on attention; another one is said as a multiple of it.
+    wanted = _yarn_attention(said, factor, usual)
+    if wanted != usual:
+        keys.append(("rope.scaling.attn_factor", wanted / usual))
+    dims = 2 * plain.size
+
+    def at(turns: float) -> float:  # the dim that turns so often within the trained length
+        return dims * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(0.0, math.floor(at(fast))), min(dims - 1.0, math.ceil(at(slow)))
+    ramp = np.clip((np.arange(plain.size) - low) / max(0.001, high - low), 0.0, 1.0)
+    return keys, plain / factor * ramp + plain * (1.0 - ramp), wanted
+
+
+def _yarn_attention(said: Mapping[str, Any], factor: float, usual: float) -> float:
+    """The factor on attention that transformers applies: said outright, or by DeepSeek's two mscales, or the usual."""
+    if said.get("attention_factor") is not None:
+        return float(said["attention_factor"])
+    mscale, of_all = said.get("mscale"), said.get("mscale_all_dim")
+    if mscale and of_all:
+        return (0.1 * float(mscale) * math.log(factor) + 1.0) / (0.1 * float(of_all) * math.log(factor) + 1.0)
+    return usual
+
+
+def _longrope(config: Any, said: Mapping[str, Any], dims: int) -> tuple[list[Key], dict[str, NDArray[np.float32]]]:
+    trained = int(said["original_max_position_embeddings"])
+    stretch = config.max_position_embeddings / trained
+    attention = said.get("attention_factor")
+    if attention is None:  # LongRoPE as Phi-3 uses it; transformers, _compute_longrope_parameters
+        attention = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
+    tensors = {}
+    for name in ("long", "short"):
+        factors: Sequence[float] = said[f"{name}_factor"]
+        if len(factors) != dims // 2:
+            raise _refused(f"{len(factors)} {name} factors for {dims // 2} pairs of dims")
+        tensors[f"rope_factors_{name}.weight"] = np.asarray(factors, dtype=np.float32)
+    keys: list[Key] = [
+        ("rope.scaling.type", "longrope"),
+        ("rope.scaling.original_context_length", trained),
+        ("rope.scaling.attn_factor", float(attention)),
+    ]
+    return keys, tensors
+
+
+def _compare(frequencies: NDArray[np.float64], attention: float, own: Witness) -> None:
+    """What llama.cpp will compute with against what the model does. Raises ExportError when they differ."""
+    same = own.frequencies.shape == frequencies.shape and np.allclose(
+        own.frequencies, frequencies, rtol=SAME_FREQUENCY, atol=0.0
+    )
+    if not same:
+        raise _refused("these rotary positions: it would turn by other angles than the model")
+    if not math.isclose(own.attention, attention, rel_tol=SAME_FREQUENCY):
+        raise _refused(
+            f"these rotary positions: it would scale attention by {attention:.4f}, not by {own.attention:.4f}"
+        )
+
+
+def _refused(what: str) -> ExportError:
+    return ExportError(f"llama.cpp cannot express {what}", "export with --to hf, and run it with transformers or vLLM")

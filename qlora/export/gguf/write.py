@@ -1,0 +1,118 @@
+"""Several GGUF files in one pass over the weights: merged, changed as llama.cpp wants it, encoded, appended.
+
+A weight is read once, in blocks of rows that are whole heads, and each file takes the block in its own type. There is
+no 16-bit model in between, neither on the disk nor in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qlora.events import Progress, Sink
+from qlora.export.gguf.encode import encode
+from qlora.export.gguf.families import GgufTensor, Layout
+from qlora.export.gguf.ggml import Ggml
+from qlora.export.gguf.metadata import ALIGNMENT, header
+from qlora.export.gguf.vocab import Entry
+from qlora.export.merge import MergedTensor
+from qlora.export.workshop import Workshop
+
+F32 = gguf.GGMLQuantizationType.F32
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A file to write: the workshop's product it belongs to, its name there, keys, and the type of each tensor."""
+
+    product: str
+    name: str
+    keys: tuple[Entry, ...]
+    types: Mapping[str, gguf.GGMLQuantizationType]
+
+    def nbytes(self, layout: Layout) -> int:
+        """Bytes of the weights, without the header."""
+        constants = sum(_padded(4 * values.size) for values in layout.constants.values())
+        return constants + sum(_padded(_tensor_bytes(t.shape, self.types[t.name])) for t in layout.tensors)
+
+    def header(self, layout: Layout) -> bytes:
+        tensors = [(name, values.shape, F32) for name, values in layout.constants.items()]
+        tensors += [(tensor.name, tensor.shape, self.types[tensor.name]) for tensor in layout.tensors]
+        return header(layout.arch, self.keys, tensors)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What encoding needs beside the weights: ggml for K- and I-quants, and the importance of input channels."""
+
+    library: Ggml | None
+    importance: Mapping[str, NDArray[np.float32]]  # by name in the file
+
+
+def write(
+    layout: Layout,
+    merged: Sequence[MergedTensor],
+    files: Sequence[GgufFile],
+    workshop: Workshop,
+    tools: Tools,
+    sink: Sink,
+) -> None:
+    """Fill `files` from the merged model (fp32 blocks), going on after the tensors that the workshop has already."""
+    by_parameter = {tensor.parameter: tensor for tensor in merged}
+    total = sum(math.prod(tensor.shape) for tensor in layout.tensors)
+    done = 0
+    if workshop.start == 0:
+        for file in files:
+            workshop.append(file.product, file.name, file.header(layout))
+            for constant in layout.constants.values():
+                workshop.append(file.product, file.name, _with_padding(constant.tobytes()))
+    for number, tensor in enumerate(layout.tensors, 1):
+        values = math.prod(tensor.shape)
+        if number > workshop.start:
+            _write_tensor(tensor, by_parameter[tensor.parameter], files, workshop, tools)
+            workshop.mark(number)
+        done += values
+        sink.emit(Progress("gguf", done, total, "weights"))
+
+
+def _write_tensor(
+    tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], workshop: Workshop, tools: Tools
+) -> None:
+    written = dict.fromkeys((file.name for file in files), 0)
+    for block in merged.blocks(tensor.unit):
+        rows = tensor.to_gguf(block.to(torch.float32)).contiguous()
+        encoded: dict[gguf.GGMLQuantizationType, NDArray[np.uint8]] = {}
+        for file in files:
+            kind = file.types[tensor.name]
+            if kind not in encoded:
+                encoded[kind] = _encode(rows, kind, tensor.name, tools)
+            workshop.append(file.product, file.name, encoded[kind])
+            written[file.name] += encoded[kind].nbytes
+    for file in files:
+        if missing := _padded(written[file.name]) - written[file.name]:
+            workshop.append(file.product, file.name, bytes(missing))
+
+
+def _encode(rows: Tensor, kind: gguf.GGMLQuantizationType, name: str, tools: Tools) -> NDArray[np.uint8]:
+    return encode(rows, kind, tools.library, tools.importance.get(name), name)
+
+
+def _tensor_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+    """Bytes of a whole tensor."""
+    block, size = (int(count) for count in gguf.GGML_QUANT_SIZES[kind])
+    return math.prod(shape) // block * size
+
+
+def _padded(count: int) -> int:
+    return count + -count % ALIGNMENT
+
+
+def _with_padding(content: bytes) -> bytes:
+    return content + bytes(-len(content) % ALIGNMENT)

@@ -1,0 +1,390 @@
+"""Ollama's Modelfile beside a GGUF: where the weights are, where an answer ends, how a conversation is written.
+
+Format: docs/modelfile.mdx and parser/parser.go of Ollama. Its TEMPLATE is Go's text/template, not Jinja, so that the
+trained chat template cannot be copied. It is recognised instead: small conversations are rendered by it, and compared
+with what the families that we know would write. Only prompts are compared (conversations that end with a question),
+since that is all that a server ever renders.
+
+The template is written over `.Messages`, not as `{{ .System }} {{ .Prompt }} {{ .Response }}`: Ollama runs that older
+form once a turn, which cannot say that a family puts the system prompt before the last question (Mistral) or has a
+system prompt of its own where none is given (Qwen 2.5). Tools are left out: Ollama offers tools for a template that
+mentions `.Tools`, and reads calls back by that text; without it, it refuses a request with tools, which is better than
+calls written in another form than the trained one. The BOS token is left to llama.cpp where the GGUF says that it is
+added: written as well, it would stand there twice.
+
+Go has no trim function: where a template trims messages, blanks around a user's words stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qlora.data.formats import Message, RowError
+from qlora.data.template import ChatTemplate
+
+# Ollama's own num_ctx below 24 GiB of GPU memory (docs/context-length.mdx): less would cut more than it does unasked.
+USUAL_CONTEXT_TOKENS = 4096
+MAX_NAME_CHARS = 80  # of 128 that types/model/name.go allows for all parts of a name together
+
+_SYSTEM: Message = {"role": "system", "content": "Be brief."}
+_QUESTIONS: tuple[Message, ...] = tuple(
+    {"role": "user", "content": text} for text in ("Who is there?", "And now?", "Why?")
+)
+_ANSWERS: tuple[Message, ...] = tuple({"role": "assistant", "content": text} for text in ("A friend.", "Two of them."))
+_PLAIN = (
+    [_QUESTIONS[0]],
+    [_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1]],
+    [_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1], _ANSWERS[1], _QUESTIONS[2]],
+)
+_REASONED: Message = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA friend."}
+
+
+# --- the families -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family writes a conversation; END stands for the token that ends a turn.
+
+    user, answer  what stands before and after the words of a turn
+    system        the same for a system prompt with a turn of its own
+    joined        without one: the question that the system prompt is put before, with an empty line between
+
+    A prompt ends with what stands before an answer, but for its blanks (Mistral's models write them), and possibly more
+    (Qwen's thinking models go on with <think>).
+    """
+
+    label: str
+    user: tuple[str, str]
+    answer: tuple[str, str]
+    system: tuple[str, str] | None = None
+    joined: Literal["first", "last"] = "first"
+
+
+def _header(role: str) -> tuple[str, str]:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n", "END"
+
+
+def _im_start(role: str) -> tuple[str, str]:
+    return f"<|im_start|>{role}\n", "END\n"
+
+
+# From the chat templates that the models were published with. Mistral's versions differ in blanks, which are tokens,
+# and in the place of the system prompt ("concept deep dive: tokenization" in Mistral's cookbook tells them apart).
+FAMILIES = (
+    Family("ChatML", _im_start("user"), _im_start("assistant"), _im_start("system")),
+    Family("Llama 3", _header("user"), _header("assistant"), _header("system")),
+    Family("Gemma", ("<start_of_turn>user\n", "END\n"), ("<start_of_turn>model\n", "END\n")),
+    Family("Phi-3", ("<|user|>\n", "END\n"), ("<|assistant|>\n", "END\n"), ("<|system|>\n", "END\n")),
+    Family("Phi-4-mini", ("<|user|>", "END"), ("<|assistant|>", "END"), ("<|system|>", "END")),
+    Family("Mistral v1", ("[INST] ", " [/INST]"), ("", "END")),
+    Family("Mistral v1", ("[INST] ", " [/INST]"), ("", "END ")),
+    Family("Mistral v1", (" [INST] ", " [/INST]"), (" ", "END")),
+    Family("Mistral v3", ("[INST] ", "[/INST]"), (" ", "END"), joined="last"),
+    Family("Mistral v3-tekken", ("[INST]", "[/INST]"), ("", "END"), joined="last"),
+    Family("Mistral v7", ("[INST] ", "[/INST]"), (" ", "END"), ("[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]")),
+    Family("Mistral v7-tekken", ("[INST]", "[/INST]"), ("", "END"), ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+)
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """A family as one model speaks it: with what was seen in the renderings and is no part of the family."""
+
+    family: Family
+    end: str
+    start: str  # the BOS token, where the template writes it
+    opening: str
+    system_before: str  # stands in a system turn before the given text, such as Llama 3.1's date
+    system_default: str | None  # the whole of that turn when none is given
+
+    def around(self, pair: tuple[str, str]) -> tuple[str, str]:
+        return pair[0], pair[1].replace("END", self.end)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What this dialect writes for a conversation, in Python: `_go_text` says the same in Go."""
+        given = messages[0]["content"] if messages[0]["role"] == "system" else None
+        text = self.start
+        own = None if self.family.system is None else self.around(self.family.system)
+        if own and given is None and self.system_default is not None:
+            text += own[0] + self.system_default + own[1]
+        questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
+        joined_at = questions[0 if self.family.joined == "first" else -1]
+        for at, message in enumerate(messages):
+            words = message["content"]
+            if message["role"] == "system":
+                text += own[0] + self.system_before + words + own[1] if own else ""
+            else:
+                before, after = self.around(self.family.user if message["role"] == "user" else self.family.answer)
+                join = f"{given}\n\n" if own is None and given is not None and at == joined_at else ""
+                text += before + join + words + after
+        return text + self.opening
+
+
+@dataclass(frozen=True)
+class GoTemplate:
+    """A chat template in Go's syntax, which family it is of, and how far Jinja's goes beyond it."""
+
+    label: str
+    text: str
+    trims: bool  # the trained template trims messages
+    takes_system: bool
+    drops_reasoning: bool  # of earlier answers
+
+
+def go_template(chat: ChatTemplate, bos: str | None, adds_bos: bool) -> GoTemplate | None:
+    """The trained template in Go's syntax; None when it is of no family that we know.
+
+    `bos`: the tokenizer's BOS token. `adds_bos`: whether the GGUF says that llama.cpp adds it.
+    """
+
+    def render(messages: Sequence[Message]) -> str | None:
+        try:
+            return chat.render(messages, None, add_generation_prompt=True)
+        except RowError:
+            return None
+
+    first = render(_PLAIN[0])
+    if first is None:
+        return None
+    start = bos if bos and first.startswith(bos) else ""
+    with_system = render([_SYSTEM, *_PLAIN[0]])
+    cases = [*_PLAIN, *([_SYSTEM, *messages] for messages in _PLAIN)]
+    rendered = [(messages, render(messages)) for messages in cases]
+    # A refusal is right only where the template takes no system prompt at all (Gemma 2).
+    rendered = [(messages, text) for messages, text in rendered if text is not None or messages[0] is not _SYSTEM]
+    for family in FAMILIES:
+        dialect = _learn(family, chat.end_tokens[0], start, first, with_system)
+        if dialect is not None and all(dialect.prompt(messages) == text for messages, text in rendered):
+            reasoned = render([_QUESTIONS[0], _REASONED, _QUESTIONS[1]])
+            return GoTemplate(
+                label=family.label,
+                text=_go_text(dialect, "" if adds_bos else start),
+                trims=" x " not in (render([{"role": "user", "content": "  x  "}]) or ""),
+                takes_system=with_system is not None,
+                drops_reasoning=reasoned is not None and str(_REASONED["content"]) not in reasoned,
+            )
+    return None
+
+
+def _learn(family: Family, end: str, start: str, first: str, with_system: str | None) -> _Dialect | None:
+    """What one question, without and with a system prompt, tells of a family; None when it is not of this one."""
+    question = family.user[0] + str(_QUESTIONS[0]["content"]) + family.user[1].replace("END", end)
+    ahead, found, opening = first.removeprefix(start).rpartition(question)
+    if not found or not opening.startswith(family.answer[0].strip(" ")):
+        return None
+    before, default = "", None
+    if family.system is not None:
+        opens, closes = family.system[0], family.system[1].replace("END", end)
+        if ahead.startswith(opens) and ahead.endswith(closes):
+            default = ahead[len(opens) : len(ahead) - len(closes)]
+        if with_system is not None:
+            turn = with_system.removeprefix(start).partition(str(_SYSTEM["content"]))[0]
+            before = turn.removeprefix(opens)
+    return _Dialect(family, end, start, opening, before, default)
+
+
+def _go_text(dialect: _Dialect, start: str) -> str:
+    """The dialect in Go's text/template. No trim markers ({{-): they would eat a family's own line breaks."""
+    family, plain = dialect.family, _go_literal
+    user, answer = dialect.around(family.user), dialect.around(family.answer)
+    text, turns, loop, join = plain(start), "", "range .Messages", ""
+    if family.system is not None:
+        own = dialect.around(family.system)
+        if dialect.system_default is not None:
+            text += "{{ if not .System }}" + plain(own[0] + dialect.system_default + own[1]) + "{{ end }}"
+        turns = '{{ if eq .Role "system" }}' + plain(own[0] + dialect.system_before) + "{{ .Content }}" + plain(own[1])
+        turns += "{{ else if "
+    else:
+        # A system prompt is always the first message: the first question is message 0 or 1.
+        place = "le $i 1" if family.joined == "first" else "eq (len (slice $.Messages $i)) 1"
+        loop, turns = "range $i, $_ := .Messages", "{{ if "
+        join = "{{ if and $.System (" + place + ") }}{{ $.System }}\n\n{{ end }}"
+    turns += 'eq .Role "user" }}' + plain(user[0]) + join + "{{ .Content }}" + plain(user[1])
+    turns += '{{ else if eq .Role "assistant" }}' + plain(answer[0]) + "{{ .Content }}" + plain(answer[1]) + "{{ end }}"
+    return text + "{{ " + loop + " }}" + turns + "{{ end }}" + plain(dialect.opening)
+
+
+def _go_literal(text: str) -> str:
+    """Text as it stands outside of Go's {{ }}; a brace of its own could open one."""
+    return text.replace("{", '{{ "{" }}')
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OllamaModel:
+    """What a Modelfile says.
+
+    name           of the model, as the two commands at the head of the file call it; any text
+    weights        file name of the GGUF beside the Modelfile; with `adapter` the base, a GGUF or a name of Ollama's
+    end_tokens     of the trained template (`ChatTemplate.end_tokens`)
+    template       from `go_template`
+    adapter        file name of an adapter GGUF beside the Modelfile
+    system         from `shared_system`
+    generation     the base's generation_config.json
+    max_length     tokens of the longest row that training took
+    max_positions  max_position_embeddings of the model
+    license        of the base, by name
+    """
+
+    name: str
+    weights: str
+    end_tokens: Sequence[str]
+    template: GoTemplate | None
+    adapter: str | None = None
+    system: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    max_positions: int | None = None
+    license: str | None = None
+
+
+def modelfile(model: OllamaModel, file_name: str = "Modelfile") -> str:
+    """The text of a Modelfile that will be called `file_name`."""
+    name = model_name(model.name)
+    weights = f"./{model.weights}" if model.weights.endswith(".gguf") else model.weights
+    lines = [
+        "# Run these two beside this file:",
+        f"#   ollama create {name} -f {file_name}",
+        f"#   ollama run {name}",
+        "",
+        f"FROM {_quoted_name(weights)}",
+    ]
+    if model.adapter is not None:
+        lines += ["# The model above must be the one that this adapter was trained on."]
+        lines += [f"ADAPTER {_quoted_name(f'./{model.adapter}')}"]
+    lines += ["", *_template_lines(model.template), *_system_lines(model.system, model.template)]
+    lines += ["", *_stop_lines(model.end_tokens), *_sampling_lines(model.generation)]
+    lines += _context_lines(model.max_length, model.max_positions)
+    if model.license and (text := _quoted(model.license)) is not None:
+        lines += ["", f"LICENSE {text}"]
+    return "\n".join(lines) + "\n"
+
+
+def model_name(text: str) -> str:
+    """A name that `ollama create` takes (types/model/name.go): letters, digits, single dots, dashes, underscores."""
+    plain = re.sub(r"\.{2,}", ".", re.sub(r"[^a-z0-9._-]+", "-", text.lower()))
+    return plain[:MAX_NAME_CHARS].strip("-._") or "model"
+
+
+def shared_system(prompts: Iterable[Sequence[Message]]) -> str | None:
+    """The system prompt that all conversations begin with; None when one has another, several, or none."""
+    shared: str | None = None
+    for messages in prompts:
+        systems = [message for message in messages if message.get("role") == "system"]
+        if len(systems) != 1 or systems[0] is not messages[0]:
+            return None
+        content = systems[0].get("content")
+        if not isinstance(content, str) or not content.strip() or shared not in (None, content):
+            return None
+        shared = content
+    return shared
+
+
+def _template_lines(template: GoTemplate | None) -> list[str]:
+    text = _quoted(template.text) if template else None
+    if template is None or text is None:
+        return [
+            "# No TEMPLATE: the trained chat template is of no family that is known here in Go's syntax. Ollama then",
+            "# guesses one from the GGUF: compare `ollama show --template` with the chat template beside the weights.",
+        ]
+    lines = [f"# {template.label}, as trained. Tools are left out: Ollama's syntax for them is not the trained one."]
+    if not template.takes_system:
+        lines += ["# The trained template takes no system prompt: one that is given stands before the first question."]
+    if template.drops_reasoning:
+        lines += ["# The trained template drops the reasoning of earlier answers from the history; this one keeps it."]
+    return [*lines, f"TEMPLATE {text}"]
+
+
+def _system_lines(system: str | None, template: GoTemplate | None) -> list[str]:
+    if system is None:
+        return []
+    text = _quoted(system.strip() if template and template.trims else system)
+    if text is None:
+        return [
+            "# No SYSTEM, though all training rows share one: it has a line that ends with three quotes, or characters",
+            "# that no Modelfile can hold. Send it with each request instead.",
+        ]
+    return ["# The system prompt that all training rows share.", f"SYSTEM {text}"]
+
+
+def _stop_lines(end_tokens: Sequence[str]) -> list[str]:
+    quoted = [_quoted(token, '"') for token in dict.fromkeys(end_tokens) if token]
+    return [f"PARAMETER stop {token}" for token in quoted if token is not None]
+
+
+# generation_config.json's key, Ollama's, whether it is a whole number, and the range in which transformers takes it
+# (generation/logits_process.py), with ends far beyond what anybody uses.
+_SAMPLING = (
+    ("temperature", "temperature", False, (0.0, 100.0)),
+    ("top_p", "top_p", False, (0.0, 1.0)),
+    ("top_k", "top_k", True, (0, 1_000_000)),
+    ("min_p", "min_p", False, (0.0, 1.0)),
+    ("repetition_penalty", "repeat_penalty", False, (0.01, 100.0)),
+)
+
+
+def _sampling_lines(generation: Mapping[str, Any]) -> list[str]:
+    """Sampling as the base's authors advise; a value out of its range (the file is a stranger's) is left out.
+
+    Two defaults of Ollama's are no part of the model: where the config says that nothing is drawn, temperature is 0;
+    and repeat_penalty is always said, since older versions punish repeated tokens by 1.1 unless told otherwise
+    (api/types.go), which spoils answers that repeat on purpose (JSON, names of the question).
+    """
+    values = {"repetition_penalty": 1.0, **{key: value for key, value in generation.items() if value is not None}}
+    if values.get("do_sample") is False:
+        values["temperature"] = 0.0
+    lines = []
+    for key, name, whole, (low, high) in _SAMPLING:
+        if key not in values:
+            continue
+        value = values[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (whole and value != int(value)):  # nan is in no range
+            lines.append(f"# generation_config.json: {key} = {repr(value)[:40]} cannot be used and is left out.")
+        else:
+            lines.append(f"PARAMETER {name} {int(value) if whole else f'{float(value):g}'}")
+    return lines
+
+
+def _context_lines(max_length: int | None, max_positions: int | None) -> list[str]:
+    """As much as training took, at least what Ollama gives anyway, at most what the model has positions for.
+
+    Without it Ollama cuts the beginning off longer conversations in silence; the whole of a base's 128 k positions
+    would cost gigabytes of cache for lengths that were never trained.
+    """
+    wanted = max(max_length, USUAL_CONTEXT_TOKENS) if max_length else None
+    limits = [number for number in (wanted, max_positions) if number]
+    if not limits or (wanted is None and limits[0] >= USUAL_CONTEXT_TOKENS):
+        return []
+    return [f"PARAMETER num_ctx {min(limits)}"]
+
+
+def _quoted(text: str, quote: Literal['"', '"""'] = '"""') -> str | None:
+    """A value in quotes, or None where Ollama's parser (parser/parser.go) would read another one.
+
+    It knows no escapes. A value ends at the first line that ends with its quotes, blanks after them not counted: quotes
+    inside a line are safe, and so are line breaks. Characters that do not print are dropped, but for tabs.
+    """
+    if not all(char.isprintable() or char in "\n\r\t" for char in text):
+        return None
+    if quote == '"' and (f'"{text}"'.startswith('"""') or _ends_early(text, quote)):
+        quote = '"""'
+    return None if _ends_early(text, quote) else f"{quote}{text}{quote}"
+
+
+def _ends_early(text: str, quote: str) -> bool:
+    return any(line.rstrip().endswith(quote) for line in re.split(r"[\n\r]", text)[:-1])
+
+
+def _quoted_name(name: str) -> str:
+    """A file's or model's name: bare, as people write it, unless it has blanks or quotes."""
+    quoted = _quoted(name, '"')
+    if quoted is None or "\n" in name or "\r" in name:
+        raise ValueError(f"{name!r} cannot stand in a Modelfile")
+    return name if re.fullmatch(r"[\w./:@+-]+", name) else quoted

@@ -1,0 +1,312 @@
+"""An export from its beginning to its end: plan, look at the trained model, choose the base, write, verify, publish.
+
+What cannot be done is found before a weight is read. Products are written into hidden folders, reopened and measured
+there, and get their names last, each in one rename: a file that is not the trained model never has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+import gguf
+import torch
+
+from qlora import disk
+from qlora.errors import ExportError
+from qlora.events import Exported as ExportedEvent
+from qlora.events import Fidelity as FidelityEvent
+from qlora.events import Notice, Sink
+from qlora.export import companions, hf, inspection, verify
+from qlora.export import imatrix as importance
+from qlora.export.fidelity import Fidelity
+from qlora.export.gguf import lora, write
+from qlora.export.gguf import plan as gguf_plan
+from qlora.export.gguf import vocab as vocabulary
+from qlora.export.gguf.metadata import About, entries, general_keys
+from qlora.export.gguf.mix import QUANTS
+from qlora.export.gguf.plan import GgufPlan, Tokens
+from qlora.export.gguf.rope import Key
+from qlora.export.gguf.write import GgufFile, Tools
+from qlora.export.inspection import Inspection
+from qlora.export.merge import Merge, MergeBase
+from qlora.export.products import DTYPES, Exported, Options, Product, Report, Source
+from qlora.export.study import Study, better_base, study
+from qlora.export.verify import Verified
+from qlora.export.workshop import Workshop
+
+IMATRIX_FILE = "imatrix.gguf"
+
+
+@dataclass
+class _Job:
+    """An export under way: what was planned, the hidden folders, and what came of each product so far."""
+
+    source: Source
+    products: Sequence[Product]
+    options: Options
+    sink: Sink
+    plan: GgufPlan | None
+    study: Study
+    workshops: dict[str, Workshop] = field(default_factory=dict)
+    tensors: dict[str, int] = field(default_factory=dict)
+    inspections: dict[str, Inspection] = field(default_factory=dict)
+    failures: dict[str, ExportError] = field(default_factory=dict)
+
+    @property
+    def planned(self) -> GgufPlan:
+        assert self.plan is not None, "there is a plan wherever a GGUF file is made"
+        return self.plan
+
+    def named(self, prefix: str) -> list[Product]:
+        return [product for product in self.products if product.key.startswith(prefix)]
+
+    def file_name(self, product: Product) -> str:
+        """Of a product's GGUF file, such as support-Q4_K_M.gguf."""
+        label = QUANTS[product.quant].label if product.quant else "LoRA"
+        return f"{self.source.name}-{label}.gguf"
+
+
+def produce(
+    source: Source,
+    products: Sequence[Product],
+    merge_base: Literal["auto", "nf4", "full"],
+    options: Options,
+    sink: Sink,
+) -> Report:
+    """Make `products` of an adapter and its base. Raises ExportError for what cannot be made, or was made and is not
+    the trained model; products that hold are published all the same.
+    """
+    plan = _plan(source, products, options, sink)
+    merging = any(product.key != "adapter-gguf" for product in products)
+    imatrix = options.imatrix and any(product.quant for product in products)
+    scratch = products[0].folder.parent
+    disk.make_folder(scratch)
+    with study(source, options.verify and merging, imatrix, sink, scratch) as found, ExitStack() as stack:
+        job = _Job(source, products, options, sink, plan, found)
+        chosen = _choose_base(job, merge_base) if merging else None
+        _write_hf(job, chosen, stack)
+        _write_ggufs(job, chosen, stack)
+        _write_adapter(job, stack)
+        if options.verify:
+            _verify(job, chosen)
+        return _publish(job, chosen)
+
+
+# --- before a weight is read -----------------------------------------------------------------------------------------
+
+
+def _plan(source: Source, products: Sequence[Product], options: Options, sink: Sink) -> GgufPlan | None:
+    """What can be found wrong at once: another base, too little to merge, what llama.cpp cannot express."""
+    ggufs = [product for product in products if product.key.endswith("gguf") or product.quant]
+    shapes = {tensor.parameter: tensor.shape for tensor in source.merge("full", torch.float32).tensors()}
+    if not ggufs:
+        return None
+    if any(product.quant is None for product in ggufs):
+        lora.check(source.adapter)
+    quants = [product.quant for product in ggufs if product.quant]
+    template = source.rows.chat.template if source.rows is not None else None
+    tokens = Tokens(source.adapter.folder, template, options.tokenizer_pre)
+    plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix)
+    for notice in plan.notices:
+        sink.emit(Notice("gguf", notice))
+    return plan
+
+
+def _choose_base(job: _Job, wanted: Literal["auto", "nf4", "full"]) -> MergeBase:
+    """The merge base: as asked for, else the one that is measured nearer to the trained model."""
+    source, found = job.source, job.study
+    trained_on: MergeBase = "full" if source.origin.quantization.type == "none" else "nf4"
+    both: list[MergeBase] = (
+        ["full"] if trained_on == "full" else ["nf4"] if source.base.stored_4bit else ["nf4", "full"]
+    )
+    if found.reference is None:
+        return trained_on if wanted == "auto" else wanted
+    measured = [(base, found.measure_merge(base)) for base in both]
+    return better_base(measured) if wanted == "auto" else wanted
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_hf(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
+    for product in job.named("hf"):
+        merge = job.source.merge(_known(chosen), DTYPES[job.options.dtype])
+        opened = Workshop.open({product.key: product.folder}, merge.identity(), hf.planned_bytes(merge))
+        job.workshops[product.key] = stack.enter_context(opened)
+        job.tensors[product.key] = hf.fill(merge, opened, job.sink)
+        companions.make_it_stop(opened.folder(product.key), job.study.voice.end_ids, job.sink)
+
+
+def _write_ggufs(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
+    """All quants in one pass over the weights."""
+    products = job.named("gguf-")
+    if not products:
+        return
+    plan, layout = job.planned, job.planned.layout
+    merge = job.source.merge(_known(chosen), torch.float32)
+    matrix = job.study.imatrix
+    files = [GgufFile(p.key, job.file_name(p), _keys(job, p), plan.choices[str(p.quant)].types) for p in products]
+    identity = {**merge.identity(), "keys": disk.sha256_text(*(repr(file.keys) for file in files))}
+    if matrix is not None:
+        identity["imatrix"] = matrix.sha256()
+    finals = {product.key: product.folder for product in products}
+    opened = Workshop.open(finals, identity, sum(file.nbytes(layout) for file in files))
+    job.workshops |= dict.fromkeys(finals, stack.enter_context(opened))
+    weights = {} if matrix is None else matrix.renamed(layout.names).importance()
+    write.write(layout, merge.tensors(), files, opened, Tools(plan.library, weights), job.sink)
+    for product in products:
+        job.tensors[product.key] = len(layout.tensors)
+        if matrix is not None:
+            importance.write(matrix, opened.folder(product.key) / IMATRIX_FILE, layout.names, job.source.datasets)
+
+
+def _keys(job: _Job, product: Product) -> tuple[vocabulary.Entry, ...]:
+    """Every key of a model file."""
+    assert product.quant is not None
+    about = About.of(job.source.base, job.source.name, job.source.datasets)
+    quant: list[Key] = [
+        ("general.file_type", QUANTS[product.quant].file_type),
+        ("general.quantization_version", gguf.GGML_QUANT_VERSION),
+    ]
+    if job.study.imatrix is not None:
+        quant += [
+            ("quantize.imatrix.file", IMATRIX_FILE),
+            ("quantize.imatrix.entries_count", len(job.study.imatrix.sums)),
+        ]
+    general = general_keys(about, "model", job.planned.vocab.strips_after_specials)
+    own = entries([*general, *quant, *job.planned.layout.keys])
+    return (*own, *vocabulary.metadata(job.planned.vocab))
+
+
+def _write_adapter(job: _Job, stack: ExitStack) -> None:
+    for product in job.named("adapter-"):
+        source = job.source
+        identity = source.merge("full", torch.float32).identity()
+        opened = Workshop.open({product.key: product.folder}, identity, lora.planned_bytes(source.adapter))
+        job.workshops[product.key] = stack.enter_context(opened)
+        if opened.start == 0:
+            about = About.of(source.base, source.name, source.datasets)
+            lora.write(source.adapter, job.planned.layout, about, opened, (product.key, job.file_name(product)))
+            opened.mark(1)
+        job.tensors[product.key] = 2 * len(source.adapter.lora)
+
+
+# --- verifying -------------------------------------------------------------------------------------------------------
+
+
+def _verify(job: _Job, chosen: MergeBase | None) -> None:
+    """Reopen and measure each product where it lies; what does not hold is remembered, the others go on."""
+    folders = {key: workshop.folder(key) for key, workshop in job.workshops.items()}
+    weights: dict[str, Verified] = {}
+    if chosen is not None:
+        merge = job.source.merge(chosen, torch.float32)
+        weights = inspection.reopen(
+            merge, {p.key: _target(job, p, chosen) for p in job.products if p.key in _merged(job)}
+        )
+    for product in job.products:
+        folder = folders[product.key]
+        file = folder / job.file_name(product)
+        try:
+            if product.key == "hf":
+                written = job.source.merge(_known(chosen), DTYPES[job.options.dtype])
+                found = inspection.inspect_folder(job.study, written, folder, weights[product.key], job.sink)
+            elif product.quant is None:
+                found = inspection.inspect_adapter(job.source.adapter, job.planned, file)
+            else:
+                found = inspection.inspect_gguf(job.study, job.planned, file, product.key, weights[product.key])
+            job.inspections[product.key] = found
+            _refuse_far(found.fidelity, job.options.max_kl)
+        except ExportError as error:
+            job.failures[product.key] = error
+
+
+def _merged(job: _Job) -> set[str]:
+    return {product.key for product in job.products if product.key != "adapter-gguf"}
+
+
+def _target(job: _Job, product: Product, chosen: MergeBase) -> verify.Target:
+    """What of a merged product is to be compared with its base and adapter."""
+    folder = job.workshops[product.key].folder(product.key)
+    if product.quant is None:
+        return verify.folder_target(folder, job.source.merge(chosen, DTYPES[job.options.dtype]))
+    types = job.planned.choices[product.quant].types
+    return verify.gguf_target(folder / job.file_name(product), types, _keys(job, product))
+
+
+def _refuse_far(line: Fidelity | None, max_kl: float | None) -> None:
+    if line is not None and max_kl is not None and line.kl > max_kl:
+        what = f"{line.name}: is {line.kl:.2g} nats a token away from the trained model, over --max-kl {max_kl:g}"
+        raise ExportError(what, "choose a --quant with more bits, or another --base, or a higher --max-kl")
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _publish(job: _Job, chosen: MergeBase | None) -> Report:
+    """Companions, then the names. Raises the first failure when the others have theirs."""
+    table = tuple(job.study.table)
+    _tell(job, table)
+    done = []
+    for product in job.products:
+        workshop = job.workshops[product.key]
+        if product.key in job.failures:
+            workshop.discard(product.key)
+            continue
+        merge = None if product.key == "adapter-gguf" else job.source.merge(_known(chosen), torch.float32)
+        _write_companions(job, product, merge, table)
+        size = workshop.publish(product.key)
+        merged = len(merge.changed) if merge is not None else 0
+        base = merge.merge_base if merge is not None else None
+        done.append(Exported(product.key, product.folder, size, job.tensors[product.key], merged, base))
+        kl = found.fidelity.kl if (found := job.inspections.get(product.key)) and found.fidelity else None
+        job.sink.emit(ExportedEvent(product.key, str(product.folder), size, base, kl))
+    for error in job.failures.values():
+        raise error
+    checks = tuple(
+        (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
+    )
+    return Report(tuple(done), chosen, table, checks)
+
+
+def _write_companions(job: _Job, product: Product, merge: Merge | None, table: Sequence[Fidelity]) -> None:
+    folder = job.workshops[product.key].folder(product.key)
+    texts = job.study.texts
+    markdown = companions.fidelity_markdown(table, texts)
+    found = job.inspections.get(product.key)
+    more = {"tensors": job.tensors[product.key], "checks": [check.as_dict() for check in found.checks] if found else []}
+    disk.write_atomic(folder / companions.EXPORT_FILE, companions.export_json(job.source, product, merge, more, table))
+    if product.key == "hf":
+        assert merge is not None
+        card = hf.card(merge, markdown)
+    else:
+        name = job.file_name(product)
+        card = companions.gguf_card(job.source, product, name, merge, markdown)
+        weights, adapter = (name, None) if merge is not None else (job.source.base.name, name)
+        text = companions.modelfile(job.study, weights, adapter, job.planned.vocab.add_bos)
+        disk.write_atomic(folder / companions.MODEL_FILE, text)
+    disk.write_atomic(folder / "README.md", card)
+
+
+def _tell(job: _Job, table: Sequence[Fidelity]) -> None:
+    if not table:
+        return
+    lines = tuple(
+        {
+            "name": line.name,
+            "measured_by": line.measured_by,
+            "kl": line.kl,
+            "perplexity": line.perplexity,
+            "top1": line.top1,
+            "bytes": line.bytes,
+        }
+        for line in table
+    )
+    job.sink.emit(FidelityEvent(job.study.texts, table[0].rows, table[0].positions, lines))
+
+
+def _known(chosen: MergeBase | None) -> MergeBase:
+    assert chosen is not None, "only an adapter alone is written without a merge"
+    return chosen

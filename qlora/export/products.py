@@ -1,0 +1,134 @@
+"""What is exported, into which folders, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from qlora.errors import ExportError
+from qlora.export.adapter import Adapter
+from qlora.export.gguf.mix import QUANTS
+from qlora.export.merge import Merge, MergeBase
+from qlora.model.hub import BaseFolder
+from qlora.training.deliver import Provenance
+
+if TYPE_CHECKING:
+    from qlora.data.chat import ChatTokenizer
+    from qlora.data.prepare import PreparedData
+    from qlora.recipe import DataSection
+
+FORMATS = ("hf", "gguf", "adapter-gguf")
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    verify         reopen and measure what was written
+    max_kl         nats; a file whose mean KL is larger does not keep its name
+    imatrix        weigh the errors of K- and IQ-quants by the activations of the run's rows
+    dtype          of safetensors: bf16, f16 or f32
+    tokenizer_pre  llama.cpp's name of the pre-tokenizer, where its structure is not known here
+    """
+
+    verify: bool = True
+    max_kl: float | None = None
+    imatrix: bool = False
+    dtype: Literal["bf16", "f16", "f32"] = "bf16"
+    tokenizer_pre: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter with its base, and the rows of its run where they are still there.
+
+    `name` is the run's, or the adapter folder's; `datasets` are names of files or hub datasets.
+    """
+
+    name: str
+    adapter: Adapter
+    origin: Provenance
+    base: BaseFolder
+    device: torch.device
+    datasets: tuple[str, ...] = ()
+    rows: Rows | None = None
+
+    def merge(self, merge_base: MergeBase, dtype: torch.dtype) -> Merge:
+        return Merge(self.base, self.adapter, merge_base, self.origin.quantization, self.device, dtype)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A run's rows as tokens, with what made them."""
+
+    data: PreparedData
+    section: DataSection
+    chat: ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Product:
+    """One folder to be published. `key` is "hf", "gguf-<quant>" or "adapter-gguf"."""
+
+    key: str
+    folder: Path
+    quant: str | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A published product. `merge_base` and `merged_modules` are None and 0 for an adapter alone."""
+
+    format: str
+    folder: Path
+    bytes: int
+    tensors: int
+    merged_modules: int
+    merge_base: MergeBase | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All products, the merge base (None where nothing was merged), and the table of fidelity (empty without
+    verification). `checks` are the structural ones by product: name, whether it held, detail.
+    """
+
+    products: tuple[Exported, ...]
+    merge_base: MergeBase | None
+    fidelity: tuple[Any, ...] = ()
+    checks: tuple[tuple[str, str, bool, str], ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Of the first product: the only one, mostly."""
+        return self.products[0].folder
+
+
+def plan_products(to: Sequence[str], quants: Sequence[str], out: Path | None, default: Path) -> list[Product]:
+    """The products that `to` and `quants` name. One alone takes the folder `out` itself, several take folders in it.
+
+    Raises ExportError for unknown names, and for quants without "gguf".
+    """
+    if unknown := [name for name in to if name not in FORMATS]:
+        raise ExportError(f"unknown format {unknown[0]!r}", f"formats are {', '.join(FORMATS)}")
+    if unknown := [name for name in quants if name not in QUANTS]:
+        raise ExportError(f"unknown quant {unknown[0]!r}", f"quants are {', '.join(QUANTS)}")
+    if quants and "gguf" not in to:
+        raise ExportError("--quant is for GGUF files", "add --to gguf")
+    wanted: list[tuple[str, str | None]] = []
+    for name in dict.fromkeys(to):
+        if name == "gguf":
+            wanted += [(f"gguf-{quant}", quant) for quant in dict.fromkeys(quants or ("q8_0",))]
+        else:
+            wanted.append((name, None))
+    if not wanted:
+        raise ExportError("nothing to export", f"name a format: --to {FORMATS[0]}")
+    parent = default if out is None else out
+    if out is not None and len(wanted) == 1:
+        return [Product(wanted[0][0], out, wanted[0][1])]
+    return [Product(key, parent / key, quant) for key, quant in wanted]

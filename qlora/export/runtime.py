@@ -1,0 +1,187 @@
+"""A GGUF file opened by llama.cpp itself, in a child process, and asked what it makes of texts and tokens.
+
+The child loads a file that may be broken: it may abort, hang, or eat memory. Here that becomes an ExportError of two
+lines. What goes there and back is JSON, but for log-probabilities, which come as raw fp32 in a file that is mapped.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qlora.errors import ExportError
+
+# Package, folder in it, names of the library that holds llama.cpp's C functions.
+_PLACES = (
+    ("xllamacpp", ".", ("xllamacpp*.so", "xllamacpp*.pyd")),
+    ("llama_cpp", "lib", ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")),
+)
+_DISTRIBUTIONS = {"xllamacpp": "xllamacpp", "llama_cpp": "llama-cpp-python"}
+# A file of 5 GB at 4 tokens a second, the slowest laptop that anyone would wait for, is 2e10 byte-tokens a second.
+_BYTE_TOKENS_PER_SECOND = 2e10
+_START_SECONDS = 120.0  # opening the library and a large file from a cold disk
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An installed llama.cpp: the package's name with its version, and the library in it."""
+
+    name: str
+    library: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one file.
+
+    texts           to be tokenized; with the file's BOS and EOS when `add_special`, special tokens in them taken for
+                    such when `parse_special`
+    rows            token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
+    prompts         token ids to be continued greedily, up to one of `end_ids` or `max_new_tokens` tokens
+    adapter         a LoRA adapter as GGUF to be put on top
+    """
+
+    texts: tuple[str, ...] = ()
+    add_special: bool = True
+    parse_special: bool = True
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
+    prompts: Sequence[Sequence[int]] = ()
+    end_ids: tuple[int, ...] = ()
+    max_new_tokens: int = 0
+    adapter: Path | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute at most."""
+        return sum(len(ids) for ids, _ in self.rows) + sum(len(ids) + self.max_new_tokens for ids in self.prompts)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What llama.cpp has understood of a file's tokens: how many, which end a generation (control tokens that it takes
+    for such by their text too), BOS and EOS (-1: none), whether it adds them, and the chat template."""
+
+    tokens: int
+    end_ids: tuple[int, ...]
+    bos_id: int
+    eos_id: int
+    add_bos: bool
+    add_eos: bool
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`logprobs_NV`: fp32, a position of a row after the other, valid inside the `with` block alone."""
+
+    vocabulary: Vocabulary
+    tokenized: tuple[tuple[int, ...], ...]
+    logprobs_NV: NDArray[np.float32]
+    answers: tuple[tuple[int, ...], ...]
+
+
+def find_runtime() -> Runtime | None:
+    """The installed xllamacpp, else llama-cpp-python, else None."""
+    for package, folder, patterns in _PLACES:
+        spec = importlib.util.find_spec(package)  # looks for the package, does not run it
+        for root in spec.submodule_search_locations or () if spec else ():
+            for pattern in patterns:
+                for library in sorted((Path(root) / folder).glob(pattern)):
+                    distribution = _DISTRIBUTIONS[package]
+                    return Runtime(f"{distribution} {importlib.metadata.version(distribution)}", library)
+    return None
+
+
+@contextmanager
+def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | None = None) -> Iterator[Answer]:
+    """llama.cpp's answer about a GGUF file. One process, one load of the file, whatever is asked.
+
+    Raises ExportError when the process dies, says no, or takes longer than `limit_seconds` (by default by the work).
+    """
+    seconds = limit_seconds or _START_SECONDS + request.tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
+    with tempfile.TemporaryDirectory(prefix="qlora-runtime-") as name:
+        folder = Path(name)
+        (folder / "request.json").write_text(json.dumps(_as_json(runtime, file, request)), encoding="utf-8")
+        said = _run(file, folder, seconds)
+        vocabulary = Vocabulary(**{**said["vocabulary"], "end_ids": tuple(said["vocabulary"]["end_ids"])})
+        count = sum(len(positions) for _, positions in request.rows)
+        yield Answer(
+            vocabulary,
+            tuple(tuple(ids) for ids in said["tokenized"]),
+            _mapped(file, folder / "logprobs.f32", (count, vocabulary.tokens)),
+            tuple(tuple(ids) for ids in said.get("answers", ())),
+        )
+
+
+def _as_json(runtime: Runtime, file: Path, request: Request) -> dict[str, Any]:
+    return {
+        "library": str(runtime.library),
+        "file": str(file),
+        "threads": threads(),
+        "texts": list(request.texts),
+        "add_special": request.add_special,
+        "parse_special": request.parse_special,
+        "rows": [(list(ids), list(positions)) for ids, positions in request.rows],
+        "prompts": [list(ids) for ids in request.prompts],
+        "end_ids": list(request.end_ids),
+        "max_new_tokens": request.max_new_tokens,
+        "adapter": None if request.adapter is None else str(request.adapter),
+    }
+
+
+def threads() -> int:
+    """Threads for llama.cpp: half the processors, and no more than torch takes.
+
+    Its threads wait for each other by spinning: on two processors that others use too, two took 15 times as long as
+    one (quickstart's base, 1,200 positions: 37 and 2.4 s).
+    """
+    return max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) // 2))
+
+
+def _run(file: Path, folder: Path, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "qlora.export.runtime_child", str(folder / "request.json")]
+    hint = "export again; if it happens again, use --no-verify and report the file's quant and base"
+    with (folder / "log.txt").open("wb") as log:
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(f"{file}: llama.cpp did not answer within {seconds:.0f} s", hint) from error
+    answer_file = folder / "answer.json"
+    said = json.loads(answer_file.read_text(encoding="utf-8")) if answer_file.is_file() else {}
+    if done.returncode == 0 and "vocabulary" in said:
+        return dict(said)
+    how = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+    reason = ": ".join(part for part in (said.get("failed"), last_complaint(folder / "log.txt")) if part)
+    raise ExportError(f"{file}: {reason or 'llama.cpp crashed'} ({how})", hint)
+
+
+def last_complaint(log: Path) -> str:
+    """The last line of llama.cpp's log that tells of an error, "" when none does."""
+    text = log.read_bytes()[-(1 << 16) :].decode("utf-8", "replace")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    telling = [line for line in lines if any(word in line.lower() for word in ("error", "assert", "invalid"))]
+    return telling[-1][:300] if telling else ""
+
+
+def _mapped(file: Path, path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
+    if shape[0] == 0:
+        return np.empty(shape, dtype=np.float32)
+    if path.stat().st_size != 4 * shape[0] * shape[1]:
+        raise ExportError(f"{file}: llama.cpp computed {path.stat().st_size} bytes for {shape}", "export again")
+    return np.memmap(path, dtype=np.float32, mode="r", shape=shape)

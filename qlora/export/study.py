@@ -1,0 +1,178 @@
+"""The trained model, looked at once before it is exported: what it predicts, and which channels its rows use.
+
+Loaded is what training had, the base in 4 bit with the adapter beside it. Its predictions are kept as the reference
+that every export is measured against, and it is let go of again before a weight is merged.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.data.template import ChatTemplate
+from qlora.errors import ExportError, TokenizerError
+from qlora.events import Notice, Sink, Sinks
+from qlora.export import fidelity, streamed
+from qlora.export.fidelity import Fidelity, Positions, Reference
+from qlora.export.imatrix import Imatrix, choose_packs, collect, make_batches
+from qlora.export.merge import MergeBase
+from qlora.export.products import Source
+from qlora.export.streamed import Compute
+from qlora.model import adapters, load
+from qlora.model.blueprint import draw
+from qlora.model.tokenizer import tokenizer_fingerprint
+from qlora.quiet import import_bitsandbytes
+
+TRANSFORMERS = "transformers, bf16"
+# Positions of a foreign adapter's probe texts are short; a pack of them is as long as most models' windows.
+PROBE_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How the trained model reads and stops: its tokenizer and chat template, and the ids that end an answer."""
+
+    tokenizer: Any
+    template: ChatTemplate | None
+    end_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, source: Source) -> Voice:
+        """The run's, or what the adapter's folder and its base tell. A base without an end token has no template."""
+        tokenizer = source.rows.chat.tokenizer if source.rows is not None else _tokenizer_of(source)
+        try:
+            template = ChatTemplate(tokenizer, Sinks())
+        except TokenizerError:
+            return cls(tokenizer, None, ())
+        return cls(tokenizer, template, tuple(tokenizer.convert_tokens_to_ids(template.end_tokens)))
+
+
+@dataclass
+class Study:
+    """What is known of the trained model. `reference` is None without verification, `imatrix` unless asked for."""
+
+    source: Source
+    sink: Sink
+    voice: Voice
+    reference: Reference | None = None
+    imatrix: Imatrix | None = None
+    table: list[Fidelity] = field(default_factory=list)
+
+    @property
+    def texts(self) -> str:
+        """Whose rows are measured on, in words."""
+        return "" if self.reference is None else self.reference.positions.source
+
+    def measure_merge(self, merge_base: MergeBase) -> Fidelity:
+        """How near the model merged on `merge_base` is, in bf16, its weights merged as they are needed."""
+        weights = streamed.of_merge(self.source.merge(merge_base, torch.bfloat16).tensors())
+        return self.measure(f"merged on {merge_base}", TRANSFORMERS, self._computed(weights), None)
+
+    def measure_folder(self, name: str, folder: Any, size: int) -> Fidelity:
+        """How near the model in a written folder of safetensors (a BaseFolder) is."""
+        blueprint = draw(folder)
+        weights = streamed.of_folder(blueprint, folder)
+        return self.measure(name, TRANSFORMERS, self._computed(weights, blueprint.model), size)
+
+    def measure_weights(self, name: str, weights: streamed.Weights, size: int) -> Fidelity:
+        """How near a model with these weights is, computed by transformers."""
+        return self.measure(name, TRANSFORMERS, self._computed(weights), size)
+
+    def measure(self, name: str, by: str, chunks: Any, size: int | None) -> Fidelity:
+        """Measure log-probabilities against the reference, and keep the line."""
+        assert self.reference is not None
+        line = fidelity.measure(self.reference, name, by, chunks, size)
+        self.table.append(line)
+        return line
+
+    def _computed(self, weights: streamed.Weights, model: Any = None) -> Iterator[torch.Tensor]:
+        assert self.reference is not None
+        model = draw(self.source.base).model if model is None else model
+        return streamed.vocabulary_logprobs(
+            model, weights, self.reference.positions.batches, Compute(self.source.device)
+        )
+
+
+@contextmanager
+def study(source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path) -> Iterator[Study]:
+    """Look at the trained model as far as it is needed; `scratch` holds the reference while the block runs."""
+    found = Study(source, sink, Voice.of(source))
+    if not verify and not imatrix:
+        yield found
+        return
+    model = trained_model(source, sink)
+    if imatrix:
+        found.imatrix = _importance(source, model, sink)
+    if not verify:
+        del model
+        yield found
+        return
+    positions = _positions(found, model)
+    chunks = fidelity.live_logprobs(model, positions.batches, source.device)
+    with fidelity.reference(chunks, positions, scratch) as reference:
+        del model, chunks
+        _let_go(source.device)
+        found.reference = reference
+        held = source.origin.quantization.type
+        found.measure(
+            "trained" if held == "none" else f"trained, adapter on {held}",
+            TRANSFORMERS,
+            [reference.logprobs_NV],
+            None,
+        )
+        yield found
+
+
+def trained_model(source: Source, sink: Sink) -> Any:
+    """The base as training held it, with the adapter on it."""
+    import_bitsandbytes()
+    model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
+    return adapters.open_saved(model, source.adapter.folder)
+
+
+def _tokenizer_of(source: Source) -> Any:
+    """The adapter folder's tokenizer where it has one of its own (new tokens), else the base's."""
+    folder = source.adapter.folder
+    own = (folder / "tokenizer_config.json").is_file()
+    if own and tokenizer_fingerprint(folder) != tokenizer_fingerprint(source.base.path):
+        return load.load_tokenizer(replace(source.base, path=folder, name=str(folder)))
+    return load.load_tokenizer(source.base)
+
+
+def _positions(study: Study, model: Any) -> Positions:
+    vocabulary = model.get_base_model().get_output_embeddings().weight.shape[0]
+    rows, tokenizer = study.source.rows, study.voice.tokenizer
+    if rows is not None and any(rows.data.eval.trained):
+        layout = (rows.section.max_length, rows.section.packing)
+        return fidelity.choose_positions(rows.data.eval, layout, rows.chat.pad_id, vocabulary)
+    study.sink.emit(Notice("verify", "there are no evaluation rows: exports are measured on built-in probe texts"))
+    split = fidelity.probe_split(tokenizer, PROBE_LENGTH)
+    pad_id = tokenizer.pad_token_id or 0  # told by place, never by id
+    return fidelity.choose_positions(split, (PROBE_LENGTH, False), pad_id, vocabulary, fidelity.PROBE_ROWS)
+
+
+def _importance(source: Source, model: Any, sink: Sink) -> Imatrix:
+    """From the run's training rows; from the evaluation rows where these are all there are."""
+    if source.rows is None:
+        raise ExportError("--imatrix needs the rows of a run", "name a run's folder whose data files are still there")
+    rows = source.rows
+    split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
+    return collect(model, make_batches(split, packs, rows.chat.pad_id, rows.section), sink)
+
+
+def _let_go(device: torch.device) -> None:
+    """Memory of the trained model, before merged weights are made."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def better_base(lines: Sequence[tuple[MergeBase, Fidelity]]) -> MergeBase:
+    """The merge base with the lower KL."""
+    return min(lines, key=lambda pair: pair[1].kl)[0]

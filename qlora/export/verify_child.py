@@ -1,0 +1,327 @@
+"""Reopens what an export wrote and compares every weight: `python -m qlora.export.verify_child REQUEST.json`.
+
+A process of its own, because a damaged file may take down whoever reads it. It goes over the base once more, in blocks
+of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so that a
+merge that forgot a module or added it twice is seen. (DoRA, whole weights and token rows are taken from `merge`.)
+
+F32, F16 and BF16 must hold each value, rounded once. Quantized blocks cannot be compared value by value; what is
+measured instead is how much of the delta is in them (1 is right, 0 was forgotten, 2 stands in them twice), and how
+large the whole error is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora.errors import UserError
+from qlora.events import Sinks
+from qlora.export.adapter import read_adapter
+from qlora.export.gguf.families import GgufTensor, lay_out
+from qlora.export.merge import Merge
+from qlora.model import hub
+from qlora.model.blueprint import draw
+from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
+from qlora.recipe import QuantizationSection
+
+Result = tuple[str, bool, str]  # what was checked, whether it holds, in detail
+
+_ROUNDED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Sums of r products in another order, relative to the largest value of a block.
+_FP32_NOISE = 1e-6
+# Largest error of quantized weights relative to their size, 2.5 times what Gaussian weights show (Q8_0 0.5 %, Q6_K
+# 1.8 %, Q5_0 4.3 %, Q4_K 7.1 %, IQ4_XS 7.7 %, Q3_K 15 %). A forgotten permutation makes it 140 %.
+_LARGEST_ERROR = {"Q8": 0.02, "Q6": 0.05, "Q5": 0.1, "Q4": 0.2, "IQ4": 0.2, "Q3": 0.4}
+# How much of its delta a quantized weight may seem to hold. A right one holds all of it on a base in 16 bit (0.95 to
+# 1.06 measured), but on a dequantized NF4 base, whose values stand on a grid themselves, a small delta is partly
+# rounded away or enlarged (deltas from 0.15 % to 10 % of the weights: Q8_0 0.99 to 1.16, Q5_0 0.6 to 1.2, Q4_K 0.58 to
+# 0.98, IQ4_XS 0.63 to 0.96, Q3_K 0.87 to 1.63).
+_SHARES = {"Q8": (0.7, 1.4), "Q6": (0.5, 1.5), "Q5": (0.4, 1.5), "Q4": (0.3, 1.6), "IQ4": (0.3, 1.6), "Q3": (0.3, 1.8)}
+_NAMED = 3  # failing tensors that are named
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A written tensor: `rows(start, end)` gives fp32 as the file says it, `change` brings other rows to its order."""
+
+    shape: tuple[int, ...]
+    kind: str
+    rows: Callable[[int, int], Tensor]
+    change: Callable[[Tensor], Tensor]
+    unit: int = 1
+
+
+@dataclass
+class _Tally:
+    """What was seen of one tensor of one file. Sums are of squares, but `dot`."""
+
+    stored: _Stored
+    changed: bool
+    values: int = 0
+    not_finite: int = 0
+    misrounded: int = 0
+    error: float = 0.0
+    size: float = 0.0
+    delta: float = 0.0
+    dot: float = 0.0  # of the written delta with the expected one
+
+    def see(self, start: int, expected: Tensor, base: Tensor | None) -> None:
+        end = start + (expected.shape[0] if expected.ndim else 1)
+        written, expected = self.stored.rows(start, end), self.stored.change(expected)
+        self.values += written.numel()
+        self.not_finite += int((~torch.isfinite(written)).sum())
+        error = (written - expected).double()
+        self.error += float(error.square().sum())
+        self.size += float(expected.double().square().sum())
+        if self.stored.kind in _ROUNDED:
+            rounded = expected.to(_ROUNDED[self.stored.kind]).float()
+            allowed = (rounded - expected).abs() + _FP32_NOISE * expected.abs().max()
+            self.misrounded += int((error.abs() > allowed).sum())
+        if base is not None and self.changed:
+            base = self.stored.change(base)
+            delta = (expected - base).double()
+            self.delta += float(delta.square().sum())
+            self.dot += float(((written - base).double() * delta).sum())
+
+    @property
+    def share(self) -> float:
+        """How much of the delta is in the file; NaN where it cannot be told from the rounding, or there was none."""
+        if not self.delta:
+            return math.nan
+        known = self.stored.kind in _ROUNDED or self._noise < 0.25
+        return self.dot / self.delta if known else math.nan
+
+    @property
+    def wrong_share(self) -> bool:
+        """Whether the delta is missing, or in the file more than once."""
+        if math.isnan(self.share):
+            return False
+        low, high = _SHARES.get(self._bits, (0.4, 1.6))
+        return not low - self._noise <= self.share <= high + self._noise
+
+    @property
+    def holds(self) -> bool:
+        if self.stored.kind in _ROUNDED:
+            return self.misrounded == 0
+        small = math.sqrt(self.error) <= _LARGEST_ERROR.get(self._bits, 0.5) * math.sqrt(self.size)
+        return small and not self.wrong_share
+
+    @property
+    def _bits(self) -> str:
+        return self.stored.kind.partition("_")[0]
+
+    @property
+    def _noise(self) -> float:
+        """What rounding, independent of the delta, may add to the share: six standard deviations."""
+        return 6 * math.sqrt(self.error / self.values / self.delta)
+
+
+@dataclass
+class _File:
+    """A product to check: its tensors by parameter, and what was found before the weights were looked at."""
+
+    results: list[Result]
+    stored: dict[str, _Stored] = field(default_factory=dict)
+    tallies: dict[str, _Tally] = field(default_factory=dict)
+
+    def conclude(self) -> list[Result]:
+        """The results with those over weights."""
+        if not self.stored:
+            return self.results
+        bad = {name: tally for name, tally in self.tallies.items() if tally.not_finite}
+        counted = [f"{name}: {tally.not_finite} of {tally.values:,}" for name, tally in bad.items()]
+        self.results.append(("finite", not bad, _said(counted, f"{len(self.tallies)} tensors")))
+        for name, changed in (("deltas", True), ("other weights", False)):
+            tallies = {key: tally for key, tally in self.tallies.items() if tally.changed is changed}
+            wrong = [_what_is_wrong(key, tally) for key, tally in tallies.items() if not tally.holds]
+            shares = [tally.share for tally in tallies.values() if not math.isnan(tally.share)]
+            spread = f", {min(shares):.3f} to {max(shares):.3f} of each" if shares else ""
+            unseen = sum(math.isnan(tally.share) for tally in tallies.values()) if changed else 0
+            small = f", {unseen} too small to be told from rounding" if unseen else ""
+            self.results.append((name, not wrong, _said(wrong, f"{len(tallies)} tensors{spread}{small}")))
+        return self.results
+
+
+def _what_is_wrong(name: str, tally: _Tally) -> str:
+    if tally.wrong_share:
+        return f"{name} holds {tally.share:.2f} of its delta"
+    if tally.stored.kind in _ROUNDED:
+        return f"{name} differs in {tally.misrounded:,} of {tally.values:,} values"
+    return f"{name} differs by {math.sqrt(tally.error / tally.size) if tally.size else math.inf:.0%}"
+
+
+def _said(wrong: list[str], otherwise: str) -> str:
+    more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+    return "; ".join(wrong[:_NAMED]) + more if wrong else otherwise
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_folder(folder: Path, merge: Merge, dtype: str) -> _File:
+    """A folder of safetensors."""
+    planned = {tensor.name: tensor for tensor in merge.tensors()}
+    try:
+        found = find_tensors(folder)
+    except UserError as error:
+        return _File([("opens", False, error.what)])
+    wrong = _compare(
+        {name: (tensor.shape, dtype) for name, tensor in planned.items()},
+        {name: (entry.shape, entry.dtype) for name, entry in found.items()},
+    )
+    file = _File([("names, shapes, types", not wrong, _said(wrong, f"{len(found)} tensors"))])
+    if not wrong:
+        file.stored = {tensor.parameter: _of_safetensors(found[name]) for name, tensor in planned.items()}
+    return file
+
+
+def open_gguf(path: Path, merge: Merge, types: Mapping[str, str], keys: Mapping[str, Any]) -> _File:
+    """A GGUF file, by the layout that a model of this base has."""
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
+        return _File([("opens", False, f"its header cannot be read ({error})")])
+    shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
+    layout = lay_out(draw(merge.base).model, shapes)
+    planned = {tensor.name: (tensor.shape, types[tensor.name]) for tensor in layout.tensors}
+    planned |= {name: (values.shape, "F32") for name, values in layout.constants.items()}
+    found = {entry.name: entry for entry in reader.tensors}
+    wrong = _compare(
+        planned,
+        {name: (tuple(map(int, reversed(e.shape))), e.tensor_type.name) for name, e in found.items()},
+    )
+    wrong += [
+        f"{name} has other values"
+        for name, values in layout.constants.items()
+        if name in found and not np.array_equal(found[name].data.reshape(values.shape), values)
+    ]
+    file = _File([("names, shapes, types", not wrong, _said(wrong, f"{len(found)} tensors")), _keys(reader, keys)])
+    if not wrong:
+        file.stored = {tensor.parameter: _of_gguf(found[tensor.name], tensor) for tensor in layout.tensors}
+    return file
+
+
+def _keys(reader: Any, expected: Mapping[str, Any]) -> Result:
+    """Each key that was meant to be written is there, with its value (lists: with its length)."""
+    wrong = []
+    for key, value in expected.items():
+        entry = reader.fields.get(key)
+        if entry is None:
+            wrong.append(f"{key} is missing")
+            continue
+        found = len(entry.data) if isinstance(value, dict) else entry.contents()
+        wanted = value["length"] if isinstance(value, dict) else value
+        same = math.isclose(found, wanted, rel_tol=1e-6) if isinstance(wanted, float) else found == wanted
+        if not same:
+            wrong.append(f"{key} is {str(found)[:40]!r}, not {str(wanted)[:40]!r}")
+    return "keys", not wrong, _said(wrong, f"{len(expected)} keys")
+
+
+def _compare(planned: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    wrong = [f"{name} is missing" for name in planned if name not in found]
+    wrong += [f"{name} does not belong in it" for name in found if name not in planned]
+    for name, (shape, kind) in planned.items():
+        if name in found and found[name] != (shape, kind):
+            wrong.append(f"{name} is {found[name][1]} {list(found[name][0])}, not {kind} {list(shape)}")
+    return wrong
+
+
+def _of_safetensors(entry: TensorEntry) -> _Stored:
+    def rows(start: int, end: int) -> Tensor:
+        return read_tensor(entry, (start, end) if entry.shape else None).float()
+
+    return _Stored(entry.shape, entry.dtype, rows, lambda block: block)
+
+
+def _of_gguf(entry: Any, tensor: GgufTensor) -> _Stored:
+    def rows(start: int, end: int) -> Tensor:
+        data = entry.data.reshape(1, -1) if len(tensor.shape) == 1 else entry.data[start:end]
+        # A copy: an F32 tensor would be the mapped file itself, which is read-only.
+        block = torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type)))
+        return block[0] if len(tensor.shape) == 1 else block
+
+    return _Stored(tensor.shape, entry.tensor_type.name, rows, tensor.to_gguf, tensor.unit)
+
+
+# --- the pass over the weights ----------------------------------------------------------------------------------------
+
+
+def compare_weights(merge: Merge, files: list[_File]) -> None:
+    """Goes over every tensor once, in blocks of rows, and lets each file see what it should hold."""
+    exact = Merge(merge.base, merge.adapter, merge.merge_base, merge.quantization, merge.device, torch.float32)
+    base = {tensor.parameter: tensor for tensor in exact.base_tensors()}
+    changed = frozenset(exact.changed)
+    for tensor in exact.tensors():
+        tallies = [_Tally(file.stored[tensor.parameter], tensor.parameter in changed) for file in files if file.stored]
+        for file, tally in zip((file for file in files if file.stored), tallies, strict=True):
+            file.tallies[tensor.parameter] = tally
+        unit = math.lcm(*(tally.stored.unit for tally in tallies))
+        before = base.get(tensor.parameter)
+        if before is not None and before.shape != tensor.shape:
+            before = None
+        start = 0
+        for expected, other in _expected(exact, tensor, before, unit):
+            for tally in tallies:
+                tally.see(start, expected, other)
+            start += expected.shape[0] if expected.ndim else 1
+
+
+def _expected(merge: Merge, tensor: Any, before: Any, unit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Blocks of the merged weight and of the base's, fp32."""
+    adapter, name = merge.adapter, tensor.parameter
+    lora = adapter.lora.get(name)
+    others = adapter.whole.keys() | adapter.under.keys() | adapter.rows.keys()
+    if before is None:
+        yield from ((block, None) for block in tensor.blocks(unit))
+    elif lora is not None and lora.magnitude is None and not lora.embedding and name not in others:
+        a_RI, b_OR = read_tensor(lora.a).float(), read_tensor(lora.b).float()
+        start = 0
+        for block in before.blocks(unit):
+            yield block + lora.scale * (b_OR[start : start + len(block)] @ a_RI), block
+            start += len(block)
+    elif name in merge.changed:
+        yield from zip(tensor.blocks(unit), before.blocks(unit), strict=True)
+    else:
+        yield from ((block, block) for block in before.blocks(unit))
+
+
+def main(request_file: Path) -> int:
+    """Answer a request: the results of each file, or why none could be had, as answer.json beside it."""
+    request = json.loads(request_file.read_text(encoding="utf-8"))
+    try:
+        base = hub.resolve(request["base"], "main", Sinks())
+        merge = Merge(
+            base,
+            read_adapter(Path(request["adapter"])),
+            request["merge_base"],
+            QuantizationSection(**request["quantization"]),
+            torch.device(request["device"]),
+        )
+        files = []
+        for target in request["targets"]:
+            path = Path(target["path"])
+            if target["dtype"]:
+                files.append(open_folder(path, merge, target["dtype"]))
+            else:
+                files.append(open_gguf(path, merge, target["types"], target["keys"]))
+        if any(file.stored for file in files):
+            compare_weights(merge, files)
+        said: dict[str, Any] = {"results": [file.conclude() for file in files]}
+    except UserError as error:
+        said = {"failed": error.what}
+    (request_file.parent / "answer.json").write_text(json.dumps(said), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

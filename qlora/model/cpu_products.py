@@ -1,0 +1,102 @@
+"""bf16 products on processors that have none: computed in fp32, rounded once.
+
+Without AVX512-BF16 or AMX (most laptops, most desktops before 2022) torch multiplies bf16 matrices one number at a
+time: 1.2 GFLOP/s on a core that does 90 in fp32 (400 × 768 by 768 × 256, torch 2.13, AVX2), so that the quickstart
+takes 45 minutes instead of one or two. bf16 numbers are exact in fp32, and a bf16 product is summed in fp32 anyway:
+what changes is the order of the sums, as it does from one processor to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ATEN = torch.ops.aten
+_PRODUCTS = frozenset(
+    {
+        _ATEN.mm.default,
+        _ATEN.addmm.default,
+        _ATEN.bmm.default,
+        _ATEN.baddbmm.default,
+        _ATEN.linear.default,
+        _ATEN.matmul.default,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    }
+)
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Inside the block, bf16 products on the CPU run in fp32 where that is faster; on a GPU nothing changes."""
+    if device.type != "cpu" or has_bf16_products():
+        yield
+        return
+    with _InFp32():
+        yield
+
+
+def has_bf16_products() -> bool:
+    """Whether torch has fast bf16 kernels for this processor (oneDNN's word: AVX512 on x86, bf16 on arm64)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _InFp32(TorchDispatchMode):
+    """Widens the bf16 inputs of products and narrows what comes out of them."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func.name() == "bitsandbytes::gemm_4bit" and _is_bf16(args[0]):
+            return _product_with_4bit(*args, **named)
+        if func not in _PRODUCTS or not any(_is_bf16(value) for value in args):
+            return func(*args, **named)
+        result = func(*map(_wide, args), **{name: _wide(value) for name, value in named.items()})
+        if isinstance(result, Tensor):
+            return result.to(torch.bfloat16)
+        # Attention: the output and gradients as they came in; its log-sum-exp is fp32 in any case.
+        log_sum = func is _ATEN._scaled_dot_product_flash_attention_for_cpu.default
+        return tuple(
+            value.to(torch.bfloat16) if isinstance(value, Tensor) and not (log_sum and place == 1) else value
+            for place, value in enumerate(result)
+        )
+
+
+def _product_with_4bit(
+    inputs: Tensor,
+    codes: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """bitsandbytes' product with a weight in 4 bit (its operator gemm_4bit), whose own bf16 product no mode sees.
+
+    The weight is dequantized into bf16 as ever: what is computed with stays what a merge on nf4 writes.
+    """
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        nested = 256  # bitsandbytes/functional.py, quantize_4bit: block constants are themselves held in blocks of 256
+        held = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, nested, torch.float32)
+        absmax = held + absmax_offset
+    weight = ops.dequantize_4bit.default(codes, absmax, blocksize, quant_type, shape, inputs.dtype)
+    wide_bias = None if bias is None else bias.float()
+    return torch.nn.functional.linear(inputs.float(), weight.float(), wide_bias).to(inputs.dtype)
+
+
+def _is_bf16(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16 and value.device.type == "cpu"
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if _is_bf16(value) else value

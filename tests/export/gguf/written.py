@@ -1,0 +1,89 @@
+"""A tiny base written as GGUF without an adapter, and asked by llama.cpp: what tests compare with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora.events import Recorder
+from qlora.export import runtime
+from qlora.export.gguf.metadata import About, entries, general_keys
+from qlora.export.gguf.mix import QUANTS
+from qlora.export.gguf.plan import GgufPlan, Tokens, plan
+from qlora.export.gguf.vocab import metadata
+from qlora.export.gguf.write import GgufFile, Tools, write
+from qlora.export.merge import MergedTensor
+from qlora.export.workshop import Workshop
+from qlora.model import hub
+from qlora.model.blueprint import draw
+from qlora.model.tensors import read_tensor
+
+Change = Callable[[GgufPlan], GgufPlan]
+
+
+def unchanged(planned: GgufPlan) -> GgufPlan:
+    return planned
+
+
+def write_base(
+    folder: Path, out: Path, quants: Sequence[str] = ("f32",), change: Change = unchanged
+) -> dict[str, Path]:
+    """Write the base in `folder` as GGUF, a file for each of `quants`; `change` breaks the plan on purpose."""
+    base = hub.resolve(str(folder), "main", Recorder())
+    planned = change(plan(base, None, Tokens(), quants))
+    general = general_keys(About.of(base, "tiny", ["rows"]), "model", planned.vocab.strips_after_specials)
+    keys = [*entries([*general, *planned.layout.keys]), *metadata(planned.vocab)]
+    files = [
+        GgufFile(
+            quant,
+            f"{quant}.gguf",
+            (*keys, *entries([("general.file_type", QUANTS[quant].file_type)])),
+            planned.choices[quant].types,
+        )
+        for quant in quants
+    ]
+    finals = {quant: out / quant for quant in quants}
+    with Workshop.open(finals, {}, 1 << 20) as workshop:
+        write(planned.layout, plain_tensors(base), files, workshop, Tools(planned.library, {}), Recorder())
+        for quant in quants:
+            workshop.publish(quant)
+    return {quant: finals[quant] / f"{quant}.gguf" for quant in quants}
+
+
+def plain_tensors(base: hub.BaseFolder) -> list[MergedTensor]:
+    """The base's own weights as if they were merged."""
+    blueprint = draw(base)
+    shapes = {name: tuple(tensor.shape) for name, tensor in blueprint.model.state_dict().items()}
+    return [
+        MergedTensor(source, name, shapes[name], lambda unit, entry=base.tensors[source]: iter((read_tensor(entry),)))
+        for name, source in blueprint.sources.items()
+    ]
+
+
+def ask(file: Path, request: runtime.Request) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
+    """llama.cpp's log-probabilities (N, V) and greedy answers; skips where no llama.cpp is installed."""
+    found = runtime.find_runtime()
+    if found is None:
+        pytest.skip("needs xllamacpp or llama-cpp-python")
+    with runtime.ask(found, file, request) as answer:
+        return torch.from_numpy(answer.logprobs_NV.copy()), answer.answers
+
+
+def transformers_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def logprobs(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([list(ids)]), use_cache=False).logits[0].float(), -1)
+
+
+def with_layout(planned: GgufPlan, **changes: Any) -> GgufPlan:
+    return replace(planned, layout=replace(planned.layout, **changes))

@@ -1,0 +1,244 @@
+"""An export from its beginning to its end: what is made, measured, told, refused; nothing half-made keeps a name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from qlora import api
+from qlora.errors import ExportError
+from qlora.events import Recorder
+from qlora.export import runtime
+from qlora.export.products import Options
+from qlora.model import adapters, hub, load
+from qlora.recipe import LoraSection, QuantizationSection
+from tests.export.gguf import written
+from tests.export.test_merge import KINDS, trained
+from tests.families import make_base
+from tests.runs import run_dir, train, write_recipe
+
+PLAIN = QuantizationSection(type="none")
+
+
+def export(source: Path, *to: str, **options: Any) -> Any:
+    where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "sink") if key in options}
+    return api.merge_and_export(source, to=to, options=Options(**options), **where)
+
+
+def line(report: Any, name: str) -> Any:
+    return next(entry for entry in report.fidelity if entry.name == name)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Recorder, Path]:
+    """All products of one adapter in one call."""
+    pytest.importorskip("xllamacpp", reason="the runtime of the extra [gguf]")
+    folder = tmp_path_factory.mktemp("made")
+    base = make_base("llama", folder / "base", overrides={"hidden_size": 256, "head_dim": 64, "intermediate_size": 256})
+    trained(base, folder / "support", KINDS["plain"])
+    recorder = Recorder()
+    quants = ("f16", "q8_0", "q4_k_m")
+    return (
+        export(folder / "support", "hf", "gguf", "adapter-gguf", quants=quants, sink=recorder),
+        recorder,
+        folder / "support-export",
+    )
+
+
+def test_every_product_has_its_folder(made: tuple[Any, Recorder, Path]) -> None:
+    report, recorder, folder = made
+    keys = ["hf", "gguf-f16", "gguf-q8_0", "gguf-q4_k_m", "adapter-gguf"]
+    assert [product.format for product in report.products] == keys
+    assert sorted(path.name for path in folder.iterdir()) == sorted(keys)
+    assert (folder / "gguf-q4_k_m" / "support-Q4_K_M.gguf").is_file()
+    assert (folder / "adapter-gguf" / "support-LoRA.gguf").is_file()
+    assert [event.as_dict()["format"] for event in recorder.of("exported")] == keys
+
+
+def test_the_table_tells_how_near_each_is(made: tuple[Any, Recorder, Path]) -> None:
+    report, recorder, folder = made
+    assert report.merge_base == "nf4" and report.fidelity[0].kl == 0 and report.fidelity[0].top1 == 1
+    assert line(report, "merged on nf4").kl < 5e-3 < line(report, "merged on full").kl  # bf16 rounds this wide a model
+    assert line(report, "hf").kl == line(report, "merged on nf4").kl  # the same weights, from the files
+    assert line(report, "gguf-f16").kl < 5e-3
+    assert line(report, "gguf-f16").kl < line(report, "gguf-q8_0").kl < line(report, "gguf-q4_k_m").kl < 1.0
+    assert "xllamacpp" in line(report, "gguf-f16").measured_by
+    told = recorder.of("fidelity")[0].as_dict()
+    assert [entry["name"] for entry in told["entries"]] == [entry.name for entry in report.fidelity]
+    for product in ("hf", "gguf-q8_0"):
+        assert "| gguf-q4_k_m |" in (folder / product / "README.md").read_text()
+        said = json.loads((folder / product / "export.json").read_text())
+        assert len(said["fidelity"]) == len(report.fidelity) and all(check["ok"] for check in said["checks"])
+
+
+def test_a_file_says_what_it_is(made: tuple[Any, Recorder, Path]) -> None:
+    _, _, folder = made
+    reader = gguf.GGUFReader(folder / "gguf-q8_0" / "support-Q8_0.gguf")
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    assert values["general.type"] == "model" and values["general.base_model.0.name"] == "base"
+    assert values["general.file_type"] == 7 and values["general.quantized_by"].startswith("qlora ")
+    assert str(folder) not in json.dumps({name: str(value) for name, value in values.items()})
+    for key in ("bos_token_id", "eos_token_id", "add_bos_token", "add_eos_token", "pre"):
+        assert f"tokenizer.ggml.{key}" in values
+    assert "tokenizer.chat_template" in values
+    modelfile = (folder / "gguf-q8_0" / "Modelfile").read_text()
+    assert "FROM ./support-Q8_0.gguf" in modelfile and 'PARAMETER stop "<|im_end|>"' in modelfile
+    assert "ADAPTER ./support-LoRA.gguf" in (folder / "adapter-gguf" / "Modelfile").read_text()
+
+
+@pytest.mark.slow
+def test_a_file_that_is_too_far_has_no_name_and_the_others_have(tmp_path: Path, llama: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="the runtime of the extra [gguf]")
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    near = export(tmp_path / "adapter", "gguf", quants=("f16", "q8_0"), out=tmp_path / "all")
+    limit = (line(near, "gguf-f16").kl + line(near, "gguf-q8_0").kl) / 2
+    with pytest.raises(ExportError, match=r"gguf-q8_0: is .* over --max-kl") as caught:
+        export(tmp_path / "adapter", "gguf", quants=("f16", "q8_0"), out=tmp_path / "out", max_kl=limit)
+    assert caught.value.exit_code == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gguf-f16"]
+
+
+def test_without_verification_nothing_is_loaded(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("the trained model was loaded"))
+    report = export(tmp_path / "adapter", "gguf", quants=("bf16",), out=tmp_path / "out", verify=False)
+    assert report.merge_base == "nf4" and report.fidelity == () and report.checks == ()
+    assert (tmp_path / "out" / "adapter-BF16.gguf").is_file()
+
+
+def test_without_a_runtime_the_weights_are_measured_by_transformers(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "find_runtime", lambda: None)
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    report = export(tmp_path / "adapter", "gguf", quants=("q8_0",), out=tmp_path / "out")
+    assert line(report, "gguf-q8_0").measured_by.startswith("transformers") and line(report, "gguf-q8_0").kl < 0.01
+    assert any(check == "llama.cpp" and "pip install" in detail for _, check, _, detail in report.checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dora", "whole", "rslora"])
+def test_other_adapters_become_gguf_files(tmp_path: Path, llama: Path, kind: str) -> None:
+    trained(llama, tmp_path / "adapter", KINDS[kind])
+    report = export(tmp_path / "adapter", "gguf", quants=("f32",), out=tmp_path / "out")
+    assert line(report, "gguf-f32").kl < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "plain"), ("llama", "rslora"), ("qwen2", "some"), ("phi3", "plain")]
+)
+def test_an_adapter_file_on_a_base_file_is_the_adapter_in_peft(tmp_path: Path, family: str, kind: str) -> None:
+    """Base as F32, adapter in fp32: within 1e-4 of peft in fp32; without the adapter it is another model."""
+    lora = LoraSection(r=4, alpha=16, target_modules=("qkv_proj", "down_proj")) if family == "phi3" else KINDS[kind]
+    base = make_base(family, tmp_path / "base", overrides={"sliding_window": None} if family == "phi3" else None)
+    trained(base, tmp_path / "adapter", lora, PLAIN)
+    export(tmp_path / "adapter", "adapter-gguf", out=tmp_path / "lora")
+    opened = hub.resolve(str(base), "main", Recorder())
+    model = load.load_base(opened, PLAIN, "eager", torch.device("cpu"), Recorder())
+    reference = written.logprobs(adapters.open_saved(model, tmp_path / "adapter").float(), range(5, 45))
+    file = written.write_base(base, tmp_path / "out")["f32"]
+    rows = ((range(5, 45), range(40)),)
+    found, _ = written.ask(file, runtime.Request(rows=rows, adapter=tmp_path / "lora" / "adapter-LoRA.gguf"))
+    assert float((found - reference).abs().max()) <= 1e-4
+    bare, _ = written.ask(file, runtime.Request(rows=rows))
+    assert float((bare - reference).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "message"), [("dora", "DoRA's magnitudes"), ("whole", "trained whole")])
+def test_what_an_adapter_file_cannot_hold_is_refused(tmp_path: Path, llama: Path, kind: str, message: str) -> None:
+    trained(llama, tmp_path / "adapter", KINDS[kind])
+    with pytest.raises(ExportError, match=message) as caught:
+        export(tmp_path / "adapter", "adapter-gguf", out=tmp_path / "out")
+    assert "--to gguf" in caught.value.hint and not (tmp_path / "out").exists()
+
+
+def test_k_quants_without_their_encoder_are_refused_at_once(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    monkeypatch.setattr("qlora.export.gguf.ggml._candidates", lambda: iter(()))
+    with pytest.raises(ExportError, match="neither xllamacpp nor llama-cpp-python") as caught:
+        export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), out=tmp_path / "out")
+    assert 'pip install "qlora[gguf]"' in caught.value.hint and not list(tmp_path.glob("*out*"))
+
+
+def test_an_unknown_pre_tokenizer_is_refused_and_can_be_named(tmp_path: Path, llama: Path) -> None:
+    import shutil
+
+    shutil.copytree(llama, tmp_path / "base")
+    file = tmp_path / "base" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "[a-z]{1,7}"}, "behavior": "Isolated", "invert": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
+    file.write_text(json.dumps(content))
+    trained(tmp_path / "base", tmp_path / "adapter", KINDS["plain"])
+    with pytest.raises(ExportError, match=r"\[a-z\]") as caught:
+        export(tmp_path / "adapter", "gguf", out=tmp_path / "out")
+    assert "--tokenizer-pre" in caught.value.hint
+    report = export(tmp_path / "adapter", "gguf", out=tmp_path / "out", tokenizer_pre="gpt-2", verify=False)
+    reader = gguf.GGUFReader(next(report.folder.glob("*.gguf")))
+    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"to": ("onnx",)}, "unknown format 'onnx'"),
+        ({"to": ("gguf",), "quants": ("q9",)}, "unknown quant 'q9'"),
+        ({"to": ("hf",), "quants": ("q8_0",)}, "--quant is for GGUF"),
+    ],
+)
+def test_unknown_products(tmp_path: Path, llama: Path, arguments: dict[str, Any], message: str) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    with pytest.raises(ExportError, match=message):
+        api.merge_and_export(tmp_path / "adapter", **arguments)
+
+
+def test_a_run_is_measured_on_its_evaluation_rows_and_exports_at_its_end(tmp_path: Path, llama: Path) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    recorder = train(
+        recipe,
+        "train.max_steps=3",
+        "train.batch_size=4",
+        "data.eval_fraction=0.2",
+        'export.formats=["hf","gguf:q8_0"]',
+        "export.imatrix=true",
+    )
+    folder = run_dir(recipe) / "export"
+    assert sorted(path.name for path in folder.iterdir()) == ["gguf-q8_0", "hf"]
+    told = recorder.of("fidelity")[0].as_dict()
+    assert told["texts"] == "evaluation rows" and told["rows"] == 6
+    assert any("this base exports to GGUF: llama" in event.as_dict()["message"] for event in recorder.of("notice"))
+    file = gguf.GGUFReader(folder / "gguf-q8_0" / "tiny-Q8_0.gguf")
+    assert file.fields["general.dataset.0.name"].contents() == "rows.jsonl"
+    matrix = gguf.GGUFReader(folder / "gguf-q8_0" / "imatrix.gguf")
+    assert any(entry.name == "blk.0.attn_q.weight.in_sum2" for entry in matrix.tensors)
+
+
+def test_a_base_that_cannot_become_gguf_is_told_before_training(tmp_path: Path, llama: Path) -> None:
+    base = make_base("granite", tmp_path / "granite")
+    recipe = write_recipe(tmp_path, base)
+    recorder = train(recipe, "train.max_steps=1")
+    notices = [event.as_dict()["message"] for event in recorder.of("notice")]
+    assert any("cannot be exported as GGUF: 'granite' models" in message for message in notices)
+    with pytest.raises(ExportError, match="granite"):
+        train(recipe, "train.max_steps=1", 'export.formats=["gguf:q8_0"]', mode="fresh")
+
+
+@pytest.mark.slow
+def test_the_command_prints_json(tmp_path: Path, llama: Path) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    command = [sys.executable, "tools/merge_and_export.py", str(tmp_path / "adapter"), "--to", "gguf", "--quant", "f16"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, "--no-verify", "--json"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["merge_base"] == "nf4" and said["products"][0]["format"] == "gguf-f16"
+    assert Path(said["products"][0]["folder"]).is_dir()

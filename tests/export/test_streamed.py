@@ -1,0 +1,186 @@
+"""A model computed layer by layer gives what the loaded one gives, for every family and from every kind of weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora.batch import Batch
+from qlora.errors import ExportError
+from qlora.events import Recorder
+from qlora.export import streamed
+from qlora.export.fidelity import live_logprobs
+from qlora.export.merge import Merge, read_adapter
+from qlora.export.streamed import Compute, Weights
+from qlora.model import hub
+from qlora.model.blueprint import draw
+from tests.export.test_merge import KINDS, NF4, trained
+from tests.families import FAMILIES, make_base
+
+CPU = torch.device("cpu")
+
+
+def packed_batch(seed: int, vocabulary: int = 384) -> Batch:
+    """Two rows of two documents of 25 and 15 tokens; two of three positions are trained."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BS = torch.randint(4, vocabulary - 4, (2, 40), generator=generator)
+    positions_BS = torch.cat([torch.arange(25), torch.arange(15)]).expand(2, 40).contiguous()
+    documents_BS = torch.cat([torch.zeros(25), torch.ones(15)]).long().expand(2, 40).contiguous()
+    weights_BS = torch.ones(2, 40)
+    weights_BS[:, [24, 39]] = 0
+    weights_BS[:, ::3] = 0
+    trained_T = weights_BS.flatten().nonzero().squeeze(1)
+    return Batch(ids_BS, positions_BS, documents_BS, ids_BS.roll(-1, 1), weights_BS, trained_T)
+
+
+BATCHES = (packed_batch(1), packed_batch(2))
+
+
+def gathered(chunks: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(chunks))
+
+
+def loaded(folder: Path, dtype: torch.dtype, attention: str) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    return gathered(live_logprobs(model, BATCHES, CPU))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "opt"])
+def test_every_family_is_computed_as_the_loaded_model(family: str, tmp_path: Path) -> None:
+    folder = make_base(family, tmp_path / "base", dtype=torch.float32)
+    base = hub.resolve(str(folder), "main", Recorder())
+    blueprint = draw(base)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0)):
+        weights = streamed.of_folder(blueprint, base)
+        found = gathered(streamed.vocabulary_logprobs(blueprint.model, weights, BATCHES, Compute(CPU, dtype)))
+        wanted = loaded(folder, dtype, blueprint.attention)
+        assert found.dtype == torch.float32 and found.shape == (104, 384)
+        torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
+        assert all(parameter.is_meta for parameter in blueprint.model.parameters()), "a weight was kept"
+
+
+def test_the_order_is_that_of_the_trained_positions(llama: Path) -> None:
+    """Position by position: the targets' log-probabilities are those that the loss takes."""
+    from qlora.model import load
+    from qlora.recipe import QuantizationSection
+    from qlora.step.forward import CausalParts, batch_logprobs
+
+    base = hub.resolve(str(llama), "main", Recorder())
+    model = load.load_base(base, QuantizationSection(type="none"), "auto", CPU, Recorder())
+    blueprint = draw(base)
+    weights = streamed.of_folder(blueprint, base)
+    found = gathered(streamed.vocabulary_logprobs(blueprint.model, weights, BATCHES, Compute(CPU)))
+    with torch.no_grad():
+        wanted = torch.cat([batch_logprobs(CausalParts.of(model), batch) for batch in BATCHES])
+    targets = torch.cat([batch.targets_BS.flatten()[batch.trained_T] for batch in BATCHES])
+    torch.testing.assert_close(found.gather(1, targets[:, None])[:, 0], wanted, atol=1e-5, rtol=0)
+
+
+class Counting(dict):  # type: ignore[type-arg]
+    """Weights that count how often each is made."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__({name: self._counted(name, make) for name, make in weights.items()})
+        self.made: Counter[str] = Counter()
+
+    def _counted(self, name, make):  # type: ignore[no-untyped-def]
+        def counted() -> Tensor:
+            self.made[name] += 1
+            return make()
+
+        return counted
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_each_weight_is_made_once_whatever_the_micro_batches(family: str, tmp_path: Path) -> None:
+    base = hub.resolve(str(make_base(family, tmp_path / "base")), "main", Recorder())
+    blueprint = draw(base)
+    weights = Counting(streamed.of_folder(blueprint, base))
+    list(streamed.vocabulary_logprobs(blueprint.model, weights, [*BATCHES] * 3, Compute(CPU)))
+    assert weights.made.keys() == blueprint.sources.keys()
+    assert all(count == 1 for name, count in weights.made.items() if ".layers." in name)
+    assert all(count <= 2 for count in weights.made.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_on_the_fly_is_the_merged_folder(llama: Path, tmp_path: Path, kind: str) -> None:
+    from qlora.export import hf
+
+    trained(llama, tmp_path / "adapter", KINDS[kind])
+    base = hub.resolve(str(llama), "main", Recorder())
+    merge = Merge(base, read_adapter(tmp_path / "adapter"), "nf4", NF4, CPU)
+    flying = streamed.of_merge(merge.tensors())
+    found = gathered(streamed.vocabulary_logprobs(draw(base).model, flying, BATCHES, Compute(CPU)))
+    hf.write(merge, tmp_path / "hf", Recorder())
+    assert torch.equal(found, loaded(tmp_path / "hf", torch.bfloat16, draw(base).attention))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
+def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) -> None:
+    """Permuted heads and norms + 1 are undone."""
+    import gguf
+
+    from qlora.export.gguf.families import lay_out
+    from qlora.export.gguf.write import GgufFile
+
+    base = hub.resolve(str(make_base(family, tmp_path / "base", dtype=torch.float32)), "main", Recorder())
+    blueprint = draw(base)
+    own = streamed.of_folder(blueprint, base)
+    weights = blueprint.model.state_dict()
+    layout = lay_out(blueprint.model, {name: tuple(weights[name].shape) for name in blueprint.sources})
+    types = dict.fromkeys(layout.names.values(), gguf.GGMLQuantizationType.F32)
+    content = [GgufFile("f32", "model.gguf", (), types).header(layout)]
+    for data in (*layout.constants.values(), *(t.to_gguf(own[t.parameter]().float()).numpy() for t in layout.tensors)):
+        content.append(data.tobytes() + bytes(-data.nbytes % 32))
+    (tmp_path / "model.gguf").write_bytes(b"".join(content))
+    compute = Compute(CPU, torch.float32)
+    found = streamed.of_gguf(tmp_path / "model.gguf", layout.tensors)
+    assert (
+        torch.equal(
+            gathered(streamed.vocabulary_logprobs(blueprint.model, found, BATCHES, compute)),
+            gathered(streamed.vocabulary_logprobs(blueprint.model, own, BATCHES, compute)),
+        )
+        or family == "gemma2"
+    )
+    for name, make in own.items():
+        torch.testing.assert_close(found[name](), make().float(), atol=2e-7, rtol=0)
+
+
+def test_a_missing_or_misshapen_weight_is_an_error_that_names_it(llama: Path) -> None:
+    base = hub.resolve(str(llama), "main", Recorder())
+    blueprint = draw(base)
+    weights = dict(streamed.of_folder(blueprint, base))
+    name = "model.layers.1.mlp.up_proj.weight"
+    for broken, message in (
+        ({key: make for key, make in weights.items() if key != name}, "the exported model has no such weight"),
+        ({**weights, name: lambda: torch.zeros(3, 3)}, r"is \[3, 3\] in the exported model, not \[128, 64\]"),
+    ):
+        with pytest.raises(ExportError, match=f"{name}: {message}"):
+            list(streamed.vocabulary_logprobs(blueprint.model, broken, BATCHES, Compute(CPU)))
+        assert all(parameter.is_meta for parameter in blueprint.model.parameters())
+
+
+def test_a_resized_vocabulary_is_computed(llama: Path) -> None:
+    base = hub.resolve(str(llama), "main", Recorder())
+    blueprint = draw(base)
+    weights = dict(streamed.of_folder(blueprint, base))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        whole = weights[name]()
+        weights[name] = lambda whole=whole: torch.cat([whole, whole[:8]])
+    found = gathered(streamed.vocabulary_logprobs(blueprint.model, weights, BATCHES, Compute(CPU)))
+    assert found.shape == (104, 392)
+
+
+def test_a_model_without_its_layers_in_a_list_is_refused(llama: Path) -> None:
+    base = hub.resolve(str(llama), "main", Recorder())
+    blueprint = draw(base)
+    blueprint.model.config.num_hidden_layers = 7
+    with pytest.raises(ExportError, match="its 7 layers are not found"):
+        list(streamed.vocabulary_logprobs(blueprint.model, {}, BATCHES, Compute(CPU)))

@@ -1,0 +1,243 @@
+"""Product folders under way: whole or absent, gone on with after a kill, given up after an error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora import disk
+from qlora.errors import ExportError, StoppedBySignal
+from qlora.export import workshop as module
+from qlora.export.workshop import Workshop
+
+WORK = {"adapter": "a", "dtype": "bf16"}
+
+
+def piece(item: int) -> bytes:
+    return bytes([item % 251]) * (1000 + item)
+
+
+class Killed(BaseException):
+    """Leaves a workshop as a kill would: nothing of it runs any more."""
+
+
+def fill(shop: Workshop, keys: tuple[str, ...], items: int = 20, until: int = 99) -> None:
+    for item in range(1, items + 1):
+        if item > shop.start:
+            for key in keys:
+                shop.append(key, f"part{item // 8}.bin", piece(item))
+            if item == until:
+                raise Killed
+            shop.mark(item)
+    for key in keys:
+        (shop.folder(key) / "config.json").write_text("{}")
+
+
+def killed(finals: dict[str, Path], until: int, work: dict[str, str] = WORK) -> int:
+    """A run that dies in the middle of an item; returns where it had begun."""
+    shop = Workshop.open(finals, work, 1000)
+    with pytest.raises(Killed):
+        fill(shop, tuple(finals), until=until)
+    shop._settle()
+    for bench in shop._benches.values():
+        bench.lock.release()
+    return shop.start
+
+
+def finished(finals: dict[str, Path], work: dict[str, str] = WORK) -> int:
+    with Workshop.open(finals, work, 1000) as shop:
+        fill(shop, tuple(finals))
+        for key in finals:
+            shop.publish(key)
+        return shop.start
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RESTART_BYTES", 2500)
+
+
+def test_a_product_appears_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    assert finished({"hf": tmp_path / "sub" / "out"}) == 0
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["out"]
+    out = tmp_path / "sub" / "out"
+    assert disk.verify_folder(out) is None
+    assert sorted(content(out)) == ["config.json", "manifest.json", "part0.bin", "part1.bin", "part2.bin"]
+    assert content(out)["part0.bin"] == b"".join(map(piece, range(1, 8)))
+    entry = json.loads((out / "manifest.json").read_text())["files"]["part1.bin"]
+    assert entry["sha256"] == disk.sha256_file(out / "part1.bin")
+
+
+def test_a_killed_run_is_gone_on_with_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    finished({"a": tmp_path / "calm", "b": tmp_path / "calm2"})
+    finals = {"a": tmp_path / "x", "b": tmp_path / "y"}
+    starts = [killed(finals, until) for until in (6, 11, 12, 19)]
+    assert starts[0] == 0 and starts == sorted(starts) and starts[-1] > 8
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+    assert finished(finals) > starts[-1]
+    assert content(tmp_path / "x") == content(tmp_path / "y") == content(tmp_path / "calm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calm", "calm2", "x", "y"]
+
+
+def test_other_work_begins_anew(tmp_path: Path) -> None:
+    killed({"a": tmp_path / "x"}, 12)
+    assert killed({"a": tmp_path / "x"}, 12, {**WORK, "adapter": "b"}) == 0
+    assert killed({"a": tmp_path / "x"}, 15) == 0
+
+
+def test_a_product_of_several_is_gone_on_with_alone(tmp_path: Path) -> None:
+    killed({"a": tmp_path / "x", "b": tmp_path / "y"}, 12)
+    assert finished({"a": tmp_path / "x"}) > 4
+    assert killed({"a": tmp_path / "x", "b": tmp_path / "y"}, 12) == 0, "b alone has come so far"
+
+
+@pytest.mark.parametrize("damage", ["shorter", "other bytes", "no journal", "broken journal", "a folder is gone"])
+def test_what_is_damaged_begins_anew(tmp_path: Path, damage: str) -> None:
+    killed({"a": tmp_path / "x"}, 12)
+    root = tmp_path / ".x.part"
+    file = root / "files" / "part0.bin"
+    if damage == "shorter":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "other bytes":
+        file.write_bytes(b"!" + file.read_bytes()[1:])
+    elif damage == "no journal":
+        (root / "journal.json").unlink()
+    elif damage == "broken journal":
+        (root / "journal.json").write_text('{"identity": 3')
+    else:
+        file.unlink()
+    assert finished({"a": tmp_path / "x"}) == 0
+    assert disk.verify_folder(tmp_path / "x") is None
+
+
+def test_a_journal_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    killed({"a": tmp_path / "x"}, 12)
+    file = tmp_path / ".x.part" / "journal.json"
+    journal = json.loads(file.read_text())
+    journal["points"][-1]["files"] = {"../../thesis.tex": [0, disk.sha256_text()]}
+    file.write_text(json.dumps(journal))
+    assert finished({"a": tmp_path / "x"}) == 0
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), ExportError("worse than --max-kl", "…"), OSError(errno.EIO, "")])
+def test_an_error_leaves_nothing_and_the_old_product(tmp_path: Path, error: Exception) -> None:
+    finished({"a": tmp_path / "x"})
+    before = content(tmp_path / "x")
+    with pytest.raises(type(error)), Workshop.open({"a": tmp_path / "x"}, WORK, 0) as shop:
+        fill(shop, ("a",), items=9)
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and content(tmp_path / "x") == before
+
+
+@pytest.mark.parametrize("error", [StoppedBySignal("stopped", "", signal.SIGTERM), KeyboardInterrupt()])
+def test_a_signal_keeps_every_finished_item(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), Workshop.open({"a": tmp_path / "x"}, WORK, 0) as shop:
+        fill(shop, ("a",), items=13)
+        shop.append("a", "part1.bin", b"half an item")
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == [".x.part"]
+    assert finished({"a": tmp_path / "x"}) == 13
+    finished({"a": tmp_path / "calm"})
+    assert content(tmp_path / "x") == content(tmp_path / "calm")
+
+
+def test_a_signal_between_two_products_keeps_the_second(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Workshop.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop:
+        fill(shop, ("a", "b"))
+        shop.publish("a")
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".y.part", "x"]
+    assert finished({"b": tmp_path / "y"}) == 20
+
+
+def test_a_full_disk_is_said_in_two_lines_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = disk.HashedFile.append
+
+    def full(self: disk.HashedFile, data: bytes) -> None:
+        if self.size > 4000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, data)
+
+    monkeypatch.setattr(disk.HashedFile, "append", full)
+    with pytest.raises(ExportError, match="the disk is full") as caught:
+        finished({"a": tmp_path / "x", "b": tmp_path / "y"})
+    assert "--out" in caught.value.hint and caught.value.exit_code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_small_disk_is_seen_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
+    with pytest.raises(ExportError, match=r"needs 2.0 GiB, 0.0 GiB are free"):
+        Workshop.open({"a": tmp_path / "x"}, WORK, 2 << 30)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_already_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed({"a": tmp_path / "x"}, 12)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: module.SPARE_BYTES + 500)
+    with pytest.raises(ExportError):
+        Workshop.open({"a": tmp_path / "x"}, WORK, 1 << 20)
+    kept = sum(path.stat().st_size for path in (tmp_path / ".x.part" / "files").iterdir())
+    with Workshop.open({"a": tmp_path / "x"}, WORK, kept + 400) as shop:
+        assert shop.start > 4 and kept > 4000
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with Workshop.open({"b": tmp_path / "y", "a": tmp_path / "x"}, WORK, 0) as shop:
+        with pytest.raises(ExportError, match=rf"another process \({os.getpid()}\) is writing it"):
+            Workshop.open({"c": tmp_path / "z", "a": tmp_path / "x"}, WORK, 0)
+        assert not (tmp_path / ".z.part").exists()
+        fill(shop, ("a", "b"))
+        shop.publish("a")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"], "what was not published is removed"
+
+
+def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
+    root = tmp_path / ".x.part"
+    root.mkdir()
+    (root / "lock").write_text("1")
+    assert finished({"a": tmp_path / "x"}) == 0
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="cannot write there"):
+        Workshop.open({"a": tmp_path / "file" / "x"}, WORK, 0)
+
+
+def test_one_product_is_given_up_and_the_others_published(tmp_path: Path) -> None:
+    with Workshop.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop:
+        fill(shop, ("a", "b"))
+        shop.discard("a")
+        assert shop.publish("b") == sum(len(piece(item)) for item in range(1, 21)) + 2
+    assert [path.name for path in tmp_path.iterdir()] == ["y"]
+
+
+def test_arrays_of_any_shape_are_appended_as_their_bytes(tmp_path: Path) -> None:
+    with Workshop.open({"a": tmp_path / "x"}, WORK, 0) as shop:
+        shop.append("a", "f", np.arange(12, dtype=np.uint8).reshape(3, 4))
+        shop.append("a", "f", np.zeros((0, 4), np.uint8))
+        shop.append("a", "f", memoryview(b"ab"))
+        shop.publish("a")
+    assert (tmp_path / "x" / "f").read_bytes() == bytes(range(12)) + b"ab"
+
+
+def test_points_are_flushed_before_they_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    sync, write = disk.HashedFile.sync, disk.write_atomic
+    monkeypatch.setattr(disk.HashedFile, "sync", lambda self: (calls.append(self.path.name), sync(self))[1])
+    monkeypatch.setattr(disk, "write_atomic", lambda path, data: (calls.append(path.name), write(path, data))[1])
+    killed({"a": tmp_path / "x"}, 6)
+    assert calls == ["part0.bin", "journal.json"]

@@ -1,0 +1,314 @@
+"""Times exports of a random model of a given shape against `cp` of the same bytes, and samples their memory.
+
+    python tools/bench/export.py --folder DIR [--shape 8b|tiny] [--layers N] [--jobs hf-full,hf-nf4,q8_0,q4_k_m]
+
+The model (Llama 3.1 8B's shape: 16 GB) is made in DIR and removed at the end. Each job is a process of its own, begun
+with nothing of the model in the page cache, and its time counts from its start to its end, imports and flushing to the
+disk included. `cp` is timed before each job; beside it stands `cp` with a flush, since an export does not end before
+its bytes are on the disk. Peak anonymous memory (RssAnon) is sampled every 50 ms. Verification is off. The figures go
+to tools/bench/results/export-<shape>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = ROOT / "recipes" / "quickstart" / "base"
+SAMPLE_SECONDS = 0.05
+SHARD_BYTES = 5_000_000_000
+RANK = 16
+
+# Llama 3.1 8B (its config.json); tiny has all of its parts.
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    },
+}
+JOBS: dict[str, dict[str, Any]] = {
+    "hf-full": {"to": "hf", "merge_base": "full"},
+    "hf-nf4": {"to": "hf", "merge_base": "nf4"},
+    "q8_0": {"to": "gguf", "merge_base": "full", "quants": ["q8_0"]},
+    "q4_k_m": {"to": "gguf", "merge_base": "full", "quants": ["q4_k_m"]},
+    "q8_0+q4_k_m": {"to": "gguf", "merge_base": "full", "quants": ["q8_0", "q4_k_m"]},
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One job. `over_cp` and `over_cp_flushed` are against the median of all copies of the model's bytes."""
+
+    job: str
+    seconds: float
+    peak_anonymous_mib: float
+    written_bytes: int
+    over_cp: float = 0.0
+    over_cp_flushed: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the model lies meanwhile (twice its size)")
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--jobs", default="hf-full,hf-nf4,q8_0,q4_k_m", help=f"of {', '.join(JOBS)}")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.job:
+        run_job(chosen.folder, chosen.job)
+        return
+    shape = {**SHAPES[chosen.shape], **({"num_hidden_layers": chosen.layers} if chosen.layers else {})}
+    work = Path(chosen.folder).resolve() / "export-bench"
+    work.mkdir(parents=True)
+    try:
+        make_model(work / "base", shape)
+        make_adapter(work / "adapter", work / "base", shape)
+        report(measure(work, chosen.jobs.split(",")), chosen.shape, shape)
+    finally:
+        shutil.rmtree(work)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def tensor_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
+    small = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    layer = {
+        "input_layernorm": (hidden,),
+        "mlp.down_proj": (hidden, inner),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.k_proj": (small, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.v_proj": (small, hidden),
+    }
+    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    for number in range(shape["num_hidden_layers"]):
+        shapes |= {f"model.layers.{number}.{name}.weight": size for name, size in layer.items()}
+    return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+
+
+def make_model(folder: Path, shape: dict[str, Any]) -> None:
+    """Shards of a random block of bf16, repeated: written as fast as the disk takes it."""
+    import torch
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    block = (torch.randn(1 << 24, generator=generator) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, size in tensor_shapes(shape).items():
+        if sum(2 * torch.Size(other).numel() for other in groups[-1].values()) > SHARD_BYTES:
+            groups.append({})
+        groups[-1][name] = size
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weight_map |= dict.fromkeys(group, file)
+        write_shard(folder / file, group, block)
+    total = sum(2 * torch.Size(size).numel() for size in tensor_shapes(shape).values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    given = json.loads((TOKENIZER / "config.json").read_text())
+    config = {**given, **shape, "head_dim": shape["hidden_size"] // shape["num_attention_heads"]}
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(TOKENIZER / name, folder / name)
+
+
+def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], block: bytes) -> None:
+    import torch
+
+    header: dict[str, Any] = {}
+    end = 0
+    for name, size in shapes.items():
+        start, end = end, end + 2 * torch.Size(size).numel()
+        header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        while end:
+            end -= file.write(memoryview(block)[: min(end, len(block))])
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_adapter(folder: Path, base: Path, shape: dict[str, Any]) -> None:
+    """A random adapter of rank 16 on every linear layer, in PEFT's layout."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, size in tensor_shapes(shape).items():
+        if name.endswith("_proj.weight"):
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            for part, dims in (("lora_A", (RANK, size[1])), ("lora_B", (size[0], RANK))):
+                tensors[f"{module}.{part}.weight"] = (torch.randn(dims, generator=generator) * 0.02).bfloat16()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+# --- the jobs ---------------------------------------------------------------------------------------------------------
+
+
+def measure(work: Path, jobs: list[str]) -> list[Measured]:
+    """Each job after a copy, so that a disk that changes its pace meets both."""
+    out, done = work / "out", []
+    copies: list[tuple[float, float]] = []
+    for job in jobs:
+        copies.append(timed_copy(work))
+        forget(work)
+        command = [sys.executable, __file__, "--folder", str(work), "--job", job]
+        seconds, peak = watched(command)
+        written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        shutil.rmtree(out)
+        done.append(Measured(job, seconds, peak, written))
+        print(f"{job}: {seconds:.1f} s, cp {copies[-1][0]:.1f} s, flushed {copies[-1][1]:.1f} s", file=sys.stderr)
+    plain, flushed = (statistics.median(times) for times in zip(*copies, strict=True))
+    size = sum(path.stat().st_size for path in (work / "base").iterdir())
+    return [
+        Measured("cp", plain, 0.0, size, 1.0, plain / flushed),
+        Measured("cp, flushed", flushed, 0.0, size, flushed / plain, 1.0),
+        *(
+            Measured(m.job, m.seconds, m.peak_anonymous_mib, m.written_bytes, m.seconds / plain, m.seconds / flushed)
+            for m in done
+        ),
+    ]
+
+
+def run_job(work: Path, job: str) -> None:
+    """The export itself, in a process of its own."""
+    from qlora import api
+
+    options = api.export_options(verify=False)
+    api.merge_and_export(work / "adapter", out=work / "out", options=options, **JOBS[job])
+
+
+def timed_copy(work: Path) -> tuple[float, float]:
+    """Seconds of `cp` of the model, and with its bytes flushed to the disk."""
+    forget(work)
+    target = work / "copy"
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", "--reflink=never", str(work / "base"), str(target)], check=True)
+    plain = time.perf_counter() - began
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    flushed = time.perf_counter() - began
+    shutil.rmtree(target)
+    return plain, flushed
+
+
+def forget(folder: Path) -> None:
+    """Take a folder's files out of the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def watched(command: list[str]) -> tuple[float, float]:
+    """Seconds of a command, and its peak anonymous memory in MiB."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT)
+    peak_kib = 0
+    while process.poll() is None:
+        peak_kib = max(peak_kib, anonymous_kib(process.pid))
+        time.sleep(SAMPLE_SECONDS)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit {process.returncode}")
+    return seconds, peak_kib / 1024
+
+
+def anonymous_kib(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+
+
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
+def report(measured: list[Measured], name: str, shape: dict[str, Any]) -> None:
+    print(f"{'job':14} {'seconds':>9} {'x cp':>7} {'x cp flushed':>13} {'peak MiB':>9} {'GB written':>11}")
+    for m in measured:
+        line = f"{m.job:14} {m.seconds:9.1f} {m.over_cp:7.2f} {m.over_cp_flushed:13.2f} {m.peak_anonymous_mib:9.0f}"
+        print(f"{line} {m.written_bytes / 1e9:11.2f}")
+    result = {
+        "command": "python " + " ".join(["tools/bench/export.py", *without_folder(sys.argv[1:])]),
+        "commit": git_commit(),
+        "hardware": hardware(),
+        "versions": {package: installed(package) for package in ("torch", "transformers", "bitsandbytes", "numpy")},
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "shape": shape,
+        "jobs": [asdict(m) for m in measured],
+    }
+    file = Path(__file__).with_name("results") / f"export-{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def without_folder(words: list[str]) -> list[str]:
+    at = words.index("--folder") if "--folder" in words else len(words)
+    return [*words[:at], *words[at + 2 :], "--folder", "DIR"]
+
+
+def hardware() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    return {
+        "cpu": next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine()),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory.split()[1]) / 2**20, 1),
+    }
+
+
+def git_commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()
