@@ -43,7 +43,8 @@ def test_it_tries_the_longest_rows_an_update_and_an_evaluation(
         return real(parts, batch, *rest)
 
     def update(self: Any, learning_rate: float) -> None:
-        updates.append(learning_rate)
+        if not next(iter(self.masters.values())).is_meta:  # the planner's updates are simulated
+            updates.append(learning_rate)
         step(self, learning_rate)
 
     def try_longest(self: Any) -> None:

@@ -1,4 +1,4 @@
-"""Out of memory: the same rows again in smaller pieces, the same gradient, nothing kept, and an end that says what to do.
+"""Out of memory: the same rows again in smaller pieces, the same gradient, nothing kept, and remedies at the end.
 
 The error is injected, since a CPU has none of its own: it is torch's own class, raised inside the forward or backward
 pass of the run.
@@ -7,6 +7,7 @@ pass of the run.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def test_at_every_micro_step_the_gradient_is_that_of_the_small_micro_batch(
     base = fp32_base(tmp_path / "base")
     with monkeypatch.context() as patch:
         wanted = in_fp32(patch)
+        fail_at(patch)
         small = write_recipe(tmp_path / "small", base)
         train(small, *RUN, "train.micro_batch_size=1", 'quantization.type="none"')
     final = load_file(run_dir(small) / "checkpoints/step-000003/adapter.safetensors")
@@ -119,20 +121,20 @@ def test_the_new_size_is_kept_and_a_resumed_run_goes_on_with_it(
 
 def test_twenty_in_a_row_keep_nothing() -> None:
     guard = MemoryGuard(Fit(1 << 20, False), CPU, Recorder(), lambda fit: None)
-    held: list[int] = []
+    made: list[weakref.ref[torch.Tensor]] = []
 
     def work() -> str:
-        gc.collect()
-        held.append(sum(isinstance(one, torch.Tensor) for one in gc.get_objects()))
-        if len(held) <= 20:
+        assert [one for one in made if one() is not None] == []
+        if len(made) < 20:
             weight = torch.ones(64, 64, requires_grad=True)
             big = (weight @ torch.ones(64, 64)).relu()
+            made.append(weakref.ref(big))
             big.sum().backward()
             raise out_of_memory()
         return "done"
 
     assert guard.within(1, work) == "done"
-    assert guard.fit.micro_batch_size == 1 and held[-1] == held[0] and len(held) == 21
+    assert guard.fit.micro_batch_size == 1 and len(made) == 20
 
 
 def test_twenty_in_a_row_within_a_run_keep_no_tensor(
@@ -142,19 +144,19 @@ def test_twenty_in_a_row_within_a_run_keep_no_tensor(
     monkeypatch.setattr(Fit, "smaller", lambda self: self)
     fail_at(monkeypatch, *range(20))
     held: list[int] = []
-    real = loop.probe.free if hasattr(loop.probe, "free") else None
-    assert real is None
     from qlora.training import recovery
 
     def free(device: torch.device) -> None:
         gc.collect()
-        held.append(sum(one.nbytes for one in gc.get_objects() if isinstance(one, torch.Tensor)))
+        looked_at = len(held) in (0, 19)  # looking at every object of the process takes a second
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)] if looked_at else []
+        held.append(sum(one.nbytes for one in tensors))
 
     monkeypatch.setattr(recovery, "free", free)
     monkeypatch.setattr(recovery, "_told", lambda before, after: "again")
     recorder = train(write_recipe(tmp_path, llama), *RUN, "train.micro_batch_size=2")
     assert len(recorder.of("recovered")) == len(held) == 20
-    assert held[-1] == held[0]
+    assert held[-1] == held[0] > 0
     assert values(recorder, "step", "step") == [1, 2, 3]
 
 
