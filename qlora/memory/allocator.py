@@ -31,6 +31,7 @@ class Block:
     start: int
     nbytes: int
     small: bool
+    wanted: int = 0  # what was asked for: less than `nbytes` where too little was left to be split off
     free: bool = False
     before: Block | None = None
     after: Block | None = None
@@ -56,7 +57,7 @@ class CachingAllocator:
         left = block.nbytes - wanted
         if left >= MIN_BLOCK_BYTES if small else left > SMALL_BYTES:
             self._split(block, wanted)
-        block.free = False
+        block.free, block.wanted = False, wanted
         self.allocated += block.nbytes
         return block
 
@@ -89,7 +90,8 @@ class CachingAllocator:
         return block
 
     def _split(self, block: Block, wanted: int) -> None:
-        rest = Block(block.start + wanted, block.nbytes - wanted, block.small, True, block, block.after)
+        rest = Block(block.start + wanted, block.nbytes - wanted, block.small)
+        rest.free, rest.before, rest.after = True, block, block.after
         if block.after is not None:
             block.after.before = rest
         block.after, block.nbytes = rest, wanted

@@ -175,6 +175,7 @@ class _Rig:
         live, frame = self.live, self.frame
         live.packed = workload.packed
         live.peaks = {"load": live.peaks["load"]}
+        live.renew()
         live.begin("start")
         frame.stack.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
         with live, OnMeta(frame.target), frame.stack.computing(), self._marks():

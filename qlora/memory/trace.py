@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.memory.allocator import CachingAllocator, rounded
+from qlora.memory.allocator import Block, CachingAllocator, rounded
 
 aten = torch.ops.aten
 
@@ -71,6 +71,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Peak] = {}
         self._now = dict.fromkeys(CATEGORIES, 0)
         self._known: dict[int, weakref.ref[Any]] = {}
+        self._blocks: dict[int, Block] = {}
         self._region: str | None = None
         self._stretch = ""
         self._total = 0
@@ -95,6 +96,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def adopt(self, tensor: Tensor, category: str) -> None:
         """Count a tensor that was made before."""
         self._count(tensor, category)
+
+    def renew(self) -> None:
+        """Give the allocator no past: what is live is laid out anew, so that every run counts as the first one."""
+        self.allocator = CachingAllocator()
+        laid_out = {key: self.allocator.allocate(block.wanted) for key, block in self._blocks.items()}
+        self._blocks = {key: block for key, block in laid_out.items() if block is not None}
 
     @property
     def live(self) -> Mapping[str, int]:
@@ -141,9 +148,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def died(_: Any) -> None:
             del self._known[key]
             self._add(category, -taken)
-            self.allocator.release(block)
+            self.allocator.release(self._blocks.pop(key))
 
         self._known[key] = weakref.ref(storage, died)
+        self._blocks[key] = block
         self._add(category, taken)
         self._record()
 
