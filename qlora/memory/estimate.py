@@ -22,12 +22,16 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What is known of the rows: the longest micro-batch row, rows of a step, and the longest prompt to be answered."""
+    """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
+
+    Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
+    """
 
     longest: int
     batch_size: int | None
     prompt_tokens: int
     has_eval: bool
+    typical: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ formula (bytes grow by the same amount a row) only guesses where to look.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora.errors import DoesNotFit
@@ -70,7 +70,7 @@ class Planner:
             return None
         longest = min(self.facts.longest, recipe.data.max_length)
         prompt = min(self.facts.prompt_tokens, recipe.data.max_length)
-        return DataFacts(longest, self.facts.batch_size, prompt, self.facts.has_eval)
+        return replace(self.facts, longest=longest, prompt_tokens=prompt)
 
     def decide(self, recipe: Recipe) -> Plan:
         """The "auto" keys as the fastest values that fit; as the smallest ones where nothing does."""
@@ -144,7 +144,7 @@ class Planner:
         before = self.ask(recipe)
         enough: dict[str, Remedy] = {}  # by key: the mildest change of it that is enough
         alone: dict[str, Remedy] = {}  # by key: the change that saves most
-        for changes in _levers(recipe):
+        for changes in self._levers(recipe):
             (key,) = changes
             if key not in enough and len(enough) < most:
                 remedy = self._remedy(recipe, changes, before)
@@ -155,12 +155,15 @@ class Planner:
         if enough:
             return list(enough.values())
         together: dict[str, Any] = {}
-        for changes in _levers(recipe):
+        for changes in self._levers(recipe):
             together |= changes
             remedy = self._remedy(recipe, together, before)
             if remedy.estimate.fits:
                 return [remedy]
         return sorted(alone.values(), key=lambda remedy: -remedy.saved_bytes)[:most]
+
+    def _levers(self, recipe: Recipe) -> Iterator[Changes]:
+        return _levers(recipe, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0))
 
     def _remedy(self, recipe: Recipe, changes: Changes, before: Estimate) -> Remedy:
         estimate = self.ask(changed(recipe, changes))
@@ -230,7 +233,7 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
     return DoesNotFit(what, lead + "; ".join(str(remedy) for remedy in found))
 
 
-def _levers(recipe: Recipe) -> Iterator[Changes]:
+def _levers(recipe: Recipe, shortest: int) -> Iterator[Changes]:
     """Changes from the cheapest to the dearest; later ones of a kind go further than earlier ones."""
     train, length, rank = recipe.train, recipe.data.max_length, recipe.lora.r
     rows = train.micro_batch_size
@@ -243,7 +246,7 @@ def _levers(recipe: Recipe) -> Iterator[Changes]:
         yield {"train.optimizer": "paged_adamw_8bit"}
     if recipe.quantization.type == "none":
         yield {"quantization.type": "nf4"}
-    while length // 2 >= SHORTEST_LENGTH:
+    while length // 2 >= shortest:
         length //= 2
         yield {"data.max_length": length}
     while rank // 2 >= SMALLEST_RANK:

@@ -39,6 +39,7 @@ def facts_of(recipe: Recipe, data: PreparedData, chat: ChatTokenizer) -> DataFac
         batch_size=schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train),
         prompt_tokens=max((len(question.prompt_ids) for question in asked), default=0),
         has_eval=bool(data.eval.lengths),
+        typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
     )
 
 
