@@ -28,9 +28,9 @@ FRAGMENTATION_SHARE = 0.05
 HOST_FRAGMENTATION_SHARE = 0.10
 
 # Resident memory of a process that has imported torch (CPU build), transformers, peft and bitsandbytes and opened a
-# tokenizer: 401 MiB (python tools/bench/host.py); a run takes 150 MiB more by its first step, for rows, kernels and their
-# pools (the quickstart: 610 MiB at its peak, 60 of them tensors). The CUDA build maps its libraries and the driver's host
-# side on top: about 1.5 GiB in pytorch/pytorch#113326 and #12873, not measured by us.
+# tokenizer: 401 MiB (python tools/bench/host.py); a run takes 150 MiB more by its first step, for rows, kernels and
+# their pools (the quickstart: 610 MiB at its peak, 60 of them tensors). The CUDA build maps its libraries and the
+# driver's host side on top: about 1.5 GiB in pytorch/pytorch#113326 and #12873, not measured by us.
 LIBRARIES_BYTES = 550 * MIB
 CUDA_HOST_BYTES = 1536 * MIB
 
