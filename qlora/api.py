@@ -217,6 +217,8 @@ def question(
     if gpu is not None and vram is not None:
         problem = Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")
         raise RecipeError([problem])
+    if stack not in STACKS:
+        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(STACKS)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     folder = hub.resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
     text, _ = text_config(folder, recipe.model.base)

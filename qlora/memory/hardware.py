@@ -77,7 +77,6 @@ GPUS = (
 )
 # The card that stands for a size of memory where a recipe or `--vram` names a size only.
 CARD_OF_GIGABYTES = {6: "RTX 3060", 8: "RTX 3070", 12: "RTX 3060", 16: "RTX 4060 Ti", 24: "RTX 3090"}
-DEFAULT_CARD = "RTX 3060"
 # The part of a named size that is usable: the least of the table's cards without error correction (7.62 of 8).
 USABLE_SHARE = 0.9525
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.events import Notice, Sink
-from qlora.memory import calibration, hardware
+from qlora.memory import beyond, calibration, hardware
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.plan import Plan, Planner, choose
 from qlora.model.blueprint import text_config
@@ -46,9 +47,10 @@ def facts_of(recipe: Recipe, data: PreparedData, chat: ChatTokenizer) -> DataFac
 def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> Fit:
     """The settings of the run, with "auto" decided. Raises DoesNotFit, with remedies, when nothing fits the limit."""
     machine = hardware.this_machine(recipe.memory.limit)
-    if machine.device_type == "cpu" and recipe.memory.limit == "auto":
-        # What the system has left does not count what this process has taken already, and the estimate does.
-        machine = hardware.Machine("cpu", machine.limit_bytes + current_rss_bytes(), machine.source)
+    if recipe.memory.limit == "auto":
+        # What is left does not count what this process has taken already (its CUDA context too); the estimate does.
+        taken = current_rss_bytes() if machine.device_type == "cpu" else beyond.CUDA_CONTEXT_BYTES
+        machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
     text, _ = text_config(base.path, base.name)
     estimator = Estimator(text, base.name, machine)
     try:

@@ -167,12 +167,10 @@ class Training:
         """The longest micro-batch, an update and the longest evaluation batch, before anything is counted on."""
         if self.is_finished(state):
             return
-        rows = self.guard.fit.micro_batch_size
 
         def work() -> None:
-            packs = probe.longest(
-                self.order.epoch_packs(0), self.job.data.train.lengths, self.guard.fit.micro_batch_size
-            )
+            rows = self.guard.fit.micro_batch_size
+            packs = probe.longest(self.order.epoch_packs(0), self.job.data.train.lengths, rows)
             batch = self._collate(packs)
             # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
             self._gather_gradient(state, [batch] * min(2, math.ceil(self.batch_size / rows)), 1.0)
@@ -224,7 +222,7 @@ class Training:
         )
         if math.isfinite(loss_value) and math.isfinite(norm_value):
             self.optimizer.clip(norm, self.train.max_grad_norm)
-            self.optimizer.step(rate)
+            self.guard.or_end(lambda: self.optimizer.step(rate))
             skipped = 0
         else:
             skipped = self._skip(state, packs)

@@ -67,6 +67,12 @@ class MemoryGuard:
         """Like `within`, for the generation of answers, which has a batch of its own."""
         return self._until_it_fits(step, work, lambda: None, Fit.fewer_answers)
 
+    def or_end(self, work: Callable[[], None]) -> None:
+        """Work that cannot be done twice, such as an update: when memory runs out in it, the run ends."""
+        done, reason = attempt(work)
+        if done is None:
+            raise self._nothing_left(f"{reason} (in the update; the last checkpoint is whole)")
+
     def _until_it_fits(
         self, step: int, work: Callable[[], T], undo: Callable[[], None], smaller: Callable[[Fit], Fit | None]
     ) -> T:
@@ -84,7 +90,8 @@ class MemoryGuard:
             self.changed(fit)
 
     def _nothing_left(self, reason: str) -> DoesNotFit:
-        what = f"{reason}, with one row at a time and layers recomputed"
+        smallest = self.fit.smaller() is None
+        what = f"{reason}, with one row at a time and layers recomputed" if smallest else reason
         if self.fit.planner is None or self.fit.plan is None:
             return DoesNotFit(what, "lower data.max_length, then lora.r; or use a smaller base")
         from qlora.memory.plan import changed, does_not_fit

@@ -209,6 +209,20 @@ def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeyp
     assert values(again, "sample", "base") == values(straight, "sample", "base")
 
 
+def test_an_update_is_never_done_twice(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    step = loop.AdapterOptimizer.step
+
+    def update(self: Any, learning_rate: float) -> None:
+        if learning_rate > 0 and not next(iter(self.masters.values())).is_meta:
+            raise out_of_memory()
+        step(self, learning_rate)
+
+    monkeypatch.setattr(loop.AdapterOptimizer, "step", update)
+    with pytest.raises(DoesNotFit, match="in the update; the last checkpoint is whole"):
+        train(recipe, *RUN, "train.micro_batch_size=2")
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("x")]
 )
