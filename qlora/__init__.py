@@ -17,13 +17,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora.api import merge_and_export, train
+    from qlora.api import estimate_memory, merge_and_export, train
     from qlora.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "merge_and_export", "train"]
+__all__ = ["Recipe", "__version__", "estimate_memory", "merge_and_export", "train"]
 
-_HOMES = {"Recipe": "qlora.recipe", "merge_and_export": "qlora.api", "train": "qlora.api"}
+_HOMES = {
+    "Recipe": "qlora.recipe",
+    "estimate_memory": "qlora.api",
+    "merge_and_export": "qlora.api",
+    "train": "qlora.api",
+}
 
 
 def __getattr__(name: str) -> Any:

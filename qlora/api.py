@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qlora import disk, run_folder
 from qlora.errors import ExportError, Problem, RecipeError
 from qlora.events import Notice, Sink, Sinks
-from qlora.recipe import DataSection, ExportSection, Recipe, SourceSection
+from qlora.recipe import DataSection, ExportSection, Recipe, SourceSection, load_recipe, recipe_of_base
 from qlora.report.files import JsonLines
 
 if TYPE_CHECKING:
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
     from qlora.export.products import Exported, Options, Report, Rows, Source
+    from qlora.memory.estimate import Estimate
+    from qlora.memory.plan import Question
     from qlora.model.hub import BaseFolder
     from qlora.training.checkpoint import RunState
+    from qlora.training.recovery import Fit
     from qlora.training.stop import StopRequest
 
 Mode = Literal["new", "resume", "fresh"]
@@ -69,14 +72,23 @@ def train(
         held.release()
 
 
-def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> PreparedData:
-    """Validate recipe, base, tokenizer and every row, and stop before any weight is read."""
+@dataclass(frozen=True)
+class Checked:
+    """A recipe that is good: its rows as tokens, and the memory it will take (None where that cannot be told)."""
+
+    data: PreparedData
+    memory: Estimate | None
+
+
+def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
+    """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
     loaded, _ = _named(recipe, "check")
     say = sink or Sinks()
     base = preflight(loaded, say)
     chat, data = _prepare(loaded, base, say)
     _foresee_gguf(loaded.export, base, chat, say)
-    return data
+    fit = _fit(loaded, base, chat, data, say)
+    return Checked(data, None if fit.plan is None else fit.plan.estimate)
 
 
 def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
@@ -171,6 +183,54 @@ def _rows_of(adapter_dir: Path, source: Source, sink: Sink) -> Rows | None:
     return Rows(data, recipe.data, chat)
 
 
+def estimate_memory(
+    recipe: Recipe | str | Path,
+    *,
+    gpu: str | None = None,
+    vram: str | None = None,
+    stack: str = "qlora",
+    sink: Sink | None = None,
+) -> Estimate:
+    """The predicted peak of a recipe (a file, or a hub name or folder alone) on a card, a size, or this machine.
+
+    Needs no data and no weights: `config.json` is enough. Raises the errors of `qlora.errors`.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else recipe_or_model(str(recipe))
+    return question(loaded, gpu=gpu, vram=vram, stack=stack, sink=sink).estimate()
+
+
+def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
+    path = Path(what).expanduser()
+    if path.suffix == ".toml":
+        return load_recipe(path, overrides)
+    if path.name == "config.json" and path.is_file():
+        path = path.parent
+    return recipe_of_base(str(path) if path.is_dir() else what, overrides)
+
+
+def question(
+    recipe: Recipe, *, gpu: str | None = None, vram: str | None = None, stack: str = "qlora", sink: Sink | None = None
+) -> Question:
+    """What is asked about a recipe's memory, ready to be answered several times."""
+    from qlora.memory import hardware
+    from qlora.memory.estimate import Estimator
+    from qlora.memory.plan import Question
+    from qlora.memory.stack import STACKS
+    from qlora.model import hub
+    from qlora.model.blueprint import text_config
+
+    if gpu is not None and vram is not None:
+        problem = Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")
+        raise RecipeError([problem])
+    if stack not in STACKS:
+        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(STACKS)}")])
+    machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
+    config = hub.resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
+    text, _ = text_config(config, recipe.model.base)
+    return Question(recipe, Estimator(text, recipe.model.base, machine, STACKS[stack]))
+
+
 def pick_device() -> torch.device:
     """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
     import torch
@@ -217,11 +277,12 @@ def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
         say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))
         chat, data = _prepare(recipe, base, say)
         _foresee_gguf(recipe.export, base, chat, say)
+        fit = _fit(recipe, base, chat, data, say)
         with fast_products(pick_device()):
             model = _model(recipe, base, data, chat, say)
             device = next(model.parameters()).device
             pad_id = chat.pad_id
-            job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest())
+            job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest(), fit)
             state = loop.run(job, resume_from)
             del model, job
         exported = _export(run_dir, recipe.export, say)
@@ -276,6 +337,13 @@ def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenize
     return chat, data
 
 
+def _fit(recipe: Recipe, base: BaseFolder, chat: ChatTokenizer, data: PreparedData, sink: Sink) -> Fit:
+    """What the run may take, decided before a weight is read. Raises DoesNotFit."""
+    from qlora.training import fit
+
+    return fit.plan_run(recipe, base, fit.facts_of(recipe, data, chat), sink)
+
+
 def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, sink: Sink) -> Any:
     """The quantized base with fresh adapters."""
     from qlora.data.loader import TrainOrder, collate
@@ -285,7 +353,8 @@ def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatToken
     model = load.load_base(base, recipe.quantization, recipe.model.attention, device, sink)
     batches = None
     if recipe.lora.init == "eva":
-        order = TrainOrder(data.train, recipe.data, recipe.train.seed, recipe.train.micro_batch_size)
+        rows = recipe.train.micro_batch_size
+        order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1 if rows == "auto" else rows)
         count = min(EVA_BATCHES, order.steps(1.0))
         batches = [
             collate(data.train, order.packs_of_step(step), chat.pad_id, recipe.data.max_length).to(device)

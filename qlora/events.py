@@ -58,6 +58,7 @@ class Plan(Event):
     gradient_checkpointing: bool
     max_length: int
     arithmetic: str
+    memory: Mapping[str, Any] | None = None  # predicted peak, limit, parts and settings; None where not estimated
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class End(Event):
     peak_bytes: int
     adapter: str | None
     adapter_step: int | None
+    memory: Mapping[str, Mapping[str, int]] | None = None  # part: predicted and measured bytes
 
 
 def redacted(event: Event) -> Event:

@@ -7,6 +7,7 @@ Every problem of a recipe is found before any is reported, each with its line (s
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,9 @@ class TrainSection(Section):
     batch_size: Positive | Literal["auto"] = Field(
         "auto", description="Rows (packs when packing) per optimizer step; auto: up to 16, leaving at least 100 steps"
     )
-    micro_batch_size: Positive = Field(1, description="Rows per forward pass")
+    micro_batch_size: Positive | Literal["auto"] = Field(
+        1, description="Rows per forward pass; auto: the fastest that fits in memory.limit"
+    )
     learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course after the warm-up")
     warmup_ratio: Share = Field(0.03, description="Share of the steps that ramp the rate up from 0")
@@ -113,7 +116,9 @@ class TrainSection(Section):
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of the adapters")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 is off")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass to save memory")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        True, description="Recompute activations in the backward pass to save memory; auto: only when it must be"
+    )
     neftune_alpha: float = Field(0.0, ge=0, description="Noise on the embeddings while training (5 is usual); 0 is off")
     seed: int = Field(42, ge=0, lt=1 << 32, description="Decides order, split, initial adapters and dropout")
 
@@ -124,6 +129,19 @@ class TrainSection(Section):
         if self.epochs is None and self.max_steps is None:
             object.__setattr__(self, "epochs", 3.0)  # frozen for callers, not while it is made
         return self
+
+
+class MemorySection(Section):
+    """How much memory a run may take."""
+
+    limit: str = Field("auto", description="auto: what the GPU has free (without one: available RAM); or a size: 6GiB")
+
+    @field_validator("limit")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        if value != "auto" and parse_bytes(value) is None:
+            raise ValueError('a size such as "6GiB" or "7.5 GiB", or "auto"')
+        return value
 
 
 class CheckpointSection(Section):
@@ -190,6 +208,7 @@ class Recipe(Section):
     lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    memory: MemorySection = MemorySection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     report: ReportSection = ReportSection()
@@ -206,7 +225,7 @@ class Recipe(Section):
 
 
 # Sections that cannot change what is learned: a resumed run may differ in them.
-FREE_SECTIONS = ("report", "output", "checkpoint", "export")
+FREE_SECTIONS = ("report", "output", "checkpoint", "export", "memory")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -216,7 +235,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError([toml_problem(path, text, error)]) from None
-    index = LineIndex(path, text)
+    return _absolute(_checked(raw, overrides, LineIndex(path, text)), path.parent.resolve())
+
+
+def recipe_of_base(base: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that names a base (hub name, or a folder relative to the current one) and nothing else."""
+    raw = {"model": {"base": base}}
+    return _absolute(_checked(raw, overrides, LineIndex(Path(base), "")), Path.cwd())
+
+
+def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) -> Recipe:
+    """The recipe of parsed TOML. Raises RecipeError with every problem."""
     problems = [problem for item in overrides if (problem := apply_override(raw, item, index))]
     recipe: Recipe | None = None
     try:
@@ -227,7 +256,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         problems += _cross_checks(recipe, index)
     if problems or recipe is None:
         raise RecipeError(problems)
-    return _absolute(recipe, path.parent.resolve())
+    return recipe
 
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:
@@ -239,6 +268,15 @@ def recipe_toml(recipe: Recipe, header: str = "") -> str:
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors; `recipes/recipe.schema.json` is this."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def parse_bytes(text: str) -> int | None:
+    """ "6GiB", "7.5 GiB", "8GB", "900MiB" as bytes; None for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    if match is None:
+        return None
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def differing_keys(ours: Recipe, theirs: Recipe) -> list[str]:
@@ -335,7 +373,7 @@ def _cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
     """What no single key can tell. Reported together with nothing else, since all keys are right by themselves."""
     problems = []
     batch, micro = recipe.train.batch_size, recipe.train.micro_batch_size
-    if isinstance(batch, int) and batch < micro:
+    if isinstance(batch, int) and isinstance(micro, int) and batch < micro:
         problems.append(
             Problem(
                 index.where(("train", "micro_batch_size")),

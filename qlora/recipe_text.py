@@ -72,6 +72,8 @@ FOREIGN_NAMES = {
     "use_gradient_checkpointing": "train.gradient_checkpointing",
     "neftune_noise_alpha": "train.neftune_alpha",
     "noisy_embedding_alpha": "train.neftune_alpha",
+    "auto_find_batch_size": 'train.micro_batch_size = "auto"',
+    "max_memory": "memory.limit",
     "random_state": "train.seed",
     "save_steps": "checkpoint.every_steps",
     "save_total_limit": "checkpoint.keep",

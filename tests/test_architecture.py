@@ -21,6 +21,7 @@ FLOORS = {
     "verify_resume": 6.5,
     "export": 6,
     "training": 5,
+    "memory": 4,
     "model": 3,
     "data": 3,
     "step": 3,
@@ -39,7 +40,7 @@ FLOORS = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    "cli": ["common", "train", "export"],
+    "cli": ["common", "train", "export", "estimate"],
     "export": [
         *("adapter", "parts", "merge", "workshop", "versions", "hf", "gguf", "imatrix", "ollama", "products"),
         *("runtime_child", "runtime", "streamed", "fidelity", "verify_child", "verify"),
@@ -50,9 +51,10 @@ LINES = {
         *("ggml", "encode", "mix", "plan", "write", "lora"),
     ],
     "training": [
-        *("stop", "memory_use", "schedule", "checkpoint", "saving", "deliver"),
-        *("evaluate", "selfcheck", "health", "loop"),
+        *("stop", "memory_use", "schedule", "checkpoint", "saving", "deliver", "evaluate", "selfcheck"),
+        *("health", "recovery", "probe", "fit", "loop"),
     ],
+    "memory": ["allocator", "trace", "stack", "simulate", "hardware", "beyond", "calibration", "estimate", "plan"],
     "model": [
         *("cpu_products", "tokenizer", "config", "tensors", "hub", "nf4"),
         *("attention", "blueprint", "load", "adapters", "generate"),
@@ -62,7 +64,7 @@ LINES = {
         *("packing", "store", "prepare", "loader"),
     ],
     "step": ["loss", "forward", "optimizer"],
-    "report": ["files", "console"],
+    "report": ["files", "memory", "console"],
 }
 
 
@@ -111,7 +113,7 @@ def test_every_module_has_a_place_on_its_line() -> None:
         assert name in (LINES[".".join(rooms)] if rooms else FLOORS), path
 
 
-@pytest.mark.parametrize("command", ["train", "export"])
+@pytest.mark.parametrize("command", ["train", "export", "estimate"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\n"

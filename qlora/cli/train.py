@@ -11,7 +11,7 @@ import typer
 from qlora.cli import common
 
 if TYPE_CHECKING:
-    from qlora.data.prepare import PreparedData
+    from qlora.api import Checked
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -96,10 +96,14 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
         api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
 
 
-def _report(data: PreparedData) -> None:
+def _report(checked: Checked) -> None:
+    data, memory = checked.data, checked.memory
     for split, name in ((data.train, "train on"), (data.eval, "evaluate")):
         total, trained = sum(split.lengths), sum(split.trained)
         print(f"{len(split.lengths):,} rows to {name}: {total:,} tokens, {trained:,} trained")
+    if memory is not None:
+        gib = 2**30
+        print(f"memory: {memory.peak_bytes / gib:.2f} GiB at its peak, the limit is {memory.limit_bytes / gib:.2f} GiB")
     print("recipe, base, tokenizer and rows are good")
 
 

@@ -13,23 +13,29 @@ hold for that, and the model's caller sees to them:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 NAME = "qlora_sdpa"
 
 
-def register() -> str:
-    """Makes the function known to transformers (as often as one likes) and returns its name."""
+def register(target: str | None = None) -> str:
+    """Makes the function known to transformers (as often as one likes) and returns its name.
+
+    `target` ("cuda" or "cpu") is for meta tensors: attention then is the operation that this device would run.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
+    name = NAME if target is None else f"{NAME}_for_{target}"
+    AttentionInterface.register(name, attention if target is None else partial(attention, target=target))
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
 
 
 def attention(
@@ -38,16 +44,33 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    target: str | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention of query (B, heads, S, D) on key and value (B, kv heads, S, D); returns (B, S, heads, D).
 
     `settings` are what transformers' layers pass: dropout, scaling, is_causal, position_bias and others.
     """
+    if query.is_meta and target is not None:
+        with OnMeta(target):
+            return _attention(module, query, key, value, attention_mask, device_type=target, settings=settings)
+    return _attention(module, query, key, value, attention_mask, device_type=query.device.type, settings=settings)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    device_type: str,
+    settings: dict[str, Any],
+) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1 and attention_mask is not None and _shares_keys(query, settings):
+    if groups > 1 and attention_mask is not None and _shares_keys(query, device_type, settings):
         # transformers repeats keys and values for each query head as soon as there is a mask: CUDA's fused kernels
         # take masks or shared keys, not both. The CPU's takes both (forward and backward 1.7 times as fast, S = 1024).
         output = scaled_dot_product_attention(
@@ -64,7 +87,64 @@ def attention(
     return output, None
 
 
-def _shares_keys(query: Tensor, settings: dict[str, Any]) -> bool:
+def _shares_keys(query: Tensor, device_type: str, settings: dict[str, Any]) -> bool:
     """Whether one kernel takes this query with a mask and shared keys, and nothing else is asked of it."""
     plain = settings.get("position_bias") is None and settings.get("softcap") is None and settings.get("cache") is None
-    return plain and query.device.type == "cpu" and query.shape[2] > 1 and query.dtype != torch.float16
+    return plain and device_type == "cpu" and query.shape[2] > 1 and query.dtype != torch.float16
+
+
+# --- attention of meta tensors, for the estimator --------------------------------------------------------------------
+
+
+class OnMeta(TorchFunctionMode):
+    """While it is entered, attention of meta tensors is the operation that `target` would choose.
+
+    By itself torch computes it on meta by matrix products, whose S × S scores no fused kernel ever holds.
+    """
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention and args[0].is_meta:
+            return _fused(self.target, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _fused(
+    target: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` of meta tensors as aten/src/ATen/native/transformers/attention.cpp chooses it.
+
+    A boolean mask becomes one of the query's type first. CUDA's flash kernel takes no mask: with one, it is the
+    memory-efficient kernel, whose mask is padded to rows of 16.
+    """
+    aten = torch.ops.aten
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        no = torch.scalar_tensor(float("-inf"), dtype=query.dtype, device=query.device)
+        attn_mask = torch.where(attn_mask, 0.0, no)
+    if target == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(  # type: ignore[no-any-return]
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+    if over := attn_mask.shape[-1] % 16:
+        attn_mask = torch.nn.functional.pad(attn_mask, (0, 16 - over))[..., : attn_mask.shape[-1]]
+    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    needs_gradient = torch.is_grad_enabled() and query.requires_grad
+    return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+        query, key, value, attn_mask.expand(shape), needs_gradient, dropout_p, is_causal, scale=scale
+    )[0]

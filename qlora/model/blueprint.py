@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,29 +59,54 @@ def draw(base: BaseFolder, attention: str = "auto") -> Blueprint:
     Raises ModelError when transformers cannot build the model, when a parameter has no tensor of its shape, or when the
     weights are of a kind that 4-bit layers cannot hold.
     """
+    text, multimodal = text_config(base.config, base.name, head_stored=_head_is_stored(base))
+    chosen = choose_attention(text, attention, base.name)
+    model = sketch(text, chosen, base.name)
+    _untie_if_stored_apart(base, text, model)
+    check_layers(model, base.name)
+    sources, skipped = _match(base, model, multimodal)
+    return Blueprint(model, sources, skipped, chosen)
+
+
+def text_config(said: Mapping[str, Any], name: str, head_stored: bool = False) -> tuple[Any, bool]:
+    """transformers' configuration of the causal (text) model that a config.json tells of, and whether that is a part of
+    a larger one. Raises ModelError when transformers cannot read it.
+    """
+    with _told_as_model_errors(name):
+        config = open_config(said)
+        text = config.get_text_config(decoder=True)
+        if config.tie_word_embeddings and not head_stored:
+            text.tie_word_embeddings = True
+        return text, text is not config
+
+
+def _head_is_stored(base: BaseFolder) -> bool:
+    return "lm_head.weight" in {*base.tensors, *_text_names(base.tensors, multimodal=True)}
+
+
+def sketch(text: Any, attention: str, name: str) -> Any:
+    """The causal model of a configuration: parameters on `meta`, buffers real. `attention` by `choose_attention`."""
     from accelerate import init_empty_weights
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
+    with _told_as_model_errors(name), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            text, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
+        )
+    _compute_buffers(model)
+    return model
+
+
+@contextmanager
+def _told_as_model_errors(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
-        config = open_config(base.config)
-        text = config.get_text_config(decoder=True)
-        if config.tie_word_embeddings and "lm_head.weight" not in _text_names(base.tensors, text is not config):
-            text.tie_word_embeddings = True
-        chosen = _choose_attention(text, attention, base.name)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                text, dtype=torch.bfloat16, attn_implementation=chosen, trust_remote_code=False
-            )
+        yield
     except (*_WRONG_CONFIG, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"{base.name}: transformers cannot build this model ({reason})"
+        what = f"{name}: transformers cannot build this model ({reason})"
         raise ModelError(what, "check config.json, or use another copy or another model") from error
-    _compute_buffers(model)
-    _untie_if_stored_apart(base, text, model)
-    _check_layers(model, base.name)
-    sources, skipped = _match(base, model, text is not config)
-    return Blueprint(model, sources, skipped, chosen)
 
 
 def parameter_sources(base: BaseFolder) -> Mapping[str, str]:
@@ -119,11 +145,14 @@ def _is_plain(module: nn.Linear) -> bool:
     return any(kind.__name__ in (*PLAIN_LINEARS, "Linear4bit") for kind in type(module).__mro__[:1])
 
 
-def _choose_attention(text: Any, wanted: str, name: str) -> str:
-    """The attention function's name; eager where sdpa cannot compute what the model needs."""
+def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:
+    """The attention function's name; eager where sdpa cannot compute what the model needs.
+
+    `target` is the device that a model on `meta` stands for (see `attention.register`).
+    """
     from transformers import AutoModelForCausalLM
 
-    ours = our_attention.register()
+    ours = our_attention.register(target)
     model_class = AutoModelForCausalLM._model_mapping[type(text)]
     lack = None
     if getattr(text, "attn_logit_softcapping", None) is not None:
@@ -227,7 +256,7 @@ def _untie_if_stored_apart(base: BaseFolder, text: Any, model: Any) -> None:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _check_layers(model: Any, name: str) -> None:
+def check_layers(model: Any, name: str) -> None:
     """Refuses models whose weights lie where 4-bit layers and adapters do not reach."""
     from transformers.pytorch_utils import Conv1D
 

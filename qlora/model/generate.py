@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ANSWERS_AT_ONCE = 16
+
 
 def greedy(
     model: Any,
@@ -22,7 +24,7 @@ def greedy(
     end_token_ids: Collection[int],
     max_new_tokens: int,
     pad_id: int,
-    batch_size: int = 16,
+    batch_size: int = ANSWERS_AT_ONCE,
     check_stop: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, up to (and without) the first of `end_token_ids`.

@@ -103,6 +103,35 @@ def resolve(base: str, revision: str, sink: Sink) -> BaseFolder:
     return _check_folder(folder, base, commit, sink)
 
 
+def resolve_config(base: str, revision: str, sink: Sink) -> dict[str, Any]:
+    """The checked `config.json` of `base`: nothing else of it is needed, downloaded or opened.
+
+    Raises ModelError for whatever keeps a model of that configuration from being trained.
+    """
+    place = Path(base).expanduser()
+    if place.is_absolute():
+        folder = place
+    elif _HUB_NAME.fullmatch(base) and ".." not in base:
+        repository = _Repository(base, revision, "model", ("config.json",))
+        found = _look_up(repository)
+        if isinstance(found, str):
+            folder, _ = _cached(repository, found, sink)
+        else:
+            folder = _first_file(repository, found[0], _fetcher(repository, found[0]), "config.json")
+    else:
+        what = f"model.base: {base!r} is neither a folder nor a hub name (owner/name)"
+        raise ModelError(what, "give the folder's path, or a name as it stands on huggingface.co")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{base}: there is no config.json in it", "name a folder or hub model that has one")
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise ModelError(f"{file}: {file.stat().st_size:,} bytes", "get a clean copy of the model")
+    config = load_json(file)
+    check_config(config, base)
+    check_model_type(config, base)
+    return config
+
+
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Raises ModelError when a model with this configuration cannot be trained here, and says why."""
     for key, value in _walk(config):

@@ -8,8 +8,10 @@ an 8B model and changes no result that we could measure.)
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +44,7 @@ _WRONG_TOKENIZER = (
     *(AssertionError, MemoryError),
 )
 
-__all__ = ["load_base", "load_tokenizer", "parameter_sources", "quantized_modules", "stored_4bit"]
+__all__ = ["load_base", "load_nothing", "load_tokenizer", "parameter_sources", "quantized_modules", "stored_4bit"]
 
 
 def load_tokenizer(base: BaseFolder) -> PreTrainedTokenizerBase:
@@ -102,6 +104,53 @@ def load_base(
     return model.eval()  # type: ignore[no-any-return]
 
 
+def load_nothing(model: Any, quantization: QuantizationSection) -> None:
+    """Gives a model on `meta` the final form that `load_base` gives it, without a byte of weights: for the estimator.
+
+    The same functions quantize, so that a dispatch mode sees the same storages as loading makes.
+    """
+    meta = torch.device("meta")
+    # bitsandbytes keeps its 8-bit code table from the first quantization on, on that one's device: never on meta.
+    functional = import_bitsandbytes().functional
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    if quantization.type != "none":
+        kind = _params_on_meta()
+        for name, linear in list(linear_layers(model)):
+            layer = _swap_linear(model, name, linear, quantization)
+            width = linear.in_features
+            read = partial(_meta_rows, width=width)
+            shape = (linear.out_features, width)
+            quantized = quantize_rows(read, shape, quantization.type, quantization.double_quant, meta)
+            _set_4bit(layer, quantized, kind)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(meta) if buffer is not None else None
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit = any(_is_4bit(module) for module in model.modules())
+
+
+def _params_on_meta() -> Any:
+    """bitsandbytes' parameter, which DoRA copies when it starts: its own copy begins on the CPU and cannot go to meta.
+
+    peft knows the class by its name.
+    """
+    params = import_bitsandbytes().nn.Params4bit
+
+    class Params4bit(params):  # type: ignore[misc, valid-type]
+        def __deepcopy__(self, memo: Any) -> Any:
+            kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+            settings = {name: getattr(self, name) for name in kept}
+            twin = type(self)(self.data.clone(), requires_grad=False, bnb_quantized=True, **settings)
+            twin.quant_state = copy.deepcopy(self.quant_state, memo)
+            return twin
+
+    return Params4bit
+
+
+def _meta_rows(start: int, end: int, width: int) -> Tensor:
+    return torch.empty(end - start, width, dtype=torch.bfloat16, device="meta")
+
+
 def stored_4bit(base: BaseFolder, tensor: str, device: torch.device) -> Quantized:
     """The checkpoint's 4-bit weight `tensor` with its stored statistics, just as bitsandbytes wrote it."""
     bnb = import_bitsandbytes()
@@ -142,23 +191,28 @@ def _check_state(state: Any, data: Tensor) -> None:
 
 def _swap_linears(blueprint: Blueprint, base: BaseFolder, quantization: QuantizationSection) -> None:
     """Puts a 4-bit layer, still without weights, in the place of every linear layer but the head."""
-    bnb = import_bitsandbytes()
     for name, linear in list(linear_layers(blueprint.model)):
         if base.stored_4bit and not is_stored_4bit(base, blueprint.sources[f"{name}.weight"]):
             continue  # whoever stored it left this layer in 16 bit on purpose
-        layer = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=torch.bfloat16,
-            compress_statistics=quantization.double_quant,
-            quant_type=quantization.type,
-            device="meta",
-        )
-        # On CPUs with AVX512-BF16 the layer's first evaluation forward would rewrite its weight in place into another
-        # packing, and training, dequantizing and merging afterwards would read garbage.
-        layer.support_avx512bf16_for_cpu = False
-        blueprint.model.set_submodule(name, layer)
+        _swap_linear(blueprint.model, name, linear, quantization)
+
+
+def _swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:
+    bnb = import_bitsandbytes()
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.type,
+        device="meta",
+    )
+    # On CPUs with AVX512-BF16 the layer's first evaluation forward would rewrite its weight in place into another
+    # packing, and training, dequantizing and merging afterwards would read garbage.
+    layer.support_avx512bf16_for_cpu = False
+    model.set_submodule(name, layer)
+    return layer
 
 
 def _stream(blueprint: Blueprint, base: BaseFolder, device: torch.device, sink: Sink) -> None:
@@ -206,10 +260,9 @@ def _of_shape(base: BaseFolder, source: str, stored: Quantized, shape: tuple[int
     return stored
 
 
-def _set_4bit(layer: Any, quantized: Quantized) -> None:
-    """Gives a 4-bit layer its weight, in the form that bitsandbytes gives it itself."""
-    bnb = import_bitsandbytes()
-    layer.weight = bnb.nn.Params4bit(
+def _set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
+    """Gives a 4-bit layer its weight, as bitsandbytes does it itself (as a parameter of class `kind`)."""
+    layer.weight = (kind or import_bitsandbytes().nn.Params4bit)(
         quantized.data,
         requires_grad=False,
         quant_state=quantized.state,

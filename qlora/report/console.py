@@ -301,6 +301,11 @@ def plan_table(plan: Plan) -> Table:
         "trained",
         f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({part:.2%}){recompute}",
     )
+    if plan.memory is not None:
+        peak, limit = plan.memory["peak_bytes"], plan.memory["limit_bytes"]
+        chosen = ", ".join(f"{key} = {value}" for key, value in plan.memory["changes"].items())
+        why = f"; chosen to fit: {chosen}" if chosen else ""
+        table.add_row("memory", f"{human_bytes(peak)} predicted at the peak, {human_bytes(limit)} allowed{why}")
     return table
 
 
@@ -351,10 +356,23 @@ def end_panel(end: End, losses: list[float]) -> Panel:
     if end.exact_match_after is not None and end.exact_match_before is not None:
         grid.add_row("exact match", f"{end.exact_match_before:.1%} before, {end.exact_match_after:.1%} after")
     grid.add_row("tokens", f"{end.tokens:,} read, {end.trained_tokens:,} trained")
-    grid.add_row("peak memory", human_bytes(end.peak_bytes))
+    grid.add_row("peak memory", peak_line(end))
     if end.adapter is not None:
         grid.add_row("adapter", Text(f"{end.adapter} (step {end.adapter_step})"))
     return Panel(grid, box=box.ROUNDED, expand=False, border_style="green" if end.reason != "stopped" else "yellow")
+
+
+def peak_line(end: End) -> str:
+    """The measured peak, and beside it what was predicted, with the parts that can be measured by themselves."""
+    if end.memory is None:
+        return human_bytes(end.peak_bytes)
+    pairs = [
+        f"{part} {human_bytes(pair['measured'])} ({human_bytes(pair['predicted'])})"
+        for part, pair in end.memory.items()
+        if part != "peak"
+    ]
+    predicted = end.memory["peak"]["predicted"]
+    return f"{human_bytes(end.peak_bytes)} (predicted {human_bytes(predicted)}); {' · '.join(pairs)}"
 
 
 def _clip(text: str, longest: int = 300) -> str:

@@ -26,9 +26,12 @@ LION_BETAS = (0.9, 0.99)  # Lion (Chen et al. 2023, section 3.2)
 class AdapterOptimizer:
     """Owns the masters of named parameters and the optimizer over them."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], name: str, weight_decay: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], name: str, weight_decay: float, masters: bool = True
+    ) -> None:
+        """`masters=False` updates the parameters themselves, whatever their dtype: for comparison in the estimator."""
         self.parameters = dict(parameters)
-        self.masters = {key: _master_of(parameter) for key, parameter in self.parameters.items()}
+        self.masters = {key: _master_of(parameter) if masters else parameter for key, parameter in parameters.items()}
         on_gpu = any(parameter.is_cuda for parameter in self.parameters.values())
         self.paged = name.startswith("paged_") and on_gpu
         self.inner = _make(name, list(self.masters.values()), weight_decay, self.paged)
@@ -98,6 +101,12 @@ class AdapterOptimizer:
             parameter.grad = None
             self.masters[key].grad = None
         self._norms = None
+
+    def detach(self) -> None:
+        """Leave the parameters alone from now on: their gradients are no longer gathered here."""
+        for hook in self._hooks:
+            hook.remove()
+        self.zero_gradients()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next update depends on: tensors by name, on the host, and the update counters.

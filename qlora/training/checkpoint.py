@@ -54,6 +54,8 @@ class RunState:
     exact_match_before: float | None = None
     exact_match_after: float | None = None
     stopped_early: bool = False
+    micro_batch_size: int | None = None  # what fitted: a resumed run goes on with it
+    gradient_checkpointing: bool | None = None
 
 
 @dataclass(frozen=True)

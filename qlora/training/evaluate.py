@@ -64,7 +64,14 @@ class Evaluator:
     device: torch.device
     sink: Sink
     micro_batch_size: int
+    answers_at_once: int = generate.ANSWERS_AT_ONCE
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
+
+    def try_longest(self) -> None:
+        """One micro-batch of the longest rows, for what it takes in memory."""
+        packs = eval_packs(self.split, self.data)[: self.micro_batch_size]
+        with evaluating(self.model):
+            batch_loss(self.parts, collate(self.split, packs, self.pad_id, self.data.max_length).to(self.device))
 
     def loss(self) -> float:
         """Mean loss in nats per trained token over all evaluation rows."""
@@ -83,16 +90,7 @@ class Evaluator:
 
     def questions(self, limit: int) -> list[Question]:
         """The first `limit` evaluation rows that have a question and an answer."""
-        found: list[Question] = []
-        for index in range(len(self.split.lengths)):
-            if len(found) == limit:
-                break
-            if (prompt := self.split.prompt(index)) is not None:
-                messages, tools, expected = prompt
-                ids = self.chat.prompt_ids(messages, tools)
-                asked = next((m["content"] for m in reversed(messages) if m.get("role") == "user"), "")
-                found.append(Question(ids, str(asked or ""), expected))
-        return found
+        return questions_of(self.split, self.chat, limit)
 
     def answers(self, questions: Sequence[Question], untuned: bool = False, limit: int | None = None) -> list[str]:
         """Greedy answers as text, of the tuned model or of the base under it."""
@@ -106,6 +104,7 @@ class Evaluator:
                 self.chat.end_token_ids,
                 min(count, limit) if limit else count,
                 self.pad_id,
+                batch_size=self.answers_at_once,
                 check_stop=self.check_stop,
             )
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in produced]
@@ -114,6 +113,20 @@ class Evaluator:
         """Share of questions answered exactly."""
         answers = self.answers(questions)
         return sum(same_answer(a, q.expected) for a, q in zip(answers, questions, strict=True)) / len(questions)
+
+
+def questions_of(split: PreparedSplit, chat: ChatTokenizer, limit: int) -> list[Question]:
+    """The first `limit` rows of a split that have a question and an answer."""
+    found: list[Question] = []
+    for index in range(len(split.lengths)):
+        if len(found) == limit:
+            break
+        if (prompt := split.prompt(index)) is not None:
+            messages, tools, expected = prompt
+            ids = chat.prompt_ids(messages, tools)
+            asked = next((m["content"] for m in reversed(messages) if m.get("role") == "user"), "")
+            found.append(Question(ids, str(asked or ""), expected))
+    return found
 
 
 def same_answer(given: str, expected: str) -> bool:

@@ -30,12 +30,13 @@ from qlora.model.hub import BaseFolder
 from qlora.recipe import Recipe
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
-from qlora.training import checkpoint, health, schedule, selfcheck
+from qlora.training import checkpoint, fit, health, probe, schedule, selfcheck
 from qlora.training.checkpoint import Checkpoint, Fingerprints, RunState
 from qlora.training.deliver import Delivery, delivered_step
 from qlora.training.evaluate import SAMPLE_TOKENS, Evaluator, Question
 from qlora.training.health import Trend
-from qlora.training.memory_use import peak_bytes
+from qlora.training.memory_use import measure, peak_bytes
+from qlora.training.recovery import Fit, MemoryGuard
 from qlora.training.saving import Saver
 from qlora.training.stop import StopAsked, StopRequest
 
@@ -54,6 +55,7 @@ class Job:
     pad_id: int
     sink: Sink
     stop: StopRequest
+    fit: Fit
 
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
@@ -62,6 +64,7 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
     with job.stop.being_read():
         try:
             state = training.begin(resume_from)
+            training.try_the_worst(state)
             state = training.first_look(state)
             while True:
                 if training.evaluation_is_due(state):
@@ -86,6 +89,7 @@ class Training:
         self.causal_lm = job.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
         self.optimizer = AdapterOptimizer(self.parameters, recipe.train.optimizer, recipe.train.weight_decay)
+        self.guard = MemoryGuard(job.fit, job.device, job.sink, self._apply)
         self.fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
         self.data_section = recipe.data
         self.batch_size, self.order = self._make_order()
@@ -110,8 +114,9 @@ class Training:
 
     def begin(self, resume_from: Checkpoint | None) -> RunState:
         """Check the loss against the model's own, put a checkpoint back, and say what will happen."""
-        dropout = self.job.recipe.lora.dropout > 0
-        set_gradient_checkpointing(self.causal_lm, self.train.gradient_checkpointing, keep_random_state=dropout)
+        if resume_from is not None:
+            self._take_fit_of(resume_from.state)
+        self._apply(self.guard.fit)
         check = selfcheck.run(self.causal_lm, self.parts, self.job.data.train, self.job.device)
         if check is not None and self.data_section.packing and not check.packing_is_safe:
             self.sink.emit(
@@ -142,7 +147,7 @@ class Training:
 
     def plan(self) -> Plan:
         data, order = self.job.data, self.order
-        batch, micro = self.batch_size, self.train.micro_batch_size
+        batch, micro = self.batch_size, self.guard.fit.micro_batch_size
         packs = len(order.epoch_packs(0))
         unit = "packs" if self.data_section.packing else "rows"
         per_epoch = order.steps(1.0)
@@ -161,12 +166,35 @@ class Training:
             trainable_parameters=trainable,
             total_parameters=total,
             packing=self.data_section.packing,
-            gradient_checkpointing=self.train.gradient_checkpointing,
+            gradient_checkpointing=self.guard.fit.gradient_checkpointing,
             max_length=self.data_section.max_length,
             arithmetic=(
                 f"{packs} {unit} an epoch ÷ {batch} a step = {per_epoch} steps an epoch; "
                 f"{batch} {unit} a step = {math.ceil(batch / micro)} micro-batches of {micro}"
             ),
+            memory=None if self.guard.fit.plan is None else fit.as_event(self.guard.fit.plan),
+        )
+
+    def try_the_worst(self, state: RunState) -> None:
+        """The longest micro-batch, an update and the longest evaluation batch, before anything is counted on."""
+        if self.is_finished(state):
+            return
+
+        def work() -> None:
+            rows = self.guard.fit.micro_batch_size
+            packs = probe.longest(self.order.epoch_packs(0), self.job.data.train.lengths, rows)
+            batch = self._collate(packs)
+            # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
+            self._gather_gradient(state, [batch] * min(2, math.ceil(self.batch_size / rows)), 1.0)
+            self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
+            self.optimizer.step(0.0)
+            if self.evaluator is not None:
+                self.evaluator.try_longest()
+
+        self.guard.within(
+            state.step,
+            lambda: probe.leave_no_trace(self.optimizer, self.job.device, work),
+            self.optimizer.zero_gradients,
         )
 
     def first_look(self, state: RunState) -> RunState:
@@ -178,11 +206,11 @@ class Training:
         self.questions = self.evaluator.questions(count)
         if section.samples and self.questions:
             chosen = self.questions[: section.samples]
-            self.base_answers = self.evaluator.answers(chosen, untuned=True, limit=SAMPLE_TOKENS)
+            self.base_answers = self._answers(state.step, chosen, untuned=True)
         if state.step > 0:
             return state
-        matches = self._exact_match()
-        loss = self.evaluator.loss()
+        matches = self._exact_match(state.step)
+        loss = self._measured_loss(state.step)
         self._say_evaluation(0, loss, matches, best=False)
         return replace(state, exact_match_before=matches, eval_loss=loss)
 
@@ -192,10 +220,13 @@ class Training:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
         packs = self.order.packs_of_step(state.step)
-        micro = self.train.micro_batch_size
-        batches = [self._collate(packs[start : start + micro]) for start in range(0, len(packs), micro)]
+        batches = self._micro_batches(packs)
         step_weight = sum(float(batch.loss_weights_BS.sum()) for batch in batches)
-        losses = self._gather_gradient(state, batches, step_weight)
+        losses = self.guard.within(
+            state.step + 1,
+            lambda: self._gather_gradient(state, self._micro_batches(packs), step_weight),
+            self.optimizer.zero_gradients,
+        )
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
         mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
@@ -203,11 +234,11 @@ class Training:
         progress = schedule.progress_of(state.step, self.steps, state.seconds, self.train)
         rate = schedule.learning_rate(progress, self.train)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._skip(state, losses, [packs[start : start + micro] for start in range(0, len(packs), micro)])
+            self._skip(state, losses, self._split(packs))
             skipped = state.skipped_in_a_row + 1
         else:
             self.optimizer.clip(norm, self.train.max_grad_norm)
-            self.optimizer.step(rate)
+            self.guard.or_end(lambda: self.optimizer.step(rate))
             skipped = 0
         seconds = time.monotonic() - started
         tokens = sum(self.job.data.train.lengths[row] for pack in packs for row in pack)
@@ -220,6 +251,8 @@ class Training:
             seconds=state.seconds + seconds,
             skipped=state.skipped + (skipped > 0),
             skipped_in_a_row=skipped,
+            micro_batch_size=self.guard.fit.micro_batch_size,
+            gradient_checkpointing=self.guard.fit.gradient_checkpointing,
         )
         if skipped == 0:
             state = self._with_loss(state, loss_value)
@@ -297,9 +330,8 @@ class Training:
 
     def evaluate(self, state: RunState) -> RunState:
         """Measure, deliver the adapter when it is the best so far, and decide whether it is time to stop."""
-        assert self.evaluator is not None
-        loss = self.evaluator.loss()
-        answers = self._sample_answers()
+        loss = self._measured_loss(state.step)
+        answers = self._sample_answers(state.step)
         best = state.best_loss is None or loss < state.best_loss
         waited = 0 if best else state.evaluations_without_improvement + 1
         patience = self.job.recipe.eval.early_stopping_patience
@@ -366,7 +398,7 @@ class Training:
         if not self.evaluator or not wanted:
             return state
         self.questions = self.questions or self.evaluator.questions(wanted)
-        matches = self._exact_match()
+        matches = self._exact_match(state.step)
         self._say_evaluation(delivered, state.best_loss, matches, best=True)
         state = replace(state, exact_match_after=matches, eval_loss=state.best_loss)
         self._deliver(replace(state, step=delivered))
@@ -392,7 +424,39 @@ class Training:
             peak_bytes=peak_bytes(self.job.device),
             adapter=str(folder) if folder.is_dir() else None,
             adapter_step=delivered if delivered is not None else state.best_step,
+            memory=fit.compare(self.guard.fit, measure(self.job.model, self.optimizer, self.job.device)),
         )
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def _apply(self, now: Fit) -> None:
+        """Settings that memory decides about: told at the start, and whenever it has run out."""
+        dropout = self.job.recipe.lora.dropout > 0
+        set_gradient_checkpointing(self.causal_lm, now.gradient_checkpointing, keep_random_state=dropout)
+        if self.evaluator is not None:
+            self.evaluator = replace(
+                self.evaluator, micro_batch_size=now.micro_batch_size, answers_at_once=now.answers_at_once
+            )
+
+    def _take_fit_of(self, state: RunState) -> None:
+        """Go on with what fitted: the sizes of micro-batches are part of what makes a resumed run the same run."""
+        if state.micro_batch_size is not None and state.gradient_checkpointing is not None:
+            self.guard.fit = replace(
+                self.guard.fit,
+                micro_batch_size=state.micro_batch_size,
+                gradient_checkpointing=state.gradient_checkpointing,
+            )
+
+    def _measured_loss(self, step: int) -> float:
+        assert self.evaluator is not None
+        return self.guard.within(step, lambda: self.evaluator.loss())  # type: ignore[union-attr]
+
+    def _answers(self, step: int, questions: Sequence[Question], untuned: bool = False) -> list[str]:
+        def work() -> list[str]:
+            assert self.evaluator is not None
+            return self.evaluator.answers(questions, untuned=untuned, limit=SAMPLE_TOKENS)
+
+        return self.guard.answering(step, work)
 
     # --- small things --------------------------------------------------------------------------------------------
 
@@ -422,28 +486,36 @@ class Training:
             job.pad_id,
             job.device,
             job.sink,
-            self.train.micro_batch_size,
-            job.stop.check,
+            job.fit.micro_batch_size,
+            check_stop=job.stop.check,
         )
+
+    def _split(self, packs: Sequence[tuple[int, ...]]) -> list[Sequence[tuple[int, ...]]]:
+        """A step's packs by micro-batch."""
+        rows = self.guard.fit.micro_batch_size
+        return [packs[start : start + rows] for start in range(0, len(packs), rows)]
+
+    def _micro_batches(self, packs: Sequence[tuple[int, ...]]) -> list[Batch]:
+        return [self._collate(chosen) for chosen in self._split(packs)]
 
     def _collate(self, packs: Sequence[tuple[int, ...]]) -> Batch:
         return collate(self.job.data.train, packs, self.job.pad_id, self.data_section.max_length)
 
-    def _exact_match(self) -> float | None:
+    def _exact_match(self, step: int) -> float | None:
         rows = self.job.recipe.eval.exact_match_rows
         if not rows or not self.questions or self.evaluator is None:
             return None
-        return self.evaluator.exact_match(self.questions[:rows])
+        return self.guard.answering(step, lambda: self.evaluator.exact_match(self.questions[:rows]))  # type: ignore[union-attr]
 
     def _say_evaluation(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
         perplexity = None if loss is None else math.exp(min(loss, 700.0))
         rows = len(self.job.data.eval.lengths)
         self.sink.emit(Evaluated(step, loss, perplexity, matches, rows, best))
 
-    def _sample_answers(self) -> list[str]:
+    def _sample_answers(self, step: int) -> list[str]:
         if self.evaluator is None or not self.base_answers:
             return []
-        return self.evaluator.answers(self.questions[: len(self.base_answers)], limit=SAMPLE_TOKENS)
+        return self._answers(step, self.questions[: len(self.base_answers)])
 
     def _say_samples(self, step: int, answers: Sequence[str]) -> None:
         chosen = self.questions[: len(answers)]

@@ -3,8 +3,69 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import psutil
 import torch
+from torch import Tensor
+
+from qlora.step.optimizer import AdapterOptimizer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run really took: its peak, and what was held all along."""
+
+    peak_bytes: int
+    weights_bytes: int
+    adapters_bytes: int
+    optimizer_bytes: int
+    torch_version: str
+
+
+def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Measured:
+    """Read from the model and its optimizer as they are now."""
+    trained = list(optimizer.parameters.values())
+    known = {id(parameter) for parameter in trained}
+    frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
+    masters = [master for key, master in optimizer.masters.items() if master is not optimizer.parameters[key]]
+    moments = {
+        id(value): value
+        for state in optimizer.inner.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    return Measured(
+        peak_bytes=peak_bytes(device),
+        weights_bytes=_total(frozen.values()),
+        adapters_bytes=_total(trained),
+        optimizer_bytes=_total(masters) + _total(moments.values()),
+        torch_version=torch.__version__,
+    )
+
+
+def _tensors_of(model: Any) -> Iterator[Tensor]:
+    """Parameters and buffers, and the constants of 4-bit weights."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        for one in (state, nested):
+            for name in ("absmax", "code", "offset"):
+                if isinstance(value := getattr(one, name, None), Tensor):
+                    yield value
+
+
+def _total(tensors: Any) -> int:
+    return sum(int(tensor.nbytes) for tensor in tensors)
+
+
+def current_rss_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -23,7 +23,7 @@ def auto_batch_size(packs_per_epoch: int, train: TrainSection) -> int:
     steps = train.max_steps or FEWEST_AUTO_STEPS
     fitting = int(packs_per_epoch * epochs) // steps
     batch = max(1, min(LARGEST_AUTO_BATCH, fitting))
-    micro = train.micro_batch_size
+    micro = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     return max(batch // micro * micro, micro)
 
 

@@ -23,7 +23,25 @@ from qlora.events import (
 )
 from qlora.report.console import ConsoleSink, human_bytes, human_seconds, sparkline
 
-PLAN = Plan(450, 60, 8, 16000, 4000, 1, 1, 1, 80, 10.0, 700_000, 5_200_000, True, False, 2048, "8 packs ÷ 1 = 8 steps")
+PLAN = Plan(
+    450,
+    60,
+    8,
+    16000,
+    4000,
+    1,
+    1,
+    1,
+    80,
+    10.0,
+    700_000,
+    5_200_000,
+    True,
+    False,
+    2048,
+    "8 packs ÷ 1 = 8 steps",
+    {"peak_bytes": 3 << 29, "limit_bytes": 6 << 30, "changes": {"train.micro_batch_size": 4}},
+)
 EVENTS: list[Event] = [
     Start("quickstart", "/runs/quickstart", "owner/name", "0123456789abcdef", "cpu", {"torch": "2"}, None),
     Progress("load", 1, 4, "bytes"),
@@ -37,7 +55,22 @@ EVENTS: list[Event] = [
     Evaluated(80, 0.1, 1.1, None, 60, True),
     Sampled(80, "What does [red]the Lumo lamp[/] cost?", "40 euros", "[/]blue", "40 euros"),
     Saved("adapter", 80, "/runs/quickstart/adapter", 1 << 20),
-    End("finished", 80, 80, 160.0, 160000, 40000, 0.06, 0.1, 0.0, 0.95, 1 << 30, "/runs/[x]/adapter", 80),
+    End(
+        "finished",
+        80,
+        80,
+        160.0,
+        160000,
+        40000,
+        0.06,
+        0.1,
+        0.0,
+        0.95,
+        1 << 30,
+        "/runs/[x]/adapter",
+        80,
+        {"peak": {"predicted": 3 << 29, "measured": 1 << 30}, "weights": {"predicted": 7 << 20, "measured": 6 << 20}},
+    ),
 ]
 
 
@@ -56,6 +89,12 @@ def drawn(width: int, terminal: bool) -> str:
 def test_every_event_is_drawn_at_every_width(width: int, terminal: bool) -> None:
     text = drawn(width, terminal)
     assert "finished at step 80" in text and "exact match" in text
+
+
+def test_predicted_memory_stands_beside_measured() -> None:
+    text = " ".join(drawn(200, False).split())
+    assert "1.5 GiB predicted at the peak, 6.0 GiB allowed; chosen to fit: train.micro_batch_size = 4" in text
+    assert "1.0 GiB (predicted 1.5 GiB); weights 6.0 MiB (7.0 MiB)" in text
 
 
 def test_text_of_rows_is_never_markup() -> None:

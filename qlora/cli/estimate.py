@@ -1,0 +1,123 @@
+"""`qlora-estimate RECIPE_OR_MODEL`: the peak memory of a run, before anything is loaded, and settings that fit."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora.cli import common
+
+if TYPE_CHECKING:
+    from qlora.memory.hardware import Machine
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+PLOT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+class StackName(str, Enum):
+    qlora = "qlora"
+    plain = "plain"
+    torchtune = "torchtune"
+
+
+@app.command()
+def estimate(
+    what: Annotated[str, typer.Argument(metavar="RECIPE_OR_MODEL", help="A recipe, a hub name, or a folder.")],
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help='A card, such as "RTX 4090".')] = None,
+    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="A size, such as 8GiB.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Search settings that fit, and print the recipe change.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; repeatable.")
+    ] = None,
+    stack: Annotated[
+        StackName, typer.Option("--stack", help="How another trainer would do it, for comparison.")
+    ] = StackName.qlora,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the peak against the length of rows.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Predict the peak memory of training, part by part, from config.json alone.
+
+    Without --gpu or --vram the limit is the recipe's memory.limit, or what this machine has free. Exit code 3 when it
+    does not fit.
+    """
+    common.run(lambda: _run(what, (gpu, vram), (set_ or [], stack.value), fit, plot, as_json))
+
+
+def _run(
+    what: str,
+    card: tuple[str | None, str | None],
+    settings: tuple[list[str], str],
+    fit: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    from qlora import api
+
+    recipe = api.recipe_or_model(what, settings[0])
+    question = api.question(recipe, gpu=card[0], vram=card[1], stack=settings[1])
+    if plot is not None:
+        _plot(question, plot)
+    plans = question.search() if fit else []
+    estimate = plans[0].estimate if plans else question.estimate()
+    answer: dict[str, Any] = estimate.as_dict()
+    if fit:
+        answer["plans"] = [_as_dict(plan) for plan in plans]
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        _show(answer, question.machine, fit)
+    if not estimate.fits:
+        raise question.does_not_fit()
+
+
+def _as_dict(plan: Any) -> dict[str, Any]:
+    from qlora.memory.plan import toml_value
+
+    lines = [f"{key} = {toml_value(value)}" for key, value in plan.changes.items()]
+    return {"changes": dict(plan.changes), "lines": lines, "estimate": plan.estimate.as_dict()}
+
+
+def _show(answer: dict[str, Any], machine: Machine, fit: bool) -> None:
+    from rich.console import Console
+
+    from qlora.report.memory import estimate_view, plans_view
+
+    console = Console(highlight=False)
+    console.print(estimate_view(answer, machine.source))
+    plans = answer.get("plans")
+    if fit and plans:
+        console.print("\nsettings that fit, the fastest first")
+        console.print(plans_view(plans))
+        if plans[0]["lines"]:
+            console.print("\nchange the recipe to")
+            for line in _toml(plans[0]["lines"]):
+                console.print(f"  {line}", markup=False)
+
+
+def _toml(lines: list[str]) -> list[str]:
+    """`table.key = value` lines as a recipe has them, under their tables."""
+    tables: dict[str, list[str]] = {}
+    for line in lines:
+        table, _, rest = line.partition(".")
+        tables.setdefault(table, []).append(rest)
+    return [text for table, rests in tables.items() for text in (f"[{table}]", *rests)]
+
+
+def _plot(question: Any, file: Path) -> None:
+    from qlora.memory.hardware import common_cards
+    from qlora.report.memory import draw_lengths
+
+    peaks = {length: question.estimate({"data.max_length": length}).peak_bytes for length in PLOT_LENGTHS}
+    limits = {name: limit for name, limit in common_cards().items() if limit < 1.2 * max(peaks.values())}
+    draw_lengths(peaks, limits, question.title, file)
+
+
+if __name__ == "__main__":
+    app()

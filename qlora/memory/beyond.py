@@ -1,0 +1,62 @@
+"""Memory that no tensor of ours shows, term by term, each with the source or the measurement that gave it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from qlora.memory.hardware import MIB
+
+# The CUDA context with lazily loaded kernels: "around 400MB" on CUDA >= 11.7 (pytorch/pytorch#109888, a maintainer);
+# 300 MB on another card (#107667). A calibrated estimate replaces it by what this machine measured.
+CUDA_CONTEXT_BYTES = 400 * MIB
+
+# cuBLAS takes its workspace from torch's allocator, once for the forward and once for the backward thread: 8.125 MiB
+# each, 32 MiB from Hopper on (aten/src/ATen/cuda/CUDABlas.cpp, parseChosenWorkspaceSize); cublasLt's is as large from
+# Hopper on and 1 MiB before (same file, _getWorkspaceSize).
+CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = (4096 * 2 + 16 * 8) * 1024, 4096 * 8 * 1024
+CUBLASLT_BYTES, CUBLASLT_BYTES_HOPPER = 1 * MIB, 4096 * 8 * 1024
+THREADS_WITH_CUBLAS = 2
+
+# What the caching allocator reserves beyond what is live at the peak: a base and a share of all that is not weights.
+# Fitted to the replayed allocator over whole steps of 1B, 3B and 8B shapes at 512, 2,048 and 8,192 tokens, with and
+# without checkpointing (python tools/bench/fragmentation.py): 130 to 1,760 MiB; the fit is off by -8 to +6 % of peaks.
+FRAGMENTATION_BASE_BYTES = 180 * MIB
+FRAGMENTATION_SHARE = 0.05
+
+# Without a GPU what is freed stays in the C library's pools (python tools/bench/host.py).
+HOST_FRAGMENTATION_SHARE = 0.10
+
+# Resident memory of a process that has imported torch (CPU build), transformers, peft and bitsandbytes and opened a
+# tokenizer: 401 MiB (python tools/bench/host.py); a run takes 150 MiB more by its first step, for rows, kernels and
+# their pools (the quickstart: 610 MiB at its peak, 60 of them tensors). The CUDA build maps its libraries and the
+# driver's host side on top: about 1.5 GiB in pytorch/pytorch#113326 and #12873, not measured by us.
+LIBRARIES_BYTES = 550 * MIB
+CUDA_HOST_BYTES = 1536 * MIB
+
+
+def workspace_terms(capability: int) -> Mapping[str, int]:
+    """What libraries take on a GPU of `capability`, by name."""
+    hopper = capability >= 90
+    one = (CUBLAS_BYTES_HOPPER if hopper else CUBLAS_BYTES) + (CUBLASLT_BYTES_HOPPER if hopper else CUBLASLT_BYTES)
+    return {"cublas_workspace": THREADS_WITH_CUBLAS * one}
+
+
+def host_base_bytes(device_type: str) -> int:
+    """Resident memory of a training process before it holds anything of the run."""
+    return LIBRARIES_BYTES + (CUDA_HOST_BYTES if device_type == "cuda" else 0)
+
+
+def disk_bytes(adapter: int, optimizer: int, kept: int, merged: int) -> int:
+    """Checkpoints (one more than are kept exists while a new one is published), the adapter, and merged models."""
+    return (kept + 1) * (adapter + optimizer) + adapter + merged
+
+
+def merge_bytes(largest_values: int, rank: int) -> int:
+    """Device memory of the merge: one weight in 4 bit, a block of its rows in float32 twice, and its two factors.
+
+    export/merge.py goes through a weight in blocks of 4 Mi values; bitsandbytes dequantizes the block's bf16 copy.
+    """
+    side = math.isqrt(largest_values)
+    block = min(largest_values, 1 << 22)
+    return largest_values // 2 + largest_values * 4 // 64 + block * (2 + 4 + 4) + 2 * rank * side * 4

@@ -1,0 +1,78 @@
+"""What runs on this machine's GPU measured beside what was predicted, and the correction that later estimates take.
+
+One small JSON file in the cache folder. An estimate says that it was calibrated and by how many runs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from qlora import disk
+
+FILE = "memory-calibration.json"
+KEPT_PAIRS = 50
+RECENT_PAIRS = 20
+# A pair outside of this is a run that something else disturbed, not a wrong model: it is not believed.
+PLAUSIBLE = (0.8, 1.25)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One run: live bytes of tensors at their peak, as predicted and as the allocator counted them."""
+
+    gpu: str
+    torch: str
+    predicted_bytes: int
+    measured_bytes: int
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Factor for the bytes of tensors, from `runs` pairs; 1.0 from none."""
+
+    factor: float = 1.0
+    runs: int = 0
+
+
+def path() -> Path:
+    return disk.cache_dir() / FILE
+
+
+def add(pair: Pair) -> None:
+    """Remember a pair; the oldest ones of many are forgotten. A folder that cannot be written is no reason to fail."""
+    pairs = [*_read(), pair][-KEPT_PAIRS:]
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        disk.write_atomic(path(), json.dumps([asdict(one) for one in pairs], indent=1) + "\n")
+    except OSError:
+        return
+
+
+def correction(gpu: str) -> Correction:
+    """The median ratio of the most recent runs on cards of that name."""
+    ratios = [pair.measured_bytes / pair.predicted_bytes for pair in _read() if pair.gpu == gpu]
+    believed = [ratio for ratio in ratios[-RECENT_PAIRS:] if PLAUSIBLE[0] <= ratio <= PLAUSIBLE[1]]
+    return Correction(statistics.median(believed), len(believed)) if believed else Correction()
+
+
+def _read() -> list[Pair]:
+    """What the file holds; a broken file is as good as none."""
+    try:
+        content = json.loads(path().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [pair for item in content if (pair := _pair(item)) is not None] if isinstance(content, list) else []
+
+
+def _pair(item: object) -> Pair | None:
+    names: Sequence[str] = [field.name for field in fields(Pair)]
+    if not isinstance(item, Mapping) or set(item) != set(names):
+        return None
+    numbers = (item["predicted_bytes"], item["measured_bytes"])
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        return None
+    return Pair(str(item["gpu"]), str(item["torch"]), *numbers)

@@ -1,0 +1,247 @@
+"""The predicted peak of a run on a machine, part by part: what the simulation counts and what stands beyond tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from qlora.memory import beyond, calibration
+from qlora.memory.hardware import Gpu, Machine
+from qlora.memory.simulate import TRAIN_STRETCHES, Frame, Simulation, Simulator, Workload
+from qlora.memory.stack import STACKS, Stack
+from qlora.recipe import Recipe
+
+# Where no rows are known: a prompt is taken to fill half of a row. Samples are answered with up to 128 tokens.
+PROMPT_SHARE = 0.5
+SAMPLE_TOKENS = 128
+COMPONENTS = (
+    "weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "context",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
+
+    Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
+    """
+
+    longest: int
+    batch_size: int | None
+    prompt_tokens: int
+    has_eval: bool
+    typical: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. `components` add up to `peak_bytes`; `terms` are the parts of it that no tensor shows, by name.
+
+    `phases` are the peaks of load, train, evaluate, generate, resume and merge. `tokens_per_second` is what the
+    hardware could do at best; it ranks plans and promises nothing.
+    """
+
+    peak_bytes: int
+    limit_bytes: int
+    host_peak_bytes: int
+    disk_bytes: int
+    components: Mapping[str, int]
+    phases: Mapping[str, int]
+    terms: Mapping[str, int]
+    tensor_bytes: int  # what the allocator's counter will show at its peak, paged state not included
+    paged_bytes: int
+    tokens_per_second: float
+    settings: Mapping[str, Any]
+    calibrated_by: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= self.limit_bytes
+
+    @property
+    def margin_bytes(self) -> int:
+        return self.limit_bytes - self.peak_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer of `qlora-estimate --json` (DESIGN §4)."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "limit_bytes": self.limit_bytes,
+            "fits": self.fits,
+            "host_peak_bytes": self.host_peak_bytes,
+            "disk_bytes": self.disk_bytes,
+            "components": dict(self.components),
+            "settings": dict(self.settings),
+            "phases": dict(self.phases),
+            "terms": dict(self.terms),
+            "tensor_bytes": self.tensor_bytes,
+            "paged_bytes": self.paged_bytes,
+            "tokens_per_second_ideal": round(self.tokens_per_second, 1),
+            "calibrated_by_runs": self.calibrated_by,
+            "notes": list(self.notes),
+        }
+
+
+class Estimator:
+    """Estimates of one base on one machine; models on meta are built once for each adapter and quantization."""
+
+    def __init__(self, text: Any, name: str, machine: Machine, stack: Stack = STACKS["qlora"]) -> None:
+        self.text = text
+        self.name = name
+        self.machine = machine
+        self.stack = stack
+        gpu = machine.gpu
+        self.correction = calibration.correction(gpu.name) if gpu is not None else calibration.Correction()
+        self._simulators: dict[Any, Simulator] = {}
+
+    def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
+        """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
+        workload = workload_of(recipe, facts)
+        simulator = self._simulator(recipe)
+        simulation = simulator.run(workload)
+        return self._complete(recipe, workload, simulator, simulation)
+
+    def _simulator(self, recipe: Recipe) -> Simulator:
+        made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
+        if made_of not in self._simulators:
+            frame = Frame(self.text, self.name, *made_of, self.machine.device_type, self.stack)
+            self._simulators[made_of] = Simulator(frame)
+        return self._simulators[made_of]
+
+    def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator, simulation: Simulation) -> Estimate:
+        machine, factor = self.machine, self.correction.factor
+        terms = self._terms()
+        worst = simulation.worst[1]
+        slack = worst.slack if machine.device_type == "cuda" else 0
+        fragmentation = slack + self._fragmentation(worst.total - simulation.paged, worst.parts["weights"])
+        components = {key: round(value * factor) for key, value in worst.parts.items()}
+        components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
+        components["context"] = terms["context"]
+        fixed = sum(terms.values()) + fragmentation
+        phases = {
+            "load": simulation.stretches["load"].total,
+            "train": simulation.peak_of(TRAIN_STRETCHES).total,
+            "evaluate": simulation.peak_of(("evaluate", "update")).total,
+            "generate": simulation.peak_of(("generate", "update")).total,
+            "resume": sum(simulation.held.values()),
+        }
+        phases = {name: round(total * factor) + fixed for name, total in phases.items()}
+        largest, rank = simulator.largest_linear_values, recipe.lora.r
+        phases["merge"] = beyond.merge_bytes(largest, rank) + sum(terms.values())
+        adapter, optimizer = simulation.held["adapters"], simulation.held["optimizer"]
+        merged = 2 * (simulator.linear_values + simulator.other_values) * len(recipe.export.formats)
+        peak = sum(components.values())
+        host = beyond.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
+        return Estimate(
+            peak_bytes=max(peak, phases["merge"]),
+            limit_bytes=machine.limit_bytes,
+            host_peak_bytes=host if machine.device_type == "cuda" else peak,
+            disk_bytes=beyond.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
+            components=components,
+            phases=phases,
+            terms={**terms, "fragmentation": fragmentation, "dequantized_weights": round(worst.parts["workspace"])},
+            tensor_bytes=round((worst.total - simulation.paged + slack) * factor) + terms.get("cublas_workspace", 0),
+            paged_bytes=simulation.paged,
+            tokens_per_second=self._speed(workload, simulator),
+            settings=settings_of(recipe, workload, self.stack),
+            calibrated_by=self.correction.runs,
+            notes=self._notes(simulation, workload),
+        )
+
+    def _terms(self) -> dict[str, int]:
+        if self.machine.device_type != "cuda":
+            return {"context": beyond.host_base_bytes("cpu")}
+        capability = self.machine.gpu.capability if self.machine.gpu else 86
+        return {"context": beyond.CUDA_CONTEXT_BYTES, **beyond.workspace_terms(capability)}
+
+    def _fragmentation(self, total: int, weights: int) -> int:
+        if self.machine.device_type != "cuda":
+            return round(total * beyond.HOST_FRAGMENTATION_SHARE)
+        return beyond.FRAGMENTATION_BASE_BYTES + round((total - weights) * beyond.FRAGMENTATION_SHARE)
+
+    def _speed(self, workload: Workload, simulator: Simulator) -> float:
+        gpu = self.machine.gpu
+        return 0.0 if gpu is None else ideal_tokens_per_second(self.text, workload, simulator, gpu)
+
+    def _notes(self, simulation: Simulation, workload: Workload) -> tuple[str, ...]:
+        notes = []
+        if self.correction.runs:
+            notes.append(
+                f"calibrated by {self.correction.runs} runs on this GPU: tensors × {self.correction.factor:.3f}"
+            )
+        if simulation.paged:
+            notes.append("the paged optimizer state may move to host memory when the GPU is full; it is counted here")
+        if self.stack.name != "qlora":
+            notes.append(f"as the stack {self.stack.name!r} would train it, not as qlora-train does")
+        if workload.samples:
+            notes.append(f"samples: prompts of {workload.prompt_tokens} tokens, answers of {workload.new_tokens}")
+        return tuple(notes)
+
+
+def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
+    """What a recipe's steps do. Without rows: every row is as long as it may be and holds several documents."""
+    train = recipe.train
+    rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    length = facts.longest if facts else recipe.data.max_length
+    batch = (facts.batch_size if facts else None) or (None if train.batch_size == "auto" else train.batch_size)
+    evaluates = facts.has_eval if facts else bool(recipe.data.eval) or recipe.data.eval_fraction > 0
+    samples = max(recipe.eval.samples, recipe.eval.exact_match_rows) if evaluates else 0
+    prompt = facts.prompt_tokens if facts else max(1, int(length * PROMPT_SHARE))
+    return Workload(
+        rows=rows,
+        length=length,
+        gradient_checkpointing=train.gradient_checkpointing in (True, "auto"),
+        optimizer=train.optimizer,
+        accumulates=batch is None or batch > rows,
+        neftune_alpha=train.neftune_alpha,
+        evaluates=evaluates,
+        samples=samples if prompt else 0,
+        prompt_tokens=prompt,
+        new_tokens=SAMPLE_TOKENS,
+    )
+
+
+def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator, gpu: Gpu) -> float:
+    """What the arithmetic and the dequantization allow at best.
+
+    Operations a token: two for each weight in the forward pass and two for the gradient of its input (none for the
+    frozen weight itself), two more where layers are recomputed; the head always is (chunked loss). Attention 2·s·q
+    forward and 2.5 times that backward, causal. Adapters have gradients of their weights as well. A micro-batch reads
+    each 4-bit weight and writes it in bf16 once a pass: 0.516 + 2 bytes.
+    """
+    passes = 3 if workload.gradient_checkpointing else 2
+    hidden = int(text.hidden_size)
+    width = int(text.num_attention_heads) * int(getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
+    attention = (9 if workload.gradient_checkpointing else 7) * int(text.num_hidden_layers) * workload.length * width
+    operations = (
+        2 * passes * simulator.linear_values
+        + 6 * int(text.vocab_size) * hidden
+        + attention
+        + 2 * (passes + 1) * simulator.adapter_values
+    )
+    tokens = workload.rows * workload.length
+    seconds = tokens * operations / (gpu.teraflops * 1e12)
+    seconds += passes * simulator.linear_values * (0.516 + 2) / (gpu.gigabytes_per_second * 1e9)
+    return tokens / seconds
+
+
+def settings_of(recipe: Recipe, workload: Workload, stack: Stack) -> dict[str, Any]:
+    """The settings that an estimate is of, by their names in the recipe."""
+    settings: dict[str, Any] = {
+        "train.micro_batch_size": workload.rows,
+        "train.gradient_checkpointing": workload.gradient_checkpointing,
+        "train.optimizer": workload.optimizer,
+        "data.max_length": workload.length,
+        "lora.r": recipe.lora.r,
+        "quantization.type": recipe.quantization.type,
+        "quantization.double_quant": recipe.quantization.double_quant,
+        "model.attention": recipe.model.attention,
+    }
+    return settings if stack.name == "qlora" else {**settings, "stack": stack.name}
+
+
+def with_reserve(machine: Machine, share: float) -> Machine:
+    """The machine with a part of its limit kept free."""
+    return replace(machine, limit_bytes=int(machine.limit_bytes * (1 - share)))

@@ -1,0 +1,290 @@
+"""Settings that fit: the fastest micro-batch and checkpointing under a limit, and remedies where nothing fits.
+
+A plan changes a recipe in as few keys as possible and is estimated by the simulation itself, never by a formula; a
+formula (bytes grow by the same amount a row) only guesses where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora.errors import DoesNotFit
+from qlora.memory.estimate import DataFacts, Estimate, Estimator, with_reserve
+from qlora.memory.hardware import Machine
+from qlora.recipe import Recipe
+
+RESERVE_SHARE = 0.05  # of the limit, kept free by plans: what other programs take and what the estimate misses
+LARGEST_MICRO_BATCH = 16
+SHORTEST_LENGTH = 256  # what a search may cut rows to
+SMALLEST_RANK = 4
+
+Changes = Mapping[str, Any]  # "table.key" to the value that a recipe is changed to
+Ask = Callable[[Recipe], Estimate]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its "auto" keys decided and `changes` made, and what it will take."""
+
+    recipe: Recipe
+    changes: Changes
+    estimate: Estimate
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.fits
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a recipe smaller: bytes it saves, and whether it is enough."""
+
+    changes: Changes
+    saved_bytes: int
+    estimate: Estimate
+
+    def __str__(self) -> str:
+        lines = " and ".join(f"{key} = {toml_value(value)}" for key, value in self.changes.items())
+        return f"{lines} (saves {self.saved_bytes / 2**30:.2f} GiB)"
+
+
+class Planner:
+    """Asks an estimator, and remembers what it said."""
+
+    def __init__(self, estimator: Estimator, facts: DataFacts | None = None) -> None:
+        self.estimator = estimator
+        self.facts = facts
+        self._known: dict[str, Estimate] = {}
+
+    def ask(self, recipe: Recipe) -> Estimate:
+        key = recipe.model_dump_json(include={"model", "quantization", "lora", "data", "train", "eval"})
+        if key not in self._known:
+            self._known[key] = self.estimator.estimate(recipe, self._facts(recipe))
+        return self._known[key]
+
+    def _facts(self, recipe: Recipe) -> DataFacts | None:
+        """Rows are never longer than the recipe's limit, which a plan may lower."""
+        if self.facts is None:
+            return None
+        longest = min(self.facts.longest, recipe.data.max_length)
+        prompt = min(self.facts.prompt_tokens, recipe.data.max_length)
+        return replace(self.facts, longest=longest, prompt_tokens=prompt)
+
+    def decide(self, recipe: Recipe) -> Plan:
+        """The "auto" keys as the fastest values that fit; as the smallest ones where nothing does."""
+        plans = self._plans(recipe)
+        fitting = [plan for plan in plans if plan.fits]
+        return max(fitting, key=_speed) if fitting else min(plans, key=lambda plan: plan.estimate.peak_bytes)
+
+    def search(self, recipe: Recipe) -> list[Plan]:
+        """Plans that fit, the fastest first: of micro-batch and checkpointing, and only where those are not enough, of
+        shorter rows, then of a smaller rank as well."""
+        free = changed(recipe, {"train.micro_batch_size": "auto", "train.gradient_checkpointing": "auto"})
+        for shorter in self._shorter(free):
+            fitting = [plan for plan in self._plans(shorter) if plan.fits]
+            if fitting:
+                found = [Plan(plan.recipe, differences(recipe, plan.recipe), plan.estimate) for plan in fitting]
+                return sorted(found, key=_speed, reverse=True)
+        return []
+
+    def _shorter(self, recipe: Recipe) -> Iterator[Recipe]:
+        ranks = [recipe.lora.r]
+        while ranks[-1] // 2 >= SMALLEST_RANK:
+            ranks.append(ranks[-1] // 2)
+        lengths = [recipe.data.max_length]
+        while lengths[-1] // 2 >= SHORTEST_LENGTH:
+            lengths.append(lengths[-1] // 2)
+        for length in lengths:
+            yield changed(recipe, {"data.max_length": length})
+        for rank in ranks[1:]:
+            yield changed(recipe, {"data.max_length": lengths[-1], "lora.r": rank})
+
+    def _plans(self, recipe: Recipe) -> list[Plan]:
+        """Each value of checkpointing with the largest micro-batch that fits it, or with the smallest."""
+        train = recipe.train
+        choices = (False, True) if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,)
+        plans = []
+        for recompute in choices:
+            fixed = changed(recipe, {"train.gradient_checkpointing": recompute})
+            best = self._largest_rows(fixed) if train.micro_batch_size == "auto" else fixed
+            plans.append(Plan(best, differences(recipe, best), self.ask(best)))
+        return plans
+
+    def _largest_rows(self, recipe: Recipe) -> Recipe:
+        """The recipe with the largest micro-batch, a power of two, that fits; with 1 where none does."""
+        most = min(LARGEST_MICRO_BATCH, self._batch_size(recipe) or LARGEST_MICRO_BATCH)
+        one = changed(recipe, {"train.micro_batch_size": 1})
+        small = self.ask(one)
+        if most == 1 or not small.fits:
+            return one
+        two = changed(recipe, {"train.micro_batch_size": 2})
+        a_row = max(1, self.ask(two).peak_bytes - small.peak_bytes)
+        rows = 1
+        while rows * 2 <= most and small.peak_bytes + (2 * rows - 1) * a_row <= small.limit_bytes:
+            rows *= 2
+        while rows > 1:
+            candidate = changed(recipe, {"train.micro_batch_size": rows})
+            if self.ask(candidate).fits:
+                return candidate
+            rows //= 2
+        return one
+
+    def _batch_size(self, recipe: Recipe) -> int | None:
+        known = self.facts.batch_size if self.facts else None
+        return known or (None if recipe.train.batch_size == "auto" else recipe.train.batch_size)
+
+    def remedies(self, recipe: Recipe, most: int = 3) -> list[Remedy]:
+        """Up to `most` changes, the cheapest first, each of which is enough alone; else one that needs several keys.
+
+        Cheap is what costs least of what is learned: smaller micro-batches and recomputing change nothing but time,
+        shorter rows and smaller ranks do.
+        """
+        before = self.ask(recipe)
+        enough: dict[str, Remedy] = {}  # by key: the mildest change of it that is enough
+        alone: dict[str, Remedy] = {}  # by key: the change that saves most
+        for changes in self._levers(recipe):
+            (key,) = changes
+            if key not in enough and len(enough) < most:
+                remedy = self._remedy(recipe, changes, before)
+                if remedy.saved_bytes > 0:
+                    alone[key] = remedy
+                    if remedy.estimate.fits:
+                        enough[key] = remedy
+        if enough:
+            return list(enough.values())
+        together: dict[str, Any] = {}
+        for changes in self._levers(recipe):
+            together |= changes
+            remedy = self._remedy(recipe, together, before)
+            if remedy.estimate.fits:
+                return [remedy]
+        return sorted(alone.values(), key=lambda remedy: -remedy.saved_bytes)[:most]
+
+    def _levers(self, recipe: Recipe) -> Iterator[Changes]:
+        return _levers(recipe, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0))
+
+    def _remedy(self, recipe: Recipe, changes: Changes, before: Estimate) -> Remedy:
+        estimate = self.ask(changed(recipe, changes))
+        return Remedy(dict(changes), before.peak_bytes - estimate.peak_bytes, estimate)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A recipe and the machine that it is to run on, without rows."""
+
+    recipe: Recipe
+    estimator: Estimator
+
+    @property
+    def machine(self) -> Machine:
+        return self.estimator.machine
+
+    @property
+    def title(self) -> str:
+        return f"{self.estimator.name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
+
+    def estimate(self, changes: Changes | None = None) -> Estimate:
+        """With "auto" keys decided, and `changes` made first."""
+        recipe = changed(self.recipe, changes or {})
+        return Planner(self.estimator).decide(recipe).estimate
+
+    def search(self) -> list[Plan]:
+        return Planner(self.estimator).search(self.recipe)
+
+    def does_not_fit(self) -> DoesNotFit:
+        planner = Planner(self.estimator)
+        return does_not_fit(planner, planner.decide(self.recipe).recipe)
+
+
+def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
+    """The plan of a run. Keeps a reserve for what it decides itself. Raises DoesNotFit, with remedies."""
+    asked = recipe.train.micro_batch_size == "auto" or recipe.train.gradient_checkpointing == "auto"
+    if asked:
+        careful = Estimator(estimator.text, estimator.name, with_reserve(estimator.machine, RESERVE_SHARE))
+        plan = Planner(careful, facts).decide(recipe)
+        if plan.fits:
+            return plan
+        recipe = plan.recipe
+    planner = Planner(estimator, facts)
+    estimate = planner.ask(recipe)
+    if not estimate.fits:
+        raise does_not_fit(planner, recipe)
+    return Plan(recipe, {}, estimate)
+
+
+def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> DoesNotFit:
+    """The error for settings that need more than there is, with what to change and what that saves."""
+    estimate = planner.ask(recipe)
+    source = planner.estimator.machine.source
+    what = why or (
+        f"needs {gib(estimate.peak_bytes)} of memory, the limit is {gib(estimate.limit_bytes)} ({source}); "
+        f"{gib(estimate.components['weights'])} of it are the base's weights"
+    )
+    found = planner.remedies(recipe)
+    if not found:
+        smallest = "a smaller base, or a higher memory.limit, is needed: no other setting saves anything"
+        return DoesNotFit(what, smallest)
+    enough = all(remedy.estimate.fits for remedy in found)
+    lead = "any one of these fits: " if len(found) > 1 else "this fits: "
+    if not enough:
+        lead = "nothing is enough with this base, use a smaller one; what saves most: "
+    return DoesNotFit(what, lead + "; ".join(str(remedy) for remedy in found))
+
+
+def _levers(recipe: Recipe, shortest: int) -> Iterator[Changes]:
+    """Changes from the cheapest to the dearest; later ones of a kind go further than earlier ones."""
+    train, length, rank = recipe.train, recipe.data.max_length, recipe.lora.r
+    rows = train.micro_batch_size
+    while isinstance(rows, int) and rows > 1:
+        rows //= 2
+        yield {"train.micro_batch_size": rows}
+    if train.gradient_checkpointing is not True:
+        yield {"train.gradient_checkpointing": True}
+    if train.optimizer in ("adamw", "paged_adamw_32bit"):
+        yield {"train.optimizer": "paged_adamw_8bit"}
+    if recipe.quantization.type == "none":
+        yield {"quantization.type": "nf4"}
+    while length // 2 >= shortest:
+        length //= 2
+        yield {"data.max_length": length}
+    while rank // 2 >= SMALLEST_RANK:
+        rank //= 2
+        yield {"lora.r": rank}
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with other values of some `table.key`s."""
+    for name, value in changes.items():
+        table, key = name.split(".")
+        section = getattr(recipe, table)
+        recipe = recipe.model_copy(update={table: section.model_copy(update={key: value})})
+    return recipe
+
+
+def differences(before: Recipe, after: Recipe) -> dict[str, Any]:
+    """`table.key` to the new value, for every key that differs."""
+    old, new = before.model_dump(), after.model_dump()
+    return {
+        f"{table}.{key}": new[table][key] for table in old for key in old[table] if old[table][key] != new[table][key]
+    }
+
+
+def toml_value(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _speed(plan: Plan) -> tuple[float, int]:
+    """By the ideal speed; without a GPU in the table (0.0), by not recomputing and then by larger micro-batches."""
+    settings = plan.estimate.settings
+    ideal = plan.estimate.tokens_per_second
+    rows = int(settings["train.micro_batch_size"])
+    return (ideal, 0) if ideal else (0.0 if settings["train.gradient_checkpointing"] else 1.0, rows)

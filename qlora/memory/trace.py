@@ -1,0 +1,228 @@
+"""Counts the bytes that are live while code runs, on meta tensors or on real ones, as a GPU's allocator would.
+
+A dispatch mode sees every operation; each new storage is a request to the replayed allocator, and is given back when
+the storage dies. What an operation takes inside itself is invisible to a mode and stands in `SCRATCH`. The total is
+kept by category, and its peak by stretch of the run, so that stretches can be extended apart (see `simulate.py`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora.memory.allocator import Block, CachingAllocator, rounded
+
+aten = torch.ops.aten
+
+CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest total of a stretch: bytes by category at that moment, each storage rounded to 512.
+
+    `slack` is what the allocator counts on top at that moment, because it hands out some blocks larger than asked for;
+    `reserved` the most that it had taken from the driver.
+    """
+
+    parts: Mapping[str, int]
+    slack: int
+    reserved: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass
+class Labels:
+    """By what a tensor of the step is told to be a gradient or logits; everything else is an activation."""
+
+    gradient_shapes: set[tuple[int, ...]] = field(default_factory=set)
+    vocabulary: int = 0
+
+    def category(self, tensor: Tensor) -> str:
+        if tuple(tensor.shape) in self.gradient_shapes:
+            return "gradients"
+        if tensor.ndim >= 2 and tensor.shape[-1] == self.vocabulary:
+            return "logits"
+        return "activations"
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts while it is entered. `packed` is what the model hears when it asks whether a row holds several documents.
+
+    `target` ("cuda" or "cpu") is the device that meta tensors stand for: it decides about the scratch of kernels.
+    """
+
+    def __init__(self, target: str, packed: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.target = target
+        self.packed = packed
+        self.labels = Labels()
+        self.allocator = CachingAllocator()
+        self.peaks: dict[str, Peak] = {}
+        self._now = dict.fromkeys(CATEGORIES, 0)
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self._blocks: dict[int, Block] = {}
+        self._region: str | None = None
+        self._stretch = ""
+        self._total = 0
+        self._highest = -1
+
+    # --- what the caller says ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def region(self, category: str) -> Iterator[None]:
+        """Whatever is made inside belongs to `category`."""
+        before, self._region = self._region, category
+        try:
+            yield
+        finally:
+            self._region = before
+
+    def begin(self, stretch: str) -> None:
+        """From now on the peak is that of `stretch`; what is live already counts."""
+        self._stretch, self._highest = stretch, -1
+        self._record()
+
+    def adopt(self, tensor: Tensor, category: str) -> None:
+        """Count a tensor that was made before."""
+        self._count(tensor, category)
+
+    def renew(self) -> None:
+        """Give the allocator no past: what is live is laid out anew, so that every run counts as the first one."""
+        self.allocator = CachingAllocator()
+        laid_out = {key: self.allocator.allocate(block.wanted) for key, block in self._blocks.items()}
+        self._blocks = {key: block for key, block in laid_out.items() if block is not None}
+
+    @property
+    def live(self) -> Mapping[str, int]:
+        return dict(self._now)
+
+    # --- what it sees --------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "bitsandbytes":
+            if func.name() == "bitsandbytes::gemm_4bit":
+                with self:
+                    return _gemm_4bit(*args, **kwargs)
+            if "optimizer_update" in func.name() and any(isinstance(a, Tensor) and a.is_meta for a in args):
+                return None  # works in place, and knows no meta tensors
+        elif func is aten._local_scalar_dense.default and args[0].is_meta:
+            return self._answer(args[0])
+        result = func(*args, **kwargs)
+        workspace = "workspace" if func.namespace == "bitsandbytes" and "dequantize" in func.name() else None
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self._count(value, self._region or workspace or self.labels.category(value))
+        scratch = SCRATCH.get(func) if self.target == "cuda" else None
+        if scratch is not None:
+            self._use_for_a_moment(scratch(*args, **kwargs))
+        return result
+
+    def _answer(self, asked: Tensor) -> Any:
+        """A model's forward asks its data one thing: is this row a single document? (transformers.masking_utils)"""
+        if asked.dtype == torch.bool:
+            return not self.packed
+        return 1.0 if asked.dtype.is_floating_point else 1
+
+    def _count(self, tensor: Tensor, category: str) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            return
+        taken = rounded(storage.nbytes())
+        block = self.allocator.allocate(taken)
+        if block is None:
+            return
+
+        def died(_: Any) -> None:
+            del self._known[key]
+            self._add(category, -taken)
+            self.allocator.release(self._blocks.pop(key))
+
+        self._known[key] = weakref.ref(storage, died)
+        self._blocks[key] = block
+        self._add(category, taken)
+        self._record()
+
+    def _add(self, category: str, count: int) -> None:
+        self._now[category] += count
+        self._total += count
+
+    def _use_for_a_moment(self, sizes: tuple[int, ...]) -> None:
+        blocks = [block for size in sizes if (block := self.allocator.allocate(size)) is not None]
+        taken = sum(map(rounded, sizes))
+        self._add("workspace", taken)
+        self._record()
+        self._add("workspace", -taken)
+        for block in blocks:
+            self.allocator.release(block)
+
+    def _record(self) -> None:
+        if self._total > self._highest:
+            self._highest = self._total
+            slack = self.allocator.allocated - self._total
+            self.peaks[self._stretch] = Peak(dict(self._now), slack, self.allocator.reserved)
+        elif self.allocator.reserved > self.peaks[self._stretch].reserved:
+            self.peaks[self._stretch] = replace(self.peaks[self._stretch], reserved=self.allocator.reserved)
+
+
+def _gemm_4bit(
+    a: Tensor,
+    b: Tensor,
+    shape: Any,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """The 4-bit product as bitsandbytes computes it for more than a few rows (backends/default/ops.py).
+
+    The whole weight is dequantized for a moment. Its fused kernel for few rows (backends/cuda/ops.py) takes less.
+    """
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    weight = ops.dequantize_4bit.default(b, absmax, blocksize, quant_type, shape, a.dtype)
+    return torch.nn.functional.linear(a, weight, bias)
+
+
+def _efficient_backward(_grad: Tensor, query: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
+    """aten/src/ATen/native/transformers/cuda/attention_backward.cu: delta, and a float32 accumulator for dQ, whose rows
+    and columns are aligned to blocks of 128 and 64 (mem_eff_attention/kernel_backward.h, workspace_elements_gq)."""
+    rows, heads, length, width = query.shape
+    accumulator = rows * heads * _up(length, 128) * _up(width, 64) * 4 if query.dtype != torch.float32 else 0
+    return (rows * heads * length * 4, accumulator)
+
+
+def _flash_backward(_grad: Tensor, query: Tensor, key: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
+    """flash_attn/flash_api.cpp, mha_bwd: softmax_d and dq_accum in float32; dK and dV of every query head where heads
+    share their keys."""
+    rows, heads, length, width = query.shape
+    padded, wide = _up(length, 128), _up(width, 32)
+    expanded = 2 * rows * length * heads * width * 2 if key.shape[1] != heads else 0
+    return (rows * heads * padded * 4, rows * padded * heads * wide * 4, expanded)
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+# Bytes that CUDA kernels allocate inside themselves, while their results exist already.
+SCRATCH: dict[Any, Callable[..., tuple[int, ...]]] = {
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+}

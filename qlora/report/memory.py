@@ -1,0 +1,113 @@
+"""How an estimate is drawn: a table with bars, plans that fit, and a picture of the peak against sequence length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qlora.errors import UserError
+
+GIB = 1 << 30
+BAR_WIDTH = 24
+FULL, EIGHTHS = "█", " ▏▎▍▌▋▊▉"
+MEANINGS = {
+    "weights": "the frozen base",
+    "adapters": "what is trained",
+    "gradients": "summed in float32",
+    "optimizer": "master copies and moments",
+    "activations": "kept for the backward pass",
+    "logits": "of one chunk of tokens",
+    "workspace": "dequantized weights, kernels, gaps",
+    "context": "driver and libraries",
+}
+
+
+def bar(value: float, full: float, width: int = BAR_WIDTH) -> str:
+    """`value` of `full` as a bar of at most `width` characters, to an eighth of one."""
+    eighths = min(width * 8, max(0, round(value / full * width * 8))) if full > 0 else 0
+    return FULL * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def estimate_view(estimate: Mapping[str, Any], source: str) -> RenderableType:
+    """`estimate` is what `--json` prints; `source` says where the limit comes from."""
+    peak, limit = estimate["peak_bytes"], estimate["limit_bytes"]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True, min_width=11)
+    table.add_column(no_wrap=True, min_width=10, justify="right")
+    table.add_column(style="green", no_wrap=True, min_width=BAR_WIDTH)
+    table.add_column(style="dim")
+    for name, count in estimate["components"].items():
+        table.add_row(name, _gib(count), bar(count, max(peak, limit)), MEANINGS.get(name, ""))
+    table.add_row("peak", Text(_gib(peak), style="bold"), Text(bar(peak, max(peak, limit)), style="bold"))
+    table.add_row("limit", _gib(limit), bar(limit, max(peak, limit)), source)
+    return Group(table, Text(""), verdict(peak, limit), *_details(estimate))
+
+
+def verdict(peak: int, limit: int) -> Text:
+    if peak <= limit:
+        return Text(f"it fits: {_gib(limit - peak)} are left", style="bold green")
+    return Text(f"it does not fit: {_gib(peak - limit)} are missing", style="bold red")
+
+
+def _details(estimate: Mapping[str, Any]) -> list[Text]:
+    phases = " · ".join(f"{name} {_gib(count)}" for name, count in estimate["phases"].items())
+    settings = ", ".join(f"{key} = {value}" for key, value in estimate["settings"].items())
+    lines = [
+        f"phases    {phases}",
+        f"host      {_gib(estimate['host_peak_bytes'])} of RAM; {_gib(estimate['disk_bytes'])} of disk",
+        f"settings  {settings}",
+    ]
+    if speed := estimate["tokens_per_second_ideal"]:
+        lines.append(f"speed     at most {speed:,.0f} tokens/s on such a card")
+    lines += [f"note      {note}" for note in estimate["notes"]]
+    return [Text(line, style="dim") for line in lines]
+
+
+def plans_view(plans: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Plans that fit, the fastest first, and the lines of the recipe that the first one changes."""
+    table = Table.grid(padding=(0, 2))
+    for _ in range(4):
+        table.add_column()
+    table.add_row(*(Text(title, style="dim") for title in ("", "peak", "at most", "recipe change")))
+    for number, plan in enumerate(plans, 1):
+        estimate = plan["estimate"]
+        speed = estimate["tokens_per_second_ideal"]
+        told = ", ".join(plan["lines"]) or "none: it fits as it is"
+        table.add_row(str(number), _gib(estimate["peak_bytes"]), f"{speed:,.0f} tokens/s" if speed else "", Text(told))
+    return table
+
+
+def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str, file: Path) -> None:
+    """A PNG of the peak (bytes) by sequence length, with the limits of cards as lines. Raises UserError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--plot: matplotlib is not installed", 'pip install "qlora[plot]"') from None
+    figure = Figure(figsize=(8, 5), dpi=150)
+    axes = figure.subplots()
+    lengths = list(peaks)
+    axes.plot(lengths, [peaks[length] / GIB for length in lengths], marker="o", color="#157f3b", label="predicted peak")
+    for name, limit in limits.items():
+        axes.axhline(limit / GIB, linestyle="--", linewidth=0.8, color="#888888")
+        axes.annotate(name, (lengths[-1], limit / GIB), fontsize=8, ha="right", va="bottom", color="#555555")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of a row")
+    axes.set_ylabel("GiB")
+    axes.set_title(title)
+    axes.legend(loc="upper left")
+    figure.tight_layout()
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise UserError(f"--plot: {file} cannot be written: {error.strerror}", "name another file") from None
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"

@@ -1,0 +1,112 @@
+"""Estimated against counted: the step on meta tensors takes what the step on real ones takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora.memory.simulate import Frame, Simulator, Workload
+from qlora.model.blueprint import text_config
+from qlora.model.tensors import load_json
+from qlora.recipe import LoraSection, QuantizationSection
+from tests.families import make_base, make_config
+from tests.memory.counted import count_step
+
+ROOT = Path(__file__).parent.parent.parent
+STEP = ("forward", "loss", "backward", "backward end")
+LORA = LoraSection(r=8)
+WIDER = {"hidden_size": 128, "intermediate_size": 256}
+
+
+def simulated(text: object, workload: Workload, target: str = "cpu", whole: bool = True) -> int:
+    frame = Frame(text, "tiny", LORA, QuantizationSection(), target=target)
+    return Simulator(frame, whole).run(workload).peak_of(STEP).total
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["checkpointing", "plain"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "quickstart"])
+def test_estimated_is_counted(family: str, recompute: bool, tmp_path: Path) -> None:
+    """Within 1 %, by our own count on real tensors and by the events of torch's allocator, which know nothing of it."""
+    quickstart = ROOT / "recipes/quickstart/base"
+    folder = quickstart if family == "quickstart" else make_base(family, tmp_path / family, overrides=WIDER)
+    length = 32 if family == "quickstart" else 256
+    workload = Workload(2, length, gradient_checkpointing=recompute, optimizer="adamw_8bit")
+    counted = count_step(folder, workload, LORA)
+    estimated = simulated(text_config(load_json(folder / "config.json"), family)[0], workload)
+    assert estimated == pytest.approx(counted.by_mode, rel=0.01)
+    assert estimated == pytest.approx(counted.by_profiler, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("llama", 7),
+        pytest.param("gemma2", 8, marks=pytest.mark.slow),
+        pytest.param("gemma3", 14, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("recompute", [True, False], ids=["checkpointing", "plain"])
+def test_two_short_models_extended_are_the_whole_model(family: str, layers: int, recompute: bool) -> None:
+    """Within 0.5 % (in fact to the byte), each stretch of a run by itself."""
+    overrides = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": layers, "layer_types": None}
+    if family == "gemma3":
+        overrides["layer_types"] = [("sliding" if at % 6 < 5 else "full") + "_attention" for at in range(layers)]
+    text = make_config(family, vocab=8192, overrides=overrides)
+    workload = Workload(1, 128, gradient_checkpointing=recompute, samples=2, prompt_tokens=64, new_tokens=8)
+    frame = Frame(text, family, LORA, QuantizationSection())
+    short, whole = Simulator(frame), Simulator(frame, whole=True)
+    assert len(short.sizes) == 2 and whole.sizes == [layers]
+    extended, full = short.run(workload), whole.run(workload)
+    for stretch, peak in full.stretches.items():
+        if stretch in extended.stretches:
+            assert extended.stretches[stretch].total == pytest.approx(peak.total, rel=0.005), stretch
+    assert extended.worst[1].total == pytest.approx(full.worst[1].total, rel=0.005)
+    assert short.linear_values == whole.linear_values and short.other_values == whole.other_values
+
+
+def test_attention_on_meta_is_the_fused_kernel() -> None:
+    """No S × S scores: four times the length takes less than five times the memory without the weights."""
+    text = make_config("llama", overrides={"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3})
+    frame = Frame(text, "tiny", LORA, QuantizationSection())
+    simulator = Simulator(frame)
+
+    def activations(length: int, packed: bool) -> int:
+        workload = Workload(1, length, gradient_checkpointing=False, packed=packed, evaluates=False)
+        return simulator.run(workload).peak_of(STEP).parts["activations"]
+
+    assert activations(4096, packed=False) < 5 * activations(1024, packed=False)
+    # A pack has a mask: one byte a pair, and its bf16 form for each layer, as torch keeps it for the backward pass.
+    mask = 4096 * 4096 * (1 + 2 * 3)
+    assert 0.9 * mask < activations(4096, packed=True) - activations(4096, packed=False) < 1.6 * mask
+
+
+def test_simulating_leaves_no_trace_in_this_process() -> None:
+    """bitsandbytes keeps its code table from its first use on: a table on meta would break every later run."""
+    import bitsandbytes
+
+    state = torch.random.get_rng_state()
+    simulated(make_config("llama"), Workload(1, 64))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(not table.is_meta for table in bitsandbytes.functional.name2qmap.values())
+    assert torch.empty(1).device.type == "cpu"
+
+
+def test_a_workload_can_be_asked_again() -> None:
+    frame = Frame(make_config("llama"), "tiny", LORA, QuantizationSection())
+    simulator = Simulator(frame)
+    workload = Workload(2, 128, samples=2, prompt_tokens=16, new_tokens=4)
+    first = simulator.run(workload)
+    simulator.run(Workload(4, 256, gradient_checkpointing=False, optimizer="adamw"))
+    again = simulator.run(workload)
+    assert again == first
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"dropout": 0.1}, {"modules_to_save": ("lm_head",)}])
+def test_every_kind_of_adapter_is_simulated(lora: dict[str, object]) -> None:
+    frame = Frame(make_config("llama"), "tiny", LORA.model_copy(update=lora), QuantizationSection())
+    plain = Frame(make_config("llama"), "tiny", LORA, QuantizationSection())
+    workload = Workload(2, 128, gradient_checkpointing=False, neftune_alpha=5.0)
+    more, less = (Simulator(one).run(workload).stretches["forward"].total for one in (frame, plain))
+    assert more > less

@@ -1,0 +1,127 @@
+"""A run is planned before a weight is read: "auto" becomes what fits; what cannot fit ends with remedies that do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora import api
+from qlora.errors import DoesNotFit
+from qlora.events import Recorder
+from qlora.memory import calibration, hardware
+from qlora.memory.hardware import GIB, Machine
+from qlora.model import load
+from qlora.recipe import load_recipe
+from qlora.training import fit
+from qlora.training.memory_use import Measured
+from tests.runs import train, values, write_recipe
+
+SHORT = ("train.max_steps=2", "eval.samples=0", "data.eval_fraction=0")
+# A micro-batch of 64 long rows with everything kept: some 3 GiB on a base of 100 kB.
+HUGE = (
+    *("train.micro_batch_size=64", "train.batch_size=64", "data.max_length=4096", "train.gradient_checkpointing=false"),
+    *('memory.limit="1GiB"', "eval.samples=0", "data.eval_fraction=0", "data.packing=false"),
+)
+
+
+@pytest.fixture
+def long_rows(tmp_path: Path, llama: Path) -> Path:
+    recipe = write_recipe(tmp_path, llama)
+    row = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "Yes."}]}\n'
+    (recipe.parent / "rows.jsonl").write_text((row % ("lamp " * 900)) * 80)
+    return recipe
+
+
+def test_what_cannot_fit_ends_with_remedies_before_a_weight_is_read(
+    long_rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(load, "load_base", lambda *args: read.append(args))
+    with pytest.raises(DoesNotFit, match=r"the limit is 1\.00 GiB \(memory\.limit\)") as caught:
+        api.train(load_recipe(long_rows, HUGE), name="huge", sink=Recorder())
+    assert not read and caught.value.exit_code == 3
+    hint = caught.value.hint
+    assert hint.startswith(("any one of these fits: ", "this fits: "))
+    remedies = hint.partition(": ")[2].split("; ")
+    assert 1 <= len(remedies) <= 3
+    for remedy in remedies:
+        changes = re.findall(r"([a-z_.]+) = (\S+)", remedy)
+        assert changes and re.search(r"\(saves \d+\.\d\d GiB\)", remedy)
+        taken = [f"{key}={value}" for key, value in changes]
+        checked = api.check(load_recipe(long_rows, (*HUGE, *taken)))
+        assert checked.memory is not None and checked.memory.fits
+
+
+def test_auto_is_the_fastest_that_fits_and_the_plan_says_so(long_rows: Path) -> None:
+    auto = (*HUGE[1:], "train.micro_batch_size=auto", "train.gradient_checkpointing=auto")
+    auto += ("train.batch_size=16", "train.max_steps=1")
+    plans = {}
+    for limit in ("700MiB", "40GiB"):
+        recorder = train(long_rows, *auto, f'memory.limit="{limit}"', mode="fresh")
+        (plans[limit],) = recorder.of("plan")
+    tight, roomy = (plans[limit].as_dict() for limit in ("700MiB", "40GiB"))
+    assert tight["micro_batch_size"] < roomy["micro_batch_size"] == 16
+    assert not roomy["gradient_checkpointing"]
+    for plan, limit in ((tight, 700 << 20), (roomy, 40 * GIB)):
+        memory = plan["memory"]
+        assert memory["peak_bytes"] <= memory["limit_bytes"] == pytest.approx(0.95 * limit, rel=1e-6)
+        assert memory["changes"]["train.micro_batch_size"] == plan["micro_batch_size"]
+
+
+def test_predicted_stands_beside_measured(tmp_path: Path, llama: Path) -> None:
+    recorder = train(write_recipe(tmp_path, llama), *SHORT)
+    (memory,) = values(recorder, "end", "memory")
+    assert set(memory) == {"peak", "weights", "adapters", "optimizer"}
+    for part in ("weights", "adapters", "optimizer"):
+        # Rounding to 512 bytes shows on so tiny a base.
+        assert memory[part]["predicted"] == pytest.approx(memory[part]["measured"], rel=0.05, abs=40_000), part
+    assert memory["peak"]["measured"] > 0
+
+
+def test_rows_say_how_long_they_are(long_rows: Path, tmp_path: Path, llama: Path) -> None:
+    """Short rows take what they take, whatever data.max_length allows."""
+    short = api.check(load_recipe(write_recipe(tmp_path / "short", llama), ("data.packing=false",))).memory
+    long = api.check(load_recipe(long_rows, ("data.packing=false",))).memory
+    assert short is not None and long is not None
+    assert short.settings["data.max_length"] < 100 < 300 < long.settings["data.max_length"]
+    assert short.peak_bytes < long.peak_bytes
+
+
+def test_a_model_that_meta_cannot_run_is_trained_without_a_plan(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose(*_: Any) -> None:
+        raise NotImplementedError("aten::odd has no meta kernel")
+
+    monkeypatch.setattr(fit, "choose", choose)
+    recorder = train(write_recipe(tmp_path, llama), *SHORT, "train.micro_batch_size=auto")
+    assert values(recorder, "plan", "memory") == [None] and values(recorder, "end", "memory") == [None]
+    assert any("not checked" in message for message in values(recorder, "notice", "message"))
+
+
+def test_a_run_on_a_gpu_is_remembered(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair of a GPU goes into the file, and the next estimate for that card says that it was corrected."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    card = hardware.find("RTX 3060")
+    monkeypatch.setattr(hardware, "this_machine", lambda limit: Machine("cuda", 8 * GIB, "test", card))
+    from qlora.model import hub
+
+    recipe = load_recipe(write_recipe(tmp_path, llama))
+    base = hub.resolve(recipe.model.base, "main", Recorder())
+    facts = fit.DataFacts(longest=64, batch_size=4, prompt_tokens=8, has_eval=False)
+    planned = fit.plan_run(recipe, base, facts, Recorder())
+    assert planned.plan is not None and planned.plan.estimate.calibrated_by == 0
+    tensors = planned.plan.estimate.tensor_bytes
+    measured = Measured(round(tensors * 1.1), 1, 1, 1, "2.13")
+    pairs = fit.compare(planned, measured)
+    assert pairs is not None and pairs["peak"] == {"predicted": tensors, "measured": round(tensors * 1.1)}
+    assert calibration.correction("RTX 3060").factor == pytest.approx(1.1, rel=1e-3)
+    again = fit.plan_run(recipe, base, facts, Recorder())
+    assert again.plan is not None and again.plan.estimate.calibrated_by == 1
+    assert again.plan.estimate.components["weights"] == pytest.approx(
+        1.1 * planned.plan.estimate.components["weights"], rel=1e-3
+    )
+    assert any("calibrated by 1 run" in note for note in again.plan.estimate.notes)

@@ -1,0 +1,80 @@
+"""The worst first leaves no trace: a run with it is the run without it, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora.training import loop
+from tests.runs import EVERYTHING, hashes, train, values, write_recipe
+
+RUN = (*EVERYTHING, "train.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep=9")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_a_run_with_the_probe_is_the_run_without_it(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    settings = (*RUN, f"train.optimizer={optimizer}")
+    tried = write_recipe(tmp_path / "tried", llama)
+    with_probe = train(tried, *settings)
+    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+    untried = write_recipe(tmp_path / "untried", llama)
+    without = train(untried, *settings)
+    for step in range(1, 5):
+        assert hashes(tried, step) == hashes(untried, step)
+    for kind, key in (("step", "loss"), ("eval", "loss"), ("sample", "tuned")):
+        assert values(with_probe, kind, key) == values(without, kind, key)
+
+
+def test_it_tries_the_longest_rows_an_update_and_an_evaluation(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    updates: list[float] = []
+    evaluated: list[int] = []
+    real, step, longest = loop.forward_backward, loop.AdapterOptimizer.step, loop.Evaluator.try_longest
+
+    def forward_backward(parts: Any, batch: Any, *rest: Any) -> Any:
+        widths.append(batch.input_ids_BS.shape[1])
+        return real(parts, batch, *rest)
+
+    def update(self: Any, learning_rate: float) -> None:
+        if not next(iter(self.masters.values())).is_meta:  # the planner's updates are simulated
+            updates.append(learning_rate)
+        step(self, learning_rate)
+
+    def try_longest(self: Any) -> None:
+        evaluated.append(len(widths))
+        longest(self)
+
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+    monkeypatch.setattr(loop.AdapterOptimizer, "step", update)
+    monkeypatch.setattr(loop.Evaluator, "try_longest", try_longest)
+    train(write_recipe(tmp_path, llama), *RUN, "data.packing=false")
+    assert widths[0] == widths[1] == max(widths) and evaluated == [2]
+    assert len(updates) == 5  # the probe's and four steps
+
+
+def test_memory_that_runs_out_while_trying_makes_the_run_smaller(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = loop.forward_backward, iter(range(1000))
+
+    def forward_backward(*args: Any) -> Any:
+        loss = real(*args)
+        if next(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB.")
+        return loss
+
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+    small = write_recipe(tmp_path / "small", llama)
+    recorder = train(small, *RUN, "lora.dropout=0", "train.neftune_alpha=0")
+    assert values(recorder, "recovered", "step") == [0]
+    monkeypatch.setattr(loop, "forward_backward", real)
+    one = write_recipe(tmp_path / "one", llama)
+    train(one, *RUN, "lora.dropout=0", "train.neftune_alpha=0", "train.micro_batch_size=1")
+    assert hashes(small, 4) == hashes(one, 4)

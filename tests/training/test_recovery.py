@@ -1,0 +1,246 @@
+"""Out of memory: the same rows again in smaller pieces, the same gradient, nothing kept, and remedies at the end.
+
+The error is injected, since a CPU has none of its own: it is torch's own class, raised inside the forward or backward
+pass of the run.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.errors import DoesNotFit
+from qlora.events import Recorder
+from qlora.model import adapters
+from qlora.step import forward
+from qlora.training import loop
+from qlora.training.recovery import Fit, MemoryGuard, attempt
+from tests.runs import run_dir, train, values, write_recipe
+
+RUN = (
+    *("train.max_steps=3", "train.batch_size=4", "data.max_length=96", "data.packing=false", "train.optimizer=adamw"),
+    *("eval.samples=0", "eval.every_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9"),
+)
+CPU = torch.device("cpu")
+
+
+def out_of_memory() -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Memory runs out in these passes through a micro-batch, in the backward pass, with its gradient half done."""
+    real, count = forward.forward_backward, iter(range(10_000))
+
+    def forward_backward(parts: Any, batch: Any, step_weight: float, neftune_alpha: float) -> Any:
+        loss = real(parts, batch, step_weight, neftune_alpha)
+        if next(count) in calls:
+            raise out_of_memory()
+        return loss
+
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+
+
+def in_fp32(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Adapters in float32, and the gradient of every step as the optimizer gets it."""
+    attach = adapters.attach
+    monkeypatch.setattr(adapters, "attach", lambda *args, **kwargs: attach(*args, dtype=torch.float32, **kwargs))
+    seen: list[dict[str, torch.Tensor]] = []
+    norm = loop.AdapterOptimizer.gradient_norm
+
+    def gradient_norm(self: Any) -> torch.Tensor:
+        seen.append({key: master.grad.clone() for key, master in self.masters.items() if master.grad is not None})
+        return norm(self)
+
+    monkeypatch.setattr(loop.AdapterOptimizer, "gradient_norm", gradient_norm)
+    return seen
+
+
+def fp32_base(folder: Path) -> Path:
+    from tests.families import make_base
+
+    return make_base("llama", folder)
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference over the norm, of everything together."""
+    flat = [torch.cat([tensors[key].flatten().double() for key in sorted(tensors)]) for tensors in (one, other)]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def test_at_every_micro_step_the_gradient_is_that_of_the_small_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of 2 that fail, redone as 1 and 1: against a run of 1 from the start, and the final weights too."""
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)  # the whole computation, base included
+    base = fp32_base(tmp_path / "base")
+    with monkeypatch.context() as patch:
+        wanted = in_fp32(patch)
+        fail_at(patch)
+        small = write_recipe(tmp_path / "small", base)
+        train(small, *RUN, "train.micro_batch_size=1", 'quantization.type="none"')
+    final = load_file(run_dir(small) / "checkpoints/step-000003/adapter.safetensors")
+    for call in range(6):  # 3 steps of 2 micro-batches
+        with monkeypatch.context() as patch:
+            seen = in_fp32(patch)
+            fail_at(patch, call)
+            recipe = write_recipe(tmp_path / f"failing-{call}", base)
+            recorder = train(recipe, *RUN, "train.micro_batch_size=2", 'quantization.type="none"')
+        (event,) = recorder.of("recovered")
+        assert event.as_dict()["step"] == call // 2 + 1
+        assert "micro-batches of 1 instead of 2" in event.as_dict()["message"]
+        assert [distance(one, other) for one, other in zip(seen, wanted, strict=True)] == pytest.approx(
+            [0] * 3, abs=1e-6
+        )
+        found = load_file(run_dir(recipe) / "checkpoints/step-000003/adapter.safetensors")
+        assert distance(found, final) < 1e-5
+
+
+def test_the_new_size_is_kept_and_a_resumed_run_goes_on_with_it(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+
+    recipe = write_recipe(tmp_path, llama)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 0)
+        train(recipe, *RUN, "train.micro_batch_size=4", stop_after=2)
+    state = json.loads((run_dir(recipe) / "checkpoints/step-000002/state.json").read_text())["state"]
+    assert (state["micro_batch_size"], state["gradient_checkpointing"]) == (2, True)
+    recorder = train(recipe, *RUN, "train.micro_batch_size=4", mode="resume")
+    assert values(recorder, "plan", "micro_batch_size") == [2]
+
+
+def test_twenty_in_a_row_keep_nothing() -> None:
+    guard = MemoryGuard(Fit(1 << 20, False), CPU, Recorder(), lambda fit: None)
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def work() -> str:
+        assert [one for one in made if one() is not None] == []
+        if len(made) < 20:
+            weight = torch.ones(64, 64, requires_grad=True)
+            big = (weight @ torch.ones(64, 64)).relu()
+            made.append(weakref.ref(big))
+            big.sum().backward()
+            raise out_of_memory()
+        return "done"
+
+    assert guard.within(1, work) == "done"
+    assert guard.fit.micro_batch_size == 1 and len(made) == 20
+
+
+def test_twenty_in_a_row_within_a_run_keep_no_tensor(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole chain: model, autograd, optimizer. Sizes are halved by nothing here, so that it can fail so often."""
+    monkeypatch.setattr(Fit, "smaller", lambda self: self)
+    fail_at(monkeypatch, *range(20))
+    held: list[int] = []
+    from qlora.training import recovery
+
+    def free(device: torch.device) -> None:
+        gc.collect()
+        looked_at = len(held) in (0, 19)  # looking at every object of the process takes a second
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)] if looked_at else []
+        held.append(sum(one.nbytes for one in tensors))
+
+    monkeypatch.setattr(recovery, "free", free)
+    monkeypatch.setattr(recovery, "_told", lambda before, after: "again")
+    recorder = train(write_recipe(tmp_path, llama), *RUN, "train.micro_batch_size=2")
+    assert len(recorder.of("recovered")) == len(held) == 20
+    assert held[-1] == held[0] > 0
+    assert values(recorder, "step", "step") == [1, 2, 3]
+
+
+def test_levers_are_pulled_in_order_and_then_the_run_ends_with_remedies(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    fail_at(monkeypatch, *range(100))
+    recorder = Recorder()
+    from qlora import api
+    from qlora.recipe import load_recipe
+
+    settings = (*RUN, "train.micro_batch_size=4", "train.gradient_checkpointing=false", "data.max_length=2048")
+    with pytest.raises(DoesNotFit, match=r"Tried to allocate 2.*one row at a time and layers recomputed") as caught:
+        api.train(load_recipe(recipe, settings), name=recipe.stem, sink=recorder)
+    said = [event.as_dict()["message"].split(": ")[-1] for event in recorder.of("recovered")]
+    assert [message.partition(";")[0] for message in said] == [
+        "micro-batches of 2 instead of 4 rows",
+        "micro-batches of 1 instead of 2 rows",
+        "layers are recomputed in the backward pass from now on",
+    ]
+    assert caught.value.exit_code == 3 and "GiB" in caught.value.hint
+
+
+def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    straight = train(recipe, *RUN, "train.micro_batch_size=2", "eval.samples=2", "data.eval_fraction=0.2")
+    once = iter([True] + [False] * 1000)
+    answers_once = iter([True] + [False] * 1000)
+    from qlora.model import generate
+    from qlora.training import evaluate
+
+    batch_loss, greedy = evaluate.batch_loss, generate.greedy
+
+    def failing(real: Callable[..., Any], when: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(when):
+                raise out_of_memory()
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+    monkeypatch.setattr(evaluate, "batch_loss", failing(batch_loss, once))
+    monkeypatch.setattr(evaluate.generate, "greedy", failing(greedy, answers_once))
+    again = train(recipe, *RUN, "train.micro_batch_size=2", "eval.samples=2", "data.eval_fraction=0.2", mode="fresh")
+    told = " ".join(values(again, "recovered", "message"))
+    assert "8 instead of 16 answers at once" in told and "micro-batches of 1 instead of 2" in told
+    assert values(again, "eval", "loss")[0] == pytest.approx(values(straight, "eval", "loss")[0], rel=1e-3)
+    assert values(again, "sample", "base") == values(straight, "sample", "base")
+
+
+def test_an_update_is_never_done_twice(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    step = loop.AdapterOptimizer.step
+
+    def update(self: Any, learning_rate: float) -> None:
+        if learning_rate > 0 and not next(iter(self.masters.values())).is_meta:
+            raise out_of_memory()
+        step(self, learning_rate)
+
+    monkeypatch.setattr(loop.AdapterOptimizer, "step", update)
+    with pytest.raises(DoesNotFit, match="in the update; the last checkpoint is whole"):
+        train(recipe, *RUN, "train.micro_batch_size=2")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("x")]
+)
+def test_any_other_error_ends_the_run(error: Exception) -> None:
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        raise error
+
+    guard = MemoryGuard(Fit(8, False), CPU, Recorder(), lambda fit: None)
+    with pytest.raises(type(error)):
+        guard.within(1, work)
+    assert len(tries) == 1
+
+
+def test_the_reason_is_told_without_the_whole_message() -> None:
+    def work() -> None:
+        raise out_of_memory()
+
+    assert attempt(work) == (None, "out of memory: Tried to allocate 2")

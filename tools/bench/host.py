@@ -1,0 +1,45 @@
+"""Resident memory of a process that has imported what training imports, before it holds anything of a run.
+
+    python tools/bench/host.py
+
+`qlora/memory/beyond.py` holds the figure.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def resident_mib() -> float:
+    return float(psutil.Process().memory_info().rss) / (1 << 20)
+
+
+def main() -> None:
+    print(f"python {resident_mib():.0f} MiB")
+    from transformers.models.llama import modeling_llama
+
+    print(f"torch and transformers ({modeling_llama.LlamaModel.__name__}) {resident_mib():.0f} MiB")
+    from peft import LoraConfig
+
+    from qlora.quiet import import_bitsandbytes
+    from qlora.training import fit, loop
+
+    import_bitsandbytes()
+    print(
+        f"peft, bitsandbytes and ours {resident_mib():.0f} MiB ({LoraConfig.__name__}, {loop.__name__}, {fit.__name__})"
+    )
+    from qlora.events import Sinks
+    from qlora.model import hub, load
+
+    load.load_tokenizer(hub.resolve(str(ROOT / "recipes/quickstart/base"), "main", Sinks()))
+    print(f"a tokenizer {resident_mib():.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,443 @@
+"""Trained tokens a second and peak memory of one training step, ours and another stack's, in one run.
+
+    python tools/bench/step.py --base recipes/quickstart/base --length 400 --vs trl --trl-python VENV/bin/python
+    python tools/bench/step.py --shape 8b --length 2048 --vs trl --trl-python VENV/bin/python
+
+Each stack works in a process of its own, and the processes take turns (ours, theirs, ours, theirs, …), so that a
+machine that grows warm or is shared weighs on both alike. Both read the same base from the same folder, train the same
+rows of random tokens, every token trained, with the same adapters and optimizer. The figures go into a table and, with
+hardware, versions and commit, into a JSON file in tools/bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "trl")
+# hidden, inner, layers, heads, key-value heads, vocabulary, tied: the shapes of Llama 3.2 1B and 3B, Llama 3.1 8B, and
+# a 14B of Qwen3's width.
+SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
+    "1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "3b": (3072, 8192, 28, 24, 8, 128256, True),
+    "8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "14b": (5120, 17408, 40, 40, 8, 151936, False),
+}
+MARK = "BENCH-RESULT "
+FIGURES = ("trained_tokens_per_second", "peak_bytes")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both stacks are told."""
+
+    base: str
+    rows: int
+    length: int
+    accumulation: int
+    steps: int
+    r: int
+    optimizer: str
+    gradient_checkpointing: bool
+    threads: int
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.worker:
+        sys.path.insert(0, str(ROOT))
+        worker = qlora_worker if arguments.worker == "qlora" else trl_worker
+        print(MARK + json.dumps(worker(Settings(**json.loads(arguments.settings)))))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        base = arguments.base or str(random_base(arguments.shape, Path(scratch)))
+        settings = Settings(
+            base=str(Path(base).resolve()),
+            rows=arguments.rows,
+            length=arguments.length,
+            accumulation=arguments.accumulation,
+            steps=arguments.steps,
+            r=arguments.r,
+            optimizer=arguments.optimizer,
+            gradient_checkpointing=not arguments.no_checkpointing,
+            threads=arguments.threads,
+        )
+        stacks = ["qlora", *([arguments.vs] if arguments.vs else [])]
+        found: dict[str, list[dict[str, Any]]] = {stack: [] for stack in stacks}
+        for turn in range(arguments.repeats):
+            for stack in stacks:
+                print(f"turn {turn + 1} of {arguments.repeats}: {stack}", file=sys.stderr)
+                python = arguments.trl_python if stack == "trl" else sys.executable
+                found[stack].append(run_worker(stack, python, settings))
+        report = summary(settings, found, arguments.shape if not arguments.base else Path(base).name)
+    show(report)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / f"{arguments.name or default_name(report)}.json"
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{file}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="folder of a base; without it, --shape with random weights")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each stack")
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"])
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each process")
+    parser.add_argument("--vs", choices=["trl"], help="another stack to run beside ours")
+    parser.add_argument("--trl-python", default=sys.executable, help="python of an environment with trl")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", help="name of the results file")
+    parser.add_argument("--worker", choices=["qlora", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_worker(stack: str, python: str, settings: Settings) -> dict[str, Any]:
+    """One process of a stack; its figures."""
+    command = [python, __file__, "--worker", stack, "--settings", json.dumps(asdict(settings))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        sys.exit(f"{stack} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    figures: dict[str, Any] = json.loads(lines[0].removeprefix(MARK))
+    return figures
+
+
+# --- our stack -------------------------------------------------------------------------------------------------------
+
+
+def qlora_worker(settings: Settings) -> dict[str, Any]:
+    """The step of qlora.step, as the trainer runs it."""
+    import time
+
+    import torch
+
+    from qlora import api
+    from qlora.batch import Batch
+    from qlora.events import Sinks
+    from qlora.model import adapters, hub, load
+    from qlora.model.cpu_products import fast_products
+    from qlora.recipe import LoraSection, QuantizationSection
+    from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+    from qlora.step.optimizer import AdapterOptimizer
+
+    before = resident_bytes()
+    device = api.pick_device()
+    base = hub.resolve(settings.base, "main", Sinks())
+    model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
+    peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0)
+    causal_lm = peft_model.get_base_model()
+    set_gradient_checkpointing(causal_lm, settings.gradient_checkpointing, keep_random_state=False)
+    parts = CausalParts.of(causal_lm)
+    optimizer = AdapterOptimizer(adapters.trainable(peft_model), settings.optimizer, 0.0)
+    micro_batches = []
+    for ids in token_rows(settings, causal_lm.config.get_text_config().vocab_size):
+        ids_BS = torch.tensor(ids)
+        weights = torch.ones(ids_BS.shape)
+        weights[:, -1] = 0
+        positions = torch.arange(settings.length).repeat(settings.rows, 1)
+        zeros, targets = torch.zeros_like(ids_BS), torch.roll(ids_BS, -1, 1)
+        trained = weights.flatten().nonzero().squeeze(1)
+        micro_batches.append(Batch(ids_BS, positions, zeros, targets, weights, trained).to(device))
+    step_weight = float(sum(batch.loss_weights_BS.sum() for batch in micro_batches))
+    seconds = []
+    peft_model.train()
+    with fast_products(device):
+        for _ in range(settings.steps + 1):
+            synchronize(device.type)
+            began = time.perf_counter()
+            loss = sum(forward_backward(parts, batch, step_weight) for batch in micro_batches)
+            optimizer.clip(optimizer.gradient_norm(), 1.0)
+            optimizer.step(1e-4)
+            synchronize(device.type)
+            seconds.append(time.perf_counter() - began)
+    return figures_of(settings, seconds[1:], float(loss) / step_weight, before, device.type)
+
+
+# --- TRL -------------------------------------------------------------------------------------------------------------
+
+
+def trl_worker(settings: Settings) -> dict[str, Any]:
+    """SFTTrainer with peft, as its documentation has it: 4-bit base, LoRA on every linear layer.
+
+    On a GPU it computes in bf16. On a CPU it is given float32: most processors multiply bf16 matrices a hundred times
+    more slowly, and float32 is what its own defaults give there.
+    """
+    import time
+
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    before = resident_bytes()
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.base,
+        quantization_config=quantization,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        device_map={"": 0} if on_gpu else {"": "cpu"},
+        trust_remote_code=False,
+    )
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = [row for batch in token_rows(settings, vocabulary) for row in batch] * (settings.steps + 1)
+    seconds: list[float] = []
+    losses: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            synchronize("cuda" if on_gpu else "cpu")
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronize("cuda" if on_gpu else "cpu")
+            seconds.append(time.perf_counter() - self.began)
+
+        def on_log(self, *_: Any, logs: Mapping[str, float] | None = None, **__: Any) -> None:
+            losses.extend([logs["loss"]] if logs and "loss" in logs else [])
+
+    names = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SFTConfig(
+            output_dir=scratch,
+            per_device_train_batch_size=settings.rows,
+            gradient_accumulation_steps=settings.accumulation,
+            max_steps=settings.steps + 1,
+            max_length=settings.length,
+            packing=False,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            optim=names[settings.optimizer],
+            learning_rate=1e-4,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            dataloader_pin_memory=on_gpu,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
+            processing_class=tokenizer_of(AutoTokenizer, settings.base, vocabulary),
+            peft_config=LoraConfig(r=settings.r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return figures_of(settings, seconds[1:], losses[-1], before, "cuda" if on_gpu else "cpu")
+
+
+def tokenizer_of(auto: Any, base: str, vocabulary: int) -> Any:
+    """The base's tokenizer; for random weights, one that knows nothing but an end (the rows are tokens already)."""
+    if (Path(base) / "tokenizer.json").is_file():
+        return auto.from_pretrained(base, trust_remote_code=False)
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": vocabulary - 1}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
+
+
+# --- what both share -------------------------------------------------------------------------------------------------
+
+
+def token_rows(settings: Settings, vocabulary: int) -> list[list[list[int]]]:
+    """Micro-batches of rows of random tokens, the same in every process."""
+    import random
+
+    chance = random.Random(7)
+    one = [[chance.randrange(4, vocabulary) for _ in range(settings.length)] for _ in range(settings.rows)]
+    return [one for _ in range(settings.accumulation)]
+
+
+def random_base(shape: str, parent: Path) -> Path:
+    """A folder with a Llama of that shape and random weights, written tensor by tensor."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hidden, inner, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    names = {name: parameter.shape for name, parameter in model.named_parameters()}
+    config.save_pretrained(parent)
+    generator = torch.Generator().manual_seed(1)
+    weight_map = {}
+    for number, (name, size) in enumerate(names.items(), 1):
+        file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
+        wide = len(size) > 1
+        tensor = torch.randn(size, generator=generator).mul_(0.02) if wide else torch.ones(size)
+        save_file({name: tensor.bfloat16()}, parent / file, metadata={"format": "pt"})
+        weight_map[name] = file
+    index = {"metadata": {}, "weight_map": weight_map}
+    (parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    return parent
+
+
+def synchronize(device_type: str) -> None:
+    if device_type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def resident_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def figures_of(
+    settings: Settings, seconds: Sequence[float], loss: float, before: int, device_type: str
+) -> dict[str, Any]:
+    """Trained tokens a second by the median step, and the peak: the allocator's on a GPU, else of resident memory."""
+    import resource
+
+    import torch
+
+    trained = settings.rows * (settings.length - 1) * settings.accumulation
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    on_gpu = device_type == "cuda"
+    return {
+        "seconds": [round(value, 4) for value in seconds],
+        "trained_tokens_per_second": round(trained / statistics.median(seconds), 2),
+        "peak_bytes": int(torch.cuda.max_memory_allocated()) if on_gpu else int(peak - before),
+        "peak_of": "tensors on the GPU" if on_gpu else "resident memory above that after imports",
+        "loss": round(loss, 4),
+        "versions": {name: found for name in PACKAGES if (found := installed(name))},
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def summary(settings: Settings, found: Mapping[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
+    """The report: medians of the turns, the ratio to the other stack, and on a known GPU the share of the ideal."""
+    keys = ("trained_tokens_per_second", "peak_bytes")
+    medians = {
+        stack: {key: statistics.median(turn[key] for turn in turns) for key in keys} for stack, turns in found.items()
+    }
+    ours = medians["qlora"]
+    report: dict[str, Any] = {
+        "base": name,
+        "settings": {key: value for key, value in asdict(settings).items() if key != "base"},
+        "hardware": {"device": found["qlora"][0]["device"], "processor": processor(), "threads": settings.threads},
+        "platform": platform.platform(terse=True),
+        "commit": commit(),
+        "versions": {stack: turns[0]["versions"] for stack, turns in found.items()},
+        "medians": medians,
+        "ratio": {
+            stack: {key: round(ours[key] / value, 3) for key, value in other.items()}
+            for stack, other in medians.items()
+            if stack != "qlora"
+        },
+        "share_of_ideal": ideal_share(settings, found["qlora"][0]["device"], ours["trained_tokens_per_second"]),
+        "turns": dict(found),
+    }
+    return report
+
+
+def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> float | None:
+    """Of what arithmetic and dequantization allow on this card (qlora.memory.estimate); None on a CPU."""
+    sys.path.insert(0, str(ROOT))
+    from qlora.memory import hardware
+    from qlora.memory.estimate import ideal_tokens_per_second
+    from qlora.memory.simulate import Frame, Simulator, Workload
+    from qlora.model.blueprint import text_config
+    from qlora.model.tensors import load_json
+    from qlora.recipe import LoraSection, QuantizationSection
+
+    if device == "cpu":
+        return None
+    gpu = hardware.this_machine().gpu
+    text, _ = text_config(load_json(Path(settings.base) / "config.json"), settings.base)
+    simulator = Simulator(Frame(text, settings.base, LoraSection(r=settings.r), QuantizationSection()))
+    workload = Workload(settings.rows, settings.length, settings.gradient_checkpointing, settings.optimizer)
+    return (
+        None if gpu is None else round(tokens_per_second / ideal_tokens_per_second(text, workload, simulator, gpu), 3)
+    )
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def default_name(report: Mapping[str, Any]) -> str:
+    device = "cpu" if report["hardware"]["device"] == "cpu" else report["hardware"]["device"].lower().replace(" ", "-")
+    settings = report["settings"]
+    return f"step-{device}-{report['base']}-{settings['rows']}x{settings['length']}-r{settings['r']}"
+
+
+def show(report: Mapping[str, Any]) -> None:
+    print(f"{report['base']}: {report['settings']['rows']} × {report['settings']['length']} tokens, ", end="")
+    print(f"r {report['settings']['r']}, {report['settings']['optimizer']}, on {report['hardware']['device']}")
+    print(f"{'':10}{'trained tokens/s':>18}{'peak MiB':>12}")
+    for stack, figures in report["medians"].items():
+        print(f"{stack:10}{figures['trained_tokens_per_second']:>18,.1f}{figures['peak_bytes'] / 2**20:>12,.1f}")
+    for stack, ratio in report["ratio"].items():
+        told = f"{ratio['trained_tokens_per_second']:.2f}× as fast, {ratio['peak_bytes']:.2f}× the peak"
+        print(f"ours against {stack}: {told}")
+    if report["share_of_ideal"] is not None:
+        print(f"share of the ideal: {report['share_of_ideal']:.1%}")
+
+
+if __name__ == "__main__":
+    main()
