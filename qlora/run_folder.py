@@ -157,13 +157,24 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
             f"{path}: no such folder", "name a run's folder, such as runs/quickstart, or an adapter folder"
         )
     if (path / "adapter" / "adapter_config.json").is_file():
-        return path / "adapter", path / "export"
+        return _plain(path / "adapter"), path / "export"
     if (path / "adapter_config.json").is_file():
+        _plain(path)
         of_run = (path.parent / RECIPE_FILE).is_file()
         return path, path.parent / "export" if of_run else path.with_name(path.name + "-export")
     if (path / RECIPE_FILE).is_file():
         raise ExportError(f"{path}: this run has no adapter yet", "train it to its first evaluation or its end")
     raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
+
+
+def _plain(folder: Path) -> Path:
+    """The folder, when no entry of it is a pipe, a device or a link out of it: some of them are copied into exports."""
+    for entry in sorted(folder.iterdir()):
+        try:
+            disk.inside(folder, entry.name)
+        except ValueError as error:
+            raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
+    return folder
 
 
 def refuse_foreign_folder(target: Path) -> None:

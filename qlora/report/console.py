@@ -317,7 +317,9 @@ def end_panel(end: End, losses: list[float]) -> Panel:
     grid.add_row("peak memory", human_bytes(end.peak_bytes))
     if end.adapter is not None:
         grid.add_row("adapter", Text(f"{end.adapter} (step {end.adapter_step})"))
-    return Panel(grid, box=box.ROUNDED, expand=False, border_style="green" if end.reason != "stopped" else "yellow")
+    return Panel(
+        grid, box=box.ROUNDED, expand=False, border_style="yellow" if end.reason.startswith("stopped") else "green"
+    )
 
 
 def _clip(text: str, longest: int = 300) -> str:
