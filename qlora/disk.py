@@ -310,20 +310,37 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep_leftovers(parent: Path) -> int:
+def sweep_leftovers(parent: Path, of_the_dead_only: bool = False) -> int:
     """Remove hidden `.tmp-` and `.old-` folders and files that a killed process left. Returns how many.
+
+    `of_the_dead_only` spares those of processes that run: for a folder that several may use at once.
 
     A process may have died between the two renames that replace a folder, so that neither the old one nor the new one
     has its name: then the new one, if it is whole, or else the old one gets it.
     """
     _finish_swaps(parent)
     leftovers = [path for path in parent.glob(".*") if ".tmp-" in path.name or ".old-" in path.name]
+    if of_the_dead_only:
+        leftovers = [path for path in leftovers if not _runs(path.name.rpartition("-")[2])]
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _runs(number: str) -> bool:
+    """Whether a process of that number runs; when that can't be told, it may."""
+    if os.name == "nt" or not number.isdigit():
+        return True
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _finish_swaps(parent: Path) -> None:

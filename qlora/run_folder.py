@@ -157,8 +157,9 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
             f"{path}: no such folder", "name a run's folder, such as runs/quickstart, or an adapter folder"
         )
     if (path / "adapter" / "adapter_config.json").is_file():
-        return path / "adapter", path / "export"
+        return _plain(path / "adapter"), path / "export"
     if (path / "adapter_config.json").is_file():
+        _plain(path)
         of_run = (path.parent / RECIPE_FILE).is_file()
         return path, path.parent / "export" if of_run else path.with_name(path.name + "-export")
     if (path / RECIPE_FILE).is_file():
@@ -187,6 +188,16 @@ def name_of(adapter_dir: Path) -> str:
 def dataset_name(path: str) -> str:
     """What a published file may tell of a source of rows: a hub dataset's name, or a file's without its folders."""
     return path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
+
+
+def _plain(folder: Path) -> Path:
+    """The folder, when no entry of it is a pipe, a device or a link out of it: some of them are copied into exports."""
+    for entry in sorted(folder.iterdir()):
+        try:
+            disk.inside(folder, entry.name)
+        except ValueError as error:
+            raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
+    return folder
 
 
 def refuse_foreign_folder(target: Path) -> None:

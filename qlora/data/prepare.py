@@ -165,6 +165,7 @@ class _Maker:
             self.sink.emit(Notice("cache", f"cached tokens in {folder} are damaged ({damage}): tokenizing anew"))
             cached = False
         if not cached:
+            disk.sweep_leftovers(self.cache_dir, of_the_dead_only=True)
             try:
                 disk.publish_folder(folder, lambda place: _Tokenization(self, sources, place).run())
             except OSError as error:

@@ -51,7 +51,7 @@ class Renderer:
     def __init__(self, templates: Sequence[str], values: Mapping[str, Any]) -> None:
         self._first_line = json.dumps({"templates": list(templates), "values": dict(values)}, default=_placeholder)
         self._worker: _Worker | None = None
-        self._asked: deque[str] = deque()  # and not answered yet
+        self._asked: dict[str, None] = {}  # in order, and not answered yet
         self._ahead: dict[str, dict[str, Any]] = {}
         self.offences = 0
 
@@ -59,7 +59,7 @@ class Renderer:
         """Forget earlier answers and have these rendered (made by `request_text`). Does not wait for the answers."""
         self._collect()
         self._ahead = {}
-        self._asked.extend(dict.fromkeys(requests))
+        self._asked = dict.fromkeys(requests)
         if self._asked:
             self._running().send("[" + ",".join(self._asked) + "]\n")
 
@@ -88,7 +88,9 @@ class Renderer:
                 worker.end()
                 self._asked.clear()
                 return
-            self._ahead[self._asked.popleft()] = answer
+            first = next(iter(self._asked))
+            del self._asked[first]
+            self._ahead[first] = answer
 
     def _ask(self, request: str) -> dict[str, Any]:
         self._collect()

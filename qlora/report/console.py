@@ -359,7 +359,9 @@ def end_panel(end: End, losses: list[float]) -> Panel:
     grid.add_row("peak memory", peak_line(end))
     if end.adapter is not None:
         grid.add_row("adapter", Text(f"{end.adapter} (step {end.adapter_step})"))
-    return Panel(grid, box=box.ROUNDED, expand=False, border_style="green" if end.reason != "stopped" else "yellow")
+    return Panel(
+        grid, box=box.ROUNDED, expand=False, border_style="yellow" if end.reason.startswith("stopped") else "green"
+    )
 
 
 def peak_line(end: End) -> str:

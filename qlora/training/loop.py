@@ -75,6 +75,9 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
                 state = training.step(state)
         except StopAsked:
             raise training.stopped() from None
+        except TrainingStopped:
+            job.sink.emit(training.end("stopped by itself"))
+            raise
 
 
 class Training:
@@ -366,7 +369,7 @@ class Training:
             self._save(state, last_chance=True)
         except TrainingStopped as error:
             return stop.error(error.what, error.hint)
-        self.sink.emit(self._end("stopped", state))
+        self.sink.emit(self.end("stopped"))
         if state.step == 0:
             return stop.error("no step was finished, nothing to save", "run the same command with --resume or --fresh")
         return stop.error(f"saved after step {state.step} of {self.steps}", "continue with --resume")
@@ -390,7 +393,7 @@ class Training:
                 adapters.load_into(self.job.model, self.job.run_dir / "adapter")
             state = self._final_exact_match(state, delivered)
         reason = "early stopping" if state.stopped_early else "time limit" if state.step < self.steps else "finished"
-        self.sink.emit(self._end(reason, state, delivered))
+        self.sink.emit(self.end(reason, state, delivered))
         return state
 
     def _final_exact_match(self, state: RunState, delivered: int) -> RunState:
@@ -408,7 +411,8 @@ class Training:
         publish = partial(self.delivery.publish, self.job.run_dir, state, self.sink)
         self.saver.deliver(publish, state.step, last_chance=True)
 
-    def _end(self, reason: str, state: RunState, delivered: int | None = None) -> End:
+    def end(self, reason: str, state: RunState | None = None, delivered: int | None = None) -> End:
+        state = state or self.completed
         folder = self.job.run_dir / "adapter"
         return End(
             reason=reason,

@@ -26,7 +26,7 @@ ABOUT = {"versions": {"qlora": "1.2.3", "torch": "2.10.0"}, "recipe_sha256": "ab
 def optimizer() -> AdapterOptimizer:
     torch.manual_seed(0)
     parameters = {
-        f"base_model.model.l{i}.lora_{m}.default.weight": torch.nn.Parameter(torch.randn(4, 8))
+        f"base_model.model.l{i}.lora_{m}.default.weight": torch.nn.Parameter(torch.randn(4, 8).bfloat16())
         for i in (0, 1)
         for m in "AB"
     }
