@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qlora.errors import DoesNotFit
@@ -183,7 +184,9 @@ class Question:
 
     @property
     def title(self) -> str:
-        return f"{self.estimator.name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
+        base = self.estimator.name
+        name = Path(base).name if Path(base).is_absolute() else base
+        return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
 
     def estimate(self, changes: Changes | None = None) -> Estimate:
         """With "auto" keys decided, and `changes` made first."""
