@@ -180,7 +180,7 @@ class Exported(Event):
 
 @dataclass(frozen=True)
 class End(Event):
-    """The last event: why the run ended and its totals."""
+    """The last event of the training: why it ended and its totals. What [export] asks for follows."""
 
     kind: ClassVar[str] = "end"
     reason: str

@@ -390,6 +390,7 @@ def _cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
                 "set data.eval_fraction = 0.05 or add [[data.eval]] with a path",
             )
         )
+    problems += _export_checks(recipe.export, index)
     if "adapter-gguf" in recipe.export.formats and (recipe.lora.use_dora or recipe.lora.modules_to_save):
         problems.append(
             Problem(
@@ -406,6 +407,19 @@ def _cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
                 "use one of them",
             )
         )
+    return problems
+
+
+def _export_checks(export: ExportSection, index: LineIndex) -> list[Problem]:
+    """Keys of [export] that would do nothing: found now, not when training has ended."""
+    problems = []
+    plain = ("hf", "adapter-gguf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
+    if export.imatrix and all(name in plain for name in export.formats):
+        what = "export.imatrix weighs the rounding of K- and IQ-quants, and export.formats names none"
+        problems.append(Problem(index.where(("export", "imatrix")), what, 'add "gguf:q4_k_m", say, or take it out'))
+    if export.max_kl is not None and not set(export.formats) - {"adapter-gguf"}:
+        what = "export.max_kl is for merged models, and export.formats names none"
+        problems.append(Problem(index.where(("export", "max_kl")), what, 'add "hf" or "gguf:q8_0", or take it out'))
     return problems
 
 

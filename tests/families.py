@@ -120,6 +120,17 @@ def make_base(
     return folder
 
 
+def as_version_4_saves(folder: Path) -> Path:
+    """Gives a base the config files that transformers 4 writes, as the hub's bases have them; returns it."""
+    from qlora.export.versions import config_for_both, tokenizer_config_for_both
+
+    for name, change in (("config.json", config_for_both), ("tokenizer_config.json", tokenizer_config_for_both)):
+        said = change(json.loads((folder / name).read_text()))
+        said.pop("rope_parameters", None)
+        (folder / name).write_text(json.dumps(said, indent=1))
+    return folder
+
+
 def split_into_shards(folder: Path, shards: int) -> None:
     """Replaces `model.safetensors` by that many files and their index."""
     from safetensors.torch import load_file, save_file

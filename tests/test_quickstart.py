@@ -11,7 +11,11 @@ import torch
 
 from qlora import api
 from qlora.events import Recorder
+from qlora.export import runtime
+from qlora.export.products import Options
+from qlora.model.cpu_products import fast_products
 from qlora.recipe import load_recipe
+from qlora.training.evaluate import same_answer
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.toml"
@@ -40,7 +44,7 @@ def evaluation_rows(tokenizer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(ids.device):
         return torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
 
 
@@ -86,7 +90,8 @@ def test_the_merged_model_is_the_trained_one(run: tuple[Path, dict[str, Any]], t
     from transformers import AutoTokenizer
 
     folder, _ = run
-    merged = plain(api.merge_and_export(folder, merge_base=merge_base, out=tmp_path / "out").folder, quantized=False)
+    done = api.merge_and_export(folder, merge_base=merge_base, out=tmp_path / "out", options=Options(verify=False))
+    merged = plain(done.folder, quantized=False)
     trained = PeftModel.from_pretrained(plain(BASE, quantized=True), folder / "adapter", autocast_adapter_dtype=False)
     divergence, positions, clear, agreeing = 0.0, 0, 0, 0
     for ids, _ in evaluation_rows(AutoTokenizer.from_pretrained(tmp_path / "out")):
@@ -103,3 +108,56 @@ def test_the_merged_model_is_the_trained_one(run: tuple[Path, dict[str, Any]], t
     if merge_base == "nf4":
         assert divergence / positions <= 1e-3
         assert agreeing == clear
+
+
+@pytest.fixture(scope="module")
+def exported(run: tuple[Path, dict[str, Any]]) -> Any:
+    """All formats in one call, as `qlora-export` does it."""
+    pytest.importorskip("xllamacpp", reason="the runtime of the extra [gguf]")
+    return api.merge_and_export(run[0], to=("hf", "gguf"), quants=("f16", "q8_0", "q4_k_m", "iq4_xs"))
+
+
+def test_llama_cpp_answers_the_questions_as_the_trained_model_does(
+    run: tuple[Path, dict[str, Any]], exported: Any
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder, end = run
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    lines = (ROOT / "recipes" / "quickstart" / "eval.jsonl").read_text().splitlines()
+    rows = [json.loads(line)["messages"] for line in lines]
+    prompts = [
+        tokenizer.apply_chat_template(row[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        for row in rows
+    ]
+    ends = (tokenizer.eos_token_id,)
+    for quant, points in (("f16", 0.03), ("q8_0", 0.03), ("q4_k_m", 0.10)):
+        file = next((folder / "export" / f"gguf-{quant}").glob("*.gguf"))
+        found = runtime.find_runtime()
+        assert found is not None
+        with runtime.ask(found, file, runtime.Request(prompts=prompts, end_ids=ends, max_new_tokens=32)) as answer:
+            texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answer.answers]
+        right = [same_answer(text, row[-1]["content"]) for text, row in zip(texts, rows, strict=True)]
+        share = sum(right) / len(right)
+        print(f"{quant}: {share:.1%} of {len(right)} answers, trained {end['exact_match_after']:.1%}")
+        assert abs(share - end["exact_match_after"]) <= points + 1e-9
+
+
+def test_the_table_of_the_quickstart(exported: Any) -> None:
+    table = {line.name: line for line in exported.fidelity}
+    for line in exported.fidelity:
+        print(f"{line.name}: mean KL {line.kl:.2e}, perplexity {line.perplexity:.4f}, same token {line.top1:.1%}")
+    assert exported.merge_base == "nf4"
+    assert table["gguf-f16"].kl <= 1e-3 and table["hf"].kl <= 1e-3
+    assert table["gguf-f16"].kl < table["gguf-q8_0"].kl < table["gguf-q4_k_m"].kl < 0.05
+
+
+def test_the_rows_own_importance_brings_iq4_xs_nearer(
+    run: tuple[Path, dict[str, Any]], exported: Any, tmp_path: Path
+) -> None:
+    weighed = api.merge_and_export(
+        run[0], to="gguf", quants=["iq4_xs"], merge_base="nf4", out=tmp_path / "out", options=Options(imatrix=True)
+    )
+    plainly, own = (next(e.kl for e in r.fidelity if e.name == "gguf-iq4_xs") for r in (exported, weighed))
+    print(f"iq4_xs: mean KL {plainly:.2e} without, {own:.2e} with the importance matrix")
+    assert own < plainly

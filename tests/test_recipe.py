@@ -178,3 +178,21 @@ def test_every_key_is_in_the_readme() -> None:
 def test_a_recipe_object_can_be_made_in_python() -> None:
     recipe = Recipe.model_validate({"model": {"base": "owner/name"}, "data": {"train": [{"path": "x.jsonl"}]}})
     assert recipe.data.train[0].format == "auto"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["export.formats=['gguf:q4km']"], "did you mean 'gguf:q4_k_m'"),
+        (["export.imatrix=true"], "export.imatrix weighs the rounding"),
+        (["export.imatrix=true", "export.formats=['gguf:q8_0']"], "export.imatrix weighs the rounding"),
+        (["export.max_kl=0.1"], "export.max_kl is for merged models"),
+        (["export.formats=['adapter-gguf']", "lora.use_dora=true"], "adapter-gguf cannot hold"),
+    ],
+)
+def test_what_export_could_not_do_is_found_before_training(tmp_path: Path, overrides: list[str], message: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('[model]\nbase = "owner/name"\n')
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert any(message in problem.what for problem in caught.value.problems)

@@ -22,8 +22,9 @@ from qlora import disk
 from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
 from qlora.export.merge import Merge, MergedTensor
+from qlora.export.versions import config_for_both, tokenizer_config_for_both
 from qlora.export.workshop import Workshop
-from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, read_header
+from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, load_json, read_header
 from qlora.model.tokenizer import copy_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # the hub's own default (huggingface_hub, MAX_SHARD_SIZE)
@@ -138,6 +139,9 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
         )
         sink.emit(Notice("export", what))
     copy_tokenizer(trained_with if has_tokenizer else base, folder, None)
+    said = folder / "tokenizer_config.json"
+    if said.is_file():
+        disk.write_atomic(said, patched_tokenizer_config(said))
 
 
 def card(merge: Merge, extra: str = "") -> str:
@@ -166,10 +170,18 @@ Made from {merge.base.name}, {held[merge.merge_base]}, and {len(merge.changed)} 
 def patched_config(merge: Merge) -> str:
     """The base's config.json as text: byte for byte when nothing changed, else with the changed keys alone."""
     original = (merge.base.path / "config.json").read_text(encoding="utf-8")
-    patched = merge.text_config()
+    patched = config_for_both(merge.text_config())
     present = [key for key in ("torch_dtype", "dtype") if key in patched] or ["torch_dtype"]
     patched.update(dict.fromkeys(present, DTYPE_NAMES[merge.dtype][1]))
     return original if patched == json.loads(original) else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
+
+
+def patched_tokenizer_config(file: Path) -> str:
+    """A tokenizer_config.json as text: byte for byte, but for what version 4 of transformers could not read."""
+    original = file.read_text(encoding="utf-8")
+    config = load_json(file)
+    patched = tokenizer_config_for_both(config)
+    return original if patched == config else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
 
 
 def _reopen(folder: Path, shards: dict[str, list[MergedTensor]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import gguf
@@ -35,7 +36,7 @@ from qlora.export.merge import Merge, MergeBase
 from qlora.export.products import DTYPES, Exported, Options, Product, Report, Source
 from qlora.export.study import Study, better_base, study
 from qlora.export.verify import Verified
-from qlora.export.workshop import Workshop
+from qlora.export.workshop import Workshop, check_disk
 
 IMATRIX_FILE = "imatrix.gguf"
 
@@ -79,7 +80,9 @@ def produce(
     """Make `products` of an adapter and its base. Raises ExportError for what cannot be made, or was made and is not
     the trained model; products that hold are published all the same.
     """
-    plan = _plan(source, products, options, sink)
+    _refuse_idle(options, products)
+    plan = _plan(source, products, merge_base, options, sink)
+    _check_disk(source, products, options, plan)
     merging = any(product.key != "adapter-gguf" for product in products)
     imatrix = options.imatrix and any(product.quant for product in products)
     scratch = products[0].folder.parent
@@ -98,10 +101,30 @@ def produce(
 # --- before a weight is read -----------------------------------------------------------------------------------------
 
 
-def _plan(source: Source, products: Sequence[Product], options: Options, sink: Sink) -> GgufPlan | None:
+def _refuse_idle(options: Options, products: Sequence[Product]) -> None:
+    """An option must not be a silent nothing."""
+    quants = [product.quant for product in products if product.quant]
+    if options.max_kl is not None and not options.verify:
+        raise ExportError("--max-kl needs the measuring that --no-verify leaves out", "leave out one of them")
+    if options.imatrix and not any(QUANTS[quant].needs_library for quant in quants):
+        raise ExportError("--imatrix weighs the rounding of K- and IQ-quants", "add --to gguf --quant q4_k_m, say")
+    if options.dtype != "bf16" and all(product.key != "hf" for product in products):
+        raise ExportError("--dtype is the type of safetensors", "add --to hf, or name the type with --quant")
+    if options.tokenizer_pre and not quants:
+        raise ExportError("--tokenizer-pre is for GGUF files", "add --to gguf")
+
+
+def _plan(
+    source: Source,
+    products: Sequence[Product],
+    merge_base: Literal["auto", "nf4", "full"],
+    options: Options,
+    sink: Sink,
+) -> GgufPlan | None:
     """What can be found wrong at once: another base, too little to merge, what llama.cpp cannot express."""
-    ggufs = [product for product in products if product.key.endswith("gguf") or product.quant]
-    shapes = {tensor.parameter: tensor.shape for tensor in source.merge("full", torch.float32).tensors()}
+    ggufs = [product for product in products if product.key != "hf"]
+    merge = source.merge("nf4" if merge_base == "auto" else merge_base, torch.float32)
+    shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
     if not ggufs:
         return None
     if any(product.quant is None for product in ggufs):
@@ -113,6 +136,18 @@ def _plan(source: Source, products: Sequence[Product], options: Options, sink: S
     for notice in plan.notices:
         sink.emit(Notice("gguf", notice))
     return plan
+
+
+def _check_disk(source: Source, products: Sequence[Product], options: Options, plan: GgufPlan | None) -> None:
+    """Room for all products together; each one's own is looked at again when it begins."""
+    needed = 0
+    for product in products:
+        if product.key == "hf":
+            needed += hf.planned_bytes(source.merge("nf4", DTYPES[options.dtype]))
+        elif plan is not None and product.quant is not None:
+            types = plan.choices[product.quant].types
+            needed += GgufFile(product.key, "", (), types).nbytes(plan.layout)
+    check_disk([product.folder for product in products], needed)
 
 
 def _choose_base(job: _Job, wanted: Literal["auto", "nf4", "full"]) -> MergeBase:
@@ -184,7 +219,7 @@ def _keys(job: _Job, product: Product) -> tuple[vocabulary.Entry, ...]:
 def _write_adapter(job: _Job, stack: ExitStack) -> None:
     for product in job.named("adapter-"):
         source = job.source
-        identity = source.merge("full", torch.float32).identity()
+        identity = source.merge("nf4", torch.float32).identity()
         opened = Workshop.open({product.key: product.folder}, identity, lora.planned_bytes(source.adapter))
         job.workshops[product.key] = stack.enter_context(opened)
         if opened.start == 0:
@@ -284,7 +319,10 @@ def _write_companions(job: _Job, product: Product, merge: Merge | None, table: S
     else:
         name = job.file_name(product)
         card = companions.gguf_card(job.source, product, name, merge, markdown)
-        weights, adapter = (name, None) if merge is not None else (job.source.base.name, name)
+        base_file = (
+            f"{Path(job.source.base.name).name}.gguf"  # for the user to put there, or to rename in the Modelfile
+        )
+        weights, adapter = (name, None) if merge is not None else (base_file, name)
         text = companions.modelfile(job.study, weights, adapter, job.planned.vocab.add_bos)
         disk.write_atomic(folder / companions.MODEL_FILE, text)
     disk.write_atomic(folder / "README.md", card)

@@ -153,6 +153,9 @@ def _positions(study: Study, model: Any) -> Positions:
         return fidelity.choose_positions(rows.data.eval, layout, rows.chat.pad_id, vocabulary)
     study.sink.emit(Notice("verify", "there are no evaluation rows: exports are measured on built-in probe texts"))
     split = fidelity.probe_split(tokenizer, PROBE_LENGTH)
+    if max(max(row.input_ids) for row in split.rows) >= vocabulary:
+        what = f"{study.source.adapter.folder}: its tokenizer has tokens beyond the model's {vocabulary:,} rows"
+        raise ExportError(what, "save the adapter with the tokenizer that it was trained with")
     pad_id = tokenizer.pad_token_id or 0  # told by place, never by id
     return fidelity.choose_positions(split, (PROBE_LENGTH, False), pad_id, vocabulary, fidelity.PROBE_ROWS)
 

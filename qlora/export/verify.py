@@ -18,11 +18,11 @@ from typing import Any
 
 from qlora.errors import ExportError
 from qlora.export.gguf.vocab import Entry
-from qlora.export.hf import DTYPE_NAMES, patched_config
+from qlora.export.hf import DTYPE_NAMES, patched_config, patched_tokenizer_config
 from qlora.export.merge import Merge
 from qlora.export.runtime import Answer
 from qlora.model.tensors import load_json, total_bytes
-from qlora.model.tokenizer import has_template, tokenizer_fingerprint
+from qlora.model.tokenizer import TOKENIZER_FILES, has_template
 
 _HINT = "export again; if it happens again, report it with this line, and use --no-verify to keep the files"
 # The child imports torch and transformers, then reads, quantizes and compares at 10 MB/s or better on a slow laptop.
@@ -139,7 +139,7 @@ def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list
         source = merge.base.path
     config_file = folder / "config.json"
     same_config = config_file.is_file() and config_file.read_text(encoding="utf-8") == patched_config(merge)
-    same_tokenizer = tokenizer_fingerprint(folder) == tokenizer_fingerprint(source)
+    same_tokenizer = _same_tokenizer(folder, source)
     checks = [
         Check(
             "config", same_config, "the base's, but for what merging changes" if same_config else "config.json differs"
@@ -156,6 +156,20 @@ def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list
     if end_ids:
         checks.append(_stops(_stop_ids(folder), end_ids, "transformers"))
     return checks
+
+
+def _same_tokenizer(folder: Path, source: Path) -> bool:
+    """Every file byte for byte, but for what tokenizer_config.json says in a way that transformers 4 does not know."""
+    for name in TOKENIZER_FILES:
+        written, own = folder / name, source / name
+        if written.is_file() != own.is_file():
+            return False
+        if not own.is_file():
+            continue
+        wanted = patched_tokenizer_config(own).encode() if name == "tokenizer_config.json" else own.read_bytes()
+        if written.read_bytes() != wanted:
+            return False
+    return True
 
 
 def check_answer(answer: Answer, end_ids: Sequence[int], template: str | None) -> list[Check]:

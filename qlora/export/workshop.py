@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -245,6 +245,15 @@ def _cut_back(bench: _Bench, files: Mapping[str, list[Any]], hashing: ThreadPool
         if file.resume(size) != sha256:
             raise ValueError(f"{name} is damaged")
         bench.files[name], bench.standing[name] = file, (size, sha256)
+
+
+def check_disk(finals: Sequence[Path], needed_bytes: int) -> None:
+    """Whether `needed_bytes` in all have room beside `finals`, counting what a killed run has left there already.
+
+    Raises ExportError.
+    """
+    left = sum(path.stat().st_size for final in finals for path in _part_of(final).rglob("*") if path.is_file())
+    _check_disk(finals[0], needed_bytes - left)
 
 
 def _check_disk(final: Path, needed_bytes: int) -> None:

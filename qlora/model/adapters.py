@@ -130,6 +130,8 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors.torch import load_file
 
+    saved = load_file(folder / WEIGHTS_FILE)
+    _resize_like(model, saved)
     try:
         with old_names_in_peft():
             peft_model = PeftModel.from_pretrained(
@@ -139,13 +141,24 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder}: does not fit this base ({reason})", "name the base it was trained on") from error
     # peft gives every tensor the base's dtype: DoRA's magnitudes would be rounded to bf16 (0.4 % of their size).
-    saved = load_file(folder / WEIGHTS_FILE)
     for name, parameter in peft_model.named_parameters():
         stored = saved.get(name.replace(f".{ADAPTER}.weight", "").replace(f".{ADAPTER}", ""))
         if "lora_magnitude_vector" in name and stored is not None:
             parameter.data = stored.to(parameter.device)
     _check_layers(peft_model)
     return peft_model.eval()
+
+
+def _resize_like(model: Any, saved: dict[str, Tensor]) -> None:
+    """Give the model as many token rows as an adapter brings that was trained with tokens added to the vocabulary."""
+    embeddings = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embeddings)
+    rows, width = embeddings.weight.shape
+    for key, tensor in saved.items():
+        whole = f".{name}." in key and key.endswith(".weight") and tensor.ndim == 2 and "lora_" not in key
+        if whole and tensor.shape[1] == width and tensor.shape[0] != rows:
+            model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
+            return
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or has_bf16_products():
         yield
         return
-    with _InFp32():
+    with _InFp32():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -46,7 +46,7 @@ def has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _InFp32(TorchDispatchMode):
+class _InFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Widens the bf16 inputs of products and narrows what comes out of them."""
 
     def __torch_dispatch__(

@@ -14,7 +14,7 @@ from qlora.export import hf
 from qlora.export.workshop import Workshop
 from qlora.model.tensors import find_tensors
 from tests.export.test_merge import KINDS, merge_of, of_peft, opened, trained
-from tests.families import make_base, make_tokenizer
+from tests.families import as_version_4_saves, make_base, make_tokenizer
 
 
 def config_of(folder: Path) -> dict[str, object]:
@@ -48,7 +48,7 @@ def test_shards_are_as_large_as_they_may_be(tmp_path: Path, llama: Path, monkeyp
 
 
 def test_only_the_changed_keys_of_the_config_change(tmp_path: Path) -> None:
-    base = make_base("qwen2", tmp_path / "base")
+    base = as_version_4_saves(make_base("qwen2", tmp_path / "base"))
     written = json.dumps({**config_of(base), "of_the_publisher": [1, 2], "dtype": "float32"}, indent=7)
     (base / "config.json").write_text(written)
     of_peft(base, tmp_path / "adapter")
@@ -59,7 +59,7 @@ def test_only_the_changed_keys_of_the_config_change(tmp_path: Path) -> None:
 
 
 def test_the_bases_own_companions_come_along(tmp_path: Path) -> None:
-    base = make_base("llama", tmp_path / "base")
+    base = as_version_4_saves(make_base("llama", tmp_path / "base"))
     (base / "LICENSE").write_text("of the base")
     (base / "modeling_own.py").write_text("raise SystemExit")
     of_peft(base, tmp_path / "adapter")
@@ -67,6 +67,23 @@ def test_the_bases_own_companions_come_along(tmp_path: Path) -> None:
     for name in ("LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "out" / "modeling_own.py").exists()
+
+
+def test_what_version_5_alone_reads_is_said_for_version_4_too(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rope = {"rope_type": "linear", "rope_theta": 250000.0, "factor": 2.0}
+    base = make_base("llama", tmp_path / "base", overrides={"rope_parameters": rope})
+    of_peft(base, tmp_path / "adapter")
+    hf.write(merge_of(base, tmp_path / "adapter"), tmp_path / "out", Recorder())
+    config = config_of(tmp_path / "out")
+    assert config["rope_theta"] == 250000.0 and config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert config["rope_parameters"] == rope
+    said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.rope_parameters == rope
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "<|im_end|>"
 
 
 @pytest.mark.parametrize("tie", [False, True])

@@ -20,8 +20,8 @@ from qlora.export.products import Options
 from qlora.model import adapters, hub, load
 from qlora.recipe import LoraSection, QuantizationSection
 from tests.export.gguf import written
-from tests.export.test_merge import KINDS, trained
-from tests.families import make_base
+from tests.export.test_merge import KINDS, of_peft, trained
+from tests.families import make_base, make_tokenizer
 from tests.runs import run_dir, train, write_recipe
 
 PLAIN = QuantizationSection(type="none")
@@ -131,6 +131,35 @@ def test_other_adapters_become_gguf_files(tmp_path: Path, llama: Path, kind: str
     assert line(report, "gguf-f32").kl < 1e-3
 
 
+@pytest.mark.parametrize("tie", [False, True], ids=["apart", "tied"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_with_new_tokens_is_measured_too(tmp_path: Path, tie: bool) -> None:
+    base = make_base("llama", tmp_path / "base", tie=tie)
+    of_peft(base, tmp_path / "adapter", resize=390)
+    name_the_base(tmp_path / "adapter", base)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|call|>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    report = export(tmp_path / "adapter", "hf", "gguf", quants=("f32",), out=tmp_path / "out")
+    assert line(report, "hf").kl < 1e-3 and line(report, "gguf-f32").kl < 1e-3
+    reader = gguf.GGUFReader(next((tmp_path / "out" / "gguf-f32").glob("*.gguf")))
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 390 and "<|call|>" in tokens and tokens[-1].startswith("[PAD")
+
+
+def test_a_model_with_fewer_rows_than_tokens_is_refused(tmp_path: Path, llama: Path) -> None:
+    of_peft(llama, tmp_path / "adapter", resize=300)
+    name_the_base(tmp_path / "adapter", llama)
+    with pytest.raises(ExportError, match=r"beyond the model's 300 rows"):
+        export(tmp_path / "adapter", "hf", out=tmp_path / "out")
+
+
+def name_the_base(adapter: Path, base: Path) -> None:
+    """As peft names it where it has opened the base itself."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))
+
+
 @pytest.mark.parametrize(
     ("family", "kind"), [("llama", "plain"), ("llama", "rslora"), ("qwen2", "some"), ("phi3", "plain")]
 )
@@ -167,6 +196,37 @@ def test_k_quants_without_their_encoder_are_refused_at_once(
     with pytest.raises(ExportError, match="neither xllamacpp nor llama-cpp-python") as caught:
         export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), out=tmp_path / "out")
     assert 'pip install "qlora[gguf]"' in caught.value.hint and not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("gguf", {"max_kl": 0.1, "verify": False}, "--max-kl needs"),
+        ("gguf", {"imatrix": True, "quants": ("q8_0",)}, "--imatrix weighs"),
+        ("gguf", {"dtype": "f16"}, "--dtype is the type of safetensors"),
+        ("hf", {"tokenizer_pre": "gpt-2"}, "--tokenizer-pre is for GGUF"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    tmp_path: Path, llama: Path, to: str, options: dict[str, Any], message: str
+) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    with pytest.raises(ExportError, match=message):
+        export(tmp_path / "adapter", to, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_room_for_all_products_is_looked_for_first(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for each one alone, not for both: nothing is begun."""
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    one = sum(path.stat().st_size for path in llama.glob("*.safetensors"))
+    monkeypatch.setattr("qlora.disk.free_bytes", lambda path: (64 << 20) + int(1.5 * one))
+    export(tmp_path / "adapter", "hf", out=tmp_path / "one", verify=False)
+    with pytest.raises(ExportError, match=r"needs .* are free"):
+        export(tmp_path / "adapter", "hf", "gguf", quants=("f16",), out=tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_pre_tokenizer_is_refused_and_can_be_named(tmp_path: Path, llama: Path) -> None:
@@ -209,7 +269,6 @@ def test_a_run_is_measured_on_its_evaluation_rows_and_exports_at_its_end(tmp_pat
         "train.batch_size=4",
         "data.eval_fraction=0.2",
         'export.formats=["hf","gguf:q8_0"]',
-        "export.imatrix=true",
     )
     folder = run_dir(recipe) / "export"
     assert sorted(path.name for path in folder.iterdir()) == ["gguf-q8_0", "hf"]
@@ -218,8 +277,12 @@ def test_a_run_is_measured_on_its_evaluation_rows_and_exports_at_its_end(tmp_pat
     assert any("this base exports to GGUF: llama" in event.as_dict()["message"] for event in recorder.of("notice"))
     file = gguf.GGUFReader(folder / "gguf-q8_0" / "tiny-Q8_0.gguf")
     assert file.fields["general.dataset.0.name"].contents() == "rows.jsonl"
-    matrix = gguf.GGUFReader(folder / "gguf-q8_0" / "imatrix.gguf")
+    pytest.importorskip("xllamacpp", reason="K-quants need llama.cpp's encoder")
+    report = export(run_dir(recipe), "gguf", quants=("q4_k_m",), imatrix=True)
+    matrix = gguf.GGUFReader(report.folder / "imatrix.gguf")
     assert any(entry.name == "blk.0.attn_q.weight.in_sum2" for entry in matrix.tensors)
+    made = gguf.GGUFReader(report.folder / "tiny-Q4_K_M.gguf")
+    assert made.fields["quantize.imatrix.file"].contents() == "imatrix.gguf"
 
 
 def test_a_base_that_cannot_become_gguf_is_told_before_training(tmp_path: Path, llama: Path) -> None:

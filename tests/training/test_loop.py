@@ -120,7 +120,8 @@ def test_the_run_folder_tells_the_whole_story(tmp_path: Path, llama: Path) -> No
     again = load_recipe(folder / "recipe.toml")
     assert again.train.max_steps == 6 and again.data.train[0].path == str(tmp_path / "rows.jsonl")
     kinds = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert kinds[0] == "start" and kinds[-1] == "end" and kinds.count("step") == 6
+    assert kinds[0] == "start" and kinds.count("step") == 6 and kinds.count("end") == 1
+    assert "step" not in kinds[kinds.index("end") :] and kinds[-1] == "exported"  # exports follow the training's end
     assert "plan" in kinds and kinds.index("plan") < kinds.index("step")
     assert "progress" not in kinds
     card = (folder / "adapter" / "README.md").read_text()
