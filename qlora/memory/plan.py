@@ -225,6 +225,9 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
         f"needs {gib(estimate.peak_bytes)} of memory, the limit is {gib(estimate.limit_bytes)} ({source}); "
         f"{gib(estimate.components['weights'])} of it are the base's weights"
     )
+    alone = estimate.components["weights"] + estimate.components["context"]
+    if recipe.quantization.type != "none" and alone > estimate.limit_bytes:
+        return DoesNotFit(what, "nothing is enough with this base, its weights alone do not fit: use a smaller one")
     found = planner.remedies(recipe)
     if not found:
         smallest = "a smaller base, or a higher memory.limit, is needed: no other setting saves anything"
