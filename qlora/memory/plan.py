@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qlora.errors import DoesNotFit
@@ -183,7 +184,9 @@ class Question:
 
     @property
     def title(self) -> str:
-        return f"{self.estimator.name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
+        base = self.estimator.name
+        name = Path(base).name if Path(base).is_absolute() else base
+        return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
 
     def estimate(self, changes: Changes | None = None) -> Estimate:
         """With "auto" keys decided, and `changes` made first."""
@@ -222,6 +225,9 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
         f"needs {gib(estimate.peak_bytes)} of memory, the limit is {gib(estimate.limit_bytes)} ({source}); "
         f"{gib(estimate.components['weights'])} of it are the base's weights"
     )
+    alone = estimate.components["weights"] + estimate.components["context"]
+    if recipe.quantization.type != "none" and alone > estimate.limit_bytes:
+        return DoesNotFit(what, "nothing is enough with this base, its weights alone do not fit: use a smaller one")
     found = planner.remedies(recipe)
     if not found:
         smallest = "a smaller base, or a higher memory.limit, is needed: no other setting saves anything"

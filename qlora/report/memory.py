@@ -94,14 +94,14 @@ def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str
     axes.plot(lengths, [peaks[length] / GIB for length in lengths], marker="o", color="#157f3b", label="predicted peak")
     for name, limit in limits.items():
         axes.axhline(limit / GIB, linestyle="--", linewidth=0.8, color="#888888")
-        axes.annotate(name, (lengths[-1], limit / GIB), fontsize=8, ha="right", va="bottom", color="#555555")
+        axes.annotate(name, (lengths[0], limit / GIB), fontsize=8, ha="left", va="bottom", color="#555555")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of a row")
     axes.set_ylabel("GiB")
     axes.set_title(title)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     figure.tight_layout()
     try:
         figure.savefig(file, format="png")
