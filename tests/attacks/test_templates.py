@@ -114,6 +114,13 @@ def test_a_template_that_takes_too_long_is_told_so() -> None:
         asked(BOMBS[0])
 
 
+def test_a_template_that_writes_too_much_is_told_so() -> None:
+    """Ten million letters in small pieces, then seven million, which is much and allowed."""
+    with pytest.raises(RowError, match="was stopped: it writes more than 8 MiB"):
+        asked("{% for i in range(9999) %}{{ 'x' * 1000 }}{% endfor %}")
+    assert len(asked("{% for i in range(7000) %}{{ 'x' * 1000 }}{% endfor %}")) == 7_000_000
+
+
 def test_the_next_row_gets_a_new_process_and_three_offences_end_it() -> None:
     """One row of a batch is a bomb: the others are rendered, and the row alone is an error."""
     template = "{% if 'bomb' in messages[0].content %}{{ 'a' * 10**9 }}{% endif %}{{ messages[0].content }}"

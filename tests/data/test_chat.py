@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,6 +41,12 @@ def chat_of(template: str | None, family: Family = CHATML, loss_on: str = "assis
     return ChatTokenizer(toy_tokenizer(family, template), loss_on, Recorder())
 
 
+@cache
+def shared_chat(family: str) -> ChatTokenizer:
+    """For many examples in a row: each new one starts a process that renders."""
+    return family_chat(family)
+
+
 def family_chat(family: str, loss_on: str = "assistant") -> ChatTokenizer:
     return ChatTokenizer(family_tokenizer(family), loss_on, Recorder())
 
@@ -73,7 +80,7 @@ answers = words.map(str.strip).filter(bool)
 def test_the_trained_text_is_every_answer_with_its_end_and_nothing_else(
     family: str, questions: list[str], replies: list[str]
 ) -> None:
-    chat = family_chat(family)
+    chat = shared_chat(family)
     messages = [m for pair in zip(map(user, questions), map(assistant, replies), strict=True) for m in pair]
     end = chat.tokenizer.convert_ids_to_tokens(chat.end_token_ids[0])
     expected = [reply + end for reply in replies]
