@@ -64,7 +64,8 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
     calls = iter(range(100))
 
     def gradient_norm(self):  # type: ignore[no-untyped-def]
-        if next(calls) == 1:
+        planned = next(iter(self.masters.values())).is_meta  # the planner's step is simulated
+        if not planned and next(calls) == 1:
             next(iter(self.masters.values())).grad.view(-1)[0] = float("inf")
         return real(self)
 
