@@ -9,6 +9,7 @@ layer, while which of the stretches is the highest may change.
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,10 +113,15 @@ class Simulator:
         first = -(-FEWEST_LAYERS // period) * period
         sizes = [first, first + period]
         self.sizes = sizes if not whole and frame.layers > sizes[-1] else [frame.layers]
-        self._rigs = [_Rig(frame, size) for size in self.sizes]
+        with _collecting():
+            self._rigs = [_Rig(frame, size) for size in self.sizes]
 
     def run(self, workload: Workload) -> Simulation:
-        runs = [rig.run(workload) for rig in self._rigs]
+        """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
+        runs = []
+        for rig in self._rigs:
+            with _collecting():
+                runs.append(rig.run(workload))
         return runs[0] if len(runs) == 1 else _extended(runs[0], runs[1], self.sizes, self.frame.layers)
 
     @property
@@ -140,6 +146,20 @@ class Simulator:
         if len(values) == 1:
             return values[0]
         return _line(values[0], values[1], self.sizes, self.frame.layers)
+
+
+@contextmanager
+def _collecting() -> Iterator[None]:
+    """Storages that only a cycle of objects holds die at the end of the block, and not whenever Python next looks.
+
+    What existed before is left out of the search, which would take half a second with torch imported.
+    """
+    gc.freeze()
+    try:
+        yield
+        gc.collect()
+    finally:
+        gc.unfreeze()
 
 
 class _Rig:
@@ -182,6 +202,7 @@ class _Rig:
             with live.region("optimizer"):
                 optimizer = frame.stack.optimizer(self.parameters, workload.optimizer, 0.0)
                 self._settle_optimizer(optimizer)
+            gc.collect()
             held = live.live
             batch = _batch(workload)
             if workload.accumulates:
