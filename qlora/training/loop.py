@@ -223,13 +223,14 @@ class Training:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
         packs = self.order.packs_of_step(state.step)
-        batches = self._micro_batches(packs)
+        batches, rows = self._micro_batches(packs), self.guard.fit.micro_batch_size
         step_weight = sum(float(batch.loss_weights_BS.sum()) for batch in batches)
-        losses = self.guard.within(
-            state.step + 1,
-            lambda: self._gather_gradient(state, self._micro_batches(packs), step_weight),
-            self.optimizer.zero_gradients,
-        )
+
+        def gather() -> list[torch.Tensor]:
+            fitting = batches if rows == self.guard.fit.micro_batch_size else self._micro_batches(packs)
+            return self._gather_gradient(state, fitting, step_weight)
+
+        losses = self.guard.within(state.step + 1, gather, self.optimizer.zero_gradients)
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
         mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
