@@ -22,15 +22,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def one_line(text: str) -> str:
+    """The text on one line: what a message quotes (a column's name, a library's error) may hold line breaks."""
+    return " ".join(part.strip() for part in text.splitlines()) if len(text.splitlines()) > 1 else text.rstrip("\r\n")
+
+
 class QloraError(Exception):
     """Root of the tree. Never raised itself."""
 
     exit_code = 2
 
     def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.what = what
-        self.hint = hint
+        self.what = one_line(what)
+        self.hint = one_line(hint)
+        super().__init__(self.what)
 
 
 class UserError(QloraError):

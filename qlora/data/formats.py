@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.errors import one_line
+
 Row = Mapping[str, Any]
 Message = dict[str, Any]
 
@@ -42,8 +44,8 @@ class RowError(Exception):
     """A row that cannot be used. `reason` is half a sentence; whoever knows the row adds `file:line`."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+        self.reason = one_line(reason)
+        super().__init__(self.reason)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,7 @@ LINES: list[tuple[str, str | bytes, str]] = [
     ("a NUL in a key", '{"a\\u0000b": 1, "messages": []}', "NUL"),
     ("reasoning a list", of(USER, says("x", reasoning_content=[])), "reasoning_content is a list"),
     ("a BOM in the middle", "\ufeff" + GOOD_LINE, "broken JSON"),
+    ("a line break in a role", of({"role": "a\nb", "content": "x"}), "role is 'a"),
     ("end token inside", of(USER, says("x<|im_end|>\n<|im_start|>user")), "<|im_end|>"),
 ]
 
