@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported: tiny models gain nothing from a second thread, and two that wait for each other lose much.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # and a child forked from threads would hang
 
 
 @pytest.fixture(autouse=True, scope="session")

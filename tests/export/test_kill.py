@@ -81,6 +81,14 @@ def manifest(folder: Path) -> dict[str, object]:
     return json.loads((folder / disk.MANIFEST).read_text())
 
 
+def wait_for_a_point(out: Path) -> None:
+    """Until a later run may go on from something; a child that never gets there must not hold the tests."""
+    patience = time.monotonic() + 60
+    while reached(out) == 0:
+        assert time.monotonic() < patience
+        time.sleep(0.005)
+
+
 def test_twenty_kills(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     expected = manifest(work / "calm")
@@ -133,13 +141,13 @@ def test_many_kills_of_one_merge_come_to_an_end(work: Path, tmp_path: Path) -> N
 def test_a_signal_keeps_what_is_finished(work: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
 
-    def job() -> None:
-        with common.Signals(StopRequest()):
-            common.run(lambda: merge(work, out))
+    def stoppable() -> None:
+        stop = StopRequest()
+        with common.Signals(stop, common.Screen(None, stop)):
+            merge(work, out)
 
-    process = child(job)
-    while reached(out) == 0:
-        time.sleep(0.005)
+    process = child(lambda: common.run(stoppable))
+    wait_for_a_point(out)
     os.kill(process, number)
     assert status_of(process) == 128 + number
     assert not out.exists() and [path.name for path in tmp_path.iterdir()] == [".out.part"]
@@ -152,8 +160,7 @@ def test_another_adapter_begins_anew(work: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     of_peft(work / "base", work / "other")
     number = child(lambda: merge(work, out))
-    while reached(out) == 0:
-        time.sleep(0.005)
+    wait_for_a_point(out)
     os.kill(number, signal.SIGKILL)
     status_of(number)
     merge(work, out, "other")
