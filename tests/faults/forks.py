@@ -21,9 +21,17 @@ from qlora import api, disk, run_folder
 from qlora.events import Event, Recorder, Sinks
 from qlora.recipe import Recipe, load_recipe
 from qlora.training import checkpoint, loop
+from qlora.training.recovery import Fit
 from qlora.training.stop import StopRequest
 
 INTERNAL = 70  # exit code of a child that met an error of ours
+
+
+def fit_of(recipe: Recipe) -> Fit:
+    """The recipe's own settings, without a plan."""
+    micro, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
+    assert micro != "auto" and recompute != "auto"
+    return Fit(micro, recompute)
 
 
 @dataclass
@@ -154,7 +162,7 @@ class Warm:
         disk.sweep_leftovers(run_dir / "checkpoints")
         resume_from = checkpoint.newest(run_dir, sink)
         run_folder.write_recipe(run_dir, recipe, None)
-        job = loop.Job(recipe, run_dir, **self.parts, sink=sink, stop=StopRequest())
+        job = loop.Job(recipe, run_dir, **self.parts, sink=sink, stop=StopRequest(), fit=fit_of(recipe))
         loop.run(job, resume_from)
         held.release()
 
