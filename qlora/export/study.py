@@ -106,6 +106,8 @@ def study(source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path
     if not verify and not imatrix:
         yield found
         return
+    if imatrix and source.rows is None:
+        raise ExportError("--imatrix needs the rows of a run", "name a run's folder whose data files are still there")
     model = trained_model(source, sink)
     if imatrix:
         found.imatrix = _importance(source, model, sink)
@@ -162,9 +164,8 @@ def _positions(study: Study, model: Any) -> Positions:
 
 def _importance(source: Source, model: Any, sink: Sink) -> Imatrix:
     """From the run's training rows; from the evaluation rows where these are all there are."""
-    if source.rows is None:
-        raise ExportError("--imatrix needs the rows of a run", "name a run's folder whose data files are still there")
     rows = source.rows
+    assert rows is not None, "study has looked before"
     split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
     return collect(model, make_batches(split, packs, rows.chat.pad_id, rows.section), sink)
 

@@ -216,6 +216,16 @@ def test_an_option_that_would_do_nothing_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_importance_matrix_without_rows_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp", reason="K-quants need llama.cpp's encoder")
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("the trained model was loaded"))
+    with pytest.raises(ExportError, match="--imatrix needs the rows"):
+        export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), imatrix=True, out=tmp_path / "out")
+
+
 def test_room_for_all_products_is_looked_for_first(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
