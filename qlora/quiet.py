@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def no_word_to_developers() -> None:
+    """For a command: no notice of names that a library is about to change; whoever trains can do nothing about them.
+
+    Who asks for warnings (`-W`, PYTHONWARNINGS, TRANSFORMERS_VERBOSITY) gets them.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported, here or in a child
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 def import_bitsandbytes() -> Any:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from qlora import quiet
 from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
 from qlora.secrets import redact
 from qlora.training.stop import StopAsked
@@ -27,6 +28,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run(work: Callable[[], None]) -> None:
     """Do a command's work; whatever goes wrong becomes two lines on stderr and an exit code."""
     os.umask(os.umask(0o077) | 0o022)  # what is written is for its owner to change, and for nobody else
+    quiet.no_word_to_developers()
     try:
         work()
     except RecipeError as error:

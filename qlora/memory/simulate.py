@@ -26,6 +26,7 @@ from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
 from qlora.model import adapters
 from qlora.model.attention import OnMeta
 from qlora.model.blueprint import check_layers, choose_attention, sketch
+from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.load import load_nothing
 from qlora.recipe import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts
@@ -265,7 +266,7 @@ class _Rig:
 
     def _answer(self, workload: Workload) -> None:
         """Prompts read with a cache, and the last of the new tokens."""
-        rows = min(workload.samples, 16)  # generate.greedy's batch
+        rows = min(workload.samples, ANSWERS_AT_ONCE)
         length = workload.prompt_tokens + workload.new_tokens
         ids_BS = torch.zeros(rows, length, dtype=torch.int64, device=META)
         one_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=META)
@@ -274,13 +275,14 @@ class _Rig:
             input_ids=ids_BS, attention_mask=mask_BS, position_ids=ids_BS, use_cache=True, logits_to_keep=1
         )
         longer_BS = torch.cat((mask_BS, torch.ones_like(one_B1)), dim=1)
+        name = name_of_cache(self.model)
         self.model(
             input_ids=one_B1,
             attention_mask=longer_BS,
             position_ids=one_B1,
-            past_key_values=output.past_key_values,
             use_cache=True,
             logits_to_keep=1,
+            **{name: output[name]},
         )
 
 

@@ -60,7 +60,10 @@ def _answer(
     ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
-    last_only = _last_logits_only(model)
+    forward = _forward_parameters(model)
+    # Where the model can, it is asked for the last position's logits: all of a long prompt's would be gigabytes.
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
+    cache_name = name_of_cache(model)
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     cache = None
@@ -70,11 +73,11 @@ def _answer(
             input_ids=ids_BS,
             attention_mask=mask_BS,
             position_ids=position_ids_BS,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name: cache},
             **last_only,
         )
-        cache = output.past_key_values
+        cache = output[cache_name]
         next_B: Tensor = output.logits[:, -1].argmax(dim=-1)
         for row, token in enumerate(next_B.tolist()):
             running[row] = running[row] and token not in ends
@@ -88,10 +91,14 @@ def _answer(
     return answers
 
 
-def _last_logits_only(model: Any) -> dict[str, int]:
-    """Asks for the last position's logits where the model can: all of a long prompt's would be gigabytes."""
+def name_of_cache(model: Any) -> str:
+    """What the model calls its keys and values: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in _forward_parameters(model) else "past_key_values"
+
+
+def _forward_parameters(model: Any) -> Collection[str]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    return inspect.signature(inner.forward).parameters
 
 
 @contextmanager
