@@ -56,7 +56,7 @@ LINES = {
     ],
     "memory": ["allocator", "trace", "stack", "simulate", "hardware", "beyond", "calibration", "estimate", "plan"],
     "model": [
-        *("cpu_products", "tokenizer", "config", "tensors", "hub", "nf4"),
+        *("cpu_products", "tokenizer", "config", "tensors", "base_folder", "hub", "nf4"),
         *("attention", "blueprint", "load", "adapters", "generate"),
     ],
     "data": [
