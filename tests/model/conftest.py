@@ -14,7 +14,7 @@ from qlora.errors import ModelError, UserError
 from qlora.events import Recorder
 from qlora.model.hub import BaseFolder, resolve
 from qlora.model.load import load_base
-from qlora.recipe import QuantizationSection
+from qlora.recipe_sections import QuantizationSection
 from tests.families import make_base
 
 CPU = torch.device("cpu")

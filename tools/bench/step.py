@@ -138,7 +138,7 @@ def qlora_worker(settings: Settings) -> dict[str, Any]:
     from qlora.events import Sinks
     from qlora.model import adapters, hub, load
     from qlora.model.cpu_products import fast_products
-    from qlora.recipe import LoraSection, QuantizationSection
+    from qlora.recipe_sections import LoraSection, QuantizationSection
     from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
     from qlora.step.optimizer import AdapterOptimizer
 
@@ -394,7 +394,7 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
     from qlora.memory.simulate import Frame, Simulator, Workload
     from qlora.model.blueprint import text_config
     from qlora.model.tensors import load_json
-    from qlora.recipe import LoraSection, QuantizationSection
+    from qlora.recipe_sections import LoraSection, QuantizationSection
 
     if device == "cpu":
         return None
