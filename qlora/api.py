@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from qlora import disk, run_folder
 from qlora.errors import ExportError, Problem, RecipeError
 from qlora.events import Notice, Sink, Sinks
-from qlora.recipe import DataSection, ExportSection, Recipe, SourceSection, load_recipe, recipe_of_base
+from qlora.recipe import Recipe, load_recipe, recipe_of_base
+from qlora.recipe_sections import DataSection, ExportSection, SourceSection
 from qlora.report.files import JsonLines
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qlora.training.stop import StopRequest
 
 Mode = Literal["new", "resume", "fresh"]
+EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
 
 
 @dataclass(frozen=True)
@@ -361,9 +363,6 @@ def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatToken
             for step in range(count)
         ]
     return adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
-
-
-EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
 
 
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -230,35 +229,6 @@ class HashedFile:
             self._file = None
 
 
-class FolderLock:
-    """One writer at a time: a lock file, held by the operating system's own lock, which ends with the process.
-
-    A file that a killed process left is therefore no obstacle; it holds the number of the process for the message.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Take the lock. Raises BlockingIOError, with the other process's number or "?", when it is taken."""
-        self.path = path
-        while True:
-            self._file = path.open("a+")
-            if not _try_lock(self._file.fileno()):
-                self._file.seek(0)
-                holder = self._file.read(20).strip() or "?"
-                self._file.close()
-                raise BlockingIOError(errno.EWOULDBLOCK, holder, str(path))
-            # Its last holder may have removed the file between our opening and locking it.
-            if path.exists() and os.path.samestat(os.fstat(self._file.fileno()), path.stat()):
-                break
-            self._file.close()
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let go of the lock; the file stays."""
-        self._file.close()
-
-
 def verify_folder(folder: Path) -> str | None:
     """None when every file of the manifest is there with its size and sha256, else what is wrong."""
     try:
@@ -366,22 +336,6 @@ def _swap_in(temporary: Path, final: Path) -> None:
         raise
     _sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            os.lseek(handle, 1 << 20, os.SEEK_SET)  # far behind the number: a locked byte cannot be read there
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _close_to_others(path: Path) -> None:

@@ -1,8 +1,9 @@
-"""One run a folder: a lock that the system takes back when its holder dies, however it dies.
+"""One process a folder: a lock that the system takes back when its holder dies, however it dies.
 
-The file `.lock` names who holds it (process, its start, machine). Where the file system can lock (all local ones, and
-NFS), the lock itself is what counts: a holder that is gone has lost it. Where it cannot, the holder named in the file
-counts for as long as a process of that number and start runs on this machine.
+A run's folder and the hidden folder of an export each have a lock file, which names who holds it (process, its start,
+machine). Where the file system can lock (all local ones, and NFS), the lock itself is what counts: a holder that is
+gone has lost it. Where it cannot, the holder named in the file counts for as long as a process of that number and start
+runs on this machine.
 """
 
 from __future__ import annotations
@@ -16,33 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import RunFolderError
-
-LOCK_FILE = ".lock"
 MAX_LOCK_BYTES = 4096
 _CANNOT_LOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS)
 _HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
-class FolderLock:
-    """A held lock. Give it back with `release`; a process that dies gives it back by dying."""
-
-    def __init__(self, handle: int, file: Path) -> None:
-        self._handle: int | None = handle
-        self.file = file
-
-    def release(self) -> None:
-        """Forget the holder, then let go. The file stays: removing it would let two processes lock two files."""
-        if self._handle is None:
-            return
-        with suppress(OSError):
-            os.ftruncate(self._handle, 0)
-        os.close(self._handle)
-        self._handle = None
-
-
 @dataclass(frozen=True)
-class _Holder:
+class Holder:
+    """Who holds a lock, as its file tells."""
+
     pid: int
     started: str
     host: str
@@ -53,36 +36,56 @@ class _Holder:
         return self.host != socket.gethostname() or (self.started != "" and start_of(self.pid) == self.started)
 
 
-def acquire(folder: Path) -> FolderLock:
-    """Take the folder for this process. Raises RunFolderError when a running process has it."""
-    file = folder / LOCK_FILE
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        locked = _lock(handle)
-        holder = _read(handle)
-        if locked is False or (locked is None and holder is not None and holder.runs):
-            raise _taken(folder, holder)
-        os.ftruncate(handle, 0)
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, json.dumps(_me()).encode())
-    except BaseException:
+class LockHeld(Exception):
+    """Another process has the lock: `holder`, None where the file does not tell. Whoever asked puts it into words."""
+
+    def __init__(self, holder: Holder | None) -> None:
+        self.holder = holder
+        super().__init__(holder)
+
+
+class FolderLock:
+    """A held lock. Give it back with `release`; a process that dies gives it back by dying."""
+
+    def __init__(self, handle: int, file: Path) -> None:
+        self._handle: int | None = handle
+        self.file = file
+
+    def release(self) -> None:
+        """Forget the holder, then let go. The file stays; whoever wants it gone removes it while it is held."""
+        if self._handle is None:
+            return
+        with suppress(OSError):
+            os.ftruncate(self._handle, 0)
+        os.close(self._handle)
+        self._handle = None
+
+
+def acquire(file: Path) -> FolderLock:
+    """Take the lock for this process; its file is made where there is none. Raises LockHeld, or OSError."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _take(handle)
+            if _is_at(handle, file):
+                os.ftruncate(handle, 0)
+                os.lseek(handle, 0, os.SEEK_SET)
+                os.write(handle, json.dumps(_me()).encode())
+                return FolderLock(handle, file)
+        except BaseException:
+            os.close(handle)
+            raise
         os.close(handle)
-        raise
-    return FolderLock(handle, file)
 
 
-def check_free(folder: Path) -> None:
-    """Raises RunFolderError when a running process has the folder. Changes nothing."""
-    file = folder / LOCK_FILE
+def check_free(file: Path) -> None:
+    """Raises LockHeld when a running process has the lock. Changes nothing."""
     try:
         handle = os.open(file, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return  # no run has ever been here, or none of ours can be: the next check says so
+        return  # nobody has ever been here, or none of ours can be: the next check says so
     try:
-        locked = _lock(handle)
-        holder = _read(handle)
-        if locked is False or (locked is None and holder is not None and holder.runs):
-            raise _taken(folder, holder)
+        _take(handle)
     finally:
         os.close(handle)
 
@@ -109,15 +112,31 @@ def _runs_without_proc(pid: int) -> str:
     return "runs"
 
 
+def _take(handle: int) -> None:
+    """Lock the open file. Raises LockHeld."""
+    locked = _lock(handle)
+    holder = _read(handle)
+    if locked is False or (locked is None and holder is not None and holder.runs):
+        raise LockHeld(holder)
+
+
+def _is_at(handle: int, file: Path) -> bool:
+    """Whether the open file still has its name: its last holder may have removed or renamed it before we locked it."""
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _me() -> dict[str, Any]:
     return {"pid": os.getpid(), "started": start_of(os.getpid()), "host": socket.gethostname()}
 
 
-def _read(handle: int) -> _Holder | None:
+def _read(handle: int) -> Holder | None:
     os.lseek(handle, 0, os.SEEK_SET)
     try:
         said = json.loads(os.read(handle, MAX_LOCK_BYTES))
-        return _Holder(int(said["pid"]), str(said["started"]), str(said["host"]))
+        return Holder(int(said["pid"]), str(said["started"]), str(said["host"]))
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -141,11 +160,3 @@ def _lock(handle: int) -> bool | None:
             return None
         raise
     return True
-
-
-def _taken(folder: Path, holder: _Holder | None) -> RunFolderError:
-    who = f"process {holder.pid} on {holder.host}" if holder else "another process"
-    return RunFolderError(
-        f"{folder}: a run is under way in it ({who})",
-        "wait for it or stop it; a run that died holds no lock, and on a disk that cannot lock, remove .lock",
-    )

@@ -10,10 +10,12 @@ from typing import Any, Literal
 from qlora import __version__, disk, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import Start
-from qlora.recipe import Recipe, SourceSection, differing_keys, load_recipe, recipe_toml
+from qlora.recipe import Recipe, differing_keys, load_recipe, recipe_toml
+from qlora.recipe_sections import SourceSection
 
 RECIPE_FILE = "recipe.toml"
 EVENTS_FILE = "events.jsonl"
+LOCK_FILE = ".lock"
 RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ROWS = re.compile(r"hub:(?P<name>[^@:]+)(?:@(?P<revision>[^:@]+))?(?::(?P<split>[\w.-]+))?")
@@ -33,8 +35,11 @@ def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "f
     for place in (run_dir, *run_dir.parents):
         if place.exists() and not place.is_dir():
             raise RunFolderError(f"{place}: is a file, the run needs a folder there", "move it, or change output.dir")
-    lock.check_free(run_dir)
-    names = {path.name for path in run_dir.iterdir()} - {lock.LOCK_FILE} if run_dir.exists() else set()
+    try:
+        lock.check_free(run_dir / LOCK_FILE)
+    except lock.LockHeld as held:
+        raise _under_way(run_dir, held.holder) from held
+    names = {path.name for path in run_dir.iterdir()} - {LOCK_FILE} if run_dir.exists() else set()
     if mode == "new" and names & RESULTS:
         raise RunFolderError(
             f"{run_dir}: holds a run already",
@@ -53,19 +58,34 @@ def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> lock.Folder
     Raises RunFolderError when another process was faster.
     """
     disk.make_folder(run_dir)
-    held = lock.acquire(run_dir)
+    held = _take(run_dir)
     try:
-        if mode == "fresh" and {path.name for path in run_dir.iterdir()} - {lock.LOCK_FILE}:
-            disk.set_aside(run_dir, ".")  # with the lock in it: whoever waits for that one finds a run of another name
+        if mode == "fresh" and {path.name for path in run_dir.iterdir()} - {LOCK_FILE}:
+            disk.set_aside(run_dir, ".")  # with the lock in it: whoever has just opened that one sees that it has moved
             held.release()
             disk.make_folder(run_dir)
-            held = lock.acquire(run_dir)
+            held = _take(run_dir)
         if mode == "new":
             (run_dir / EVENTS_FILE).unlink(missing_ok=True)
     except BaseException:
         held.release()
         raise
     return held
+
+
+def _take(run_dir: Path) -> lock.FolderLock:
+    try:
+        return lock.acquire(run_dir / LOCK_FILE)
+    except lock.LockHeld as held:
+        raise _under_way(run_dir, held.holder) from held
+
+
+def _under_way(run_dir: Path, holder: lock.Holder | None) -> RunFolderError:
+    who = f"process {holder.pid} on {holder.host}" if holder else "another process"
+    return RunFolderError(
+        f"{run_dir}: a run is under way in it ({who})",
+        f"wait for it or stop it; a run that died holds no lock, and on a disk that cannot lock, remove {LOCK_FILE}",
+    )
 
 
 def _must_match(run_dir: Path, recipe: Recipe) -> None:

@@ -28,6 +28,7 @@ FLOORS = {
     "report": 2,
     "run_folder": 2.5,  # knows recipes, folders and events, no model
     "recipe": 2,
+    "recipe_sections": 1.5,
     "recipe_text": 1.5,
     "disk": 1.7,
     "lock": 1.7,
@@ -56,7 +57,7 @@ LINES = {
     ],
     "memory": ["allocator", "trace", "stack", "simulate", "hardware", "beyond", "calibration", "estimate", "plan"],
     "model": [
-        *("cpu_products", "tokenizer", "config", "tensors", "hub", "nf4"),
+        *("cpu_products", "tokenizer", "config", "tensors", "base_folder", "hub", "nf4"),
         *("attention", "blueprint", "load", "adapters", "generate"),
     ],
     "data": [

@@ -1,4 +1,4 @@
-"""Two runs never share a folder; a lock that its holder left behind is taken over."""
+"""Two processes never share a folder; a lock that its holder left behind is taken over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora.errors import RunFolderError
 from tests.runs import run_dir, train, write_recipe
 
 HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom qlora import lock\nheld = lock.acquire(Path(sys.argv[1]))\n"
+    "import sys\nfrom pathlib import Path\nfrom qlora import lock\nheld = lock.acquire(Path(sys.argv[1]) / '.lock')\n"
     "print('held', flush=True)\nsys.stdin.read()\n"
 )
 
@@ -31,20 +31,59 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_held_folder_is_refused_and_a_dead_holder_forgotten(tmp_path: Path) -> None:
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / run_folder.LOCK_FILE
+
+
+def test_a_held_folder_is_refused_and_a_dead_holder_forgotten(tmp_path: Path, file: Path) -> None:
     other = holder(tmp_path)
     for take in (lock.acquire, lock.check_free):
-        with pytest.raises(RunFolderError, match=f"a run is under way in it .process {other.pid} on"):
-            take(tmp_path)
+        with pytest.raises(lock.LockHeld) as caught:
+            take(file)
+        assert caught.value.holder is not None
+        assert (caught.value.holder.pid, caught.value.holder.host) == (other.pid, socket.gethostname())
     other.kill()
     other.wait()
-    assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["pid"] == other.pid  # it left its name behind
-    lock.check_free(tmp_path)
-    held = lock.acquire(tmp_path)
-    assert json.loads((tmp_path / lock.LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert json.loads(file.read_text())["pid"] == other.pid  # it left its name behind
+    lock.check_free(file)
+    held = lock.acquire(file)
+    assert json.loads(file.read_text())["pid"] == os.getpid()
     held.release()
     held.release()
-    lock.acquire(tmp_path).release()
+    assert file.read_text() == ""
+    lock.acquire(file).release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file can be neither removed nor renamed there")
+@pytest.mark.parametrize("change", ["removed", "moved with its folder", "replaced"])
+def test_a_file_that_lost_its_name_before_it_was_locked_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """An export removes its folder, --fresh renames a run's: who had opened that file holds nothing by it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    file = folder / ".lock"
+    take, opened = lock._take, []
+
+    def late(handle: int) -> None:
+        opened.append(handle)
+        if len(opened) == 1 and change == "removed":
+            file.unlink()
+        elif len(opened) == 1:
+            folder.rename(tmp_path / "run.1")
+            folder.mkdir()
+            if change == "replaced":
+                file.write_text("")
+        take(handle)
+
+    monkeypatch.setattr(lock, "_take", late)
+    held = lock.acquire(file)
+    monkeypatch.undo()
+    assert len(opened) == 2 and json.loads(file.read_text())["pid"] == os.getpid()
+    with pytest.raises(lock.LockHeld):
+        lock.acquire(file)
+    held.release()
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,22 +107,22 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_where_files_cannot_be_locked_the_holders_name_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], taken: bool
+    file: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], taken: bool
 ) -> None:
     without_locks(monkeypatch)
     me = {"pid": os.getpid(), "started": lock.start_of(os.getpid()), "host": socket.gethostname()}
-    (tmp_path / lock.LOCK_FILE).write_text(json.dumps(me | changes))
+    file.write_text(json.dumps(me | changes))
     if taken:
-        with pytest.raises(RunFolderError, match="under way"):
-            lock.acquire(tmp_path)
+        with pytest.raises(lock.LockHeld):
+            lock.acquire(file)
     else:
-        lock.acquire(tmp_path).release()
+        lock.acquire(file).release()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x"}', "\0" * 5000])
-def test_a_broken_lock_file_stops_nobody(tmp_path: Path, text: str) -> None:
-    (tmp_path / lock.LOCK_FILE).write_text(text)
-    lock.acquire(tmp_path).release()
+@pytest.mark.parametrize("text", ["", "{", "[]", "4711", '{"pid": "x"}', "\0" * 5000])
+def test_a_broken_lock_file_stops_nobody(file: Path, text: str) -> None:
+    file.write_text(text)
+    lock.acquire(file).release()
 
 
 def test_a_running_run_is_left_alone_by_every_mode(tmp_path: Path, llama: Path) -> None:
@@ -108,7 +147,9 @@ def test_who_comes_second_loses(tmp_path: Path) -> None:
     """Between the check and the claim another process was faster."""
     run_folder.claim(tmp_path / "run", "new").release()
     other = holder(tmp_path / "run")
-    with pytest.raises(RunFolderError, match="under way"):
+    with pytest.raises(
+        RunFolderError, match=rf"a run is under way in it \(process {other.pid} on {socket.gethostname()}\)"
+    ):
         run_folder.claim(tmp_path / "run", "new")
     other.kill()
     other.wait()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora.cli import common
-from qlora.recipe import GGUF_QUANTS
+from qlora.recipe_sections import GGUF_QUANTS
 
 if TYPE_CHECKING:
     from qlora.export.products import Options, Report

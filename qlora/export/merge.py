@@ -31,7 +31,7 @@ from qlora.model.blueprint import draw
 from qlora.model.hub import BaseFolder
 from qlora.model.load import stored_4bit
 from qlora.model.tensors import read_tensor
-from qlora.recipe import QuantizationSection
+from qlora.recipe_sections import QuantizationSection
 
 __all__ = ["Adapter", "Merge", "MergeBase", "MergedTensor", "is_multimodal", "read_adapter", "scale_of"]
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from qlora import disk
 from qlora.errors import ExportError, StoppedBySignal
+from qlora.lock import FolderLock, LockHeld, acquire
 
 # A kill costs at most the writing of this much; each point costs a flush of the disk.
 RESTART_BYTES = 1 << 30
@@ -47,7 +48,7 @@ class _Bench:
     """One product under way."""
 
     final: Path
-    lock: disk.FolderLock
+    lock: FolderLock
     identity: Mapping[str, str]
     files: dict[str, disk.HashedFile] = field(default_factory=dict)
     standing: _Standing = field(default_factory=dict)
@@ -186,16 +187,16 @@ def _part_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.part")
 
 
-def _take(final: Path) -> disk.FolderLock:
+def _take(final: Path) -> FolderLock:
     """The lock on a product's hidden folder, which is made where there is none."""
     root = _part_of(final)
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            return disk.FolderLock(root / _LOCK)
-        except BlockingIOError as error:
-            what = f"{final}: another process ({error.strerror}) is writing it"
-            raise ExportError(what, "wait until it is done, or name another folder with --out") from error
+            return acquire(root / _LOCK)
+        except LockHeld as held:
+            what = f"{final}: another process ({held.holder.pid if held.holder else '?'}) is writing it"
+            raise ExportError(what, "wait until it is done, or name another folder with --out") from held
         except FileNotFoundError:  # another process has finished and removed the folder in this moment
             continue
         except OSError as error:
@@ -271,7 +272,7 @@ def _leave(bench: _Bench, keep: bool) -> None:
     if os.name == "nt":  # where nothing can be renamed or removed while it is open
         bench.lock.release()
     if keep:
-        bench.lock.path.unlink(missing_ok=True)
+        bench.lock.file.unlink(missing_ok=True)
     else:
         disk.remove_folder(bench.root)
     bench.lock.release()

@@ -25,7 +25,7 @@ from qlora.quiet import import_bitsandbytes, old_names_in_peft
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from qlora.recipe import LoraSection
+    from qlora.recipe_sections import LoraSection
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

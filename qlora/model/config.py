@@ -1,9 +1,9 @@
 """A stranger's config.json, reduced to what the model it names can read.
 
 transformers sets every key of a configuration as an attribute, whatever its name; keys have chosen code that way (see
-`hub.FORBIDDEN_KEYS`). Known are the names that the model's own source and transformers' common code use, as identifiers
-or as texts: a key that neither uses can change nothing but what an attacker is after, so dropping it is safe, and older
-names that are only read for compatibility (`rope_theta`, `pretraining_tp`) stay.
+`base_folder.FORBIDDEN_KEYS`). Known are the names that the model's own source and transformers' common code use, as
+identifiers or as texts: a key that neither uses can change nothing but what an attacker is after, so dropping it is
+safe, and older names that are only read for compatibility (`rope_theta`, `pretraining_tp`) stay.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from qlora.quiet import import_bitsandbytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qlora.recipe import QuantizationSection
+    from qlora.recipe_sections import QuantizationSection
 
 # What transformers raises for a tokenizer folder that is wrong: it has no error of its own for that.
 _WRONG_TOKENIZER = (

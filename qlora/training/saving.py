@@ -15,7 +15,7 @@ from typing import Any
 from qlora import disk
 from qlora.errors import RunFolderError, TrainingStopped
 from qlora.events import Recovered, Sink
-from qlora.recipe import CheckpointSection
+from qlora.recipe_sections import CheckpointSection
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import checkpoint
 from qlora.training.checkpoint import WRITE_ERRORS, Fingerprints, RunState, SaveFailed

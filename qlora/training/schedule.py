@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qlora.recipe import TrainSection
+from qlora.recipe_sections import TrainSection
 
 LARGEST_AUTO_BATCH = 16
 FEWEST_AUTO_STEPS = 100

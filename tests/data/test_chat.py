@@ -1,10 +1,9 @@
-"""Tokens and masks beyond the golden files: odd templates, BOS, the fallback, borders, and what is refused."""
+"""Tokens and masks beyond the golden files: odd templates, BOS, borders, and what is refused."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,58 +13,34 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qlora.data.chat import ChatTokenizer, TokenRow
+from qlora.data.chat import ChatTokenizer
 from qlora.data.formats import Conversation, RowError
 from qlora.errors import TokenizerError
-from qlora.events import Notice, Recorder
+from qlora.events import Recorder
 from tests.data.toys import (
     CASES,
     FAMILIES,
     WEATHER,
-    Family,
     assistant,
     call,
+    chat_of,
+    chatml,
+    family_chat,
     family_tokenizer,
+    notices,
     result,
     system,
     talk,
     template_of,
-    toy_tokenizer,
+    trained,
     user,
 )
-
-CHATML = FAMILIES["qwen2"]
-
-
-def chat_of(template: str | None, family: Family = CHATML, loss_on: str = "assistant") -> ChatTokenizer:
-    return ChatTokenizer(toy_tokenizer(family, template), loss_on, Recorder())
 
 
 @cache
 def shared_chat(family: str) -> ChatTokenizer:
     """For many examples in a row: each new one starts a process that renders."""
     return family_chat(family)
-
-
-def family_chat(family: str, loss_on: str = "assistant") -> ChatTokenizer:
-    return ChatTokenizer(family_tokenizer(family), loss_on, Recorder())
-
-
-def trained(chat: ChatTokenizer, row: TokenRow) -> list[str]:
-    """The trained stretches of a row, as text."""
-    stretches: list[list[int]] = [[]]
-    for token, weight in zip(row.input_ids, row.loss_weights, strict=True):
-        if weight:
-            stretches[-1].append(token)
-        elif stretches[-1]:
-            stretches.append([])
-    return [chat.tokenizer.decode(stretch) for stretch in stretches if stretch]
-
-
-def notices(chat: ChatTokenizer, topic: str) -> list[Notice]:
-    sink = chat._sink
-    assert isinstance(sink, Recorder)
-    return [event for event in sink.events if isinstance(event, Notice) and event.topic == topic]
 
 
 # --- what is trained ----------------------------------------------------------------------------------------------
@@ -145,6 +120,14 @@ def test_sentencepiece_style_offsets() -> None:
     assert row.loss_weights == [0, 0, 0, 0, 1, 1]
 
 
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    tokenizer = family_tokenizer("qwen2")
+    slow = type("SlowTokenizer", (type(tokenizer),), {"is_fast": False})
+    tokenizer.__class__ = slow
+    with pytest.raises(TokenizerError, match="no fast tokenizer"):
+        ChatTokenizer(tokenizer, "assistant", Recorder())
+
+
 def test_context_only_turns_are_not_trained() -> None:
     chat = family_chat("llama3")
     row = chat.encode(talk(user("a"), assistant("b", train=False), user("c"), assistant("d")))
@@ -203,17 +186,6 @@ def test_no_bos_where_neither_template_nor_tokenizer_has_one() -> None:
 
 
 # --- templates that do odd things ---------------------------------------------------------------------------------
-
-LINES = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{BODY}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def chatml(body: str) -> str:
-    return LINES.replace(
-        "{BODY}", "{% if m.role == 'assistant' %}" + body + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
-    )
 
 
 @pytest.mark.parametrize(
@@ -324,79 +296,8 @@ def test_a_templates_own_words_reach_the_user(family: str, messages: list[dict[s
         family_chat(family).encode(talk(*messages))
 
 
-def test_calls_that_end_otherwise_than_answers() -> None:
-    chat = family_chat("llama3")
-    assert [chat.tokenizer.decode([token]) for token in chat.end_token_ids] == ["<|eot_id|>", "<|eom_id|>"]
-
-
-def test_a_turns_end_comes_before_eos() -> None:
-    chat = family_chat("phi3")
-    assert [chat.tokenizer.decode([token]) for token in chat.end_token_ids] == ["<|end|>", "<|endoftext|>"]
-
-
 def test_tools_that_the_template_does_not_show_are_told_of_once() -> None:
     chat = family_chat("gemma")
     for _ in range(3):
         chat.encode(talk(user("a"), assistant("b"), tools=(WEATHER,)))
     assert len(notices(chat, "tools")) == 1
-
-
-def test_a_named_template_for_tools_is_used_with_tools() -> None:
-    tokenizer = toy_tokenizer(CHATML)
-    plain, with_tools = chatml("{{ m.content }}<|im_end|>\n"), template_of("qwen2", marks=False)
-    tokenizer.chat_template = {"default": plain, "tool_use": with_tools}
-    chat = ChatTokenizer(tokenizer, "assistant", Recorder())
-    assert chat.template == plain
-    assert "get_weather" in tokenizer.decode(chat.prompt_ids([user("a")], [WEATHER]))
-
-
-# --- no template, no end token ------------------------------------------------------------------------------------
-
-
-def test_chatml_is_used_aloud_where_there_is_no_template() -> None:
-    chat = chat_of(None)
-    conversation = CASES[3].make()
-    row = chat.encode(conversation)
-    found = trained(chat, row)
-    assert found[1] == "It is cold.<|im_end|>"
-    assert found[0] == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
-    assert '"description": "the weather now"' in chat.tokenizer.decode(row.input_ids)
-    assert notices(chat, "template")[0].message.startswith("the base has no chat template: ChatML")
-    assert chat.template and "im_start" in chat.template
-
-
-def test_chatml_ends_turns_with_eos_where_the_vocabulary_has_no_end_of_its_own() -> None:
-    chat = chat_of(None, FAMILIES["mistral"])
-    assert trained(chat, chat.encode(talk(user("a"), assistant("b"))))[0] == "b</s>"
-    assert chat.end_token_ids == (chat.tokenizer.eos_token_id,)
-
-
-def test_a_tokenizer_without_offsets_is_refused() -> None:
-    tokenizer = family_tokenizer("qwen2")
-    slow = type("SlowTokenizer", (type(tokenizer),), {"is_fast": False})
-    tokenizer.__class__ = slow
-    with pytest.raises(TokenizerError, match="no fast tokenizer"):
-        ChatTokenizer(tokenizer, "assistant", Recorder())
-
-
-def test_a_tokenizer_without_an_end_token_is_refused() -> None:
-    tokenizer = toy_tokenizer(replace(CHATML, special=(), eos=None))
-    with pytest.raises(TokenizerError, match="no token that ends an answer") as caught:
-        ChatTokenizer(tokenizer, "assistant", Recorder())
-    assert "eos_token" in caught.value.hint
-
-
-@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages.nothing.at_all }}", "{{ 1 / 0 }}"])
-def test_a_template_that_cannot_be_rendered_is_refused(template: str) -> None:
-    with pytest.raises(TokenizerError, match="chat template fails"):
-        chat_of(template)
-
-
-def test_a_template_cannot_reach_out_of_its_sandbox() -> None:
-    with pytest.raises(TokenizerError, match="fails"):
-        chat_of("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-
-
-def test_the_day_of_tokenizing_does_not_matter() -> None:
-    chat = family_chat("llama3")
-    assert "26 Jul 2024" in chat.tokenizer.decode(chat.prompt_ids([user("a")], None))

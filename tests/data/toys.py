@@ -1,4 +1,4 @@
-"""Small tokenizers with the special tokens of six families, and conversations to render with their templates.
+"""Small tokenizers with the special tokens of six families, and conversations to render and tokenize with them.
 
 The vocabulary is not trained but spelled out (bytes, then merges from left to right through each word below), so that
 golden files do not depend on a trainer's version.
@@ -15,7 +15,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.formats import Conversation
+from qlora.events import Notice, Recorder
 
 TEMPLATES = Path(__file__).parent.parent / "golden" / "templates"
 WORDS = """system user assistant model tool What what is the name of The a Who How many Where weather in Oslo Paris
@@ -69,6 +71,11 @@ FAMILIES = {
         bos="<s>", strips_right=True,
     ),
 }  # fmt: skip
+CHATML = FAMILIES["qwen2"]
+_CHATML_LINES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{BODY}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def toy_tokenizer(family: Family, template: str | None = None) -> PreTrainedTokenizerFast:
@@ -118,6 +125,38 @@ def template_of(family: str, marks: bool) -> str:
 
 def family_tokenizer(family: str, marks: bool = False) -> PreTrainedTokenizerFast:
     return toy_tokenizer(FAMILIES[family], template_of(family, marks))
+
+
+def chatml(body: str) -> str:
+    """A template like ChatML whose answers are written by `body`."""
+    return _CHATML_LINES.replace(
+        "{BODY}", "{% if m.role == 'assistant' %}" + body + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    )
+
+
+def chat_of(template: str | None, family: Family = CHATML, loss_on: str = "assistant") -> ChatTokenizer:
+    return ChatTokenizer(toy_tokenizer(family, template), loss_on, Recorder())
+
+
+def family_chat(family: str, loss_on: str = "assistant") -> ChatTokenizer:
+    return ChatTokenizer(family_tokenizer(family), loss_on, Recorder())
+
+
+def trained(chat: ChatTokenizer, row: TokenRow) -> list[str]:
+    """The trained stretches of a row, as text."""
+    stretches: list[list[int]] = [[]]
+    for token, weight in zip(row.input_ids, row.loss_weights, strict=True):
+        if weight:
+            stretches[-1].append(token)
+        elif stretches[-1]:
+            stretches.append([])
+    return [chat.tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+def notices(chat: ChatTokenizer, topic: str) -> list[Notice]:
+    sink = chat._sink
+    assert isinstance(sink, Recorder)
+    return [event for event in sink.events if isinstance(event, Notice) and event.topic == topic]
 
 
 def user(content: str) -> dict[str, Any]:

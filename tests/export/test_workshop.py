@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora import disk
+from qlora import disk, lock
 from qlora.errors import ExportError, StoppedBySignal
 from qlora.export import workshop as module
 from qlora.export.workshop import Workshop
@@ -209,6 +209,23 @@ def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
     root.mkdir()
     (root / "lock").write_text("1")
     assert finished({"a": tmp_path / "x"}) == 0
+
+
+def test_a_folder_that_its_last_writer_removes_in_this_moment_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, take = tmp_path / ".x.part", lock._take
+    rounds: list[int] = []
+
+    def late(handle: int) -> None:
+        rounds.append(handle)
+        if len(rounds) == 1:
+            disk.remove_folder(root)
+        take(handle)
+
+    monkeypatch.setattr(lock, "_take", late)
+    assert finished({"a": tmp_path / "x"}) == 0 and len(rounds) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:

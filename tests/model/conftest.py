@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from qlora.errors import ModelError, UserError
 from qlora.events import Recorder
 from qlora.model.hub import BaseFolder, resolve
 from qlora.model.load import load_base
-from qlora.recipe import QuantizationSection
+from qlora.recipe_sections import QuantizationSection
 from tests.families import make_base
 
 CPU = torch.device("cpu")
+# A user's own, which no message may carry.
+TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 # transformers' own name for what ours computes: Gemma 2 caps its attention scores, which sdpa cannot.
 PLAIN_ATTENTION = {"gemma2": "eager"}
 
@@ -31,6 +35,31 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], BaseFol
         return resolve(str(made[family]), "main", Recorder())
 
     return get
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny base of this test's own, to be changed."""
+    return make_base("llama", tmp_path / "base")
+
+
+def at(folder: Path) -> BaseFolder:
+    return resolve(str(folder), "main", Recorder())
+
+
+def refused(base: str, revision: str = "main", sink: Recorder | None = None) -> UserError:
+    """The error that keeps `base` from being one: two lines, and no secret in them."""
+    with pytest.raises(ModelError) as error:
+        resolve(base, revision, sink or Recorder())
+    assert error.value.what and error.value.hint and error.value.exit_code == 2
+    assert "\n" not in error.value.what + error.value.hint and TOKEN not in error.value.what + error.value.hint
+    return error.value
+
+
+def change_config(folder: Path, **fields: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    return folder
 
 
 def load(base: BaseFolder, kind: str = "nf4", attention: str = "auto") -> Any:

@@ -10,7 +10,7 @@ import torch
 from qlora.model.adapters import attach, trainable, without_adapters
 from qlora.model.generate import greedy
 from qlora.model.hub import BaseFolder
-from qlora.recipe import LoraSection
+from qlora.recipe_sections import LoraSection
 from tests.families import FAMILIES, PAD_ID
 from tests.model.conftest import load
 

@@ -40,7 +40,7 @@ from transformers.models.llama import modeling_llama
 from qlora.events import Recorder
 from qlora.model import hub, load
 from qlora.quiet import import_bitsandbytes
-from qlora.recipe import QuantizationSection
+from qlora.recipe_sections import QuantizationSection
 
 import_bitsandbytes()
 

@@ -19,15 +19,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from step_measure import Settings
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "trl")
 # hidden, inner, layers, heads, key-value heads, vocabulary, tied: the shapes of Llama 3.2 1B and 3B, Llama 3.1 8B, and
 # a 14B of Qwen3's width.
 SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
@@ -40,27 +40,10 @@ MARK = "BENCH-RESULT "
 FIGURES = ("trained_tokens_per_second", "peak_bytes")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What both stacks are told."""
-
-    base: str
-    rows: int
-    length: int
-    accumulation: int
-    steps: int
-    r: int
-    optimizer: str
-    gradient_checkpointing: bool
-    threads: int
-
-
 def main() -> None:
     arguments = parse()
     if arguments.worker:
-        sys.path.insert(0, str(ROOT))
-        worker = qlora_worker if arguments.worker == "qlora" else trl_worker
-        print(MARK + json.dumps(worker(Settings(**json.loads(arguments.settings)))))
+        print(MARK + json.dumps(work(arguments.worker, Settings(**json.loads(arguments.settings)))))
         return
     with tempfile.TemporaryDirectory() as scratch:
         base = arguments.base or str(random_base(arguments.shape, Path(scratch)))
@@ -124,161 +107,16 @@ def run_worker(stack: str, python: str, settings: Settings) -> dict[str, Any]:
     return figures
 
 
-# --- our stack -------------------------------------------------------------------------------------------------------
+def work(stack: str, settings: Settings) -> dict[str, Any]:
+    """In a process of its own: the figures of a stack, none of whose packages has been imported before."""
+    sys.path.insert(0, str(ROOT))
+    if stack == "qlora":
+        import step_qlora
 
+        return step_qlora.run(settings)
+    import step_trl
 
-def qlora_worker(settings: Settings) -> dict[str, Any]:
-    """The step of qlora.step, as the trainer runs it."""
-    import time
-
-    import torch
-
-    from qlora import api
-    from qlora.batch import Batch
-    from qlora.events import Sinks
-    from qlora.model import adapters, hub, load
-    from qlora.model.cpu_products import fast_products
-    from qlora.recipe import LoraSection, QuantizationSection
-    from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
-    from qlora.step.optimizer import AdapterOptimizer
-
-    before = resident_bytes()
-    device = api.pick_device()
-    base = hub.resolve(settings.base, "main", Sinks())
-    model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
-    peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0)
-    causal_lm = peft_model.get_base_model()
-    set_gradient_checkpointing(causal_lm, settings.gradient_checkpointing, keep_random_state=False)
-    parts = CausalParts.of(causal_lm)
-    optimizer = AdapterOptimizer(adapters.trainable(peft_model), settings.optimizer, 0.0)
-    micro_batches = []
-    for ids in token_rows(settings, causal_lm.config.get_text_config().vocab_size):
-        ids_BS = torch.tensor(ids)
-        weights = torch.ones(ids_BS.shape)
-        weights[:, -1] = 0
-        positions = torch.arange(settings.length).repeat(settings.rows, 1)
-        zeros, targets = torch.zeros_like(ids_BS), torch.roll(ids_BS, -1, 1)
-        trained = weights.flatten().nonzero().squeeze(1)
-        micro_batches.append(Batch(ids_BS, positions, zeros, targets, weights, trained).to(device))
-    step_weight = float(sum(batch.loss_weights_BS.sum() for batch in micro_batches))
-    seconds = []
-    peft_model.train()
-    with fast_products(device):
-        for _ in range(settings.steps + 1):
-            synchronize(device.type)
-            began = time.perf_counter()
-            loss = sum(forward_backward(parts, batch, step_weight) for batch in micro_batches)
-            optimizer.clip(optimizer.gradient_norm(), 1.0)
-            optimizer.step(1e-4)
-            synchronize(device.type)
-            seconds.append(time.perf_counter() - began)
-    return figures_of(settings, seconds[1:], float(loss) / step_weight, before, device.type)
-
-
-# --- TRL -------------------------------------------------------------------------------------------------------------
-
-
-def trl_worker(settings: Settings) -> dict[str, Any]:
-    """SFTTrainer with peft, as its documentation has it: 4-bit base, LoRA on every linear layer.
-
-    On a GPU it computes in bf16. On a CPU it is given float32: most processors multiply bf16 matrices a hundred times
-    more slowly, and float32 is what its own defaults give there.
-    """
-    import time
-
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    before = resident_bytes()
-    on_gpu = torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.base,
-        quantization_config=quantization,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        device_map={"": 0} if on_gpu else {"": "cpu"},
-        trust_remote_code=False,
-    )
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = [row for batch in token_rows(settings, vocabulary) for row in batch] * (settings.steps + 1)
-    seconds: list[float] = []
-    losses: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            synchronize("cuda" if on_gpu else "cpu")
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            synchronize("cuda" if on_gpu else "cpu")
-            seconds.append(time.perf_counter() - self.began)
-
-        def on_log(self, *_: Any, logs: Mapping[str, float] | None = None, **__: Any) -> None:
-            losses.extend([logs["loss"]] if logs and "loss" in logs else [])
-
-    names = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
-    with tempfile.TemporaryDirectory() as scratch:
-        config = SFTConfig(
-            output_dir=scratch,
-            per_device_train_batch_size=settings.rows,
-            gradient_accumulation_steps=settings.accumulation,
-            max_steps=settings.steps + 1,
-            max_length=settings.length,
-            packing=False,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            optim=names[settings.optimizer],
-            learning_rate=1e-4,
-            lr_scheduler_type="constant",
-            max_grad_norm=1.0,
-            bf16=on_gpu,
-            use_cpu=not on_gpu,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            dataset_kwargs={"skip_prepare_dataset": True},
-            dataloader_pin_memory=on_gpu,
-        )
-        trainer = SFTTrainer(
-            model=model,
-            args=config,
-            train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
-            processing_class=tokenizer_of(AutoTokenizer, settings.base, vocabulary),
-            peft_config=LoraConfig(r=settings.r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    return figures_of(settings, seconds[1:], losses[-1], before, "cuda" if on_gpu else "cpu")
-
-
-def tokenizer_of(auto: Any, base: str, vocabulary: int) -> Any:
-    """The base's tokenizer; for random weights, one that knows nothing but an end (the rows are tokens already)."""
-    if (Path(base) / "tokenizer.json").is_file():
-        return auto.from_pretrained(base, trust_remote_code=False)
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": vocabulary - 1}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
-
-
-# --- what both share -------------------------------------------------------------------------------------------------
-
-
-def token_rows(settings: Settings, vocabulary: int) -> list[list[list[int]]]:
-    """Micro-batches of rows of random tokens, the same in every process."""
-    import random
-
-    chance = random.Random(7)
-    one = [[chance.randrange(4, vocabulary) for _ in range(settings.length)] for _ in range(settings.rows)]
-    return [one for _ in range(settings.accumulation)]
+    return step_trl.run(settings)
 
 
 def random_base(shape: str, parent: Path) -> Path:
@@ -318,53 +156,11 @@ def random_base(shape: str, parent: Path) -> Path:
     return parent
 
 
-def synchronize(device_type: str) -> None:
-    if device_type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
-def resident_bytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def figures_of(
-    settings: Settings, seconds: Sequence[float], loss: float, before: int, device_type: str
-) -> dict[str, Any]:
-    """Trained tokens a second by the median step, and the peak: the allocator's on a GPU, else of resident memory."""
-    import resource
-
-    import torch
-
-    trained = settings.rows * (settings.length - 1) * settings.accumulation
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    on_gpu = device_type == "cuda"
-    return {
-        "seconds": [round(value, 4) for value in seconds],
-        "trained_tokens_per_second": round(trained / statistics.median(seconds), 2),
-        "peak_bytes": int(torch.cuda.max_memory_allocated()) if on_gpu else int(peak - before),
-        "peak_of": "tensors on the GPU" if on_gpu else "resident memory above that after imports",
-        "loss": round(loss, 4),
-        "versions": {name: found for name in PACKAGES if (found := installed(name))},
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-    }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def summary(settings: Settings, found: Mapping[str, list[dict[str, Any]]], name: str) -> dict[str, Any]:
     """The report: medians of the turns, the ratio to the other stack, and on a known GPU the share of the ideal."""
-    keys = ("trained_tokens_per_second", "peak_bytes")
     medians = {
-        stack: {key: statistics.median(turn[key] for turn in turns) for key in keys} for stack, turns in found.items()
+        stack: {key: statistics.median(turn[key] for turn in turns) for key in FIGURES}
+        for stack, turns in found.items()
     }
     ours = medians["qlora"]
     report: dict[str, Any] = {
@@ -394,7 +190,7 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
     from qlora.memory.simulate import Frame, Simulator, Workload
     from qlora.model.blueprint import text_config
     from qlora.model.tensors import load_json
-    from qlora.recipe import LoraSection, QuantizationSection
+    from qlora.recipe_sections import LoraSection, QuantizationSection
 
     if device == "cpu":
         return None

@@ -1,0 +1,196 @@
+"""The keys of a recipe, each declared once: default, bounds, and the sentence that editors and `--schema` show."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+# What [export] formats may name. The quants are those of qlora.export.gguf.mix (a test compares the two).
+GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
+EXPORT_FORMATS = ("hf", "adapter-gguf", *(f"gguf:{quant}" for quant in GGUF_QUANTS))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelSection(Section):
+    """The frozen base."""
+
+    base: str = Field(min_length=1, description="Hub name (owner/name) or folder of the base model")
+    revision: str = Field("main", min_length=1, description="Hub branch, tag or commit; the run records the commit")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="auto is sdpa, but eager for Gemma 2, whose softcap sdpa lacks"
+    )
+
+
+class QuantizationSection(Section):
+    """How the frozen base is held."""
+
+    type: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit data type; none keeps bf16")
+    double_quant: bool = Field(True, description="Quantize the block constants too: saves 0.37 bits a weight")
+
+
+class LoraSection(Section):
+    """The trained low-rank matrices."""
+
+    r: Positive = Field(16, description="Rank")
+    alpha: float = Field(32.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / r")
+    dropout: Share = Field(0.0, description="Dropout on the adapter's input")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="all-linear (every linear layer but the head) or a list of module names"
+    )
+    init: Literal["default", "gaussian", "eva"] = Field(
+        "default", description="Start of the A matrices; eva takes them from the data's activations"
+    )
+    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r")
+    use_dora: bool = Field(False, description="Train a magnitude per output row as well (slower)")
+    modules_to_save: tuple[str, ...] = Field((), description="Modules trained and saved whole, such as lm_head")
+
+
+class SourceSection(Section):
+    """One source of rows."""
+
+    path: str = Field(min_length=1, description="File, glob, folder, or hub:NAME[@revision][:split]")
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="How a row is read; auto tells by the columns"
+    )
+    weight: float = Field(1.0, gt=0, le=100, description="Times each row is seen in an epoch; 0.5 draws half of them")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Your column's name by the format's own: {instruction = 'question'}"
+    )
+
+
+class DataSection(Section):
+    """What the model learns from."""
+
+    train: tuple[SourceSection, ...] = Field((), description="Training sources")
+    eval: tuple[SourceSection, ...] = Field(
+        (), description="Evaluation sources; without them eval_fraction is held out"
+    )
+    max_length: int = Field(2048, ge=16, le=1 << 20, description="Longest row, and length of a pack, in tokens")
+    packing: bool = Field(True, description="Several short documents share a row, isolated from each other")
+    loss_on: Literal["assistant", "all"] = Field("assistant", description="Which tokens are trained")
+    eval_fraction: Share = Field(0.05, description="Share of the training rows held out when there is no [[data.eval]]")
+    truncation: Literal["drop", "cut", "error"] = Field("drop", description="What becomes of rows over max_length")
+    max_bad_rows: Count = Field(0, description="Broken rows to leave out before giving up")
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the training rows (3 unless max_steps is given)")
+    max_steps: Positive | None = Field(None, description="Optimizer steps, instead of epochs")
+    max_minutes: float | None = Field(None, gt=0, description="Time limit; the schedule ends with it")
+    batch_size: Positive | Literal["auto"] = Field(
+        "auto", description="Rows (packs when packing) per optimizer step; auto: up to 16, leaving at least 100 steps"
+    )
+    micro_batch_size: Positive | Literal["auto"] = Field(
+        1, description="Rows per forward pass; auto: the fastest that fits in memory.limit"
+    )
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course after the warm-up")
+    warmup_ratio: Share = Field(0.03, description="Share of the steps that ramp the rate up from 0")
+    optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw", "lion_8bit"] = Field(
+        "paged_adamw_8bit", description="Paged ones keep their state where the driver can move it to host memory"
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of the adapters")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 is off")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        True, description="Recompute activations in the backward pass to save memory; auto: only when it must be"
+    )
+    neftune_alpha: float = Field(0.0, ge=0, description="Noise on the embeddings while training (5 is usual); 0 is off")
+    seed: int = Field(42, ge=0, lt=1 << 32, description="Decides order, split, initial adapters and dropout")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("epochs and max_steps both set the length of the run: give one of them")
+        if self.epochs is None and self.max_steps is None:
+            object.__setattr__(self, "epochs", 3.0)  # frozen for callers, not while it is made
+        return self
+
+
+class MemorySection(Section):
+    """How much memory a run may take."""
+
+    limit: str = Field("auto", description="auto: what the GPU has free (without one: available RAM); or a size: 6GiB")
+
+    @field_validator("limit")
+    @classmethod
+    def _is_a_size(cls, value: str) -> str:
+        if value != "auto" and parse_bytes(value) is None:
+            raise ValueError('a size such as "6GiB" or "7.5 GiB", or "auto"')
+        return value
+
+
+class CheckpointSection(Section):
+    """What a killed run continues from."""
+
+    every_steps: Positive = Field(50, description="Optimizer steps between checkpoints")
+    every_minutes: float = Field(10.0, gt=0, description="... or minutes, whichever comes first")
+    keep: Positive = Field(2, description="Checkpoints kept")
+
+
+class EvalSection(Section):
+    """What is measured on the evaluation rows."""
+
+    every_steps: Positive = Field(50, description="Optimizer steps between evaluations (one more at the end)")
+    early_stopping_patience: Count = Field(0, description="Evaluations without improvement before stopping; 0 is off")
+    samples: Count = Field(3, description="Evaluation prompts answered by base and tuned model, side by side")
+    exact_match_rows: Count = Field(0, description="Evaluation rows answered greedily and compared, before and after")
+
+
+class ReportSection(Section):
+    """Where events go."""
+
+    sinks: tuple[Literal["console", "jsonl"], ...] = Field(
+        ("console", "jsonl"), description="console draws, jsonl keeps events.jsonl in the run's folder"
+    )
+
+
+class ExportSection(Section):
+    """What is made of the adapter when training ends."""
+
+    formats: tuple[str, ...] = Field(
+        (),
+        description="hf (safetensors), gguf:q4_k_m and its like, adapter-gguf; each a folder in <run>/export",
+        json_schema_extra={"items": {"type": "string", "enum": list(EXPORT_FORMATS)}},
+    )
+    base: Literal["auto", "nf4", "full"] = Field(
+        "auto", description="Merge into the dequantized base, the original weights, or whichever is measured nearer"
+    )
+    max_kl: float | None = Field(None, gt=0, description="Mean KL in nats beyond which an export is an error")
+    imatrix: bool = Field(False, description="Weigh the errors of K- and IQ-quants by your rows' activations")
+
+    @field_validator("formats")
+    @classmethod
+    def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        for name in formats:
+            if name not in EXPORT_FORMATS:
+                near = difflib.get_close_matches(name, EXPORT_FORMATS, 1, 0.4)
+                meant = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(EXPORT_FORMATS)}"
+                raise ValueError(f"unknown format {name!r}{meant}")
+        return formats
+
+
+class OutputSection(Section):
+    """Where the run's folder is made."""
+
+    dir: str = Field("runs", min_length=1, description="Parent of the run's folder; relative to the current folder")
+
+
+def parse_bytes(text: str) -> int | None:
+    """ "6GiB", "7.5 GiB", "8GB", "900MiB" as bytes; None for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    if match is None:
+        return None
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
