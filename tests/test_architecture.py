@@ -53,7 +53,7 @@ LINES = {
     ],
     "training": [
         *("stop", "memory_use", "schedule", "checkpoint", "saving", "deliver", "evaluate", "selfcheck"),
-        *("health", "recovery", "probe", "fit", "loop"),
+        *("health", "recovery", "exam", "probe", "fit", "rows", "loop"),
     ],
     "memory": ["allocator", "trace", "stack", "simulate", "hardware", "beyond", "calibration", "estimate", "plan"],
     "model": [

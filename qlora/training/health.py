@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qlora.data.store import PreparedSplit
 from qlora.errors import TrainingStopped
+from qlora.events import Notice, Sink
 from qlora.step.optimizer import AdapterOptimizer
+from qlora.training.checkpoint import RunState
 
 SKIPS_BEFORE_STOPPING = 3  # non-finite steps in a row
 NAMED_ROWS = 20  # `file:line` in a message; the count says how many more
@@ -49,6 +51,23 @@ class Trend:
             return Trend(loss, 0.0, 1)
         spread = TREND_DECAY * self.spread + (1 - TREND_DECAY) * abs(loss - self.mean)
         return Trend(TREND_DECAY * self.mean + (1 - TREND_DECAY) * loss, spread, self.seen + 1)
+
+
+def with_loss(state: RunState, loss: float, sink: Sink) -> RunState:
+    """The state with a step's loss in its course; a loss that jumps out of it is said."""
+    trend = Trend(state.loss_trend, state.loss_spread, state.losses_seen)
+    if trend.is_spike(loss):
+        times = loss / max(trend.mean, 1e-9)
+        sink.emit(Notice("loss", f"spike at step {state.step}: {loss:.3f}, {times:.1f} times its course"))
+    trend = trend.after(loss)
+    return replace(state, train_loss=loss, loss_trend=trend.mean, loss_spread=trend.spread, losses_seen=trend.seen)
+
+
+def too_many_skips(state: RunState) -> TrainingStopped:
+    return TrainingStopped(
+        f"step {state.step}: loss or gradient was not finite {state.skipped_in_a_row} times in a row",
+        "lower train.learning_rate; the weights of the last good step are in the newest checkpoint",
+    )
 
 
 def rows_behind(

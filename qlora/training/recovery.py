@@ -18,6 +18,7 @@ import torch
 from qlora.errors import DoesNotFit
 from qlora.events import Recovered, Sink
 from qlora.model.generate import ANSWERS_AT_ONCE
+from qlora.training.checkpoint import RunState
 
 if TYPE_CHECKING:
     from qlora.memory.plan import Plan, Planner
@@ -42,6 +43,14 @@ class Fit:
         if not self.gradient_checkpointing:
             return replace(self, gradient_checkpointing=True)
         return None
+
+    def as_of(self, state: RunState) -> Fit:
+        """Go on with what fitted: the sizes of micro-batches are part of what makes a resumed run the same run."""
+        if state.micro_batch_size is None or state.gradient_checkpointing is None:
+            return self
+        return replace(
+            self, micro_batch_size=state.micro_batch_size, gradient_checkpointing=state.gradient_checkpointing
+        )
 
     def fewer_answers(self) -> Fit | None:
         return replace(self, answers_at_once=self.answers_at_once // 2) if self.answers_at_once > 1 else None

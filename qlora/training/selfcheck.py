@@ -36,6 +36,13 @@ class SelfCheck:
     def packing_is_safe(self) -> bool:
         return self.leak <= max(TOLERANCE, 3 * self.head)
 
+    @property
+    def leak_told(self) -> str:
+        return (
+            f"documents of one pack see each other in this architecture "
+            f"({self.leak:.2f} nats a token; {self.head:.3f} alone)"
+        )
+
 
 def run(causal_lm: Any, parts: CausalParts, split: PreparedSplit, device: torch.device) -> SelfCheck | None:
     """Compare on two short rows; None when there are not two rows with trained tokens. Raises ModelError."""

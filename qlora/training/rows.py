@@ -1,0 +1,86 @@
+"""The training rows as steps read them: packs, micro-batches, tensors, and how many steps that makes.
+
+Which rows a step reads follows from its number alone. In how many pieces they go through the model is for memory to
+say, and may change under way: the size of a micro-batch is asked for each time and held nowhere here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora.batch import Batch
+from qlora.data.loader import TrainOrder, collate
+from qlora.data.prepare import PreparedSplit
+from qlora.events import Plan
+from qlora.recipe import DataSection, TrainSection
+from qlora.training import fit, probe, schedule
+from qlora.training.probe import Pack
+from qlora.training.recovery import Fit
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the steps of a run read, in their order."""
+
+    split: PreparedSplit
+    data: DataSection  # of the recipe, with packing as it is really done
+    pad_id: int
+    batch_size: int  # packs of a step
+    order: TrainOrder
+    steps: int
+
+    @classmethod
+    def of(cls, split: PreparedSplit, data: DataSection, train: TrainSection, pad_id: int) -> Rows:
+        """The batch size may depend on how many packs there are, so the order is made twice."""
+        trial = TrainOrder(split, data, train.seed, 1)
+        batch_size = schedule.auto_batch_size(len(trial.epoch_packs(0)), train)
+        order = TrainOrder(split, data, train.seed, batch_size)
+        steps = train.max_steps or order.steps(train.epochs or schedule.DEFAULT_EPOCHS)
+        return cls(split, data, pad_id, batch_size, order, steps)
+
+    def plan(self, now: Fit, eval_rows: int, trainable_parameters: int, total_parameters: int) -> Plan:
+        """What will happen, with the arithmetic."""
+        batch, micro = self.batch_size, now.micro_batch_size
+        packs = len(self.order.epoch_packs(0))
+        unit = "packs" if self.data.packing else "rows"
+        per_epoch = self.order.steps(1.0)
+        return Plan(
+            train_rows=len(self.split.lengths),
+            eval_rows=eval_rows,
+            packs=packs,
+            tokens_per_epoch=sum(self.split.lengths),
+            trained_tokens_per_epoch=sum(self.split.trained),
+            batch_size=batch,
+            micro_batch_size=micro,
+            accumulation=math.ceil(batch / micro),
+            steps=self.steps,
+            epochs=self.order.epoch_of_step(self.steps),
+            trainable_parameters=trainable_parameters,
+            total_parameters=total_parameters,
+            packing=self.data.packing,
+            gradient_checkpointing=now.gradient_checkpointing,
+            max_length=self.data.max_length,
+            arithmetic=(
+                f"{packs} {unit} an epoch ÷ {batch} a step = {per_epoch} steps an epoch; "
+                f"{batch} {unit} a step = {math.ceil(batch / micro)} micro-batches of {micro}"
+            ),
+            memory=None if now.plan is None else fit.as_event(now.plan),
+        )
+
+    def longest(self, micro_batch_size: int) -> Batch:
+        """The micro-batch of the first epoch's longest packs."""
+        return self.micro_batch(probe.longest(self.order.epoch_packs(0), self.split.lengths, micro_batch_size))
+
+    def tokens(self, packs: Sequence[Pack]) -> int:
+        return sum(self.split.lengths[row] for pack in packs for row in pack)
+
+    def in_micro_batches(self, packs: Sequence[Pack], micro_batch_size: int) -> list[Sequence[Pack]]:
+        return [packs[start : start + micro_batch_size] for start in range(0, len(packs), micro_batch_size)]
+
+    def micro_batches(self, packs: Sequence[Pack], micro_batch_size: int) -> list[Batch]:
+        return [self.micro_batch(chosen) for chosen in self.in_micro_batches(packs, micro_batch_size)]
+
+    def micro_batch(self, packs: Sequence[Pack]) -> Batch:
+        return collate(self.split, packs, self.pad_id, self.data.max_length)
