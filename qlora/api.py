@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qlora.export.products import Exported, Options, Report, Rows, Source
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
-    from qlora.model.hub import BaseFolder
+    from qlora.model.base_folder import BaseFolder
     from qlora.training.checkpoint import RunState
     from qlora.training.recovery import Fit
     from qlora.training.stop import StopRequest

@@ -18,7 +18,7 @@ from qlora.export.merge import Merge
 from qlora.export.ollama import OllamaModel
 from qlora.export.products import Product, Source
 from qlora.export.study import Study
-from qlora.model.hub import BaseFolder
+from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import load_json
 
 EXPORT_FILE = "export.json"

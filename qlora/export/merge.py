@@ -27,8 +27,8 @@ from qlora.errors import ExportError
 from qlora.export.adapter import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows, read_adapter, scale_of
 from qlora.export.parts import VALUES_PER_BLOCK, Part, Plan, is_multimodal, make_plan
 from qlora.model import nf4
+from qlora.model.base_folder import BaseFolder
 from qlora.model.blueprint import draw
-from qlora.model.hub import BaseFolder
 from qlora.model.load import stored_4bit
 from qlora.model.tensors import read_tensor
 from qlora.recipe_sections import QuantizationSection

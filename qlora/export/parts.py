@@ -15,8 +15,8 @@ import torch
 
 from qlora.errors import ExportError
 from qlora.export.adapter import Adapter, LoraModule, TokenRows
+from qlora.model.base_folder import BaseFolder
 from qlora.model.blueprint import draw, head_of, is_stored_4bit, linear_layers
-from qlora.model.hub import BaseFolder
 from qlora.model.tensors import TensorEntry, read_tensor
 
 # 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the

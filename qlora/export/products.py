@@ -13,7 +13,7 @@ from qlora.errors import ExportError
 from qlora.export.adapter import Adapter
 from qlora.export.gguf.mix import QUANTS
 from qlora.export.merge import Merge, MergeBase
-from qlora.model.hub import BaseFolder
+from qlora.model.base_folder import BaseFolder
 from qlora.training.deliver import Provenance
 
 if TYPE_CHECKING:

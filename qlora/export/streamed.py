@@ -28,8 +28,8 @@ from qlora.errors import ExportError
 from qlora.export.gguf.families import GgufTensor
 from qlora.export.merge import MergedTensor
 from qlora.export.parts import VALUES_PER_BLOCK
+from qlora.model.base_folder import BaseFolder
 from qlora.model.blueprint import Blueprint
-from qlora.model.hub import BaseFolder
 from qlora.model.tensors import read_tensor
 from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
 

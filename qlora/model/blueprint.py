@@ -19,8 +19,8 @@ from torch import nn
 
 from qlora.errors import ModelError
 from qlora.model import attention as our_attention
+from qlora.model.base_folder import BaseFolder
 from qlora.model.config import open_config
-from qlora.model.hub import BaseFolder
 from qlora.model.tensors import TensorEntry, read_tensor
 
 # Subclasses of nn.Linear that compute the same, so that a 4-bit layer may take their place.

@@ -29,8 +29,6 @@ from qlora.model.base_folder import (
 )
 from qlora.model.tensors import PICKLE_ENDINGS, SINGLE_FILE, load_json
 
-__all__ = ["BaseFolder", "download_rows", "resolve", "resolve_config"]
-
 WEIGHT_FILES = (SINGLE_FILE, "model-*.safetensors")
 ROW_FILES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")

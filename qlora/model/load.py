@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError, TokenizerError
 from qlora.events import Notice, Progress, Sink
+from qlora.model.base_folder import BaseFolder
 from qlora.model.blueprint import (
     Blueprint,
     draw,
@@ -28,7 +29,6 @@ from qlora.model.blueprint import (
     quantized_modules,
 )
 from qlora.model.config import reduce_config
-from qlora.model.hub import BaseFolder
 from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
 from qlora.quiet import import_bitsandbytes

@@ -11,7 +11,7 @@ from typing import Any
 from qlora import __version__, disk
 from qlora.events import Saved, Sink
 from qlora.model import adapters
-from qlora.model.hub import BaseFolder
+from qlora.model.base_folder import BaseFolder
 from qlora.model.tokenizer import copy_tokenizer
 from qlora.recipe import Recipe, recipe_toml
 from qlora.recipe_sections import QuantizationSection

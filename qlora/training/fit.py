@@ -20,7 +20,7 @@ from qlora.training.recovery import Fit
 
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
-    from qlora.model.hub import BaseFolder
+    from qlora.model.base_folder import BaseFolder
 
 PAD_TO_MULTIPLE = 8  # what the loader pads rows to
 # What a model raises that does what meta tensors cannot: reads a value, calls a kernel that is unknown there.

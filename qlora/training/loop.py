@@ -25,8 +25,9 @@ from qlora.data.prepare import PreparedData
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, Sink, StepDone
 from qlora.model import adapters
-from qlora.model.hub import BaseFolder
-from qlora.recipe import DataSection, Recipe
+from qlora.model.base_folder import BaseFolder
+from qlora.recipe import Recipe
+from qlora.recipe_sections import DataSection
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import checkpoint, fit, health, probe, schedule, selfcheck
@@ -118,7 +119,7 @@ class Training:
                 job.pad_id,
                 job.device,
                 job.sink,
-                job.fit.micro_batch_size,
+                self.guard.fit.micro_batch_size,
                 check_stop=job.stop.check,
             )
             self.exam = Exam(evaluator, job.recipe.eval, self.guard)

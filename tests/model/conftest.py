@@ -12,7 +12,8 @@ import torch
 
 from qlora.errors import ModelError, UserError
 from qlora.events import Recorder
-from qlora.model.hub import BaseFolder, resolve
+from qlora.model.base_folder import BaseFolder
+from qlora.model.hub import resolve
 from qlora.model.load import load_base
 from qlora.recipe_sections import QuantizationSection
 from tests.families import make_base

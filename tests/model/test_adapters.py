@@ -15,7 +15,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from qlora.batch import Batch
 from qlora.errors import ModelError
 from qlora.model.adapters import attach, load_into, save, trainable, without_adapters
-from qlora.model.hub import BaseFolder
+from qlora.model.base_folder import BaseFolder
 from qlora.recipe_sections import LoraSection
 from tests.families import FAMILIES
 from tests.model.conftest import load, logits, plain

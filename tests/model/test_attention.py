@@ -10,7 +10,7 @@ import torch
 
 from qlora.errors import ModelError
 from qlora.model import attention
-from qlora.model.hub import BaseFolder
+from qlora.model.base_folder import BaseFolder
 from tests.families import FAMILIES, PAD_ID, WINDOW
 from tests.model.conftest import load
 

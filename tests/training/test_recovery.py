@@ -20,8 +20,10 @@ from qlora.errors import DoesNotFit
 from qlora.events import Recorder
 from qlora.model import adapters
 from qlora.step import forward
-from qlora.training import loop
+from qlora.training import loop, selfcheck
+from qlora.training.evaluate import Evaluator
 from qlora.training.recovery import Fit, MemoryGuard, attempt
+from qlora.training.selfcheck import SelfCheck
 from tests.runs import run_dir, train, values, write_recipe
 
 RUN = (
@@ -117,6 +119,24 @@ def test_the_new_size_is_kept_and_a_resumed_run_goes_on_with_it(
     assert (state["micro_batch_size"], state["gradient_checkpointing"]) == (2, True)
     recorder = train(recipe, *RUN, "train.micro_batch_size=4", mode="resume")
     assert values(recorder, "plan", "micro_batch_size") == [2]
+
+
+def test_a_resumed_run_that_may_not_pack_evaluates_with_the_new_size_too(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    settings = (*RUN, "train.micro_batch_size=4", "data.packing=true", "eval.every_steps=1")
+    leaky = SelfCheck(head=0.01, leak=0.5)
+    monkeypatch.setattr(selfcheck, "run", lambda *_: leaky)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 0)
+        train(recipe, *settings, stop_after=2)
+    sizes = []
+    loss = Evaluator.loss
+    monkeypatch.setattr(Evaluator, "loss", lambda self: sizes.append(self.micro_batch_size) or loss(self))
+    recorder = train(recipe, *settings, mode="resume")
+    assert "switched off" in str(values(recorder, "notice", "message"))
+    assert values(recorder, "plan", "micro_batch_size") == [2] and set(sizes) == {2}
 
 
 def test_twenty_in_a_row_keep_nothing() -> None:

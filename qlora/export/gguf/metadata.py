@@ -21,7 +21,7 @@ import numpy as np
 from qlora import __version__
 from qlora.export.gguf.rope import Key
 from qlora.export.gguf.vocab import Entry
-from qlora.model.hub import BaseFolder
+from qlora.model.base_folder import BaseFolder
 
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 MAX_CARD_BYTES = 1 << 20

@@ -13,8 +13,8 @@ from qlora.export.gguf.families import Layout, lay_out
 from qlora.export.gguf.ggml import Ggml, find_library
 from qlora.export.gguf.mix import QUANTS, MixHparams, TypeChoice, choose_types
 from qlora.export.gguf.vocab import Vocab, read_vocab
+from qlora.model.base_folder import BaseFolder
 from qlora.model.blueprint import draw
-from qlora.model.hub import BaseFolder
 from qlora.model.tokenizer import copy_tokenizer, tokenizer_fingerprint
 
 
