@@ -43,7 +43,7 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 LINES = {
     "cli": ["common", "train", "export", "estimate"],
     "export": [
-        *("adapter", "parts", "ahead", "merge", "workshop", "versions", "hf", "gguf", "imatrix", "ollama", "products"),
+        *("adapter", "parts", "merge", "workshop", "versions", "hf", "gguf", "imatrix", "ollama", "products"),
         *("runtime_child", "runtime", "streamed", "fidelity", "verify_child", "verify"),
         *("study", "inspection", "companions", "produce"),
     ],

@@ -21,7 +21,6 @@ import torch
 from qlora import disk
 from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
-from qlora.export.ahead import ahead
 from qlora.export.merge import Merge, MergedTensor
 from qlora.export.versions import config_for_both, tokenizer_config_for_both
 from qlora.export.workshop import Workshop
@@ -57,7 +56,7 @@ def fill(merge: Merge, workshop: Workshop, sink: Sink) -> int:
             if item > workshop.start:
                 if tensor is members[0]:
                     workshop.append("hf", name, _header(members, merge.dtype))
-                for block in ahead(tensor.blocks(1)):
+                for block in tensor.blocks(1):
                     workshop.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
                     sink.emit(Progress("merge", done, total, "bytes"))
                 workshop.mark(item)

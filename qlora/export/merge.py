@@ -25,7 +25,6 @@ from torch import Tensor
 from qlora import __version__, disk
 from qlora.errors import ExportError
 from qlora.export.adapter import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows, read_adapter, scale_of
-from qlora.export.ahead import ahead
 from qlora.export.parts import VALUES_PER_BLOCK, Part, Plan, is_multimodal, make_plan
 from qlora.model import nf4
 from qlora.model.base_folder import BaseFolder
@@ -151,7 +150,7 @@ class Merge:
         """Blocks of rows of one part, merged, in `dtype`, on the CPU."""
         add = _adder(part.lora, self.device, lambda: self._base_blocks(part, 1)) if part.lora else None
         start = 0
-        for block in ahead(self._base_blocks(part, unit)):
+        for block in self._base_blocks(part, unit):
             if add is not None:
                 block = add(block, start)
             if part.rows is not None:

@@ -7,16 +7,16 @@ no 16-bit model in between, neither on the disk nor in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from qlora.events import Progress, Sink
-from qlora.export.ahead import ahead
 from qlora.export.gguf.encode import encode
 from qlora.export.gguf.families import GgufTensor, Layout
 from qlora.export.gguf.ggml import Ggml
@@ -86,25 +86,22 @@ def _write_tensor(
     tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], workshop: Workshop, tools: Tools
 ) -> None:
     written = dict.fromkeys((file.name for file in files), 0)
-    kinds = {file.name: file.types[tensor.name] for file in files}
-    for encoded in ahead(_encoded(tensor, merged, set(kinds.values()), tools)):
+    for block in merged.blocks(tensor.unit):
+        rows = tensor.to_gguf(block.to(torch.float32)).contiguous()
+        encoded: dict[gguf.GGMLQuantizationType, NDArray[np.uint8]] = {}
         for file in files:
-            content = encoded[kinds[file.name]]
-            workshop.append(file.product, file.name, content)
-            written[file.name] += content.nbytes
+            kind = file.types[tensor.name]
+            if kind not in encoded:
+                encoded[kind] = _encode(rows, kind, tensor.name, tools)
+            workshop.append(file.product, file.name, encoded[kind])
+            written[file.name] += encoded[kind].nbytes
     for file in files:
         if missing := _padded(written[file.name]) - written[file.name]:
             workshop.append(file.product, file.name, bytes(missing))
 
 
-def _encoded(
-    tensor: GgufTensor, merged: MergedTensor, kinds: Collection[gguf.GGMLQuantizationType], tools: Tools
-) -> Iterator[dict[gguf.GGMLQuantizationType, NDArray[np.uint8]]]:
-    """The tensor's blocks, each in every one of `kinds`."""
-    importance = tools.importance.get(tensor.name)
-    for block in merged.blocks(tensor.unit):
-        rows = tensor.to_gguf(block.to(torch.float32)).contiguous()
-        yield {kind: encode(rows, kind, tools.library, importance, tensor.name) for kind in kinds}
+def _encode(rows: Tensor, kind: gguf.GGMLQuantizationType, name: str, tools: Tools) -> NDArray[np.uint8]:
+    return encode(rows, kind, tools.library, tools.importance.get(name), name)
 
 
 def _tensor_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
