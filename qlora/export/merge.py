@@ -183,6 +183,7 @@ class Merge:
             held.type,
             held.double_quant,
             self.device,
+            VALUES_PER_BLOCK,
         )
 
 
