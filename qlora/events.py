@@ -243,7 +243,7 @@ class Recorder:
         self.events.append(event)
 
     def close(self) -> None:
-        pass
+        """Nothing is open."""
 
     def of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]

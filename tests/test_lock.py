@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -122,7 +123,12 @@ def test_where_files_cannot_be_locked_the_holders_name_counts(
 @pytest.mark.parametrize("text", ["", "{", "[]", "4711", '{"pid": "x"}', "\0" * 5000])
 def test_a_broken_lock_file_stops_nobody(file: Path, text: str) -> None:
     file.write_text(text)
-    lock.acquire(file).release()
+    lock.check_free(file)
+    held = lock.acquire(file)
+    assert json.loads(file.read_text())["pid"] == os.getpid()
+    with pytest.raises(lock.LockHeld):
+        lock.check_free(file)
+    held.release()
 
 
 def test_a_running_run_is_left_alone_by_every_mode(tmp_path: Path, llama: Path) -> None:
@@ -148,7 +154,7 @@ def test_who_comes_second_loses(tmp_path: Path) -> None:
     run_folder.claim(tmp_path / "run", "new").release()
     other = holder(tmp_path / "run")
     with pytest.raises(
-        RunFolderError, match=rf"a run is under way in it \(process {other.pid} on {socket.gethostname()}\)"
+        RunFolderError, match=rf"a run is under way in it \(process {other.pid} on {re.escape(socket.gethostname())}\)"
     ):
         run_folder.claim(tmp_path / "run", "new")
     other.kill()

@@ -185,7 +185,7 @@ class Question:
     @property
     def title(self) -> str:
         base = self.estimator.name
-        name = Path(base).name if Path(base).is_absolute() else base
+        name = "/".join(Path(base).parts[-2:]) if Path(base).is_absolute() else base  # as a hub name is: owner/name
         return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
 
     def estimate(self, changes: Changes | None = None) -> Estimate:

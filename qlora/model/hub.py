@@ -243,7 +243,7 @@ def _bar(on_bytes: Callable[[int], None]) -> type:
             on_bytes(self.n)
 
         def close(self) -> None:
-            pass
+            """Nothing was drawn."""
 
     return Bar
 

@@ -199,9 +199,13 @@ TARGETS: dict[str, tuple[Any, Check, list[bytes]]] = {
 }
 
 
-def fuzz(name: str, count: int) -> None:
-    """Some inputs are drawn whole by hypothesis, the others are good ones with a few bytes changed."""
+def fuzz(name: str, count: int) -> int:
+    """Some inputs are drawn whole by hypothesis, the others are good ones with a few bytes changed.
+
+    `check` fails for a traceback. Returns how many inputs it has seen to its end.
+    """
     strategy, check, seeds = TARGETS[name]
+    seen = 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
 
@@ -214,23 +218,27 @@ def fuzz(name: str, count: int) -> None:
         )
         @given(strategy)
         def drawn(data: bytes) -> None:
+            nonlocal seen
             check(folder, data)
+            seen += 1
 
         drawn()
         chance = random.Random(name)
         for _ in range(count - int(count * DRAWN)):
             check(folder, scratched(chance.choice(seeds), chance))
+            seen += 1
+    return seen
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_some(name: str) -> None:
-    fuzz(name, FAST)
+    assert fuzz(name, FAST) >= FAST
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_ten_thousand(name: str) -> None:
-    fuzz(name, SLOW)
+    assert fuzz(name, SLOW) >= SLOW
 
 
 def test_configurations(llama: Path) -> None:
