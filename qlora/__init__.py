@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlora.api import estimate_memory, merge_and_export, train
-    from qlora.recipe import Recipe
+    from qlora.recipe.reading import Recipe
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "estimate_memory", "merge_and_export", "train"]
 
 _HOMES = {
-    "Recipe": "qlora.recipe",
+    "Recipe": "qlora.recipe.reading",
     "estimate_memory": "qlora.api",
     "merge_and_export": "qlora.api",
     "train": "qlora.api",

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from qlora import disk, run_folder
 from qlora.errors import ExportError, Problem, RecipeError
 from qlora.events import Notice, Sink, Sinks
-from qlora.recipe import Recipe, load_recipe, recipe_of_base
-from qlora.recipe_sections import DataSection, ExportSection, SourceSection
+from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
+from qlora.recipe.sections import DataSection, ExportSection, SourceSection
 from qlora.report.files import JsonLines
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
+    from qlora.stop import StopRequest
     from qlora.training.checkpoint import RunState
     from qlora.training.recovery import Fit
-    from qlora.training.stop import StopRequest
 
 Mode = Literal["new", "resume", "fresh"]
 EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
@@ -264,8 +264,8 @@ class _Ready:
 
 def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
     from qlora.model.cpu_products import fast_products
+    from qlora.stop import StopRequest
     from qlora.training import checkpoint, loop
-    from qlora.training.stop import StopRequest
 
     recipe, run_dir, base = ready.recipe, ready.run_dir, ready.base
     disk.sweep_leftovers(run_dir)

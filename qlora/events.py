@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Protocol
 
-from qlora.secrets import redact_all
+from qlora.redaction import redact_all
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from qlora import __version__, disk, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import Start
-from qlora.recipe import Recipe, differing_keys, load_recipe, recipe_toml
-from qlora.recipe_sections import SourceSection
+from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
+from qlora.recipe.sections import SourceSection
 
 RECIPE_FILE = "recipe.toml"
 EVENTS_FILE = "events.jsonl"

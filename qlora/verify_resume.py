@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qlora import run_folder
 from qlora.errors import TrainingStopped
 from qlora.events import Progress, Sink
-from qlora.recipe import Recipe, recipe_toml
+from qlora.recipe.reading import Recipe, recipe_toml
 from qlora.training.checkpoint import folder_of
 
 if TYPE_CHECKING:

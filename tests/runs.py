@@ -10,8 +10,8 @@ from qlora import api
 from qlora.disk import sha256_file
 from qlora.errors import StoppedBySignal
 from qlora.events import Event, Recorder, Sinks
-from qlora.recipe import load_recipe
-from qlora.training.stop import StopRequest
+from qlora.recipe.reading import load_recipe
+from qlora.stop import StopRequest
 
 # Everything that draws random numbers or looks at the model between steps.
 EVERYTHING = (

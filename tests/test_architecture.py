@@ -28,19 +28,19 @@ FLOORS = {
     "report": 2,
     "run_folder": 2.5,  # knows recipes, folders and events, no model
     "recipe": 2,
-    "recipe_sections": 1.5,
-    "recipe_text": 1.5,
+    "stop": 2,
     "disk": 1.7,
     "lock": 1.7,
-    "quiet": 1,
+    "third_party": 1,
     "events": 1,
-    "secrets": 0.7,
+    "redaction": 0.7,
     "errors": 1,
     "batch": 1,
     "": 0.5,  # qlora/__init__.py: the version
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
+    "recipe": ["sections", "problems", "reading"],
     "cli": ["common", "train", "export", "estimate"],
     "export": [
         *("adapter", "parts", "merge", "workshop", "versions", "hf", "gguf", "imatrix", "ollama", "products"),
@@ -52,7 +52,7 @@ LINES = {
         *("ggml", "encode", "mix", "plan", "write", "lora"),
     ],
     "training": [
-        *("stop", "memory_use", "schedule", "checkpoint", "saving", "deliver", "evaluate", "selfcheck"),
+        *("memory_use", "schedule", "checkpoint", "saving", "deliver", "evaluate", "selfcheck"),
         *("health", "recovery", "exam", "probe", "fit", "rows", "loop"),
     ],
     "memory": ["allocator", "trace", "stack", "simulate", "hardware", "beyond", "calibration", "estimate", "plan"],

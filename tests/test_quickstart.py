@@ -14,7 +14,7 @@ from qlora.events import Recorder
 from qlora.export import runtime
 from qlora.export.products import Options
 from qlora.model.cpu_products import fast_products
-from qlora.recipe import load_recipe
+from qlora.recipe.reading import load_recipe
 from qlora.training.evaluate import same_answer
 
 ROOT = Path(__file__).parent.parent

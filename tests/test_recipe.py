@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import RecipeError
-from qlora.recipe import Recipe, differing_keys, key_names, load_recipe, recipe_schema, recipe_toml
-from qlora.recipe_text import FOREIGN_NAMES
+from qlora.recipe.problems import FOREIGN_NAMES
+from qlora.recipe.reading import Recipe, differing_keys, key_names, load_recipe, recipe_schema, recipe_toml
 
 ROOT = Path(__file__).parent.parent
 SMALL = '[model]\nbase = "owner/name"\n[[data.train]]\npath = "rows.jsonl"\n'

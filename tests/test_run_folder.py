@@ -9,7 +9,7 @@ import pytest
 
 from qlora import disk, run_folder
 from qlora.errors import ExportError, RunFolderError
-from qlora.recipe import Recipe, load_recipe
+from qlora.recipe.reading import Recipe, load_recipe
 
 COMMIT, OTHER = "a" * 40, "b" * 40
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora import verify_resume
 from qlora.errors import TrainingStopped
-from qlora.recipe import load_recipe, recipe_toml
+from qlora.recipe.reading import load_recipe, recipe_toml
 from tests.cli.test_bad_input import run
 from tests.runs import EVERYTHING, write_recipe
 

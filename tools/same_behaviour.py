@@ -47,9 +47,9 @@ def main() -> None:
             lines = list(Recording(asked.package.resolve(), Path(place)).lines())
         asked.file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         return
-    sides = [file.read_text(encoding="utf-8").splitlines() for file in (asked.before, asked.after)]
-    differing = [line for line in difflib.unified_diff(*sides, "before", "after", lineterm="", n=0)]
-    print("\n".join(differing) or f"{len(sides[0])} lines, all equal")
+    before, after = (file.read_text(encoding="utf-8").splitlines() for file in (asked.before, asked.after))
+    differing = list(difflib.unified_diff(before, after, "before", "after", lineterm="", n=0))
+    print("\n".join(differing) or f"{len(before)} lines, all equal")
     sys.exit(1 if differing else 0)
 
 

@@ -10,14 +10,14 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qlora import quiet
+from qlora import third_party
 from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
-from qlora.secrets import redact
-from qlora.training.stop import StopAsked
+from qlora.redaction import redact
+from qlora.stop import StopAsked
 
 if TYPE_CHECKING:
     from qlora.events import Event, Sink
-    from qlora.training.stop import StopRequest
+    from qlora.stop import StopRequest
 
 INTERNAL_ERROR = 1
 
@@ -28,7 +28,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def run(work: Callable[[], None]) -> None:
     """Do a command's work; whatever goes wrong becomes two lines on stderr and an exit code."""
     os.umask(os.umask(0o077) | 0o022)  # what is written is for its owner to change, and for nobody else
-    quiet.no_word_to_developers()
+    third_party.no_word_to_developers()
     try:
         work()
     except RecipeError as error:

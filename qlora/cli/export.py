@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlora.cli import common
-from qlora.recipe_sections import GGUF_QUANTS
+from qlora.recipe.sections import GGUF_QUANTS
 
 if TYPE_CHECKING:
     from qlora.export.products import Options, Report
@@ -101,7 +101,7 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
     from qlora import api
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
-    from qlora.training.stop import StopRequest
+    from qlora.stop import StopRequest
 
     options: Options = api.export_options(**chosen)
     stop = StopRequest()

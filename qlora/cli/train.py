@@ -46,7 +46,7 @@ def train(
 
 
 def _schema() -> str:
-    from qlora.recipe import recipe_schema
+    from qlora.recipe.reading import recipe_schema
 
     return json.dumps(recipe_schema(), indent=2)
 
@@ -54,7 +54,7 @@ def _schema() -> str:
 def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
     """`wanted` holds at most one of: resume, fresh, check, verify-resume."""
     from qlora.errors import Problem, RecipeError
-    from qlora.training.stop import StopRequest
+    from qlora.stop import StopRequest
 
     if recipe is None:
         hint = "for example qlora-train recipes/quickstart.toml"
@@ -73,7 +73,7 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
 
 
 def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> None:
-    from qlora.recipe import load_recipe
+    from qlora.recipe.reading import load_recipe
 
     loaded = load_recipe(path, overrides)
     from qlora import api

@@ -20,7 +20,7 @@ from qlora.data.packing import pack
 from qlora.data.store import PreparedSplit
 
 if TYPE_CHECKING:
-    from qlora.recipe_sections import DataSection
+    from qlora.recipe.sections import DataSection
 
 T = TypeVar("T")
 

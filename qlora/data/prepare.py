@@ -26,7 +26,7 @@ from qlora.errors import DataError
 from qlora.events import Notice, Progress, Rejected, Sink
 
 if TYPE_CHECKING:
-    from qlora.recipe_sections import DataSection, SourceSection
+    from qlora.recipe.sections import DataSection, SourceSection
 
 __all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
 

@@ -21,7 +21,7 @@ from qlora.data.formats import RowError, check_text, kind_of, load_json, reject_
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
-    from qlora.recipe_sections import SourceSection
+    from qlora.recipe.sections import SourceSection
 
 OnBad = Callable[[str, str], None]  # (file:line, reason)
 

@@ -30,7 +30,7 @@ from qlora.data.packing import pack
 from qlora.data.store import PreparedSplit
 from qlora.errors import ExportError
 from qlora.events import Progress, Sink
-from qlora.recipe_sections import DataSection
+from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, hidden_states
 from qlora.training.evaluate import evaluating
 

@@ -31,7 +31,7 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.blueprint import draw
 from qlora.model.load import stored_4bit
 from qlora.model.tensors import read_tensor
-from qlora.recipe_sections import QuantizationSection
+from qlora.recipe.sections import QuantizationSection
 
 __all__ = ["Adapter", "Merge", "MergeBase", "MergedTensor", "is_multimodal", "read_adapter", "scale_of"]
 

@@ -19,7 +19,7 @@ from qlora.training.deliver import Provenance
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
-    from qlora.recipe_sections import DataSection
+    from qlora.recipe.sections import DataSection
 
 FORMATS = ("hf", "gguf", "adapter-gguf")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

@@ -27,7 +27,7 @@ from qlora.export.streamed import Compute
 from qlora.model import adapters, load
 from qlora.model.blueprint import draw
 from qlora.model.tokenizer import tokenizer_fingerprint
-from qlora.quiet import import_bitsandbytes
+from qlora.third_party import import_bitsandbytes
 
 TRANSFORMERS = "transformers, bf16"
 # Positions of a foreign adapter's probe texts are short; a pack of them is as long as most models' windows.

@@ -32,7 +32,7 @@ from qlora.export.merge import Merge
 from qlora.model import hub
 from qlora.model.blueprint import draw
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
-from qlora.recipe_sections import QuantizationSection
+from qlora.recipe.sections import QuantizationSection
 
 Result = tuple[str, bool, str]  # what was checked, whether it holds, in detail
 

@@ -10,7 +10,7 @@ from qlora.memory import beyond, calibration
 from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.simulate import TRAIN_STRETCHES, Frame, Simulation, Simulator, Workload
 from qlora.memory.stack import STACKS, Stack
-from qlora.recipe import Recipe
+from qlora.recipe.reading import Recipe
 
 # Where no rows are known: a prompt is taken to fill half of a row. Samples are answered with up to 128 tokens.
 PROMPT_SHARE = 0.5

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from qlora.errors import HardwareError
-from qlora.recipe_sections import parse_bytes
+from qlora.recipe.sections import parse_bytes
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from typing import Any
 from qlora.errors import DoesNotFit
 from qlora.memory.estimate import DataFacts, Estimate, Estimator, with_reserve
 from qlora.memory.hardware import Machine
-from qlora.recipe import Recipe
+from qlora.recipe.reading import Recipe
 
 RESERVE_SHARE = 0.05  # of the limit, kept free by plans: what other programs take and what the estimate misses
 LARGEST_MICRO_BATCH = 16

@@ -28,7 +28,7 @@ from qlora.model.attention import OnMeta
 from qlora.model.blueprint import check_layers, choose_attention, sketch
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.load import load_nothing
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts
 from qlora.step.optimizer import AdapterOptimizer
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.errors import ModelError
 from qlora.model.blueprint import head_of, linear_layers
-from qlora.quiet import import_bitsandbytes, old_names_in_peft
+from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from qlora.recipe_sections import LoraSection
+    from qlora.recipe.sections import LoraSection
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

@@ -31,12 +31,12 @@ from qlora.model.blueprint import (
 from qlora.model.config import reduce_config
 from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
-from qlora.quiet import import_bitsandbytes
+from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qlora.recipe_sections import QuantizationSection
+    from qlora.recipe.sections import QuantizationSection
 
 # What transformers raises for a tokenizer folder that is wrong: it has no error of its own for that.
 _WRONG_TOKENIZER = (

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.quiet import import_bitsandbytes
+from qlora.third_party import import_bitsandbytes
 
 BLOCK = 64
 NESTED_BLOCK = 256

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.quiet import import_bitsandbytes
+from qlora.third_party import import_bitsandbytes
 
 bnb = import_bitsandbytes()
 

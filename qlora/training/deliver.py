@@ -13,8 +13,8 @@ from qlora.events import Saved, Sink
 from qlora.model import adapters
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tokenizer import copy_tokenizer
-from qlora.recipe import Recipe, recipe_toml
-from qlora.recipe_sections import QuantizationSection
+from qlora.recipe.reading import Recipe, recipe_toml
+from qlora.recipe.sections import QuantizationSection
 from qlora.training.checkpoint import RunState
 
 PROVENANCE_FILE = "qlora.json"

@@ -22,7 +22,7 @@ from qlora.data.prepare import PreparedSplit
 from qlora.events import Progress, Sink
 from qlora.model import generate
 from qlora.model.adapters import without_adapters
-from qlora.recipe_sections import DataSection
+from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, batch_loss
 
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)

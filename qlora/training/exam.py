@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from qlora.events import Evaluated, Sampled
-from qlora.recipe_sections import EvalSection
+from qlora.recipe.sections import EvalSection
 from qlora.training.evaluate import SAMPLE_TOKENS, Evaluator, Question
 from qlora.training.recovery import Fit, MemoryGuard
 

@@ -12,7 +12,7 @@ from qlora.memory import beyond, calibration, hardware
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.plan import Plan, Planner, choose
 from qlora.model.blueprint import text_config
-from qlora.recipe import Recipe
+from qlora.recipe.reading import Recipe
 from qlora.training import schedule
 from qlora.training.evaluate import questions_of
 from qlora.training.memory_use import Measured, current_rss_bytes

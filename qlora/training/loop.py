@@ -26,10 +26,11 @@ from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, Sink, StepDone
 from qlora.model import adapters
 from qlora.model.base_folder import BaseFolder
-from qlora.recipe import Recipe
-from qlora.recipe_sections import DataSection
+from qlora.recipe.reading import Recipe
+from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
+from qlora.stop import StopAsked, StopRequest
 from qlora.training import checkpoint, fit, health, probe, schedule, selfcheck
 from qlora.training.checkpoint import Checkpoint, Fingerprints, RunState
 from qlora.training.deliver import Delivery, delivered_step
@@ -40,7 +41,6 @@ from qlora.training.probe import Pack
 from qlora.training.recovery import Fit, MemoryGuard
 from qlora.training.rows import Rows
 from qlora.training.saving import Saver
-from qlora.training.stop import StopAsked, StopRequest
 
 
 @dataclass(frozen=True)

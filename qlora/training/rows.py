@@ -14,7 +14,7 @@ from qlora.batch import Batch
 from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Plan
-from qlora.recipe_sections import DataSection, TrainSection
+from qlora.recipe.sections import DataSection, TrainSection
 from qlora.training import fit, probe, schedule
 from qlora.training.probe import Pack
 from qlora.training.recovery import Fit

@@ -15,11 +15,11 @@ from typing import Any
 from qlora import disk
 from qlora.errors import RunFolderError, TrainingStopped
 from qlora.events import Recovered, Sink
-from qlora.recipe_sections import CheckpointSection
+from qlora.recipe.sections import CheckpointSection
 from qlora.step.optimizer import AdapterOptimizer
+from qlora.stop import StopRequest
 from qlora.training import checkpoint
 from qlora.training.checkpoint import WRITE_ERRORS, Fingerprints, RunState, SaveFailed
-from qlora.training.stop import StopRequest
 
 FAILURES = 3
 # The old one stays until the new one stands.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from qlora.recipe_sections import TrainSection
+from qlora.recipe.sections import TrainSection
 
 LARGEST_AUTO_BATCH = 16
 FEWEST_AUTO_STEPS = 100

@@ -17,7 +17,7 @@ from qlora.errors import ModelError, TokenizerError, UserError
 from qlora.events import Recorder
 from qlora.model import adapters, load
 from qlora.model.hub import resolve
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.attacks import payloads as p
 from tests.attacks.payloads import Attack
 

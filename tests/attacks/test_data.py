@@ -13,7 +13,7 @@ from qlora.data import sources
 from qlora.data.prepare import check_files
 from qlora.data.sources import read_rows
 from qlora.errors import DataError
-from qlora.recipe_sections import DataSection, SourceSection
+from qlora.recipe.sections import DataSection, SourceSection
 from tests.attacks import payloads as p
 from tests.test_architecture import MODULES
 

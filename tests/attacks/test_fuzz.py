@@ -23,8 +23,8 @@ from qlora.data.sources import read_rows
 from qlora.errors import RecipeError, UserError
 from qlora.model.base_folder import check_config
 from qlora.model.tensors import find_tensors, read_header
-from qlora.recipe import key_names, load_recipe
-from qlora.recipe_sections import DataSection, SourceSection
+from qlora.recipe.reading import key_names, load_recipe
+from qlora.recipe.sections import DataSection, SourceSection
 from tests.data.test_bad_rows import GOOD, LINES
 
 FAST, SLOW = 300, 10_000

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora import secrets
+from qlora import redaction
 from qlora.cli import common
 from qlora.errors import ModelError
 from qlora.events import Notice, Recorder, Rejected, Sinks, StepDone
@@ -34,8 +34,8 @@ def armed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", SECRETS.values())
 def test_values_of_the_environment_are_hidden_wherever_they_stand(armed: None, value: str) -> None:
-    hidden = secrets.redact(f"GET https://user:{value}@host/x?token={value}&a=1 failed for '{value}'")
-    assert value not in hidden and secrets.HIDDEN in hidden and "failed for" in hidden
+    hidden = redaction.redact(f"GET https://user:{value}@host/x?token={value}&a=1 failed for '{value}'")
+    assert value not in hidden and redaction.HIDDEN in hidden and "failed for" in hidden
 
 
 @pytest.mark.parametrize(
@@ -50,18 +50,18 @@ def test_values_of_the_environment_are_hidden_wherever_they_stand(armed: None, v
     ],
 )
 def test_forms_of_secrets_are_hidden(text: str, secret: str) -> None:
-    assert secret not in secrets.redact(text)
+    assert secret not in redaction.redact(text)
 
 
 @pytest.mark.parametrize("text", ["step 5/12 · loss 1.2345", "https://huggingface.co/a/b", "lora.r = 16", "a:b@c", ""])
 def test_ordinary_words_stay(armed: None, text: str) -> None:
-    assert secrets.redact(text) == text
+    assert redaction.redact(text) == text
 
 
 def test_the_stored_token_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "token").write_text("a-token-without-any-known-form\n")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
-    assert "without-any" not in secrets.redact("refused: a-token-without-any-known-form")
+    assert "without-any" not in redaction.redact("refused: a-token-without-any-known-form")
 
 
 def test_no_event_carries_one(armed: None) -> None:
@@ -163,7 +163,7 @@ def test_no_word_of_a_recipe_reaches_a_shell(
     """As the name of a base, a data file, a column and a folder: errors, or a folder of that odd name."""
     from qlora import api
     from qlora.errors import QloraError
-    from qlora.recipe import Recipe, load_recipe
+    from qlora.recipe.reading import Recipe, load_recipe
 
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(write_recipe(tmp_path, llama))

@@ -21,7 +21,7 @@ def refuse(*_): raise AssertionError("a connection")
 socket.socket.connect = refuse
 import peft, torch, transformers
 from transformers.models.llama import modeling_llama
-from qlora.quiet import import_bitsandbytes
+from qlora.third_party import import_bitsandbytes
 import_bitsandbytes()
 from qlora.cli import estimate
 sys.argv = ["qlora-estimate", *sys.argv[1:]]

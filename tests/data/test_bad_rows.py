@@ -13,7 +13,7 @@ from qlora.data.chat import ChatTokenizer
 from qlora.data.prepare import check_files, prepare
 from qlora.errors import DataError
 from qlora.events import Recorder, Rejected
-from qlora.recipe_sections import DataSection, SourceSection
+from qlora.recipe.sections import DataSection, SourceSection
 from tests.data.toys import family_tokenizer
 
 GOOD = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]}

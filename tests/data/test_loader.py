@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qlora.data.chat import TokenRow
 from qlora.data.loader import TrainOrder, collate, eval_packs
 from qlora.data.store import PreparedSplit
-from qlora.recipe_sections import DataSection, SourceSection
+from qlora.recipe.sections import DataSection, SourceSection
 
 
 def split_of(lengths: list[int], sources: list[int] | None = None) -> PreparedSplit:

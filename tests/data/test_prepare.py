@@ -18,7 +18,7 @@ from qlora.data.prepare import PreparedData, check_files, prepare
 from qlora.data.store import Prompt
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Recorder, Rejected
-from qlora.recipe_sections import DataSection, SourceSection
+from qlora.recipe.sections import DataSection, SourceSection
 from tests.data.toys import FAMILIES, family_tokenizer, toy_tokenizer
 
 
@@ -306,7 +306,7 @@ def test_files_are_checked_without_torch_or_transformers(tmp_path: Path) -> None
     program = f"""
 import sys
 from qlora.data.prepare import check_files
-from qlora.recipe_sections import DataSection, SourceSection
+from qlora.recipe.sections import DataSection, SourceSection
 check_files(DataSection(train=(SourceSection(path={path!r}),)))
 assert not {{"torch", "transformers", "datasets", "pyarrow", "numpy"}} & set(sys.modules)
 """

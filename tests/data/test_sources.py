@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qlora.data import sources
 from qlora.data.sources import SourceRow, read_rows, source_files
 from qlora.errors import DataError
-from qlora.recipe_sections import SourceSection
+from qlora.recipe.sections import SourceSection
 
 ROWS = [{"text": "a"}, {"text": "b", "extra": {"k": [1, None]}}, {"text": "ç 🌧"}]
 

@@ -20,7 +20,7 @@ from qlora.errors import ExportError
 from qlora.events import Progress, Recorder
 from qlora.export import imatrix
 from qlora.model import adapters, hub, load
-from qlora.recipe_sections import DataSection, LoraSection, QuantizationSection
+from qlora.recipe.sections import DataSection, LoraSection, QuantizationSection
 from tests.families import make_config, make_model
 
 LENGTHS = (30, 7, 22, 9, 13, 40)

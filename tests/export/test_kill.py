@@ -17,7 +17,7 @@ from qlora import disk
 from qlora.cli import common
 from qlora.events import Recorder
 from qlora.export import hf, workshop
-from qlora.training.stop import StopRequest
+from qlora.stop import StopRequest
 from tests.export.test_merge import KINDS, merge_of, of_peft, trained
 from tests.families import make_base
 

@@ -19,7 +19,7 @@ from qlora.events import Recorder
 from qlora.export import hf
 from qlora.export.merge import Merge, read_adapter, scale_of
 from qlora.model import adapters, hub, load
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.families import as_version_4_saves, make_base
 
 NF4 = QuantizationSection()
@@ -186,7 +186,7 @@ def test_memory_is_a_block_not_a_tensor(tmp_path: Path, base: str) -> None:
 import threading, time
 from pathlib import Path
 from qlora.export import hf
-from qlora.recipe_sections import QuantizationSection
+from qlora.recipe.sections import QuantizationSection
 from tests.export.test_merge import Recorder, merge_of
 
 def anonymous():

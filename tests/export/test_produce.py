@@ -18,7 +18,7 @@ from qlora.events import Recorder
 from qlora.export import runtime
 from qlora.export.products import Options
 from qlora.model import adapters, hub, load
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.gguf import written
 from tests.export.test_merge import KINDS, of_peft, trained
 from tests.families import make_base, make_tokenizer

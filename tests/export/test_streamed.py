@@ -69,7 +69,7 @@ def test_every_family_is_computed_as_the_loaded_model(family: str, tmp_path: Pat
 def test_the_order_is_that_of_the_trained_positions(llama: Path) -> None:
     """Position by position: the targets' log-probabilities are those that the loss takes."""
     from qlora.model import load
-    from qlora.recipe_sections import QuantizationSection
+    from qlora.recipe.sections import QuantizationSection
     from qlora.step.forward import CausalParts, batch_logprobs
 
     base = hub.resolve(str(llama), "main", Recorder())

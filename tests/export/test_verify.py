@@ -26,7 +26,7 @@ from qlora.export.verify import Target, Verified, check_companions, folder_targe
 from qlora.export.verify_child import compare_weights, open_folder, open_gguf
 from qlora.export.workshop import Workshop
 from qlora.model import hub
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.test_merge import KINDS, trained
 from tests.families import END_OF_TURN_ID, make_base
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from qlora import api, disk, run_folder
 from qlora.events import Event, Recorder, Sinks
-from qlora.recipe import Recipe, load_recipe
+from qlora.recipe.reading import Recipe, load_recipe
+from qlora.stop import StopRequest
 from qlora.training import checkpoint, loop
 from qlora.training.recovery import Fit
-from qlora.training.stop import StopRequest
 
 INTERNAL = 70  # exit code of a child that met an error of ours
 

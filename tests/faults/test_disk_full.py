@@ -15,8 +15,8 @@ import safetensors.torch
 from qlora import disk
 from qlora.errors import RunFolderError, StoppedBySignal, TrainingStopped
 from qlora.report.files import JsonLines, read_events
+from qlora.stop import StopRequest
 from qlora.training import checkpoint, saving
-from qlora.training.stop import StopRequest
 from tests.faults.forks import fork, warm
 from tests.faults.test_kill import SETTINGS, last_hashes
 from tests.runs import hashes, run_dir, train, values, write_recipe

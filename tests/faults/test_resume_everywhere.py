@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora.events import Event
-from qlora.training.stop import StopRequest
+from qlora.stop import StopRequest
 from tests.faults.forks import Child, Warm, finished, fit_of, fork, in_child, warm
 from tests.faults.test_kill import last_hashes
 from tests.runs import EVERYTHING, write_recipe

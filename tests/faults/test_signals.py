@@ -312,7 +312,7 @@ def _read_until(terminal: int, word: bytes) -> None:
 
 def test_handlers_are_given_back() -> None:
     from qlora.cli import common
-    from qlora.training.stop import StopRequest
+    from qlora.stop import StopRequest
 
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     stop = StopRequest()

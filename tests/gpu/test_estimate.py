@@ -21,8 +21,8 @@ from qlora.memory import beyond, hardware
 from qlora.memory.estimate import Estimator
 from qlora.model import adapters, load, nf4
 from qlora.model.blueprint import choose_attention, linear_layers, sketch
-from qlora.recipe import Recipe
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.reading import Recipe
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
 

@@ -16,7 +16,7 @@ from qlora.memory.allocator import rounded
 from qlora.memory.simulate import Workload
 from qlora.memory.trace import LiveBytes
 from qlora.model import adapters, hub, load
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
 

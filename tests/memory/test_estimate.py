@@ -10,7 +10,7 @@ from qlora import api
 from qlora.memory import hardware
 from qlora.memory.estimate import COMPONENTS, Estimate
 from qlora.memory.plan import Planner, changed, gib
-from qlora.recipe import load_recipe
+from qlora.recipe.reading import load_recipe
 from tests.memory.shapes import SHAPES, config_folder
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"

@@ -8,8 +8,8 @@ from qlora.errors import HardwareError, RecipeError
 from qlora.memory import calibration, hardware
 from qlora.memory.calibration import Correction, Pair
 from qlora.memory.hardware import GIB, GPUS, SOURCES
-from qlora.recipe import recipe_of_base
-from qlora.recipe_sections import parse_bytes
+from qlora.recipe.reading import recipe_of_base
+from qlora.recipe.sections import parse_bytes
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "geforce-rtx-4090"])

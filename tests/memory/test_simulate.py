@@ -10,7 +10,7 @@ import torch
 from qlora.memory.simulate import Frame, Simulator, Workload
 from qlora.model.blueprint import text_config
 from qlora.model.tensors import load_json
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.families import make_base, make_config
 from tests.memory.counted import count_step
 

@@ -15,7 +15,7 @@ from qlora.events import Recorder
 from qlora.model.base_folder import BaseFolder
 from qlora.model.hub import resolve
 from qlora.model.load import load_base
-from qlora.recipe_sections import QuantizationSection
+from qlora.recipe.sections import QuantizationSection
 from tests.families import make_base
 
 CPU = torch.device("cpu")

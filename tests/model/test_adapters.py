@@ -16,7 +16,7 @@ from qlora.batch import Batch
 from qlora.errors import ModelError
 from qlora.model.adapters import attach, load_into, save, trainable, without_adapters
 from qlora.model.base_folder import BaseFolder
-from qlora.recipe_sections import LoraSection
+from qlora.recipe.sections import LoraSection
 from tests.families import FAMILIES
 from tests.model.conftest import load, logits, plain
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora.model import cpu_products, load, nf4
-from qlora.quiet import import_bitsandbytes
+from qlora.third_party import import_bitsandbytes
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 from qlora.model.adapters import attach, trainable, without_adapters
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import greedy
-from qlora.recipe_sections import LoraSection
+from qlora.recipe.sections import LoraSection
 from tests.families import FAMILIES, PAD_ID
 from tests.model.conftest import load
 

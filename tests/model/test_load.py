@@ -19,7 +19,7 @@ from qlora.model.blueprint import quantized_modules
 from qlora.model.hub import resolve
 from qlora.model.load import load_base, load_tokenizer, parameter_sources
 from qlora.model.tensors import read_tensor
-from qlora.recipe_sections import QuantizationSection
+from qlora.recipe.sections import QuantizationSection
 from tests.families import FAMILIES, make_base, make_config, make_tokenizer
 from tests.model.conftest import CPU, load, logits, plain
 

@@ -39,8 +39,8 @@ from transformers.models.llama import modeling_llama
 
 from qlora.events import Recorder
 from qlora.model import hub, load
-from qlora.quiet import import_bitsandbytes
-from qlora.recipe_sections import QuantizationSection
+from qlora.third_party import import_bitsandbytes
+from qlora.recipe.sections import QuantizationSection
 
 import_bitsandbytes()
 

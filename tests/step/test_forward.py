@@ -9,7 +9,7 @@ import torch
 
 from qlora.batch import Batch
 from qlora.events import Recorder
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, batch_loss, forward_backward, neftune_noise, seed_micro_batch
 
 

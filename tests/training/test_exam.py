@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qlora.events import Recorder
-from qlora.recipe_sections import EvalSection
+from qlora.recipe.sections import EvalSection
 from qlora.training.evaluate import Evaluator, Question
 from qlora.training.exam import Exam
 from qlora.training.recovery import Fit, MemoryGuard

@@ -14,7 +14,7 @@ from qlora.events import Recorder
 from qlora.memory import calibration, hardware
 from qlora.memory.hardware import GIB, Machine
 from qlora.model import load
-from qlora.recipe import load_recipe
+from qlora.recipe.reading import load_recipe
 from qlora.training import fit
 from qlora.training.memory_use import Measured
 from tests.runs import train, values, write_recipe

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qlora import api
 from qlora.errors import TrainingStopped
-from qlora.recipe import load_recipe
+from qlora.recipe.reading import load_recipe
 from qlora.step import forward
 from qlora.training import loop
 from tests.runs import hashes, run_dir, train, values, write_recipe

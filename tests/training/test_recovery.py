@@ -187,7 +187,7 @@ def test_levers_are_pulled_in_order_and_then_the_run_ends_with_remedies(
     fail_at(monkeypatch, *range(100))
     recorder = Recorder()
     from qlora import api
-    from qlora.recipe import load_recipe
+    from qlora.recipe.reading import load_recipe
 
     settings = (*RUN, "train.micro_batch_size=4", "train.gradient_checkpointing=false", "data.max_length=2048")
     with pytest.raises(DoesNotFit, match=r"Tried to allocate 2.*one row at a time and layers recomputed") as caught:

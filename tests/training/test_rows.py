@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora.recipe_sections import TrainSection
+from qlora.recipe.sections import TrainSection
 from qlora.training.recovery import Fit
 from qlora.training.rows import Rows
 from tests.data.test_loader import data_of, split_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora.recipe_sections import TrainSection
+from qlora.recipe.sections import TrainSection
 from qlora.training.schedule import auto_batch_size, learning_rate, progress_of
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from qlora.memory import beyond
 from qlora.memory.simulate import Frame, Simulator, Workload
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 
 SHAPES = {"1B": (2048, 8192, 16, 32, 64), "3B": (3072, 8192, 28, 24, 128), "8B": (4096, 14336, 32, 32, 128)}
 LENGTHS = (512, 2048, 8192)

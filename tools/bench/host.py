@@ -27,7 +27,7 @@ def main() -> None:
     print(f"torch and transformers ({modeling_llama.LlamaModel.__name__}) {resident_mib():.0f} MiB")
     from peft import LoraConfig
 
-    from qlora.quiet import import_bitsandbytes
+    from qlora.third_party import import_bitsandbytes
     from qlora.training import fit, loop
 
     import_bitsandbytes()

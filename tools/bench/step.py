@@ -190,7 +190,7 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
     from qlora.memory.simulate import Frame, Simulator, Workload
     from qlora.model.blueprint import text_config
     from qlora.model.tensors import load_json
-    from qlora.recipe_sections import LoraSection, QuantizationSection
+    from qlora.recipe.sections import LoraSection, QuantizationSection
 
     if device == "cpu":
         return None

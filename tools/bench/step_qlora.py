@@ -13,7 +13,7 @@ from qlora.batch import Batch
 from qlora.events import Sinks
 from qlora.model import adapters, hub, load
 from qlora.model.cpu_products import fast_products
-from qlora.recipe_sections import LoraSection, QuantizationSection
+from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
 

@@ -7,7 +7,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qlora.errors import ExportError
 from qlora.export.gguf.mix import FALLBACKS, QUANTS, MixHparams, TypeChoice, choose_types, fit
-from qlora.recipe_sections import GGUF_QUANTS
+from qlora.recipe.sections import GGUF_QUANTS
 
 K_QUANTS = [name for name, quant in QUANTS.items() if quant.needs_library]
 

@@ -15,7 +15,8 @@ import tomli_w
 from pydantic import ValidationError
 
 from qlora.errors import Problem, RecipeError
-from qlora.recipe_sections import (
+from qlora.recipe.problems import LineIndex, apply_override, explain_unknown_key, toml_problem
+from qlora.recipe.sections import (
     CheckpointSection,
     DataSection,
     EvalSection,
@@ -30,7 +31,6 @@ from qlora.recipe_sections import (
     SourceSection,
     TrainSection,
 )
-from qlora.recipe_text import LineIndex, apply_override, explain_unknown_key, toml_problem
 
 
 class Recipe(Section):
