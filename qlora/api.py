@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
-    from qlora.export.products import Exported, Options, Report, Rows, Source
+    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report, RunRows, Source
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
     from qlora.stop import StopRequest
     from qlora.training.checkpoint import RunState
-    from qlora.training.recovery import Fit
+    from qlora.training.recovery import MemorySettings
 
 Mode = Literal["new", "resume", "fresh"]
 EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
@@ -42,7 +42,7 @@ class TrainResult:
     run_dir: Path
     state: RunState
     adapter: Path
-    exported: tuple[Exported, ...]
+    exported: tuple[ExportedArtifact, ...]
 
 
 def train(
@@ -89,8 +89,8 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     base = preflight(loaded, say)
     chat, data = _prepare(loaded, base, say)
     _foresee_gguf(loaded.export, base, chat, say)
-    fit = _fit(loaded, base, chat, data, say)
-    return Checked(data, None if fit.plan is None else fit.plan.estimate)
+    memory = _fit(loaded, base, chat, data, say)
+    return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 
 def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
@@ -112,7 +112,7 @@ def merge_and_export(
     quants: Sequence[str] = (),
     merge_base: Literal["auto", "nf4", "full"] = "auto",
     out: str | Path | None = None,
-    options: Options | None = None,
+    options: ExportOptions | None = None,
     sink: Sink | None = None,
 ) -> Report:
     """Merge a run's adapter, or any PEFT LoRA folder, into its base, write it, reopen it and measure it.
@@ -122,12 +122,12 @@ def merge_and_export(
     original weights, "auto" the one that is measured nearer to the trained model (without verification: nf4 where the
     adapter was trained on a quantized base). `out` is the folder of a single product, the parent of several.
     """
-    from qlora.export.produce import produce
-    from qlora.export.products import Options, plan_products
-    from qlora.model.cpu_products import fast_products
+    from qlora.export.artifacts import ExportOptions, plan_products
+    from qlora.export.pipeline import produce
+    from qlora.model.cpu_matmul import fast_matmul
 
     say = sink or Sinks()
-    chosen = options or Options()
+    chosen = options or ExportOptions()
     place = Path(source).expanduser().resolve()
     adapter_dir, default_out = run_folder.adapter_of(place)
     target = Path(out).expanduser().resolve() if out else None
@@ -137,23 +137,22 @@ def merge_and_export(
     opened = _open_source(adapter_dir, say)
     if chosen.verify or chosen.imatrix or any(product.key.endswith("gguf") for product in products):
         opened = replace(opened, rows=_rows_of(adapter_dir, opened, say))
-    with fast_products(opened.device):
+    with fast_matmul(opened.device):
         return produce(opened, products, merge_base, chosen, say)
 
 
-def export_options(**chosen: Any) -> Options:
-    """`Options` of an export, for callers that must not import torch before they need it."""
-    from qlora.export.products import Options
+def export_options(**chosen: Any) -> ExportOptions:
+    """`ExportOptions` of an export, for callers that must not import torch before they need it."""
+    from qlora.export.artifacts import ExportOptions
 
-    return Options(**chosen)
+    return ExportOptions(**chosen)
 
 
 def _open_source(adapter_dir: Path, sink: Sink) -> Source:
     """An adapter with its base, checked; its rows are not read yet."""
-    from qlora.export.adapter import read_adapter
-    from qlora.export.products import Source
+    from qlora.export.artifacts import Source
     from qlora.model import hub
-    from qlora.training.deliver import provenance
+    from qlora.model.adapter_folder import provenance, read_adapter
 
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
@@ -169,10 +168,10 @@ def _open_source(adapter_dir: Path, sink: Sink) -> Source:
     return Source(run_folder.name_of(adapter_dir), adapter, origin, base, pick_device(), datasets)
 
 
-def _rows_of(adapter_dir: Path, source: Source, sink: Sink) -> Rows | None:
+def _rows_of(adapter_dir: Path, source: Source, sink: Sink) -> RunRows | None:
     """The rows of the adapter's run as tokens; None, said aloud, where there is no run or its files are gone."""
     from qlora.errors import UserError
-    from qlora.export.products import Rows
+    from qlora.export.artifacts import RunRows
 
     recipe = run_folder.recipe_of(adapter_dir)
     if recipe is None:
@@ -182,7 +181,7 @@ def _rows_of(adapter_dir: Path, source: Source, sink: Sink) -> Rows | None:
     except UserError as error:
         sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
         return None
-    return Rows(data, recipe.data, chat)
+    return RunRows(data, recipe.data, chat)
 
 
 def estimate_memory(
@@ -216,21 +215,21 @@ def question(
 ) -> Question:
     """What is asked about a recipe's memory, ready to be answered several times."""
     from qlora.memory import hardware
+    from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
     from qlora.memory.plan import Question
-    from qlora.memory.stack import STACKS
     from qlora.model import hub
-    from qlora.model.blueprint import text_config
+    from qlora.model.meta_model import text_config
 
     if gpu is not None and vram is not None:
         problem = Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")
         raise RecipeError([problem])
-    if stack not in STACKS:
-        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(STACKS)}")])
+    if stack not in BASELINES:
+        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = hub.resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
     text, _ = text_config(config, recipe.model.base)
-    return Question(recipe, Estimator(text, recipe.model.base, machine, STACKS[stack]))
+    return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
 
 def pick_device() -> torch.device:
@@ -263,7 +262,7 @@ class _Ready:
 
 
 def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
-    from qlora.model.cpu_products import fast_products
+    from qlora.model.cpu_matmul import fast_matmul
     from qlora.stop import StopRequest
     from qlora.training import checkpoint, loop
 
@@ -279,12 +278,12 @@ def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
         say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))
         chat, data = _prepare(recipe, base, say)
         _foresee_gguf(recipe.export, base, chat, say)
-        fit = _fit(recipe, base, chat, data, say)
-        with fast_products(pick_device()):
+        memory = _fit(recipe, base, chat, data, say)
+        with fast_matmul(pick_device()):
             model = _model(recipe, base, data, chat, say)
             device = next(model.parameters()).device
             pad_id = chat.pad_id
-            job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest(), fit)
+            job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest(), memory)
             state = loop.run(job, resume_from)
             del model, job
         exported = _export(run_dir, recipe.export, say)
@@ -312,7 +311,7 @@ def _foresee_gguf(section: ExportSection, base: BaseFolder, chat: ChatTokenizer,
         sink.emit(Notice("gguf", notice))
 
 
-def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[Exported, ...]:
+def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:
     """What [export] asks for, when training has ended."""
     if not section.formats:
         return ()
@@ -339,11 +338,11 @@ def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenize
     return chat, data
 
 
-def _fit(recipe: Recipe, base: BaseFolder, chat: ChatTokenizer, data: PreparedData, sink: Sink) -> Fit:
+def _fit(recipe: Recipe, base: BaseFolder, chat: ChatTokenizer, data: PreparedData, sink: Sink) -> MemorySettings:
     """What the run may take, decided before a weight is read. Raises DoesNotFit."""
-    from qlora.training import fit
+    from qlora.training import memory_plan
 
-    return fit.plan_run(recipe, base, fit.facts_of(recipe, data, chat), sink)
+    return memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, chat), sink)
 
 
 def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, sink: Sink) -> Any:

@@ -11,9 +11,9 @@ import torch
 
 from qlora import api
 from qlora.events import Recorder
-from qlora.export import runtime
-from qlora.export.products import Options
-from qlora.model.cpu_products import fast_products
+from qlora.export.artifacts import ExportOptions
+from qlora.export.llama_cpp import runtime
+from qlora.model.cpu_matmul import fast_matmul
 from qlora.recipe.reading import load_recipe
 from qlora.training.evaluate import same_answer
 
@@ -44,7 +44,7 @@ def evaluation_rows(tokenizer: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), fast_products(ids.device):
+    with torch.no_grad(), fast_matmul(ids.device):
         return torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
 
 
@@ -90,7 +90,9 @@ def test_the_merged_model_is_the_trained_one(run: tuple[Path, dict[str, Any]], t
     from transformers import AutoTokenizer
 
     folder, _ = run
-    done = api.merge_and_export(folder, merge_base=merge_base, out=tmp_path / "out", options=Options(verify=False))
+    done = api.merge_and_export(
+        folder, merge_base=merge_base, out=tmp_path / "out", options=ExportOptions(verify=False)
+    )
     merged = plain(done.folder, quantized=False)
     trained = PeftModel.from_pretrained(plain(BASE, quantized=True), folder / "adapter", autocast_adapter_dtype=False)
     divergence, positions, clear, agreeing = 0.0, 0, 0, 0
@@ -156,7 +158,12 @@ def test_the_rows_own_importance_brings_iq4_xs_nearer(
     run: tuple[Path, dict[str, Any]], exported: Any, tmp_path: Path
 ) -> None:
     weighed = api.merge_and_export(
-        run[0], to="gguf", quants=["iq4_xs"], merge_base="nf4", out=tmp_path / "out", options=Options(imatrix=True)
+        run[0],
+        to="gguf",
+        quants=["iq4_xs"],
+        merge_base="nf4",
+        out=tmp_path / "out",
+        options=ExportOptions(imatrix=True),
     )
     plainly, own = (next(e.kl for e in r.fidelity if e.name == "gguf-iq4_xs") for r in (exported, weighed))
     print(f"iq4_xs: mean KL {plainly:.2e} without, {own:.2e} with the importance matrix")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import verify_resume
+from qlora.cli import verify_resume
 from qlora.errors import TrainingStopped
 from qlora.recipe.reading import load_recipe, recipe_toml
 from tests.cli.test_bad_input import run

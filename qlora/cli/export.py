@@ -14,7 +14,7 @@ from qlora.cli import common
 from qlora.recipe.sections import GGUF_QUANTS
 
 if TYPE_CHECKING:
-    from qlora.export.products import Options, Report
+    from qlora.export.artifacts import ExportOptions, Report
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -103,7 +103,7 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
     from qlora.report.console import ConsoleSink
     from qlora.stop import StopRequest
 
-    options: Options = api.export_options(**chosen)
+    options: ExportOptions = api.export_options(**chosen)
     stop = StopRequest()
     screen = common.Screen(None if as_json else ConsoleSink(), stop)
     with common.Signals(stop, screen):

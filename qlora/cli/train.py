@@ -86,7 +86,7 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
     if wanted == "check":
         _report(api.check(loaded, sink=sink))
     elif wanted == "verify-resume":
-        from qlora.verify_resume import verify_resume
+        from qlora.cli.verify_resume import verify_resume
 
         proof = verify_resume(loaded, path.stem, sink)
         print(f"resume is exact: {proof.tensors} tensors of adapter and optimizer are equal bit for bit after step")

@@ -17,7 +17,7 @@ import torch
 
 from qlora.batch import Batch
 from qlora.data.packing import pack
-from qlora.data.store import PreparedSplit
+from qlora.data.token_cache import PreparedSplit
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection

@@ -21,7 +21,7 @@ from qlora import disk
 from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.formats import Conversation, RowError, detect_format, to_conversation
 from qlora.data.sources import SourceRow, file_name, read_rows, source_files
-from qlora.data.store import PreparedSplit, RowWriter, StoredRows, open_rows
+from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows, open_rows
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Rejected, Sink
 

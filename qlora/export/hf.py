@@ -21,9 +21,9 @@ import torch
 from qlora import disk
 from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
-from qlora.export.merge import Merge, MergedTensor
+from qlora.export.merge.merge import Merge, MergedTensor
+from qlora.export.staging import StagedExport
 from qlora.export.versions import config_for_both, tokenizer_config_for_both
-from qlora.export.workshop import Workshop
 from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, load_json, read_header
 from qlora.model.tokenizer import copy_tokenizer
 
@@ -40,7 +40,7 @@ def planned_bytes(merge: Merge) -> int:
     return sum(_nbytes(tensor, merge.dtype) for tensor in merge.tensors())
 
 
-def fill(merge: Merge, workshop: Workshop, sink: Sink) -> int:
+def fill(merge: Merge, workshop: StagedExport, sink: Sink) -> int:
     """Merge into the product "hf" of `workshop`: shards, index and companions, reopened. Returns the tensors written.
 
     The product is not published, and its card is left to the caller. Raises ExportError when a reopened shard is not
@@ -59,7 +59,7 @@ def fill(merge: Merge, workshop: Workshop, sink: Sink) -> int:
                 for block in tensor.blocks(1):
                     workshop.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
                     sink.emit(Progress("merge", done, total, "bytes"))
-                workshop.mark(item)
+                workshop.checkpoint(item)
             done += size
     sink.emit(Progress("merge", done, total, "bytes"))
     folder = workshop.folder("hf")
@@ -73,9 +73,9 @@ def fill(merge: Merge, workshop: Workshop, sink: Sink) -> int:
 def write(merge: Merge, out: Path, sink: Sink) -> int:
     """Merge into the folder `out`, which appears in one rename when all of it is there and reopened. Returns its bytes.
 
-    Goes on where an earlier call of the same work was killed. Raises ExportError as `fill` and `Workshop.open` do.
+    Goes on where an earlier call of the same work was killed. Raises ExportError as `fill` and `StagedExport.open` do.
     """
-    with Workshop.open({"hf": out}, merge.identity(), planned_bytes(merge)) as workshop:
+    with StagedExport.open({"hf": out}, merge.identity(), planned_bytes(merge)) as workshop:
         fill(merge, workshop, sink)
         disk.write_atomic(workshop.folder("hf") / "README.md", card(merge))
         return workshop.publish("hf")

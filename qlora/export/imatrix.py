@@ -27,12 +27,11 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.data.loader import collate, eval_packs
 from qlora.data.packing import pack
-from qlora.data.store import PreparedSplit
+from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
 from qlora.events import Progress, Sink
 from qlora.recipe.sections import DataSection
-from qlora.step.forward import CausalParts, hidden_states
-from qlora.training.evaluate import evaluating
+from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 Floats = NDArray[np.float32]
 
@@ -103,7 +102,7 @@ def choose_packs(
     """The split to measure on, and packs of its rows, each once: at most `max_tokens` tokens, and at least one row.
 
     The first split with rows is taken: give the training rows first, since on the evaluation rows the files are judged
-    afterwards. Rows are taken in the order of sha256 of their number: any part of it is spread evenly over the file,
+    afterwards. RunRows are taken in the order of sha256 of their number: any part of it is spread evenly over the file,
     whatever pattern its rows follow, and it is the same on every machine. Raises ExportError when there are no rows.
     """
     split = next((split for split in splits if len(split.lengths)), None)

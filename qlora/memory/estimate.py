@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora.memory import beyond, calibration
+from qlora.memory import calibration, overheads
+from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
-from qlora.memory.simulate import TRAIN_STRETCHES, Frame, Simulation, Simulator, Workload
-from qlora.memory.stack import STACKS, Stack
+from qlora.memory.simulate import TRAIN_STRETCHES, ModelSpec, Simulation, Simulator, Workload
 from qlora.recipe.reading import Recipe
 
 # Where no rows are known: a prompt is taken to fill half of a row. Samples are answered with up to 128 tokens.
@@ -87,7 +87,7 @@ class Estimate:
 class Estimator:
     """Estimates of one base on one machine; models on meta are built once for each adapter and quantization."""
 
-    def __init__(self, text: Any, name: str, machine: Machine, stack: Stack = STACKS["qlora"]) -> None:
+    def __init__(self, text: Any, name: str, machine: Machine, stack: Baseline = BASELINES["qlora"]) -> None:
         self.text = text
         self.name = name
         self.machine = machine
@@ -106,7 +106,7 @@ class Estimator:
     def _simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
-            frame = Frame(self.text, self.name, *made_of, self.machine.device_type, self.stack)
+            frame = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.stack)
             self._simulators[made_of] = Simulator(frame)
         return self._simulators[made_of]
 
@@ -129,16 +129,16 @@ class Estimator:
         }
         phases = {name: round(total * factor) + fixed for name, total in phases.items()}
         largest, rank = simulator.largest_linear_values, recipe.lora.r
-        phases["merge"] = beyond.merge_bytes(largest, rank) + sum(terms.values())
+        phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.held["adapters"], simulation.held["optimizer"]
         merged = 2 * (simulator.linear_values + simulator.other_values) * len(recipe.export.formats)
         peak = sum(components.values())
-        host = beyond.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
+        host = overheads.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
             limit_bytes=machine.limit_bytes,
             host_peak_bytes=host if machine.device_type == "cuda" else peak,
-            disk_bytes=beyond.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
+            disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
             components=components,
             phases=phases,
             terms={**terms, "fragmentation": fragmentation, "dequantized_weights": round(worst.parts["workspace"])},
@@ -152,14 +152,14 @@ class Estimator:
 
     def _terms(self) -> dict[str, int]:
         if self.machine.device_type != "cuda":
-            return {"context": beyond.host_base_bytes("cpu")}
+            return {"context": overheads.host_base_bytes("cpu")}
         capability = self.machine.gpu.capability if self.machine.gpu else 86
-        return {"context": beyond.CUDA_CONTEXT_BYTES, **beyond.workspace_terms(capability)}
+        return {"context": overheads.CUDA_CONTEXT_BYTES, **overheads.workspace_terms(capability)}
 
     def _fragmentation(self, total: int, weights: int) -> int:
         if self.machine.device_type != "cuda":
-            return round(total * beyond.HOST_FRAGMENTATION_SHARE)
-        return beyond.FRAGMENTATION_BASE_BYTES + round((total - weights) * beyond.FRAGMENTATION_SHARE)
+            return round(total * overheads.HOST_FRAGMENTATION_SHARE)
+        return overheads.FRAGMENTATION_BASE_BYTES + round((total - weights) * overheads.FRAGMENTATION_SHARE)
 
     def _speed(self, workload: Workload, simulator: Simulator) -> float:
         gpu = self.machine.gpu
@@ -227,7 +227,7 @@ def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator,
     return tokens / seconds
 
 
-def settings_of(recipe: Recipe, workload: Workload, stack: Stack) -> dict[str, Any]:
+def settings_of(recipe: Recipe, workload: Workload, stack: Baseline) -> dict[str, Any]:
     """The settings that an estimate is of, by their names in the recipe."""
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,

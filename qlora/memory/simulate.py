@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora.batch import Batch
-from qlora.memory.stack import STACKS, Stack
+from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
 from qlora.model import adapters
 from qlora.model.attention import OnMeta
-from qlora.model.blueprint import check_layers, choose_attention, sketch
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.load import load_nothing
+from qlora.model.meta_model import build_unmatched, check_layers, choose_attention
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts
 from qlora.step.optimizer import AdapterOptimizer
@@ -42,7 +42,7 @@ TRAIN_STRETCHES = ("forward", "loss", "backward", "backward end", "update")
 
 
 @dataclass(frozen=True)
-class Frame:
+class ModelSpec:
     """What the model is made of: the same for every workload."""
 
     text: Any  # transformers' configuration of the causal model
@@ -51,7 +51,7 @@ class Frame:
     quantization: QuantizationSection
     attention: str = "auto"
     target: str = "cuda"  # the device that the meta tensors stand for
-    stack: Stack = STACKS["qlora"]
+    stack: Baseline = BASELINES["qlora"]
 
     @property
     def layers(self) -> int:
@@ -108,14 +108,14 @@ class Simulation:
 class Simulator:
     """A frame, built in two sizes; `run` may be called for any number of workloads."""
 
-    def __init__(self, frame: Frame, whole: bool = False) -> None:
+    def __init__(self, frame: ModelSpec, whole: bool = False) -> None:
         self.frame = frame
         period = _period(frame.text)
         first = -(-FEWEST_LAYERS // period) * period
         sizes = [first, first + period]
         self.sizes = sizes if not whole and frame.layers > sizes[-1] else [frame.layers]
         with _collecting():
-            self._rigs = [_Rig(frame, size) for size in self.sizes]
+            self._rigs = [_MetaModel(frame, size) for size in self.sizes]
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -163,16 +163,16 @@ def _collecting() -> Iterator[None]:
         gc.unfreeze()
 
 
-class _Rig:
+class _MetaModel:
     """The model with `layers` layers on meta, under its own counter."""
 
-    def __init__(self, frame: Frame, layers: int) -> None:
+    def __init__(self, frame: ModelSpec, layers: int) -> None:
         self.frame = frame
         self.live = LiveBytes(frame.target)
         self.live.labels.vocabulary = frame.vocabulary
         text = _with_layers(frame.text, layers)
         chosen = choose_attention(text, frame.attention, frame.name, frame.target)
-        model = sketch(text, chosen, frame.name)
+        model = build_unmatched(text, chosen, frame.name)
         check_layers(model, frame.name)
         self.linear_values, self.other_values, self.largest_linear_values = _count_values(model)
         with self.live, OnMeta(frame.target):
@@ -300,7 +300,7 @@ def _batch(workload: Workload) -> Batch:
 
 
 def _count_values(model: Any) -> tuple[int, int, int]:
-    from qlora.model.blueprint import linear_layers
+    from qlora.model.meta_model import linear_layers
 
     linear = [layer.weight.numel() for _, layer in linear_layers(model)]
     everything = sum(parameter.numel() for parameter in model.parameters())

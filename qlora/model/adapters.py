@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora.batch import Batch
 from qlora.errors import ModelError
-from qlora.model.blueprint import head_of, linear_layers
+from qlora.model.meta_model import head_of, linear_layers
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
 if TYPE_CHECKING:

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from qlora.errors import ModelError, TokenizerError
 from qlora.events import Notice, Progress, Sink
 from qlora.model.base_folder import BaseFolder
-from qlora.model.blueprint import (
-    Blueprint,
-    draw,
+from qlora.model.config_filter import reduce_config
+from qlora.model.meta_model import (
+    MetaModel,
+    build,
     is_stored_4bit,
     linear_layers,
     parameter_sources,
     quantized_modules,
 )
-from qlora.model.config import reduce_config
 from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
 from qlora.third_party import import_bitsandbytes
@@ -81,12 +81,12 @@ def load_base(
     if base.stored_4bit and quantization.type == "none":
         what = f'{base.name} is stored in 4 bit, so quantization.type = "none" is not possible'
         raise ModelError(what, 'set quantization.type = "nf4", or name the original base')
-    blueprint = draw(base, attention)
-    model = blueprint.model
+    meta_model = build(base, attention)
+    model = meta_model.model
     if quantization.type != "none":
-        _swap_linears(blueprint, base, quantization)
-    _tell(blueprint, base, attention, quantization, sink)
-    _stream(blueprint, base, device, sink)
+        _swap_linears(meta_model, base, quantization)
+    _tell(meta_model, base, attention, quantization, sink)
+    _stream(meta_model, base, device, sink)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(device) if buffer is not None else None
@@ -189,12 +189,12 @@ def _check_state(state: Any, data: Tensor) -> None:
         raise ValueError("numbers of an unexpected type")
 
 
-def _swap_linears(blueprint: Blueprint, base: BaseFolder, quantization: QuantizationSection) -> None:
+def _swap_linears(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection) -> None:
     """Puts a 4-bit layer, still without weights, in the place of every linear layer but the head."""
-    for name, linear in list(linear_layers(blueprint.model)):
-        if base.stored_4bit and not is_stored_4bit(base, blueprint.sources[f"{name}.weight"]):
+    for name, linear in list(linear_layers(meta_model.model)):
+        if base.stored_4bit and not is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
             continue  # whoever stored it left this layer in 16 bit on purpose
-        _swap_linear(blueprint.model, name, linear, quantization)
+        _swap_linear(meta_model.model, name, linear, quantization)
 
 
 def _swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:
@@ -215,15 +215,15 @@ def _swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiz
     return layer
 
 
-def _stream(blueprint: Blueprint, base: BaseFolder, device: torch.device, sink: Sink) -> None:
+def _stream(meta_model: MetaModel, base: BaseFolder, device: torch.device, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
-    model = blueprint.model
+    model = meta_model.model
     fp32 = tuple(model._keep_in_fp32_modules_strict or ())
-    order = sorted(blueprint.sources, key=lambda name: _place(base.tensors[blueprint.sources[name]]))
-    total = total_bytes(base.tensors[source] for source in blueprint.sources.values())
+    order = sorted(meta_model.sources, key=lambda name: _place(base.tensors[meta_model.sources[name]]))
+    total = total_bytes(base.tensors[source] for source in meta_model.sources.values())
     done = 0
     for name in order:
-        source = blueprint.sources[name]
+        source = meta_model.sources[name]
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if _is_4bit(module) and leaf == "weight":
@@ -291,36 +291,36 @@ def _read_as(base: BaseFolder, source: str, dtype: torch.dtype, device: torch.de
 
 
 def _tell(
-    blueprint: Blueprint, base: BaseFolder, attention: str, quantization: QuantizationSection, sink: Sink
+    meta_model: MetaModel, base: BaseFolder, attention: str, quantization: QuantizationSection, sink: Sink
 ) -> None:
     """Says what differs from what a reader of the recipe would expect."""
     if dropped := reduce_config(base.config).dropped:
         some = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
         message = f"keys of config.json that this model does not know are not read: {some}"
         sink.emit(Notice("model", message, len(dropped)))
-    if blueprint.skipped:
-        mib = total_bytes(base.tensors[name] for name in blueprint.skipped) / 2**20
-        message = f"{len(blueprint.skipped)} tensors ({mib:.1f} MiB) that the text model does not use are skipped"
-        sink.emit(Notice("model", f"{message}, {blueprint.skipped[0]} among them", len(blueprint.skipped)))
-    if blueprint.attention == "eager" and attention == "auto":
+    if meta_model.skipped:
+        mib = total_bytes(base.tensors[name] for name in meta_model.skipped) / 2**20
+        message = f"{len(meta_model.skipped)} tensors ({mib:.1f} MiB) that the text model does not use are skipped"
+        sink.emit(Notice("model", f"{message}, {meta_model.skipped[0]} among them", len(meta_model.skipped)))
+    if meta_model.attention == "eager" and attention == "auto":
         sink.emit(Notice("attention", "eager attention is used: sdpa cannot compute this model's attention"))
     if base.stored_4bit:
-        kept = sum(_is_4bit(module) for module in blueprint.model.modules())
+        kept = sum(_is_4bit(module) for module in meta_model.model.modules())
         message = f"the base is stored in 4 bit and stays as it is: {kept} layers, the others in 16 bit"
         sink.emit(Notice("quantization", message, kept))
     known = (nn.Linear, nn.Embedding)
     odd = Counter(
         type(module).__name__
-        for module in blueprint.model.modules()
+        for module in meta_model.model.modules()
         if not isinstance(module, known) and any(weight.ndim > 1 for weight in module.parameters(recurse=False))
     )
-    swapped = {name for name, _ in linear_layers(blueprint.model)}
+    swapped = {name for name, _ in linear_layers(meta_model.model)}
     odd.update(
         type(module).__name__
-        for name, module in blueprint.model.named_modules()
+        for name, module in meta_model.model.named_modules()
         if isinstance(module, nn.Linear)
         and name not in swapped
-        and module is not blueprint.model.get_output_embeddings()
+        and module is not meta_model.model.get_output_embeddings()
     )
     if odd and quantization.type != "none":
         layers = ", ".join(f"{count} {kind}" for kind, count in sorted(odd.items()))

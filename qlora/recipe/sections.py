@@ -12,7 +12,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 
-# What [export] formats may name. The quants are those of qlora.export.gguf.mix (a test compares the two).
+# What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
 EXPORT_FORMATS = ("hf", "adapter-gguf", *(f"gguf:{quant}" for quant in GGUF_QUANTS))
 

@@ -8,7 +8,8 @@ None with use_cache False, because only then does transformers isolate packed do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,6 +92,18 @@ def forward_backward(parts: CausalParts, batch: Batch, step_weight: float, neftu
     loss = batch_loss(parts, batch, neftune_alpha)
     (loss / step_weight).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, dropout off; afterwards the model is in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def set_gradient_checkpointing(causal_lm: Any, enabled: bool, keep_random_state: bool) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from qlora.data.chat import ChatTokenizer
 from qlora.data.loader import collate, eval_packs
@@ -23,23 +22,11 @@ from qlora.events import Progress, Sink
 from qlora.model import generate
 from qlora.model.adapters import without_adapters
 from qlora.recipe.sections import DataSection
-from qlora.step.forward import CausalParts, batch_loss
+from qlora.step.forward import CausalParts, batch_loss, evaluating
 
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 SAMPLE_TOKENS = 128  # longest sample answer; exact match allows the longest expected answer and a little more
 EXTRA_TOKENS = 8
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, dropout off; afterwards the model is in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 @dataclass(frozen=True)

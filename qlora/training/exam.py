@@ -14,13 +14,13 @@ from functools import cached_property
 from qlora.events import Evaluated, Sampled
 from qlora.recipe.sections import EvalSection
 from qlora.training.evaluate import SAMPLE_TOKENS, Evaluator, Question
-from qlora.training.recovery import Fit, MemoryGuard
+from qlora.training.recovery import MemorySettings, OomRecovery
 
 
-class Exam:
+class RunEvaluation:
     """The evaluation rows of one run, measured within what memory there is."""
 
-    def __init__(self, evaluator: Evaluator, section: EvalSection, guard: MemoryGuard) -> None:
+    def __init__(self, evaluator: Evaluator, section: EvalSection, guard: OomRecovery) -> None:
         self.evaluator = evaluator
         self.section = section
         self.guard = guard
@@ -31,13 +31,13 @@ class Exam:
     def questions(self) -> list[Question]:
         return self.evaluator.questions(max(self.section.samples, self.section.exact_match_rows))
 
-    def resize(self, now: Fit) -> None:
+    def resize(self, now: MemorySettings) -> None:
         """Batches of evaluation and of answers, as memory allows them from now on."""
         self.evaluator = replace(
             self.evaluator, micro_batch_size=now.micro_batch_size, answers_at_once=now.answers_at_once
         )
 
-    def ask_untuned(self, step: int) -> None:
+    def sample_baseline(self, step: int) -> None:
         """Ask the untuned model what is shown as samples."""
         if chosen := self.questions[: self.section.samples]:
             self.untuned_answers = self._answers(step, chosen, untuned=True)
@@ -49,26 +49,26 @@ class Exam:
 
     def loss(self, step: int) -> float:
         """Mean loss in nats per trained token over all evaluation rows."""
-        return self.guard.within(step, lambda: self.evaluator.loss())
+        return self.guard.run(step, lambda: self.evaluator.loss())
 
     def exact_match(self, step: int) -> float | None:
         """Share of questions answered exactly; None where that was not asked for, or no row is a question."""
         chosen = self.questions[: self.section.exact_match_rows]
         if not chosen:
             return None
-        return self.guard.answering(step, lambda: self.evaluator.exact_match(chosen))
+        return self.guard.run_generation(step, lambda: self.evaluator.exact_match(chosen))
 
-    def tell(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
+    def emit_eval(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
         perplexity = None if loss is None else math.exp(min(loss, 700.0))
         rows = len(self.evaluator.split.lengths)
         self.guard.sink.emit(Evaluated(step, loss, perplexity, matches, rows, best))
 
-    def tell_samples(self, step: int, answers: Sequence[str]) -> None:
+    def emit_samples(self, step: int, answers: Sequence[str]) -> None:
         """Each answer of `sample_answers` beside the untuned model's."""
         for question, before, after in zip(self.samples, self.untuned_answers, answers, strict=True):
             self.guard.sink.emit(Sampled(step, question.asked, question.expected, before, after))
 
     def _answers(self, step: int, questions: Sequence[Question], untuned: bool = False) -> list[str]:
-        return self.guard.answering(
+        return self.guard.run_generation(
             step, lambda: self.evaluator.answers(questions, untuned=untuned, limit=SAMPLE_TOKENS)
         )

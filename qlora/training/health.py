@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlora.data.store import PreparedSplit
+from qlora.data.token_cache import PreparedSplit
 from qlora.errors import TrainingStopped
 from qlora.events import Notice, Sink
 from qlora.step.optimizer import AdapterOptimizer

@@ -25,22 +25,23 @@ from qlora.data.prepare import PreparedData
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, Sink, StepDone
 from qlora.model import adapters
+from qlora.model.adapter_folder import delivered_step
 from qlora.model.base_folder import BaseFolder
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked, StopRequest
-from qlora.training import checkpoint, fit, health, probe, schedule, selfcheck
+from qlora.training import checkpoint, health, memory_plan, probe, schedule, selfcheck
+from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Fingerprints, RunState
-from qlora.training.deliver import Delivery, delivered_step
 from qlora.training.evaluate import Evaluator
-from qlora.training.exam import Exam
+from qlora.training.exam import RunEvaluation
 from qlora.training.memory_use import measure, peak_bytes
 from qlora.training.probe import Pack
-from qlora.training.recovery import Fit, MemoryGuard
-from qlora.training.rows import Rows
-from qlora.training.saving import Saver
+from qlora.training.recovery import MemorySettings, OomRecovery
+from qlora.training.saving import Checkpointer
+from qlora.training.step_batches import StepBatches
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Job:
     pad_id: int
     sink: Sink
     stop: StopRequest
-    fit: Fit
+    fit: MemorySettings
 
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
@@ -66,8 +67,8 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
     with job.stop.being_read():
         try:
             state = training.begin(resume_from)
-            training.try_the_worst(state)
-            state = training.first_look(state)
+            training.dry_run(state)
+            state = training.evaluate_baseline(state)
             while True:
                 if training.evaluation_is_due(state):
                     state = training.evaluate(state)
@@ -94,12 +95,12 @@ class Training:
         self.causal_lm = job.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
         self.optimizer = AdapterOptimizer(self.parameters, recipe.train.optimizer, recipe.train.weight_decay)
-        self.guard = MemoryGuard(job.fit, job.device, job.sink, self._apply)
+        self.guard = OomRecovery(job.fit, job.device, job.sink, self._apply)
         self.fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
         self._take_rows(recipe.data)
         train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
-        self.delivery = Delivery(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows)
-        self.saver = Saver(job.run_dir, recipe.checkpoint, job.sink, job.stop)
+        self.delivery = BestAdapter(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows)
+        self.saver = Checkpointer(job.run_dir, recipe.checkpoint, job.sink, job.stop)
         self.about = run_folder.provenance(recipe)
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.completed = RunState()  # the last state that may be saved
@@ -107,8 +108,8 @@ class Training:
     def _take_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.rows = Rows.of(job.data.train, section, self.train, job.pad_id)
-        self.exam: Exam | None = None
+        self.rows = StepBatches.of(job.data.train, section, self.train, job.pad_id)
+        self.exam: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             evaluator = Evaluator(
                 job.model,
@@ -122,7 +123,7 @@ class Training:
                 self.guard.fit.micro_batch_size,
                 check_stop=job.stop.check,
             )
-            self.exam = Exam(evaluator, job.recipe.eval, self.guard)
+            self.exam = RunEvaluation(evaluator, job.recipe.eval, self.guard)
 
     # --- before the first step -----------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class Training:
         self.saver.check_room(self.optimizer, sum(parameter.nbytes for parameter in self.parameters.values()))
         return self.completed
 
-    def try_the_worst(self, state: RunState) -> None:
+    def dry_run(self, state: RunState) -> None:
         """The longest micro-batch, an update and the longest evaluation batch, before anything is counted on."""
         if self.is_finished(state):
             return
@@ -166,22 +167,22 @@ class Training:
             if self.exam is not None:
                 self.exam.evaluator.try_longest()
 
-        self.guard.within(
+        self.guard.run(
             state.step,
-            lambda: probe.leave_no_trace(self.optimizer, self.job.device, work),
+            lambda: probe.restoring_state(self.optimizer, self.job.device, work),
             self.optimizer.zero_gradients,
         )
 
-    def first_look(self, state: RunState) -> RunState:
+    def evaluate_baseline(self, state: RunState) -> RunState:
         """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
         if self.exam is None or self.is_finished(state):
             return state
-        self.exam.ask_untuned(state.step)
+        self.exam.sample_baseline(state.step)
         if state.step > 0:
             return state
         matches = self.exam.exact_match(state.step)
         loss = self.exam.loss(state.step)
-        self.exam.tell(0, loss, matches, best=False)
+        self.exam.emit_eval(0, loss, matches, best=False)
         return replace(state, exact_match_before=matches, eval_loss=loss)
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class Training:
             fitting = batches if now == micro else self.rows.micro_batches(packs, now)
             return self._gather_gradient(state, fitting, step_weight)
 
-        losses = self.guard.within(state.step + 1, gather, self.optimizer.zero_gradients)
+        losses = self.guard.run(state.step + 1, gather, self.optimizer.zero_gradients)
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
         mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
@@ -211,7 +212,7 @@ class Training:
             skipped = state.skipped_in_a_row + 1
         else:
             self.optimizer.clip(norm, self.train.max_grad_norm)
-            self.guard.or_end(lambda: self.optimizer.step(rate))
+            self.guard.run_once(lambda: self.optimizer.step(rate))
             skipped = 0
         seconds = time.monotonic() - started
         tokens = self.rows.tokens(packs)
@@ -303,8 +304,8 @@ class Training:
             evaluations_without_improvement=waited,
             stopped_early=state.stopped_early or (0 < patience <= waited),
         )
-        self.exam.tell(state.step, loss, None, best)
-        self.exam.tell_samples(state.step, answers)
+        self.exam.emit_eval(state.step, loss, None, best)
+        self.exam.emit_samples(state.step, answers)
         if best:
             bettered = replace(evaluated, best_loss=loss, best_step=state.step)
             # What could not be written is not the best: what is delivered at the end must be on the disk.
@@ -360,11 +361,11 @@ class Training:
         self.sink.emit(self.end(reason, state, delivered))
         return state
 
-    def _final_exact_match(self, exam: Exam, state: RunState, delivered: int) -> RunState:
+    def _final_exact_match(self, exam: RunEvaluation, state: RunState, delivered: int) -> RunState:
         if not self.job.recipe.eval.exact_match_rows:
             return state
         matches = exam.exact_match(state.step)
-        exam.tell(delivered, state.best_loss, matches, best=True)
+        exam.emit_eval(delivered, state.best_loss, matches, best=True)
         state = replace(state, exact_match_after=matches, eval_loss=state.best_loss)
         self._deliver(replace(state, step=delivered), last_chance=True)
         return state
@@ -386,12 +387,12 @@ class Training:
             peak_bytes=peak_bytes(self.job.device),
             adapter=str(folder) if folder.is_dir() else None,
             adapter_step=delivered if delivered is not None else state.best_step,
-            memory=fit.compare(self.guard.fit, measure(self.job.model, self.optimizer, self.job.device)),
+            memory=memory_plan.compare(self.guard.fit, measure(self.job.model, self.optimizer, self.job.device)),
         )
 
     # --- memory --------------------------------------------------------------------------------------------------
 
-    def _apply(self, now: Fit) -> None:
+    def _apply(self, now: MemorySettings) -> None:
         """Settings that memory decides about: told at the start, and whenever it has run out."""
         dropout = self.job.recipe.lora.dropout > 0
         set_gradient_checkpointing(self.causal_lm, now.gradient_checkpointing, keep_random_state=dropout)

@@ -20,7 +20,7 @@ def longest(packs: Sequence[Pack], lengths: Sequence[int], count: int) -> list[P
     return sorted(packs, key=lambda pack: (-sum(lengths[row] for row in pack), pack))[:count]
 
 
-def leave_no_trace(optimizer: AdapterOptimizer, device: torch.device, work: Callable[[], None]) -> None:
+def restoring_state(optimizer: AdapterOptimizer, device: torch.device, work: Callable[[], None]) -> None:
     """Runs `work`, which may update the weights, and puts weights, moments, gradients and random state back."""
     tensors, counters = optimizer.state()
     rounded = {key: parameter.detach().to("cpu", copy=True) for key, parameter in optimizer.parameters.items()}

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemorySettings:
     """The settings that decide about memory now, with the plan they come from (None where no estimate was possible)."""
 
     micro_batch_size: int
@@ -36,7 +36,7 @@ class Fit:
     plan: Plan | None = None
     planner: Planner | None = None
 
-    def smaller(self) -> Fit | None:
+    def smaller(self) -> MemorySettings | None:
         """The next smaller settings of a step: half the micro-batch, then recomputed layers; None at the end."""
         if self.micro_batch_size > 1:
             return replace(self, micro_batch_size=self.micro_batch_size // 2)
@@ -44,7 +44,7 @@ class Fit:
             return replace(self, gradient_checkpointing=True)
         return None
 
-    def as_of(self, state: RunState) -> Fit:
+    def as_of(self, state: RunState) -> MemorySettings:
         """Go on with what fitted: the sizes of micro-batches are part of what makes a resumed run the same run."""
         if state.micro_batch_size is None or state.gradient_checkpointing is None:
             return self
@@ -52,38 +52,42 @@ class Fit:
             self, micro_batch_size=state.micro_batch_size, gradient_checkpointing=state.gradient_checkpointing
         )
 
-    def fewer_answers(self) -> Fit | None:
+    def fewer_answers(self) -> MemorySettings | None:
         return replace(self, answers_at_once=self.answers_at_once // 2) if self.answers_at_once > 1 else None
 
 
 @dataclass
-class MemoryGuard:
-    """Does a run's work within what memory there is. `changed` is told every new `Fit` before work is redone."""
+class OomRecovery:
+    """Does a run's work within what memory there is. `changed` gets every new setting before work is redone."""
 
-    fit: Fit
+    fit: MemorySettings
     device: torch.device
     sink: Sink
-    changed: Callable[[Fit], None]
+    changed: Callable[[MemorySettings], None]
 
-    def within(self, step: int, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+    def run(self, step: int, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """The result of `work`, done again with smaller settings until it fits; `undo` removes what a failed try left.
 
         Raises DoesNotFit when there is nothing left to make smaller.
         """
-        return self._until_it_fits(step, work, undo, Fit.smaller)
+        return self._until_it_fits(step, work, undo, MemorySettings.smaller)
 
-    def answering(self, step: int, work: Callable[[], T]) -> T:
+    def run_generation(self, step: int, work: Callable[[], T]) -> T:
         """Like `within`, for the generation of answers, which has a batch of its own."""
-        return self._until_it_fits(step, work, lambda: None, Fit.fewer_answers)
+        return self._until_it_fits(step, work, lambda: None, MemorySettings.fewer_answers)
 
-    def or_end(self, work: Callable[[], None]) -> None:
+    def run_once(self, work: Callable[[], None]) -> None:
         """Work that cannot be done twice, such as an update: when memory runs out in it, the run ends."""
         done, reason = attempt(work)
         if done is None:
             raise self._nothing_left(f"{reason} (in the update; the last checkpoint is whole)")
 
     def _until_it_fits(
-        self, step: int, work: Callable[[], T], undo: Callable[[], None], smaller: Callable[[Fit], Fit | None]
+        self,
+        step: int,
+        work: Callable[[], T],
+        undo: Callable[[], None],
+        smaller: Callable[[MemorySettings], MemorySettings | None],
     ) -> T:
         while True:
             done, reason = attempt(work)
@@ -125,7 +129,7 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _told(before: Fit, after: Fit) -> str:
+def _told(before: MemorySettings, after: MemorySettings) -> str:
     if after.micro_batch_size != before.micro_batch_size:
         return f"micro-batches of {after.micro_batch_size} instead of {before.micro_batch_size} rows"
     if after.gradient_checkpointing != before.gradient_checkpointing:

@@ -26,7 +26,7 @@ FAILURES = 3
 CHECKPOINTS_AT_ONCE = 2
 
 
-class Saver:
+class Checkpointer:
     """Saves one run's states into its folder, at the recipe's intervals and when asked to."""
 
     def __init__(self, run_dir: Path, section: CheckpointSection, sink: Sink, stop: StopRequest) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor
 from qlora.data.loader import collate
 from qlora.data.prepare import PreparedSplit
 from qlora.errors import ModelError
-from qlora.step.forward import CausalParts, batch_logprobs
-from qlora.training.evaluate import evaluating
+from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 
 # Mean absolute difference of log-probabilities, nats. bf16 kernels of different shapes differ by 0.003 to 0.02 on tiny
 # and real models; a missing softcap, scaling or leak differs by 0.1 and more.

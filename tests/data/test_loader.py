@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora.data.chat import TokenRow
 from qlora.data.loader import TrainOrder, collate, eval_packs
-from qlora.data.store import PreparedSplit
+from qlora.data.token_cache import PreparedSplit
 from qlora.recipe.sections import DataSection, SourceSection
 
 

@@ -15,7 +15,7 @@ import pytest
 from qlora.data import prepare as module
 from qlora.data.chat import ChatTokenizer
 from qlora.data.prepare import PreparedData, check_files, prepare
-from qlora.data.store import Prompt
+from qlora.data.token_cache import Prompt
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Recorder, Rejected
 from qlora.recipe.sections import DataSection, SourceSection

@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.data.chat import TokenRow
-from qlora.data.store import PreparedSplit
+from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export import fidelity, streamed
-from qlora.export.fidelity import choose_positions, divergence, live_logprobs, measure, probe_split, reference
-from qlora.export.merge import Merge, read_adapter
-from qlora.export.streamed import Compute
+from qlora.export.merge.merge import Merge, read_adapter
+from qlora.export.verify import fidelity, streamed
+from qlora.export.verify.fidelity import choose_positions, divergence, live_logprobs, measure, probe_split, reference
+from qlora.export.verify.streamed import Compute
 from qlora.model import hub, load
-from qlora.model.blueprint import draw
+from qlora.model.meta_model import build
 from tests.export.test_merge import KINDS, NF4, trained
 
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def test_the_merged_model_is_near_the_trained_one_and_broken_ones_are_far(
     with reference(live_logprobs(model, positions.batches, CPU), positions, tmp_path) as trained_model:
 
         def line(weights: streamed.Weights) -> fidelity.Fidelity:
-            chunks = streamed.vocabulary_logprobs(draw(base).model, weights, positions.batches, Compute(CPU))
+            chunks = streamed.vocabulary_logprobs(build(base).model, weights, positions.batches, Compute(CPU))
             return measure(trained_model, "candidate", "transformers", chunks, None)
 
         merged = streamed.of_merge(merge["nf4"].tensors())

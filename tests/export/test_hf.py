@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qlora.events import Notice, Progress, Recorder
 from qlora.export import hf
-from qlora.export.workshop import Workshop
+from qlora.export.staging import StagedExport
 from qlora.model.tensors import find_tensors
 from tests.export.test_merge import KINDS, merge_of, of_peft, opened, trained
 from tests.families import as_version_4_saves, make_base, make_tokenizer
@@ -25,7 +25,7 @@ def test_filled_but_not_published(tmp_path: Path, llama: Path) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     merge = merge_of(llama, tmp_path / "adapter", dtype=torch.bfloat16)
     sink = Recorder()
-    with Workshop.open({"hf": tmp_path / "out"}, merge.identity(), hf.planned_bytes(merge)) as workshop:
+    with StagedExport.open({"hf": tmp_path / "out"}, merge.identity(), hf.planned_bytes(merge)) as workshop:
         count = hf.fill(merge, workshop, sink)
         written = find_tensors(workshop.folder("hf"))
         assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ import torch
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
-from qlora.data.store import PreparedSplit
+from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
 from qlora.events import Progress, Recorder
 from qlora.export import imatrix

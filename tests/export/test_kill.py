@@ -16,7 +16,7 @@ import pytest
 from qlora import disk
 from qlora.cli import common
 from qlora.events import Recorder
-from qlora.export import hf, workshop
+from qlora.export import hf, staging
 from qlora.stop import StopRequest
 from tests.export.test_merge import KINDS, merge_of, of_peft, trained
 from tests.families import make_base
@@ -42,7 +42,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A point to go on from every 64 KiB, and each block a millisecond longer, so that most kills meet the writing."""
-    monkeypatch.setattr(workshop, "RESTART_BYTES", 64 << 10)
+    monkeypatch.setattr(staging, "RESTART_BYTES", 64 << 10)
     append = disk.HashedFile.append
     monkeypatch.setattr(disk.HashedFile, "append", lambda self, data: (time.sleep(0.001), append(self, data))[1])
 

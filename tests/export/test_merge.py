@@ -17,7 +17,7 @@ from qlora import api
 from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
 from qlora.export import hf
-from qlora.export.merge import Merge, read_adapter, scale_of
+from qlora.export.merge.merge import Merge, read_adapter, scale_of
 from qlora.model import adapters, hub, load
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.families import as_version_4_saves, make_base

@@ -15,8 +15,8 @@ import torch
 from qlora import api
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export import runtime
-from qlora.export.products import Options
+from qlora.export.artifacts import ExportOptions
+from qlora.export.llama_cpp import runtime
 from qlora.model import adapters, hub, load
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.gguf import written
@@ -29,7 +29,7 @@ PLAIN = QuantizationSection(type="none")
 
 def export(source: Path, *to: str, **options: Any) -> Any:
     where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "sink") if key in options}
-    return api.merge_and_export(source, to=to, options=Options(**options), **where)
+    return api.merge_and_export(source, to=to, options=ExportOptions(**options), **where)
 
 
 def line(report: Any, name: str) -> Any:
@@ -192,7 +192,7 @@ def test_k_quants_without_their_encoder_are_refused_at_once(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
-    monkeypatch.setattr("qlora.export.gguf.ggml._candidates", lambda: iter(()))
+    monkeypatch.setattr("qlora.export.llama_cpp.library._candidates", lambda: iter(()))
     with pytest.raises(ExportError, match="neither xllamacpp nor llama-cpp-python") as caught:
         export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), out=tmp_path / "out")
     assert 'pip install "qlora[gguf]"' in caught.value.hint and not list(tmp_path.glob("*out*"))

@@ -15,14 +15,15 @@ import torch
 
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export import runtime, runtime_child, streamed
 from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab
 from qlora.export.gguf.metadata import entries
 from qlora.export.gguf.write import GgufFile
-from qlora.export.runtime import Request, Runtime, ask, find_runtime
+from qlora.export.llama_cpp import runtime, runtime_child
+from qlora.export.llama_cpp.runtime import Request, Runtime, ask, find_runtime
+from qlora.export.verify import streamed
 from qlora.model import generate, hub, load
-from qlora.model.blueprint import draw
+from qlora.model.meta_model import build
 from tests.families import END_OF_TURN_ID, make_base
 
 pytest.importorskip("xllamacpp", reason='no llama.cpp to ask: pip install "qlora[gguf]"')
@@ -34,11 +35,11 @@ ROWS = [(list(range(4 + row, 44 + row)), [0, 5, 20, 38, 39]) for row in range(6)
 def write_f32(folder: Path, target: Path, without: str = "") -> Path:
     """The model of a folder as an F32 GGUF file, without one key."""
     base = hub.resolve(str(folder), "main", Recorder())
-    blueprint = draw(base)
+    meta_model = build(base)
     plan = planning.plan(base, None, planning.Tokens(), ["f32"])
     keys = (*entries(list(plan.layout.keys)), *vocab.metadata(plan.vocab))
     file = GgufFile("f32", target.name, tuple(k for k in keys if k.key != without), plan.choices["f32"].types)
-    weights = streamed.of_folder(blueprint, base)
+    weights = streamed.of_folder(meta_model, base)
     content = [file.header(plan.layout)]
     for tensor in plan.layout.tensors:
         data = tensor.to_gguf(weights[tensor.parameter]().float()).contiguous().numpy()

@@ -13,12 +13,12 @@ from torch import Tensor
 from qlora.batch import Batch
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export import streamed
-from qlora.export.fidelity import live_logprobs
-from qlora.export.merge import Merge, read_adapter
-from qlora.export.streamed import Compute, Weights
+from qlora.export.merge.merge import Merge, read_adapter
+from qlora.export.verify import streamed
+from qlora.export.verify.fidelity import live_logprobs
+from qlora.export.verify.streamed import Compute, Weights
 from qlora.model import hub
-from qlora.model.blueprint import draw
+from qlora.model.meta_model import build
 from tests.export.test_merge import KINDS, NF4, trained
 from tests.families import FAMILIES, make_base
 
@@ -56,14 +56,14 @@ def loaded(folder: Path, dtype: torch.dtype, attention: str) -> Tensor:
 def test_every_family_is_computed_as_the_loaded_model(family: str, tmp_path: Path) -> None:
     folder = make_base(family, tmp_path / "base", dtype=torch.float32)
     base = hub.resolve(str(folder), "main", Recorder())
-    blueprint = draw(base)
+    meta_model = build(base)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0)):
-        weights = streamed.of_folder(blueprint, base)
-        found = gathered(streamed.vocabulary_logprobs(blueprint.model, weights, BATCHES, Compute(CPU, dtype)))
-        wanted = loaded(folder, dtype, blueprint.attention)
+        weights = streamed.of_folder(meta_model, base)
+        found = gathered(streamed.vocabulary_logprobs(meta_model.model, weights, BATCHES, Compute(CPU, dtype)))
+        wanted = loaded(folder, dtype, meta_model.attention)
         assert found.dtype == torch.float32 and found.shape == (104, 384)
         torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
-        assert all(parameter.is_meta for parameter in blueprint.model.parameters()), "a weight was kept"
+        assert all(parameter.is_meta for parameter in meta_model.model.parameters()), "a weight was kept"
 
 
 def test_the_order_is_that_of_the_trained_positions(llama: Path) -> None:
@@ -74,9 +74,9 @@ def test_the_order_is_that_of_the_trained_positions(llama: Path) -> None:
 
     base = hub.resolve(str(llama), "main", Recorder())
     model = load.load_base(base, QuantizationSection(type="none"), "auto", CPU, Recorder())
-    blueprint = draw(base)
-    weights = streamed.of_folder(blueprint, base)
-    found = gathered(streamed.vocabulary_logprobs(blueprint.model, weights, BATCHES, Compute(CPU)))
+    meta_model = build(base)
+    weights = streamed.of_folder(meta_model, base)
+    found = gathered(streamed.vocabulary_logprobs(meta_model.model, weights, BATCHES, Compute(CPU)))
     with torch.no_grad():
         wanted = torch.cat([batch_logprobs(CausalParts.of(model), batch) for batch in BATCHES])
     targets = torch.cat([batch.targets_BS.flatten()[batch.trained_T] for batch in BATCHES])
@@ -101,10 +101,10 @@ class Counting(dict):  # type: ignore[type-arg]
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_each_weight_is_made_once_whatever_the_micro_batches(family: str, tmp_path: Path) -> None:
     base = hub.resolve(str(make_base(family, tmp_path / "base")), "main", Recorder())
-    blueprint = draw(base)
-    weights = Counting(streamed.of_folder(blueprint, base))
-    list(streamed.vocabulary_logprobs(blueprint.model, weights, [*BATCHES] * 3, Compute(CPU)))
-    assert weights.made.keys() == blueprint.sources.keys()
+    meta_model = build(base)
+    weights = Counting(streamed.of_folder(meta_model, base))
+    list(streamed.vocabulary_logprobs(meta_model.model, weights, [*BATCHES] * 3, Compute(CPU)))
+    assert weights.made.keys() == meta_model.sources.keys()
     assert all(count == 1 for name, count in weights.made.items() if ".layers." in name)
     assert all(count <= 2 for count in weights.made.values())
 
@@ -117,9 +117,9 @@ def test_merged_on_the_fly_is_the_merged_folder(llama: Path, tmp_path: Path, kin
     base = hub.resolve(str(llama), "main", Recorder())
     merge = Merge(base, read_adapter(tmp_path / "adapter"), "nf4", NF4, CPU)
     flying = streamed.of_merge(merge.tensors())
-    found = gathered(streamed.vocabulary_logprobs(draw(base).model, flying, BATCHES, Compute(CPU)))
+    found = gathered(streamed.vocabulary_logprobs(build(base).model, flying, BATCHES, Compute(CPU)))
     hf.write(merge, tmp_path / "hf", Recorder())
-    assert torch.equal(found, loaded(tmp_path / "hf", torch.bfloat16, draw(base).attention))
+    assert torch.equal(found, loaded(tmp_path / "hf", torch.bfloat16, build(base).attention))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
@@ -127,14 +127,14 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
     """Permuted heads and norms + 1 are undone."""
     import gguf
 
-    from qlora.export.gguf.families import lay_out
+    from qlora.export.gguf.architectures import lay_out
     from qlora.export.gguf.write import GgufFile
 
     base = hub.resolve(str(make_base(family, tmp_path / "base", dtype=torch.float32)), "main", Recorder())
-    blueprint = draw(base)
-    own = streamed.of_folder(blueprint, base)
-    weights = blueprint.model.state_dict()
-    layout = lay_out(blueprint.model, {name: tuple(weights[name].shape) for name in blueprint.sources})
+    meta_model = build(base)
+    own = streamed.of_folder(meta_model, base)
+    weights = meta_model.model.state_dict()
+    layout = lay_out(meta_model.model, {name: tuple(weights[name].shape) for name in meta_model.sources})
     types = dict.fromkeys(layout.names.values(), gguf.GGMLQuantizationType.F32)
     content = [GgufFile("f32", "model.gguf", (), types).header(layout)]
     for data in (*layout.constants.values(), *(t.to_gguf(own[t.parameter]().float()).numpy() for t in layout.tensors)):
@@ -144,8 +144,8 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
     found = streamed.of_gguf(tmp_path / "model.gguf", layout.tensors)
     assert (
         torch.equal(
-            gathered(streamed.vocabulary_logprobs(blueprint.model, found, BATCHES, compute)),
-            gathered(streamed.vocabulary_logprobs(blueprint.model, own, BATCHES, compute)),
+            gathered(streamed.vocabulary_logprobs(meta_model.model, found, BATCHES, compute)),
+            gathered(streamed.vocabulary_logprobs(meta_model.model, own, BATCHES, compute)),
         )
         or family == "gemma2"
     )
@@ -155,32 +155,32 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
 
 def test_a_missing_or_misshapen_weight_is_an_error_that_names_it(llama: Path) -> None:
     base = hub.resolve(str(llama), "main", Recorder())
-    blueprint = draw(base)
-    weights = dict(streamed.of_folder(blueprint, base))
+    meta_model = build(base)
+    weights = dict(streamed.of_folder(meta_model, base))
     name = "model.layers.1.mlp.up_proj.weight"
     for broken, message in (
         ({key: make for key, make in weights.items() if key != name}, "the exported model has no such weight"),
         ({**weights, name: lambda: torch.zeros(3, 3)}, r"is \[3, 3\] in the exported model, not \[128, 64\]"),
     ):
         with pytest.raises(ExportError, match=f"{name}: {message}"):
-            list(streamed.vocabulary_logprobs(blueprint.model, broken, BATCHES, Compute(CPU)))
-        assert all(parameter.is_meta for parameter in blueprint.model.parameters())
+            list(streamed.vocabulary_logprobs(meta_model.model, broken, BATCHES, Compute(CPU)))
+        assert all(parameter.is_meta for parameter in meta_model.model.parameters())
 
 
 def test_a_resized_vocabulary_is_computed(llama: Path) -> None:
     base = hub.resolve(str(llama), "main", Recorder())
-    blueprint = draw(base)
-    weights = dict(streamed.of_folder(blueprint, base))
+    meta_model = build(base)
+    weights = dict(streamed.of_folder(meta_model, base))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         whole = weights[name]()
         weights[name] = lambda whole=whole: torch.cat([whole, whole[:8]])
-    found = gathered(streamed.vocabulary_logprobs(blueprint.model, weights, BATCHES, Compute(CPU)))
+    found = gathered(streamed.vocabulary_logprobs(meta_model.model, weights, BATCHES, Compute(CPU)))
     assert found.shape == (104, 392)
 
 
 def test_a_model_without_its_layers_in_a_list_is_refused(llama: Path) -> None:
     base = hub.resolve(str(llama), "main", Recorder())
-    blueprint = draw(base)
-    blueprint.model.config.num_hidden_layers = 7
+    meta_model = build(base)
+    meta_model.model.config.num_hidden_layers = 7
     with pytest.raises(ExportError, match="its 7 layers are not found"):
-        list(streamed.vocabulary_logprobs(blueprint.model, {}, BATCHES, Compute(CPU)))
+        list(streamed.vocabulary_logprobs(meta_model.model, {}, BATCHES, Compute(CPU)))

@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export import hf, verify
+from qlora.export import hf
 from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab, write
 from qlora.export.gguf.encode import encode
 from qlora.export.gguf.metadata import entries
-from qlora.export.merge import Merge, read_adapter
-from qlora.export.verify import Target, Verified, check_companions, folder_target, gguf_target, reopen
-from qlora.export.verify_child import compare_weights, open_folder, open_gguf
-from qlora.export.workshop import Workshop
+from qlora.export.merge.merge import Merge, read_adapter
+from qlora.export.staging import StagedExport
+from qlora.export.verify import weights
+from qlora.export.verify.weights import Target, Verified, check_companions, folder_target, gguf_target, reopen
+from qlora.export.verify.weights_child import compare_weights, open_folder, open_gguf
 from qlora.model import hub
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.test_merge import KINDS, trained
@@ -53,7 +54,7 @@ class Case:
         self.files = {quant: folder / quant / f"{quant}.gguf" for quant in quants}
         exact = Merge(found, self.merge.adapter, merge_base, NF4, torch.device("cpu"), torch.float32)
         planned = [write.GgufFile(q, file.name, self.keys, self.types(q)) for q, file in self.files.items()]
-        with Workshop.open({q: file.parent for q, file in self.files.items()}, exact.identity(), 0) as workshop:
+        with StagedExport.open({q: file.parent for q, file in self.files.items()}, exact.identity(), 0) as workshop:
             tools = write.Tools(self.plan.library, {})
             write.write(self.plan.layout, exact.tensors(), planned, workshop, tools, Recorder())
             for quant in quants:
@@ -75,7 +76,7 @@ class Case:
 
     def _check(self, path: Path, opened: Any) -> Verified:
         compare_weights(self.merge, [opened] if opened.stored else [])
-        return Verified(path, tuple(verify.Check(*result) for result in opened.conclude()))
+        return Verified(path, tuple(weights.Check(*result) for result in opened.conclude()))
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ def test_a_child_that_dies_or_hangs_is_an_error_of_two_lines(case: Case, monkeyp
     with pytest.raises(ExportError, match="did not end within 0 s") as caught:
         reopen(case.merge, [folder_target(case.folder, case.merge)], limit_seconds=0.1)
     assert caught.value.hint
-    monkeypatch.setattr(verify.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(weights.sys, "executable", shutil.which("false"))
     with pytest.raises(ExportError, match=r"verification failed: no message \(exit code 1\)"):
         reopen(case.merge, [])
 

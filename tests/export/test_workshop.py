@@ -13,8 +13,8 @@ import pytest
 
 from qlora import disk, lock
 from qlora.errors import ExportError, StoppedBySignal
-from qlora.export import workshop as module
-from qlora.export.workshop import Workshop
+from qlora.export import staging as module
+from qlora.export.staging import StagedExport
 
 WORK = {"adapter": "a", "dtype": "bf16"}
 
@@ -27,31 +27,31 @@ class Killed(BaseException):
     """Leaves a workshop as a kill would: nothing of it runs any more."""
 
 
-def fill(shop: Workshop, keys: tuple[str, ...], items: int = 20, until: int = 99) -> None:
+def fill(shop: StagedExport, keys: tuple[str, ...], items: int = 20, until: int = 99) -> None:
     for item in range(1, items + 1):
         if item > shop.start:
             for key in keys:
                 shop.append(key, f"part{item // 8}.bin", piece(item))
             if item == until:
                 raise Killed
-            shop.mark(item)
+            shop.checkpoint(item)
     for key in keys:
         (shop.folder(key) / "config.json").write_text("{}")
 
 
 def killed(finals: dict[str, Path], until: int, work: dict[str, str] = WORK) -> int:
     """A run that dies in the middle of an item; returns where it had begun."""
-    shop = Workshop.open(finals, work, 1000)
+    shop = StagedExport.open(finals, work, 1000)
     with pytest.raises(Killed):
         fill(shop, tuple(finals), until=until)
-    shop._settle()
+    shop._wait()
     for bench in shop._benches.values():
         bench.lock.release()
     return shop.start
 
 
 def finished(finals: dict[str, Path], work: dict[str, str] = WORK) -> int:
-    with Workshop.open(finals, work, 1000) as shop:
+    with StagedExport.open(finals, work, 1000) as shop:
         fill(shop, tuple(finals))
         for key in finals:
             shop.publish(key)
@@ -135,7 +135,7 @@ def test_a_journal_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 def test_an_error_leaves_nothing_and_the_old_product(tmp_path: Path, error: Exception) -> None:
     finished({"a": tmp_path / "x"})
     before = content(tmp_path / "x")
-    with pytest.raises(type(error)), Workshop.open({"a": tmp_path / "x"}, WORK, 0) as shop:
+    with pytest.raises(type(error)), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as shop:
         fill(shop, ("a",), items=9)
         raise error
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and content(tmp_path / "x") == before
@@ -143,7 +143,7 @@ def test_an_error_leaves_nothing_and_the_old_product(tmp_path: Path, error: Exce
 
 @pytest.mark.parametrize("error", [StoppedBySignal("stopped", "", signal.SIGTERM), KeyboardInterrupt()])
 def test_a_signal_keeps_every_finished_item(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), Workshop.open({"a": tmp_path / "x"}, WORK, 0) as shop:
+    with pytest.raises(type(error)), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as shop:
         fill(shop, ("a",), items=13)
         shop.append("a", "part1.bin", b"half an item")
         raise error
@@ -154,7 +154,10 @@ def test_a_signal_keeps_every_finished_item(tmp_path: Path, error: BaseException
 
 
 def test_a_signal_between_two_products_keeps_the_second(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Workshop.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop,
+    ):
         fill(shop, ("a", "b"))
         shop.publish("a")
         raise KeyboardInterrupt
@@ -180,7 +183,7 @@ def test_a_full_disk_is_said_in_two_lines_and_leaves_nothing(tmp_path: Path, mon
 def test_a_small_disk_is_seen_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
     with pytest.raises(ExportError, match=r"needs 2.0 GiB, 0.0 GiB are free"):
-        Workshop.open({"a": tmp_path / "x"}, WORK, 2 << 30)
+        StagedExport.open({"a": tmp_path / "x"}, WORK, 2 << 30)
     assert not list(tmp_path.iterdir())
 
 
@@ -188,16 +191,16 @@ def test_what_is_written_already_needs_no_room(tmp_path: Path, monkeypatch: pyte
     killed({"a": tmp_path / "x"}, 12)
     monkeypatch.setattr(disk, "free_bytes", lambda path: module.SPARE_BYTES + 500)
     with pytest.raises(ExportError):
-        Workshop.open({"a": tmp_path / "x"}, WORK, 1 << 20)
+        StagedExport.open({"a": tmp_path / "x"}, WORK, 1 << 20)
     kept = sum(path.stat().st_size for path in (tmp_path / ".x.part" / "files").iterdir())
-    with Workshop.open({"a": tmp_path / "x"}, WORK, kept + 400) as shop:
+    with StagedExport.open({"a": tmp_path / "x"}, WORK, kept + 400) as shop:
         assert shop.start > 4 and kept > 4000
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    with Workshop.open({"b": tmp_path / "y", "a": tmp_path / "x"}, WORK, 0) as shop:
+    with StagedExport.open({"b": tmp_path / "y", "a": tmp_path / "x"}, WORK, 0) as shop:
         with pytest.raises(ExportError, match=rf"another process \({os.getpid()}\) is writing it"):
-            Workshop.open({"c": tmp_path / "z", "a": tmp_path / "x"}, WORK, 0)
+            StagedExport.open({"c": tmp_path / "z", "a": tmp_path / "x"}, WORK, 0)
         assert not (tmp_path / ".z.part").exists()
         fill(shop, ("a", "b"))
         shop.publish("a")
@@ -231,11 +234,11 @@ def test_a_folder_that_its_last_writer_removes_in_this_moment_is_made_anew(
 def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="cannot write there"):
-        Workshop.open({"a": tmp_path / "file" / "x"}, WORK, 0)
+        StagedExport.open({"a": tmp_path / "file" / "x"}, WORK, 0)
 
 
 def test_one_product_is_given_up_and_the_others_published(tmp_path: Path) -> None:
-    with Workshop.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop:
+    with StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop:
         fill(shop, ("a", "b"))
         shop.discard("a")
         assert shop.publish("b") == sum(len(piece(item)) for item in range(1, 21)) + 2
@@ -243,7 +246,7 @@ def test_one_product_is_given_up_and_the_others_published(tmp_path: Path) -> Non
 
 
 def test_arrays_of_any_shape_are_appended_as_their_bytes(tmp_path: Path) -> None:
-    with Workshop.open({"a": tmp_path / "x"}, WORK, 0) as shop:
+    with StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as shop:
         shop.append("a", "f", np.arange(12, dtype=np.uint8).reshape(3, 4))
         shop.append("a", "f", np.zeros((0, 4), np.uint8))
         shop.append("a", "f", memoryview(b"ab"))

@@ -22,16 +22,16 @@ from qlora.events import Event, Recorder, Sinks
 from qlora.recipe.reading import Recipe, load_recipe
 from qlora.stop import StopRequest
 from qlora.training import checkpoint, loop
-from qlora.training.recovery import Fit
+from qlora.training.recovery import MemorySettings
 
 INTERNAL = 70  # exit code of a child that met an error of ours
 
 
-def fit_of(recipe: Recipe) -> Fit:
+def fit_of(recipe: Recipe) -> MemorySettings:
     """The recipe's own settings, without a plan."""
     micro, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
     assert micro != "auto" and recompute != "auto"
-    return Fit(micro, recompute)
+    return MemorySettings(micro, recompute)
 
 
 @dataclass

@@ -125,9 +125,9 @@ def test_an_adapter_that_cannot_be_written_is_not_the_best(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best evaluation's adapter does not fit on the disk: the best of those that did is what the run delivers."""
-    from qlora.training import deliver, evaluate
+    from qlora.training import best_adapter, evaluate
 
-    real, calls = deliver.adapters.save, iter(range(9))
+    real, calls = best_adapter.adapters.save, iter(range(9))
     losses = iter([5.0, 1.0, 3.0, 2.0, 4.0])  # of the untuned base, then of steps 1 to 4
 
     def save(*arguments: Any) -> None:
@@ -135,7 +135,7 @@ def test_an_adapter_that_cannot_be_written_is_not_the_best(
             raise NO_SPACE
         real(*arguments)
 
-    monkeypatch.setattr(deliver.adapters, "save", save)
+    monkeypatch.setattr(best_adapter.adapters, "save", save)
     monkeypatch.setattr(evaluate.Evaluator, "loss", lambda self: next(losses))
     recipe = write_recipe(tmp_path, llama)
     recorder = train(recipe, *SHORT, "data.eval_fraction=0.2", "eval.every_steps=1", "train.max_steps=4")

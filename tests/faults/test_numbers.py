@@ -12,7 +12,7 @@ import torch
 from qlora.batch import Batch
 from qlora.errors import TrainingStopped
 from qlora.step import forward
-from qlora.training import health, loop, rows
+from qlora.training import health, loop, step_batches
 from qlora.training.health import Trend
 from tests.runs import hashes, train, values, write_recipe
 
@@ -94,7 +94,7 @@ def test_a_micro_batch_without_trained_tokens_adds_nothing(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row of four, its weights taken away: the step is that of the other three."""
-    real = rows.collate
+    real = step_batches.collate
     found: dict[str, list[torch.Tensor]] = {}
 
     def losses_of(name: str, calls: set[int]) -> None:
@@ -112,7 +112,7 @@ def test_a_micro_batch_without_trained_tokens_adds_nothing(
             )
 
         recipe = write_recipe(tmp_path / name, llama)
-        monkeypatch.setattr(rows, "collate", collate)
+        monkeypatch.setattr(step_batches, "collate", collate)
         recorder = train(recipe, *SETTINGS, "train.max_steps=1", *(("train.learning_rate=1e-4",)))
         found[name] = [torch.tensor(values(recorder, "step", key)) for key in ("loss", "grad_norm", "trained_tokens")]
 
@@ -125,7 +125,7 @@ def test_a_micro_batch_without_trained_tokens_adds_nothing(
 def test_a_step_without_any_trained_token_changes_nothing(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, numbers = rows.collate, iter(range(10_000))
+    real, numbers = step_batches.collate, iter(range(10_000))
 
     def collate(*arguments: Any) -> Batch:
         batch = real(*arguments)
@@ -142,7 +142,7 @@ def test_a_step_without_any_trained_token_changes_nothing(
         )
 
     recipe = write_recipe(tmp_path, llama)
-    monkeypatch.setattr(rows, "collate", collate)
+    monkeypatch.setattr(step_batches, "collate", collate)
     recorder = train(recipe, *SETTINGS)
     assert values(recorder, "step", "step") == [1, 2, 3, 4, 5]
     assert values(recorder, "step", "loss")[1] == 0.0 and values(recorder, "step", "grad_norm")[1] == 0.0

@@ -9,10 +9,10 @@ import pytest
 from qlora import api
 from qlora.errors import StoppedBySignal
 from qlora.events import Event, Recorder, Sinks
+from qlora.model.adapter_folder import delivered_step
 from qlora.recipe.reading import load_recipe
 from qlora.report.files import read_events
 from qlora.stop import StopRequest
-from qlora.training.deliver import delivered_step
 from tests.runs import hashes, run_dir, train, values, write_recipe
 
 SETTINGS = (

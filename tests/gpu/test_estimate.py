@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from qlora.batch import Batch
-from qlora.memory import beyond, hardware
+from qlora.memory import hardware, overheads
 from qlora.memory.estimate import Estimator
 from qlora.model import adapters, load, nf4
-from qlora.model.blueprint import choose_attention, linear_layers, sketch
+from qlora.model.meta_model import build_unmatched, choose_attention, linear_layers
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
@@ -80,7 +80,7 @@ def text_of(shape: str) -> Any:
 
 def random_model(text: Any, device: torch.device) -> Any:
     """The loaded form of a base of this shape, with random weights."""
-    model = sketch(text, choose_attention(text, "auto", "random"), "random")
+    model = build_unmatched(text, choose_attention(text, "auto", "random"), "random")
     quantization = QuantizationSection()
     for name, linear in list(linear_layers(model)):
         shape = (linear.out_features, linear.in_features)
@@ -180,4 +180,4 @@ def test_the_context_is_what_we_add() -> None:
     if process is None:
         pytest.skip("the driver does not tell what this process holds")
     context = process - torch.cuda.memory_reserved()
-    assert context < 1.5 * beyond.CUDA_CONTEXT_BYTES
+    assert context < 1.5 * overheads.CUDA_CONTEXT_BYTES

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora.memory.simulate import Frame, Simulator, Workload
-from qlora.model.blueprint import text_config
+from qlora.memory.simulate import ModelSpec, Simulator, Workload
+from qlora.model.meta_model import text_config
 from qlora.model.tensors import load_json
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.families import make_base, make_config
@@ -21,7 +21,7 @@ WIDER = {"hidden_size": 128, "intermediate_size": 256}
 
 
 def simulated(text: object, workload: Workload, target: str = "cpu", whole: bool = True) -> int:
-    frame = Frame(text, "tiny", LORA, QuantizationSection(), target=target)
+    frame = ModelSpec(text, "tiny", LORA, QuantizationSection(), target=target)
     return Simulator(frame, whole).run(workload).peak_of(STEP).total
 
 
@@ -55,7 +55,7 @@ def test_two_short_models_extended_are_the_whole_model(family: str, layers: int,
         overrides["layer_types"] = [("sliding" if at % 6 < 5 else "full") + "_attention" for at in range(layers)]
     text = make_config(family, vocab=8192, overrides=overrides)
     workload = Workload(1, 128, gradient_checkpointing=recompute, samples=2, prompt_tokens=64, new_tokens=8)
-    frame = Frame(text, family, LORA, QuantizationSection())
+    frame = ModelSpec(text, family, LORA, QuantizationSection())
     short, whole = Simulator(frame), Simulator(frame, whole=True)
     assert len(short.sizes) == 2 and whole.sizes == [layers]
     extended, full = short.run(workload), whole.run(workload)
@@ -69,7 +69,7 @@ def test_two_short_models_extended_are_the_whole_model(family: str, layers: int,
 def test_attention_on_meta_is_the_fused_kernel() -> None:
     """No S × S scores: four times the length takes less than five times the memory without the weights."""
     text = make_config("llama", overrides={"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3})
-    frame = Frame(text, "tiny", LORA, QuantizationSection())
+    frame = ModelSpec(text, "tiny", LORA, QuantizationSection())
     simulator = Simulator(frame)
 
     def activations(length: int, packed: bool) -> int:
@@ -94,7 +94,7 @@ def test_simulating_leaves_no_trace_in_this_process() -> None:
 
 
 def test_a_workload_can_be_asked_again() -> None:
-    frame = Frame(make_config("llama"), "tiny", LORA, QuantizationSection())
+    frame = ModelSpec(make_config("llama"), "tiny", LORA, QuantizationSection())
     simulator = Simulator(frame)
     workload = Workload(2, 128, samples=2, prompt_tokens=16, new_tokens=4)
     first = simulator.run(workload)
@@ -105,8 +105,8 @@ def test_a_workload_can_be_asked_again() -> None:
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"dropout": 0.1}, {"modules_to_save": ("lm_head",)}])
 def test_every_kind_of_adapter_is_simulated(lora: dict[str, object]) -> None:
-    frame = Frame(make_config("llama"), "tiny", LORA.model_copy(update=lora), QuantizationSection())
-    plain = Frame(make_config("llama"), "tiny", LORA, QuantizationSection())
+    frame = ModelSpec(make_config("llama"), "tiny", LORA.model_copy(update=lora), QuantizationSection())
+    plain = ModelSpec(make_config("llama"), "tiny", LORA, QuantizationSection())
     workload = Workload(2, 128, gradient_checkpointing=False, neftune_alpha=5.0)
     more, less = (Simulator(one).run(workload).stretches["forward"].total for one in (frame, plain))
     assert more > less

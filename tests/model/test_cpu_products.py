@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from qlora.model import cpu_products, load, nf4
+from qlora.model import cpu_matmul, load, nf4
 from qlora.third_party import import_bitsandbytes
 
 CPU = torch.device("cpu")
@@ -27,12 +27,12 @@ def work() -> list[torch.Tensor]:
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "has_bf16_products", lambda: False)
+    monkeypatch.setattr(cpu_matmul, "has_bf16_products", lambda: False)
 
 
 def test_values_and_gradients_are_the_same(without_kernels: None) -> None:
     plain = work()
-    with cpu_products.fast_products(CPU):
+    with cpu_matmul.fast_matmul(CPU):
         fast = work()
     for one, other in zip(plain, fast, strict=True):
         assert one.dtype == other.dtype == torch.bfloat16
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_the_same(without_kernels: None) -> None:
 def test_products_really_run_in_fp32(without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And fp32 products are not touched."""
     seen: list[torch.dtype] = []
-    wide = cpu_products._wide
+    wide = cpu_matmul._wide
 
     def remember(value: object) -> object:
         widened = wide(value)
@@ -51,8 +51,8 @@ def test_products_really_run_in_fp32(without_kernels: None, monkeypatch: pytest.
             seen.append(widened.dtype)
         return widened
 
-    monkeypatch.setattr(cpu_products, "_wide", remember)
-    with cpu_products.fast_products(CPU):
+    monkeypatch.setattr(cpu_matmul, "_wide", remember)
+    with cpu_matmul.fast_matmul(CPU):
         torch.ones(4, 4, dtype=torch.bfloat16) @ torch.ones(4, 4, dtype=torch.bfloat16)
         torch.ones(4, 4) @ torch.ones(4, 4)
     assert seen == [torch.float32, torch.float32]
@@ -68,7 +68,7 @@ def test_a_4bit_layer_computes_with_the_same_rounded_weight(without_kernels: Non
     load._set_4bit(layer, held)
     layer.bias = torch.nn.Parameter(torch.randn(64, generator=generator).bfloat16())
     inputs = torch.randn(9, 128, generator=generator).bfloat16().requires_grad_()
-    with cpu_products.fast_products(CPU):
+    with cpu_matmul.fast_matmul(CPU):
         out = layer(inputs)
         out.float().sum().backward()
     dequantized = nf4.dequantize(held, torch.bfloat16).float()
@@ -77,16 +77,16 @@ def test_a_4bit_layer_computes_with_the_same_rounded_weight(without_kernels: Non
 
 
 def test_nothing_changes_where_there_are_kernels_or_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "has_bf16_products", lambda: True)
-    with cpu_products.fast_products(CPU):
+    monkeypatch.setattr(cpu_matmul, "has_bf16_products", lambda: True)
+    with cpu_matmul.fast_matmul(CPU):
         assert all(torch.equal(a, b) for a, b in zip(work(), work(), strict=True))
-    monkeypatch.setattr(cpu_products, "has_bf16_products", lambda: False)
-    with cpu_products.fast_products(torch.device("cuda")):
+    monkeypatch.setattr(cpu_matmul, "has_bf16_products", lambda: False)
+    with cpu_matmul.fast_matmul(torch.device("cuda")):
         assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
 def test_other_dtypes_are_left_alone(without_kernels: None) -> None:
     a, b = torch.randn(5, 6), torch.randn(6, 7)
-    with cpu_products.fast_products(CPU):
+    with cpu_matmul.fast_matmul(CPU):
         assert torch.equal(a @ b, torch.mm(a, b))
         assert (a.double() @ b.double()).dtype == torch.float64

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from qlora.errors import ModelError, TokenizerError
 from qlora.events import Notice, Progress, Recorder
 from qlora.model.base_folder import BaseFolder
-from qlora.model.blueprint import quantized_modules
 from qlora.model.hub import resolve
 from qlora.model.load import load_base, load_tokenizer, parameter_sources
+from qlora.model.meta_model import quantized_modules
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
 from tests.families import FAMILIES, make_base, make_config, make_tokenizer

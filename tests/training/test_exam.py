@@ -12,8 +12,8 @@ import torch
 from qlora.events import Recorder
 from qlora.recipe.sections import EvalSection
 from qlora.training.evaluate import Evaluator, Question
-from qlora.training.exam import Exam
-from qlora.training.recovery import Fit, MemoryGuard
+from qlora.training.exam import RunEvaluation
+from qlora.training.recovery import MemorySettings, OomRecovery
 from tests.data.test_loader import data_of, split_of
 from tests.runs import values
 
@@ -33,24 +33,24 @@ class Scripted(Evaluator):
         return ["no" if untuned else question.asked for question in questions]
 
 
-def exam_of(recorder: Recorder, **section: int) -> Exam:
+def exam_of(recorder: Recorder, **section: int) -> RunEvaluation:
     unused: Any = None
     evaluator = Scripted(unused, unused, unused, split_of([3] * 5), data_of(), 0, CPU, recorder, 2)
-    guard = MemoryGuard(Fit(2, True), CPU, recorder, lambda now: exam.resize(now))
-    exam = Exam(evaluator, EvalSection(**section), guard)
+    guard = OomRecovery(MemorySettings(2, True), CPU, recorder, lambda now: exam.resize(now))
+    exam = RunEvaluation(evaluator, EvalSection(**section), guard)
     return exam
 
 
 def test_answers_stand_beside_the_untuned_models() -> None:
     recorder = Recorder()
     exam = exam_of(recorder, samples=2, exact_match_rows=4)
-    exam.ask_untuned(0)
+    exam.sample_baseline(0)
     assert values(recorder, "recovered", "message")[-1].startswith("out of memory: Tried to allocate 1 MiB: 4 instead")
     answers = exam.sample_answers(3)
     assert exam.exact_match(3) == 0.75
     assert not recorder.of("eval") and not recorder.of("sample")
-    exam.tell(3, 2.0, 0.75, best=True)
-    exam.tell_samples(3, answers)
+    exam.emit_eval(3, 2.0, 0.75, best=True)
+    exam.emit_samples(3, answers)
     assert values(recorder, "eval", "rows") == [5]
     assert values(recorder, "eval", "perplexity") == [pytest.approx(7.389056)]
     assert values(recorder, "sample", "base") == ["no", "no"]
@@ -60,9 +60,9 @@ def test_answers_stand_beside_the_untuned_models() -> None:
 def test_nothing_is_asked_that_the_recipe_does_not_ask_for() -> None:
     recorder = Recorder()
     exam = exam_of(recorder, samples=0, exact_match_rows=0)
-    exam.ask_untuned(0)
+    exam.sample_baseline(0)
     assert exam.sample_answers(1) == [] and exam.exact_match(1) is None
-    exam.tell_samples(1, [])
+    exam.emit_samples(1, [])
     assert not recorder.events
 
 
@@ -71,5 +71,5 @@ def test_without_the_untuned_models_answers_no_samples_are_shown() -> None:
     recorder = Recorder()
     exam = exam_of(recorder, samples=2)
     assert exam.sample_answers(6) == []
-    exam.tell_samples(6, [])
+    exam.emit_samples(6, [])
     assert not recorder.events

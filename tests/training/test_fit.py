@@ -15,7 +15,7 @@ from qlora.memory import calibration, hardware
 from qlora.memory.hardware import GIB, Machine
 from qlora.model import load
 from qlora.recipe.reading import load_recipe
-from qlora.training import fit
+from qlora.training import memory_plan
 from qlora.training.memory_use import Measured
 from tests.runs import train, values, write_recipe
 
@@ -96,7 +96,7 @@ def test_a_model_that_meta_cannot_run_is_trained_without_a_plan(
     def choose(*_: Any) -> None:
         raise NotImplementedError("aten::odd has no meta kernel")
 
-    monkeypatch.setattr(fit, "choose", choose)
+    monkeypatch.setattr(memory_plan, "choose", choose)
     recorder = train(write_recipe(tmp_path, llama), *SHORT, "train.micro_batch_size=auto")
     assert values(recorder, "plan", "memory") == [None] and values(recorder, "end", "memory") == [None]
     assert any("not checked" in message for message in values(recorder, "notice", "message"))
@@ -111,15 +111,15 @@ def test_a_run_on_a_gpu_is_remembered(tmp_path: Path, llama: Path, monkeypatch: 
 
     recipe = load_recipe(write_recipe(tmp_path, llama))
     base = hub.resolve(recipe.model.base, "main", Recorder())
-    facts = fit.DataFacts(longest=64, batch_size=4, prompt_tokens=8, has_eval=False)
-    planned = fit.plan_run(recipe, base, facts, Recorder())
+    facts = memory_plan.DataFacts(longest=64, batch_size=4, prompt_tokens=8, has_eval=False)
+    planned = memory_plan.plan_run(recipe, base, facts, Recorder())
     assert planned.plan is not None and planned.plan.estimate.calibrated_by == 0
     tensors = planned.plan.estimate.tensor_bytes
     measured = Measured(round(tensors * 1.1), 1, 1, 1, "2.13")
-    pairs = fit.compare(planned, measured)
+    pairs = memory_plan.compare(planned, measured)
     assert pairs is not None and pairs["peak"] == {"predicted": tensors, "measured": round(tensors * 1.1)}
     assert calibration.correction("RTX 3060").factor == pytest.approx(1.1, rel=1e-3)
-    again = fit.plan_run(recipe, base, facts, Recorder())
+    again = memory_plan.plan_run(recipe, base, facts, Recorder())
     assert again.plan is not None and again.plan.estimate.calibrated_by == 1
     assert again.plan.estimate.components["weights"] == pytest.approx(
         1.1 * planned.plan.estimate.components["weights"], rel=1e-3

@@ -22,7 +22,7 @@ from qlora.model import adapters
 from qlora.step import forward
 from qlora.training import loop, selfcheck
 from qlora.training.evaluate import Evaluator
-from qlora.training.recovery import Fit, MemoryGuard, attempt
+from qlora.training.recovery import MemorySettings, OomRecovery, attempt
 from qlora.training.selfcheck import SelfCheck
 from tests.runs import run_dir, train, values, write_recipe
 
@@ -140,7 +140,7 @@ def test_a_resumed_run_that_may_not_pack_evaluates_with_the_new_size_too(
 
 
 def test_twenty_in_a_row_keep_nothing() -> None:
-    guard = MemoryGuard(Fit(1 << 20, False), CPU, Recorder(), lambda fit: None)
+    guard = OomRecovery(MemorySettings(1 << 20, False), CPU, Recorder(), lambda fit: None)
     made: list[weakref.ref[torch.Tensor]] = []
 
     def work() -> str:
@@ -153,7 +153,7 @@ def test_twenty_in_a_row_keep_nothing() -> None:
             raise out_of_memory()
         return "done"
 
-    assert guard.within(1, work) == "done"
+    assert guard.run(1, work) == "done"
     assert guard.fit.micro_batch_size == 1 and len(made) == 20
 
 
@@ -161,7 +161,7 @@ def test_twenty_in_a_row_within_a_run_keep_no_tensor(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole chain: model, autograd, optimizer. Sizes are halved by nothing here, so that it can fail so often."""
-    monkeypatch.setattr(Fit, "smaller", lambda self: self)
+    monkeypatch.setattr(MemorySettings, "smaller", lambda self: self)
     fail_at(monkeypatch, *range(20))
     held: list[int] = []
     from qlora.training import recovery
@@ -253,9 +253,9 @@ def test_any_other_error_ends_the_run(error: Exception) -> None:
         tries.append(1)
         raise error
 
-    guard = MemoryGuard(Fit(8, False), CPU, Recorder(), lambda fit: None)
+    guard = OomRecovery(MemorySettings(8, False), CPU, Recorder(), lambda fit: None)
     with pytest.raises(type(error)):
-        guard.within(1, work)
+        guard.run(1, work)
     assert len(tries) == 1
 
 

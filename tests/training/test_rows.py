@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from qlora.recipe.sections import TrainSection
-from qlora.training.recovery import Fit
-from qlora.training.rows import Rows
+from qlora.training.recovery import MemorySettings
+from qlora.training.step_batches import StepBatches
 from tests.data.test_loader import data_of, split_of
 
 LENGTHS = [5, 9, 3, 14, 7, 2, 11, 6, 4, 8]
 
 
-def rows_of(packing: bool, **train: int) -> Rows:
-    return Rows.of(split_of(LENGTHS), data_of(packing), TrainSection(**train), pad_id=0)
+def rows_of(packing: bool, **train: int) -> StepBatches:
+    return StepBatches.of(split_of(LENGTHS), data_of(packing), TrainSection(**train), pad_id=0)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -39,7 +39,7 @@ def test_the_longest_micro_batch_holds_the_longest_rows() -> None:
 
 def test_the_plan_shows_its_arithmetic() -> None:
     rows = rows_of(packing=False, batch_size=4, epochs=2)
-    plan = rows.plan(Fit(3, True), 2, 10, 100)
+    plan = rows.plan(MemorySettings(3, True), 2, 10, 100)
     assert plan.arithmetic == ("10 rows an epoch ÷ 4 a step = 3 steps an epoch; 4 rows a step = 2 micro-batches of 3")
     assert (plan.train_rows, plan.eval_rows, plan.tokens_per_epoch) == (10, 2, sum(LENGTHS))
     assert (plan.steps, plan.epochs, plan.accumulation) == (6, 2.0, 2) and plan.memory is None

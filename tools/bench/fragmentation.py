@@ -2,7 +2,7 @@
 
     python tools/bench/fragmentation.py
 
-`qlora/memory/beyond.py` holds the line that is fitted to this. Takes ten minutes on two cores; needs no GPU.
+`qlora/memory/overheads.py` holds the line that is fitted to this. Takes ten minutes on two cores; needs no GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from qlora.memory import beyond
-from qlora.memory.simulate import Frame, Simulator, Workload
+from qlora.memory import overheads
+from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
 SHAPES = {"1B": (2048, 8192, 16, 32, 64), "3B": (3072, 8192, 28, 24, 128), "8B": (4096, 14336, 32, 32, 128)}
@@ -44,13 +44,13 @@ def main() -> None:
     for shape in SHAPES:
         for length in LENGTHS:
             for recompute in (True, False):
-                frame = Frame(text_of(shape), shape, LoraSection(), QuantizationSection())
+                frame = ModelSpec(text_of(shape), shape, LoraSection(), QuantizationSection())
                 done = Simulator(frame, whole=True).run(Workload(1, length, gradient_checkpointing=recompute))
                 _, worst = done.worst
                 live = worst.total + worst.slack
                 found = max(peak.reserved for peak in done.stretches.values()) - live
-                part = (worst.total - worst.parts["weights"]) * beyond.FRAGMENTATION_SHARE
-                fitted = beyond.FRAGMENTATION_BASE_BYTES + part
+                part = (worst.total - worst.parts["weights"]) * overheads.FRAGMENTATION_SHARE
+                fitted = overheads.FRAGMENTATION_BASE_BYTES + part
                 print(
                     f"{shape:6}{length:>7}{recompute!s:>11}{live / GIB:>10.2f}{found / MIB:>12.0f}"
                     f"{fitted / MIB:>12.0f}{(fitted - found) / (live + found):>8.1%}",

@@ -2,7 +2,7 @@
 
     python tools/bench/host.py
 
-`qlora/memory/beyond.py` holds the figure.
+`qlora/memory/overheads.py` holds the figure.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ def main() -> None:
     from peft import LoraConfig
 
     from qlora.third_party import import_bitsandbytes
-    from qlora.training import fit, loop
+    from qlora.training import loop, memory_plan
 
     import_bitsandbytes()
-    print(
-        f"peft, bitsandbytes and ours {resident_mib():.0f} MiB ({LoraConfig.__name__}, {loop.__name__}, {fit.__name__})"
-    )
+    named = [LoraConfig.__name__, loop.__name__, memory_plan.__name__]
+    print(f"peft, bitsandbytes and ours {resident_mib():.0f} MiB ({', '.join(named)})")
     from qlora.events import Sinks
     from qlora.model import hub, load
 

@@ -187,8 +187,8 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
     sys.path.insert(0, str(ROOT))
     from qlora.memory import hardware
     from qlora.memory.estimate import ideal_tokens_per_second
-    from qlora.memory.simulate import Frame, Simulator, Workload
-    from qlora.model.blueprint import text_config
+    from qlora.memory.simulate import ModelSpec, Simulator, Workload
+    from qlora.model.meta_model import text_config
     from qlora.model.tensors import load_json
     from qlora.recipe.sections import LoraSection, QuantizationSection
 
@@ -196,7 +196,7 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
         return None
     gpu = hardware.this_machine().gpu
     text, _ = text_config(load_json(Path(settings.base) / "config.json"), settings.base)
-    simulator = Simulator(Frame(text, settings.base, LoraSection(r=settings.r), QuantizationSection()))
+    simulator = Simulator(ModelSpec(text, settings.base, LoraSection(r=settings.r), QuantizationSection()))
     workload = Workload(settings.rows, settings.length, settings.gradient_checkpointing, settings.optimizer)
     return (
         None if gpu is None else round(tokens_per_second / ideal_tokens_per_second(text, workload, simulator, gpu), 3)

@@ -12,7 +12,7 @@ from qlora import api
 from qlora.batch import Batch
 from qlora.events import Sinks
 from qlora.model import adapters, hub, load
-from qlora.model.cpu_products import fast_products
+from qlora.model.cpu_matmul import fast_matmul
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
 from qlora.step.optimizer import AdapterOptimizer
@@ -41,7 +41,7 @@ def run(settings: Settings) -> dict[str, Any]:
     step_weight = float(sum(batch.loss_weights_BS.sum() for batch in micro_batches))
     seconds = []
     peft_model.train()
-    with fast_products(device):
+    with fast_matmul(device):
         for _ in range(settings.steps + 1):
             synchronize(device.type)
             began = time.perf_counter()

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from qlora.errors import ExportError
-from qlora.export.gguf.ggml import Ggml
+from qlora.export.llama_cpp.library import Ggml
 
 NATIVE = frozenset(
     {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0}

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from qlora.errors import ExportError
-from qlora.export.adapter import Adapter, LoraModule
-from qlora.export.gguf.families import Layout
+from qlora.export.gguf.architectures import Layout
 from qlora.export.gguf.metadata import About, entries, general_keys, header
 from qlora.export.gguf.rope import Key
-from qlora.export.workshop import Workshop
+from qlora.export.staging import StagedExport
+from qlora.model.adapter_folder import Adapter, LoraModule
 from qlora.model.tensors import read_tensor
 
 F32 = gguf.GGMLQuantizationType.F32
@@ -39,7 +39,7 @@ def planned_bytes(adapter: Adapter) -> int:
     return 4 * sum(module.a.numel + module.b.numel for module in adapter.lora.values())
 
 
-def write(adapter: Adapter, layout: Layout, about: About, workshop: Workshop, place: tuple[str, str]) -> None:
+def write(adapter: Adapter, layout: Layout, about: About, workshop: StagedExport, place: tuple[str, str]) -> None:
     """Write the adapter of a base laid out as `layout` to `place`: the workshop's product and the file's name in it."""
     check(adapter)
     keys: list[Key] = [

@@ -9,12 +9,12 @@ from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
 
-from qlora.export.gguf.families import Layout, lay_out
-from qlora.export.gguf.ggml import Ggml, find_library
-from qlora.export.gguf.mix import QUANTS, MixHparams, TypeChoice, choose_types
+from qlora.export.gguf.architectures import Layout, lay_out
+from qlora.export.gguf.quant_mixes import QUANTS, MixHparams, TypeChoice, choose_types
 from qlora.export.gguf.vocab import Vocab, read_vocab
+from qlora.export.llama_cpp.library import Ggml, find_library
 from qlora.model.base_folder import BaseFolder
-from qlora.model.blueprint import draw
+from qlora.model.meta_model import build
 from qlora.model.tokenizer import copy_tokenizer, tokenizer_fingerprint
 
 
@@ -54,11 +54,11 @@ def plan(
     Raises ExportError for whatever llama.cpp cannot express, for a quant that needs a ggml that is not installed, and
     for a tokenizer that llama.cpp would read in another way.
     """
-    blueprint = draw(base)
+    meta_model = build(base)
     if shapes is None:
-        weights = blueprint.model.state_dict()
-        shapes = {name: tuple(weights[name].shape) for name in blueprint.sources}
-    layout = lay_out(blueprint.model, shapes)
+        weights = meta_model.model.state_dict()
+        shapes = {name: tuple(weights[name].shape) for name in meta_model.sources}
+    layout = lay_out(meta_model.model, shapes)
     with _tokenizer_folder(base, tokens.folder) as folder:
         vocab = read_vocab(folder, shapes["model.embed_tokens.weight"][0], pre=tokens.pre, template=tokens.template)
     hparams = MixHparams(layout.layers, layout.heads, layout.kv_heads)

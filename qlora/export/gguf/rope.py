@@ -30,14 +30,14 @@ FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors
 
 
 @dataclass(frozen=True)
-class Witness:
+class ReferenceRope:
     """What the model itself computes with: its frequencies (pairs of dims,) and its factor on attention."""
 
     frequencies: NDArray[np.float64]
     attention: float
 
 
-def witnesses(model: Any) -> dict[str, Witness]:
+def witnesses(model: Any) -> dict[str, ReferenceRope]:
     """The rotary embedding of a transformers model by layer type, "" where all layers share one."""
     found = {}
     for module in model.modules():
@@ -45,7 +45,7 @@ def witnesses(model: Any) -> dict[str, Witness]:
             if name.endswith("inv_freq") and "original" not in name:
                 kind = name.removesuffix("inv_freq").rstrip("_")
                 factor = getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling", None)
-                found[kind] = Witness(buffer.double().numpy(), 1.0 if factor is None else float(factor))
+                found[kind] = ReferenceRope(buffer.double().numpy(), 1.0 if factor is None else float(factor))
     return found
 
 
@@ -57,7 +57,7 @@ class Rope:
     tensors: Mapping[str, NDArray[np.float32]]
 
 
-def describe(config: Any, rotated_dims: int, model: Mapping[str, Witness], takes_factors: bool) -> Rope:
+def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope], takes_factors: bool) -> Rope:
     """Keys and tensors for the rotary embedding of a text model's `config` (transformers 5's `rope_parameters`).
 
     `model` is what the model itself computes with, `takes_factors` whether the architecture reads factor tensors.
@@ -77,7 +77,7 @@ def describe(config: Any, rotated_dims: int, model: Mapping[str, Witness], takes
     return Rope(tuple(keys), whole.tensors)
 
 
-def _one(config: Any, said: dict[str, Any], dims: int, own: Witness, takes_factors: bool) -> Rope:
+def _one(config: Any, said: dict[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
     kind = str(said.get("rope_type", "default"))
     base = float(said["rope_theta"])
     plain = _frequencies(base, dims)
@@ -181,7 +181,7 @@ def _longrope(config: Any, said: Mapping[str, Any], dims: int) -> tuple[list[Key
     return keys, tensors
 
 
-def _compare(frequencies: NDArray[np.float64], attention: float, own: Witness) -> None:
+def _compare(frequencies: NDArray[np.float64], attention: float, own: ReferenceRope) -> None:
     """What llama.cpp will compute with against what the model does. Raises ExportError when they differ."""
     same = own.frequencies.shape == frequencies.shape and np.allclose(
         own.frequencies, frequencies, rtol=SAME_FREQUENCY, atol=0.0

@@ -106,7 +106,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ExportError(f"{file}: cannot be read ({error})", "download the base again") from error
 
 
-def surroundings(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def added_bos_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after every text, found by asking it: at most one on either side.
 
     Raises ExportError for more, which llama.cpp cannot add.
@@ -164,7 +164,7 @@ def conversation(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str
     return Conversation(tuple(chat.end_tokens) if chat.writes_end else (), text.startswith(added))
 
 
-def manners(added: Sequence[Mapping[str, Any]], special: Collection[str]) -> tuple[bool, list[str]]:
+def whitespace_stripping(added: Sequence[Mapping[str, Any]], special: Collection[str]) -> tuple[bool, list[str]]:
     """Whether white space after added tokens is dropped just as llama.cpp does for Phi-3; warnings for other manners.
 
     `added` are tokenizer.json's added tokens, `special` the texts of all control, unknown and user-defined tokens.
@@ -184,7 +184,7 @@ def manners(added: Sequence[Mapping[str, Any]], special: Collection[str]) -> tup
     return is_phi3, warnings
 
 
-def unmeant_stops(ordinary: Collection[str]) -> list[str]:
+def accidental_eog(ordinary: Collection[str]) -> list[str]:
     """A warning for each ordinary token that llama.cpp takes for an end because of its text."""
     return [f"llama.cpp ends an answer at the ordinary token {text!r}" for text in sorted(STOP_TEXTS & set(ordinary))]
 

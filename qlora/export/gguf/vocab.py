@@ -121,7 +121,7 @@ def read_vocab(folder: Path, embedding_rows: int, *, pre: str | None = None, tem
     _check_texts(core.tokens, folder)
 
     ids, about_ids = special.special_ids(folder, tokenizer, embedding_rows, source.conversation.turn_ends)
-    before, after = special.surroundings(folder, tokenizer)
+    before, after = special.added_bos_eos(folder, tokenizer)
     if before:
         ids["bos"] = before[0]
     if after and after != [ids["eos"]]:
@@ -129,8 +129,8 @@ def read_vocab(folder: Path, embedding_rows: int, *, pre: str | None = None, tem
             f"{folder}: the tokenizer puts {core.tokens[after[0]]!r} after every text, llama.cpp can only put EOS there"
         )
         raise ExportError(what, "change the post_processor in tokenizer.json")
-    strips, about_tokens = special.manners(source.added, core.by_type(CONTROL, UNKNOWN, USER_DEFINED))
-    about_stops = special.unmeant_stops(core.by_type(NORMAL))
+    strips, about_tokens = special.whitespace_stripping(source.added, core.by_type(CONTROL, UNKNOWN, USER_DEFINED))
+    about_stops = special.accidental_eog(core.by_type(NORMAL))
     return Vocab(
         model=core.model,
         pre=core.pre,

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora.events import Progress, Sink
+from qlora.export.gguf.architectures import GgufTensor, Layout
 from qlora.export.gguf.encode import encode
-from qlora.export.gguf.families import GgufTensor, Layout
-from qlora.export.gguf.ggml import Ggml
 from qlora.export.gguf.metadata import ALIGNMENT, header
 from qlora.export.gguf.vocab import Entry
-from qlora.export.merge import MergedTensor
-from qlora.export.workshop import Workshop
+from qlora.export.llama_cpp.library import Ggml
+from qlora.export.merge.merge import MergedTensor
+from qlora.export.staging import StagedExport
 
 F32 = gguf.GGMLQuantizationType.F32
 
@@ -60,7 +60,7 @@ def write(
     layout: Layout,
     merged: Sequence[MergedTensor],
     files: Sequence[GgufFile],
-    workshop: Workshop,
+    workshop: StagedExport,
     tools: Tools,
     sink: Sink,
 ) -> None:
@@ -77,13 +77,13 @@ def write(
         values = math.prod(tensor.shape)
         if number > workshop.start:
             _write_tensor(tensor, by_parameter[tensor.parameter], files, workshop, tools)
-            workshop.mark(number)
+            workshop.checkpoint(number)
         done += values
         sink.emit(Progress("gguf", done, total, "weights"))
 
 
 def _write_tensor(
-    tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], workshop: Workshop, tools: Tools
+    tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], workshop: StagedExport, tools: Tools
 ) -> None:
     written = dict.fromkeys((file.name for file in files), 0)
     for block in merged.blocks(tensor.unit):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qlora.errors import ExportError
 from qlora.export.gguf import encode as encoders
-from qlora.export.gguf import ggml
 from qlora.export.gguf.encode import NATIVE, encode
+from qlora.export.llama_cpp import library as llama_cpp_library
 
 KINDS = {kind.name: kind for kind in GGMLQuantizationType}
 THROUGH_GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -48,12 +48,12 @@ def awkward_rows() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def library() -> ggml.Ggml:
+def library() -> llama_cpp_library.Ggml:
     pytest.importorskip("xllamacpp", reason="carries ggml: pip install 'qlora[gguf]'")
-    return ggml.find_library()
+    return llama_cpp_library.find_library()
 
 
-def by_ggml(library: ggml.Ggml, values: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+def by_ggml(library: llama_cpp_library.Ggml, values: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     block, size = GGML_QUANT_SIZES[kind]
     out = np.empty((values.shape[0], values.shape[1] // block * size), dtype=np.uint8)
     assert library.quantize(kind, values.numpy(), out, None)
@@ -69,13 +69,13 @@ def test_ours_equal_the_gguf_packages(kind: str) -> None:
 
 
 @pytest.mark.parametrize("values", [rows(3000, 384), awkward_rows()], ids=["normal", "awkward"])
-def test_our_q8_0_equals_ggmls(library: ggml.Ggml, values: Tensor) -> None:
+def test_our_q8_0_equals_ggmls(library: llama_cpp_library.Ggml, values: Tensor) -> None:
     expected = by_ggml(library, values, KINDS["Q8_0"])
     assert np.array_equal(encode(values, KINDS["Q8_0"]), expected)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16"])
-def test_our_16_bit_types_equal_ggmls(library: ggml.Ggml, kind: str) -> None:
+def test_our_16_bit_types_equal_ggmls(library: llama_cpp_library.Ggml, kind: str) -> None:
     subnormal = torch.linspace(-7e-5, 7e-5, 4096)[None]
     ties = torch.arange(0x3F800000, 0x3F800000 + (4096 << 9), 1 << 9, dtype=torch.int32).view(torch.float32)[None]
     values = torch.cat((rows(8, 4096), subnormal, ties))
@@ -94,7 +94,7 @@ def test_halves_to_even_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(EXPECTED_ERROR))
-def test_what_is_read_back_is_near(library: ggml.Ggml, kind: str) -> None:
+def test_what_is_read_back_is_near(library: llama_cpp_library.Ggml, kind: str) -> None:
     values = rows()
     back = dequantize(encode(values, KINDS[kind], library), KINDS[kind])
     error = np.sqrt(np.mean((back - values.numpy()) ** 2)) / values.std().item()
@@ -103,7 +103,7 @@ def test_what_is_read_back_is_near(library: ggml.Ggml, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", (*THROUGH_GGML, *sorted(kind.name for kind in NATIVE)))
 def test_blocks_of_rows_give_the_bytes_of_the_whole(
-    library: ggml.Ggml, monkeypatch: pytest.MonkeyPatch, kind: str
+    library: llama_cpp_library.Ggml, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     values, (block, size) = rows(50, 512), GGML_QUANT_SIZES[KINDS[kind]]
     whole = encode(values, KINDS[kind], library)
@@ -116,7 +116,7 @@ def test_blocks_of_rows_give_the_bytes_of_the_whole(
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q3_K", "IQ4_XS", "Q5_0"])
-def test_importance_lowers_the_weighted_error(library: ggml.Ggml, kind: str) -> None:
+def test_importance_lowers_the_weighted_error(library: llama_cpp_library.Ggml, kind: str) -> None:
     values = rows()
     importance = torch.rand(512, generator=torch.Generator().manual_seed(1)).pow(4).numpy() + 1e-3
 
@@ -157,13 +157,13 @@ def test_values_beyond_float16_are_refused(kind: str, largest: float) -> None:
     assert np.isfinite(dequantize(encode(values, KINDS[kind]), KINDS[kind])).all()
 
 
-def test_a_scale_that_overflows_is_refused(library: ggml.Ggml) -> None:
+def test_a_scale_that_overflows_is_refused(library: llama_cpp_library.Ggml) -> None:
     with pytest.raises(ExportError, match="a weight: a block's scale overflows in Q4_K"):
         encode(rows(4, 256) * 1e8, KINDS["Q4_K"], library)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS", "Q5_0"])
-def test_columns_without_importance_are_not_zeroed(library: ggml.Ggml, kind: str) -> None:
+def test_columns_without_importance_are_not_zeroed(library: llama_cpp_library.Ggml, kind: str) -> None:
     """As they would be by ggml: a calibration text that never wakes a neuron must not delete its weights."""
     values = rows()
     importance = np.ones(512, np.float32)
@@ -179,15 +179,15 @@ def test_columns_without_importance_are_not_zeroed(library: ggml.Ggml, kind: str
 
 
 @pytest.mark.parametrize("importance", [np.ones(511, np.float32), np.full(512, np.nan, np.float32)])
-def test_an_importance_that_does_not_fit_is_refused(library: ggml.Ggml, importance: np.ndarray) -> None:
+def test_an_importance_that_does_not_fit_is_refused(library: llama_cpp_library.Ggml, importance: np.ndarray) -> None:
     with pytest.raises(ExportError, match="its importance has shape"):
         encode(rows(), KINDS["Q4_K"], library, importance)
 
 
 def test_without_a_library_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ggml, "_PLACES", (("no_such_package_at_all", ".", ("*.so",)),))
+    monkeypatch.setattr(llama_cpp_library, "_PLACES", (("no_such_package_at_all", ".", ("*.so",)),))
     with pytest.raises(ExportError, match="neither xllamacpp nor llama-cpp-python") as caught:
-        ggml.find_library()
+        llama_cpp_library.find_library()
     assert 'pip install "qlora[gguf]"' in caught.value.hint
 
 
@@ -196,12 +196,12 @@ def test_a_library_that_is_none_is_passed_over(monkeypatch: pytest.MonkeyPatch, 
     package.mkdir()
     (package / "half.so").write_bytes(b"not a library")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(ggml, "_PLACES", (("half_a_llama", ".", ("*.so",)),))
+    monkeypatch.setattr(llama_cpp_library, "_PLACES", (("half_a_llama", ".", ("*.so",)),))
     with pytest.raises(ExportError, match=r"half\.so: not a usable ggml"):
-        ggml.find_library()
+        llama_cpp_library.find_library()
 
 
 def test_a_library_without_ggml_is_refused() -> None:
     file = torch._C.__file__
     with pytest.raises(ExportError, match="not a usable ggml"):
-        ggml.open_library(Path(file))
+        llama_cpp_library.open_library(Path(file))

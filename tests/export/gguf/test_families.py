@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora.errors import ExportError
-from qlora.export.gguf.families import GgufTensor, Layout, lay_out
+from qlora.export.gguf.architectures import GgufTensor, Layout, lay_out
 from tests.export.gguf.test_rope import shapes_of
 from tests.families import FAMILIES, WINDOW, make_config, make_model
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora.export.gguf.plan import GgufPlan
-from qlora.export.runtime import Request
+from qlora.export.llama_cpp.runtime import Request
 from tests import tokenizers
 from tests.export.gguf import written
 from tests.export.gguf.test_rope import LINEAR, LLAMA3, LONGROPE, YARN

@@ -6,7 +6,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qlora.errors import ExportError
-from qlora.export.gguf.mix import FALLBACKS, QUANTS, MixHparams, TypeChoice, choose_types, fit
+from qlora.export.gguf.quant_mixes import FALLBACKS, QUANTS, MixHparams, TypeChoice, choose_types, fit
 from qlora.recipe.sections import GGUF_QUANTS
 
 K_QUANTS = [name for name, quant in QUANTS.items() if quant.needs_library]

@@ -17,9 +17,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 
-from qlora.export.gguf import ggml
 from qlora.export.gguf.encode import encode
-from qlora.export.gguf.mix import QUANTS, MixHparams, choose_types
+from qlora.export.gguf.quant_mixes import QUANTS, MixHparams, choose_types
+from qlora.export.llama_cpp import library
 
 pytestmark = pytest.mark.slow
 llama_cpp = pytest.importorskip("llama_cpp", reason="the oracle: pip install llama-cpp-python (it compiles llama.cpp)")
@@ -149,7 +149,7 @@ def differences(
     expected: Mapping[str, tuple[int, np.ndarray]],
     quant: str,
     importance: Mapping[str, np.ndarray],
-    library: ggml.Ggml,
+    library: library.Ggml,
 ) -> list[str]:
     """Every tensor whose type or bytes are not llama.cpp's."""
     hparams = MixHparams(shape.layers, shape.heads, shape.kv_heads)
@@ -180,9 +180,9 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def own_ggml() -> ggml.Ggml:
+def own_ggml() -> library.Ggml:
     folder = Path(llama_cpp.__file__).parent / "lib"
-    return ggml.open_library(
+    return library.open_library(
         next(path for path in folder.glob("*ggml-base.*") if path.suffix in (".so", ".dylib", ".dll"))
     )
 
@@ -195,7 +195,7 @@ def importance_of(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_tensor_is_llama_cpps(name: str, own_ggml: ggml.Ggml, tmp_path: Path) -> None:
+def test_every_tensor_is_llama_cpps(name: str, own_ggml: library.Ggml, tmp_path: Path) -> None:
     shape = SHAPES[name]
     weights = random_weights(shape)
     source = tmp_path / "f32.gguf"
@@ -207,9 +207,9 @@ def test_every_tensor_is_llama_cpps(name: str, own_ggml: ggml.Ggml, tmp_path: Pa
             assert not found, f"{quant}, {'with' if importance else 'without'} imatrix: {found[:5]} of {len(found)}"
 
 
-def test_another_build_of_ggml_makes_the_same_or_as_good(own_ggml: ggml.Ggml) -> None:
+def test_another_build_of_ggml_makes_the_same_or_as_good(own_ggml: library.Ggml) -> None:
     pytest.importorskip("xllamacpp", reason="the other build of ggml: pip install 'qlora[gguf]'")
-    other = ggml.find_library()
+    other = library.find_library()
     assert other.path != own_ggml.path
     values = torch.from_numpy(random_weights(SHAPES["llama-middling"])["blk.0.ffn_down.weight"])
     for kind in (GGMLQuantizationType[name] for name in ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q5_0", "IQ4_NL")):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora.errors import ExportError
-from qlora.export.gguf import families, rope
+from qlora.export.gguf import architectures, rope
 from tests.families import make_config, make_model
 
 LLAMA3 = {
@@ -30,10 +30,10 @@ LONGROPE = {
 }
 
 
-def described(family: str, parameters: dict[str, Any], **more: Any) -> families.Layout:
+def described(family: str, parameters: dict[str, Any], **more: Any) -> architectures.Layout:
     overrides = {"rope_parameters": dict(parameters), "sliding_window": None, **more}
     model = make_model(make_config(family, overrides=overrides))
-    return families.lay_out(model, shapes_of(model))
+    return architectures.lay_out(model, shapes_of(model))
 
 
 def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from qlora.events import Recorder
-from qlora.export import runtime
 from qlora.export.gguf.metadata import About, entries, general_keys
-from qlora.export.gguf.mix import QUANTS
 from qlora.export.gguf.plan import GgufPlan, Tokens, plan
+from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.gguf.vocab import metadata
 from qlora.export.gguf.write import GgufFile, Tools, write
-from qlora.export.merge import MergedTensor
-from qlora.export.workshop import Workshop
+from qlora.export.llama_cpp import runtime
+from qlora.export.merge.merge import MergedTensor
+from qlora.export.staging import StagedExport
 from qlora.model import hub
-from qlora.model.blueprint import draw
+from qlora.model.meta_model import build
 from qlora.model.tensors import read_tensor
 
 Change = Callable[[GgufPlan], GgufPlan]
@@ -48,7 +48,7 @@ def write_base(
         for quant in quants
     ]
     finals = {quant: out / quant for quant in quants}
-    with Workshop.open(finals, {}, 1 << 20) as workshop:
+    with StagedExport.open(finals, {}, 1 << 20) as workshop:
         write(planned.layout, plain_tensors(base), files, workshop, Tools(planned.library, {}), Recorder())
         for quant in quants:
             workshop.publish(quant)
@@ -57,11 +57,11 @@ def write_base(
 
 def plain_tensors(base: hub.BaseFolder) -> list[MergedTensor]:
     """The base's own weights as if they were merged."""
-    blueprint = draw(base)
-    shapes = {name: tuple(tensor.shape) for name, tensor in blueprint.model.state_dict().items()}
+    meta_model = build(base)
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.model.state_dict().items()}
     return [
         MergedTensor(source, name, shapes[name], lambda unit, entry=base.tensors[source]: iter((read_tensor(entry),)))
-        for name, source in blueprint.sources.items()
+        for name, source in meta_model.sources.items()
     ]
 
 

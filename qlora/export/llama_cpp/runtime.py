@@ -153,7 +153,7 @@ def threads() -> int:
 
 
 def _run(file: Path, folder: Path, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "qlora.export.runtime_child", str(folder / "request.json")]
+    command = [sys.executable, "-m", "qlora.export.llama_cpp.runtime_child", str(folder / "request.json")]
     hint = "export again; if it happens again, use --no-verify and report the file's quant and base"
     with (folder / "log.txt").open("wb") as log:
         try:

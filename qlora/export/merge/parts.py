@@ -14,20 +14,20 @@ from typing import Literal
 import torch
 
 from qlora.errors import ExportError
-from qlora.export.adapter import Adapter, LoraModule, TokenRows
+from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.blueprint import draw, head_of, is_stored_4bit, linear_layers
+from qlora.model.meta_model import build, head_of, is_stored_4bit, linear_layers
 from qlora.model.tensors import TensorEntry, read_tensor
 
 # 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the
 # kernel. (Merging 14336 x 4096 on one thread of an EPYC: 1.2 G values a second, and 0.36 with 1 << 22.)
 VALUES_PER_BLOCK = 1 << 19
 
-Held = Literal["plain", "packed", "coded"]
+Storage = Literal["plain", "packed", "coded"]
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterSource:
     """Where one parameter's values come from, and what is done to them.
 
     name    in the written checkpoint
@@ -41,7 +41,7 @@ class Part:
     source: str
     shape: tuple[int, ...]
     entry: TensorEntry
-    held: Held = "plain"
+    held: Storage = "plain"
     lora: LoraModule | None = None
     rows: TokenRows | None = None
 
@@ -54,8 +54,8 @@ class Plan:
     shares one with the embeddings in the base.
     """
 
-    merged: Mapping[str, Part]
-    base: Mapping[str, Part]
+    merged: Mapping[str, ParameterSource]
+    base: Mapping[str, ParameterSource]
     embeddings: str
     own_head: bool
     parted: bool
@@ -71,17 +71,17 @@ def make_plan(base: BaseFolder, adapter: Adapter, in_4bit: bool) -> Plan:
 
     Raises ExportError when adapter and base do not belong together.
     """
-    blueprint = draw(base)
-    model = blueprint.model
+    meta_model = build(base)
+    model = meta_model.model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # A base stored in 4 bit keeps some layers in 16 bit on purpose: those are never quantized.
     coded = {f"{name}.weight" for name, _ in linear_layers(model)} if in_4bit and not base.stored_4bit else set()
-    own: dict[str, Part] = {}
-    for parameter, source in blueprint.sources.items():
+    own: dict[str, ParameterSource] = {}
+    for parameter, source in meta_model.sources.items():
         name = parameter if is_multimodal(base) else source
         packed = is_stored_4bit(base, source)
-        held: Held = "packed" if packed else "coded" if parameter in coded else "plain"
-        own[parameter] = Part(name, parameter, source, shapes[parameter], base.tensors[source], held)
+        held: Storage = "packed" if packed else "coded" if parameter in coded else "plain"
+        own[parameter] = ParameterSource(name, parameter, source, shapes[parameter], base.tensors[source], held)
     modules = {id(module): name for name, module in model.named_modules()}
     embeddings = f"{modules[id(model.get_input_embeddings())]}.weight"
     head = f"{modules[id(head_of(model))]}.weight"
@@ -98,14 +98,14 @@ def make_plan(base: BaseFolder, adapter: Adapter, in_4bit: bool) -> Plan:
     return Plan(merged, own, embeddings, head in merged, bool(parted))
 
 
-def _changed(part: Part, adapter: Adapter) -> Part:
+def _changed(part: ParameterSource, adapter: Adapter) -> ParameterSource:
     name = part.parameter
     if entry := adapter.whole.get(name) or adapter.under.get(name):
         part = replace(part, entry=entry, shape=entry.shape, held="plain")
     return replace(part, lora=adapter.lora.get(name), rows=adapter.rows.get(name))
 
 
-def _parted_head(adapter: Adapter, tied: Part, embeddings: Part) -> Part | None:
+def _parted_head(adapter: Adapter, tied: ParameterSource, embeddings: ParameterSource) -> ParameterSource | None:
     """The head of a base that ties it to its embeddings, if the trained model's differs from them, else None."""
     head, other = tied.parameter, embeddings.parameter
     if any(head in said for said in (adapter.lora, adapter.whole, adapter.under, adapter.rows)):
@@ -121,7 +121,7 @@ def _parted_head(adapter: Adapter, tied: Part, embeddings: Part) -> Part | None:
     return replace(tied, entry=under, shape=under.shape) if under else tied
 
 
-def _same_values(one: Part, other: Part) -> bool:
+def _same_values(one: ParameterSource, other: ParameterSource) -> bool:
     """Whether two parts are certain to give the same weight."""
     if (one.shape, one.entry.dtype, one.held) != (other.shape, other.entry.dtype, other.held):
         return False
@@ -151,7 +151,7 @@ def _rows_equal(one: TokenRows | None, other: TokenRows | None) -> bool:
     return one.ids == other.ids and torch.equal(read_tensor(one.values), read_tensor(other.values))
 
 
-def _check(name: str, adapter: Adapter, base: Mapping[str, Part], vocabulary: tuple[str, str]) -> None:
+def _check(name: str, adapter: Adapter, base: Mapping[str, ParameterSource], vocabulary: tuple[str, str]) -> None:
     """Every trained tensor has its place in the base, in the right shape, and something was trained at all."""
     folder, hint = adapter.folder, "name the base it was trained on (adapter_config.json tells which)"
     if not adapter.parameters:

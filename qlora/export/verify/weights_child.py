@@ -1,4 +1,4 @@
-"""Reopens what an export wrote and compares every weight: `python -m qlora.export.verify_child REQUEST.json`.
+"""Reopens what an export wrote and compares every weight: `python -m qlora.export.verify.weights_child REQUEST.json`.
 
 A process of its own, because a damaged file may take down whoever reads it. It goes over the base once more, in blocks
 of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so that a
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from qlora.errors import UserError
 from qlora.events import Sinks
-from qlora.export.adapter import read_adapter
-from qlora.export.gguf.families import GgufTensor, lay_out
-from qlora.export.merge import Merge
+from qlora.export.gguf.architectures import GgufTensor, lay_out
+from qlora.export.merge.merge import Merge
 from qlora.model import hub
-from qlora.model.blueprint import draw
+from qlora.model.adapter_folder import read_adapter
+from qlora.model.meta_model import build
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
 from qlora.recipe.sections import QuantizationSection
 
@@ -192,7 +192,7 @@ def open_gguf(path: Path, merge: Merge, types: Mapping[str, str], keys: Mapping[
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
         return _File([("opens", False, f"its header cannot be read ({error})")])
     shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
-    layout = lay_out(draw(merge.base).model, shapes)
+    layout = lay_out(build(merge.base).model, shapes)
     planned = {tensor.name: (tensor.shape, types[tensor.name]) for tensor in layout.tensors}
     planned |= {name: (values.shape, "F32") for name, values in layout.constants.items()}
     found = {entry.name: entry for entry in reader.tensors}

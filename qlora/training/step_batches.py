@@ -15,13 +15,13 @@ from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Plan
 from qlora.recipe.sections import DataSection, TrainSection
-from qlora.training import fit, probe, schedule
+from qlora.training import memory_plan, probe, schedule
 from qlora.training.probe import Pack
-from qlora.training.recovery import Fit
+from qlora.training.recovery import MemorySettings
 
 
 @dataclass(frozen=True)
-class Rows:
+class StepBatches:
     """What the steps of a run read, in their order."""
 
     split: PreparedSplit
@@ -32,7 +32,7 @@ class Rows:
     steps: int
 
     @classmethod
-    def of(cls, split: PreparedSplit, data: DataSection, train: TrainSection, pad_id: int) -> Rows:
+    def of(cls, split: PreparedSplit, data: DataSection, train: TrainSection, pad_id: int) -> StepBatches:
         """The batch size may depend on how many packs there are, so the order is made twice."""
         trial = TrainOrder(split, data, train.seed, 1)
         batch_size = schedule.auto_batch_size(len(trial.epoch_packs(0)), train)
@@ -40,7 +40,7 @@ class Rows:
         steps = train.max_steps or order.steps(train.epochs or schedule.DEFAULT_EPOCHS)
         return cls(split, data, pad_id, batch_size, order, steps)
 
-    def plan(self, now: Fit, eval_rows: int, trainable_parameters: int, total_parameters: int) -> Plan:
+    def plan(self, now: MemorySettings, eval_rows: int, trainable_parameters: int, total_parameters: int) -> Plan:
         """What will happen, with the arithmetic."""
         batch, micro = self.batch_size, now.micro_batch_size
         packs = len(self.order.epoch_packs(0))
@@ -66,7 +66,7 @@ class Rows:
                 f"{packs} {unit} an epoch ÷ {batch} a step = {per_epoch} steps an epoch; "
                 f"{batch} {unit} a step = {math.ceil(batch / micro)} micro-batches of {micro}"
             ),
-            memory=None if now.plan is None else fit.as_event(now.plan),
+            memory=None if now.plan is None else memory_plan.as_event(now.plan),
         )
 
     def longest(self, micro_batch_size: int) -> Batch:

@@ -5,11 +5,11 @@ writing can go on: how many items (tensors) were complete, how long each file wa
 written down, its bytes are flushed to the disk. A run that finds a journal of the same work cuts the files back to the
 newest point that all products share, hashes what is left, and goes on; a journal of other work is thrown away.
 
-    with Workshop.open({"hf": out}, identity, needed_bytes) as workshop:
+    with StagedExport.open({"hf": out}, identity, needed_bytes) as workshop:
         for number, tensor in enumerate(tensors):
             if number >= workshop.start:
                 workshop.append("hf", "model.safetensors", data)
-                workshop.mark(number + 1)
+                workshop.checkpoint(number + 1)
         workshop.publish("hf")
 
 Leaving by a signal keeps the hidden folders, any other exception removes them, and so does a full disk.
@@ -44,7 +44,7 @@ _Standing = dict[str, tuple[int, "Future[str] | str"]]
 
 
 @dataclass
-class _Bench:
+class _StagedFolder:
     """One product under way."""
 
     final: Path
@@ -63,10 +63,10 @@ class _Bench:
         return self.root / _FILES
 
 
-class Workshop:
+class StagedExport:
     """Product folders under way; see above. Made by `open`, used as a context manager."""
 
-    def __init__(self, benches: dict[str, _Bench], start: int, hashing: ThreadPoolExecutor) -> None:
+    def __init__(self, benches: dict[str, _StagedFolder], start: int, hashing: ThreadPoolExecutor) -> None:
         self.start = start
         self._benches = benches
         self._hashing = hashing
@@ -76,24 +76,24 @@ class Workshop:
         self._flushed: Future[None] | None = None
 
     @classmethod
-    def open(cls, finals: Mapping[str, Path], identity: Mapping[str, str], needed_bytes: int) -> Workshop:
+    def open(cls, finals: Mapping[str, Path], identity: Mapping[str, str], needed_bytes: int) -> StagedExport:
         """Begin, or go on with, the products `finals` (key to final folder), which need `needed_bytes` in all.
 
         `identity` is everything that the bytes depend on besides the product's key. Raises ExportError when the disk is
         too small, cannot be written to, or another process is at the same work.
         """
-        benches: dict[str, _Bench] = {}
+        benches: dict[str, _StagedFolder] = {}
         hashing = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         try:
             for key, final in finals.items():
-                benches[key] = _Bench(final, _take(final), {**identity, "product": key})
+                benches[key] = _StagedFolder(final, _take(final), {**identity, "product": key})
             start = _restore(benches, hashing)
             kept = sum(size for bench in benches.values() for size, _ in bench.standing.values())
             for final in finals.values():
                 _check_disk(final, needed_bytes - kept)
         except BaseException:
             for bench in benches.values():
-                _leave(bench, keep=(bench.root / _JOURNAL).is_file())
+                _close(bench, keep=(bench.root / _JOURNAL).is_file())
             hashing.shutdown()
             raise
         return cls(benches, start, hashing)
@@ -112,51 +112,51 @@ class Workshop:
         file.append(data)
         self._unsaved_bytes += file.size - before
 
-    def mark(self, item: int) -> None:
+    def checkpoint(self, item: int) -> None:
         """Say that `item` items are complete in all files; flushed and written down every RESTART_BYTES, meanwhile."""
         reached = {key: _standing(bench) for key, bench in self._benches.items()}
         for key, bench in self._benches.items():
             bench.standing = reached[key]
         self._reached = (item, reached)  # in one step: a signal may end us between any two
         if self._unsaved_bytes >= RESTART_BYTES:
-            self._settle()
+            self._wait()
             self._flushed = self._flushing.submit(self._write_down, item, reached)
             self._unsaved_bytes = 0
 
     def publish(self, key: str) -> int:
         """Give a product its final name, replacing what stood there. Returns its bytes."""
-        self._settle()
+        self._wait()
         bench = self._benches[key]
         known = {name: file.snapshot().result() for name, file in bench.files.items()}
         for file in bench.files.values():
             file.close()
         size = disk.publish_filled(bench.folder, bench.final, known)
-        _leave(self._benches.pop(key), keep=False)
+        _close(self._benches.pop(key), keep=False)
         return size
 
     def discard(self, key: str) -> None:
         """Give a product up and remove what there is of it."""
-        self._settle()
-        _leave(self._benches.pop(key), keep=False)
+        self._wait()
+        _close(self._benches.pop(key), keep=False)
 
-    def __enter__(self) -> Workshop:
+    def __enter__(self) -> StagedExport:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
         keep = isinstance(error, (StoppedBySignal, KeyboardInterrupt))
         with suppress(OSError):  # then a later run begins at an older point
-            self._settle()
+            self._wait()
             if keep:
                 self._write_down(*self._reached)
         for bench in self._benches.values():
-            _leave(bench, keep)
+            _close(bench, keep)
         self._hashing.shutdown()
         self._flushing.shutdown()
         if isinstance(error, OSError) and error.errno in disk.DISK_FULL:
             names = ", ".join(str(bench.final) for bench in self._benches.values())
             raise ExportError(f"{names}: the disk is full", _SMALL_DISK) from error
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         """Wait until the point that is being written down is. Raises the OSError that kept it from being."""
         if self._flushed is not None:
             self._flushed.result()
@@ -174,7 +174,7 @@ class Workshop:
             disk.write_atomic(bench.root / _JOURNAL, json.dumps(journal) + "\n")
 
 
-def _standing(bench: _Bench) -> _Standing:
+def _standing(bench: _StagedFolder) -> _Standing:
     """Where the product's files stand now. What has not grown since the last point is not hashed anew."""
     now: _Standing = {}
     for name, file in bench.files.items():
@@ -204,7 +204,7 @@ def _take(final: Path) -> FolderLock:
             raise ExportError(what, "name another folder with --out") from error
 
 
-def _restore(benches: Mapping[str, _Bench], hashing: ThreadPoolExecutor) -> int:
+def _restore(benches: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) -> int:
     """Bring every product to the newest point that all have reached, else to nothing. Returns that point's item."""
     for bench in benches.values():
         bench.points = _read_points(bench)
@@ -222,7 +222,7 @@ def _restore(benches: Mapping[str, _Bench], hashing: ThreadPoolExecutor) -> int:
     return start
 
 
-def _read_points(bench: _Bench) -> list[dict[str, Any]]:
+def _read_points(bench: _StagedFolder) -> list[dict[str, Any]]:
     try:
         journal = json.loads((bench.root / _JOURNAL).read_text(encoding="utf-8"))
         points = [point for point in journal["points"] if isinstance(point["item"], int)]
@@ -231,7 +231,7 @@ def _read_points(bench: _Bench) -> list[dict[str, Any]]:
         return []
 
 
-def _cut_back(bench: _Bench, files: Mapping[str, list[Any]], hashing: ThreadPoolExecutor) -> None:
+def _cut_back(bench: _StagedFolder, files: Mapping[str, list[Any]], hashing: ThreadPoolExecutor) -> None:
     """Leave in the product's folder these files, of these sizes and sha256. Raises OSError or ValueError otherwise."""
     bench.files, bench.standing = {}, {}
     if not files:
@@ -265,7 +265,7 @@ def _check_disk(final: Path, needed_bytes: int) -> None:
         )
 
 
-def _leave(bench: _Bench, keep: bool) -> None:
+def _close(bench: _StagedFolder, keep: bool) -> None:
     """Close the product's files, and remove its hidden folder or leave it for a later run."""
     for file in bench.files.values():
         file.close()

@@ -12,12 +12,12 @@ from qlora import __version__, disk
 from qlora.errors import UserError
 from qlora.events import Notice, Sink
 from qlora.export import ollama
-from qlora.export.fidelity import Fidelity
+from qlora.export.artifacts import Artifact, Source
 from qlora.export.gguf.metadata import licence_of
-from qlora.export.merge import Merge
+from qlora.export.merge.merge import Merge
 from qlora.export.ollama import OllamaModel
-from qlora.export.products import Product, Source
-from qlora.export.study import Study
+from qlora.export.verify.fidelity import Fidelity
+from qlora.export.verify.reference import TrainedReference
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import load_json
 
@@ -49,7 +49,7 @@ def shown_name(base: BaseFolder) -> str:
     return base.name if base.commit is not None else Path(base.name).name
 
 
-def gguf_card(source: Source, product: Product, file: str, merge: Merge | None, fidelity: str) -> str:
+def gguf_card(source: Source, product: Artifact, file: str, merge: Merge | None, fidelity: str) -> str:
     """The card of a folder with a GGUF file."""
     base = shown_name(source.base)
     held = {"nf4": "its weights as 4-bit training saw them (dequantized)", "full": "its original weights"}
@@ -83,7 +83,7 @@ ollama create {ollama.model_name(source.name)} -f {MODEL_FILE} && ollama run {ol
 
 
 def export_json(
-    source: Source, product: Product, merge: Merge | None, more: Mapping[str, Any], table: Sequence[Fidelity]
+    source: Source, product: Artifact, merge: Merge | None, more: Mapping[str, Any], table: Sequence[Fidelity]
 ) -> str:
     """What was exported from what, and how near it is: for programs."""
     content = {
@@ -101,7 +101,7 @@ def export_json(
     return json.dumps(content, indent=1) + "\n"
 
 
-def make_it_stop(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
+def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
     """Let a folder of safetensors stop where training taught it to: at the first of `end_ids`, the turn's own end.
 
     transformers stops at generation_config.json's ids alone (config.json's where there is no such file). A base whose
@@ -121,7 +121,7 @@ def make_it_stop(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
     sink.emit(Notice("export", message))
 
 
-def modelfile(study: Study, weights: str, adapter: str | None, add_bos: bool) -> str:
+def modelfile(study: TrainedReference, weights: str, adapter: str | None, add_bos: bool) -> str:
     """The Modelfile of `weights` (a GGUF's name, or for an adapter the name of its base)."""
     source, voice = study.source, study.voice
     config = source.base.config.get("text_config") or source.base.config

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from qlora.batch import Batch
 from qlora.errors import ExportError
-from qlora.export.gguf.families import GgufTensor
-from qlora.export.merge import MergedTensor
-from qlora.export.parts import VALUES_PER_BLOCK
+from qlora.export.gguf.architectures import GgufTensor
+from qlora.export.merge.merge import MergedTensor
+from qlora.export.merge.parts import VALUES_PER_BLOCK
 from qlora.model.base_folder import BaseFolder
-from qlora.model.blueprint import Blueprint
+from qlora.model.meta_model import MetaModel
 from qlora.model.tensors import read_tensor
 from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
 
@@ -68,9 +68,9 @@ def of_merge(tensors: Iterable[MergedTensor]) -> Weights:
     return {tensor.parameter: partial(_gather, tensor) for tensor in tensors}
 
 
-def of_folder(blueprint: Blueprint, folder: BaseFolder) -> Weights:
-    """Weights read from a folder of safetensors, `blueprint` drawn from that same folder."""
-    return {name: partial(read_tensor, folder.tensors[source]) for name, source in blueprint.sources.items()}
+def of_folder(meta_model: MetaModel, folder: BaseFolder) -> Weights:
+    """Weights read from a folder of safetensors, `meta_model` drawn from that same folder."""
+    return {name: partial(read_tensor, folder.tensors[source]) for name, source in meta_model.sources.items()}
 
 
 def of_gguf(file: Path, tensors: Iterable[GgufTensor]) -> Weights:
@@ -97,7 +97,7 @@ def dequantized_rows(entry: Any, unit: int) -> Iterator[Tensor]:
 def vocabulary_logprobs(model: Any, weights: Weights, batches: Sequence[Batch], compute: Compute) -> Iterator[Tensor]:
     """Log-probabilities of the whole vocabulary at the trained positions, in order, as fp32 chunks (C, V).
 
-    `model` is a blueprint's: parameters on `meta`, buffers real; it is so again afterwards. Raises ExportError for a
+    `model` is a meta_model's: parameters on `meta`, buffers real; it is so again afterwards. Raises ExportError for a
     model whose layers are not found, or a weight that `weights` lacks.
     """
     model.eval()

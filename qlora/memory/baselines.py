@@ -31,7 +31,7 @@ from qlora.step.optimizer import AdapterOptimizer
 
 
 @dataclass(frozen=True)
-class Stack:
+class Baseline:
     """What differs: dtypes of what is not in 4 bit, master copies, the loss."""
 
     name: str
@@ -72,12 +72,12 @@ class Stack:
         return AdapterOptimizer(parameters, name, weight_decay, masters=self.masters)
 
 
-STACKS: dict[str, Stack] = {
-    "qlora": Stack("qlora"),
-    "plain": Stack(
+BASELINES: dict[str, Baseline] = {
+    "qlora": Baseline("qlora"),
+    "plain": Baseline(
         "plain", dtype=torch.float32, adapter_dtype=torch.float32, masters=False, chunked_loss=False, autocast=True
     ),
-    "torchtune": Stack("torchtune", masters=False),
+    "torchtune": Baseline("torchtune", masters=False),
 }
 
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.events import Notice, Sink
-from qlora.memory import beyond, calibration, hardware
+from qlora.memory import calibration, hardware, overheads
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.plan import Plan, Planner, choose
-from qlora.model.blueprint import text_config
+from qlora.model.meta_model import text_config
 from qlora.recipe.reading import Recipe
 from qlora.training import schedule
 from qlora.training.evaluate import questions_of
 from qlora.training.memory_use import Measured, current_rss_bytes
-from qlora.training.recovery import Fit
+from qlora.training.recovery import MemorySettings
 
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
@@ -27,7 +27,7 @@ PAD_TO_MULTIPLE = 8  # what the loader pads rows to
 _NOT_ON_META = (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
-def facts_of(recipe: Recipe, data: PreparedData, chat: ChatTokenizer) -> DataFacts:
+def data_facts(recipe: Recipe, data: PreparedData, chat: ChatTokenizer) -> DataFacts:
     """What the rows say about memory. A pack of some epoch may be as long as all rows together, or as a pack may be."""
     lengths = data.train.lengths
     longest = min(sum(lengths), recipe.data.max_length) if recipe.data.packing else max(lengths, default=1)
@@ -44,12 +44,12 @@ def facts_of(recipe: Recipe, data: PreparedData, chat: ChatTokenizer) -> DataFac
     )
 
 
-def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> Fit:
+def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> MemorySettings:
     """The settings of the run, with "auto" decided. Raises DoesNotFit, with remedies, when nothing fits the limit."""
     machine = hardware.this_machine(recipe.memory.limit)
     if recipe.memory.limit == "auto":
         # What is left does not count what this process has taken already (its CUDA context too); the estimate does.
-        taken = current_rss_bytes() if machine.device_type == "cpu" else beyond.CUDA_CONTEXT_BYTES
+        taken = current_rss_bytes() if machine.device_type == "cpu" else overheads.CUDA_CONTEXT_BYTES
         machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
     text, _ = text_config(base.config, base.name)
     estimator = Estimator(text, base.name, machine)
@@ -59,14 +59,14 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
-        return Fit(1 if rows == "auto" else rows, recompute in (True, "auto"))
+        return MemorySettings(1 if rows == "auto" else rows, recompute in (True, "auto"))
     return fit_of(plan, Planner(estimator, facts))
 
 
-def fit_of(plan: Plan, planner: Planner) -> Fit:
+def fit_of(plan: Plan, planner: Planner) -> MemorySettings:
     train = plan.recipe.train
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
-    return Fit(train.micro_batch_size, train.gradient_checkpointing, plan=plan, planner=planner)
+    return MemorySettings(train.micro_batch_size, train.gradient_checkpointing, plan=plan, planner=planner)
 
 
 def as_event(plan: Plan) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def as_event(plan: Plan) -> dict[str, Any]:
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 
-def compare(fit: Fit, measured: Measured) -> dict[str, dict[str, int]] | None:
+def compare(fit: MemorySettings, measured: Measured) -> dict[str, dict[str, int]] | None:
     """Predicted beside measured, part by part; on a GPU the pair is remembered for later estimates."""
     if fit.plan is None or fit.planner is None:
         return None

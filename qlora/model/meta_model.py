@@ -20,7 +20,7 @@ from torch import nn
 from qlora.errors import ModelError
 from qlora.model import attention as our_attention
 from qlora.model.base_folder import BaseFolder
-from qlora.model.config import open_config
+from qlora.model.config_filter import open_config
 from qlora.model.tensors import TensorEntry, read_tensor
 
 # Subclasses of nn.Linear that compute the same, so that a 4-bit layer may take their place.
@@ -41,7 +41,7 @@ _TEXT_PREFIXES = (
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class MetaModel:
     """`model` without weights; `sources` from parameter (or stored buffer) to checkpoint name; `skipped` are not used.
 
     `attention` is what the model was built with; `skipped` leaves out companions of 4-bit weights.
@@ -53,19 +53,19 @@ class Blueprint:
     attention: str
 
 
-def draw(base: BaseFolder, attention: str = "auto") -> Blueprint:
-    """The blueprint of `base` with `attention` "auto", "sdpa" or "eager".
+def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
+    """The meta_model of `base` with `attention` "auto", "sdpa" or "eager".
 
     Raises ModelError when transformers cannot build the model, when a parameter has no tensor of its shape, or when the
     weights are of a kind that 4-bit layers cannot hold.
     """
     text, multimodal = text_config(base.config, base.name, head_stored=_head_is_stored(base))
     chosen = choose_attention(text, attention, base.name)
-    model = sketch(text, chosen, base.name)
+    model = build_unmatched(text, chosen, base.name)
     _untie_if_stored_apart(base, text, model)
     check_layers(model, base.name)
     sources, skipped = _match(base, model, multimodal)
-    return Blueprint(model, sources, skipped, chosen)
+    return MetaModel(model, sources, skipped, chosen)
 
 
 def text_config(said: Mapping[str, Any], name: str, head_stored: bool = False) -> tuple[Any, bool]:
@@ -84,7 +84,7 @@ def _head_is_stored(base: BaseFolder) -> bool:
     return "lm_head.weight" in {*base.tensors, *_text_names(base.tensors, multimodal=True)}
 
 
-def sketch(text: Any, attention: str, name: str) -> Any:
+def build_unmatched(text: Any, attention: str, name: str) -> Any:
     """The causal model of a configuration: parameters on `meta`, buffers real. `attention` by `choose_attention`."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -111,7 +111,7 @@ def _told_as_model_errors(name: str) -> Iterator[None]:
 
 def parameter_sources(base: BaseFolder) -> Mapping[str, str]:
     """Name in the causal (text) model to name in the checkpoint, for every parameter and buffer that is stored."""
-    return draw(base).sources
+    return build(base).sources
 
 
 def head_of(model: Any) -> Any:
@@ -129,11 +129,11 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 
 def quantized_modules(base: BaseFolder) -> frozenset[str]:
     """The layers that are held in 4 bit when `base` is loaded so, by their name in the causal model."""
-    blueprint = draw(base)
-    names = frozenset(name for name, _ in linear_layers(blueprint.model))
+    meta_model = build(base)
+    names = frozenset(name for name, _ in linear_layers(meta_model.model))
     if not base.stored_4bit:
         return names
-    return frozenset(name for name in names if is_stored_4bit(base, blueprint.sources[f"{name}.weight"]))
+    return frozenset(name for name in names if is_stored_4bit(base, meta_model.sources[f"{name}.weight"]))
 
 
 def is_stored_4bit(base: BaseFolder, tensor: str) -> bool:

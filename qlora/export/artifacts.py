@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qlora.errors import ExportError
-from qlora.export.adapter import Adapter
-from qlora.export.gguf.mix import QUANTS
-from qlora.export.merge import Merge, MergeBase
+from qlora.export.gguf.quant_mixes import QUANTS
+from qlora.export.merge.merge import Merge, MergeBase
+from qlora.model.adapter_folder import Adapter, Provenance
 from qlora.model.base_folder import BaseFolder
-from qlora.training.deliver import Provenance
 
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
@@ -26,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How to export.
 
     verify         reopen and measure what was written
@@ -56,14 +55,14 @@ class Source:
     base: BaseFolder
     device: torch.device
     datasets: tuple[str, ...] = ()
-    rows: Rows | None = None
+    rows: RunRows | None = None
 
     def merge(self, merge_base: MergeBase, dtype: torch.dtype) -> Merge:
         return Merge(self.base, self.adapter, merge_base, self.origin.quantization, self.device, dtype)
 
 
 @dataclass(frozen=True)
-class Rows:
+class RunRows:
     """A run's rows as tokens, with what made them."""
 
     data: PreparedData
@@ -72,7 +71,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Product:
+class Artifact:
     """One folder to be published. `key` is "hf", "gguf-<quant>" or "adapter-gguf"."""
 
     key: str
@@ -81,7 +80,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedArtifact:
     """A published product. `merge_base` and `merged_modules` are None and 0 for an adapter alone."""
 
     format: str
@@ -98,7 +97,7 @@ class Report:
     verification). `checks` are the structural ones by product: name, whether it held, detail.
     """
 
-    products: tuple[Exported, ...]
+    products: tuple[ExportedArtifact, ...]
     merge_base: MergeBase | None
     fidelity: tuple[Any, ...] = ()
     checks: tuple[tuple[str, str, bool, str], ...] = ()
@@ -109,7 +108,7 @@ class Report:
         return self.products[0].folder
 
 
-def plan_products(to: Sequence[str], quants: Sequence[str], out: Path | None, default: Path) -> list[Product]:
+def plan_products(to: Sequence[str], quants: Sequence[str], out: Path | None, default: Path) -> list[Artifact]:
     """The products that `to` and `quants` name. One alone takes the folder `out` itself, several take folders in it.
 
     Raises ExportError for unknown names, and for quants without "gguf".
@@ -130,5 +129,5 @@ def plan_products(to: Sequence[str], quants: Sequence[str], out: Path | None, de
         raise ExportError("nothing to export", f"name a format: --to {FORMATS[0]}")
     parent = default if out is None else out
     if out is not None and len(wanted) == 1:
-        return [Product(wanted[0][0], out, wanted[0][1])]
-    return [Product(key, parent / key, quant) for key, quant in wanted]
+        return [Artifact(wanted[0][0], out, wanted[0][1])]
+    return [Artifact(key, parent / key, quant) for key, quant in wanted]

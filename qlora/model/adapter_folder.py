@@ -16,6 +16,7 @@ from typing import Any
 
 from qlora.errors import ExportError
 from qlora.model.tensors import FLOAT_DTYPES, TensorEntry, read_header
+from qlora.recipe.sections import QuantizationSection
 
 PREFIX = "base_model.model."
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -207,3 +208,35 @@ def _pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+PROVENANCE_FILE = "qlora.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an adapter was trained against. `fingerprint` is None where the adapter is not ours."""
+
+    base: str
+    revision: str
+    fingerprint: str | None
+    quantization: QuantizationSection
+
+
+def provenance(folder: Path, adapter_config: Mapping[str, Any]) -> Provenance:
+    """From our own file in the adapter's folder, or from PEFT's config alone for an adapter made elsewhere."""
+    file = folder / PROVENANCE_FILE
+    if file.is_file():
+        said = json.loads(file.read_text(encoding="utf-8"))
+        quantization = QuantizationSection(**said["quantization"])
+        return Provenance(said["base"], said["revision"], said["fingerprint"], quantization)
+    base = str(adapter_config.get("base_model_name_or_path") or "")
+    return Provenance(base, str(adapter_config.get("revision") or "main"), None, QuantizationSection())
+
+
+def delivered_step(run_dir: Path) -> int | None:
+    """The step of the adapter that lies in a run's folder, by its own word; None where there is none."""
+    try:
+        return int(json.loads((run_dir / "adapter" / PROVENANCE_FILE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -28,11 +28,10 @@ from qlora.batch import Batch
 from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
 from qlora.data.packing import pack
-from qlora.data.store import PreparedSplit
+from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
-from qlora.export.streamed import head_logprobs, trained_hidden
-from qlora.step.forward import CausalParts, hidden_states
-from qlora.training.evaluate import evaluating
+from qlora.export.verify.streamed import head_logprobs, trained_hidden
+from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 # The trained model's log-probabilities on the disk: 65,536 positions at a vocabulary of 2,048, 883 at one of 152,064.
 REFERENCE_BYTES = 512 << 20

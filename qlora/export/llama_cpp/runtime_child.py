@@ -1,4 +1,4 @@
-"""llama.cpp through its C functions, in a process of its own: `python -m qlora.export.runtime_child REQUEST.json`.
+"""llama.cpp through its C functions, in a process of its own.
 
 A file that llama.cpp cannot read may abort the process that loads it, so nothing of this runs in the parent; and
 nothing of the package is imported, only its library is opened. Why not the packages' own interfaces: xllamacpp's hands

@@ -32,7 +32,7 @@ _PRODUCTS = frozenset(
 
 
 @contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
+def fast_matmul(device: torch.device) -> Iterator[None]:
     """Inside the block, bf16 products on the CPU run in fp32 where that is faster; on a GPU nothing changes."""
     if device.type != "cpu" or has_bf16_products():
         yield

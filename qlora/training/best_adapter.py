@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,46 +10,15 @@ from typing import Any
 from qlora import __version__, disk
 from qlora.events import Saved, Sink
 from qlora.model import adapters
+from qlora.model.adapter_folder import PROVENANCE_FILE
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tokenizer import copy_tokenizer
 from qlora.recipe.reading import Recipe, recipe_toml
-from qlora.recipe.sections import QuantizationSection
 from qlora.training.checkpoint import RunState
 
-PROVENANCE_FILE = "qlora.json"
-
 
 @dataclass(frozen=True)
-class Provenance:
-    """What an adapter was trained against. `fingerprint` is None where the adapter is not ours."""
-
-    base: str
-    revision: str
-    fingerprint: str | None
-    quantization: QuantizationSection
-
-
-def provenance(folder: Path, adapter_config: Mapping[str, Any]) -> Provenance:
-    """From our own file in the adapter's folder, or from PEFT's config alone for an adapter made elsewhere."""
-    file = folder / PROVENANCE_FILE
-    if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
-        quantization = QuantizationSection(**said["quantization"])
-        return Provenance(said["base"], said["revision"], said["fingerprint"], quantization)
-    base = str(adapter_config.get("base_model_name_or_path") or "")
-    return Provenance(base, str(adapter_config.get("revision") or "main"), None, QuantizationSection())
-
-
-def delivered_step(run_dir: Path) -> int | None:
-    """The step of the adapter that lies in a run's folder, by its own word; None where there is none."""
-    try:
-        return int(json.loads((run_dir / "adapter" / PROVENANCE_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-@dataclass(frozen=True)
-class Delivery:
+class BestAdapter:
     """What the delivered folder says about the run."""
 
     model: Any

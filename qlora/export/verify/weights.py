@@ -19,8 +19,8 @@ from typing import Any
 from qlora.errors import ExportError
 from qlora.export.gguf.vocab import Entry
 from qlora.export.hf import DTYPE_NAMES, patched_config, patched_tokenizer_config
-from qlora.export.merge import Merge
-from qlora.export.runtime import Answer
+from qlora.export.llama_cpp.runtime import Answer
+from qlora.export.merge.merge import Merge
 from qlora.model.tensors import load_json, total_bytes
 from qlora.model.tokenizer import TOKENIZER_FILES, has_template
 
@@ -114,7 +114,7 @@ def reopen(merge: Merge, targets: Sequence[Target], limit_seconds: float | None 
 
 def _run(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, "-m", "qlora.export.verify_child", str(folder / "request.json")]
+    command = [sys.executable, "-m", "qlora.export.verify.weights_child", str(folder / "request.json")]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:

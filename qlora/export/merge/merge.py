@@ -24,12 +24,20 @@ from torch import Tensor
 
 from qlora import __version__, disk
 from qlora.errors import ExportError
-from qlora.export.adapter import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows, read_adapter, scale_of
-from qlora.export.parts import VALUES_PER_BLOCK, Part, Plan, is_multimodal, make_plan
+from qlora.export.merge.parts import VALUES_PER_BLOCK, ParameterSource, Plan, is_multimodal, make_plan
 from qlora.model import nf4
+from qlora.model.adapter_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    Adapter,
+    LoraModule,
+    TokenRows,
+    read_adapter,
+    scale_of,
+)
 from qlora.model.base_folder import BaseFolder
-from qlora.model.blueprint import draw
 from qlora.model.load import stored_4bit
+from qlora.model.meta_model import build
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
 
@@ -143,10 +151,10 @@ class Merge:
             )
         return make_plan(self.base, self.adapter, self.merge_base == "nf4" and self.quantization.type != "none")
 
-    def _tensor(self, part: Part, dtype: torch.dtype) -> MergedTensor:
+    def _tensor(self, part: ParameterSource, dtype: torch.dtype) -> MergedTensor:
         return MergedTensor(part.name, part.parameter, part.shape, lambda unit: self._blocks(part, dtype, unit))
 
-    def _blocks(self, part: Part, dtype: torch.dtype, unit: int) -> Iterator[Tensor]:
+    def _blocks(self, part: ParameterSource, dtype: torch.dtype, unit: int) -> Iterator[Tensor]:
         """Blocks of rows of one part, merged, in `dtype`, on the CPU."""
         add = _adder(part.lora, self.device, lambda: self._base_blocks(part, 1)) if part.lora else None
         start = 0
@@ -158,7 +166,7 @@ class Merge:
             start += block.shape[0] if block.ndim else 1
             yield block.to(dtype=dtype).cpu()
 
-    def _base_blocks(self, part: Part, unit: int) -> Iterator[Tensor]:
+    def _base_blocks(self, part: ParameterSource, unit: int) -> Iterator[Tensor]:
         """What the adapter is added to: as it is stored, or bf16 where it comes from 4 bit."""
         if len(part.shape) < 2:
             yield read_tensor(part.entry)
@@ -172,7 +180,7 @@ class Merge:
         for start in range(0, rows, step):
             yield read(start, min(rows, start + step))
 
-    def _quantized(self, part: Part) -> nf4.Quantized:
+    def _quantized(self, part: ParameterSource) -> nf4.Quantized:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""
         if part.held == "packed":
             return stored_4bit(self.base, part.source, self.device)
@@ -191,7 +199,7 @@ def _text_config(base: BaseFolder) -> dict[str, Any]:
     """The config of a multimodal base's text model: its own section, with what the whole says for all parts."""
     shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
     whole = {key: base.config[key] for key in shared if key in base.config}
-    return {**whole, **base.config["text_config"], "architectures": [type(draw(base).model).__name__]}
+    return {**whole, **base.config["text_config"], "architectures": [type(build(base).model).__name__]}
 
 
 # --- arithmetic on blocks of rows -------------------------------------------------------------------------------------

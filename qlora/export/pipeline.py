@@ -17,26 +17,26 @@ import torch
 
 from qlora import disk
 from qlora.errors import ExportError
-from qlora.events import Exported as ExportedEvent
+from qlora.events import Exported, Notice, Sink
 from qlora.events import Fidelity as FidelityEvent
-from qlora.events import Notice, Sink
-from qlora.export import companions, hf, inspection, verify
+from qlora.export import cards, hf
 from qlora.export import imatrix as importance
-from qlora.export.fidelity import Fidelity
+from qlora.export.artifacts import DTYPES, Artifact, ExportedArtifact, ExportOptions, Report, Source
 from qlora.export.gguf import lora, write
 from qlora.export.gguf import plan as gguf_plan
 from qlora.export.gguf import vocab as vocabulary
 from qlora.export.gguf.metadata import About, entries, general_keys
-from qlora.export.gguf.mix import QUANTS
 from qlora.export.gguf.plan import GgufPlan, Tokens
+from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.gguf.rope import Key
 from qlora.export.gguf.write import GgufFile, Tools
-from qlora.export.inspection import Inspection
-from qlora.export.merge import Merge, MergeBase
-from qlora.export.products import DTYPES, Exported, Options, Product, Report, Source
-from qlora.export.study import Study, better_base, study
-from qlora.export.verify import Verified
-from qlora.export.workshop import Workshop, check_disk
+from qlora.export.merge.merge import Merge, MergeBase
+from qlora.export.staging import StagedExport, check_disk
+from qlora.export.verify import checks, weights
+from qlora.export.verify.checks import Inspection
+from qlora.export.verify.fidelity import Fidelity
+from qlora.export.verify.reference import TrainedReference, better_base, study
+from qlora.export.verify.weights import Verified
 
 IMATRIX_FILE = "imatrix.gguf"
 
@@ -46,12 +46,12 @@ class _Job:
     """An export under way: what was planned, the hidden folders, and what came of each product so far."""
 
     source: Source
-    products: Sequence[Product]
-    options: Options
+    products: Sequence[Artifact]
+    options: ExportOptions
     sink: Sink
     plan: GgufPlan | None
-    study: Study
-    workshops: dict[str, Workshop] = field(default_factory=dict)
+    study: TrainedReference
+    workshops: dict[str, StagedExport] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     inspections: dict[str, Inspection] = field(default_factory=dict)
     failures: dict[str, ExportError] = field(default_factory=dict)
@@ -61,10 +61,10 @@ class _Job:
         assert self.plan is not None, "there is a plan wherever a GGUF file is made"
         return self.plan
 
-    def named(self, prefix: str) -> list[Product]:
+    def named(self, prefix: str) -> list[Artifact]:
         return [product for product in self.products if product.key.startswith(prefix)]
 
-    def file_name(self, product: Product) -> str:
+    def file_name(self, product: Artifact) -> str:
         """Of a product's GGUF file, such as support-Q4_K_M.gguf."""
         label = QUANTS[product.quant].label if product.quant else "LoRA"
         return f"{self.source.name}-{label}.gguf"
@@ -72,9 +72,9 @@ class _Job:
 
 def produce(
     source: Source,
-    products: Sequence[Product],
+    products: Sequence[Artifact],
     merge_base: Literal["auto", "nf4", "full"],
-    options: Options,
+    options: ExportOptions,
     sink: Sink,
 ) -> Report:
     """Make `products` of an adapter and its base. Raises ExportError for what cannot be made, or was made and is not
@@ -101,7 +101,7 @@ def produce(
 # --- before a weight is read -----------------------------------------------------------------------------------------
 
 
-def _refuse_idle(options: Options, products: Sequence[Product]) -> None:
+def _refuse_idle(options: ExportOptions, products: Sequence[Artifact]) -> None:
     """An option must not be a silent nothing."""
     quants = [product.quant for product in products if product.quant]
     if options.max_kl is not None and not options.verify:
@@ -116,9 +116,9 @@ def _refuse_idle(options: Options, products: Sequence[Product]) -> None:
 
 def _plan(
     source: Source,
-    products: Sequence[Product],
+    products: Sequence[Artifact],
     merge_base: Literal["auto", "nf4", "full"],
-    options: Options,
+    options: ExportOptions,
     sink: Sink,
 ) -> GgufPlan | None:
     """What can be found wrong at once: another base, too little to merge, what llama.cpp cannot express."""
@@ -138,7 +138,7 @@ def _plan(
     return plan
 
 
-def _check_disk(source: Source, products: Sequence[Product], options: Options, plan: GgufPlan | None) -> None:
+def _check_disk(source: Source, products: Sequence[Artifact], options: ExportOptions, plan: GgufPlan | None) -> None:
     """Room for all products together; each one's own is looked at again when it begins."""
     needed = 0
     for product in products:
@@ -169,10 +169,10 @@ def _choose_base(job: _Job, wanted: Literal["auto", "nf4", "full"]) -> MergeBase
 def _write_hf(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
     for product in job.named("hf"):
         merge = job.source.merge(_known(chosen), DTYPES[job.options.dtype])
-        opened = Workshop.open({product.key: product.folder}, merge.identity(), hf.planned_bytes(merge))
+        opened = StagedExport.open({product.key: product.folder}, merge.identity(), hf.planned_bytes(merge))
         job.workshops[product.key] = stack.enter_context(opened)
         job.tensors[product.key] = hf.fill(merge, opened, job.sink)
-        companions.make_it_stop(opened.folder(product.key), job.study.voice.end_ids, job.sink)
+        cards.add_stop_token(opened.folder(product.key), job.study.voice.end_ids, job.sink)
 
 
 def _write_ggufs(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
@@ -188,7 +188,7 @@ def _write_ggufs(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
     if matrix is not None:
         identity["imatrix"] = matrix.sha256()
     finals = {product.key: product.folder for product in products}
-    opened = Workshop.open(finals, identity, sum(file.nbytes(layout) for file in files))
+    opened = StagedExport.open(finals, identity, sum(file.nbytes(layout) for file in files))
     job.workshops |= dict.fromkeys(finals, stack.enter_context(opened))
     weights = {} if matrix is None else matrix.renamed(layout.names).importance()
     write.write(layout, merge.tensors(), files, opened, Tools(plan.library, weights), job.sink)
@@ -198,7 +198,7 @@ def _write_ggufs(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
             importance.write(matrix, opened.folder(product.key) / IMATRIX_FILE, layout.names, job.source.datasets)
 
 
-def _keys(job: _Job, product: Product) -> tuple[vocabulary.Entry, ...]:
+def _keys(job: _Job, product: Artifact) -> tuple[vocabulary.Entry, ...]:
     """Every key of a model file."""
     assert product.quant is not None
     about = About.of(job.source.base, job.source.name, job.source.datasets)
@@ -220,12 +220,12 @@ def _write_adapter(job: _Job, stack: ExitStack) -> None:
     for product in job.named("adapter-"):
         source = job.source
         identity = source.merge("nf4", torch.float32).identity()
-        opened = Workshop.open({product.key: product.folder}, identity, lora.planned_bytes(source.adapter))
+        opened = StagedExport.open({product.key: product.folder}, identity, lora.planned_bytes(source.adapter))
         job.workshops[product.key] = stack.enter_context(opened)
         if opened.start == 0:
             about = About.of(source.base, source.name, source.datasets)
             lora.write(source.adapter, job.planned.layout, about, opened, (product.key, job.file_name(product)))
-            opened.mark(1)
+            opened.checkpoint(1)
         job.tensors[product.key] = 2 * len(source.adapter.lora)
 
 
@@ -235,23 +235,21 @@ def _write_adapter(job: _Job, stack: ExitStack) -> None:
 def _verify(job: _Job, chosen: MergeBase | None) -> None:
     """Reopen and measure each product where it lies; what does not hold is remembered, the others go on."""
     folders = {key: workshop.folder(key) for key, workshop in job.workshops.items()}
-    weights: dict[str, Verified] = {}
+    verified: dict[str, Verified] = {}
     if chosen is not None:
         merge = job.source.merge(chosen, torch.float32)
-        weights = inspection.reopen(
-            merge, {p.key: _target(job, p, chosen) for p in job.products if p.key in _merged(job)}
-        )
+        verified = checks.reopen(merge, {p.key: _target(job, p, chosen) for p in job.products if p.key in _merged(job)})
     for product in job.products:
         folder = folders[product.key]
         file = folder / job.file_name(product)
         try:
             if product.key == "hf":
                 written = job.source.merge(_known(chosen), DTYPES[job.options.dtype])
-                found = inspection.inspect_folder(job.study, written, folder, weights[product.key], job.sink)
+                found = checks.inspect_folder(job.study, written, folder, verified[product.key], job.sink)
             elif product.quant is None:
-                found = inspection.inspect_adapter(job.source.adapter, job.planned, file)
+                found = checks.inspect_adapter(job.source.adapter, job.planned, file)
             else:
-                found = inspection.inspect_gguf(job.study, job.planned, file, product.key, weights[product.key])
+                found = checks.inspect_gguf(job.study, job.planned, file, product.key, verified[product.key])
             job.inspections[product.key] = found
             _refuse_far(found.fidelity, job.options.max_kl)
         except ExportError as error:
@@ -262,13 +260,13 @@ def _merged(job: _Job) -> set[str]:
     return {product.key for product in job.products if product.key != "adapter-gguf"}
 
 
-def _target(job: _Job, product: Product, chosen: MergeBase) -> verify.Target:
+def _target(job: _Job, product: Artifact, chosen: MergeBase) -> weights.Target:
     """What of a merged product is to be compared with its base and adapter."""
     folder = job.workshops[product.key].folder(product.key)
     if product.quant is None:
-        return verify.folder_target(folder, job.source.merge(chosen, DTYPES[job.options.dtype]))
+        return weights.folder_target(folder, job.source.merge(chosen, DTYPES[job.options.dtype]))
     types = job.planned.choices[product.quant].types
-    return verify.gguf_target(folder / job.file_name(product), types, _keys(job, product))
+    return weights.gguf_target(folder / job.file_name(product), types, _keys(job, product))
 
 
 def _refuse_far(line: Fidelity | None, max_kl: float | None) -> None:
@@ -295,36 +293,36 @@ def _publish(job: _Job, chosen: MergeBase | None) -> Report:
         size = workshop.publish(product.key)
         merged = len(merge.changed) if merge is not None else 0
         base = merge.merge_base if merge is not None else None
-        done.append(Exported(product.key, product.folder, size, job.tensors[product.key], merged, base))
+        done.append(ExportedArtifact(product.key, product.folder, size, job.tensors[product.key], merged, base))
         kl = found.fidelity.kl if (found := job.inspections.get(product.key)) and found.fidelity else None
-        job.sink.emit(ExportedEvent(product.key, str(product.folder), size, base, kl))
+        job.sink.emit(Exported(product.key, str(product.folder), size, base, kl))
     for error in job.failures.values():
         raise error
-    checks = tuple(
+    results = tuple(
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
-    return Report(tuple(done), chosen, table, checks)
+    return Report(tuple(done), chosen, table, results)
 
 
-def _write_companions(job: _Job, product: Product, merge: Merge | None, table: Sequence[Fidelity]) -> None:
+def _write_companions(job: _Job, product: Artifact, merge: Merge | None, table: Sequence[Fidelity]) -> None:
     folder = job.workshops[product.key].folder(product.key)
     texts = job.study.texts
-    markdown = companions.fidelity_markdown(table, texts)
+    markdown = cards.fidelity_markdown(table, texts)
     found = job.inspections.get(product.key)
     more = {"tensors": job.tensors[product.key], "checks": [check.as_dict() for check in found.checks] if found else []}
-    disk.write_atomic(folder / companions.EXPORT_FILE, companions.export_json(job.source, product, merge, more, table))
+    disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, product, merge, more, table))
     if product.key == "hf":
         assert merge is not None
         card = hf.card(merge, markdown)
     else:
         name = job.file_name(product)
-        card = companions.gguf_card(job.source, product, name, merge, markdown)
+        card = cards.gguf_card(job.source, product, name, merge, markdown)
         base_file = (
             f"{Path(job.source.base.name).name}.gguf"  # for the user to put there, or to rename in the Modelfile
         )
-        weights, adapter = (name, None) if merge is not None else (base_file, name)
-        text = companions.modelfile(job.study, weights, adapter, job.planned.vocab.add_bos)
-        disk.write_atomic(folder / companions.MODEL_FILE, text)
+        file, adapter = (name, None) if merge is not None else (base_file, name)
+        text = cards.modelfile(job.study, file, adapter, job.planned.vocab.add_bos)
+        disk.write_atomic(folder / cards.MODEL_FILE, text)
     disk.write_atomic(folder / "README.md", card)
 
 

@@ -15,16 +15,17 @@ import numpy as np
 
 from qlora.errors import ExportError
 from qlora.events import Sink
-from qlora.export import runtime, streamed, verify
-from qlora.export.adapter import Adapter
-from qlora.export.fidelity import Fidelity
 from qlora.export.gguf.lora import expected_matrices
 from qlora.export.gguf.plan import GgufPlan
 from qlora.export.gguf.probes import PROBE_TEXTS, Limit, comparable
-from qlora.export.merge import Merge
-from qlora.export.study import Study
-from qlora.export.verify import Check, Target, Verified
+from qlora.export.llama_cpp import runtime
+from qlora.export.merge.merge import Merge
+from qlora.export.verify import streamed, weights
+from qlora.export.verify.fidelity import Fidelity
+from qlora.export.verify.reference import TrainedReference
+from qlora.export.verify.weights import Check, Target, Verified
 from qlora.model import hub
+from qlora.model.adapter_folder import Adapter
 
 _HINT = "export again; if it happens again, report it with this line"
 
@@ -41,12 +42,12 @@ def reopen(merge: Merge, targets: Mapping[str, Target]) -> dict[str, Verified]:
     """The weights of each product against what must stand in them, by product."""
     if not targets:
         return {}
-    return dict(zip(targets, verify.reopen(merge, list(targets.values())), strict=True))
+    return dict(zip(targets, weights.reopen(merge, list(targets.values())), strict=True))
 
 
-def inspect_folder(study: Study, merge: Merge, folder: Path, weights: Verified, sink: Sink) -> Inspection:
+def inspect_folder(study: TrainedReference, merge: Merge, folder: Path, verified: Verified, sink: Sink) -> Inspection:
     """A folder of safetensors. Raises ExportError naming the first thing that does not hold."""
-    checks = [*weights.checks, *verify.check_companions(merge, folder, study.voice.end_ids)]
+    checks = [*verified.checks, *weights.check_companions(merge, folder, study.voice.end_ids)]
     Verified(folder, tuple(checks)).require()
     line = None
     if study.reference is not None:
@@ -56,7 +57,7 @@ def inspect_folder(study: Study, merge: Merge, folder: Path, weights: Verified, 
     return Inspection(tuple(checks), line)
 
 
-def inspect_gguf(study: Study, plan: GgufPlan, file: Path, name: str, verified: Verified) -> Inspection:
+def inspect_gguf(study: TrainedReference, plan: GgufPlan, file: Path, name: str, verified: Verified) -> Inspection:
     """A GGUF file, called `name` in the table: through llama.cpp where one is installed, else through transformers.
 
     Raises ExportError naming the first thing that does not hold.
@@ -68,14 +69,13 @@ def inspect_gguf(study: Study, plan: GgufPlan, file: Path, name: str, verified: 
         checks.append(Check("llama.cpp", True, 'not asked: pip install "qlora[gguf]" brings one'))
         if study.reference is None:
             return Inspection(tuple(checks))
-        weights = streamed.of_gguf(file, plan.layout.tensors)
-        return Inspection(tuple(checks), study.measure_weights(name, weights, size))
+        return Inspection(tuple(checks), study.measure_weights(name, streamed.of_gguf(file, plan.layout.tensors), size))
     rows = study.reference.positions.documents() if study.reference is not None else []
     texts = tuple(comparable(PROBE_TEXTS, plan.vocab.limits, plan.vocab.specials))
     add_special = Limit.PLAIN_TEXT not in plan.vocab.limits
     with runtime.ask(found, file, runtime.Request(texts=texts, add_special=add_special, rows=rows)) as answer:
-        checks += verify.check_answer(answer, study.voice.end_ids, plan.vocab.chat_template)
-        checks.append(verify.check_tokens(answer, texts, study.voice.tokenizer, add_special))
+        checks += weights.check_answer(answer, study.voice.end_ids, plan.vocab.chat_template)
+        checks.append(weights.check_tokens(answer, texts, study.voice.tokenizer, add_special))
         Verified(file, tuple(checks)).require()
         line = None
         if study.reference is not None:

@@ -18,14 +18,14 @@ import torch
 from qlora.data.template import ChatTemplate
 from qlora.errors import ExportError, TokenizerError
 from qlora.events import Notice, Sink, Sinks
-from qlora.export import fidelity, streamed
-from qlora.export.fidelity import Fidelity, Positions, Reference
+from qlora.export.artifacts import Source
 from qlora.export.imatrix import Imatrix, choose_packs, collect, make_batches
-from qlora.export.merge import MergeBase
-from qlora.export.products import Source
-from qlora.export.streamed import Compute
+from qlora.export.merge.merge import MergeBase
+from qlora.export.verify import fidelity, streamed
+from qlora.export.verify.fidelity import Fidelity, Positions, Reference
+from qlora.export.verify.streamed import Compute
 from qlora.model import adapters, load
-from qlora.model.blueprint import draw
+from qlora.model.meta_model import build
 from qlora.model.tokenizer import tokenizer_fingerprint
 from qlora.third_party import import_bitsandbytes
 
@@ -35,7 +35,7 @@ PROBE_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class Voice:
+class ChatFormat:
     """How the trained model reads and stops: its tokenizer and chat template, and the ids that end an answer."""
 
     tokenizer: Any
@@ -43,7 +43,7 @@ class Voice:
     end_ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, source: Source) -> Voice:
+    def of(cls, source: Source) -> ChatFormat:
         """The run's, or what the adapter's folder and its base tell. A base without an end token has no template."""
         tokenizer = source.rows.chat.tokenizer if source.rows is not None else _tokenizer_of(source)
         try:
@@ -54,12 +54,12 @@ class Voice:
 
 
 @dataclass
-class Study:
+class TrainedReference:
     """What is known of the trained model. `reference` is None without verification, `imatrix` unless asked for."""
 
     source: Source
     sink: Sink
-    voice: Voice
+    voice: ChatFormat
     reference: Reference | None = None
     imatrix: Imatrix | None = None
     table: list[Fidelity] = field(default_factory=list)
@@ -76,9 +76,9 @@ class Study:
 
     def measure_folder(self, name: str, folder: Any, size: int) -> Fidelity:
         """How near the model in a written folder of safetensors (a BaseFolder) is."""
-        blueprint = draw(folder)
-        weights = streamed.of_folder(blueprint, folder)
-        return self.measure(name, TRANSFORMERS, self._computed(weights, blueprint.model), size)
+        meta_model = build(folder)
+        weights = streamed.of_folder(meta_model, folder)
+        return self.measure(name, TRANSFORMERS, self._computed(weights, meta_model.model), size)
 
     def measure_weights(self, name: str, weights: streamed.Weights, size: int) -> Fidelity:
         """How near a model with these weights is, computed by transformers."""
@@ -93,16 +93,16 @@ class Study:
 
     def _computed(self, weights: streamed.Weights, model: Any = None) -> Iterator[torch.Tensor]:
         assert self.reference is not None
-        model = draw(self.source.base).model if model is None else model
+        model = build(self.source.base).model if model is None else model
         return streamed.vocabulary_logprobs(
             model, weights, self.reference.positions.batches, Compute(self.source.device)
         )
 
 
 @contextmanager
-def study(source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path) -> Iterator[Study]:
+def study(source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path) -> Iterator[TrainedReference]:
     """Look at the trained model as far as it is needed; `scratch` holds the reference while the block runs."""
-    found = Study(source, sink, Voice.of(source))
+    found = TrainedReference(source, sink, ChatFormat.of(source))
     if not verify and not imatrix:
         yield found
         return
@@ -147,7 +147,7 @@ def _tokenizer_of(source: Source) -> Any:
     return load.load_tokenizer(source.base)
 
 
-def _positions(study: Study, model: Any) -> Positions:
+def _positions(study: TrainedReference, model: Any) -> Positions:
     vocabulary = model.get_base_model().get_output_embeddings().weight.shape[0]
     rows, tokenizer = study.source.rows, study.voice.tokenizer
     if rows is not None and any(rows.data.eval.trained):

@@ -1,0 +1,1 @@
+"""Base and adapter as one model, tensor by tensor, block by block."""
