@@ -234,18 +234,16 @@ def question(
 
 def pick_device() -> torch.device:
     """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
-    import torch
-    from accelerate import PartialState
-
+    from qlora import device as hardware
     from qlora.errors import HardwareError
 
-    device = PartialState().device
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    device = hardware.current()
+    if not hardware.computes_bf16(device):
         raise HardwareError(
-            f"{torch.cuda.get_device_name(device)}: computes no bf16 (that came with Ampere, RTX 30)",
+            f"{hardware.name_of(device)}: computes no bf16 (that came with Ampere, RTX 30)",
             "hide it with CUDA_VISIBLE_DEVICES= to train on the CPU, or use a newer GPU",
         )
-    return device if device.type in ("cuda", "xpu") else torch.device("cpu")
+    return device
 
 
 # --- the phases of a training run ------------------------------------------------------------------------------------

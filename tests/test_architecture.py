@@ -179,3 +179,15 @@ def test_one_broad_except_and_no_global() -> None:
 def test_nothing_outside_report_and_cli_prints() -> None:
     for path, call in calls("print"):
         assert path.relative_to(PACKAGE).parts[0] in ("cli", "report"), f"{path}:{call.lineno}"
+
+
+# What asks a device for more than a CPU has: in one module, so that a second device is a second module.
+DEVICE_NAMES = ("torch.cuda", "torch.Stream", "torch.Event", "torch.accelerator")
+
+
+def test_only_the_device_module_calls_the_device() -> None:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and path.name != "device.py":
+                asks = ast.unparse(node) in DEVICE_NAMES or node.attr in ("pin_memory", "record_stream")
+                assert not asks, f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from qlora import device
 from qlora.errors import HardwareError
 from qlora.recipe.sections import parse_bytes
 
@@ -135,14 +136,10 @@ def asked_for(gpu: str | None, vram: str | None, limit: str) -> Machine:
 
 def this_machine(limit: str = "auto") -> Machine:
     """The machine we run on: its GPU when it has one that trains, else its RAM. `limit` is `memory.limit`."""
-    import torch
-
     gives = None if limit == "auto" else parse_bytes(limit)
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
-        free, total = torch.cuda.mem_get_info()
-        name = torch.cuda.get_device_name()
-        card = _like(name, total, torch.cuda.get_device_capability())
-        return Machine("cuda", gives or free, "memory.limit" if gives else f"free on {name}", card)
+    if (card := device.card()) is not None:
+        gpu = _like(card.name, card.total_bytes, card.capability)
+        return Machine("cuda", gives or card.free_bytes, "memory.limit" if gives else f"free on {card.name}", gpu)
     return Machine("cpu", gives or available_ram(), "memory.limit" if gives else "RAM available")
 
 

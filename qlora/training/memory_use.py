@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from qlora.device import peak_bytes as device_peak_bytes
 from qlora.step.optimizer import AdapterOptimizer
 
 
@@ -70,8 +71,8 @@ def current_rss_bytes() -> int:
 
 def peak_bytes(device: torch.device) -> int:
     """On a GPU the allocator's peak of live tensors; without one the process's peak of resident memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if (counted := device_peak_bytes(device)) is not None:
+        return counted
     if sys.platform == "win32":
         return 0  # resource is a POSIX module; the CPU path on Windows has no figure
     import resource

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qlora.device import with_own_random_state
 from qlora.step.optimizer import AdapterOptimizer
 
 Pack = tuple[int, ...]
@@ -24,9 +25,8 @@ def restoring_state(optimizer: AdapterOptimizer, device: torch.device, work: Cal
     """Runs `work`, which may update the weights, and puts weights, moments, gradients and random state back."""
     tensors, counters = optimizer.state()
     rounded = {key: parameter.detach().to("cpu", copy=True) for key, parameter in optimizer.parameters.items()}
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=with_own_random_state(device)):
             work()
     finally:
         optimizer.zero_gradients()

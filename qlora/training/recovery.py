@@ -8,13 +8,13 @@ dead, and the run ends.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from qlora.device import release_memory
 from qlora.errors import DoesNotFit
 from qlora.events import Recovered, Sink
 from qlora.model.generate import ANSWERS_AT_ONCE
@@ -94,7 +94,7 @@ class OomRecovery:
             if done is not None:
                 return done[0]
             undo()
-            free(self.device)
+            release_memory(self.device)
             fit = smaller(self.fit)
             if fit is None:
                 raise self._nothing_left(reason)
@@ -120,13 +120,6 @@ def attempt(work: Callable[[], T]) -> tuple[tuple[T] | None, str]:
     except torch.OutOfMemoryError as error:
         reason = "out of memory: " + (str(error).split(".")[1].strip() if "." in str(error) else str(error))
     return None, reason
-
-
-def free(device: torch.device) -> None:
-    """Give back what the failed work held: cycles first, then the allocator's empty blocks."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _told(before: MemorySettings, after: MemorySettings) -> str:

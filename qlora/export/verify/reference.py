@@ -6,7 +6,6 @@ that every export is measured against, and it is let go of again before a weight
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora.data.template import ChatTemplate
+from qlora.device import release_memory
 from qlora.errors import ExportError, TokenizerError
 from qlora.events import Notice, Sink, Sinks
 from qlora.export.artifacts import Source
@@ -119,7 +119,7 @@ def study(source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path
     chunks = fidelity.live_logprobs(model, positions.batches, source.device)
     with fidelity.reference(chunks, positions, scratch) as reference:
         del model, chunks
-        _let_go(source.device)
+        release_memory(source.device)
         found.reference = reference
         held = source.origin.quantization.type
         found.measure(
@@ -168,13 +168,6 @@ def _importance(source: Source, model: Any, sink: Sink) -> Imatrix:
     assert rows is not None, "study has looked before"
     split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
     return collect(model, make_batches(split, packs, rows.chat.pad_id, rows.section), sink)
-
-
-def _let_go(device: torch.device) -> None:
-    """Memory of the trained model, before merged weights are made."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def better_base(lines: Sequence[tuple[MergeBase, Fidelity]]) -> MergeBase:
