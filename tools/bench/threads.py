@@ -87,7 +87,7 @@ def _busy() -> Iterator[None]:
 def _median_step(place: Path) -> float:
     lines = (place / "quickstart" / "events.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [event["seconds"] for line in lines if (event := json.loads(line))["event"] == "step"]
-    return statistics.median(steps[1:])  # the first step warms up
+    return float(statistics.median(steps[1:]))  # the first step warms up
 
 
 if __name__ == "__main__":
