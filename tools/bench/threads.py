@@ -1,11 +1,12 @@
 """How OpenMP's threads should wait: seconds a step of the quickstart, alone and beside two busy processes.
 
-    python tools/bench/threads.py [--runs 5] [--steps 8] [--settings 300000 passive 1000 30000] [--pair]
+    python tools/bench/threads.py [--runs 5] [--steps 8] [--pair] [--settings GOMP_SPINCOUNT=1000 ...]
 
-A setting is `passive` (OMP_WAIT_POLICY) or a GOMP_SPINCOUNT: how often a waiting thread looks before it sleeps. 300,000
-is what libgomp takes by itself (libgomp manual, "GOMP_SPINCOUNT"). The settings take turns, so that a machine that
-changes its speed changes all of them; a figure is the median over runs of each run's median step. `--pair` times two
-trainings side by side as well.
+A setting is a variable of the environment. GOMP_SPINCOUNT is how often a waiting thread of libgomp looks before it
+sleeps: 300,000 times by itself (libgomp manual, "GOMP_SPINCOUNT"); KMP_BLOCKTIME how many milliseconds one of libomp
+does: 200 (LLVM OpenMP, "Environment Variables"; to try it on Linux, LD_PRELOAD a libomp). The settings take turns, so
+that a machine that changes its speed changes all of them; a figure is the median over runs of each run's median step.
+`--pair` times two trainings side by side as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUSY_PROCESSES = 2
+SETTINGS = ["OMP_WAIT_POLICY=passive", *(f"GOMP_SPINCOUNT={count}" for count in (300000, 30000, 10000, 3000, 1000))]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -30,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--settings", nargs="+", default=["300000", "passive", "1000", "3000", "10000", "30000"])
+    parser.add_argument("--settings", nargs="+", default=SETTINGS)
     parser.add_argument("--pair", action="store_true")
     asked = parser.parse_args()
     loads = ("idle", "busy", "pair") if asked.pair else ("idle", "busy")
@@ -40,11 +42,11 @@ def main() -> None:
             for setting in asked.settings:
                 took = _run(setting, load, asked.steps)
                 seconds.setdefault((setting, load), []).append(took)
-                print(f"run {number + 1} {load:5} {setting:8} {took:.2f} s a step", flush=True)
-    print(f"\n{'setting':10}" + "".join(f"{load:>10}" for load in loads))
+                print(f"run {number + 1} {load:5} {setting:24} {took:.2f} s a step", flush=True)
+    print(f"\n{'setting':24}" + "".join(f"{load:>10}" for load in loads))
     for setting in asked.settings:
         medians = [statistics.median(seconds[setting, load]) for load in loads]
-        print(f"{setting:10}" + "".join(f"{median:9.2f}s" for median in medians))
+        print(f"{setting:24}" + "".join(f"{median:9.2f}s" for median in medians))
 
 
 def _run(setting: str, load: str, steps: int) -> float:
@@ -64,7 +66,8 @@ def _start(setting: str, place: Path, steps: int) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     # What a command finds set it leaves alone: each setting here is what is measured.
     environment |= {"QLORA_CACHE": str(place / "cache"), "PYTHONPATH": str(ROOT)}
-    environment["OMP_WAIT_POLICY" if setting == "passive" else "GOMP_SPINCOUNT"] = setting
+    name, _, value = setting.partition("=")
+    environment[name] = value
     command = [
         *(sys.executable, "-m", "qlora.cli.train", str(ROOT / "recipes" / "quickstart.toml")),
         *("--set", f"train.max_steps={steps}", "--set", "eval.samples=0", "--set", "eval.exact_match_rows=0"),
