@@ -1,4 +1,4 @@
-"""What the libraries say that nobody needs, silenced where we handle what they warn of, and only there."""
+"""How other libraries are to behave inside our commands: what they print, and how their threads wait."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+WAITING_THREADS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+
 
 def no_word_to_developers() -> None:
     """For a command: no notice of names that a library is about to change; whoever trains can do nothing about them.
@@ -19,6 +21,18 @@ def no_word_to_developers() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported, here or in a child
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
+
+
+def let_waiting_threads_sleep() -> None:
+    """Have OpenMP's threads sleep soon after their work has run out. Before torch is imported; children inherit it.
+
+    By itself a thread that waits for the others burns its core for milliseconds, also while the one it waits for has
+    lost its core to another program: beside two busy processes a step of the quickstart took 23 times as long as alone.
+    1,000 looks are some 50 µs (`tools/bench/threads.py` has the curve). GOMP_SPINCOUNT is libgomp's (torch on Linux),
+    KMP_BLOCKTIME libomp's (macOS, Windows), in milliseconds. Whoever has set one of them, or OMP_WAIT_POLICY, decides.
+    """
+    if not any(name in os.environ for name in (*WAITING_THREADS, "OMP_WAIT_POLICY")):
+        os.environ.update(WAITING_THREADS)
 
 
 def import_bitsandbytes() -> Any:

@@ -1,0 +1,48 @@
+"""Other libraries inside our commands: how their threads wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qlora.third_party import WAITING_THREADS
+
+# A command that has ended: what it left in the environment, and whether torch had been imported by then.
+COMMAND = """
+import json, os, sys
+from qlora.cli import common
+from qlora.third_party import WAITING_THREADS
+seen = {}
+def work():
+    seen.update({name: os.environ.get(name) for name in WAITING_THREADS}, torch="torch" in sys.modules)
+common.run(work)
+print(json.dumps(seen))
+"""
+
+
+def waiting(**environment: str) -> dict[str, object]:
+    """What a command's work finds in its environment."""
+    clean = {name: value for name, value in os.environ.items() if name not in (*WAITING_THREADS, "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND], env={**clean, **environment}, capture_output=True, text=True, check=True
+    )
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_waiting_threads_sleep_before_torch_is_there() -> None:
+    assert waiting() == {**WAITING_THREADS, "torch": False}
+
+
+@pytest.mark.parametrize("name", [*WAITING_THREADS, "OMP_WAIT_POLICY"])
+def test_whoever_has_chosen_decides(name: str) -> None:
+    found = waiting(**{name: "7"})
+    assert found == {
+        **dict.fromkeys(WAITING_THREADS),
+        **({name: "7"} if name in WAITING_THREADS else {}),
+        "torch": False,
+    }
