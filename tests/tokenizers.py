@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.export.gguf.pretokenizer import BYTES, GPT2, KNOWN, Known
-from qlora.export.gguf.probes import PROBES
+from tests.export.gguf.awkward_texts import PROBES
 from tests.families import CHATML
 
 _TEXTS = (

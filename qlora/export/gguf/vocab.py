@@ -19,12 +19,11 @@ from gguf import GGUFValueType
 
 from qlora.errors import ExportError
 from qlora.export.gguf import pretokenizer, special, spm
-from qlora.export.gguf.probes import PROBE_TEXTS, Limit
+from qlora.export.gguf.probes import Limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROBE_TEXTS", "Entry", "Vocab", "metadata", "read_vocab"]
 
 # llama.h, enum llama_token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

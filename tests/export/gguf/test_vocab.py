@@ -14,10 +14,11 @@ import pytest
 from qlora.errors import ExportError
 from qlora.export.gguf import spm, vocab
 from qlora.export.gguf.pretokenizer import KNOWN
-from qlora.export.gguf.probes import PROBE_TEXTS, PROBES, Limit, comparable
+from qlora.export.gguf.probes import PROBE_TEXTS, Limit, comparable
 from qlora.export.gguf.vocab import Vocab, metadata, read_vocab
 from tests import tokenizers
 from tests.export.gguf.asked import changed, differing, load, read, with_added, without
+from tests.export.gguf.awkward_texts import PROBES
 from tests.export.gguf.oracle import ask, write_vocab_only
 
 BYTE_LEVEL: dict[str, Callable[[Path], Path]] = {
