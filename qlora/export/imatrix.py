@@ -12,7 +12,6 @@ and takes 1 for every channel of a tensor without positions.
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,29 +40,22 @@ Floats = NDArray[np.float32]
 MAX_TOKENS = 131_072
 CHUNK_TOKENS = 512
 VALUES_PER_BLOCK = 1 << 23  # 32 MiB of fp32 in flight
-
-# A matrix for Llama 3.1 405B, the largest dense model, is 73 MiB (126 layers of 151,552 input channels). What is larger
-# than this was not made for a model of ours, and is not read into memory.
-MAX_FILE_BYTES = 256 << 20
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-_METADATA = ("general.type", DATASETS, CHUNK_COUNT, CHUNK_SIZE)
 
 
 @dataclass(frozen=True)
 class Imatrix:
-    """What was measured, by parameter name of the causal model (or, read from a file, by GGUF tensor name).
+    """What was measured, by parameter name of the causal model (`renamed`: by GGUF tensor name).
 
-    sums      sums of squared inputs (in_features,), float32
-    counts    positions that went into each sum
-    tokens    positions of all rows used, without padding
-    datasets  where the rows came from, as a file says it
+    sums    sums of squared inputs (in_features,), float32
+    counts  positions that went into each sum
+    tokens  positions of all rows used, without padding
     """
 
     sums: Mapping[str, Floats]
     counts: Mapping[str, int]
     tokens: int
-    datasets: tuple[str, ...] = ()
 
     def importance(self) -> dict[str, Floats]:
         """What the quantizer takes (in_features,), float32: mean squares; ones where nothing was counted.
@@ -89,7 +81,6 @@ class Imatrix:
             {new: self.sums[old] for old, new in kept.items()},
             {new: self.counts[old] for old, new in kept.items()},
             self.tokens,
-            self.datasets,
         )
 
 
@@ -243,9 +234,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 # --- llama.cpp's file -------------------------------------------------------------------------------------------------
 
 
-def write(
-    imatrix: Imatrix, path: Path, names: Mapping[str, str], datasets: Sequence[str], chunk_tokens: int = CHUNK_TOKENS
-) -> None:
+def write(imatrix: Imatrix, path: Path, names: Mapping[str, str], datasets: Sequence[str]) -> None:
     """Write `path` for llama-quantize, under the GGUF names that `names` gives parameters (those without are left out).
 
     `datasets` say where the rows came from; llama-quantize refuses a file that names none. Tensors are sorted by name,
@@ -260,8 +249,8 @@ def write(
     writer.kv_data[0].clear()  # general.architecture, which every writer begins with, belongs to models
     writer.add_type("imatrix")
     writer.add_array(DATASETS, list(datasets))
-    writer.add_uint32(CHUNK_COUNT, max(1, -(-imatrix.tokens // chunk_tokens)))
-    writer.add_uint32(CHUNK_SIZE, chunk_tokens)
+    writer.add_uint32(CHUNK_COUNT, max(1, -(-imatrix.tokens // CHUNK_TOKENS)))
+    writer.add_uint32(CHUNK_SIZE, CHUNK_TOKENS)
     for name in sorted(named.sums):
         writer.add_tensor(name + SUMS, np.ascontiguousarray(named.sums[name], dtype=np.float32))
         writer.add_tensor(name + COUNTS, np.array([named.counts[name]], dtype=np.float32))
@@ -269,125 +258,3 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def read(path: Path) -> Imatrix:
-    """Open a file of `write` or of llama-imatrix, with its GGUF names. It may be a stranger's: all of it is checked.
-
-    Read by ourselves and not by gguf's reader, whose loops a made-up length in the file keeps busy for ever. Raises
-    ExportError for what is no such file, holds what is not finite, or holds a mixture of experts.
-    """
-    try:
-        if (size := path.stat().st_size) > MAX_FILE_BYTES:
-            what = f"{path}: {size} bytes are too many for an importance matrix (at most {MAX_FILE_BYTES})"
-            raise ExportError(what, "name a file that llama-imatrix or --imatrix made")
-        content = path.read_bytes()
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be read ({error.strerror})", "name the file of --imatrix") from error
-    if content[:4] != b"GGUF":
-        what = f"{path}: is no GGUF file; importance matrices in the old .dat format are not read"
-        raise ExportError(what, "convert it: llama-imatrix --in-file old.dat -o imatrix.gguf")
-    try:
-        fields, tensors = _read_gguf(content)
-        return _sorted_out(fields, tensors)
-    except (ValueError, struct.error) as error:
-        what = f"{path}: is no importance matrix that can be used ({error})"
-        raise ExportError(what, "make it again, with --imatrix or llama-imatrix") from error
-
-
-def _sorted_out(fields: Mapping[str, Any], tensors: Mapping[str, Floats]) -> Imatrix:
-    if fields.get("general.type") != "imatrix":
-        raise ValueError(f"general.type is {str(fields.get('general.type'))[:40]!r}")
-    if missing := [key for key in _METADATA if key not in fields]:
-        raise ValueError(f"{missing[0]} is missing")
-    sums: dict[str, Floats] = {}
-    counts: dict[str, int] = {}
-    for full, values in tensors.items():
-        name = full.removesuffix(SUMS)
-        if name == full:
-            continue  # counts, and what newer versions may add
-        count = tensors.get(name + COUNTS)
-        if count is None or count.size == 0:
-            raise ValueError(f"{name + COUNTS} is missing")
-        if count.size > 1:
-            raise ValueError(f"{name} is of a mixture of experts")
-        if not (np.isfinite(values).all() and (values >= 0).all() and np.isfinite(count[0]) and count[0] >= 0):
-            raise ValueError(f"{full} has numbers that are no sums of squares")
-        sums[name], counts[name] = values, round(float(count[0]))
-    if not sums:
-        raise ValueError("it holds no tensors")
-    datasets = fields[DATASETS]
-    names = tuple(map(str, datasets)) if isinstance(datasets, list) else ()
-    return Imatrix(sums, counts, max(counts.values()), names)
-
-
-# GGUF (docs/gguf.md of ggml): value types with a fixed number of bytes, by number; 8 is a string, 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY, _F32, _MAX_DIMENSIONS = 8, 9, 0, 4
-
-
-@dataclass
-class _Cursor:
-    """A place in the file's bytes. Every length is checked against what is left, so that a file costs its own size."""
-
-    content: bytes
-    at: int = 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self.content) - self.at:
-            raise ValueError("it is cut short")
-        self.at += count
-        return self.content[self.at - count : self.at]
-
-    def number(self, kind: str) -> Any:
-        return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
-
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "replace")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.text()
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
-        if kind != _ARRAY:
-            raise ValueError(f"it has a value of the unknown type {kind}")
-        element, count = self.number("I"), self.number("Q")
-        if element == _STRING:
-            # Each string takes at least the 8 bytes of its length: a made-up count runs out of bytes.
-            return [self.text() for _ in range(count)]
-        if element not in _SCALARS:
-            raise ValueError(f"it has an array of the unknown type {element}")
-        return self.take(count * struct.calcsize(f"<{_SCALARS[element]}"))  # no array of numbers means anything here
-
-
-def _read_gguf(content: bytes) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """The values and the float32 tensors (flattened) of a little-endian GGUF file, version 2 or 3."""
-    cursor = _Cursor(content, 4)
-    if (version := cursor.number("I")) not in (2, 3):
-        raise ValueError(f"its GGUF version is {version}")
-    tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
-    fields: dict[str, Any] = {}
-    for _ in range(field_count):
-        key = cursor.text()
-        fields[key] = cursor.value(cursor.number("I"))
-    places: dict[str, tuple[int, int]] = {}
-    for _ in range(tensor_count):
-        name, dimensions = cursor.text(), cursor.number("I")
-        if dimensions > _MAX_DIMENSIONS:
-            raise ValueError(f"a tensor has {dimensions} dimensions")
-        values = 1
-        for _ in range(dimensions):
-            values *= cursor.number("Q")
-        if (kind := cursor.number("I")) != _F32:
-            raise ValueError(f"a tensor has the type {kind}, not float32")
-        places[name] = (cursor.number("Q"), values)
-    alignment = fields.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16:
-        raise ValueError(f"its alignment is {alignment!r}")
-    start = -(-cursor.at // alignment) * alignment
-    tensors = {}
-    for name, (offset, values) in places.items():
-        taken = _Cursor(content, min(start + offset, len(content))).take(values * 4)
-        tensors[name] = np.frombuffer(taken, dtype="<f4").astype(np.float32)
-    return fields, tensors

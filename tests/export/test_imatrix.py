@@ -1,10 +1,8 @@
-"""The importance matrix: sums as counted by hand, the model untouched, llama.cpp's file, and strangers' files."""
+"""The importance matrix: sums as counted by hand, the model untouched, and llama.cpp's file."""
 
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +147,7 @@ def test_blocks_of_positions_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_allclose(parts.sums[name], sums, rtol=1e-5)
 
 
-def test_padding_is_told_by_its_place() -> None:
+def test_padding_is_known_by_its_place() -> None:
     split = split_of((5, 3, 8))
     full = collate(split, [(0, 1), (2,)], pad_id=7, max_length=48)
     assert len(imatrix.real_positions(full)) == 16, "a full row has no padding"
@@ -157,7 +155,7 @@ def test_padding_is_told_by_its_place() -> None:
     assert imatrix.real_positions(padded).tolist() == [*range(5), *range(8, 16)]
 
 
-def test_not_finite_is_said() -> None:
+def test_sums_that_are_not_finite_are_an_error() -> None:
     model = make_model(make_config("llama"))
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
@@ -209,13 +207,15 @@ def example() -> imatrix.Imatrix:
     return imatrix.Imatrix(sums, dict.fromkeys(sums, 3), 1100)
 
 
-def test_a_written_file_reads_back(tmp_path: Path) -> None:
+def test_the_file_holds_what_was_measured_and_is_the_same_every_time(tmp_path: Path) -> None:
+    import gguf
+
     path = tmp_path / "imatrix.gguf"
     imatrix.write(example(), path, NAMES, ["rows.jsonl"])
-    back = imatrix.read(path)
-    assert sorted(back.sums) == sorted(NAMES.values()) and back.datasets == ("rows.jsonl",)
-    for name, other in NAMES.items():
-        assert np.array_equal(back.sums[other], example().sums[name]) and back.counts[other] == 3
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    for parameter, name in NAMES.items():
+        assert stored[f"{name}.in_sum2"].tolist() == example().sums[parameter].tolist()
+        assert stored[f"{name}.counts"].tolist() == [3]
     first = path.read_bytes()
     imatrix.write(example(), path, NAMES, ["rows.jsonl"])
     assert path.read_bytes() == first
@@ -224,7 +224,7 @@ def test_a_written_file_reads_back(tmp_path: Path) -> None:
 def test_the_file_is_llama_cpps(tmp_path: Path) -> None:
     import gguf
 
-    imatrix.write(example(), tmp_path / "imatrix.gguf", NAMES, ["a.jsonl", "b.jsonl"], chunk_tokens=512)
+    imatrix.write(example(), tmp_path / "imatrix.gguf", NAMES, ["a.jsonl", "b.jsonl"])
     reader = gguf.GGUFReader(tmp_path / "imatrix.gguf")
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert fields == {
@@ -248,116 +248,6 @@ def test_importance_is_the_mean_square_in_float32_and_one_without_a_count() -> N
     means = imatrix.Imatrix({"a": sums, "b": sums}, {"a": 3, "b": 0}, 3).importance()
     assert means["a"].dtype == np.float32 and means["a"].tolist() == (sums / np.float32(3)).tolist()
     assert means["b"].tolist() == [1.0, 1.0, 1.0]
-
-
-def test_a_file_of_llama_imatrix_with_two_dimensions_is_read(tmp_path: Path) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["wiki.txt"])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", 512)
-    writer.add_tensor("blk.0.attn_q.weight.in_sum2", np.ones((1, 8), dtype=np.float32))
-    writer.add_tensor("blk.0.attn_q.weight.counts", np.full((1, 1), 512, dtype=np.float32))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-    back = imatrix.read(tmp_path / "theirs.gguf")
-    assert back.importance()["blk.0.attn_q.weight"].tolist() == [1 / 512] * 8
-
-
-def spoilt(make: Callable[[dict[str, Any], dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
-    """A writer of a file whose fields or tensors `make` has changed."""
-
-    def write(path: Path) -> None:
-        import gguf
-
-        fields: dict[str, Any] = {"general.type": "imatrix", imatrix.DATASETS: ["x"], imatrix.CHUNK_COUNT: 1}
-        fields[imatrix.CHUNK_SIZE] = 512
-        tensors = {"a.weight.in_sum2": np.ones(8, np.float32), "a.weight.counts": np.ones(1, np.float32)}
-        make(fields, tensors)
-        writer = gguf.GGUFWriter(path, "imatrix")
-        for key, value in fields.items():
-            {str: writer.add_string, list: writer.add_array, int: writer.add_uint32}[type(value)](key, value)
-        for name, tensor in tensors.items():
-            writer.add_tensor(name, tensor)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-    return write
-
-
-def header(*parts: bytes, tensors: int = 0, fields: int = 0) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(parts)
-
-
-HUGE = struct.pack("<Q", 1 << 60)
-KEY = struct.pack("<Q", 1) + b"k"
-BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "old format": (lambda path: path.write_bytes(b"\x10\0\0\0blk"), r"old \.dat format"),
-    "empty": (lambda path: path.write_bytes(b""), "no GGUF file"),
-    "a model": (spoilt(lambda f, t: f.update({"general.type": "model"})), "general.type is 'model'"),
-    "no datasets": (spoilt(lambda f, t: f.pop(imatrix.DATASETS)), "imatrix.datasets is missing"),
-    "no counts": (spoilt(lambda f, t: t.pop("a.weight.counts")), "counts is missing"),
-    "nan": (spoilt(lambda f, t: t["a.weight.in_sum2"].fill(np.nan)), "no sums of squares"),
-    "below zero": (spoilt(lambda f, t: t["a.weight.in_sum2"].fill(-1)), "no sums of squares"),
-    "count is inf": (spoilt(lambda f, t: t["a.weight.counts"].fill(np.inf)), "no sums of squares"),
-    "experts": (spoilt(lambda f, t: t.update({"a.weight.counts": np.ones(4, np.float32)})), "mixture of experts"),
-    "no tensors": (spoilt(lambda f, t: t.clear()), "holds no tensors"),
-    "float16": (spoilt(lambda f, t: t.update({"a.weight.in_sum2": np.ones(8, np.float16)})), "not float32"),
-    "huge key": (lambda path: path.write_bytes(header(HUGE, fields=1)), "cut short"),
-    "huge count of fields": (lambda path: path.write_bytes(header(fields=1 << 60)), "cut short"),
-    "huge count of tensors": (lambda path: path.write_bytes(header(tensors=1 << 60)), "cut short"),
-    "huge array": (
-        lambda path: path.write_bytes(header(KEY, struct.pack("<II", 9, 4), HUGE, fields=1)),
-        "cut short",
-    ),
-    "huge array of strings": (
-        lambda path: path.write_bytes(header(KEY, struct.pack("<II", 9, 8), HUGE, fields=1)),
-        "cut short",
-    ),
-    "array of arrays": (
-        lambda path: path.write_bytes(header(KEY, struct.pack("<II", 9, 9), HUGE, fields=1)),
-        "unknown type 9",
-    ),
-    "huge tensor": (
-        lambda path: path.write_bytes(
-            header(KEY, struct.pack("<I", 2), HUGE, HUGE, struct.pack("<IQ", 0, 0), tensors=1)
-        ),
-        "cut short",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_strangers_files_are_refused_in_two_lines(tmp_path: Path, case: str) -> None:
-    make, what = BAD[case]
-    make(tmp_path / "bad.gguf")
-    with pytest.raises(ExportError, match=what) as refused:
-        imatrix.read(tmp_path / "bad.gguf")
-    assert str(tmp_path / "bad.gguf") in refused.value.what and refused.value.hint
-
-
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "imatrix.gguf"
-    imatrix.write(example(), path, NAMES, ["rows.jsonl"])
-    whole = path.read_bytes().rstrip(b"\0")
-    for length in range(len(whole) - 3):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ExportError):
-            imatrix.read(path)
-
-
-def test_too_large_and_missing_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "imatrix.gguf"
-    with pytest.raises(ExportError, match="cannot be read"):
-        imatrix.read(path)
-    imatrix.write(example(), path, NAMES, ["rows.jsonl"])
-    monkeypatch.setattr(imatrix, "MAX_FILE_BYTES", 100)
-    with pytest.raises(ExportError, match="too many"):
-        imatrix.read(path)
 
 
 def test_a_file_names_its_rows(tmp_path: Path) -> None:

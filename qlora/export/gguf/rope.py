@@ -26,7 +26,6 @@ from qlora.errors import ExportError
 Key = tuple[str, Any]
 YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0  # YaRN section 3.2, the defaults of transformers and of llama.cpp
 SAME_FREQUENCY = 1e-4  # relative; the two differ by 1e-6 through fp32 powers, by 1e-2 and more when read wrongly
-FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
