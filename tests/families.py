@@ -122,7 +122,7 @@ def make_base(
 
 def as_version_4_saves(folder: Path) -> Path:
     """Gives a base the config files that transformers 4 writes, as the hub's bases have them; returns it."""
-    from qlora.export.versions import config_for_both, tokenizer_config_for_both
+    from qlora.export.hf import config_for_both, tokenizer_config_for_both
 
     for name, change in (("config.json", config_for_both), ("tokenizer_config.json", tokenizer_config_for_both)):
         said = change(json.loads((folder / name).read_text()))

@@ -48,7 +48,7 @@ LINES = {
         *("health", "recovery", "exam", "probe", "memory_plan", "step_batches", "loop"),
     ],
     "export": [
-        *("merge", "staging", "llama_cpp", "versions", "imatrix", "gguf", "hf", "artifacts"),
+        *("merge", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
         *("verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],

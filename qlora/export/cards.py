@@ -1,28 +1,124 @@
-"""What lies beside the weights: the model card, export.json, and for Ollama the Modelfile."""
+"""What is written beside the weights for a reader: model cards, export.json, and for Ollama the Modelfile.
+
+Cards and export.json go to the hub with the weights. They name a base or a file of rows by its hub name or by the last
+part of its path: the folders above it are nobody's business (they hold a user's name, mostly).
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora import __version__, disk
+import tomli_w
+from huggingface_hub import ModelCard, ModelCardData
+
+from qlora import __version__
 from qlora.errors import UserError
-from qlora.events import Notice, Sink
 from qlora.export import ollama
 from qlora.export.artifacts import Artifact, Source
-from qlora.export.gguf.metadata import licence_of
+from qlora.export.gguf.metadata import licence_of, read_card, shown_name
 from qlora.export.merge.merge import Merge
 from qlora.export.ollama import OllamaModel
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import load_json
+from qlora.recipe.reading import Recipe, looks_like_folder
 
 EXPORT_FILE = "export.json"
 MODEL_FILE = "Modelfile"
+_MERGED_INTO = {"nf4": "its weights as 4-bit training saw them (dequantized)", "full": "its original weights"}
+# Keys of a recipe whose values are always paths.
+_PATH_KEYS = ("path", "dir")
+# A quoted absolute path of two parts or more, as TOML, JSON and Python write it; the group is its last part.
+_QUOTED_PATH = re.compile(r'"(?:/|~|[A-Za-z]:\\)[^"\n]*[/\\]([^"/\\\n]+)[/\\]*"')
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _shown_recipe(value: Any, key: str = "") -> Any:
+    """A recipe's content as a published card may have it: of every path the last part, hub names whole."""
+    if isinstance(value, Mapping):
+        return {name: _shown_recipe(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_shown_recipe(item, key) for item in value]
+    is_path = isinstance(value, str) and (key in _PATH_KEYS or looks_like_folder(value))
+    return Path(value).name if is_path and not value.startswith("hub:") else value
+
+
+# --- cards ------------------------------------------------------------------------------------------------------------
+
+
+def adapter_card(base: BaseFolder, recipe: Recipe, facts: Mapping[str, str]) -> str:
+    """The card of a run's adapter. `facts` are what was measured: lines of its table, by name."""
+    name = shown_name(base)
+    table = {"base": name, "revision": base.commit or "a local folder", **facts}
+    lines = "\n".join(f"| {key} | {value} |" for key, value in table.items())
+    content = tomli_w.dumps(_shown_recipe(recipe.model_dump(mode="json", exclude_none=True)))
+    text = f"""# LoRA adapter for {Path(name).name}
+
+Trained with QLoRA: the base frozen in {recipe.quantization.type.upper()}, this adapter in bf16.
+
+| | |
+| --- | --- |
+{lines}
+
+The recipe, with every default written out:
+
+```toml
+{content.strip()}
+```
+"""
+    return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora"])
+
+
+def merged_card(merge: Merge, fidelity: str) -> str:
+    """The card of a folder of safetensors: what was merged into what, how near it is, and the adapter's own text."""
+    name = shown_name(merge.base)
+    _, own = read_card(merge.adapter.folder)
+    # Cards of earlier versions, and of other trainers, may have paths of the machine where they were written.
+    own = _QUOTED_PATH.sub(r'"\1"', own.replace(merge.base.name, name))
+    head = f"""# {Path(name).name} with a LoRA adapter merged in
+
+Made from {name}, {_MERGED_INTO[merge.merge_base]}, and {len(merge.changed)} trained modules added to them."""
+    text = "\n\n".join(part for part in (head, fidelity.strip(), own.strip()) if part) + "\n"
+    return _card(text, base_model=name, library_name="transformers", tags=["qlora", "merged"])
+
+
+def gguf_card(source: Source, product: Artifact, file: str, merge: Merge | None, fidelity: str) -> str:
+    """The card of a folder with the GGUF file `file`; `merge` is None for an adapter alone."""
+    base = shown_name(source.base)
+    if merge is not None:
+        made = (
+            f"{base}, {_MERGED_INTO[merge.merge_base]}, with {len(source.adapter.parameters)} trained weights merged in"
+        )
+        run = f"llama-cli -m {file}"
+    else:
+        made = f"the LoRA adapter alone, to be put on {base}"
+        run = f"llama-cli -m THE-BASE.gguf --lora {file}   # the base as GGUF, of any quantization"
+    model = ollama.model_name(source.name)
+    text = f"""# {Path(base).name} · {source.name}{f" · {product.quant.upper()}" if product.quant else ""}
+
+Made from {made}.
+
+```bash
+{run}
+ollama create {model} -f {MODEL_FILE} && ollama run {model}
+```
+
+{fidelity}"""
+    license_name = licence_of(source.base.path).get("")
+    return _card(text, base_model=base, license=license_name, library_name="gguf", tags=["qlora", "gguf"])
+
+
+def _card(text: str, **metadata: Any) -> str:
+    """Markdown under the metadata that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
+    return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}"))
 
 
 def fidelity_markdown(table: Sequence[Fidelity], texts: str) -> str:
@@ -44,42 +140,7 @@ def fidelity_markdown(table: Sequence[Fidelity], texts: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown_name(base: BaseFolder) -> str:
-    """A base's name as a published file may tell it: the hub's, or a folder's without the folders above."""
-    return base.name if base.commit is not None else Path(base.name).name
-
-
-def gguf_card(source: Source, product: Artifact, file: str, merge: Merge | None, fidelity: str) -> str:
-    """The card of a folder with a GGUF file."""
-    base = shown_name(source.base)
-    held = {"nf4": "its weights as 4-bit training saw them (dequantized)", "full": "its original weights"}
-    made = (
-        f"{base}, {held[merge.merge_base]}, with {len(source.adapter.parameters)} trained weights merged in"
-        if merge is not None
-        else f"the LoRA adapter alone, to be put on {base}"
-    )
-    license_line = f"license: {said}\n" if (said := licence_of(source.base.path).get("")) else ""
-    run = (
-        f"llama-cli -m {file}"
-        if merge is not None
-        else f"llama-cli -m THE-BASE.gguf --lora {file}   # the base as GGUF, of any quantization"
-    )
-    return f"""---
-base_model: {base}
-{license_line}library_name: gguf
-tags: [qlora, gguf]
----
-
-# {Path(base).name} · {source.name}{f" · {product.quant.upper()}" if product.quant else ""}
-
-Made from {made}.
-
-```bash
-{run}
-ollama create {ollama.model_name(source.name)} -f {MODEL_FILE} && ollama run {ollama.model_name(source.name)}
-```
-
-{fidelity}"""
+# --- for programs -----------------------------------------------------------------------------------------------------
 
 
 def export_json(
@@ -99,26 +160,6 @@ def export_json(
         "fidelity": [asdict(line) for line in table],
     }
     return json.dumps(content, indent=1) + "\n"
-
-
-def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
-    """Let a folder of safetensors stop where training taught it to: at the first of `end_ids`, the turn's own end.
-
-    transformers stops at generation_config.json's ids alone (config.json's where there is no such file). A base whose
-    own do not name the trained end would never stop; it is added to them.
-    """
-    file = folder / "generation_config.json"
-    said = load_json(file) if file.is_file() else {}
-    eos = said.get("eos_token_id", load_json(folder / "config.json").get("eos_token_id"))
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not end_ids or end_ids[0] in ids:
-        return
-    said["eos_token_id"] = [end_ids[0], *ids]
-    disk.write_atomic(file, json.dumps(said, indent=2) + "\n")
-    message = (
-        f"the trained answers end with token {end_ids[0]}, which the base does not stop at: added to its end tokens"
-    )
-    sink.emit(Notice("export", message))
 
 
 def modelfile(study: TrainedReference, weights: str, adapter: str | None, add_bos: bool) -> str:

@@ -2,8 +2,12 @@
 
 Shards are written as they are merged: the header of a shard follows from shapes alone, so it goes first and the weights
 are appended block by block (https://github.com/huggingface/safetensors#format). Config, tokenizer and generation
-config are the base's own files, byte for byte, but for what the merge changes: transformers 5 would rewrite them in a
-way that version 4 reads as another model.
+config are the base's own files, byte for byte, but for what the merge changes, and for what transformers 5 alone reads.
+
+A base that version 5 has saved holds its rotary positions as `rope_parameters` only: version 4.57 then takes theta
+10,000 and no scaling, without a word, and is another model (logits off by 3 to 5 on five tiny ones). Its tokenizer is
+of a class that version 4 does not know. The old keys are added and the new ones stay: both versions then read the same.
+What the hub's bases hold, saved by version 4, is not touched.
 """
 
 from __future__ import annotations
@@ -12,8 +16,8 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -23,7 +27,6 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.staging import StagedExport
-from qlora.export.versions import config_for_both, tokenizer_config_for_both
 from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, load_json, read_header
 from qlora.model.tokenizer import copy_tokenizer
 
@@ -33,6 +36,10 @@ DTYPE_NAMES = {
     torch.float16: ("F16", "float16"),
     torch.float32: ("F32", "float32"),
 }
+# Where transformers before version 5 noted what a configuration or a tokenizer was loaded from.
+_WHERE_FROM = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+# Of rope_parameters, what version 4 does not look for in rope_scaling.
+_BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
 def planned_bytes(merge: Merge) -> int:
@@ -40,8 +47,8 @@ def planned_bytes(merge: Merge) -> int:
     return sum(_nbytes(tensor, merge.dtype) for tensor in merge.tensors())
 
 
-def fill(merge: Merge, workshop: StagedExport, sink: Sink) -> int:
-    """Merge into the product "hf" of `workshop`: shards, index and companions, reopened. Returns the tensors written.
+def fill(merge: Merge, staged: StagedExport, sink: Sink) -> int:
+    """Merge into the product "hf" of `staged`: shards, index and companions, reopened. Returns the tensors written.
 
     The product is not published, and its card is left to the caller. Raises ExportError when a reopened shard is not
     what was meant to be written.
@@ -53,16 +60,16 @@ def fill(merge: Merge, workshop: StagedExport, sink: Sink) -> int:
         for tensor in members:
             item += 1
             size = _nbytes(tensor, merge.dtype)
-            if item > workshop.start:
+            if item > staged.start:
                 if tensor is members[0]:
-                    workshop.append("hf", name, _header(members, merge.dtype))
+                    staged.append("hf", name, _header(members, merge.dtype))
                 for block in tensor.blocks(1):
-                    workshop.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
+                    staged.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
                     sink.emit(Progress("merge", done, total, "bytes"))
-                workshop.checkpoint(item)
+                staged.checkpoint(item)
             done += size
     sink.emit(Progress("merge", done, total, "bytes"))
-    folder = workshop.folder("hf")
+    folder = staged.folder("hf")
     if len(shards) > 1:
         _write_index(folder, shards, total)
     _write_companions(folder, merge, sink)
@@ -70,15 +77,24 @@ def fill(merge: Merge, workshop: StagedExport, sink: Sink) -> int:
     return item
 
 
-def write(merge: Merge, out: Path, sink: Sink) -> int:
-    """Merge into the folder `out`, which appears in one rename when all of it is there and reopened. Returns its bytes.
+def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
+    """Let a folder of safetensors stop where training taught it to: at the first of `end_ids`, the turn's own end.
 
-    Goes on where an earlier call of the same work was killed. Raises ExportError as `fill` and `StagedExport.open` do.
+    transformers stops at generation_config.json's ids alone (config.json's where there is no such file). A base whose
+    own do not name the trained end would never stop; it is added to them.
     """
-    with StagedExport.open({"hf": out}, merge.identity(), planned_bytes(merge)) as workshop:
-        fill(merge, workshop, sink)
-        disk.write_atomic(workshop.folder("hf") / "README.md", card(merge))
-        return workshop.publish("hf")
+    file = folder / "generation_config.json"
+    generation = load_json(file) if file.is_file() else {}
+    eos = generation.get("eos_token_id", load_json(folder / "config.json").get("eos_token_id"))
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not end_ids or end_ids[0] in ids:
+        return
+    generation["eos_token_id"] = [end_ids[0], *ids]
+    disk.write_atomic(file, json.dumps(generation, indent=2) + "\n")
+    message = (
+        f"the trained answers end with token {end_ids[0]}, which the base does not stop at: added to its end tokens"
+    )
+    sink.emit(Notice("export", message))
 
 
 def _nbytes(tensor: MergedTensor, dtype: torch.dtype) -> int:
@@ -139,49 +155,81 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
         )
         sink.emit(Notice("export", what))
     copy_tokenizer(trained_with if has_tokenizer else base, folder, None)
-    said = folder / "tokenizer_config.json"
-    if said.is_file():
-        disk.write_atomic(said, patched_tokenizer_config(said))
-
-
-def card(merge: Merge, extra: str = "") -> str:
-    """The merged model's card: the adapter's own text under a header that says what was merged into what.
-
-    `extra` is Markdown that stands between the two.
-    """
-    held = {"nf4": "its weights as 4-bit training saw them (dequantized)", "full": "its original weights"}
-    own = merge.adapter.folder / "README.md"
-    text = own.read_text(encoding="utf-8").split("---\n", 2)[-1].strip() if own.is_file() else ""
-    sections = "\n\n".join(part for part in (extra.strip(), text) if part)
-    return f"""---
-base_model: {merge.base.name}
-library_name: transformers
-tags: [qlora, merged]
----
-
-# {Path(merge.base.name).name} with a LoRA adapter merged in
-
-Made from {merge.base.name}, {held[merge.merge_base]}, and {len(merge.changed)} trained modules added to them.
-
-{sections}
-"""
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.is_file():
+        disk.write_atomic(tokenizer_config, patched_tokenizer_config(tokenizer_config))
 
 
 def patched_config(merge: Merge) -> str:
     """The base's config.json as text: byte for byte when nothing changed, else with the changed keys alone."""
     original = (merge.base.path / "config.json").read_text(encoding="utf-8")
-    patched = config_for_both(merge.text_config())
+    patched = _without_folders(config_for_both(merge.text_config()))
     present = [key for key in ("torch_dtype", "dtype") if key in patched] or ["torch_dtype"]
     patched.update(dict.fromkeys(present, DTYPE_NAMES[merge.dtype][1]))
     return original if patched == json.loads(original) else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
 
 
 def patched_tokenizer_config(file: Path) -> str:
-    """A tokenizer_config.json as text: byte for byte, but for what version 4 of transformers could not read."""
+    """A tokenizer_config.json as text: byte for byte, but for what transformers 4 could not read, and for paths."""
     original = file.read_text(encoding="utf-8")
     config = load_json(file)
-    patched = tokenizer_config_for_both(config)
+    patched = _without_folders(tokenizer_config_for_both(config))
     return original if patched == config else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the notes on where a machine had the files, which nothing reads."""
+    return {
+        key: value
+        for key, value in config.items()
+        if not (
+            key in _WHERE_FROM
+            and isinstance(value, str)
+            and (value.startswith(("/", "~")) or PureWindowsPath(value).drive)
+        )
+    }
+
+
+def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with `rope_theta` and `rope_scaling` beside `rope_parameters`, where these are missing."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" in config:
+        return dict(config)
+    old: dict[str, Any] = {}
+    whole = rope
+    if isinstance(rope.get("full_attention"), Mapping):  # Gemma 3: sliding layers have a theta of their own
+        whole = rope["full_attention"]
+        local = rope.get("sliding_attention")
+        if isinstance(local, Mapping) and "rope_theta" in local:
+            old["rope_local_base_freq"] = local["rope_theta"]
+    if "rope_theta" not in whole:
+        return dict(config)
+    old["rope_theta"] = whole["rope_theta"]
+    if "partial_rotary_factor" in whole:
+        old["partial_rotary_factor"] = whole["partial_rotary_factor"]
+    old["rope_scaling"] = _scaling(whole)
+    return {**config, **{key: value for key, value in old.items() if key not in config}}
+
+
+def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind == "longrope":  # Phi-3's configuration in version 4 takes these three keys and no other
+        return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    return {key: value for key, value in rope.items() if key not in _BESIDE_SCALING}
+
+
+def tokenizer_config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json with a class and a key for further special tokens that version 4 knows too."""
+    changed = dict(config)
+    if changed.get("tokenizer_class") == "TokenizersBackend":
+        changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = changed.get("extra_special_tokens")
+    if isinstance(extra, list):  # version 4 takes a mapping under this name
+        changed.setdefault("additional_special_tokens", extra)
+        del changed["extra_special_tokens"]
+    return changed
 
 
 def _reopen(folder: Path, shards: dict[str, list[MergedTensor]]) -> None:

@@ -172,7 +172,7 @@ def _write_hf(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
         opened = StagedExport.open({product.key: product.folder}, merge.identity(), hf.planned_bytes(merge))
         job.workshops[product.key] = stack.enter_context(opened)
         job.tensors[product.key] = hf.fill(merge, opened, job.sink)
-        cards.add_stop_token(opened.folder(product.key), job.study.voice.end_ids, job.sink)
+        hf.add_stop_token(opened.folder(product.key), job.study.voice.end_ids, job.sink)
 
 
 def _write_ggufs(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
@@ -313,7 +313,7 @@ def _write_companions(job: _Job, product: Artifact, merge: Merge | None, table: 
     disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, product, merge, more, table))
     if product.key == "hf":
         assert merge is not None
-        card = hf.card(merge, markdown)
+        card = cards.merged_card(merge, markdown)
     else:
         name = job.file_name(product)
         card = cards.gguf_card(job.source, product, name, merge, markdown)

@@ -9,11 +9,12 @@ from typing import Any
 
 from qlora import __version__, disk
 from qlora.events import Saved, Sink
+from qlora.export.cards import adapter_card
 from qlora.model import adapters
 from qlora.model.adapter_folder import PROVENANCE_FILE
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tokenizer import copy_tokenizer
-from qlora.recipe.reading import Recipe, recipe_toml
+from qlora.recipe.reading import Recipe
 from qlora.training.checkpoint import RunState
 
 
@@ -35,13 +36,14 @@ class BestAdapter:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
             copy_tokenizer(self.base.path, folder, self.template)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
-            said = {**self.provenance(), "step": state.step}
-            disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(said, indent=1) + "\n")
+            provenance = {**self.provenance(), "step": state.step}
+            disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
 
         size = disk.publish_folder(run_dir / "adapter", write)
         sink.emit(Saved("adapter", state.step, str(run_dir / "adapter"), size))
 
     def provenance(self) -> dict[str, Any]:
+        """What the adapter was trained against, for programs: here the base keeps its whole path."""
         return {
             "version": __version__,
             "base": self.base.name,
@@ -51,38 +53,18 @@ class BestAdapter:
         }
 
     def card(self, state: RunState) -> str:
-        """The model card: Markdown with the hub's metadata header."""
-        revision = self.base.commit or "a local folder"
+        """The model card: Markdown under the hub's metadata."""
         train = "not measured" if state.train_loss is None else f"{state.train_loss:.4f}"
         measured = "not measured (no evaluation rows)" if state.eval_loss is None else f"{state.eval_loss:.4f}"
+        facts = {
+            "training rows": str(self.train_rows),
+            "evaluation rows": str(self.eval_rows),
+            "optimizer steps": str(state.step),
+            "trained tokens": str(state.trained_tokens),
+            "training loss of the last step": f"{train} nats a token",
+            "evaluation loss": f"{measured} nats a token",
+        }
         before, after = state.exact_match_before, state.exact_match_after
-        matches = (
-            "" if before is None or after is None else f"| exact match | {before:.1%} before, {after:.1%} after |\n"
-        )
-        return f"""---
-base_model: {self.base.name}
-library_name: peft
-tags: [lora, qlora]
----
-
-# LoRA adapter for {Path(self.base.name).name}
-
-Trained with QLoRA: the base frozen in {self.recipe.quantization.type.upper()}, this adapter in bf16.
-
-| | |
-| --- | --- |
-| base | {self.base.name} |
-| revision | {revision} |
-| training rows | {self.train_rows} |
-| evaluation rows | {self.eval_rows} |
-| optimizer steps | {state.step} |
-| trained tokens | {state.trained_tokens} |
-| training loss of the last step | {train} nats a token |
-| evaluation loss | {measured} nats a token |
-{matches}
-The recipe, with every default written out:
-
-```toml
-{recipe_toml(self.recipe).strip()}
-```
-"""
+        if before is not None and after is not None:
+            facts["exact match"] = f"{before:.1%} before, {after:.1%} after"
+        return adapter_card(self.base, self.recipe, facts)

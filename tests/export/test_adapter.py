@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.events import Recorder
-from qlora.export import hf
+from tests.export.hf_folder import write_hf
 from tests.export.test_merge import logits, merge_of, of_peft, opened, whole
 from tests.families import make_base
 
@@ -51,7 +51,7 @@ def test_the_sum_is_pefts_own(tmp_path: Path, kind: str, tie: bool) -> None:
     model = of_peft(base, tmp_path / "adapter", **PEFT_KINDS[kind])
     merge = merge_of(base, tmp_path / "adapter")
     expected = logits(model)
-    hf.write(merge, tmp_path / "out", Recorder())
+    write_hf(merge, tmp_path / "out", Recorder())
     merged = opened(tmp_path / "out", torch.float32)
     assert torch.allclose(logits(merged), expected, atol=2e-5, rtol=0)
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -16,8 +16,9 @@ import pytest
 from qlora import disk
 from qlora.cli import common
 from qlora.events import Recorder
-from qlora.export import hf, staging
+from qlora.export import staging
 from qlora.stop import StopRequest
+from tests.export.hf_folder import write_hf
 from tests.export.test_merge import KINDS, merge_of, of_peft, trained
 from tests.families import make_base
 
@@ -35,7 +36,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     make_base("llama", folder / "base", overrides={"num_hidden_layers": 8})
     trained(folder / "base", folder / "adapter", KINDS["plain"])
-    hf.write(merge_of(folder / "base", folder / "adapter"), folder / "calm", Recorder())
+    write_hf(merge_of(folder / "base", folder / "adapter"), folder / "calm", Recorder())
     return folder
 
 
@@ -67,7 +68,7 @@ def status_of(number: int) -> int:
 
 
 def merge(work: Path, out: Path, adapter: str = "adapter") -> None:
-    hf.write(merge_of(work / "base", work / adapter), out, Recorder())
+    write_hf(merge_of(work / "base", work / adapter), out, Recorder())
 
 
 def reached(out: Path) -> int:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from qlora import api
 from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
-from qlora.export import hf
 from qlora.export.merge.merge import Merge, read_adapter, scale_of
 from qlora.model import adapters, hub, load
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from tests.export.hf_folder import write_hf
 from tests.families import as_version_4_saves, make_base
 
 NF4 = QuantizationSection()
@@ -185,8 +185,8 @@ def test_memory_is_a_block_not_a_tensor(tmp_path: Path, base: str) -> None:
     code = f"""
 import threading, time
 from pathlib import Path
-from qlora.export import hf
 from qlora.recipe.sections import QuantizationSection
+from tests.export.hf_folder import write_hf
 from tests.export.test_merge import Recorder, merge_of
 
 def anonymous():
@@ -204,7 +204,7 @@ next(merge.tensors()[3].blocks(1))  # what is imported at first use is no part o
 peaks, done = [anonymous()], threading.Event()
 thread = threading.Thread(target=watch)
 thread.start()
-hf.write(merge, work / "out", Recorder())
+write_hf(merge, work / "out", Recorder())
 done.set()
 thread.join()
 print((max(peaks) - peaks[0]) // 1024)
@@ -218,7 +218,7 @@ print((max(peaks) - peaks[0]) // 1024)
 def test_every_dtype_is_written_and_opened(tmp_path: Path, llama: Path, dtype: torch.dtype) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     merge = merge_of(llama, tmp_path / "adapter", dtype=dtype)
-    hf.write(merge, tmp_path / "out", Recorder())
+    write_hf(merge, tmp_path / "out", Recorder())
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {dtype}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ from qlora.export.verify.fidelity import live_logprobs
 from qlora.export.verify.streamed import Compute, Weights
 from qlora.model import hub
 from qlora.model.meta_model import build
+from tests.export.hf_folder import write_hf
 from tests.export.test_merge import KINDS, NF4, trained
 from tests.families import FAMILIES, make_base
 
@@ -111,14 +112,12 @@ def test_each_weight_is_made_once_whatever_the_micro_batches(family: str, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_on_the_fly_is_the_merged_folder(llama: Path, tmp_path: Path, kind: str) -> None:
-    from qlora.export import hf
-
     trained(llama, tmp_path / "adapter", KINDS[kind])
     base = hub.resolve(str(llama), "main", Recorder())
     merge = Merge(base, read_adapter(tmp_path / "adapter"), "nf4", NF4, CPU)
     flying = streamed.of_merge(merge.tensors())
     found = gathered(streamed.vocabulary_logprobs(build(base).model, flying, BATCHES, Compute(CPU)))
-    hf.write(merge, tmp_path / "hf", Recorder())
+    write_hf(merge, tmp_path / "hf", Recorder())
     assert torch.equal(found, loaded(tmp_path / "hf", torch.bfloat16, build(base).attention))
 
 

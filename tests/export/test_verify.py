@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export import hf
 from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab, write
 from qlora.export.gguf.encode import encode
@@ -28,6 +27,7 @@ from qlora.export.verify.weights import Target, Verified, check_companions, fold
 from qlora.export.verify.weights_child import compare_weights, open_folder, open_gguf
 from qlora.model import hub
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from tests.export.hf_folder import write_hf
 from tests.export.test_merge import KINDS, trained
 from tests.families import END_OF_TURN_ID, make_base
 
@@ -46,7 +46,7 @@ class Case:
         trained(base, folder / "adapter", lora)
         found = hub.resolve(str(base), "main", Recorder())
         self.merge = Merge(found, read_adapter(folder / "adapter"), merge_base, NF4, torch.device("cpu"))
-        hf.write(self.merge, folder / "hf", Recorder())
+        write_hf(self.merge, folder / "hf", Recorder())
         self.folder = folder / "hf"
         shapes = {tensor.parameter: tensor.shape for tensor in self.merge.tensors()}
         self.plan = planning.plan(found, shapes, planning.Tokens(), quants)

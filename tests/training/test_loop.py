@@ -126,7 +126,7 @@ def test_the_run_folder_tells_the_whole_story(tmp_path: Path, llama: Path) -> No
     assert "plan" in kinds and kinds.index("plan") < kinds.index("step")
     assert "progress" not in kinds
     card = (folder / "adapter" / "README.md").read_text()
-    assert str(llama) in card and "evaluation loss" in card and "max_steps = 6" in card
+    assert f"| base | {llama.name} |" in card and "evaluation loss" in card and "max_steps = 6" in card
     assert {"tokenizer.json", "tokenizer_config.json", "adapter_config.json"} <= {
         path.name for path in (folder / "adapter").iterdir()
     }

@@ -128,7 +128,7 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor", 1.0)))
     _check(config, family, (head_dim, dims), "lm_head.weight" not in shapes)
-    turned = rope.describe(config, dims, rope.witnesses(model), family.takes_rope_factors)
+    turned = rope.describe(config, dims, rope.reference_ropes(model), family.takes_rope_factors)
     arch = gguf.MODEL_ARCH_NAMES[family.arch]
     keys = [*_shape_keys(config, head_dim, dims), *turned.keys, *_attention_keys(config, family)]
     if arch == "llama":

@@ -31,7 +31,8 @@ _SWITCH = re.compile(r"phi-?3", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class About:
-    """What a reader of the file should know. `run`: the run's or adapter's name; `datasets`: names, never paths."""
+    """What a reader of the file should know, without paths. `base`: a hub name, or the last part of a folder's path;
+    `revision`: the hub's commit, "" for a folder; `run`: the run's or adapter's name; `datasets`: names."""
 
     base: str
     revision: str
@@ -41,18 +42,29 @@ class About:
 
     @classmethod
     def of(cls, base: BaseFolder, run: str, datasets: Sequence[str]) -> About:
-        return cls(base.name, base.commit or "", licence_of(base.path), run, tuple(datasets))
+        return cls(shown_name(base), base.commit or "", licence_of(base.path), run, tuple(datasets))
+
+
+def shown_name(base: BaseFolder) -> str:
+    """A base's name as a published file may have it: the hub's, or a folder's without the folders above."""
+    return base.name if base.commit is not None else Path(base.name).name
+
+
+def read_card(folder: Path) -> tuple[str, str]:
+    """Header (YAML) and Markdown of a folder's README.md; empty where there is none, or one too large for a card."""
+    card = folder / "README.md"
+    if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
+        return "", ""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return "", text
+    header, _, markdown = text[3:].partition("\n---")
+    return header, markdown
 
 
 def licence_of(folder: Path) -> dict[str, str]:
-    """The licence in the header of a folder's README.md, as the hub's model cards say it; empty when there is none."""
-    card = folder / "README.md"
-    if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
-        return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return {}
-    return {match["part"]: match["value"] for match in _LICENSE.finditer(text[3:].partition("\n---")[0])}
+    """The licence in the header of a folder's card, as the hub's model cards have it; empty when there is none."""
+    return {match["part"]: match["value"] for match in _LICENSE.finditer(read_card(folder)[0])}
 
 
 def general_keys(about: About, kind: str, strips_after_specials: bool = False) -> list[Key]:
@@ -76,7 +88,7 @@ def general_keys(about: About, kind: str, strips_after_specials: bool = False) -
     ]
     keys += [(f"general.license{_gguf_part(part)}", value) for part, value in about.license.items()]
     keys += [("general.base_model.count", 1), ("general.base_model.0.name", base_title)]
-    if "/" in about.base and not Path(about.base).is_absolute():  # a name of the hub
+    if "/" in about.base:  # a name of the hub
         keys.append(("general.base_model.0.organization", about.base.split("/")[0]))
         keys.append(("general.base_model.0.repo_url", f"https://huggingface.co/{about.base}"))
     if about.revision:

@@ -36,7 +36,7 @@ class ReferenceRope:
     attention: float
 
 
-def witnesses(model: Any) -> dict[str, ReferenceRope]:
+def reference_ropes(model: Any) -> dict[str, ReferenceRope]:
     """The rotary embedding of a transformers model by layer type, "" where all layers share one."""
     found = {}
     for module in model.modules():

@@ -147,7 +147,7 @@ def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list
         Check(
             "tokenizer",
             same_tokenizer,
-            f"the files of {source}" if same_tokenizer else f"differs from the one of the training in {source}",
+            "the files of the training" if same_tokenizer else f"differs from the one of the training in {source}",
         ),
     ]
     if has_template(source):

@@ -88,9 +88,9 @@ def test_what_llama_cpp_cannot_express_is_refused(family: str, parameters: dict[
 
 @pytest.mark.parametrize("parameters", [LLAMA3, YARN, LINEAR])
 def test_a_misread_configuration_is_noticed(parameters: dict[str, Any]) -> None:
-    """The trap: keys that load, and positions that turn by other angles. The model's own buffer is the witness."""
+    """The trap: keys that load, and positions that turn by other angles. The model's own buffer is the reference."""
     config = make_config("llama", overrides={"rope_parameters": dict(parameters)})
-    own = rope.witnesses(make_model(config))
+    own = rope.reference_ropes(make_model(config))
     rope.describe(config, 16, own, takes_factors=True)
     config.rope_parameters["factor"] = parameters["factor"] * 1.1
     with pytest.raises(ExportError, match="other angles"):
@@ -99,7 +99,7 @@ def test_a_misread_configuration_is_noticed(parameters: dict[str, Any]) -> None:
 
 def test_a_misread_factor_on_attention_is_noticed() -> None:
     config = make_config("llama", overrides={"rope_parameters": dict(YARN)})
-    own = rope.witnesses(make_model(config))
+    own = rope.reference_ropes(make_model(config))
     config.rope_parameters["attention_factor"] = 1.0
     with pytest.raises(ExportError, match=r"scale attention by 1\.0000"):
         rope.describe(config, 16, own, takes_factors=True)
