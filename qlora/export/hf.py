@@ -5,7 +5,7 @@ are appended block by block (https://github.com/huggingface/safetensors#format).
 config are the base's own files, byte for byte, but for what the merge changes, and for what transformers 5 alone reads.
 
 A base that version 5 has saved holds its rotary positions as `rope_parameters` only: version 4.57 then takes theta
-10,000 and no scaling, without a word, and is another model (logits off by 3 to 5 on five tiny ones). Its tokenizer is
+10,000 and no scaling in silence, and is another model (logits off by 3 to 5 on five tiny ones). Its tokenizer is
 of a class that version 4 does not know. The old keys are added and the new ones stay: both versions then read the same.
 What the hub's bases hold, saved by version 4, is not touched.
 """
@@ -196,18 +196,18 @@ def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, Mapping) or "rope_theta" in config:
         return dict(config)
     old: dict[str, Any] = {}
-    whole = rope
+    main = rope
     if isinstance(rope.get("full_attention"), Mapping):  # Gemma 3: sliding layers have a theta of their own
-        whole = rope["full_attention"]
+        main = rope["full_attention"]
         local = rope.get("sliding_attention")
         if isinstance(local, Mapping) and "rope_theta" in local:
             old["rope_local_base_freq"] = local["rope_theta"]
-    if "rope_theta" not in whole:
+    if "rope_theta" not in main:
         return dict(config)
-    old["rope_theta"] = whole["rope_theta"]
-    if "partial_rotary_factor" in whole:
-        old["partial_rotary_factor"] = whole["partial_rotary_factor"]
-    old["rope_scaling"] = _scaling(whole)
+    old["rope_theta"] = main["rope_theta"]
+    if "partial_rotary_factor" in main:
+        old["partial_rotary_factor"] = main["partial_rotary_factor"]
+    old["rope_scaling"] = _scaling(main)
     return {**config, **{key: value for key, value in old.items() if key not in config}}
 
 
@@ -233,7 +233,7 @@ def tokenizer_config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reopen(folder: Path, shards: dict[str, list[MergedTensor]]) -> None:
-    """Read every header back: names and shapes are those that were meant, and the files are whole."""
+    """Read every header back: names and shapes are those that were planned, and the files are complete."""
     for name, members in shards.items():
         written = {key: entry.shape for key, entry in read_header(folder / name).items()}
         if written != {tensor.name: tensor.shape for tensor in members}:

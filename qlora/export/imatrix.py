@@ -134,10 +134,10 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
     ExportError when a sum is not finite.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parts = CausalParts.of(causal)
+    causal_parts = CausalParts.of(causal)
     device = next(causal.parameters()).device
     tally = _Tally({}, {})
-    head = next(name for name, module in causal.named_modules() if module is parts.head)
+    head = next(name for name, module in causal.named_modules() if module is causal_parts.head)
     total = sum(batch.tokens for batch in batches)
     done = tokens = 0
     with _modes_kept(causal), evaluating(causal), _observed(causal, tally):
@@ -145,7 +145,7 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
             tally.kept_N = real_positions(batch)
             tokens += len(tally.kept_N)
             tally.kept_N = tally.kept_N.to(device)
-            hidden_BSD = hidden_states(parts, batch.to(device))
+            hidden_BSD = hidden_states(causal_parts, batch.to(device))
             tally.add(f"{head}.weight", hidden_BSD)
             done += batch.tokens
             sink.emit(Progress("imatrix", done, total, "tokens"))

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from qlora.data.formats import Message, RowError
 from qlora.data.template import ChatTemplate
 
-# Ollama's own num_ctx below 24 GiB of GPU memory (docs/context-length.mdx): less would cut more than it does unasked.
+# Ollama's own num_ctx below 24 GiB of GPU memory (docs/context-length.mdx): less would cut off more than Ollama does.
 USUAL_CONTEXT_TOKENS = 4096
 MAX_NAME_CHARS = 80  # of 128 that types/model/name.go allows for all parts of a name together
 
@@ -73,7 +73,7 @@ def _im_start(role: str) -> tuple[str, str]:
 
 
 # From the chat templates that the models were published with. Mistral's versions differ in blanks, which are tokens,
-# and in the place of the system prompt ("concept deep dive: tokenization" in Mistral's cookbook tells them apart).
+# and in the place of the system prompt ("concept deep dive: tokenization" in Mistral's cookbook lists them).
 FAMILIES = (
     Family("ChatML", _im_start("user"), _im_start("assistant"), _im_start("system")),
     Family("Llama 3", _header("user"), _header("assistant"), _header("system")),
@@ -92,7 +92,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class _Dialect:
-    """A family as one model speaks it: with what was seen in the renderings and is no part of the family."""
+    """A family as one model writes it: with what was seen in the renderings and is no part of the family."""
 
     family: Family
     end: str
@@ -105,7 +105,7 @@ class _Dialect:
         return pair[0], pair[1].replace("END", self.end)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What this dialect writes for a conversation, in Python: `_go_text` says the same in Go."""
+        """What this dialect writes for a conversation, in Python: `_go_text` writes the same in Go."""
         given = messages[0]["content"] if messages[0]["role"] == "system" else None
         text = self.start
         own = None if self.family.system is None else self.around(self.family.system)
@@ -171,7 +171,7 @@ def go_template(chat: ChatTemplate, bos: str | None, adds_bos: bool) -> GoTempla
 
 
 def _learn(family: Family, end: str, start: str, first: str, with_system: str | None) -> _Dialect | None:
-    """What one question, without and with a system prompt, tells of a family; None when it is not of this one."""
+    """What one question, without and with a system prompt, shows of a family; None when it is not of this one."""
     question = family.user[0] + str(_QUESTIONS[0]["content"]) + family.user[1].replace("END", end)
     ahead, found, opening = first.removeprefix(start).rpartition(question)
     if not found or not opening.startswith(family.answer[0].strip(" ")):
@@ -218,7 +218,7 @@ def _go_literal(text: str) -> str:
 
 @dataclass(frozen=True)
 class OllamaModel:
-    """What a Modelfile says.
+    """The content of a Modelfile.
 
     name           of the model, as the two commands at the head of the file call it; any text
     weights        file name of the GGUF beside the Modelfile; with `adapter` the base, a GGUF or a name of Ollama's
@@ -333,22 +333,22 @@ def _sampling_lines(generation: Mapping[str, Any]) -> list[str]:
     """Sampling as the base's authors advise; a value out of its range (the file is a stranger's) is left out.
 
     Two defaults of Ollama's are no part of the model: where the config says that nothing is drawn, temperature is 0;
-    and repeat_penalty is always said, since older versions punish repeated tokens by 1.1 unless told otherwise
+    and repeat_penalty is always written, since older versions punish repeated tokens by 1.1 by default
     (api/types.go), which spoils answers that repeat on purpose (JSON, names of the question).
     """
     values = {"repetition_penalty": 1.0, **{key: value for key, value in generation.items() if value is not None}}
     if values.get("do_sample") is False:
         values["temperature"] = 0.0
     lines = []
-    for key, name, whole, (low, high) in _SAMPLING:
+    for key, name, integer, (low, high) in _SAMPLING:
         if key not in values:
             continue
         value = values[key]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high or (whole and value != int(value)):  # nan is in no range
+        if not number or not low <= value <= high or (integer and value != int(value)):  # nan is in no range
             lines.append(f"# generation_config.json: {key} = {repr(value)[:40]} cannot be used and is left out.")
         else:
-            lines.append(f"PARAMETER {name} {int(value) if whole else f'{float(value):g}'}")
+            lines.append(f"PARAMETER {name} {int(value) if integer else f'{float(value):g}'}")
     return lines
 
 

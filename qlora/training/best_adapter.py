@@ -20,7 +20,7 @@ from qlora.training.checkpoint import RunState
 
 @dataclass(frozen=True)
 class BestAdapter:
-    """What the delivered folder says about the run."""
+    """The adapter of the best evaluation so far, and what its folder says about the run."""
 
     model: Any
     base: BaseFolder

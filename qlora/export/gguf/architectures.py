@@ -1,9 +1,9 @@
 """Seven families in GGUF: which architecture llama.cpp runs them as, its keys, and what happens to each tensor.
 
 Names come from the gguf package's own table. Two things are done to weights (both silent when forgotten: the file loads
-and talks nonsense): Llama and Mistral keep the two halves of each rotated head apart while llama.cpp wants them
+and answers nonsense): Llama and Mistral keep the two halves of each rotated head apart while llama.cpp wants them
 interleaved, so rows of q and k are permuted; Gemma's norms are stored less 1. What llama.cpp's graph of an architecture
-cannot compute is refused; where it computes something else only beyond a length, it is said.
+cannot compute is refused; where it computes something else only beyond a length, a notice says so.
 """
 
 from __future__ import annotations
@@ -128,17 +128,17 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor", 1.0)))
     _check(config, family, (head_dim, dims), "lm_head.weight" not in shapes)
-    turned = rope.describe(config, dims, rope.reference_ropes(model), family.takes_rope_factors)
+    rotary = rope.describe(config, dims, rope.reference_ropes(model), family.takes_rope_factors)
     arch = gguf.MODEL_ARCH_NAMES[family.arch]
-    keys = [*_shape_keys(config, head_dim, dims), *turned.keys, *_attention_keys(config, family)]
+    keys = [*_shape_keys(config, head_dim, dims), *rotary.keys, *_attention_keys(config, family)]
     if arch == "llama":
         keys.append(("vocab_size", shapes["model.embed_tokens.weight"][0]))
     return Layout(
         arch=arch,
         keys=tuple((f"{arch}.{key}", value) for key, value in keys),
         tensors=_tensors(config, family, head_dim, shapes),
-        constants=turned.tensors,
-        notices=_notices(config, family, turned.tensors),
+        constants=rotary.tensors,
+        notices=_notices(config, family, rotary.tensors),
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -256,5 +256,5 @@ def _sliding_layers(config: Any) -> list[bool]:
 
 
 def _flat_rope(config: Any) -> Mapping[str, Any]:
-    said = config.rope_parameters
-    return said.get("full_attention", said)  # type: ignore[no-any-return]
+    rope_parameters = config.rope_parameters
+    return rope_parameters.get("full_attention", rope_parameters)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlora.errors import ExportError
 from qlora.export.gguf.architectures import Layout
-from qlora.export.gguf.metadata import About, entries, general_keys, header
+from qlora.export.gguf.metadata import About, entries, general_keys, header, padded
 from qlora.export.gguf.rope import Key
 from qlora.export.staging import StagedExport
 from qlora.model.adapter_folder import Adapter, LoraModule
@@ -39,8 +39,8 @@ def planned_bytes(adapter: Adapter) -> int:
     return 4 * sum(module.a.numel + module.b.numel for module in adapter.lora.values())
 
 
-def write(adapter: Adapter, layout: Layout, about: About, workshop: StagedExport, place: tuple[str, str]) -> None:
-    """Write the adapter of a base laid out as `layout` to `place`: the workshop's product and the file's name in it."""
+def write(adapter: Adapter, layout: Layout, about: About, staged: StagedExport, place: tuple[str, str]) -> None:
+    """Write the adapter of a base laid out as `layout` to `place`: a product of `staged` and the file's name."""
     check(adapter)
     keys: list[Key] = [
         *general_keys(about, "adapter"),
@@ -50,10 +50,9 @@ def write(adapter: Adapter, layout: Layout, about: About, workshop: StagedExport
         ("general.quantization_version", gguf.GGML_QUANT_VERSION),
     ]
     infos = [(name, tuple(matrix.shape), F32) for name, matrix in expected_matrices(adapter, layout)]
-    workshop.append(*place, header(layout.arch, entries(keys), infos))
+    staged.append(*place, header(layout.arch, entries(keys), infos))
     for _, matrix in expected_matrices(adapter, layout):
-        content = matrix.numpy().tobytes()
-        workshop.append(*place, content + bytes(-len(content) % gguf.GGUF_DEFAULT_ALIGNMENT))
+        staged.append(*place, padded(matrix.numpy().tobytes()))
 
 
 def expected_matrices(adapter: Adapter, layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
-"""What a GGUF file says of itself: who made it, of what, under which licence; and its header as bytes.
+"""The keys `general.*` of a GGUF file (who made it, of what, under which licence), and its header as bytes.
 
-Every key has one owner: `tokenizer.*` comes from `vocab`, the architecture's own from `families`, `general.*` from
+Every key has one owner: `tokenizer.*` comes from `vocab`, the architecture's own from `architectures`, `general.*` from
 here. llama.cpp changes how it splits text when `general.name` holds "phi-3", so that a name taken as it comes could
 break a model in silence.
 """
@@ -86,7 +86,7 @@ def general_keys(about: About, kind: str, strips_after_specials: bool = False) -
         ("general.quantized_by", f"qlora {__version__}"),
         ("general.description", f"{base_title} with a LoRA adapter, trained by QLoRA"),
     ]
-    keys += [(f"general.license{_gguf_part(part)}", value) for part, value in about.license.items()]
+    keys += [(f"general.license{part.replace('_', '.')}", value) for part, value in about.license.items()]
     keys += [("general.base_model.count", 1), ("general.base_model.0.name", base_title)]
     if "/" in about.base:  # a name of the hub
         keys.append(("general.base_model.0.organization", about.base.split("/")[0]))
@@ -97,10 +97,6 @@ def general_keys(about: About, kind: str, strips_after_specials: bool = False) -
         keys.append(("general.dataset.count", len(about.datasets)))
         keys += [(f"general.dataset.{i}.name", name) for i, name in enumerate(about.datasets)]
     return keys
-
-
-def _gguf_part(part: str) -> str:
-    return part.replace("_", ".")
 
 
 def entries(keys: Sequence[Key]) -> list[Entry]:
@@ -126,7 +122,7 @@ def header(
 ) -> bytes:
     """Everything before the weights, padded: magic, keys, and name, shape, type and place of each tensor.
 
-    The bytes depend on the arguments alone, so that a broken-off file can be gone on with.
+    The bytes depend on the arguments alone, so that an interrupted file can be continued.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "header"
@@ -134,12 +130,16 @@ def header(
         for entry in keys:
             writer.add_key_value(*entry)
         for name, shape, kind in tensors:
-            # The writer tells a quantized tensor's shape by its bytes.
+            # The writer takes a quantized tensor's shape in bytes.
             in_bytes = gguf.quant_shape_to_byte_shape(shape, kind)
             writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), math.prod(in_bytes), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         writer.close()
-        content = path.read_bytes()
+        return padded(path.read_bytes())
+
+
+def padded(content: bytes) -> bytes:
+    """Bytes of a file up to where the next tensor may begin."""
     return content + bytes(-len(content) % ALIGNMENT)

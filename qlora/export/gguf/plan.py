@@ -1,4 +1,4 @@
-"""All that must hold before a GGUF file is written, found without reading a weight: also asked before training."""
+"""All that must hold before a GGUF file is written, found without reading a weight: also checked before training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GgufPlan:
 
     @property
     def notices(self) -> tuple[str, ...]:
-        fallbacks = [f"{quant}: {said}" for quant, choice in self.choices.items() if (said := choice.notice())]
+        fallbacks = [f"{quant}: {notice}" for quant, choice in self.choices.items() if (notice := choice.notice())]
         return (*self.layout.notices, *self.vocab.warnings, *fallbacks)
 
 

@@ -18,7 +18,7 @@ PROBE_TEXTS: tuple[str, ...] = tuple(json.loads(_RESOURCE.read_text(encoding="ut
 
 
 class Limit(Enum):
-    """What llama.cpp does differently with some texts, whatever the file says."""
+    """What llama.cpp does differently with some texts, whatever the file holds."""
 
     COMPOSITION = "llama.cpp does not compose characters: a letter with a separate combining mark becomes other tokens"
     LETTER_CASE = (

@@ -11,7 +11,7 @@ Files then have the sizes and the quality that users know by the name.
    and `token_embd.weight` is the head.
 3. All others get the first of the quant's rules that fits their role and place, else its default.
 4. A row must be whole blocks: 256 values in K- and IQ-quants, 32 in the older ones. A type that does not fit gives way
-   to the next finer one of blocks of 32, and that to F16. What gave way is told to the user.
+   to the next finer one of blocks of 32, and that to F16. What gave way is reported.
 """
 
 from __future__ import annotations
@@ -108,12 +108,14 @@ class TypeChoice:
     fallbacks: tuple[Fallback, ...]
 
     def notice(self) -> str | None:
-        """What to tell the user about the fallbacks, in one line; None when there are none."""
+        """The fallbacks in one line for the user; None when there are none."""
         if not self.fallbacks:
             return None
         counts = Counter((fallback.wanted, fallback.got) for fallback in self.fallbacks)
-        parts = ", ".join(f"{got.name} for {wanted.name} in {count}" for (wanted, got), count in counts.items())
-        return f"rows that are not whole blocks: {parts} of {len(self.types)} tensors, so the file is larger than usual"
+        shares = ", ".join(f"{got.name} for {wanted.name} in {count}" for (wanted, got), count in counts.items())
+        return (
+            f"rows that are not whole blocks: {shares} of {len(self.types)} tensors, so the file is larger than usual"
+        )
 
 
 def everywhere(place: Place) -> bool:
@@ -124,9 +126,9 @@ def first_layers(count: int) -> Callable[[Place], bool]:
     return lambda place: place.layer < count
 
 
-def first_part(parts: int) -> Callable[[Place], bool]:
-    """The first 1/parts of all layers, rounded down."""
-    return lambda place: place.layer < place.layers // parts
+def first_part(divisor: int) -> Callable[[Place], bool]:
+    """The first 1/divisor of all layers, rounded down."""
+    return lambda place: place.layer < place.layers // divisor
 
 
 def outer_and_every_third(place: Place) -> bool:
@@ -201,11 +203,9 @@ def choose_types(
 ) -> TypeChoice:
     """The type of each of `tensors` (GGUF name, shape as torch has it: rows, columns) in a file of `quant`.
 
-    `has_imatrix`: an importance matrix is given, for whichever tensors. Raises ExportError for an unknown `quant`, and
+    `quant` is a key of QUANTS. `has_imatrix`: an importance matrix is given, for whichever tensors. Raises ExportError
     for an `arch` whose rules are not known.
     """
-    if quant not in QUANTS:
-        raise ExportError(f"unknown quant {quant!r}", f"choose from {', '.join(QUANTS)}")
     if arch not in ARCHITECTURES:
         raise ExportError(f"{arch}: no rules for quantizing this architecture", f"known are {', '.join(ARCHITECTURES)}")
     chosen = QUANTS[quant]

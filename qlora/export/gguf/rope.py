@@ -1,8 +1,8 @@
-"""Rotary positions as llama.cpp is told of them: keys, and tensors where keys cannot say it.
+"""Rotary positions as llama.cpp reads them: keys, and tensors for what keys cannot express.
 
-What transformers computes and what llama.cpp will compute from these keys are held against each other before anything
-is written: a base whose positions would turn otherwise is refused. (Both read the same configuration in their own way,
-and a wrong reading shows only as a model that talks worse the longer the text is.)
+What transformers computes and what llama.cpp will compute from these keys are compared before anything is
+written: a base whose positions would turn otherwise is refused. (Both read the same configuration in their own way,
+and a wrong reading shows only as a model that answers worse the longer the text is.)
 
     none      f_i = base^(-2i/d)
     linear    f_i / factor                               Chen et al. 2023 (position interpolation)
@@ -76,30 +76,30 @@ def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope],
     return Rope(tuple(keys), whole.tensors)
 
 
-def _one(config: Any, said: dict[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
-    kind = str(said.get("rope_type", "default"))
-    base = float(said["rope_theta"])
+def _one(config: Any, rope: dict[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
+    kind = str(rope.get("rope_type", "default"))
+    base = float(rope["rope_theta"])
     plain = _frequencies(base, dims)
     keys: list[Key] = [("rope.freq_base", base)]
     if kind == "default":
         _compare(plain, 1.0, own)
         return Rope(tuple(keys), {})
     if kind == "linear":
-        factor = float(said["factor"])
+        factor = float(rope["factor"])
         _compare(plain / factor, 1.0, own)
         return Rope((*keys, ("rope.scaling.type", "linear"), ("rope.scaling.factor", factor)), {})
     if kind == "yarn":
-        more, turned, attention = _yarn(config, said, plain)
-        _compare(turned, attention, own)
+        more, scaled, attention = _yarn(config, rope, plain)
+        _compare(scaled, attention, own)
         return Rope((*keys, *more), {})
     if kind in ("llama3", "longrope") and not takes_factors:
         raise _refused(f"{kind!r} positions in this architecture")
     if kind == "llama3":
-        factors = _llama3_factors(said, plain)
+        factors = _llama3_factors(rope, plain)
         _compare(plain / factors, 1.0, own)
         return Rope(tuple(keys), {"rope_freqs.weight": factors.astype(np.float32)})
     if kind == "longrope":
-        more, tensors = _longrope(config, said, dims)
+        more, tensors = _longrope(config, rope, dims)
         _compare(plain / tensors["rope_factors_short.weight"], dict(more)["rope.scaling.attn_factor"], own)
         return Rope((*keys, *more), tensors)
     raise _refused(f"{kind!r} positions")
@@ -110,23 +110,23 @@ def _frequencies(base: float, dims: int) -> NDArray[np.float64]:
     return base ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
 
 
-def _llama3_factors(said: Mapping[str, Any], plain: NDArray[np.float64]) -> NDArray[np.float64]:
+def _llama3_factors(rope: Mapping[str, Any], plain: NDArray[np.float64]) -> NDArray[np.float64]:
     """By how much each frequency is slowed: not at all for short waves, by `factor` for long ones, a ramp between."""
-    factor, low, high = (float(said[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    trained = float(said["original_max_position_embeddings"])
+    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained = float(rope["original_max_position_embeddings"])
     waves = 2 * math.pi / plain
     ramp = np.clip((trained / waves - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - ramp) / factor + ramp)  # type: ignore[no-any-return]
 
 
 def _yarn(
-    config: Any, said: Mapping[str, Any], plain: NDArray[np.float64]
+    config: Any, rope: Mapping[str, Any], plain: NDArray[np.float64]
 ) -> tuple[list[Key], NDArray[np.float64], float]:
-    factor, base = float(said["factor"]), float(said["rope_theta"])
-    trained = int(said.get("original_max_position_embeddings") or config.max_position_embeddings)
-    fast = float(said.get("beta_fast") or YARN_BETA_FAST)
-    slow = float(said.get("beta_slow") or YARN_BETA_SLOW)
-    if said.get("truncate") is False:
+    factor, base = float(rope["factor"]), float(rope["rope_theta"])
+    trained = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    fast = float(rope.get("beta_fast") or YARN_BETA_FAST)
+    slow = float(rope.get("beta_slow") or YARN_BETA_SLOW)
+    if rope.get("truncate") is False:
         raise _refused("yarn positions whose ramp is not rounded (truncate = false)")
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN section 3.4
     keys: list[Key] = [
@@ -136,8 +136,8 @@ def _yarn(
         ("rope.scaling.yarn_beta_fast", fast),
         ("rope.scaling.yarn_beta_slow", slow),
     ]
-    # llama.cpp always applies the usual factor on attention; another one is said as a multiple of it.
-    wanted = _yarn_attention(said, factor, usual)
+    # llama.cpp always applies the usual factor on attention; another one is given as a multiple of it.
+    wanted = _yarn_attention(rope, factor, usual)
     if wanted != usual:
         keys.append(("rope.scaling.attn_factor", wanted / usual))
     dims = 2 * plain.size
@@ -150,25 +150,25 @@ def _yarn(
     return keys, plain / factor * ramp + plain * (1.0 - ramp), wanted
 
 
-def _yarn_attention(said: Mapping[str, Any], factor: float, usual: float) -> float:
-    """The factor on attention that transformers applies: said outright, or by DeepSeek's two mscales, or the usual."""
-    if said.get("attention_factor") is not None:
-        return float(said["attention_factor"])
-    mscale, of_all = said.get("mscale"), said.get("mscale_all_dim")
+def _yarn_attention(rope: Mapping[str, Any], factor: float, usual: float) -> float:
+    """The factor on attention that transformers applies: given outright, or by DeepSeek's two mscales, or the usual."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
     if mscale and of_all:
         return (0.1 * float(mscale) * math.log(factor) + 1.0) / (0.1 * float(of_all) * math.log(factor) + 1.0)
     return usual
 
 
-def _longrope(config: Any, said: Mapping[str, Any], dims: int) -> tuple[list[Key], dict[str, NDArray[np.float32]]]:
-    trained = int(said["original_max_position_embeddings"])
+def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key], dict[str, NDArray[np.float32]]]:
+    trained = int(rope["original_max_position_embeddings"])
     stretch = config.max_position_embeddings / trained
-    attention = said.get("attention_factor")
+    attention = rope.get("attention_factor")
     if attention is None:  # LongRoPE as Phi-3 uses it; transformers, _compute_longrope_parameters
         attention = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
     tensors = {}
     for name in ("long", "short"):
-        factors: Sequence[float] = said[f"{name}_factor"]
+        factors: Sequence[float] = rope[f"{name}_factor"]
         if len(factors) != dims // 2:
             raise _refused(f"{len(factors)} {name} factors for {dims // 2} pairs of dims")
         tensors[f"rope_factors_{name}.weight"] = np.asarray(factors, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The special tokens of a vocabulary, as llama.cpp wants to be told: ids, stops, what is added to a text, templates."""
+"""The special tokens of a vocabulary as GGUF has them: ids, stops, what is added to a text, templates."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def special_ids(
     """Ids by GGUF's name, and warnings. `rows` of the embedding bound them, `turn_ends` is what the template ends with.
 
     BOS, EOS and the end of a turn (eot) are always there: llama.cpp's defaults for them are ids of another model or the
-    first token that looks like one. All of generation_config.json's ends are told, as eos, eot or eom. Raises
+    first token that looks like one. All of generation_config.json's ends are written, as eos, eot or eom. Raises
     ExportError when there is no end at all.
     """
     configs = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
@@ -107,7 +107,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def added_bos_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after every text, found by asking it: at most one on either side.
+    """The ids that the tokenizer puts before and after every text, found by a probe: at most one on either side.
 
     Raises ExportError for more, which llama.cpp cannot add.
     """
@@ -131,10 +131,10 @@ def chat_templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str
     transformers reads chat_template.jinja with additional_chat_templates/ and tokenizer_config.json for a tokenizer;
     chat_template.json, where multimodal models have theirs, only for a processor.
     """
-    held = tokenizer.chat_template
-    if not held:
-        held = _read_json(folder / "chat_template.json").get("chat_template")
-    templates = held if isinstance(held, dict) else {"default": held}
+    stored = tokenizer.chat_template
+    if not stored:
+        stored = _read_json(folder / "chat_template.json").get("chat_template")
+    templates = stored if isinstance(stored, dict) else {"default": stored}
     return {name: str(text) for name, text in templates.items() if text}
 
 
@@ -165,7 +165,7 @@ def conversation(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str
 
 
 def whitespace_stripping(added: Sequence[Mapping[str, Any]], special: Collection[str]) -> tuple[bool, list[str]]:
-    """Whether white space after added tokens is dropped just as llama.cpp does for Phi-3; warnings for other manners.
+    """Whether white space after added tokens is dropped just as llama.cpp does for Phi-3; warnings for other ways.
 
     `added` are tokenizer.json's added tokens, `special` the texts of all control, unknown and user-defined tokens.
     """

@@ -103,7 +103,7 @@ def _metaspace(step: Mapping[str, Any], tokenizer: Mapping[str, Any], folder: Pa
 
 
 def missing_merges(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Tokens that two others make up without a merge that says so: llama.cpp would join them, transformers not."""
+    """Tokens that two others make up without a merge for it: llama.cpp would join them, transformers not."""
     vocab = tokenizer["model"]["vocab"]
     known = set(merge_pairs(tokenizer["model"]))
     apart = {token["content"] for token in tokenizer.get("added_tokens") or ()} | set(BYTE_TOKENS)

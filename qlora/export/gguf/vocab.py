@@ -36,7 +36,7 @@ class Vocab:
 
     `model`: "gpt2" (byte-level BPE, with `merges`) or "llama" (SentencePiece, with `scores`). `special_ids`: key of
     `tokenizer.ggml.<key>_token_id` -> id. `limits`: known differences, whose texts stand in `warnings` too; under them
-    `probes.comparable` tells what must be tokenized equally all the same, given `specials`. `strips_after_specials`:
+    `probes.comparable` gives what must be tokenized equally all the same, from `specials`. `strips_after_specials`:
     white space after special tokens is dropped as Phi-3's tokenizer does; llama.cpp does so if and only if
     `general.name` contains "phi-3" or "phi3".
     """
@@ -70,7 +70,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """A tokenizer as transformers loads it, the same as the content of a tokenizer.json, and what is asked of it."""
+    """A tokenizer as transformers loads it, the same as the content of a tokenizer.json, and what it has to fit."""
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase
@@ -238,10 +238,10 @@ def _read_spm(source: _Source, pre: str | None) -> _Core:
 
 
 def _space_prefix(source: _Source) -> tuple[bool, list[Limit]]:
-    """Whether llama.cpp is to put a space before each piece of text between special tokens; what is then amiss.
+    """Whether llama.cpp is to put a space before each piece of text between special tokens, and what then differs.
 
     "Before the text's beginning only" it cannot do. A conversation that begins with a special token gets no space then,
-    and that is what the model will be asked.
+    and conversations are what the model is for.
     """
     spaces = spm.spaces(source.content, source.folder)
     if spaces.prefix == "first" and source.conversation.begins_special:

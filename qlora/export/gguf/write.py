@@ -14,12 +14,11 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from qlora.events import Progress, Sink
 from qlora.export.gguf.architectures import GgufTensor, Layout
 from qlora.export.gguf.encode import encode
-from qlora.export.gguf.metadata import ALIGNMENT, header
+from qlora.export.gguf.metadata import ALIGNMENT, header, padded
 from qlora.export.gguf.vocab import Entry
 from qlora.export.llama_cpp.library import Ggml
 from qlora.export.merge.merge import MergedTensor
@@ -30,7 +29,7 @@ F32 = gguf.GGMLQuantizationType.F32
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file to write: the workshop's product it belongs to, its name there, keys, and the type of each tensor."""
+    """A file to write: the product it belongs to, its name there, keys, and the type of each tensor."""
 
     product: str
     name: str
@@ -60,30 +59,30 @@ def write(
     layout: Layout,
     merged: Sequence[MergedTensor],
     files: Sequence[GgufFile],
-    workshop: StagedExport,
+    staged: StagedExport,
     tools: Tools,
     sink: Sink,
 ) -> None:
-    """Fill `files` from the merged model (fp32 blocks), going on after the tensors that the workshop has already."""
+    """Fill `files` from the merged model (fp32 blocks), going on after the tensors that `staged` has already."""
     by_parameter = {tensor.parameter: tensor for tensor in merged}
     total = sum(math.prod(tensor.shape) for tensor in layout.tensors)
     done = 0
-    if workshop.start == 0:
+    if staged.start == 0:
         for file in files:
-            workshop.append(file.product, file.name, file.header(layout))
+            staged.append(file.product, file.name, file.header(layout))
             for constant in layout.constants.values():
-                workshop.append(file.product, file.name, _with_padding(constant.tobytes()))
+                staged.append(file.product, file.name, padded(constant.tobytes()))
     for number, tensor in enumerate(layout.tensors, 1):
         values = math.prod(tensor.shape)
-        if number > workshop.start:
-            _write_tensor(tensor, by_parameter[tensor.parameter], files, workshop, tools)
-            workshop.checkpoint(number)
+        if number > staged.start:
+            _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools)
+            staged.checkpoint(number)
         done += values
         sink.emit(Progress("gguf", done, total, "weights"))
 
 
 def _write_tensor(
-    tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], workshop: StagedExport, tools: Tools
+    tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools
 ) -> None:
     written = dict.fromkeys((file.name for file in files), 0)
     for block in merged.blocks(tensor.unit):
@@ -92,16 +91,13 @@ def _write_tensor(
         for file in files:
             kind = file.types[tensor.name]
             if kind not in encoded:
-                encoded[kind] = _encode(rows, kind, tensor.name, tools)
-            workshop.append(file.product, file.name, encoded[kind])
+                importance = tools.importance.get(tensor.name)
+                encoded[kind] = encode(rows, kind, tools.library, importance, tensor.name)
+            staged.append(file.product, file.name, encoded[kind])
             written[file.name] += encoded[kind].nbytes
     for file in files:
-        if missing := _padded(written[file.name]) - written[file.name]:
-            workshop.append(file.product, file.name, bytes(missing))
-
-
-def _encode(rows: Tensor, kind: gguf.GGMLQuantizationType, name: str, tools: Tools) -> NDArray[np.uint8]:
-    return encode(rows, kind, tools.library, tools.importance.get(name), name)
+        if missing := -written[file.name] % ALIGNMENT:
+            staged.append(file.product, file.name, bytes(missing))
 
 
 def _tensor_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
@@ -112,7 +108,3 @@ def _tensor_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> in
 
 def _padded(count: int) -> int:
     return count + -count % ALIGNMENT
-
-
-def _with_padding(content: bytes) -> bytes:
-    return content + bytes(-len(content) % ALIGNMENT)
