@@ -7,11 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora import __version__, disk, lock
+from qlora import disk, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import Start
 from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
+from qlora.version import __version__
 
 RECIPE_FILE = "recipe.toml"
 EVENTS_FILE = "events.jsonl"

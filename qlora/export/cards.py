@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qlora import __version__, disk
+from qlora import disk
 from qlora.errors import UserError
 from qlora.events import Notice, Sink
 from qlora.export import ollama
@@ -20,6 +20,7 @@ from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import load_json
+from qlora.version import __version__
 
 EXPORT_FILE = "export.json"
 MODEL_FILE = "Modelfile"
