@@ -79,7 +79,7 @@ LINES = {
     ],
     "step": ["loss", "forward", "optimizer"],
     "recipe": ["sections", "problems", "reading"],
-    "report": ["files", "memory", "console"],
+    "report": ["files", "figures", "memory", "console"],
 }
 
 
