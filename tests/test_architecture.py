@@ -42,7 +42,7 @@ FLOORS = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    "cli": ["common", "verify_resume", "train", "export", "estimate"],
+    "cli": ["common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("memory_use", "schedule", "checkpoint", "saving", "best_adapter", "evaluate", "selfcheck"),
         *("health", "recovery", "exam", "probe", "memory_plan", "step_batches", "loop"),
