@@ -33,7 +33,7 @@ SPINE: dict[str, tuple[str, ...]] = {
     "A step": ("step",),
     "A run": ("training",),
 }
-MODULES_A_LINE = 5
+MODULES_A_LINE = 3
 
 
 def main() -> None:
@@ -66,14 +66,14 @@ def redrawn(page: str) -> str:
 def plan() -> str:
     """The floors as a mermaid drawing, the highest first."""
     floors = architecture("FLOORS")
-    lines = ["```mermaid", "flowchart TB"]
+    lines = ["```mermaid", '%%{init: {"flowchart": {"wrappingWidth": 500}}}%%', "flowchart TB"]
     drawn = []
     for floor in sorted({number for name, number in floors.items() if name}, reverse=True):
         rooms = [name for name, number in floors.items() if number == floor and (PACKAGE / name).is_dir()]
         single = [f"{name}.py" for name, number in floors.items() if number == floor and is_module(name)]
         if rooms or single:
             drawn.append(f"floor{floor}")
-            lines.append(f'  subgraph floor{floor}["{floor}"]')
+            lines += [f'  subgraph floor{floor}["{floor}"]', "    direction TB"]
             lines += [f"    {node}" for room in rooms for node in room_nodes(room)]
             lines += [f'    modules{floor}["{wrapped(single)}"]'] if single else []
             lines.append("  end")
