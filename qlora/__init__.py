@@ -8,7 +8,7 @@
     exported = qlora.merge_and_export(result.run_dir, to="hf")
     print(exported.folder)
 
-Names are imported when they are first used: `import qlora` loads no torch.
+Functions, `Recipe` and `ExportOptions` are imported when they are first used: `import qlora` loads no torch.
 """
 
 from __future__ import annotations
@@ -16,18 +16,57 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qlora.errors import (
+    DataError,
+    DoesNotFit,
+    ExportError,
+    HardwareError,
+    ModelError,
+    QloraError,
+    RecipeError,
+    RunFolderError,
+    StoppedBySignal,
+    TokenizerError,
+    TrainingStopped,
+    UserError,
+)
+from qlora.events import (
+    End,
+    Evaluated,
+    Event,
+    Exported,
+    Fidelity,
+    Notice,
+    Plan,
+    Progress,
+    Recovered,
+    Rejected,
+    Sampled,
+    Saved,
+    Sink,
+    Start,
+    StepDone,
+)
+from qlora.version import __version__
+
 if TYPE_CHECKING:
-    from qlora.api import estimate_memory, merge_and_export, train
+    from qlora.api import check, estimate_memory, merge_and_export, train
+    from qlora.export.artifacts import ExportOptions
     from qlora.recipe.reading import Recipe
 
-__version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "estimate_memory", "merge_and_export", "train"]
+__all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "ExportOptions", "Sink", "__version__"]
+__all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
+__all__ += ["HardwareError", "ExportError", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
+__all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
+__all__ += ["Rejected", "Fidelity", "Exported", "End"]
 
 _HOMES = {
     "Recipe": "qlora.recipe.reading",
+    "train": "qlora.api",
+    "check": "qlora.api",
     "estimate_memory": "qlora.api",
     "merge_and_export": "qlora.api",
-    "train": "qlora.api",
+    "ExportOptions": "qlora.export.artifacts",
 }
 
 
@@ -35,3 +74,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'qlora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

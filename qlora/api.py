@@ -16,7 +16,7 @@ from qlora.errors import ExportError, Problem, RecipeError
 from qlora.events import Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import DataSection, ExportSection, SourceSection
-from qlora.report.files import JsonLines
+from qlora.report.files import open_sinks
 
 if TYPE_CHECKING:
     import torch
@@ -270,7 +270,7 @@ def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
     resume_from = checkpoint.newest(run_dir, sink) if ready.mode == "resume" else None
     step = resume_from.state.step if resume_from else None
     run_folder.write_recipe(run_dir, recipe, base.commit)
-    files = [JsonLines(run_dir / run_folder.EVENTS_FILE, step or 0)] if "jsonl" in recipe.report.sinks else []
+    files = open_sinks(recipe.report, run_dir, step or 0)
     say = Sinks(sink, *files)
     try:
         say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Protocol
 
 from qlora.redaction import redact_all
 
+EVENTS_FILE = "events.jsonl"  # in a run's folder
+
 
 @dataclass(frozen=True)
 class Event:

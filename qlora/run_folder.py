@@ -7,14 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora import __version__, disk, lock
+from qlora import disk, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
-from qlora.events import Start
+from qlora.events import EVENTS_FILE, Start
 from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
+from qlora.version import __version__
 
 RECIPE_FILE = "recipe.toml"
-EVENTS_FILE = "events.jsonl"
 LOCK_FILE = ".lock"
 RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,11 +39,11 @@ FLOORS = {
     "third_party": 1,
     "version": 1,
     "device": 1,
-    "": 0,  # qlora/__init__.py: the public face, which imports when it is asked
+    "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    "cli": ["common", "verify_resume", "train", "export", "estimate"],
+    "cli": ["common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("memory_use", "schedule", "checkpoint", "saving", "best_adapter", "evaluate", "selfcheck"),
         *("health", "recovery", "exam", "probe", "memory_plan", "step_batches", "loop"),
@@ -79,7 +80,7 @@ LINES = {
     ],
     "step": ["loss", "forward", "optimizer"],
     "recipe": ["sections", "problems", "reading"],
-    "report": ["files", "memory", "console"],
+    "report": ["files", "figures", "memory", "console"],
 }
 
 
@@ -191,3 +192,17 @@ def test_only_the_device_module_calls_the_device() -> None:
             if isinstance(node, ast.Attribute) and path.name != "device.py":
                 asks = ast.unparse(node) in DEVICE_NAMES or node.attr in ("pin_memory", "record_stream")
                 assert not asks, f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_what_code_cites_is_a_rule_of_the_page() -> None:
+    """A citation reads `(qlora/README.md, packed documents)`: the page ships with the package and has the rule."""
+    page = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    rules = set(re.findall(r"^- \*\*([^*]+)\*\*:", page, re.MULTILINE))
+    assert {"token-weighted accumulation", "packed documents"} <= rules
+    others = (path for room in ("tests", "tools") for path in (ROOT / room).rglob("*.py") if path != Path(__file__))
+    for path in (*MODULES, *others):
+        text = " ".join(path.read_text(encoding="utf-8").replace("#", " ").split())
+        for cited in re.findall(r"qlora/README\.md, ([^).;:\"`]+)", text):
+            assert cited in rules, f"{path.relative_to(ROOT)}: {cited}"
+    for path in MODULES:
+        assert not re.search(r"\bDESIGN\b", path.read_text(encoding="utf-8")), f"{path}: cites what does not ship"

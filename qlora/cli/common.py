@@ -63,7 +63,7 @@ def _say(what: str, hint: str) -> None:
         label = "\033[1;31merror\033[0m" if colour else "error"
         print(f"{label}: {what}\n       {hint}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        drop_output(1, 2)  # the terminal is gone; the exit code still tells
+        drop_output(1, 2)  # the terminal is gone; the exit code still reports it
 
 
 def _plain(text: str) -> str:

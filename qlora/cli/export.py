@@ -84,7 +84,7 @@ def export(
 ) -> None:
     """Dequantize the base, merge the adapter into it tensor by tensor, write the model and prove that it is the one.
 
-    Folders appear under their names when all of them is written, reopened and measured. The memory of one tensor is
+    A folder appears under its name when all of it is written, reopened and measured. The memory of one tensor is
     enough, and no GPU is needed. A killed export goes on where it was when it is run again.
     """
     options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype.value}

@@ -32,6 +32,9 @@ def train(
         typer.Option("--verify-resume", help="Prove in a few steps that a resumed run equals an uninterrupted one."),
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON Schema and stop.")] = False,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Print keys, formats and options as a page of Markdown and stop.")
+    ] = False,
 ) -> None:
     """Train a LoRA adapter on a 4-bit base, as RECIPE says. The result is a folder under output.dir.
 
@@ -42,13 +45,23 @@ def train(
         for name, given in (("resume", resume), ("fresh", fresh), ("check", check), ("verify-resume", verify_resume))
         if given
     ]
-    common.run(lambda: print(_schema()) if schema else _run(recipe, set_ or [], wanted))
+    if schema or keys:
+        common.run(lambda: print(_schema() if schema else _keys()))
+    else:
+        common.run(lambda: _run(recipe, set_ or [], wanted))
 
 
 def _schema() -> str:
     from qlora.recipe.reading import recipe_schema
 
     return json.dumps(recipe_schema(), indent=2)
+
+
+def _keys() -> str:
+    from qlora.cli import estimate, export
+    from qlora.cli.keys import page
+
+    return page({"qlora-train": train, "qlora-export": export.export, "qlora-estimate": estimate.estimate})
 
 
 def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import tomli_w
 from huggingface_hub import ModelCard, ModelCardData
 
-from qlora import __version__
 from qlora.errors import UserError
 from qlora.export import ollama
 from qlora.export.artifacts import Artifact, Source
@@ -28,6 +27,7 @@ from qlora.export.verify.reference import TrainedReference
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import load_json
 from qlora.recipe.reading import Recipe, looks_like_folder
+from qlora.version import __version__
 
 EXPORT_FILE = "export.json"
 MODEL_FILE = "Modelfile"

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 from rich import box
@@ -38,42 +37,10 @@ from qlora.events import (
     Start,
     StepDone,
 )
+from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline
 
-SPARK = "▁▂▃▄▅▆▇█"
-SPARK_WIDTH = 40
 PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
 DRAWS_PER_SECOND = 4
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
-
-
-def human_seconds(seconds: float) -> str:
-    """3700 -> '1 h 01 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:
-    """The course of `values` in at most `width` characters: means of equal stretches, scaled to their range."""
-    if not values:
-        return ""
-    count = min(width, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    span = (high - low) or 1.0
-    return "".join(SPARK[min(len(SPARK) - 1, int((m - low) / span * len(SPARK)))] for m in means)
 
 
 class _Terminal(Console):
@@ -154,7 +121,7 @@ class ConsoleSink:
         elif new or time.monotonic() - self.plain_at > PLAIN_SECONDS:
             # Short tasks need no line: the first one comes when a task has run for a while.
             if not new:
-                self.console.print(f"{event.task} {event.done}/{event.total} {event.unit}".rstrip(), highlight=False)
+                self.console.print(f"{event.task} {how_far(event)}", highlight=False)
             self.plain_at = time.monotonic()
 
     def _step(self, event: StepDone) -> None:
@@ -275,10 +242,7 @@ class ConsoleSink:
 def task_line(task: Progress) -> RenderableType:
     """A named bar."""
     grid = Table.grid(padding=(0, 2))
-    counted = f"{task.done:,}/{task.total:,} {task.unit}".rstrip()
-    if task.unit == "bytes":
-        counted = f"{human_bytes(task.done)} of {human_bytes(task.total)}"
-    grid.add_row(task.task, ProgressBar(total=max(task.total, 1), completed=task.done, width=30), counted)
+    grid.add_row(task.task, ProgressBar(total=max(task.total, 1), completed=task.done, width=30), how_far(task))
     return grid
 
 

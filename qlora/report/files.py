@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora import disk
-from qlora.events import Event, Progress
+from qlora.events import EVENTS_FILE, Event, Progress, Sink
+from qlora.recipe.sections import ReportSection
 
 MAX_WAITING = 10_000  # lines kept for a disk that has no room; the oldest go first
 
@@ -51,6 +52,14 @@ class JsonLines:
                 return
             self._written_bytes += len(line)
             self._waiting.popleft()
+
+
+def open_sinks(section: ReportSection, run_dir: Path, step: int) -> list[Sink]:
+    """The sinks of `[report]` that write into the run's folder; the console belongs to the command.
+
+    `step` is the step that the run goes on after: what an earlier process reported beyond it is forgotten.
+    """
+    return [JsonLines(run_dir / EVENTS_FILE, step)] if "jsonl" in section.sinks else []
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -77,8 +77,8 @@ def plans_view(plans: Sequence[Mapping[str, Any]]) -> RenderableType:
     for number, plan in enumerate(plans, 1):
         estimate = plan["estimate"]
         speed = estimate["tokens_per_second_ideal"]
-        told = ", ".join(plan["lines"]) or "none: it fits as it is"
-        table.add_row(str(number), _gib(estimate["peak_bytes"]), f"{speed:,.0f} tokens/s" if speed else "", Text(told))
+        lines = ", ".join(plan["lines"]) or "none: it fits as it is"
+        table.add_row(str(number), _gib(estimate["peak_bytes"]), f"{speed:,.0f} tokens/s" if speed else "", Text(lines))
     return table
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora import __version__, disk
+from qlora import disk
 from qlora.events import Saved, Sink
 from qlora.export.cards import adapter_card
 from qlora.model import adapters
@@ -16,6 +16,7 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.tokenizer import copy_tokenizer
 from qlora.recipe.reading import Recipe
 from qlora.training.checkpoint import RunState
+from qlora.version import __version__
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from qlora.events import (
     Start,
     StepDone,
 )
-from qlora.report.console import ConsoleSink, human_bytes, human_seconds, sparkline
+from qlora.report.console import ConsoleSink
 
 PLAN = Plan(
     450,
@@ -119,8 +119,11 @@ def test_lines_fit_an_80_column_terminal_panel() -> None:
     assert "left" in out.getvalue()
 
 
-def test_figures_for_people() -> None:
-    assert [human_bytes(n) for n in (12, 2048, 3 << 30)] == ["12 B", "2.0 KiB", "3.0 GiB"]
-    assert [human_seconds(n) for n in (5, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
-    assert sparkline([]) == "" and sparkline([1.0]) == "▁"
-    assert sparkline([0, 1]) == "▁█" and len(sparkline(list(map(float, range(1000))), 40)) == 40
+def test_lines_of_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora.report.console.PLAIN_SECONDS", -1.0)
+    out = io.StringIO()
+    sink = ConsoleSink(Console(file=out, width=80, highlight=False))
+    for done in (0, 159285888):
+        sink.emit(Progress("load", done, 269030016, "B"))
+    sink.close()
+    assert out.getvalue() == "load 151.9 of 256.6 MiB (59 %)\n"

@@ -6,8 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
+
 from qlora.events import Evaluated, Notice, Progress, StepDone
-from qlora.report.files import JsonLines, read_events
+from qlora.recipe.sections import ReportSection
+from qlora.report.files import JsonLines, open_sinks, read_events
 
 STEP = StepDone(1, 0.1, 2.0, 1e-3, 0.5, 100, 40, 50.0, 1 << 20, 2.0)
 
@@ -41,3 +44,10 @@ def test_a_resumed_run_reports_each_step_once(tmp_path: Path) -> None:
     second.close()
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [event["step"] for event in events] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(("sinks", "files"), [(("console", "jsonl"), ["events.jsonl"]), (("console",), []), ((), [])])
+def test_the_recipe_names_what_is_written(tmp_path: Path, sinks: tuple[str, ...], files: list[str]) -> None:
+    for sink in open_sinks(ReportSection(sinks=sinks), tmp_path, 0):  # type: ignore[arg-type]
+        sink.close()
+    assert [path.name for path in tmp_path.iterdir()] == files

@@ -18,10 +18,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from qlora import __version__
 from qlora.export.gguf.rope import Key
 from qlora.export.gguf.vocab import Entry
 from qlora.model.base_folder import BaseFolder
+from qlora.version import __version__
 
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 MAX_CARD_BYTES = 1 << 20

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora import __version__, disk
+from qlora import disk
 from qlora.errors import ExportError
 from qlora.export.merge.parts import VALUES_PER_BLOCK, ParameterSource, Plan, is_multimodal, make_plan
 from qlora.model import nf4
@@ -40,6 +40,7 @@ from qlora.model.load import stored_4bit
 from qlora.model.meta_model import build
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
+from qlora.version import __version__
 
 __all__ = ["Adapter", "Merge", "MergeBase", "MergedTensor", "is_multimodal", "read_adapter", "scale_of"]
 

@@ -1,0 +1,52 @@
+"""Figures as people read them: bytes, seconds, how far a task is, and the course of a series."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from qlora.events import Progress
+
+BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+SPARK = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 40
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in BYTE_UNITS:
+        if count < 1024 or unit == BYTE_UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+def how_far(task: Progress) -> str:
+    """'151.9 of 256.6 MiB (59 %)', both in the total's unit; '120 of 7,000 tokens (2 %)'; '12 of 60 (20 %)'."""
+    done, total = f"{task.done:,}", f"{task.total:,} {task.unit}".rstrip()
+    if task.unit in ("B", "bytes"):
+        total = human_bytes(task.total)
+        unit = total.split()[1]
+        done = f"{task.done / 1024 ** BYTE_UNITS.index(unit):.{0 if unit == 'B' else 1}f}"
+    return f"{done} of {total} ({100 * task.done / max(task.total, 1):.0f} %)"
+
+
+def human_seconds(seconds: float) -> str:
+    """3700 -> '1 h 01 min'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:
+    """The course of `values` in at most `width` characters: means of equal stretches, scaled to their range."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(SPARK[min(len(SPARK) - 1, int((m - low) / span * len(SPARK)))] for m in means)

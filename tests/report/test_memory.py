@@ -1,0 +1,63 @@
+"""How an estimate is drawn: parts with bars, the verdict, plans, and what a picture needs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from qlora.errors import UserError
+from qlora.report.memory import bar, draw_lengths, estimate_view, plans_view, verdict
+
+GIB = 1 << 30
+ESTIMATE: dict[str, Any] = {
+    "peak_bytes": 6 * GIB,
+    "limit_bytes": 8 * GIB,
+    "components": {"weights": 5 * GIB, "context": GIB},
+    "phases": {"load": 5 * GIB, "train": 6 * GIB},
+    "settings": {"lora.r": 8},
+    "host_peak_bytes": 2 * GIB,
+    "disk_bytes": GIB // 2,
+    "tokens_per_second_ideal": 736.0,
+    "notes": ["it depends"],
+}
+
+
+def drawn(view: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(view)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "full", "text"),
+    [(0, 8, ""), (8, 8, "████"), (16, 8, "████"), (4, 8, "██"), (1, 8, "▌"), (3, 0, "")],
+)
+def test_a_bar_is_exact_to_an_eighth(value: float, full: float, text: str) -> None:
+    assert bar(value, full, 4) == text
+
+
+def test_each_part_the_limit_and_where_it_comes_from() -> None:
+    text = drawn(estimate_view(ESTIMATE, "RTX 4060, 8 GB"))
+    for words in ("weights", "5.00 GiB", "the frozen base", "RTX 4060, 8 GB", "it fits: 2.00 GiB are left"):
+        assert words in text
+    assert "at most 736 tokens/s" in text and "it depends" in text and "lora.r = 8" in text
+
+
+def test_what_is_missing_is_counted() -> None:
+    assert verdict(9 * GIB, 8 * GIB).plain == "it does not fit: 1.00 GiB are missing"
+
+
+def test_plans_stand_with_their_lines() -> None:
+    plans = [{"estimate": ESTIMATE, "lines": ["data.max_length = 1024"]}, {"estimate": ESTIMATE, "lines": []}]
+    text = drawn(plans_view(plans))
+    assert "data.max_length = 1024" in text and "none: it fits as it is" in text
+
+
+def test_a_picture_that_cannot_be_written_is_two_lines(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match="cannot be written"):
+        draw_lengths({512: GIB, 1024: 2 * GIB}, {"8 GB": 8 * GIB}, "a model", tmp_path / "none" / "peak.png")
