@@ -5,7 +5,6 @@ tools/make_old_run.py made the archive with that version's code, once; it tells 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import socket
 import tarfile
@@ -13,38 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import qlora
 from qlora import api
 from qlora.data import prepare
 from qlora.disk import sha256_file, verify_folder
 from qlora.events import Recorder
-from tests.runs import hashes, train, values
+from tests.runs import arithmetic, hashes, train, values
 
 ARCHIVE = Path(__file__).parent / "golden" / "runs_5990ea1.tar.xz"
-
-
-def arithmetic(base: Path) -> str:
-    """sha256 of what this machine and its libraries make of a small training step, without any code of ours.
-
-    Where it differs (another CPU, another torch), last digits of a run differ too, whatever the version.
-    """
-    import bitsandbytes as bnb
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False)
-    ids = torch.arange(96).reshape(2, 48) * 7 % 384
-    model(ids, labels=ids).loss.backward()
-    weight = next(parameter for parameter in model.parameters() if parameter.ndim == 2)
-    packed, state = bnb.functional.quantize_4bit(weight.detach(), quant_type="nf4", compress_statistics=True)
-    results = [parameter.grad for parameter in model.parameters()]
-    unpacked = bnb.functional.dequantize_4bit(packed, state)
-    results += [packed, unpacked, weight.detach()[:5] @ unpacked.t()]
-    digest = hashlib.sha256()
-    for result in results:
-        digest.update(result.detach().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def run(clone: Path, place: Path, code: str, killed: bool = False) -> None:
 
 def recorded(whole: Path, exported: Path) -> dict[str, Any]:
     """What the undisturbed run and export ended with, and what their numbers depend on."""
-    from tests.test_old_runs import arithmetic
+    from tests.runs import arithmetic
 
     checkpoint = whole / "runs" / "tiny" / "checkpoints" / f"step-{STEPS:06d}"
     weights = exported / "runs" / "tiny" / "export" / "hf"
