@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,26 @@ def hashes(recipe: Path, step: int) -> dict[str, str]:
 
 def values(recorder: Recorder, kind: str, key: str) -> list[Any]:
     return [event.as_dict()[key] for event in recorder.of(kind)]
+
+
+def arithmetic(base: Path) -> str:
+    """sha256 of what this machine and its libraries make of a small training step, without any code of ours.
+
+    Where it differs (another CPU, another torch), last digits of a run differ too, whatever the version.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False)
+    ids = torch.arange(96).reshape(2, 48) * 7 % 384
+    model(ids, labels=ids).loss.backward()
+    weight = next(parameter for parameter in model.parameters() if parameter.ndim == 2)
+    packed, state = bnb.functional.quantize_4bit(weight.detach(), quant_type="nf4", compress_statistics=True)
+    results = [parameter.grad for parameter in model.parameters()]
+    unpacked = bnb.functional.dequantize_4bit(packed, state)
+    results += [packed, unpacked, weight.detach()[:5] @ unpacked.t()]
+    digest = hashlib.sha256()
+    for result in results:
+        digest.update(result.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+import qlora
 from qlora.data import sources
 from qlora.data.prepare import check_files
 from qlora.data.sources import read_rows
 from qlora.errors import DataError
 from qlora.recipe.sections import DataSection, SourceSection
 from tests.attacks import payloads as p
-from tests.test_architecture import MODULES
 
+MODULES = sorted(Path(qlora.__file__).parent.rglob("*.py"))
 Make = Callable[[Path, Path], Path]  # (folder, marker) to the path that a recipe names
 
 

@@ -17,8 +17,8 @@ from qlora.errors import RunFolderError, StoppedBySignal, TrainingStopped
 from qlora.report.files import JsonLines, read_events
 from qlora.stop import StopRequest
 from qlora.training import checkpoint, saving
+from tests.faults.cases import SETTINGS, last_hashes
 from tests.faults.forks import fork, warm
-from tests.faults.test_kill import SETTINGS, last_hashes
 from tests.runs import hashes, run_dir, train, values, write_recipe
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")

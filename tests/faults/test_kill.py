@@ -18,25 +18,14 @@ from qlora import disk
 from qlora.disk import sha256_file
 from qlora.events import Recorder
 from qlora.training import checkpoint
+from tests.faults.cases import SETTINGS, last_hashes
 from tests.faults.forks import Warm, finished, fork, in_child, warm
 from tests.runs import write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 
 KILLS = 100
-FILES = ("adapter.safetensors", "optimizer.safetensors")
 SAVING = {"every_steps": 1, "keep": 2}
-# Dropout, two micro-batches a step and an evaluation that delivers an adapter: all that a step depends on. In bf16 and
-# on few layers, since a hundred lives are to pass quickly (tests/training/test_resume.py has 4 bit).
-SETTINGS = (
-    *("lora.dropout=0.1", "lora.r=4", "train.batch_size=2", "train.micro_batch_size=1", "train.learning_rate=1e-3"),
-    *("data.max_length=48", "data.eval_fraction=0.1", "eval.every_steps=5", "eval.samples=0", "report.sinks=[]"),
-    *('quantization.type="none"', "train.gradient_checkpointing=false", 'lora.target_modules=["q_proj", "v_proj"]'),
-)
-
-
-def last_hashes(folder: Path, step: int) -> dict[str, str]:
-    return {name: sha256_file(folder / "tiny" / "checkpoints" / f"step-{step:06d}" / name) for name in FILES}
 
 
 @pytest.fixture(scope="module")

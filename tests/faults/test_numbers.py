@@ -28,7 +28,7 @@ BAD_STEP = 2  # counted from 0: the third
 @pytest.fixture(autouse=True)
 def steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are counted from step 1: the worst is not tried before it."""
-    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+    monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
 
 
 class Spoiler:

@@ -11,8 +11,8 @@ import pytest
 
 from qlora.events import Event
 from qlora.stop import StopRequest
+from tests.faults.cases import last_hashes
 from tests.faults.forks import Child, Warm, finished, fit_of, fork, in_child, warm
-from tests.faults.test_kill import last_hashes
 from tests.runs import EVERYTHING, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]

@@ -19,8 +19,8 @@ from qlora.events import Event
 from qlora.report import console
 from qlora.report.files import read_events
 from qlora.training import checkpoint
+from tests.faults.cases import SETTINGS
 from tests.faults.forks import Child, fork
-from tests.faults.test_kill import SETTINGS
 from tests.runs import write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]

@@ -1,0 +1,21 @@
+"""What tests of kills, signals and full disks share: settings whose runs are short, and what such a run ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora.disk import sha256_file
+
+FILES = ("adapter.safetensors", "optimizer.safetensors")
+# Dropout, two micro-batches a step and an evaluation that delivers an adapter: all that a step depends on. In bf16 and
+# on few layers, since a hundred processes are to pass quickly (tests/training/test_resume.py has 4 bit).
+SETTINGS = (
+    *("lora.dropout=0.1", "lora.r=4", "train.batch_size=2", "train.micro_batch_size=1", "train.learning_rate=1e-3"),
+    *("data.max_length=48", "data.eval_fraction=0.1", "eval.every_steps=5", "eval.samples=0", "report.sinks=[]"),
+    *('quantization.type="none"', "train.gradient_checkpointing=false", 'lora.target_modules=["q_proj", "v_proj"]'),
+)
+
+
+def last_hashes(folder: Path, step: int) -> dict[str, str]:
+    """sha256 of adapter and optimizer of the checkpoint after `step`, in the folder of a `Warm` run."""
+    return {name: sha256_file(folder / "tiny" / "checkpoints" / f"step-{step:06d}" / name) for name in FILES}
