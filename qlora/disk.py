@@ -19,12 +19,13 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
+from qlora import lock
 from qlora.errors import RunFolderError
 
 MANIFEST = "manifest.json"
 _SELF = "sha256"  # of the manifest itself
 _READ_BYTES = 1 << 20
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: more than a file system or a limit lets one file be
 _SWAPPED = ".old-swap-"  # a folder that its successor replaces; `.old-` alone is one that is being removed
 
 
@@ -291,26 +292,14 @@ def sweep_leftovers(parent: Path, of_the_dead_only: bool = False) -> int:
     _finish_swaps(parent)
     leftovers = [path for path in parent.glob(".*") if ".tmp-" in path.name or ".old-" in path.name]
     if of_the_dead_only:
-        leftovers = [path for path in leftovers if not _runs(path.name.rpartition("-")[2])]
+        numbers = {path: path.name.rpartition("-")[2] for path in leftovers}
+        leftovers = [path for path, pid in numbers.items() if pid.isdecimal() and not lock.is_running(int(pid))]
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return len(leftovers)
-
-
-def _runs(number: str) -> bool:
-    """Whether a process of that number runs; when that can't be told, it may."""
-    if os.name == "nt" or not number.isdigit():
-        return True
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _finish_swaps(parent: Path) -> None:
