@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.data import sources
+from qlora.data import readers
 from qlora.data.prepare import check_files
 from qlora.data.sources import read_rows
 from qlora.errors import DataError
@@ -103,7 +103,7 @@ def fail(where: str, reason: str) -> None:
 
 
 def test_rows_without_an_end_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1 << 20)
     long = b'{"text": "' + b"x" * 3_000_000 + b'"}'
     good = b'{"text": "good"}'
     bad: list[tuple[str, str]] = []

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora.data import sources
+from qlora.data import readers
 from qlora.data.sources import SourceRow, read_rows, source_files
 from qlora.errors import DataError
 from qlora.recipe.sections import SourceSection
@@ -67,7 +67,7 @@ def test_an_array_may_be_cut_anywhere_by_the_reading_window(
     rows = [{key: value.replace("\0", "") for key, value in row.items()} for row in rows]
     file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_CHUNK_CHARS", edge)
+        patch.setattr(readers, "_CHUNK_CHARS", edge)
         assert [row.row for row in read(file)] == rows
 
 
@@ -75,7 +75,7 @@ def test_an_array_may_be_cut_anywhere_by_the_reading_window(
 def test_elements_that_are_no_rows_are_named_wherever_the_window_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edge: int
 ) -> None:
-    monkeypatch.setattr(sources, "_CHUNK_CHARS", edge)
+    monkeypatch.setattr(readers, "_CHUNK_CHARS", edge)
     (tmp_path / "a.json").write_text('[12345,\n-1.5e10, true, "x",\n{"text": "a"}]')
     bad: list[str] = []
     rows = list(read_rows(SourceSection(path=str(tmp_path / "a.json")), lambda where, reason: bad.append(where)))
@@ -173,7 +173,6 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:
         ("rows.docx", "unknown kind of file (.docx)", ".jsonl"),
         ("*.xyz", "no file matches", "pattern"),
         ("empty", "no data file in this folder", ".parquet"),
-        ("hub:someone/something", "data sets of the hub", "download"),
     ],
 )
 def test_what_is_no_data_file_is_named_with_a_way_out(tmp_path: Path, path: str, what: str, hint: str) -> None:
@@ -181,7 +180,7 @@ def test_what_is_no_data_file_is_named_with_a_way_out(tmp_path: Path, path: str,
     (tmp_path / "rows.docx").touch()
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(DataError) as caught:
-        source_files(SourceSection(path=path if path.startswith("hub:") else str(tmp_path / path)))
+        source_files(SourceSection(path=str(tmp_path / path)))
     assert what in caught.value.what
     assert hint in caught.value.hint
 
