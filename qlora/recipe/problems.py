@@ -205,30 +205,29 @@ def _suggestion(dotted: str, last: str, known: Sequence[str]) -> str:
 def apply_override(raw: dict[str, Any], item: str, index: LineIndex) -> Problem | None:
     """Put one `table.key=value` into the parsed recipe. Values are TOML; what is no TOML is a string."""
     name, separator, text = item.partition("=")
-    parts = name.strip().split(".")
-    if not separator or len(parts) < 2 or not all(parts):
+    *tables, key = keys = name.strip().split(".")
+    if not separator or not tables or not all(keys):
         return Problem(f"--set {item}", "is not table.key=value", "for example --set train.learning_rate=1e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
     place: Any = raw
-    for part in parts[:-1]:
-        step: Any = int(part) if isinstance(place, list) and part.isdigit() else part
-        if isinstance(place, list) and not (isinstance(step, int) and step < len(place)):
-            return Problem(
-                f"--set {item}", f"there is no entry {part!r}", f"entries are numbered 0 to {len(place) - 1}"
-            )
-        place = place[step] if isinstance(place, list) else place.setdefault(step, {})
+    for step in tables:
+        if isinstance(place, dict):
+            place = place.setdefault(step, {})
+        elif step.isdecimal() and int(step) < len(place):
+            place = place[int(step)]
+        else:
+            numbers = f"entries are numbered 0 to {len(place) - 1}"
+            return Problem(f"--set {item}", f"there is no entry {step!r}", numbers)
         if not isinstance(place, (dict, list)):
-            return Problem(f"--set {item}", f"{part} is a value, not a table", "for example --set train.max_steps=20")
-    last = parts[-1]
+            return Problem(f"--set {item}", f"{step} is a value, not a table", "for example --set train.max_steps=20")
     if isinstance(place, list):
         return Problem(f"--set {item}", "names a whole list entry", "for example --set data.train.0.path=rows.jsonl")
-    place[last] = value
+    place[key] = value
     # An override replaces its alternative, so that --set train.max_steps=20 works on a recipe with epochs.
-    for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-        if parts == ["train", one]:
-            place.pop(other, None)
-    index.overrides[tuple(int(part) if part.isdigit() else part for part in parts)] = item
+    if alternative := {"train.epochs": "max_steps", "train.max_steps": "epochs"}.get(name.strip()):
+        place.pop(alternative, None)
+    index.overrides[tuple(int(step) if step.isdecimal() else step for step in keys)] = item
     return None
