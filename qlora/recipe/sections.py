@@ -191,7 +191,7 @@ class ExportSection(Section):
 
     formats: tuple[str, ...] = Field(
         (),
-        description="Made at the end, each in <run>/export: hf (safetensors), adapter-gguf, gguf:q4_k_m and its like",
+        description="Made at the end, in the run's export/: hf (safetensors), adapter-gguf, gguf:q4_k_m and its like",
         json_schema_extra={"items": {"type": "string", "enum": list(EXPORT_FORMATS)}},
     )
     base: Literal["auto", "nf4", "full"] = Field(
@@ -220,7 +220,7 @@ class OutputSection(Section):
     dir: str = Field(
         "runs",
         min_length=1,
-        description="Parent of the run's folder dir/<name of the recipe>; relative to the current folder",
+        description="Where runs stand, each under its recipe's name; relative to the current folder",
     )
 
 
