@@ -91,15 +91,8 @@ class ChatTokenizer:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
 
-    def encode(self, conversation: Conversation) -> TokenRow:
-        """Tokens and mask of one conversation. Raises RowError."""
-        row = self.encode_many([conversation])[0]
-        if isinstance(row, RowError):
-            raise row
-        return row
-
     def encode_many(self, conversations: Sequence[Conversation]) -> list[TokenRow | RowError]:
-        """As `encode`, many at once (several times faster); in a bad row's place stands its RowError."""
+        """Tokens and masks of conversations; in a bad one's place stands its RowError."""
         parts = [conversations[at : at + _PART_ROWS] for at in range(0, len(conversations), _PART_ROWS)]
         self._render_ahead(parts[0] if parts else ())
         rows: list[TokenRow | RowError] = []
