@@ -1,4 +1,4 @@
-"""What the libraries say that nobody needs, silenced where we handle what they warn of, and only there."""
+"""Warnings and advice of other libraries, silenced where we handle what they warn of, and only there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 
 def no_word_to_developers() -> None:
-    """For a command: no notice of names that a library is about to change; whoever trains can do nothing about them.
+    """For a command: no warnings of names that a library is about to change, which its user cannot act on.
 
-    Who asks for warnings (`-W`, PYTHONWARNINGS, TRANSFORMERS_VERBOSITY) gets them.
+    Whoever asks for warnings (`-W`, PYTHONWARNINGS, TRANSFORMERS_VERBOSITY) gets them.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported, here or in a child
     if not sys.warnoptions:

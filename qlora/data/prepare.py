@@ -1,4 +1,4 @@
-"""From the recipe's [data] to rows of tokens: read, told apart, tokenized once, and split.
+"""From the recipe's [data] to rows of tokens: read, recognized, tokenized once, and split.
 
 Tokens are cached in a folder whose name is the hash of all that made them: the files' contents, the tokenizer, the
 template, the settings and the version of this code. The folder is published by one rename and checked against its
@@ -165,7 +165,7 @@ class _Maker:
             self.sink.emit(Notice("cache", f"cached tokens in {folder} are damaged ({damage}): tokenizing anew"))
             cached = False
         if not cached:
-            disk.sweep_leftovers(self.cache_dir, of_the_dead_only=True)
+            disk.sweep_leftovers(self.cache_dir, spare_running=True)
             try:
                 disk.publish_folder(folder, lambda place: _Tokenization(self, sources, place).run())
             except OSError as error:
