@@ -1,15 +1,15 @@
 """A source's files to rows, each with the `file:line` it came from.
 
 A row stays the JSON object that stands in the file: it never passes through an Arrow schema, which would fill in
-nulls for keys that other rows have. A broken row is handed to `on_bad` and reading goes on after it; a file that cannot
-be read on raises DataError. How each kind of file is read: `readers.py`.
+nulls for keys that other rows have. In a broken row's place stands the reason, and reading goes on after it; a file
+that cannot be read on raises DataError. How each kind of file is read: `readers.py`.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,17 @@ from qlora.errors import DataError
 if TYPE_CHECKING:
     from qlora.recipe.sections import SourceSection
 
-OnBad = Callable[[str, str], None]  # (file:line, reason)
-
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row as it stands in its file. `read_bytes`: how far into `file` it ends, for progress bars."""
+    """One row as it stands in its file, or why there is none at `where`, its `file:line`.
 
-    row: dict[str, Any]
+    `read_bytes`: how far into `file` it ends, for progress bars.
+    """
+
+    row: dict[str, Any] | RowError
     where: str
     file: Path
     read_bytes: int
@@ -52,28 +53,20 @@ def source_files(source: SourceSection) -> list[Path]:
     return [_checked_file(file) for file in files]
 
 
-def read_rows(source: SourceSection, on_bad: OnBad) -> Iterator[SourceRow]:
+def read_rows(source: SourceSection) -> Iterator[SourceRow]:
     """Every row of a source, in the order of its files, with the source's columns renamed to the format's own.
 
-    `on_bad(where, reason)` is called in a broken row's place. Raises DataError for a file that cannot be read on,
-    and when a column to be renamed is in no row at all.
+    Raises DataError for a file that cannot be read on, and when a column to be renamed is in no row at all.
     """
     unseen = set(source.columns.values())
     for file in source_files(source):
         name = file_name(source, file)
         for number, row, read_bytes in _items(file, name):
-            where = f"{name}:{number}"
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                check_text(row)
-            except RowError as error:
-                on_bad(where, error.reason)
-                continue
-            if source.columns:
+            row = _checked(row)
+            if source.columns and not isinstance(row, RowError):
                 unseen.difference_update(row)
                 row = _renamed(row, source.columns)
-            yield SourceRow(row, where, file, read_bytes)
+            yield SourceRow(row, f"{name}:{number}", file, read_bytes)
     if unseen:
         raise DataError(
             f"{source.path}: no row has the column {' or '.join(sorted(unseen))}",
@@ -103,6 +96,15 @@ def _items(file: Path, name: str) -> Iterator[Item]:
         raise DataError(f"{file}: cannot be read ({error.strerror or error})", "check its permissions") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text ({error.reason})", "save it as UTF-8") from error
+
+
+def _checked(row: dict[str, Any] | RowError) -> dict[str, Any] | RowError:
+    try:
+        if not isinstance(row, RowError):
+            check_text(row)
+    except RowError as error:
+        return error
+    return row
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.data import readers
+from qlora.data.formats import RowError
 from qlora.data.sources import SourceRow, read_rows, source_files
 from qlora.errors import DataError
 from qlora.recipe.sections import SourceSection
@@ -20,11 +21,9 @@ ROWS = [{"text": "a"}, {"text": "b", "extra": {"k": [1, None]}}, {"text": "Ã§ ðŸ
 
 def read(path: Path | str, **keys: Any) -> list[SourceRow]:
     """All rows; a bad one fails the test."""
-
-    def on_bad(where: str, reason: str) -> None:
-        raise AssertionError(f"{where}: {reason}")
-
-    return list(read_rows(SourceSection(path=str(path), **keys), on_bad))
+    rows = list(read_rows(SourceSection(path=str(path), **keys)))
+    assert all(isinstance(row.row, dict) for row in rows), rows
+    return rows
 
 
 def lines(rows: list[Any]) -> str:
@@ -77,10 +76,9 @@ def test_elements_that_are_no_rows_are_named_wherever_the_window_ends(
 ) -> None:
     monkeypatch.setattr(readers, "_CHUNK_CHARS", edge)
     (tmp_path / "a.json").write_text('[12345,\n-1.5e10, true, "x",\n{"text": "a"}]')
-    bad: list[str] = []
-    rows = list(read_rows(SourceSection(path=str(tmp_path / "a.json")), lambda where, reason: bad.append(where)))
-    assert bad == ["a.json:1", "a.json:2", "a.json:2", "a.json:2"]
-    assert [row.where for row in rows] == ["a.json:3"]
+    rows = list(read_rows(SourceSection(path=str(tmp_path / "a.json"))))
+    assert [row.where for row in rows] == ["a.json:1", "a.json:2", "a.json:2", "a.json:2", "a.json:3"]
+    assert [isinstance(row.row, RowError) for row in rows] == [True] * 4 + [False]
 
 
 def test_csv_cells_are_texts_and_rows_know_their_first_line(tmp_path: Path) -> None:
