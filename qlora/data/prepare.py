@@ -48,16 +48,6 @@ class PreparedData:
 
 
 @dataclass
-class _Count:
-    """Rows of one source left out for one reason."""
-
-    source: str
-    reason: str
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-
-@dataclass
 class _Report:
     """What there is to say about a side's rows; stored beside them."""
 
@@ -68,17 +58,26 @@ class _Report:
     cut: int = 0
     lost_reasoning: int = 0
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
-    rejected: list[_Count] = field(default_factory=list)
+    rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length
 
     def reject(self, source: str, reason: str, where: str) -> None:
-        entry = next((item for item in self.rejected if (item.source, item.reason) == (source, reason)), None)
-        if entry is None:
-            entry = _Count(source, reason)
-            self.rejected.append(entry)
-        entry.count += 1
-        if len(entry.examples) < EXAMPLES:
-            entry.examples.append(where)
+        before = self.rejected.get((source, reason), Rejected(source, reason, 0))
+        examples = (*before.examples, where)[:EXAMPLES]
+        self.rejected[source, reason] = Rejected(source, reason, before.count + 1, examples)
+
+    def write(self, folder: Path) -> None:
+        values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
+        (folder / REPORT_FILE).write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> _Report:
+        values: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        report = cls(**values | {"rejected": {}})
+        for entry in values["rejected"]:
+            rejected = Rejected(**entry | {"examples": tuple(entry["examples"])})
+            report.rejected[rejected.source, rejected.reason] = rejected
+        return report
 
 
 def check_files(data: DataSection) -> None:
@@ -167,8 +166,8 @@ class _Maker:
                     f"{self.cache_dir}: cannot write tokenized rows ({error.strerror or error})",
                     "make room or give yourself access there, or name another folder in QLORA_CACHE",
                 ) from error
-        report = _read_report(folder)
-        self._tell(report, folder if cached else None)
+        report = _Report.read(folder)
+        self._emit(report, folder if cached else None)
         return open_rows(folder / ROWS_FILE), disk.sha256_text(key, report.content_sha256)
 
     def _key(self, sources: Sequence[SourceSection]) -> str:
@@ -188,13 +187,13 @@ class _Maker:
         }
         return disk.sha256_text(json.dumps(made_by, sort_keys=True))
 
-    def _tell(self, report: _Report, cached_in: Path | None) -> None:
+    def _emit(self, report: _Report, cached_in: Path | None) -> None:
         if cached_in:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
-        for entry in report.rejected:
-            self.sink.emit(Rejected(entry.source, entry.reason, entry.count, tuple(entry.examples)))
+        for rejected in report.rejected.values():
+            self.sink.emit(rejected)
         if report.cut:
             limit = self.data.max_length
             self.sink.emit(Notice("truncation", f"{report.cut} rows cut to their first {limit} tokens", report.cut))
@@ -227,8 +226,7 @@ class _Tokenization:
         self.report.lost_reasoning = self.chat.lost_reasoning - reasoning_before
         if not self.report.rows:
             raise self._nothing_left()
-        text = json.dumps(asdict(self.report), ensure_ascii=False, indent=1)
-        (self.folder / REPORT_FILE).write_text(text, encoding="utf-8")
+        self.report.write(self.folder)
 
     def _batches(self, source: SourceSection) -> Iterator[list[tuple[str, Conversation | RowError]]]:
         """Conversations with their places; what is bad stands where it was met, so that the first is reported."""
@@ -330,9 +328,3 @@ def _bad_row(where: str, error: RowError, max_bad_rows: int) -> DataError:
     else:
         hint = "repair the row, or set data.max_bad_rows to leave out that many"
     return DataError(f"{where}: {error.reason}", hint)
-
-
-def _read_report(folder: Path) -> _Report:
-    values: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    values["rejected"] = [_Count(**entry) for entry in values["rejected"]]
-    return _Report(**values)
