@@ -1,4 +1,4 @@
-"""Warnings and advice of other libraries, silenced where we handle what they warn of, and only there."""
+"""What the libraries say that nobody needs, silenced where we handle what they warn of, and only there."""
 
 from __future__ import annotations
 
