@@ -19,12 +19,14 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
+from qlora import lock
 from qlora.errors import RunFolderError
 
 MANIFEST = "manifest.json"
 _SELF = "sha256"  # of the manifest itself
 _READ_BYTES = 1 << 20
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: more than a file system or a limit lets one file be
+_NOT_WRITABLE = "name another folder in output.dir, or give yourself write access to this one"
 _SWAPPED = ".old-swap-"  # a folder that its successor replaces; `.old-` alone is one that is being removed
 
 
@@ -69,10 +71,7 @@ def inside(root: Path, name: str) -> Path:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the file system that holds `path` (or its nearest existing parent)."""
-    place = path.resolve()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(_nearest(path.resolve())).free
 
 
 def cache_dir() -> Path:
@@ -92,22 +91,19 @@ def make_folder(path: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot write here ({error.strerror or error})",
-            "name another folder in output.dir, or give yourself write access to this one",
-        ) from error
+        raise RunFolderError(f"{path}: cannot write here ({error.strerror or error})", _NOT_WRITABLE) from error
 
 
 def check_writable(path: Path) -> None:
     """Whether `path`, or the nearest folder above it that exists, can be written to. Raises RunFolderError."""
-    place = path
-    while not place.exists():
-        place = place.parent
+    place = _nearest(path)
     if not os.access(place, os.W_OK | os.X_OK):
-        raise RunFolderError(
-            f"{path}: cannot write here ({place} is read-only for you)",
-            "name another folder in output.dir, or give yourself write access to this one",
-        )
+        raise RunFolderError(f"{path}: cannot write here ({place} is read-only for you)", _NOT_WRITABLE)
+
+
+def _nearest(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next((place for place in (path, *path.parents) if place.exists()), path)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -280,37 +276,25 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep_leftovers(parent: Path, of_the_dead_only: bool = False) -> int:
+def sweep_leftovers(parent: Path, spare_running: bool = False) -> int:
     """Remove hidden `.tmp-` and `.old-` folders and files that a killed process left. Returns how many.
 
-    `of_the_dead_only` spares those of processes that run: for a folder that several may use at once.
+    `spare_running` leaves those of processes that run: for a folder that several may use at once.
 
     A process may have died between the two renames that replace a folder, so that neither the old one nor the new one
     has its name: then the new one, if it is whole, or else the old one gets it.
     """
     _finish_swaps(parent)
     leftovers = [path for path in parent.glob(".*") if ".tmp-" in path.name or ".old-" in path.name]
-    if of_the_dead_only:
-        leftovers = [path for path in leftovers if not _runs(path.name.rpartition("-")[2])]
+    if spare_running:
+        numbers = {path: path.name.rpartition("-")[2] for path in leftovers}
+        leftovers = [path for path, pid in numbers.items() if pid.isdecimal() and not lock.is_running(int(pid))]
     for path in leftovers:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     return len(leftovers)
-
-
-def _runs(number: str) -> bool:
-    """Whether a process of that number runs; when that can't be told, it may."""
-    if os.name == "nt" or not number.isdigit():
-        return True
-    try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _finish_swaps(parent: Path) -> None:

@@ -1,9 +1,9 @@
-"""One process a folder: a lock that the system takes back when its holder dies, however it dies.
+"""One process a folder: a lock that the system releases when the process that took it dies, however it dies.
 
-A run's folder and the hidden folder of an export each have a lock file, which names who holds it (process, its start,
-machine). Where the file system can lock (all local ones, and NFS), the lock itself is what counts: a holder that is
-gone has lost it. Where it cannot, the holder named in the file counts for as long as a process of that number and start
-runs on this machine.
+A run's folder and the hidden folder of an export each have a lock file, which names its holder (process, its start,
+machine). Where the file system can lock (all local ones, and NFS), the lock itself decides: a holder that is gone has
+lost it. Where it cannot, the holder named in the file counts for as long as a process of that number and start runs on
+this machine. `filelock` locks the open file; its own FileLock would neither write nor read a holder.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from filelock import lock_descriptor
 
 MAX_LOCK_BYTES = 4096
 _CANNOT_LOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS)
-_HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+# On Windows a locked byte cannot be read by others, and byte 0 is the one that filelock locks: a space goes there.
+_TEXT_START = 1 if os.name == "nt" else 0
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as its file tells."""
+    """The process that has a lock, as the lock's file names it."""
 
     pid: int
     started: str
@@ -32,12 +34,12 @@ class Holder:
 
     @property
     def runs(self) -> bool:
-        """Whether it may still run. On another machine nobody can tell from here: then yes."""
+        """Whether it may still run; on another machine that cannot be seen from here, so yes."""
         return self.host != socket.gethostname() or (self.started != "" and start_of(self.pid) == self.started)
 
 
 class LockHeld(Exception):
-    """Another process has the lock: `holder`, None where the file does not tell. Whoever asked puts it into words."""
+    """Another process has the lock: `holder`, None where the file does not name it. The caller words the message."""
 
     def __init__(self, holder: Holder | None) -> None:
         self.holder = holder
@@ -45,14 +47,14 @@ class LockHeld(Exception):
 
 
 class FolderLock:
-    """A held lock. Give it back with `release`; a process that dies gives it back by dying."""
+    """A lock that this process has taken, until `release` or the end of the process."""
 
     def __init__(self, handle: int, file: Path) -> None:
         self._handle: int | None = handle
         self.file = file
 
     def release(self) -> None:
-        """Forget the holder, then let go. The file stays; whoever wants it gone removes it while it is held."""
+        """Clear the holder's name, then unlock. The file stays; to remove it, do so before the release."""
         if self._handle is None:
             return
         with suppress(OSError):
@@ -68,9 +70,10 @@ def acquire(file: Path) -> FolderLock:
         try:
             _take(handle)
             if _is_at(handle, file):
+                me = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": socket.gethostname()}
                 os.ftruncate(handle, 0)
                 os.lseek(handle, 0, os.SEEK_SET)
-                os.write(handle, json.dumps(_me()).encode())
+                os.write(handle, b" " * _TEXT_START + json.dumps(me).encode())
                 return FolderLock(handle, file)
         except BaseException:
             os.close(handle)
@@ -90,6 +93,19 @@ def check_free(file: Path) -> None:
         os.close(handle)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process of that number runs on this machine; True where that cannot be told."""
+    if os.name == "nt":  # where os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def start_of(pid: int) -> str:
     """When a process of this machine began, as a text that no other process of that number shares; "" if none runs."""
     try:
@@ -97,19 +113,8 @@ def start_of(pid: int) -> str:
             # proc(5): field 22, counted after the name, which stands in brackets and may hold anything
             return file.read().rpartition(b")")[2].split()[19].decode()
     except (OSError, IndexError):
-        return _runs_without_proc(pid)
-
-
-def _runs_without_proc(pid: int) -> str:
-    if os.path.isdir("/proc/self") or os.name == "nt":
-        return ""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        return "runs"
-    return "runs"
+        has_starts = os.path.isdir("/proc/self") or os.name == "nt"
+        return "runs" if not has_starts and is_running(pid) else ""
 
 
 def _take(handle: int) -> None:
@@ -120,43 +125,28 @@ def _take(handle: int) -> None:
         raise LockHeld(holder)
 
 
+def _lock(handle: int) -> bool | None:
+    """True: locked; False: another process has it; None: this file system cannot lock."""
+    try:
+        return lock_descriptor(handle, blocking=False)
+    except OSError as error:
+        if error.errno in _CANNOT_LOCK:
+            return None
+        raise
+
+
+def _read(handle: int) -> Holder | None:
+    os.lseek(handle, _TEXT_START, os.SEEK_SET)
+    try:
+        holder = json.loads(os.read(handle, MAX_LOCK_BYTES))
+        return Holder(int(holder["pid"]), str(holder["started"]), str(holder["host"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _is_at(handle: int, file: Path) -> bool:
     """Whether the open file still has its name: its last holder may have removed or renamed it before we locked it."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:
         return False
-
-
-def _me() -> dict[str, Any]:
-    return {"pid": os.getpid(), "started": start_of(os.getpid()), "host": socket.gethostname()}
-
-
-def _read(handle: int) -> Holder | None:
-    os.lseek(handle, 0, os.SEEK_SET)
-    try:
-        said = json.loads(os.read(handle, MAX_LOCK_BYTES))
-        return Holder(int(said["pid"]), str(said["started"]), str(said["host"]))
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _lock(handle: int) -> bool | None:
-    """True: locked; False: another process has it; None: this file system cannot lock."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(handle, MAX_LOCK_BYTES, os.SEEK_SET)  # a byte after the text, which others must be able to read
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD:
-            return False
-        if error.errno in _CANNOT_LOCK:
-            return None
-        raise
-    return True

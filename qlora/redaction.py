@@ -1,4 +1,4 @@
-"""Tokens and passwords, kept out of everything that is shown, logged or written.
+"""Redaction: tokens and passwords taken out of everything that is shown, logged or written.
 
 A secret is known by its value (whatever the environment holds under a name such as HF_TOKEN or WANDB_API_KEY, and the
 token that `hf auth login` stored) or by its form (hub tokens, Authorization headers, passwords in addresses).
@@ -53,9 +53,9 @@ def redact_all(value: Any) -> Any:
 
 def _values() -> tuple[str, ...]:
     """Secret values of this process, longest first: one may be part of another."""
-    held = {value for name, value in os.environ.items() if _NAMES.search(name)}
-    held |= set(_stored_token(os.environ.get("HF_TOKEN_PATH"), os.environ.get("HF_HOME")))
-    return tuple(sorted((value for value in held if len(value) >= SHORTEST), key=len, reverse=True))
+    values = {value for name, value in os.environ.items() if _NAMES.search(name)}
+    values |= set(_stored_token(os.environ.get("HF_TOKEN_PATH"), os.environ.get("HF_HOME")))
+    return tuple(sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True))
 
 
 @lru_cache(4)

@@ -14,9 +14,9 @@ WAITING_THREADS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
 def no_word_to_developers() -> None:
-    """For a command: no notice of names that a library is about to change; whoever trains can do nothing about them.
+    """For a command: no warnings of names that a library is about to change, which its user cannot act on.
 
-    Who asks for warnings (`-W`, PYTHONWARNINGS, TRANSFORMERS_VERBOSITY) gets them.
+    Whoever asks for warnings (`-W`, PYTHONWARNINGS, TRANSFORMERS_VERBOSITY) gets them.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported, here or in a child
     if not sys.warnoptions:

@@ -76,7 +76,7 @@ LINES = {
         *("attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
-        *("formats", "sources", "render_worker", "render", "template", "chat"),
+        *("formats", "readers", "sources", "render_worker", "render", "template", "chat"),
         *("packing", "token_cache", "prepare", "loader"),
     ],
     "step": ["loss", "forward", "optimizer"],

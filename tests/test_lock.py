@@ -18,8 +18,8 @@ from qlora.errors import RunFolderError
 from tests.runs import run_dir, train, write_recipe
 
 HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom qlora import lock\nheld = lock.acquire(Path(sys.argv[1]) / '.lock')\n"
-    "print('held', flush=True)\nsys.stdin.read()\n"
+    "import sys\nfrom pathlib import Path\nfrom qlora import lock\ntaken = lock.acquire(Path(sys.argv[1]) / '.lock')\n"
+    "print('taken', flush=True)\nsys.stdin.read()\n"
 )
 
 
@@ -28,7 +28,7 @@ def holder(folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None and process.stdout.readline() == "taken\n"
     return process
 
 
@@ -48,10 +48,10 @@ def test_a_held_folder_is_refused_and_a_dead_holder_forgotten(tmp_path: Path, fi
     other.wait()
     assert json.loads(file.read_text())["pid"] == other.pid  # it left its name behind
     lock.check_free(file)
-    held = lock.acquire(file)
+    taken = lock.acquire(file)
     assert json.loads(file.read_text())["pid"] == os.getpid()
-    held.release()
-    held.release()
+    taken.release()
+    taken.release()
     assert file.read_text() == ""
     lock.acquire(file).release()
 
@@ -79,12 +79,12 @@ def test_a_file_that_lost_its_name_before_it_was_locked_is_no_lock(
         take(handle)
 
     monkeypatch.setattr(lock, "_take", late)
-    held = lock.acquire(file)
+    taken = lock.acquire(file)
     monkeypatch.undo()
     assert len(opened) == 2 and json.loads(file.read_text())["pid"] == os.getpid()
     with pytest.raises(lock.LockHeld):
         lock.acquire(file)
-    held.release()
+    taken.release()
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,11 +124,31 @@ def test_where_files_cannot_be_locked_the_holders_name_counts(
 def test_a_broken_lock_file_stops_nobody(file: Path, text: str) -> None:
     file.write_text(text)
     lock.check_free(file)
-    held = lock.acquire(file)
+    taken = lock.acquire(file)
     assert json.loads(file.read_text())["pid"] == os.getpid()
     with pytest.raises(lock.LockHeld):
         lock.check_free(file)
-    held.release()
+    taken.release()
+
+
+def test_a_lock_file_is_json_wherever_its_text_begins(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows byte 0 is the locked one: others read behind it, and older versions take the space for JSON's own."""
+    monkeypatch.setattr(lock, "_TEXT_START", 1)
+    taken = lock.acquire(file)
+    assert file.read_text().startswith(" {") and json.loads(file.read_text())["pid"] == os.getpid()
+    with pytest.raises(lock.LockHeld) as caught:
+        lock.check_free(file)
+    assert caught.value.holder is not None and caught.value.holder.pid == os.getpid()
+    taken.release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="nobody can be asked there")
+def test_processes_that_run_and_that_do_not() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert lock.is_running(os.getpid()) and not lock.is_running(gone.pid)
+    assert lock.is_running(1), "another user's"
+    assert lock.is_running(1 << 70), "no number of a process: nobody can tell"
 
 
 def test_a_running_run_is_left_alone_by_every_mode(tmp_path: Path, llama: Path) -> None:

@@ -87,5 +87,5 @@ def test_what_others_write_at_this_moment_is_left_alone(tmp_path: Path) -> None:
     """The cache of tokens is shared: only what dead processes left is swept."""
     (tmp_path / f".a.tmp-{os.getpid()}").mkdir()
     (tmp_path / ".b.tmp-4194305").mkdir()  # above the largest process number of Linux
-    assert disk.sweep_leftovers(tmp_path, of_the_dead_only=True) == 1
+    assert disk.sweep_leftovers(tmp_path, spare_running=True) == 1
     assert [path.name for path in tmp_path.iterdir()] == [f".a.tmp-{os.getpid()}"]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qlora import third_party
+from qlora.disk import DISK_FULL
 from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
 from qlora.redaction import redact
 from qlora.stop import StopAsked
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from qlora.stop import StopRequest
 
 INTERNAL_ERROR = 1
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(work: Callable[[], None]) -> None:

@@ -23,7 +23,7 @@ from qlora.events import Notice, Sink
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PART_ROWS = 64  # of a batch: rendered ahead in one go, and tokenized in one call
+_CHUNK_ROWS = 64  # rendered ahead in one go, and tokenized in one call
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ChatTokenizer:
         pad = tokenizer.pad_token_id
         self.pad_id = self.end_token_ids[-1] if pad is None else int(pad)  # pads are masked by place, never by id
         self._adds_bos = _adds_bos(tokenizer)
-        self._told_of_tools = False
+        self._noticed_tools = False
 
     @property
     def template(self) -> str | None:
@@ -91,22 +91,14 @@ class ChatTokenizer:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
 
-    def encode(self, conversation: Conversation) -> TokenRow:
-        """Tokens and mask of one conversation. Raises RowError."""
-        row = self.encode_many([conversation])[0]
-        if isinstance(row, RowError):
-            raise row
-        return row
-
     def encode_many(self, conversations: Sequence[Conversation]) -> list[TokenRow | RowError]:
-        """As `encode`, many at once (several times faster); in a bad row's place stands its RowError."""
-        parts = [conversations[at : at + _PART_ROWS] for at in range(0, len(conversations), _PART_ROWS)]
-        self._render_ahead(parts[0] if parts else ())
+        """Tokens and masks of conversations; in a bad one's place stands its RowError."""
+        self._render_ahead(conversations[:_CHUNK_ROWS])
         rows: list[TokenRow | RowError] = []
-        for number, part in enumerate(parts):
-            rendered = [self._rendered_or_error(conversation) for conversation in part]
-            # The next part is rendered by its own process while this one is tokenized here.
-            self._render_ahead(parts[number + 1] if number + 1 < len(parts) else ())
+        for end in range(_CHUNK_ROWS, len(conversations) + _CHUNK_ROWS, _CHUNK_ROWS):
+            rendered = [self._rendered_or_error(item) for item in conversations[end - _CHUNK_ROWS : end]]
+            # The next chunk is rendered by its own process while this one is tokenized here.
+            self._render_ahead(conversations[end : end + _CHUNK_ROWS])
             rows += self._rows(rendered)
         return rows
 
@@ -153,8 +145,8 @@ class ChatTokenizer:
     def _check(self, conversation: Conversation) -> None:
         """Raise RowError for what the template would drop in silence, and for an answer that would end too early."""
         template = self._chat_template
-        if conversation.tools and not template.writes_tools and not self._told_of_tools:
-            self._told_of_tools = True
+        if conversation.tools and not template.writes_tools and not self._noticed_tools:
+            self._noticed_tools = True
             self._sink.emit(Notice("tools", "the chat template does not show the model its tools: they are left out"))
         for message in conversation.messages:
             if "tool_calls" in message and not template.writes_calls:
@@ -162,9 +154,9 @@ class ChatTokenizer:
             if message["role"] == "tool" and not template.writes_results:
                 raise RowError("the chat template of this base does not write tool results")
             if message["role"] == "assistant" and message.get("train", True):
-                said = (message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", "")))
+                texts = (message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", "")))
                 for token in template.end_tokens:
-                    if any(token in text for text in said):
+                    if any(token in text for text in texts):
                         raise RowError(f"an answer contains {token}, which ends a turn for this base: take it out")
 
     def _locate(self, conversation: Conversation) -> _Rendered:
@@ -175,12 +167,11 @@ class ChatTokenizer:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         trained = [bool(messages[number].get("train", True)) for number in answers]
         ends: list[int | None] = [None] * len(answers)
-        if marks and len(marks) == len(answers):
+        if marks and answers and (len(marks) == len(answers) or all(trained)):
             starts, ends = [start for start, _ in marks], [end for _, end in marks]
-        elif marks and all(trained):
-            # The template marks an answer's parts one by one: then marks and messages have no common numbers.
-            starts, ends = [start for start, _ in marks], [end for _, end in marks]
-            answers, trained = [answers[-1]] * len(marks), [True] * len(marks)
+            if len(marks) != len(answers):
+                # The template marks an answer's parts one by one: then marks and messages have no common numbers.
+                answers, trained = [answers[-1]] * len(marks), [True] * len(marks)
         else:
             starts = []
             for number in answers:

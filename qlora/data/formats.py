@@ -136,7 +136,7 @@ def _read_prompt_completion(row: Row) -> Conversation:
     if isinstance(prompt, str):
         before: tuple[Message, ...] = ({"role": "user", "content": prompt},)
     else:
-        # What the prompt holds is given: its assistant turns are context, whatever they say of themselves.
+        # A prompt's assistant turns are context, whatever their own `train` says.
         before = tuple(
             {**message, "train": False} if message["role"] == "assistant" else message
             for message in _messages(prompt, "prompt")
@@ -149,9 +149,7 @@ def _read_prompt_completion(row: Row) -> Conversation:
 
 
 def _read_alpaca(row: Row) -> Conversation:
-    messages: list[Message] = []
-    if system := _text(row.get("system") or "", "system"):
-        messages.append({"role": "system", "content": system})
+    messages = _system_column(row)
     for number, pair in enumerate(_list(row.get("history") or [], "history")):
         place = f"history[{number}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -166,9 +164,7 @@ def _read_alpaca(row: Row) -> Conversation:
 
 
 def _read_sharegpt(row: Row) -> Conversation:
-    messages: list[Message] = []
-    if system := _text(row.get("system") or "", "system"):
-        messages.append({"role": "system", "content": system})
+    messages = _system_column(row)
     for number, item in enumerate(_list(row["conversations"], "conversations")):
         place = f"conversations[{number}]"
         if not isinstance(item, Mapping):
@@ -260,10 +256,13 @@ def _flag(item: Row, place: str) -> bool:
 
 
 def _answer(value: Any, place: str) -> Message:
-    text = _text(value, place)
-    if not text.strip():
-        raise RowError(f"{place}: the assistant says nothing")
-    return {"role": "assistant", "content": text}
+    return _checked({"role": "assistant", "content": _text(value, place)}, {}, place)
+
+
+def _system_column(row: Row) -> list[Message]:
+    """The column `system` as the first message, where it has a text."""
+    text = _text(row.get("system") or "", "system")
+    return [{"role": "system", "content": text}] if text else []
 
 
 def _content(value: Any, place: str) -> str:
@@ -337,7 +336,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
 
 
 def _parsed(value: Any, place: str) -> Any:
-    """JSON text as what it says (CSV cells and ShareGPT hold it so), anything else as it is."""
+    """JSON text (as in CSV cells and in ShareGPT) parsed, anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_KEPT_EPOCHS = 2  # packs of this many epochs are held: the one that runs, and the one that a caller asks about
+PAD_TO_MULTIPLE = 8  # a row of tokens is padded to a multiple of it, which keeps tensor cores busy
+_KEPT_EPOCHS = 2  # packs of this many epochs stay in memory: of the one that runs, and of one that a caller asks about
 
 
 class TrainOrder:
@@ -69,7 +71,7 @@ class TrainOrder:
     def _epoch(self, step: int) -> int:
         while self._first_steps[-1] <= step:
             self._first_step(len(self._first_steps))
-        return next(at for at in reversed(range(len(self._first_steps))) if self._first_steps[at] <= step)
+        return bisect_right(self._first_steps, step) - 1
 
     def _first_step(self, epoch: int) -> int:
         while len(self._first_steps) <= epoch:
@@ -109,16 +111,16 @@ def collate(
     packs: Sequence[tuple[int, ...]],
     pad_id: int,
     max_length: int,
-    pad_to_multiple: int = 8,
 ) -> Batch:
-    """One micro-batch: a row of tensors for each pack, padded to the longest (a multiple of 8 keeps tensor cores busy).
+    """One micro-batch: a row of tensors for each pack, padded to the longest, rounded up to PAD_TO_MULTIPLE.
 
-    Padding is told by its place, never by its id: it is a document of its own and its weights are 0.
+    Padding is known by its place, never by its id: it is a document of its own and its weights are 0.
+    Raises ValueError when a pack is over max_length.
     """
     longest = max(sum(split.lengths[row] for row in members) for members in packs)
     if longest > max_length:
         raise ValueError(f"a pack has {longest} tokens, over max_length = {max_length}")
-    width = min(max_length, math.ceil(longest / pad_to_multiple) * pad_to_multiple)
+    width = min(max_length, math.ceil(longest / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE)
     ids_BS = torch.full((len(packs), width), pad_id, dtype=torch.int64)
     positions_BS, documents_BS, targets_BS = (torch.zeros_like(ids_BS) for _ in range(3))
     weights_BS = torch.zeros(ids_BS.shape, dtype=torch.float32)

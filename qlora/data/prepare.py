@@ -1,4 +1,4 @@
-"""From the recipe's [data] to rows of tokens: read, told apart, tokenized once, and split.
+"""From the recipe's [data] to rows of tokens: read, recognized, tokenized once, and split.
 
 Tokens are cached in a folder whose name is the hash of all that made them: the files' contents, the tokenizer, the
 template, the settings and the version of this code. The folder is published by one rename and checked against its
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import islice
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -48,16 +48,6 @@ class PreparedData:
 
 
 @dataclass
-class _Count:
-    """Rows of one source left out for one reason."""
-
-    source: str
-    reason: str
-    count: int = 0
-    examples: list[str] = field(default_factory=list)
-
-
-@dataclass
 class _Report:
     """What there is to say about a side's rows; stored beside them."""
 
@@ -67,18 +57,27 @@ class _Report:
     trained: int = 0
     cut: int = 0
     lost_reasoning: int = 0
-    formats: dict[str, str] = field(default_factory=dict)  # of each file whose format was told by its columns
-    rejected: list[_Count] = field(default_factory=list)
+    formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
+    rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length
 
     def reject(self, source: str, reason: str, where: str) -> None:
-        entry = next((item for item in self.rejected if (item.source, item.reason) == (source, reason)), None)
-        if entry is None:
-            entry = _Count(source, reason)
-            self.rejected.append(entry)
-        entry.count += 1
-        if len(entry.examples) < EXAMPLES:
-            entry.examples.append(where)
+        before = self.rejected.get((source, reason), Rejected(source, reason, 0))
+        examples = (*before.examples, where)[:EXAMPLES]
+        self.rejected[source, reason] = Rejected(source, reason, before.count + 1, examples)
+
+    def write(self, folder: Path) -> None:
+        values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
+        (folder / REPORT_FILE).write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> _Report:
+        values: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        report = cls(**values | {"rejected": {}})
+        for entry in values["rejected"]:
+            rejected = Rejected(**entry | {"examples": tuple(entry["examples"])})
+            report.rejected[rejected.source, rejected.reason] = rejected
+        return report
 
 
 def check_files(data: DataSection) -> None:
@@ -89,20 +88,14 @@ def check_files(data: DataSection) -> None:
 
 def _check_source(source: SourceSection, max_bad_rows: int) -> None:
     bad, found = 0, 0
-    formats: dict[str, str] = {}
-
-    def on_bad(where: str, reason: str) -> None:
-        nonlocal bad
-        bad += 1
-        if bad > max_bad_rows:
-            raise _bad_row(where, reason, max_bad_rows)
-
-    for row in islice(read_rows(source, on_bad), CHECKED_ROWS):
-        found += 1
-        try:
-            to_conversation(row.row, _format_of(source, row, formats))
-        except RowError as error:
-            on_bad(row.where, error.reason)
+    for row, conversation in _conversations(source, {}):
+        if isinstance(conversation, RowError):
+            bad += 1
+            if bad > max_bad_rows:
+                raise _bad_row(row.where, conversation, max_bad_rows)
+        found += not isinstance(row.row, RowError)
+        if found == CHECKED_ROWS:
+            return
     if not found:
         raise DataError(f"{source.path}: no rows", "put at least one row into it")
 
@@ -165,7 +158,7 @@ class _Maker:
             self.sink.emit(Notice("cache", f"cached tokens in {folder} are damaged ({damage}): tokenizing anew"))
             cached = False
         if not cached:
-            disk.sweep_leftovers(self.cache_dir, of_the_dead_only=True)
+            disk.sweep_leftovers(self.cache_dir, spare_running=True)
             try:
                 disk.publish_folder(folder, lambda place: _Tokenization(self, sources, place).run())
             except OSError as error:
@@ -173,8 +166,8 @@ class _Maker:
                     f"{self.cache_dir}: cannot write tokenized rows ({error.strerror or error})",
                     "make room or give yourself access there, or name another folder in QLORA_CACHE",
                 ) from error
-        report = _read_report(folder)
-        self._tell(report, folder if cached else None)
+        report = _Report.read(folder)
+        self._emit(report, folder if cached else None)
         return open_rows(folder / ROWS_FILE), disk.sha256_text(key, report.content_sha256)
 
     def _key(self, sources: Sequence[SourceSection]) -> str:
@@ -194,13 +187,13 @@ class _Maker:
         }
         return disk.sha256_text(json.dumps(made_by, sort_keys=True))
 
-    def _tell(self, report: _Report, cached_in: Path | None) -> None:
+    def _emit(self, report: _Report, cached_in: Path | None) -> None:
         if cached_in:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
-        for entry in report.rejected:
-            self.sink.emit(Rejected(entry.source, entry.reason, entry.count, tuple(entry.examples)))
+        for rejected in report.rejected.values():
+            self.sink.emit(rejected)
         if report.cut:
             limit = self.data.max_length
             self.sink.emit(Notice("truncation", f"{report.cut} rows cut to their first {limit} tokens", report.cut))
@@ -233,33 +226,24 @@ class _Tokenization:
         self.report.lost_reasoning = self.chat.lost_reasoning - reasoning_before
         if not self.report.rows:
             raise self._nothing_left()
-        text = json.dumps(asdict(self.report), ensure_ascii=False, indent=1)
-        (self.folder / REPORT_FILE).write_text(text, encoding="utf-8")
+        self.report.write(self.folder)
 
     def _batches(self, source: SourceSection) -> Iterator[list[tuple[str, Conversation | RowError]]]:
         """Conversations with their places; what is bad stands where it was met, so that the first is reported."""
-        sizes_bytes = {file: file.stat().st_size for file in source_files(source)}
+        files = source_files(source)
+        *starts_bytes, total_bytes = accumulate((file.stat().st_size for file in files), initial=0)
+        start_of = dict(zip(files, starts_bytes, strict=True))
         formats: dict[str, str] = {}
         batch: list[tuple[str, Conversation | RowError]] = []
-        done_bytes = 0
-        current: Path | None = None
-        rows = read_rows(source, lambda where, reason: batch.append((where, RowError(reason))))
-        for row in rows:
-            if current is not None and row.file != current:
-                done_bytes += sizes_bytes[current]
-            current = row.file
-            try:
-                batch.append((row.where, to_conversation(row.row, _format_of(source, row, formats))))
-            except RowError as error:
-                batch.append((row.where, error))
+        for row, conversation in _conversations(source, formats):
+            batch.append((row.where, conversation))
             if len(batch) >= BATCH_ROWS:
-                yield batch[:]
-                batch.clear()
-                self.sink.emit(Progress("tokenize", done_bytes + row.read_bytes, sum(sizes_bytes.values()), "B"))
+                yield batch
+                batch = []
+                self.sink.emit(Progress("tokenize", start_of[row.file] + row.read_bytes, total_bytes, "B"))
         yield batch
-        self.sink.emit(Progress("tokenize", sum(sizes_bytes.values()), sum(sizes_bytes.values()), "B"))
-        if source.format == "auto":
-            self.report.formats.update(formats)
+        self.sink.emit(Progress("tokenize", total_bytes, total_bytes, "B"))
+        self.report.formats.update(formats)
 
     def _tokenized(
         self, source: SourceSection, batch: Sequence[tuple[str, Conversation | RowError]]
@@ -302,7 +286,7 @@ class _Tokenization:
     def _count_bad(self, source: SourceSection, error: RowError, where: str) -> None:
         self.bad += 1
         if self.bad > self.data.max_bad_rows:
-            raise _bad_row(where, error.reason, self.data.max_bad_rows)
+            raise _bad_row(where, error, self.data.max_bad_rows)
         self.report.reject(_name(source), error.reason, where)
 
     def _nothing_left(self) -> DataError:
@@ -317,14 +301,20 @@ class _Tokenization:
         )
 
 
-def _format_of(source: SourceSection, row: SourceRow, formats: dict[str, str]) -> str:
-    """The recipe's format, else the one that the first row of the file tells; kept in `formats` by file."""
-    if source.format != "auto":
-        return source.format
-    name = file_name(source, row.file)
-    if name not in formats:
-        formats[name] = detect_format([key for key, value in row.row.items() if value is not None])
-    return formats[name]
+def _conversations(
+    source: SourceSection, formats: dict[str, str]
+) -> Iterator[tuple[SourceRow, Conversation | RowError]]:
+    """The source's rows as conversations. Formats known by the first row of a file are put into `formats` by file."""
+    for row in read_rows(source):
+        try:
+            if isinstance(row.row, RowError):
+                raise row.row
+            format, name = str(source.format), row.where.rpartition(":")[0]
+            if format == "auto" and name not in formats:
+                formats[name] = detect_format([key for key, value in row.row.items() if value is not None])
+            yield row, to_conversation(row.row, formats.get(name, format))
+        except RowError as error:
+            yield row, error
 
 
 def _name(source: SourceSection) -> str:
@@ -332,15 +322,9 @@ def _name(source: SourceSection) -> str:
     return Path(source.path).name
 
 
-def _bad_row(where: str, reason: str, max_bad_rows: int) -> DataError:
+def _bad_row(where: str, error: RowError, max_bad_rows: int) -> DataError:
     if max_bad_rows:
         hint = f"more than data.max_bad_rows = {max_bad_rows} rows are bad: repair them, or raise it"
     else:
         hint = "repair the row, or set data.max_bad_rows to leave out that many"
-    return DataError(f"{where}: {reason}", hint)
-
-
-def _read_report(folder: Path) -> _Report:
-    values: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    values["rejected"] = [_Count(**entry) for entry in values["rejected"]]
-    return _Report(**values)
+    return DataError(f"{where}: {error.reason}", hint)

@@ -179,7 +179,7 @@ def _call(name: str) -> Message:
 
 
 def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str], sink: Sink) -> dict[bool, str]:
-    """The template for conversations without and with tools: the tokenizer's own, else ChatML, said aloud."""
+    """The template for conversations without and with tools: the tokenizer's own, else ChatML with a notice."""
     if tokenizer.chat_template:
         try:
             # Of several named templates transformers picks `tool_use`, if there is one, when tools are given.

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
 
+T = TypeVar("T")
 _DIGEST_BYTES = 16
 
 
@@ -112,7 +113,7 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """An opened file of rows. `digests` tell rows of equal tokens."""
+    """An opened file of rows. Rows with equal tokens have equal `digests`."""
 
     dataset: Any
     digests: list[bytes]
@@ -127,12 +128,12 @@ class StoredRows:
             return array("q", (values[index] for index in indices))
 
         return PreparedSplit(
-            rows=_Rows(self.dataset, indices),
+            rows=_Chosen(self.dataset, ["input_ids", "loss_weights"], indices, TokenRow),
             lengths=numbers("length"),
             trained=numbers("trained"),
-            wheres=_Texts(self.dataset, "where", indices),
+            wheres=_Chosen(self.dataset, ["where"], indices, str),
             sources=numbers("source"),
-            prompts=_Texts(self.dataset, "prompt", indices),
+            prompts=_Chosen(self.dataset, ["prompt"], indices, str),
         )
 
 
@@ -145,41 +146,25 @@ def open_rows(path: Path) -> StoredRows:
     return StoredRows(dataset, dataset.data.table.column("digest").to_pylist())
 
 
-class _Rows(Sequence[TokenRow]):
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        self._tokens = dataset.select_columns(["input_ids", "loss_weights"])
+class _Chosen(Sequence[T]):
+    """The chosen rows of some columns, each made by `make` of its values when it is asked for."""
+
+    def __init__(self, dataset: Any, columns: list[str], indices: Sequence[int], make: Callable[..., T]) -> None:
+        self._rows = dataset.select_columns(columns)
         self._indices = indices
+        self._make = make
 
     def __len__(self) -> int:
         return len(self._indices)
 
     @overload
-    def __getitem__(self, index: int) -> TokenRow: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> list[TokenRow]: ...
-    def __getitem__(self, index: int | slice) -> TokenRow | list[TokenRow]:
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
-        return TokenRow(**self._tokens[self._indices[index]])
-
-
-class _Texts(Sequence[str]):
-    def __init__(self, dataset: Any, column: str, indices: Sequence[int]) -> None:
-        self._texts = dataset.select_columns([column])
-        self._column = column
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        return str(self._texts[self._indices[index]][self._column])
+        return self._make(*self._rows[self._indices[index]].values())
 
 
 def _prompt_json(conversation: Conversation) -> str:

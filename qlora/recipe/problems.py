@@ -17,78 +17,56 @@ from qlora.errors import Problem
 
 Location = tuple[int | str, ...]
 
-# Names of axolotl, LLaMA-Factory, TRL, unsloth and peft for what we have, or why we do not have it.
-FOREIGN_NAMES = {
-    "base_model": "model.base",
-    "model_name_or_path": "model.base",
-    "model_name": "model.base",
-    "attn_implementation": "model.attention",
-    "flash_attention": "model.attention",
-    "flash_attn": "model.attention",
-    "load_in_4bit": 'quantization.type = "nf4"',
-    "load_in_8bit": 'quantization.type = "nf4"',
-    "quantization_bit": 'quantization.type = "nf4"',
-    "bnb_4bit_quant_type": "quantization.type",
-    "bnb_4bit_use_double_quant": "quantization.double_quant",
-    "double_quantization": "quantization.double_quant",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target": "lora.target_modules",
-    "lora_target_modules": "lora.target_modules",
-    "lora_target_linear": 'lora.target_modules = "all-linear"',
-    "lora_modules_to_save": "lora.modules_to_save",
-    "init_lora_weights": "lora.init",
-    "peft_use_dora": "lora.use_dora",
-    "peft_use_rslora": "lora.use_rslora",
-    "datasets": "[[data.train]]",
-    "dataset": "[[data.train]]",
-    "train_file": "[[data.train]]",
-    "test_datasets": "[[data.eval]]",
-    "sequence_len": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "sample_packing": "data.packing",
-    "train_on_inputs": 'data.loss_on ("all" or "assistant")',
-    "train_on_prompt": 'data.loss_on ("all" or "assistant")',
-    "assistant_only_loss": 'data.loss_on = "assistant"',
-    "completion_only_loss": 'data.loss_on = "assistant"',
-    "val_set_size": "data.eval_fraction",
-    "val_size": "data.eval_fraction",
-    "excess_length_strategy": "data.truncation",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size (rows per step, all micro-batches together)",
-    "accumulation_steps": "train.batch_size (rows per step, all micro-batches together)",
-    "lr": "train.learning_rate",
-    "lr_scheduler_type": "train.lr_scheduler",
-    "warmup_steps": "train.warmup_ratio",
-    "optim": "train.optimizer",
-    "gradient_clipping": "train.max_grad_norm",
-    "use_gradient_checkpointing": "train.gradient_checkpointing",
-    "neftune_noise_alpha": "train.neftune_alpha",
-    "noisy_embedding_alpha": "train.neftune_alpha",
-    "auto_find_batch_size": 'train.micro_batch_size = "auto"',
-    "max_memory": "memory.limit",
-    "random_state": "train.seed",
-    "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep",
-    "saves_per_epoch": "checkpoint.every_steps",
-    "eval_steps": "eval.every_steps",
-    "evals_per_epoch": "eval.every_steps",
-    "output_dir": "output.dir",
-    "logging_dir": "output.dir",
-    "report_to": "report.sinks",
+# Our keys, each with the names that axolotl, LLaMA-Factory, TRL, unsloth and peft give it.
+_FOREIGN = {
+    "model.base": ("base_model", "model_name_or_path", "model_name"),
+    "model.attention": ("attn_implementation", "flash_attention", "flash_attn"),
+    'quantization.type = "nf4"': ("load_in_4bit", "load_in_8bit", "quantization_bit"),
+    "quantization.type": ("bnb_4bit_quant_type",),
+    "quantization.double_quant": ("bnb_4bit_use_double_quant", "double_quantization"),
+    "lora.r": ("lora_r", "lora_rank", "rank"),
+    "lora.alpha": ("lora_alpha",),
+    "lora.dropout": ("lora_dropout",),
+    "lora.target_modules": ("lora_target", "lora_target_modules"),
+    'lora.target_modules = "all-linear"': ("lora_target_linear",),
+    "lora.modules_to_save": ("lora_modules_to_save",),
+    "lora.init": ("init_lora_weights",),
+    "lora.use_dora": ("peft_use_dora",),
+    "lora.use_rslora": ("peft_use_rslora",),
+    "[[data.train]]": ("datasets", "dataset", "train_file"),
+    "[[data.eval]]": ("test_datasets",),
+    "data.max_length": ("sequence_len", "cutoff_len", "max_seq_length", "max_seq_len"),
+    "data.packing": ("sample_packing",),
+    'data.loss_on ("all" or "assistant")': ("train_on_inputs", "train_on_prompt"),
+    'data.loss_on = "assistant"': ("assistant_only_loss", "completion_only_loss"),
+    "data.eval_fraction": ("val_set_size", "val_size"),
+    "data.truncation": ("excess_length_strategy",),
+    "train.epochs": ("num_epochs", "num_train_epochs"),
+    "train.micro_batch_size": ("per_device_train_batch_size",),
+    "train.batch_size (rows per step, all micro-batches together)": (
+        "gradient_accumulation_steps",
+        "accumulation_steps",
+    ),
+    "train.learning_rate": ("lr",),
+    "train.lr_scheduler": ("lr_scheduler_type",),
+    "train.warmup_ratio": ("warmup_steps",),
+    "train.optimizer": ("optim",),
+    "train.max_grad_norm": ("gradient_clipping",),
+    "train.gradient_checkpointing": ("use_gradient_checkpointing",),
+    "train.neftune_alpha": ("neftune_noise_alpha", "noisy_embedding_alpha"),
+    'train.micro_batch_size = "auto"': ("auto_find_batch_size",),
+    "memory.limit": ("max_memory",),
+    "train.seed": ("random_state",),
+    "checkpoint.every_steps": ("save_steps", "saves_per_epoch"),
+    "checkpoint.keep": ("save_total_limit",),
+    "eval.every_steps": ("eval_steps", "evals_per_epoch"),
+    "output.dir": ("output_dir", "logging_dir"),
+    "report.sinks": ("report_to",),
 }
+FOREIGN_NAMES = {name: ours for ours, names in _FOREIGN.items() for name in names}
 REFUSED_NAMES = {
     "trust_remote_code": "code from a model's folder is never run here; take the key out",
-    "bf16": "training is always in bf16; take the key out",
-    "fp16": "training is always in bf16; take the key out",
-    "torch_dtype": "training is always in bf16; take the key out",
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype"), "training is always in bf16; take the key out"),
 }
 _KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
 _DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
@@ -205,30 +183,29 @@ def _suggestion(dotted: str, last: str, known: Sequence[str]) -> str:
 def apply_override(raw: dict[str, Any], item: str, index: LineIndex) -> Problem | None:
     """Put one `table.key=value` into the parsed recipe. Values are TOML; what is no TOML is a string."""
     name, separator, text = item.partition("=")
-    parts = name.strip().split(".")
-    if not separator or len(parts) < 2 or not all(parts):
+    *tables, key = keys = name.strip().split(".")
+    if not separator or not tables or not all(keys):
         return Problem(f"--set {item}", "is not table.key=value", "for example --set train.learning_rate=1e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
     place: Any = raw
-    for part in parts[:-1]:
-        step: Any = int(part) if isinstance(place, list) and part.isdigit() else part
-        if isinstance(place, list) and not (isinstance(step, int) and step < len(place)):
-            return Problem(
-                f"--set {item}", f"there is no entry {part!r}", f"entries are numbered 0 to {len(place) - 1}"
-            )
-        place = place[step] if isinstance(place, list) else place.setdefault(step, {})
+    for step in tables:
+        if isinstance(place, dict):
+            place = place.setdefault(step, {})
+        elif step.isdecimal() and int(step) < len(place):
+            place = place[int(step)]
+        else:
+            numbers = f"entries are numbered 0 to {len(place) - 1}"
+            return Problem(f"--set {item}", f"there is no entry {step!r}", numbers)
         if not isinstance(place, (dict, list)):
-            return Problem(f"--set {item}", f"{part} is a value, not a table", "for example --set train.max_steps=20")
-    last = parts[-1]
+            return Problem(f"--set {item}", f"{step} is a value, not a table", "for example --set train.max_steps=20")
     if isinstance(place, list):
         return Problem(f"--set {item}", "names a whole list entry", "for example --set data.train.0.path=rows.jsonl")
-    place[last] = value
+    place[key] = value
     # An override replaces its alternative, so that --set train.max_steps=20 works on a recipe with epochs.
-    for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-        if parts == ["train", one]:
-            place.pop(other, None)
-    index.overrides[tuple(int(part) if part.isdigit() else part for part in parts)] = item
+    if alternative := {"train.epochs": "max_steps", "train.max_steps": "epochs"}.get(name.strip()):
+        place.pop(alternative, None)
+    index.overrides[tuple(int(step) if step.isdecimal() else step for step in keys)] = item
     return None

@@ -1,52 +1,39 @@
 """The recipe: TOML, read once into frozen sections that mirror the modules. No torch here.
 
-The keys stand in `recipe_sections.py`. Every problem of a recipe is found before any is reported, each with its line
-(see `recipe_text.py`).
+The keys stand in `sections.py`. Every problem of a recipe is found before any is reported, each with its line and the
+nearest valid key (see `problems.py`).
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from qlora.errors import Problem, RecipeError
+from qlora.recipe import sections
 from qlora.recipe.problems import LineIndex, apply_override, explain_unknown_key, toml_problem
-from qlora.recipe.sections import (
-    CheckpointSection,
-    DataSection,
-    EvalSection,
-    ExportSection,
-    LoraSection,
-    MemorySection,
-    ModelSection,
-    OutputSection,
-    QuantizationSection,
-    ReportSection,
-    Section,
-    SourceSection,
-    TrainSection,
-)
 
 
-class Recipe(Section):
+class Recipe(sections.Section):
     """A whole recipe. `[model]` alone is enough to look at memory; training needs `[[data.train]]` too."""
 
-    model: ModelSection
-    quantization: QuantizationSection = QuantizationSection()
-    lora: LoraSection = LoraSection()
-    data: DataSection = DataSection()
-    train: TrainSection = TrainSection()
-    memory: MemorySection = MemorySection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    eval: EvalSection = EvalSection()
-    report: ReportSection = ReportSection()
-    export: ExportSection = ExportSection()
-    output: OutputSection = OutputSection()
+    model: sections.ModelSection
+    quantization: sections.QuantizationSection = sections.QuantizationSection()
+    lora: sections.LoraSection = sections.LoraSection()
+    data: sections.DataSection = sections.DataSection()
+    train: sections.TrainSection = sections.TrainSection()
+    memory: sections.MemorySection = sections.MemorySection()
+    checkpoint: sections.CheckpointSection = sections.CheckpointSection()
+    eval: sections.EvalSection = sections.EvalSection()
+    report: sections.ReportSection = sections.ReportSection()
+    export: sections.ExportSection = sections.ExportSection()
+    output: sections.OutputSection = sections.OutputSection()
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -117,19 +104,21 @@ def differing_keys(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def key_names() -> list[str]:
     """Every `table.key` of the schema."""
-    return [name for name, _ in _walk_keys()]
+    return list(_fields())
 
 
-def _walk_keys() -> Iterator[tuple[str, Any]]:
+def _fields() -> dict[str, FieldInfo]:
+    """The keys by their names; those of a source as `data.train.key` and `data.eval.key`."""
+    found: dict[str, FieldInfo] = {}
     for table, field in Recipe.model_fields.items():
         section = field.annotation
-        assert isinstance(section, type) and issubclass(section, Section)
+        assert isinstance(section, type) and issubclass(section, sections.Section)
         for key, entry in section.model_fields.items():
             if table == "data" and key in ("train", "eval"):
-                for inner, inner_entry in SourceSection.model_fields.items():
-                    yield f"data.{key}.{inner}", inner_entry
+                found |= {f"data.{key}.{name}": inner for name, inner in sections.SourceSection.model_fields.items()}
             else:
-                yield f"{table}.{key}", entry
+                found[f"{table}.{key}"] = entry
+    return found
 
 
 def _read(path: Path) -> str:
@@ -184,67 +173,59 @@ def _message(item: Any) -> str:
 
 
 def _hint(dotted: str, item: Any) -> str:
-    generic = ".".join(part for part in dotted.split(".") if not part.isdigit())
-    for name, field in _walk_keys():
-        if name == generic and field.description:
-            return f"{generic}: {field.description}"
+    key = ".".join(part for part in dotted.split(".") if not part.isdigit())
+    if field := _fields().get(key):
+        return f"{key}: {field.description}"
     if item["type"] == "missing":
         return 'the smallest recipe is [model] with base = "..." and [[data.train]] with path = "..."'
     return "see the recipe's keys in the README, or `qlora-train --schema`"
 
 
 def _cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
-    """What no single key can tell. Reported together with nothing else, since all keys are right by themselves."""
-    problems = []
-    batch, micro = recipe.train.batch_size, recipe.train.micro_batch_size
-    if isinstance(batch, int) and isinstance(micro, int) and batch < micro:
-        problems.append(
-            Problem(
-                index.where(("train", "micro_batch_size")),
-                f"train.micro_batch_size ({micro}) is more than train.batch_size ({batch})",
-                "a step of batch_size rows runs micro_batch_size rows at a time: lower micro_batch_size",
-            )
-        )
+    """What no single key shows, and keys of [export] that would do nothing; found now, not when training has ended."""
+    train, data, lora, export = recipe.train, recipe.data, recipe.lora, recipe.export
+    batch, micro = train.batch_size, train.micro_batch_size
     wants_eval_rows = recipe.eval.exact_match_rows or recipe.eval.early_stopping_patience
-    if wants_eval_rows and not recipe.data.eval and recipe.data.eval_fraction == 0:
-        problems.append(
-            Problem(
-                index.where(("data", "eval_fraction")),
-                "[eval] asks for evaluation rows, but data.eval_fraction is 0 and there is no [[data.eval]]",
-                "set data.eval_fraction = 0.05 or add [[data.eval]] with a path",
-            )
-        )
-    problems += _export_checks(recipe.export, index)
-    if "adapter-gguf" in recipe.export.formats and (recipe.lora.use_dora or recipe.lora.modules_to_save):
-        problems.append(
-            Problem(
-                index.where(("export", "formats")),
-                "adapter-gguf cannot hold what lora.use_dora and lora.modules_to_save train",
-                'merge it instead: formats = ["gguf:q8_0"]',
-            )
-        )
-    if recipe.lora.use_dora and recipe.lora.init == "eva":
-        problems.append(
-            Problem(
-                index.where(("lora", "init")),
-                'lora.init = "eva" and lora.use_dora cannot go together (DoRA starts from the plain LoRA product)',
-                "use one of them",
-            )
-        )
-    return problems
-
-
-def _export_checks(export: ExportSection, index: LineIndex) -> list[Problem]:
-    """Keys of [export] that would do nothing: found now, not when training has ended."""
-    problems = []
-    plain = ("hf", "adapter-gguf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
-    if export.imatrix and all(name in plain for name in export.formats):
-        what = "export.imatrix weighs the rounding of K- and IQ-quants, and export.formats names none"
-        problems.append(Problem(index.where(("export", "imatrix")), what, 'add "gguf:q4_k_m", say, or take it out'))
-    if export.max_kl is not None and not set(export.formats) - {"adapter-gguf"}:
-        what = "export.max_kl is for merged models, and export.formats names none"
-        problems.append(Problem(index.where(("export", "max_kl")), what, 'add "hf" or "gguf:q8_0", or take it out'))
-    return problems
+    rounded_plainly = ("hf", "adapter-gguf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
+    checks = (
+        (
+            isinstance(batch, int) and isinstance(micro, int) and batch < micro,
+            "train.micro_batch_size",
+            f"train.micro_batch_size ({micro}) is more than train.batch_size ({batch})",
+            "a step of batch_size rows runs micro_batch_size rows at a time: lower micro_batch_size",
+        ),
+        (
+            wants_eval_rows and not data.eval and data.eval_fraction == 0,
+            "data.eval_fraction",
+            "[eval] asks for evaluation rows, but data.eval_fraction is 0 and there is no [[data.eval]]",
+            "set data.eval_fraction = 0.05 or add [[data.eval]] with a path",
+        ),
+        (
+            export.imatrix and set(export.formats) <= set(rounded_plainly),
+            "export.imatrix",
+            "export.imatrix weighs the rounding of K- and IQ-quants, and export.formats names none",
+            'add "gguf:q4_k_m", say, or take it out',
+        ),
+        (
+            export.max_kl is not None and set(export.formats) <= {"adapter-gguf"},
+            "export.max_kl",
+            "export.max_kl is for merged models, and export.formats names none",
+            'add "hf" or "gguf:q8_0", or take it out',
+        ),
+        (
+            "adapter-gguf" in export.formats and (lora.use_dora or lora.modules_to_save),
+            "export.formats",
+            "adapter-gguf cannot hold what lora.use_dora and lora.modules_to_save train",
+            'merge it instead: formats = ["gguf:q8_0"]',
+        ),
+        (
+            lora.use_dora and lora.init == "eva",
+            "lora.init",
+            'lora.init = "eva" and lora.use_dora cannot go together (DoRA starts from the plain LoRA product)',
+            "use one of them",
+        ),
+    )
+    return [Problem(index.where(tuple(key.split("."))), what, hint) for wrong, key, what, hint in checks if wrong]
 
 
 def looks_like_folder(base: str) -> bool:
@@ -253,20 +234,17 @@ def looks_like_folder(base: str) -> bool:
 
 
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
-    base = Path(recipe.model.base).expanduser()
-    if looks_like_folder(recipe.model.base) or (folder / base).is_dir():
-        recipe = recipe.model_copy(
-            update={"model": recipe.model.model_copy(update={"base": str((folder / base).resolve())})}
-        )
+    """The recipe with the base and the sources that are local as absolute paths, from `folder` on."""
+    model, data = recipe.model, recipe.data
+    base = Path(model.base).expanduser()
+    if looks_like_folder(model.base) or (folder / base).is_dir():
+        model = model.model_copy(update={"base": str((folder / base).resolve())})
 
-    def source(section: SourceSection) -> SourceSection:
-        if section.path.startswith("hub:"):
-            return section
+    def local(source: sections.SourceSection) -> sections.SourceSection:
+        if source.path.startswith("hub:"):
+            return source
         # Not resolve(): a glob's pattern must stay as it is.
-        path = folder / Path(section.path).expanduser()
-        return section.model_copy(update={"path": str(path)})
+        return source.model_copy(update={"path": str(folder / Path(source.path).expanduser())})
 
-    data = recipe.data.model_copy(
-        update={"train": tuple(map(source, recipe.data.train)), "eval": tuple(map(source, recipe.data.eval))}
-    )
-    return recipe.model_copy(update={"data": data})
+    data = data.model_copy(update={"train": tuple(map(local, data.train)), "eval": tuple(map(local, data.eval))})
+    return recipe.model_copy(update={"model": model, "data": data})

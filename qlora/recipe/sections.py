@@ -24,43 +24,53 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The frozen base."""
 
-    base: str = Field(min_length=1, description="Hub name (owner/name) or folder of the base model")
+    base: str = Field(
+        min_length=1, description="Hub name (owner/name) or folder of the base model, relative to the recipe"
+    )
     revision: str = Field("main", min_length=1, description="Hub branch, tag or commit; the run records the commit")
     attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="auto is sdpa, but eager for Gemma 2, whose softcap sdpa lacks"
+        "auto", description="auto is sdpa, but eager where sdpa cannot compute the model (Gemma 2's softcap)"
     )
 
 
 class QuantizationSection(Section):
-    """How the frozen base is held."""
+    """How the frozen base is stored."""
 
-    type: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit data type; none keeps bf16")
-    double_quant: bool = Field(True, description="Quantize the block constants too: saves 0.37 bits a weight")
+    type: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit type of the base's weights; none is bf16")
+    double_quant: bool = Field(
+        True, description="The constants of the 4-bit blocks in 8 bit too: 0.37 bits a weight less"
+    )
 
 
 class LoraSection(Section):
     """The trained low-rank matrices."""
 
-    r: Positive = Field(16, description="Rank")
+    r: Positive = Field(16, description="Rank of the trained matrices")
     alpha: float = Field(32.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / r")
-    dropout: Share = Field(0.0, description="Dropout on the adapter's input")
+    dropout: Share = Field(0.0, description="Share of the adapter's input dropped while training")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="all-linear (every linear layer but the head) or a list of module names"
+        "all-linear",
+        description="all-linear (every linear layer but the head), or names such as ['q_proj', 'v_proj']",
     )
     init: Literal["default", "gaussian", "eva"] = Field(
-        "default", description="Start of the A matrices; eva takes them from the data's activations"
+        "default", description="Start of the A matrices; eva: main directions of the layers' inputs on your rows"
     )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r")
-    use_dora: bool = Field(False, description="Train a magnitude per output row as well (slower)")
-    modules_to_save: tuple[str, ...] = Field((), description="Modules trained and saved whole, such as lm_head")
+    use_dora: bool = Field(
+        False, description="Train a magnitude per output row as well: slower, sometimes better at small ranks"
+    )
+    modules_to_save: tuple[str, ...] = Field((), description="Modules trained and saved whole, such as ['lm_head']")
 
 
 class SourceSection(Section):
     """One source of rows."""
 
-    path: str = Field(min_length=1, description="File, glob, folder, or hub:NAME[@revision][:split]")
+    path: str = Field(
+        min_length=1,
+        description="File, glob or folder, relative to the recipe, or a data set hub:NAME[@revision][:split]",
+    )
     format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
-        "auto", description="How a row is read; auto tells by the columns"
+        "auto", description="How a row is read; auto: the first format whose columns are all there"
     )
     weight: float = Field(1.0, gt=0, le=100, description="Times each row is seen in an epoch; 0.5 draws half of them")
     columns: dict[str, str] = Field(
@@ -71,16 +81,23 @@ class SourceSection(Section):
 class DataSection(Section):
     """What the model learns from."""
 
-    train: tuple[SourceSection, ...] = Field((), description="Training sources")
+    train: tuple[SourceSection, ...] = Field((), description="Training sources, as [[data.train]] tables")
     eval: tuple[SourceSection, ...] = Field(
-        (), description="Evaluation sources; without them eval_fraction is held out"
+        (),
+        description="Evaluation sources, as [[data.eval]] tables; without them eval_fraction is used",
     )
     max_length: int = Field(2048, ge=16, le=1 << 20, description="Longest row, and length of a pack, in tokens")
-    packing: bool = Field(True, description="Several short documents share a row, isolated from each other")
-    loss_on: Literal["assistant", "all"] = Field("assistant", description="Which tokens are trained")
-    eval_fraction: Share = Field(0.05, description="Share of the training rows held out when there is no [[data.eval]]")
-    truncation: Literal["drop", "cut", "error"] = Field("drop", description="What becomes of rows over max_length")
-    max_bad_rows: Count = Field(0, description="Broken rows to leave out before giving up")
+    packing: bool = Field(True, description="Short rows share a pack, apart in attention and positions")
+    loss_on: Literal["assistant", "all"] = Field(
+        "assistant", description="assistant trains the assistant's turns with their end token, all trains every token"
+    )
+    eval_fraction: Share = Field(
+        0.05, description="Share of the training rows kept for evaluation when there is no [[data.eval]]"
+    )
+    truncation: Literal["drop", "cut", "error"] = Field(
+        "drop", description="Rows over max_length: leave them out, cut them to their first tokens, or end with an error"
+    )
+    max_bad_rows: Count = Field(0, description="Broken rows to leave out, counted and listed, before giving up")
 
 
 class TrainSection(Section):
@@ -88,23 +105,28 @@ class TrainSection(Section):
 
     epochs: float | None = Field(None, gt=0, description="Passes over the training rows (3 unless max_steps is given)")
     max_steps: Positive | None = Field(None, description="Optimizer steps, instead of epochs")
-    max_minutes: float | None = Field(None, gt=0, description="Time limit; the schedule ends with it")
+    max_minutes: float | None = Field(None, gt=0, description="Time limit; the learning rate comes down with it")
     batch_size: Positive | Literal["auto"] = Field(
-        "auto", description="Rows (packs when packing) per optimizer step; auto: up to 16, leaving at least 100 steps"
+        "auto",
+        description="Rows (packs when packing) per optimizer step; auto: the largest up to 16 that leaves 100 steps",
     )
     micro_batch_size: Positive | Literal["auto"] = Field(
-        1, description="Rows per forward pass; auto: the fastest that fits in memory.limit"
+        1,
+        description="Rows per forward pass: a step of 16 at 4 runs 4 passes; auto: the fastest that fits memory.limit",
     )
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Peak learning rate")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course after the warm-up")
-    warmup_ratio: Share = Field(0.03, description="Share of the steps that ramp the rate up from 0")
+    learning_rate: float = Field(2e-4, gt=0, le=1, description="Learning rate at its peak")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up"
+    )
+    warmup_ratio: Share = Field(0.03, description="Share of the run in which the learning rate rises from 0")
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw", "lion_8bit"] = Field(
-        "paged_adamw_8bit", description="Paged ones keep their state where the driver can move it to host memory"
+        "paged_adamw_8bit", description="Paged ones keep their state where CUDA can move it to host memory"
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of the adapters")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 is off")
+    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this norm; 0 is off")
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        True, description="Recompute activations in the backward pass to save memory; auto: only when it must be"
+        True,
+        description="Recompute activations, not keep them: much less memory, a third more time; auto: only if needed",
     )
     neftune_alpha: float = Field(0.0, ge=0, description="Noise on the embeddings while training (5 is usual); 0 is off")
     seed: int = Field(42, ge=0, lt=1 << 32, description="Decides order, split, initial adapters and dropout")
@@ -121,7 +143,10 @@ class TrainSection(Section):
 class MemorySection(Section):
     """How much memory a run may take."""
 
-    limit: str = Field("auto", description="auto: what the GPU has free (without one: available RAM); or a size: 6GiB")
+    limit: str = Field(
+        "auto",
+        description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
+    )
 
     @field_validator("limit")
     @classmethod
@@ -135,8 +160,10 @@ class CheckpointSection(Section):
     """What a killed run continues from."""
 
     every_steps: Positive = Field(50, description="Optimizer steps between checkpoints")
-    every_minutes: float = Field(10.0, gt=0, description="... or minutes, whichever comes first")
-    keep: Positive = Field(2, description="Checkpoints kept")
+    every_minutes: float = Field(
+        10.0, gt=0, description="Minutes between checkpoints; of steps and minutes, whichever comes first"
+    )
+    keep: Positive = Field(2, description="Newest checkpoints to keep")
 
 
 class EvalSection(Section):
@@ -144,8 +171,11 @@ class EvalSection(Section):
 
     every_steps: Positive = Field(50, description="Optimizer steps between evaluations (one more at the end)")
     early_stopping_patience: Count = Field(0, description="Evaluations without improvement before stopping; 0 is off")
-    samples: Count = Field(3, description="Evaluation prompts answered by base and tuned model, side by side")
-    exact_match_rows: Count = Field(0, description="Evaluation rows answered greedily and compared, before and after")
+    samples: Count = Field(3, description="Evaluation prompts answered by base and tuned model side by side")
+    exact_match_rows: Count = Field(
+        0,
+        description="Evaluation rows answered greedily, before and after, and compared (after NFC, strip and casefold)",
+    )
 
 
 class ReportSection(Section):
@@ -161,14 +191,17 @@ class ExportSection(Section):
 
     formats: tuple[str, ...] = Field(
         (),
-        description="hf (safetensors), gguf:q4_k_m and its like, adapter-gguf; each a folder in <run>/export",
+        description="Made at the end, in the run's export/: hf (safetensors), adapter-gguf, gguf:q4_k_m and its like",
         json_schema_extra={"items": {"type": "string", "enum": list(EXPORT_FORMATS)}},
     )
     base: Literal["auto", "nf4", "full"] = Field(
-        "auto", description="Merge into the dequantized base, the original weights, or whichever is measured nearer"
+        "auto",
+        description="Merge into nf4 (dequantized, as trained on), full (the original weights) or auto: the nearer one",
     )
-    max_kl: float | None = Field(None, gt=0, description="Mean KL in nats beyond which an export is an error")
-    imatrix: bool = Field(False, description="Weigh the errors of K- and IQ-quants by your rows' activations")
+    max_kl: float | None = Field(
+        None, gt=0, description="Mean KL in nats per token from the trained model beyond which an export is an error"
+    )
+    imatrix: bool = Field(False, description="Weigh the rounding of K- and IQ-quants by what your own rows use")
 
     @field_validator("formats")
     @classmethod
@@ -184,7 +217,11 @@ class ExportSection(Section):
 class OutputSection(Section):
     """Where the run's folder is made."""
 
-    dir: str = Field("runs", min_length=1, description="Parent of the run's folder; relative to the current folder")
+    dir: str = Field(
+        "runs",
+        min_length=1,
+        description="Where runs stand, each under its recipe's name; relative to the current folder",
+    )
 
 
 def parse_bytes(text: str) -> int | None:

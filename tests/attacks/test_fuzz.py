@@ -176,7 +176,7 @@ def check_rows(folder: Path, data: bytes) -> None:
     file.write_bytes(data)
     source = SourceSection(path=str(file))
     expect_two_lines(lambda: check_files(DataSection(train=(source,))))
-    expect_two_lines(lambda: list(read_rows(source, lambda where, reason: None)))
+    expect_two_lines(lambda: list(read_rows(source)))
 
 
 def expect_two_lines(work: Callable[[], Any]) -> None:

@@ -25,6 +25,7 @@ from tests.data.toys import (
     call,
     chat_of,
     chatml,
+    encode,
     family_chat,
     family_tokenizer,
     notices,
@@ -63,7 +64,7 @@ def test_the_trained_text_is_every_answer_with_its_end_and_nothing_else(
         expected[-1] = "<think>\n\n</think>\n\n" + expected[-1]
     if family == "mistral":
         expected = [" " + text for text in expected]
-    found = trained(chat, chat.encode(talk(*messages)))
+    found = trained(chat, encode(chat, talk(*messages)))
     assert [unicodedata.normalize("NFC", text) for text in found] == [
         unicodedata.normalize("NFC", text) for text in expected
     ]
@@ -75,7 +76,7 @@ def test_what_is_trained_continues_the_prompt_that_is_served(family: str) -> Non
     for case in CASES:
         conversation = case.make()
         try:
-            row = chat.encode(conversation)
+            row = encode(chat, conversation)
         except RowError:
             continue
         prompt = chat.prompt_ids(conversation.messages[:-1], conversation.tools)
@@ -86,7 +87,7 @@ def test_what_is_trained_continues_the_prompt_that_is_served(family: str) -> Non
 
 def test_a_line_break_joined_across_the_border_is_the_prompts() -> None:
     chat = family_chat("qwen2")
-    row = chat.encode(talk(user("a"), assistant("\nb")))
+    row = encode(chat, talk(user("a"), assistant("\nb")))
     assert chat.tokenizer.decode(row.input_ids).count("assistant\n\nb") == 1
     assert trained(chat, row) == ["b<|im_end|>"]
 
@@ -95,7 +96,7 @@ def test_a_word_joined_with_the_prompts_space_is_trained() -> None:
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     template += "{% if add_generation_prompt %}assistant: {% endif %}"
     chat = chat_of(template)
-    assert trained(chat, chat.encode(talk(user("What"), assistant("Yes")))) == [" Yes<|im_end|>"]
+    assert trained(chat, encode(chat, talk(user("What"), assistant("Yes")))) == [" Yes<|im_end|>"]
 
 
 def test_sentencepiece_style_offsets() -> None:
@@ -114,7 +115,7 @@ def test_sentencepiece_style_offsets() -> None:
         chat_template=template_of("mistral", marks=False),
     )
     chat = ChatTokenizer(tokenizer, "assistant", Recorder())
-    row = chat.encode(talk(user("Hi"), assistant("Yes")))
+    row = encode(chat, talk(user("Hi"), assistant("Yes")))
     pieces = chat.tokenizer.convert_ids_to_tokens(row.input_ids)
     assert pieces == ["<s>", "[INST]", "▁Hi", "[/INST]", "▁Yes", "</s>"]
     assert row.loss_weights == [0, 0, 0, 0, 1, 1]
@@ -130,21 +131,21 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
 
 def test_context_only_turns_are_not_trained() -> None:
     chat = family_chat("llama3")
-    row = chat.encode(talk(user("a"), assistant("b", train=False), user("c"), assistant("d")))
+    row = encode(chat, talk(user("a"), assistant("b", train=False), user("c"), assistant("d")))
     assert trained(chat, row) == ["d<|eot_id|>"]
 
 
 def test_loss_on_all_trains_every_token_but_the_first() -> None:
     for family in FAMILIES:
         chat = family_chat(family, loss_on="all")
-        row = chat.encode(talk(user("a"), assistant("b")))
+        row = encode(chat, talk(user("a"), assistant("b")))
         assert row.loss_weights == [0.0] + [1.0] * (len(row.input_ids) - 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_text_is_trained_whole_with_eos(family: str) -> None:
     chat = family_chat(family)
-    row = chat.encode(Conversation(text="It is cold. "))
+    row = encode(chat, Conversation(text="It is cold. "))
     bos = [chat.tokenizer.bos_token_id] if chat.tokenizer.bos_token_id is not None else []
     body = chat.tokenizer("It is cold. ", add_special_tokens=False)["input_ids"]
     assert row.input_ids == [*bos, *body, chat.tokenizer.eos_token_id]
@@ -158,9 +159,9 @@ def test_many_at_once_are_as_one_by_one() -> None:
     for conversation, row in zip(conversations, together, strict=True):
         if isinstance(row, RowError):
             with pytest.raises(RowError, match=re.escape(row.reason)):
-                chat.encode(conversation)
+                encode(chat, conversation)
         else:
-            assert chat.encode(conversation) == row
+            assert encode(chat, conversation) == row
     assert isinstance(together[-2], RowError)
 
 
@@ -172,8 +173,8 @@ def test_there_is_one_bos(family: str) -> None:
     for template in (template_of(family, marks=False), template_of("qwen2", marks=False)):
         chat = chat_of(template, FAMILIES[family])
         bos, bos_text = chat.tokenizer.bos_token_id, chat.tokenizer.bos_token
-        row = chat.encode(talk(user("a"), assistant("b")))
-        texts = [chat.encode(Conversation(text=text)) for text in ("x", f"{bos_text}x", f"{bos_text}{bos_text}x")]
+        row = encode(chat, talk(user("a"), assistant("b")))
+        texts = [encode(chat, Conversation(text=text)) for text in ("x", f"{bos_text}x", f"{bos_text}{bos_text}x")]
         prompt = chat.prompt_ids([user("a")], None)
         for ids in (row.input_ids, prompt, *(text.input_ids for text in texts)):
             assert ids[0] == bos and ids.count(bos) == 1
@@ -201,7 +202,7 @@ def test_no_bos_where_neither_template_nor_tokenizer_has_one() -> None:
 )
 def test_the_end_token_is_trained_and_the_line_break_after_it_is_not(body: str) -> None:
     chat = chat_of(chatml(body))
-    row = chat.encode(talk(user("a"), assistant("bcd"), user("e"), assistant("fgh")))
+    row = encode(chat, talk(user("a"), assistant("bcd"), user("e"), assistant("fgh")))
     assert [text.replace("\n", "") for text in trained(chat, row)] == ["bcd<|im_end|>", "fgh<|im_end|>"]
     assert not row.loss_weights[-1]
 
@@ -209,7 +210,7 @@ def test_the_end_token_is_trained_and_the_line_break_after_it_is_not(body: str) 
 def test_an_end_token_in_a_question_does_not_end_an_answer() -> None:
     for body in ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n", "{{ m.content }}<|im_end|>\n"):
         chat = chat_of(chatml(body))
-        row = chat.encode(talk(user("a <|im_end|> b"), assistant("c"), user("<|im_end|>"), assistant("d")))
+        row = encode(chat, talk(user("a <|im_end|> b"), assistant("c"), user("<|im_end|>"), assistant("d")))
         assert trained(chat, row) == ["c<|im_end|>", "d<|im_end|>"]
 
 
@@ -223,7 +224,7 @@ def test_an_end_token_in_a_question_does_not_end_a_marked_answer_that_has_none()
         + answer
         + "{% endif %}{% endfor %}"
     )
-    row = chat.encode(talk(user("a"), assistant("b"), user("c <|im_end|>"), assistant("d")))
+    row = encode(chat, talk(user("a"), assistant("b"), user("c <|im_end|>"), assistant("d")))
     assert trained(chat, row) == ["b", "d<|im_end|>"]
 
 
@@ -231,11 +232,11 @@ def test_a_template_without_end_tokens_gets_one_at_the_end_of_the_row() -> None:
     template = "{% for m in messages %}\n### {{ m.role }}\n{{ m.content }}\n{% endfor %}"
     template += "{% if add_generation_prompt %}\n### assistant\n{% endif %}"
     chat = chat_of(template)
-    row = chat.encode(talk(user("a"), assistant("b c"), user("d"), assistant("e")))
+    row = encode(chat, talk(user("a"), assistant("b c"), user("d"), assistant("e")))
     assert trained(chat, row) == ["b c", "e<|im_end|>"]
     assert row.input_ids[-1] == chat.tokenizer.eos_token_id
     assert "<|im_end|> is added" in notices(chat, "template")[0].message
-    assert chat_of(template, loss_on="all").encode(talk(user("a"), assistant("b"))).input_ids[-1] == row.input_ids[-1]
+    assert encode(chat_of(template, loss_on="all"), talk(user("a"), assistant("b"))).input_ids[-1] == row.input_ids[-1]
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -245,7 +246,7 @@ def test_reasoning_lost_from_history_is_counted(inside: bool) -> None:
         return assistant(text) if inside else assistant(answer, reasoning_content=thought)
 
     chat = family_chat("qwen3")
-    row = chat.encode(talk(user("a"), thoughtful("why b", "b"), user("c"), thoughtful("why d", "d")))
+    row = encode(chat, talk(user("a"), thoughtful("why b", "b"), user("c"), thoughtful("why d", "d")))
     assert chat.lost_reasoning == 1
     assert trained(chat, row) == ["b<|im_end|>", "<think>\nwhy d\n</think>\n\nd<|im_end|>"]
 
@@ -265,7 +266,7 @@ def test_answers_are_found_where_the_history_is_rewritten(thought: dict[str, str
         assistant("c"),
         tools=(WEATHER,),
     )
-    found = trained(chat, chat.encode(conversation))
+    found = trained(chat, encode(chat, conversation))
     assert [text[-len("</tool_call><|im_end|>") :] for text in found[:2]] == ["</tool_call><|im_end|>"] * 2
     assert ["Oslo" in found[0], "Paris" in found[1]] == [True, True]
     assert found[2:] == ["b<|im_end|>", "<think>\n\n</think>\n\nc<|im_end|>"]
@@ -275,9 +276,9 @@ def test_an_answer_that_cannot_be_found_is_refused() -> None:
     body = "{{ m.content if loop.last else m.content | length }}<|im_end|>\n"
     template = chatml(body).replace("{{ m.content }}<|im_end|>", "{{ messages | length }}<|im_end|>")
     chat = chat_of(template)
-    assert trained(chat, chat.encode(talk(user("a"), assistant("b")))) == ["b<|im_end|>"]
+    assert trained(chat, encode(chat, talk(user("a"), assistant("b")))) == ["b<|im_end|>"]
     with pytest.raises(RowError, match="answer 1 is not found"):
-        chat.encode(talk(user("a"), assistant("b"), user("c"), assistant("d")))
+        encode(chat, talk(user("a"), assistant("b"), user("c"), assistant("d")))
 
 
 @pytest.mark.parametrize(
@@ -293,11 +294,11 @@ def test_an_answer_that_cannot_be_found_is_refused() -> None:
 )
 def test_a_templates_own_words_reach_the_user(family: str, messages: list[dict[str, Any]], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
-        family_chat(family).encode(talk(*messages))
+        encode(family_chat(family), talk(*messages))
 
 
 def test_tools_that_the_template_does_not_show_are_told_of_once() -> None:
     chat = family_chat("gemma")
     for _ in range(3):
-        chat.encode(talk(user("a"), assistant("b"), tools=(WEATHER,)))
+        encode(chat, talk(user("a"), assistant("b"), tools=(WEATHER,)))
     assert len(notices(chat, "tools")) == 1

@@ -136,9 +136,9 @@ def test_padding_is_told_by_its_place_not_by_its_id() -> None:
     assert batch.loss_weights_BS[0].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("max_length", "multiple", "width"), [(16, 8, 8), (6, 8, 6), (16, 1, 5), (16, 64, 16)])
-def test_width_is_a_multiple_of_eight_within_max_length(max_length: int, multiple: int, width: int) -> None:
-    batch = collate(split_of([5]), [(0,)], 0, max_length, multiple)
+@pytest.mark.parametrize(("length", "max_length", "width"), [(5, 16, 8), (5, 6, 6), (8, 16, 8), (9, 64, 16)])
+def test_width_is_a_multiple_of_eight_within_max_length(length: int, max_length: int, width: int) -> None:
+    batch = collate(split_of([length]), [(0,)], 0, max_length)
     assert batch.input_ids_BS.shape == (1, width)
 
 

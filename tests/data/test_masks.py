@@ -13,7 +13,7 @@ import pytest
 from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.formats import RowError
 from qlora.events import Recorder
-from tests.data.toys import CASES, FAMILIES, Case, family_tokenizer
+from tests.data.toys import CASES, FAMILIES, Case, encode, family_tokenizer
 
 MASKS = Path(__file__).parent.parent / "golden" / "masks"
 
@@ -21,7 +21,7 @@ MASKS = Path(__file__).parent.parent / "golden" / "masks"
 def shown(chat: ChatTokenizer, case: Case) -> str:
     """One line a token: `+` where it is trained; or the reason why the row is refused."""
     try:
-        row = chat.encode(case.make())
+        row = encode(chat, case.make())
     except RowError as error:
         return f"refused: {error.reason}\n"
     return "".join(f"{'+' if weight else ' '} {token!r}\n" for token, weight in tokens_of(chat, row))

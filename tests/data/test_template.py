@@ -17,6 +17,7 @@ from tests.data.toys import (
     assistant,
     chat_of,
     chatml,
+    encode,
     family_chat,
     notices,
     talk,
@@ -49,7 +50,7 @@ def test_a_named_template_for_tools_is_used_with_tools() -> None:
 def test_chatml_is_used_aloud_where_there_is_no_template() -> None:
     chat = chat_of(None)
     conversation = CASES[3].make()
-    row = chat.encode(conversation)
+    row = encode(chat, conversation)
     found = trained(chat, row)
     assert found[1] == "It is cold.<|im_end|>"
     assert found[0] == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
@@ -60,7 +61,7 @@ def test_chatml_is_used_aloud_where_there_is_no_template() -> None:
 
 def test_chatml_ends_turns_with_eos_where_the_vocabulary_has_no_end_of_its_own() -> None:
     chat = chat_of(None, FAMILIES["mistral"])
-    assert trained(chat, chat.encode(talk(user("a"), assistant("b"))))[0] == "b</s>"
+    assert trained(chat, encode(chat, talk(user("a"), assistant("b"))))[0] == "b</s>"
     assert chat.end_token_ids == (chat.tokenizer.eos_token_id,)
 
 

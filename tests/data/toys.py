@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.chat import ChatTokenizer, TokenRow
-from qlora.data.formats import Conversation
+from qlora.data.formats import Conversation, RowError
 from qlora.events import Notice, Recorder
 
 TEMPLATES = Path(__file__).parent.parent / "golden" / "templates"
@@ -132,6 +132,14 @@ def chatml(body: str) -> str:
     return _CHATML_LINES.replace(
         "{BODY}", "{% if m.role == 'assistant' %}" + body + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
     )
+
+
+def encode(chat: ChatTokenizer, conversation: Conversation) -> TokenRow:
+    """Tokens and mask of one conversation. Raises RowError."""
+    (row,) = chat.encode_many([conversation])
+    if isinstance(row, RowError):
+        raise row
+    return row
 
 
 def chat_of(template: str | None, family: Family = CHATML, loss_on: str = "assistant") -> ChatTokenizer:

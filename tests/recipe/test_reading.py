@@ -1,0 +1,75 @@
+"""Recipes are read, checked as a whole, and written so that they read back as the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora.errors import RecipeError
+from qlora.recipe.reading import differing_keys, load_recipe, recipe_toml
+from tests.recipe.cases import SMALL, problems, write
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[lora]\nr = 0", "greater than or equal to 1"),
+        ("[lora]\ndropout = 1.0", "less than 1"),
+        ('[quantization]\ntype = "int8"', "'nf4', 'fp4' or 'none'"),
+        ("[train]\nepochs = 2\nmax_steps = 5", "give one of them"),
+        ("[train]\nbatch_size = 1\nmicro_batch_size = 4", "more than train.batch_size"),
+        ("[data]\neval_fraction = 0\n[eval]\nexact_match_rows = 5", "eval_fraction is 0"),
+        ('[lora]\nuse_dora = true\ninit = "eva"', "cannot go together"),
+    ],
+)
+def test_wrong_values_say_what_is_allowed(tmp_path: Path, line: str, message: str) -> None:
+    ((where, what, hint),) = problems(tmp_path, SMALL + line + "\n")
+    assert message in what and where.startswith("recipe.toml:") and hint
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "none.toml", "no such recipe")):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+    (tmp_path / "latin.toml").write_bytes(b'[model]\nbase = "\xe9"')
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.toml")
+
+
+def test_written_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL), ["lora.r=4"])
+    (tmp_path / "again.toml").write_text(recipe_toml(recipe))
+    again = load_recipe(tmp_path / "again.toml")
+    assert again == recipe and differing_keys(again, recipe) == []
+
+
+def test_differing_keys_leave_out_what_cannot_change_the_result(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    one, other = load_recipe(path), load_recipe(path, ["train.seed=7", "output.dir=x", "checkpoint.keep=9", "lora.r=2"])
+    assert differing_keys(one, other) == ["lora.r", "train.seed"]
+
+
+def test_folders_become_absolute_and_hub_names_stay(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    assert load_recipe(write(tmp_path, SMALL), ["model.base=base"]).model.base == str(tmp_path / "base")
+    assert load_recipe(write(tmp_path, SMALL), ["model.base=./missing"]).model.base == str(tmp_path / "missing")
+    assert load_recipe(write(tmp_path, SMALL), ["model.base=owner/name"]).model.base == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["export.formats=['gguf:q4km']"], "did you mean 'gguf:q4_k_m'"),
+        (["export.imatrix=true"], "export.imatrix weighs the rounding"),
+        (["export.imatrix=true", "export.formats=['gguf:q8_0']"], "export.imatrix weighs the rounding"),
+        (["export.max_kl=0.1"], "export.max_kl is for merged models"),
+        (["export.formats=['adapter-gguf']", "lora.use_dora=true"], "adapter-gguf cannot hold"),
+    ],
+)
+def test_what_export_could_not_do_is_found_before_training(tmp_path: Path, overrides: list[str], message: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text('[model]\nbase = "owner/name"\n')
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert any(message in problem.what for problem in caught.value.problems)
