@@ -6,6 +6,7 @@ import json
 import os
 from collections import deque
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class JsonLines:
 
     def emit(self, event: Event) -> None:
         if not isinstance(event, Progress):
-            self._waiting.append(json.dumps(event.as_dict(), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            line = {"event": event.kind, "time": utc_now(), **event.as_dict()}
+            self._waiting.append(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             self._write()
 
     def close(self) -> None:
@@ -51,6 +53,11 @@ class JsonLines:
                 return
             self._written_bytes += len(line)
             self._waiting.popleft()
+
+
+def utc_now() -> str:
+    """The time of day as events carry it: "2026-11-25T19:02:03.123Z"."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
