@@ -44,8 +44,8 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 LINES = {
     "cli": ["common", "verify_resume", "train", "export", "estimate"],
     "training": [
-        *("memory_use", "schedule", "checkpoint", "saving", "best_adapter", "evaluate", "selfcheck"),
-        *("health", "recovery", "exam", "probe", "memory_plan", "step_batches", "loop"),
+        *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
+        *("step_batches", "best_adapter", "setup", "loop"),
     ],
     "export": [
         *("merge", "staging", "llama_cpp", "versions", "imatrix", "gguf", "hf", "artifacts"),
