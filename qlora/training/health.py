@@ -93,7 +93,7 @@ def rows_behind(
 def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
     """A sha256 of each tensor's bits, one at a time on the host; the fp32 masters of rank 16 on an 8B model: 168 MB."""
     return {
-        name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).digest()
+        name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data).digest()
         for name, tensor in tensors.items()
     }
 
