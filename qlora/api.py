@@ -1,8 +1,4 @@
-"""The Python API: what each command does, without a screen.
-
-What is cheap to find wrong is found first: recipe, run folder, data files and the base's folder are checked before
-torch is imported, and a weight is read only when rows, tokenizer and template are known to be good.
-"""
+"""The Python API: what each command does, without a screen. The work is done below: here it is put in order."""
 
 from __future__ import annotations
 
@@ -12,27 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import disk, run_folder
-from qlora.errors import ExportError, Problem, RecipeError
+from qlora.errors import ExportError, Problem, RecipeError, UserError
 from qlora.events import Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
-from qlora.recipe.sections import DataSection, ExportSection, SourceSection
+from qlora.recipe.sections import ExportSection
 from qlora.report.files import open_sinks
+from qlora.stop import StopRequest
+from qlora.training import setup
+from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
-    import torch
-
-    from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
     from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report, RunRows, Source
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
-    from qlora.stop import StopRequest
     from qlora.training.checkpoint import RunState
-    from qlora.training.recovery import MemorySettings
 
 Mode = Literal["new", "resume", "fresh"]
-EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
 
 
 @dataclass(frozen=True)
@@ -60,23 +53,46 @@ def train(
     `qlora.errors`.
     """
     loaded, run_name = _named(recipe, name)
-    say = sink or Sinks()
+    shared = sink or Sinks()
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
     if mode == "resume":
         loaded = run_folder.pinned(run_dir, loaded)
-    base = preflight(loaded, say)
-    loaded = _with_pinned_rows(loaded, say)
-    held = run_folder.claim(run_dir, mode)
+    base = setup.preflight(loaded, shared)
+    loaded = setup.with_pinned_rows(loaded, shared)
+    claim = run_folder.claim(run_dir, mode)
     try:
-        return _train(_Ready(loaded, run_dir, base, mode), say, stop)
+        return _train(loaded, run_dir, base, mode, shared, stop or StopRequest())
     finally:
-        held.release()
+        claim.release()
+
+
+def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
+    """Train and export in a folder that is ours."""
+    from qlora.training import checkpoint, loop
+
+    disk.sweep_leftovers(run_dir)
+    disk.sweep_leftovers(run_dir / "checkpoints")
+    resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
+    step = resume_from.state.step if resume_from else None
+    run_folder.write_recipe(run_dir, recipe, base.commit)
+    files = open_sinks(recipe.report, run_dir, step or 0)
+    sinks = Sinks(sink, *files)
+    try:
+        sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
+        with setup.prepare_job(recipe, run_dir, base, sinks, stop) as job:
+            state = loop.run(job, resume_from)
+        del job  # an export needs the memory
+        exported = _export(run_dir, recipe.export, sinks)
+    finally:
+        for file in files:
+            file.close()
+    return TrainResult(run_dir, state, run_dir / "adapter", exported)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A recipe that is good: its rows as tokens, and the memory it will take (None where that cannot be told)."""
+    """A recipe that is good: its rows as tokens, and the memory it will take (None where that is not known)."""
 
     data: PreparedData
     memory: Estimate | None
@@ -85,24 +101,10 @@ class Checked:
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
     loaded, _ = _named(recipe, "check")
-    say = sink or Sinks()
-    base = preflight(loaded, say)
-    chat, data = _prepare(loaded, base, say)
-    _foresee_gguf(loaded.export, base, chat, say)
-    memory = _fit(loaded, base, chat, data, say)
+    shared = sink or Sinks()
+    base = setup.preflight(loaded, shared)
+    _, data, memory = setup.prepare(loaded, base, shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
-
-
-def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
-    """What can be checked without torch: the data files are there and begin well, the base can be trained."""
-    from qlora.data.prepare import check_files
-    from qlora.model import hub
-
-    if not recipe.data.train:
-        hint = 'add [[data.train]] with path = "rows.jsonl"'
-        raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
-    check_files(_local_sources(recipe.data, sink))
-    return hub.resolve(recipe.model.base, recipe.model.revision, sink)
 
 
 def merge_and_export(
@@ -126,7 +128,7 @@ def merge_and_export(
     from qlora.export.pipeline import produce
     from qlora.model.cpu_matmul import fast_matmul
 
-    say = sink or Sinks()
+    shared = sink or Sinks()
     chosen = options or ExportOptions()
     place = Path(source).expanduser().resolve()
     adapter_dir, default_out = run_folder.adapter_of(place)
@@ -134,11 +136,11 @@ def merge_and_export(
     products = plan_products([to] if isinstance(to, str) else to, quants, target, default_out)
     for product in products:
         run_folder.refuse_foreign_folder(product.folder)
-    opened = _open_source(adapter_dir, say)
+    opened = _open_source(adapter_dir, shared)
     if chosen.verify or chosen.imatrix or any(product.key.endswith("gguf") for product in products):
-        opened = replace(opened, rows=_rows_of(adapter_dir, opened, say))
+        opened = replace(opened, rows=_rows_of(adapter_dir, opened, shared))
     with fast_matmul(opened.device):
-        return produce(opened, products, merge_base, chosen, say)
+        return produce(opened, products, merge_base, chosen, shared)
 
 
 def export_options(**chosen: Any) -> ExportOptions:
@@ -165,19 +167,18 @@ def _open_source(adapter_dir: Path, sink: Sink) -> Source:
     recipe = run_folder.recipe_of(adapter_dir)
     sources = recipe.data.train if recipe is not None else ()
     datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in sources))
-    return Source(run_folder.name_of(adapter_dir), adapter, origin, base, pick_device(), datasets)
+    return Source(run_folder.name_of(adapter_dir), adapter, origin, base, setup.pick_device(), datasets)
 
 
 def _rows_of(adapter_dir: Path, source: Source, sink: Sink) -> RunRows | None:
-    """The rows of the adapter's run as tokens; None, said aloud, where there is no run or its files are gone."""
-    from qlora.errors import UserError
+    """The rows of the adapter's run as tokens; None where there is no run, or its files are gone (with a notice)."""
     from qlora.export.artifacts import RunRows
 
     recipe = run_folder.recipe_of(adapter_dir)
     if recipe is None:
         return None
     try:
-        chat, data = _prepare(recipe, source.base, Sinks())
+        chat, data = setup.prepare_rows(recipe, source.base, Sinks())
     except UserError as error:
         sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
         return None
@@ -232,83 +233,6 @@ def question(
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
 
-def pick_device() -> torch.device:
-    """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
-    from qlora import device as hardware
-    from qlora.errors import HardwareError
-
-    device = hardware.current()
-    if not hardware.computes_bf16(device):
-        raise HardwareError(
-            f"{hardware.name_of(device)}: computes no bf16 (that came with Ampere, RTX 30)",
-            "hide it with CUDA_VISIBLE_DEVICES= to train on the CPU, or use a newer GPU",
-        )
-    return device
-
-
-# --- the phases of a training run ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A run whose cheap checks are done."""
-
-    recipe: Recipe
-    run_dir: Path
-    base: BaseFolder
-    mode: Mode
-
-
-def _train(ready: _Ready, sink: Sink, stop: StopRequest | None) -> TrainResult:
-    from qlora.model.cpu_matmul import fast_matmul
-    from qlora.stop import StopRequest
-    from qlora.training import checkpoint, loop
-
-    recipe, run_dir, base = ready.recipe, ready.run_dir, ready.base
-    disk.sweep_leftovers(run_dir)
-    disk.sweep_leftovers(run_dir / "checkpoints")
-    resume_from = checkpoint.newest(run_dir, sink) if ready.mode == "resume" else None
-    step = resume_from.state.step if resume_from else None
-    run_folder.write_recipe(run_dir, recipe, base.commit)
-    files = open_sinks(recipe.report, run_dir, step or 0)
-    say = Sinks(sink, *files)
-    try:
-        say.emit(run_folder.start_event(recipe, run_dir, base.commit, str(pick_device()), step))
-        chat, data = _prepare(recipe, base, say)
-        _foresee_gguf(recipe.export, base, chat, say)
-        memory = _fit(recipe, base, chat, data, say)
-        with fast_matmul(pick_device()):
-            model = _model(recipe, base, data, chat, say)
-            device = next(model.parameters()).device
-            pad_id = chat.pad_id
-            job = loop.Job(recipe, run_dir, model, base, chat, data, device, pad_id, say, stop or StopRequest(), memory)
-            state = loop.run(job, resume_from)
-            del model, job
-        exported = _export(run_dir, recipe.export, say)
-    finally:
-        for file in files:
-            file.close()
-    return TrainResult(run_dir, state, run_dir / "adapter", exported)
-
-
-def _foresee_gguf(section: ExportSection, base: BaseFolder, chat: ChatTokenizer, sink: Sink) -> None:
-    """Say before training whether its result can become a GGUF; raise ExportError where the recipe asks for one."""
-    from qlora.export.gguf.plan import Tokens, plan
-
-    quants = [name.removeprefix("gguf:") for name in section.formats if name.startswith("gguf:")]
-    try:
-        foreseen = plan(base, None, Tokens(template=chat.template), quants, section.imatrix)
-    except ExportError as error:
-        if any("gguf" in name for name in section.formats):
-            raise
-        sink.emit(Notice("gguf", f"a model trained on this base cannot be exported as GGUF: {error.what}"))
-        return
-    vocab = foreseen.vocab.pre if foreseen.vocab.model == "gpt2" else "SentencePiece"
-    sink.emit(Notice("gguf", f"this base exports to GGUF: {foreseen.layout.arch}, tokenizer {vocab}"))
-    for notice in foreseen.notices:
-        sink.emit(Notice("gguf", notice))
-
-
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:
     """What [export] asks for, when training has ended."""
     if not section.formats:
@@ -322,74 +246,8 @@ def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[Exported
     return report.products
 
 
-def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
-    """Tokenizer, template and tokens of every row."""
-    from qlora.data.chat import ChatTokenizer
-    from qlora.data.prepare import prepare
-    from qlora.model import load
-    from qlora.model.tokenizer import tokenizer_fingerprint
-
-    tokenizer = load.load_tokenizer(base)
-    chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
-    sources = _local_sources(recipe.data, sink)
-    data = prepare(sources, tokenizer_fingerprint(base.path), chat, recipe.train.seed, disk.cache_dir(), sink)
-    return chat, data
-
-
-def _fit(recipe: Recipe, base: BaseFolder, chat: ChatTokenizer, data: PreparedData, sink: Sink) -> MemorySettings:
-    """What the run may take, decided before a weight is read. Raises DoesNotFit."""
-    from qlora.training import memory_plan
-
-    return memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, chat), sink)
-
-
-def _model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, sink: Sink) -> Any:
-    """The quantized base with fresh adapters."""
-    from qlora.data.loader import TrainOrder, collate
-    from qlora.model import adapters, load
-
-    device = pick_device()
-    model = load.load_base(base, recipe.quantization, recipe.model.attention, device, sink)
-    batches = None
-    if recipe.lora.init == "eva":
-        rows = recipe.train.micro_batch_size
-        order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1 if rows == "auto" else rows)
-        count = min(EVA_BATCHES, order.steps(1.0))
-        batches = [
-            collate(data.train, order.packs_of_step(step), chat.pad_id, recipe.data.max_length).to(device)
-            for step in range(count)
-        ]
-    return adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
-
-
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
     path = Path(recipe)
     return Recipe.from_file(path), name or path.stem
-
-
-def _local_sources(data: DataSection, sink: Sink) -> DataSection:
-    """`hub:` sources downloaded; everything below reads files only."""
-    from qlora.model import hub
-
-    def local(section: SourceSection) -> SourceSection:
-        if not section.path.startswith("hub:"):
-            return section
-        return section.model_copy(update={"path": hub.download_rows(section.path, sink).pattern})
-
-    return data.model_copy(update={"train": tuple(map(local, data.train)), "eval": tuple(map(local, data.eval))})
-
-
-def _with_pinned_rows(recipe: Recipe, sink: Sink) -> Recipe:
-    """The recipe with the revisions of its `hub:` sources as the commits that they mean now: what the run records."""
-    from qlora.model import hub
-
-    def pin(section: SourceSection) -> SourceSection:
-        if not section.path.startswith("hub:"):
-            return section
-        return section.model_copy(update={"path": hub.download_rows(section.path, sink).pinned})
-
-    data = recipe.data
-    pinned = {"train": tuple(map(pin, data.train)), "eval": tuple(map(pin, data.eval))}
-    return recipe.model_copy(update={"data": data.model_copy(update=pinned)})

@@ -18,7 +18,7 @@ class Batch:
     """Rows of packed documents, already shifted: `targets_BS[b, s]` is the token that follows position s.
 
     input_ids_BS       int64
-    position_ids_BS    int64, restarts at 0 with each document (this is what isolates documents, DESIGN 6.13)
+    position_ids_BS    int64, restarts at 0 with each document, which isolates it (qlora/README.md, packed documents)
     document_ids_BS    int64, number of the document in its row; padding is a document of its own
     targets_BS         int64, the next token of the same document (0 where there is none: its weight is 0)
     loss_weights_BS    float32, weight of the target's loss; 0.0 where it is not trained

@@ -1,13 +1,14 @@
-"""What a run says. The trainer emits these; sinks in `report/` draw or store them.
+"""What a run reports. The trainer emits these; sinks in `report/` draw or store them.
 
 Every event is a frozen dataclass of plain values (numbers, strings, tuples, dicts), so that a line of
-`events.jsonl` holds all of it. `Progress` is the one event that is drawn and not kept.
+`events.jsonl` holds all of it; there it has the time of day as well: `time`, UTC, ISO 8601 with milliseconds.
+`Progress` is the one event that is drawn and not kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 from qlora.redaction import redact_all
@@ -75,7 +76,7 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Work under way (load, tokenize, merge, evaluate, generate). Drawn, never kept."""
+    """Work under way (load, tokenize, evaluate, answer, merge). Drawn, never kept."""
 
     kind: ClassVar[str] = "progress"
     task: str
@@ -184,7 +185,11 @@ class Exported(Event):
 
 @dataclass(frozen=True)
 class End(Event):
-    """The last event of the training: why it ended and its totals. What [export] asks for follows."""
+    """The last event of the training: why it ended and its totals. What [export] asks for follows.
+
+    `phases` is where this process's time went, in seconds: rows (read and tokenized), checks (memory plan, self-check,
+    dry run), load (of the base), evaluation, samples, training and saving; what there was none of is not in it.
+    """
 
     kind: ClassVar[str] = "end"
     reason: str
@@ -201,12 +206,13 @@ class End(Event):
     adapter: str | None
     adapter_step: int | None
     memory: Mapping[str, Mapping[str, int]] | None = None  # part: predicted and measured bytes
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 def redacted(event: Event) -> Event:
     """The event without secrets in its texts; the same object where there is nothing to hide."""
-    held = {field.name: getattr(event, field.name) for field in fields(event)}
-    texts = {name: value for name, value in held.items() if isinstance(value, str | tuple | Mapping)}
+    values = {f.name: getattr(event, f.name) for f in fields(event)}
+    texts = {name: value for name, value in values.items() if isinstance(value, str | tuple | Mapping)}
     changed = {name: clean for name, value in texts.items() if (clean := redact_all(value)) != value}
     return replace(event, **changed) if changed else event
 

@@ -46,8 +46,8 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 LINES = {
     "cli": ["common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
-        *("memory_use", "schedule", "checkpoint", "saving", "best_adapter", "evaluate", "selfcheck"),
-        *("health", "recovery", "exam", "probe", "memory_plan", "step_batches", "loop"),
+        *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
+        *("step_batches", "best_adapter", "setup", "loop"),
     ],
     "export": [
         *("merge", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),

@@ -73,10 +73,10 @@ def _train(recipe: Recipe, out: Path, name: str, *flags: str) -> None:
     command = [sys.executable, "-m", "qlora.cli.train", str(file), *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = [line.strip() for line in done.stderr.strip().splitlines()] or [f"exit code {done.returncode}"]
-        first = next((number for number, line in enumerate(said) if line.startswith("error: ")), len(said) - 1)
-        hint = said[first + 1] if first + 1 < len(said) else "run the recipe itself to see more"
-        error = TrainingStopped(said[first].removeprefix("error: "), hint)
+        lines = [line.strip() for line in done.stderr.strip().splitlines()] or [f"exit code {done.returncode}"]
+        first = next((number for number, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1)
+        hint = lines[first + 1] if first + 1 < len(lines) else "run the recipe itself to see more"
+        error = TrainingStopped(lines[first].removeprefix("error: "), hint)
         error.exit_code = done.returncode
         raise error
 

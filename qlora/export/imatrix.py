@@ -140,7 +140,7 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
     head = next(name for name, module in causal.named_modules() if module is causal_parts.head)
     total = sum(batch.tokens for batch in batches)
     done = tokens = 0
-    with _modes_kept(causal), evaluating(causal), _observed(causal, tally):
+    with evaluating(causal), _observed(causal, tally):
         for batch in batches:
             tally.kept_N = real_positions(batch)
             tokens += len(tally.kept_N)
@@ -218,17 +218,6 @@ def _linear_layers(causal: Any) -> Iterator[tuple[str, nn.Module]]:
             outer = name
             if module is not head:
                 yield name, module
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Each module goes back to its own mode: `evaluating` puts all of them into the whole model's."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 # --- llama.cpp's file -------------------------------------------------------------------------------------------------

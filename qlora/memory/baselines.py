@@ -27,6 +27,7 @@ from qlora.step.forward import (
     hidden_states,
     set_gradient_checkpointing,
 )
+from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 
 
@@ -61,12 +62,12 @@ class Baseline:
 
     def forward_backward(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> None:
         if self.chunked_loss:
-            forward_backward(parts, batch, 1.0, neftune_alpha)
+            forward_backward(parts, batch, SupervisedObjective(), 1.0, neftune_alpha)
         else:
             _whole_loss(parts, batch, neftune_alpha).backward()  # type: ignore[no-untyped-call]
 
     def evaluate(self, parts: CausalParts, batch: Batch) -> None:
-        batch_loss(parts, batch) if self.chunked_loss else _whole_loss(parts, batch, 0.0)
+        batch_loss(parts, batch, SupervisedObjective()) if self.chunked_loss else _whole_loss(parts, batch, 0.0)
 
     def optimizer(self, parameters: dict[str, nn.Parameter], name: str, weight_decay: float) -> AdapterOptimizer:
         return AdapterOptimizer(parameters, name, weight_decay, masters=self.masters)

@@ -8,12 +8,14 @@ written, no random number drawn, and the model's training flags are given back a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qlora.step.forward import evaluating
 
 ANSWERS_AT_ONCE = 16
 
@@ -25,24 +27,28 @@ def greedy(
     max_new_tokens: int,
     pad_id: int,
     batch_size: int = ANSWERS_AT_ONCE,
-    check_stop: Callable[[], None] = lambda: None,
+    watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, up to (and without) the first of `end_token_ids`.
 
     `pad_id` fills unused positions and may be any token: it is never attended to. Prompts of similar length share a
-    batch; the answers come back in the order of the prompts. `check_stop` is called before each token and may raise.
+    batch; the answers come back in the order of the prompts. `watch` is called before each token and at the end, with
+    how many tokens are done and how many there can be (an answer that has ended counts as whole); it may raise.
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens")
     answers: list[list[int]] = [[] for _ in prompts]
+    total = len(prompts) * max_new_tokens
     by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model):
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]
             texts = [prompts[index] for index in chosen]
-            batch = _answer(model, texts, set(end_token_ids), max_new_tokens, pad_id, check_stop)
+            watch_batch = partial(lambda before, done: watch(before + done, total), start * max_new_tokens)
+            batch = _answer(model, texts, set(end_token_ids), max_new_tokens, pad_id, watch_batch)
             for index, answer in zip(chosen, batch, strict=True):
                 answers[index] = answer
+    watch(total, total)
     return answers
 
 
@@ -52,7 +58,7 @@ def _answer(
     ends: set[int],
     max_new_tokens: int,
     pad_id: int,
-    check_stop: Callable[[], None],
+    watch: Callable[[int], None],
 ) -> list[list[int]]:
     """One batch. B prompts, S the longest of them; the mask grows by a column a token."""
     device = model.get_input_embeddings().weight.device
@@ -67,8 +73,8 @@ def _answer(
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     cache = None
-    for _ in range(max_new_tokens):
-        check_stop()
+    for column in range(max_new_tokens):
+        watch(sum(column if goes_on else max_new_tokens for goes_on in running))
         output = model(
             input_ids=ids_BS,
             attention_mask=mask_BS,
@@ -99,15 +105,3 @@ def name_of_cache(model: Any) -> str:
 def _forward_parameters(model: Any) -> Collection[str]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(inner.forward).parameters
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards each module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

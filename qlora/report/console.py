@@ -321,6 +321,8 @@ def end_panel(end: End, losses: list[float]) -> Panel:
         grid.add_row("exact match", f"{end.exact_match_before:.1%} before, {end.exact_match_after:.1%} after")
     grid.add_row("tokens", f"{end.tokens:,} read, {end.trained_tokens:,} trained")
     grid.add_row("peak memory", peak_line(end))
+    if spent := time_line(end):
+        grid.add_row("time", spent)
     if end.adapter is not None:
         grid.add_row("adapter", Text(f"{end.adapter} (step {end.adapter_step})"))
     return Panel(
@@ -339,6 +341,12 @@ def peak_line(end: End) -> str:
     ]
     predicted = end.memory["peak"]["predicted"]
     return f"{human_bytes(end.peak_bytes)} (predicted {human_bytes(predicted)}); {' · '.join(pairs)}"
+
+
+def time_line(end: End) -> str:
+    """Where the process's time went, the longest phase first; "" where nothing took a second."""
+    longest = sorted(end.phases.items(), key=lambda pair: -pair[1])
+    return " · ".join(f"{name} {human_seconds(seconds)}" for name, seconds in longest if round(seconds))
 
 
 def _clip(text: str, longest: int = 300) -> str:

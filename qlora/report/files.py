@@ -6,6 +6,7 @@ import json
 import os
 from collections import deque
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class JsonLines:
 
     def emit(self, event: Event) -> None:
         if not isinstance(event, Progress):
-            self._waiting.append(json.dumps(event.as_dict(), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            line = {"event": event.kind, "time": utc_now(), **event.as_dict()}
+            self._waiting.append(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
             self._write()
 
     def close(self) -> None:
@@ -60,6 +62,11 @@ def open_sinks(section: ReportSection, run_dir: Path, step: int) -> list[Sink]:
     `step` is the step that the run goes on after: what an earlier process reported beyond it is forgotten.
     """
     return [JsonLines(run_dir / EVENTS_FILE, step)] if "jsonl" in section.sinks else []
+
+
+def utc_now() -> str:
+    """The time of day as events carry it: "2026-11-25T19:02:03.123Z"."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 Works on real tensors for the trainer and on meta tensors for the estimator; reads nothing back to the host. Two things
 a reader would question: the head is called by us and not by the model (see `loss.py`), and attention_mask is always
-None with use_cache False, because only then does transformers isolate packed documents by their positions.
+None with use_cache False, because only then does transformers isolate packed documents by their positions
+(qlora/README.md, packed documents).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
-from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform, token_logprobs, weighted_loss
+from qlora.step.loss import LogitsTransform, Objective, chunk_tokens, logits_transform, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -78,32 +79,35 @@ def batch_logprobs(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0)
     return token_logprobs(hidden_TD, targets_T, parts.head, parts.transform, parts.chunk_tokens)
 
 
-def batch_loss(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
-    """Summed, weighted loss of a micro-batch in nats: a scalar fp32 tensor."""
-    weights_T = batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)
-    return weighted_loss(batch_logprobs(parts, batch, neftune_alpha), weights_T)
+def batch_loss(parts: CausalParts, batch: Batch, objective: Objective, neftune_alpha: float = 0.0) -> Tensor:
+    """Summed loss of a micro-batch, as the objective has it: a scalar fp32 tensor."""
+    return objective.loss(batch_logprobs(parts, batch, neftune_alpha), batch)
 
 
-def forward_backward(parts: CausalParts, batch: Batch, step_weight: float, neftune_alpha: float = 0.0) -> Tensor:
+def forward_backward(
+    parts: CausalParts, batch: Batch, objective: Objective, step_weight: float, neftune_alpha: float = 0.0
+) -> Tensor:
     """Add a micro-batch's share of the step's gradient; returns its summed loss, detached, still on the device.
 
-    `step_weight` is the sum of all loss weights of the whole step, over all its micro-batches (DESIGN 6.1).
+    `step_weight` is the sum of the objective's weights over all micro-batches of the step (qlora/README.md,
+    token-weighted accumulation).
     """
-    loss = batch_loss(parts, batch, neftune_alpha)
+    loss = batch_loss(parts, batch, objective, neftune_alpha)
     (loss / step_weight).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, dropout off; afterwards the model is in the mode it was in."""
-    was_training = model.training
+    """No gradients, dropout off; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def set_gradient_checkpointing(causal_lm: Any, enabled: bool, keep_random_state: bool) -> None:

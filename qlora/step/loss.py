@@ -3,19 +3,22 @@
 Hidden states go through the head a chunk at a time, in the forward pass and again in the backward pass, so that at
 most `chunk_tokens` x V logits live at once: 2,048 tokens of a 152k vocabulary would be 1.2 GB in fp32, a chunk of 128
 is 78 MB. Only trained positions are asked for at all. What a model does after its head (Gemma 2's softcap, Granite's
-scaling) is part of a chunk. Reducing the log-probabilities to a loss is another function: preference losses reduce
-them in their own way.
+scaling) is part of a chunk. How log-probabilities become a loss is a value, the `Objective`: preference losses
+reduce them in their own way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from qlora.batch import Batch
 
 # fp32 logits of one chunk. Four copies of it live at the chunk's peak (logits in bf16 and fp32, log-softmax, its
 # gradient); 64 MiB keeps them under a quarter GiB and a chunk's matmul large enough to fill a small GPU.
@@ -80,10 +83,29 @@ def _chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, trans
     return chosen_C - logits_CV.logsumexp(dim=-1)
 
 
-def weighted_loss(logprobs_T: Tensor, weights_T: Tensor) -> Tensor:
-    """Summed negative log-likelihood, a scalar in nats: divided by the whole step's weights, never by a batch's own.
+class Objective(Protocol):
+    """What a step minimizes, and evaluation measures: the sum of `loss` over all micro-batches, over that of `weight`.
 
-    A mean of micro-batch means gives tokens of short batches more weight (157 % relative gradient error on one uneven
-    toy batch); the sum over the step does not.
+    Never a micro-batch's own mean: a mean of means gives the tokens of short micro-batches more weight (157 % relative
+    gradient error on one uneven toy batch). See qlora/README.md, token-weighted accumulation.
     """
-    return -(logprobs_T * weights_T).sum()
+
+    def weight(self, batch: Batch) -> float:
+        """What the micro-batch counts in the whole. Called while the batch is on the host."""
+        ...
+
+    def loss(self, logprobs_T: Tensor, batch: Batch) -> Tensor:
+        """The micro-batch's summed loss, a scalar, from the log-probabilities of `batch.trained_T`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """Negative log-likelihood of the trained tokens, in nats, each times its loss weight."""
+
+    def weight(self, batch: Batch) -> float:
+        return float(batch.loss_weights_BS.sum())
+
+    def loss(self, logprobs_T: Tensor, batch: Batch) -> Tensor:
+        weights_T = batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)
+        return -(logprobs_T * weights_T).sum()

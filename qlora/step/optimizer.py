@@ -1,7 +1,7 @@
 """The update: bf16 adapters, fp32 master copies, bitsandbytes' 8-bit and paged optimizers over the masters.
 
 A bf16 weight of 0.01 cannot move by less than 0.00004: at a learning rate of 2e-4 and its decay most updates would be
-lost, so the optimizer works on fp32 copies (4 bytes for each adapter parameter, 84 MB at rank 16 on an 8B model).
+lost, so the optimizer works on fp32 copies (4 bytes for each adapter parameter, 168 MB at rank 16 on an 8B model).
 Gradients are added up in fp32 too: each one is moved into its master as soon as it is complete, and the bf16 one is
 freed, so that accumulation loses nothing and no bf16 gradient waits for the end of the backward pass.
 """

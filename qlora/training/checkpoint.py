@@ -2,15 +2,21 @@
 
 A checkpoint holds `adapter.safetensors` (the bf16 adapters), `optimizer.safetensors` (fp32 masters and moments),
 `state.json` (`RunState`, update counters, fingerprints of base and data) and `manifest.json` (sha256 and size of each,
-versions, hash of the recipe). No
-random state: random numbers are a function of the recipe and the step (`step.forward.seed_micro_batch`), and so is
-the order of the rows. The final folder `adapter/` is another thing: the best adapter, in PEFT's layout.
+versions, hash of the recipe). No random state: random numbers are a function of the recipe and the step
+(`step.forward.seed_micro_batch`), and so is the order of the rows. The final folder `adapter/` is another thing: the
+best adapter, in PEFT's layout.
+
+A save that fails costs nothing but itself: the last good checkpoint stands, training goes on, the next interval tries
+again. After FAILURES in a row the run stops, since it would otherwise work for hours that nobody can get back. What has
+no next time (the end of a run, a signal) fails at once.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,17 +25,22 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from qlora import disk
-from qlora.errors import RunFolderError
-from qlora.events import Notice, Saved, Sink
+from qlora import disk, run_folder
+from qlora.errors import RunFolderError, TrainingStopped
+from qlora.events import Notice, Recovered, Saved, Sink
+from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
+from qlora.stop import StopRequest
+from qlora.training.phases import PhaseClock
 
 SPARE_BYTES = 1 << 20  # state.json, manifest.json and the file system's own blocks
 # safetensors has an error of its own for a disk that is full, and it is no OSError.
 WRITE_ERRORS = (OSError, SafetensorError)
 FORMAT = 2  # of state.json; a change that old checkpoints cannot follow raises it
+FAILURES = 3
+# The old one stays until the new one stands.
+CHECKPOINTS_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,6 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-class SaveFailed(Exception):
-    """Nothing was saved, and nothing of the attempt is left. The text says why."""
-
-
 def save(
     run_dir: Path,
     state: RunState,
@@ -92,7 +99,8 @@ def save(
 ) -> Saved:
     """Publish the state after `state.step` steps, then remove checkpoints beyond the newest `keep`.
 
-    Raises SaveFailed when the disk is full or refuses; nothing is left of the new one then, and no old one is removed.
+    Raises one of WRITE_ERRORS when the disk is full or refuses; nothing is left of the new one then, and no old one is
+    removed.
     """
     tensors, counters = optimizer.state()
     adapter = {key: parameter.detach().cpu().contiguous() for key, parameter in optimizer.parameters.items()}
@@ -110,32 +118,17 @@ def save(
         }
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
-    try:
-        if (free := disk.free_bytes(run_dir)) < needed:
-            raise SaveFailed(f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
-        size = disk.publish_folder(final, write, about)
-    except WRITE_ERRORS as error:
-        raise SaveFailed(reason(error)) from error
+    if (free := disk.free_bytes(run_dir)) < needed:
+        raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
+    size = disk.publish_folder(final, write, about)
     for old in _folders(run_dir)[keep:]:
         with suppress(OSError):  # it stays for the next time; the new one stands
             disk.remove_folder(old)
     return Saved("checkpoint", state.step, str(final), size)
 
 
-def reason(error: Exception) -> str:
-    """Half a sentence on a failed write."""
-    return str(getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__)
-
-
-def largest_bytes(optimizer: AdapterOptimizer) -> int:
-    """What a checkpoint takes at most: adapters, fp32 masters, and two fp32 moments before their first step."""
-    adapter = sum(parameter.nbytes for parameter in optimizer.parameters.values())
-    values = sum(parameter.numel() for parameter in optimizer.parameters.values())
-    return adapter + 12 * values + SPARE_BYTES
-
-
 def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
-    """The newest checkpoint whose manifest verifies. A broken one is renamed to `<name>.brokenN` and said aloud."""
+    """The newest checkpoint whose manifest verifies. A damaged one is renamed to `<name>.brokenN`, with a notice."""
     for folder in _folders(run_dir):
         fault = disk.verify_folder(folder)
         if fault is None:
@@ -151,13 +144,8 @@ def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
     return None
 
 
-def restore(
-    checkpoint: Checkpoint,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: AdapterOptimizer,
-    fingerprints: Fingerprints,
-) -> None:
-    """Put a checkpoint's tensors into the model and its optimizer. Raises RunFolderError when they do not belong."""
+def restore(checkpoint: Checkpoint, optimizer: AdapterOptimizer, fingerprints: Fingerprints) -> None:
+    """Put a checkpoint's tensors into the optimizer and its parameters. Raises RunFolderError when they do not fit."""
     content = json.loads((checkpoint.path / "state.json").read_text())
     saved = Fingerprints(**content["fingerprints"])
     for what, ours, theirs in (("base", fingerprints.base, saved.base), ("data", fingerprints.data, saved.data)):
@@ -170,7 +158,7 @@ def restore(
     tensors = load_file(checkpoint.path / "optimizer.safetensors")
     try:
         with torch.no_grad():
-            for key, parameter in parameters.items():
+            for key, parameter in optimizer.parameters.items():
                 parameter.copy_(adapter[key])
         optimizer.load_state(tensors, content["counters"])
     except (KeyError, ValueError, RuntimeError) as error:
@@ -190,6 +178,96 @@ def other_versions(checkpoint: Checkpoint, about: Mapping[str, Any]) -> str:
         for name, version in sorted(now.items())
         if name in made_with and made_with[name] != version
     )
+
+
+class Checkpointer:
+    """Saves one run's states into its folder, at the recipe's intervals and when asked to."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        recipe: Recipe,
+        optimizer: AdapterOptimizer,
+        fingerprints: Fingerprints,
+        stop: StopRequest,
+        clock: PhaseClock,
+    ) -> None:
+        self.run_dir = run_dir
+        self.section = recipe.checkpoint
+        self.about = run_folder.provenance(recipe)
+        self.optimizer = optimizer
+        self.fingerprints = fingerprints
+        self.stop = stop
+        self.clock = clock
+        self.sink = clock.sink
+        self.saved_step = -1
+        self.failures = 0
+        self._tried_at = time.monotonic()
+
+    def check_room(self) -> None:
+        """Whether two checkpoints and the delivered adapter fit on the disk. Raises RunFolderError."""
+        if self.saved_step >= 0:
+            return  # what is resumed has its place already
+        adapter_bytes = sum(parameter.nbytes for parameter in self.optimizer.parameters.values())
+        values = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
+        # Adapters, fp32 masters, and two fp32 moments, which exist from the first step on.
+        checkpoint_bytes = adapter_bytes + 12 * values + SPARE_BYTES
+        needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes + 2 * adapter_bytes
+        free = disk.free_bytes(self.run_dir)
+        if free < needed:
+            raise RunFolderError(
+                f"{self.run_dir}: checkpoints and adapter need {needed / 2**20:.0f} MiB there, "
+                f"{free / 2**20:.0f} MiB are free",
+                "free some space, or name another disk in output.dir",
+            )
+
+    def is_due(self, step: int) -> bool:
+        elapsed_minutes = (time.monotonic() - self._tried_at) / 60
+        asked = self.stop.take_save_request()
+        return asked or step % self.section.every_steps == 0 or elapsed_minutes >= self.section.every_minutes
+
+    def resume(self, checkpoint: Checkpoint) -> RunState:
+        """Put a checkpoint back; its state. Raises RunFolderError when it belongs to another base or other rows."""
+        restore(checkpoint, self.optimizer, self.fingerprints)
+        if changed := other_versions(checkpoint, self.about):
+            self.sink.emit(Notice("versions", f"the checkpoint was made with {changed}: last digits may differ"))
+        self.saved_step = checkpoint.state.step
+        return checkpoint.state
+
+    def save(self, state: RunState, last_chance: bool = False) -> None:
+        """Save, unless this step is saved already. Raises TrainingStopped when it has failed too often."""
+        if state.step in (self.saved_step, 0):
+            return
+        self._tried_at = time.monotonic()
+
+        def work() -> None:
+            saved = save(self.run_dir, state, self.optimizer, self.fingerprints, self.section.keep, self.about)
+            self.saved_step, self.failures = state.step, 0
+            self.sink.emit(saved)
+
+        with self.clock.phase("saving"):
+            self._attempt(f"the state of step {state.step}", work, state.step, last_chance)
+
+    def deliver(self, publish: Callable[[], None], step: int, last_chance: bool = False) -> bool:
+        """Write the adapter's folder; whether it was written. Counts with the states: it is the same disk."""
+        with self.clock.phase("saving", "save adapter"):
+            return self._attempt(f"the adapter of step {step}", publish, step, last_chance)
+
+    def _attempt(self, what: str, work: Callable[[], None], step: int, last_chance: bool) -> bool:
+        try:
+            work()
+            return True
+        except WRITE_ERRORS as error:
+            why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        self.failures += 1
+        self.sink.emit(Recovered(step, f"{what} could not be saved: {why}; attempt {self.failures} of {FAILURES}"))
+        if last_chance or self.failures >= FAILURES:
+            newest = f"step {self.saved_step} is the last saved" if self.saved_step > 0 else "nothing is saved yet"
+            raise TrainingStopped(
+                f"{self.run_dir}: {what} could not be saved ({why}); {newest}",
+                "free some space there, then go on with --resume",
+            )
+        return False
 
 
 def _read_state(folder: Path) -> RunState:

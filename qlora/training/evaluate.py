@@ -1,32 +1,40 @@
 """Measuring on the evaluation rows: loss, exact match of greedy answers, samples beside the untuned base's.
 
 Nothing here touches what the next training step depends on: modules go back to the mode they were in, random numbers
-are not drawn, gradients are off. A run with evaluation therefore equals one without, bit for bit.
+are not drawn, gradients are off. A run with evaluation therefore equals one without, bit for bit. Measuring and
+emitting are two calls: what a stop has interrupted must not be emitted.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from qlora.batch import Batch
 from qlora.data.chat import ChatTokenizer
 from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
-from qlora.events import Progress, Sink
+from qlora.events import Evaluated, Progress, Sampled
+from qlora.memory.estimate import SAMPLE_TOKENS
 from qlora.model import generate
 from qlora.model.adapters import without_adapters
-from qlora.recipe.sections import DataSection
+from qlora.recipe.sections import DataSection, EvalSection
 from qlora.step.forward import CausalParts, batch_loss, evaluating
+from qlora.step.loss import Objective
+from qlora.training.checkpoint import RunState
+from qlora.training.phases import PhaseClock
+from qlora.training.recovery import OomRecovery
 
 _THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-SAMPLE_TOKENS = 128  # longest sample answer; exact match allows the longest expected answer and a little more
-EXTRA_TOKENS = 8
+EXTRA_TOKENS = 8  # exact match allows the longest expected answer and a little more
 
 
 @dataclass(frozen=True)
@@ -38,51 +46,102 @@ class Question:
     expected: str
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """What evaluation needs of a run."""
+@dataclass
+class RunEvaluation:
+    """The same rows and questions before, between and after the steps of a run, within what memory there is.
+
+    The untuned model answers first, and its answers stand beside all later ones. Where memory runs out, rows and
+    questions go through the model in smaller batches.
+    """
 
     model: Any
     parts: CausalParts
+    objective: Objective
     chat: ChatTokenizer
     split: PreparedSplit
     data: DataSection
-    pad_id: int
-    device: torch.device
-    sink: Sink
-    micro_batch_size: int
-    answers_at_once: int = generate.ANSWERS_AT_ONCE
+    section: EvalSection
+    recovery: OomRecovery
+    clock: PhaseClock
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
+    samples: Sequence[Question] = ()  # what the untuned model has answered
+    untuned_answers: Sequence[str] = ()
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        return questions_of(self.split, self.chat, max(self.section.samples, self.section.exact_match_rows))
 
     def try_longest(self) -> None:
         """One micro-batch of the longest rows, for what it takes in memory."""
-        packs = eval_packs(self.split, self.data)[: self.micro_batch_size]
         with evaluating(self.model):
-            batch_loss(self.parts, collate(self.split, packs, self.pad_id, self.data.max_length).to(self.device))
+            batch = self._batch(eval_packs(self.split, self.data)[: self.recovery.settings.micro_batch_size])
+            batch_loss(self.parts, batch.to(self.recovery.device), self.objective)
 
-    def loss(self) -> float:
-        """Mean loss in nats per trained token over all evaluation rows."""
+    def loss(self, step: int) -> float:
+        """The objective's mean over all evaluation rows; nats per trained token where it is supervised."""
+        with self.clock.phase("evaluation"):
+            return self.recovery.run(step, self._loss)
+
+    def exact_match(self, step: int) -> float | None:
+        """Share of questions answered exactly; None where that was not asked for, or no row is a question."""
+        chosen = self.questions[: self.section.exact_match_rows]
+        if not chosen:
+            return None
+        with self.clock.phase("evaluation"):
+            answers = self.recovery.run_generation(step, lambda: self._answers(chosen))
+        return sum(same_answer(a, q.expected) for a, q in zip(answers, chosen, strict=True)) / len(chosen)
+
+    def sample_baseline(self, step: int) -> None:
+        """Ask the untuned model what is shown as samples."""
+        chosen = self.questions[: self.section.samples]
+        self.untuned_answers = self._sample_answers(step, chosen, untuned=True)
+        self.samples = chosen
+
+    def sample_answers(self, step: int) -> list[str]:
+        """The model's answers now; none where the untuned model was not asked."""
+        return self._sample_answers(step, self.samples)
+
+    def emit_eval(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
+        perplexity = None if loss is None else math.exp(min(loss, 700.0))
+        self.recovery.sink.emit(Evaluated(step, loss, perplexity, matches, len(self.split.lengths), best))
+
+    def emit_samples(self, step: int, answers: Sequence[str]) -> None:
+        """Each answer of `sample_answers` beside the untuned model's."""
+        for question, before, after in zip(self.samples, self.untuned_answers, answers, strict=True):
+            self.recovery.sink.emit(Sampled(step, question.asked, question.expected, before, after))
+
+    def _batch(self, packs: Sequence[tuple[int, ...]]) -> Batch:
+        return collate(self.split, packs, self.chat.pad_id, self.data.max_length)
+
+    def _loss(self) -> float:
         packs = eval_packs(self.split, self.data)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        device, rows = self.recovery.device, self.recovery.settings.micro_batch_size
+        total = torch.zeros((), dtype=torch.float64, device=device)
         weight = 0.0
         with evaluating(self.model):
-            for start in range(0, len(packs), self.micro_batch_size):
+            for start in range(0, len(packs), rows):
                 self.check_stop()
-                chosen = packs[start : start + self.micro_batch_size]
-                batch = collate(self.split, chosen, self.pad_id, self.data.max_length)
-                weight += float(batch.loss_weights_BS.sum())
-                total += batch_loss(self.parts, batch.to(self.device)).double()
-                self.sink.emit(Progress("evaluate", min(start + len(chosen), len(packs)), len(packs)))
+                batch = self._batch(packs[start : start + rows])
+                weight += self.objective.weight(batch)
+                total += batch_loss(self.parts, batch.to(device), self.objective).double()
+                self.recovery.sink.emit(Progress("evaluate", min(start + rows, len(packs)), len(packs)))
         return float(total) / weight if weight else float("nan")
 
-    def questions(self, limit: int) -> list[Question]:
-        """The first `limit` evaluation rows that have a question and an answer."""
-        return questions_of(self.split, self.chat, limit)
+    def _sample_answers(self, step: int, questions: Sequence[Question], untuned: bool = False) -> list[str]:
+        if not questions:
+            return []
+        with self.clock.phase("samples"):
+            return self.recovery.run_generation(step, lambda: self._answers(questions, untuned, SAMPLE_TOKENS))
 
-    def answers(self, questions: Sequence[Question], untuned: bool = False, limit: int | None = None) -> list[str]:
+    def _answers(self, questions: Sequence[Question], untuned: bool = False, limit: int | None = None) -> list[str]:
         """Greedy answers as text, of the tuned model or of the base under it."""
+
+        def watch(done: int, total: int) -> None:
+            self.check_stop()
+            self.recovery.sink.emit(Progress("answer", done, total, "tokens"))
+
         tokenizer = self.chat.tokenizer
-        longest = max((len(tokenizer.encode(q.expected, add_special_tokens=False)) for q in questions), default=0)
+        longest = max(len(tokenizer.encode(q.expected, add_special_tokens=False)) for q in questions)
         count = longest + EXTRA_TOKENS
         with evaluating(self.model), without_adapters(self.model) if untuned else nullcontext():
             produced = generate.greedy(
@@ -90,16 +149,24 @@ class Evaluator:
                 [q.prompt_ids for q in questions],
                 self.chat.end_token_ids,
                 min(count, limit) if limit else count,
-                self.pad_id,
-                batch_size=self.answers_at_once,
-                check_stop=self.check_stop,
+                self.chat.pad_id,
+                batch_size=self.recovery.settings.answers_at_once,
+                watch=watch,
             )
         return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in produced]
 
-    def exact_match(self, questions: Sequence[Question]) -> float:
-        """Share of questions answered exactly."""
-        answers = self.answers(questions)
-        return sum(same_answer(a, q.expected) for a, q in zip(answers, questions, strict=True)) / len(questions)
+
+def with_evaluation(state: RunState, loss: float, patience: int) -> RunState:
+    """The state with an evaluation behind it; stopped early after `patience` of them without improvement (0: never)."""
+    is_best = state.best_loss is None or loss < state.best_loss
+    waited = 0 if is_best else state.evaluations_without_improvement + 1
+    return replace(
+        state,
+        eval_loss=loss,
+        evaluated_step=state.step,
+        evaluations_without_improvement=waited,
+        stopped_early=state.stopped_early or (0 < patience <= waited),
+    )
 
 
 def questions_of(split: PreparedSplit, chat: ChatTokenizer, limit: int) -> list[Question]:

@@ -11,54 +11,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from qlora import run_folder
 from qlora.batch import Batch
-from qlora.data.chat import ChatTokenizer
-from qlora.data.prepare import PreparedData
 from qlora.errors import StoppedBySignal, TrainingStopped
-from qlora.events import End, Notice, Recovered, Sink, StepDone
+from qlora.events import End, Notice, Recovered, StepDone
 from qlora.model import adapters
 from qlora.model.adapter_folder import delivered_step
-from qlora.model.base_folder import BaseFolder
-from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
+from qlora.step.loss import Objective, SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
-from qlora.stop import StopAsked, StopRequest
-from qlora.training import checkpoint, health, memory_plan, probe, schedule, selfcheck
+from qlora.stop import StopAsked
+from qlora.training import health, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
-from qlora.training.checkpoint import Checkpoint, Fingerprints, RunState
-from qlora.training.evaluate import Evaluator
-from qlora.training.exam import RunEvaluation
-from qlora.training.memory_use import measure, peak_bytes
-from qlora.training.probe import Pack
-from qlora.training.recovery import MemorySettings, OomRecovery
-from qlora.training.saving import Checkpointer
-from qlora.training.step_batches import StepBatches
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a run works on, ready to use: the model has its adapters, the rows are tokens."""
-
-    recipe: Recipe
-    run_dir: Path
-    model: Any  # peft's wrapper around the causal LM
-    base: BaseFolder
-    chat: ChatTokenizer
-    data: PreparedData
-    device: torch.device
-    pad_id: int
-    sink: Sink
-    stop: StopRequest
-    fit: MemorySettings
+from qlora.training.checkpoint import Checkpoint, Checkpointer, Fingerprints, RunState
+from qlora.training.evaluate import RunEvaluation, with_evaluation
+from qlora.training.memory_plan import MemorySettings, compare, measure, peak_bytes
+from qlora.training.recovery import OomRecovery
+from qlora.training.setup import Job
+from qlora.training.step_batches import Pack, StepBatches
 
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
@@ -75,7 +50,8 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
                 training.save_if_due(state)
                 if training.is_finished(state):
                     return training.finish(state)
-                state = training.step(state)
+                with job.clock.phase("training"):
+                    state = training.step(state)
         except StopAsked:
             raise training.stopped() from None
         except TrainingStopped:
@@ -91,98 +67,92 @@ class Training:
         self.job = job
         self.sink = job.sink
         self.train = recipe.train
-        self.parameters = adapters.trainable(job.model)
         self.causal_lm = job.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
-        self.optimizer = AdapterOptimizer(self.parameters, recipe.train.optimizer, recipe.train.weight_decay)
-        self.guard = OomRecovery(job.fit, job.device, job.sink, self._apply)
-        self.fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
-        self._take_rows(recipe.data)
+        self.objective: Objective = SupervisedObjective()
+        parameters = adapters.trainable(job.model)
+        self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
+        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
+        self._use_rows(recipe.data)
         train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
-        self.delivery = BestAdapter(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows)
-        self.saver = Checkpointer(job.run_dir, recipe.checkpoint, job.sink, job.stop)
-        self.about = run_folder.provenance(recipe)
+        self.best_adapter = BestAdapter(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows)
+        fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
+        self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.completed = RunState()  # the last state that may be saved
 
-    def _take_rows(self, section: DataSection) -> None:
+    def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.rows = StepBatches.of(job.data.train, section, self.train, job.pad_id)
-        self.exam: RunEvaluation | None = None
+        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id)
+        self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
-            evaluator = Evaluator(
-                job.model,
-                self.parts,
-                job.chat,
-                job.data.eval,
-                section,
-                job.pad_id,
-                job.device,
-                job.sink,
-                self.guard.fit.micro_batch_size,
+            self.evaluation = RunEvaluation(
+                model=job.model,
+                parts=self.parts,
+                objective=self.objective,
+                chat=job.chat,
+                split=job.data.eval,
+                data=section,
+                section=job.recipe.eval,
+                recovery=self.recovery,
+                clock=job.clock,
                 check_stop=job.stop.check,
             )
-            self.exam = RunEvaluation(evaluator, job.recipe.eval, self.guard)
 
     # --- before the first step -----------------------------------------------------------------------------------
 
     def begin(self, resume_from: Checkpoint | None) -> RunState:
-        """Check the loss against the model's own, put a checkpoint back, and say what will happen."""
+        """Check the loss against the model's own, emit the plan, and put a checkpoint back."""
         if resume_from is not None:
-            self.guard.fit = self.guard.fit.as_of(resume_from.state)
-        self._apply(self.guard.fit)
-        check = selfcheck.run(self.causal_lm, self.parts, self.job.data.train, self.job.device)
-        if check is not None and self.rows.data.packing and not check.packing_is_safe:
-            self.sink.emit(Notice("packing", f"switched off: {check.leak_told}"))
-            self._take_rows(self.rows.data.model_copy(update={"packing": False}))
+            self.recovery.settings = self.recovery.settings.as_of(resume_from.state)
+        self._apply(self.recovery.settings)
+        with self.job.clock.phase("checks", "self-check"):
+            check = selfcheck.run(self.causal_lm, self.parts, self.job.data.train, self.job.device)
+        if check is not None and self.batches.data.packing and not check.packing_is_safe:
+            self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
+            self._use_rows(self.batches.data.model_copy(update={"packing": False}))
         if self.train.optimizer.startswith("paged_") and not self.optimizer.paged:
-            told = f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"
-            self.sink.emit(Notice("optimizer", told))
-        parameters = self.job.model.get_nb_trainable_parameters()
-        self.sink.emit(self.rows.plan(self.guard.fit, len(self.job.data.eval.lengths), *parameters))
-        if (steps := self.rows.steps) < schedule.FEW_STEPS:
+            message = f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"
+            self.sink.emit(Notice("optimizer", message))
+        counts = self.job.model.get_nb_trainable_parameters()
+        self.sink.emit(self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts))
+        if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:
-            checkpoint.restore(resume_from, self.parameters, self.optimizer, self.fingerprints)
-            self.saver.saved_step = resume_from.state.step
-            self.completed = resume_from.state
-            if changed := checkpoint.other_versions(resume_from, self.about):
-                self.sink.emit(Notice("versions", f"the checkpoint was made with {changed}: last digits may differ"))
-        self.saver.check_room(self.optimizer, sum(parameter.nbytes for parameter in self.parameters.values()))
+            self.completed = self.checkpointer.resume(resume_from)
+        self.checkpointer.check_room()
         return self.completed
 
     def dry_run(self, state: RunState) -> None:
-        """The longest micro-batch, an update and the longest evaluation batch, before anything is counted on."""
+        """The longest micro-batch, an update and the longest evaluation batch: what would fail late fails now."""
         if self.is_finished(state):
             return
 
         def work() -> None:
-            micro = self.guard.fit.micro_batch_size
-            batch = self.rows.longest(micro)
+            micro = self.recovery.settings.micro_batch_size
+            batch = self.batches.longest(micro)
             # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
-            self._gather_gradient(state, [batch] * min(2, math.ceil(self.rows.batch_size / micro)), 1.0)
+            self._gather_gradient(state, [batch] * min(2, math.ceil(self.batches.batch_size / micro)), 1.0)
             self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
             self.optimizer.step(0.0)
-            if self.exam is not None:
-                self.exam.evaluator.try_longest()
+            if self.evaluation is not None:
+                self.evaluation.try_longest()
 
-        self.guard.run(
-            state.step,
-            lambda: probe.restoring_state(self.optimizer, self.job.device, work),
-            self.optimizer.zero_gradients,
-        )
+        attempt = partial(selfcheck.restoring_state, self.optimizer, self.job.device, work)
+        with self.job.clock.phase("checks", "dry run"):
+            self.recovery.run(state.step, attempt, self.optimizer.zero_gradients)
 
     def evaluate_baseline(self, state: RunState) -> RunState:
         """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
-        if self.exam is None or self.is_finished(state):
+        if self.evaluation is None or self.is_finished(state):
             return state
-        self.exam.sample_baseline(state.step)
+        self.evaluation.sample_baseline(state.step)
         if state.step > 0:
             return state
-        matches = self.exam.exact_match(state.step)
-        loss = self.exam.loss(state.step)
-        self.exam.emit_eval(0, loss, matches, best=False)
+        matches = self.evaluation.exact_match(state.step)
+        loss = self.evaluation.loss(state.step)
+        self.evaluation.emit_eval(0, loss, matches, best=False)
         return replace(state, exact_match_before=matches, eval_loss=loss)
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -190,35 +160,34 @@ class Training:
     def step(self, state: RunState) -> RunState:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
-        packs = self.rows.order.packs_of_step(state.step)
-        micro = self.guard.fit.micro_batch_size
-        batches = self.rows.micro_batches(packs, micro)
-        step_weight = sum(float(batch.loss_weights_BS.sum()) for batch in batches)
+        packs = self.batches.order.packs_of_step(state.step)
+        micro = self.recovery.settings.micro_batch_size
+        batches = self.batches.micro_batches(packs, micro)
+        step_weight = sum(self.objective.weight(batch) for batch in batches)
 
         def gather() -> list[torch.Tensor]:
-            now = self.guard.fit.micro_batch_size
-            fitting = batches if now == micro else self.rows.micro_batches(packs, now)
+            now = self.recovery.settings.micro_batch_size
+            fitting = batches if now == micro else self.batches.micro_batches(packs, now)
             return self._gather_gradient(state, fitting, step_weight)
 
-        losses = self.guard.run(state.step + 1, gather, self.optimizer.zero_gradients)
+        losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
         mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
         loss_value, norm_value = (float(value) for value in torch.stack([mean, norm]).tolist())
-        progress = schedule.progress_of(state.step, self.rows.steps, state.seconds, self.train)
+        progress = schedule.progress_of(state.step, self.batches.steps, state.seconds, self.train)
         rate = schedule.learning_rate(progress, self.train)
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._skip(state, losses, packs)
-            skipped = state.skipped_in_a_row + 1
-        else:
+        is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if is_finite:
             self.optimizer.clip(norm, self.train.max_grad_norm)
-            self.guard.run_once(lambda: self.optimizer.step(rate))
-            skipped = 0
+            self.recovery.run_once(lambda: self.optimizer.step(rate))
+        else:
+            self._skip(state, losses, packs)
         seconds = time.monotonic() - started
-        tokens = self.rows.tokens(packs)
+        tokens = self.batches.tokens(packs)
         done = StepDone(
             step=state.step + 1,
-            epoch=self.rows.order.epoch_of_step(state.step + 1),
+            epoch=self.batches.order.epoch_of_step(state.step + 1),
             loss=loss_value,
             learning_rate=rate,
             grad_norm=norm_value,
@@ -228,84 +197,57 @@ class Training:
             peak_bytes=peak_bytes(self.job.device),
             seconds=seconds,
         )
-        self.completed = state = self._after(state, done, skipped)
-        if skipped >= health.SKIPS_BEFORE_STOPPING:
-            self._save(state, last_chance=True)
+        state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
+        self.completed = state
+        if state.skipped_in_a_row >= health.SKIPS_BEFORE_STOPPING:
+            self.checkpointer.save(state, last_chance=True)
             raise health.too_many_skips(state)
-        if skipped == 0:
+        if is_finite:
             self.sink.emit(done)
         return state
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
-        """Forward and backward of each micro-batch; each one's summed loss in nats, still on the device."""
+        """Forward and backward of each micro-batch; each one's summed loss, still on the device."""
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):
-            self._check_stop()
+            self.job.stop.check()
             if batch.trained_T.numel() == 0:
                 losses.append(torch.zeros((), device=self.job.device))  # it adds nothing to loss nor gradient
                 continue
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)
-            losses.append(forward_backward(self.parts, placed, step_weight, self.train.neftune_alpha))
-        self._check_stop()
-        return losses
-
-    def _check_stop(self) -> None:
-        if self.job.stop.is_set:
-            self.optimizer.zero_gradients()
+            losses.append(forward_backward(self.parts, placed, self.objective, step_weight, self.train.neftune_alpha))
         self.job.stop.check()
+        return losses
 
     def _skip(self, state: RunState, losses: Sequence[torch.Tensor], packs: Sequence[Pack]) -> None:
         self.optimizer.zero_gradients()
-        micro_batches = self.rows.in_micro_batches(packs, self.guard.fit.micro_batch_size)
+        micro_batches = self.batches.in_micro_batches(packs, self.recovery.settings.micro_batch_size)
         rows = health.rows_behind(torch.stack(list(losses)).tolist(), micro_batches, self.job.data.train)
         message = f"loss or gradient not finite: step skipped, weights unchanged; its rows: {rows}"
         self.sink.emit(Recovered(state.step + 1, message))
-
-    def _after(self, state: RunState, done: StepDone, skipped_in_a_row: int) -> RunState:
-        """The state with one more step behind it, done or skipped; a loss that jumps is said."""
-        state = replace(
-            state,
-            step=done.step,
-            tokens=state.tokens + done.tokens,
-            trained_tokens=state.trained_tokens + done.trained_tokens,
-            seconds=state.seconds + done.seconds,
-            skipped=state.skipped + (skipped_in_a_row > 0),
-            skipped_in_a_row=skipped_in_a_row,
-            micro_batch_size=self.guard.fit.micro_batch_size,
-            gradient_checkpointing=self.guard.fit.gradient_checkpointing,
-        )
-        return state if skipped_in_a_row else health.with_loss(state, done.loss, self.sink)
 
     # --- between steps -------------------------------------------------------------------------------------------
 
     def is_finished(self, state: RunState) -> bool:
         out_of_time = self.train.max_minutes is not None and state.seconds >= 60 * self.train.max_minutes
-        return state.step >= self.rows.steps or state.stopped_early or out_of_time
+        return state.step >= self.batches.steps or state.stopped_early or out_of_time
 
     def evaluation_is_due(self, state: RunState) -> bool:
-        if self.exam is None or state.step in (0, state.evaluated_step):
+        if self.evaluation is None or state.step in (0, state.evaluated_step):
             return False
         return state.step % self.job.recipe.eval.every_steps == 0 or self.is_finished(state)
 
     def evaluate(self, state: RunState) -> RunState:
         """Measure, deliver the adapter when it is the best so far, and decide whether it is time to stop."""
-        assert self.exam is not None
-        loss = self.exam.loss(state.step)
-        answers = self.exam.sample_answers(state.step)
-        best = state.best_loss is None or loss < state.best_loss
-        waited = 0 if best else state.evaluations_without_improvement + 1
-        patience = self.job.recipe.eval.early_stopping_patience
-        evaluated = replace(
-            state,
-            eval_loss=loss,
-            evaluated_step=state.step,
-            evaluations_without_improvement=waited,
-            stopped_early=state.stopped_early or (0 < patience <= waited),
-        )
-        self.exam.emit_eval(state.step, loss, None, best)
-        self.exam.emit_samples(state.step, answers)
+        assert self.evaluation is not None
+        loss = self.evaluation.loss(state.step)
+        answers = self.evaluation.sample_answers(state.step)
+        evaluated = with_evaluation(state, loss, self.job.recipe.eval.early_stopping_patience)
+        best = evaluated.evaluations_without_improvement == 0
+        self.evaluation.emit_eval(state.step, loss, None, best)
+        self.evaluation.emit_samples(state.step, answers)
         if best:
             bettered = replace(evaluated, best_loss=loss, best_step=state.step)
             # What could not be written is not the best: what is delivered at the end must be on the disk.
@@ -315,57 +257,55 @@ class Training:
         return evaluated
 
     def save_if_due(self, state: RunState) -> None:
-        if self.saver.is_due(state.step):
-            self._save(state)
-
-    def _save(self, state: RunState, last_chance: bool = False) -> None:
-        self.saver.save(state, self.optimizer, self.fingerprints, self.about, last_chance)
+        if self.checkpointer.is_due(state.step):
+            self.checkpointer.save(state)
 
     def _deliver(self, state: RunState, last_chance: bool = False) -> bool:
         """Write the adapter that the model has now; whether it was written."""
-        publish = partial(self.delivery.publish, self.job.run_dir, state, self.sink)
-        return self.saver.deliver(publish, state.step, last_chance)
+        publish = partial(self.best_adapter.publish, self.job.run_dir, state, self.sink)
+        return self.checkpointer.deliver(publish, state.step, last_chance)
 
     def stopped(self) -> StoppedBySignal:
         """Leave by a signal: the last completed step is saved, the gradient of an unfinished one is not."""
         state, stop = self.completed, self.job.stop
+        self.optimizer.zero_gradients()
         try:
-            self._save(state, last_chance=True)
+            self.checkpointer.save(state, last_chance=True)
         except TrainingStopped as error:
             return stop.error(error.what, error.hint)
         self.sink.emit(self.end("stopped"))
         if state.step == 0:
             return stop.error("no step was finished, nothing to save", "run the same command with --resume or --fresh")
-        return stop.error(f"saved after step {state.step} of {self.rows.steps}", "continue with --resume")
+        return stop.error(f"saved after step {state.step} of {self.batches.steps}", "continue with --resume")
 
     # --- the end -------------------------------------------------------------------------------------------------
 
     def finish(self, state: RunState) -> RunState:
         """Save, put the best adapter back into the model, measure what is delivered, and say how it ended."""
-        self._save(state, last_chance=True)
+        self.checkpointer.save(state, last_chance=True)
         health.check_moved(self.optimizer, self.at_start, state.step)
         if state.skipped:
             self.sink.emit(Notice("steps", "steps skipped, their numbers were not finite", state.skipped))
-        # What lies on the disk counts: a life that was killed may have delivered a later best than this state knows.
+        # An earlier process that was killed may have saved a better adapter than this checkpoint records.
         on_disk = delivered_step(self.job.run_dir)
-        if self.exam is None or state.best_step is None or on_disk is None:
+        if self.evaluation is None or state.best_step is None or on_disk is None:
             self._deliver(state, last_chance=True)
             delivered = state.step
         else:
             delivered = on_disk
             if delivered != state.step:
                 adapters.load_into(self.job.model, self.job.run_dir / "adapter")
-            state = self._final_exact_match(self.exam, state, delivered)
-        steps_left = state.step < self.rows.steps
+            state = self._final_exact_match(self.evaluation, state, delivered)
+        steps_left = state.step < self.batches.steps
         reason = "early stopping" if state.stopped_early else "time limit" if steps_left else "finished"
         self.sink.emit(self.end(reason, state, delivered))
         return state
 
-    def _final_exact_match(self, exam: RunEvaluation, state: RunState, delivered: int) -> RunState:
+    def _final_exact_match(self, evaluation: RunEvaluation, state: RunState, delivered: int) -> RunState:
         if not self.job.recipe.eval.exact_match_rows:
             return state
-        matches = exam.exact_match(state.step)
-        exam.emit_eval(delivered, state.best_loss, matches, best=True)
+        matches = evaluation.exact_match(state.step)
+        evaluation.emit_eval(delivered, state.best_loss, matches, best=True)
         state = replace(state, exact_match_after=matches, eval_loss=state.best_loss)
         self._deliver(replace(state, step=delivered), last_chance=True)
         return state
@@ -376,7 +316,7 @@ class Training:
         return End(
             reason=reason,
             step=state.step,
-            steps=self.rows.steps,
+            steps=self.batches.steps,
             seconds=state.seconds,
             tokens=state.tokens,
             trained_tokens=state.trained_tokens,
@@ -387,14 +327,13 @@ class Training:
             peak_bytes=peak_bytes(self.job.device),
             adapter=str(folder) if folder.is_dir() else None,
             adapter_step=delivered if delivered is not None else state.best_step,
-            memory=memory_plan.compare(self.guard.fit, measure(self.job.model, self.optimizer, self.job.device)),
+            memory=compare(self.recovery.settings, measure(self.job.model, self.optimizer, self.job.device)),
+            phases={name: round(seconds, 3) for name, seconds in self.job.clock.seconds.items()},
         )
 
     # --- memory --------------------------------------------------------------------------------------------------
 
     def _apply(self, now: MemorySettings) -> None:
-        """Settings that memory decides about: told at the start, and whenever it has run out."""
+        """Take over the settings that memory decides about: at the start, and whenever it has run out."""
         dropout = self.job.recipe.lora.dropout > 0
         set_gradient_checkpointing(self.causal_lm, now.gradient_checkpointing, keep_random_state=dropout)
-        if self.exam is not None:
-            self.exam.resize(now)

@@ -1,44 +1,86 @@
-"""Does this run fit? Asked after its rows are known and before a weight is read."""
+"""Does this run fit, and what did it take? Planned after its rows are known and before a weight is read."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
 
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
+from qlora.device import peak_bytes as device_peak_bytes
 from qlora.events import Notice, Sink
 from qlora.memory import calibration, hardware, overheads
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.plan import Plan, Planner, choose
+from qlora.model.base_folder import BaseFolder
+from qlora.model.generate import ANSWERS_AT_ONCE
 from qlora.model.meta_model import text_config
 from qlora.recipe.reading import Recipe
+from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import schedule
-from qlora.training.evaluate import questions_of
-from qlora.training.memory_use import Measured, current_rss_bytes
-from qlora.training.recovery import MemorySettings
-
-if TYPE_CHECKING:
-    from qlora.data.chat import ChatTokenizer
-    from qlora.model.base_folder import BaseFolder
+from qlora.training.checkpoint import RunState
 
 PAD_TO_MULTIPLE = 8  # what the loader pads rows to
 # What a model raises that does what meta tensors cannot: reads a value, calls a kernel that is unknown there.
 _NOT_ON_META = (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
-def data_facts(recipe: Recipe, data: PreparedData, chat: ChatTokenizer) -> DataFacts:
-    """What the rows say about memory. A pack of some epoch may be as long as all rows together, or as a pack may be."""
+@dataclass(frozen=True)
+class MemorySettings:
+    """The settings that decide about memory now, with the plan they come from (None where no estimate was possible)."""
+
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    answers_at_once: int = ANSWERS_AT_ONCE
+    plan: Plan | None = None
+    planner: Planner | None = None
+
+    def smaller(self) -> MemorySettings | None:
+        """The next smaller settings of a step: half the micro-batch, then recomputed layers; None at the end."""
+        if self.micro_batch_size > 1:
+            return replace(self, micro_batch_size=self.micro_batch_size // 2)
+        if not self.gradient_checkpointing:
+            return replace(self, gradient_checkpointing=True)
+        return None
+
+    def as_of(self, state: RunState) -> MemorySettings:
+        """Go on with what fitted: the sizes of micro-batches are part of what makes a resumed run the same run."""
+        if state.micro_batch_size is None or state.gradient_checkpointing is None:
+            return self
+        return replace(
+            self, micro_batch_size=state.micro_batch_size, gradient_checkpointing=state.gradient_checkpointing
+        )
+
+    def kept_in(self, state: RunState) -> RunState:
+        """The state from which a resumed run goes on with these settings."""
+        return replace(
+            state, micro_batch_size=self.micro_batch_size, gradient_checkpointing=self.gradient_checkpointing
+        )
+
+    def fewer_answers(self) -> MemorySettings | None:
+        return replace(self, answers_at_once=self.answers_at_once // 2) if self.answers_at_once > 1 else None
+
+
+def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFacts:
+    """What the rows say about memory; `prompt_tokens` is the longest prompt that evaluation answers.
+
+    A pack of some epoch may be as long as all rows together, or as a pack may be.
+    """
     lengths = data.train.lengths
     longest = min(sum(lengths), recipe.data.max_length) if recipe.data.packing else max(lengths, default=1)
     longest = max([longest, *data.eval.lengths])
     padded = min(recipe.data.max_length, -(-longest // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE)
     order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1)
-    asked = questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
     return DataFacts(
         longest=padded,
         batch_size=schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train),
-        prompt_tokens=max((len(question.prompt_ids) for question in asked), default=0),
+        prompt_tokens=prompt_tokens,
         has_eval=bool(data.eval.lengths),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
     )
@@ -49,7 +91,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     machine = hardware.this_machine(recipe.memory.limit)
     if recipe.memory.limit == "auto":
         # What is left does not count what this process has taken already (its CUDA context too); the estimate does.
-        taken = current_rss_bytes() if machine.device_type == "cpu" else overheads.CUDA_CONTEXT_BYTES
+        resident = int(psutil.Process().memory_info().rss)
+        taken = resident if machine.device_type == "cpu" else overheads.CUDA_CONTEXT_BYTES
         machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
     text, _ = text_config(base.config, base.name)
     estimator = Estimator(text, base.name, machine)
@@ -60,12 +103,9 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
         return MemorySettings(1 if rows == "auto" else rows, recompute in (True, "auto"))
-    return fit_of(plan, Planner(estimator, facts))
-
-
-def fit_of(plan: Plan, planner: Planner) -> MemorySettings:
     train = plan.recipe.train
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
+    planner = Planner(estimator, facts)
     return MemorySettings(train.micro_batch_size, train.gradient_checkpointing, plan=plan, planner=planner)
 
 
@@ -76,19 +116,80 @@ def as_event(plan: Plan) -> dict[str, Any]:
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 
-def compare(fit: MemorySettings, measured: Measured) -> dict[str, dict[str, int]] | None:
+@dataclass(frozen=True)
+class Measured:
+    """What a run really took: its peak, and what it kept all along."""
+
+    peak_bytes: int
+    weights_bytes: int
+    adapters_bytes: int
+    optimizer_bytes: int
+    torch_version: str
+
+
+def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Measured:
+    """Read from the model and its optimizer as they are now."""
+    trained = list(optimizer.parameters.values())
+    known = {id(parameter) for parameter in trained}
+    frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
+    masters = [master for key, master in optimizer.masters.items() if master is not optimizer.parameters[key]]
+    moments = {
+        id(value): value
+        for state in optimizer.inner.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    }
+    return Measured(
+        peak_bytes=peak_bytes(device),
+        weights_bytes=_total(frozen.values()),
+        adapters_bytes=_total(trained),
+        optimizer_bytes=_total(masters) + _total(moments.values()),
+        torch_version=torch.__version__,
+    )
+
+
+def _tensors_of(model: Any) -> Iterator[Tensor]:
+    """Parameters and buffers, and the constants of 4-bit weights."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        for one in (state, nested):
+            for name in ("absmax", "code", "offset"):
+                if isinstance(value := getattr(one, name, None), Tensor):
+                    yield value
+
+
+def _total(tensors: Any) -> int:
+    return sum(int(tensor.nbytes) for tensor in tensors)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """On a GPU the allocator's peak of live tensors; without one the process's peak of resident memory."""
+    if (counted := device_peak_bytes(device)) is not None:
+        return counted
+    if sys.platform == "win32":
+        return 0  # resource is a POSIX module; the CPU path on Windows has no figure
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str, int]] | None:
     """Predicted beside measured, part by part; on a GPU the pair is remembered for later estimates."""
-    if fit.plan is None or fit.planner is None:
+    if settings.plan is None or settings.planner is None:
         return None
-    estimate, machine = fit.plan.estimate, fit.planner.estimator.machine
+    estimate, machine = settings.plan.estimate, settings.planner.estimator.machine
     on_gpu = machine.device_type == "cuda"
     predicted_peak = estimate.tensor_bytes if on_gpu else estimate.peak_bytes
     pairs = {"peak": {"predicted": predicted_peak, "measured": measured.peak_bytes}}
     for part in ("weights", "adapters", "optimizer"):
         pairs[part] = {"predicted": estimate.components[part], "measured": getattr(measured, f"{part}_bytes")}
-    unchanged = fit.plan.recipe.train.micro_batch_size == fit.micro_batch_size
+    unchanged = settings.plan.recipe.train.micro_batch_size == settings.micro_batch_size
     if on_gpu and machine.gpu is not None and unchanged:
-        factor = fit.planner.estimator.correction.factor
+        factor = settings.planner.estimator.correction.factor
         predicted = round(estimate.tensor_bytes / factor)
         calibration.add(calibration.Pair(machine.gpu.name, measured.torch_version, predicted, measured.peak_bytes))
     return pairs

@@ -1,12 +1,14 @@
-"""Before step 1: is our loss the model's own loss, packed and alone?
+"""Before step 1: is our loss the model's own loss, packed and alone? And what would fail late is tried at once.
 
 Two things can differ without a sound. Our chunked head may lack something that the model's `forward` does to its
 logits; then the model is refused. And documents may leak into each other through a pack (recurrent layers, an attention
 that ignores positions); then packing is switched off. Both are found by asking the model itself about two short rows.
+The loop's dry run of the longest rows leaves no trace: `restoring_state` puts everything back bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from qlora.data.loader import collate
 from qlora.data.prepare import PreparedSplit
+from qlora.device import with_own_random_state
 from qlora.errors import ModelError
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
+from qlora.step.optimizer import AdapterOptimizer
 
 # Mean absolute difference of log-probabilities, nats. bf16 kernels of different shapes differ by 0.003 to 0.02 on tiny
 # and real models; a missing softcap, scaling or leak differs by 0.1 and more.
@@ -36,7 +40,7 @@ class SelfCheck:
         return self.leak <= max(TOLERANCE, 3 * self.head)
 
     @property
-    def leak_told(self) -> str:
+    def leak_message(self) -> str:
         return (
             f"documents of one pack see each other in this architecture "
             f"({self.leak:.2f} nats a token; {self.head:.3f} alone)"
@@ -61,6 +65,22 @@ def run(causal_lm: Any, parts: CausalParts, split: PreparedSplit, device: torch.
             "use a base of another architecture, and report this one",
         )
     return check
+
+
+def restoring_state(optimizer: AdapterOptimizer, device: torch.device, work: Callable[[], None]) -> None:
+    """Runs `work`, which may update the weights, and puts weights, moments, gradients and random state back."""
+    tensors, counters = optimizer.state()
+    rounded = {key: parameter.detach().to("cpu", copy=True) for key, parameter in optimizer.parameters.items()}
+    try:
+        with torch.random.fork_rng(devices=with_own_random_state(device)):
+            work()
+    finally:
+        optimizer.zero_gradients()
+        optimizer.inner.state.clear()
+        optimizer.load_state(tensors, counters)
+        with torch.no_grad():
+            for key, parameter in optimizer.parameters.items():
+                parameter.copy_(rounded[key])
 
 
 def _ours(parts: CausalParts, split: PreparedSplit, pack: tuple[int, ...], device: torch.device) -> Tensor:

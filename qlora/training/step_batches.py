@@ -1,7 +1,7 @@
 """The training rows as steps read them: packs, micro-batches, tensors, and how many steps that makes.
 
-Which rows a step reads follows from its number alone. In how many pieces they go through the model is for memory to
-say, and may change under way: the size of a micro-batch is asked for each time and held nowhere here.
+Which rows a step reads follows from its number alone. In how many pieces they go through the model is decided by
+memory and may change under way: the size of a micro-batch is an argument and kept nowhere here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Plan
 from qlora.recipe.sections import DataSection, TrainSection
-from qlora.training import memory_plan, probe, schedule
-from qlora.training.probe import Pack
-from qlora.training.recovery import MemorySettings
+from qlora.training import memory_plan, schedule
+from qlora.training.memory_plan import MemorySettings
+
+Pack = tuple[int, ...]  # rows of the split
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class StepBatches:
         )
 
     def longest(self, micro_batch_size: int) -> Batch:
-        """The micro-batch of the first epoch's longest packs."""
-        return self.micro_batch(probe.longest(self.order.epoch_packs(0), self.split.lengths, micro_batch_size))
+        """The micro-batch of the first epoch's packs with the most tokens."""
+        packs = sorted(self.order.epoch_packs(0), key=lambda pack: (-self.tokens([pack]), pack))
+        return self.micro_batch(packs[:micro_batch_size])
 
     def tokens(self, packs: Sequence[Pack]) -> int:
         return sum(self.split.lengths[row] for pack in packs for row in pack)

@@ -17,17 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora import api, disk, run_folder
-from qlora.events import Event, Recorder, Sinks
+from qlora import disk, run_folder
+from qlora.events import Event, Recorder, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe
 from qlora.stop import StopRequest
-from qlora.training import checkpoint, loop
-from qlora.training.recovery import MemorySettings
+from qlora.training import checkpoint, loop, setup
+from qlora.training.memory_plan import MemorySettings
+from qlora.training.phases import PhaseClock
 
 INTERNAL = 70  # exit code of a child that met an error of ours
 
 
-def fit_of(recipe: Recipe) -> MemorySettings:
+def settings_of(recipe: Recipe) -> MemorySettings:
     """The recipe's own settings, without a plan."""
     micro, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
     assert micro != "auto" and recompute != "auto"
@@ -149,6 +150,10 @@ class Warm:
     def run_dir(self, folder: Path) -> Path:
         return folder / "tiny"
 
+    def job(self, run_dir: Path, recipe: Recipe, sink: Sink, stop: StopRequest) -> setup.Job:
+        memory, clock = settings_of(recipe), PhaseClock(sink)
+        return setup.Job(recipe, run_dir, **self.parts, sink=sink, stop=stop, memory=memory, clock=clock)
+
     def train(self, folder: Path, say: Callable[[str], None], **checkpoint_keys: Any) -> None:
         """What `qlora-train --resume` does once model and rows are there (and `qlora-train` when nothing is)."""
         run_dir = self.run_dir(folder)
@@ -162,8 +167,7 @@ class Warm:
         disk.sweep_leftovers(run_dir / "checkpoints")
         resume_from = checkpoint.newest(run_dir, sink)
         run_folder.write_recipe(run_dir, recipe, None)
-        job = loop.Job(recipe, run_dir, **self.parts, sink=sink, stop=StopRequest(), fit=fit_of(recipe))
-        loop.run(job, resume_from)
+        loop.run(self.job(run_dir, recipe, sink, StopRequest()), resume_from)
         held.release()
 
 
@@ -171,11 +175,11 @@ def warm(recipe_file: Path, *overrides: str) -> Warm:
     """Everything loaded, in this process."""
     recipe = load_recipe(recipe_file, overrides)
     sink = Recorder()
-    base = api.preflight(recipe, sink)
-    chat, data = api._prepare(recipe, base, sink)
-    model = api._model(recipe, base, data, chat, sink)
+    base = setup.preflight(recipe, sink)
+    chat, data = setup.prepare_rows(recipe, base, sink)
+    model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
     device = next(model.parameters()).device
-    parts = {"model": model, "base": base, "chat": chat, "data": data, "device": device, "pad_id": chat.pad_id}
+    parts = {"model": model, "base": base, "chat": chat, "data": data, "device": device}
     return Warm(recipe, parts)
 
 

@@ -153,13 +153,13 @@ def test_tensors_are_restored_bit_for_bit_or_not_at_all(run: Path) -> None:
     first, second = optimizer(), optimizer()
     for master in second.masters.values():
         master.data.zero_()
-    checkpoint.restore(made, second.parameters, second, Fingerprints("b", "d"))
+    checkpoint.restore(made, second, Fingerprints("b", "d"))
     one, other = first.state(), second.state()
     assert one[1] == other[1] and one[0].keys() == other[0].keys()
     assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
     for wrong in (Fingerprints("x", "d"), Fingerprints("b", "x")):
         with pytest.raises(RunFolderError, match="was made with another"):
-            checkpoint.restore(made, second.parameters, second, wrong)
+            checkpoint.restore(made, second, wrong)
 
 
 def test_at_no_moment_fewer_than_keep_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from qlora import disk
 from qlora.errors import RunFolderError, StoppedBySignal, TrainingStopped
 from qlora.report.files import JsonLines, read_events
 from qlora.stop import StopRequest
-from qlora.training import checkpoint, saving
+from qlora.training import checkpoint
 from tests.faults.cases import SETTINGS, last_hashes
 from tests.faults.forks import fork, warm
 from tests.runs import hashes, run_dir, train, values, write_recipe
@@ -105,7 +105,7 @@ def test_a_stop_that_cannot_be_saved_is_still_a_stop(
 
 def test_room_is_looked_at_before_training(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path, llama)
-    monkeypatch.setattr(saving.disk, "free_bytes", lambda path: 1 << 20)
+    monkeypatch.setattr(checkpoint.disk, "free_bytes", lambda path: 1 << 20)
     with pytest.raises(RunFolderError, match=r"need \d+ MiB there, 1 MiB are free"):
         train(recipe, *SHORT, "train.max_steps=2")
     assert not list((run_dir(recipe)).glob("checkpoints/*"))
@@ -136,7 +136,7 @@ def test_an_adapter_that_cannot_be_written_is_not_the_best(
         real(*arguments)
 
     monkeypatch.setattr(best_adapter.adapters, "save", save)
-    monkeypatch.setattr(evaluate.Evaluator, "loss", lambda self: next(losses))
+    monkeypatch.setattr(evaluate.RunEvaluation, "loss", lambda self, step: next(losses))
     recipe = write_recipe(tmp_path, llama)
     recorder = train(recipe, *SHORT, "data.eval_fraction=0.2", "eval.every_steps=1", "train.max_steps=4")
     assert "the adapter of step 1 could not be saved" in values(recorder, "recovered", "message")[0]

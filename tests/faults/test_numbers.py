@@ -27,7 +27,7 @@ BAD_STEP = 2  # counted from 0: the third
 
 @pytest.fixture(autouse=True)
 def steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls are counted from step 1: the worst is not tried before it."""
+    """Calls are counted from step 1: nothing is tried before it."""
     monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
 
 
@@ -39,20 +39,22 @@ class Spoiler:
         self.calls = 0
         self.rows: list[int] = []
 
-    def __call__(self, parts: Any, batch: Batch, step_weight: float, neftune_alpha: float = 0.0) -> torch.Tensor:
+    def __call__(
+        self, parts: Any, batch: Batch, objective: Any, step_weight: float, neftune_alpha: float = 0.0
+    ) -> torch.Tensor:
         step, micro = divmod(self.calls, MICRO)
         self.calls += 1
         if (step, micro) != (BAD_STEP, self.micro):
-            return forward.forward_backward(parts, batch, step_weight, neftune_alpha)
+            return forward.forward_backward(parts, batch, objective, step_weight, neftune_alpha)
         if self.what == "gradient":
             hooked = next(p for n, p in parts.trunk.named_parameters() if p.requires_grad and "lora_B" in n)
             spoil = torch.zeros_like(hooked)
             spoil.view(-1)[3] = self.value
             handle = hooked.register_hook(lambda gradient: gradient + spoil)
-            loss = forward.forward_backward(parts, batch, step_weight, neftune_alpha)
+            loss = forward.forward_backward(parts, batch, objective, step_weight, neftune_alpha)
             handle.remove()
             return loss
-        loss = forward.batch_loss(parts, batch, neftune_alpha) * self.value
+        loss = forward.batch_loss(parts, batch, objective, neftune_alpha) * self.value
         (loss / step_weight).backward()
         return loss.detach()
 

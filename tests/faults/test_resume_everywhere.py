@@ -12,7 +12,7 @@ import pytest
 from qlora.events import Event
 from qlora.stop import StopRequest
 from tests.faults.cases import last_hashes
-from tests.faults.forks import Child, Warm, finished, fit_of, fork, in_child, warm
+from tests.faults.forks import Child, Warm, finished, fork, in_child, warm
 from tests.runs import EVERYTHING, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
@@ -99,9 +99,8 @@ def one_step(ready: Warm, folder: Path) -> Child:
         recipe = ready.recipe.model_copy(update={"checkpoint": section})
         held = run_folder.claim(run_dir, "resume")
         disk.sweep_leftovers(run_dir / "checkpoints")
-        job = loop.Job(recipe, run_dir, **ready.parts, sink=AfterAStep(), stop=stop, fit=fit_of(recipe))
         try:
-            loop.run(job, checkpoint.newest(run_dir, AfterAStep()))
+            loop.run(ready.job(run_dir, recipe, AfterAStep(), stop), checkpoint.newest(run_dir, AfterAStep()))
         except StoppedBySignal as error:
             raise SystemExit(error.exit_code) from None
         held.release()

@@ -24,6 +24,7 @@ from qlora.model.meta_model import build_unmatched, choose_attention, linear_lay
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 
 pytestmark = [
@@ -149,7 +150,7 @@ def test_predicted_is_measured(shape: str, rows: int, length: int, recompute: bo
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):  # the second one finds the moments in place, the third changes nothing
         for _ in range(2):
-            forward_backward(parts, batch, float(2 * rows * length))
+            forward_backward(parts, batch, SupervisedObjective(), float(2 * rows * length))
         own.clip(own.gradient_norm(), 1.0)
         own.step(1e-4)
     torch.cuda.synchronize()

@@ -18,6 +18,7 @@ from qlora.memory.trace import LiveBytes
 from qlora.model import adapters, hub, load
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 
 
@@ -48,7 +49,7 @@ def count_step(folder: Path, workload: Workload, lora: LoraSection) -> Counted:
         return sum(rounded(storage) for storage in _storages(model, optimizer, batch).values())
 
     def step() -> None:
-        forward_backward(parts, batch, 1.0, workload.neftune_alpha)
+        forward_backward(parts, batch, SupervisedObjective(), 1.0, workload.neftune_alpha)
 
     before = held()
     by_profiler = before + _peak_above(step)

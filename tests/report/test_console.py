@@ -70,6 +70,7 @@ EVENTS: list[Event] = [
         "/runs/[x]/adapter",
         80,
         {"peak": {"predicted": 3 << 29, "measured": 1 << 30}, "weights": {"predicted": 7 << 20, "measured": 6 << 20}},
+        {"load": 0.2, "evaluation": 20.0, "training": 130.0},
     ),
 ]
 
@@ -95,6 +96,10 @@ def test_predicted_memory_stands_beside_measured() -> None:
     text = " ".join(drawn(200, False).split())
     assert "1.5 GiB predicted at the peak, 6.0 GiB allowed; chosen to fit: train.micro_batch_size = 4" in text
     assert "1.0 GiB (predicted 1.5 GiB); weights 6.0 MiB (7.0 MiB)" in text
+
+
+def test_the_end_says_where_the_time_went() -> None:
+    assert "time training 2 min 10 s · evaluation 20 s " in " ".join(drawn(200, False).split())
 
 
 def test_text_of_rows_is_never_markup() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,21 @@ def test_events_are_json_and_progress_is_not_kept(tmp_path: Path) -> None:
     sink.close()
     events = read_events(tmp_path / "events.jsonl")
     assert [event["event"] for event in events] == ["notice", "step"]
-    assert set(events[1]) == {"event", *(field.name for field in dataclasses.fields(StepDone))}
+    assert set(events[1]) == {"event", "time", *(field.name for field in dataclasses.fields(StepDone))}
+
+
+def test_each_event_has_the_time_of_day(tmp_path: Path) -> None:
+    """UTC with milliseconds, and kept when a resumed run drops what came after its checkpoint."""
+    path = tmp_path / "events.jsonl"
+    before = datetime.now(UTC)
+    sink = JsonLines(path)
+    sink.emit(Notice("packing", "on"))
+    sink.close()
+    JsonLines(path, resume_from_step=1).close()
+    (event,) = read_events(path)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"])
+    assert abs(datetime.fromisoformat(event["time"]) - before) < timedelta(minutes=1)
+    assert list(event)[:2] == ["event", "time"]
 
 
 def test_a_resumed_run_reports_each_step_once(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ import torch
 from qlora.batch import Batch
 from qlora.events import Recorder
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, batch_loss, forward_backward, neftune_noise, seed_micro_batch
+from qlora.step.forward import (
+    CausalParts,
+    batch_logprobs,
+    batch_loss,
+    forward_backward,
+    neftune_noise,
+    seed_micro_batch,
+)
+from qlora.step.loss import Objective, SupervisedObjective
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +60,15 @@ def uneven_rows() -> tuple[list[list[int]], list[int]]:
     return rows, [60, 8, 20, 2]  # trained tokens: a mean of means would weigh the last row 30 times too much
 
 
-def gradients(model, batches: list[Batch]) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
+def gradients(  # type: ignore[no-untyped-def]
+    model, batches: list[Batch], objective: Objective | None = None
+) -> dict[str, torch.Tensor]:
     parts = CausalParts.of(model.get_base_model())
     model.zero_grad(set_to_none=True)
-    total = sum(float(batch.loss_weights_BS.sum()) for batch in batches)
+    objective = objective or SupervisedObjective()
+    total = sum(objective.weight(batch) for batch in batches)
     for batch in batches:
-        forward_backward(parts, batch, total)
+        forward_backward(parts, batch, objective, total)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -73,6 +84,24 @@ def test_uneven_micro_batches_equal_one_batch(model) -> None:  # type: ignore[no
     assert relative(split, whole) < 1e-5
 
 
+def test_the_objective_decides_what_the_gradient_is_of(model) -> None:  # type: ignore[no-untyped-def]
+    """Any reduction of log-probabilities will do: here the sum of their squares."""
+
+    class Squares:
+        def weight(self, batch: Batch) -> float:
+            return 1.0
+
+        def loss(self, logprobs_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+            return logprobs_T.square().sum()
+
+    rows, trained = uneven_rows()
+    whole, parts = batch_of(rows, trained), CausalParts.of(model.get_base_model())
+    found = gradients(model, [whole], Squares())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = torch.autograd.grad(batch_logprobs(parts, whole).square().sum(), list(parameters.values()))
+    assert relative(found, dict(zip(parameters, wanted, strict=True))) < 1e-6
+
+
 def test_the_loss_is_the_models_own(model) -> None:  # type: ignore[no-untyped-def]
     rows, trained = uneven_rows()
     causal_lm = model.get_base_model()
@@ -82,7 +111,7 @@ def test_the_loss_is_the_models_own(model) -> None:  # type: ignore[no-untyped-d
         labels = torch.full_like(ids, -100)
         labels[0, -count:] = ids[0, -count:]
         expected += float(causal_lm(input_ids=ids, labels=labels).loss) * count
-    ours = float(batch_loss(CausalParts.of(causal_lm), batch_of(rows, trained)).detach())
+    ours = float(batch_loss(CausalParts.of(causal_lm), batch_of(rows, trained), SupervisedObjective()).detach())
     assert ours == pytest.approx(expected, rel=1e-5)
 
 

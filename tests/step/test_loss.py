@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qlora.step.loss import logits_transform, token_logprobs, weighted_loss
+from qlora.batch import Batch
+from qlora.step.loss import SupervisedObjective, logits_transform, token_logprobs
 
 
 def case(tokens: int = 23, hidden: int = 16, vocabulary: int = 50) -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
@@ -20,13 +21,20 @@ def case(tokens: int = 23, hidden: int = 16, vocabulary: int = 50) -> tuple[torc
     return hidden_TD, torch.randint(vocabulary, (tokens,), generator=generator), head
 
 
+def supervised_loss(logprobs_T: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+    """The objective's loss of a row whose every position is trained."""
+    none = torch.zeros(1, len(weights_T), dtype=torch.long)
+    batch = Batch(none, none, none, none, weights_T.unsqueeze(0), torch.arange(len(weights_T)))
+    return SupervisedObjective().loss(logprobs_T, batch)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 7, 22, 23, 24, 1000])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_equals_plain_cross_entropy(chunk: int, softcap: float | None) -> None:
     hidden_TD, targets_T, head = case()
     transform = logits_transform(SimpleNamespace(final_logit_softcapping=softcap))
     weights_T = torch.linspace(0, 2, len(targets_T))
-    loss = weighted_loss(token_logprobs(hidden_TD, targets_T, head, transform, chunk), weights_T)
+    loss = supervised_loss(token_logprobs(hidden_TD, targets_T, head, transform, chunk), weights_T)
     gradients = torch.autograd.grad(loss, [hidden_TD, head.weight])
 
     logits = head(hidden_TD)
@@ -52,14 +60,14 @@ def test_no_tensor_of_all_logits_ever_exists() -> None:
             return result
 
     with Watch():
-        weighted_loss(token_logprobs(hidden_TD, targets_T, head, None, 8), torch.ones(64)).backward()
+        supervised_loss(token_logprobs(hidden_TD, targets_T, head, None, 8), torch.ones(64)).backward()
     assert largest == 8
 
 
 def test_without_targets_the_loss_is_zero() -> None:
     _, _, head = case()
     logprobs = token_logprobs(torch.zeros(0, 16), torch.zeros(0, dtype=torch.long), head, None, 8)
-    assert float(weighted_loss(logprobs, torch.zeros(0))) == 0.0
+    assert float(supervised_loss(logprobs, torch.zeros(0))) == 0.0
 
 
 @pytest.mark.parametrize(

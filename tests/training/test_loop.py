@@ -1,4 +1,4 @@
-"""What a run does besides its steps: skips what is not finite, keeps the best adapter, stops early, tells."""
+"""What a run does besides its steps: skips what is not finite, keeps the best adapter, stops early, reports."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad_steps: set[int]) -> None:
     """Make the loss of some forward passes NaN (one micro-batch a step)."""
     real, calls = forward.forward_backward, iter(range(10_000))
 
-    def forward_backward(parts, batch, step_weight, neftune_alpha):  # type: ignore[no-untyped-def]
-        loss = real(parts, batch, step_weight, neftune_alpha)
+    def forward_backward(*arguments):  # type: ignore[no-untyped-def]
+        loss = real(*arguments)
         return loss * float("nan") if next(calls) in bad_steps else loss
 
     monkeypatch.setattr(loop, "forward_backward", forward_backward)
-    without_probe(monkeypatch)
+    without_dry_run(monkeypatch)
 
 
-def without_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what belongs to a step is counted: no try of the worst before step 1."""
-    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+def without_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what belongs to a step is counted: nothing is tried before step 1."""
+    monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_rows_named(
@@ -70,7 +70,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(
         return real(self)
 
     monkeypatch.setattr(loop.AdapterOptimizer, "gradient_norm", gradient_norm)
-    without_probe(monkeypatch)
+    without_dry_run(monkeypatch)
     train(recipe, *SHORT, "checkpoint.every_steps=1", "checkpoint.keep=9")
     assert hashes(recipe, 1) == hashes(recipe, 2)
     last = load_file(run_dir(recipe) / "checkpoints" / "step-000006" / "adapter.safetensors")

@@ -21,8 +21,9 @@ from qlora.events import Recorder
 from qlora.model import adapters
 from qlora.step import forward
 from qlora.training import loop, selfcheck
-from qlora.training.evaluate import Evaluator
-from qlora.training.recovery import MemorySettings, OomRecovery, attempt
+from qlora.training.evaluate import RunEvaluation
+from qlora.training.memory_plan import MemorySettings
+from qlora.training.recovery import OomRecovery, attempt
 from qlora.training.selfcheck import SelfCheck
 from tests.runs import run_dir, train, values, write_recipe
 
@@ -41,14 +42,14 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
     """Memory runs out in these passes through a micro-batch, in the backward pass, with its gradient half done."""
     real, count = forward.forward_backward, iter(range(10_000))
 
-    def forward_backward(parts: Any, batch: Any, step_weight: float, neftune_alpha: float) -> Any:
-        loss = real(parts, batch, step_weight, neftune_alpha)
+    def forward_backward(*arguments: Any) -> Any:
+        loss = real(*arguments)
         if next(count) in calls:
             raise out_of_memory()
         return loss
 
     monkeypatch.setattr(loop, "forward_backward", forward_backward)
-    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+    monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
 
 
 def in_fp32(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
@@ -132,15 +133,20 @@ def test_a_resumed_run_that_may_not_pack_evaluates_with_the_new_size_too(
         fail_at(patch, 0)
         train(recipe, *settings, stop_after=2)
     sizes = []
-    loss = Evaluator.loss
-    monkeypatch.setattr(Evaluator, "loss", lambda self: sizes.append(self.micro_batch_size) or loss(self))
+    batch = RunEvaluation._batch
+
+    def counted(self: Any, packs: Any) -> Any:
+        sizes.append(self.recovery.settings.micro_batch_size)
+        return batch(self, packs)
+
+    monkeypatch.setattr(RunEvaluation, "_batch", counted)
     recorder = train(recipe, *settings, mode="resume")
     assert "switched off" in str(values(recorder, "notice", "message"))
     assert values(recorder, "plan", "micro_batch_size") == [2] and set(sizes) == {2}
 
 
 def test_twenty_in_a_row_keep_nothing() -> None:
-    guard = OomRecovery(MemorySettings(1 << 20, False), CPU, Recorder(), lambda fit: None)
+    recovery = OomRecovery(MemorySettings(1 << 20, False), CPU, Recorder(), lambda settings: None)
     made: list[weakref.ref[torch.Tensor]] = []
 
     def work() -> str:
@@ -153,8 +159,8 @@ def test_twenty_in_a_row_keep_nothing() -> None:
             raise out_of_memory()
         return "done"
 
-    assert guard.run(1, work) == "done"
-    assert guard.fit.micro_batch_size == 1 and len(made) == 20
+    assert recovery.run(1, work) == "done"
+    assert recovery.settings.micro_batch_size == 1 and len(made) == 20
 
 
 def test_twenty_in_a_row_within_a_run_keep_no_tensor(
@@ -166,14 +172,14 @@ def test_twenty_in_a_row_within_a_run_keep_no_tensor(
     held: list[int] = []
     from qlora.training import recovery
 
-    def free(device: torch.device) -> None:
+    def release_memory(device: torch.device) -> None:
         gc.collect()
         looked_at = len(held) in (0, 19)  # looking at every object of the process takes a second
         tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)] if looked_at else []
         held.append(sum(one.nbytes for one in tensors))
 
-    monkeypatch.setattr(recovery, "free", free)
-    monkeypatch.setattr(recovery, "_told", lambda before, after: "again")
+    monkeypatch.setattr(recovery, "release_memory", release_memory)
+    monkeypatch.setattr(recovery, "_describe", lambda before, after: "again")
     recorder = train(write_recipe(tmp_path, llama), *RUN, "train.micro_batch_size=2")
     assert len(recorder.of("recovered")) == len(held) == 20
     assert held[-1] == held[0] > 0
@@ -219,7 +225,7 @@ def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeyp
 
         return call
 
-    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+    monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
     monkeypatch.setattr(evaluate, "batch_loss", failing(batch_loss, once))
     monkeypatch.setattr(evaluate.generate, "greedy", failing(greedy, answers_once))
     again = train(recipe, *RUN, "train.micro_batch_size=2", "eval.samples=2", "data.eval_fraction=0.2", mode="fresh")
@@ -253,9 +259,9 @@ def test_any_other_error_ends_the_run(error: Exception) -> None:
         tries.append(1)
         raise error
 
-    guard = OomRecovery(MemorySettings(8, False), CPU, Recorder(), lambda fit: None)
+    recovery = OomRecovery(MemorySettings(8, False), CPU, Recorder(), lambda settings: None)
     with pytest.raises(type(error)):
-        guard.run(1, work)
+        recovery.run(1, work)
     assert len(tries) == 1
 
 

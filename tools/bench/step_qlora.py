@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from step_measure import Settings, figures_of, resident_bytes, synchronize, token_rows
 
-from qlora import api
 from qlora.batch import Batch
 from qlora.events import Sinks
 from qlora.model import adapters, hub, load
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
+from qlora.training.setup import pick_device
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """The step of qlora.step, as the trainer runs it."""
     before = resident_bytes()
-    device = api.pick_device()
+    device = pick_device()
     base = hub.resolve(settings.base, "main", Sinks())
     model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
     peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0)
@@ -38,14 +39,15 @@ def run(settings: Settings) -> dict[str, Any]:
         zeros, targets = torch.zeros_like(ids_BS), torch.roll(ids_BS, -1, 1)
         trained = weights.flatten().nonzero().squeeze(1)
         micro_batches.append(Batch(ids_BS, positions, zeros, targets, weights, trained).to(device))
-    step_weight = float(sum(batch.loss_weights_BS.sum() for batch in micro_batches))
+    objective = SupervisedObjective()
+    step_weight = sum(objective.weight(batch) for batch in micro_batches)
     seconds = []
     peft_model.train()
     with fast_matmul(device):
         for _ in range(settings.steps + 1):
             synchronize(device.type)
             began = time.perf_counter()
-            loss = sum(forward_backward(parts, batch, step_weight) for batch in micro_batches)
+            loss = sum(forward_backward(parts, batch, objective, step_weight) for batch in micro_batches)
             optimizer.clip(optimizer.gradient_norm(), 1.0)
             optimizer.step(1e-4)
             synchronize(device.type)

@@ -15,19 +15,19 @@ RUN = (*EVERYTHING, "train.max_steps=4", "checkpoint.every_steps=1", "checkpoint
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
-def test_a_run_with_the_probe_is_the_run_without_it(
+def test_a_run_with_the_dry_run_is_the_run_without_it(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     settings = (*RUN, f"train.optimizer={optimizer}")
     tried = write_recipe(tmp_path / "tried", llama)
-    with_probe = train(tried, *settings)
-    monkeypatch.setattr(loop.Training, "try_the_worst", lambda self, state: None)
+    with_dry_run = train(tried, *settings)
+    monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
     untried = write_recipe(tmp_path / "untried", llama)
     without = train(untried, *settings)
     for step in range(1, 5):
         assert hashes(tried, step) == hashes(untried, step)
     for kind, key in (("step", "loss"), ("eval", "loss"), ("sample", "tuned")):
-        assert values(with_probe, kind, key) == values(without, kind, key)
+        assert values(with_dry_run, kind, key) == values(without, kind, key)
 
 
 def test_it_tries_the_longest_rows_an_update_and_an_evaluation(
@@ -36,7 +36,7 @@ def test_it_tries_the_longest_rows_an_update_and_an_evaluation(
     widths: list[int] = []
     updates: list[float] = []
     evaluated: list[int] = []
-    real, step, longest = loop.forward_backward, loop.AdapterOptimizer.step, loop.Evaluator.try_longest
+    real, step, longest = loop.forward_backward, loop.AdapterOptimizer.step, loop.RunEvaluation.try_longest
 
     def forward_backward(parts: Any, batch: Any, *rest: Any) -> Any:
         widths.append(batch.input_ids_BS.shape[1])
@@ -53,10 +53,10 @@ def test_it_tries_the_longest_rows_an_update_and_an_evaluation(
 
     monkeypatch.setattr(loop, "forward_backward", forward_backward)
     monkeypatch.setattr(loop.AdapterOptimizer, "step", update)
-    monkeypatch.setattr(loop.Evaluator, "try_longest", try_longest)
+    monkeypatch.setattr(loop.RunEvaluation, "try_longest", try_longest)
     train(write_recipe(tmp_path, llama), *RUN, "data.packing=false")
     assert widths[0] == widths[1] == max(widths) and evaluated == [2]
-    assert len(updates) == 5  # the probe's and four steps
+    assert len(updates) == 5  # the dry run's and four steps
 
 
 def test_memory_that_runs_out_while_trying_makes_the_run_smaller(

@@ -16,7 +16,7 @@ from qlora.memory.hardware import GIB, Machine
 from qlora.model import load
 from qlora.recipe.reading import load_recipe
 from qlora.training import memory_plan
-from qlora.training.memory_use import Measured
+from qlora.training.memory_plan import Measured
 from tests.runs import train, values, write_recipe
 
 SHORT = ("train.max_steps=2", "eval.samples=0", "data.eval_fraction=0")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora.recipe.sections import TrainSection
-from qlora.training.recovery import MemorySettings
+from qlora.training.memory_plan import MemorySettings
 from qlora.training.step_batches import StepBatches
 from tests.data.test_loader import data_of, split_of
 

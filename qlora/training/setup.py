@@ -1,0 +1,186 @@
+"""A run's set-up: from a recipe to a `Job` that the loop can train.
+
+What is cheap to find wrong is found first: data files and the base's folder are checked before torch is imported (so
+that this module imports it inside its functions), and a weight is read only when rows, tokenizer and template are known
+to be good and the run is known to fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora import disk
+from qlora.errors import ExportError, HardwareError, Problem, RecipeError
+from qlora.events import Notice, Sink
+from qlora.recipe.reading import Recipe
+from qlora.recipe.sections import DataSection, ExportSection, SourceSection
+from qlora.training.phases import PhaseClock
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora.batch import Batch
+    from qlora.data.chat import ChatTokenizer
+    from qlora.data.prepare import PreparedData
+    from qlora.model.base_folder import BaseFolder
+    from qlora.model.hub import HubRows
+    from qlora.stop import StopRequest
+    from qlora.training.memory_plan import MemorySettings
+
+EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run works on, ready to use: the model has its adapters, the rows are tokens."""
+
+    recipe: Recipe
+    run_dir: Path
+    model: Any  # peft's wrapper around the causal LM
+    base: BaseFolder
+    chat: ChatTokenizer
+    data: PreparedData
+    device: torch.device
+    sink: Sink
+    stop: StopRequest
+    memory: MemorySettings
+    clock: PhaseClock
+
+
+def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
+    """What can be checked without torch: the data files are there and begin well, the base can be trained."""
+    from qlora.data.prepare import check_files
+    from qlora.model import hub
+
+    if not recipe.data.train:
+        hint = 'add [[data.train]] with path = "rows.jsonl"'
+        raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
+    check_files(_local_sources(recipe.data, sink))
+    return hub.resolve(recipe.model.base, recipe.model.revision, sink)
+
+
+def with_pinned_rows(recipe: Recipe, sink: Sink) -> Recipe:
+    """The recipe with the revisions of its `hub:` sources as the commits that they mean now: what the run records."""
+    data = _with_paths(recipe.data, lambda rows: rows.pinned, sink)
+    return recipe.model_copy(update={"data": data})
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
+    from qlora import device as hardware
+
+    device = hardware.current()
+    if not hardware.computes_bf16(device):
+        raise HardwareError(
+            f"{hardware.name_of(device)}: computes no bf16 (that came with Ampere, RTX 30)",
+            "hide it with CUDA_VISIBLE_DEVICES= to train on the CPU, or use a newer GPU",
+        )
+    return device
+
+
+@contextmanager
+def prepare_job(recipe: Recipe, run_dir: Path, base: BaseFolder, sink: Sink, stop: StopRequest) -> Iterator[Job]:
+    """Everything up to the first step. Inside the block the CPU multiplies as training needs it."""
+    from qlora.model.cpu_matmul import fast_matmul
+
+    clock = PhaseClock(sink)
+    chat, data, memory = prepare(recipe, base, sink, clock)
+    device = pick_device()
+    with fast_matmul(device):
+        model = load_model(recipe, base, data, chat, clock)
+        yield Job(recipe, run_dir, model, base, chat, data, device, sink, stop, memory, clock)
+
+
+def prepare(
+    recipe: Recipe, base: BaseFolder, sink: Sink, clock: PhaseClock
+) -> tuple[ChatTokenizer, PreparedData, MemorySettings]:
+    """Tokens of every row and the run's memory settings: all that can be known before a weight is read.
+
+    Raises ExportError where the recipe asks for a GGUF that this base cannot become, DoesNotFit with remedies.
+    """
+    from qlora.training import evaluate, memory_plan
+
+    with clock.phase("rows"):
+        chat, data = prepare_rows(recipe, base, sink)
+    with clock.phase("checks", "plan memory"):
+        foresee_gguf(recipe.export, base, chat, sink)
+        asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
+        prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
+        memory = memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, prompt_tokens), sink)
+    return chat, data, memory
+
+
+def prepare_rows(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
+    """Tokenizer, template and tokens of every row."""
+    from qlora.data.chat import ChatTokenizer
+    from qlora.data.prepare import prepare
+    from qlora.model import load
+    from qlora.model.tokenizer import tokenizer_fingerprint
+
+    tokenizer = load.load_tokenizer(base)
+    chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
+    sources = _local_sources(recipe.data, sink)
+    data = prepare(sources, tokenizer_fingerprint(base.path), chat, recipe.train.seed, disk.cache_dir(), sink)
+    return chat, data
+
+
+def foresee_gguf(section: ExportSection, base: BaseFolder, chat: ChatTokenizer, sink: Sink) -> None:
+    """A notice before training whether its result can become a GGUF; ExportError where the recipe asks for one."""
+    from qlora.export.gguf.plan import Tokens, plan
+
+    quants = [name.removeprefix("gguf:") for name in section.formats if name.startswith("gguf:")]
+    try:
+        foreseen = plan(base, None, Tokens(template=chat.template), quants, section.imatrix)
+    except ExportError as error:
+        if any("gguf" in name for name in section.formats):
+            raise
+        sink.emit(Notice("gguf", f"a model trained on this base cannot be exported as GGUF: {error.what}"))
+        return
+    vocab = foreseen.vocab.pre if foreseen.vocab.model == "gpt2" else "SentencePiece"
+    sink.emit(Notice("gguf", f"this base exports to GGUF: {foreseen.layout.arch}, tokenizer {vocab}"))
+    for notice in foreseen.notices:
+        sink.emit(Notice("gguf", notice))
+
+
+def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
+    """The quantized base with fresh adapters."""
+    from qlora.model import adapters, load
+
+    device = pick_device()
+    with clock.phase("load"):
+        model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
+    with clock.phase("load", "attach adapters"):
+        batches = _eva_batches(recipe, data, chat.pad_id, device) if recipe.lora.init == "eva" else None
+        return adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
+
+
+def _eva_batches(recipe: Recipe, data: PreparedData, pad_id: int, device: torch.device) -> list[Batch]:
+    from qlora.data.loader import TrainOrder, collate
+
+    rows = recipe.train.micro_batch_size
+    order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1 if rows == "auto" else rows)
+    return [
+        collate(data.train, order.packs_of_step(step), pad_id, recipe.data.max_length).to(device)
+        for step in range(min(EVA_BATCHES, order.steps(1.0)))
+    ]
+
+
+def _local_sources(data: DataSection, sink: Sink) -> DataSection:
+    """`hub:` sources downloaded; everything below reads files only."""
+    return _with_paths(data, lambda rows: rows.pattern, sink)
+
+
+def _with_paths(data: DataSection, path_of: Callable[[HubRows], str], sink: Sink) -> DataSection:
+    """The section with another path for each `hub:` source."""
+    from qlora.model import hub
+
+    def changed(section: SourceSection) -> SourceSection:
+        if not section.path.startswith("hub:"):
+            return section
+        return section.model_copy(update={"path": path_of(hub.download_rows(section.path, sink))})
+
+    return data.model_copy(update={"train": tuple(map(changed, data.train)), "eval": tuple(map(changed, data.eval))})
