@@ -48,12 +48,12 @@ LINES = {
         *("health", "recovery", "exam", "probe", "memory_plan", "step_batches", "loop"),
     ],
     "export": [
-        *("merge", "staging", "llama_cpp", "versions", "imatrix", "gguf", "hf", "artifacts"),
+        *("child", "merge", "staging", "llama_cpp", "versions", "imatrix", "gguf", "hf", "artifacts"),
         *("verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["streamed", "fidelity", "weights_child", "weights", "reference", "checks"],
+    "export.verify": ["candidates", "fidelity", "weights_child", "weights", "reference", "checks"],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "vocab", "rope", "architectures", "metadata"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
@@ -77,7 +77,7 @@ LINES = {
         *("formats", "sources", "render_worker", "render", "template", "chat"),
         *("packing", "token_cache", "prepare", "loader"),
     ],
-    "step": ["loss", "forward", "optimizer"],
+    "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading"],
     "report": ["files", "memory", "console"],
 }

@@ -15,10 +15,9 @@ import pytest
 
 from qlora import disk
 from qlora.cli import common
-from qlora.events import Recorder
-from qlora.export import hf, staging
+from qlora.export import staging
 from qlora.stop import StopRequest
-from tests.export.test_merge import KINDS, merge_of, of_peft, trained
+from tests.export.cases import KINDS, merge_of, of_peft, trained, write_folder
 from tests.families import make_base
 
 pytestmark = [
@@ -35,7 +34,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     make_base("llama", folder / "base", overrides={"num_hidden_layers": 8})
     trained(folder / "base", folder / "adapter", KINDS["plain"])
-    hf.write(merge_of(folder / "base", folder / "adapter"), folder / "calm", Recorder())
+    write_folder(merge_of(folder / "base", folder / "adapter"), folder / "calm")
     return folder
 
 
@@ -67,7 +66,7 @@ def status_of(number: int) -> int:
 
 
 def merge(work: Path, out: Path, adapter: str = "adapter") -> None:
-    hf.write(merge_of(work / "base", work / adapter), out, Recorder())
+    write_folder(merge_of(work / "base", work / adapter), out)
 
 
 def reached(out: Path) -> int:

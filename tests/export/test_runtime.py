@@ -19,9 +19,9 @@ from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab
 from qlora.export.gguf.metadata import entries
 from qlora.export.gguf.write import GgufFile
-from qlora.export.llama_cpp import runtime, runtime_child
+from qlora.export.llama_cpp import library, runtime_child
 from qlora.export.llama_cpp.runtime import Request, Runtime, ask, find_runtime
-from qlora.export.verify import streamed
+from qlora.export.verify import candidates
 from qlora.model import generate, hub, load
 from qlora.model.meta_model import build
 from tests.families import END_OF_TURN_ID, make_base
@@ -39,7 +39,7 @@ def write_f32(folder: Path, target: Path, without: str = "") -> Path:
     plan = planning.plan(base, None, planning.Tokens(), ["f32"])
     keys = (*entries(list(plan.layout.keys)), *vocab.metadata(plan.vocab))
     file = GgufFile("f32", target.name, tuple(k for k in keys if k.key != without), plan.choices["f32"].types)
-    weights = streamed.of_folder(meta_model, base)
+    weights = candidates.of_folder(meta_model, base)
     content = [file.header(plan.layout)]
     for tensor in plan.layout.tensors:
         data = tensor.to_gguf(weights[tensor.parameter]().float()).contiguous().numpy()
@@ -78,7 +78,8 @@ def test_logprobs_and_greedy_answers_are_those_of_transformers(
 ) -> None:
     """With the F16 cache or flash attention of llama.cpp's defaults the difference is 5e-4 and more."""
     pytest.importorskip(package, reason=f"{package} is not installed")
-    monkeypatch.setattr(runtime, "_PLACES", [place for place in runtime._PLACES if place[0] == package])
+    places = [place for place in library._LLAMA_PLACES if place[0] == package]
+    monkeypatch.setattr(library, "_LLAMA_PLACES", places)
     found = find_runtime()
     assert found is not None
     prompts = [ROWS[0][0][:10], ROWS[1][0][:33], [5]]
@@ -94,10 +95,10 @@ def test_logprobs_and_greedy_answers_are_those_of_transformers(
 
 def test_rows_longer_than_a_batch(file: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed in pieces, they give what they give at once."""
-    library = runtime_child.open_llama(RUNTIME.library)
+    llama = runtime_child.open_llama(RUNTIME.library)
     monkeypatch.setattr(runtime_child, "_BATCH", 16)
     monkeypatch.setattr(runtime_child, "_OUTPUT_BYTES", 4 * 384 * 2)
-    context = runtime_child.Context.open(runtime_child.Model.load(library, file), 40, 1, None)
+    context = runtime_child.Context.open(runtime_child.Model.load(llama, file), 40, 1, None)
     found = []
     for ids, places in ROWS:
         context.restart()
@@ -189,8 +190,8 @@ def test_a_library_of_another_kind_is_refused(file: Path) -> None:
 
 def test_parameters_laid_out_otherwise_are_refused() -> None:
     """Defaults in other places must never be written over blindly."""
-    library = runtime_child.open_llama(RUNTIME.library)
-    defaults = library.llama_context_default_params()
+    llama = runtime_child.open_llama(RUNTIME.library)
+    defaults = llama.llama_context_default_params()
     raw = bytes(defaults.room)
     changed = bytes(runtime_child.context_parameters(defaults, 1000).room)
     assert struct.unpack_from("<4I", changed) == (1000, 512, 512, 1)
@@ -207,5 +208,5 @@ def test_parameters_laid_out_otherwise_are_refused() -> None:
 
 
 def test_without_a_package_there_is_no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_PLACES", ())
+    monkeypatch.setattr(library, "_LLAMA_PLACES", ())
     assert find_runtime() is None

@@ -1,8 +1,8 @@
 """llama.cpp through its C functions, in a process of its own.
 
 A file that llama.cpp cannot read may abort the process that loads it, so nothing of this runs in the parent; and
-nothing of the package is imported, only its library is opened. Why not the packages' own interfaces: xllamacpp's hands
-out log-probabilities as JSON text, a position a request, and listens on a port meanwhile; llama-cpp-python's are
+neither package of llama.cpp is imported, only its library is opened. Why not the packages' own interfaces: xllamacpp's
+hands out log-probabilities as JSON text, a position a request, and listens on a port meanwhile; llama-cpp-python's are
 another set again. The C functions are the same in both.
 
 Two structures of parameters go to llama.cpp by value, and their layout changes between versions. They are therefore
@@ -14,7 +14,6 @@ what was set is asked back from the context.
 from __future__ import annotations
 
 import ctypes
-import json
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qlora.export import child
 
 # Larger than any version's parameters (llama_context_params: 160 bytes in October 2026). A structure over 16 bytes is
 # handed over in memory by the conventions of x86-64 (System V), arm64 and Windows, and what follows it is not read.
@@ -42,7 +43,7 @@ _OUTPUT_BYTES = 64 << 20  # fp32 logits that llama.cpp holds at a time
 
 
 class Failed(Exception):
-    """What the parent is told in words."""
+    """What the parent reports in words."""
 
 
 class _Opaque(ctypes.Structure):
@@ -263,13 +264,13 @@ def log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
 def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Everything that the request asks of one file; log-probabilities go into `folder`/logprobs.f32."""
     model = Model.load(open_llama(Path(request["library"])), Path(request["file"]))
-    said: dict[str, Any] = {"vocabulary": model.describe()}
-    how = (request["add_special"], request["parse_special"])
-    said["tokenized"] = [model.tokenize(text, *how) for text in request["texts"]]
+    found: dict[str, Any] = {"vocabulary": model.describe()}
+    special = (request["add_special"], request["parse_special"])
+    found["tokenized"] = [model.tokenize(text, *special) for text in request["texts"]]
     rows, prompts = request["rows"], request["prompts"]
     longest = max([len(ids) for ids, _ in rows] + [len(ids) + request["max_new_tokens"] for ids in prompts], default=0)
     if not longest:
-        return said
+        return found
     adapter = request["adapter"]
     context = Context.open(model, longest, request["threads"], None if adapter is None else Path(adapter))
     with (folder / "logprobs.f32").open("wb") as file:
@@ -278,19 +279,17 @@ def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
             for logits_V in context.logits(ids, 0, frozenset(positions)):
                 file.write(log_softmax(logits_V).data)
     ends = frozenset(request["end_ids"])
-    said["answers"] = [context.greedy(ids, ends, request["max_new_tokens"]) for ids in prompts]
-    return said
+    found["answers"] = [context.greedy(ids, ends, request["max_new_tokens"]) for ids in prompts]
+    return found
 
 
 def main(request_file: Path) -> int:
     """Answer a request. Exit code 3 with the reason in answer.json when llama.cpp says no; it may also just die."""
-    folder = request_file.parent
-    request = json.loads(request_file.read_text(encoding="utf-8"))
     try:
-        said, code = answer(request, folder), 0
+        found, code = answer(child.read_request(request_file), request_file.parent), 0
     except Failed as failed:
-        said, code = {"failed": str(failed)}, 3
-    (folder / "answer.json").write_text(json.dumps(said), encoding="utf-8")
+        found, code = {"failed": str(failed)}, 3
+    child.write_answer(request_file, found)
     return code
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,17 @@ from safetensors.torch import load_file, save_file
 
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export import hf
 from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab, write
 from qlora.export.gguf.encode import encode
 from qlora.export.gguf.metadata import entries
-from qlora.export.merge.merge import Merge, read_adapter
 from qlora.export.staging import StagedExport
 from qlora.export.verify import weights
 from qlora.export.verify.weights import Target, Verified, check_companions, folder_target, gguf_target, reopen
 from qlora.export.verify.weights_child import compare_weights, open_folder, open_gguf
 from qlora.model import hub
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from tests.export.test_merge import KINDS, trained
+from tests.export.cases import KINDS, merge_of, trained, write_folder
 from tests.families import END_OF_TURN_ID, make_base
 
 NF4 = QuantizationSection()
@@ -45,20 +45,20 @@ class Case:
     ) -> None:
         trained(base, folder / "adapter", lora)
         found = hub.resolve(str(base), "main", Recorder())
-        self.merge = Merge(found, read_adapter(folder / "adapter"), merge_base, NF4, torch.device("cpu"))
-        hf.write(self.merge, folder / "hf", Recorder())
+        exact = merge_of(base, folder / "adapter", merge_base=merge_base, quantization=NF4)
+        self.merge = replace(exact, dtype=torch.bfloat16)
+        write_folder(self.merge, folder / "hf")
         self.folder = folder / "hf"
         shapes = {tensor.parameter: tensor.shape for tensor in self.merge.tensors()}
         self.plan = planning.plan(found, shapes, planning.Tokens(), quants)
         self.keys = (*entries(list(self.plan.layout.keys)), *vocab.metadata(self.plan.vocab))
         self.files = {quant: folder / quant / f"{quant}.gguf" for quant in quants}
-        exact = Merge(found, self.merge.adapter, merge_base, NF4, torch.device("cpu"), torch.float32)
         planned = [write.GgufFile(q, file.name, self.keys, self.types(q)) for q, file in self.files.items()]
-        with StagedExport.open({q: file.parent for q, file in self.files.items()}, exact.identity(), 0) as workshop:
+        with StagedExport.open({q: file.parent for q, file in self.files.items()}, exact.identity(), 0) as staged:
             tools = write.Tools(self.plan.library, {})
-            write.write(self.plan.layout, exact.tensors(), planned, workshop, tools, Recorder())
+            write.write(self.plan.layout, exact.tensors(), planned, staged, tools, Recorder())
             for quant in quants:
-                workshop.publish(quant)
+                staged.publish(quant)
 
     def types(self, quant: str) -> Any:
         return self.plan.choices[quant].types
@@ -72,7 +72,7 @@ class Case:
 
     def check_file(self, quant: str, file: Path) -> Verified:
         target = self.target(quant, file)
-        return self._check(file, open_gguf(file, self.merge, target.types, target.keys))
+        return self._check(file, open_gguf(file, self.plan.layout, target.types, target.keys))
 
     def _check(self, path: Path, opened: Any) -> Verified:
         compare_weights(self.merge, [opened] if opened.stored else [])
@@ -85,9 +85,11 @@ def case(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_what_was_written_holds_in_a_child_process(case: Case) -> None:
-    targets = [folder_target(case.folder, case.merge), *(case.target(quant) for quant in QUANTS)]
-    for verified, target in zip(reopen(case.merge, targets), targets, strict=True):
-        assert verified.ok, verified.checks
+    targets = {"hf": folder_target(case.folder, torch.bfloat16), **{quant: case.target(quant) for quant in QUANTS}}
+    found = reopen(case.merge, targets)
+    assert list(found) == list(targets)
+    for key, verified in found.items():
+        assert all(check.ok for check in verified.checks), verified.checks
         verified.require()
         assert {check.name for check in verified.checks} >= {
             "names, shapes, types",
@@ -97,7 +99,7 @@ def test_what_was_written_holds_in_a_child_process(case: Case) -> None:
         }
         deltas = next(check.detail for check in verified.checks if check.name == "deltas")
         assert deltas.startswith("14 tensors, ") and json.dumps([check.as_dict() for check in verified.checks])
-        assert verified.path == target.path
+        assert verified.path == targets[key].path
 
 
 @pytest.mark.parametrize("kind", ["rslora", "dora", "some", "whole"])
@@ -272,11 +274,11 @@ def test_another_type_than_planned_and_a_broken_header_are_named(case: Case, tmp
 
 def test_a_child_that_dies_or_hangs_is_an_error_of_two_lines(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match="did not end within 0 s") as caught:
-        reopen(case.merge, [folder_target(case.folder, case.merge)], limit_seconds=0.1)
+        reopen(case.merge, {"hf": folder_target(case.folder, torch.bfloat16)}, limit_seconds=0.1)
     assert caught.value.hint
-    monkeypatch.setattr(weights.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ExportError, match=r"verification failed: no message \(exit code 1\)"):
-        reopen(case.merge, [])
+        reopen(case.merge, {})
 
 
 def test_companions(case: Case, tmp_path: Path) -> None:
