@@ -246,18 +246,18 @@ def _write_adapter(job: _Job) -> None:
 def _verify(job: _Job) -> None:
     """Reopen and measure each artifact where it lies; what does not hold is remembered, the others go on."""
     targets = {artifact.key: _target(job, artifact) for artifact in job.artifacts if artifact.merged}
-    verified = weights.reopen(job.merge(), targets) if targets else {}
+    of_weights = weights.reopen(job.merge(), targets) if targets else {}
     for artifact in job.artifacts:
         folder = job.folder(artifact)
         file = folder / job.file_name(artifact)
         try:
             if artifact.key == "hf":
                 merge = job.merge(DTYPES[job.options.dtype])
-                found = checks.inspect_folder(job.reference, merge, folder, verified[artifact.key], job.sink)
+                found = checks.inspect_folder(job.reference, merge, folder, of_weights[artifact.key], job.sink)
             elif artifact.quant is None:
                 found = checks.inspect_adapter(job.source.adapter, job.planned, file)
             else:
-                found = checks.inspect_gguf(job.reference, job.planned, file, artifact.key, verified[artifact.key])
+                found = checks.inspect_gguf(job.reference, job.planned, file, artifact.key, of_weights[artifact.key])
             job.inspections[artifact.key] = found
             _refuse_far(found.fidelity, job.options.max_kl)
         except ExportError as error:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch
 
-from qlora import api, disk
+from qlora import api
 from qlora.events import Recorder
-from qlora.export import hf
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import make_plan
-from qlora.export.staging import StagedExport
 from qlora.model import adapters, hub, load
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
@@ -100,11 +98,3 @@ def merge_of(base: Path, adapter: Path, **settings) -> Merge:  # type: ignore[no
 
 def whole(tensor, unit: int = 1) -> torch.Tensor:  # type: ignore[no-untyped-def]
     return torch.cat([block.reshape(-1) for block in tensor.blocks(unit)]).view(tensor.shape)
-
-
-def write_folder(merge: Merge, out: Path) -> None:
-    """The merged model as the folder `out`, published as an export does it."""
-    with StagedExport.open({"hf": out}, merge.identity(), hf.planned_bytes(merge)) as staged:
-        hf.fill(merge, staged, Recorder())
-        disk.write_atomic(staged.folder("hf") / "README.md", hf.card(merge))
-        staged.publish("hf")

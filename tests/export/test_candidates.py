@@ -18,7 +18,8 @@ from qlora.export.verify.candidates import Weights
 from qlora.export.verify.fidelity import live_logprobs
 from qlora.model import hub
 from qlora.model.meta_model import build
-from tests.export.cases import KINDS, NF4, merge_of, trained, write_folder
+from tests.export.cases import KINDS, NF4, merge_of, trained
+from tests.export.hf_folder import write_hf
 from tests.families import FAMILIES, make_base
 
 CPU = torch.device("cpu")
@@ -116,7 +117,7 @@ def test_merged_on_the_fly_is_the_merged_folder(llama: Path, tmp_path: Path, kin
     merge = merge_of(llama, tmp_path / "adapter", merge_base="nf4", quantization=NF4, dtype=torch.bfloat16)
     flying = candidates.of_merge(merge.tensors())
     found = gathered(candidates.vocabulary_logprobs(build(base).model, flying, BATCHES, CPU))
-    write_folder(merge, tmp_path / "hf")
+    write_hf(merge, tmp_path / "hf", Recorder())
     assert torch.equal(found, loaded(tmp_path / "hf", torch.bfloat16, build(base).attention))
 
 

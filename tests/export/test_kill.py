@@ -15,9 +15,11 @@ import pytest
 
 from qlora import disk
 from qlora.cli import common
+from qlora.events import Recorder
 from qlora.export import staging
 from qlora.stop import StopRequest
-from tests.export.cases import KINDS, merge_of, of_peft, trained, write_folder
+from tests.export.cases import KINDS, merge_of, of_peft, trained
+from tests.export.hf_folder import write_hf
 from tests.families import make_base
 
 pytestmark = [
@@ -34,7 +36,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     make_base("llama", folder / "base", overrides={"num_hidden_layers": 8})
     trained(folder / "base", folder / "adapter", KINDS["plain"])
-    write_folder(merge_of(folder / "base", folder / "adapter"), folder / "calm")
+    write_hf(merge_of(folder / "base", folder / "adapter"), folder / "calm", Recorder())
     return folder
 
 
@@ -66,7 +68,7 @@ def status_of(number: int) -> int:
 
 
 def merge(work: Path, out: Path, adapter: str = "adapter") -> None:
-    write_folder(merge_of(work / "base", work / adapter), out)
+    write_hf(merge_of(work / "base", work / adapter), out, Recorder())
 
 
 def reached(out: Path) -> int:

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import ExportError, QloraError
+from qlora.events import Recorder
 from qlora.export import hf
 from qlora.model.adapter_folder import scale_of
 from qlora.recipe.sections import QuantizationSection
-from tests.export.cases import KINDS, NF4, exported, kl, logits, merge_of, of_peft, opened, trained, whole, write_folder
+from tests.export.cases import KINDS, NF4, exported, kl, logits, merge_of, of_peft, opened, trained, whole
+from tests.export.hf_folder import write_hf
 from tests.families import as_version_4_saves, make_base
 
 
@@ -106,7 +108,9 @@ def test_memory_is_a_block_not_a_tensor(tmp_path: Path, base: str) -> None:
 import threading, time
 from pathlib import Path
 from qlora.recipe.sections import QuantizationSection
-from tests.export.cases import merge_of, write_folder
+from qlora.events import Recorder
+from tests.export.cases import merge_of
+from tests.export.hf_folder import write_hf
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -123,7 +127,7 @@ next(merge.tensors()[3].blocks(1))  # what is imported at first use is no part o
 peaks, done = [anonymous()], threading.Event()
 thread = threading.Thread(target=watch)
 thread.start()
-write_folder(merge, work / "out")
+write_hf(merge, work / "out", Recorder())
 done.set()
 thread.join()
 print((max(peaks) - peaks[0]) // 1024)
@@ -137,7 +141,7 @@ print((max(peaks) - peaks[0]) // 1024)
 def test_every_dtype_is_written_and_opened(tmp_path: Path, llama: Path, dtype: torch.dtype) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     merge = merge_of(llama, tmp_path / "adapter", dtype=dtype)
-    write_folder(merge, tmp_path / "out")
+    write_hf(merge, tmp_path / "out", Recorder())
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {dtype}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from qlora.export.merge.merge import Merge
 from qlora.export.verify import candidates, weights
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
-from qlora.export.verify.weights import Check, Verified
+from qlora.export.verify.weights import Check
 from qlora.model import hub
 from qlora.model.adapter_folder import Adapter
 
@@ -37,23 +38,25 @@ class Inspection:
 
 
 def inspect_folder(
-    reference: TrainedReference, merge: Merge, folder: Path, verified: Verified, sink: Sink
+    reference: TrainedReference, merge: Merge, folder: Path, of_weights: Sequence[Check], sink: Sink
 ) -> Inspection:
     """A folder of safetensors. Raises ExportError naming the first check that fails."""
-    checks = [*verified.checks, *weights.check_companions(merge, folder, reference.chat.end_ids)]
-    Verified(folder, tuple(checks)).require()
+    checks = [*of_weights, *weights.check_companions(merge, folder, reference.chat.end_ids)]
+    weights.require(folder, checks)
     written = hub.resolve(str(folder), "main", sink)
     size = sum(entry.nbytes for entry in written.tensors.values())
     return Inspection(tuple(checks), reference.measure_folder("hf", written, size))
 
 
-def inspect_gguf(reference: TrainedReference, plan: GgufPlan, file: Path, name: str, verified: Verified) -> Inspection:
+def inspect_gguf(
+    reference: TrainedReference, plan: GgufPlan, file: Path, name: str, of_weights: Sequence[Check]
+) -> Inspection:
     """A GGUF file, called `name` in the table: through llama.cpp where one is installed, else through transformers.
 
     Raises ExportError naming the first check that fails.
     """
-    checks = list(verified.checks)
-    Verified(file, tuple(checks)).require()
+    checks = list(of_weights)
+    weights.require(file, checks)
     found, size = runtime.find_runtime(), file.stat().st_size
     if found is None:
         checks.append(Check("llama.cpp", True, 'not asked: pip install "qlora[gguf]" brings one'))
@@ -65,7 +68,7 @@ def inspect_gguf(reference: TrainedReference, plan: GgufPlan, file: Path, name: 
     with runtime.ask(found, file, runtime.Request(texts=texts, add_special=add_special, rows=rows)) as answer:
         checks += weights.check_answer(answer, reference.chat.end_ids, plan.vocab.chat_template)
         checks.append(weights.check_tokens(answer, texts, reference.chat.tokenizer, add_special))
-        Verified(file, tuple(checks)).require()
+        weights.require(file, checks)
         line = reference.measure(name, found.name, [answer.logprobs_NV], size)
     return Inspection(tuple(checks), line)
 

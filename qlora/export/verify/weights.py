@@ -8,7 +8,7 @@ llama.cpp, where one is installed (`runtime.ask` gives the `Answer`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,11 @@ class Check:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """All that was looked at in one artifact."""
-
-    path: Path
-    checks: tuple[Check, ...]
-
-    def require(self) -> None:
-        """Raises ExportError naming the first check that failed."""
-        for check in self.checks:
-            if not check.ok:
-                raise ExportError(f"{self.path}: {check.name}: {check.detail}", _HINT)
+def require(path: Path, checks: Iterable[Check]) -> None:
+    """Raises ExportError naming the first of the checks of `path` that failed."""
+    for check in checks:
+        if not check.ok:
+            raise ExportError(f"{path}: {check.name}: {check.detail}", _HINT)
 
 
 @dataclass(frozen=True)
@@ -88,7 +81,7 @@ def gguf_target(file: Path, types: Mapping[str, Any], entries: Sequence[Entry]) 
     return Target(file, types={name: kind.name for name, kind in types.items()}, keys=keys)
 
 
-def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | None = None) -> dict[str, Verified]:
+def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | None = None) -> dict[str, list[Check]]:
     """Compare every weight of `targets` with what `merge` says must stand in them, in a child process.
 
     Raises ExportError when the child dies, or takes longer than `limit_seconds` (by default by the size of the base).
@@ -109,10 +102,8 @@ def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | N
     if "results" not in done.answer:
         reason = done.answer.get("failed") or done.last_line() or "no message"
         raise ExportError(f"verification failed: {reason} (exit code {done.code})", _HINT)
-    return {
-        key: Verified(target.path, tuple(Check(*result) for result in results))
-        for (key, target), results in zip(targets.items(), done.answer["results"], strict=True)
-    }
+    found = zip(targets, done.answer["results"], strict=True)
+    return {key: [Check(*result) for result in results] for key, results in found}
 
 
 def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list[Check]:
