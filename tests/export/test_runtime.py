@@ -24,6 +24,7 @@ from qlora.export.llama_cpp.runtime import Request, Runtime, ask, find_runtime
 from qlora.export.verify import candidates
 from qlora.model import generate, hub, load
 from qlora.model.meta_model import build
+from tests.export import llama
 from tests.families import END_OF_TURN_ID, make_base
 
 pytest.importorskip("xllamacpp", reason='no llama.cpp to ask: pip install "qlora[gguf]"')
@@ -82,23 +83,22 @@ def test_logprobs_and_greedy_answers_are_those_of_transformers(
     monkeypatch.setattr(library, "_LLAMA_PLACES", places)
     found = find_runtime()
     assert found is not None
-    prompts = [ROWS[0][0][:10], ROWS[1][0][:33], [5]]
-    request = Request(rows=ROWS, prompts=prompts, end_ids=(END_OF_TURN_ID,), max_new_tokens=32)
-    with ask(found, file, request) as answer:
+    with ask(found, file, Request(rows=ROWS)) as answer:
         assert answer.logprobs_NV.shape == (30, 384) and answer.logprobs_NV.dtype == np.float32
         difference = np.abs(answer.logprobs_NV - wanted_logprobs(model).numpy()).max()
-        answers = [list(ids) for ids in answer.answers]
     assert difference < 5e-5
+    prompts = [ROWS[0][0][:10], ROWS[1][0][:33], [5]]
+    answers = llama.greedy(file, prompts, [END_OF_TURN_ID])
     assert answers == generate.greedy(model, prompts, [END_OF_TURN_ID], 32, 0)
     assert max(map(len, answers)) == 32, "no answer is long enough to say much"
 
 
 def test_rows_longer_than_a_batch(file: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed in pieces, they give what they give at once."""
-    llama = runtime_child.open_llama(RUNTIME.library)
+    opened = runtime_child.open_llama(RUNTIME.library)
     monkeypatch.setattr(runtime_child, "_BATCH", 16)
     monkeypatch.setattr(runtime_child, "_OUTPUT_BYTES", 4 * 384 * 2)
-    context = runtime_child.Context.open(runtime_child.Model.load(llama, file), 40, 1, None)
+    context = runtime_child.Context.open(runtime_child.Model.load(opened, file), 40, 1)
     found = []
     for ids, places in ROWS:
         context.restart()
@@ -114,10 +114,7 @@ def test_tokens_and_vocabulary(file: Path, folder: Path) -> None:
         assert answer.vocabulary.tokens == 384
         assert END_OF_TURN_ID in answer.vocabulary.end_ids
         assert answer.vocabulary.chat_template == tokenizer.chat_template
-        assert not answer.vocabulary.add_bos and not answer.vocabulary.add_eos
-        assert answer.logprobs_NV.shape == (0, 384) and answer.answers == ()
-    with ask(RUNTIME, file, Request(texts=texts, parse_special=False)) as answer:
-        assert answer.tokenized[2][0] != tokenizer(texts[2])["input_ids"][0]
+        assert answer.logprobs_NV.shape == (0, 384)
 
 
 def test_an_adapter_on_top_changes_what_is_computed(file: Path, folder: Path, tmp_path: Path) -> None:
@@ -139,10 +136,8 @@ def test_an_adapter_on_top_changes_what_is_computed(file: Path, folder: Path, tm
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         merged.model.layers[1].mlp.down_proj.weight += torch.from_numpy(b @ a)
-    with ask(RUNTIME, file, Request(rows=ROWS, adapter=tmp_path / "lora.gguf")) as answer:
-        assert np.abs(answer.logprobs_NV - wanted_logprobs(merged).numpy()).max() < 1e-4
-    missing = refused(file, Request(rows=ROWS, adapter=tmp_path / "none.gguf"))
-    assert "llama.cpp cannot load the adapter none.gguf" in missing.what
+    found = llama.logprobs_with_adapter(file, tmp_path / "lora.gguf", ROWS)
+    assert float((found - wanted_logprobs(merged)).abs().max()) < 1e-4
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -179,8 +174,7 @@ def test_a_file_that_aborts_the_process_does_not_abort_ours(file: Path, tmp_path
 
 
 def test_a_child_that_takes_too_long_is_ended(file: Path) -> None:
-    request = Request(prompts=[[5]], max_new_tokens=100_000)
-    assert "did not answer within 1 s" in refused(file, request, limit_seconds=1.0).what
+    assert "did not answer within 0 s" in refused(file, Request(rows=ROWS), limit_seconds=0.1).what
 
 
 def test_a_library_of_another_kind_is_refused(file: Path) -> None:
@@ -190,8 +184,8 @@ def test_a_library_of_another_kind_is_refused(file: Path) -> None:
 
 def test_parameters_laid_out_otherwise_are_refused() -> None:
     """Defaults in other places must never be written over blindly."""
-    llama = runtime_child.open_llama(RUNTIME.library)
-    defaults = llama.llama_context_default_params()
+    opened = runtime_child.open_llama(RUNTIME.library)
+    defaults = opened.llama_context_default_params()
     raw = bytes(defaults.room)
     changed = bytes(runtime_child.context_parameters(defaults, 1000).room)
     assert struct.unpack_from("<4I", changed) == (1000, 512, 512, 1)

@@ -42,39 +42,23 @@ class Runtime:
 class Request:
     """What is asked of one file.
 
-    texts           to be tokenized; with the file's BOS and EOS when `add_special`, special tokens in them taken for
-                    such when `parse_special`
-    rows            token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
-    prompts         token ids to be continued greedily, up to one of `end_ids` or `max_new_tokens` tokens
-    adapter         a LoRA adapter as GGUF to be put on top
+    texts        to be tokenized, special tokens in them as such
+    add_special  with the file's BOS and EOS
+    rows         token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
     """
 
     texts: tuple[str, ...] = ()
     add_special: bool = True
-    parse_special: bool = True
     rows: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
-    prompts: Sequence[Sequence[int]] = ()
-    end_ids: tuple[int, ...] = ()
-    max_new_tokens: int = 0
-    adapter: Path | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to compute at most."""
-        return sum(len(ids) for ids, _ in self.rows) + sum(len(ids) + self.max_new_tokens for ids in self.prompts)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """What llama.cpp has understood of a file's tokens: how many, which end a generation (control tokens that it takes
-    for such by their text too), BOS and EOS (-1: none), whether it adds them, and the chat template."""
+    for such by their text too), and the chat template."""
 
     tokens: int
     end_ids: tuple[int, ...]
-    bos_id: int
-    eos_id: int
-    add_bos: bool
-    add_eos: bool
     chat_template: str | None
 
 
@@ -85,7 +69,6 @@ class Answer:
     vocabulary: Vocabulary
     tokenized: tuple[tuple[int, ...], ...]
     logprobs_NV: NDArray[np.float32]
-    answers: tuple[tuple[int, ...], ...]
 
 
 def find_runtime() -> Runtime | None:
@@ -104,7 +87,8 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
 
     Raises ExportError when the process dies, says no, or takes longer than `limit_seconds` (by default by the work).
     """
-    seconds = limit_seconds or _START_SECONDS + request.tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
+    tokens = sum(len(ids) for ids, _ in request.rows)
+    seconds = limit_seconds or _START_SECONDS + tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-runtime-") as name:
         folder = Path(name)
         answer = _answer_of_child(file, child.run(_CHILD, _as_json(runtime, file, request), folder, seconds), seconds)
@@ -114,7 +98,6 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
             vocabulary,
             tuple(tuple(ids) for ids in answer["tokenized"]),
             _mapped(file, folder / "logprobs.f32", (count, vocabulary.tokens)),
-            tuple(tuple(ids) for ids in answer.get("answers", ())),
         )
 
 
@@ -125,12 +108,7 @@ def _as_json(runtime: Runtime, file: Path, request: Request) -> dict[str, Any]:
         "threads": threads(),
         "texts": list(request.texts),
         "add_special": request.add_special,
-        "parse_special": request.parse_special,
         "rows": [(list(ids), list(positions)) for ids, positions in request.rows],
-        "prompts": [list(ids) for ids in request.prompts],
-        "end_ids": list(request.end_ids),
-        "max_new_tokens": request.max_new_tokens,
-        "adapter": None if request.adapter is None else str(request.adapter),
     }
 
 

@@ -81,20 +81,11 @@ def open_llama(path: Path) -> Any:
         "llama_get_memory": (pointer, (pointer,)),
         "llama_memory_clear": (None, (pointer, boolean)),
         "llama_set_n_threads": (None, (pointer, integer, integer)),
-        "llama_adapter_lora_init": (pointer, (pointer, ctypes.c_char_p)),
-        "llama_set_adapters_lora": (
-            integer,
-            (pointer, ctypes.POINTER(pointer), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)),
-        ),
         "llama_batch_init": (_Batch, (integer, integer, integer)),
         "llama_decode": (integer, (pointer, _Batch)),
         "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (pointer, integer)),
         "llama_vocab_n_tokens": (integer, (pointer,)),
         "llama_vocab_is_eog": (boolean, (pointer, integer)),
-        "llama_vocab_bos": (integer, (pointer,)),
-        "llama_vocab_eos": (integer, (pointer,)),
-        "llama_vocab_get_add_bos": (boolean, (pointer,)),
-        "llama_vocab_get_add_eos": (boolean, (pointer,)),
         "llama_tokenize": (
             integer,
             (pointer, ctypes.c_char_p, integer, ctypes.POINTER(integer), integer, boolean, boolean),
@@ -136,21 +127,15 @@ class Model:
         return {
             "tokens": self.tokens,
             "end_ids": [at for at in range(self.tokens) if llama.llama_vocab_is_eog(self.vocabulary, at)],
-            "bos_id": int(llama.llama_vocab_bos(self.vocabulary)),
-            "eos_id": int(llama.llama_vocab_eos(self.vocabulary)),
-            "add_bos": bool(llama.llama_vocab_get_add_bos(self.vocabulary)),
-            "add_eos": bool(llama.llama_vocab_get_add_eos(self.vocabulary)),
             "chat_template": None if template is None else template.decode("utf-8", "replace"),
         }
 
-    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        """The ids of `text`, when `add_special` with whatever the file says to add before and after it."""
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        """The ids of `text`, special tokens in it as such; `add_special`: with what the file says to add around it."""
         encoded = text.encode()
         room = len(encoded) + 8
         ids = (ctypes.c_int32 * room)()
-        count = self.library.llama_tokenize(
-            self.vocabulary, encoded, len(encoded), ids, room, add_special, parse_special
-        )
+        count = self.library.llama_tokenize(self.vocabulary, encoded, len(encoded), ids, room, add_special, True)
         if count < 0:
             raise Failed(f"llama.cpp makes {-count} tokens of {len(encoded)} bytes")
         return list(ids[:count])
@@ -165,7 +150,7 @@ class Context:
     batch: _Batch
 
     @classmethod
-    def open(cls, model: Model, longest: int, threads: int, adapter: Path | None) -> Context:
+    def open(cls, model: Model, longest: int, threads: int) -> Context:
         library = model.library
         parameters = context_parameters(library.llama_context_default_params(), longest)
         context = library.llama_init_from_model(model.model, parameters)
@@ -175,12 +160,6 @@ class Context:
         if got[0] < longest or got[1:] != (_BATCH, 1):
             raise Failed(f"this llama.cpp understands its parameters otherwise (context, batch, rows: {got})")
         library.llama_set_n_threads(context, threads, threads)
-        if adapter is not None:
-            loaded = library.llama_adapter_lora_init(model.model, str(adapter).encode())
-            if not loaded or library.llama_set_adapters_lora(
-                context, (ctypes.c_void_p * 1)(loaded), 1, (ctypes.c_float * 1)(1.0)
-            ):
-                raise Failed(f"llama.cpp cannot load the adapter {adapter.name}")
         batch = library.llama_batch_init(_BATCH, 0, 1)
         if batch.n_tokens != 0 or batch.embd or not (batch.token and batch.pos and batch.logits):
             raise Failed("this llama.cpp has another kind of batch")
@@ -223,20 +202,6 @@ class Context:
         self.batch.seq_id[place][0] = 0
         self.batch.logits[place] = int(wants)
 
-    def greedy(self, prompt: Sequence[int], end_ids: frozenset[int], most: int) -> list[int]:
-        """The most likely continuation up to, and without, an end id."""
-        self.restart()
-        answer: list[int] = []
-        new, start = list(prompt), 0
-        while len(answer) < most:
-            (logits,) = self.logits(new, start, frozenset((start + len(new) - 1,)))
-            token = int(logits.argmax())
-            if token in end_ids:
-                break
-            answer.append(token)
-            start, new = start + len(new), [token]
-        return answer
-
 
 def context_parameters(defaults: _Opaque, longest: int) -> _Opaque:
     """The library's default parameters with room for `longest` tokens, batches of our size, and attention in F32."""
@@ -264,23 +229,15 @@ def log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
 def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Everything that the request asks of one file; log-probabilities go into `folder`/logprobs.f32."""
     model = Model.load(open_llama(Path(request["library"])), Path(request["file"]))
-    found: dict[str, Any] = {"vocabulary": model.describe()}
-    special = (request["add_special"], request["parse_special"])
-    found["tokenized"] = [model.tokenize(text, *special) for text in request["texts"]]
-    rows, prompts = request["rows"], request["prompts"]
-    longest = max([len(ids) for ids, _ in rows] + [len(ids) + request["max_new_tokens"] for ids in prompts], default=0)
-    if not longest:
-        return found
-    adapter = request["adapter"]
-    context = Context.open(model, longest, request["threads"], None if adapter is None else Path(adapter))
-    with (folder / "logprobs.f32").open("wb") as file:
-        for ids, positions in rows:
-            context.restart()
-            for logits_V in context.logits(ids, 0, frozenset(positions)):
-                file.write(log_softmax(logits_V).data)
-    ends = frozenset(request["end_ids"])
-    found["answers"] = [context.greedy(ids, ends, request["max_new_tokens"]) for ids in prompts]
-    return found
+    tokenized = [model.tokenize(text, request["add_special"]) for text in request["texts"]]
+    if rows := request["rows"]:
+        context = Context.open(model, max(len(ids) for ids, _ in rows), request["threads"])
+        with (folder / "logprobs.f32").open("wb") as file:
+            for ids, positions in rows:
+                context.restart()
+                for logits_V in context.logits(ids, 0, frozenset(positions)):
+                    file.write(log_softmax(logits_V).data)
+    return {"vocabulary": model.describe(), "tokenized": tokenized}
 
 
 def main(request_file: Path) -> int:
