@@ -1,4 +1,4 @@
-"""A module of the package run in a process of its own, because a broken file may take down whoever reads it.
+"""A module of the package run in a process of its own, because a broken file may take down the process that reads it.
 
 Request and answer are JSON files in a folder that parent and child share; everything that the child prints is the log.
 """
@@ -34,9 +34,9 @@ class Outcome:
 
 
 def run(module: str, request: Mapping[str, Any], folder: Path, seconds: float) -> Outcome:
-    """Have `python -m module` answer a request, in `folder` and for `seconds` at most."""
+    """Have `python -m module` answer a request (JSON, any sequence as a list), in `folder`, for `seconds` at most."""
     file = folder / _REQUEST
-    file.write_text(json.dumps(request), encoding="utf-8")
+    file.write_text(json.dumps(request, default=list), encoding="utf-8")
     command = [sys.executable, "-m", module, str(file)]
     code = None
     with (folder / _LOG).open("wb") as log, suppress(subprocess.TimeoutExpired):

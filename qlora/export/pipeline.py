@@ -160,7 +160,7 @@ def _plan(
 
 
 def _check_disk(source: Source, artifacts: Sequence[Artifact], options: ExportOptions, plan: GgufPlan | None) -> None:
-    """Room for all artifacts together; each one's own is looked at again when it begins."""
+    """Room for all artifacts together; each one's own is checked again when it begins."""
     needed = 0
     for artifact in artifacts:
         if artifact.key == "hf":

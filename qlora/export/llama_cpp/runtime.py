@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,17 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What llama.cpp has understood of a file's tokens: how many, which end a generation (control tokens that it takes
-    for such by their text too), and the chat template."""
+class Answer:
+    """What llama.cpp has understood of a file, and computed with it.
 
-    tokens: int
+    end_ids        what ends a generation; control tokens that it takes for such by their text too
+    chat_template  None where the file has none
+    tokenized      ids of each of the request's texts
+    logprobs_NV    fp32, a position of a row after the other; valid inside the `with` block alone
+    """
+
     end_ids: tuple[int, ...]
     chat_template: str | None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`logprobs_NV`: fp32, a position of a row after the other, valid inside the `with` block alone."""
-
-    vocabulary: Vocabulary
     tokenized: tuple[tuple[int, ...], ...]
     logprobs_NV: NDArray[np.float32]
 
@@ -91,25 +88,15 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
     seconds = limit_seconds or _START_SECONDS + tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-runtime-") as name:
         folder = Path(name)
-        answer = _answer_of_child(file, child.run(_CHILD, _as_json(runtime, file, request), folder, seconds), seconds)
-        vocabulary = Vocabulary(**{**answer["vocabulary"], "end_ids": tuple(answer["vocabulary"]["end_ids"])})
+        asked = {**asdict(request), "library": str(runtime.library), "file": str(file), "threads": threads()}
+        answer = _answer_of_child(file, child.run(_CHILD, asked, folder, seconds), seconds)
         count = sum(len(positions) for _, positions in request.rows)
         yield Answer(
-            vocabulary,
-            tuple(tuple(ids) for ids in answer["tokenized"]),
-            _mapped(file, folder / "logprobs.f32", (count, vocabulary.tokens)),
+            end_ids=tuple(answer["end_ids"]),
+            chat_template=answer["chat_template"],
+            tokenized=tuple(tuple(ids) for ids in answer["tokenized"]),
+            logprobs_NV=_mapped(file, folder / "logprobs.f32", (count, answer["tokens"])),
         )
-
-
-def _as_json(runtime: Runtime, file: Path, request: Request) -> dict[str, Any]:
-    return {
-        "library": str(runtime.library),
-        "file": str(file),
-        "threads": threads(),
-        "texts": list(request.texts),
-        "add_special": request.add_special,
-        "rows": [(list(ids), list(positions)) for ids, positions in request.rows],
-    }
 
 
 def threads() -> int:
@@ -125,7 +112,7 @@ def _answer_of_child(file: Path, done: child.Outcome, seconds: float) -> Mapping
     hint = "export again; if it happens again, use --no-verify and report the file's quant and base"
     if done.code is None:
         raise ExportError(f"{file}: llama.cpp did not answer within {seconds:.0f} s", hint)
-    if done.code == 0 and "vocabulary" in done.answer:
+    if done.code == 0 and "tokens" in done.answer:
         return done.answer
     how = f"ended by signal {-done.code}" if done.code < 0 else f"exit code {done.code}"
     complaint = done.last_line("error", "assert", "invalid")

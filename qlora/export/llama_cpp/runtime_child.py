@@ -237,7 +237,7 @@ def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
                 context.restart()
                 for logits_V in context.logits(ids, 0, frozenset(positions)):
                     file.write(log_softmax(logits_V).data)
-    return {"vocabulary": model.describe(), "tokenized": tokenized}
+    return {**model.describe(), "tokenized": tokenized}
 
 
 def main(request_file: Path) -> int:

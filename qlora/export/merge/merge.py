@@ -77,7 +77,7 @@ class Merge:
         return [self._tensor(source) for source in self.plan.merged.values()]
 
     def base_tensors(self) -> list[MergedTensor]:
-        """The base without the adapter, what training held in 4 bit dequantized where `merge_base` says so."""
+        """The base without the adapter, what training had in 4 bit dequantized where `merge_base` is nf4."""
         return [self._tensor(source) for source in self.plan.base.values()]
 
     @property

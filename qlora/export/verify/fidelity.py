@@ -6,7 +6,7 @@ gives its own at the same positions. Compared are the mean Kullback-Leibler dive
 the perplexity of the rows' own answers, and how often both would choose the same next token. KL sees what greedy text
 does not: a 4-bit file may answer all questions right and still be 5e-3 nats away.
 
-Candidates come as chunks of log-probabilities, whoever computes them: `candidates.vocabulary_logprobs` for weights,
+Candidates come as chunks of log-probabilities, whatever computes them: `candidates.vocabulary_logprobs` for weights,
 `runtime.ask` for GGUF files.
 """
 

@@ -119,7 +119,7 @@ def trained_reference(
 
 
 def trained_model(source: Source, sink: Sink) -> Any:
-    """The base as training held it, with the adapter on it."""
+    """The base as training had it, with the adapter on it."""
     import_bitsandbytes()
     model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
     return adapters.open_saved(model, source.adapter.folder)

@@ -1,7 +1,7 @@
 """Whether an export is what was meant: reopened, every weight compared, and how it reads texts and when it stops.
 
 Weights are compared in a child process (`weights_child`), all files of an export in one pass over the base. What a
-model needs beside its weights is looked at here: configuration, tokenizer, template, end tokens; of a GGUF file through
+model needs beside its weights is checked here: configuration, tokenizer, template, end tokens; of a GGUF file through
 llama.cpp, where one is installed (`runtime.ask` gives the `Answer`).
 """
 
@@ -34,7 +34,7 @@ _BYTES_PER_SECOND = 1e7
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, and what was found."""
+    """One thing that was checked, and what was found."""
 
     name: str
     ok: bool
@@ -107,7 +107,7 @@ def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | N
 
 
 def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list[Check]:
-    """Configuration, tokenizer and template of a folder of safetensors, and that it stops where training said.
+    """Configuration, tokenizer and template of a folder of safetensors, and that it stops where training does.
 
     `end_ids` are the trained template's end tokens, the turn's own end first; transformers stops at those of
     generation_config.json, or without it of config.json.
@@ -147,9 +147,9 @@ def _same_tokenizer(folder: Path, source: Path) -> bool:
 
 def check_answer(answer: Answer, end_ids: Sequence[int], template: str | None) -> list[Check]:
     """What llama.cpp has understood of a GGUF file's end tokens and chat template."""
-    checks = [_stops(answer.vocabulary.end_ids, end_ids, "llama.cpp")] if end_ids else []
+    checks = [_stops(answer.end_ids, end_ids, "llama.cpp")] if end_ids else []
     if template is not None:
-        same = answer.vocabulary.chat_template == template
+        same = answer.chat_template == template
         checks.append(Check("chat template", same, "there" if same else "missing, or another than the training's"))
     return checks
 

@@ -1,8 +1,8 @@
 """Reopens what an export wrote and compares every weight: `python -m qlora.export.verify.weights_child REQUEST.json`.
 
-A process of its own, because a damaged file may take down whoever reads it. It goes over the base once more, in blocks
-of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so that a
-merge that forgot a module or added it twice is seen. (DoRA, whole weights and token rows are taken from `merge`.)
+A process of its own, because a damaged file may take down the one that reads it. It goes over the base once more, in
+blocks of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so
+that a merge that forgot a module or added it twice is seen. (DoRA, whole weights, token rows are taken from `merge`.)
 
 F32, F16 and BF16 must hold each value, rounded once. Quantized blocks cannot be compared value by value; what is
 measured instead is how much of the delta is in them (1 is right, 0 was forgotten, 2 stands in them twice), and how
@@ -57,7 +57,6 @@ _NAMED = 3  # failing tensors that are named
 class _Stored:
     """A written tensor: `rows(start, end)` gives fp32 as the file says it, `change` brings other rows to its order."""
 
-    shape: tuple[int, ...]
     kind: str
     rows: Callable[[int, int], Tensor]
     change: Callable[[Tensor], Tensor]
@@ -98,7 +97,7 @@ class _Tally:
 
     @property
     def share(self) -> float:
-        """How much of the delta is in the file; NaN where it cannot be told from the rounding, or there was none."""
+        """How much of the delta is in the file; NaN where rounding hides it, or where there was none."""
         if not self.delta:
             return math.nan
         known = self.stored.kind in _ROUNDED or self._noise < 0.25
@@ -131,7 +130,7 @@ class _Tally:
 
 @dataclass
 class _File:
-    """An artifact to check: its tensors by parameter, and what was found before the weights were looked at."""
+    """An artifact to check: its tensors by parameter, and what was found before its weights were compared."""
 
     results: list[Result]
     stored: dict[str, _Stored] = field(default_factory=dict)
@@ -241,12 +240,12 @@ def _of_safetensors(entry: TensorEntry) -> _Stored:
     def rows(start: int, end: int) -> Tensor:
         return read_tensor(entry, (start, end) if entry.shape else None).float()
 
-    return _Stored(entry.shape, entry.dtype, rows, lambda block: block)
+    return _Stored(entry.dtype, rows, lambda block: block)
 
 
 def _of_gguf(entry: Any, tensor: GgufTensor) -> _Stored:
     rows = partial(dequantized_rows, entry)
-    return _Stored(tensor.shape, entry.tensor_type.name, rows, tensor.to_gguf, tensor.unit)
+    return _Stored(entry.tensor_type.name, rows, tensor.to_gguf, tensor.unit)
 
 
 # --- the pass over the weights ----------------------------------------------------------------------------------------
@@ -257,12 +256,14 @@ def compare_weights(merge: Merge, files: list[_File]) -> None:
     exact = replace(merge, dtype=torch.float32)
     base = {tensor.parameter: tensor for tensor in exact.base_tensors()}
     changed = frozenset(exact.changed)
+    files = [file for file in files if file.stored]
     for tensor in exact.tensors():
-        tallies = [_Tally(file.stored[tensor.parameter], tensor.parameter in changed) for file in files if file.stored]
-        for file, tally in zip((file for file in files if file.stored), tallies, strict=True):
-            file.tallies[tensor.parameter] = tally
+        name = tensor.parameter
+        for file in files:
+            file.tallies[name] = _Tally(file.stored[name], name in changed)
+        tallies = [file.tallies[name] for file in files]
         unit = math.lcm(*(tally.stored.unit for tally in tallies))
-        before = base.get(tensor.parameter)
+        before = base.get(name)
         if before is not None and before.shape != tensor.shape:
             before = None
         start = 0
