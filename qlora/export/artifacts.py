@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,22 +59,18 @@ class Source:
     device: torch.device
     datasets: tuple[str, ...] = ()
     rows: RunRows | None = None
+    _plans: dict[MergeBase, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def meta_model(self) -> MetaModel:
         """The base without weights, built once for a whole export. Whoever computes with it takes a copy."""
         return build(self.base)
 
-    @cached_property
-    def _plans(self) -> dict[MergeBase, Plan]:
-        return {}
-
     def merge(self, merge_base: MergeBase, dtype: torch.dtype) -> Merge:
         """The adapter merged onto `merge_base`, planned once. Raises ExportError where it cannot be."""
         quantization = self.origin.quantization
         if merge_base not in self._plans:
-            plan = make_plan(self.base, self.meta_model, self.adapter, merge_base, quantization)
-            self._plans[merge_base] = plan
+            self._plans[merge_base] = make_plan(self.base, self.meta_model, self.adapter, merge_base, quantization)
         plan = self._plans[merge_base]
         return Merge(self.base, self.adapter, merge_base, quantization, self.device, plan, dtype)
 
