@@ -124,7 +124,7 @@ def merge_and_export(
     original weights, "auto" the one that is measured nearer to the trained model (without verification: nf4 where the
     adapter was trained on a quantized base). `out` is the folder of a single product, the parent of several.
     """
-    from qlora.export.artifacts import ExportOptions, plan_products
+    from qlora.export.artifacts import ExportOptions, plan_artifacts
     from qlora.export.pipeline import produce
     from qlora.model.cpu_matmul import fast_matmul
 
@@ -133,14 +133,14 @@ def merge_and_export(
     place = Path(source).expanduser().resolve()
     adapter_dir, default_out = run_folder.adapter_of(place)
     target = Path(out).expanduser().resolve() if out else None
-    products = plan_products([to] if isinstance(to, str) else to, quants, target, default_out)
-    for product in products:
-        run_folder.refuse_foreign_folder(product.folder)
+    artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
+    for artifact in artifacts:
+        run_folder.refuse_foreign_folder(artifact.folder)
     opened = _open_source(adapter_dir, shared)
-    if chosen.verify or chosen.imatrix or any(product.key.endswith("gguf") for product in products):
+    if chosen.verify or chosen.imatrix or any(artifact.key.endswith("gguf") for artifact in artifacts):
         opened = replace(opened, rows=_rows_of(adapter_dir, opened, shared))
     with fast_matmul(opened.device):
-        return produce(opened, products, merge_base, chosen, shared)
+        return produce(opened, artifacts, merge_base, chosen, shared)
 
 
 def export_options(**chosen: Any) -> ExportOptions:

@@ -50,12 +50,12 @@ LINES = {
         *("step_batches", "best_adapter", "setup", "loop"),
     ],
     "export": [
-        *("merge", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
+        *("child", "merge", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
         *("verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["streamed", "fidelity", "weights_child", "weights", "reference", "checks"],
+    "export.verify": ["candidates", "fidelity", "weights_child", "weights", "reference", "checks"],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "vocab", "rope", "architectures", "metadata"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
@@ -79,7 +79,7 @@ LINES = {
         *("formats", "readers", "sources", "render_worker", "render", "template", "chat"),
         *("packing", "token_cache", "prepare", "loader"),
     ],
-    "step": ["loss", "forward", "optimizer"],
+    "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading"],
     "report": ["files", "figures", "memory", "console"],
 }

@@ -12,10 +12,10 @@ import torch
 from qlora import api
 from qlora.events import Recorder
 from qlora.export.artifacts import ExportOptions
-from qlora.export.llama_cpp import runtime
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.recipe.reading import load_recipe
 from qlora.training.evaluate import same_answer
+from tests.export import llama
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.toml"
@@ -135,10 +135,8 @@ def test_llama_cpp_answers_the_questions_as_the_trained_model_does(
     ends = (tokenizer.eos_token_id,)
     for quant, points in (("f16", 0.03), ("q8_0", 0.03), ("q4_k_m", 0.10)):
         file = next((folder / "export" / f"gguf-{quant}").glob("*.gguf"))
-        found = runtime.find_runtime()
-        assert found is not None
-        with runtime.ask(found, file, runtime.Request(prompts=prompts, end_ids=ends, max_new_tokens=32)) as answer:
-            texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answer.answers]
+        answers = llama.greedy(file, prompts, ends)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
         right = [same_answer(text, row[-1]["content"]) for text, row in zip(texts, rows, strict=True)]
         share = sum(right) / len(right)
         print(f"{quant}: {share:.1%} of {len(right)} answers, trained {end['exact_match_after']:.1%}")

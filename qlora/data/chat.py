@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.data.formats import Conversation, Message, RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate, Tools
 from qlora.errors import TokenizerError
-from qlora.events import Notice, Sink
+from qlora.events import Notice, Sink, Sinks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -315,3 +315,23 @@ def _belongs(text: str, token: tuple[int, int], start: int, end: int | None) -> 
     begin, stop = token
     inside = begin >= start and (end is None or stop <= end)
     return inside or bool(text[max(begin, start) : stop if end is None else min(stop, end)].strip())
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a trained model reads and stops: its tokenizer, its chat template, and the ids that end an answer.
+
+    A base without an end token has no template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+    end_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        try:
+            template = ChatTemplate(tokenizer, Sinks())
+        except TokenizerError:
+            return cls(tokenizer, None, ())
+        return cls(tokenizer, template, tuple(tokenizer.convert_tokens_to_ids(template.end_tokens)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,9 +12,11 @@ import torch
 
 from qlora.errors import ExportError
 from qlora.export.gguf.quant_mixes import QUANTS
-from qlora.export.merge.merge import Merge, MergeBase
+from qlora.export.merge.merge import Merge
+from qlora.export.merge.parts import MergeBase, Plan, make_plan
 from qlora.model.adapter_folder import Adapter, Provenance
 from qlora.model.base_folder import BaseFolder
+from qlora.model.meta_model import MetaModel, build
 
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
@@ -56,9 +59,20 @@ class Source:
     device: torch.device
     datasets: tuple[str, ...] = ()
     rows: RunRows | None = None
+    _plans: dict[MergeBase, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @cached_property
+    def meta_model(self) -> MetaModel:
+        """The base without weights, built once for a whole export. Whoever computes with it takes a copy."""
+        return build(self.base)
 
     def merge(self, merge_base: MergeBase, dtype: torch.dtype) -> Merge:
-        return Merge(self.base, self.adapter, merge_base, self.origin.quantization, self.device, dtype)
+        """The adapter merged onto `merge_base`, planned once. Raises ExportError where it cannot be."""
+        quantization = self.origin.quantization
+        if merge_base not in self._plans:
+            self._plans[merge_base] = make_plan(self.base, self.meta_model, self.adapter, merge_base, quantization)
+        plan = self._plans[merge_base]
+        return Merge(self.base, self.adapter, merge_base, quantization, self.device, plan, dtype)
 
 
 @dataclass(frozen=True)
@@ -78,10 +92,15 @@ class Artifact:
     folder: Path
     quant: str | None = None
 
+    @property
+    def merged(self) -> bool:
+        """Whether a merged model is in it, and not the adapter alone."""
+        return self.key != "adapter-gguf"
+
 
 @dataclass(frozen=True)
 class ExportedArtifact:
-    """A published product. `merge_base` and `merged_modules` are None and 0 for an adapter alone."""
+    """A published artifact. `merge_base` and `merged_modules` are None and 0 for an adapter alone."""
 
     format: str
     folder: Path
@@ -93,8 +112,8 @@ class ExportedArtifact:
 
 @dataclass(frozen=True)
 class Report:
-    """All products, the merge base (None where nothing was merged), and the table of fidelity (empty without
-    verification). `checks` are the structural ones by product: name, whether it held, detail.
+    """All artifacts, the merge base (None where nothing was merged), and the table of fidelity (empty without
+    verification). `checks` are the structural ones: the artifact's key, the check's name, whether it holds, detail.
     """
 
     products: tuple[ExportedArtifact, ...]
@@ -104,12 +123,12 @@ class Report:
 
     @property
     def folder(self) -> Path:
-        """Of the first product: the only one, mostly."""
+        """Of the first artifact: the only one, mostly."""
         return self.products[0].folder
 
 
-def plan_products(to: Sequence[str], quants: Sequence[str], out: Path | None, default: Path) -> list[Artifact]:
-    """The products that `to` and `quants` name. One alone takes the folder `out` itself, several take folders in it.
+def plan_artifacts(to: Sequence[str], quants: Sequence[str], out: Path | None, default: Path) -> list[Artifact]:
+    """The artifacts that `to` and `quants` name. One alone takes the folder `out` itself, several take folders in it.
 
     Raises ExportError for unknown names, and for quants without "gguf".
     """

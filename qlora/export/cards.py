@@ -164,7 +164,7 @@ def export_json(
 
 def modelfile(study: TrainedReference, weights: str, adapter: str | None, add_bos: bool) -> str:
     """The Modelfile of `weights` (a GGUF's name, or for an adapter the name of its base)."""
-    source, voice = study.source, study.voice
+    source, voice = study.source, study.chat
     config = source.base.config.get("text_config") or source.base.config
     template = voice.template
     return ollama.modelfile(

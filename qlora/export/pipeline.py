@@ -1,12 +1,12 @@
-"""An export from its beginning to its end: plan, look at the trained model, choose the base, write, verify, publish.
+"""An export from its beginning to its end: plan, run the trained model, choose the base, write, verify, publish.
 
-What cannot be done is found before a weight is read. Products are written into hidden folders, reopened and measured
+What cannot be done is found before a weight is read. Artifacts are written into hidden folders, reopened and measured
 there, and get their names last, each in one rename: a file that is not the trained model never has one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,28 +30,35 @@ from qlora.export.gguf.plan import GgufPlan, Tokens
 from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.gguf.rope import Key
 from qlora.export.gguf.write import GgufFile, Tools
-from qlora.export.merge.merge import Merge, MergeBase
+from qlora.export.merge.merge import Merge
+from qlora.export.merge.parts import MergeBase
 from qlora.export.staging import StagedExport, check_disk
 from qlora.export.verify import checks, weights
 from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
-from qlora.export.verify.reference import TrainedReference, better_base, study
-from qlora.export.verify.weights import Verified
+from qlora.export.verify.reference import TrainedReference, better_base, trained_reference
 
 IMATRIX_FILE = "imatrix.gguf"
+# Of a line of the table, what its event carries: rows and positions are the same for all lines.
+_EMITTED = ("name", "measured_by", "kl", "perplexity", "top1", "bytes")
 
 
 @dataclass
 class _Job:
-    """An export under way: what was planned, the hidden folders, and what came of each product so far."""
+    """An export under way: what was planned, the hidden folders, and by key what came of each artifact so far.
+
+    `merge_base` is None until it is chosen, and where nothing is merged.
+    """
 
     source: Source
-    products: Sequence[Artifact]
+    artifacts: Sequence[Artifact]
     options: ExportOptions
     sink: Sink
     plan: GgufPlan | None
-    study: TrainedReference
-    workshops: dict[str, StagedExport] = field(default_factory=dict)
+    reference: TrainedReference
+    stack: ExitStack
+    merge_base: MergeBase | None = None
+    staged: dict[str, StagedExport] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     inspections: dict[str, Inspection] = field(default_factory=dict)
     failures: dict[str, ExportError] = field(default_factory=dict)
@@ -61,54 +68,68 @@ class _Job:
         assert self.plan is not None, "there is a plan wherever a GGUF file is made"
         return self.plan
 
-    def named(self, prefix: str) -> list[Artifact]:
-        return [product for product in self.products if product.key.startswith(prefix)]
+    def merge(self, dtype: torch.dtype = torch.float32) -> Merge:
+        assert self.merge_base is not None, "only an adapter alone is written without a merge"
+        return self.source.merge(self.merge_base, dtype)
 
-    def file_name(self, product: Artifact) -> str:
-        """Of a product's GGUF file, such as support-Q4_K_M.gguf."""
-        label = QUANTS[product.quant].label if product.quant else "LoRA"
+    def named(self, prefix: str) -> list[Artifact]:
+        return [artifact for artifact in self.artifacts if artifact.key.startswith(prefix)]
+
+    def file_name(self, artifact: Artifact) -> str:
+        """Of an artifact's GGUF file, such as support-Q4_K_M.gguf."""
+        label = QUANTS[artifact.quant].label if artifact.quant else "LoRA"
         return f"{self.source.name}-{label}.gguf"
+
+    def open(self, artifacts: Sequence[Artifact], identity: Mapping[str, str], needed_bytes: int) -> StagedExport:
+        """Their hidden folders, for as long as the export runs."""
+        finals = {artifact.key: artifact.folder for artifact in artifacts}
+        staged = self.stack.enter_context(StagedExport.open(finals, identity, needed_bytes))
+        self.staged |= dict.fromkeys(finals, staged)
+        return staged
+
+    def folder(self, artifact: Artifact) -> Path:
+        return self.staged[artifact.key].folder(artifact.key)
 
 
 def produce(
     source: Source,
-    products: Sequence[Artifact],
-    merge_base: Literal["auto", "nf4", "full"],
+    artifacts: Sequence[Artifact],
+    merge_base: MergeBase | Literal["auto"],
     options: ExportOptions,
     sink: Sink,
 ) -> Report:
-    """Make `products` of an adapter and its base. Raises ExportError for what cannot be made, or was made and is not
-    the trained model; products that hold are published all the same.
+    """Make `artifacts` of an adapter and its base. Raises ExportError for what cannot be made, or was made and is not
+    the trained model; artifacts that hold are published all the same.
     """
-    _refuse_idle(options, products)
-    plan = _plan(source, products, merge_base, options, sink)
-    _check_disk(source, products, options, plan)
-    merging = any(product.key != "adapter-gguf" for product in products)
-    imatrix = options.imatrix and any(product.quant for product in products)
-    scratch = products[0].folder.parent
+    _refuse_idle(options, artifacts)
+    plan = _plan(source, artifacts, merge_base, options, sink)
+    _check_disk(source, artifacts, options, plan)
+    merging = any(artifact.merged for artifact in artifacts)
+    verify, imatrix = options.verify and merging, options.imatrix and any(artifact.quant for artifact in artifacts)
+    scratch = artifacts[0].folder.parent
     disk.make_folder(scratch)
-    with study(source, options.verify and merging, imatrix, sink, scratch) as found, ExitStack() as stack:
-        job = _Job(source, products, options, sink, plan, found)
-        chosen = _choose_base(job, merge_base) if merging else None
-        _write_hf(job, chosen, stack)
-        _write_ggufs(job, chosen, stack)
-        _write_adapter(job, stack)
+    with trained_reference(source, verify, imatrix, sink, scratch) as reference, ExitStack() as stack:
+        job = _Job(source, artifacts, options, sink, plan, reference, stack)
+        job.merge_base = _choose_base(job, merge_base) if merging else None
+        _write_hf(job)
+        _write_ggufs(job)
+        _write_adapter(job)
         if options.verify:
-            _verify(job, chosen)
-        return _publish(job, chosen)
+            _verify(job)
+        return _publish(job)
 
 
 # --- before a weight is read -----------------------------------------------------------------------------------------
 
 
-def _refuse_idle(options: ExportOptions, products: Sequence[Artifact]) -> None:
+def _refuse_idle(options: ExportOptions, artifacts: Sequence[Artifact]) -> None:
     """An option must not be a silent nothing."""
-    quants = [product.quant for product in products if product.quant]
+    quants = [artifact.quant for artifact in artifacts if artifact.quant]
     if options.max_kl is not None and not options.verify:
         raise ExportError("--max-kl needs the measuring that --no-verify leaves out", "leave out one of them")
     if options.imatrix and not any(QUANTS[quant].needs_library for quant in quants):
         raise ExportError("--imatrix weighs the rounding of K- and IQ-quants", "add --to gguf --quant q4_k_m, say")
-    if options.dtype != "bf16" and all(product.key != "hf" for product in products):
+    if options.dtype != "bf16" and all(artifact.key != "hf" for artifact in artifacts):
         raise ExportError("--dtype is the type of safetensors", "add --to hf, or name the type with --quant")
     if options.tokenizer_pre and not quants:
         raise ExportError("--tokenizer-pre is for GGUF files", "add --to gguf")
@@ -116,157 +137,139 @@ def _refuse_idle(options: ExportOptions, products: Sequence[Artifact]) -> None:
 
 def _plan(
     source: Source,
-    products: Sequence[Artifact],
-    merge_base: Literal["auto", "nf4", "full"],
+    artifacts: Sequence[Artifact],
+    merge_base: MergeBase | Literal["auto"],
     options: ExportOptions,
     sink: Sink,
 ) -> GgufPlan | None:
     """What can be found wrong at once: another base, too little to merge, what llama.cpp cannot express."""
-    ggufs = [product for product in products if product.key != "hf"]
+    ggufs = [artifact for artifact in artifacts if artifact.key != "hf"]
     merge = source.merge("nf4" if merge_base == "auto" else merge_base, torch.float32)
     shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
     if not ggufs:
         return None
-    if any(product.quant is None for product in ggufs):
+    if any(artifact.quant is None for artifact in ggufs):
         lora.check(source.adapter)
-    quants = [product.quant for product in ggufs if product.quant]
+    quants = [artifact.quant for artifact in ggufs if artifact.quant]
     template = source.rows.chat.template if source.rows is not None else None
     tokens = Tokens(source.adapter.folder, template, options.tokenizer_pre)
-    plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix)
+    plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix, source.meta_model)
     for notice in plan.notices:
         sink.emit(Notice("gguf", notice))
     return plan
 
 
-def _check_disk(source: Source, products: Sequence[Artifact], options: ExportOptions, plan: GgufPlan | None) -> None:
-    """Room for all products together; each one's own is looked at again when it begins."""
+def _check_disk(source: Source, artifacts: Sequence[Artifact], options: ExportOptions, plan: GgufPlan | None) -> None:
+    """Room for all artifacts together; each one's own is checked again when it begins."""
     needed = 0
-    for product in products:
-        if product.key == "hf":
+    for artifact in artifacts:
+        if artifact.key == "hf":
             needed += hf.planned_bytes(source.merge("nf4", DTYPES[options.dtype]))
-        elif plan is not None and product.quant is not None:
-            types = plan.choices[product.quant].types
-            needed += GgufFile(product.key, "", (), types).nbytes(plan.layout)
-    check_disk([product.folder for product in products], needed)
+        elif plan is not None and artifact.quant is not None:
+            types = plan.choices[artifact.quant].types
+            needed += GgufFile(artifact.key, "", (), types).nbytes(plan.layout)
+    check_disk([artifact.folder for artifact in artifacts], needed)
 
 
-def _choose_base(job: _Job, wanted: Literal["auto", "nf4", "full"]) -> MergeBase:
+def _choose_base(job: _Job, wanted: MergeBase | Literal["auto"]) -> MergeBase:
     """The merge base: as asked for, else the one that is measured nearer to the trained model."""
-    source, found = job.source, job.study
-    trained_on: MergeBase = "full" if source.origin.quantization.type == "none" else "nf4"
-    both: list[MergeBase] = (
-        ["full"] if trained_on == "full" else ["nf4"] if source.base.stored_4bit else ["nf4", "full"]
-    )
-    if found.reference is None:
+    trained_on: MergeBase = "full" if job.source.origin.quantization.type == "none" else "nf4"
+    if job.reference.predictions is None:
         return trained_on if wanted == "auto" else wanted
-    measured = [(base, found.measure_merge(base)) for base in both]
+    bases: list[MergeBase] = [trained_on]
+    if trained_on == "nf4" and not job.source.base.stored_4bit:
+        bases.append("full")
+    measured = [(base, job.reference.measure_merge(base)) for base in bases]
     return better_base(measured) if wanted == "auto" else wanted
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _write_hf(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
-    for product in job.named("hf"):
-        merge = job.source.merge(_known(chosen), DTYPES[job.options.dtype])
-        opened = StagedExport.open({product.key: product.folder}, merge.identity(), hf.planned_bytes(merge))
-        job.workshops[product.key] = stack.enter_context(opened)
-        job.tensors[product.key] = hf.fill(merge, opened, job.sink)
-        hf.add_stop_token(opened.folder(product.key), job.study.voice.end_ids, job.sink)
+def _write_hf(job: _Job) -> None:
+    for artifact in job.named("hf"):
+        merge = job.merge(DTYPES[job.options.dtype])
+        staged = job.open([artifact], merge.identity(), hf.planned_bytes(merge))
+        job.tensors[artifact.key] = hf.fill(merge, staged, job.sink)
+        hf.add_stop_token(job.folder(artifact), job.reference.chat.end_ids, job.sink)
 
 
-def _write_ggufs(job: _Job, chosen: MergeBase | None, stack: ExitStack) -> None:
+def _write_ggufs(job: _Job) -> None:
     """All quants in one pass over the weights."""
-    products = job.named("gguf-")
-    if not products:
+    artifacts = job.named("gguf-")
+    if not artifacts:
         return
-    plan, layout = job.planned, job.planned.layout
-    merge = job.source.merge(_known(chosen), torch.float32)
-    matrix = job.study.imatrix
-    files = [GgufFile(p.key, job.file_name(p), _keys(job, p), plan.choices[str(p.quant)].types) for p in products]
+    plan, layout, merge, matrix = job.planned, job.planned.layout, job.merge(), job.reference.imatrix
+    files = [GgufFile(a.key, job.file_name(a), _keys(job, a), plan.choices[str(a.quant)].types) for a in artifacts]
     identity = {**merge.identity(), "keys": disk.sha256_text(*(repr(file.keys) for file in files))}
     if matrix is not None:
         identity["imatrix"] = matrix.sha256()
-    finals = {product.key: product.folder for product in products}
-    opened = StagedExport.open(finals, identity, sum(file.nbytes(layout) for file in files))
-    job.workshops |= dict.fromkeys(finals, stack.enter_context(opened))
-    weights = {} if matrix is None else matrix.renamed(layout.names).importance()
-    write.write(layout, merge.tensors(), files, opened, Tools(plan.library, weights), job.sink)
-    for product in products:
-        job.tensors[product.key] = len(layout.tensors)
+    staged = job.open(artifacts, identity, sum(file.nbytes(layout) for file in files))
+    tools = Tools(plan.library, {} if matrix is None else matrix.renamed(layout.names).importance())
+    write.write(layout, merge.tensors(), files, staged, tools, job.sink)
+    for artifact in artifacts:
+        job.tensors[artifact.key] = len(layout.tensors)
         if matrix is not None:
-            importance.write(matrix, opened.folder(product.key) / IMATRIX_FILE, layout.names, job.source.datasets)
+            importance.write(matrix, job.folder(artifact) / IMATRIX_FILE, layout.names, job.source.datasets)
 
 
-def _keys(job: _Job, product: Artifact) -> tuple[vocabulary.Entry, ...]:
+def _keys(job: _Job, artifact: Artifact) -> tuple[vocabulary.Entry, ...]:
     """Every key of a model file."""
-    assert product.quant is not None
+    assert artifact.quant is not None
     about = About.of(job.source.base, job.source.name, job.source.datasets)
     quant: list[Key] = [
-        ("general.file_type", QUANTS[product.quant].file_type),
+        ("general.file_type", QUANTS[artifact.quant].file_type),
         ("general.quantization_version", gguf.GGML_QUANT_VERSION),
     ]
-    if job.study.imatrix is not None:
-        quant += [
-            ("quantize.imatrix.file", IMATRIX_FILE),
-            ("quantize.imatrix.entries_count", len(job.study.imatrix.sums)),
-        ]
+    if (matrix := job.reference.imatrix) is not None:
+        quant += [("quantize.imatrix.file", IMATRIX_FILE), ("quantize.imatrix.entries_count", len(matrix.sums))]
     general = general_keys(about, "model", job.planned.vocab.strips_after_specials)
     own = entries([*general, *quant, *job.planned.layout.keys])
     return (*own, *vocabulary.metadata(job.planned.vocab))
 
 
-def _write_adapter(job: _Job, stack: ExitStack) -> None:
-    for product in job.named("adapter-"):
+def _write_adapter(job: _Job) -> None:
+    for artifact in job.named("adapter-"):
         source = job.source
         identity = source.merge("nf4", torch.float32).identity()
-        opened = StagedExport.open({product.key: product.folder}, identity, lora.planned_bytes(source.adapter))
-        job.workshops[product.key] = stack.enter_context(opened)
-        if opened.start == 0:
+        staged = job.open([artifact], identity, lora.planned_bytes(source.adapter))
+        if staged.start == 0:
             about = About.of(source.base, source.name, source.datasets)
-            lora.write(source.adapter, job.planned.layout, about, opened, (product.key, job.file_name(product)))
-            opened.checkpoint(1)
-        job.tensors[product.key] = 2 * len(source.adapter.lora)
+            lora.write(source.adapter, job.planned.layout, about, staged, (artifact.key, job.file_name(artifact)))
+            staged.checkpoint(1)
+        job.tensors[artifact.key] = 2 * len(source.adapter.lora)
 
 
 # --- verifying -------------------------------------------------------------------------------------------------------
 
 
-def _verify(job: _Job, chosen: MergeBase | None) -> None:
-    """Reopen and measure each product where it lies; what does not hold is remembered, the others go on."""
-    folders = {key: workshop.folder(key) for key, workshop in job.workshops.items()}
-    verified: dict[str, Verified] = {}
-    if chosen is not None:
-        merge = job.source.merge(chosen, torch.float32)
-        verified = checks.reopen(merge, {p.key: _target(job, p, chosen) for p in job.products if p.key in _merged(job)})
-    for product in job.products:
-        folder = folders[product.key]
-        file = folder / job.file_name(product)
+def _verify(job: _Job) -> None:
+    """Reopen and measure each artifact where it lies; what does not hold is remembered, the others go on."""
+    targets = {artifact.key: _target(job, artifact) for artifact in job.artifacts if artifact.merged}
+    of_weights = weights.reopen(job.merge(), targets) if targets else {}
+    for artifact in job.artifacts:
+        folder = job.folder(artifact)
+        file = folder / job.file_name(artifact)
         try:
-            if product.key == "hf":
-                written = job.source.merge(_known(chosen), DTYPES[job.options.dtype])
-                found = checks.inspect_folder(job.study, written, folder, verified[product.key], job.sink)
-            elif product.quant is None:
+            if artifact.key == "hf":
+                merge = job.merge(DTYPES[job.options.dtype])
+                found = checks.inspect_folder(job.reference, merge, folder, of_weights[artifact.key], job.sink)
+            elif artifact.quant is None:
                 found = checks.inspect_adapter(job.source.adapter, job.planned, file)
             else:
-                found = checks.inspect_gguf(job.study, job.planned, file, product.key, verified[product.key])
-            job.inspections[product.key] = found
+                found = checks.inspect_gguf(job.reference, job.planned, file, artifact.key, of_weights[artifact.key])
+            job.inspections[artifact.key] = found
             _refuse_far(found.fidelity, job.options.max_kl)
         except ExportError as error:
-            job.failures[product.key] = error
+            job.failures[artifact.key] = error
 
 
-def _merged(job: _Job) -> set[str]:
-    return {product.key for product in job.products if product.key != "adapter-gguf"}
-
-
-def _target(job: _Job, product: Artifact, chosen: MergeBase) -> weights.Target:
-    """What of a merged product is to be compared with its base and adapter."""
-    folder = job.workshops[product.key].folder(product.key)
-    if product.quant is None:
-        return weights.folder_target(folder, job.source.merge(chosen, DTYPES[job.options.dtype]))
-    types = job.planned.choices[product.quant].types
-    return weights.gguf_target(folder / job.file_name(product), types, _keys(job, product))
+def _target(job: _Job, artifact: Artifact) -> weights.Target:
+    """What of a merged artifact is to be compared with its base and adapter."""
+    if artifact.quant is None:
+        return weights.folder_target(job.folder(artifact), DTYPES[job.options.dtype])
+    types = job.planned.choices[artifact.quant].types
+    return weights.gguf_target(job.folder(artifact) / job.file_name(artifact), types, _keys(job, artifact))
 
 
 def _refuse_far(line: Fidelity | None, max_kl: float | None) -> None:
@@ -278,71 +281,49 @@ def _refuse_far(line: Fidelity | None, max_kl: float | None) -> None:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _publish(job: _Job, chosen: MergeBase | None) -> Report:
+def _publish(job: _Job) -> Report:
     """Companions, then the names. Raises the first failure when the others have theirs."""
-    table = tuple(job.study.table)
-    _tell(job, table)
-    done = []
-    for product in job.products:
-        workshop = job.workshops[product.key]
-        if product.key in job.failures:
-            workshop.discard(product.key)
+    table = tuple(job.reference.table)
+    if table:
+        lines = tuple({key: getattr(line, key) for key in _EMITTED} for line in table)
+        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines))
+    published = []
+    for artifact in job.artifacts:
+        staged = job.staged[artifact.key]
+        if artifact.key in job.failures:
+            staged.discard(artifact.key)
             continue
-        merge = None if product.key == "adapter-gguf" else job.source.merge(_known(chosen), torch.float32)
-        _write_companions(job, product, merge, table)
-        size = workshop.publish(product.key)
-        merged = len(merge.changed) if merge is not None else 0
-        base = merge.merge_base if merge is not None else None
-        done.append(ExportedArtifact(product.key, product.folder, size, job.tensors[product.key], merged, base))
-        kl = found.fidelity.kl if (found := job.inspections.get(product.key)) and found.fidelity else None
-        job.sink.emit(Exported(product.key, str(product.folder), size, base, kl))
+        merge = job.merge() if artifact.merged else None
+        _write_companions(job, artifact, merge)
+        size = staged.publish(artifact.key)
+        base, merged = (merge.merge_base, len(merge.changed)) if merge is not None else (None, 0)
+        published.append(ExportedArtifact(artifact.key, artifact.folder, size, job.tensors[artifact.key], merged, base))
+        kl = found.fidelity.kl if (found := job.inspections.get(artifact.key)) and found.fidelity else None
+        job.sink.emit(Exported(artifact.key, str(artifact.folder), size, base, kl))
     for error in job.failures.values():
         raise error
     results = tuple(
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
-    return Report(tuple(done), chosen, table, results)
+    return Report(tuple(published), job.merge_base, table, results)
 
 
-def _write_companions(job: _Job, product: Artifact, merge: Merge | None, table: Sequence[Fidelity]) -> None:
-    folder = job.workshops[product.key].folder(product.key)
-    texts = job.study.texts
-    markdown = cards.fidelity_markdown(table, texts)
-    found = job.inspections.get(product.key)
-    more = {"tensors": job.tensors[product.key], "checks": [check.as_dict() for check in found.checks] if found else []}
-    disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, product, merge, more, table))
-    if product.key == "hf":
+def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> None:
+    folder, table = job.folder(artifact), tuple(job.reference.table)
+    markdown = cards.fidelity_markdown(table, job.reference.texts)
+    found = job.inspections.get(artifact.key)
+    results = [check.as_dict() for check in found.checks] if found else []
+    more = {"tensors": job.tensors[artifact.key], "checks": results}
+    disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, artifact, merge, more, table))
+    if artifact.key == "hf":
         assert merge is not None
         card = cards.merged_card(merge, markdown)
     else:
-        name = job.file_name(product)
-        card = cards.gguf_card(job.source, product, name, merge, markdown)
-        base_file = (
-            f"{Path(job.source.base.name).name}.gguf"  # for the user to put there, or to rename in the Modelfile
-        )
+        name = job.file_name(artifact)
+        card = cards.gguf_card(job.source, artifact, name, merge, markdown)
+        # An adapter's base is for the user to put there, or to rename in the Modelfile.
+        base_file = f"{Path(job.source.base.name).name}.gguf"
         file, adapter = (name, None) if merge is not None else (base_file, name)
-        text = cards.modelfile(job.study, file, adapter, job.planned.vocab.add_bos)
+        text = cards.modelfile(job.reference, file, adapter, job.planned.vocab.add_bos)
         disk.write_atomic(folder / cards.MODEL_FILE, text)
     disk.write_atomic(folder / "README.md", card)
-
-
-def _tell(job: _Job, table: Sequence[Fidelity]) -> None:
-    if not table:
-        return
-    lines = tuple(
-        {
-            "name": line.name,
-            "measured_by": line.measured_by,
-            "kl": line.kl,
-            "perplexity": line.perplexity,
-            "top1": line.top1,
-            "bytes": line.bytes,
-        }
-        for line in table
-    )
-    job.sink.emit(FidelityEvent(job.study.texts, table[0].rows, table[0].positions, lines))
-
-
-def _known(chosen: MergeBase | None) -> MergeBase:
-    assert chosen is not None, "only an adapter alone is written without a merge"
-    return chosen

@@ -1,16 +1,16 @@
-"""Product folders under way: filled in one pass over the weights, kept through a kill, published by one rename each.
+"""Folders of artifacts under way: filled in one pass over the weights, kept through a kill, published by one rename.
 
 Beside each final folder `out` stands a hidden `.out.part` with the files, a lock, and a journal of points from which
 writing can go on: how many items (tensors) were complete, how long each file was, and its sha256. Before a point is
 written down, its bytes are flushed to the disk. A run that finds a journal of the same work cuts the files back to the
-newest point that all products share, hashes what is left, and goes on; a journal of other work is thrown away.
+newest point that all artifacts share, hashes what is left, and goes on; a journal of other work is thrown away.
 
-    with StagedExport.open({"hf": out}, identity, needed_bytes) as workshop:
+    with StagedExport.open({"hf": out}, identity, needed_bytes) as staged:
         for number, tensor in enumerate(tensors):
-            if number >= workshop.start:
-                workshop.append("hf", "model.safetensors", data)
-                workshop.checkpoint(number + 1)
-        workshop.publish("hf")
+            if number >= staged.start:
+                staged.append("hf", "model.safetensors", data)
+                staged.checkpoint(number + 1)
+        staged.publish("hf")
 
 Leaving by a signal keeps the hidden folders, any other exception removes them, and so does a full disk.
 """
@@ -39,13 +39,13 @@ SPARE_BYTES = 64 << 20  # configuration, tokenizer, index, manifest
 _FILES, _LOCK, _JOURNAL = "files", "lock", "journal.json"
 _SMALL_DISK = "free some space, or name another disk with --out"
 
-# Where each file of a product stood at a point: its bytes, and their sha256 (perhaps still being computed).
+# Where each file of an artifact stood at a point: its bytes, and their sha256 (perhaps still being computed).
 _Standing = dict[str, tuple[int, "Future[str] | str"]]
 
 
 @dataclass
 class _StagedFolder:
-    """One product under way."""
+    """One artifact under way."""
 
     final: Path
     lock: FolderLock
@@ -64,59 +64,59 @@ class _StagedFolder:
 
 
 class StagedExport:
-    """Product folders under way; see above. Made by `open`, used as a context manager."""
+    """Folders of artifacts under way; see above. Made by `open`, used as a context manager."""
 
-    def __init__(self, benches: dict[str, _StagedFolder], start: int, hashing: ThreadPoolExecutor) -> None:
+    def __init__(self, folders: dict[str, _StagedFolder], start: int, hashing: ThreadPoolExecutor) -> None:
         self.start = start
-        self._benches = benches
+        self._folders = folders
         self._hashing = hashing
-        self._reached = (start, {key: bench.standing for key, bench in benches.items()})
+        self._reached = (start, {key: staged.standing for key, staged in folders.items()})
         self._unsaved_bytes = 0
         self._flushing = ThreadPoolExecutor(1, thread_name_prefix="flush")
         self._flushed: Future[None] | None = None
 
     @classmethod
     def open(cls, finals: Mapping[str, Path], identity: Mapping[str, str], needed_bytes: int) -> StagedExport:
-        """Begin, or go on with, the products `finals` (key to final folder), which need `needed_bytes` in all.
+        """Begin, or go on with, the artifacts `finals` (key to final folder), which need `needed_bytes` in all.
 
-        `identity` is everything that the bytes depend on besides the product's key. Raises ExportError when the disk is
-        too small, cannot be written to, or another process is at the same work.
+        `identity` is everything that the bytes depend on besides the key. Raises ExportError when the disk is too
+        small, cannot be written to, or another process is at the same work.
         """
-        benches: dict[str, _StagedFolder] = {}
+        folders: dict[str, _StagedFolder] = {}
         hashing = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         try:
             for key, final in finals.items():
-                benches[key] = _StagedFolder(final, _take(final), {**identity, "product": key})
-            start = _restore(benches, hashing)
-            kept = sum(size for bench in benches.values() for size, _ in bench.standing.values())
+                folders[key] = _StagedFolder(final, _take(final), {**identity, "product": key})
+            start = _restore(folders, hashing)
+            kept = sum(size for staged in folders.values() for size, _ in staged.standing.values())
             for final in finals.values():
                 _check_disk(final, needed_bytes - kept)
         except BaseException:
-            for bench in benches.values():
-                _close(bench, keep=(bench.root / _JOURNAL).is_file())
+            for staged in folders.values():
+                _close(staged, keep=(staged.root / _JOURNAL).is_file())
             hashing.shutdown()
             raise
-        return cls(benches, start, hashing)
+        return cls(folders, start, hashing)
 
     def folder(self, key: str) -> Path:
-        """The hidden folder of a product, for small files beside the streamed ones; they are written in every run."""
-        return self._benches[key].folder
+        """The hidden folder of an artifact, for small files beside the streamed ones; they are written in every run."""
+        return self._folders[key].folder
 
     def append(self, key: str, file_name: str, data: Any) -> None:
-        """Add bytes (anything with a buffer of single bytes, left unchanged from now on) to a file of a product."""
-        bench = self._benches[key]
-        file = bench.files.get(file_name)
+        """Add bytes (anything with a buffer of single bytes, left unchanged from now on) to a file of an artifact."""
+        staged = self._folders[key]
+        file = staged.files.get(file_name)
         if file is None:
-            file = bench.files[file_name] = disk.HashedFile(disk.inside(bench.folder, file_name), self._hashing)
+            file = staged.files[file_name] = disk.HashedFile(disk.inside(staged.folder, file_name), self._hashing)
         before = file.size
         file.append(data)
         self._unsaved_bytes += file.size - before
 
     def checkpoint(self, item: int) -> None:
-        """Say that `item` items are complete in all files; flushed and written down every RESTART_BYTES, meanwhile."""
-        reached = {key: _standing(bench) for key, bench in self._benches.items()}
-        for key, bench in self._benches.items():
-            bench.standing = reached[key]
+        """Record that `item` items are complete in all files; every RESTART_BYTES also on the disk, meanwhile."""
+        reached = {key: _standing(staged) for key, staged in self._folders.items()}
+        for key, staged in self._folders.items():
+            staged.standing = reached[key]
         self._reached = (item, reached)  # in one step: a signal may end us between any two
         if self._unsaved_bytes >= RESTART_BYTES:
             self._wait()
@@ -124,20 +124,20 @@ class StagedExport:
             self._unsaved_bytes = 0
 
     def publish(self, key: str) -> int:
-        """Give a product its final name, replacing what stood there. Returns its bytes."""
+        """Give an artifact its final name, replacing what stood there. Returns its bytes."""
         self._wait()
-        bench = self._benches[key]
-        known = {name: file.snapshot().result() for name, file in bench.files.items()}
-        for file in bench.files.values():
+        staged = self._folders[key]
+        known = {name: file.snapshot().result() for name, file in staged.files.items()}
+        for file in staged.files.values():
             file.close()
-        size = disk.publish_filled(bench.folder, bench.final, known)
-        _close(self._benches.pop(key), keep=False)
+        size = disk.publish_filled(staged.folder, staged.final, known)
+        _close(self._folders.pop(key), keep=False)
         return size
 
     def discard(self, key: str) -> None:
-        """Give a product up and remove what there is of it."""
+        """Give an artifact up and remove what there is of it."""
         self._wait()
-        _close(self._benches.pop(key), keep=False)
+        _close(self._folders.pop(key), keep=False)
 
     def __enter__(self) -> StagedExport:
         return self
@@ -148,37 +148,37 @@ class StagedExport:
             self._wait()
             if keep:
                 self._write_down(*self._reached)
-        for bench in self._benches.values():
-            _close(bench, keep)
+        for staged in self._folders.values():
+            _close(staged, keep)
         self._hashing.shutdown()
         self._flushing.shutdown()
         if isinstance(error, OSError) and error.errno in disk.DISK_FULL:
-            names = ", ".join(str(bench.final) for bench in self._benches.values())
+            names = ", ".join(str(staged.final) for staged in self._folders.values())
             raise ExportError(f"{names}: the disk is full", _SMALL_DISK) from error
 
     def _wait(self) -> None:
-        """Wait until the point that is being written down is. Raises the OSError that kept it from being."""
+        """Wait until the last point is written down. Raises the OSError that prevented it."""
         if self._flushed is not None:
             self._flushed.result()
 
     def _write_down(self, item: int, reached: Mapping[str, _Standing]) -> None:
         """Make `item` a point from which a later run can go on. What is appended meanwhile does it no harm."""
-        under_way = [(self._benches[key], standing) for key, standing in reached.items() if key in self._benches]
-        for bench, standing in under_way:
+        under_way = [(self._folders[key], standing) for key, standing in reached.items() if key in self._folders]
+        for staged, standing in under_way:
             for name in standing:
-                bench.files[name].sync()
-        for bench, standing in under_way:
+                staged.files[name].sync()
+        for staged, standing in under_way:
             files = {name: [size, _value(sha256)] for name, (size, sha256) in standing.items()}
-            bench.points.append({"item": item, "files": files})
-            journal = {"identity": dict(bench.identity), "points": bench.points}
-            disk.write_atomic(bench.root / _JOURNAL, json.dumps(journal) + "\n")
+            staged.points.append({"item": item, "files": files})
+            journal = {"identity": dict(staged.identity), "points": staged.points}
+            disk.write_atomic(staged.root / _JOURNAL, json.dumps(journal) + "\n")
 
 
-def _standing(bench: _StagedFolder) -> _Standing:
-    """Where the product's files stand now. What has not grown since the last point is not hashed anew."""
+def _standing(staged: _StagedFolder) -> _Standing:
+    """Where the artifact's files stand now. What has not grown since the last point is not hashed anew."""
     now: _Standing = {}
-    for name, file in bench.files.items():
-        before = bench.standing.get(name)
+    for name, file in staged.files.items():
+        before = staged.standing.get(name)
         now[name] = before if before and before[0] == file.size else (file.size, file.snapshot())
     return now
 
@@ -188,15 +188,15 @@ def _part_of(final: Path) -> Path:
 
 
 def _take(final: Path) -> FolderLock:
-    """The lock on a product's hidden folder, which is made where there is none."""
+    """The lock on an artifact's hidden folder, which is made where there is none."""
     root = _part_of(final)
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
             return acquire(root / _LOCK)
-        except LockHeld as held:
-            what = f"{final}: another process ({held.holder.pid if held.holder else '?'}) is writing it"
-            raise ExportError(what, "wait until it is done, or name another folder with --out") from held
+        except LockHeld as error:
+            what = f"{final}: another process ({error.holder.pid if error.holder else '?'}) is writing it"
+            raise ExportError(what, "wait until it is done, or name another folder with --out") from error
         except FileNotFoundError:  # another process has finished and removed the folder in this moment
             continue
         except OSError as error:
@@ -204,48 +204,48 @@ def _take(final: Path) -> FolderLock:
             raise ExportError(what, "name another folder with --out") from error
 
 
-def _restore(benches: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) -> int:
-    """Bring every product to the newest point that all have reached, else to nothing. Returns that point's item."""
-    for bench in benches.values():
-        bench.points = _read_points(bench)
-    shared = set.intersection(*({int(point["item"]) for point in bench.points} for bench in benches.values()))
+def _restore(folders: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) -> int:
+    """Bring every artifact to the newest point that all have reached, else to nothing. Returns that point's item."""
+    for staged in folders.values():
+        staged.points = _read_points(staged)
+    shared = set.intersection(*({int(point["item"]) for point in staged.points} for staged in folders.values()))
     start = max(shared, default=0)
     try:
-        for bench in benches.values():
-            bench.points = [point for point in bench.points if start and point["item"] <= start]
-            _cut_back(bench, bench.points[-1]["files"] if start else {}, hashing)
+        for staged in folders.values():
+            staged.points = [point for point in staged.points if start and point["item"] <= start]
+            _cut_back(staged, staged.points[-1]["files"] if start else {}, hashing)
     except (OSError, ValueError, TypeError, KeyError):  # shorter, damaged or not ours: begin anew
         start = 0
-        for bench in benches.values():
-            bench.points = []
-            _cut_back(bench, {}, hashing)
+        for staged in folders.values():
+            staged.points = []
+            _cut_back(staged, {}, hashing)
     return start
 
 
-def _read_points(bench: _StagedFolder) -> list[dict[str, Any]]:
+def _read_points(staged: _StagedFolder) -> list[dict[str, Any]]:
     try:
-        journal = json.loads((bench.root / _JOURNAL).read_text(encoding="utf-8"))
+        journal = json.loads((staged.root / _JOURNAL).read_text(encoding="utf-8"))
         points = [point for point in journal["points"] if isinstance(point["item"], int)]
-        return points if journal["identity"] == bench.identity else []
+        return points if journal["identity"] == staged.identity else []
     except (OSError, ValueError, TypeError, KeyError):
         return []
 
 
-def _cut_back(bench: _StagedFolder, files: Mapping[str, list[Any]], hashing: ThreadPoolExecutor) -> None:
-    """Leave in the product's folder these files, of these sizes and sha256. Raises OSError or ValueError otherwise."""
-    bench.files, bench.standing = {}, {}
+def _cut_back(staged: _StagedFolder, files: Mapping[str, list[Any]], hashing: ThreadPoolExecutor) -> None:
+    """Leave in the artifact's folder these files, of these sizes and sha256. Raises OSError or ValueError otherwise."""
+    staged.files, staged.standing = {}, {}
     if not files:
-        shutil.rmtree(bench.folder, ignore_errors=True)
-        (bench.root / _JOURNAL).unlink(missing_ok=True)
-    bench.folder.mkdir(exist_ok=True)
-    for path in sorted(bench.folder.rglob("*"), reverse=True):
-        if path.is_file() and path.relative_to(bench.folder).as_posix() not in files:
+        shutil.rmtree(staged.folder, ignore_errors=True)
+        (staged.root / _JOURNAL).unlink(missing_ok=True)
+    staged.folder.mkdir(exist_ok=True)
+    for path in sorted(staged.folder.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(staged.folder).as_posix() not in files:
             path.unlink()
     for name, (size, sha256) in files.items():
-        file = disk.HashedFile(disk.inside(bench.folder, name), hashing)
+        file = disk.HashedFile(disk.inside(staged.folder, name), hashing)
         if file.resume(size) != sha256:
             raise ValueError(f"{name} is damaged")
-        bench.files[name], bench.standing[name] = file, (size, sha256)
+        staged.files[name], staged.standing[name] = file, (size, sha256)
 
 
 def check_disk(finals: Sequence[Path], needed_bytes: int) -> None:
@@ -265,17 +265,17 @@ def _check_disk(final: Path, needed_bytes: int) -> None:
         )
 
 
-def _close(bench: _StagedFolder, keep: bool) -> None:
-    """Close the product's files, and remove its hidden folder or leave it for a later run."""
-    for file in bench.files.values():
+def _close(staged: _StagedFolder, keep: bool) -> None:
+    """Close the artifact's files, and remove its hidden folder or leave it for a later run."""
+    for file in staged.files.values():
         file.close()
     if os.name == "nt":  # where nothing can be renamed or removed while it is open
-        bench.lock.release()
+        staged.lock.release()
     if keep:
-        bench.lock.file.unlink(missing_ok=True)
+        staged.lock.file.unlink(missing_ok=True)
     else:
-        disk.remove_folder(bench.root)
-    bench.lock.release()
+        disk.remove_folder(staged.root)
+    staged.lock.release()
 
 
 def _value(sha256: Future[str] | str) -> str:

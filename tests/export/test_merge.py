@@ -13,62 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora import api
 from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
-from qlora.export.merge.merge import Merge, read_adapter, scale_of
-from qlora.model import adapters, hub, load
-from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.export import hf
+from qlora.model.adapter_folder import scale_of
+from qlora.recipe.sections import QuantizationSection
+from tests.export.cases import KINDS, NF4, exported, kl, logits, merge_of, of_peft, opened, trained, whole
 from tests.export.hf_folder import write_hf
 from tests.families import as_version_4_saves, make_base
-
-NF4 = QuantizationSection()
-KINDS = {
-    "plain": LoraSection(r=4, alpha=16),
-    "rslora": LoraSection(r=9, alpha=16, use_rslora=True),
-    "dora": LoraSection(r=4, alpha=16, use_dora=True),
-    "some": LoraSection(r=4, alpha=16, target_modules=("q_proj", "down_proj")),
-    "whole": LoraSection(r=4, alpha=16, modules_to_save=("lm_head",)),
-}
-
-
-def trained(base_dir: Path, folder: Path, lora: LoraSection, quantization: QuantizationSection = NF4):  # type: ignore[no-untyped-def]
-    """A model with an adapter that has moved, and that adapter saved with what it was trained against."""
-    base = hub.resolve(str(base_dir), "main", Recorder())
-    model = load.load_base(base, quantization, "auto", torch.device("cpu"), Recorder())
-    model = adapters.attach(model, lora, seed=1)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in adapters.trainable(model).items():
-            if "lora_A" not in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
-    folder.mkdir(parents=True, exist_ok=True)
-    adapters.save(model, folder, base.name, base.commit)
-    said = {"base": base.name, "revision": "main", "fingerprint": base.fingerprint}
-    (folder / "qlora.json").write_text(json.dumps({**said, "quantization": quantization.model_dump()}))
-    return model.eval()
-
-
-def exported(adapter: Path, **settings):  # type: ignore[no-untyped-def]
-    """What the command does, without reopening it in another process."""
-    return api.merge_and_export(adapter, options=api.export_options(verify=False), **settings)
-
-
-def logits(model) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    ids = torch.arange(4, 68).view(2, 32)
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits.float()
-
-
-def kl(reference: torch.Tensor, other: torch.Tensor) -> float:
-    p, q = torch.log_softmax(reference, -1), torch.log_softmax(other, -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def opened(folder: Path, dtype: torch.dtype = torch.bfloat16):  # type: ignore[no-untyped-def]
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +70,6 @@ def test_config_and_tokenizer_are_the_bases_files(tmp_path: Path) -> None:
 
 
 def test_shards_have_an_index(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora.export import hf
 
     monkeypatch.setattr(hf, "SHARD_BYTES", 60_000)
     model = trained(llama, tmp_path / "adapter", KINDS["plain"])
@@ -128,35 +79,6 @@ def test_shards_have_an_index(tmp_path: Path, llama: Path, monkeypatch: pytest.M
     assert kl(logits(model), logits(opened(tmp_path / "out"))) < 1e-3
 
 
-def of_peft(base: Path, folder: Path, resize: int = 0, **settings):  # type: ignore[no-untyped-def]
-    """An adapter made by peft alone on a plain model in fp32, moved from its start and saved by peft itself."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if resize:
-        model.resize_token_embeddings(resize)
-    chosen = {"target_modules": ["q_proj", "down_proj"], **settings}
-    model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **chosen}))
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def merge_of(base: Path, adapter: Path, **settings) -> Merge:  # type: ignore[no-untyped-def]
-    found = hub.resolve(str(base), "main", Recorder())
-    values = {"merge_base": "full", "quantization": QuantizationSection(type="none"), "dtype": torch.float32}
-    return Merge(found, read_adapter(adapter), device=torch.device("cpu"), **{**values, **settings})
-
-
-def whole(tensor, unit: int = 1) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    return torch.cat([block.reshape(-1) for block in tensor.blocks(unit)]).view(tensor.shape)
-
-
 @pytest.mark.parametrize("base", ["full", "nf4"])
 def test_blocks_are_multiples_of_the_unit_and_the_same_values(
     tmp_path: Path, llama: Path, base: str, monkeypatch: pytest.MonkeyPatch
@@ -164,7 +86,7 @@ def test_blocks_are_multiples_of_the_unit_and_the_same_values(
     trained(llama, tmp_path / "adapter", KINDS["dora"])
     merge = merge_of(llama, tmp_path / "adapter", merge_base=base, quantization=NF4)
     expected = {tensor.parameter: whole(tensor) for tensor in merge.tensors()}
-    monkeypatch.setattr("qlora.export.merge.VALUES_PER_BLOCK", 64 * 8)
+    monkeypatch.setattr("qlora.export.merge.merge.VALUES_PER_BLOCK", 64 * 8)
     for tensor in merge.tensors():
         for unit in (1, 3, 16):
             # Matrix products of other sizes add up in another order: the last bit differs.
@@ -186,8 +108,9 @@ def test_memory_is_a_block_not_a_tensor(tmp_path: Path, base: str) -> None:
 import threading, time
 from pathlib import Path
 from qlora.recipe.sections import QuantizationSection
+from qlora.events import Recorder
+from tests.export.cases import merge_of
 from tests.export.hf_folder import write_hf
-from tests.export.test_merge import Recorder, merge_of
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

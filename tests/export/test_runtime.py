@@ -19,11 +19,12 @@ from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab
 from qlora.export.gguf.metadata import entries
 from qlora.export.gguf.write import GgufFile
-from qlora.export.llama_cpp import runtime, runtime_child
+from qlora.export.llama_cpp import library, runtime_child
 from qlora.export.llama_cpp.runtime import Request, Runtime, ask, find_runtime
-from qlora.export.verify import streamed
+from qlora.export.verify import candidates
 from qlora.model import generate, hub, load
 from qlora.model.meta_model import build
+from tests.export import llama
 from tests.families import END_OF_TURN_ID, make_base
 
 pytest.importorskip("xllamacpp", reason='no llama.cpp to ask: pip install "qlora[gguf]"')
@@ -39,7 +40,7 @@ def write_f32(folder: Path, target: Path, without: str = "") -> Path:
     plan = planning.plan(base, None, planning.Tokens(), ["f32"])
     keys = (*entries(list(plan.layout.keys)), *vocab.metadata(plan.vocab))
     file = GgufFile("f32", target.name, tuple(k for k in keys if k.key != without), plan.choices["f32"].types)
-    weights = streamed.of_folder(meta_model, base)
+    weights = candidates.of_folder(meta_model, base)
     content = [file.header(plan.layout)]
     for tensor in plan.layout.tensors:
         data = tensor.to_gguf(weights[tensor.parameter]().float()).contiguous().numpy()
@@ -78,26 +79,26 @@ def test_logprobs_and_greedy_answers_are_those_of_transformers(
 ) -> None:
     """With the F16 cache or flash attention of llama.cpp's defaults the difference is 5e-4 and more."""
     pytest.importorskip(package, reason=f"{package} is not installed")
-    monkeypatch.setattr(runtime, "_PLACES", [place for place in runtime._PLACES if place[0] == package])
+    places = [place for place in library._LLAMA_PLACES if place[0] == package]
+    monkeypatch.setattr(library, "_LLAMA_PLACES", places)
     found = find_runtime()
     assert found is not None
-    prompts = [ROWS[0][0][:10], ROWS[1][0][:33], [5]]
-    request = Request(rows=ROWS, prompts=prompts, end_ids=(END_OF_TURN_ID,), max_new_tokens=32)
-    with ask(found, file, request) as answer:
+    with ask(found, file, Request(rows=ROWS)) as answer:
         assert answer.logprobs_NV.shape == (30, 384) and answer.logprobs_NV.dtype == np.float32
         difference = np.abs(answer.logprobs_NV - wanted_logprobs(model).numpy()).max()
-        answers = [list(ids) for ids in answer.answers]
     assert difference < 5e-5
+    prompts = [ROWS[0][0][:10], ROWS[1][0][:33], [5]]
+    answers = llama.greedy(file, prompts, [END_OF_TURN_ID])
     assert answers == generate.greedy(model, prompts, [END_OF_TURN_ID], 32, 0)
     assert max(map(len, answers)) == 32, "no answer is long enough to say much"
 
 
 def test_rows_longer_than_a_batch(file: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed in pieces, they give what they give at once."""
-    library = runtime_child.open_llama(RUNTIME.library)
+    opened = runtime_child.open_llama(RUNTIME.library)
     monkeypatch.setattr(runtime_child, "_BATCH", 16)
     monkeypatch.setattr(runtime_child, "_OUTPUT_BYTES", 4 * 384 * 2)
-    context = runtime_child.Context.open(runtime_child.Model.load(library, file), 40, 1, None)
+    context = runtime_child.Context.open(runtime_child.Model.load(opened, file), 40, 1)
     found = []
     for ids, places in ROWS:
         context.restart()
@@ -110,13 +111,9 @@ def test_tokens_and_vocabulary(file: Path, folder: Path) -> None:
     texts = ("", "The quick brown  fox\n\n", "<|im_start|>user\nWhat is it?<|im_end|>", "naïve 日本 🦙")
     with ask(RUNTIME, file, Request(texts=texts)) as answer:
         assert [list(ids) for ids in answer.tokenized] == [tokenizer(text)["input_ids"] for text in texts]
-        assert answer.vocabulary.tokens == 384
-        assert END_OF_TURN_ID in answer.vocabulary.end_ids
-        assert answer.vocabulary.chat_template == tokenizer.chat_template
-        assert not answer.vocabulary.add_bos and not answer.vocabulary.add_eos
-        assert answer.logprobs_NV.shape == (0, 384) and answer.answers == ()
-    with ask(RUNTIME, file, Request(texts=texts, parse_special=False)) as answer:
-        assert answer.tokenized[2][0] != tokenizer(texts[2])["input_ids"][0]
+        assert END_OF_TURN_ID in answer.end_ids
+        assert answer.chat_template == tokenizer.chat_template
+        assert answer.logprobs_NV.shape == (0, 384)
 
 
 def test_an_adapter_on_top_changes_what_is_computed(file: Path, folder: Path, tmp_path: Path) -> None:
@@ -138,10 +135,8 @@ def test_an_adapter_on_top_changes_what_is_computed(file: Path, folder: Path, tm
     merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         merged.model.layers[1].mlp.down_proj.weight += torch.from_numpy(b @ a)
-    with ask(RUNTIME, file, Request(rows=ROWS, adapter=tmp_path / "lora.gguf")) as answer:
-        assert np.abs(answer.logprobs_NV - wanted_logprobs(merged).numpy()).max() < 1e-4
-    missing = refused(file, Request(rows=ROWS, adapter=tmp_path / "none.gguf"))
-    assert "llama.cpp cannot load the adapter none.gguf" in missing.what
+    found = llama.logprobs_with_adapter(file, tmp_path / "lora.gguf", ROWS)
+    assert float((found - wanted_logprobs(merged)).abs().max()) < 1e-4
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -178,8 +173,7 @@ def test_a_file_that_aborts_the_process_does_not_abort_ours(file: Path, tmp_path
 
 
 def test_a_child_that_takes_too_long_is_ended(file: Path) -> None:
-    request = Request(prompts=[[5]], max_new_tokens=100_000)
-    assert "did not answer within 1 s" in refused(file, request, limit_seconds=1.0).what
+    assert "did not answer within 0 s" in refused(file, Request(rows=ROWS), limit_seconds=0.1).what
 
 
 def test_a_library_of_another_kind_is_refused(file: Path) -> None:
@@ -189,8 +183,8 @@ def test_a_library_of_another_kind_is_refused(file: Path) -> None:
 
 def test_parameters_laid_out_otherwise_are_refused() -> None:
     """Defaults in other places must never be written over blindly."""
-    library = runtime_child.open_llama(RUNTIME.library)
-    defaults = library.llama_context_default_params()
+    opened = runtime_child.open_llama(RUNTIME.library)
+    defaults = opened.llama_context_default_params()
     raw = bytes(defaults.room)
     changed = bytes(runtime_child.context_parameters(defaults, 1000).room)
     assert struct.unpack_from("<4I", changed) == (1000, 512, 512, 1)
@@ -207,5 +201,5 @@ def test_parameters_laid_out_otherwise_are_refused() -> None:
 
 
 def test_without_a_package_there_is_no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_PLACES", ())
+    monkeypatch.setattr(library, "_LLAMA_PLACES", ())
     assert find_runtime() is None

@@ -68,17 +68,14 @@ def test_the_sum_is_pefts_own(tmp_path: Path, kind: str, tie: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", "dora", "embedding dora", "head lora", "token rows", "resized"])
 @pytest.mark.filterwarnings("ignore")
-def test_the_expected_change_is_the_change(tmp_path: Path, llama: Path, kind: str) -> None:
+def test_the_changed_parameters_are_those_whose_values_differ(tmp_path: Path, llama: Path, kind: str) -> None:
     of_peft(llama, tmp_path / "adapter", **PEFT_KINDS[kind])
     merge = merge_of(llama, tmp_path / "adapter")
     before = {tensor.parameter: whole(tensor) for tensor in merge.base_tensors()}
     changed = []
     for tensor in merge.tensors():
         after, old = whole(tensor), before[tensor.parameter]
-        grown = torch.nn.functional.pad(old, (0, 0, 0, len(after) - len(old))) if after.ndim == 2 else old
-        norm = float((after.double() - grown.double()).norm())
-        assert merge.expected_delta(tensor.parameter) == pytest.approx(norm, rel=1e-4, abs=1e-9)
-        changed += [tensor.parameter] if norm else []
+        changed += [] if torch.equal(after, old) else [tensor.parameter]
     assert set(merge.changed) == set(changed) and changed
 
 

@@ -14,7 +14,7 @@ from qlora.export.gguf.quant_mixes import QUANTS, MixHparams, TypeChoice, choose
 from qlora.export.gguf.vocab import Vocab, read_vocab
 from qlora.export.llama_cpp.library import Ggml, find_library
 from qlora.model.base_folder import BaseFolder
-from qlora.model.meta_model import build
+from qlora.model.meta_model import MetaModel, build
 from qlora.model.tokenizer import copy_tokenizer, tokenizer_fingerprint
 
 
@@ -48,13 +48,14 @@ def plan(
     tokens: Tokens,
     quants: Sequence[str],
     has_imatrix: bool = False,
+    meta_model: MetaModel | None = None,
 ) -> GgufPlan:
     """The plan for a model of `base` whose stored parameters are `shapes` (None: the base's own).
 
-    Raises ExportError for whatever llama.cpp cannot express, for a quant that needs a ggml that is not installed, and
-    for a tokenizer that llama.cpp would read in another way.
+    `meta_model` is the base's (None: built here). Raises ExportError for whatever llama.cpp cannot express, for a quant
+    that needs a ggml that is not installed, and for a tokenizer that llama.cpp would read in another way.
     """
-    meta_model = build(base)
+    meta_model = meta_model or build(base)
     if shapes is None:
         weights = meta_model.model.state_dict()
         shapes = {name: tuple(weights[name].shape) for name in meta_model.sources}

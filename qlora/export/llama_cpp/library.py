@@ -1,4 +1,4 @@
-"""llama.cpp's own block encoders, called by ctypes inside a package that carries them.
+"""Where llama.cpp's libraries lie, and its own block encoders, called by ctypes.
 
 K- and IQ-quants are searches for the best scales, thousands of lines of C that change now and then; bytes equal to
 llama.cpp's come only from ggml itself. Both packages that ship it export its C functions: xllamacpp in its extension
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,19 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qlora.errors import ExportError
 
-# Package, folder in it, file names on Linux, macOS and Windows; the first that opens serves. Before ggml was split in
-# parts (November 2024), llama-cpp-python had all of it in one libggml.
-_PLACES = (
-    ("xllamacpp", ".", ("xllamacpp*.so", "xllamacpp*.pyd")),
+Place = tuple[str, str, tuple[str, ...]]  # package, folder in it, file names on Linux, macOS and Windows
+_XLLAMACPP: Place = ("xllamacpp", ".", ("xllamacpp*.so", "xllamacpp*.pyd"))
+# The first that opens serves. Before ggml was split in parts (November 2024), llama-cpp-python had all of it in one
+# libggml.
+_PLACES: tuple[Place, ...] = (
+    _XLLAMACPP,
     ("llama_cpp", "lib", ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")),
     ("llama_cpp", "lib", ("libggml.so", "libggml.dylib", "ggml.dll", "libggml.dll")),
+)
+# What holds llama.cpp's own C functions, those that load and run models.
+_LLAMA_PLACES: tuple[Place, ...] = (
+    _XLLAMACPP,
+    ("llama_cpp", "lib", ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")),
 )
 _INSTALL = 'pip install "qlora[gguf]"'
 
@@ -56,7 +63,7 @@ class Ggml:
 def find_library() -> Ggml:
     """The ggml of an installed xllamacpp or llama-cpp-python. Raises ExportError, with the command, without one."""
     reasons = []
-    for path in _candidates():
+    for _, path in _files(_PLACES):
         try:
             return open_library(path)
         except ExportError as error:
@@ -79,12 +86,18 @@ def open_library(path: Path) -> Ggml:
     return Ggml(path, functions)
 
 
-def _candidates() -> Iterator[Path]:
-    for package, folder, patterns in _PLACES:
+def find_llama() -> tuple[str, Path] | None:
+    """The package of an installed llama.cpp (xllamacpp or llama_cpp) and its library; None without one."""
+    return next(_files(_LLAMA_PLACES), None)
+
+
+def _files(places: Iterable[Place]) -> Iterator[tuple[str, Path]]:
+    """Package and path of every library in `places`."""
+    for package, folder, patterns in places:
         spec = importlib.util.find_spec(package)  # looks for the package, does not run it
         for root in spec.submodule_search_locations or () if spec else ():
             for pattern in patterns:
-                yield from sorted((Path(root) / folder).glob(pattern))
+                yield from ((package, path) for path in sorted((Path(root) / folder).glob(pattern)))
 
 
 def _declare(functions: Any) -> None:

@@ -7,15 +7,11 @@ lines. What goes there and back is JSON, but for log-probabilities, which come a
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from qlora.errors import ExportError
+from qlora.export import child
+from qlora.export.llama_cpp.library import find_llama
 
-# Package, folder in it, names of the library that holds llama.cpp's C functions.
-_PLACES = (
-    ("xllamacpp", ".", ("xllamacpp*.so", "xllamacpp*.pyd")),
-    ("llama_cpp", "lib", ("libllama.so", "libllama.dylib", "llama.dll", "libllama.dll")),
-)
+_CHILD = "qlora.export.llama_cpp.runtime_child"
 _DISTRIBUTIONS = {"xllamacpp": "xllamacpp", "llama_cpp": "llama-cpp-python"}
 # A file of 5 GB at 4 tokens a second, the slowest laptop that anyone would wait for, is 2e10 byte-tokens a second.
 _BYTE_TOKENS_PER_SECOND = 2e10
@@ -48,62 +42,40 @@ class Runtime:
 class Request:
     """What is asked of one file.
 
-    texts           to be tokenized; with the file's BOS and EOS when `add_special`, special tokens in them taken for
-                    such when `parse_special`
-    rows            token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
-    prompts         token ids to be continued greedily, up to one of `end_ids` or `max_new_tokens` tokens
-    adapter         a LoRA adapter as GGUF to be put on top
+    texts        to be tokenized, special tokens in them as such
+    add_special  with the file's BOS and EOS
+    rows         token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
     """
 
     texts: tuple[str, ...] = ()
     add_special: bool = True
-    parse_special: bool = True
     rows: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
-    prompts: Sequence[Sequence[int]] = ()
-    end_ids: tuple[int, ...] = ()
-    max_new_tokens: int = 0
-    adapter: Path | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to compute at most."""
-        return sum(len(ids) for ids, _ in self.rows) + sum(len(ids) + self.max_new_tokens for ids in self.prompts)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What llama.cpp has understood of a file's tokens: how many, which end a generation (control tokens that it takes
-    for such by their text too), BOS and EOS (-1: none), whether it adds them, and the chat template."""
-
-    tokens: int
-    end_ids: tuple[int, ...]
-    bos_id: int
-    eos_id: int
-    add_bos: bool
-    add_eos: bool
-    chat_template: str | None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`logprobs_NV`: fp32, a position of a row after the other, valid inside the `with` block alone."""
+    """What llama.cpp has understood of a file, and computed with it.
 
-    vocabulary: Vocabulary
+    end_ids        what ends a generation; control tokens that it takes for such by their text too
+    chat_template  None where the file has none
+    tokenized      ids of each of the request's texts
+    logprobs_NV    fp32, a position of a row after the other; valid inside the `with` block alone
+    """
+
+    end_ids: tuple[int, ...]
+    chat_template: str | None
     tokenized: tuple[tuple[int, ...], ...]
     logprobs_NV: NDArray[np.float32]
-    answers: tuple[tuple[int, ...], ...]
 
 
 def find_runtime() -> Runtime | None:
     """The installed xllamacpp, else llama-cpp-python, else None."""
-    for package, folder, patterns in _PLACES:
-        spec = importlib.util.find_spec(package)  # looks for the package, does not run it
-        for root in spec.submodule_search_locations or () if spec else ():
-            for pattern in patterns:
-                for library in sorted((Path(root) / folder).glob(pattern)):
-                    distribution = _DISTRIBUTIONS[package]
-                    return Runtime(f"{distribution} {importlib.metadata.version(distribution)}", library)
-    return None
+    found = find_llama()
+    if found is None:
+        return None
+    package, library = found
+    distribution = _DISTRIBUTIONS[package]
+    return Runtime(f"{distribution} {importlib.metadata.version(distribution)}", library)
 
 
 @contextmanager
@@ -112,35 +84,19 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
 
     Raises ExportError when the process dies, says no, or takes longer than `limit_seconds` (by default by the work).
     """
-    seconds = limit_seconds or _START_SECONDS + request.tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
+    tokens = sum(len(ids) for ids, _ in request.rows)
+    seconds = limit_seconds or _START_SECONDS + tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-runtime-") as name:
         folder = Path(name)
-        (folder / "request.json").write_text(json.dumps(_as_json(runtime, file, request)), encoding="utf-8")
-        said = _run(file, folder, seconds)
-        vocabulary = Vocabulary(**{**said["vocabulary"], "end_ids": tuple(said["vocabulary"]["end_ids"])})
+        asked = {**asdict(request), "library": str(runtime.library), "file": str(file), "threads": threads()}
+        answer = _answer_of_child(file, child.run(_CHILD, asked, folder, seconds), seconds)
         count = sum(len(positions) for _, positions in request.rows)
         yield Answer(
-            vocabulary,
-            tuple(tuple(ids) for ids in said["tokenized"]),
-            _mapped(file, folder / "logprobs.f32", (count, vocabulary.tokens)),
-            tuple(tuple(ids) for ids in said.get("answers", ())),
+            end_ids=tuple(answer["end_ids"]),
+            chat_template=answer["chat_template"],
+            tokenized=tuple(tuple(ids) for ids in answer["tokenized"]),
+            logprobs_NV=_mapped(file, folder / "logprobs.f32", (count, answer["tokens"])),
         )
-
-
-def _as_json(runtime: Runtime, file: Path, request: Request) -> dict[str, Any]:
-    return {
-        "library": str(runtime.library),
-        "file": str(file),
-        "threads": threads(),
-        "texts": list(request.texts),
-        "add_special": request.add_special,
-        "parse_special": request.parse_special,
-        "rows": [(list(ids), list(positions)) for ids, positions in request.rows],
-        "prompts": [list(ids) for ids in request.prompts],
-        "end_ids": list(request.end_ids),
-        "max_new_tokens": request.max_new_tokens,
-        "adapter": None if request.adapter is None else str(request.adapter),
-    }
 
 
 def threads() -> int:
@@ -152,31 +108,16 @@ def threads() -> int:
     return max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) // 2))
 
 
-def _run(file: Path, folder: Path, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "qlora.export.llama_cpp.runtime_child", str(folder / "request.json")]
+def _answer_of_child(file: Path, done: child.Outcome, seconds: float) -> Mapping[str, Any]:
     hint = "export again; if it happens again, use --no-verify and report the file's quant and base"
-    with (folder / "log.txt").open("wb") as log:
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=seconds, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ExportError(f"{file}: llama.cpp did not answer within {seconds:.0f} s", hint) from error
-    answer_file = folder / "answer.json"
-    said = json.loads(answer_file.read_text(encoding="utf-8")) if answer_file.is_file() else {}
-    if done.returncode == 0 and "vocabulary" in said:
-        return dict(said)
-    how = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-    reason = ": ".join(part for part in (said.get("failed"), last_complaint(folder / "log.txt")) if part)
+    if done.code is None:
+        raise ExportError(f"{file}: llama.cpp did not answer within {seconds:.0f} s", hint)
+    if done.code == 0 and "tokens" in done.answer:
+        return done.answer
+    how = f"ended by signal {-done.code}" if done.code < 0 else f"exit code {done.code}"
+    complaint = done.last_line("error", "assert", "invalid")
+    reason = ": ".join(part for part in (done.answer.get("failed"), complaint) if part)
     raise ExportError(f"{file}: {reason or 'llama.cpp crashed'} ({how})", hint)
-
-
-def last_complaint(log: Path) -> str:
-    """The last line of llama.cpp's log that tells of an error, "" when none does."""
-    text = log.read_bytes()[-(1 << 16) :].decode("utf-8", "replace")
-    lines = [" ".join(line.split()) for line in text.splitlines()]
-    telling = [line for line in lines if any(word in line.lower() for word in ("error", "assert", "invalid"))]
-    return telling[-1][:300] if telling else ""
 
 
 def _mapped(file: Path, path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
 """llama.cpp through its C functions, in a process of its own.
 
 A file that llama.cpp cannot read may abort the process that loads it, so nothing of this runs in the parent; and
-nothing of the package is imported, only its library is opened. Why not the packages' own interfaces: xllamacpp's hands
-out log-probabilities as JSON text, a position a request, and listens on a port meanwhile; llama-cpp-python's are
+neither package of llama.cpp is imported, only its library is opened. Why not the packages' own interfaces: xllamacpp's
+hands out log-probabilities as JSON text, a position a request, and listens on a port meanwhile; llama-cpp-python's are
 another set again. The C functions are the same in both.
 
 Two structures of parameters go to llama.cpp by value, and their layout changes between versions. They are therefore
@@ -14,7 +14,6 @@ what was set is asked back from the context.
 from __future__ import annotations
 
 import ctypes
-import json
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from qlora.export import child
 
 # Larger than any version's parameters (llama_context_params: 160 bytes in October 2026). A structure over 16 bytes is
 # handed over in memory by the conventions of x86-64 (System V), arm64 and Windows, and what follows it is not read.
@@ -42,7 +43,7 @@ _OUTPUT_BYTES = 64 << 20  # fp32 logits that llama.cpp holds at a time
 
 
 class Failed(Exception):
-    """What the parent is told in words."""
+    """What the parent reports in words."""
 
 
 class _Opaque(ctypes.Structure):
@@ -80,20 +81,11 @@ def open_llama(path: Path) -> Any:
         "llama_get_memory": (pointer, (pointer,)),
         "llama_memory_clear": (None, (pointer, boolean)),
         "llama_set_n_threads": (None, (pointer, integer, integer)),
-        "llama_adapter_lora_init": (pointer, (pointer, ctypes.c_char_p)),
-        "llama_set_adapters_lora": (
-            integer,
-            (pointer, ctypes.POINTER(pointer), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)),
-        ),
         "llama_batch_init": (_Batch, (integer, integer, integer)),
         "llama_decode": (integer, (pointer, _Batch)),
         "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (pointer, integer)),
         "llama_vocab_n_tokens": (integer, (pointer,)),
         "llama_vocab_is_eog": (boolean, (pointer, integer)),
-        "llama_vocab_bos": (integer, (pointer,)),
-        "llama_vocab_eos": (integer, (pointer,)),
-        "llama_vocab_get_add_bos": (boolean, (pointer,)),
-        "llama_vocab_get_add_eos": (boolean, (pointer,)),
         "llama_tokenize": (
             integer,
             (pointer, ctypes.c_char_p, integer, ctypes.POINTER(integer), integer, boolean, boolean),
@@ -135,21 +127,15 @@ class Model:
         return {
             "tokens": self.tokens,
             "end_ids": [at for at in range(self.tokens) if llama.llama_vocab_is_eog(self.vocabulary, at)],
-            "bos_id": int(llama.llama_vocab_bos(self.vocabulary)),
-            "eos_id": int(llama.llama_vocab_eos(self.vocabulary)),
-            "add_bos": bool(llama.llama_vocab_get_add_bos(self.vocabulary)),
-            "add_eos": bool(llama.llama_vocab_get_add_eos(self.vocabulary)),
             "chat_template": None if template is None else template.decode("utf-8", "replace"),
         }
 
-    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
-        """The ids of `text`, when `add_special` with whatever the file says to add before and after it."""
+    def tokenize(self, text: str, add_special: bool) -> list[int]:
+        """The ids of `text`, special tokens in it as such; `add_special`: with what the file says to add around it."""
         encoded = text.encode()
         room = len(encoded) + 8
         ids = (ctypes.c_int32 * room)()
-        count = self.library.llama_tokenize(
-            self.vocabulary, encoded, len(encoded), ids, room, add_special, parse_special
-        )
+        count = self.library.llama_tokenize(self.vocabulary, encoded, len(encoded), ids, room, add_special, True)
         if count < 0:
             raise Failed(f"llama.cpp makes {-count} tokens of {len(encoded)} bytes")
         return list(ids[:count])
@@ -164,7 +150,7 @@ class Context:
     batch: _Batch
 
     @classmethod
-    def open(cls, model: Model, longest: int, threads: int, adapter: Path | None) -> Context:
+    def open(cls, model: Model, longest: int, threads: int) -> Context:
         library = model.library
         parameters = context_parameters(library.llama_context_default_params(), longest)
         context = library.llama_init_from_model(model.model, parameters)
@@ -174,12 +160,6 @@ class Context:
         if got[0] < longest or got[1:] != (_BATCH, 1):
             raise Failed(f"this llama.cpp understands its parameters otherwise (context, batch, rows: {got})")
         library.llama_set_n_threads(context, threads, threads)
-        if adapter is not None:
-            loaded = library.llama_adapter_lora_init(model.model, str(adapter).encode())
-            if not loaded or library.llama_set_adapters_lora(
-                context, (ctypes.c_void_p * 1)(loaded), 1, (ctypes.c_float * 1)(1.0)
-            ):
-                raise Failed(f"llama.cpp cannot load the adapter {adapter.name}")
         batch = library.llama_batch_init(_BATCH, 0, 1)
         if batch.n_tokens != 0 or batch.embd or not (batch.token and batch.pos and batch.logits):
             raise Failed("this llama.cpp has another kind of batch")
@@ -222,20 +202,6 @@ class Context:
         self.batch.seq_id[place][0] = 0
         self.batch.logits[place] = int(wants)
 
-    def greedy(self, prompt: Sequence[int], end_ids: frozenset[int], most: int) -> list[int]:
-        """The most likely continuation up to, and without, an end id."""
-        self.restart()
-        answer: list[int] = []
-        new, start = list(prompt), 0
-        while len(answer) < most:
-            (logits,) = self.logits(new, start, frozenset((start + len(new) - 1,)))
-            token = int(logits.argmax())
-            if token in end_ids:
-                break
-            answer.append(token)
-            start, new = start + len(new), [token]
-        return answer
-
 
 def context_parameters(defaults: _Opaque, longest: int) -> _Opaque:
     """The library's default parameters with room for `longest` tokens, batches of our size, and attention in F32."""
@@ -263,34 +229,24 @@ def log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
 def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Everything that the request asks of one file; log-probabilities go into `folder`/logprobs.f32."""
     model = Model.load(open_llama(Path(request["library"])), Path(request["file"]))
-    said: dict[str, Any] = {"vocabulary": model.describe()}
-    how = (request["add_special"], request["parse_special"])
-    said["tokenized"] = [model.tokenize(text, *how) for text in request["texts"]]
-    rows, prompts = request["rows"], request["prompts"]
-    longest = max([len(ids) for ids, _ in rows] + [len(ids) + request["max_new_tokens"] for ids in prompts], default=0)
-    if not longest:
-        return said
-    adapter = request["adapter"]
-    context = Context.open(model, longest, request["threads"], None if adapter is None else Path(adapter))
-    with (folder / "logprobs.f32").open("wb") as file:
-        for ids, positions in rows:
-            context.restart()
-            for logits_V in context.logits(ids, 0, frozenset(positions)):
-                file.write(log_softmax(logits_V).data)
-    ends = frozenset(request["end_ids"])
-    said["answers"] = [context.greedy(ids, ends, request["max_new_tokens"]) for ids in prompts]
-    return said
+    tokenized = [model.tokenize(text, request["add_special"]) for text in request["texts"]]
+    if rows := request["rows"]:
+        context = Context.open(model, max(len(ids) for ids, _ in rows), request["threads"])
+        with (folder / "logprobs.f32").open("wb") as file:
+            for ids, positions in rows:
+                context.restart()
+                for logits_V in context.logits(ids, 0, frozenset(positions)):
+                    file.write(log_softmax(logits_V).data)
+    return {**model.describe(), "tokenized": tokenized}
 
 
 def main(request_file: Path) -> int:
     """Answer a request. Exit code 3 with the reason in answer.json when llama.cpp says no; it may also just die."""
-    folder = request_file.parent
-    request = json.loads(request_file.read_text(encoding="utf-8"))
     try:
-        said, code = answer(request, folder), 0
+        found, code = answer(child.read_request(request_file), request_file.parent), 0
     except Failed as failed:
-        said, code = {"failed": str(failed)}, 3
-    (folder / "answer.json").write_text(json.dumps(said), encoding="utf-8")
+        found, code = {"failed": str(failed)}, 3
+    child.write_answer(request_file, found)
     return code
 
 

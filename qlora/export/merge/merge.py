@@ -7,7 +7,7 @@ with scale = alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). An embe
 
 W is what the adapter was trained against: the base's weight as its NF4 code says it (`nf4`, rounded to bf16 as in the
 training's forward pass), or the original weight (`full`). Sums are in fp32, rounded once. Nothing is loaded as a model:
-weights are read from the base's shards in blocks of rows and handed on. What is held at a time is a block, and of a
+weights are read from the base's shards in blocks of rows and handed on. In memory at a time are a block, and of a
 weight in 4 bit its codes, a quarter of its 16-bit size.
 """
 
@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlora import disk
-from qlora.errors import ExportError
-from qlora.export.merge.parts import VALUES_PER_BLOCK, ParameterSource, Plan, is_multimodal, make_plan
+from qlora.export.merge.parts import VALUES_PER_BLOCK, MergeBase, ParameterSource, Plan, is_multimodal
 from qlora.model import nf4
 from qlora.model.adapter_folder import (
     ADAPTER_CONFIG,
@@ -32,19 +30,15 @@ from qlora.model.adapter_folder import (
     Adapter,
     LoraModule,
     TokenRows,
-    read_adapter,
-    scale_of,
 )
 from qlora.model.base_folder import BaseFolder
 from qlora.model.load import stored_4bit
-from qlora.model.meta_model import build
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
 from qlora.version import __version__
 
-__all__ = ["Adapter", "Merge", "MergeBase", "MergedTensor", "is_multimodal", "read_adapter", "scale_of"]
-
-MergeBase = Literal["nf4", "full"]
+# What a multimodal base's config says for all its parts, its text model among them.
+_OF_ALL_PARTS = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
 
 
 @dataclass(frozen=True)
@@ -66,67 +60,50 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class Merge:
-    """A base with its adapter, ready to be merged into `dtype` (fp32, bf16 or fp16)."""
+    """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16)."""
 
     base: BaseFolder
     adapter: Adapter
     merge_base: MergeBase
     quantization: QuantizationSection
     device: torch.device
+    plan: Plan
     dtype: torch.dtype = torch.bfloat16
 
     def tensors(self) -> list[MergedTensor]:
-        """Every tensor of the merged model, in the order of the base's own. Raises ExportError when they don't match.
+        """Every tensor of the merged model, in the order of the base's own.
 
         A head that shares the embeddings' weight is not among them.
         """
-        return [self._tensor(part, self.dtype) for part in self._plan.merged.values()]
+        return [self._tensor(source) for source in self.plan.merged.values()]
 
     def base_tensors(self) -> list[MergedTensor]:
-        """The base without the adapter, what training held in 4 bit dequantized where `merge_base` says so."""
-        return [self._tensor(part, self.dtype) for part in self._plan.base.values()]
+        """The base without the adapter, what training had in 4 bit dequantized where `merge_base` is nf4."""
+        return [self._tensor(source) for source in self.plan.base.values()]
 
     @property
     def changed(self) -> tuple[str, ...]:
         """The parameters that the adapter changes, in the order of the base's tensors."""
-        return tuple(name for name, part in self._plan.merged.items() if part != self._plan.base.get(name))
+        return tuple(name for name, source in self.plan.merged.items() if source != self.plan.base.get(name))
 
     @property
     def vocabulary_resized(self) -> bool:
         """Whether the merged model has another number of token rows than the base."""
-        name = self._plan.embeddings
-        return self._plan.merged[name].shape != self._plan.base[name].shape
-
-    def expected_delta(self, parameter: str) -> float:
-        """The Frobenius norm of merged minus base for one parameter, before rounding; 0 where nothing is merged.
-
-        For LoRA it is scale · ‖B A‖, from the r × r products BᵀB and AAᵀ. What is replaced or scaled (DoRA, whole
-        weights, token rows) is compared with the base in blocks; rows that the base lacks count in full.
-        """
-        part, before = self._plan.merged[parameter], self._plan.base.get(parameter)
-        if part == before:
-            return 0.0
-        lora = part.lora
-        if lora is not None and lora.magnitude is None and before == replace(part, lora=None):
-            a_RI, b_OR = read_tensor(lora.a).double(), read_tensor(lora.b).double()
-            return abs(lora.scale) * math.sqrt(max(0.0, float(((a_RI @ a_RI.T) * (b_OR.T @ b_OR)).sum())))
-        squares = 0.0
-        others = iter(()) if before is None else self._tensor(before, torch.float32).blocks(1)
-        for block in self._tensor(part, torch.float32).blocks(1):
-            other = next(others, block[:0])[: len(block)]
-            squares += float((block[: len(other)] - other).double().square().sum())
-            squares += float(block[len(other) :].double().square().sum())
-        return math.sqrt(squares)
+        name = self.plan.embeddings
+        return self.plan.merged[name].shape != self.plan.base[name].shape
 
     def text_config(self) -> dict[str, Any]:
         """The merged model's configuration: the base's (of a multimodal one, its text model's) with what merging
         changes: the size of the vocabulary, head tied or not, no quantization. The dtype stands as the base says it.
         """
-        config = _text_config(self.base) if is_multimodal(self.base) else dict(self.base.config)
+        config = dict(self.base.config)
+        if is_multimodal(self.base):
+            whole = {key: config[key] for key in _OF_ALL_PARTS if key in config}
+            config = {**whole, **config["text_config"], "architectures": [self.plan.architecture]}
         config.pop("quantization_config", None)
         if self.vocabulary_resized:
-            config["vocab_size"] = self._plan.merged[self._plan.embeddings].shape[0]
-        if self._plan.parted or (self._plan.own_head and config.get("tie_word_embeddings")):
+            config["vocab_size"] = self.plan.merged[self.plan.embeddings].shape[0]
+        if self.plan.parted or (self.plan.own_head and config.get("tie_word_embeddings")):
             config["tie_word_embeddings"] = False
         return config
 
@@ -143,64 +120,48 @@ class Merge:
             "device": self.device.type,
         }
 
-    @cached_property
-    def _plan(self) -> Plan:
-        if self.merge_base == "full" and self.base.stored_4bit:
-            raise ExportError(
-                f"{self.base.name}: is stored in 4 bit, there are no original weights in it",
-                "merge with --base nf4, or name the unquantized base",
-            )
-        return make_plan(self.base, self.adapter, self.merge_base == "nf4" and self.quantization.type != "none")
+    def _tensor(self, source: ParameterSource) -> MergedTensor:
+        return MergedTensor(source.name, source.parameter, source.shape, lambda unit: self._blocks(source, unit))
 
-    def _tensor(self, part: ParameterSource, dtype: torch.dtype) -> MergedTensor:
-        return MergedTensor(part.name, part.parameter, part.shape, lambda unit: self._blocks(part, dtype, unit))
-
-    def _blocks(self, part: ParameterSource, dtype: torch.dtype, unit: int) -> Iterator[Tensor]:
-        """Blocks of rows of one part, merged, in `dtype`, on the CPU."""
-        add = _adder(part.lora, self.device, lambda: self._base_blocks(part, 1)) if part.lora else None
+    def _blocks(self, source: ParameterSource, unit: int) -> Iterator[Tensor]:
+        """Blocks of rows of one parameter, merged, on the CPU."""
+        add = _adder(source.lora, self.device, lambda: self._base_blocks(source, 1)) if source.lora else None
         start = 0
-        for block in self._base_blocks(part, unit):
+        for block in self._base_blocks(source, unit):
             if add is not None:
                 block = add(block, start)
-            if part.rows is not None:
-                block = _with_rows(block, part.rows, start)
+            if source.rows is not None:
+                block = _with_rows(block, source.rows, start)
             start += block.shape[0] if block.ndim else 1
-            yield block.to(dtype=dtype).cpu()
+            yield block.to(dtype=self.dtype).cpu()
 
-    def _base_blocks(self, part: ParameterSource, unit: int) -> Iterator[Tensor]:
+    def _base_blocks(self, source: ParameterSource, unit: int) -> Iterator[Tensor]:
         """What the adapter is added to: as it is stored, or bf16 where it comes from 4 bit."""
-        if len(part.shape) < 2:
-            yield read_tensor(part.entry)
+        if len(source.shape) < 2:
+            yield read_tensor(source.entry)
             return
-        read: Callable[[int, int], Tensor] = lambda start, end: read_tensor(part.entry, (start, end))  # noqa: E731
-        rows, columns = part.shape[0], math.prod(part.shape[1:])
-        if part.held != "plain":
-            quantized = self._quantized(part)
+        read: Callable[[int, int], Tensor] = lambda start, end: read_tensor(source.entry, (start, end))  # noqa: E731
+        rows, columns = source.shape[0], math.prod(source.shape[1:])
+        if source.storage != "plain":
+            quantized = self._quantized(source)
             read, unit = nf4.row_reader(quantized, torch.bfloat16), math.lcm(unit, nf4.row_unit(quantized))
         step = max(1, VALUES_PER_BLOCK // max(1, unit * columns)) * unit
         for start in range(0, rows, step):
             yield read(start, min(rows, start + step))
 
-    def _quantized(self, part: ParameterSource) -> nf4.Quantized:
+    def _quantized(self, source: ParameterSource) -> nf4.Quantized:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""
-        if part.held == "packed":
-            return stored_4bit(self.base, part.source, self.device)
-        held, entry = self.quantization, part.entry
+        if source.storage == "packed":
+            return stored_4bit(self.base, source.tensor, self.device)
+        quantization, entry = self.quantization, source.entry
         return nf4.quantize_rows(
             lambda start, end: read_tensor(entry, (start, end)).to(torch.bfloat16),
-            part.shape,
-            held.type,
-            held.double_quant,
+            source.shape,
+            quantization.type,
+            quantization.double_quant,
             self.device,
             VALUES_PER_BLOCK,
         )
-
-
-def _text_config(base: BaseFolder) -> dict[str, Any]:
-    """The config of a multimodal base's text model: its own section, with what the whole says for all parts."""
-    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype")
-    whole = {key: base.config[key] for key in shared if key in base.config}
-    return {**whole, **base.config["text_config"], "architectures": [type(build(base).model).__name__]}
 
 
 # --- arithmetic on blocks of rows -------------------------------------------------------------------------------------

@@ -16,13 +16,15 @@ import torch
 from qlora.errors import ExportError
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.meta_model import build, head_of, is_stored_4bit, linear_layers
+from qlora.model.meta_model import MetaModel, head_of, is_stored_4bit, linear_layers
 from qlora.model.tensors import TensorEntry, read_tensor
+from qlora.recipe.sections import QuantizationSection
 
 # 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the
 # kernel. (Merging 14336 x 4096 on one thread of an EPYC: 1.2 G values a second, and 0.36 with 1 << 22.)
 VALUES_PER_BLOCK = 1 << 19
 
+MergeBase = Literal["nf4", "full"]
 Storage = Literal["plain", "packed", "coded"]
 
 
@@ -30,32 +32,33 @@ Storage = Literal["plain", "packed", "coded"]
 class ParameterSource:
     """Where one parameter's values come from, and what is done to them.
 
-    name    in the written checkpoint
-    source  the tensor's name in the base's checkpoint
-    held    "plain": as `entry` stores it; "packed": as 4-bit codes in the checkpoint; "coded": to be put into 4 bit as
-            training did
+    name     in the written checkpoint
+    tensor   its name in the base's checkpoint
+    storage  "plain": as `entry` stores it; "packed": as 4-bit codes in the checkpoint; "coded": to be put into 4 bit as
+             training did
     """
 
     name: str
     parameter: str
-    source: str
+    tensor: str
     shape: tuple[int, ...]
     entry: TensorEntry
-    held: Storage = "plain"
+    storage: Storage = "plain"
     lora: LoraModule | None = None
     rows: TokenRows | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Parts by parameter, in the order of the base's tensors: merged, and of the base alone.
+    """Where each parameter comes from, in the order of the base's tensors: merged, and of the base alone.
 
-    `embeddings` is the token embeddings' parameter; `own_head`: the merged head has a weight of its own; `parted`: it
-    shares one with the embeddings in the base.
+    `architecture` is the causal model's class; `embeddings` the token embeddings' parameter; `own_head`: the merged
+    head has a weight of its own; `parted`: it shares one with the embeddings in the base.
     """
 
     merged: Mapping[str, ParameterSource]
     base: Mapping[str, ParameterSource]
+    architecture: str
     embeddings: str
     own_head: bool
     parted: bool
@@ -66,28 +69,40 @@ def is_multimodal(base: BaseFolder) -> bool:
     return isinstance(base.config.get("text_config"), Mapping)
 
 
-def make_plan(base: BaseFolder, adapter: Adapter, in_4bit: bool) -> Plan:
-    """The parts of `adapter` merged into `base`; `in_4bit`: onto linear layers as they are held in 4 bit.
+def make_plan(
+    base: BaseFolder,
+    meta_model: MetaModel,
+    adapter: Adapter,
+    merge_base: MergeBase,
+    quantization: QuantizationSection,
+) -> Plan:
+    """The plan of `adapter` merged into `base`: onto linear layers as training quantized them, or the original ones.
 
-    Raises ExportError when adapter and base do not belong together.
+    `meta_model` is the base's. Raises ExportError when adapter and base do not belong together, or when the base has no
+    original weights.
     """
-    meta_model = build(base)
+    if merge_base == "full" and base.stored_4bit:
+        raise ExportError(
+            f"{base.name}: is stored in 4 bit, there are no original weights in it",
+            "merge with --base nf4, or name the unquantized base",
+        )
     model = meta_model.model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # A base stored in 4 bit keeps some layers in 16 bit on purpose: those are never quantized.
-    coded = {f"{name}.weight" for name, _ in linear_layers(model)} if in_4bit and not base.stored_4bit else set()
+    in_4bit = merge_base == "nf4" and quantization.type != "none" and not base.stored_4bit
+    coded = {f"{name}.weight" for name, _ in linear_layers(model)} if in_4bit else set()
     own: dict[str, ParameterSource] = {}
-    for parameter, source in meta_model.sources.items():
-        name = parameter if is_multimodal(base) else source
-        packed = is_stored_4bit(base, source)
-        held: Storage = "packed" if packed else "coded" if parameter in coded else "plain"
-        own[parameter] = ParameterSource(name, parameter, source, shapes[parameter], base.tensors[source], held)
+    for parameter, tensor in meta_model.sources.items():
+        name = parameter if is_multimodal(base) else tensor
+        packed = is_stored_4bit(base, tensor)
+        storage: Storage = "packed" if packed else "coded" if parameter in coded else "plain"
+        own[parameter] = ParameterSource(name, parameter, tensor, shapes[parameter], base.tensors[tensor], storage)
     modules = {id(module): name for name, module in model.named_modules()}
     embeddings = f"{modules[id(model.get_input_embeddings())]}.weight"
     head = f"{modules[id(head_of(model))]}.weight"
     tied = None if head in own else replace(own[embeddings], name=head, parameter=head)
     _check(base.name, adapter, {**own, head: tied or own[head]}, (embeddings, head))
-    merged = {name: _changed(part, adapter) for name, part in own.items()}
+    merged = {name: _changed(source, adapter) for name, source in own.items()}
     parted = tied and _parted_head(adapter, tied, merged[embeddings])
     if parted:
         merged[head] = parted
@@ -95,20 +110,20 @@ def make_plan(base: BaseFolder, adapter: Adapter, in_4bit: bool) -> Plan:
         what = f"{head} has {merged[head].shape[0]} rows, {embeddings} {merged[embeddings].shape[0]}"
         hint = "the vocabulary was resized, but one of the two not saved: save with save_embedding_layers=True"
         raise ExportError(f"{adapter.folder}: {what}", hint)
-    return Plan(merged, own, embeddings, head in merged, bool(parted))
+    return Plan(merged, own, type(model).__name__, embeddings, head in merged, bool(parted))
 
 
-def _changed(part: ParameterSource, adapter: Adapter) -> ParameterSource:
-    name = part.parameter
+def _changed(source: ParameterSource, adapter: Adapter) -> ParameterSource:
+    name = source.parameter
     if entry := adapter.whole.get(name) or adapter.under.get(name):
-        part = replace(part, entry=entry, shape=entry.shape, held="plain")
-    return replace(part, lora=adapter.lora.get(name), rows=adapter.rows.get(name))
+        source = replace(source, entry=entry, shape=entry.shape, storage="plain")
+    return replace(source, lora=adapter.lora.get(name), rows=adapter.rows.get(name))
 
 
 def _parted_head(adapter: Adapter, tied: ParameterSource, embeddings: ParameterSource) -> ParameterSource | None:
     """The head of a base that ties it to its embeddings, if the trained model's differs from them, else None."""
     head, other = tied.parameter, embeddings.parameter
-    if any(head in said for said in (adapter.lora, adapter.whole, adapter.under, adapter.rows)):
+    if any(head in trained for trained in (adapter.lora, adapter.whole, adapter.under, adapter.rows)):
         own = _changed(tied, adapter)
         return None if _same_values(own, embeddings) else own
     # peft lets a tied head follow single token rows and resized embeddings, but neither low-rank matrices on the
@@ -122,8 +137,8 @@ def _parted_head(adapter: Adapter, tied: ParameterSource, embeddings: ParameterS
 
 
 def _same_values(one: ParameterSource, other: ParameterSource) -> bool:
-    """Whether two parts are certain to give the same weight."""
-    if (one.shape, one.entry.dtype, one.held) != (other.shape, other.entry.dtype, other.held):
+    """Whether two sources are certain to give the same weight."""
+    if (one.shape, one.entry.dtype, one.storage) != (other.shape, other.entry.dtype, other.storage):
         return False
     if one.entry != other.entry:
         step = max(1, VALUES_PER_BLOCK // max(1, math.prod(one.shape[1:])))
@@ -166,13 +181,13 @@ def _check(name: str, adapter: Adapter, base: Mapping[str, ParameterSource], voc
         if entry.shape != shape and not (resizable and entry.shape[1:] == shape[1:]):
             raise ExportError(f"{folder}: {parameter} is {entry.shape} here and {shape} in {name}", hint)
     for parameter in (*adapter.lora, *adapter.rows):
-        part = _changed(base[parameter], adapter)
-        fits = part.lora is None or part.lora.shape == part.shape
-        if part.rows is not None and fits:
-            fits = part.rows.values.shape[1:] == part.shape[1:] and max(part.rows.ids) < part.shape[0]
+        source = _changed(base[parameter], adapter)
+        fits = source.lora is None or source.lora.shape == source.shape
+        if source.rows is not None and fits:
+            fits = source.rows.values.shape[1:] == source.shape[1:] and max(source.rows.ids) < source.shape[0]
         if not fits:
-            trained = part.lora.shape if part.lora else part.rows and part.rows.values.shape
-            raise ExportError(f"{folder}: {parameter} is {trained} here and {part.shape} in {name}", hint)
+            trained = source.lora.shape if source.lora else source.rows and source.rows.values.shape
+            raise ExportError(f"{folder}: {parameter} is {trained} here and {source.shape} in {name}", hint)
     if not adapter.whole and not adapter.rows and not any(map(_moves, adapter.lora.values())):
         raise ExportError(f"{folder}: nothing to merge, every lora_B is zero", "train it first")
 

@@ -6,7 +6,7 @@ gives its own at the same positions. Compared are the mean Kullback-Leibler dive
 the perplexity of the rows' own answers, and how often both would choose the same next token. KL sees what greedy text
 does not: a 4-bit file may answer all questions right and still be 5e-3 nats away.
 
-Candidates come as chunks of log-probabilities, whoever computes them: `streamed.vocabulary_logprobs` for weights,
+Candidates come as chunks of log-probabilities, whatever computes them: `candidates.vocabulary_logprobs` for weights,
 `runtime.ask` for GGUF files.
 """
 
@@ -30,8 +30,9 @@ from qlora.data.loader import collate
 from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
-from qlora.export.verify.streamed import head_logprobs, trained_hidden
+from qlora.export.verify.candidates import head_logprobs
 from qlora.step.forward import CausalParts, evaluating, hidden_states
+from qlora.step.layerwise import trained_hidden
 
 # The trained model's log-probabilities on the disk: 65,536 positions at a vocabulary of 2,048, 883 at one of 152,064.
 REFERENCE_BYTES = 512 << 20
@@ -176,7 +177,8 @@ def live_logprobs(model: Any, batches: Sequence[Batch], device: torch.device) ->
     parts = CausalParts.of(model.get_base_model() if hasattr(model, "get_base_model") else model)
     for batch in batches:
         with evaluating(model):
-            hidden_TD = trained_hidden(hidden_states(parts, batch.to(device)), batch.to(device))
+            on_device = batch.to(device)
+            hidden_TD = trained_hidden(hidden_states(parts, on_device), on_device)
             yield from head_logprobs(hidden_TD, parts.head, parts.transform, parts.chunk_tokens)
 
 

@@ -1,22 +1,22 @@
-"""Whether an export is what was meant: reopened, every weight compared, and asked how it reads texts and when it stops.
+"""Whether an export is what was meant: reopened, every weight compared, and how it reads texts and when it stops.
 
-Weights are compared in a child process (`verify_child`), all files of an export in one pass over the base. What a model
-needs beside its weights is looked at here: configuration, tokenizer, template, end tokens; of a GGUF file through
+Weights are compared in a child process (`weights_child`), all files of an export in one pass over the base. What a
+model needs beside its weights is checked here: configuration, tokenizer, template, end tokens; of a GGUF file through
 llama.cpp, where one is installed (`runtime.ask` gives the `Answer`).
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora.errors import ExportError
+from qlora.export import child
 from qlora.export.gguf.vocab import Entry
 from qlora.export.hf import DTYPE_NAMES, patched_config, patched_tokenizer_config
 from qlora.export.llama_cpp.runtime import Answer
@@ -24,6 +24,8 @@ from qlora.export.merge.merge import Merge
 from qlora.model.tensors import load_json, total_bytes
 from qlora.model.tokenizer import TOKENIZER_FILES, has_template
 
+_CHILD = "qlora.export.verify.weights_child"
+_CONFIG_KEPT = "the base's, but for what merging changes"
 _HINT = "export again; if it happens again, report it with this line, and use --no-verify to keep the files"
 # The child imports torch and transformers, then reads, quantizes and compares at 10 MB/s or better on a slow laptop.
 _START_SECONDS = 300.0
@@ -32,7 +34,7 @@ _BYTES_PER_SECOND = 1e7
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, and what was found."""
+    """One thing that was checked, and what was found."""
 
     name: str
     ok: bool
@@ -42,22 +44,11 @@ class Check:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Verified:
-    """All that was looked at in one product."""
-
-    path: Path
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
-
-    def require(self) -> None:
-        """Raises ExportError naming the first check that failed."""
-        for check in self.checks:
-            if not check.ok:
-                raise ExportError(f"{self.path}: {check.name}: {check.detail}", _HINT)
+def require(path: Path, checks: Iterable[Check]) -> None:
+    """Raises ExportError naming the first of the checks of `path` that failed."""
+    for check in checks:
+        if not check.ok:
+            raise ExportError(f"{path}: {check.name}: {check.detail}", _HINT)
 
 
 @dataclass(frozen=True)
@@ -76,9 +67,9 @@ class Target:
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 
-def folder_target(folder: Path, merge: Merge) -> Target:
+def folder_target(folder: Path, dtype: torch.dtype) -> Target:
     """A written folder of safetensors."""
-    return Target(folder, dtype=DTYPE_NAMES[merge.dtype][0])
+    return Target(folder, dtype=DTYPE_NAMES[dtype][0])
 
 
 def gguf_target(file: Path, types: Mapping[str, Any], entries: Sequence[Entry]) -> Target:
@@ -90,7 +81,7 @@ def gguf_target(file: Path, types: Mapping[str, Any], entries: Sequence[Entry]) 
     return Target(file, types={name: kind.name for name, kind in types.items()}, keys=keys)
 
 
-def reopen(merge: Merge, targets: Sequence[Target], limit_seconds: float | None = None) -> list[Verified]:
+def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | None = None) -> dict[str, list[Check]]:
     """Compare every weight of `targets` with what `merge` says must stand in them, in a child process.
 
     Raises ExportError when the child dies, or takes longer than `limit_seconds` (by default by the size of the base).
@@ -101,35 +92,22 @@ def reopen(merge: Merge, targets: Sequence[Target], limit_seconds: float | None 
         "merge_base": merge.merge_base,
         "quantization": merge.quantization.model_dump(mode="json"),
         "device": str(merge.device),
-        "targets": [{**asdict(target), "path": str(target.path)} for target in targets],
+        "targets": [{**asdict(target), "path": str(target.path)} for target in targets.values()],
     }
     seconds = limit_seconds or _START_SECONDS + total_bytes(merge.base.tensors.values()) / _BYTES_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-verify-") as name:
-        said = _run(request, Path(name), seconds)
-    return [
-        Verified(target.path, tuple(Check(*result) for result in results))
-        for target, results in zip(targets, said["results"], strict=True)
-    ]
-
-
-def _run(request: Mapping[str, Any], folder: Path, seconds: float) -> dict[str, Any]:
-    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, "-m", "qlora.export.verify.weights_child", str(folder / "request.json")]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(f"verification did not end within {seconds:.0f} s", _HINT) from error
-    answer = folder / "answer.json"
-    said = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
-    if "results" in said:
-        return dict(said)
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    reason = said.get("failed") or (lines[-1][:300] if lines else "no message")
-    raise ExportError(f"verification failed: {reason} (exit code {done.returncode})", _HINT)
+        done = child.run(_CHILD, request, Path(name), seconds)
+    if done.code is None:
+        raise ExportError(f"verification did not end within {seconds:.0f} s", _HINT)
+    if "results" not in done.answer:
+        reason = done.answer.get("failed") or done.last_line() or "no message"
+        raise ExportError(f"verification failed: {reason} (exit code {done.code})", _HINT)
+    found = zip(targets, done.answer["results"], strict=True)
+    return {key: [Check(*result) for result in results] for key, results in found}
 
 
 def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list[Check]:
-    """Configuration, tokenizer and template of a folder of safetensors, and that it stops where training said.
+    """Configuration, tokenizer and template of a folder of safetensors, and that it stops where training does.
 
     `end_ids` are the trained template's end tokens, the turn's own end first; transformers stops at those of
     generation_config.json, or without it of config.json.
@@ -137,18 +115,13 @@ def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list
     source = merge.adapter.folder
     if not (source / "tokenizer_config.json").is_file():
         source = merge.base.path
-    config_file = folder / "config.json"
-    same_config = config_file.is_file() and config_file.read_text(encoding="utf-8") == patched_config(merge)
+    config = folder / "config.json"
+    same_config = config.is_file() and config.read_text(encoding="utf-8") == patched_config(merge)
     same_tokenizer = _same_tokenizer(folder, source)
+    tokenizer = "the files of the training" if same_tokenizer else f"differs from the one of the training in {source}"
     checks = [
-        Check(
-            "config", same_config, "the base's, but for what merging changes" if same_config else "config.json differs"
-        ),
-        Check(
-            "tokenizer",
-            same_tokenizer,
-            "the files of the training" if same_tokenizer else f"differs from the one of the training in {source}",
-        ),
+        Check("config", same_config, _CONFIG_KEPT if same_config else "config.json differs"),
+        Check("tokenizer", same_tokenizer, tokenizer),
     ]
     if has_template(source):
         there = has_template(folder)
@@ -174,9 +147,9 @@ def _same_tokenizer(folder: Path, source: Path) -> bool:
 
 def check_answer(answer: Answer, end_ids: Sequence[int], template: str | None) -> list[Check]:
     """What llama.cpp has understood of a GGUF file's end tokens and chat template."""
-    checks = [_stops(answer.vocabulary.end_ids, end_ids, "llama.cpp")] if end_ids else []
+    checks = [_stops(answer.end_ids, end_ids, "llama.cpp")] if end_ids else []
     if template is not None:
-        same = answer.vocabulary.chat_template == template
+        same = answer.chat_template == template
         checks.append(Check("chat template", same, "there" if same else "missing, or another than the training's"))
     return checks
 
@@ -188,10 +161,9 @@ def check_tokens(answer: Answer, texts: Sequence[str], tokenizer: Any, add_speci
         for text, ids in zip(texts, answer.tokenized, strict=True)
         if list(ids) != list(tokenizer(text, add_special_tokens=add_special)["input_ids"])
     ]
-    detail = (
-        f"{len(wrong)} of {len(texts)} texts become other tokens, {wrong[0]!r:.60}" if wrong else f"{len(texts)} texts"
-    )
-    return Check("tokenization", not wrong, detail)
+    if wrong:
+        return Check("tokenization", False, f"{len(wrong)} of {len(texts)} texts become other tokens, {wrong[0]!r:.60}")
+    return Check("tokenization", True, f"{len(texts)} texts")
 
 
 def _stops(stops: Collection[int], end_ids: Sequence[int], runtime: str) -> Check:
@@ -204,7 +176,7 @@ def _stops(stops: Collection[int], end_ids: Sequence[int], runtime: str) -> Chec
 def _stop_ids(folder: Path) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            said = load_json(folder / name).get("eos_token_id")
-            if said is not None:
-                return {said} if isinstance(said, int) else set(said)
+            ids = load_json(folder / name).get("eos_token_id")
+            if ids is not None:
+                return {ids} if isinstance(ids, int) else set(ids)
     return set()

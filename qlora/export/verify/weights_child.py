@@ -1,8 +1,8 @@
 """Reopens what an export wrote and compares every weight: `python -m qlora.export.verify.weights_child REQUEST.json`.
 
-A process of its own, because a damaged file may take down whoever reads it. It goes over the base once more, in blocks
-of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so that a
-merge that forgot a module or added it twice is seen. (DoRA, whole weights and token rows are taken from `merge`.)
+A process of its own, because a damaged file may take down the one that reads it. It goes over the base once more, in
+blocks of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so
+that a merge that forgot a module or added it twice is seen. (DoRA, whole weights, token rows are taken from `merge`.)
 
 F32, F16 and BF16 must hold each value, rounded once. Quantized blocks cannot be compared value by value; what is
 measured instead is how much of the delta is in them (1 is right, 0 was forgotten, 2 stands in them twice), and how
@@ -11,11 +11,11 @@ large the whole error is.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ from torch import Tensor
 
 from qlora.errors import UserError
 from qlora.events import Sinks
-from qlora.export.gguf.architectures import GgufTensor, lay_out
+from qlora.export import child
+from qlora.export.gguf.architectures import GgufTensor, Layout, lay_out
 from qlora.export.merge.merge import Merge
+from qlora.export.merge.parts import make_plan
+from qlora.export.verify.candidates import dequantized_rows
 from qlora.model import hub
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
@@ -54,7 +57,6 @@ _NAMED = 3  # failing tensors that are named
 class _Stored:
     """A written tensor: `rows(start, end)` gives fp32 as the file says it, `change` brings other rows to its order."""
 
-    shape: tuple[int, ...]
     kind: str
     rows: Callable[[int, int], Tensor]
     change: Callable[[Tensor], Tensor]
@@ -95,7 +97,7 @@ class _Tally:
 
     @property
     def share(self) -> float:
-        """How much of the delta is in the file; NaN where it cannot be told from the rounding, or there was none."""
+        """How much of the delta is in the file; NaN where rounding hides it, or where there was none."""
         if not self.delta:
             return math.nan
         known = self.stored.kind in _ROUNDED or self._noise < 0.25
@@ -128,7 +130,7 @@ class _Tally:
 
 @dataclass
 class _File:
-    """A product to check: its tensors by parameter, and what was found before the weights were looked at."""
+    """An artifact to check: its tensors by parameter, and what was found before its weights were compared."""
 
     results: list[Result]
     stored: dict[str, _Stored] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class _File:
             return self.results
         bad = {name: tally for name, tally in self.tallies.items() if tally.not_finite}
         counted = [f"{name}: {tally.not_finite} of {tally.values:,}" for name, tally in bad.items()]
-        self.results.append(("finite", not bad, _said(counted, f"{len(self.tallies)} tensors")))
+        self.results.append(("finite", not bad, _summary(counted, f"{len(self.tallies)} tensors")))
         for name, changed in (("deltas", True), ("other weights", False)):
             tallies = {key: tally for key, tally in self.tallies.items() if tally.changed is changed}
             wrong = [_what_is_wrong(key, tally) for key, tally in tallies.items() if not tally.holds]
@@ -148,7 +150,7 @@ class _File:
             spread = f", {min(shares):.3f} to {max(shares):.3f} of each" if shares else ""
             unseen = sum(math.isnan(tally.share) for tally in tallies.values()) if changed else 0
             small = f", {unseen} too small to be told from rounding" if unseen else ""
-            self.results.append((name, not wrong, _said(wrong, f"{len(tallies)} tensors{spread}{small}")))
+            self.results.append((name, not wrong, _summary(wrong, f"{len(tallies)} tensors{spread}{small}")))
         return self.results
 
 
@@ -160,7 +162,7 @@ def _what_is_wrong(name: str, tally: _Tally) -> str:
     return f"{name} differs by {math.sqrt(tally.error / tally.size) if tally.size else math.inf:.0%}"
 
 
-def _said(wrong: list[str], otherwise: str) -> str:
+def _summary(wrong: list[str], otherwise: str) -> str:
     more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
     return "; ".join(wrong[:_NAMED]) + more if wrong else otherwise
 
@@ -179,20 +181,18 @@ def open_folder(folder: Path, merge: Merge, dtype: str) -> _File:
         {name: (tensor.shape, dtype) for name, tensor in planned.items()},
         {name: (entry.shape, entry.dtype) for name, entry in found.items()},
     )
-    file = _File([("names, shapes, types", not wrong, _said(wrong, f"{len(found)} tensors"))])
+    file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors"))])
     if not wrong:
         file.stored = {tensor.parameter: _of_safetensors(found[name]) for name, tensor in planned.items()}
     return file
 
 
-def open_gguf(path: Path, merge: Merge, types: Mapping[str, str], keys: Mapping[str, Any]) -> _File:
-    """A GGUF file, by the layout that a model of this base has."""
+def open_gguf(path: Path, layout: Layout, types: Mapping[str, str], keys: Mapping[str, Any]) -> _File:
+    """A GGUF file, by the layout that the merged model has."""
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
         return _File([("opens", False, f"its header cannot be read ({error})")])
-    shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
-    layout = lay_out(build(merge.base).model, shapes)
     planned = {tensor.name: (tensor.shape, types[tensor.name]) for tensor in layout.tensors}
     planned |= {name: (values.shape, "F32") for name, values in layout.constants.items()}
     found = {entry.name: entry for entry in reader.tensors}
@@ -205,7 +205,7 @@ def open_gguf(path: Path, merge: Merge, types: Mapping[str, str], keys: Mapping[
         for name, values in layout.constants.items()
         if name in found and not np.array_equal(found[name].data.reshape(values.shape), values)
     ]
-    file = _File([("names, shapes, types", not wrong, _said(wrong, f"{len(found)} tensors")), _keys(reader, keys)])
+    file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors")), _keys(reader, keys)])
     if not wrong:
         file.stored = {tensor.parameter: _of_gguf(found[tensor.name], tensor) for tensor in layout.tensors}
     return file
@@ -224,7 +224,7 @@ def _keys(reader: Any, expected: Mapping[str, Any]) -> Result:
         same = math.isclose(found, wanted, rel_tol=1e-6) if isinstance(wanted, float) else found == wanted
         if not same:
             wrong.append(f"{key} is {str(found)[:40]!r}, not {str(wanted)[:40]!r}")
-    return "keys", not wrong, _said(wrong, f"{len(expected)} keys")
+    return "keys", not wrong, _summary(wrong, f"{len(expected)} keys")
 
 
 def _compare(planned: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
@@ -240,17 +240,12 @@ def _of_safetensors(entry: TensorEntry) -> _Stored:
     def rows(start: int, end: int) -> Tensor:
         return read_tensor(entry, (start, end) if entry.shape else None).float()
 
-    return _Stored(entry.shape, entry.dtype, rows, lambda block: block)
+    return _Stored(entry.dtype, rows, lambda block: block)
 
 
 def _of_gguf(entry: Any, tensor: GgufTensor) -> _Stored:
-    def rows(start: int, end: int) -> Tensor:
-        data = entry.data.reshape(1, -1) if len(tensor.shape) == 1 else entry.data[start:end]
-        # A copy: an F32 tensor would be the mapped file itself, which is read-only.
-        block = torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type)))
-        return block[0] if len(tensor.shape) == 1 else block
-
-    return _Stored(tensor.shape, entry.tensor_type.name, rows, tensor.to_gguf, tensor.unit)
+    rows = partial(dequantized_rows, entry)
+    return _Stored(entry.tensor_type.name, rows, tensor.to_gguf, tensor.unit)
 
 
 # --- the pass over the weights ----------------------------------------------------------------------------------------
@@ -258,15 +253,17 @@ def _of_gguf(entry: Any, tensor: GgufTensor) -> _Stored:
 
 def compare_weights(merge: Merge, files: list[_File]) -> None:
     """Goes over every tensor once, in blocks of rows, and lets each file see what it should hold."""
-    exact = Merge(merge.base, merge.adapter, merge.merge_base, merge.quantization, merge.device, torch.float32)
+    exact = replace(merge, dtype=torch.float32)
     base = {tensor.parameter: tensor for tensor in exact.base_tensors()}
     changed = frozenset(exact.changed)
+    files = [file for file in files if file.stored]
     for tensor in exact.tensors():
-        tallies = [_Tally(file.stored[tensor.parameter], tensor.parameter in changed) for file in files if file.stored]
-        for file, tally in zip((file for file in files if file.stored), tallies, strict=True):
-            file.tallies[tensor.parameter] = tally
+        name = tensor.parameter
+        for file in files:
+            file.tallies[name] = _Tally(file.stored[name], name in changed)
+        tallies = [file.tallies[name] for file in files]
         unit = math.lcm(*(tally.stored.unit for tally in tallies))
-        before = base.get(tensor.parameter)
+        before = base.get(name)
         if before is not None and before.shape != tensor.shape:
             before = None
         start = 0
@@ -297,30 +294,31 @@ def _expected(merge: Merge, tensor: Any, before: Any, unit: int) -> Iterator[tup
 
 def main(request_file: Path) -> int:
     """Answer a request: the results of each file, or why none could be had, as answer.json beside it."""
-    request = json.loads(request_file.read_text(encoding="utf-8"))
     try:
-        base = hub.resolve(request["base"], "main", Sinks())
-        merge = Merge(
-            base,
-            read_adapter(Path(request["adapter"])),
-            request["merge_base"],
-            QuantizationSection(**request["quantization"]),
-            torch.device(request["device"]),
-        )
-        files = []
-        for target in request["targets"]:
-            path = Path(target["path"])
-            if target["dtype"]:
-                files.append(open_folder(path, merge, target["dtype"]))
-            else:
-                files.append(open_gguf(path, merge, target["types"], target["keys"]))
-        if any(file.stored for file in files):
-            compare_weights(merge, files)
-        said: dict[str, Any] = {"results": [file.conclude() for file in files]}
+        answer: dict[str, Any] = {"results": _results(child.read_request(request_file))}
     except UserError as error:
-        said = {"failed": error.what}
-    (request_file.parent / "answer.json").write_text(json.dumps(said), encoding="utf-8")
+        answer = {"failed": error.what}
+    child.write_answer(request_file, answer)
     return 0
+
+
+def _results(request: Mapping[str, Any]) -> list[list[Result]]:
+    base = hub.resolve(request["base"], "main", Sinks())
+    meta_model, adapter = build(base), read_adapter(Path(request["adapter"]))
+    merge_base, quantization = request["merge_base"], QuantizationSection(**request["quantization"])
+    plan = make_plan(base, meta_model, adapter, merge_base, quantization)
+    merge = Merge(base, adapter, merge_base, quantization, torch.device(request["device"]), plan)
+    files = []
+    for target in request["targets"]:
+        path = Path(target["path"])
+        if target["dtype"]:
+            files.append(open_folder(path, merge, target["dtype"]))
+        else:
+            layout = lay_out(meta_model.model, {tensor.parameter: tensor.shape for tensor in merge.tensors()})
+            files.append(open_gguf(path, layout, target["types"], target["keys"]))
+    if any(file.stored for file in files):
+        compare_weights(merge, files)
+    return [file.conclude() for file in files]
 
 
 if __name__ == "__main__":

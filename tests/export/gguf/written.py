@@ -65,13 +65,13 @@ def plain_tensors(base: hub.BaseFolder) -> list[MergedTensor]:
     ]
 
 
-def ask(file: Path, request: runtime.Request) -> tuple[torch.Tensor, tuple[tuple[int, ...], ...]]:
-    """llama.cpp's log-probabilities (N, V) and greedy answers; skips where no llama.cpp is installed."""
+def ask(file: Path, request: runtime.Request) -> torch.Tensor:
+    """llama.cpp's log-probabilities (N, V); skips where no llama.cpp is installed."""
     found = runtime.find_runtime()
     if found is None:
         pytest.skip("needs xllamacpp or llama-cpp-python")
     with runtime.ask(found, file, request) as answer:
-        return torch.from_numpy(answer.logprobs_NV.copy()), answer.answers
+        return torch.from_numpy(answer.logprobs_NV.copy())
 
 
 def transformers_model(folder: Path) -> Any:

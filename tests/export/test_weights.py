@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,13 @@ from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab, write
 from qlora.export.gguf.encode import encode
 from qlora.export.gguf.metadata import entries
-from qlora.export.merge.merge import Merge, read_adapter
 from qlora.export.staging import StagedExport
-from qlora.export.verify import weights
-from qlora.export.verify.weights import Target, Verified, check_companions, folder_target, gguf_target, reopen
+from qlora.export.verify.weights import Check, Target, check_companions, folder_target, gguf_target, reopen, require
 from qlora.export.verify.weights_child import compare_weights, open_folder, open_gguf
 from qlora.model import hub
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from tests.export.cases import KINDS, merge_of, trained
 from tests.export.hf_folder import write_hf
-from tests.export.test_merge import KINDS, trained
 from tests.families import END_OF_TURN_ID, make_base
 
 NF4 = QuantizationSection()
@@ -45,20 +45,20 @@ class Case:
     ) -> None:
         trained(base, folder / "adapter", lora)
         found = hub.resolve(str(base), "main", Recorder())
-        self.merge = Merge(found, read_adapter(folder / "adapter"), merge_base, NF4, torch.device("cpu"))
+        exact = merge_of(base, folder / "adapter", merge_base=merge_base, quantization=NF4)
+        self.merge = replace(exact, dtype=torch.bfloat16)
         write_hf(self.merge, folder / "hf", Recorder())
         self.folder = folder / "hf"
         shapes = {tensor.parameter: tensor.shape for tensor in self.merge.tensors()}
         self.plan = planning.plan(found, shapes, planning.Tokens(), quants)
         self.keys = (*entries(list(self.plan.layout.keys)), *vocab.metadata(self.plan.vocab))
         self.files = {quant: folder / quant / f"{quant}.gguf" for quant in quants}
-        exact = Merge(found, self.merge.adapter, merge_base, NF4, torch.device("cpu"), torch.float32)
         planned = [write.GgufFile(q, file.name, self.keys, self.types(q)) for q, file in self.files.items()]
-        with StagedExport.open({q: file.parent for q, file in self.files.items()}, exact.identity(), 0) as workshop:
+        with StagedExport.open({q: file.parent for q, file in self.files.items()}, exact.identity(), 0) as staged:
             tools = write.Tools(self.plan.library, {})
-            write.write(self.plan.layout, exact.tensors(), planned, workshop, tools, Recorder())
+            write.write(self.plan.layout, exact.tensors(), planned, staged, tools, Recorder())
             for quant in quants:
-                workshop.publish(quant)
+                staged.publish(quant)
 
     def types(self, quant: str) -> Any:
         return self.plan.choices[quant].types
@@ -66,17 +66,17 @@ class Case:
     def target(self, quant: str, file: Path | None = None) -> Target:
         return gguf_target(file or self.files[quant], self.types(quant), self.keys)
 
-    def check_folder(self, folder: Path) -> Verified:
+    def require_folder(self, folder: Path) -> None:
         """As the child does, without its two seconds of imports."""
-        return self._check(folder, open_folder(folder, self.merge, "BF16"))
+        self._require(folder, open_folder(folder, self.merge, "BF16"))
 
-    def check_file(self, quant: str, file: Path) -> Verified:
+    def require_file(self, quant: str, file: Path) -> None:
         target = self.target(quant, file)
-        return self._check(file, open_gguf(file, self.merge, target.types, target.keys))
+        self._require(file, open_gguf(file, self.plan.layout, target.types, target.keys))
 
-    def _check(self, path: Path, opened: Any) -> Verified:
+    def _require(self, path: Path, opened: Any) -> None:
         compare_weights(self.merge, [opened] if opened.stored else [])
-        return Verified(path, tuple(weights.Check(*result) for result in opened.conclude()))
+        require(path, [Check(*result) for result in opened.conclude()])
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +85,27 @@ def case(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def test_what_was_written_holds_in_a_child_process(case: Case) -> None:
-    targets = [folder_target(case.folder, case.merge), *(case.target(quant) for quant in QUANTS)]
-    for verified, target in zip(reopen(case.merge, targets), targets, strict=True):
-        assert verified.ok, verified.checks
-        verified.require()
-        assert {check.name for check in verified.checks} >= {
+    targets = {"hf": folder_target(case.folder, torch.bfloat16), **{quant: case.target(quant) for quant in QUANTS}}
+    found = reopen(case.merge, targets)
+    assert list(found) == list(targets)
+    for checks in found.values():
+        assert all(check.ok for check in checks), checks
+        assert {check.name for check in checks} >= {
             "names, shapes, types",
             "finite",
             "deltas",
             "other weights",
         }
-        deltas = next(check.detail for check in verified.checks if check.name == "deltas")
-        assert deltas.startswith("14 tensors, ") and json.dumps([check.as_dict() for check in verified.checks])
-        assert verified.path == target.path
+        deltas = next(check.detail for check in checks if check.name == "deltas")
+        assert deltas.startswith("14 tensors, ") and json.dumps([check.as_dict() for check in checks])
 
 
 @pytest.mark.parametrize("kind", ["rslora", "dora", "some", "whole"])
 def test_every_kind_of_adapter_holds(llama: Path, tmp_path: Path, kind: str) -> None:
     other = Case(llama, tmp_path, KINDS[kind], "full")
-    other.check_folder(other.folder).require()
+    other.require_folder(other.folder)
     for quant in QUANTS:
-        other.check_file(quant, other.files[quant]).require()
+        other.require_file(quant, other.files[quant])
 
 
 # --- safetensors, broken ----------------------------------------------------------------------------------------------
@@ -169,14 +169,14 @@ def test_a_broken_folder_is_seen_and_named(case: Case, tmp_path: Path, name: str
     break_it(case, weights)
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(ExportError, match=message):
-        case.check_folder(folder).require()
+        case.require_folder(folder)
 
 
 def test_a_folder_cut_off_is_seen(case: Case, tmp_path: Path) -> None:
     folder = shutil.copytree(case.folder, tmp_path / "broken")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ExportError, match=r"opens: .*is cut off"):
-        case.check_folder(folder).require()
+        case.require_folder(folder)
 
 
 # --- GGUF, broken -----------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_a_delta_missing_or_twice_in_a_gguf_is_named(case: Case, tmp_path: Path,
     base, merged = base_weight(case, MODULE).float(), load_file(case.folder / "model.safetensors")[MODULE].float()
     edit_tensor(file, "blk.1.ffn_down.weight", lambda _: stored(case, quant, base + times * (merged - base)))
     with pytest.raises(ExportError, match=rf"deltas: {MODULE} holds (-?0\.0|{times}\.0|1\.9)\d of its delta$"):
-        case.check_file(quant, file).require()
+        case.require_file(quant, file)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -215,7 +215,7 @@ def test_a_permutation_missing_in_a_gguf_is_named(case: Case, tmp_path: Path, qu
     plain = load_file(case.folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     edit_tensor(file, PERMUTED, lambda _: stored(case, quant, plain))
     with pytest.raises(ExportError, match=r"deltas: model\.layers\.0\.self_attn\.q_proj\.weight"):
-        case.check_file(quant, file).require()
+        case.require_file(quant, file)
 
 
 @pytest.mark.parametrize("quant", ["q4_k_m", "q3_k_m", "iq4_xs"])
@@ -224,13 +224,13 @@ def test_the_delta_is_seen_through_quantization(tmp_path: Path, quant: str) -> N
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     wide = make_base("llama", tmp_path / "base", overrides=shape)
     right = Case(wide, tmp_path, KINDS["plain"], quants=(quant,))
-    right.check_file(quant, right.files[quant]).require()
+    right.require_file(quant, right.files[quant])
     parameter = "model.layers.0.mlp.up_proj.weight"
     kind = right.types(quant)["blk.0.ffn_up.weight"]
     unmerged = encode(base_weight(right, parameter).float(), kind, right.plan.library, None, parameter)
     edit_tensor(right.files[quant], "blk.0.ffn_up.weight", lambda _: unmerged)
     with pytest.raises(ExportError, match=rf"deltas: {parameter} holds -?0\.0\d of its delta$"):
-        right.check_file(quant, right.files[quant]).require()
+        right.require_file(quant, right.files[quant])
 
 
 def test_a_nan_in_a_gguf_is_named(case: Case, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_nan_in_a_gguf_is_named(case: Case, tmp_path: Path) -> None:
 
     edit_tensor(file, "blk.1.ffn_down.weight", one_nan)
     with pytest.raises(ExportError, match=f"finite: {MODULE}: 1 of 8,192"):
-        case.check_file("f16", file).require()
+        case.require_file("f16", file)
 
 
 @pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token"])
@@ -255,16 +255,16 @@ def test_a_missing_key_is_named(case: Case, tmp_path: Path, key: str) -> None:
     whole = write.GgufFile("q", file.name, case.keys, case.types("f16")).header(case.plan.layout)
     file.write_bytes(less + case.files["f16"].read_bytes()[len(whole) :])
     with pytest.raises(ExportError, match=f"keys: {key} is missing"):
-        case.check_file("f16", file).require()
+        case.require_file("f16", file)
 
 
 def test_another_type_than_planned_and_a_broken_header_are_named(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"names, shapes, types: output.weight is F16 .* and 13 more"):
-        case.check_file("q8_0", case.files["f16"]).require()
+        case.require_file("q8_0", case.files["f16"])
     file = broken_file(case, "f16", tmp_path)
     file.write_bytes(b"GGUF" + b"\xff" * 60)
     with pytest.raises(ExportError, match="opens: its header cannot be read"):
-        case.check_file("f16", file).require()
+        case.require_file("f16", file)
 
 
 # --- the child, and what lies beside the weights ----------------------------------------------------------------------
@@ -272,11 +272,11 @@ def test_another_type_than_planned_and_a_broken_header_are_named(case: Case, tmp
 
 def test_a_child_that_dies_or_hangs_is_an_error_of_two_lines(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match="did not end within 0 s") as caught:
-        reopen(case.merge, [folder_target(case.folder, case.merge)], limit_seconds=0.1)
+        reopen(case.merge, {"hf": folder_target(case.folder, torch.bfloat16)}, limit_seconds=0.1)
     assert caught.value.hint
-    monkeypatch.setattr(weights.sys, "executable", shutil.which("false"))
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ExportError, match=r"verification failed: no message \(exit code 1\)"):
-        reopen(case.merge, [])
+        reopen(case.merge, {})
 
 
 def test_companions(case: Case, tmp_path: Path) -> None:

@@ -13,14 +13,13 @@ from torch import Tensor
 from qlora.batch import Batch
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export.merge.merge import Merge, read_adapter
-from qlora.export.verify import streamed
+from qlora.export.verify import candidates
+from qlora.export.verify.candidates import Weights
 from qlora.export.verify.fidelity import live_logprobs
-from qlora.export.verify.streamed import Compute, Weights
 from qlora.model import hub
 from qlora.model.meta_model import build
+from tests.export.cases import KINDS, NF4, merge_of, trained
 from tests.export.hf_folder import write_hf
-from tests.export.test_merge import KINDS, NF4, trained
 from tests.families import FAMILIES, make_base
 
 CPU = torch.device("cpu")
@@ -59,8 +58,8 @@ def test_every_family_is_computed_as_the_loaded_model(family: str, tmp_path: Pat
     base = hub.resolve(str(folder), "main", Recorder())
     meta_model = build(base)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0)):
-        weights = streamed.of_folder(meta_model, base)
-        found = gathered(streamed.vocabulary_logprobs(meta_model.model, weights, BATCHES, Compute(CPU, dtype)))
+        weights = candidates.of_folder(meta_model, base)
+        found = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU, dtype))
         wanted = loaded(folder, dtype, meta_model.attention)
         assert found.dtype == torch.float32 and found.shape == (104, 384)
         torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
@@ -76,8 +75,8 @@ def test_the_order_is_that_of_the_trained_positions(llama: Path) -> None:
     base = hub.resolve(str(llama), "main", Recorder())
     model = load.load_base(base, QuantizationSection(type="none"), "auto", CPU, Recorder())
     meta_model = build(base)
-    weights = streamed.of_folder(meta_model, base)
-    found = gathered(streamed.vocabulary_logprobs(meta_model.model, weights, BATCHES, Compute(CPU)))
+    weights = candidates.of_folder(meta_model, base)
+    found = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU))
     with torch.no_grad():
         wanted = torch.cat([batch_logprobs(CausalParts.of(model), batch) for batch in BATCHES])
     targets = torch.cat([batch.targets_BS.flatten()[batch.trained_T] for batch in BATCHES])
@@ -103,8 +102,8 @@ class Counting(dict):  # type: ignore[type-arg]
 def test_each_weight_is_made_once_whatever_the_micro_batches(family: str, tmp_path: Path) -> None:
     base = hub.resolve(str(make_base(family, tmp_path / "base")), "main", Recorder())
     meta_model = build(base)
-    weights = Counting(streamed.of_folder(meta_model, base))
-    list(streamed.vocabulary_logprobs(meta_model.model, weights, [*BATCHES] * 3, Compute(CPU)))
+    weights = Counting(candidates.of_folder(meta_model, base))
+    list(candidates.vocabulary_logprobs(meta_model.model, weights, [*BATCHES] * 3, CPU))
     assert weights.made.keys() == meta_model.sources.keys()
     assert all(count == 1 for name, count in weights.made.items() if ".layers." in name)
     assert all(count <= 2 for count in weights.made.values())
@@ -112,11 +111,12 @@ def test_each_weight_is_made_once_whatever_the_micro_batches(family: str, tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_on_the_fly_is_the_merged_folder(llama: Path, tmp_path: Path, kind: str) -> None:
+
     trained(llama, tmp_path / "adapter", KINDS[kind])
     base = hub.resolve(str(llama), "main", Recorder())
-    merge = Merge(base, read_adapter(tmp_path / "adapter"), "nf4", NF4, CPU)
-    flying = streamed.of_merge(merge.tensors())
-    found = gathered(streamed.vocabulary_logprobs(build(base).model, flying, BATCHES, Compute(CPU)))
+    merge = merge_of(llama, tmp_path / "adapter", merge_base="nf4", quantization=NF4, dtype=torch.bfloat16)
+    flying = candidates.of_merge(merge.tensors())
+    found = gathered(candidates.vocabulary_logprobs(build(base).model, flying, BATCHES, CPU))
     write_hf(merge, tmp_path / "hf", Recorder())
     assert torch.equal(found, loaded(tmp_path / "hf", torch.bfloat16, build(base).attention))
 
@@ -131,7 +131,7 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
 
     base = hub.resolve(str(make_base(family, tmp_path / "base", dtype=torch.float32)), "main", Recorder())
     meta_model = build(base)
-    own = streamed.of_folder(meta_model, base)
+    own = candidates.of_folder(meta_model, base)
     weights = meta_model.model.state_dict()
     layout = lay_out(meta_model.model, {name: tuple(weights[name].shape) for name in meta_model.sources})
     types = dict.fromkeys(layout.names.values(), gguf.GGMLQuantizationType.F32)
@@ -139,12 +139,11 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
     for data in (*layout.constants.values(), *(t.to_gguf(own[t.parameter]().float()).numpy() for t in layout.tensors)):
         content.append(data.tobytes() + bytes(-data.nbytes % 32))
     (tmp_path / "model.gguf").write_bytes(b"".join(content))
-    compute = Compute(CPU, torch.float32)
-    found = streamed.of_gguf(tmp_path / "model.gguf", layout.tensors)
+    found = candidates.of_gguf(tmp_path / "model.gguf", layout.tensors)
     assert (
         torch.equal(
-            gathered(streamed.vocabulary_logprobs(meta_model.model, found, BATCHES, compute)),
-            gathered(streamed.vocabulary_logprobs(meta_model.model, own, BATCHES, compute)),
+            gathered(candidates.vocabulary_logprobs(meta_model.model, found, BATCHES, CPU, torch.float32)),
+            gathered(candidates.vocabulary_logprobs(meta_model.model, own, BATCHES, CPU, torch.float32)),
         )
         or family == "gemma2"
     )
@@ -155,25 +154,25 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
 def test_a_missing_or_misshapen_weight_is_an_error_that_names_it(llama: Path) -> None:
     base = hub.resolve(str(llama), "main", Recorder())
     meta_model = build(base)
-    weights = dict(streamed.of_folder(meta_model, base))
+    weights = dict(candidates.of_folder(meta_model, base))
     name = "model.layers.1.mlp.up_proj.weight"
     for broken, message in (
         ({key: make for key, make in weights.items() if key != name}, "the exported model has no such weight"),
         ({**weights, name: lambda: torch.zeros(3, 3)}, r"is \[3, 3\] in the exported model, not \[128, 64\]"),
     ):
         with pytest.raises(ExportError, match=f"{name}: {message}"):
-            list(streamed.vocabulary_logprobs(meta_model.model, broken, BATCHES, Compute(CPU)))
+            list(candidates.vocabulary_logprobs(meta_model.model, broken, BATCHES, CPU))
         assert all(parameter.is_meta for parameter in meta_model.model.parameters())
 
 
 def test_a_resized_vocabulary_is_computed(llama: Path) -> None:
     base = hub.resolve(str(llama), "main", Recorder())
     meta_model = build(base)
-    weights = dict(streamed.of_folder(meta_model, base))
+    weights = dict(candidates.of_folder(meta_model, base))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         whole = weights[name]()
         weights[name] = lambda whole=whole: torch.cat([whole, whole[:8]])
-    found = gathered(streamed.vocabulary_logprobs(meta_model.model, weights, BATCHES, Compute(CPU)))
+    found = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU))
     assert found.shape == (104, 392)
 
 
@@ -182,4 +181,4 @@ def test_a_model_without_its_layers_in_a_list_is_refused(llama: Path) -> None:
     meta_model = build(base)
     meta_model.model.config.num_hidden_layers = 7
     with pytest.raises(ExportError, match="its 7 layers are not found"):
-        list(streamed.vocabulary_logprobs(meta_model.model, {}, BATCHES, Compute(CPU)))
+        list(candidates.vocabulary_logprobs(meta_model.model, {}, BATCHES, CPU))

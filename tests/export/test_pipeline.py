@@ -17,10 +17,11 @@ from qlora.errors import ExportError
 from qlora.events import Recorder
 from qlora.export.artifacts import ExportOptions
 from qlora.export.llama_cpp import runtime
-from qlora.model import adapters, hub, load
+from qlora.model import adapters, hub, load, meta_model
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from tests.export import llama as llama_cpp
+from tests.export.cases import KINDS, of_peft, trained
 from tests.export.gguf import written
-from tests.export.test_merge import KINDS, of_peft, trained
 from tests.families import make_base, make_tokenizer
 from tests.runs import run_dir, train, write_recipe
 
@@ -91,6 +92,22 @@ def test_a_file_says_what_it_is(made: tuple[Any, Recorder, Path]) -> None:
     modelfile = (folder / "gguf-q8_0" / "Modelfile").read_text()
     assert "FROM ./support-Q8_0.gguf" in modelfile and 'PARAMETER stop "<|im_end|>"' in modelfile
     assert "ADAPTER ./support-LoRA.gguf" in (folder / "adapter-gguf" / "Modelfile").read_text()
+
+
+def test_the_model_is_constructed_a_few_times_only(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times: for the whole export, to be loaded as the reference, and of the written folder's own config."""
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    construct, names = meta_model.build_unmatched, []
+
+    def counted(text: Any, attention: str, name: str) -> Any:
+        names.append(name)
+        return construct(text, attention, name)
+
+    monkeypatch.setattr(meta_model, "build_unmatched", counted)
+    export(tmp_path / "adapter", "hf", "gguf", quants=("q8_0",), out=tmp_path / "out")
+    assert 0 < len(names) <= 4, names
 
 
 @pytest.mark.slow
@@ -174,9 +191,9 @@ def test_an_adapter_file_on_a_base_file_is_the_adapter_in_peft(tmp_path: Path, f
     reference = written.logprobs(adapters.open_saved(model, tmp_path / "adapter").float(), range(5, 45))
     file = written.write_base(base, tmp_path / "out")["f32"]
     rows = ((range(5, 45), range(40)),)
-    found, _ = written.ask(file, runtime.Request(rows=rows, adapter=tmp_path / "lora" / "adapter-LoRA.gguf"))
+    found = llama_cpp.logprobs_with_adapter(file, tmp_path / "lora" / "adapter-LoRA.gguf", rows)
     assert float((found - reference).abs().max()) <= 1e-4
-    bare, _ = written.ask(file, runtime.Request(rows=rows))
+    bare = written.ask(file, runtime.Request(rows=rows))
     assert float((bare - reference).abs().max()) > 1e-2
 
 
@@ -192,7 +209,7 @@ def test_k_quants_without_their_encoder_are_refused_at_once(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
-    monkeypatch.setattr("qlora.export.llama_cpp.library._candidates", lambda: iter(()))
+    monkeypatch.setattr("qlora.export.llama_cpp.library._PLACES", ())
     with pytest.raises(ExportError, match="neither xllamacpp nor llama-cpp-python") as caught:
         export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), out=tmp_path / "out")
     assert 'pip install "qlora[gguf]"' in caught.value.hint and not list(tmp_path.glob("*out*"))
@@ -265,7 +282,7 @@ def test_an_unknown_pre_tokenizer_is_refused_and_can_be_named(tmp_path: Path, ll
         ({"to": ("hf",), "quants": ("q8_0",)}, "--quant is for GGUF"),
     ],
 )
-def test_unknown_products(tmp_path: Path, llama: Path, arguments: dict[str, Any], message: str) -> None:
+def test_unknown_formats_and_quants(tmp_path: Path, llama: Path, arguments: dict[str, Any], message: str) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     with pytest.raises(ExportError, match=message):
         api.merge_and_export(tmp_path / "adapter", **arguments)

@@ -1,4 +1,4 @@
-"""Product folders under way: whole or absent, gone on with after a kill, given up after an error."""
+"""Folders of artifacts under way: whole or absent, gone on with after a kill, given up after an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from qlora import disk, lock
 from qlora.errors import ExportError, StoppedBySignal
-from qlora.export import staging as module
+from qlora.export import staging
 from qlora.export.staging import StagedExport
 
 WORK = {"adapter": "a", "dtype": "bf16"}
@@ -24,38 +24,38 @@ def piece(item: int) -> bytes:
 
 
 class Killed(BaseException):
-    """Leaves a workshop as a kill would: nothing of it runs any more."""
+    """Leaves staged folders as a kill would: nothing of the writer runs any more."""
 
 
-def fill(shop: StagedExport, keys: tuple[str, ...], items: int = 20, until: int = 99) -> None:
+def fill(staged: StagedExport, keys: tuple[str, ...], items: int = 20, until: int = 99) -> None:
     for item in range(1, items + 1):
-        if item > shop.start:
+        if item > staged.start:
             for key in keys:
-                shop.append(key, f"part{item // 8}.bin", piece(item))
+                staged.append(key, f"part{item // 8}.bin", piece(item))
             if item == until:
                 raise Killed
-            shop.checkpoint(item)
+            staged.checkpoint(item)
     for key in keys:
-        (shop.folder(key) / "config.json").write_text("{}")
+        (staged.folder(key) / "config.json").write_text("{}")
 
 
 def killed(finals: dict[str, Path], until: int, work: dict[str, str] = WORK) -> int:
     """A run that dies in the middle of an item; returns where it had begun."""
-    shop = StagedExport.open(finals, work, 1000)
+    staged = StagedExport.open(finals, work, 1000)
     with pytest.raises(Killed):
-        fill(shop, tuple(finals), until=until)
-    shop._wait()
-    for bench in shop._benches.values():
-        bench.lock.release()
-    return shop.start
+        fill(staged, tuple(finals), until=until)
+    staged._wait()
+    for folder in staged._folders.values():
+        folder.lock.release()
+    return staged.start
 
 
 def finished(finals: dict[str, Path], work: dict[str, str] = WORK) -> int:
-    with StagedExport.open(finals, work, 1000) as shop:
-        fill(shop, tuple(finals))
+    with StagedExport.open(finals, work, 1000) as staged:
+        fill(staged, tuple(finals))
         for key in finals:
-            shop.publish(key)
-        return shop.start
+            staged.publish(key)
+        return staged.start
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -64,10 +64,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RESTART_BYTES", 2500)
+    monkeypatch.setattr(staging, "RESTART_BYTES", 2500)
 
 
-def test_a_product_appears_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_an_artifact_appears_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert finished({"hf": tmp_path / "sub" / "out"}) == 0
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["out"]
     out = tmp_path / "sub" / "out"
@@ -95,7 +95,7 @@ def test_other_work_begins_anew(tmp_path: Path) -> None:
     assert killed({"a": tmp_path / "x"}, 15) == 0
 
 
-def test_a_product_of_several_is_gone_on_with_alone(tmp_path: Path) -> None:
+def test_one_artifact_of_several_is_gone_on_with_alone(tmp_path: Path) -> None:
     killed({"a": tmp_path / "x", "b": tmp_path / "y"}, 12)
     assert finished({"a": tmp_path / "x"}) > 4
     assert killed({"a": tmp_path / "x", "b": tmp_path / "y"}, 12) == 0, "b alone has come so far"
@@ -132,20 +132,20 @@ def test_a_journal_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), ExportError("worse than --max-kl", "…"), OSError(errno.EIO, "")])
-def test_an_error_leaves_nothing_and_the_old_product(tmp_path: Path, error: Exception) -> None:
+def test_an_error_leaves_nothing_and_the_old_artifact(tmp_path: Path, error: Exception) -> None:
     finished({"a": tmp_path / "x"})
     before = content(tmp_path / "x")
-    with pytest.raises(type(error)), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as shop:
-        fill(shop, ("a",), items=9)
+    with pytest.raises(type(error)), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+        fill(staged, ("a",), items=9)
         raise error
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and content(tmp_path / "x") == before
 
 
 @pytest.mark.parametrize("error", [StoppedBySignal("stopped", "", signal.SIGTERM), KeyboardInterrupt()])
 def test_a_signal_keeps_every_finished_item(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as shop:
-        fill(shop, ("a",), items=13)
-        shop.append("a", "part1.bin", b"half an item")
+    with pytest.raises(type(error)), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+        fill(staged, ("a",), items=13)
+        staged.append("a", "part1.bin", b"half an item")
         raise error
     assert [path.name for path in tmp_path.iterdir()] == [".x.part"]
     assert finished({"a": tmp_path / "x"}) == 13
@@ -153,19 +153,21 @@ def test_a_signal_keeps_every_finished_item(tmp_path: Path, error: BaseException
     assert content(tmp_path / "x") == content(tmp_path / "calm")
 
 
-def test_a_signal_between_two_products_keeps_the_second(tmp_path: Path) -> None:
+def test_a_signal_between_two_artifacts_keeps_the_second(tmp_path: Path) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
-        StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop,
+        StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as staged,
     ):
-        fill(shop, ("a", "b"))
-        shop.publish("a")
+        fill(staged, ("a", "b"))
+        staged.publish("a")
         raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == [".y.part", "x"]
     assert finished({"b": tmp_path / "y"}) == 20
 
 
-def test_a_full_disk_is_said_in_two_lines_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_of_two_lines_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     append = disk.HashedFile.append
 
     def full(self: disk.HashedFile, data: bytes) -> None:
@@ -189,21 +191,21 @@ def test_a_small_disk_is_seen_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_is_written_already_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed({"a": tmp_path / "x"}, 12)
-    monkeypatch.setattr(disk, "free_bytes", lambda path: module.SPARE_BYTES + 500)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: staging.SPARE_BYTES + 500)
     with pytest.raises(ExportError):
         StagedExport.open({"a": tmp_path / "x"}, WORK, 1 << 20)
     kept = sum(path.stat().st_size for path in (tmp_path / ".x.part" / "files").iterdir())
-    with StagedExport.open({"a": tmp_path / "x"}, WORK, kept + 400) as shop:
-        assert shop.start > 4 and kept > 4000
+    with StagedExport.open({"a": tmp_path / "x"}, WORK, kept + 400) as staged:
+        assert staged.start > 4 and kept > 4000
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    with StagedExport.open({"b": tmp_path / "y", "a": tmp_path / "x"}, WORK, 0) as shop:
+    with StagedExport.open({"b": tmp_path / "y", "a": tmp_path / "x"}, WORK, 0) as staged:
         with pytest.raises(ExportError, match=rf"another process \({os.getpid()}\) is writing it"):
             StagedExport.open({"c": tmp_path / "z", "a": tmp_path / "x"}, WORK, 0)
         assert not (tmp_path / ".z.part").exists()
-        fill(shop, ("a", "b"))
-        shop.publish("a")
+        fill(staged, ("a", "b"))
+        staged.publish("a")
     assert [path.name for path in tmp_path.iterdir()] == ["x"], "what was not published is removed"
 
 
@@ -237,20 +239,20 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
         StagedExport.open({"a": tmp_path / "file" / "x"}, WORK, 0)
 
 
-def test_one_product_is_given_up_and_the_others_published(tmp_path: Path) -> None:
-    with StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as shop:
-        fill(shop, ("a", "b"))
-        shop.discard("a")
-        assert shop.publish("b") == sum(len(piece(item)) for item in range(1, 21)) + 2
+def test_one_artifact_is_given_up_and_the_others_published(tmp_path: Path) -> None:
+    with StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as staged:
+        fill(staged, ("a", "b"))
+        staged.discard("a")
+        assert staged.publish("b") == sum(len(piece(item)) for item in range(1, 21)) + 2
     assert [path.name for path in tmp_path.iterdir()] == ["y"]
 
 
 def test_arrays_of_any_shape_are_appended_as_their_bytes(tmp_path: Path) -> None:
-    with StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as shop:
-        shop.append("a", "f", np.arange(12, dtype=np.uint8).reshape(3, 4))
-        shop.append("a", "f", np.zeros((0, 4), np.uint8))
-        shop.append("a", "f", memoryview(b"ab"))
-        shop.publish("a")
+    with StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+        staged.append("a", "f", np.arange(12, dtype=np.uint8).reshape(3, 4))
+        staged.append("a", "f", np.zeros((0, 4), np.uint8))
+        staged.append("a", "f", memoryview(b"ab"))
+        staged.publish("a")
     assert (tmp_path / "x" / "f").read_bytes() == bytes(range(12)) + b"ab"
 
 

@@ -1,0 +1,131 @@
+"""Candidates for an export, computed by transformers: what the merged weights, a folder or a GGUF file predict.
+
+Weights are made when the computation asks for them, a layer at a time (`step.layerwise`): merged on the fly, read from
+a written folder, dequantized from a GGUF file. No candidate is ever loaded whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlora.batch import Batch
+from qlora.errors import ExportError
+from qlora.export.gguf.architectures import GgufTensor
+from qlora.export.merge.merge import MergedTensor
+from qlora.export.merge.parts import VALUES_PER_BLOCK
+from qlora.model.base_folder import BaseFolder
+from qlora.model.meta_model import MetaModel
+from qlora.model.tensors import read_tensor
+from qlora.step.layerwise import WeightHolder, layers_of, trained_hidden_states
+from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
+
+Weights = Mapping[str, Callable[[], Tensor]]  # by parameter name of the causal model; a tied head may be missing
+
+
+def of_merge(tensors: Iterable[MergedTensor]) -> Weights:
+    """Weights merged when they are asked for, each a block of rows at a time."""
+    return {tensor.parameter: partial(_gather, tensor) for tensor in tensors}
+
+
+def of_folder(meta_model: MetaModel, folder: BaseFolder) -> Weights:
+    """Weights read from a folder of safetensors, `meta_model` built from that same folder."""
+    return {name: partial(read_tensor, folder.tensors[source]) for name, source in meta_model.sources.items()}
+
+
+def of_gguf(file: Path, tensors: Iterable[GgufTensor]) -> Weights:
+    """Weights of a GGUF file, dequantized and in transformers' order again; `tensors` are its layout's."""
+    stored = {entry.name: entry for entry in gguf.GGUFReader(file).tensors}
+    lost = [tensor.name for tensor in tensors if tensor.name not in stored]
+    if lost:
+        raise ExportError(f"{file}: has no tensor {lost[0]}", "export again")
+    return {tensor.parameter: partial(_dequantized, stored[tensor.name], tensor) for tensor in tensors}
+
+
+def vocabulary_logprobs(
+    model: Any, weights: Weights, batches: Sequence[Batch], device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Tensor]:
+    """Log-probabilities of the whole vocabulary at the trained positions, in order, as fp32 chunks (C, V).
+
+    `model` is a meta_model's and its parameters are on `meta` again afterwards; its buffers are moved to `device`.
+    Raises ExportError for a model whose layers are not found, or a weight that `weights` lacks.
+    """
+    try:
+        layers = layers_of(model)
+    except LookupError as error:
+        hint = "export with --no-verify, and compare a few answers yourself"
+        raise ExportError(f"{error}, so that it cannot be measured layer by layer", hint) from error
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in model.named_buffers() if name in weights]
+    holder = WeightHolder(model.eval(), names, partial(_fetch, model, weights), device, dtype)
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    with torch.no_grad():
+        hidden_ND = trained_hidden_states(holder, layers, [batch.to(device) for batch in batches])
+        with holder.holding(holder.names_under(head)):
+            yield from head_logprobs(hidden_ND, head, logits_transform(config), chunk_tokens(config.vocab_size))
+
+
+def head_logprobs(
+    hidden_ND: Tensor, head: nn.Module, transform: LogitsTransform | None, chunk: int
+) -> Iterator[Tensor]:
+    """fp32 log-probabilities (C, V) of the whole vocabulary, `chunk` positions at a time, as the loss computes them."""
+    for start in range(0, hidden_ND.shape[0], chunk):
+        logits_CV = head(hidden_ND[start : start + chunk])
+        if transform is not None:
+            logits_CV = transform(logits_CV)
+        yield torch.log_softmax(logits_CV.float(), dim=-1)
+
+
+def dequantized_rows(entry: Any, start: int, end: int) -> Tensor:
+    """Rows, as the file says them in fp32, of a tensor that gguf's reader has mapped; a vector is one row."""
+    flat = len(entry.shape) == 1
+    data = entry.data.reshape(1, -1) if flat else entry.data[start:end]
+    # A copy: an F32 tensor would be the mapped file itself, which is read-only.
+    block = torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type)))
+    return block[0] if flat else block
+
+
+def _fetch(model: Any, weights: Weights, name: str, empty: Tensor) -> Tensor:
+    """The values of the parameter `name`, which fit into the place of `empty`."""
+    stored = name if name in weights else model.all_tied_weights_keys.get(name)
+    if stored not in weights:
+        raise ExportError(f"{name}: the exported model has no such weight", "export again")
+    values = weights[stored]()
+    # An adapter may have changed the number of rows of embedding and head.
+    ends = (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters())
+    first = 1 if any(empty is end for end in ends) else 0
+    if values.shape[first:] != empty.shape[first:]:
+        what = f"{name}: is {list(values.shape)} in the exported model, not {list(empty.shape)}"
+        raise ExportError(what, "export again")
+    return values
+
+
+def _dequantized(entry: Any, tensor: GgufTensor) -> Tensor:
+    """A whole tensor in transformers' order, dequantized a block of rows at a time."""
+    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
+    step = max(1, VALUES_PER_BLOCK // columns // tensor.unit) * tensor.unit if len(tensor.shape) > 1 else rows
+    blocks = (dequantized_rows(entry, start, start + step) for start in range(0, rows, step))
+    return torch.cat([tensor.inverse(block) for block in blocks])
+
+
+def _gather(tensor: MergedTensor) -> Tensor:
+    """The whole tensor, filled block by block so that no second copy of it exists."""
+    whole: Tensor | None = None
+    start = 0
+    for block in tensor.blocks(1):
+        if tuple(block.shape) == tensor.shape:
+            return block
+        if whole is None:
+            whole = torch.empty(tensor.shape, dtype=block.dtype)
+        whole[start : start + block.shape[0]] = block
+        start += block.shape[0]
+    assert whole is not None and start == tensor.shape[0], f"{tensor.name}: {start} rows of {tensor.shape}"
+    return whole
