@@ -326,10 +326,9 @@ def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenize
     """Tokenizer, template and tokens of every row."""
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import prepare
-    from qlora.model import load
-    from qlora.model.tokenizer import tokenizer_fingerprint
+    from qlora.model.tokenizer import open_tokenizer, tokenizer_fingerprint
 
-    tokenizer = load.load_tokenizer(base)
+    tokenizer = open_tokenizer(base.path, base.name)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
     sources = _local_sources(recipe.data, sink)
     data = prepare(sources, tokenizer_fingerprint(base.path), chat, recipe.train.seed, disk.cache_dir(), sink)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.memory.allocator import Block, CachingAllocator, rounded
+from qlora.model.nf4 import product_4bit
 
 aten = torch.ops.aten
 
@@ -113,8 +114,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.namespace == "bitsandbytes":
             if func.name() == "bitsandbytes::gemm_4bit":
-                with self:
-                    return _gemm_4bit(*args, **kwargs)
+                with self:  # bitsandbytes' fused kernel for few rows (backends/cuda/ops.py) takes less
+                    return product_4bit(*args, **kwargs, dtype=args[0].dtype)
             if "optimizer_update" in func.name() and any(isinstance(a, Tensor) and a.is_meta for a in args):
                 return None  # works in place, and knows no meta tensors
         elif func is aten._local_scalar_dense.default and args[0].is_meta:
@@ -175,29 +176,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peaks[self._stretch] = Peak(dict(self._now), slack, self.allocator.reserved)
         elif self.allocator.reserved > self.peaks[self._stretch].reserved:
             self.peaks[self._stretch] = replace(self.peaks[self._stretch], reserved=self.allocator.reserved)
-
-
-def _gemm_4bit(
-    a: Tensor,
-    b: Tensor,
-    shape: Any,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """The 4-bit product as bitsandbytes computes it for more than a few rows (backends/default/ops.py).
-
-    The whole weight is dequantized for a moment. Its fused kernel for few rows (backends/cuda/ops.py) takes less.
-    """
-    ops = torch.ops.bitsandbytes
-    if absmax_8bit is not None:
-        absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-    weight = ops.dequantize_4bit.default(b, absmax, blocksize, quant_type, shape, a.dtype)
-    return torch.nn.functional.linear(a, weight, bias)
 
 
 def _efficient_backward(_grad: Tensor, query: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:

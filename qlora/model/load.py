@@ -9,7 +9,6 @@ an 8B model and changes no result that we could measure.)
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,58 +16,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora.errors import ModelError, TokenizerError
+from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
-from qlora.model.meta_model import (
-    MetaModel,
-    build,
+from qlora.model.meta_model import MetaModel, build, linear_layers
+from qlora.model.nf4 import (
+    VALUES_PER_BLOCK,
+    Quantized,
+    dequantize,
     is_stored_4bit,
-    linear_layers,
-    parameter_sources,
-    quantized_modules,
+    quantize_rows,
+    rows_in_block,
+    stored_4bit,
 )
-from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from qlora.recipe.sections import QuantizationSection
-
-# What transformers raises for a tokenizer folder that is wrong: it has no error of its own for that.
-_WRONG_TOKENIZER = (
-    *(ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
-    *(AssertionError, MemoryError),
-)
-
-__all__ = ["load_base", "load_nothing", "load_tokenizer", "parameter_sources", "quantized_modules", "stored_4bit"]
-
-
-def load_tokenizer(base: BaseFolder) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. Without a padding token it gets one (padding is told by position, never by this id)."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-    except (*_WRONG_TOKENIZER, StrictDataclassError) as error:
-        raise _no_tokenizer(base, error) from error
-    except BaseException as error:
-        if type(error) is not Exception:  # tokenizers raises the bare class, and no other
-            raise
-        raise _no_tokenizer(base, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
-def _no_tokenizer(base: BaseFolder, error: BaseException) -> TokenizerError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    what = f"{base.name}: its tokenizer cannot be opened ({reason})"
-    return TokenizerError(what, "the base's folder needs tokenizer.json (or tokenizer.model) and its config")
 
 
 def load_base(
@@ -149,44 +117,6 @@ def _params_on_meta() -> Any:
 
 def _meta_rows(start: int, end: int, width: int) -> Tensor:
     return torch.empty(end - start, width, dtype=torch.bfloat16, device="meta")
-
-
-def stored_4bit(base: BaseFolder, tensor: str, device: torch.device) -> Quantized:
-    """The checkpoint's 4-bit weight `tensor` with its stored statistics, just as bitsandbytes wrote it."""
-    bnb = import_bitsandbytes()
-    parts = {
-        name.removeprefix(f"{tensor}."): read_tensor(entry)
-        for name, entry in base.tensors.items()
-        if name.startswith(f"{tensor}.")
-    }
-    data = read_tensor(base.tensors[tensor])
-    try:
-        state = bnb.functional.QuantState.from_dict(parts, device=device)
-        _check_state(state, data)
-    except (ValueError, KeyError, AssertionError, TypeError, AttributeError, RuntimeError) as error:
-        what = f"{base.name}: the 4-bit statistics of {tensor} cannot be read ({error or type(error).__name__})"
-        raise ModelError(what, "get a clean copy of the model, or name the original one") from error
-    return Quantized(data.to(device), state)
-
-
-def _check_state(state: Any, data: Tensor) -> None:
-    """Raises ValueError where sizes disagree: bitsandbytes' kernels trust them, and would read past the end."""
-    values = math.prod(state.shape)
-    sizes = [("codes", data.nbytes, -(-values // 2)), ("code table", state.code.numel(), 16)]
-    sizes.append(("block constants", state.absmax.numel(), -(-values // state.blocksize)))
-    kinds = [state.code.dtype, state.absmax.dtype if not state.nested else state.offset.dtype]
-    if state.nested:
-        blocks = -(-state.absmax.numel() // state.state2.blocksize)
-        sizes += [("nested constants", state.state2.absmax.numel(), blocks)]
-        sizes += [("nested table", state.state2.code.numel(), 256)]
-        kinds += [state.state2.absmax.dtype, state.state2.code.dtype]
-    for what, found, wanted in sizes:
-        if found != wanted:
-            raise ValueError(f"{found:,} {what} for {values:,} values, not {wanted:,}")
-    nested_bytes = not state.nested or state.absmax.dtype == torch.uint8
-    compute = state.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    if set(kinds) != {torch.float32} or not nested_bytes or not compute:
-        raise ValueError("numbers of an unexpected type")
 
 
 def _swap_linears(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection) -> None:

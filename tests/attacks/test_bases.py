@@ -17,6 +17,7 @@ from qlora.errors import ModelError, TokenizerError, UserError
 from qlora.events import Recorder
 from qlora.model import adapters, load
 from qlora.model.hub import resolve
+from qlora.model.tokenizer import open_tokenizer
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.attacks import payloads as p
 from tests.attacks.payloads import Attack
@@ -268,7 +269,7 @@ def use(base: Path) -> Any:
 
     sink = Recorder()
     checked = resolve(str(base), "main", sink)
-    load.load_tokenizer(checked)
+    open_tokenizer(checked.path, checked.name)
     return load.load_base(checked, QuantizationSection(), "auto", torch.device("cpu"), sink)
 
 
@@ -286,7 +287,7 @@ def test_code_beside_a_known_model_never_runs(tmp_path: Path, llama: Path) -> No
     sink = Recorder()
     checked = resolve(str(base), "main", sink)
     model = load.load_base(checked, QuantizationSection(), "auto", torch.device("cpu"), sink)
-    load.load_tokenizer(checked)
+    open_tokenizer(checked.path, checked.name)
     assert type(model).__module__.startswith("transformers.") and not marker.exists()
     assert not hasattr(model.config, "evil_hook")
     messages = [event.as_dict()["message"] for event in sink.of("notice")]

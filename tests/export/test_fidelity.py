@@ -21,8 +21,9 @@ from qlora.export.merge.merge import Merge, read_adapter
 from qlora.export.verify import fidelity, streamed
 from qlora.export.verify.fidelity import choose_positions, divergence, live_logprobs, measure, probe_split, reference
 from qlora.export.verify.streamed import Compute
-from qlora.model import hub, load
+from qlora.model import hub
 from qlora.model.meta_model import build
+from qlora.model.tokenizer import open_tokenizer
 from tests.export.test_merge import KINDS, NF4, trained
 
 CPU = torch.device("cpu")
@@ -167,7 +168,7 @@ def test_live_chunks_do_not_change_the_model(llama: Path, tmp_path: Path) -> Non
 
 
 def test_probe_texts_serve_where_there_are_no_rows(llama: Path) -> None:
-    tokenizer = load.load_tokenizer(hub.resolve(str(llama), "main", Recorder()))
+    tokenizer = open_tokenizer(llama, "llama")
     split = probe_split(tokenizer, 32)
     assert max(split.lengths) <= 32 and len(split.rows) == len(fidelity.PROBES)
     positions = choose_positions(split, (32, False), 0, 384, fidelity.PROBE_ROWS)

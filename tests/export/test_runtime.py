@@ -22,8 +22,9 @@ from qlora.export.gguf.write import GgufFile
 from qlora.export.llama_cpp import runtime, runtime_child
 from qlora.export.llama_cpp.runtime import Request, Runtime, ask, find_runtime
 from qlora.export.verify import streamed
-from qlora.model import generate, hub, load
+from qlora.model import generate, hub
 from qlora.model.meta_model import build
+from qlora.model.tokenizer import open_tokenizer
 from tests.families import END_OF_TURN_ID, make_base
 
 pytest.importorskip("xllamacpp", reason='no llama.cpp to ask: pip install "qlora[gguf]"')
@@ -106,7 +107,7 @@ def test_rows_longer_than_a_batch(file: Path, model: Any, monkeypatch: pytest.Mo
 
 
 def test_tokens_and_vocabulary(file: Path, folder: Path) -> None:
-    tokenizer = load.load_tokenizer(hub.resolve(str(folder), "main", Recorder()))
+    tokenizer = open_tokenizer(folder, "base")
     texts = ("", "The quick brown  fox\n\n", "<|im_start|>user\nWhat is it?<|im_end|>", "naïve 日本 🦙")
     with ask(RUNTIME, file, Request(texts=texts)) as answer:
         assert [list(ids) for ids in answer.tokenized] == [tokenizer(text)["input_ids"] for text in texts]

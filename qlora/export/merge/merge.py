@@ -36,7 +36,6 @@ from qlora.model.adapter_folder import (
     scale_of,
 )
 from qlora.model.base_folder import BaseFolder
-from qlora.model.load import stored_4bit
 from qlora.model.meta_model import build
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
@@ -183,7 +182,7 @@ class Merge:
     def _quantized(self, part: ParameterSource) -> nf4.Quantized:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""
         if part.held == "packed":
-            return stored_4bit(self.base, part.source, self.device)
+            return nf4.stored_4bit(self.base, part.source, self.device)
         held, entry = self.quantization, part.entry
         return nf4.quantize_rows(
             lambda start, end: read_tensor(entry, (start, end)).to(torch.bfloat16),

@@ -16,7 +16,8 @@ import torch
 from qlora.errors import ExportError
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.meta_model import build, head_of, is_stored_4bit, linear_layers
+from qlora.model.meta_model import build, head_of, linear_layers
+from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 
 # 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the

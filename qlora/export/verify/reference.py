@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.export.verify.streamed import Compute
 from qlora.model import adapters, load
 from qlora.model.meta_model import build
-from qlora.model.tokenizer import tokenizer_fingerprint
+from qlora.model.tokenizer import open_tokenizer
 from qlora.third_party import import_bitsandbytes
 
 TRANSFORMERS = "transformers, bf16"
@@ -45,7 +45,10 @@ class ChatFormat:
     @classmethod
     def of(cls, source: Source) -> ChatFormat:
         """The run's, or what the adapter's folder and its base tell. A base without an end token has no template."""
-        tokenizer = source.rows.chat.tokenizer if source.rows is not None else _tokenizer_of(source)
+        if source.rows is not None:
+            tokenizer = source.rows.chat.tokenizer
+        else:
+            tokenizer = open_tokenizer(source.base.path, source.base.name, source.adapter.folder)
         try:
             template = ChatTemplate(tokenizer, Sinks())
         except TokenizerError:
@@ -136,15 +139,6 @@ def trained_model(source: Source, sink: Sink) -> Any:
     import_bitsandbytes()
     model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
     return adapters.open_saved(model, source.adapter.folder)
-
-
-def _tokenizer_of(source: Source) -> Any:
-    """The adapter folder's tokenizer where it has one of its own (new tokens), else the base's."""
-    folder = source.adapter.folder
-    own = (folder / "tokenizer_config.json").is_file()
-    if own and tokenizer_fingerprint(folder) != tokenizer_fingerprint(source.base.path):
-        return load.load_tokenizer(replace(source.base, path=folder, name=str(folder)))
-    return load.load_tokenizer(source.base)
 
 
 def _positions(study: TrainedReference, model: Any) -> Positions:
