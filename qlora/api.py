@@ -15,7 +15,7 @@ from qlora import disk, run_folder
 from qlora.errors import ExportError, Problem, RecipeError
 from qlora.events import Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
-from qlora.recipe.sections import DataSection, ExportSection, SourceSection
+from qlora.recipe.sections import ExportSection
 from qlora.report.files import JsonLines
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def train(
     "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of
     `qlora.errors`.
     """
+    from qlora.data import hub_rows
+
     loaded, run_name = _named(recipe, name)
     say = sink or Sinks()
     run_dir = run_folder.path_of(loaded, run_name)
@@ -66,7 +68,7 @@ def train(
     if mode == "resume":
         loaded = run_folder.pinned(run_dir, loaded)
     base = preflight(loaded, say)
-    loaded = _with_pinned_rows(loaded, say)
+    loaded = loaded.model_copy(update={"data": hub_rows.localize(loaded.data, say).pinned})
     held = run_folder.claim(run_dir, mode)
     try:
         return _train(_Ready(loaded, run_dir, base, mode), say, stop)
@@ -95,14 +97,15 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
 
 def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
     """What can be checked without torch: the data files are there and begin well, the base can be trained."""
+    from qlora.data.hub_rows import localize
     from qlora.data.prepare import check_files
-    from qlora.model import hub
+    from qlora.model.resolve import resolve
 
     if not recipe.data.train:
         hint = 'add [[data.train]] with path = "rows.jsonl"'
         raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
-    check_files(_local_sources(recipe.data, sink))
-    return hub.resolve(recipe.model.base, recipe.model.revision, sink)
+    check_files(localize(recipe.data, sink).local)
+    return resolve(recipe.model.base, recipe.model.revision, sink)
 
 
 def merge_and_export(
@@ -151,12 +154,12 @@ def export_options(**chosen: Any) -> ExportOptions:
 def _open_source(adapter_dir: Path, sink: Sink) -> Source:
     """An adapter with its base, checked; its rows are not read yet."""
     from qlora.export.artifacts import Source
-    from qlora.model import hub
     from qlora.model.adapter_folder import provenance, read_adapter
+    from qlora.model.resolve import resolve
 
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
-    base = hub.resolve(origin.base, origin.revision, sink)
+    base = resolve(origin.base, origin.revision, sink)
     if origin.fingerprint and origin.fingerprint != base.fingerprint:
         raise ExportError(
             f"{adapter_dir}: was trained on another base than {base.name} is now (its files differ)",
@@ -218,8 +221,8 @@ def question(
     from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
     from qlora.memory.plan import Question
-    from qlora.model import hub
     from qlora.model.meta_model import text_config
+    from qlora.model.resolve import resolve_config
 
     if gpu is not None and vram is not None:
         problem = Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")
@@ -227,7 +230,7 @@ def question(
     if stack not in BASELINES:
         raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
-    config = hub.resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
+    config = resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
     text, _ = text_config(config, recipe.model.base)
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
@@ -325,12 +328,13 @@ def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[Exported
 def _prepare(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
     """Tokenizer, template and tokens of every row."""
     from qlora.data.chat import ChatTokenizer
+    from qlora.data.hub_rows import localize
     from qlora.data.prepare import prepare
     from qlora.model.tokenizer import open_tokenizer, tokenizer_fingerprint
 
     tokenizer = open_tokenizer(base.path, base.name)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
-    sources = _local_sources(recipe.data, sink)
+    sources = localize(recipe.data, sink).local
     data = prepare(sources, tokenizer_fingerprint(base.path), chat, recipe.train.seed, disk.cache_dir(), sink)
     return chat, data
 
@@ -366,29 +370,3 @@ def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
         return recipe, name or "run"
     path = Path(recipe)
     return Recipe.from_file(path), name or path.stem
-
-
-def _local_sources(data: DataSection, sink: Sink) -> DataSection:
-    """`hub:` sources downloaded; everything below reads files only."""
-    from qlora.model import hub
-
-    def local(section: SourceSection) -> SourceSection:
-        if not section.path.startswith("hub:"):
-            return section
-        return section.model_copy(update={"path": hub.download_rows(section.path, sink).pattern})
-
-    return data.model_copy(update={"train": tuple(map(local, data.train)), "eval": tuple(map(local, data.eval))})
-
-
-def _with_pinned_rows(recipe: Recipe, sink: Sink) -> Recipe:
-    """The recipe with the revisions of its `hub:` sources as the commits that they mean now: what the run records."""
-    from qlora.model import hub
-
-    def pin(section: SourceSection) -> SourceSection:
-        if not section.path.startswith("hub:"):
-            return section
-        return section.model_copy(update={"path": hub.download_rows(section.path, sink).pinned})
-
-    data = recipe.data
-    pinned = {"train": tuple(map(pin, data.train)), "eval": tuple(map(pin, data.eval))}
-    return recipe.model_copy(update={"data": data.model_copy(update=pinned)})

@@ -70,15 +70,15 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("tokenizer", "config_filter", "tensors", "base_folder", "adapter_folder", "hub", "nf4", "cpu_matmul"),
+        *("tokenizer", "config_filter", "tensors", "base_folder", "adapter_folder", "resolve", "nf4", "cpu_matmul"),
         *("attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
-        *("formats", "sources", "render_worker", "render", "template", "chat"),
+        *("formats", "sources", "hub_rows", "render_worker", "render", "template", "chat"),
         *("packing", "token_cache", "prepare", "loader"),
     ],
     "step": ["loss", "forward", "optimizer"],
-    "recipe": ["sections", "problems", "reading"],
+    "recipe": ["sections", "problems", "reading", "pins"],
     "report": ["files", "memory", "console"],
 }
 
@@ -96,7 +96,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def place(module: str) -> tuple[str, ...]:
-    """("model", "hub") for qlora.model.hub, ("export", "gguf", "vocab") for qlora.export.gguf.vocab."""
+    """("model", "load") for qlora.model.load, ("export", "gguf", "vocab") for qlora.export.gguf.vocab."""
     return tuple(module.split(".")[1:]) or ("",)
 
 

@@ -16,7 +16,7 @@ import pytest
 from qlora.errors import ModelError, TokenizerError, UserError
 from qlora.events import Recorder
 from qlora.model import adapters, load
-from qlora.model.hub import resolve
+from qlora.model.resolve import resolve
 from qlora.model.tokenizer import open_tokenizer
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.attacks import payloads as p
@@ -311,7 +311,7 @@ def test_an_adapter_that_is_a_pickle_is_not_opened(tmp_path: Path, llama: Path) 
 
 
 def test_a_run_opens_no_socket(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, evaluate, deliver and export with every socket refused: nothing outside model/hub.py wants one."""
+    """Train, evaluate, deliver and export with every socket refused: nothing outside hub.py wants one."""
     from tests.runs import run_dir, train, write_recipe
 
     asked: list[Any] = []

@@ -21,8 +21,8 @@ from qlora.export.merge.merge import Merge, read_adapter
 from qlora.export.verify import fidelity, streamed
 from qlora.export.verify.fidelity import choose_positions, divergence, live_logprobs, measure, probe_split, reference
 from qlora.export.verify.streamed import Compute
-from qlora.model import hub
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
 from qlora.model.tokenizer import open_tokenizer
 from tests.export.test_merge import KINDS, NF4, trained
 
@@ -138,7 +138,7 @@ def test_the_merged_model_is_near_the_trained_one_and_broken_ones_are_far(
     llama: Path, tmp_path: Path, kind: str
 ) -> None:
     model = trained(llama, tmp_path / "adapter", KINDS[kind])
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     merge = {kind: Merge(base, read_adapter(tmp_path / "adapter"), kind, NF4, CPU) for kind in ("nf4", "full")}
     positions = choose_positions(SPLIT, (64, True), 0, 384)
     q_proj = "model.layers.0.self_attn.q_proj.weight"

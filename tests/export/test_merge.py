@@ -18,7 +18,8 @@ from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
 from qlora.export import hf
 from qlora.export.merge.merge import Merge, read_adapter, scale_of
-from qlora.model import adapters, hub, load
+from qlora.model import adapters, load
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.families import as_version_4_saves, make_base
 
@@ -34,7 +35,7 @@ KINDS = {
 
 def trained(base_dir: Path, folder: Path, lora: LoraSection, quantization: QuantizationSection = NF4):  # type: ignore[no-untyped-def]
     """A model with an adapter that has moved, and that adapter saved with what it was trained against."""
-    base = hub.resolve(str(base_dir), "main", Recorder())
+    base = resolve(str(base_dir), "main", Recorder())
     model = load.load_base(base, quantization, "auto", torch.device("cpu"), Recorder())
     model = adapters.attach(model, lora, seed=1)
     generator = torch.Generator().manual_seed(5)
@@ -148,7 +149,7 @@ def of_peft(base: Path, folder: Path, resize: int = 0, **settings):  # type: ign
 
 
 def merge_of(base: Path, adapter: Path, **settings) -> Merge:  # type: ignore[no-untyped-def]
-    found = hub.resolve(str(base), "main", Recorder())
+    found = resolve(str(base), "main", Recorder())
     values = {"merge_base": "full", "quantization": QuantizationSection(type="none"), "dtype": torch.float32}
     return Merge(found, read_adapter(adapter), device=torch.device("cpu"), **{**values, **settings})
 

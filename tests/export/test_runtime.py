@@ -22,8 +22,9 @@ from qlora.export.gguf.write import GgufFile
 from qlora.export.llama_cpp import runtime, runtime_child
 from qlora.export.llama_cpp.runtime import Request, Runtime, ask, find_runtime
 from qlora.export.verify import streamed
-from qlora.model import generate, hub
+from qlora.model import generate
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
 from qlora.model.tokenizer import open_tokenizer
 from tests.families import END_OF_TURN_ID, make_base
 
@@ -35,7 +36,7 @@ ROWS = [(list(range(4 + row, 44 + row)), [0, 5, 20, 38, 39]) for row in range(6)
 
 def write_f32(folder: Path, target: Path, without: str = "") -> Path:
     """The model of a folder as an F32 GGUF file, without one key."""
-    base = hub.resolve(str(folder), "main", Recorder())
+    base = resolve(str(folder), "main", Recorder())
     meta_model = build(base)
     plan = planning.plan(base, None, planning.Tokens(), ["f32"])
     keys = (*entries(list(plan.layout.keys)), *vocab.metadata(plan.vocab))

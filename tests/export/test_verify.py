@@ -26,7 +26,7 @@ from qlora.export.staging import StagedExport
 from qlora.export.verify import weights
 from qlora.export.verify.weights import Target, Verified, check_companions, folder_target, gguf_target, reopen
 from qlora.export.verify.weights_child import compare_weights, open_folder, open_gguf
-from qlora.model import hub
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.test_merge import KINDS, trained
 from tests.families import END_OF_TURN_ID, make_base
@@ -44,7 +44,7 @@ class Case:
         self, base: Path, folder: Path, lora: LoraSection, merge_base: Any = "nf4", quants: tuple[str, ...] = QUANTS
     ) -> None:
         trained(base, folder / "adapter", lora)
-        found = hub.resolve(str(base), "main", Recorder())
+        found = resolve(str(base), "main", Recorder())
         self.merge = Merge(found, read_adapter(folder / "adapter"), merge_base, NF4, torch.device("cpu"))
         hf.write(self.merge, folder / "hf", Recorder())
         self.folder = folder / "hf"

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Recorder
 from qlora.model.base_folder import BaseFolder
-from qlora.model.hub import resolve
 from qlora.model.load import load_base
 from qlora.model.meta_model import build, linear_layers
 from qlora.model.nf4 import is_stored_4bit
+from qlora.model.resolve import resolve
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
 from tests.families import FAMILIES, make_base, make_config, make_tokenizer

@@ -24,8 +24,8 @@ from qlora.export.verify import streamed, weights
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
 from qlora.export.verify.weights import Check, Target, Verified
-from qlora.model import hub
 from qlora.model.adapter_folder import Adapter
+from qlora.model.resolve import resolve
 
 _HINT = "export again; if it happens again, report it with this line"
 
@@ -51,7 +51,7 @@ def inspect_folder(study: TrainedReference, merge: Merge, folder: Path, verified
     Verified(folder, tuple(checks)).require()
     line = None
     if study.reference is not None:
-        written = hub.resolve(str(folder), "main", sink)
+        written = resolve(str(folder), "main", sink)
         size = sum(entry.nbytes for entry in written.tensors.values())
         line = study.measure_folder("hf", written, size)
     return Inspection(tuple(checks), line)

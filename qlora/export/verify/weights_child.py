@@ -28,9 +28,9 @@ from qlora.errors import UserError
 from qlora.events import Sinks
 from qlora.export.gguf.architectures import GgufTensor, lay_out
 from qlora.export.merge.merge import Merge
-from qlora.model import hub
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
 from qlora.recipe.sections import QuantizationSection
 
@@ -299,7 +299,7 @@ def main(request_file: Path) -> int:
     """Answer a request: the results of each file, or why none could be had, as answer.json beside it."""
     request = json.loads(request_file.read_text(encoding="utf-8"))
     try:
-        base = hub.resolve(request["base"], "main", Sinks())
+        base = resolve(request["base"], "main", Sinks())
         merge = Merge(
             base,
             read_adapter(Path(request["adapter"])),
