@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Rows of a micro-batch are padded to a multiple that keeps tensor cores busy; the estimator counts them so.
+PAD_TO_MULTIPLE = 8
 _KEPT_EPOCHS = 2  # packs of this many epochs are held: the one that runs, and the one that a caller asks about
 
 
@@ -109,9 +111,9 @@ def collate(
     packs: Sequence[tuple[int, ...]],
     pad_id: int,
     max_length: int,
-    pad_to_multiple: int = 8,
+    pad_to_multiple: int = PAD_TO_MULTIPLE,
 ) -> Batch:
-    """One micro-batch: a row of tensors for each pack, padded to the longest (a multiple of 8 keeps tensor cores busy).
+    """One micro-batch: a row of tensors for each pack, padded to the longest.
 
     Padding is told by its place, never by its id: it is a document of its own and its weights are 0.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import DoesNotFit
-from qlora.memory.estimate import DataFacts, Estimate, Estimator, with_reserve
+from qlora.memory.estimate import DataFacts, Estimate, Estimator
 from qlora.memory.hardware import Machine
 from qlora.recipe.reading import Recipe
 
@@ -205,7 +205,9 @@ def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Pla
     """The plan of a run. Keeps a reserve for what it decides itself. Raises DoesNotFit, with remedies."""
     asked = recipe.train.micro_batch_size == "auto" or recipe.train.gradient_checkpointing == "auto"
     if asked:
-        careful = Estimator(estimator.text, estimator.name, with_reserve(estimator.machine, RESERVE_SHARE))
+        machine = estimator.machine
+        reserved = replace(machine, limit_bytes=int(machine.limit_bytes * (1 - RESERVE_SHARE)))
+        careful = Estimator(estimator.text, estimator.name, reserved)
         plan = Planner(careful, facts).decide(recipe)
         if plan.fits:
             return plan

@@ -2,7 +2,7 @@
 
 A dispatch mode sees every operation; each new storage is a request to the replayed allocator, and is given back when
 the storage dies. What an operation takes inside itself is invisible to a mode and stands in `SCRATCH`. The total is
-kept by category, and its peak by stretch of the run, so that stretches can be extended apart (see `simulate.py`).
+kept by category, and its peak by phase of the run, so that phases can be extended apart (see `simulate.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "l
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest total of a stretch: bytes by category at that moment, each storage rounded to 512.
+    """The largest total of a phase: bytes by category at that moment, each storage rounded to 512.
 
     `slack` is what the allocator counts on top at that moment, because it hands out some blocks larger than asked for;
     `reserved` the most that it had taken from the driver.
@@ -74,7 +74,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
         self._blocks: dict[int, Block] = {}
         self._region: str | None = None
-        self._stretch = ""
+        self._phase = ""
         self._total = 0
         self._highest = -1
 
@@ -89,9 +89,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._region = before
 
-    def begin(self, stretch: str) -> None:
-        """From now on the peak is that of `stretch`; what is live already counts."""
-        self._stretch, self._highest = stretch, -1
+    def begin(self, phase: str) -> None:
+        """From now on the peak is that of `phase`; what is live already counts."""
+        self._phase, self._highest = phase, -1
         self._record()
 
     def adopt(self, tensor: Tensor, category: str) -> None:
@@ -173,9 +173,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._total > self._highest:
             self._highest = self._total
             slack = self.allocator.allocated - self._total
-            self.peaks[self._stretch] = Peak(dict(self._now), slack, self.allocator.reserved)
-        elif self.allocator.reserved > self.peaks[self._stretch].reserved:
-            self.peaks[self._stretch] = replace(self.peaks[self._stretch], reserved=self.allocator.reserved)
+            self.peaks[self._phase] = Peak(dict(self._now), slack, self.allocator.reserved)
+        elif self.allocator.reserved > self.peaks[self._phase].reserved:
+            self.peaks[self._phase] = replace(self.peaks[self._phase], reserved=self.allocator.reserved)
 
 
 def _efficient_backward(_grad: Tensor, query: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 ANSWERS_AT_ONCE = 16
+SAMPLE_TOKENS = 128  # the longest sample answer: what training asks for is what the estimator counts
 
 
 def greedy(

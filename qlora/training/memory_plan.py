@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.loader import TrainOrder
+from qlora.data.loader import PAD_TO_MULTIPLE, TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.errors import foreign_failures
 from qlora.events import Notice, Sink
@@ -22,8 +22,6 @@ from qlora.training.recovery import MemorySettings
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.model.base_folder import BaseFolder
-
-PAD_TO_MULTIPLE = 8  # what the loader pads rows to
 
 
 def data_facts(recipe: Recipe, data: PreparedData, chat: ChatTokenizer) -> DataFacts:
