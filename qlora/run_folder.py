@@ -27,7 +27,7 @@ def path_of(recipe: Recipe, name: str) -> Path:
 def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
     """Whether this run may have the folder; changes nothing. Raises RunFolderError.
 
-    A folder in which nothing was trained yet (its rows were broken, say) is taken again without a question.
+    A folder in which nothing was trained yet (its rows were broken, say) is taken again.
     """
     for place in (run_dir, *run_dir.parents):
         if place.exists() and not place.is_dir():
@@ -55,19 +55,19 @@ def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> lock.Folder
     Raises RunFolderError when another process was faster.
     """
     disk.make_folder(run_dir)
-    held = _take(run_dir)
+    folder_lock = _take(run_dir)
     try:
         if mode == "fresh" and {path.name for path in run_dir.iterdir()} - {LOCK_FILE}:
             disk.set_aside(run_dir, ".")  # with the lock in it: whoever has just opened that one sees that it has moved
-            held.release()
+            folder_lock.release()
             disk.make_folder(run_dir)
-            held = _take(run_dir)
+            folder_lock = _take(run_dir)
         if mode == "new":
             (run_dir / EVENTS_FILE).unlink(missing_ok=True)
     except BaseException:
-        held.release()
+        folder_lock.release()
         raise
-    return held
+    return folder_lock
 
 
 def _take(run_dir: Path) -> lock.FolderLock:
@@ -132,7 +132,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(recipe: Recipe) -> dict[str, Any]:
-    """What the manifest of a checkpoint says about how it was made."""
+    """How a checkpoint was made, for its manifest."""
     return {"versions": versions(), "recipe_sha256": disk.sha256_text(recipe_toml(recipe))}
 
 
@@ -179,7 +179,7 @@ def name_of(adapter_dir: Path) -> str:
 
 
 def dataset_name(path: str) -> str:
-    """What a published file may tell of a source of rows: a hub dataset's name, or a file's without its folders."""
+    """How a published file may name a source of rows: a hub dataset's name, or a file's without its folders."""
     return path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
 
 

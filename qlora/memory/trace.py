@@ -44,7 +44,7 @@ class Peak:
 
 @dataclass
 class Labels:
-    """By what a tensor of the step is told to be a gradient or logits; everything else is an activation."""
+    """What tells a gradient or logits from other tensors of the step; everything else is an activation."""
 
     gradient_shapes: set[tuple[int, ...]] = field(default_factory=set)
     vocabulary: int = 0
@@ -58,7 +58,7 @@ class Labels:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered. `packed` is what the model hears when it asks whether a row holds several documents.
+    """Counts while it is entered. `packed` is the answer to the model's question whether a row has several documents.
 
     `target` ("cuda" or "cpu") is the device that meta tensors stand for: it decides about the scratch of kernels.
     """
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._total = 0
         self._highest = -1
 
-    # --- what the caller says ------------------------------------------------------------------------------------
+    # --- for the caller ------------------------------------------------------------------------------------------
 
     @contextmanager
     def region(self, category: str) -> Iterator[None]:

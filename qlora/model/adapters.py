@@ -52,9 +52,8 @@ def attach(
     whole = _whole_modules(model, lora.modules_to_save)
     batches = list(eva_batches or ())
     if lora.init == "eva" and not batches:
-        raise ModelError(
-            'lora.init = "eva" needs rows to start from', 'add training rows, or set lora.init = "default"'
-        )
+        what = 'lora.init = "eva" needs rows to start from'
+        raise ModelError(what, 'add training rows, or set lora.init = "default"')
     training = model.training
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -81,9 +80,9 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
 
 
 def save(model: PeftModel, folder: Path, base_name: str, commit: str | None) -> None:
-    """Writes the adapter into `folder` in PEFT's layout, for `PeftModel.from_pretrained` and for `load_into`.
+    """Write the adapter into `folder` in PEFT's layout, for `PeftModel.from_pretrained` and for `load_into`.
 
-    `base_name` and `commit` are the base's as the recipe says: whoever opens the adapter looks for it under that name.
+    `base_name` and `commit` are the base's as in the recipe: whoever opens the adapter looks for it under that name.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -107,16 +106,12 @@ def load_into(model: PeftModel, folder: Path) -> None:
 
     stored = load_file(folder / ADAPTER_FILE)
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    differing = sorted(
-        name
-        for name in {*stored, *wanted}
-        if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape
-    )
-    if differing:
-        what = (
-            f"{folder / ADAPTER_FILE}: {len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
+    ours, theirs = ({(name, tensor.shape) for name, tensor in state.items()} for state in (wanted, stored))
+    if differing := sorted({name for name, _ in ours ^ theirs}):
+        what = f"{len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
+        raise ModelError(
+            f"{folder / ADAPTER_FILE}: {what}", "use the recipe that made this adapter, or start afresh with --fresh"
         )
-        raise ModelError(what, "use the recipe that made this adapter, or start afresh with --fresh")
     set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
 
 

@@ -44,7 +44,7 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 
 
 def has_bf16_products() -> bool:
-    """Whether torch has fast bf16 kernels for this processor (oneDNN's word: AVX512 on x86, bf16 on arm64)."""
+    """Whether torch has fast bf16 kernels for this processor (by oneDNN's own check: AVX512 on x86, bf16 on arm64)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -24,8 +24,8 @@ from qlora.model.config_filter import open_config
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 
-# Subclasses of nn.Linear that compute the same, so that a 4-bit layer may take their place.
-PLAIN_LINEARS = ("Linear", "FalconLinear")
+# nn.Linear and subclasses of it that compute the same, so that a 4-bit layer may take their place; and that one.
+PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
 # Models whose layers look attention up by class, not by registered function: they know "sdpa" and no other name.
 OWN_ATTENTION = ("falcon",)
 
@@ -111,15 +111,11 @@ def head_of(model: Any) -> Any:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer but the head, by name: what is held in 4 bit, and what "all-linear" means."""
+    """Every linear layer but the head, by name: what is kept in 4 bit, and what "all-linear" means."""
     head = head_of(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and _is_plain(module):
+        if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS:
             yield name, module
-
-
-def _is_plain(module: nn.Linear) -> bool:
-    return any(kind.__name__ in (*PLAIN_LINEARS, "Linear4bit") for kind in type(module).__mro__[:1])
 
 
 def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
 def open_tokenizer(folder: Path, name: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the base `name` in `folder`, or of an adapter's folder that has another one (new tokens).
 
-    Without a padding token it gets one (padding is told by position, never by this id). Raises TokenizerError.
+    Without a padding token it gets one (padding is known by its position, never by this id). Raises TokenizerError.
     """
     from transformers import AutoTokenizer
 
