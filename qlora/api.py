@@ -52,14 +52,14 @@ def train(
     "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of
     `qlora.errors`.
     """
+
     loaded, run_name = _named(recipe, name)
     shared = sink or Sinks()
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
     if mode == "resume":
         loaded = run_folder.pinned(run_dir, loaded)
-    base = setup.preflight(loaded, shared)
-    loaded = setup.with_pinned_rows(loaded, shared)
+    base, loaded = setup.preflight(loaded, shared)
     claim = run_folder.claim(run_dir, mode)
     try:
         return _train(loaded, run_dir, base, mode, shared, stop or StopRequest())
@@ -102,7 +102,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
     loaded, _ = _named(recipe, "check")
     shared = sink or Sinks()
-    base = setup.preflight(loaded, shared)
+    base, _ = setup.preflight(loaded, shared)
     _, data, memory = setup.prepare(loaded, base, shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
@@ -153,12 +153,12 @@ def export_options(**chosen: Any) -> ExportOptions:
 def _open_source(adapter_dir: Path, sink: Sink) -> Source:
     """An adapter with its base, checked; its rows are not read yet."""
     from qlora.export.artifacts import Source
-    from qlora.model import hub
     from qlora.model.adapter_folder import provenance, read_adapter
+    from qlora.model.resolve import resolve
 
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
-    base = hub.resolve(origin.base, origin.revision, sink)
+    base = resolve(origin.base, origin.revision, sink)
     if origin.fingerprint and origin.fingerprint != base.fingerprint:
         raise ExportError(
             f"{adapter_dir}: was trained on another base than {base.name} is now (its files differ)",
@@ -219,8 +219,8 @@ def question(
     from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
     from qlora.memory.plan import Question
-    from qlora.model import hub
     from qlora.model.meta_model import text_config
+    from qlora.model.resolve import resolve_config
 
     if gpu is not None and vram is not None:
         problem = Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")
@@ -228,7 +228,7 @@ def question(
     if stack not in BASELINES:
         raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
-    config = hub.resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
+    config = resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
     text, _ = text_config(config, recipe.model.base)
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 

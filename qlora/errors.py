@@ -19,6 +19,8 @@ An error is written for the person who meets it: `what` says what is wrong and w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -102,3 +104,32 @@ class StoppedBySignal(QloraError):
     def __init__(self, what: str, hint: str, signal_number: int) -> None:
         super().__init__(what, hint)
         self.exit_code = 128 + signal_number
+
+
+@dataclass
+class ForeignFailure:
+    """What a library raised over a stranger's file; `error` is None where it raised nothing."""
+
+    error: Exception | None = None
+
+    @property
+    def reason(self) -> str:
+        """The error's message on one line of up to 200 characters, or its class where it has no message."""
+        return " ".join(str(self.error).split())[:200] or type(self.error).__name__
+
+
+@contextmanager
+def foreign_failures() -> Iterator[ForeignFailure]:
+    """Catch whatever a library raises over a stranger's file inside the block; the caller looks at `error` behind it.
+
+    A broad except, the one beside the command line's: transformers, tokenizers, bitsandbytes and jinja2 have no error
+    of their own for a file that is wrong, and raise what their code stumbles on (tokenizers even a bare Exception), so
+    that no list of classes is complete. Our own errors pass.
+    """
+    failure = ForeignFailure()
+    try:
+        yield failure
+    except QloraError:
+        raise
+    except Exception as error:
+        failure.error = error

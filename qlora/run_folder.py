@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -10,15 +9,13 @@ from typing import Any, Literal
 from qlora import disk, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import EVENTS_FILE, Start
+from qlora.recipe import pins
 from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
-from qlora.recipe.sections import SourceSection
 from qlora.version import __version__
 
 RECIPE_FILE = "recipe.toml"
 LOCK_FILE = ".lock"
 RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_ROWS = re.compile(r"hub:(?P<name>[^@:]+)(?:@(?P<revision>[^:@]+))?(?::(?P<split>[\w.-]+))?")
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 
 
@@ -30,7 +27,7 @@ def path_of(recipe: Recipe, name: str) -> Path:
 def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
     """Whether this run may have the folder; changes nothing. Raises RunFolderError.
 
-    A folder in which nothing was trained yet (its rows were broken, say) is taken again without a question.
+    A folder in which nothing was trained yet (its rows were broken, say) is taken again.
     """
     for place in (run_dir, *run_dir.parents):
         if place.exists() and not place.is_dir():
@@ -58,19 +55,19 @@ def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> lock.Folder
     Raises RunFolderError when another process was faster.
     """
     disk.make_folder(run_dir)
-    held = _take(run_dir)
+    folder_lock = _take(run_dir)
     try:
         if mode == "fresh" and {path.name for path in run_dir.iterdir()} - {LOCK_FILE}:
             disk.set_aside(run_dir, ".")  # with the lock in it: whoever has just opened that one sees that it has moved
-            held.release()
+            folder_lock.release()
             disk.make_folder(run_dir)
-            held = _take(run_dir)
+            folder_lock = _take(run_dir)
         if mode == "new":
             (run_dir / EVENTS_FILE).unlink(missing_ok=True)
     except BaseException:
-        held.release()
+        folder_lock.release()
         raise
-    return held
+    return folder_lock
 
 
 def _take(run_dir: Path) -> lock.FolderLock:
@@ -96,7 +93,7 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
         old = load_recipe(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with --fresh") from error
-    if keys := differing_keys(_pinned_as(recipe, old), old):
+    if keys := differing_keys(pins.pinned(recipe, old), old):
         raise RunFolderError(
             f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}",
             "set them back to go on, or start anew with --fresh",
@@ -105,31 +102,7 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
 
 def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
     """The recipe with the commits that the run in `run_dir` recorded: a branch that has moved on changes nothing."""
-    return _pinned_as(recipe, load_recipe(run_dir / RECIPE_FILE))
-
-
-def _pinned_as(recipe: Recipe, old: Recipe) -> Recipe:
-    model, data = recipe.model, recipe.data
-    if not _COMMIT.fullmatch(model.revision):
-        model = model.model_copy(update={"revision": old.model.revision})
-    sources = {
-        side: tuple(
-            map(_pinned_source, getattr(data, side), [*getattr(old.data, side), *[None] * len(getattr(data, side))])
-        )
-        for side in ("train", "eval")
-    }
-    return recipe.model_copy(update={"model": model, "data": data.model_copy(update=sources)})
-
-
-def _pinned_source(ours: SourceSection, theirs: SourceSection | None) -> SourceSection:
-    """`hub:NAME@main` becomes `hub:NAME@COMMIT:train` where the run recorded that name and split."""
-    one, other = _HUB_ROWS.fullmatch(ours.path), _HUB_ROWS.fullmatch(theirs.path if theirs else "")
-    if not one or not other or theirs is None or one["name"] != other["name"]:
-        return ours
-    same_split = (one["split"] or "train") == (other["split"] or "train")
-    if not same_split or _COMMIT.fullmatch(one["revision"] or ""):
-        return ours
-    return ours.model_copy(update={"path": theirs.path})
+    return pins.pinned(recipe, load_recipe(run_dir / RECIPE_FILE))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
@@ -159,7 +132,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(recipe: Recipe) -> dict[str, Any]:
-    """What the manifest of a checkpoint says about how it was made."""
+    """How a checkpoint was made, for its manifest."""
     return {"versions": versions(), "recipe_sha256": disk.sha256_text(recipe_toml(recipe))}
 
 
@@ -206,7 +179,7 @@ def name_of(adapter_dir: Path) -> str:
 
 
 def dataset_name(path: str) -> str:
-    """What a published file may tell of a source of rows: a hub dataset's name, or a file's without its folders."""
+    """How a published file may name a source of rows: a hub dataset's name, or a file's without its folders."""
     return path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
 
 

@@ -144,23 +144,18 @@ class Renderer:
     """Compiles each of `templates` once and renders requests with it."""
 
     def __init__(self, templates: Sequence[str], values: Mapping[str, Any]) -> None:
-        import jinja2
-
         self.environment = build_environment()
         self.templates = templates
         self.values = values
         self.compiled = lru_cache(8)(self.environment.from_string)
-        # What a template's own code can raise while it renders: jinja2's errors, and Python's from its operations.
-        self.refusals = (
-            *(jinja2.TemplateError, TypeError, ValueError, LookupError),
-            *(AttributeError, ArithmeticError, RuntimeError, OSError, SyntaxError, NameError, AssertionError),
-        )
 
     def answer(self, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
         """{"text", "marks"}, or {"error"} when the template refuses, or {"bound"} when it leaves its bounds."""
+        from qlora.errors import foreign_failures
+
         blocks: list[str] = []
         size = 0
-        try:
+        with foreign_failures() as failure:  # jinja2's errors, and Python's from the template's own operations
             template = self.compiled(self.templates[number])
             with self.environment.marking(blocks) as marks:
                 for block in template.generate({**self.values, **values}):
@@ -171,13 +166,12 @@ class Renderer:
             text = "".join(blocks)
             if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
                 return {"bound": "it writes more than 8 MiB"}
-        except TooMuch as error:
-            return {"bound": str(error)}
-        except MemoryError:
+            return {"text": text, "marks": marks}
+        if isinstance(failure.error, TooMuch):
+            return {"bound": str(failure.error)}
+        if isinstance(failure.error, MemoryError):
             return {"bound": "it needs more than 1 GiB of memory"}
-        except self.refusals as error:
-            return {"error": f"{error or type(error).__name__}"[:2000]}
-        return {"text": text, "marks": marks}
+        return {"error": f"{failure.error or type(failure.error).__name__}"[:2000]}
 
 
 def confine() -> None:

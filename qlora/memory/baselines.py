@@ -3,7 +3,7 @@
 `qlora` is our own step. `plain` is what transformers' Trainer with peft's `prepare_model_for_kbit_training` does:
 norms, embeddings, head and adapters in float32 under bf16 autocast, and the whole logits in float32 at once.
 `torchtune` keeps adapters and AdamW's moments in bf16, without master copies, and computes its loss in pieces. The
-recipe says the rest (double quantization, target modules, eager attention), so that published measurements can be
+recipe gives the rest (double quantization, target modules, eager attention), so that published measurements can be
 predicted.
 """
 

@@ -1,6 +1,6 @@
 """What runs on this machine's GPU measured beside what was predicted, and the correction that later estimates take.
 
-One small JSON file in the cache folder. An estimate says that it was calibrated and by how many runs.
+One small JSON file in the cache folder. An estimate reports by how many runs it was calibrated.
 """
 
 from __future__ import annotations

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.memory import calibration, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
-from qlora.memory.simulate import TRAIN_STRETCHES, ModelSpec, Simulation, Simulator, Workload
+from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
+from qlora.model.generate import SAMPLE_TOKENS
 from qlora.recipe.reading import Recipe
 
-# Where no rows are known: a prompt is taken to fill half of a row. Samples are answered with up to 128 tokens.
-PROMPT_SHARE = 0.5
-SAMPLE_TOKENS = 128
-COMPONENTS = (
-    "weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace", "context",
-)  # fmt: skip
+PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
 
 
 @dataclass(frozen=True)
@@ -60,12 +56,8 @@ class Estimate:
     def fits(self) -> bool:
         return self.peak_bytes <= self.limit_bytes
 
-    @property
-    def margin_bytes(self) -> int:
-        return self.limit_bytes - self.peak_bytes
-
     def as_dict(self) -> dict[str, Any]:
-        """The answer of `qlora-estimate --json` (DESIGN §4)."""
+        """The answer of `qlora-estimate --json`."""
         return {
             "peak_bytes": self.peak_bytes,
             "limit_bytes": self.limit_bytes,
@@ -87,11 +79,11 @@ class Estimate:
 class Estimator:
     """Estimates of one base on one machine; models on meta are built once for each adapter and quantization."""
 
-    def __init__(self, text: Any, name: str, machine: Machine, stack: Baseline = BASELINES["qlora"]) -> None:
+    def __init__(self, text: Any, name: str, machine: Machine, baseline: Baseline = BASELINES["qlora"]) -> None:
         self.text = text
         self.name = name
         self.machine = machine
-        self.stack = stack
+        self.baseline = baseline
         gpu = machine.gpu
         self.correction = calibration.correction(gpu.name) if gpu is not None else calibration.Correction()
         self._simulators: dict[Any, Simulator] = {}
@@ -106,14 +98,14 @@ class Estimator:
     def _simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
-            frame = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.stack)
-            self._simulators[made_of] = Simulator(frame)
+            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline)
+            self._simulators[made_of] = Simulator(spec)
         return self._simulators[made_of]
 
     def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator, simulation: Simulation) -> Estimate:
         machine, factor = self.machine, self.correction.factor
         terms = self._terms()
-        worst = simulation.worst[1]
+        worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
         fragmentation = slack + self._fragmentation(worst.total - simulation.paged, worst.parts["weights"])
         components = {key: round(value * factor) for key, value in worst.parts.items()}
@@ -121,17 +113,17 @@ class Estimator:
         components["context"] = terms["context"]
         fixed = sum(terms.values()) + fragmentation
         phases = {
-            "load": simulation.stretches["load"].total,
-            "train": simulation.peak_of(TRAIN_STRETCHES).total,
+            "load": simulation.phases["load"].total,
+            "train": simulation.peak_of(TRAIN_PHASES).total,
             "evaluate": simulation.peak_of(("evaluate", "update")).total,
             "generate": simulation.peak_of(("generate", "update")).total,
-            "resume": sum(simulation.held.values()),
+            "resume": sum(simulation.kept.values()),
         }
         phases = {name: round(total * factor) + fixed for name, total in phases.items()}
-        largest, rank = simulator.largest_linear_values, recipe.lora.r
+        largest, rank = simulator.values.largest_linear, recipe.lora.r
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
-        adapter, optimizer = simulation.held["adapters"], simulation.held["optimizer"]
-        merged = 2 * (simulator.linear_values + simulator.other_values) * len(recipe.export.formats)
+        adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
+        merged = 2 * (simulator.values.linear + simulator.values.other) * len(recipe.export.formats)
         peak = sum(components.values())
         host = overheads.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
         return Estimate(
@@ -145,7 +137,7 @@ class Estimator:
             tensor_bytes=round((worst.total - simulation.paged + slack) * factor) + terms.get("cublas_workspace", 0),
             paged_bytes=simulation.paged,
             tokens_per_second=self._speed(workload, simulator),
-            settings=settings_of(recipe, workload, self.stack),
+            settings=settings_of(recipe, workload, self.baseline),
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
         )
@@ -173,8 +165,8 @@ class Estimator:
             )
         if simulation.paged:
             notes.append("the paged optimizer state may move to host memory when the GPU is full; it is counted here")
-        if self.stack.name != "qlora":
-            notes.append(f"as the stack {self.stack.name!r} would train it, not as qlora-train does")
+        if self.baseline.name != "qlora":
+            notes.append(f"as the stack {self.baseline.name!r} would train it, not as qlora-train does")
         if workload.samples:
             notes.append(f"samples: prompts of {workload.prompt_tokens} tokens, answers of {workload.new_tokens}")
         return tuple(notes)
@@ -216,18 +208,18 @@ def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator,
     width = int(text.num_attention_heads) * int(getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
     attention = (9 if workload.gradient_checkpointing else 7) * int(text.num_hidden_layers) * workload.length * width
     operations = (
-        2 * passes * simulator.linear_values
+        2 * passes * simulator.values.linear
         + 6 * int(text.vocab_size) * hidden
         + attention
-        + 2 * (passes + 1) * simulator.adapter_values
+        + 2 * (passes + 1) * simulator.values.adapter
     )
     tokens = workload.rows * workload.length
     seconds = tokens * operations / (gpu.teraflops * 1e12)
-    seconds += passes * simulator.linear_values * (0.516 + 2) / (gpu.gigabytes_per_second * 1e9)
+    seconds += passes * simulator.values.linear * (0.516 + 2) / (gpu.gigabytes_per_second * 1e9)
     return tokens / seconds
 
 
-def settings_of(recipe: Recipe, workload: Workload, stack: Baseline) -> dict[str, Any]:
+def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[str, Any]:
     """The settings that an estimate is of, by their names in the recipe."""
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,
@@ -239,9 +231,4 @@ def settings_of(recipe: Recipe, workload: Workload, stack: Baseline) -> dict[str
         "quantization.double_quant": recipe.quantization.double_quant,
         "model.attention": recipe.model.attention,
     }
-    return settings if stack.name == "qlora" else {**settings, "stack": stack.name}
-
-
-def with_reserve(machine: Machine, share: float) -> Machine:
-    """The machine with a part of its limit kept free."""
-    return replace(machine, limit_bytes=int(machine.limit_bytes * (1 - share)))
+    return settings if baseline.name == "qlora" else {**settings, "stack": baseline.name}

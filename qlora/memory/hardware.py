@@ -1,8 +1,8 @@
 """What a machine has: a table of GPUs, this machine's own GPU, and its host memory.
 
 `usable_bytes` is what torch reports as a card's total (its out-of-memory messages name it); it is less than the name
-says, because the driver and, on some cards, error correction keep a part. Memory, bandwidth and dense bf16 rate with
-float32 accumulation are of the maker's documents in `SOURCES`; GeForce cards run it at half the rate of fp16's.
+promises, because the driver and, on some cards, error correction keep a part. Memory, bandwidth and dense bf16 rate
+with float32 accumulation are of the maker's documents in `SOURCES`; GeForce cards run it at half the rate of fp16's.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@ formula (bytes grow by the same amount a row) only guesses where to look.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import DoesNotFit
-from qlora.memory.estimate import DataFacts, Estimate, Estimator, with_reserve
+from qlora.memory.estimate import DataFacts, Estimate, Estimator
 from qlora.memory.hardware import Machine
 from qlora.recipe.reading import Recipe
 
@@ -22,7 +22,6 @@ SHORTEST_LENGTH = 256  # what a search may cut rows to
 SMALLEST_RANK = 4
 
 Changes = Mapping[str, Any]  # "table.key" to the value that a recipe is changed to
-Ask = Callable[[Recipe], Estimate]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Remedy:
 
 
 class Planner:
-    """Asks an estimator, and remembers what it said."""
+    """Asks an estimator, and keeps its answers."""
 
     def __init__(self, estimator: Estimator, facts: DataFacts | None = None) -> None:
         self.estimator = estimator
@@ -145,7 +144,8 @@ class Planner:
         before = self.ask(recipe)
         enough: dict[str, Remedy] = {}  # by key: the mildest change of it that is enough
         alone: dict[str, Remedy] = {}  # by key: the change that saves most
-        for changes in self._levers(recipe):
+        levers = list(_levers(recipe, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0)))
+        for changes in levers:
             (key,) = changes
             if key not in enough and len(enough) < most:
                 remedy = self._remedy(recipe, changes, before)
@@ -156,15 +156,12 @@ class Planner:
         if enough:
             return list(enough.values())
         together: dict[str, Any] = {}
-        for changes in self._levers(recipe):
+        for changes in levers:
             together |= changes
             remedy = self._remedy(recipe, together, before)
             if remedy.estimate.fits:
                 return [remedy]
         return sorted(alone.values(), key=lambda remedy: -remedy.saved_bytes)[:most]
-
-    def _levers(self, recipe: Recipe) -> Iterator[Changes]:
-        return _levers(recipe, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0))
 
     def _remedy(self, recipe: Recipe, changes: Changes, before: Estimate) -> Remedy:
         estimate = self.ask(changed(recipe, changes))
@@ -205,7 +202,9 @@ def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Pla
     """The plan of a run. Keeps a reserve for what it decides itself. Raises DoesNotFit, with remedies."""
     asked = recipe.train.micro_batch_size == "auto" or recipe.train.gradient_checkpointing == "auto"
     if asked:
-        careful = Estimator(estimator.text, estimator.name, with_reserve(estimator.machine, RESERVE_SHARE))
+        machine = estimator.machine
+        reserved = replace(machine, limit_bytes=int(machine.limit_bytes * (1 - RESERVE_SHARE)))
+        careful = Estimator(estimator.text, estimator.name, reserved)
         plan = Planner(careful, facts).decide(recipe)
         if plan.fits:
             return plan

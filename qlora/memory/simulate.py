@@ -2,8 +2,8 @@
 
 The model is built without weights, gets its 4-bit layers, adapters, checkpointing and optimizer from the code that
 trains, and goes through every phase of a run. Layers repeat, so that two short models are run (three layers and one
-period more) and each stretch of the run is extended by itself: a stretch's bytes grow by the same amount with each
-layer, while which of the stretches is the highest may change.
+period more) and each phase of the run is extended by itself: a phase's bytes grow by the same amount with each
+layer, while which of the phases is the highest may change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +27,18 @@ from qlora.model import adapters
 from qlora.model.attention import OnMeta
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.load import load_nothing
-from qlora.model.meta_model import build_unmatched, check_layers, choose_attention
+from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
 PAGED_FROM_VALUES = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller state is never paged
-# From three layers on every stretch grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
+# From three layers on every phase grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
 # none between the first and the last layer of the backward pass.
 FEWEST_LAYERS = 3
 OUTSIDE = ("start", "end")  # what the simulation itself does before and after
-TRAIN_STRETCHES = ("forward", "loss", "backward", "backward end", "update")
+TRAIN_PHASES = ("forward", "loss", "backward", "backward end", "update")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ModelSpec:
     quantization: QuantizationSection
     attention: str = "auto"
     target: str = "cuda"  # the device that the meta tensors stand for
-    stack: Baseline = BASELINES["qlora"]
+    baseline: Baseline = BASELINES["qlora"]
 
     @property
     def layers(self) -> int:
@@ -85,68 +85,74 @@ class Workload:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Bytes of every stretch at its peak, and of what is held from the first step to the last.
+    """Bytes of every phase at its peak, and of what is kept from the first step to the last.
 
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
     allocator's counters don't show them.
     """
 
-    stretches: Mapping[str, Peak]
-    held: Mapping[str, int]
+    phases: Mapping[str, Peak]
+    kept: Mapping[str, int]
     paged: int
 
     @property
-    def worst(self) -> tuple[str, Peak]:
-        """The stretch with the highest total."""
-        name = max(self.stretches, key=lambda key: self.stretches[key].total)
-        return name, self.stretches[name]
+    def worst(self) -> Peak:
+        """Of the phase with the highest total."""
+        return self.peak_of(tuple(self.phases))
 
     def peak_of(self, names: Sequence[str]) -> Peak:
-        return max((self.stretches[name] for name in names if name in self.stretches), key=lambda peak: peak.total)
+        """Of these phases, the one with the highest total; a phase that did not take place is left out."""
+        return max((self.phases[name] for name in names if name in self.phases), key=lambda peak: peak.total)
+
+
+class ValueCounts(NamedTuple):
+    """Parameters: of all layers that "all-linear" means, of the largest of them, of the rest, and of adapters."""
+
+    linear: int
+    largest_linear: int
+    other: int
+    adapter: int
 
 
 class Simulator:
-    """A frame, built in two sizes; `run` may be called for any number of workloads."""
+    """The model of a spec, built in two sizes; `run` may be called for any number of workloads."""
 
-    def __init__(self, frame: ModelSpec, whole: bool = False) -> None:
-        self.frame = frame
-        period = _period(frame.text)
+    def __init__(self, spec: ModelSpec, whole: bool = False) -> None:
+        self.spec = spec
+        period = _period(spec.text)
         first = -(-FEWEST_LAYERS // period) * period
         sizes = [first, first + period]
-        self.sizes = sizes if not whole and frame.layers > sizes[-1] else [frame.layers]
+        self.sizes = sizes if not whole and spec.layers > sizes[-1] else [spec.layers]
         with _collecting():
-            self._rigs = [_MetaModel(frame, size) for size in self.sizes]
+            self._models = [_MetaModel(spec, size) for size in self.sizes]
+        self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
         runs = []
-        for rig in self._rigs:
+        for model in self._models:
             with _collecting():
-                runs.append(rig.run(workload))
-        return runs[0] if len(runs) == 1 else _extended(runs[0], runs[1], self.sizes, self.frame.layers)
+                runs.append(model.run(workload))
+        return self._extended(runs[0], runs[-1])
 
-    @property
-    def linear_values(self) -> int:
-        """Values of all layers that "all-linear" means, in the whole model."""
-        return round(self._extend([rig.linear_values for rig in self._rigs]))
+    def _extended(self, short: Simulation, long: Simulation) -> Simulation:
+        phases = {}
+        for name, peak in long.phases.items():
+            other = short.phases[name]
+            # The allocator's own figures go up in steps, not in a line: what the longer model had is not made less.
+            slack = max(peak.slack, self._whole(other.slack, peak.slack))
+            reserved = max(peak.reserved, self._whole(other.reserved, peak.reserved))
+            phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
+        kept = self._all_categories(short.kept, long.kept)
+        return Simulation(phases, kept, self._whole(short.paged, long.paged))
 
-    @property
-    def other_values(self) -> int:
-        """Values of embeddings, head and norms."""
-        return round(self._extend([rig.other_values for rig in self._rigs]))
+    def _all_categories(self, short: Mapping[str, int], long: Mapping[str, int]) -> dict[str, int]:
+        return {key: max(0, self._whole(short[key], long[key])) for key in CATEGORIES}
 
-    @property
-    def adapter_values(self) -> int:
-        return round(self._extend([rig.adapter_values for rig in self._rigs]))
-
-    @property
-    def largest_linear_values(self) -> int:
-        return max(rig.largest_linear_values for rig in self._rigs)
-
-    def _extend(self, values: Sequence[int]) -> float:
-        if len(values) == 1:
-            return values[0]
-        return _line(values[0], values[1], self.sizes, self.frame.layers)
+    def _whole(self, short: int, long: int) -> int:
+        """What the whole model has, by what its two sizes have: each layer adds the same."""
+        more = (self.sizes[-1] - self.sizes[0]) or 1
+        return round(long + (long - short) / more * (self.spec.layers - self.sizes[-1]))
 
 
 @contextmanager
@@ -166,51 +172,53 @@ def _collecting() -> Iterator[None]:
 class _MetaModel:
     """The model with `layers` layers on meta, under its own counter."""
 
-    def __init__(self, frame: ModelSpec, layers: int) -> None:
-        self.frame = frame
-        self.live = LiveBytes(frame.target)
-        self.live.labels.vocabulary = frame.vocabulary
-        text = _with_layers(frame.text, layers)
-        chosen = choose_attention(text, frame.attention, frame.name, frame.target)
-        model = build_unmatched(text, chosen, frame.name)
-        check_layers(model, frame.name)
-        self.linear_values, self.other_values, self.largest_linear_values = _count_values(model)
-        with self.live, OnMeta(frame.target):
+    def __init__(self, spec: ModelSpec, layers: int) -> None:
+        self.spec = spec
+        self.live = LiveBytes(spec.target)
+        self.live.labels.vocabulary = spec.vocabulary
+        text = _with_layers(spec.text, layers)
+        chosen = choose_attention(text, spec.attention, spec.name, spec.target)
+        model = build_unmatched(text, chosen, spec.name)
+        check_layers(model, spec.name)
+        linear = [layer.weight.numel() for _, layer in linear_layers(model)]
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        with self.live, OnMeta(spec.target):
             self.live.begin("load")
             with self.live.region("weights"):
-                load_nothing(model, frame.quantization)
-                frame.stack.settle(model)
+                load_nothing(model, spec.quantization)
+                spec.baseline.settle(model)
                 for tensor in (*model.parameters(), *model.buffers()):
                     self.live.adopt(tensor, "weights")
             with self.live.region("adapters"):
                 # EVA's start takes rows; the adapters it gives are as large as any.
-                lora = frame.lora.model_copy(update={"init": "default"})
-                self.model = adapters.attach(model, lora, 0, dtype=frame.stack.adapter_dtype)
+                lora = spec.lora.model_copy(update={"init": "default"})
+                self.model = adapters.attach(model, lora, 0, dtype=spec.baseline.adapter_dtype)
         self.parameters = adapters.trainable(self.model)
-        self.adapter_values = sum(parameter.numel() for parameter in self.parameters.values())
+        adapter = sum(parameter.numel() for parameter in self.parameters.values())
+        self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)
         self.live.labels.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
         self.causal_lm = self.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
 
     def run(self, workload: Workload) -> Simulation:
-        live, frame = self.live, self.frame
+        live, spec = self.live, self.spec
         live.packed = workload.packed
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
         live.begin("start")
-        frame.stack.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
-        with live, OnMeta(frame.target), frame.stack.computing(), self._marks():
+        spec.baseline.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
+        with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
-                optimizer = frame.stack.optimizer(self.parameters, workload.optimizer, 0.0)
+                optimizer = spec.baseline.optimizer(self.parameters, workload.optimizer, 0.0)
                 self._settle_optimizer(optimizer)
             gc.collect()
-            held = live.live
+            kept = live.live
             batch = _batch(workload)
             if workload.accumulates:
                 self._give_gradients(optimizer)
             self.model.train()
             live.begin("forward")
-            frame.stack.forward_backward(self.parts, batch, workload.neftune_alpha)
+            spec.baseline.forward_backward(self.parts, batch, workload.neftune_alpha)
             live.begin("update")
             optimizer.clip(optimizer.gradient_norm(), 1.0)
             optimizer.step(1e-4)
@@ -218,19 +226,19 @@ class _MetaModel:
             with torch.no_grad():
                 if workload.evaluates:
                     live.begin("evaluate")
-                    frame.stack.evaluate(self.parts, batch)
+                    spec.baseline.evaluate(self.parts, batch)
                 if workload.samples:
                     live.begin("generate")
                     self._answer(workload)
             live.begin("end")
-            paged = _paged_bytes(optimizer, workload.optimizer, frame.target)
+            paged = _paged_bytes(optimizer, workload.optimizer, spec.target)
             optimizer.detach()
             del optimizer, batch
-        return Simulation({name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}, held, paged)
+        return Simulation({name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}, kept, paged)
 
     def _settle_optimizer(self, optimizer: AdapterOptimizer) -> None:
         """Its moments exist from the first update on: make them before anything is counted."""
-        if self.frame.target == "cuda" and isinstance(optimizer.inner, torch.optim.AdamW):
+        if self.spec.target == "cuda" and isinstance(optimizer.inner, torch.optim.AdamW):
             for group in optimizer.inner.param_groups:
                 group["foreach"] = True  # what torch chooses by itself on a GPU
         self._give_gradients(optimizer)
@@ -243,7 +251,7 @@ class _MetaModel:
 
     @contextmanager
     def _marks(self) -> Iterator[None]:
-        """Where the stretches of a step begin: at the trunk's end, and when the gradients of a layer are complete."""
+        """Where the phases of a step begin: at the trunk's end, and when the gradients of a layer are complete."""
         begin = self.live.begin
 
         def trunk_done(*_: Any) -> None:
@@ -254,9 +262,9 @@ class _MetaModel:
         of_layer = _first_of_each_layer(self.parameters)
         if len(of_layer) > 1:
             top, second = max(of_layer), sorted(of_layer)[1]
-            for layer, stretch in ((top, "backward"), (second, "backward end")):
+            for layer, phase in ((top, "backward"), (second, "backward end")):
                 handles.append(
-                    of_layer[layer].register_post_accumulate_grad_hook(partial(_begin, begin, stretch))  # type: ignore[no-untyped-call]
+                    of_layer[layer].register_post_accumulate_grad_hook(partial(_begin, begin, phase))  # type: ignore[no-untyped-call]
                 )
         try:
             yield
@@ -286,8 +294,8 @@ class _MetaModel:
         )
 
 
-def _begin(begin: Any, stretch: str, _parameter: Tensor) -> None:
-    begin(stretch)
+def _begin(begin: Any, phase: str, _parameter: Tensor) -> None:
+    begin(phase)
 
 
 def _batch(workload: Workload) -> Batch:
@@ -297,14 +305,6 @@ def _batch(workload: Workload) -> Batch:
     weights = torch.empty(shape, dtype=torch.float32, device=META)
     trained = torch.empty(workload.rows * workload.length, dtype=torch.int64, device=META)
     return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained)
-
-
-def _count_values(model: Any) -> tuple[int, int, int]:
-    from qlora.model.meta_model import linear_layers
-
-    linear = [layer.weight.numel() for _, layer in linear_layers(model)]
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    return sum(linear), everything - sum(linear), max(linear)
 
 
 def _paged_bytes(optimizer: AdapterOptimizer, name: str, target: str) -> int:
@@ -343,22 +343,3 @@ def _with_layers(text: Any, layers: int) -> Any:
             setattr(shorter, key, value[:layers])
     shorter.num_hidden_layers = layers
     return shorter
-
-
-def _line(low: float, high: float, sizes: Sequence[int], at: int) -> float:
-    return high + (high - low) / (sizes[1] - sizes[0]) * (at - sizes[1])
-
-
-def _extended(short: Simulation, long: Simulation, sizes: Sequence[int], layers: int) -> Simulation:
-    def parts(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
-        return {key: max(0, round(_line(a[key], b[key], sizes, layers))) for key in CATEGORIES}
-
-    stretches = {}
-    for name, peak in long.stretches.items():
-        other = short.stretches[name]
-        # The allocator's own figures go up in steps, not in a line: what the longer model had is not made less.
-        slack = max(peak.slack, round(_line(other.slack, peak.slack, sizes, layers)))
-        reserved = max(peak.reserved, round(_line(other.reserved, peak.reserved, sizes, layers)))
-        stretches[name] = Peak(parts(other.parts, peak.parts), slack, reserved)
-    paged = round(_line(short.paged, long.paged, sizes, layers))
-    return Simulation(stretches, parts(short.held, long.held), paged)

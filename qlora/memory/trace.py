@@ -2,7 +2,7 @@
 
 A dispatch mode sees every operation; each new storage is a request to the replayed allocator, and is given back when
 the storage dies. What an operation takes inside itself is invisible to a mode and stands in `SCRATCH`. The total is
-kept by category, and its peak by stretch of the run, so that stretches can be extended apart (see `simulate.py`).
+kept by category, and its peak by phase of the run, so that phases can be extended apart (see `simulate.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.memory.allocator import Block, CachingAllocator, rounded
+from qlora.model.nf4 import product_4bit
 
 aten = torch.ops.aten
 
@@ -26,7 +27,7 @@ CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "l
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest total of a stretch: bytes by category at that moment, each storage rounded to 512.
+    """The largest total of a phase: bytes by category at that moment, each storage rounded to 512.
 
     `slack` is what the allocator counts on top at that moment, because it hands out some blocks larger than asked for;
     `reserved` the most that it had taken from the driver.
@@ -43,7 +44,7 @@ class Peak:
 
 @dataclass
 class Labels:
-    """By what a tensor of the step is told to be a gradient or logits; everything else is an activation."""
+    """What tells a gradient or logits from other tensors of the step; everything else is an activation."""
 
     gradient_shapes: set[tuple[int, ...]] = field(default_factory=set)
     vocabulary: int = 0
@@ -57,7 +58,7 @@ class Labels:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered. `packed` is what the model hears when it asks whether a row holds several documents.
+    """Counts while it is entered. `packed` is the answer to the model's question whether a row has several documents.
 
     `target` ("cuda" or "cpu") is the device that meta tensors stand for: it decides about the scratch of kernels.
     """
@@ -73,11 +74,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
         self._blocks: dict[int, Block] = {}
         self._region: str | None = None
-        self._stretch = ""
+        self._phase = ""
         self._total = 0
         self._highest = -1
 
-    # --- what the caller says ------------------------------------------------------------------------------------
+    # --- for the caller ------------------------------------------------------------------------------------------
 
     @contextmanager
     def region(self, category: str) -> Iterator[None]:
@@ -88,9 +89,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._region = before
 
-    def begin(self, stretch: str) -> None:
-        """From now on the peak is that of `stretch`; what is live already counts."""
-        self._stretch, self._highest = stretch, -1
+    def begin(self, phase: str) -> None:
+        """From now on the peak is that of `phase`; what is live already counts."""
+        self._phase, self._highest = phase, -1
         self._record()
 
     def adopt(self, tensor: Tensor, category: str) -> None:
@@ -113,8 +114,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func.namespace == "bitsandbytes":
             if func.name() == "bitsandbytes::gemm_4bit":
-                with self:
-                    return _gemm_4bit(*args, **kwargs)
+                with self:  # bitsandbytes' fused kernel for few rows (backends/cuda/ops.py) takes less
+                    return product_4bit(*args, **kwargs, dtype=args[0].dtype)
             if "optimizer_update" in func.name() and any(isinstance(a, Tensor) and a.is_meta for a in args):
                 return None  # works in place, and knows no meta tensors
         elif func is aten._local_scalar_dense.default and args[0].is_meta:
@@ -172,32 +173,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._total > self._highest:
             self._highest = self._total
             slack = self.allocator.allocated - self._total
-            self.peaks[self._stretch] = Peak(dict(self._now), slack, self.allocator.reserved)
-        elif self.allocator.reserved > self.peaks[self._stretch].reserved:
-            self.peaks[self._stretch] = replace(self.peaks[self._stretch], reserved=self.allocator.reserved)
-
-
-def _gemm_4bit(
-    a: Tensor,
-    b: Tensor,
-    shape: Any,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """The 4-bit product as bitsandbytes computes it for more than a few rows (backends/default/ops.py).
-
-    The whole weight is dequantized for a moment. Its fused kernel for few rows (backends/cuda/ops.py) takes less.
-    """
-    ops = torch.ops.bitsandbytes
-    if absmax_8bit is not None:
-        absmax = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-    weight = ops.dequantize_4bit.default(b, absmax, blocksize, quant_type, shape, a.dtype)
-    return torch.nn.functional.linear(a, weight, bias)
+            self.peaks[self._phase] = Peak(dict(self._now), slack, self.allocator.reserved)
+        elif self.allocator.reserved > self.peaks[self._phase].reserved:
+            self.peaks[self._phase] = replace(self.peaks[self._phase], reserved=self.allocator.reserved)
 
 
 def _efficient_backward(_grad: Tensor, query: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from qlora.recipe.sections import QuantizationSection
 PREFIX = "base_model.model."
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+PROVENANCE_FILE = "qlora.json"
 
 # adapter_config.json keys that change the arithmetic in ways that a plain merge cannot express.
 UNMERGEABLE = {
@@ -179,12 +180,12 @@ def _module(
 
 
 def _rows(module: str, values: TensorEntry, config: Mapping[str, Any], file: Path) -> TokenRows:
-    said = config.get("trainable_token_indices")
-    if isinstance(said, Mapping):
-        named = [ids for key, ids in said.items() if module == key or module.endswith(f".{key}")]
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        named = [ids for key, ids in indices.items() if module == key or module.endswith(f".{key}")]
         # A tied head is written along with the embeddings' ids, and not named by itself.
-        said = named[0] if named else next(iter(said.values()), None)
-    ids = tuple(said) if isinstance(said, list) else ()
+        indices = named[0] if named else next(iter(indices.values()), None)
+    ids = tuple(indices) if isinstance(indices, list) else ()
     if len(values.shape) != 2 or len(ids) != values.shape[0] or not all(type(i) is int and i >= 0 for i in ids):
         what = f"{file}: {module} has {values.shape[0]} trained token rows, adapter_config.json names {len(ids)}"
         raise ExportError(what, "save the adapter again")
@@ -210,9 +211,6 @@ def _pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
     return default
 
 
-PROVENANCE_FILE = "qlora.json"
-
-
 @dataclass(frozen=True)
 class Provenance:
     """What an adapter was trained against. `fingerprint` is None where the adapter is not ours."""
@@ -227,15 +225,15 @@ def provenance(folder: Path, adapter_config: Mapping[str, Any]) -> Provenance:
     """From our own file in the adapter's folder, or from PEFT's config alone for an adapter made elsewhere."""
     file = folder / PROVENANCE_FILE
     if file.is_file():
-        said = json.loads(file.read_text(encoding="utf-8"))
-        quantization = QuantizationSection(**said["quantization"])
-        return Provenance(said["base"], said["revision"], said["fingerprint"], quantization)
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        quantization = QuantizationSection(**stored["quantization"])
+        return Provenance(stored["base"], stored["revision"], stored["fingerprint"], quantization)
     base = str(adapter_config.get("base_model_name_or_path") or "")
     return Provenance(base, str(adapter_config.get("revision") or "main"), None, QuantizationSection())
 
 
 def delivered_step(run_dir: Path) -> int | None:
-    """The step of the adapter that lies in a run's folder, by its own word; None where there is none."""
+    """The step of the adapter that lies in a run's folder, as its provenance says; None where there is none."""
     try:
         return int(json.loads((run_dir / "adapter" / PROVENANCE_FILE).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora.batch import Batch
-from qlora.errors import ModelError
+from qlora.errors import ModelError, foreign_failures
+from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 
     from qlora.recipe.sections import LoraSection
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 ADAPTER = "default"
 # Passes over the given batches after which EVA's components count as never converging (20 is usual).
 EVA_MAX_FORWARDS = 500
@@ -53,9 +52,8 @@ def attach(
     whole = _whole_modules(model, lora.modules_to_save)
     batches = list(eva_batches or ())
     if lora.init == "eva" and not batches:
-        raise ModelError(
-            'lora.init = "eva" needs rows to start from', 'add training rows, or set lora.init = "default"'
-        )
+        what = 'lora.init = "eva" needs rows to start from'
+        raise ModelError(what, 'add training rows, or set lora.init = "default"')
     training = model.training
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -82,9 +80,9 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
 
 
 def save(model: PeftModel, folder: Path, base_name: str, commit: str | None) -> None:
-    """Writes the adapter into `folder` in PEFT's layout, for `PeftModel.from_pretrained` and for `load_into`.
+    """Write the adapter into `folder` in PEFT's layout, for `PeftModel.from_pretrained` and for `load_into`.
 
-    `base_name` and `commit` are the base's as the recipe says: whoever opens the adapter looks for it under that name.
+    `base_name` and `commit` are the base's as in the recipe: whoever opens the adapter looks for it under that name.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -92,13 +90,13 @@ def save(model: PeftModel, folder: Path, base_name: str, commit: str | None) -> 
     # save_embedding_layers=True or "auto" would ask the hub for the base's configuration.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     model.peft_config[ADAPTER].save_pretrained(str(folder))
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
     config |= {"base_model_name_or_path": base_name, "revision": commit, "inference_mode": True}
     # peft writes its sets in an order that differs from process to process.
     config["target_modules"] = sorted(config["target_modules"])
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_into(model: PeftModel, folder: Path) -> None:
@@ -106,18 +104,14 @@ def load_into(model: PeftModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    stored = load_file(folder / WEIGHTS_FILE)
+    stored = load_file(folder / ADAPTER_FILE)
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    differing = sorted(
-        name
-        for name in {*stored, *wanted}
-        if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape
-    )
-    if differing:
-        what = (
-            f"{folder / WEIGHTS_FILE}: {len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
+    ours, theirs = ({(name, tensor.shape) for name, tensor in state.items()} for state in (wanted, stored))
+    if differing := sorted({name for name, _ in ours ^ theirs}):
+        what = f"{len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
+        raise ModelError(
+            f"{folder / ADAPTER_FILE}: {what}", "use the recipe that made this adapter, or start afresh with --fresh"
         )
-        raise ModelError(what, "use the recipe that made this adapter, or start afresh with --fresh")
     set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
 
 
@@ -130,16 +124,15 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    saved = load_file(folder / WEIGHTS_FILE)
+    saved = load_file(folder / ADAPTER_FILE)
     _resize_like(model, saved)
-    try:
-        with old_names_in_peft():
-            peft_model = PeftModel.from_pretrained(
-                model, str(folder), autocast_adapter_dtype=False, trust_remote_code=False
-            )
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{folder}: does not fit this base ({reason})", "name the base it was trained on") from error
+    with foreign_failures() as failure, old_names_in_peft():
+        peft_model = PeftModel.from_pretrained(
+            model, str(folder), autocast_adapter_dtype=False, trust_remote_code=False
+        )
+    if failure.error:
+        what = f"{folder}: does not fit this base ({failure.reason})"
+        raise ModelError(what, "name the base it was trained on") from failure.error
     # peft gives every tensor the base's dtype: DoRA's magnitudes would be rounded to bf16 (0.4 % of their size).
     for name, parameter in peft_model.named_parameters():
         stored = saved.get(name.replace(f".{ADAPTER}.weight", "").replace(f".{ADAPTER}", ""))

@@ -13,6 +13,7 @@ hold for that, and the model's caller sees to them:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,44 +52,31 @@ def attention(
 
     `settings` are what transformers' layers pass: dropout, scaling, is_causal, position_bias and others.
     """
-    if query.is_meta and target is not None:
-        with OnMeta(target):
-            return _attention(module, query, key, value, attention_mask, device_type=target, settings=settings)
-    return _attention(module, query, key, value, attention_mask, device_type=query.device.type, settings=settings)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    device_type: str,
-    settings: dict[str, Any],
-) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    on_meta = OnMeta(target) if query.is_meta and target is not None else None
     groups = getattr(module, "num_key_value_groups", 1)
-    if groups > 1 and attention_mask is not None and _shares_keys(query, device_type, settings):
-        # transformers repeats keys and values for each query head as soon as there is a mask: CUDA's fused kernels
-        # take masks or shared keys, not both. The CPU's takes both (forward and backward 1.7 times as fast, S = 1024).
-        output = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=settings.get("dropout", 0.0),
-            scale=settings.get("scaling"),
-            enable_gqa=True,
-        )
-        return output.transpose(1, 2).contiguous(), None
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-    return output, None
+    with on_meta or nullcontext():
+        if groups > 1 and attention_mask is not None and _shares_keys(query, target if on_meta else None, settings):
+            # transformers repeats keys and values for each query head as soon as there is a mask: CUDA's fused kernels
+            # take masks or shared keys, not both. The CPU's takes both (forward and backward 1.7 times as fast).
+            output = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                dropout_p=settings.get("dropout", 0.0),
+                scale=settings.get("scaling"),
+                enable_gqa=True,
+            )
+            return output.transpose(1, 2).contiguous(), None
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return output, None
 
 
-def _shares_keys(query: Tensor, device_type: str, settings: dict[str, Any]) -> bool:
+def _shares_keys(query: Tensor, target: str | None, settings: dict[str, Any]) -> bool:
     """Whether one kernel takes this query with a mask and shared keys, and nothing else is asked of it."""
+    device_type = target or query.device.type
     plain = settings.get("position_bias") is None and settings.get("softcap") is None and settings.get("cache") is None
     return plain and device_type == "cpu" and query.shape[2] > 1 and query.dtype != torch.float16
 

@@ -1,6 +1,6 @@
 """A folder with a base in it, and what is refused of one, before any weight is read.
 
-`config.json` and the headers of the weights are enough to tell: pickles, weights that another tool has quantized, fused
+`config.json` and the headers of the weights show all of it: pickles, weights that another tool has quantized, fused
 experts, models that are not causal, and configurations that try to choose code.
 """
 
@@ -54,7 +54,7 @@ _NAME_THE_ORIGINAL = "name the original model, with 16-bit weights: it is quanti
 class BaseFolder:
     """A base whose files have been checked.
 
-    name         as the recipe says it
+    name         as the recipe gives it
     commit       the hub's commit, None for a folder
     config       config.json
     tensors      every tensor of the checkpoint by its name there
@@ -108,7 +108,7 @@ def load_config(file: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Raises ModelError when a model with this configuration cannot be trained here, and says why."""
+    """Raises ModelError when a model with this configuration cannot be trained here, with the reason."""
     for key, value in _walk(config):
         names_code = key in IMPLEMENTATION_KEYS and "/" in str(value)
         if key in FORBIDDEN_KEYS or names_code:
@@ -161,7 +161,7 @@ def _check_sizes(config: Mapping[str, Any], tensor_count: int, where: str) -> No
 
 
 def check_entries(folder: Path) -> None:
-    """Raises ModelError for an entry of a stranger's folder that is not what its name says.
+    """Raises ModelError for an entry of a stranger's folder that is not what its name promises.
 
     A pipe or device under a file's name would block whoever opens it, and a link out of the folder would carry a
     file of this machine into the adapter that is made of it. Weights are bounded by their own headers.

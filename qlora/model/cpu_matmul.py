@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora.model.nf4 import product_4bit
+
 _ATEN = torch.ops.aten
 _PRODUCTS = frozenset(
     {
@@ -42,7 +44,7 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 
 
 def has_bf16_products() -> bool:
-    """Whether torch has fast bf16 kernels for this processor (oneDNN's word: AVX512 on x86, bf16 on arm64)."""
+    """Whether torch has fast bf16 kernels for this processor (by oneDNN's own check: AVX512 on x86, bf16 on arm64)."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -54,7 +56,7 @@ class _InFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         named = dict(kwargs or {})
         if func.name() == "bitsandbytes::gemm_4bit" and _is_bf16(args[0]):
-            return _product_with_4bit(*args, **named)
+            return product_4bit(*args, **named, dtype=torch.float32)  # bitsandbytes' own bf16 product no mode sees
         if func not in _PRODUCTS or not any(_is_bf16(value) for value in args):
             return func(*args, **named)
         result = func(*map(_wide, args), **{name: _wide(value) for name, value in named.items()})
@@ -66,32 +68,6 @@ class _InFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value.to(torch.bfloat16) if isinstance(value, Tensor) and not (log_sum and place == 1) else value
             for place, value in enumerate(result)
         )
-
-
-def _product_with_4bit(
-    inputs: Tensor,
-    codes: Tensor,
-    shape: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """bitsandbytes' product with a weight in 4 bit (its operator gemm_4bit), whose own bf16 product no mode sees.
-
-    The weight is dequantized into bf16 as ever: what is computed with stays what a merge on nf4 writes.
-    """
-    ops = torch.ops.bitsandbytes
-    if absmax_8bit is not None:
-        nested = 256  # bitsandbytes/functional.py, quantize_4bit: block constants are themselves held in blocks of 256
-        held = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code, nested, torch.float32)
-        absmax = held + absmax_offset
-    weight = ops.dequantize_4bit.default(codes, absmax, blocksize, quant_type, shape, inputs.dtype)
-    wide_bias = None if bias is None else bias.float()
-    return torch.nn.functional.linear(inputs.float(), weight.float(), wide_bias).to(inputs.dtype)
 
 
 def _is_bf16(value: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora.step.forward import evaluating
 
 ANSWERS_AT_ONCE = 16
+SAMPLE_TOKENS = 128  # the longest sample answer: what training asks for is what the estimator counts
 
 
 def greedy(

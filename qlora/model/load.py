@@ -1,15 +1,14 @@
 """The frozen base: built without weights, then streamed in, one tensor at a time, each straight into its final form.
 
 A linear layer's weight is read in blocks of rows, quantized on the device, and only its 4-bit form is kept; all else is
-cast to bf16 block by block. Nothing is ever held twice, and no file stays open or mapped between tensors. (Embeddings,
-norms and the head stay in bf16: casting them to fp32, as peft's `prepare_model_for_kbit_training` does, costs 2.5 GB on
-an 8B model and changes no result that we could measure.)
+cast to bf16 block by block. Nothing is ever in memory twice, and no file stays open or mapped between tensors.
+(Embeddings, norms and the head stay in bf16: casting them to fp32, as peft's `prepare_model_for_kbit_training` does,
+costs 2.5 GB on an 8B model and changes no result that we could measure.)
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,64 +16,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora.errors import ModelError, TokenizerError
+from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
-from qlora.model.meta_model import (
-    MetaModel,
-    build,
+from qlora.model.meta_model import MetaModel, build, head_of, linear_layers
+from qlora.model.nf4 import (
+    VALUES_PER_BLOCK,
+    Quantized,
+    dequantize,
     is_stored_4bit,
-    linear_layers,
-    parameter_sources,
-    quantized_modules,
+    quantize_rows,
+    rows_in_block,
+    stored_4bit,
 )
-from qlora.model.nf4 import VALUES_PER_BLOCK, Quantized, dequantize, quantize_rows, rows_in_block
 from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from qlora.recipe.sections import QuantizationSection
-
-# What transformers raises for a tokenizer folder that is wrong: it has no error of its own for that.
-_WRONG_TOKENIZER = (
-    *(ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError),
-    *(AssertionError, MemoryError),
-)
-
-__all__ = ["load_base", "load_nothing", "load_tokenizer", "parameter_sources", "quantized_modules", "stored_4bit"]
-
-
-def load_tokenizer(base: BaseFolder) -> PreTrainedTokenizerBase:
-    """The base's tokenizer. Without a padding token it gets one (padding is told by position, never by this id)."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.path, trust_remote_code=False)
-    except (*_WRONG_TOKENIZER, StrictDataclassError) as error:
-        raise _no_tokenizer(base, error) from error
-    except BaseException as error:
-        if type(error) is not Exception:  # tokenizers raises the bare class, and no other
-            raise
-        raise _no_tokenizer(base, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
-
-
-def _no_tokenizer(base: BaseFolder, error: BaseException) -> TokenizerError:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    what = f"{base.name}: its tokenizer cannot be opened ({reason})"
-    return TokenizerError(what, "the base's folder needs tokenizer.json (or tokenizer.model) and its config")
 
 
 def load_base(
     base: BaseFolder, quantization: QuantizationSection, attention: str, device: torch.device, sink: Sink
 ) -> PreTrainedModel:
-    """The frozen causal model of `base` on `device`, its linear layers held as `quantization` says.
+    """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says.
 
     Peak memory above what is resident: the model's final form, one block of rows, and its scratch. Raises ModelError.
     """
@@ -85,27 +53,21 @@ def load_base(
     model = meta_model.model
     if quantization.type != "none":
         _swap_linears(meta_model, base, quantization)
-    _tell(meta_model, base, attention, quantization, sink)
+    _report(meta_model, base, attention, quantization, sink)
     _stream(meta_model, base, device, sink)
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer.to(device) if buffer is not None else None
     model.tie_weights()
-    model.requires_grad_(False)
+    _freeze(model, device)
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if lost:
-        raise ModelError(
-            f"{base.name}: {lost[0]} got no value while loading", "this model is not supported; use another"
-        )
-    # peft looks at this, and attaches its plain layers in silence where it is missing.
-    model.is_loaded_in_4bit = any(_is_4bit(module) for module in model.modules())
+        what = f"{base.name}: {lost[0]} got no value while loading"
+        raise ModelError(what, "this model is not supported; use another")
     model.config.name_or_path = base.name
     model.name_or_path = base.name
     return model.eval()  # type: ignore[no-any-return]
 
 
 def load_nothing(model: Any, quantization: QuantizationSection) -> None:
-    """Gives a model on `meta` the final form that `load_base` gives it, without a byte of weights: for the estimator.
+    """Give a model on `meta` the final form that `load_base` gives it, without a byte of weights: for the estimator.
 
     The same functions quantize, so that a dispatch mode sees the same storages as loading makes.
     """
@@ -117,14 +79,22 @@ def load_nothing(model: Any, quantization: QuantizationSection) -> None:
         kind = _params_on_meta()
         for name, linear in list(linear_layers(model)):
             layer = _swap_linear(model, name, linear, quantization)
-            width = linear.in_features
-            read = partial(_meta_rows, width=width)
-            shape = (linear.out_features, width)
+            read = partial(_meta_rows, width=linear.in_features)
+            shape = (linear.out_features, linear.in_features)
             quantized = quantize_rows(read, shape, quantization.type, quantization.double_quant, meta)
             _set_4bit(layer, quantized, kind)
+    _freeze(model, meta)
+
+
+def _meta_rows(start: int, end: int, width: int) -> Tensor:
+    return torch.empty(end - start, width, dtype=torch.bfloat16, device="meta")
+
+
+def _freeze(model: Any, device: torch.device) -> None:
+    """Buffers to the device, no gradients; and the flag without which peft attaches its plain layers in silence."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer.to(meta) if buffer is not None else None
+            module._buffers[name] = buffer.to(device) if buffer is not None else None
     model.requires_grad_(False)
     model.is_loaded_in_4bit = any(_is_4bit(module) for module in model.modules())
 
@@ -145,48 +115,6 @@ def _params_on_meta() -> Any:
             return twin
 
     return Params4bit
-
-
-def _meta_rows(start: int, end: int, width: int) -> Tensor:
-    return torch.empty(end - start, width, dtype=torch.bfloat16, device="meta")
-
-
-def stored_4bit(base: BaseFolder, tensor: str, device: torch.device) -> Quantized:
-    """The checkpoint's 4-bit weight `tensor` with its stored statistics, just as bitsandbytes wrote it."""
-    bnb = import_bitsandbytes()
-    parts = {
-        name.removeprefix(f"{tensor}."): read_tensor(entry)
-        for name, entry in base.tensors.items()
-        if name.startswith(f"{tensor}.")
-    }
-    data = read_tensor(base.tensors[tensor])
-    try:
-        state = bnb.functional.QuantState.from_dict(parts, device=device)
-        _check_state(state, data)
-    except (ValueError, KeyError, AssertionError, TypeError, AttributeError, RuntimeError) as error:
-        what = f"{base.name}: the 4-bit statistics of {tensor} cannot be read ({error or type(error).__name__})"
-        raise ModelError(what, "get a clean copy of the model, or name the original one") from error
-    return Quantized(data.to(device), state)
-
-
-def _check_state(state: Any, data: Tensor) -> None:
-    """Raises ValueError where sizes disagree: bitsandbytes' kernels trust them, and would read past the end."""
-    values = math.prod(state.shape)
-    sizes = [("codes", data.nbytes, -(-values // 2)), ("code table", state.code.numel(), 16)]
-    sizes.append(("block constants", state.absmax.numel(), -(-values // state.blocksize)))
-    kinds = [state.code.dtype, state.absmax.dtype if not state.nested else state.offset.dtype]
-    if state.nested:
-        blocks = -(-state.absmax.numel() // state.state2.blocksize)
-        sizes += [("nested constants", state.state2.absmax.numel(), blocks)]
-        sizes += [("nested table", state.state2.code.numel(), 256)]
-        kinds += [state.state2.absmax.dtype, state.state2.code.dtype]
-    for what, found, wanted in sizes:
-        if found != wanted:
-            raise ValueError(f"{found:,} {what} for {values:,} values, not {wanted:,}")
-    nested_bytes = not state.nested or state.absmax.dtype == torch.uint8
-    compute = state.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    if set(kinds) != {torch.float32} or not nested_bytes or not compute:
-        raise ValueError("numbers of an unexpected type")
 
 
 def _swap_linears(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection) -> None:
@@ -230,7 +158,7 @@ def _stream(meta_model: MetaModel, base: BaseFolder, device: torch.device, sink:
             _set_4bit(module, _quantized(base, source, module, device))
         elif leaf in module._buffers:
             module._buffers[leaf] = _read_as(base, source, module._buffers[leaf].dtype, device)
-        elif is_stored_4bit(base, source):  # the head, where someone has stored it in 4 bit
+        elif is_stored_4bit(base, source):  # the head, stored in 4 bit
             stored = _of_shape(base, source, stored_4bit(base, source, device), tuple(module._parameters[leaf].shape))
             module._parameters[leaf] = nn.Parameter(dequantize(stored, torch.bfloat16), requires_grad=False)
         else:
@@ -290,10 +218,10 @@ def _read_as(base: BaseFolder, source: str, dtype: torch.dtype, device: torch.de
     return whole
 
 
-def _tell(
+def _report(
     meta_model: MetaModel, base: BaseFolder, attention: str, quantization: QuantizationSection, sink: Sink
 ) -> None:
-    """Says what differs from what a reader of the recipe would expect."""
+    """Emit what differs from what a reader of the recipe would expect."""
     if dropped := reduce_config(base.config).dropped:
         some = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
         message = f"keys of config.json that this model does not know are not read: {some}"
@@ -308,19 +236,13 @@ def _tell(
         kept = sum(_is_4bit(module) for module in meta_model.model.modules())
         message = f"the base is stored in 4 bit and stays as it is: {kept} layers, the others in 16 bit"
         sink.emit(Notice("quantization", message, kept))
-    known = (nn.Linear, nn.Embedding)
+    expected = {*(layer for _, layer in linear_layers(meta_model.model)), head_of(meta_model.model)}
     odd = Counter(
         type(module).__name__
         for module in meta_model.model.modules()
-        if not isinstance(module, known) and any(weight.ndim > 1 for weight in module.parameters(recurse=False))
-    )
-    swapped = {name for name, _ in linear_layers(meta_model.model)}
-    odd.update(
-        type(module).__name__
-        for name, module in meta_model.model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name not in swapped
-        and module is not meta_model.model.get_output_embeddings()
+        if module not in expected
+        and not isinstance(module, nn.Embedding)
+        and any(weight.ndim > 1 for weight in module.parameters(recurse=False))
     )
     if odd and quantization.type != "none":
         layers = ", ".join(f"{count} {kind}" for kind, count in sorted(odd.items()))

@@ -17,19 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.errors import ModelError
+from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config
+from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 
-# Subclasses of nn.Linear that compute the same, so that a 4-bit layer may take their place.
-PLAIN_LINEARS = ("Linear", "FalconLinear")
+# nn.Linear and subclasses of it that compute the same, so that a 4-bit layer may take their place; and that one.
+PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
 # Models whose layers look attention up by class, not by registered function: they know "sdpa" and no other name.
 OWN_ATTENTION = ("falcon",)
-
-# What transformers raises for a configuration that is wrong: it has no error of its own for that.
-_WRONG_CONFIG = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, RuntimeError, ArithmeticError)
 
 # How multimodal checkpoints call their text part, from transformers 4.50 on and before.
 _TEXT_PREFIXES = (
@@ -54,7 +52,7 @@ class MetaModel:
 
 
 def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
-    """The meta_model of `base` with `attention` "auto", "sdpa" or "eager".
+    """`base` without weights, with `attention` "auto", "sdpa" or "eager".
 
     Raises ModelError when transformers cannot build the model, when a parameter has no tensor of its shape, or when the
     weights are of a kind that 4-bit layers cannot hold.
@@ -68,12 +66,12 @@ def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
     return MetaModel(model, sources, skipped, chosen)
 
 
-def text_config(said: Mapping[str, Any], name: str, head_stored: bool = False) -> tuple[Any, bool]:
-    """transformers' configuration of the causal (text) model that a config.json tells of, and whether that is a part of
-    a larger one. Raises ModelError when transformers cannot read it.
+def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False) -> tuple[Any, bool]:
+    """transformers' configuration of the causal (text) model of a config.json, and whether that is a part of a larger
+    one. Raises ModelError when transformers cannot read it.
     """
-    with _told_as_model_errors(name):
-        config = open_config(said)
+    with _refusing(name):
+        config = open_config(stored)
         text = config.get_text_config(decoder=True)
         if config.tie_word_embeddings and not head_stored:
             text.tie_word_embeddings = True
@@ -89,7 +87,7 @@ def build_unmatched(text: Any, attention: str, name: str) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with _told_as_model_errors(name), init_empty_weights(include_buffers=False):
+    with _refusing(name), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             text, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
         )
@@ -98,20 +96,13 @@ def build_unmatched(text: Any, attention: str, name: str) -> Any:
 
 
 @contextmanager
-def _told_as_model_errors(name: str) -> Iterator[None]:
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
+def _refusing(name: str) -> Iterator[None]:
+    """Whatever transformers raises over a configuration, as a ModelError."""
+    with foreign_failures() as failure:
         yield
-    except (*_WRONG_CONFIG, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"{name}: transformers cannot build this model ({reason})"
-        raise ModelError(what, "check config.json, or use another copy or another model") from error
-
-
-def parameter_sources(base: BaseFolder) -> Mapping[str, str]:
-    """Name in the causal (text) model to name in the checkpoint, for every parameter and buffer that is stored."""
-    return build(base).sources
+    if failure.error:
+        what = f"{name}: transformers cannot build this model ({failure.reason})"
+        raise ModelError(what, "check config.json, or use another copy or another model") from failure.error
 
 
 def head_of(model: Any) -> Any:
@@ -120,29 +111,11 @@ def head_of(model: Any) -> Any:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer but the head, by name: what is held in 4 bit, and what "all-linear" means."""
+    """Every linear layer but the head, by name: what is kept in 4 bit, and what "all-linear" means."""
     head = head_of(model)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and _is_plain(module):
+        if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS:
             yield name, module
-
-
-def quantized_modules(base: BaseFolder) -> frozenset[str]:
-    """The layers that are held in 4 bit when `base` is loaded so, by their name in the causal model."""
-    meta_model = build(base)
-    names = frozenset(name for name, _ in linear_layers(meta_model.model))
-    if not base.stored_4bit:
-        return names
-    return frozenset(name for name in names if is_stored_4bit(base, meta_model.sources[f"{name}.weight"]))
-
-
-def is_stored_4bit(base: BaseFolder, tensor: str) -> bool:
-    """Whether the checkpoint's `tensor` is bitsandbytes' packed 4-bit data."""
-    return any(f"{tensor}.quant_state.bitsandbytes__{kind}" in base.tensors for kind in ("nf4", "fp4"))
-
-
-def _is_plain(module: nn.Linear) -> bool:
-    return any(kind.__name__ in (*PLAIN_LINEARS, "Linear4bit") for kind in type(module).__mro__[:1])
 
 
 def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:

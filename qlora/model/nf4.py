@@ -1,8 +1,7 @@
-"""One weight to and from 4 bit: by bitsandbytes' kernels, on the CPU by a faster way to the same bits, and in plain
-torch to check both.
+"""One weight to and from 4 bit, as bitsandbytes does it; on the CPU by a faster way to the same bits.
 
 A weight is cut into blocks of 64 values; each is divided by its largest magnitude (absmax) and every value becomes the
-index of the nearest of 16 numbers. Double quantization holds the absmax values themselves in 8 bit: less their mean, in
+index of the nearest of 16 numbers. Double quantization keeps the absmax values themselves in 8 bit: less their mean, in
 blocks of 256 (QLoRA, arXiv:2305.14314, sections 3 and appendix E).
 
 Large weights go through in blocks of whole rows, so that no second copy of them ever exists. The result is the one that
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora.errors import ModelError, foreign_failures
+from qlora.model.base_folder import BaseFolder
+from qlora.model.tensors import read_tensor
 from qlora.third_party import import_bitsandbytes
 
 BLOCK = 64
@@ -31,20 +33,9 @@ NESTED_BLOCK = 256
 # Values in flight at a time: at most 16 MiB as they are read.
 VALUES_PER_BLOCK = 1 << 22
 # Values that a thread encodes at a time on the CPU: 128 KiB of fp32; more, and torch would split its part once more.
-_STRETCH = 1 << 15
+_CHUNK_VALUES = 1 << 15
 
 _SMALLEST = np.float32(1e-38)  # the absmax that bitsandbytes divides by at least
-
-# QLoRA appendix E; bitsandbytes/functional.py, get_4bit_type("nf4").
-NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-# Sign, two bits of exponent, one of mantissa, over the largest (12): bitsandbytes/functional.py, get_4bit_type("fp4").
-FP4_VALUES = tuple(
-    sign * value / 12.0 for sign in (1.0, -1.0) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-)
 
 
 @dataclass(frozen=True)
@@ -53,20 +44,6 @@ class Quantized:
 
     data: Tensor
     state: Any
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and block constants; the value tables, 1 KiB a weight, come on top."""
-        nested = [self.state.state2.absmax] if self.state.nested else []
-        return sum(int(tensor.nbytes) for tensor in (self.data, self.state.absmax, *nested))
-
-
-def quantize(weight: Tensor, quant_type: str, double_quant: bool, device: torch.device) -> Quantized:
-    """Quantizes `weight` (out, in) on `device`, bit-identical to `bitsandbytes.functional.quantize_4bit` of the whole.
-
-    `quant_type` is "nf4" or "fp4"; `double_quant` holds the block constants in 8 bit.
-    """
-    return quantize_rows(lambda start, end: weight[start:end], tuple(weight.shape), quant_type, double_quant, device)
 
 
 def quantize_rows(
@@ -77,7 +54,11 @@ def quantize_rows(
     device: torch.device,
     values_per_block: int = VALUES_PER_BLOCK,
 ) -> Quantized:
-    """Like `quantize`, of a weight of `shape` that `read_rows(start, end)` hands out in blocks of rows."""
+    """A weight of `shape` that `read_rows(start, end)` hands out in blocks of rows, quantized on `device`.
+
+    Bit-identical to `bitsandbytes.functional.quantize_4bit` of the whole weight. `quant_type` is "nf4" or "fp4";
+    `double_quant` keeps the block constants in 8 bit.
+    """
     bnb = import_bitsandbytes().functional
     rows, columns = shape[0], math.prod(shape[1:])
     step = rows_in_block(columns, values_per_block)
@@ -118,20 +99,20 @@ def _encode_on_cpu(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     """Packed codes and absmax, equal to those of bitsandbytes, which searches each value in a table on the CPU.
 
     A code is the number of midpoints between neighbouring values that lie below a scaled value: fifteen comparisons of
-    whole stretches, which numpy does in vector instructions (torch's comparison takes five times as long). Stretches
-    stay in a core's cache, and each of torch's threads has its own part of the block. (1024 x 4096 in bf16, NF4, one
+    whole chunks, which numpy does in vector instructions (torch's comparison takes five times as long). Chunks stay in
+    a core's cache, and each of torch's threads has its own part of the block. (1024 x 4096 in bf16, NF4, one
     thread of an EPYC: 310 M values a second, bitsandbytes 29.)
     """
     values = block.reshape(-1)
     whole = values.numel() // BLOCK * BLOCK
     codes, absmax = np.empty((values.numel() + 1) // 2, np.uint8), np.empty(-(-values.numel() // BLOCK), np.float32)
-    threads = min(torch.get_num_threads(), -(-whole // _STRETCH))
-    stretch = _STRETCH if threads > 1 else 4 * _STRETCH
+    threads = min(torch.get_num_threads(), -(-whole // _CHUNK_VALUES))
+    chunk = _CHUNK_VALUES if threads > 1 else 4 * _CHUNK_VALUES
 
     def encode(first: int, last: int) -> None:
-        scratch = np.empty((2, stretch), np.uint8)
-        for start in range(first, last, stretch):
-            end = min(start + stretch, last)
+        scratch = np.empty((2, chunk), np.uint8)
+        for start in range(first, last, chunk):
+            end = min(start + chunk, last)
             blocks = values[start:end].float().view(-1, BLOCK)
             largest = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_()).numpy()
             absmax[start // BLOCK : end // BLOCK] = largest
@@ -141,14 +122,12 @@ def _encode_on_cpu(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
             codes[start // 2 : end // 2] = _pack(scaled.reshape(-1), quant_type, scratch[:, : end - start])
 
     if threads > 1:
-        share = -(-whole // threads // _STRETCH) * _STRETCH
+        share = -(-whole // threads // _CHUNK_VALUES) * _CHUNK_VALUES
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda first: encode(first, min(whole, first + share)), range(0, whole, share)))
     else:
         encode(0, whole)
-    if (
-        whole < values.numel()
-    ):  # a last block that is not full: bitsandbytes divides there, and keeps the bounded absmax
+    if whole < values.numel():  # the last block is not full: bitsandbytes divides there, and keeps the bounded absmax
         rest = values[whole:].float().numpy()
         absmax[-1] = max(np.abs(rest).max(), _SMALLEST)
         scaled = np.append(rest / absmax[-1], np.zeros(rest.size % 2, np.float32))
@@ -177,7 +156,7 @@ def _pack(scaled: Any, quant_type: str, scratch: Any) -> Any:
 @cache
 def _tables(quant_type: str) -> tuple[Any, Any]:
     """The 15 midpoints in rising order, and for values that are not in that order a table over packed bytes."""
-    values, order = values_of(quant_type).sort(stable=True)
+    values, order = import_bitsandbytes().functional.get_4bit_type(quant_type, device="cpu").sort(stable=True)
     ranks = order.numpy().astype(np.uint8)
     table = (ranks[:, None] << 4 | ranks[None, :]).reshape(-1)
     return ((values[:-1] + values[1:]) / 2).numpy(), None if quant_type == "nf4" else table
@@ -228,33 +207,69 @@ def row_reader(quantized: Quantized, dtype: torch.dtype) -> Callable[[int, int],
     return read
 
 
-def values_of(quant_type: str) -> Tensor:
-    """The 16 numbers that the codes stand for, in the order of the codes, float32."""
-    return torch.tensor(NF4_VALUES if quant_type == "nf4" else FP4_VALUES, dtype=torch.float32)
+def product_4bit(
+    inputs: Tensor,
+    codes: Tensor,
+    shape: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """bitsandbytes' operator gemm_4bit in steps that a dispatch mode sees, as it is computed for more than a few rows.
 
-
-def reference_quantize(weight: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, numel) and absmax (float32, one a block of 64) of `weight`, in plain torch.
-
-    The nearest value is found by the midpoints between neighbours; a value on a midpoint takes the lower one, as
-    torch.bucketize does.
+    The whole weight is dequantized to the inputs' type for a moment (backends/default/ops.py): what is computed with is
+    what a merge on nf4 writes. The product is computed in `dtype`, and comes back in the inputs' type.
     """
-    flat = weight.reshape(-1).float()
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1).view(-1)[: flat.numel()]
-    values, order = values_of(quant_type).sort(stable=True)
-    midpoints = (values[:-1] + values[1:]) / 2
-    return order[torch.bucketize(scaled, midpoints)].to(torch.uint8), absmax
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        constants = (absmax_8bit, absmax, absmax_code, NESTED_BLOCK, torch.float32)
+        absmax = ops.dequantize_blockwise.default(*constants) + absmax_offset
+    weight = ops.dequantize_4bit.default(codes, absmax, blocksize, quant_type, shape, inputs.dtype)
+    wide_bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(inputs.to(dtype), weight.to(dtype), wide_bias).to(inputs.dtype)
 
 
-def reference_dequantize(codes: Tensor, absmax: Tensor, shape: tuple[int, ...], quant_type: str) -> Tensor:
-    """The weight that codes and absmax stand for, float32, in plain torch."""
-    scale = absmax.repeat_interleave(BLOCK)[: codes.numel()]
-    return (values_of(quant_type)[codes.long()] * scale).view(shape)
+def is_stored_4bit(base: BaseFolder, tensor: str) -> bool:
+    """Whether the checkpoint's `tensor` is bitsandbytes' packed 4-bit data."""
+    return any(f"{tensor}.quant_state.bitsandbytes__{kind}" in base.tensors for kind in ("nf4", "fp4"))
 
 
-def unpack(data: Tensor, numel: int) -> Tensor:
-    """One code a byte from bitsandbytes' two: the first value of a pair is in the upper four bits."""
-    pairs = data.view(torch.uint8).reshape(-1)
-    return torch.stack((pairs >> 4, pairs & 0xF), dim=1).reshape(-1)[:numel]
+def stored_4bit(base: BaseFolder, tensor: str, device: torch.device) -> Quantized:
+    """The checkpoint's 4-bit weight `tensor` with its statistics, as bitsandbytes wrote it. Raises ModelError."""
+    bnb = import_bitsandbytes()
+    statistics = [name for name in base.tensors if name.startswith(f"{tensor}.")]
+    quantization = {name.removeprefix(f"{tensor}."): read_tensor(base.tensors[name]) for name in statistics}
+    data = read_tensor(base.tensors[tensor])
+    with foreign_failures() as failure:
+        state = bnb.functional.QuantState.from_dict(quantization, device=device)
+        _check_state(state, data)
+    if failure.error:
+        what = f"{base.name}: the 4-bit statistics of {tensor} cannot be read ({failure.reason})"
+        raise ModelError(what, "get a clean copy of the model, or name the original one") from failure.error
+    return Quantized(data.to(device), state)
+
+
+def _check_state(state: Any, data: Tensor) -> None:
+    """Raises ValueError where sizes disagree: bitsandbytes' kernels trust them, and would read past the end."""
+    values = math.prod(state.shape)
+    sizes = [("codes", data.nbytes, -(-values // 2)), ("code table", state.code.numel(), 16)]
+    sizes.append(("block constants", state.absmax.numel(), -(-values // state.blocksize)))
+    kinds = [state.code.dtype, state.absmax.dtype if not state.nested else state.offset.dtype]
+    if state.nested:
+        blocks = -(-state.absmax.numel() // state.state2.blocksize)
+        sizes += [("nested constants", state.state2.absmax.numel(), blocks)]
+        sizes += [("nested table", state.state2.code.numel(), 256)]
+        kinds += [state.state2.absmax.dtype, state.state2.code.dtype]
+    for what, found, wanted in sizes:
+        if found != wanted:
+            raise ValueError(f"{found:,} {what} for {values:,} values, not {wanted:,}")
+    nested_bytes = not state.nested or state.absmax.dtype == torch.uint8
+    compute = state.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if set(kinds) != {torch.float32} or not nested_bytes or not compute:
+        raise ValueError("numbers of an unexpected type")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,19 @@ DTYPE_BITS = {
     "F4": 4,
 }
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+# What can be read, by its name in torch.
+TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+}
 
 _DOWNLOAD_AGAIN = "download the model again, or ask who published it for a clean copy"
 
@@ -136,7 +149,7 @@ def read_tensor(entry: TensorEntry, rows: tuple[int, int] | None = None) -> torc
     """The tensor in memory of its own, or its rows `rows[0]` up to `rows[1]` (not included) of the first dimension."""
     import torch
 
-    dtype = _torch_dtypes()[entry.dtype]
+    dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
     shape, offset = entry.shape, entry.offset
     if rows is not None:
         offset += rows[0] * (entry.nbytes // max(1, entry.shape[0]))
@@ -161,23 +174,6 @@ def load_json(file: Path) -> dict[str, Any]:
 
 def total_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.nbytes for entry in entries)
-
-
-def _torch_dtypes() -> Mapping[str, torch.dtype]:
-    import torch
-
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }
 
 
 def _entry(file: Path, name: str, value: Any, start: int) -> TensorEntry:

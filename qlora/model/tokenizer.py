@@ -1,11 +1,16 @@
-"""The files of a base's tokenizer: copied as they are, and known again by their content."""
+"""A base's tokenizer: opened, copied file by file as it is, and known again by its content."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qlora import disk
+from qlora.errors import TokenizerError, foreign_failures
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Copied as they are: transformers 5 rewrites tokenizer files so that other tools cannot read them (tokenizer.model is
 # dropped, the class becomes one that 4.x refuses).
@@ -20,6 +25,27 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+def open_tokenizer(folder: Path, name: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base `name` in `folder`, or of an adapter's folder that has another one (new tokens).
+
+    Without a padding token it gets one (padding is known by its position, never by this id). Raises TokenizerError.
+    """
+    from transformers import AutoTokenizer
+
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    if adapter is not None and own and tokenizer_fingerprint(adapter) != tokenizer_fingerprint(folder):
+        folder, name = adapter, str(adapter)
+    with foreign_failures() as failure:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if failure.error:
+        what = f"{name}: its tokenizer cannot be opened ({failure.reason})"
+        hint = "the base's folder needs tokenizer.json (or tokenizer.model) and its config"
+        raise TokenizerError(what, hint) from failure.error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -23,7 +23,6 @@ from qlora.data.chat import ChatTokenizer
 from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Evaluated, Progress, Sampled
-from qlora.memory.estimate import SAMPLE_TOKENS
 from qlora.model import generate
 from qlora.model.adapters import without_adapters
 from qlora.recipe.sections import DataSection, EvalSection
@@ -131,7 +130,7 @@ class RunEvaluation:
         if not questions:
             return []
         with self.clock.phase("samples"):
-            return self.recovery.run_generation(step, lambda: self._answers(questions, untuned, SAMPLE_TOKENS))
+            return self.recovery.run_generation(step, lambda: self._answers(questions, untuned, generate.SAMPLE_TOKENS))
 
     def _answers(self, questions: Sequence[Question], untuned: bool = False, limit: int | None = None) -> list[str]:
         """Greedy answers as text, of the tuned model or of the base under it."""

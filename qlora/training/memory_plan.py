@@ -11,9 +11,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from qlora.data.loader import TrainOrder
+from qlora.data.loader import PAD_TO_MULTIPLE, TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
+from qlora.errors import foreign_failures
 from qlora.events import Notice, Sink
 from qlora.memory import calibration, hardware, overheads
 from qlora.memory.estimate import DataFacts, Estimator
@@ -25,10 +26,6 @@ from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import schedule
 from qlora.training.checkpoint import RunState
-
-PAD_TO_MULTIPLE = 8  # what the loader pads rows to
-# What a model raises that does what meta tensors cannot: reads a value, calls a kernel that is unknown there.
-_NOT_ON_META = (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -96,10 +93,10 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
     text, _ = text_config(base.config, base.name)
     estimator = Estimator(text, base.name, machine)
-    try:
+    with foreign_failures() as failure:  # a model that does what meta tensors cannot: reads a value, calls a kernel
         plan = choose(estimator, recipe, facts)
-    except _NOT_ON_META as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+    if failure.error:
+        reason = failure.reason[:120]
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
         return MemorySettings(1 if rows == "auto" else rows, recompute in (True, "auto"))

@@ -7,7 +7,7 @@ to be good and the run is known to fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from qlora import disk
 from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
-from qlora.recipe.sections import DataSection, ExportSection, SourceSection
+from qlora.recipe.sections import ExportSection
 from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
     from qlora.model.base_folder import BaseFolder
-    from qlora.model.hub import HubRows
     from qlora.stop import StopRequest
     from qlora.training.memory_plan import MemorySettings
 
@@ -51,22 +50,22 @@ class Job:
     clock: PhaseClock
 
 
-def preflight(recipe: Recipe, sink: Sink) -> BaseFolder:
-    """What can be checked without torch: the data files are there and begin well, the base can be trained."""
+def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
+    """What can be checked without torch: the data files are there and begin well, the base can be trained.
+
+    Returns the base, and the recipe with the revisions of its `hub:` rows as the commits that they mean now.
+    """
+    from qlora.data.hub_rows import localize
     from qlora.data.prepare import check_files
-    from qlora.model import hub
+    from qlora.model.resolve import resolve
 
     if not recipe.data.train:
         hint = 'add [[data.train]] with path = "rows.jsonl"'
         raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
-    check_files(_local_sources(recipe.data, sink))
-    return hub.resolve(recipe.model.base, recipe.model.revision, sink)
-
-
-def with_pinned_rows(recipe: Recipe, sink: Sink) -> Recipe:
-    """The recipe with the revisions of its `hub:` sources as the commits that they mean now: what the run records."""
-    data = _with_paths(recipe.data, lambda rows: rows.pinned, sink)
-    return recipe.model_copy(update={"data": data})
+    rows = localize(recipe.data, sink)
+    check_files(rows.local)
+    base = resolve(recipe.model.base, recipe.model.revision, sink)
+    return base, recipe.model_copy(update={"data": rows.pinned})
 
 
 def pick_device() -> torch.device:
@@ -117,13 +116,13 @@ def prepare(
 def prepare_rows(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
     """Tokenizer, template and tokens of every row."""
     from qlora.data.chat import ChatTokenizer
+    from qlora.data.hub_rows import localize
     from qlora.data.prepare import prepare
-    from qlora.model import load
-    from qlora.model.tokenizer import tokenizer_fingerprint
+    from qlora.model.tokenizer import open_tokenizer, tokenizer_fingerprint
 
-    tokenizer = load.load_tokenizer(base)
+    tokenizer = open_tokenizer(base.path, base.name)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
-    sources = _local_sources(recipe.data, sink)
+    sources = localize(recipe.data, sink).local
     data = prepare(sources, tokenizer_fingerprint(base.path), chat, recipe.train.seed, disk.cache_dir(), sink)
     return chat, data
 
@@ -167,20 +166,3 @@ def _eva_batches(recipe: Recipe, data: PreparedData, pad_id: int, device: torch.
         collate(data.train, order.packs_of_step(step), pad_id, recipe.data.max_length).to(device)
         for step in range(min(EVA_BATCHES, order.steps(1.0)))
     ]
-
-
-def _local_sources(data: DataSection, sink: Sink) -> DataSection:
-    """`hub:` sources downloaded; everything below reads files only."""
-    return _with_paths(data, lambda rows: rows.pattern, sink)
-
-
-def _with_paths(data: DataSection, path_of: Callable[[HubRows], str], sink: Sink) -> DataSection:
-    """The section with another path for each `hub:` source."""
-    from qlora.model import hub
-
-    def changed(section: SourceSection) -> SourceSection:
-        if not section.path.startswith("hub:"):
-            return section
-        return section.model_copy(update={"path": path_of(hub.download_rows(section.path, sink))})
-
-    return data.model_copy(update={"train": tuple(map(changed, data.train)), "eval": tuple(map(changed, data.eval))})

@@ -16,7 +16,8 @@ import pytest
 from qlora.errors import ModelError, TokenizerError, UserError
 from qlora.events import Recorder
 from qlora.model import adapters, load
-from qlora.model.hub import resolve
+from qlora.model.resolve import resolve
+from qlora.model.tokenizer import open_tokenizer
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.attacks import payloads as p
 from tests.attacks.payloads import Attack
@@ -268,7 +269,7 @@ def use(base: Path) -> Any:
 
     sink = Recorder()
     checked = resolve(str(base), "main", sink)
-    load.load_tokenizer(checked)
+    open_tokenizer(checked.path, checked.name)
     return load.load_base(checked, QuantizationSection(), "auto", torch.device("cpu"), sink)
 
 
@@ -286,7 +287,7 @@ def test_code_beside_a_known_model_never_runs(tmp_path: Path, llama: Path) -> No
     sink = Recorder()
     checked = resolve(str(base), "main", sink)
     model = load.load_base(checked, QuantizationSection(), "auto", torch.device("cpu"), sink)
-    load.load_tokenizer(checked)
+    open_tokenizer(checked.path, checked.name)
     assert type(model).__module__.startswith("transformers.") and not marker.exists()
     assert not hasattr(model.config, "evil_hook")
     messages = [event.as_dict()["message"] for event in sink.of("notice")]
@@ -310,7 +311,7 @@ def test_an_adapter_that_is_a_pickle_is_not_opened(tmp_path: Path, llama: Path) 
 
 
 def test_a_run_opens_no_socket(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train, evaluate, deliver and export with every socket refused: nothing outside model/hub.py wants one."""
+    """Train, evaluate, deliver and export with every socket refused: nothing outside hub.py wants one."""
     from tests.runs import run_dir, train, write_recipe
 
     asked: list[Any] = []

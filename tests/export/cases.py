@@ -11,9 +11,10 @@ from qlora import api
 from qlora.events import Recorder
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import make_plan
-from qlora.model import adapters, hub, load
+from qlora.model import adapters, load
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
 NF4 = QuantizationSection()
@@ -28,7 +29,7 @@ KINDS = {
 
 def trained(base_dir: Path, folder: Path, lora: LoraSection, quantization: QuantizationSection = NF4):  # type: ignore[no-untyped-def]
     """A model with an adapter that has moved, and that adapter saved with what it was trained against."""
-    base = hub.resolve(str(base_dir), "main", Recorder())
+    base = resolve(str(base_dir), "main", Recorder())
     model = load.load_base(base, quantization, "auto", torch.device("cpu"), Recorder())
     model = adapters.attach(model, lora, seed=1)
     generator = torch.Generator().manual_seed(5)
@@ -85,7 +86,7 @@ def of_peft(base: Path, folder: Path, resize: int = 0, **settings):  # type: ign
 
 
 def merge_of(base: Path, adapter: Path, **settings) -> Merge:  # type: ignore[no-untyped-def]
-    found, own = hub.resolve(str(base), "main", Recorder()), read_adapter(adapter)
+    found, own = resolve(str(base), "main", Recorder()), read_adapter(adapter)
     values = {
         "merge_base": "full",
         "quantization": QuantizationSection(type="none"),

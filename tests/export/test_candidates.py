@@ -16,8 +16,8 @@ from qlora.events import Recorder
 from qlora.export.verify import candidates
 from qlora.export.verify.candidates import Weights
 from qlora.export.verify.fidelity import live_logprobs
-from qlora.model import hub
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
 from tests.export.cases import KINDS, NF4, merge_of, trained
 from tests.export.hf_folder import write_hf
 from tests.families import FAMILIES, make_base
@@ -55,7 +55,7 @@ def loaded(folder: Path, dtype: torch.dtype, attention: str) -> Tensor:
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "opt"])
 def test_every_family_is_computed_as_the_loaded_model(family: str, tmp_path: Path) -> None:
     folder = make_base(family, tmp_path / "base", dtype=torch.float32)
-    base = hub.resolve(str(folder), "main", Recorder())
+    base = resolve(str(folder), "main", Recorder())
     meta_model = build(base)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0)):
         weights = candidates.of_folder(meta_model, base)
@@ -72,7 +72,7 @@ def test_the_order_is_that_of_the_trained_positions(llama: Path) -> None:
     from qlora.recipe.sections import QuantizationSection
     from qlora.step.forward import CausalParts, batch_logprobs
 
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     model = load.load_base(base, QuantizationSection(type="none"), "auto", CPU, Recorder())
     meta_model = build(base)
     weights = candidates.of_folder(meta_model, base)
@@ -100,7 +100,7 @@ class Counting(dict):  # type: ignore[type-arg]
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_each_weight_is_made_once_whatever_the_micro_batches(family: str, tmp_path: Path) -> None:
-    base = hub.resolve(str(make_base(family, tmp_path / "base")), "main", Recorder())
+    base = resolve(str(make_base(family, tmp_path / "base")), "main", Recorder())
     meta_model = build(base)
     weights = Counting(candidates.of_folder(meta_model, base))
     list(candidates.vocabulary_logprobs(meta_model.model, weights, [*BATCHES] * 3, CPU))
@@ -113,7 +113,7 @@ def test_each_weight_is_made_once_whatever_the_micro_batches(family: str, tmp_pa
 def test_merged_on_the_fly_is_the_merged_folder(llama: Path, tmp_path: Path, kind: str) -> None:
 
     trained(llama, tmp_path / "adapter", KINDS[kind])
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     merge = merge_of(llama, tmp_path / "adapter", merge_base="nf4", quantization=NF4, dtype=torch.bfloat16)
     flying = candidates.of_merge(merge.tensors())
     found = gathered(candidates.vocabulary_logprobs(build(base).model, flying, BATCHES, CPU))
@@ -129,7 +129,7 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
     from qlora.export.gguf.architectures import lay_out
     from qlora.export.gguf.write import GgufFile
 
-    base = hub.resolve(str(make_base(family, tmp_path / "base", dtype=torch.float32)), "main", Recorder())
+    base = resolve(str(make_base(family, tmp_path / "base", dtype=torch.float32)), "main", Recorder())
     meta_model = build(base)
     own = candidates.of_folder(meta_model, base)
     weights = meta_model.model.state_dict()
@@ -152,7 +152,7 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
 
 
 def test_a_missing_or_misshapen_weight_is_an_error_that_names_it(llama: Path) -> None:
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     meta_model = build(base)
     weights = dict(candidates.of_folder(meta_model, base))
     name = "model.layers.1.mlp.up_proj.weight"
@@ -166,7 +166,7 @@ def test_a_missing_or_misshapen_weight_is_an_error_that_names_it(llama: Path) ->
 
 
 def test_a_resized_vocabulary_is_computed(llama: Path) -> None:
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     meta_model = build(base)
     weights = dict(candidates.of_folder(meta_model, base))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -177,7 +177,7 @@ def test_a_resized_vocabulary_is_computed(llama: Path) -> None:
 
 
 def test_a_model_without_its_layers_in_a_list_is_refused(llama: Path) -> None:
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     meta_model = build(base)
     meta_model.model.config.num_hidden_layers = 7
     with pytest.raises(ExportError, match="its 7 layers are not found"):

@@ -13,7 +13,7 @@ import yaml
 
 from qlora.events import Recorder
 from qlora.export.cards import adapter_card, merged_card
-from qlora.model import hub
+from qlora.model.resolve import resolve
 from qlora.recipe.reading import recipe_of_base
 from tests.export.test_merge import KINDS, merge_of, trained
 from tests.families import make_base
@@ -34,7 +34,7 @@ def odd_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_base_in_a_folder_with_yamls_own_signs_is_named_by_every_card(tmp_path: Path, odd_base: Path) -> None:
-    base = hub.resolve(str(odd_base), "main", Recorder())
+    base = resolve(str(odd_base), "main", Recorder())
     card = adapter_card(base, recipe_of_base(str(odd_base)), {"optimizer steps": "3"})
     assert metadata(card) == {"base_model": ODD, "library_name": "peft", "tags": ["lora", "qlora"]}
     assert f"# LoRA adapter for {ODD}" in card and "| revision | a local folder |\n| optimizer steps | 3 |\n" in card
@@ -65,7 +65,7 @@ def test_an_adapter_card_of_an_earlier_version_loses_its_paths_on_the_way(tmp_pa
 
 
 def test_a_hub_base_is_named_whole_and_its_recipe_keeps_hub_names(llama: Path) -> None:
-    base = replace(hub.resolve(str(llama), "main", Recorder()), name="meta/tiny", commit="ab12")
+    base = replace(resolve(str(llama), "main", Recorder()), name="meta/tiny", commit="ab12")
     rows = [
         "data.train=[{path='hub:lamps/rows@main:train'}, {path='/home/lovelace/*.jsonl'}]",
         "output.dir='~/lovelace/runs'",

@@ -19,8 +19,9 @@ from qlora.errors import ExportError
 from qlora.events import Recorder
 from qlora.export.verify import candidates, fidelity
 from qlora.export.verify.fidelity import choose_positions, divergence, live_logprobs, measure, probe_split, reference
-from qlora.model import hub, load
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
+from qlora.model.tokenizer import open_tokenizer
 from tests.export.cases import KINDS, NF4, merge_of, trained
 
 CPU = torch.device("cpu")
@@ -135,7 +136,7 @@ def test_the_merged_model_is_near_the_trained_one_and_broken_ones_are_far(
     llama: Path, tmp_path: Path, kind: str
 ) -> None:
     model = trained(llama, tmp_path / "adapter", KINDS[kind])
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     merge = {
         kind: merge_of(llama, tmp_path / "adapter", merge_base=kind, quantization=NF4, dtype=torch.bfloat16)
         for kind in ("nf4", "full")
@@ -168,7 +169,7 @@ def test_live_chunks_do_not_change_the_model(llama: Path, tmp_path: Path) -> Non
 
 
 def test_probe_texts_serve_where_there_are_no_rows(llama: Path) -> None:
-    tokenizer = load.load_tokenizer(hub.resolve(str(llama), "main", Recorder()))
+    tokenizer = open_tokenizer(llama, "llama")
     split = probe_split(tokenizer, 32)
     assert max(split.lengths) <= 32 and len(split.rows) == len(fidelity.PROBES)
     positions = choose_positions(split, (32, False), 0, 384, fidelity.PROBE_ROWS)

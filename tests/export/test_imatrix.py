@@ -17,7 +17,8 @@ from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
 from qlora.events import Progress, Recorder
 from qlora.export import imatrix
-from qlora.model import adapters, hub, load
+from qlora.model import adapters, load
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import DataSection, LoraSection, QuantizationSection
 from tests.families import make_config, make_model
 
@@ -45,7 +46,7 @@ def batches_of(rows_per_batch: int = 2) -> list[Batch]:
 
 
 def adapted(base_dir: Path, lora: LoraSection, quantization: QuantizationSection) -> Any:
-    base = hub.resolve(str(base_dir), "main", Recorder())
+    base = resolve(str(base_dir), "main", Recorder())
     model = load.load_base(base, quantization, "auto", torch.device("cpu"), Recorder())
     model = adapters.attach(model, lora, seed=1)
     with torch.no_grad():

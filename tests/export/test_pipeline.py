@@ -17,7 +17,8 @@ from qlora.errors import ExportError
 from qlora.events import Recorder
 from qlora.export.artifacts import ExportOptions
 from qlora.export.llama_cpp import runtime
-from qlora.model import adapters, hub, load, meta_model
+from qlora.model import adapters, load, meta_model
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export import llama as llama_cpp
 from tests.export.cases import KINDS, of_peft, trained
@@ -186,7 +187,7 @@ def test_an_adapter_file_on_a_base_file_is_the_adapter_in_peft(tmp_path: Path, f
     base = make_base(family, tmp_path / "base", overrides={"sliding_window": None} if family == "phi3" else None)
     trained(base, tmp_path / "adapter", lora, PLAIN)
     export(tmp_path / "adapter", "adapter-gguf", out=tmp_path / "lora")
-    opened = hub.resolve(str(base), "main", Recorder())
+    opened = resolve(str(base), "main", Recorder())
     model = load.load_base(opened, PLAIN, "eager", torch.device("cpu"), Recorder())
     reference = written.logprobs(adapters.open_saved(model, tmp_path / "adapter").float(), range(5, 45))
     file = written.write_base(base, tmp_path / "out")["f32"]

@@ -22,8 +22,10 @@ from qlora.export.gguf.write import GgufFile
 from qlora.export.llama_cpp import library, runtime_child
 from qlora.export.llama_cpp.runtime import Request, Runtime, ask, find_runtime
 from qlora.export.verify import candidates
-from qlora.model import generate, hub, load
+from qlora.model import generate
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
+from qlora.model.tokenizer import open_tokenizer
 from tests.export import llama
 from tests.families import END_OF_TURN_ID, make_base
 
@@ -35,7 +37,7 @@ ROWS = [(list(range(4 + row, 44 + row)), [0, 5, 20, 38, 39]) for row in range(6)
 
 def write_f32(folder: Path, target: Path, without: str = "") -> Path:
     """The model of a folder as an F32 GGUF file, without one key."""
-    base = hub.resolve(str(folder), "main", Recorder())
+    base = resolve(str(folder), "main", Recorder())
     meta_model = build(base)
     plan = planning.plan(base, None, planning.Tokens(), ["f32"])
     keys = (*entries(list(plan.layout.keys)), *vocab.metadata(plan.vocab))
@@ -107,7 +109,7 @@ def test_rows_longer_than_a_batch(file: Path, model: Any, monkeypatch: pytest.Mo
 
 
 def test_tokens_and_vocabulary(file: Path, folder: Path) -> None:
-    tokenizer = load.load_tokenizer(hub.resolve(str(folder), "main", Recorder()))
+    tokenizer = open_tokenizer(folder, "base")
     texts = ("", "The quick brown  fox\n\n", "<|im_start|>user\nWhat is it?<|im_end|>", "naïve 日本 🦙")
     with ask(RUNTIME, file, Request(texts=texts)) as answer:
         assert [list(ids) for ids in answer.tokenized] == [tokenizer(text)["input_ids"] for text in texts]

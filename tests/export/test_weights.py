@@ -25,7 +25,7 @@ from qlora.export.gguf.metadata import entries
 from qlora.export.staging import StagedExport
 from qlora.export.verify.weights import Check, Target, check_companions, folder_target, gguf_target, reopen, require
 from qlora.export.verify.weights_child import compare_weights, open_folder, open_gguf
-from qlora.model import hub
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.cases import KINDS, merge_of, trained
 from tests.export.hf_folder import write_hf
@@ -44,7 +44,7 @@ class Case:
         self, base: Path, folder: Path, lora: LoraSection, merge_base: Any = "nf4", quants: tuple[str, ...] = QUANTS
     ) -> None:
         trained(base, folder / "adapter", lora)
-        found = hub.resolve(str(base), "main", Recorder())
+        found = resolve(str(base), "main", Recorder())
         exact = merge_of(base, folder / "adapter", merge_base=merge_base, quantization=NF4)
         self.merge = replace(exact, dtype=torch.bfloat16)
         write_hf(self.merge, folder / "hf", Recorder())

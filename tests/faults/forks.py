@@ -175,7 +175,7 @@ def warm(recipe_file: Path, *overrides: str) -> Warm:
     """Everything loaded, in this process."""
     recipe = load_recipe(recipe_file, overrides)
     sink = Recorder()
-    base = setup.preflight(recipe, sink)
+    base, _ = setup.preflight(recipe, sink)
     chat, data = setup.prepare_rows(recipe, base, sink)
     model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
     device = next(model.parameters()).device

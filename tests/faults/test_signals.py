@@ -43,7 +43,7 @@ def warmed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     import qlora.cli.train
     import qlora.export.hf  # noqa: F401
     from qlora.model import adapters, load  # noqa: F401
-    from qlora.model.hub import resolve
+    from qlora.model.resolve import resolve
     from tests.runs import train as run
 
     recipe = write_recipe(tmp_path_factory.mktemp("warm"), llama)

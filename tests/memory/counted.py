@@ -15,7 +15,8 @@ from qlora.events import Sinks
 from qlora.memory.allocator import rounded
 from qlora.memory.simulate import Workload
 from qlora.memory.trace import LiveBytes
-from qlora.model import adapters, hub, load
+from qlora.model import adapters, load
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
@@ -33,7 +34,7 @@ class Counted:
 def count_step(folder: Path, workload: Workload, lora: LoraSection) -> Counted:
     """Load the base, attach adapters, make the optimizer's moments, and run one step of `workload`."""
     cpu = torch.device("cpu")
-    base = hub.resolve(str(folder), "main", Sinks())
+    base = resolve(str(folder), "main", Sinks())
     model = adapters.attach(load.load_base(base, QuantizationSection(), "auto", cpu, Sinks()), lora, 0)
     causal_lm = model.get_base_model()
     parts = CausalParts.of(causal_lm)

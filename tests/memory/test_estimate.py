@@ -8,8 +8,9 @@ import pytest
 
 from qlora import api
 from qlora.memory import hardware
-from qlora.memory.estimate import COMPONENTS, Estimate
+from qlora.memory.estimate import Estimate
 from qlora.memory.plan import Planner, changed, gib
+from qlora.memory.trace import CATEGORIES
 from qlora.recipe.reading import load_recipe
 from tests.memory.shapes import SHAPES, config_folder
 
@@ -27,10 +28,10 @@ def ask(parent: Path, billions: int, *overrides: str, **card: str) -> Estimate:
 
 def test_the_parts_add_up_and_are_all_there(tmp_path: Path) -> None:
     estimate = ask(tmp_path, 8, gpu="RTX 4090")
-    assert tuple(estimate.components) == COMPONENTS
+    assert tuple(estimate.components) == (*CATEGORIES, "context")
     assert sum(estimate.components.values()) == estimate.peak_bytes == max(estimate.phases.values())
     assert set(estimate.phases) == {"load", "train", "evaluate", "generate", "resume", "merge"}
-    assert estimate.fits and estimate.margin_bytes == estimate.limit_bytes - estimate.peak_bytes
+    assert estimate.fits and estimate.peak_bytes < estimate.limit_bytes
     # 6.98e9 values at 0.5 byte and 0.127 bit, 1.05e9 in bf16: QLoRA section 3, Llama 3.1's shape.
     assert estimate.components["weights"] == pytest.approx(6.979e9 * (0.5 + 0.127 / 8) + 1.051e9 * 2, rel=0.005)
     # Rank 16 on all seven layers of each block: 41.9 million parameters in bf16.

@@ -21,8 +21,8 @@ WIDER = {"hidden_size": 128, "intermediate_size": 256}
 
 
 def simulated(text: object, workload: Workload, target: str = "cpu", whole: bool = True) -> int:
-    frame = ModelSpec(text, "tiny", LORA, QuantizationSection(), target=target)
-    return Simulator(frame, whole).run(workload).peak_of(STEP).total
+    spec = ModelSpec(text, "tiny", LORA, QuantizationSection(), target=target)
+    return Simulator(spec, whole).run(workload).peak_of(STEP).total
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["checkpointing", "plain"])
@@ -49,28 +49,28 @@ def test_estimated_is_counted(family: str, recompute: bool, tmp_path: Path) -> N
 )
 @pytest.mark.parametrize("recompute", [True, False], ids=["checkpointing", "plain"])
 def test_two_short_models_extended_are_the_whole_model(family: str, layers: int, recompute: bool) -> None:
-    """Within 0.5 % (in fact to the byte), each stretch of a run by itself."""
+    """Within 0.5 % (in fact to the byte), each phase of a run by itself."""
     overrides = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": layers, "layer_types": None}
     if family == "gemma3":
         overrides["layer_types"] = [("sliding" if at % 6 < 5 else "full") + "_attention" for at in range(layers)]
     text = make_config(family, vocab=8192, overrides=overrides)
     workload = Workload(1, 128, gradient_checkpointing=recompute, samples=2, prompt_tokens=64, new_tokens=8)
-    frame = ModelSpec(text, family, LORA, QuantizationSection())
-    short, whole = Simulator(frame), Simulator(frame, whole=True)
+    spec = ModelSpec(text, family, LORA, QuantizationSection())
+    short, whole = Simulator(spec), Simulator(spec, whole=True)
     assert len(short.sizes) == 2 and whole.sizes == [layers]
     extended, full = short.run(workload), whole.run(workload)
-    for stretch, peak in full.stretches.items():
-        if stretch in extended.stretches:
-            assert extended.stretches[stretch].total == pytest.approx(peak.total, rel=0.005), stretch
-    assert extended.worst[1].total == pytest.approx(full.worst[1].total, rel=0.005)
-    assert short.linear_values == whole.linear_values and short.other_values == whole.other_values
+    for phase, peak in full.phases.items():
+        if phase in extended.phases:
+            assert extended.phases[phase].total == pytest.approx(peak.total, rel=0.005), phase
+    assert extended.worst.total == pytest.approx(full.worst.total, rel=0.005)
+    assert short.values == whole.values
 
 
 def test_attention_on_meta_is_the_fused_kernel() -> None:
     """No S × S scores: four times the length takes less than five times the memory without the weights."""
     text = make_config("llama", overrides={"hidden_size": 256, "num_attention_heads": 8, "num_hidden_layers": 3})
-    frame = ModelSpec(text, "tiny", LORA, QuantizationSection())
-    simulator = Simulator(frame)
+    spec = ModelSpec(text, "tiny", LORA, QuantizationSection())
+    simulator = Simulator(spec)
 
     def activations(length: int, packed: bool) -> int:
         workload = Workload(1, length, gradient_checkpointing=False, packed=packed, evaluates=False)
@@ -94,8 +94,8 @@ def test_simulating_leaves_no_trace_in_this_process() -> None:
 
 
 def test_a_workload_can_be_asked_again() -> None:
-    frame = ModelSpec(make_config("llama"), "tiny", LORA, QuantizationSection())
-    simulator = Simulator(frame)
+    spec = ModelSpec(make_config("llama"), "tiny", LORA, QuantizationSection())
+    simulator = Simulator(spec)
     workload = Workload(2, 128, samples=2, prompt_tokens=16, new_tokens=4)
     first = simulator.run(workload)
     simulator.run(Workload(4, 256, gradient_checkpointing=False, optimizer="adamw"))
@@ -105,8 +105,8 @@ def test_a_workload_can_be_asked_again() -> None:
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"dropout": 0.1}, {"modules_to_save": ("lm_head",)}])
 def test_every_kind_of_adapter_is_simulated(lora: dict[str, object]) -> None:
-    frame = ModelSpec(make_config("llama"), "tiny", LORA.model_copy(update=lora), QuantizationSection())
+    spec = ModelSpec(make_config("llama"), "tiny", LORA.model_copy(update=lora), QuantizationSection())
     plain = ModelSpec(make_config("llama"), "tiny", LORA, QuantizationSection())
     workload = Workload(2, 128, gradient_checkpointing=False, neftune_alpha=5.0)
-    more, less = (Simulator(one).run(workload).stretches["forward"].total for one in (frame, plain))
+    more, less = (Simulator(one).run(workload).phases["forward"].total for one in (spec, plain))
     assert more > less

@@ -13,14 +13,13 @@ import torch
 from qlora.errors import ModelError, UserError
 from qlora.events import Recorder
 from qlora.model.base_folder import BaseFolder
-from qlora.model.hub import resolve
 from qlora.model.load import load_base
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import QuantizationSection
 from tests.families import make_base
+from tests.hub_server import TOKEN
 
 CPU = torch.device("cpu")
-# A user's own, which no message may carry.
-TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 # transformers' own name for what ours computes: Gemma 2 caps its attention scores, which sdpa cannot.
 PLAIN_ATTENTION = {"gemma2": "eager"}
 

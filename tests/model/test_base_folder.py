@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.events import Notice, Recorder
-from qlora.model.hub import resolve
+from qlora.model.resolve import resolve
 from tests.families import make_base
 from tests.model.conftest import at, change_config, load, refused
 

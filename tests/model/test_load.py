@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora.errors import ModelError, TokenizerError
+from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Recorder
 from qlora.model.base_folder import BaseFolder
-from qlora.model.hub import resolve
-from qlora.model.load import load_base, load_tokenizer, parameter_sources
-from qlora.model.meta_model import quantized_modules
+from qlora.model.load import load_base
+from qlora.model.meta_model import build, linear_layers
+from qlora.model.nf4 import is_stored_4bit
+from qlora.model.resolve import resolve
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
 from tests.families import FAMILIES, make_base, make_config, make_tokenizer
@@ -25,6 +26,15 @@ from tests.model.conftest import CPU, load, logits, plain
 
 INPUT_IDS = torch.arange(5, 45)[None]
 BaseOf = Callable[[str], BaseFolder]
+
+
+def quantized_modules(base: BaseFolder) -> frozenset[str]:
+    """The layers that are in 4 bit when `base` is loaded so, by their name in the causal model."""
+    meta_model = build(base)
+    names = frozenset(name for name, _ in linear_layers(meta_model.model))
+    if not base.stored_4bit:
+        return names
+    return frozenset(name for name in names if is_stored_4bit(base, meta_model.sources[f"{name}.weight"]))
 
 
 def resolved(folder: Path) -> BaseFolder:
@@ -69,8 +79,8 @@ def test_an_evaluation_forward_leaves_the_codes_alone(base_of: BaseOf) -> None:
 def test_sources_name_every_tensor(base_of: BaseOf) -> None:
     for family in FAMILIES:
         base = base_of(family)
-        assert set(parameter_sources(base).values()) == set(base.tensors)
-        assert all(name == source for name, source in parameter_sources(base).items())
+        assert set(build(base).sources.values()) == set(base.tensors)
+        assert all(name == source for name, source in build(base).sources.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -78,7 +88,7 @@ def test_heads_tied_and_untied(tmp_path: Path, tied: bool) -> None:
     base = resolved(make_base("qwen2", tmp_path / "base", tie=tied))
     model = load(base)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert ("lm_head.weight" in parameter_sources(base)) != tied
+    assert ("lm_head.weight" in build(base).sources) != tied
     assert torch.equal(logits(model, INPUT_IDS), logits(plain(base, "qwen2", "nf4"), INPUT_IDS))
 
 
@@ -239,7 +249,7 @@ def test_the_text_part_of_a_multimodal_base(tmp_path: Path, names: Callable[[str
     theirs = Gemma3ForConditionalGeneration.from_pretrained(base.path, dtype=torch.bfloat16, trust_remote_code=False)
     assert torch.equal(logits(model, INPUT_IDS), logits(theirs.eval(), INPUT_IDS))
     skipped = [event for event in sink.events if isinstance(event, Notice) and "skipped" in event.message]
-    assert len(skipped) == 1 and skipped[0].count == len(base.tensors) - len(parameter_sources(base))
+    assert len(skipped) == 1 and skipped[0].count == len(base.tensors) - len(build(base).sources)
     assert "MiB" in skipped[0].message
     assert load(base).is_loaded_in_4bit
 
@@ -301,18 +311,3 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     change_config(folder, hidden_size="wide")
     with pytest.raises(ModelError, match="cannot build this model"):
         load(resolved(folder))
-
-
-def test_tokenizers(base_of: BaseOf, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(base_of("llama"))
-    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|im_end|>")
-    folder = make_base("llama", tmp_path / "base")
-    without_pad = make_tokenizer()
-    without_pad.pad_token = None
-    without_pad.save_pretrained(folder)
-    assert load_tokenizer(resolved(folder)).pad_token == "<|im_end|>"
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
-    (folder / "evil.py").write_text("raise SystemExit('code of the folder was run')")
-    with pytest.raises(TokenizerError, match="cannot be opened"):
-        load_tokenizer(resolved(folder))

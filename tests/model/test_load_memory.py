@@ -38,7 +38,8 @@ from transformers import AutoModelForCausalLM, AutoConfig
 from transformers.models.llama import modeling_llama
 
 from qlora.events import Recorder
-from qlora.model import hub, load
+from qlora.model import load
+from qlora.model.resolve import resolve
 from qlora.third_party import import_bitsandbytes
 from qlora.recipe.sections import QuantizationSection
 
@@ -57,7 +58,7 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-base = hub.resolve(sys.argv[1], "main", Recorder())
+base = resolve(sys.argv[1], "main", Recorder())
 model = load.load_base(base, QuantizationSection(), "auto", torch.device("cpu"), Recorder())
 done.set()
 watcher.join()

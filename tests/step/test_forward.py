@@ -24,9 +24,10 @@ from qlora.step.loss import Objective, SupervisedObjective
 @pytest.fixture(scope="module")
 def model(llama: Path):  # type: ignore[no-untyped-def]
     """The tiny base in fp32 with fp32 adapters whose B is not zero."""
-    from qlora.model import adapters, hub, load
+    from qlora.model import adapters, load
+    from qlora.model.resolve import resolve
 
-    base = hub.resolve(str(llama), "main", Recorder())
+    base = resolve(str(llama), "main", Recorder())
     network = load.load_base(base, QuantizationSection(type="none"), "auto", torch.device("cpu"), Recorder()).float()
     wrapped = adapters.attach(network, LoraSection(r=4), seed=0, dtype=torch.float32)
     generator = torch.Generator().manual_seed(3)

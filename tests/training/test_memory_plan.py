@@ -107,10 +107,10 @@ def test_a_run_on_a_gpu_is_remembered(tmp_path: Path, llama: Path, monkeypatch: 
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     card = hardware.find("RTX 3060")
     monkeypatch.setattr(hardware, "this_machine", lambda limit: Machine("cuda", 8 * GIB, "test", card))
-    from qlora.model import hub
+    from qlora.model.resolve import resolve
 
     recipe = load_recipe(write_recipe(tmp_path, llama))
-    base = hub.resolve(recipe.model.base, "main", Recorder())
+    base = resolve(recipe.model.base, "main", Recorder())
     facts = memory_plan.DataFacts(longest=64, batch_size=4, prompt_tokens=8, has_eval=False)
     planned = memory_plan.plan_run(recipe, base, facts, Recorder())
     assert planned.plan is not None and planned.plan.estimate.calibrated_by == 0

@@ -44,11 +44,11 @@ def main() -> None:
     for shape in SHAPES:
         for length in LENGTHS:
             for recompute in (True, False):
-                frame = ModelSpec(text_of(shape), shape, LoraSection(), QuantizationSection())
-                done = Simulator(frame, whole=True).run(Workload(1, length, gradient_checkpointing=recompute))
-                _, worst = done.worst
+                spec = ModelSpec(text_of(shape), shape, LoraSection(), QuantizationSection())
+                done = Simulator(spec, whole=True).run(Workload(1, length, gradient_checkpointing=recompute))
+                worst = done.worst
                 live = worst.total + worst.slack
-                found = max(peak.reserved for peak in done.stretches.values()) - live
+                found = max(peak.reserved for peak in done.phases.values()) - live
                 part = (worst.total - worst.parts["weights"]) * overheads.FRAGMENTATION_SHARE
                 fitted = overheads.FRAGMENTATION_BASE_BYTES + part
                 print(

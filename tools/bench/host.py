@@ -33,10 +33,9 @@ def main() -> None:
     import_bitsandbytes()
     named = [LoraConfig.__name__, loop.__name__, memory_plan.__name__]
     print(f"peft, bitsandbytes and ours {resident_mib():.0f} MiB ({', '.join(named)})")
-    from qlora.events import Sinks
-    from qlora.model import hub, load
+    from qlora.model.tokenizer import open_tokenizer
 
-    load.load_tokenizer(hub.resolve(str(ROOT / "recipes/quickstart/base"), "main", Sinks()))
+    open_tokenizer(ROOT / "recipes/quickstart/base", "quickstart")
     print(f"a tokenizer {resident_mib():.0f} MiB")
 
 

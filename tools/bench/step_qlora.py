@@ -10,8 +10,9 @@ from step_measure import Settings, figures_of, resident_bytes, synchronize, toke
 
 from qlora.batch import Batch
 from qlora.events import Sinks
-from qlora.model import adapters, hub, load
+from qlora.model import adapters, load
 from qlora.model.cpu_matmul import fast_matmul
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
@@ -23,7 +24,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """The step of qlora.step, as the trainer runs it."""
     before = resident_bytes()
     device = pick_device()
-    base = hub.resolve(settings.base, "main", Sinks())
+    base = resolve(settings.base, "main", Sinks())
     model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
     peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0)
     causal_lm = peft_model.get_base_model()

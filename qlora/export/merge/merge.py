@@ -32,7 +32,6 @@ from qlora.model.adapter_folder import (
     TokenRows,
 )
 from qlora.model.base_folder import BaseFolder
-from qlora.model.load import stored_4bit
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
 from qlora.version import __version__
@@ -152,7 +151,7 @@ class Merge:
     def _quantized(self, source: ParameterSource) -> nf4.Quantized:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""
         if source.storage == "packed":
-            return stored_4bit(self.base, source.tensor, self.device)
+            return nf4.stored_4bit(self.base, source.tensor, self.device)
         quantization, entry = self.quantization, source.entry
         return nf4.quantize_rows(
             lambda start, end: read_tensor(entry, (start, end)).to(torch.bfloat16),

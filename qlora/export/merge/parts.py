@@ -16,7 +16,8 @@ import torch
 from qlora.errors import ExportError
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.meta_model import MetaModel, head_of, is_stored_4bit, linear_layers
+from qlora.model.meta_model import MetaModel, head_of, linear_layers
+from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 from qlora.recipe.sections import QuantizationSection
 

@@ -23,8 +23,8 @@ from qlora.export.verify import candidates, weights
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
 from qlora.export.verify.weights import Check
-from qlora.model import hub
 from qlora.model.adapter_folder import Adapter
+from qlora.model.resolve import resolve
 
 _HINT = "export again; if it happens again, report it with this line"
 
@@ -43,7 +43,7 @@ def inspect_folder(
     """A folder of safetensors. Raises ExportError naming the first check that fails."""
     checks = [*of_weights, *weights.check_companions(merge, folder, reference.chat.end_ids)]
     weights.require(folder, checks)
-    written = hub.resolve(str(folder), "main", sink)
+    written = resolve(str(folder), "main", sink)
     size = sum(entry.nbytes for entry in written.tensors.values())
     return Inspection(tuple(checks), reference.measure_folder("hf", written, size))
 

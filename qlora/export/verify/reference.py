@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import MetaModel, build
-from qlora.model.tokenizer import tokenizer_fingerprint
+from qlora.model.tokenizer import open_tokenizer
 from qlora.third_party import import_bitsandbytes
 
 TRANSFORMERS = "transformers, bf16"
@@ -92,7 +92,8 @@ def trained_reference(
     source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path
 ) -> Iterator[TrainedReference]:
     """Compute with the trained model as far as it is needed; `scratch` holds what it predicts while the block runs."""
-    tokenizer = source.rows.chat.tokenizer if source.rows is not None else _tokenizer_of(source)
+    rows, base = source.rows, source.base
+    tokenizer = rows.chat.tokenizer if rows else open_tokenizer(base.path, base.name, source.adapter.folder)
     reference = TrainedReference(source, ChatFormat.of(tokenizer))
     if not verify and not imatrix:
         yield reference
@@ -123,15 +124,6 @@ def trained_model(source: Source, sink: Sink) -> Any:
     import_bitsandbytes()
     model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
     return adapters.open_saved(model, source.adapter.folder)
-
-
-def _tokenizer_of(source: Source) -> Any:
-    """The adapter folder's tokenizer where it has one of its own (new tokens), else the base's."""
-    folder = source.adapter.folder
-    own = (folder / "tokenizer_config.json").is_file()
-    if own and tokenizer_fingerprint(folder) != tokenizer_fingerprint(source.base.path):
-        return load.load_tokenizer(replace(source.base, path=folder, name=str(folder)))
-    return load.load_tokenizer(source.base)
 
 
 def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positions:

@@ -31,9 +31,9 @@ from qlora.export.gguf.architectures import GgufTensor, Layout, lay_out
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import make_plan
 from qlora.export.verify.candidates import dequantized_rows
-from qlora.model import hub
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
 from qlora.recipe.sections import QuantizationSection
 
@@ -303,7 +303,7 @@ def main(request_file: Path) -> int:
 
 
 def _results(request: Mapping[str, Any]) -> list[list[Result]]:
-    base = hub.resolve(request["base"], "main", Sinks())
+    base = resolve(request["base"], "main", Sinks())
     meta_model, adapter = build(base), read_adapter(Path(request["adapter"]))
     merge_base, quantization = request["merge_base"], QuantizationSection(**request["quantization"])
     plan = make_plan(base, meta_model, adapter, merge_base, quantization)

@@ -10,7 +10,7 @@ import pytest
 
 from qlora.events import Recorder
 from qlora.export.gguf.metadata import MAX_CARD_BYTES, About, general_keys, licence_of, read_card
-from qlora.model import hub
+from qlora.model.resolve import resolve
 
 
 def test_only_a_base_of_the_hub_has_an_address(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def test_only_a_base_of_the_hub_has_an_address(llama: Path, tmp_path: Path, monk
     shutil.copytree(llama, tmp_path / "models" / "tiny")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    local = hub.resolve("~/models/tiny", "main", Recorder())
+    local = resolve("~/models/tiny", "main", Recorder())
     keys = dict(general_keys(About.of(local, "lamps", ["rows.jsonl"]), "model"))
     assert keys["general.name"] == "tiny lamps" and keys["general.base_model.0.name"] == "tiny"
     assert not {"general.base_model.0.organization", "general.base_model.0.repo_url"} & keys.keys()

@@ -19,8 +19,9 @@ from qlora.export.gguf.write import GgufFile, Tools, write
 from qlora.export.llama_cpp import runtime
 from qlora.export.merge.merge import MergedTensor
 from qlora.export.staging import StagedExport
-from qlora.model import hub
+from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import build
+from qlora.model.resolve import resolve
 from qlora.model.tensors import read_tensor
 
 Change = Callable[[GgufPlan], GgufPlan]
@@ -34,7 +35,7 @@ def write_base(
     folder: Path, out: Path, quants: Sequence[str] = ("f32",), change: Change = unchanged
 ) -> dict[str, Path]:
     """Write the base in `folder` as GGUF, a file for each of `quants`; `change` breaks the plan on purpose."""
-    base = hub.resolve(str(folder), "main", Recorder())
+    base = resolve(str(folder), "main", Recorder())
     planned = change(plan(base, None, Tokens(), quants))
     general = general_keys(About.of(base, "tiny", ["rows"]), "model", planned.vocab.strips_after_specials)
     keys = [*entries([*general, *planned.layout.keys]), *metadata(planned.vocab)]
@@ -55,7 +56,7 @@ def write_base(
     return {quant: finals[quant] / f"{quant}.gguf" for quant in quants}
 
 
-def plain_tensors(base: hub.BaseFolder) -> list[MergedTensor]:
+def plain_tensors(base: BaseFolder) -> list[MergedTensor]:
     """The base's own weights as if they were merged."""
     meta_model = build(base)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.model.state_dict().items()}

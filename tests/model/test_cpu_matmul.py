@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qlora.model import cpu_matmul, load, nf4
 from qlora.third_party import import_bitsandbytes
+from tests.model.nf4_reference import quantize
 
 CPU = torch.device("cpu")
 
@@ -64,14 +65,14 @@ def test_a_4bit_layer_computes_with_the_same_rounded_weight(without_kernels: Non
     weight = torch.randn(64, 128, generator=generator).bfloat16()
     layer = import_bitsandbytes().nn.Linear4bit(128, 64, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.support_avx512bf16_for_cpu = False
-    held = nf4.quantize(weight, "nf4", nested, CPU)
-    load._set_4bit(layer, held)
+    quantized = quantize(weight, "nf4", nested, CPU)
+    load._set_4bit(layer, quantized)
     layer.bias = torch.nn.Parameter(torch.randn(64, generator=generator).bfloat16())
     inputs = torch.randn(9, 128, generator=generator).bfloat16().requires_grad_()
     with cpu_matmul.fast_matmul(CPU):
         out = layer(inputs)
         out.float().sum().backward()
-    dequantized = nf4.dequantize(held, torch.bfloat16).float()
+    dequantized = nf4.dequantize(quantized, torch.bfloat16).float()
     assert torch.equal(out, (inputs.float() @ dequantized.T + layer.bias.float()).bfloat16())
     assert torch.equal(inputs.grad, (torch.ones(9, 64) @ dequantized).bfloat16())
 

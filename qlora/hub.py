@@ -1,0 +1,175 @@
+"""The hub: what a repository holds at a revision, and its files in the hub's cache. The only user of the network.
+
+A revision is resolved to a commit first, so that a run can be repeated; what is already in the cache serves when the
+network does not. Files are downloaded one by one: `snapshot_download` uses threads, which Ctrl-C has to wait for until
+their files are whole, and before huggingface_hub 2 it takes a folder with half of the files for all of them when the
+network fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora.errors import DataError, ModelError, UserError
+from qlora.events import Notice, Progress, Sink, Sinks
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+
+
+def is_name(text: str) -> bool:
+    """Whether a repository may be called that: `name` or `owner/name`."""
+    return bool(_NAME.fullmatch(text)) and ".." not in text
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at a branch, tag or commit."""
+
+    name: str
+    revision: str
+    kind: Literal["model", "dataset"]
+
+    def error(self, what: str, hint: str) -> UserError:
+        """A ModelError or a DataError about this repository."""
+        return (ModelError if self.kind == "model" else DataError)(f"{self.name}: {what}", hint)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at a commit: its files by name, with their bytes.
+
+    `cached` is the folder that an earlier run has left, where the hub cannot be asked: `files` are those in it.
+    """
+
+    repository: Repository
+    commit: str
+    files: Mapping[str, int]
+    cached: Path | None = None
+
+    def fetch(self, files: Sequence[str], sink: Sink | None = None) -> Path:
+        """The snapshot's folder with `files` (at least one) in it; `sink` gets one progress in bytes over all of them.
+
+        Raises ModelError or DataError, by the repository's kind, for what cannot be downloaded.
+        """
+        if self.cached is not None:
+            return self.cached
+        total, done, folder = sum(self.files.get(file, 0) for file in files), 0, Path()
+        say = sink or Sinks()
+
+        def on_bytes(read: int) -> None:
+            say.emit(Progress("download", min(total, done + read), total, "B"))
+
+        for file in files:
+            # The first by the revision's own name, so that the cache knows it under that name when offline.
+            revision = self.commit if done else self.repository.revision
+            path = _download(self.repository, file, revision, on_bytes)
+            folder = Path(path.removesuffix(file.replace("/", os.sep)))
+            if folder.name != self.commit:
+                raise self.repository.error(f"{self.repository.revision} was changed at this moment", "run again")
+            done += self.files.get(file, 0)
+        return folder
+
+
+def look_up(repository: Repository, wanted: Sequence[str], sink: Sink) -> Snapshot:
+    """The revision's commit and its files; where the hub cannot be asked, what the cache has of it.
+
+    `wanted` are patterns of the files that the cache must have. Raises ModelError or DataError, by the repository's
+    kind, when the hub refuses, or neither hub nor cache has it.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    api = huggingface_hub.HfApi()
+    ask = api.model_info if repository.kind == "model" else api.dataset_info
+    try:
+        info = ask(repository.name, revision=repository.revision, files_metadata=True)
+    except HFValidationError:
+        raise repository.error("is no name that the hub allows", "names are owner/name, as on huggingface.co") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        if status < 500 and status not in (408, 429):
+            raise _refused(repository, error) from None
+        return _cached(repository, wanted, f"the hub answers {status}", sink)
+    except (OSError, HTTPError):  # no connection, or HF_HUB_OFFLINE
+        return _cached(repository, wanted, "the hub cannot be reached", sink)
+    files = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+    return Snapshot(repository, str(info.sha), files)
+
+
+def _cached(repository: Repository, wanted: Sequence[str], why: str, sink: Sink) -> Snapshot:
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            repository.name,
+            repo_type=repository.kind,
+            revision=repository.revision,
+            local_files_only=True,
+            allow_patterns=list(wanted),
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        what = f"{why}, and revision {repository.revision} is not in the cache"
+        raise repository.error(what, "connect once to download it, or name a local folder") from None
+    folder = Path(found)
+    sink.emit(Notice("hub", f"{why}: {repository.name} is taken from the cache, commit {folder.name}"))
+    files = {path.relative_to(folder).as_posix(): 0 for path in folder.rglob("*") if path.is_file()}
+    return Snapshot(repository, folder.name, files, folder)
+
+
+def _download(repository: Repository, file: str, revision: str, on_bytes: Callable[[int], None]) -> str:
+    """The file's path in the cache; `on_bytes` is called with the bytes that have arrived so far."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    class Bar:
+        """What huggingface_hub takes for a progress bar of tqdm."""
+
+        def __init__(self, *_: Any, initial: int = 0, total: float | None = None, **__: Any) -> None:
+            self.n, self.total = int(initial or 0), total
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += int(n or 0)
+            on_bytes(self.n)
+
+        def close(self) -> None:
+            pass
+
+    place: dict[str, Any] = {"repo_type": repository.kind, "revision": revision}
+    try:
+        return str(huggingface_hub.hf_hub_download(repository.name, file, tqdm_class=Bar, **place))
+    except HfHubHTTPError as error:
+        raise _refused(repository, error) from None
+    except (OSError, HTTPError) as error:
+        what = f"{file} could not be downloaded ({type(error).__name__})"
+        hint = "check network and free disk, then run again: what has arrived is kept"
+        raise repository.error(what, hint) from None
+
+
+def _refused(repository: Repository, error: Exception) -> UserError:
+    """The hub's refusal in our words: its own messages may carry addresses and headers."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        place = "" if repository.kind == "model" else "datasets/"
+        hint = f"accept it on https://huggingface.co/{place}{repository.name}, then run: hf auth login"
+        return repository.error("its publisher asks you to accept a licence first", hint)
+    if isinstance(error, RevisionNotFoundError):
+        return repository.error(f"there is no revision {repository.revision!r}", "correct the revision (main is usual)")
+    if isinstance(error, RepositoryNotFoundError):
+        hint = f"check the spelling; for a private {repository.kind} run: hf auth login"
+        return repository.error(f"the hub has no such {repository.kind}, or it is private", hint)
+    status = getattr(getattr(error, "response", None), "status_code", "no status")
+    hint = "try again later, or check your token with: hf auth whoami"
+    return repository.error(f"the hub refuses it ({status})", hint)

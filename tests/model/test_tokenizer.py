@@ -1,0 +1,42 @@
+"""A tokenizer is opened without its folder's code, has a padding token, and an adapter's own one goes first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora.errors import TokenizerError
+from qlora.model.tokenizer import open_tokenizer
+from tests.families import make_base, make_tokenizer
+
+
+def test_a_padding_token_is_given_where_there_is_none(tmp_path: Path) -> None:
+    folder = make_base("llama", tmp_path / "base")
+    tokenizer = open_tokenizer(folder, "base")
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|im_end|>")
+    without_pad = make_tokenizer()
+    without_pad.pad_token = None
+    without_pad.save_pretrained(folder)
+    assert open_tokenizer(folder, "base").pad_token == "<|im_end|>"
+
+
+def test_code_of_the_folder_is_never_run(tmp_path: Path) -> None:
+    folder = make_base("llama", tmp_path / "base")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
+    (folder / "evil.py").write_text("raise SystemExit('code of the folder was run')")
+    with pytest.raises(TokenizerError, match="base: its tokenizer cannot be opened"):
+        open_tokenizer(folder, "base")
+
+
+def test_the_tokenizer_of_an_adapter_with_new_tokens(tmp_path: Path) -> None:
+    folder, adapter = make_base("llama", tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    assert open_tokenizer(folder, "base", adapter).name_or_path == str(folder), "it has no tokenizer"
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(adapter)
+    assert open_tokenizer(folder, "base", adapter).name_or_path == str(folder), "it has the same one"
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+    assert "<new>" in open_tokenizer(folder, "base", adapter).get_vocab()
