@@ -12,6 +12,20 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # and a child forked from threads would hang
 
 
+# Files of minutes: the first to be begun, since a file's tests stay in one process and the others fill what is left.
+LONGEST = (
+    *("tests/test_quickstart.py", "tests/faults/test_signals.py", "tests/faults/test_kill.py"),
+    *("tests/faults/test_resume_everywhere.py", "tests/attacks/test_fuzz.py", "tests/test_verify_resume.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, then those with slow tests, then the others; within a file as it is written."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    order = {Path(__file__).parent.parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(LONGEST) + (item.path not in slow)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import conftest
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qlora"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
@@ -362,3 +364,7 @@ def test_no_handler_enumerates_what_may_be_raised() -> None:
             if isinstance(node, ast.ExceptHandler) and node.type and (count := classes_in(node.type, tuples)) >= MANY:
                 found.add(f"{path.relative_to(PACKAGE)}:{count}")
     assert found - MANY_YET == set()
+
+
+def test_the_longest_test_files_are_there() -> None:
+    assert all((ROOT / name).is_file() for name in conftest.LONGEST)

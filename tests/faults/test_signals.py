@@ -6,8 +6,9 @@ import os
 import pty
 import random
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qlora.report import console
 from qlora.report.files import read_events
 from qlora.training import checkpoint
 from tests.faults.cases import SETTINGS
-from tests.faults.forks import Child, fork
+from tests.faults.forks import Child, fork, run_module
 from tests.runs import write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
@@ -35,13 +36,14 @@ RUN = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warmed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Everything that a run imports is imported before the first fork."""
+def warmed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Everything that a run imports is imported before the first fork, what its export verifies itself with too."""
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
     import qlora.cli.train
-    import qlora.export.hf  # noqa: F401
+    import qlora.export.hf
+    import qlora.export.verify.weights_child  # noqa: F401
     from qlora.model import adapters, load  # noqa: F401
     from qlora.model.resolve import resolve
     from tests.runs import train as run
@@ -49,6 +51,9 @@ def warmed(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     recipe = write_recipe(tmp_path_factory.mktemp("warm"), llama)
     run(recipe, *RUN, "train.max_steps=1")
     resolve(str(llama), "main", _Silent())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run_module)
+        yield
 
 
 class _Silent:
@@ -96,25 +101,25 @@ def final(recipe: Path) -> dict[str, str]:
     return found | {"export": sha256_file(folder / "export" / "hf" / "model.safetensors")}
 
 
-def finish(recipe: Path, cache: Path) -> None:
-    """Go on with whatever there is, to the end."""
+def finish(recipe: Path, cache: Path) -> int:
+    """Go on with whatever there is, to the end. Returns how many events there were."""
     trained = (recipe.parent / "runs" / "tiny" / "checkpoints").exists()
     log = recipe.parent / "finish.txt"
     child = command(recipe, cache, *(["--resume"] if trained else []), output=log)
     assert child.wait() == 0, log.read_text()
+    return len(child.rest())
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, llama: Path, warmed: None) -> tuple[dict[str, str], float]:
-    """What an uninterrupted run ends with, and how long it takes."""
+def straight(tmp_path_factory: pytest.TempPathFactory, llama: Path, warmed: None) -> tuple[dict[str, str], int]:
+    """What an uninterrupted run ends with, and how many events it has."""
     recipe = write_recipe(tmp_path_factory.mktemp("straight"), llama)
-    started = time.monotonic()
-    finish(recipe, recipe.parent / "cache")
-    return final(recipe), time.monotonic() - started
+    events = finish(recipe, recipe.parent / "cache")
+    return final(recipe), events
 
 
-def test_sigterm_at_random_moments(tmp_path: Path, llama: Path, straight: tuple[dict[str, str], float]) -> None:
-    wanted, seconds = straight
+def test_sigterm_at_random_moments(tmp_path: Path, llama: Path, straight: tuple[dict[str, str], int]) -> None:
+    wanted, events = straight
     chance = random.Random(7)
     codes: list[int] = []
     phases: list[str] = []
@@ -122,10 +127,15 @@ def test_sigterm_at_random_moments(tmp_path: Path, llama: Path, straight: tuple[
         recipe = write_recipe(tmp_path / str(number), llama)
         log = tmp_path / f"{number}.txt"
         child = command(recipe, tmp_path / str(number) / "cache", output=log)
-        time.sleep(seconds * (0.03 + 0.9 * (number + chance.random()) / MOMENTS))
+        # Counted in events, not in seconds: how long a run takes depends on what else the machine does.
+        moment = events * 0.97 * (number + chance.random()) / MOMENTS
+        said: list[str] = []
+        while len(said) < moment and child.poll() is None:
+            said += child.lines(1.0)
+        time.sleep(chance.random() * 0.02)
         child.kill(signal.SIGTERM)
         codes.append(child.wait())
-        said = child.rest()
+        said += child.rest()
         phases.append(next((line for line in reversed(said) if not line.startswith("end")), "start").strip())
         # -15: before the command has its handlers, the system ends it; a shell shows 143 for that too. 0: it was done.
         assert codes[-1] in (143, -signal.SIGTERM, 0), (codes[-1], said, log.read_text())
@@ -145,7 +155,7 @@ PHASES = ("progress tokenize", "progress load", "progress evaluate", "step  2", 
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_sigterm_in_each_phase(tmp_path: Path, llama: Path, straight: tuple[dict[str, str], float], phase: str) -> None:
+def test_sigterm_in_each_phase(tmp_path: Path, llama: Path, straight: tuple[dict[str, str], int], phase: str) -> None:
     """Sent by the run to itself the moment it says that it is there."""
     recipe = write_recipe(tmp_path, llama)
     log = tmp_path / "log.txt"
@@ -233,9 +243,7 @@ def test_a_signal_while_saving_is_answered_after_it(tmp_path: Path, llama: Path)
 # --- nobody looks any more -------------------------------------------------------------------------------------------
 
 
-def test_a_closed_terminal_saves_and_goes_on(
-    tmp_path: Path, llama: Path, straight: tuple[dict[str, str], float]
-) -> None:
+def test_a_closed_terminal_saves_and_goes_on(tmp_path: Path, llama: Path, straight: tuple[dict[str, str], int]) -> None:
     """SIGHUP after step 4, which is no step to save at: the run saves there, and ends as any other."""
     recipe = write_recipe(tmp_path, llama)
     child = stopped_at(recipe, tmp_path / "cache", "step  4", tmp_path / "log.txt", (signal.SIGHUP,))
@@ -251,7 +259,7 @@ def test_a_closed_terminal_saves_and_goes_on(
 
 
 def test_a_terminal_that_is_gone_ends_nothing(
-    tmp_path: Path, llama: Path, straight: tuple[dict[str, str], float]
+    tmp_path: Path, llama: Path, straight: tuple[dict[str, str], int]
 ) -> None:
     """A real terminal, closed under the run: SIGHUP, then EIO on every write."""
     recipe = write_recipe(tmp_path, llama)
@@ -265,7 +273,7 @@ def test_a_terminal_that_is_gone_ends_nothing(
     assert final(recipe) == straight[0]
 
 
-def test_a_reader_that_leaves_ends_nothing(tmp_path: Path, llama: Path, straight: tuple[dict[str, str], float]) -> None:
+def test_a_reader_that_leaves_ends_nothing(tmp_path: Path, llama: Path, straight: tuple[dict[str, str], int]) -> None:
     """`qlora-train … | head -1`."""
     recipe = write_recipe(tmp_path, llama)
     reading, writing = os.pipe()
