@@ -32,6 +32,7 @@ from qlora.events import Notice, Recovered, Saved, Sink
 from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopRequest
+from qlora.training import schedule
 from qlora.training.phases import PhaseClock
 
 SPARE_BYTES = 1 << 20  # state.json, manifest.json and the file system's own blocks
@@ -224,7 +225,7 @@ class Checkpointer:
     def is_due(self, step: int) -> bool:
         elapsed_minutes = (time.monotonic() - self._tried_at) / 60
         asked = self.stop.take_save_request()
-        return asked or step % self.section.every_steps == 0 or elapsed_minutes >= self.section.every_minutes
+        return asked or schedule.checkpoint_is_due(step, elapsed_minutes, self.section)
 
     def resume(self, checkpoint: Checkpoint) -> RunState:
         """Put a checkpoint back; its state. Raises RunFolderError when it belongs to another base or other rows."""

@@ -1,10 +1,10 @@
-"""Arithmetic of a run: rows per step, number of steps, learning rate of each. Pure functions."""
+"""Arithmetic of a run: rows per step, learning rate of each step, when a checkpoint is due. Pure functions."""
 
 from __future__ import annotations
 
 import math
 
-from qlora.recipe.sections import TrainSection
+from qlora.recipe.sections import CheckpointSection, TrainSection
 
 LARGEST_AUTO_BATCH = 16
 FEWEST_AUTO_STEPS = 100
@@ -51,3 +51,8 @@ def progress_of(step: int, steps: int, seconds: float, train: TrainSection) -> f
     if train.max_minutes is None:
         return by_steps
     return min(1.0, max(by_steps, seconds / (60 * train.max_minutes)))
+
+
+def checkpoint_is_due(step: int, minutes: float, section: CheckpointSection) -> bool:
+    """After `step` steps, `minutes` after the last attempt to save: whichever interval has passed first."""
+    return step % section.every_steps == 0 or minutes >= section.every_minutes

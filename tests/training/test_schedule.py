@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qlora.recipe.sections import TrainSection
-from qlora.training.schedule import auto_batch_size, learning_rate, progress_of
+from qlora.recipe.sections import CheckpointSection, TrainSection
+from qlora.training.schedule import auto_batch_size, checkpoint_is_due, learning_rate, progress_of
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,9 @@ def test_a_time_limit_brings_the_rate_down_with_the_clock() -> None:
     assert progress_of(0, 1000, 300.0, train) == 0.5
     assert progress_of(0, 1000, 700.0, train) == 1.0
     assert progress_of(899, 1000, 10.0, train) == pytest.approx(900 / 1001)
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_minutes() -> None:
+    section = CheckpointSection(every_steps=50, every_minutes=10)
+    assert checkpoint_is_due(100, 0.1, section) and checkpoint_is_due(101, 10.0, section)
+    assert not checkpoint_is_due(101, 9.9, section)
