@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -127,10 +128,10 @@ def fork(work: Callable[[Callable[[str], None]], None], output: Path | None = No
         os._exit(code)
 
 
-def run_module(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+def run_module(command: Sequence[str], text: bool = False, **_: Any) -> subprocess.CompletedProcess[Any]:
     """In the place of `subprocess.run`: `python -m module …` in a fork, which has imported all of it already.
 
-    What an export verifies itself with would spend nine tenths of its time on imports.
+    What an export verifies itself with would spend nine tenths of its time on imports. Both streams come back in one.
     """
     python, flag, module, *arguments = command
     assert (python, flag) == (sys.executable, "-m")
@@ -140,7 +141,11 @@ def run_module(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[
         sys.modules.pop(module, None)
         runpy.run_module(module, run_name="__main__")
 
-    return subprocess.CompletedProcess(command, fork(work).wait(), b"", b"")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        code = fork(work, log).wait()
+        output = log.read_text(encoding="utf-8") if text else log.read_bytes()
+    return subprocess.CompletedProcess(command, code, output, output)
 
 
 class Telling:
