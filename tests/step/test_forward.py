@@ -111,7 +111,7 @@ def test_the_loss_is_the_models_own(model) -> None:  # type: ignore[no-untyped-d
         ids = torch.tensor([row])
         labels = torch.full_like(ids, -100)
         labels[0, -count:] = ids[0, -count:]
-        expected += float(causal_lm(input_ids=ids, labels=labels).loss) * count
+        expected += float(causal_lm(input_ids=ids, labels=labels).loss.detach()) * count
     ours = float(batch_loss(CausalParts.of(causal_lm), batch_of(rows, trained), SupervisedObjective()).detach())
     assert ours == pytest.approx(expected, rel=1e-5)
 
