@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from qlora.cli import estimate
 from tests.memory.shapes import config_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,9 +36,30 @@ finally:
 """
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", COMMAND, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=180)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process, where everything is imported already; without a network."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection")
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(sys, "argv", ["qlora-estimate", *arguments])
+        with pytest.raises(SystemExit) as end:
+            estimate.app()
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(end.value.code or 0), out, err)
+
+    return command
 
 
 def seconds(done: subprocess.CompletedProcess[str]) -> float:
@@ -52,7 +76,7 @@ def seconds(done: subprocess.CompletedProcess[str]) -> float:
 def test_json_in_seconds(name: str, most: float, tmp_path: Path) -> None:
     folder = config_folder(name, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
-    done = run(str(folder), "--gpu", "RTX 4090", "--json")
+    done = run_in_a_process(str(folder), "--gpu", "RTX 4090", "--json")
     assert seconds(done) < most
     answer = json.loads(done.stdout)
     assert set(answer) >= KEYS
@@ -61,7 +85,7 @@ def test_json_in_seconds(name: str, most: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_table_the_search_and_the_exit_code(tmp_path: Path) -> None:
+def test_the_table_the_search_and_the_exit_code(run: Run, tmp_path: Path) -> None:
     folder = str(config_folder("meta-llama/Llama-3.2-1B-Instruct", tmp_path))
     fitting = run(folder, "--vram", "6GiB", "--fit")
     assert fitting.returncode == 0, fitting.stderr
@@ -81,19 +105,19 @@ def test_the_table_the_search_and_the_exit_code(tmp_path: Path) -> None:
         (("--set", "lora.rank=3"), "lora.r"),
     ],
 )
-def test_wrong_questions_are_told_in_two_lines(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_wrong_questions_are_told_in_two_lines(run: Run, arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
     done = run(str(config_folder("meta-llama/Llama-3.2-1B-Instruct", tmp_path)), *arguments)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_folder_without_a_configuration_and_a_name_without_network(tmp_path: Path) -> None:
+def test_a_folder_without_a_configuration_and_a_name_without_network(run: Run, tmp_path: Path) -> None:
     for what in (str(tmp_path), "owner/never-seen"):
         done = run(what, "--vram", "8GiB")
         assert done.returncode == 2 and done.stderr.count("\n") >= 2 and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
-def test_a_picture_or_the_line_that_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_picture_or_the_line_that_says_what_is_missing(run: Run, tmp_path: Path) -> None:
     picture = tmp_path / "peak.png"
     folder = str(config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path))
     done = run(folder, "--vram", "64GiB", "--plot", str(picture))
