@@ -124,25 +124,24 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"{config_file}: started with {config['init_lora_weights']}, which alters the base's weights"
         hint = "save it again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         raise ExportError(what, hint)
-    tensors = {name.removeprefix(PREFIX): entry for name, entry in read_header(file).items()}
-    return _sort_tensors(folder, tensors, config)
+    return _sort_tensors(folder, config)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return dict(config)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"{file}: cannot be read ({error})", "save the adapter again") from error
 
 
-def _sort_tensors(folder: Path, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> Adapter:
+def _sort_tensors(folder: Path, config: Mapping[str, Any]) -> Adapter:
     file = folder / ADAPTER_FILE
     roles: dict[str, dict[str, TensorEntry]] = {role: {} for role, _ in _ROLES}
     whole: dict[str, TensorEntry] = {}
     copies: dict[str, TensorEntry] = {}
     under: dict[str, TensorEntry] = {}
-    for name, entry in tensors.items():
+    for stored_name, entry in read_header(file).items():
+        name = stored_name.removeprefix(PREFIX)
         if entry.dtype not in FLOAT_DTYPES:
             raise ExportError(f"{file}: {name} is stored as {entry.dtype}", "save the adapter from a 16-bit base")
         found = next(((role, match.start()) for role, pattern in _ROLES if (match := pattern.search(name))), None)
@@ -197,9 +196,8 @@ def scale_of(module: str, config: Mapping[str, Any], rank: int, file: Path) -> f
     own_rank = _pattern(module, config.get("rank_pattern") or {}, config.get("r"))
     alpha = _pattern(module, config.get("alpha_pattern") or {}, config.get("lora_alpha"))
     if own_rank != rank:
-        raise ExportError(
-            f"{file}: {module} has rank {rank}, adapter_config.json says {own_rank}", "save the adapter again"
-        )
+        what = f"{file}: {module} has rank {rank}, adapter_config.json says {own_rank}"
+        raise ExportError(what, "save the adapter again")
     return float(alpha / rank**0.5) if config.get("use_rslora") else float(alpha / rank)
 
 
