@@ -12,6 +12,7 @@ requests a line, each [number of the template, values]. Out: one JSON object a l
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,25 +187,14 @@ def confine() -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-@contextmanager
-def alarm() -> Iterator[None]:
-    """The system ends the process when the block takes too long (a second more than the parent waits)."""
-    import signal
-
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    signal.setitimer(signal.ITIMER_REAL, SECONDS + 1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def set_alarm(seconds: float) -> None:
+    """The system ends the process in so many seconds; 0 calls it off. Windows cannot."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])  # the parent's: jinja2 may lie in a user's own site folder
-    import signal
-
     # Ctrl-C reaches every process of a terminal; when to end is the parent's business, by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever Python and jinja2 import or open late, they do now; errors too have code of their own.
@@ -219,8 +209,9 @@ def main() -> None:
     for line in lines:
         flushed = time.monotonic()
         for number, values in json.loads(line):
-            with alarm():
-                reply = json.dumps(renderer.answer(number, values)).encode()
+            set_alarm(SECONDS + 1)  # a second more than the parent waits
+            reply = json.dumps(renderer.answer(number, values)).encode()
+            set_alarm(0)
             replies.write(reply + b"\n")
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 replies.flush()
