@@ -108,15 +108,7 @@ def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
 
 
 def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:
-    return Start(
-        recipe=run_dir.name,
-        run_dir=str(run_dir),
-        base=recipe.model.base,
-        commit=commit,
-        device=device,
-        versions=versions(),
-        resumed_from_step=step,
-    )
+    return Start(run_dir.name, str(run_dir), recipe.model.base, commit, device, versions(), resumed_from_step=step)
 
 
 def versions() -> dict[str, str]:

@@ -148,8 +148,7 @@ class _ArrayReader:
         rest = self.window[self.at :]
         if len(rest) > MAX_ROW_BYTES:
             raise self._broken(f"over {MAX_ROW_BYTES >> 20} MiB in one row")
-        more = self.text.read(max(_CHUNK_CHARS, len(rest)))
-        if more:
+        if more := self.text.read(max(_CHUNK_CHARS, len(rest))):
             self.window, self.at = rest + more, 0
             self.read_chars += len(more)
         return bool(more)

@@ -15,8 +15,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -75,10 +75,8 @@ def build_environment() -> Any:
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(), loopcontrols])
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
+    environment.globals.update(raise_exception=raise_exception, dict=PlainDict(), namespace=namespace)
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    environment.globals["dict"] = PlainDict()
-    environment.globals["namespace"] = namespace
     return environment
 
 
@@ -105,7 +103,7 @@ def _to_json(
 
 
 def _generation_extension() -> Any:
-    """The `{% generation %}` block: its text as it is, with the place of each noted while `marking` is on."""
+    """The `{% generation %}` block: its text as it is, with the place of each noted as `environment.mark_in` asks."""
     import jinja2
     from jinja2.ext import Extension
 
@@ -114,9 +112,7 @@ def _generation_extension() -> Any:
 
         def __init__(self, environment: Any) -> None:
             super().__init__(environment)
-            self.blocks: list[str] | None = None
-            self.marks: list[tuple[int, int]] = []
-            environment.extend(marking=self.marking)
+            environment.extend(mark_in=self.mark_in)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -125,18 +121,14 @@ def _generation_extension() -> Any:
 
         def _mark(self, caller: Any) -> str:
             text = str(caller())
-            if self.blocks is not None:
-                start = sum(map(len, self.blocks))
-                self.marks.append((start, start + len(text)))
+            start = sum(map(len, self.blocks))
+            self.marks.append((start, start + len(text)))
             return text
 
-        @contextmanager
-        def marking(self, blocks: list[str]) -> Iterator[list[tuple[int, int]]]:
-            self.blocks, self.marks = blocks, []
-            try:
-                yield self.marks
-            finally:
-                self.blocks = None
+        def mark_in(self, blocks: list[str]) -> list[tuple[int, int]]:
+            """The list that will hold the marks of the rendering whose text is gathered in `blocks`."""
+            self.blocks, self.marks = blocks, list[tuple[int, int]]()
+            return self.marks
 
     return Generation
 
@@ -158,12 +150,12 @@ class Renderer:
         size = 0
         with foreign_failures() as failure:  # jinja2's errors, and Python's from the template's own operations
             template = self.compiled(self.templates[number])
-            with self.environment.marking(blocks) as marks:
-                for block in template.generate({**self.values, **values}):
-                    size += len(block)
-                    if size > OUTPUT_BYTES:
-                        return {"bound": "it writes more than 8 MiB"}
-                    blocks.append(block)
+            marks = self.environment.mark_in(blocks)
+            for block in template.generate({**self.values, **values}):
+                size += len(block)
+                if size > OUTPUT_BYTES:
+                    return {"bound": "it writes more than 8 MiB"}
+                blocks.append(block)
             text = "".join(blocks)
             if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
                 return {"bound": "it writes more than 8 MiB"}

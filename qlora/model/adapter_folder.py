@@ -108,10 +108,10 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Open an adapter folder in PEFT's layout. Raises ExportError for what is none or cannot be merged."""
-    config_file, file = folder / ADAPTER_CONFIG, folder / ADAPTER_FILE
+    config_file = folder / ADAPTER_CONFIG
     if not config_file.is_file():
         raise ExportError(f"{folder}: no {ADAPTER_CONFIG}", "name a run's folder or a PEFT adapter folder")
-    if not file.is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         raise ExportError(f"{folder}: no {ADAPTER_FILE}", "adapters are read as safetensors only: save it as such")
     config = _read_config(config_file)
     for key, what in UNMERGEABLE.items():
@@ -153,10 +153,11 @@ def _sort_tensors(folder: Path, config: Mapping[str, Any]) -> Adapter:
             copies[_TRAINED.sub("", name)] = entry
         else:
             whole[name] = entry
+    modules = roles["a"] | roles["embedding_a"]
     for module in (*roles["b"], *roles["embedding_b"], *roles["magnitude"]):
-        if module not in roles["a"] and module not in roles["embedding_a"]:
+        if module not in modules:
             raise ExportError(f"{file}: {module} has no lora_A", "save the adapter again")
-    lora = {f"{module}.weight": _module(module, roles, config, file) for module in (*roles["a"], *roles["embedding_a"])}
+    lora = {f"{module}.weight": _module(module, roles, config, file) for module in modules}
     whole = {**copies, **whole}  # where both stand in a file, peft loads the plain name
     if config.get("use_dora") and any(module.magnitude is None for module in lora.values()):
         raise ExportError(f"{file}: use_dora is set but magnitudes are missing", "save the adapter again")
@@ -203,10 +204,8 @@ def scale_of(module: str, config: Mapping[str, Any], rank: int, file: Path) -> f
 
 def _pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """A pattern is a regular expression for the end of a module's name, as peft reads it (get_pattern_key)."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matching, default)
 
 
 @dataclass(frozen=True)

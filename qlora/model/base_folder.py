@@ -154,8 +154,7 @@ def _check_quantization(config: Mapping[str, Any], where: str) -> None:
 
 def _check_sizes(config: Mapping[str, Any], tensor_count: int, where: str) -> None:
     """Raises ModelError for layers without tensors: a billion of them would be built one by one, for days."""
-    for key in LAYER_COUNTS:
-        layers = _text_section(config).get(key)
+    for layers in map(_text_section(config).get, LAYER_COUNTS):
         if isinstance(layers, int) and layers > tensor_count:
             what = f"{where}: config.json tells of {layers:,} layers, but the weights are {tensor_count:,} tensors"
             raise ModelError(what, "config.json and weights are of different models; get a clean copy")

@@ -128,9 +128,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise _broken(file, f"{len(header):,} tensors")
-    start = 8 + header_bytes
+    end = start = 8 + header_bytes
     tensors = {name: _entry(file, name, value, start) for name, value in header.items()}
-    end = start
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
             raise _lie(file, name, "overlaps another tensor or leaves a hole")
@@ -198,8 +197,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
+        if len(keys := dict(pairs)) != len(pairs):
             raise ValueError("a key stands twice")
         return keys
 

@@ -74,10 +74,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     found = []
     # Not splitlines(): a text in an event may hold a line separator of its own (U+2028).
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return found
 
 
