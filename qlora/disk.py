@@ -24,19 +24,15 @@ from qlora.errors import RunFolderError
 
 MANIFEST = "manifest.json"
 _SELF = "sha256"  # of the manifest itself
-_READ_BYTES = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: more than a file system or a limit lets one file be
 _NOT_WRITABLE = "name another folder in output.dir, or give yourself write access to this one"
 _SWAPPED = ".old-swap-"  # a folder that its successor replaces; `.old-` alone is one that is being removed
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
+    """Hex sha256 of a file's bytes, read in blocks."""
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_text(*parts: str) -> str:
@@ -106,15 +102,12 @@ def _nearest(path: Path) -> Path:
     return next((place for place in (path, *path.parents) if place.exists()), path)
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Replace a file's content in one rename: a reader sees the old bytes or the new ones."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    payload = data.encode() if isinstance(data, str) else data
     try:
-        with temporary.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(text.encode())
+        _sync_file(temporary)
         _close_to_others(temporary)
         os.replace(temporary, path)
     except OSError:
@@ -147,9 +140,8 @@ def publish_filled(filled: Path, final: Path, known: Mapping[str, str], about: M
     Both are on one file system. `known` is the sha256 of files that were hashed while they were written: these are not
     read again. `about` goes into the manifest.
     """
-    files = sorted(path for path in filled.rglob("*") if path.is_file())
     manifest: dict[str, Any] = {**(about or {}), "files": {}}
-    for path in files:
+    for path in sorted(path for path in filled.rglob("*") if path.is_file()):
         _close_to_others(path)
         _sync_file(path)
         name = path.relative_to(filled).as_posix()
@@ -188,8 +180,7 @@ class HashedFile:
                 raise OSError(errno.EIO, f"{self.path} is shorter than {size} bytes")
             file.truncate(size)
             file.seek(0)
-            while block := file.read(_READ_BYTES):
-                self._digest.update(block)
+            self._digest = hashlib.file_digest(file, "sha256")
         self.size = size
         return self._digest.hexdigest()
 

@@ -105,13 +105,10 @@ def _cached(repository: Repository, wanted: Sequence[str], why: str, sink: Sink)
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    place: dict[str, Any] = {"repo_type": repository.kind, "revision": repository.revision}
     try:
         found = huggingface_hub.snapshot_download(
-            repository.name,
-            repo_type=repository.kind,
-            revision=repository.revision,
-            local_files_only=True,
-            allow_patterns=list(wanted),
+            repository.name, local_files_only=True, allow_patterns=list(wanted), **place
         )
     except (LocalEntryNotFoundError, HFValidationError):
         what = f"{why}, and revision {repository.revision} is not in the cache"

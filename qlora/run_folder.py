@@ -38,10 +38,8 @@ def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "f
         raise _under_way(run_dir, held.holder) from held
     names = {path.name for path in run_dir.iterdir()} - {LOCK_FILE} if run_dir.exists() else set()
     if mode == "new" and names & RESULTS:
-        raise RunFolderError(
-            f"{run_dir}: holds a run already",
-            "--resume goes on with it, --fresh keeps it under another name and starts anew",
-        )
+        hint = "--resume goes on with it, --fresh keeps it under another name and starts anew"
+        raise RunFolderError(f"{run_dir}: holds a run already", hint)
     if mode == "new" and names and RECIPE_FILE not in names:
         raise RunFolderError(f"{run_dir}: holds files that are not a run's", "change output.dir, or the recipe's name")
     if mode == "resume":
@@ -79,10 +77,8 @@ def _take(run_dir: Path) -> lock.FolderLock:
 
 def _under_way(run_dir: Path, holder: lock.Holder | None) -> RunFolderError:
     who = f"process {holder.pid} on {holder.host}" if holder else "another process"
-    return RunFolderError(
-        f"{run_dir}: a run is under way in it ({who})",
-        f"wait for it or stop it; a run that died holds no lock, and on a disk that cannot lock, remove {LOCK_FILE}",
-    )
+    hint = f"wait for it or stop it; a run that died holds no lock, and on a disk that cannot lock, remove {LOCK_FILE}"
+    return RunFolderError(f"{run_dir}: a run is under way in it ({who})", hint)
 
 
 def _must_match(run_dir: Path, recipe: Recipe) -> None:
@@ -94,10 +90,8 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with --fresh") from error
     if keys := differing_keys(pins.pinned(recipe, old), old):
-        raise RunFolderError(
-            f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}",
-            "set them back to go on, or start anew with --fresh",
-        )
+        what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
+        raise RunFolderError(what, "set them back to go on, or start anew with --fresh")
 
 
 def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
@@ -109,21 +103,12 @@ def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
     """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant."""
     if commit is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
-    disk.write_atomic(
-        run_dir / RECIPE_FILE, recipe_toml(recipe, f"# written by qlora {__version__}; every key resolved\n")
-    )
+    heading = f"# written by qlora {__version__}; every key resolved\n"
+    disk.write_atomic(run_dir / RECIPE_FILE, recipe_toml(recipe, heading))
 
 
 def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:
-    return Start(
-        recipe=run_dir.name,
-        run_dir=str(run_dir),
-        base=recipe.model.base,
-        commit=commit,
-        device=device,
-        versions=versions(),
-        resumed_from_step=step,
-    )
+    return Start(run_dir.name, str(run_dir), recipe.model.base, commit, device, versions(), resumed_from_step=step)
 
 
 def versions() -> dict[str, str]:
@@ -146,15 +131,13 @@ def package_version(name: str) -> str:
 def adapter_of(path: Path) -> tuple[Path, Path]:
     """The adapter folder that `path` (a run or an adapter) means, and the parent of its exports. Raises ExportError."""
     if not path.is_dir():
-        raise ExportError(
-            f"{path}: no such folder", "name a run's folder, such as runs/quickstart, or an adapter folder"
-        )
+        hint = "name a run's folder, such as runs/quickstart, or an adapter folder"
+        raise ExportError(f"{path}: no such folder", hint)
     if (path / "adapter" / "adapter_config.json").is_file():
         return _plain(path / "adapter"), path / "export"
     if (path / "adapter_config.json").is_file():
-        _plain(path)
         of_run = (path.parent / RECIPE_FILE).is_file()
-        return path, path.parent / "export" if of_run else path.with_name(path.name + "-export")
+        return _plain(path), path.parent / "export" if of_run else path.with_name(path.name + "-export")
     if (path / RECIPE_FILE).is_file():
         raise ExportError(f"{path}: this run has no adapter yet", "train it to its first evaluation or its end")
     raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
@@ -168,9 +151,8 @@ def recipe_of(adapter_dir: Path) -> Recipe | None:
     try:
         return load_recipe(file)
     except RecipeError as error:
-        raise ExportError(
-            f"{file}: cannot be read ({error.what})", "name the adapter's folder, moved elsewhere"
-        ) from error
+        hint = "name the adapter's folder, moved elsewhere"
+        raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
 
 
 def name_of(adapter_dir: Path) -> str:
@@ -195,10 +177,7 @@ def _plain(folder: Path) -> Path:
 
 def refuse_foreign_folder(target: Path) -> None:
     """Only what an earlier export published may be replaced."""
-    if not target.exists():
-        return
-    names = {path.name for path in target.iterdir()} if target.is_dir() else None
-    if names is None or (names and disk.MANIFEST not in names):
-        raise ExportError(
-            f"{target}: exists and was not made by an export", "name another folder with --out, or remove it"
-        )
+    published = target.is_dir() and ((target / disk.MANIFEST).exists() or not any(target.iterdir()))
+    if target.exists() and not published:
+        what = f"{target}: exists and was not made by an export"
+        raise ExportError(what, "name another folder with --out, or remove it")

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from qlora.cli import common
 
-if TYPE_CHECKING:
-    from qlora.memory.hardware import Machine
-
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 PLOT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-
-
-class StackName(str, Enum):
-    qlora = "qlora"
-    plain = "plain"
-    torchtune = "torchtune"
 
 
 @app.command()
@@ -35,8 +25,9 @@ def estimate(
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; repeatable.")
     ] = None,
     stack: Annotated[
-        StackName, typer.Option("--stack", help="How another trainer would do it, for comparison.")
-    ] = StackName.qlora,
+        Literal["qlora", "plain", "torchtune"],
+        typer.Option("--stack", help="How another trainer would do it, for comparison."),
+    ] = "qlora",
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the peak against the length of rows.")
     ] = None,
@@ -47,32 +38,25 @@ def estimate(
     Without --gpu or --vram the limit is the recipe's memory.limit, or what this machine has free. Exit code 3 when it
     does not fit.
     """
-    common.run(lambda: _run(what, (gpu, vram), (set_ or [], stack.value), fit, plot, as_json))
+    asked = {"gpu": gpu, "vram": vram, "stack": stack}
+    common.run(lambda: _run(what, set_ or [], asked, fit, plot, as_json))
 
 
-def _run(
-    what: str,
-    card: tuple[str | None, str | None],
-    settings: tuple[list[str], str],
-    fit: bool,
-    plot: Path | None,
-    as_json: bool,
-) -> None:
+def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot: Path | None, as_json: bool) -> None:
     from qlora import api
 
-    recipe = api.recipe_or_model(what, settings[0])
-    question = api.question(recipe, gpu=card[0], vram=card[1], stack=settings[1])
+    question = api.question(api.recipe_or_model(what, overrides), **asked)
     if plot is not None:
         _plot(question, plot)
     plans = question.search() if fit else []
     estimate = plans[0].estimate if plans else question.estimate()
-    answer: dict[str, Any] = estimate.as_dict()
+    answer = estimate.as_dict()
     if fit:
         answer["plans"] = [_as_dict(plan) for plan in plans]
     if as_json:
         print(json.dumps(answer))
     else:
-        _show(answer, question.machine, fit)
+        _show(answer, question.machine.source)
     if not estimate.fits:
         raise question.does_not_fit()
 
@@ -84,15 +68,14 @@ def _as_dict(plan: Any) -> dict[str, Any]:
     return {"changes": dict(plan.changes), "lines": lines, "estimate": plan.estimate.as_dict()}
 
 
-def _show(answer: dict[str, Any], machine: Machine, fit: bool) -> None:
+def _show(answer: dict[str, Any], source: str) -> None:
     from rich.console import Console
 
     from qlora.report.memory import estimate_view, plans_view
 
     console = Console(highlight=False)
-    console.print(estimate_view(answer, machine.source))
-    plans = answer.get("plans")
-    if fit and plans:
+    console.print(estimate_view(answer, source))
+    if plans := answer.get("plans"):
         console.print("\nsettings that fit, the fastest first")
         console.print(plans_view(plans))
         if plans[0]["lines"]:

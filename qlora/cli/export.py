@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,18 +23,6 @@ class Format(str, Enum):
     hf = "hf"
     gguf = "gguf"
     adapter_gguf = "adapter-gguf"
-
-
-class Base(str, Enum):
-    auto = "auto"
-    nf4 = "nf4"
-    full = "full"
-
-
-class Dtype(str, Enum):
-    bf16 = "bf16"
-    f16 = "f16"
-    f32 = "f32"
 
 
 Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: ignore[misc]
@@ -56,13 +44,13 @@ def export(
         list[Quant] | None, typer.Option("--quant", help="Type of a GGUF; repeatable.", show_default="q8_0")
     ] = None,
     base: Annotated[
-        Base,
+        Literal["auto", "nf4", "full"],
         typer.Option(
             "--base",
             help="nf4: merge into the base as training saw it, dequantized. full: into its original weights. "
             "auto: whichever is measured nearer to the trained model.",
         ),
-    ] = Base.auto,
+    ] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write.", show_default="<run>/export/<format>")
     ] = None,
@@ -75,7 +63,9 @@ def export(
     imatrix: Annotated[
         bool, typer.Option("--imatrix", help="Weigh the errors of K- and IQ-quants by the activations of your rows.")
     ] = False,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the weights in safetensors.")] = Dtype.bf16,
+    dtype: Annotated[
+        Literal["bf16", "f16", "f32"], typer.Option("--dtype", help="Type of the weights in safetensors.")
+    ] = "bf16",
     tokenizer_pre: Annotated[
         str | None,
         typer.Option("--tokenizer-pre", help="llama.cpp's name of the pre-tokenizer, if it is not recognised."),
@@ -87,14 +77,10 @@ def export(
     A folder appears under its name when all of it is written, reopened and measured. The memory of one tensor is
     enough, and no GPU is needed. A killed export goes on where it was when it is run again.
     """
-    options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype.value}
-    request: dict[str, Any] = {
-        "to": [name.value for name in to or [Format.hf]],
-        "quants": [name.value for name in quant or []],
-        "merge_base": base.value,
-        "out": out,
-    }
-    common.run(lambda: _run(source, request, {**options, "tokenizer_pre": tokenizer_pre}, as_json))
+    options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype, "tokenizer_pre": tokenizer_pre}
+    formats, quants = [name.value for name in to or [Format.hf]], [name.value for name in quant or []]
+    request: dict[str, Any] = {"to": formats, "quants": quants, "merge_base": base, "out": out}
+    common.run(lambda: _run(source, request, options, as_json))
 
 
 def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json: bool) -> None:

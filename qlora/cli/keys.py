@@ -106,8 +106,8 @@ def _metavar(annotation: Any) -> str:
 def _option_default(value: Any, names: str, shown: bool | str) -> str:
     if isinstance(shown, str):
         return f"`{shown}`"
-    if isinstance(value, Enum):
-        return f"`{value.value}`"
+    if isinstance(value, str):
+        return f"`{value}`"
     return f"`{names.split()[0]}`" if value is True else ""
 
 

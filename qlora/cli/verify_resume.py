@@ -85,31 +85,28 @@ def _compare(one: Path, other: Path) -> Proof:
     from safetensors.torch import load_file
 
     compared = 0
-    differing: list[str] = []
-    largest = 0.0
+    differing: dict[str, float] = {}
     for file in ("adapter.safetensors", "optimizer.safetensors"):
         ours, theirs = load_file(one / file), load_file(other / file)
         compared += len(ours)
         for name in sorted({*ours, *theirs}):
-            if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
-                differing.append(name)
-                largest = max(largest, _distance(ours.get(name), theirs.get(name)))
+            if (distance := _distance(ours.get(name), theirs.get(name))) is not None:
+                differing[name] = distance
     if differing:
         raise TrainingStopped(
-            f"a resumed run is not the same: {len(differing)} of {compared} tensors differ, {differing[0]} first, "
-            f"by at most {largest:.3g}",
+            f"a resumed run is not the same: {len(differing)} of {compared} tensors differ, {next(iter(differing))} "
+            f"first, by at most {max(0.0, *differing.values()):.3g}",
             "please report it with this recipe and the versions in runs/…/events.jsonl",
         )
     return Proof(compared, STEPS, HALF)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _distance(one: Tensor | None, other: Tensor | None) -> float | None:
+    """The largest difference of two values; None where every bit is the same."""
     import torch
 
-    return one.dtype == other.dtype and torch.equal(one, other)
-
-
-def _distance(one: Tensor | None, other: Tensor | None) -> float:
     if one is None or other is None or one.shape != other.shape:
         return float("inf")
+    if one.dtype == other.dtype and torch.equal(one, other):
+        return None
     return float((one.double() - other.double()).abs().max()) if one.numel() else 0.0

@@ -81,10 +81,8 @@ def _json(file: Path, name: str) -> Iterator[Item]:
             yield from _ArrayReader(text, name, head).items()
             return
     if head.partition("\n")[0].strip() == "{":
-        raise DataError(
-            f"{name}:1: one object over several lines, not rows",
-            "a .json file holds one array of rows, or one row per line",
-        )
+        what = f"{name}:1: one object over several lines, not rows"
+        raise DataError(what, "a .json file holds one array of rows, or one row per line")
     yield from _jsonl(file, name)
 
 
@@ -150,17 +148,14 @@ class _ArrayReader:
         rest = self.window[self.at :]
         if len(rest) > MAX_ROW_BYTES:
             raise self._broken(f"over {MAX_ROW_BYTES >> 20} MiB in one row")
-        more = self.text.read(max(_CHUNK_CHARS, len(rest)))
-        if more:
+        if more := self.text.read(max(_CHUNK_CHARS, len(rest))):
             self.window, self.at = rest + more, 0
             self.read_chars += len(more)
         return bool(more)
 
     def _broken(self, reason: str) -> DataError:
-        return DataError(
-            f"{self.name}:{self.line}: broken JSON: {reason}",
-            "repair the array (nothing after a break can be read), or use .jsonl: one row a line",
-        )
+        hint = "repair the array (nothing after a break can be read), or use .jsonl: one row a line"
+        return DataError(f"{self.name}:{self.line}: broken JSON: {reason}", hint)
 
 
 def _csv(file: Path, name: str) -> Iterator[Item]:
@@ -182,12 +177,11 @@ def _csv(file: Path, name: str) -> Iterator[Item]:
             except csv.Error as error:
                 yield Item(number, RowError(f"broken CSV: {error}"), raw.tell())
                 continue
-            if not cells:
-                continue
             row: dict[str, Any] | RowError = dict(zip(header, cells, strict=False))
             if len(cells) != len(header):
                 row = RowError(f"{len(cells)} cells, but the header names {len(header)} columns")
-            yield Item(number, row, raw.tell())
+            if cells:
+                yield Item(number, row, raw.tell())
 
 
 def _parquet(file: Path, name: str) -> Iterator[Item]:
@@ -219,9 +213,7 @@ def _without_nulls(value: Any) -> Any:
     """A Parquet value without the nulls that its schema put where a row had no key."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 # By the ending of a file: (file, its name in messages) to its rows, in order. Raises DataError.

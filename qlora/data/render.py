@@ -16,9 +16,9 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from qlora.data import render_worker
 from qlora.data.formats import RowError
@@ -34,8 +34,7 @@ _PIECE_BYTES = 1 << 20
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """What a template made of a conversation; `marks` are the spans of characters in generation blocks."""
 
     text: str
@@ -101,10 +100,9 @@ class Renderer:
             worker.end()
             self.offences += 1
             if self.offences >= OFFENCES:
-                raise TokenizerError(
-                    f"the base's chat template was stopped {self.offences} times: {answer['bound']}",
-                    "do not trust this base; get the model from its original publisher, or use another one",
-                )
+                what = f"the base's chat template was stopped {self.offences} times: {answer['bound']}"
+                hint = "do not trust this base; get the model from its original publisher, or use another one"
+                raise TokenizerError(what, hint)
         return answer
 
     def _running(self) -> _Worker:
@@ -145,10 +143,8 @@ class _Worker:
                 env=environment,
             )
         except OSError as error:
-            raise TokenizerError(
-                f"no process could be started to render chat templates ({error.strerror or error})",
-                "close other programs, or raise the limit on processes (ulimit -u)",
-            ) from error
+            what = f"no process could be started to render chat templates ({error.strerror or error})"
+            raise TokenizerError(what, "close other programs, or raise the limit on processes (ulimit -u)") from error
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests = self._process.stdin
         self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -156,16 +152,13 @@ class _Worker:
         weakref.finalize(self, _end, self._process, self._requests, self.owner)
         if self._next_line(START_SECONDS) != b"ready":
             self.end()
-            raise TokenizerError(
-                "the process that renders chat templates does not start", "check the installation of jinja2"
-            )
+            what = "the process that renders chat templates does not start"
+            raise TokenizerError(what, "check the installation of jinja2")
 
     def send(self, text: str) -> None:
-        try:
+        with suppress(OSError, ValueError):  # it has gone; `receive` says so
             self._requests.write(text.encode())
             self._requests.flush()
-        except (OSError, ValueError):
-            return  # it has gone; `receive` says so
 
     def receive(self) -> dict[str, Any]:
         line = self._next_line(render_worker.SECONDS + GRACE_SECONDS)
@@ -197,11 +190,9 @@ class _Worker:
 
 def _read(stream: IO[bytes], replies: queue.SimpleQueue[bytes]) -> None:
     """Bytes as they come; the last piece, when the worker has gone, is empty."""
-    while True:
-        piece = os.read(stream.fileno(), _PIECE_BYTES)
+    while piece := os.read(stream.fileno(), _PIECE_BYTES):
         replies.put(piece)
-        if not piece:
-            return
+    replies.put(b"")
 
 
 def _end(process: subprocess.Popen[bytes], requests: IO[bytes], owner: int) -> None:
@@ -209,7 +200,5 @@ def _end(process: subprocess.Popen[bytes], requests: IO[bytes], owner: int) -> N
         return  # a forked copy of us: the worker is not ours to end
     process.kill()
     process.wait()
-    try:
+    with suppress(OSError):  # what was still to be sent has nobody to read it
         requests.close()
-    except OSError:
-        return  # what was still to be sent has nobody to read it

@@ -12,10 +12,11 @@ requests a line, each [number of the template, values]. Out: one JSON object a l
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -74,10 +75,8 @@ def build_environment() -> Any:
 
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(), loopcontrols])
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
+    environment.globals.update(raise_exception=raise_exception, dict=PlainDict(), namespace=namespace)
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    environment.globals["dict"] = PlainDict()
-    environment.globals["namespace"] = namespace
     return environment
 
 
@@ -104,7 +103,7 @@ def _to_json(
 
 
 def _generation_extension() -> Any:
-    """The `{% generation %}` block: its text as it is, with the place of each noted while `marking` is on."""
+    """The `{% generation %}` block: its text as it is, with the place of each noted as `environment.mark_in` asks."""
     import jinja2
     from jinja2.ext import Extension
 
@@ -113,9 +112,7 @@ def _generation_extension() -> Any:
 
         def __init__(self, environment: Any) -> None:
             super().__init__(environment)
-            self.blocks: list[str] | None = None
-            self.marks: list[tuple[int, int]] = []
-            environment.extend(marking=self.marking)
+            environment.extend(mark_in=self.mark_in)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -124,18 +121,14 @@ def _generation_extension() -> Any:
 
         def _mark(self, caller: Any) -> str:
             text = str(caller())
-            if self.blocks is not None:
-                start = sum(map(len, self.blocks))
-                self.marks.append((start, start + len(text)))
+            start = sum(map(len, self.blocks))
+            self.marks.append((start, start + len(text)))
             return text
 
-        @contextmanager
-        def marking(self, blocks: list[str]) -> Iterator[list[tuple[int, int]]]:
-            self.blocks, self.marks = blocks, []
-            try:
-                yield self.marks
-            finally:
-                self.blocks = None
+        def mark_in(self, blocks: list[str]) -> list[tuple[int, int]]:
+            """The list that will hold the marks of the rendering whose text is gathered in `blocks`."""
+            self.blocks, self.marks = blocks, list[tuple[int, int]]()
+            return self.marks
 
     return Generation
 
@@ -157,12 +150,12 @@ class Renderer:
         size = 0
         with foreign_failures() as failure:  # jinja2's errors, and Python's from the template's own operations
             template = self.compiled(self.templates[number])
-            with self.environment.marking(blocks) as marks:
-                for block in template.generate({**self.values, **values}):
-                    size += len(block)
-                    if size > OUTPUT_BYTES:
-                        return {"bound": "it writes more than 8 MiB"}
-                    blocks.append(block)
+            marks = self.environment.mark_in(blocks)
+            for block in template.generate({**self.values, **values}):
+                size += len(block)
+                if size > OUTPUT_BYTES:
+                    return {"bound": "it writes more than 8 MiB"}
+                blocks.append(block)
             text = "".join(blocks)
             if len(text.encode("utf-8", "replace")) > OUTPUT_BYTES:
                 return {"bound": "it writes more than 8 MiB"}
@@ -186,25 +179,14 @@ def confine() -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-@contextmanager
-def alarm() -> Iterator[None]:
-    """The system ends the process when the block takes too long (a second more than the parent waits)."""
-    import signal
-
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    signal.setitimer(signal.ITIMER_REAL, SECONDS + 1)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def set_alarm(seconds: float) -> None:
+    """The system ends the process in so many seconds; 0 calls it off. Windows cannot."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])  # the parent's: jinja2 may lie in a user's own site folder
-    import signal
-
     # Ctrl-C reaches every process of a terminal; when to end is the parent's business, by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever Python and jinja2 import or open late, they do now; errors too have code of their own.
@@ -219,8 +201,9 @@ def main() -> None:
     for line in lines:
         flushed = time.monotonic()
         for number, values in json.loads(line):
-            with alarm():
-                reply = json.dumps(renderer.answer(number, values)).encode()
+            set_alarm(SECONDS + 1)  # a second more than the parent waits
+            reply = json.dumps(renderer.answer(number, values)).encode()
+            set_alarm(0)
             replies.write(reply + b"\n")
             if time.monotonic() - flushed > FLUSH_SECONDS:
                 replies.flush()

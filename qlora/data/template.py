@@ -102,10 +102,9 @@ class ChatTemplate:
         """The conversation as the base reads it. Raises RowError with the template's own message."""
         return self._renderer.render(self.request(messages, tools, add_generation_prompt)).text
 
-    def render_marked(self, messages: Sequence[Message], tools: Tools | None) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(self, messages: Sequence[Message], tools: Tools | None) -> Rendered:
         """Text, and the spans of characters inside generation marks (none for a template without marks)."""
-        rendered: Rendered = self._renderer.render(self.request(messages, tools))
-        return rendered.text, rendered.marks
+        return self._renderer.render(self.request(messages, tools))
 
     def render_ahead(self, requests: Sequence[str]) -> None:
         """Render many `request`s at once: the calls of `render` and `render_marked` that follow find their answers."""
@@ -144,11 +143,9 @@ class ChatTemplate:
         with_call = self._try([_QUESTION, _call(here)], None)
         with_result = self._try([_QUESTION, _call(here), result], None)
         with_tools = self._try([_QUESTION], [{"type": "function", "function": {"name": there, **_NO_PARAMETERS}}])
-        return (
-            with_call is None or here in with_call,
-            with_result is None or there in with_result,
-            with_tools is None or there in with_tools,
-        )
+        pairs = ((here, with_call), (there, with_result), (there, with_tools))
+        calls, results, written_tools = (text is None or mark in text for mark, text in pairs)
+        return calls, results, written_tools
 
     def _try(self, messages: Sequence[Message], tools: Tools | None) -> str | None:
         try:
@@ -170,12 +167,8 @@ def _as_templates_read_it(message: Message) -> Message:
 
 
 def _call(name: str) -> Message:
-    function = {"name": name, "arguments": {}}
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "id": _CALL_ID, "function": function}],
-    }
+    call = {"type": "function", "id": _CALL_ID, "function": {"name": name, "arguments": {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str], sink: Sink) -> dict[bool, str]:
@@ -186,19 +179,15 @@ def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str], sink: Sink) -> d
             return {False: tokenizer.get_chat_template(), True: tokenizer.get_chat_template(tools=[{}])}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise TokenizerError(f"the base's chat template: {error}", "use another base") from None
-    if "<|im_end|>" in tokenizer.get_vocab():
-        end = "<|im_end|>"
-    elif eos:
-        end = eos[0]
-    else:
+    ends = ["<|im_end|>"] if "<|im_end|>" in tokenizer.get_vocab() else eos
+    if not ends:
         raise _no_end_token()
+    end = ends[0]
     template = FALLBACK_TEMPLATE.replace("END", end.replace("'", "\\'"))
     sink.emit(Notice("template", f"the base has no chat template: ChatML is used, its turns end with {end}"))
     return {False: template, True: template}
 
 
 def _no_end_token() -> TokenizerError:
-    return TokenizerError(
-        "the base's tokenizer has no token that ends an answer: the model could never stop",
-        "set eos_token in the base's tokenizer_config.json, or use another base",
-    )
+    what = "the base's tokenizer has no token that ends an answer: the model could never stop"
+    return TokenizerError(what, "set eos_token in the base's tokenizer_config.json, or use another base")

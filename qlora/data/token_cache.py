@@ -12,8 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
@@ -61,7 +60,7 @@ class RowWriter:
     def __init__(self, path: Path) -> None:
         import pyarrow
 
-        text, number = pyarrow.string(), pyarrow.int32()
+        number = pyarrow.int32()
         self._schema = pyarrow.schema(
             {
                 "input_ids": pyarrow.list_(number),
@@ -69,7 +68,7 @@ class RowWriter:
                 "length": number,
                 "trained": number,
                 "source": number,
-                "where": text,
+                "where": pyarrow.string(),
                 "prompt": pyarrow.large_string(),
                 "digest": pyarrow.binary(_DIGEST_BYTES),
             }
@@ -83,9 +82,7 @@ class RowWriter:
         self._stream = pyarrow.ipc.new_stream(str(self._path), self._schema)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
 
     def write(self, batch: Sequence[tuple[TokenRow, Conversation, str, int]]) -> None:
@@ -157,11 +154,7 @@ class _Chosen(Sequence[T]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         return self._make(*self._rows[self._indices[index]].values())

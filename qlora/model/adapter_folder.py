@@ -108,10 +108,10 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Open an adapter folder in PEFT's layout. Raises ExportError for what is none or cannot be merged."""
-    config_file, file = folder / ADAPTER_CONFIG, folder / ADAPTER_FILE
+    config_file = folder / ADAPTER_CONFIG
     if not config_file.is_file():
         raise ExportError(f"{folder}: no {ADAPTER_CONFIG}", "name a run's folder or a PEFT adapter folder")
-    if not file.is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         raise ExportError(f"{folder}: no {ADAPTER_FILE}", "adapters are read as safetensors only: save it as such")
     config = _read_config(config_file)
     for key, what in UNMERGEABLE.items():
@@ -124,25 +124,24 @@ def read_adapter(folder: Path) -> Adapter:
         what = f"{config_file}: started with {config['init_lora_weights']}, which alters the base's weights"
         hint = "save it again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
         raise ExportError(what, hint)
-    tensors = {name.removeprefix(PREFIX): entry for name, entry in read_header(file).items()}
-    return _sort_tensors(folder, tensors, config)
+    return _sort_tensors(folder, config)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return dict(config)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ExportError(f"{file}: cannot be read ({error})", "save the adapter again") from error
 
 
-def _sort_tensors(folder: Path, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> Adapter:
+def _sort_tensors(folder: Path, config: Mapping[str, Any]) -> Adapter:
     file = folder / ADAPTER_FILE
     roles: dict[str, dict[str, TensorEntry]] = {role: {} for role, _ in _ROLES}
     whole: dict[str, TensorEntry] = {}
     copies: dict[str, TensorEntry] = {}
     under: dict[str, TensorEntry] = {}
-    for name, entry in tensors.items():
+    for stored_name, entry in read_header(file).items():
+        name = stored_name.removeprefix(PREFIX)
         if entry.dtype not in FLOAT_DTYPES:
             raise ExportError(f"{file}: {name} is stored as {entry.dtype}", "save the adapter from a 16-bit base")
         found = next(((role, match.start()) for role, pattern in _ROLES if (match := pattern.search(name))), None)
@@ -154,10 +153,11 @@ def _sort_tensors(folder: Path, tensors: Mapping[str, TensorEntry], config: Mapp
             copies[_TRAINED.sub("", name)] = entry
         else:
             whole[name] = entry
+    modules = roles["a"] | roles["embedding_a"]
     for module in (*roles["b"], *roles["embedding_b"], *roles["magnitude"]):
-        if module not in roles["a"] and module not in roles["embedding_a"]:
+        if module not in modules:
             raise ExportError(f"{file}: {module} has no lora_A", "save the adapter again")
-    lora = {f"{module}.weight": _module(module, roles, config, file) for module in (*roles["a"], *roles["embedding_a"])}
+    lora = {f"{module}.weight": _module(module, roles, config, file) for module in modules}
     whole = {**copies, **whole}  # where both stand in a file, peft loads the plain name
     if config.get("use_dora") and any(module.magnitude is None for module in lora.values()):
         raise ExportError(f"{file}: use_dora is set but magnitudes are missing", "save the adapter again")
@@ -197,18 +197,15 @@ def scale_of(module: str, config: Mapping[str, Any], rank: int, file: Path) -> f
     own_rank = _pattern(module, config.get("rank_pattern") or {}, config.get("r"))
     alpha = _pattern(module, config.get("alpha_pattern") or {}, config.get("lora_alpha"))
     if own_rank != rank:
-        raise ExportError(
-            f"{file}: {module} has rank {rank}, adapter_config.json says {own_rank}", "save the adapter again"
-        )
+        what = f"{file}: {module} has rank {rank}, adapter_config.json says {own_rank}"
+        raise ExportError(what, "save the adapter again")
     return float(alpha / rank**0.5) if config.get("use_rslora") else float(alpha / rank)
 
 
 def _pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """A pattern is a regular expression for the end of a module's name, as peft reads it (get_pattern_key)."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matching, default)
 
 
 @dataclass(frozen=True)

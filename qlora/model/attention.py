@@ -60,18 +60,12 @@ def attention(
         if groups > 1 and attention_mask is not None and _shares_keys(query, target if on_meta else None, settings):
             # transformers repeats keys and values for each query head as soon as there is a mask: CUDA's fused kernels
             # take masks or shared keys, not both. The CPU's takes both (forward and backward 1.7 times as fast).
+            dropout, scale = settings.get("dropout", 0.0), settings.get("scaling")
             output = scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=attention_mask,
-                dropout_p=settings.get("dropout", 0.0),
-                scale=settings.get("scaling"),
-                enable_gqa=True,
+                query, key, value, attention_mask, dropout_p=dropout, scale=scale, enable_gqa=True
             )
             return output.transpose(1, 2).contiguous(), None
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
-        return output, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)[0], None
 
 
 def _shares_keys(query: Tensor, target: str | None, settings: dict[str, Any]) -> bool:

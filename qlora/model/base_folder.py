@@ -143,18 +143,18 @@ def _check_quantization(config: Mapping[str, Any], where: str) -> None:
     stored = config.get("quantization_config") or _text_section(config).get("quantization_config")
     if not stored:
         return
-    method = str(stored.get("quant_method", "bitsandbytes")) if isinstance(stored, dict) else str(stored)
-    if method == "bitsandbytes" and isinstance(stored, dict) and stored.get("load_in_4bit"):
-        return
+    details = stored if isinstance(stored, dict) else {"quant_method": stored}
+    method = str(details.get("quant_method", "bitsandbytes"))
     if method == "bitsandbytes":
+        if details.get("load_in_4bit"):
+            return
         method = "bitsandbytes 8-bit"
     raise ModelError(f"{where}: its weights are already quantized ({method})", _NAME_THE_ORIGINAL)
 
 
 def _check_sizes(config: Mapping[str, Any], tensor_count: int, where: str) -> None:
     """Raises ModelError for layers without tensors: a billion of them would be built one by one, for days."""
-    for key in LAYER_COUNTS:
-        layers = _text_section(config).get(key)
+    for layers in map(_text_section(config).get, LAYER_COUNTS):
         if isinstance(layers, int) and layers > tensor_count:
             what = f"{where}: config.json tells of {layers:,} layers, but the weights are {tensor_count:,} tensors"
             raise ModelError(what, "config.json and weights are of different models; get a clean copy")
@@ -167,8 +167,7 @@ def check_entries(folder: Path) -> None:
     file of this machine into the adapter that is made of it. Weights are bounded by their own headers.
     """
     for path in sorted(folder.iterdir()):
-        known = any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors"))
-        if not known:
+        if not any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors")):
             continue  # nothing here opens it
         try:
             inside(folder, path.name)
@@ -185,14 +184,12 @@ def check_tokenizer_config(folder: Path) -> None:
         file = folder / name
         if file.is_file():
             check_config({**load_json(file), "quantization_config": None}, name)
-    if (folder / "tokenizer.json").is_file() and _magic(folder / "tokenizer.json") in PICKLE_MAGICS:
-        what = f"{folder / 'tokenizer.json'}: is a pickle under another name, and pickles are never opened"
-        raise ModelError(what, _FROM_ITS_PUBLISHER)
-
-
-def _magic(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return stream.read(2)
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        with file.open("rb") as stream:
+            if stream.read(2) in PICKLE_MAGICS:
+                what = f"{file}: is a pickle under another name, and pickles are never opened"
+                raise ModelError(what, _FROM_ITS_PUBLISHER)
 
 
 def refuse_experts(name: str, folder: Path) -> None:

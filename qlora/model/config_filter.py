@@ -85,7 +85,6 @@ def _names_of(file: Path) -> frozenset[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             names.add(node.value)
-        for part in ("id", "attr", "arg"):
-            if isinstance(name := getattr(node, part, None), str):
-                names.add(name)
+        found = (getattr(node, part, None) for part in ("id", "attr", "arg"))
+        names.update(name for name in found if isinstance(name, str))
     return frozenset(names)

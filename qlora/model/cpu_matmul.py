@@ -19,18 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora.model.nf4 import product_4bit
 
 _ATEN = torch.ops.aten
-_PRODUCTS = frozenset(
-    {
-        _ATEN.mm.default,
-        _ATEN.addmm.default,
-        _ATEN.bmm.default,
-        _ATEN.baddbmm.default,
-        _ATEN.linear.default,
-        _ATEN.matmul.default,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    }
-)
+_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu.default
+_PRODUCTS = {
+    *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default),
+    *(_ATEN.linear.default, _ATEN.matmul.default),
+    *(_ATTENTION, _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default),
+}
 
 
 @contextmanager
@@ -63,9 +57,8 @@ class _InFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, Tensor):
             return result.to(torch.bfloat16)
         # Attention: the output and gradients as they came in; its log-sum-exp is fp32 in any case.
-        log_sum = func is _ATEN._scaled_dot_product_flash_attention_for_cpu.default
         return tuple(
-            value.to(torch.bfloat16) if isinstance(value, Tensor) and not (log_sum and place == 1) else value
+            value.to(torch.bfloat16) if isinstance(value, Tensor) and (func, place) != (_ATTENTION, 1) else value
             for place, value in enumerate(result)
         )
 

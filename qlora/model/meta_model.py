@@ -57,7 +57,8 @@ def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
     Raises ModelError when transformers cannot build the model, when a parameter has no tensor of its shape, or when the
     weights are of a kind that 4-bit layers cannot hold.
     """
-    text, multimodal = text_config(base.config, base.name, head_stored=_head_is_stored(base))
+    head_stored = "lm_head.weight" in _text_names(base.tensors, multimodal=True)
+    text, multimodal = text_config(base.config, base.name, head_stored)
     chosen = choose_attention(text, attention, base.name)
     model = build_unmatched(text, chosen, base.name)
     _untie_if_stored_apart(base, text, model)
@@ -76,10 +77,6 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
         if config.tie_word_embeddings and not head_stored:
             text.tie_word_embeddings = True
         return text, text is not config
-
-
-def _head_is_stored(base: BaseFolder) -> bool:
-    return "lm_head.weight" in {*base.tensors, *_text_names(base.tensors, multimodal=True)}
 
 
 def build_unmatched(text: Any, attention: str, name: str) -> Any:
@@ -155,12 +152,8 @@ def _text_names(names: Mapping[str, TensorEntry], multimodal: bool) -> dict[str,
         return {name: name for name in names}
     found = {}
     for name in names:
-        plain = name
-        for pattern, prefix in _TEXT_PREFIXES:
-            plain, count = pattern.subn(prefix, name)
-            if count:
-                break
-        found[plain] = name
+        renamed = (pattern.sub(prefix, name) for pattern, prefix in _TEXT_PREFIXES if pattern.match(name))
+        found[next(renamed, name)] = name
     return found
 
 
@@ -183,14 +176,16 @@ def _match(base: BaseFolder, model: Any, multimodal: bool) -> tuple[dict[str, st
             raise ModelError(what, "this model is not supported yet; use another one")
         if target not in wanted:
             skipped.append(name)
-        elif target in sources:
+            continue
+        if target in sources:
             raise ModelError(f"{base.name}: {name} and {sources[target]} are the same parameter", "get a clean copy")
-        else:
-            _check_shape(base, name, target, tuple(wanted[target].shape))
-            sources[target] = name
+        stored, shape = base.tensors[name].shape, tuple(wanted[target].shape)
+        if stored != shape and not is_stored_4bit(base, name):
+            what = f"{base.name}: {name} is {list(stored)}, but the configuration makes {target} {list(shape)}"
+            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+        sources[target] = name
     tied = model.all_tied_weights_keys
-    for target in [name for name in sources if name in tied]:
-        skipped.append(sources.pop(target))
+    skipped += [sources.pop(target) for target in sources.keys() & tied]
     missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in {*sources, *tied}]
     if missing:
         what = f"{base.name}: {len(missing)} of its tensors are missing, the first is {missing[0]}"
@@ -204,13 +199,6 @@ def _is_companion(name: str, base: BaseFolder) -> bool:
     return bool(rest) and is_stored_4bit(base, f"{owner}.weight")
 
 
-def _check_shape(base: BaseFolder, name: str, target: str, shape: tuple[int, ...]) -> None:
-    stored = base.tensors[name].shape
-    if stored != shape and not is_stored_4bit(base, name):
-        what = f"{base.name}: {name} is {list(stored)}, but the configuration makes {target} {list(shape)}"
-        raise ModelError(what, "config.json and weights are of different models; get a clean copy")
-
-
 def _untie_if_stored_apart(base: BaseFolder, text: Any, model: Any) -> None:
     """A checkpoint may hold head and embeddings apart though its configuration ties them: the weights decide."""
     names = _text_names(base.tensors, multimodal=True)
@@ -219,11 +207,10 @@ def _untie_if_stored_apart(base: BaseFolder, text: Any, model: Any) -> None:
         return
     one, other = base.tensors[head], base.tensors[embeddings]
     rows = one.shape[0]
-    same = (one.dtype, one.shape) == (other.dtype, other.shape) and all(
-        torch.equal(read_tensor(one, (at, min(rows, at + 4096))), read_tensor(other, (at, min(rows, at + 4096))))
-        for at in range(0, rows, 4096)
-    )
-    if not same:
+    blocks = ((at, min(rows, at + 4096)) for at in range(0, rows, 4096))
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or not all(
+        torch.equal(read_tensor(one, block), read_tensor(other, block)) for block in blocks
+    ):
         text.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -238,11 +225,9 @@ def check_layers(model: Any, name: str) -> None:
     if any(isinstance(module, Conv1D) for module in model.modules()):
         what = f"{name}: {type(model).__name__} keeps its layers transposed (Conv1D), which 4-bit layers do not"
         raise ModelError(what, "use a model of this decade, such as SmolLM2-135M")
-    experts = [
-        parameter for key, parameter in model.named_parameters() if parameter.ndim == 3 and re.search("expert|moe", key)
-    ]
-    if experts:
-        gib = sum(parameter.numel() for parameter in experts) * 2 / 2**30
+    stacked = {key: parameter for key, parameter in model.named_parameters() if parameter.ndim == 3}
+    if experts := [key for key in stacked if re.search("expert|moe", key)]:
+        gib = sum(stacked[key].numel() for key in experts) * 2 / 2**30
         what = f"{name}: its fused experts ({gib:.2f} GiB in 16 bit) cannot be held in 4 bit yet"
         raise ModelError(what, "use a dense model of the size you need")
     if next(linear_layers(model), None) is None:

@@ -57,8 +57,6 @@ TORCH_DTYPES = {
     "U8": "uint8",
 }
 
-_DOWNLOAD_AGAIN = "download the model again, or ask who published it for a clean copy"
-
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -88,30 +86,28 @@ def find_tensors(folder: Path) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if not shard.endswith(".safetensors"):
-            raise ModelError(f"{folder / INDEX_FILE}: {shard!r} is not a safetensors file", _DOWNLOAD_AGAIN)
+            raise _broken(folder / INDEX_FILE, f"{shard!r} is not a safetensors file")
         file = _inside(folder, shard)
         if not file.is_file():
             raise ModelError(f"{folder}: {shard} is missing, but the index names it", "download the missing shard")
         header = read_header(file)
         if twice := tensors.keys() & header.keys():
-            raise ModelError(f"{file}: tensor {min(twice)} stands in another shard too", _DOWNLOAD_AGAIN)
+            raise _broken(file, f"tensor {min(twice)} stands in another shard too")
         tensors |= header
     if lost := sorted(name for name, shard in weight_map.items() if name not in tensors):
-        where = folder / weight_map[lost[0]]
-        raise ModelError(f"{where}: tensor {lost[0]} is not in it, but the index says so", _DOWNLOAD_AGAIN)
+        raise _broken(folder / weight_map[lost[0]], f"tensor {lost[0]} is not in it, but the index says so")
     return dict(sorted(tensors.items()))
 
 
 def read_index(file: Path) -> dict[str, str]:
     """The index's `weight_map`: tensor name to file name. The file names are not to be trusted yet."""
     if file.stat().st_size > MAX_INDEX_BYTES:
-        raise ModelError(f"{file}: an index of {file.stat().st_size:,} bytes", _DOWNLOAD_AGAIN)
-    index = load_json(file)
-    weight_map = index.get("weight_map")
+        raise _broken(file, f"an index of {file.stat().st_size:,} bytes")
+    weight_map = load_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > MAX_TENSORS:
-        raise ModelError(f"{file}: no weight_map of 1 to {MAX_TENSORS:,} tensors", _DOWNLOAD_AGAIN)
+        raise _broken(file, f"no weight_map of 1 to {MAX_TENSORS:,} tensors")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ModelError(f"{file}: weight_map holds something else than file names", _DOWNLOAD_AGAIN)
+        raise _broken(file, "weight_map holds something else than file names")
     return weight_map
 
 
@@ -131,17 +127,16 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     header = _parse_json(text, file)
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
-        raise ModelError(f"{file}: {len(header):,} tensors", _DOWNLOAD_AGAIN)
-    start = 8 + header_bytes
+        raise _broken(file, f"{len(header):,} tensors")
+    end = start = 8 + header_bytes
     tensors = {name: _entry(file, name, value, start) for name, value in header.items()}
-    end = start
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
             raise _lie(file, name, "overlaps another tensor or leaves a hole")
         end += entry.nbytes
     if end != size:
         short_or_long = "is cut off" if end > size else "has bytes that no tensor owns"
-        raise ModelError(f"{file}: {short_or_long} ({size:,} bytes, the header tells of {end:,})", _DOWNLOAD_AGAIN)
+        raise _broken(file, f"{short_or_long} ({size:,} bytes, the header tells of {end:,})")
     return tensors
 
 
@@ -149,20 +144,18 @@ def read_tensor(entry: TensorEntry, rows: tuple[int, int] | None = None) -> torc
     """The tensor in memory of its own, or its rows `rows[0]` up to `rows[1]` (not included) of the first dimension."""
     import torch
 
-    dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
     shape, offset = entry.shape, entry.offset
     if rows is not None:
         offset += rows[0] * (entry.nbytes // max(1, entry.shape[0]))
         shape = (rows[1] - rows[0], *entry.shape[1:])
-    tensor = torch.empty(shape, dtype=dtype)
-    bytes_in_place: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    view = memoryview(bytes_in_place)
+    tensor = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(offset)
         while view:
             count = stream.readinto(view)
             if not count:
-                raise ModelError(f"{entry.file}: ends before its tensors do", _DOWNLOAD_AGAIN)
+                raise _broken(entry.file, "ends before its tensors do")
             view = view[count:]
     return tensor
 
@@ -198,29 +191,31 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         return inside(folder, name)
     except ValueError as error:
-        raise ModelError(
-            f"{folder}: {error}", "a base may only name files of its own folder; do not use this one"
-        ) from error
+        hint = "a base may only name files of its own folder; do not use this one"
+        raise ModelError(f"{folder}: {error}", hint) from error
 
 
 def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) != len(pairs):
+        if len(keys := dict(pairs)) != len(pairs):
             raise ValueError("a key stands twice")
         return keys
 
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise ModelError(f"{file}: is not valid JSON ({error})", _DOWNLOAD_AGAIN) from error
+        raise _broken(file, f"is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{file}: holds no JSON object", _DOWNLOAD_AGAIN)
+        raise _broken(file, "holds no JSON object")
     return value
 
 
+def _broken(file: Path, what: str) -> ModelError:
+    return ModelError(f"{file}: {what}", "download the model again, or ask who published it for a clean copy")
+
+
 def _lie(file: Path, name: str, what: str) -> ModelError:
-    return ModelError(f"{file}: tensor {name[:120]!r} {what}", _DOWNLOAD_AGAIN)
+    return _broken(file, f"tensor {name[:120]!r} {what}")
 
 
 def _not_safetensors(file: Path, head: bytes, size: int) -> ModelError:
@@ -230,18 +225,18 @@ def _not_safetensors(file: Path, head: bytes, size: int) -> ModelError:
         what = "is a Git LFS pointer, not the file itself"
     else:
         what = f"is cut off or no safetensors file ({size:,} bytes)"
-    return ModelError(f"{file}: {what}", _DOWNLOAD_AGAIN)
+    return _broken(file, what)
 
 
 def _no_safetensors(folder: Path) -> ModelError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_ENDINGS)
     if pickles:
-        return ModelError(
-            f"{folder}: has its weights as pickle only ({pickles[0]}), which can run code when opened",
-            "use a revision with model.safetensors, or convert the weights where you trust them",
-        )
-    if any(folder.glob("*.gguf")):
-        what = f"{folder}: has its weights as GGUF, which is for running a model, not for training one"
-        return ModelError(what, "name the original model, with model.safetensors")
-    what = f"{folder}: no model.safetensors and no {INDEX_FILE}"
-    return ModelError(what, "name the folder that holds the base's weights as safetensors")
+        what = f"has its weights as pickle only ({pickles[0]}), which can run code when opened"
+        hint = "use a revision with model.safetensors, or convert the weights where you trust them"
+    elif any(folder.glob("*.gguf")):
+        what = "has its weights as GGUF, which is for running a model, not for training one"
+        hint = "name the original model, with model.safetensors"
+    else:
+        what = f"no model.safetensors and no {INDEX_FILE}"
+        hint = "name the folder that holds the base's weights as safetensors"
+    return ModelError(f"{folder}: {what}", hint)

@@ -15,15 +15,8 @@ if TYPE_CHECKING:
 # Copied as they are: transformers 5 rewrites tokenizer files so that other tools cannot read them (tokenizer.model is
 # dropped, the class becomes one that 4.x refuses).
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 
 

@@ -18,25 +18,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from qlora.events import (
-    End,
-    Evaluated,
-    Event,
-    Exported,
-    Fidelity,
-    Notice,
-    Plan,
-    Progress,
-    Recovered,
-    Rejected,
-    Sampled,
-    Saved,
-    Start,
-    StepDone,
-)
+from qlora import events
 from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline
 
 PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
@@ -56,64 +41,64 @@ class ConsoleSink:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or _Terminal(file=sys.stdout, highlight=False)
         self.live: Live | None = None
-        self.plan: Plan | None = None
+        self.plan: events.Plan | None = None
         self.losses: list[float] = []
-        self.last_step: StepDone | None = None
+        self.last_step: events.StepDone | None = None
         self.recent_seconds: deque[float] = deque(maxlen=20)
-        self.last_eval: Evaluated | None = None
-        self.task: Progress | None = None
+        self.last_eval: events.Evaluated | None = None
+        self.task: events.Progress | None = None
         self.plain_at = 0.0
         self.title = ""
         self.sample_step = -1
-        self.handlers: dict[type[Event], Callable[[Any], None]] = {
-            Start: self._start,
-            Plan: self._plan,
-            Notice: self._notice,
-            Progress: self._progress,
-            StepDone: self._step,
-            Evaluated: self._evaluated,
-            Sampled: self._sampled,
-            Saved: self._saved,
-            Recovered: self._recovered,
-            Rejected: self._rejected,
-            Fidelity: self._fidelity,
-            Exported: self._exported,
-            End: self._end,
+        self.handlers: dict[type[events.Event], Callable[[Any], None]] = {
+            events.Start: self._start,
+            events.Plan: self._plan,
+            events.Notice: self._notice,
+            events.Progress: self._progress,
+            events.StepDone: self._step,
+            events.Evaluated: self._evaluated,
+            events.Sampled: self._sampled,
+            events.Saved: self._saved,
+            events.Recovered: self._recovered,
+            events.Rejected: self._rejected,
+            events.Fidelity: self._fidelity,
+            events.Exported: self._exported,
+            events.End: self._end,
         }
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: events.Event) -> None:
         self.handlers[type(event)](event)
 
     def close(self) -> None:
+        self.task = None
         if self.live is not None:
             self.live.stop()
             self.live = None
 
     # --- one method an event -------------------------------------------------------------------------------------
 
-    def _start(self, event: Start) -> None:
+    def _start(self, event: events.Start) -> None:
         self.title = event.run_dir
         commit = f" @ {event.commit[:12]}" if event.commit else ""
         resumed = "" if event.resumed_from_step is None else f", going on after step {event.resumed_from_step}"
         self._print(Text.assemble(("qlora", "bold"), f"  {event.base}{commit} on {event.device}{resumed}"))
         self._print(Text(f"run folder  {event.run_dir}", style="dim"))
 
-    def _plan(self, event: Plan) -> None:
+    def _plan(self, event: events.Plan) -> None:
         self.plan = event
-        self._drop_task()
+        self.task = None
         self._print(plan_table(event))
 
-    def _notice(self, event: Notice) -> None:
+    def _notice(self, event: events.Notice) -> None:
         self._print(Text.assemble((f"{event.topic}: ", "yellow"), event.message))
 
-    def _rejected(self, event: Rejected) -> None:
-        examples = f" ({', '.join(event.examples)}{', …' if event.count > len(event.examples) else ''})"
-        shown = examples if event.examples else ""
-        self._print(
-            Text.assemble(("rows left out: ", "yellow"), f"{event.count} of {event.source}: {event.reason}{shown}")
-        )
+    def _rejected(self, event: events.Rejected) -> None:
+        more = ", …" if event.count > len(event.examples) else ""
+        shown = f" ({', '.join(event.examples)}{more})" if event.examples else ""
+        message = f"{event.count} of {event.source}: {event.reason}{shown}"
+        self._print(Text.assemble(("rows left out: ", "yellow"), message))
 
-    def _progress(self, event: Progress) -> None:
+    def _progress(self, event: events.Progress) -> None:
         new = self.task is None or self.task.task != event.task
         self.task = None if event.done >= event.total else event
         if self.console.is_terminal:
@@ -124,19 +109,20 @@ class ConsoleSink:
                 self.console.print(f"{event.task} {how_far(event)}", highlight=False)
             self.plain_at = time.monotonic()
 
-    def _step(self, event: StepDone) -> None:
-        self._drop_task()
+    def _step(self, event: events.StepDone) -> None:
+        self.task = None
         self.losses.append(event.loss)
         self.last_step = event
         self.recent_seconds.append(event.seconds)
+        first_or_last = event.step == 1 or (self.plan is not None and event.step >= self.plan.steps)
         if self.console.is_terminal:
             self._draw()
-        elif event.step == 1 or time.monotonic() - self.plain_at > PLAIN_SECONDS or self._is_last(event):
+        elif first_or_last or time.monotonic() - self.plain_at > PLAIN_SECONDS:
             self.plain_at = time.monotonic()
             self.console.print(self._step_line(event), highlight=False, soft_wrap=True)
 
-    def _evaluated(self, event: Evaluated) -> None:
-        self._drop_task()
+    def _evaluated(self, event: events.Evaluated) -> None:
+        self.task = None
         self.last_eval = event
         parts = [f"evaluation at step {event.step}:"] if event.step else ["untuned base:"]
         if event.loss is not None and event.perplexity is not None:
@@ -147,35 +133,32 @@ class ConsoleSink:
             parts.append("· best so far")
         self._print(Text(" ".join(parts), style="cyan"))
 
-    def _sampled(self, event: Sampled) -> None:
-        self._drop_task()
+    def _sampled(self, event: events.Sampled) -> None:
+        self.task = None
         if event.step != self.sample_step:
             self.sample_step = event.step
             self._print(Text(f"answers at step {event.step}", style="bold"))
         self._print(sample_table(event))
 
-    def _saved(self, event: Saved) -> None:
+    def _saved(self, event: events.Saved) -> None:
         if self.console.is_terminal:
             self._draw()
         else:
             self._print(Text(f"saved {event.what} of step {event.step} ({human_bytes(event.bytes)})", style="dim"))
 
-    def _recovered(self, event: Recovered) -> None:
+    def _recovered(self, event: events.Recovered) -> None:
         self._print(Text.assemble((f"step {event.step}: ", "yellow"), event.message))
 
-    def _fidelity(self, event: Fidelity) -> None:
-        self._drop_task()
+    def _fidelity(self, event: events.Fidelity) -> None:
         self.close()
         self._print(fidelity_table(event))
 
-    def _exported(self, event: Exported) -> None:
-        self._drop_task()
+    def _exported(self, event: events.Exported) -> None:
         self.close()
         merged = f", merged on {event.merge_base}" if event.merge_base else ""
         self._print(Text(f"{event.format}  {human_bytes(event.bytes)}{merged}  {event.path}", style="green"))
 
-    def _end(self, event: End) -> None:
-        self._drop_task()
+    def _end(self, event: events.End) -> None:
         self.close()
         self._print(end_panel(event, self.losses))
 
@@ -183,12 +166,6 @@ class ConsoleSink:
 
     def _print(self, what: RenderableType) -> None:
         self.console.print(what, highlight=False, soft_wrap=isinstance(what, Text))
-
-    def _drop_task(self) -> None:
-        self.task = None
-
-    def _is_last(self, event: StepDone) -> bool:
-        return self.plan is not None and event.step >= self.plan.steps
 
     def _draw(self) -> None:
         if self.live is None:
@@ -205,22 +182,20 @@ class ConsoleSink:
             parts.append(task_line(self.task))
         return Group(*parts)
 
-    def seconds_left(self) -> float | None:
-        """By the mean of the last steps; evaluations and saving come on top."""
-        if self.plan is None or self.last_step is None or not self.recent_seconds:
-            return None
-        mean = sum(self.recent_seconds) / len(self.recent_seconds)
-        return mean * max(0, self.plan.steps - self.last_step.step)
+    def _steps(self, step: events.StepDone) -> int:
+        return self.plan.steps if self.plan else step.step
 
-    def _training_panel(self, step: StepDone) -> Panel:
-        total = self.plan.steps if self.plan else step.step
+    def _time_left(self, step: events.StepDone, separator: str) -> str:
+        """By the mean of the last steps; evaluations and saving come on top."""
+        mean = sum(self.recent_seconds) / len(self.recent_seconds)
+        left = mean * max(0, self._steps(step) - step.step)
+        return f"{separator}{human_seconds(left)} left" if self.plan else ""
+
+    def _training_panel(self, step: events.StepDone) -> Panel:
+        total = self._steps(step)
         width = max(20, min(SPARK_WIDTH, self.console.width - 40))
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim")
-        grid.add_column()
-        left = self.seconds_left()
-        ending = "" if left is None else f"   {human_seconds(left)} left"
-        grid.add_row("step", Text(f"{step.step} of {total}   epoch {step.epoch:.2f}{ending}"))
+        grid = Table.grid(Column(style="dim"), Column(), padding=(0, 2))
+        grid.add_row("step", f"{step.step} of {total}   epoch {step.epoch:.2f}{self._time_left(step, '   ')}")
         grid.add_row("", ProgressBar(total=max(total, 1), completed=step.step, width=width))
         grid.add_row("loss", Text.assemble((f"{step.loss:.4f}  ", "bold"), (sparkline(self.losses, width), "green")))
         if self.last_eval is not None and self.last_eval.loss is not None:
@@ -229,42 +204,35 @@ class ConsoleSink:
         grid.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s   peak {human_bytes(step.peak_bytes)}")
         return Panel(grid, title=self.title, title_align="left", box=box.ROUNDED, expand=False, border_style="dim")
 
-    def _step_line(self, step: StepDone) -> str:
-        total = self.plan.steps if self.plan else step.step
-        left = self.seconds_left()
-        ending = "" if left is None else f" · {human_seconds(left)} left"
+    def _step_line(self, step: events.StepDone) -> str:
+        left = self._time_left(step, " · ")
         return (
-            f"step {step.step}/{total} · loss {step.loss:.4f} · lr {step.learning_rate:.2e} · "
-            f"{step.tokens_per_second:,.0f} tokens/s · peak {human_bytes(step.peak_bytes)}{ending}"
+            f"step {step.step}/{self._steps(step)} · loss {step.loss:.4f} · lr {step.learning_rate:.2e} · "
+            f"{step.tokens_per_second:,.0f} tokens/s · peak {human_bytes(step.peak_bytes)}{left}"
         )
 
 
-def task_line(task: Progress) -> RenderableType:
+def task_line(task: events.Progress) -> RenderableType:
     """A named bar."""
     grid = Table.grid(padding=(0, 2))
     grid.add_row(task.task, ProgressBar(total=max(task.total, 1), completed=task.done, width=30), how_far(task))
     return grid
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: events.Plan) -> Table:
     """What will happen, with the arithmetic."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    share = plan.trained_tokens_per_epoch / max(plan.tokens_per_epoch, 1)
+    table = _two_columns()
     table.add_row("rows", f"{plan.train_rows:,} to train on, {plan.eval_rows:,} to evaluate")
-    table.add_row(
-        "tokens", f"{plan.tokens_per_epoch:,} an epoch, {plan.trained_tokens_per_epoch:,} trained ({share:.0%})"
-    )
+    share = plan.trained_tokens_per_epoch / max(plan.tokens_per_epoch, 1)
+    trained = f"{plan.trained_tokens_per_epoch:,} trained ({share:.0%})"
+    table.add_row("tokens", f"{plan.tokens_per_epoch:,} an epoch, {trained}")
     packed = f"packed up to {plan.max_length:,} tokens" if plan.packing else f"up to {plan.max_length:,} tokens each"
     table.add_row("batch", f"{plan.arithmetic}; {packed}")
     table.add_row("steps", f"{plan.steps:,} ({plan.epochs:.4g} epochs)")
     part = plan.trainable_parameters / max(plan.total_parameters, 1)
     recompute = ", layers recomputed in the backward pass" if plan.gradient_checkpointing else ""
-    table.add_row(
-        "trained",
-        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({part:.2%}){recompute}",
-    )
+    parameters = f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({part:.2%})"
+    table.add_row("trained", parameters + recompute)
     if plan.memory is not None:
         peak, limit = plan.memory["peak_bytes"], plan.memory["limit_bytes"]
         chosen = ", ".join(f"{key} = {value}" for key, value in plan.memory["changes"].items())
@@ -273,11 +241,9 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def sample_table(sample: Sampled) -> Table:
+def sample_table(sample: events.Sampled) -> Table:
     """One question with what was wanted, what the untuned base says and what the tuned model says."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = _two_columns()
     table.add_row("question", Text(_clip(sample.prompt)))
     table.add_row("  wanted", Text(_clip(sample.expected)))
     table.add_row("  base", Text(_clip(sample.base)))
@@ -285,12 +251,11 @@ def sample_table(sample: Sampled) -> Table:
     return table
 
 
-def fidelity_table(fidelity: Fidelity) -> RenderableType:
+def fidelity_table(fidelity: events.Fidelity) -> RenderableType:
     """How near each export is to the trained model, a line each, and who measured which."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in ("mean KL, nats", "perplexity", "same token", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
+    figures = ("mean KL, nats", "perplexity", "same token", "size")
+    columns = [Column("", no_wrap=True), *(Column(name, justify="right", no_wrap=True) for name in figures)]
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     by: dict[str, list[str]] = {}
     for entry in fidelity.entries:
         by.setdefault(entry["measured_by"], []).append(entry["name"])
@@ -307,11 +272,9 @@ def fidelity_table(fidelity: Fidelity) -> RenderableType:
     return Group(heading, table, Text(f"measured: {measured}", style="dim"))
 
 
-def end_panel(end: End, losses: list[float]) -> Panel:
+def end_panel(end: events.End, losses: list[float]) -> Panel:
     """Totals of a run and where its adapter is."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
+    grid = _two_columns()
     grid.add_row("ended", f"{end.reason} at step {end.step} of {end.steps}, {human_seconds(end.seconds)} of training")
     if end.train_loss is not None:
         grid.add_row("loss", f"{end.train_loss:.4f}  {sparkline(losses)}")
@@ -325,12 +288,11 @@ def end_panel(end: End, losses: list[float]) -> Panel:
         grid.add_row("time", spent)
     if end.adapter is not None:
         grid.add_row("adapter", Text(f"{end.adapter} (step {end.adapter_step})"))
-    return Panel(
-        grid, box=box.ROUNDED, expand=False, border_style="yellow" if end.reason.startswith("stopped") else "green"
-    )
+    color = "yellow" if end.reason.startswith("stopped") else "green"
+    return Panel(grid, box=box.ROUNDED, expand=False, border_style=color)
 
 
-def peak_line(end: End) -> str:
+def peak_line(end: events.End) -> str:
     """The measured peak, and beside it what was predicted, with the parts that can be measured by themselves."""
     if end.memory is None:
         return human_bytes(end.peak_bytes)
@@ -343,10 +305,14 @@ def peak_line(end: End) -> str:
     return f"{human_bytes(end.peak_bytes)} (predicted {human_bytes(predicted)}); {' · '.join(pairs)}"
 
 
-def time_line(end: End) -> str:
+def time_line(end: events.End) -> str:
     """Where the process's time went, the longest phase first; "" where nothing took a second."""
     longest = sorted(end.phases.items(), key=lambda pair: -pair[1])
     return " · ".join(f"{name} {human_seconds(seconds)}" for name, seconds in longest if round(seconds))
+
+
+def _two_columns() -> Table:
+    return Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
 
 
 def _clip(text: str, longest: int = 300) -> str:

@@ -74,18 +74,15 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     found = []
     # Not splitlines(): a text in an event may hold a line separator of its own (U+2028).
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return found
 
 
 def _forget_after(path: Path, step: int) -> None:
     """Drop what a killed process reported beyond the checkpoint: those steps will be done again."""
     kept = [event for event in read_events(path) if not _is_of_later_step(event, step)]
-    lines = [json.dumps(event, ensure_ascii=False) for event in kept]
-    disk.write_atomic(path, "\n".join(lines) + "\n" if lines else "")
+    disk.write_atomic(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
 
 
 def _is_of_later_step(event: dict[str, Any], step: int) -> bool:

@@ -71,8 +71,6 @@ def _details(estimate: Mapping[str, Any]) -> list[Text]:
 def plans_view(plans: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Plans that fit, the fastest first, and the lines of the recipe that the first one changes."""
     table = Table.grid(padding=(0, 2))
-    for _ in range(4):
-        table.add_column()
     table.add_row(*(Text(title, style="dim") for title in ("", "peak", "at most", "recipe change")))
     for number, plan in enumerate(plans, 1):
         estimate = plan["estimate"]
