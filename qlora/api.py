@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
     from qlora.data.prepare import PreparedData
-    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report, RunRows, Source
+    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report, Source
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
@@ -52,7 +52,6 @@ def train(
     "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of
     `qlora.errors`.
     """
-
     loaded, run_name = _named(recipe, name)
     shared = sink or Sinks()
     run_dir = run_folder.path_of(loaded, run_name)
@@ -130,15 +129,13 @@ def merge_and_export(
 
     shared = sink or Sinks()
     chosen = options or ExportOptions()
-    place = Path(source).expanduser().resolve()
-    adapter_dir, default_out = run_folder.adapter_of(place)
+    adapter_dir, default_out = run_folder.adapter_of(Path(source).expanduser().resolve())
     target = Path(out).expanduser().resolve() if out else None
     artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
     for artifact in artifacts:
         run_folder.refuse_foreign_folder(artifact.folder)
-    opened = _open_source(adapter_dir, shared)
-    if chosen.verify or chosen.imatrix or any(artifact.key.endswith("gguf") for artifact in artifacts):
-        opened = replace(opened, rows=_rows_of(adapter_dir, opened, shared))
+    with_rows = chosen.verify or chosen.imatrix or any(artifact.key.endswith("gguf") for artifact in artifacts)
+    opened = _open_source(adapter_dir, with_rows, shared)
     with fast_matmul(opened.device):
         return produce(opened, artifacts, merge_base, chosen, shared)
 
@@ -150,9 +147,9 @@ def export_options(**chosen: Any) -> ExportOptions:
     return ExportOptions(**chosen)
 
 
-def _open_source(adapter_dir: Path, sink: Sink) -> Source:
-    """An adapter with its base, checked; its rows are not read yet."""
-    from qlora.export.artifacts import Source
+def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
+    """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone."""
+    from qlora.export.artifacts import RunRows, Source
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.resolve import resolve
 
@@ -164,25 +161,19 @@ def _open_source(adapter_dir: Path, sink: Sink) -> Source:
             f"{adapter_dir}: was trained on another base than {base.name} is now (its files differ)",
             f"put the base back as it was at training ({origin.revision}), or train again",
         )
-    recipe = run_folder.recipe_of(adapter_dir)
-    sources = recipe.data.train if recipe is not None else ()
-    datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in sources))
-    return Source(run_folder.name_of(adapter_dir), adapter, origin, base, setup.pick_device(), datasets)
-
-
-def _rows_of(adapter_dir: Path, source: Source, sink: Sink) -> RunRows | None:
-    """The rows of the adapter's run as tokens; None where there is no run, or its files are gone (with a notice)."""
-    from qlora.export.artifacts import RunRows
-
+    name, device = run_folder.name_of(adapter_dir), setup.pick_device()
     recipe = run_folder.recipe_of(adapter_dir)
     if recipe is None:
-        return None
-    try:
-        chat, data = setup.prepare_rows(recipe, source.base, Sinks())
-    except UserError as error:
-        sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
-        return None
-    return RunRows(data, recipe.data, chat)
+        return Source(name, adapter, origin, base, device)
+    datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in recipe.data.train))
+    rows = None
+    if with_rows:
+        try:
+            chat, data = setup.prepare_rows(recipe, base, Sinks())
+            rows = RunRows(data, recipe.data, chat)
+        except UserError as error:
+            sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
+    return Source(name, adapter, origin, base, device, datasets, rows)
 
 
 def estimate_memory(
@@ -223,8 +214,7 @@ def question(
     from qlora.model.resolve import resolve_config
 
     if gpu is not None and vram is not None:
-        problem = Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")
-        raise RecipeError([problem])
+        raise RecipeError([Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")])
     if stack not in BASELINES:
         raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
@@ -237,12 +227,10 @@ def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[Exported
     """What [export] asks for, when training has ended."""
     if not section.formats:
         return ()
-    kinds = dict.fromkeys(name.partition(":")[0] for name in section.formats)
+    to = [name.partition(":")[0] for name in section.formats]
     quants = [name.partition(":")[2] for name in section.formats if ":" in name]
     options = export_options(max_kl=section.max_kl, imatrix=section.imatrix)
-    report = merge_and_export(
-        run_dir, to=list(kinds), quants=quants, merge_base=section.base, options=options, sink=sink
-    )
+    report = merge_and_export(run_dir, to=to, quants=quants, merge_base=section.base, options=options, sink=sink)
     return report.products
 
 

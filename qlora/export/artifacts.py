@@ -146,7 +146,6 @@ def plan_artifacts(to: Sequence[str], quants: Sequence[str], out: Path | None, d
             wanted.append((name, None))
     if not wanted:
         raise ExportError("nothing to export", f"name a format: --to {FORMATS[0]}")
-    parent = default if out is None else out
     if out is not None and len(wanted) == 1:
         return [Artifact(wanted[0][0], out, wanted[0][1])]
-    return [Artifact(key, parent / key, quant) for key, quant in wanted]
+    return [Artifact(key, (out or default) / key, quant) for key, quant in wanted]

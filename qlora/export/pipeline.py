@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,7 @@ from qlora.export.staging import StagedExport, check_disk
 from qlora.export.verify import checks, weights
 from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
-from qlora.export.verify.reference import TrainedReference, better_base, trained_reference
+from qlora.export.verify.reference import TrainedReference, trained_reference
 
 IMATRIX_FILE = "imatrix.gguf"
 # Of a line of the table, what its event carries: rows and positions are the same for all lines.
@@ -47,17 +47,17 @@ _EMITTED = ("name", "measured_by", "kl", "perplexity", "top1", "bytes")
 class _Job:
     """An export under way: what was planned, the hidden folders, and by key what came of each artifact so far.
 
-    `merge_base` is None until it is chosen, and where nothing is merged.
+    `plan` is None where no GGUF file is made, `merge_base` until it is chosen, and where nothing is merged.
     """
 
     source: Source
     artifacts: Sequence[Artifact]
     options: ExportOptions
     sink: Sink
-    plan: GgufPlan | None
-    reference: TrainedReference
     stack: ExitStack
+    plan: GgufPlan | None = None
     merge_base: MergeBase | None = None
+    reference: TrainedReference = field(init=False)
     staged: dict[str, StagedExport] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     inspections: dict[str, Inspection] = field(default_factory=dict)
@@ -102,14 +102,15 @@ def produce(
     the trained model; artifacts that hold are published all the same.
     """
     _refuse_idle(options, artifacts)
-    plan = _plan(source, artifacts, merge_base, options, sink)
-    _check_disk(source, artifacts, options, plan)
-    merging = any(artifact.merged for artifact in artifacts)
-    verify, imatrix = options.verify and merging, options.imatrix and any(artifact.quant for artifact in artifacts)
-    scratch = artifacts[0].folder.parent
-    disk.make_folder(scratch)
-    with trained_reference(source, verify, imatrix, sink, scratch) as reference, ExitStack() as stack:
-        job = _Job(source, artifacts, options, sink, plan, reference, stack)
+    with ExitStack() as stack:
+        job = _Job(source, artifacts, options, sink, stack)
+        job.plan = _plan(job, merge_base)
+        _check_disk(job)
+        merging = any(artifact.merged for artifact in artifacts)
+        scratch = artifacts[0].folder.parent
+        disk.make_folder(scratch)
+        verify = options.verify and merging
+        job.reference = stack.enter_context(trained_reference(source, verify, options.imatrix, sink, scratch))
         job.merge_base = _choose_base(job, merge_base) if merging else None
         _write_hf(job)
         _write_ggufs(job)
@@ -135,15 +136,10 @@ def _refuse_idle(options: ExportOptions, artifacts: Sequence[Artifact]) -> None:
         raise ExportError("--tokenizer-pre is for GGUF files", "add --to gguf")
 
 
-def _plan(
-    source: Source,
-    artifacts: Sequence[Artifact],
-    merge_base: MergeBase | Literal["auto"],
-    options: ExportOptions,
-    sink: Sink,
-) -> GgufPlan | None:
+def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None:
     """What can be found wrong at once: another base, too little to merge, what llama.cpp cannot express."""
-    ggufs = [artifact for artifact in artifacts if artifact.key != "hf"]
+    source, options = job.source, job.options
+    ggufs = [artifact for artifact in job.artifacts if artifact.key != "hf"]
     merge = source.merge("nf4" if merge_base == "auto" else merge_base, torch.float32)
     shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
     if not ggufs:
@@ -155,20 +151,20 @@ def _plan(
     tokens = Tokens(source.adapter.folder, template, options.tokenizer_pre)
     plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix, source.meta_model)
     for notice in plan.notices:
-        sink.emit(Notice("gguf", notice))
+        job.sink.emit(Notice("gguf", notice))
     return plan
 
 
-def _check_disk(source: Source, artifacts: Sequence[Artifact], options: ExportOptions, plan: GgufPlan | None) -> None:
+def _check_disk(job: _Job) -> None:
     """Room for all artifacts together; each one's own is checked again when it begins."""
     needed = 0
-    for artifact in artifacts:
+    for artifact in job.artifacts:
         if artifact.key == "hf":
-            needed += hf.planned_bytes(source.merge("nf4", DTYPES[options.dtype]))
-        elif plan is not None and artifact.quant is not None:
-            types = plan.choices[artifact.quant].types
-            needed += GgufFile(artifact.key, "", (), types).nbytes(plan.layout)
-    check_disk([artifact.folder for artifact in artifacts], needed)
+            needed += hf.planned_bytes(job.source.merge("nf4", DTYPES[job.options.dtype]))
+        elif artifact.quant is not None:
+            types = job.planned.choices[artifact.quant].types
+            needed += GgufFile(artifact.key, "", (), types).nbytes(job.planned.layout)
+    check_disk([artifact.folder for artifact in job.artifacts], needed)
 
 
 def _choose_base(job: _Job, wanted: MergeBase | Literal["auto"]) -> MergeBase:
@@ -179,8 +175,8 @@ def _choose_base(job: _Job, wanted: MergeBase | Literal["auto"]) -> MergeBase:
     bases: list[MergeBase] = [trained_on]
     if trained_on == "nf4" and not job.source.base.stored_4bit:
         bases.append("full")
-    measured = [(base, job.reference.measure_merge(base)) for base in bases]
-    return better_base(measured) if wanted == "auto" else wanted
+    measured = {base: job.reference.measure_merge(base).kl for base in bases}
+    return min(bases, key=measured.__getitem__) if wanted == "auto" else wanted
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -224,8 +220,7 @@ def _keys(job: _Job, artifact: Artifact) -> tuple[vocabulary.Entry, ...]:
     if (matrix := job.reference.imatrix) is not None:
         quant += [("quantize.imatrix.file", IMATRIX_FILE), ("quantize.imatrix.entries_count", len(matrix.sums))]
     general = general_keys(about, "model", job.planned.vocab.strips_after_specials)
-    own = entries([*general, *quant, *job.planned.layout.keys])
-    return (*own, *vocabulary.metadata(job.planned.vocab))
+    return (*entries([*general, *quant, *job.planned.layout.keys]), *vocabulary.metadata(job.planned.vocab))
 
 
 def _write_adapter(job: _Job) -> None:
@@ -312,7 +307,7 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     folder, table = job.folder(artifact), tuple(job.reference.table)
     markdown = cards.fidelity_markdown(table, job.reference.texts)
     found = job.inspections.get(artifact.key)
-    results = [check.as_dict() for check in found.checks] if found else []
+    results = [asdict(check) for check in found.checks] if found else []
     more = {"tensors": job.tensors[artifact.key], "checks": results}
     disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, artifact, merge, more, table))
     if artifact.key == "hf":

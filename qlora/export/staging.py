@@ -40,7 +40,7 @@ _FILES, _LOCK, _JOURNAL = "files", "lock", "journal.json"
 _SMALL_DISK = "free some space, or name another disk with --out"
 
 # Where each file of an artifact stood at a point: its bytes, and their sha256 (perhaps still being computed).
-_Standing = dict[str, tuple[int, "Future[str] | str"]]
+_Standing = dict[str, tuple[int, Future[str]]]
 
 
 @dataclass
@@ -114,9 +114,9 @@ class StagedExport:
 
     def checkpoint(self, item: int) -> None:
         """Record that `item` items are complete in all files; every RESTART_BYTES also on the disk, meanwhile."""
-        reached = {key: _standing(staged) for key, staged in self._folders.items()}
-        for key, staged in self._folders.items():
-            staged.standing = reached[key]
+        for staged in self._folders.values():
+            staged.standing = _standing(staged)
+        reached = {key: staged.standing for key, staged in self._folders.items()}
         self._reached = (item, reached)  # in one step: a signal may end us between any two
         if self._unsaved_bytes >= RESTART_BYTES:
             self._wait()
@@ -168,7 +168,7 @@ class StagedExport:
             for name in standing:
                 staged.files[name].sync()
         for staged, standing in under_way:
-            files = {name: [size, _value(sha256)] for name, (size, sha256) in standing.items()}
+            files = {name: [size, sha256.result()] for name, (size, sha256) in standing.items()}
             staged.points.append({"item": item, "files": files})
             journal = {"identity": dict(staged.identity), "points": staged.points}
             disk.write_atomic(staged.root / _JOURNAL, json.dumps(journal) + "\n")
@@ -212,13 +212,11 @@ def _restore(folders: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) 
     start = max(shared, default=0)
     try:
         for staged in folders.values():
-            staged.points = [point for point in staged.points if start and point["item"] <= start]
-            _cut_back(staged, staged.points[-1]["files"] if start else {}, hashing)
+            _cut_back(staged, start, hashing)
     except (OSError, ValueError, TypeError, KeyError):  # shorter, damaged or not ours: begin anew
         start = 0
         for staged in folders.values():
-            staged.points = []
-            _cut_back(staged, {}, hashing)
+            _cut_back(staged, start, hashing)
     return start
 
 
@@ -231,8 +229,10 @@ def _read_points(staged: _StagedFolder) -> list[dict[str, Any]]:
         return []
 
 
-def _cut_back(staged: _StagedFolder, files: Mapping[str, list[Any]], hashing: ThreadPoolExecutor) -> None:
-    """Leave in the artifact's folder these files, of these sizes and sha256. Raises OSError or ValueError otherwise."""
+def _cut_back(staged: _StagedFolder, start: int, hashing: ThreadPoolExecutor) -> None:
+    """Leave in the artifact's folder what stood there at the point `start`. Raises OSError or ValueError otherwise."""
+    staged.points = [point for point in staged.points if start and point["item"] <= start]
+    files = staged.points[-1]["files"] if start else {}
     staged.files, staged.standing = {}, {}
     if not files:
         shutil.rmtree(staged.folder, ignore_errors=True)
@@ -245,7 +245,7 @@ def _cut_back(staged: _StagedFolder, files: Mapping[str, list[Any]], hashing: Th
         file = disk.HashedFile(disk.inside(staged.folder, name), hashing)
         if file.resume(size) != sha256:
             raise ValueError(f"{name} is damaged")
-        staged.files[name], staged.standing[name] = file, (size, sha256)
+        staged.files[name], staged.standing[name] = file, (size, file.snapshot())
 
 
 def check_disk(finals: Sequence[Path], needed_bytes: int) -> None:
@@ -276,7 +276,3 @@ def _close(staged: _StagedFolder, keep: bool) -> None:
     else:
         disk.remove_folder(staged.root)
     staged.lock.release()
-
-
-def _value(sha256: Future[str] | str) -> str:
-    return sha256 if isinstance(sha256, str) else sha256.result()

@@ -20,7 +20,7 @@ OWN_SEGMENT_STEP_BYTES = 2 << 20
 
 
 def rounded(count: int, step: int = MIN_BLOCK_BYTES) -> int:
-    """`count` bytes as the allocator hands them out; 0 takes nothing."""
+    """`count` up to the next multiple of `step`: bytes as the allocator hands them out; 0 takes nothing."""
     return -(-count // step) * step
 
 
@@ -45,7 +45,7 @@ class CachingAllocator:
     reserved: int = 0
     _next_segment: int = 0
     _free: dict[bool, list[tuple[int, int]]] = field(default_factory=lambda: {True: [], False: []})
-    _blocks: dict[int, Block] = field(default_factory=dict)
+    _blocks: dict[int, Block] = field(default_factory=dict)  # free ones, by their start
 
     def allocate(self, nbytes: int) -> Block | None:
         """A block for a tensor of `nbytes`; None for an empty one."""
@@ -67,14 +67,17 @@ class CachingAllocator:
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
                 self._merge(block, neighbour)
-        block.free = True
-        self._blocks[block.start] = block
-        insort(self._free[block.small], (block.nbytes, block.start))
+        self._offer(block)
 
     def _take(self, wanted: int, small: bool) -> Block | None:
         pool = self._free[small]
         at = bisect_left(pool, (wanted, -1))
-        return self._blocks[pool.pop(at)[1]] if at < len(pool) else None
+        return self._blocks.pop(pool.pop(at)[1]) if at < len(pool) else None
+
+    def _offer(self, block: Block) -> None:
+        block.free = True
+        self._blocks[block.start] = block
+        insort(self._free[block.small], (block.nbytes, block.start))
 
     def _new_segment(self, wanted: int, small: bool) -> Block:
         if small:
@@ -85,25 +88,22 @@ class CachingAllocator:
             size = rounded(wanted, OWN_SEGMENT_STEP_BYTES)
         block = Block(self._next_segment, size, small)
         self._next_segment += size
-        self._blocks[block.start] = block
         self.reserved += size
         return block
 
     def _split(self, block: Block, wanted: int) -> None:
         rest = Block(block.start + wanted, block.nbytes - wanted, block.small)
-        rest.free, rest.before, rest.after = True, block, block.after
+        rest.before, rest.after = block, block.after
         if block.after is not None:
             block.after.before = rest
         block.after, block.nbytes = rest, wanted
-        self._blocks[rest.start] = rest
-        insort(self._free[block.small], (rest.nbytes, rest.start))
+        self._offer(rest)
 
     def _merge(self, block: Block, neighbour: Block) -> None:
         pool = self._free[block.small]
         del pool[bisect_left(pool, (neighbour.nbytes, neighbour.start))]
         del self._blocks[neighbour.start]
         if neighbour is block.before:
-            self._blocks.pop(block.start, None)
             block.start, block.before = neighbour.start, neighbour.before
             if block.before is not None:
                 block.before.after = block
@@ -112,4 +112,3 @@ class CachingAllocator:
             if block.after is not None:
                 block.after.before = block
         block.nbytes += neighbour.nbytes
-        self._blocks[block.start] = block

@@ -20,15 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
-from qlora.step.forward import (
-    CausalParts,
-    batch_loss,
-    forward_backward,
-    hidden_states,
-    set_gradient_checkpointing,
-)
+from qlora.step.forward import CausalParts, batch_loss, forward_backward, hidden_states, set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
-from qlora.step.optimizer import AdapterOptimizer
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,8 @@ class Baseline:
         """As the step does it. A mode is off inside `backward`, so that layers recomputed there enter it again."""
         set_gradient_checkpointing(causal_lm, enabled, keep_random_state=False)
         if self.autocast:
-            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_again)
+            again = lambda: (nullcontext(), _Autocast())  # noqa: E731
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=again)
             causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
 
     def forward_backward(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> None:
@@ -68,9 +62,6 @@ class Baseline:
 
     def evaluate(self, parts: CausalParts, batch: Batch) -> None:
         batch_loss(parts, batch, SupervisedObjective()) if self.chunked_loss else _whole_loss(parts, batch, 0.0)
-
-    def optimizer(self, parameters: dict[str, nn.Parameter], name: str, weight_decay: float) -> AdapterOptimizer:
-        return AdapterOptimizer(parameters, name, weight_decay, masters=self.masters)
 
 
 BASELINES: dict[str, Baseline] = {
@@ -87,8 +78,7 @@ def _whole_loss(parts: CausalParts, batch: Batch, neftune_alpha: float) -> Tenso
     logits_BSV = parts.head(hidden_states(parts, batch, neftune_alpha))
     if parts.transform is not None:
         logits_BSV = parts.transform(logits_BSV)
-    logits_NV = logits_BSV.float().flatten(0, 1)
-    return nn.functional.cross_entropy(logits_NV, batch.targets_BS.flatten(), reduction="sum")
+    return nn.functional.cross_entropy(logits_BSV.float().flatten(0, 1), batch.targets_BS.flatten(), reduction="sum")
 
 
 class _Autocast(TorchFunctionMode):
@@ -98,13 +88,9 @@ class _Autocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.PRODUCTS:
-            args = tuple(_in_bf16(value) for value in args)
+            args = map(_in_bf16, args)
             kwargs = {key: _in_bf16(value) for key, value in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
-
-
-def _again() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), _Autocast()
 
 
 def _in_bf16(value: Any) -> Any:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -45,11 +46,9 @@ def path() -> Path:
 def add(pair: Pair) -> None:
     """Remember a pair; the oldest ones of many are forgotten. A folder that cannot be written is no reason to fail."""
     pairs = [*_read(), pair][-KEPT_PAIRS:]
-    try:
+    with suppress(OSError):
         path().parent.mkdir(parents=True, exist_ok=True)
         disk.write_atomic(path(), json.dumps([asdict(one) for one in pairs], indent=1) + "\n")
-    except OSError:
-        return
 
 
 def correction(gpu: str) -> Correction:
@@ -69,8 +68,7 @@ def _read() -> list[Pair]:
 
 
 def _pair(item: object) -> Pair | None:
-    names: Sequence[str] = [field.name for field in fields(Pair)]
-    if not isinstance(item, Mapping) or set(item) != set(names):
+    if not isinstance(item, Mapping) or set(item) != {field.name for field in fields(Pair)}:
         return None
     numbers = (item["predicted_bytes"], item["measured_bytes"])
     if not all(isinstance(number, int) and number > 0 for number in numbers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qlora.memory import calibration, overheads
@@ -50,7 +50,7 @@ class Estimate:
     tokens_per_second: float
     settings: Mapping[str, Any]
     calibrated_by: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -90,20 +90,14 @@ class Estimator:
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
-        workload = workload_of(recipe, facts)
-        simulator = self._simulator(recipe)
-        simulation = simulator.run(workload)
-        return self._complete(recipe, workload, simulator, simulation)
-
-    def _simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
             spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline)
             self._simulators[made_of] = Simulator(spec)
-        return self._simulators[made_of]
+        return self._complete(recipe, workload_of(recipe, facts), self._simulators[made_of])
 
-    def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator, simulation: Simulation) -> Estimate:
-        machine, factor = self.machine, self.correction.factor
+    def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator) -> Estimate:
+        machine, factor, simulation = self.machine, self.correction.factor, simulator.run(workload)
         terms = self._terms()
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
@@ -124,7 +118,7 @@ class Estimator:
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
         merged = 2 * (simulator.values.linear + simulator.values.other) * len(recipe.export.formats)
-        peak = sum(components.values())
+        peak, gpu = sum(components.values()), machine.gpu
         host = overheads.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
@@ -136,7 +130,7 @@ class Estimator:
             terms={**terms, "fragmentation": fragmentation, "dequantized_weights": round(worst.parts["workspace"])},
             tensor_bytes=round((worst.total - simulation.paged + slack) * factor) + terms.get("cublas_workspace", 0),
             paged_bytes=simulation.paged,
-            tokens_per_second=self._speed(workload, simulator),
+            tokens_per_second=ideal_tokens_per_second(self.text, workload, simulator, gpu) if gpu else 0.0,
             settings=settings_of(recipe, workload, self.baseline),
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
@@ -153,16 +147,11 @@ class Estimator:
             return round(total * overheads.HOST_FRAGMENTATION_SHARE)
         return overheads.FRAGMENTATION_BASE_BYTES + round((total - weights) * overheads.FRAGMENTATION_SHARE)
 
-    def _speed(self, workload: Workload, simulator: Simulator) -> float:
-        gpu = self.machine.gpu
-        return 0.0 if gpu is None else ideal_tokens_per_second(self.text, workload, simulator, gpu)
-
     def _notes(self, simulation: Simulation, workload: Workload) -> tuple[str, ...]:
         notes = []
         if self.correction.runs:
-            notes.append(
-                f"calibrated by {self.correction.runs} runs on this GPU: tensors × {self.correction.factor:.3f}"
-            )
+            runs, factor = self.correction.runs, self.correction.factor
+            notes.append(f"calibrated by {runs} runs on this GPU: tensors × {factor:.3f}")
         if simulation.paged:
             notes.append("the paged optimizer state may move to host memory when the GPU is full; it is counted here")
         if self.baseline.name != "qlora":

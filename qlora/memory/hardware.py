@@ -1,14 +1,15 @@
 """What a machine has: a table of GPUs, this machine's own GPU, and its host memory.
 
-`usable_bytes` is what torch reports as a card's total (its out-of-memory messages name it); it is less than the name
-promises, because the driver and, on some cards, error correction keep a part. Memory, bandwidth and dense bf16 rate
-with float32 accumulation are of the maker's documents in `SOURCES`; GeForce cards run it at half the rate of fp16's.
+`usable_bytes` is what torch reports as a card's total, from public out-of-memory messages (where none was found, 97.5 %
+of the name); it is less than the name promises, because the driver and, on some cards, error correction keep a part.
+Memory, bandwidth and dense bf16 rate with float32 accumulation are of the maker's documents that the table names;
+GeForce cards run it at half the rate of fp16's.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -19,14 +20,6 @@ from qlora.recipe.sections import parse_bytes
 
 GIB = 1 << 30
 MIB = 1 << 20
-
-SOURCES = {
-    "ampere": "NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A; product pages of the RTX 30 series",
-    "ada": "NVIDIA Ada GPU Architecture whitepaper, appendix A; product pages of the RTX 40 series",
-    "blackwell": "NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix; product pages of the RTX 50 series",
-    "datasheet": "NVIDIA data sheets of A10, A100, L4, L40S, H100, H200, RTX A6000 and RTX 6000 Ada",
-    "capacity": "total capacity in public out-of-memory messages; where none was found, 97.5 % of the name",
-}
 
 
 @dataclass(frozen=True)
@@ -39,42 +32,42 @@ class Gpu:
     gigabytes_per_second: float
     teraflops: float
     capability: int  # compute capability, 86 for 8.6
-    source: str
 
 
-def _gpu(
-    name: str, gigabytes: int, usable_gib: float, bandwidth: float, teraflops: float, kind: tuple[int, str]
-) -> Gpu:
-    return Gpu(name, gigabytes, int(usable_gib * GIB), bandwidth, teraflops, *kind)
+def _gpu(name: str, gigabytes: int, usable_gib: float, bandwidth: float, teraflops: float, capability: int) -> Gpu:
+    return Gpu(name, gigabytes, int(usable_gib * GIB), bandwidth, teraflops, capability)
 
 
-_AMPERE, _ADA, _BLACKWELL = (86, "ampere"), (89, "ada"), (120, "blackwell")
 GPUS = (
-    _gpu("RTX 3050", 8, 7.66, 224, 18.2, _AMPERE),
-    _gpu("RTX 3060", 12, 11.76, 360, 25.5, _AMPERE),
-    _gpu("RTX 3060 Ti", 8, 7.78, 448, 32.4, _AMPERE),
-    _gpu("RTX 3070", 8, 7.78, 448, 40.6, _AMPERE),
-    _gpu("RTX 3080", 10, 9.77, 760, 59.5, _AMPERE),
-    _gpu("RTX 3090", 24, 23.69, 936, 71.0, _AMPERE),
-    _gpu("RTX 4060", 8, 7.62, 272, 30.0, _ADA),
-    _gpu("RTX 4060 Ti 8GB", 8, 7.62, 288, 44.0, _ADA),
-    _gpu("RTX 4060 Ti", 16, 15.60, 288, 44.0, _ADA),
-    _gpu("RTX 4070", 12, 11.60, 504, 58.3, _ADA),
-    _gpu("RTX 4070 Ti SUPER", 16, 15.60, 672, 88.2, _ADA),
-    _gpu("RTX 4080", 16, 15.60, 717, 97.5, _ADA),
-    _gpu("RTX 4090", 24, 23.64, 1008, 165.2, _ADA),
-    _gpu("RTX 5060 Ti", 16, 15.48, 448, 47.4, _BLACKWELL),
-    _gpu("RTX 5070", 12, 11.50, 672, 61.7, _BLACKWELL),
-    _gpu("RTX 5080", 16, 15.48, 960, 112.6, _BLACKWELL),
-    _gpu("RTX 5090", 32, 31.36, 1792, 209.5, _BLACKWELL),
-    _gpu("A10", 24, 22.20, 600, 125.0, (86, "datasheet")),
-    _gpu("L4", 24, 22.03, 300, 121.0, (89, "datasheet")),
-    _gpu("RTX A6000", 48, 47.40, 768, 154.8, (86, "datasheet")),
-    _gpu("L40S", 48, 44.40, 864, 362.0, (89, "datasheet")),
-    _gpu("A100", 40, 39.39, 1555, 312.0, (80, "datasheet")),
-    _gpu("A100 80GB", 80, 79.15, 2039, 312.0, (80, "datasheet")),
-    _gpu("H100", 80, 79.10, 3350, 989.4, (90, "datasheet")),
-    _gpu("H200", 141, 139.70, 4800, 989.4, (90, "datasheet")),
+    # NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A; product pages of the RTX 30 series
+    _gpu("RTX 3050", 8, 7.66, 224, 18.2, 86),
+    _gpu("RTX 3060", 12, 11.76, 360, 25.5, 86),
+    _gpu("RTX 3060 Ti", 8, 7.78, 448, 32.4, 86),
+    _gpu("RTX 3070", 8, 7.78, 448, 40.6, 86),
+    _gpu("RTX 3080", 10, 9.77, 760, 59.5, 86),
+    _gpu("RTX 3090", 24, 23.69, 936, 71.0, 86),
+    # NVIDIA Ada GPU Architecture whitepaper, appendix A; product pages of the RTX 40 series
+    _gpu("RTX 4060", 8, 7.62, 272, 30.0, 89),
+    _gpu("RTX 4060 Ti 8GB", 8, 7.62, 288, 44.0, 89),
+    _gpu("RTX 4060 Ti", 16, 15.60, 288, 44.0, 89),
+    _gpu("RTX 4070", 12, 11.60, 504, 58.3, 89),
+    _gpu("RTX 4070 Ti SUPER", 16, 15.60, 672, 88.2, 89),
+    _gpu("RTX 4080", 16, 15.60, 717, 97.5, 89),
+    _gpu("RTX 4090", 24, 23.64, 1008, 165.2, 89),
+    # NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix; product pages of the RTX 50 series
+    _gpu("RTX 5060 Ti", 16, 15.48, 448, 47.4, 120),
+    _gpu("RTX 5070", 12, 11.50, 672, 61.7, 120),
+    _gpu("RTX 5080", 16, 15.48, 960, 112.6, 120),
+    _gpu("RTX 5090", 32, 31.36, 1792, 209.5, 120),
+    # NVIDIA data sheets of A10, A100, L4, L40S, H100, H200, RTX A6000
+    _gpu("A10", 24, 22.20, 600, 125.0, 86),
+    _gpu("L4", 24, 22.03, 300, 121.0, 89),
+    _gpu("RTX A6000", 48, 47.40, 768, 154.8, 86),
+    _gpu("L40S", 48, 44.40, 864, 362.0, 89),
+    _gpu("A100", 40, 39.39, 1555, 312.0, 80),
+    _gpu("A100 80GB", 80, 79.15, 2039, 312.0, 80),
+    _gpu("H100", 80, 79.10, 3350, 989.4, 90),
+    _gpu("H200", 141, 139.70, 4800, 989.4, 90),
 )
 # The card that stands for a size of memory where a recipe or `--vram` names a size only.
 CARD_OF_GIGABYTES = {6: "RTX 3060", 8: "RTX 3070", 12: "RTX 3060", 16: "RTX 4060 Ti", 24: "RTX 3090"}
@@ -106,32 +99,26 @@ def find(name: str) -> Gpu:
     )
 
 
-def named(name: str) -> Machine:
-    gpu = find(name)
-    return Machine("cuda", gpu.usable_bytes, f"{gpu.name}, {gpu.gigabytes} GB", gpu)
-
-
-def of_size(nbytes: int) -> Machine:
-    """A card with `nbytes` to use; its speed is that of a common card of that size."""
-    gigabytes = min(CARD_OF_GIGABYTES, key=lambda size: abs(size * GIB - nbytes))
-    return Machine("cuda", nbytes, "as given", find(CARD_OF_GIGABYTES[gigabytes]))
-
-
 def common_cards() -> dict[str, int]:
     """Usable bytes of the sizes that people have, for drawings."""
     return {f"{size} GB": int(size * USABLE_SHARE * GIB) for size in sorted(CARD_OF_GIGABYTES)}
 
 
 def asked_for(gpu: str | None, vram: str | None, limit: str) -> Machine:
-    """The machine that a question names: a card, a size, `memory.limit`, or this one. Raises HardwareError."""
+    """The machine that a question names: a card, a size, `memory.limit`, or this one. Raises HardwareError.
+
+    The speed of a size is that of a common card of that size.
+    """
     if gpu is not None:
-        return named(gpu)
+        card = find(gpu)
+        return Machine("cuda", card.usable_bytes, f"{card.name}, {card.gigabytes} GB", card)
     if vram is None:
         return this_machine(limit)
     nbytes = parse_bytes(vram)
     if nbytes is None:
         raise HardwareError(f"--vram: {vram!r} is not a size", "write it as 8GiB, or as 8GB")
-    return of_size(nbytes)
+    gigabytes = min(CARD_OF_GIGABYTES, key=lambda size: abs(size * GIB - nbytes))
+    return Machine("cuda", nbytes, "as given", find(CARD_OF_GIGABYTES[gigabytes]))
 
 
 def this_machine(limit: str = "auto") -> Machine:
@@ -160,8 +147,7 @@ def _like(name: str, total: int, capability: tuple[int, int]) -> Gpu:
     known = [gpu for gpu in GPUS if _squeezed(gpu.name) in squeezed]
     near = max(known, key=lambda gpu: (len(gpu.name), -abs(gpu.usable_bytes - total))) if known else None
     base = near or min(GPUS, key=lambda gpu: abs(gpu.usable_bytes - total))
-    number = capability[0] * 10 + capability[1]
-    return Gpu(name, base.gigabytes, total, base.gigabytes_per_second, base.teraflops, number, base.source)
+    return replace(base, name=name, usable_bytes=total, capability=capability[0] * 10 + capability[1])
 
 
 def _squeezed(name: str) -> str:

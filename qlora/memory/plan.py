@@ -6,6 +6,7 @@ formula (bytes grow by the same amount a row) only guesses where to look.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +33,6 @@ class Plan:
     changes: Changes
     estimate: Estimate
 
-    @property
-    def fits(self) -> bool:
-        return self.estimate.fits
-
 
 @dataclass(frozen=True)
 class Remedy:
@@ -47,7 +44,7 @@ class Remedy:
 
     def __str__(self) -> str:
         lines = " and ".join(f"{key} = {toml_value(value)}" for key, value in self.changes.items())
-        return f"{lines} (saves {self.saved_bytes / 2**30:.2f} GiB)"
+        return f"{lines} (saves {gib(self.saved_bytes)})"
 
 
 class Planner:
@@ -61,21 +58,16 @@ class Planner:
     def ask(self, recipe: Recipe) -> Estimate:
         key = recipe.model_dump_json(include={"model", "quantization", "lora", "data", "train", "eval"})
         if key not in self._known:
-            self._known[key] = self.estimator.estimate(recipe, self._facts(recipe))
+            facts, most = self.facts, recipe.data.max_length
+            if facts is not None:  # rows are never longer than the recipe's limit, which a plan may lower
+                facts = replace(facts, longest=min(facts.longest, most), prompt_tokens=min(facts.prompt_tokens, most))
+            self._known[key] = self.estimator.estimate(recipe, facts)
         return self._known[key]
-
-    def _facts(self, recipe: Recipe) -> DataFacts | None:
-        """Rows are never longer than the recipe's limit, which a plan may lower."""
-        if self.facts is None:
-            return None
-        longest = min(self.facts.longest, recipe.data.max_length)
-        prompt = min(self.facts.prompt_tokens, recipe.data.max_length)
-        return replace(self.facts, longest=longest, prompt_tokens=prompt)
 
     def decide(self, recipe: Recipe) -> Plan:
         """The "auto" keys as the fastest values that fit; as the smallest ones where nothing does."""
         plans = self._plans(recipe)
-        fitting = [plan for plan in plans if plan.fits]
+        fitting = [plan for plan in plans if plan.estimate.fits]
         return max(fitting, key=_speed) if fitting else min(plans, key=lambda plan: plan.estimate.peak_bytes)
 
     def search(self, recipe: Recipe) -> list[Plan]:
@@ -83,23 +75,19 @@ class Planner:
         shorter rows, then of a smaller rank as well."""
         free = changed(recipe, {"train.micro_batch_size": "auto", "train.gradient_checkpointing": "auto"})
         for shorter in self._shorter(free):
-            fitting = [plan for plan in self._plans(shorter) if plan.fits]
+            fitting = [plan for plan in self._plans(shorter) if plan.estimate.fits]
             if fitting:
-                found = [Plan(plan.recipe, differences(recipe, plan.recipe), plan.estimate) for plan in fitting]
+                found = [replace(plan, changes=differences(recipe, plan.recipe)) for plan in fitting]
                 return sorted(found, key=_speed, reverse=True)
         return []
 
     def _shorter(self, recipe: Recipe) -> Iterator[Recipe]:
-        ranks = [recipe.lora.r]
-        while ranks[-1] // 2 >= SMALLEST_RANK:
-            ranks.append(ranks[-1] // 2)
-        lengths = [recipe.data.max_length]
-        while lengths[-1] // 2 >= SHORTEST_LENGTH:
-            lengths.append(lengths[-1] // 2)
-        for length in lengths:
-            yield changed(recipe, {"data.max_length": length})
-        for rank in ranks[1:]:
-            yield changed(recipe, {"data.max_length": lengths[-1], "lora.r": rank})
+        yield recipe
+        for length in _halved(recipe.data.max_length, SHORTEST_LENGTH):
+            recipe = changed(recipe, {"data.max_length": length})
+            yield recipe
+        for rank in _halved(recipe.lora.r, SMALLEST_RANK):
+            yield changed(recipe, {"lora.r": rank})
 
     def _plans(self, recipe: Recipe) -> list[Plan]:
         """Each value of checkpointing with the largest micro-batch that fits it, or with the smallest."""
@@ -114,26 +102,19 @@ class Planner:
 
     def _largest_rows(self, recipe: Recipe) -> Recipe:
         """The recipe with the largest micro-batch, a power of two, that fits; with 1 where none does."""
-        most = min(LARGEST_MICRO_BATCH, self._batch_size(recipe) or LARGEST_MICRO_BATCH)
+        batch_size = (self.facts.batch_size if self.facts else None) or recipe.train.batch_size
+        most = LARGEST_MICRO_BATCH if batch_size == "auto" else min(LARGEST_MICRO_BATCH, batch_size)
         one = changed(recipe, {"train.micro_batch_size": 1})
         small = self.ask(one)
         if most == 1 or not small.fits:
             return one
-        two = changed(recipe, {"train.micro_batch_size": 2})
-        a_row = max(1, self.ask(two).peak_bytes - small.peak_bytes)
-        rows = 1
-        while rows * 2 <= most and small.peak_bytes + (2 * rows - 1) * a_row <= small.limit_bytes:
-            rows *= 2
-        while rows > 1:
+        a_row = max(1, self.ask(changed(recipe, {"train.micro_batch_size": 2})).peak_bytes - small.peak_bytes)
+        for rows in _halved(2 * LARGEST_MICRO_BATCH, 2):
             candidate = changed(recipe, {"train.micro_batch_size": rows})
-            if self.ask(candidate).fits:
+            likely = rows <= most and small.peak_bytes + (rows - 1) * a_row <= small.limit_bytes
+            if likely and self.ask(candidate).fits:
                 return candidate
-            rows //= 2
         return one
-
-    def _batch_size(self, recipe: Recipe) -> int | None:
-        known = self.facts.batch_size if self.facts else None
-        return known or (None if recipe.train.batch_size == "auto" else recipe.train.batch_size)
 
     def remedies(self, recipe: Recipe, most: int = 3) -> list[Remedy]:
         """Up to `most` changes, the cheapest first, each of which is enough alone; else one that needs several keys.
@@ -187,8 +168,7 @@ class Question:
 
     def estimate(self, changes: Changes | None = None) -> Estimate:
         """With "auto" keys decided, and `changes` made first."""
-        recipe = changed(self.recipe, changes or {})
-        return Planner(self.estimator).decide(recipe).estimate
+        return Planner(self.estimator).decide(changed(self.recipe, changes or {})).estimate
 
     def search(self) -> list[Plan]:
         return Planner(self.estimator).search(self.recipe)
@@ -200,13 +180,11 @@ class Question:
 
 def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
     """The plan of a run. Keeps a reserve for what it decides itself. Raises DoesNotFit, with remedies."""
-    asked = recipe.train.micro_batch_size == "auto" or recipe.train.gradient_checkpointing == "auto"
-    if asked:
+    if "auto" in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
         machine = estimator.machine
         reserved = replace(machine, limit_bytes=int(machine.limit_bytes * (1 - RESERVE_SHARE)))
-        careful = Estimator(estimator.text, estimator.name, reserved)
-        plan = Planner(careful, facts).decide(recipe)
-        if plan.fits:
+        plan = Planner(Estimator(estimator.text, estimator.name, reserved), facts).decide(recipe)
+        if plan.estimate.fits:
             return plan
         recipe = plan.recipe
     planner = Planner(estimator, facts)
@@ -229,34 +207,36 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
         return DoesNotFit(what, "nothing is enough with this base, its weights alone do not fit: use a smaller one")
     found = planner.remedies(recipe)
     if not found:
-        smallest = "a smaller base, or a higher memory.limit, is needed: no other setting saves anything"
-        return DoesNotFit(what, smallest)
-    enough = all(remedy.estimate.fits for remedy in found)
+        return DoesNotFit(what, "a smaller base, or a higher memory.limit, is needed: no other setting saves anything")
     lead = "any one of these fits: " if len(found) > 1 else "this fits: "
-    if not enough:
+    if not all(remedy.estimate.fits for remedy in found):
         lead = "nothing is enough with this base, use a smaller one; what saves most: "
-    return DoesNotFit(what, lead + "; ".join(str(remedy) for remedy in found))
+    return DoesNotFit(what, lead + "; ".join(map(str, found)))
 
 
 def _levers(recipe: Recipe, shortest: int) -> Iterator[Changes]:
     """Changes from the cheapest to the dearest; later ones of a kind go further than earlier ones."""
-    train, length, rank = recipe.train, recipe.data.max_length, recipe.lora.r
-    rows = train.micro_batch_size
-    while isinstance(rows, int) and rows > 1:
-        rows //= 2
-        yield {"train.micro_batch_size": rows}
+    train = recipe.train
+    if train.micro_batch_size != "auto":
+        for rows in _halved(train.micro_batch_size, 1):
+            yield {"train.micro_batch_size": rows}
     if train.gradient_checkpointing is not True:
         yield {"train.gradient_checkpointing": True}
     if train.optimizer in ("adamw", "paged_adamw_32bit"):
         yield {"train.optimizer": "paged_adamw_8bit"}
     if recipe.quantization.type == "none":
         yield {"quantization.type": "nf4"}
-    while length // 2 >= shortest:
-        length //= 2
+    for length in _halved(recipe.data.max_length, shortest):
         yield {"data.max_length": length}
-    while rank // 2 >= SMALLEST_RANK:
-        rank //= 2
+    for rank in _halved(recipe.lora.r, SMALLEST_RANK):
         yield {"lora.r": rank}
+
+
+def _halved(value: int, smallest: int) -> Iterator[int]:
+    """Half of it, half of that, and so on, as long as it is not below `smallest`."""
+    while value // 2 >= smallest:
+        value //= 2
+        yield value
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
@@ -277,19 +257,16 @@ def differences(before: Recipe, after: Recipe) -> dict[str, Any]:
 
 
 def toml_value(value: Any) -> str:
-    """A value as a recipe writes it."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    """A value as a recipe writes it: what plans change looks the same in TOML and in JSON."""
+    return json.dumps(value)
 
 
 def gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _speed(plan: Plan) -> tuple[float, int]:
+def _speed(plan: Plan) -> tuple[float, bool, int]:
     """By the ideal speed; without a GPU in the table (0.0), by not recomputing and then by larger micro-batches."""
     settings = plan.estimate.settings
-    ideal = plan.estimate.tokens_per_second
-    rows = int(settings["train.micro_batch_size"])
-    return (ideal, 0) if ideal else (0.0 if settings["train.gradient_checkpointing"] else 1.0, rows)
+    recomputes, rows = settings["train.gradient_checkpointing"], settings["train.micro_batch_size"]
+    return plan.estimate.tokens_per_second, not recomputes, rows

@@ -12,13 +12,13 @@ import copy
 import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora.batch import Batch
 from qlora.memory.baselines import BASELINES, Baseline
@@ -56,10 +56,6 @@ class ModelSpec:
     @property
     def layers(self) -> int:
         return int(self.text.num_hidden_layers)
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.text.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -143,8 +139,7 @@ class Simulator:
             slack = max(peak.slack, self._whole(other.slack, peak.slack))
             reserved = max(peak.reserved, self._whole(other.reserved, peak.reserved))
             phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
-        kept = self._all_categories(short.kept, long.kept)
-        return Simulation(phases, kept, self._whole(short.paged, long.paged))
+        return Simulation(phases, self._all_categories(short.kept, long.kept), self._whole(short.paged, long.paged))
 
     def _all_categories(self, short: Mapping[str, int], long: Mapping[str, int]) -> dict[str, int]:
         return {key: max(0, self._whole(short[key], long[key])) for key in CATEGORIES}
@@ -175,10 +170,9 @@ class _MetaModel:
     def __init__(self, spec: ModelSpec, layers: int) -> None:
         self.spec = spec
         self.live = LiveBytes(spec.target)
-        self.live.labels.vocabulary = spec.vocabulary
+        self.live.vocabulary = int(spec.text.vocab_size)
         text = _with_layers(spec.text, layers)
-        chosen = choose_attention(text, spec.attention, spec.name, spec.target)
-        model = build_unmatched(text, chosen, spec.name)
+        model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
         check_layers(model, spec.name)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
         everything = sum(parameter.numel() for parameter in model.parameters())
@@ -196,7 +190,7 @@ class _MetaModel:
         self.parameters = adapters.trainable(self.model)
         adapter = sum(parameter.numel() for parameter in self.parameters.values())
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)
-        self.live.labels.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
+        self.live.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
         self.causal_lm = self.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
 
@@ -209,7 +203,8 @@ class _MetaModel:
         spec.baseline.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
-                optimizer = spec.baseline.optimizer(self.parameters, workload.optimizer, 0.0)
+                masters = spec.baseline.masters
+                optimizer = AdapterOptimizer(self.parameters, workload.optimizer, 0.0, masters=masters)
                 self._settle_optimizer(optimizer)
             gc.collect()
             kept = live.live
@@ -258,19 +253,14 @@ class _MetaModel:
             if self.model.training:
                 begin("loss")
 
-        handles: list[Any] = [self.parts.trunk.register_forward_hook(trunk_done)]
-        of_layer = _first_of_each_layer(self.parameters)
-        if len(of_layer) > 1:
-            top, second = max(of_layer), sorted(of_layer)[1]
-            for layer, phase in ((top, "backward"), (second, "backward end")):
-                handles.append(
-                    of_layer[layer].register_post_accumulate_grad_hook(partial(_begin, begin, phase))  # type: ignore[no-untyped-call]
-                )
-        try:
+        with ExitStack() as hooks:
+            hooks.enter_context(self.parts.trunk.register_forward_hook(trunk_done))
+            of_layer = _first_of_each_layer(self.parameters)
+            if len(of_layer) > 1:
+                top, second = of_layer[max(of_layer)], of_layer[sorted(of_layer)[1]]
+                hooks.enter_context(top.register_post_accumulate_grad_hook(lambda _: begin("backward")))  # type: ignore[no-untyped-call]
+                hooks.enter_context(second.register_post_accumulate_grad_hook(lambda _: begin("backward end")))  # type: ignore[no-untyped-call]
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _answer(self, workload: Workload) -> None:
         """Prompts read with a cache, and the last of the new tokens."""
@@ -279,23 +269,11 @@ class _MetaModel:
         ids_BS = torch.zeros(rows, length, dtype=torch.int64, device=META)
         one_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=META)
         mask_BS = torch.ones_like(ids_BS)
-        output = self.model(
-            input_ids=ids_BS, attention_mask=mask_BS, position_ids=ids_BS, use_cache=True, logits_to_keep=1
-        )
+        read = partial(self.model, use_cache=True, logits_to_keep=1)
+        output = read(input_ids=ids_BS, attention_mask=mask_BS, position_ids=ids_BS)
         longer_BS = torch.cat((mask_BS, torch.ones_like(one_B1)), dim=1)
         name = name_of_cache(self.model)
-        self.model(
-            input_ids=one_B1,
-            attention_mask=longer_BS,
-            position_ids=one_B1,
-            use_cache=True,
-            logits_to_keep=1,
-            **{name: output[name]},
-        )
-
-
-def _begin(begin: Any, phase: str, _parameter: Tensor) -> None:
-    begin(phase)
+        read(input_ids=one_B1, attention_mask=longer_BS, position_ids=one_B1, **{name: output[name]})
 
 
 def _batch(workload: Workload) -> Batch:
@@ -329,10 +307,7 @@ def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, nn
 def _period(text: Any) -> int:
     """After how many layers the kinds of layers repeat: 1 for most, 2 for Gemma 2, 6 for Gemma 3."""
     kinds = list(getattr(text, "layer_types", None) or ())
-    for period in range(1, len(kinds)):
-        if all(kind == kinds[at % period] for at, kind in enumerate(kinds)):
-            return period
-    return 1
+    return next((period for period in range(1, len(kinds)) if kinds[period:] == kinds[:-period]), 1)
 
 
 def _with_layers(text: Any, layers: int) -> Any:

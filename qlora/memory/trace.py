@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,32 +42,19 @@ class Peak:
         return sum(self.parts.values())
 
 
-@dataclass
-class Labels:
-    """What tells a gradient or logits from other tensors of the step; everything else is an activation."""
-
-    gradient_shapes: set[tuple[int, ...]] = field(default_factory=set)
-    vocabulary: int = 0
-
-    def category(self, tensor: Tensor) -> str:
-        if tuple(tensor.shape) in self.gradient_shapes:
-            return "gradients"
-        if tensor.ndim >= 2 and tensor.shape[-1] == self.vocabulary:
-            return "logits"
-        return "activations"
-
-
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered. `packed` is the answer to the model's question whether a row has several documents.
 
     `target` ("cuda" or "cpu") is the device that meta tensors stand for: it decides about the scratch of kernels.
+    `gradient_shapes` and `vocabulary` tell gradients and logits from activations.
     """
 
     def __init__(self, target: str, packed: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.target = target
         self.packed = packed
-        self.labels = Labels()
+        self.gradient_shapes: set[tuple[int, ...]] = set()
+        self.vocabulary = 0
         self.allocator = CachingAllocator()
         self.peaks: dict[str, Peak] = {}
         self._now = dict.fromkeys(CATEGORIES, 0)
@@ -93,10 +80,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """From now on the peak is that of `phase`; what is live already counts."""
         self._phase, self._highest = phase, -1
         self._record()
-
-    def adopt(self, tensor: Tensor, category: str) -> None:
-        """Count a tensor that was made before."""
-        self._count(tensor, category)
 
     def renew(self) -> None:
         """Give the allocator no past: what is live is laid out anew, so that every run counts as the first one."""
@@ -124,7 +107,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         workspace = "workspace" if func.namespace == "bitsandbytes" and "dequantize" in func.name() else None
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor):
-                self._count(value, self._region or workspace or self.labels.category(value))
+                self.adopt(value, self._region or workspace or self._category(value))
         scratch = SCRATCH.get(func) if self.target == "cuda" else None
         if scratch is not None:
             self._use_for_a_moment(scratch(*args, **kwargs))
@@ -136,7 +119,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return not self.packed
         return 1.0 if asked.dtype.is_floating_point else 1
 
-    def _count(self, tensor: Tensor, category: str) -> None:
+    def _category(self, tensor: Tensor) -> str:
+        if tuple(tensor.shape) in self.gradient_shapes:
+            return "gradients"
+        return "logits" if tensor.ndim >= 2 and tensor.shape[-1] == self.vocabulary else "activations"
+
+    def adopt(self, tensor: Tensor, category: str) -> None:
+        """Count a tensor, from now until its storage dies."""
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
@@ -182,7 +171,7 @@ def _efficient_backward(_grad: Tensor, query: Tensor, *_rest: Any, **_settings: 
     """aten/src/ATen/native/transformers/cuda/attention_backward.cu: delta, and a float32 accumulator for dQ, whose rows
     and columns are aligned to blocks of 128 and 64 (mem_eff_attention/kernel_backward.h, workspace_elements_gq)."""
     rows, heads, length, width = query.shape
-    accumulator = rows * heads * _up(length, 128) * _up(width, 64) * 4 if query.dtype != torch.float32 else 0
+    accumulator = rows * heads * rounded(length, 128) * rounded(width, 64) * 4 if query.dtype != torch.float32 else 0
     return (rows * heads * length * 4, accumulator)
 
 
@@ -190,13 +179,9 @@ def _flash_backward(_grad: Tensor, query: Tensor, key: Tensor, *_rest: Any, **_s
     """flash_attn/flash_api.cpp, mha_bwd: softmax_d and dq_accum in float32; dK and dV of every query head where heads
     share their keys."""
     rows, heads, length, width = query.shape
-    padded, wide = _up(length, 128), _up(width, 32)
+    padded, wide = rounded(length, 128), rounded(width, 32)
     expanded = 2 * rows * length * heads * width * 2 if key.shape[1] != heads else 0
     return (rows * heads * padded * 4, rows * padded * heads * wide * 4, expanded)
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step
 
 
 # Bytes that CUDA kernels allocate inside themselves, while their results exist already.

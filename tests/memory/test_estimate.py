@@ -79,7 +79,7 @@ def test_the_search_finds_the_fastest_that_fits_and_its_changes_fit(tmp_path: Pa
     question = api.question(recipe, vram="7GiB")
     assert not question.estimate().fits
     plans = question.search()
-    assert plans and all(plan.fits for plan in plans)
+    assert plans and all(plan.estimate.fits for plan in plans)
     speeds = [plan.estimate.tokens_per_second for plan in plans]
     assert speeds == sorted(speeds, reverse=True) and "data.max_length" in plans[0].changes
     again = api.question(changed(recipe, plans[0].changes), vram="7GiB").estimate()

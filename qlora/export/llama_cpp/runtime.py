@@ -62,9 +62,9 @@ class Answer:
     logprobs_NV    fp32, a position of a row after the other; valid inside the `with` block alone
     """
 
-    end_ids: tuple[int, ...]
+    end_ids: Sequence[int]
     chat_template: str | None
-    tokenized: tuple[tuple[int, ...], ...]
+    tokenized: Sequence[Sequence[int]]
     logprobs_NV: NDArray[np.float32]
 
 
@@ -91,12 +91,8 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
         asked = {**asdict(request), "library": str(runtime.library), "file": str(file), "threads": threads()}
         answer = _answer_of_child(file, child.run(_CHILD, asked, folder, seconds), seconds)
         count = sum(len(positions) for _, positions in request.rows)
-        yield Answer(
-            end_ids=tuple(answer["end_ids"]),
-            chat_template=answer["chat_template"],
-            tokenized=tuple(tuple(ids) for ids in answer["tokenized"]),
-            logprobs_NV=_mapped(file, folder / "logprobs.f32", (count, answer["tokens"])),
-        )
+        logprobs_NV = _mapped(file, folder / "logprobs.f32", (count, answer["tokens"]))
+        yield Answer(answer["end_ids"], answer["chat_template"], answer["tokenized"], logprobs_NV)
 
 
 def threads() -> int:

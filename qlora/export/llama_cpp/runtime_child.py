@@ -163,6 +163,9 @@ class Context:
         batch = library.llama_batch_init(_BATCH, 0, 1)
         if batch.n_tokens != 0 or batch.embd or not (batch.token and batch.pos and batch.logits):
             raise Failed("this llama.cpp has another kind of batch")
+        for place in range(_BATCH):  # all tokens are of one row, number 0
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = 0
         return cls(model, context, batch)
 
     def restart(self) -> None:
@@ -179,28 +182,22 @@ class Context:
         at = 0
         while at < len(ids):
             outputs: list[int] = []
-            count = 0
-            while at + count < len(ids) and count < _BATCH:
-                wants = start + at + count in wanted
+            count, batch = 0, self.batch
+            for token in ids[at : at + _BATCH]:
+                position = start + at + count
+                wants = position in wanted
                 if wants and len(outputs) == most_outputs:
                     break
                 if wants:
                     outputs.append(count)
-                self._put(count, ids[at + count], start + at + count, wants)
+                batch.token[count], batch.pos[count], batch.logits[count] = token, position, wants
                 count += 1
-            self.batch.n_tokens = count
-            if library.llama_decode(self.context, self.batch) != 0:
+            batch.n_tokens = count
+            if library.llama_decode(self.context, batch) != 0:
                 raise Failed(f"llama.cpp cannot compute tokens {start + at} to {start + at + count} of a row")
             for place in outputs:
                 yield np.ctypeslib.as_array(library.llama_get_logits_ith(self.context, place), (width,))
             at += count
-
-    def _put(self, place: int, token: int, position: int, wants: bool) -> None:
-        self.batch.token[place] = token
-        self.batch.pos[place] = position
-        self.batch.n_seq_id[place] = 1
-        self.batch.seq_id[place][0] = 0
-        self.batch.logits[place] = int(wants)
 
 
 def context_parameters(defaults: _Opaque, longest: int) -> _Opaque:

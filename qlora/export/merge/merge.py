@@ -24,13 +24,7 @@ from torch import Tensor
 from qlora import disk
 from qlora.export.merge.parts import VALUES_PER_BLOCK, MergeBase, ParameterSource, Plan, is_multimodal
 from qlora.model import nf4
-from qlora.model.adapter_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    Adapter,
-    LoraModule,
-    TokenRows,
-)
+from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection

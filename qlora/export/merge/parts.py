@@ -71,11 +71,7 @@ def is_multimodal(base: BaseFolder) -> bool:
 
 
 def make_plan(
-    base: BaseFolder,
-    meta_model: MetaModel,
-    adapter: Adapter,
-    merge_base: MergeBase,
-    quantization: QuantizationSection,
+    base: BaseFolder, meta_model: MetaModel, adapter: Adapter, merge_base: MergeBase, quantization: QuantizationSection
 ) -> Plan:
     """The plan of `adapter` merged into `base`: onto linear layers as training quantized them, or the original ones.
 
@@ -95,8 +91,7 @@ def make_plan(
     own: dict[str, ParameterSource] = {}
     for parameter, tensor in meta_model.sources.items():
         name = parameter if is_multimodal(base) else tensor
-        packed = is_stored_4bit(base, tensor)
-        storage: Storage = "packed" if packed else "coded" if parameter in coded else "plain"
+        storage: Storage = "packed" if is_stored_4bit(base, tensor) else "coded" if parameter in coded else "plain"
         own[parameter] = ParameterSource(name, parameter, tensor, shapes[parameter], base.tensors[tensor], storage)
     modules = {id(module): name for name, module in model.named_modules()}
     embeddings = f"{modules[id(model.get_input_embeddings())]}.weight"

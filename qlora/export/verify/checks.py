@@ -24,7 +24,9 @@ from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
 from qlora.export.verify.weights import Check
 from qlora.model.adapter_folder import Adapter
+from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
+from qlora.model.tensors import total_bytes
 
 _HINT = "export again; if it happens again, report it with this line"
 
@@ -44,8 +46,9 @@ def inspect_folder(
     checks = [*of_weights, *weights.check_companions(merge, folder, reference.chat.end_ids)]
     weights.require(folder, checks)
     written = resolve(str(folder), "main", sink)
-    size = sum(entry.nbytes for entry in written.tensors.values())
-    return Inspection(tuple(checks), reference.measure_folder("hf", written, size))
+    meta_model, size = build(written), total_bytes(written.tensors.values())
+    line = reference.measure_weights("hf", candidates.of_folder(meta_model, written), size, meta_model)
+    return Inspection(tuple(checks), line)
 
 
 def inspect_gguf(

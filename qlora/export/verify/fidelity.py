@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,14 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Positions:
-    """What is measured on: micro-batches whose `trained_T` are the chosen positions.
-
-    `rows_of` and `positions_of` count what they were chosen from; `source` is EVALUATION_ROWS or PROBE_ROWS.
-    """
+    """Micro-batches whose `trained_T` are the positions to measure at; `source`: EVALUATION_ROWS or PROBE_ROWS."""
 
     batches: tuple[Batch, ...]
-    rows: int
-    rows_of: int
-    positions_of: int
     source: str
+
+    @cached_property
+    def rows(self) -> int:
+        return len(self.documents())
 
     @property
     def count(self) -> int:
@@ -136,24 +135,22 @@ def choose_positions(
     At most MOST_TOKENS tokens of rows and REFERENCE_BYTES of log-probabilities; the same choice every time.
     """
     max_length, packing = layout
-    most = max(1, REFERENCE_BYTES // (4 * vocabulary))
-    trained = [row for row, count in enumerate(split.trained) if count > 0]
-    rows = _thin_rows(trained, split.lengths)
+    trained, step = [row for row, count in enumerate(split.trained) if count > 0], 1
+    while step < len(trained) and sum(split.lengths[row] for row in trained[::step]) > MOST_TOKENS:
+        step += 1
+    rows = trained[::step]
     packs = pack([split.lengths[row] for row in rows], max_length) if packing else [(at,) for at in range(len(rows))]
     batches = [collate(split, [tuple(rows[at] for at in members)], pad_id, max_length) for members in packs]
-    available = sum(len(batch.trained_T) for batch in batches)
-    kept = _evenly(available, most)
-    thinned, start = [], 0
-    for batch in batches:
-        end = start + len(batch.trained_T)
-        inside = kept[(kept >= start) & (kept < end)] - start
-        if len(inside):
-            thinned.append(replace(batch, trained_T=batch.trained_T[inside]))
-        start = end
+    counts = [len(batch.trained_T) for batch in batches]
+    available = sum(counts)
+    most = min(available, max(1, REFERENCE_BYTES // (4 * vocabulary)))
+    kept = torch.zeros(available, dtype=torch.bool)
+    kept[torch.arange(most) * available // max(1, most)] = True
+    here = zip(batches, kept.split_with_sizes(counts), strict=True)
+    thinned = [replace(batch, trained_T=batch.trained_T[inside]) for batch, inside in here if inside.any()]
     if not thinned:
         raise ExportError("there is no trained position to measure on", "export with --no-verify")
-    positions = Positions(tuple(thinned), 0, len(split.lengths), sum(split.trained), source)
-    return replace(positions, rows=len(positions.documents()))
+    return Positions(tuple(thinned), source)
 
 
 def probe_split(tokenizer: Any, max_length: int) -> PreparedSplit:
@@ -203,8 +200,7 @@ def measure(
 
     Raises ExportError when the candidate computes numbers that are not finite, or for another vocabulary.
     """
-    kl = torch.zeros((), dtype=torch.float64)
-    loss, equal, done = torch.zeros((), dtype=torch.float64), 0, 0
+    kl, loss, equal, done = 0.0, 0.0, 0, 0
     width = reference.logprobs_NV.shape[1]
     for chunk_CV in _small(chunks, width):
         if chunk_CV.shape[1] != width:
@@ -213,17 +209,15 @@ def measure(
         _refuse_nonfinite(name, chunk_CV)
         end = done + chunk_CV.shape[0]
         trained_CV = torch.from_numpy(np.array(reference.logprobs_NV[done:end]))
-        kl += divergence(trained_CV, chunk_CV).sum()
-        loss -= chunk_CV.gather(1, reference.targets_N[done:end, None]).double().sum()
+        kl += float(divergence(trained_CV, chunk_CV).sum())
+        loss -= float(chunk_CV.gather(1, reference.targets_N[done:end, None]).double().sum())
         equal += int((trained_CV.argmax(dim=1) == chunk_CV.argmax(dim=1)).sum())
         done = end
     total = len(reference.targets_N)
     if done != total:
         raise ExportError(f"{name}: was computed at {done} of {total} positions", "export again")
-    rows = reference.positions.rows
-    return Fidelity(
-        name, measured_by, float(kl) / total, math.exp(float(loss) / total), equal / total, size, total, rows
-    )
+    kl, perplexity = kl / total, math.exp(loss / total)
+    return Fidelity(name, measured_by, kl, perplexity, equal / total, size, total, reference.positions.rows)
 
 
 def divergence(trained_CV: Tensor, candidate_CV: Tensor) -> Tensor:
@@ -237,21 +231,6 @@ def divergence(trained_CV: Tensor, candidate_CV: Tensor) -> Tensor:
     return terms_CV.sum(dim=1)
 
 
-def _thin_rows(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Every k-th row, k the smallest that keeps them within MOST_TOKENS tokens; at least the first."""
-    step = 1
-    while sum(lengths[row] for row in rows[::step]) > MOST_TOKENS and step < len(rows):
-        step += 1
-    return list(rows[::step])
-
-
-def _evenly(available: int, most: int) -> Tensor:
-    """At most `most` of the numbers 0 … available - 1, spread evenly."""
-    if available <= most:
-        return torch.arange(available)
-    return torch.arange(most) * available // most
-
-
 def _small(chunks: Iterable[Tensor | np.ndarray], width: int) -> Iterator[Tensor]:
     """The same rows as fp32 tensors of the CPU, few enough at a time to be compared in fp64."""
     step = max(1, _VALUES_AT_ONCE // width)
@@ -259,8 +238,7 @@ def _small(chunks: Iterable[Tensor | np.ndarray], width: int) -> Iterator[Tensor
         for start in range(0, chunk.shape[0], step):
             part = chunk[start : start + step]
             # A copy: what the array is mapped from may go away, and torch warns of read-only memory.
-            tensor = torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part.cpu()
-            yield tensor.float()
+            yield (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part.cpu()).float()
 
 
 def _refuse_nonfinite(name: str, logprobs_CV: Tensor) -> None:

@@ -7,7 +7,7 @@ that every export is measured against, and it is released before a weight is mer
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,7 @@ from qlora.export.merge.parts import MergeBase
 from qlora.export.verify import candidates, fidelity
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
-from qlora.model.base_folder import BaseFolder
-from qlora.model.meta_model import MetaModel, build
+from qlora.model.meta_model import MetaModel
 from qlora.model.tokenizer import open_tokenizer
 from qlora.third_party import import_bitsandbytes
 
@@ -65,11 +64,6 @@ class TrainedReference:
         weights = candidates.of_merge(self.source.merge(merge_base, torch.bfloat16).tensors())
         return self.measure_weights(f"merged on {merge_base}", weights, None)
 
-    def measure_folder(self, name: str, folder: BaseFolder, size: int) -> Fidelity:
-        """How near the model in a written folder of safetensors is."""
-        meta_model = build(folder)
-        return self.measure_weights(name, candidates.of_folder(meta_model, folder), size, meta_model)
-
     def measure_weights(
         self, name: str, weights: candidates.Weights, size: int | None, meta_model: MetaModel | None = None
     ) -> Fidelity:
@@ -98,11 +92,14 @@ def trained_reference(
     if not verify and not imatrix:
         yield reference
         return
-    if imatrix and source.rows is None:
+    if imatrix and rows is None:
         raise ExportError("--imatrix needs the rows of a run", "name a run's folder whose data files are still there")
-    model = trained_model(source, sink)
-    if imatrix:
-        reference.imatrix = _importance(source, model, sink)
+    import_bitsandbytes()
+    model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
+    model = adapters.open_saved(model, source.adapter.folder)
+    if imatrix and rows is not None:  # from its training rows; from evaluation rows where these are all there are
+        split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
+        reference.imatrix = collect(model, make_batches(split, packs, rows.chat.pad_id, rows.section), sink)
     if not verify:
         del model
         yield reference
@@ -119,13 +116,6 @@ def trained_reference(
         yield reference
 
 
-def trained_model(source: Source, sink: Sink) -> Any:
-    """The base as training had it, with the adapter on it."""
-    import_bitsandbytes()
-    model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
-    return adapters.open_saved(model, source.adapter.folder)
-
-
 def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positions:
     vocabulary = model.get_base_model().get_output_embeddings().weight.shape[0]
     if (rows := source.rows) is not None and any(rows.data.eval.trained):
@@ -138,16 +128,3 @@ def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positi
         raise ExportError(what, "save the adapter with the tokenizer that it was trained with")
     pad_id = tokenizer.pad_token_id or 0  # pads are masked by place, never by id
     return fidelity.choose_positions(split, (PROBE_LENGTH, False), pad_id, vocabulary, fidelity.PROBE_ROWS)
-
-
-def _importance(source: Source, model: Any, sink: Sink) -> Imatrix:
-    """From the run's training rows; from the evaluation rows where these are all there are."""
-    rows = source.rows
-    assert rows is not None, "trained_reference refuses an importance matrix without them"
-    split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
-    return collect(model, make_batches(split, packs, rows.chat.pad_id, rows.section), sink)
-
-
-def better_base(lines: Sequence[tuple[MergeBase, Fidelity]]) -> MergeBase:
-    """The merge base with the lower KL."""
-    return min(lines, key=lambda pair: pair[1].kl)[0]

@@ -25,7 +25,6 @@ from qlora.model.tensors import load_json, total_bytes
 from qlora.model.tokenizer import TOKENIZER_FILES, has_template
 
 _CHILD = "qlora.export.verify.weights_child"
-_CONFIG_KEPT = "the base's, but for what merging changes"
 _HINT = "export again; if it happens again, report it with this line, and use --no-verify to keep the files"
 # The child imports torch and transformers, then reads, quantizes and compares at 10 MB/s or better on a slow laptop.
 _START_SECONDS = 300.0
@@ -39,9 +38,6 @@ class Check:
     name: str
     ok: bool
     detail: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def require(path: Path, checks: Iterable[Check]) -> None:
@@ -115,12 +111,12 @@ def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list
     source = merge.adapter.folder
     if not (source / "tokenizer_config.json").is_file():
         source = merge.base.path
-    config = folder / "config.json"
+    config, kept = folder / "config.json", "the base's, but for what merging changes"
     same_config = config.is_file() and config.read_text(encoding="utf-8") == patched_config(merge)
-    same_tokenizer = _same_tokenizer(folder, source)
+    same_tokenizer = all(_same_file(folder / name, source / name) for name in TOKENIZER_FILES)
     tokenizer = "the files of the training" if same_tokenizer else f"differs from the one of the training in {source}"
     checks = [
-        Check("config", same_config, _CONFIG_KEPT if same_config else "config.json differs"),
+        Check("config", same_config, kept if same_config else "config.json differs"),
         Check("tokenizer", same_tokenizer, tokenizer),
     ]
     if has_template(source):
@@ -131,18 +127,12 @@ def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list
     return checks
 
 
-def _same_tokenizer(folder: Path, source: Path) -> bool:
-    """Every file byte for byte, but for what tokenizer_config.json says in a way that transformers 4 does not know."""
-    for name in TOKENIZER_FILES:
-        written, own = folder / name, source / name
-        if written.is_file() != own.is_file():
-            return False
-        if not own.is_file():
-            continue
-        wanted = patched_tokenizer_config(own).encode() if name == "tokenizer_config.json" else own.read_bytes()
-        if written.read_bytes() != wanted:
-            return False
-    return True
+def _same_file(written: Path, own: Path) -> bool:
+    """Byte for byte, but for what tokenizer_config.json says in a way that transformers 4 does not know."""
+    if not (written.is_file() and own.is_file()):
+        return written.is_file() == own.is_file()
+    wanted = patched_tokenizer_config(own).encode() if own.name == "tokenizer_config.json" else own.read_bytes()
+    return written.read_bytes() == wanted
 
 
 def check_answer(answer: Answer, end_ids: Sequence[int], template: str | None) -> list[Check]:

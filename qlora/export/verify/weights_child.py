@@ -27,8 +27,8 @@ from torch import Tensor
 from qlora.errors import UserError
 from qlora.events import Sinks
 from qlora.export import child
-from qlora.export.gguf.architectures import GgufTensor, Layout, lay_out
-from qlora.export.merge.merge import Merge
+from qlora.export.gguf.architectures import Layout, lay_out
+from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.merge.parts import make_plan
 from qlora.export.verify.candidates import dequantized_rows
 from qlora.model.adapter_folder import read_adapter
@@ -53,22 +53,18 @@ _SHARES = {"Q8": (0.7, 1.4), "Q6": (0.5, 1.5), "Q5": (0.4, 1.5), "Q4": (0.3, 1.6
 _NAMED = 3  # failing tensors that are named
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A written tensor: `rows(start, end)` gives fp32 as the file says it, `change` brings other rows to its order."""
+@dataclass
+class _Tally:
+    """A written tensor, and what was seen of it. Sums are of squares, but `dot`.
+
+    `rows(start, end)` gives fp32 as the file says it, `change` brings other rows, whole `unit`s, to its order.
+    """
 
     kind: str
     rows: Callable[[int, int], Tensor]
-    change: Callable[[Tensor], Tensor]
+    change: Callable[[Tensor], Tensor] = lambda rows: rows
     unit: int = 1
-
-
-@dataclass
-class _Tally:
-    """What was seen of one tensor of one file. Sums are of squares, but `dot`."""
-
-    stored: _Stored
-    changed: bool
+    changed: bool = False  # by the adapter
     values: int = 0
     not_finite: int = 0
     misrounded: int = 0
@@ -79,18 +75,18 @@ class _Tally:
 
     def see(self, start: int, expected: Tensor, base: Tensor | None) -> None:
         end = start + (expected.shape[0] if expected.ndim else 1)
-        written, expected = self.stored.rows(start, end), self.stored.change(expected)
+        written, expected = self.rows(start, end), self.change(expected)
         self.values += written.numel()
         self.not_finite += int((~torch.isfinite(written)).sum())
         error = (written - expected).double()
         self.error += float(error.square().sum())
         self.size += float(expected.double().square().sum())
-        if self.stored.kind in _ROUNDED:
-            rounded = expected.to(_ROUNDED[self.stored.kind]).float()
+        if self.kind in _ROUNDED:
+            rounded = expected.to(_ROUNDED[self.kind]).float()
             allowed = (rounded - expected).abs() + _FP32_NOISE * expected.abs().max()
             self.misrounded += int((error.abs() > allowed).sum())
         if base is not None and self.changed:
-            base = self.stored.change(base)
+            base = self.change(base)
             delta = (expected - base).double()
             self.delta += float(delta.square().sum())
             self.dot += float(((written - base).double() * delta).sum())
@@ -98,9 +94,7 @@ class _Tally:
     @property
     def share(self) -> float:
         """How much of the delta is in the file; NaN where rounding hides it, or where there was none."""
-        if not self.delta:
-            return math.nan
-        known = self.stored.kind in _ROUNDED or self._noise < 0.25
+        known = self.delta and (self.kind in _ROUNDED or self._noise < 0.25)
         return self.dot / self.delta if known else math.nan
 
     @property
@@ -113,14 +107,14 @@ class _Tally:
 
     @property
     def holds(self) -> bool:
-        if self.stored.kind in _ROUNDED:
+        if self.kind in _ROUNDED:
             return self.misrounded == 0
         small = math.sqrt(self.error) <= _LARGEST_ERROR.get(self._bits, 0.5) * math.sqrt(self.size)
         return small and not self.wrong_share
 
     @property
     def _bits(self) -> str:
-        return self.stored.kind.partition("_")[0]
+        return self.kind.partition("_")[0]
 
     @property
     def _noise(self) -> float:
@@ -130,15 +124,14 @@ class _Tally:
 
 @dataclass
 class _File:
-    """An artifact to check: its tensors by parameter, and what was found before its weights were compared."""
+    """An artifact to check: what was found before its weights were compared, and its tensors by parameter."""
 
     results: list[Result]
-    stored: dict[str, _Stored] = field(default_factory=dict)
     tallies: dict[str, _Tally] = field(default_factory=dict)
 
     def conclude(self) -> list[Result]:
         """The results with those over weights."""
-        if not self.stored:
+        if not self.tallies:
             return self.results
         bad = {name: tally for name, tally in self.tallies.items() if tally.not_finite}
         counted = [f"{name}: {tally.not_finite} of {tally.values:,}" for name, tally in bad.items()]
@@ -157,7 +150,7 @@ class _File:
 def _what_is_wrong(name: str, tally: _Tally) -> str:
     if tally.wrong_share:
         return f"{name} holds {tally.share:.2f} of its delta"
-    if tally.stored.kind in _ROUNDED:
+    if tally.kind in _ROUNDED:
         return f"{name} differs in {tally.misrounded:,} of {tally.values:,} values"
     return f"{name} differs by {math.sqrt(tally.error / tally.size) if tally.size else math.inf:.0%}"
 
@@ -183,7 +176,8 @@ def open_folder(folder: Path, merge: Merge, dtype: str) -> _File:
     )
     file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors"))])
     if not wrong:
-        file.stored = {tensor.parameter: _of_safetensors(found[name]) for name, tensor in planned.items()}
+        for name, tensor in planned.items():
+            file.tallies[tensor.parameter] = _Tally(found[name].dtype, partial(_rows, found[name]))
     return file
 
 
@@ -196,10 +190,8 @@ def open_gguf(path: Path, layout: Layout, types: Mapping[str, str], keys: Mappin
     planned = {tensor.name: (tensor.shape, types[tensor.name]) for tensor in layout.tensors}
     planned |= {name: (values.shape, "F32") for name, values in layout.constants.items()}
     found = {entry.name: entry for entry in reader.tensors}
-    wrong = _compare(
-        planned,
-        {name: (tuple(map(int, reversed(e.shape))), e.tensor_type.name) for name, e in found.items()},
-    )
+    shapes = {name: tuple(map(int, reversed(entry.shape))) for name, entry in found.items()}
+    wrong = _compare(planned, {name: (shapes[name], entry.tensor_type.name) for name, entry in found.items()})
     wrong += [
         f"{name} has other values"
         for name, values in layout.constants.items()
@@ -207,7 +199,9 @@ def open_gguf(path: Path, layout: Layout, types: Mapping[str, str], keys: Mappin
     ]
     file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors")), _keys(reader, keys)])
     if not wrong:
-        file.stored = {tensor.parameter: _of_gguf(found[tensor.name], tensor) for tensor in layout.tensors}
+        for tensor in layout.tensors:
+            rows = partial(dequantized_rows, found[tensor.name])
+            file.tallies[tensor.parameter] = _Tally(types[tensor.name], rows, tensor.to_gguf, tensor.unit)
     return file
 
 
@@ -236,49 +230,41 @@ def _compare(planned: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _of_safetensors(entry: TensorEntry) -> _Stored:
-    def rows(start: int, end: int) -> Tensor:
-        return read_tensor(entry, (start, end) if entry.shape else None).float()
-
-    return _Stored(entry.dtype, rows, lambda block: block)
-
-
-def _of_gguf(entry: Any, tensor: GgufTensor) -> _Stored:
-    rows = partial(dequantized_rows, entry)
-    return _Stored(entry.tensor_type.name, rows, tensor.to_gguf, tensor.unit)
+def _rows(entry: TensorEntry, start: int, end: int) -> Tensor:
+    return read_tensor(entry, (start, end) if entry.shape else None).float()
 
 
 # --- the pass over the weights ----------------------------------------------------------------------------------------
 
 
 def compare_weights(merge: Merge, files: list[_File]) -> None:
-    """Goes over every tensor once, in blocks of rows, and lets each file see what it should hold."""
+    """Goes over every tensor once, in blocks of rows, and lets each file that opened see what it should hold."""
+    opened = [file.tallies for file in files if file.tallies]
+    if not opened:
+        return
     exact = replace(merge, dtype=torch.float32)
     base = {tensor.parameter: tensor for tensor in exact.base_tensors()}
     changed = frozenset(exact.changed)
-    files = [file for file in files if file.stored]
     for tensor in exact.tensors():
-        name = tensor.parameter
-        for file in files:
-            file.tallies[name] = _Tally(file.stored[name], name in changed)
-        tallies = [file.tallies[name] for file in files]
-        unit = math.lcm(*(tally.stored.unit for tally in tallies))
-        before = base.get(name)
-        if before is not None and before.shape != tensor.shape:
-            before = None
-        start = 0
-        for expected, other in _expected(exact, tensor, before, unit):
+        name, start = tensor.parameter, 0
+        tallies = [of_file[name] for of_file in opened]
+        for tally in tallies:
+            tally.changed = name in changed
+        unit = math.lcm(*(tally.unit for tally in tallies))
+        for expected, before in _expected(exact, tensor, base.get(name), unit):
             for tally in tallies:
-                tally.see(start, expected, other)
+                tally.see(start, expected, before)
             start += expected.shape[0] if expected.ndim else 1
 
 
-def _expected(merge: Merge, tensor: Any, before: Any, unit: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Blocks of the merged weight and of the base's, fp32."""
+def _expected(
+    merge: Merge, tensor: MergedTensor, before: MergedTensor | None, unit: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Blocks of the merged weight and of the base's (None where that has none of the same shape), fp32."""
     adapter, name = merge.adapter, tensor.parameter
     lora = adapter.lora.get(name)
     others = adapter.whole.keys() | adapter.under.keys() | adapter.rows.keys()
-    if before is None:
+    if before is None or before.shape != tensor.shape:
         yield from ((block, None) for block in tensor.blocks(unit))
     elif lora is not None and lora.magnitude is None and not lora.embedding and name not in others:
         a_RI, b_OR = read_tensor(lora.a).float(), read_tensor(lora.b).float()
@@ -316,8 +302,7 @@ def _results(request: Mapping[str, Any]) -> list[list[Result]]:
         else:
             layout = lay_out(meta_model.model, {tensor.parameter: tensor.shape for tensor in merge.tensors()})
             files.append(open_gguf(path, layout, target["types"], target["keys"]))
-    if any(file.stored for file in files):
-        compare_weights(merge, files)
+    compare_weights(merge, files)
     return [file.conclude() for file in files]
 
 
