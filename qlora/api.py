@@ -134,7 +134,7 @@ def merge_and_export(
     artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
     for artifact in artifacts:
         run_folder.refuse_foreign_folder(artifact.folder)
-    with_rows = chosen.verify or chosen.imatrix or any(artifact.key.endswith("gguf") for artifact in artifacts)
+    with_rows = chosen.verify or chosen.imatrix or any("gguf" in artifact.key for artifact in artifacts)
     opened = _open_source(adapter_dir, with_rows, shared)
     with fast_matmul(opened.device):
         return produce(opened, artifacts, merge_base, chosen, shared)

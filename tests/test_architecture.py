@@ -226,7 +226,6 @@ def test_what_code_cites_is_a_rule_of_the_page() -> None:
 UNUSED = {
     "qlora.events:Recorder": "for callers of the Python API",
     "qlora.report.console:_Terminal.on_broken_pipe": "rich calls it",
-    "qlora.memory.hardware:SOURCES": "says where the figures of the table come from; each entry names one",
 }
 COMMANDS = ["qlora.cli.train", "qlora.cli.export", "qlora.cli.estimate"]
 
