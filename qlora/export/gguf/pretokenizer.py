@@ -86,10 +86,7 @@ KNOWN = (
     Known("gpt-4o", (GPT4O, BYTES), limit=Limit.LETTER_CASE),
     Known("seed-coder", (SEED_CODER, BYTES)),
     Known("minicpm5", (r"\p{N}{1,3}", LLAMA3.replace("{1,3}", "+"), BYTES), ignore_merges=True),
-    Known(
-        "deepseek-llm",
-        (r"[\r\n]", _CASED_LETTERS, _SIGN_BLOCKS, r"\s+$", _CJK_BLOCKS, r"\p{N}", BYTES),
-    ),
+    Known("deepseek-llm", (r"[\r\n]", _CASED_LETTERS, _SIGN_BLOCKS, r"\s+$", _CJK_BLOCKS, r"\p{N}", BYTES)),
     Known("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_BLOCKS, r"\p{N}", BYTES)),
     Known("deepseek-v3", (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", DEEPSEEK3, BYTES)),
     Known("falcon", ("punctuation", GPT2, BYTES, "[0-9][0-9][0-9]")),
