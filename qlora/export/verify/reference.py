@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from qlora.data.chat import ChatFormat
+from qlora.data.loader import collate
 from qlora.device import release_memory
 from qlora.errors import ExportError
 from qlora.events import Notice, Sink
 from qlora.export.artifacts import Source
-from qlora.export.imatrix import Imatrix, choose_packs, collect, make_batches
+from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
 from qlora.export.verify import candidates, fidelity
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
@@ -145,7 +146,9 @@ def _importance(source: Source, model: Any, sink: Sink) -> Imatrix:
     rows = source.rows
     assert rows is not None, "trained_reference refuses an importance matrix without them"
     split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
-    return collect(model, make_batches(split, packs, rows.chat.pad_id, rows.section), sink)
+    # 44 bytes a token on the host, 6 MB for MAX_TOKENS.
+    batches = [collate(split, [members], rows.chat.pad_id, rows.section.max_length) for members in packs]
+    return collect(model, batches, sink)
 
 
 def better_base(lines: Sequence[tuple[MergeBase, Fidelity]]) -> MergeBase:
