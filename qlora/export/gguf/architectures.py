@@ -194,27 +194,22 @@ def _check(config: Any, family: Family, dims: tuple[int, int], tied: bool) -> No
     `dims` are a head's, and how many of them turn with the position.
     """
     head_dim, rotated = dims
-    refused = []
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if activation != family.activation:
-        refused.append(f"the activation {activation!r} in {config.model_type} (it computes {family.activation})")
+        raise rope.refused(f"the activation {activation!r} in {config.model_type} (it computes {family.activation})")
     if family.must_tie and not tied:
-        refused.append(f"a {config.model_type} model whose head is not its embedding")
+        raise rope.refused(f"a {config.model_type} model whose head is not its embedding")
     if family.arch == gguf.MODEL_ARCH.QWEN2 and head_dim * config.num_attention_heads != config.hidden_size:
-        refused.append(f"heads of {head_dim} dims in a qwen2 model that is {config.hidden_size} wide")
+        raise rope.refused(f"heads of {head_dim} dims in a qwen2 model that is {config.hidden_size} wide")
     if family.arch == gguf.MODEL_ARCH.LLAMA and rotated != head_dim:
-        refused.append(f"{rotated} rotated dims of {head_dim} in {config.model_type}")
+        raise rope.refused(f"{rotated} rotated dims of {head_dim} in {config.model_type}")
     if family.special_scale_layers is not None:
         special = config.num_hidden_layers == family.special_scale_layers
         scale = config.hidden_size // config.num_attention_heads if special else head_dim
         if config.query_pre_attn_scalar != scale:
-            refused.append(f"query_pre_attn_scalar = {config.query_pre_attn_scalar} (its graph scales by {scale})")
+            raise rope.refused(f"query_pre_attn_scalar = {config.query_pre_attn_scalar} (its graph scales by {scale})")
     if config.model_type == "gemma3_text" and getattr(config, "use_bidirectional_attention", None):
-        refused.append("attention in both directions")
-    if refused:
-        raise ExportError(
-            f"llama.cpp cannot express {refused[0]}", "export with --to hf, and run it with transformers or vLLM"
-        )
+        raise rope.refused("attention in both directions")
 
 
 def _notices(config: Any, family: Family, constants: Mapping[str, Any]) -> tuple[str, ...]:

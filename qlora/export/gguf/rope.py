@@ -70,7 +70,7 @@ def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope],
     if not local:
         return whole
     if local.get("rope_type", "default") != "default":
-        raise _refused(f"sliding layers with {local['rope_type']!r} positions")
+        raise refused(f"sliding layers with {local['rope_type']!r} positions")
     base = float(local["rope_theta"])
     _compare(_frequencies(base, rotated_dims), 1.0, model["sliding_attention"])
     return Rope((*whole.keys, ("rope.freq_base_swa", base)), whole.tensors)
@@ -90,7 +90,7 @@ def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, ta
     elif kind == "yarn":
         keys, scaled, attention = _yarn(config, rope, plain)
     elif kind in ("llama3", "longrope") and not takes_factors:
-        raise _refused(f"{kind!r} positions in this architecture")
+        raise refused(f"{kind!r} positions in this architecture")
     elif kind == "llama3":
         factors = _llama3_factors(rope, plain)
         tensors = {"rope_freqs.weight": factors.astype(np.float32)}
@@ -99,7 +99,7 @@ def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, ta
         keys, tensors = _longrope(config, rope, dims)
         scaled, attention = plain / tensors["rope_factors_short.weight"], dict(keys)["rope.scaling.attn_factor"]
     elif kind != "default":
-        raise _refused(f"{kind!r} positions")
+        raise refused(f"{kind!r} positions")
     _compare(scaled, attention, own)
     return Rope((("rope.freq_base", base), *keys), tensors)
 
@@ -126,7 +126,7 @@ def _yarn(
     fast = float(rope.get("beta_fast") or YARN_BETA_FAST)
     slow = float(rope.get("beta_slow") or YARN_BETA_SLOW)
     if rope.get("truncate") is False:
-        raise _refused("yarn positions whose ramp is not rounded (truncate = false)")
+        raise refused("yarn positions whose ramp is not rounded (truncate = false)")
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN section 3.4
     keys: list[Key] = [
         ("rope.scaling.type", "yarn"),
@@ -169,7 +169,7 @@ def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key
     for name in ("long", "short"):
         factors: Sequence[float] = rope[f"{name}_factor"]
         if len(factors) != dims // 2:
-            raise _refused(f"{len(factors)} {name} factors for {dims // 2} pairs of dims")
+            raise refused(f"{len(factors)} {name} factors for {dims // 2} pairs of dims")
         tensors[f"rope_factors_{name}.weight"] = np.asarray(factors, dtype=np.float32)
     keys: list[Key] = [
         ("rope.scaling.type", "longrope"),
@@ -183,12 +183,13 @@ def _compare(frequencies: NDArray[np.float64], attention: float, own: ReferenceR
     """What llama.cpp will compute with against what the model does. Raises ExportError when they differ."""
     computed = own.frequencies
     if computed.shape != frequencies.shape or not np.allclose(computed, frequencies, rtol=SAME_FREQUENCY, atol=0.0):
-        raise _refused("these rotary positions: it would turn by other angles than the model")
+        raise refused("these rotary positions: it would turn by other angles than the model")
     if not math.isclose(own.attention, attention, rel_tol=SAME_FREQUENCY):
-        raise _refused(
+        raise refused(
             f"these rotary positions: it would scale attention by {attention:.4f}, not by {own.attention:.4f}"
         )
 
 
-def _refused(what: str) -> ExportError:
+def refused(what: str) -> ExportError:
+    """The error for a setting that llama.cpp does not have."""
     return ExportError(f"llama.cpp cannot express {what}", "export with --to hf, and run it with transformers or vLLM")

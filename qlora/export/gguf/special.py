@@ -55,8 +55,7 @@ def special_ids(
     ids: dict[str, int] = {}
     for ours, theirs in _NAMES.items():
         found = [getattr(tokenizer, f"{theirs}_token_id", None), *_configured(configs, f"{theirs}_token_id")]
-        usable = [number for number in found if isinstance(number, int) and 0 <= number < rows]
-        if usable:
+        if usable := [number for number in found if isinstance(number, int) and 0 <= number < rows]:
             ids[ours] = usable[0]
     vocab = tokenizer.get_vocab()
     ends = [vocab[text] for text in turn_ends if text in vocab]
@@ -77,8 +76,8 @@ def special_ids(
     elif "<|eom_id|>" in vocab:
         ids["eom"] = vocab["<|eom_id|>"]
     for name, texts in _FILL_IN.items():
-        present = [vocab[text] for text in texts if text in vocab]
-        ids |= {name: present[0]} if present else {}
+        if present := [vocab[text] for text in texts if text in vocab]:
+            ids[name] = present[0]
     left = [_text(tokenizer, number) for number in more[1:]]
     return ids, [f"llama.cpp will not stop at {_some(left)}: it takes three ends only"] if left else []
 
@@ -113,16 +112,14 @@ def added_bos_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     """
     plain = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(_PROBE)["input_ids"])
-    starts = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
-    before = whole[: starts[0]] if starts else whole
-    after = whole[starts[0] + len(plain) :] if starts else whole
-    if not starts or len(before) > 1 or len(after) > 1:
-        added = len(whole) - len(plain)
+    added = len(whole) - len(plain)
+    start = next((at for at in range(added + 1) if whole[at : at + len(plain)] == plain), None)
+    if start is None or start > 1 or added - start > 1:
         raise ExportError(
             f"{folder}: the tokenizer adds {added} tokens around a text, llama.cpp one before and one after at most",
             "change the post_processor in tokenizer.json",
         )
-    return before, after
+    return whole[:start], whole[start + len(plain) :]
 
 
 def chat_templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
