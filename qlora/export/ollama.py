@@ -30,15 +30,11 @@ USUAL_CONTEXT_TOKENS = 4096
 MAX_NAME_CHARS = 80  # of 128 that types/model/name.go allows for all parts of a name together
 
 _SYSTEM: Message = {"role": "system", "content": "Be brief."}
-_QUESTIONS: tuple[Message, ...] = tuple(
-    {"role": "user", "content": text} for text in ("Who is there?", "And now?", "Why?")
-)
-_ANSWERS: tuple[Message, ...] = tuple({"role": "assistant", "content": text} for text in ("A friend.", "Two of them."))
-_PLAIN = (
-    [_QUESTIONS[0]],
-    [_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1]],
-    [_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1], _ANSWERS[1], _QUESTIONS[2]],
-)
+_TALK: list[Message] = [
+    {"role": "assistant" if at % 2 else "user", "content": text}
+    for at, text in enumerate(("Who is there?", "A friend.", "And now?", "Two of them.", "Why?"))
+]
+_PLAIN = [_TALK[:turns] for turns in (1, 3, 5)]
 _REASONED: Message = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA friend."}
 
 
@@ -149,7 +145,7 @@ def go_template(chat: ChatTemplate, bos: str | None, adds_bos: bool) -> GoTempla
     for family in families(chat.end_tokens[0]):
         dialect = _learn(family, start, first, with_system)
         if dialect is not None and all(dialect.prompt(messages) == text for messages, text in rendered):
-            reasoned = render([_QUESTIONS[0], _REASONED, _QUESTIONS[1]])
+            reasoned = render([_TALK[0], _REASONED, _TALK[2]])
             return GoTemplate(
                 label=family.label,
                 text=_go_text(dialect, "" if adds_bos else start),
@@ -162,7 +158,7 @@ def go_template(chat: ChatTemplate, bos: str | None, adds_bos: bool) -> GoTempla
 
 def _learn(family: Family, start: str, first: str, with_system: str | None) -> _Dialect | None:
     """What one question, without and with a system prompt, shows of a family; None when it is not of this one."""
-    question = family.user[0] + str(_QUESTIONS[0]["content"]) + family.user[1]
+    question = family.user[0] + str(_TALK[0]["content"]) + family.user[1]
     ahead, found, opening = first.removeprefix(start).rpartition(question)
     if not found or not opening.startswith(family.answer[0].strip(" ")):
         return None

@@ -52,11 +52,10 @@ class MixHparams:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight stands."""
+    """Where a weight stands, and in which model."""
 
     layer: int
-    layers: int
-    heads_per_kv_head: int
+    model: MixHparams
     big_grouped: bool  # llama.cpp's "70B"
     has_imatrix: bool
 
@@ -126,18 +125,18 @@ def first_layers(count: int) -> Callable[[Place], bool]:
 
 def first_part(divisor: int) -> Callable[[Place], bool]:
     """The first 1/divisor of all layers, rounded down."""
-    return lambda place: place.layer < place.layers // divisor
+    return lambda place: place.layer < place.model.layers // divisor
 
 
 def outer_and_every_third(place: Place) -> bool:
     """The first and last eighth of the layers, where errors did most harm, and every third between (use_more_bits)."""
-    eighth = place.layers // 8
-    return place.layer < eighth or place.layer >= 7 * place.layers // 8 or (place.layer - eighth) % 3 == 2
+    layer, layers = place.layer, place.model.layers
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def grouped_by_four(place: Place) -> bool:
     """Four query heads or more share a value head: attn_v is a small tensor, and finer bits cost little."""
-    return place.heads_per_kv_head >= 4
+    return place.model.heads // place.model.kv_heads >= 4
 
 
 def first_eighth_unweighted(place: Place) -> bool:
@@ -172,10 +171,7 @@ QUANTS: Mapping[str, Quant] = {
         ),
     ),
     "iq4_xs": Quant(
-        "IQ4_XS",
-        IQ4_XS,
-        Q6_K,
-        (Rule("attn_v", Q5_K, grouped_by_four), Rule("ffn_down", Q5_K, first_eighth_unweighted)),
+        "IQ4_XS", IQ4_XS, Q6_K, (Rule("attn_v", Q5_K, grouped_by_four), Rule("ffn_down", Q5_K, first_eighth_unweighted))
     ),
 }
 
@@ -200,13 +196,7 @@ def choose_types(
         raise ExportError(f"{arch}: no rules for quantizing this architecture", f"known are {', '.join(ARCHITECTURES)}")
     chosen = QUANTS[quant]
     head = "output.weight" if "output.weight" in dict(tensors) else "token_embd.weight"
-    place = Place(
-        layer=0,
-        layers=hparams.layers,
-        heads_per_kv_head=hparams.heads // hparams.kv_heads,
-        big_grouped=is_big_grouped(arch, hparams),
-        has_imatrix=has_imatrix,
-    )
+    place = Place(0, hparams, is_big_grouped(arch, hparams), has_imatrix)
     types, fallbacks = {}, []
     for name, shape in tensors:
         wanted = chosen.head if name == head else _by_rules(name, chosen, place)
