@@ -144,13 +144,10 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     trained_with = merge.adapter.folder
     has_tokenizer = (trained_with / "tokenizer_config.json").is_file()
     if merge.vocabulary_resized and not has_tokenizer:
-        what = (
-            "the adapter resized the vocabulary and brings no tokenizer: the base's is written, without the new tokens"
-        )
-        sink.emit(Notice("export", what))
+        what = "the adapter resized the vocabulary and brings no tokenizer: the base's is written"
+        sink.emit(Notice("export", f"{what}, without the new tokens"))
     copy_tokenizer(trained_with if has_tokenizer else base, folder, None)
-    tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.is_file():
+    if (tokenizer_config := folder / "tokenizer_config.json").is_file():
         disk.write_atomic(tokenizer_config, patched_tokenizer_config(tokenizer_config))
 
 

@@ -93,9 +93,8 @@ def _check_importance(importance_C: np.ndarray | None, columns: int, name: str) 
     if importance_C is None:
         return None
     if importance_C.shape != (columns,) or not np.isfinite(importance_C).all() or (importance_C < 0).any():
-        what = (
-            f"{name}: its importance has shape {importance_C.shape} for {columns} columns, or values that mean nothing"
-        )
+        shape = importance_C.shape
+        what = f"{name}: its importance has shape {shape} for {columns} columns, or values that mean nothing"
         raise ExportError(what, "compute the importance matrix of this very base again")
     seen = importance_C[importance_C > 0]
     if not seen.size:

@@ -110,9 +110,8 @@ class TypeChoice:
             return None
         counts = Counter((fallback.wanted, fallback.got) for fallback in self.fallbacks)
         shares = ", ".join(f"{got.name} for {wanted.name} in {count}" for (wanted, got), count in counts.items())
-        return (
-            f"rows that are not whole blocks: {shares} of {len(self.types)} tensors, so the file is larger than usual"
-        )
+        tensors = len(self.types)
+        return f"rows that are not whole blocks: {shares} of {tensors} tensors, so the file is larger than usual"
 
 
 def everywhere(place: Place) -> bool:

@@ -185,9 +185,8 @@ def _compare(frequencies: NDArray[np.float64], attention: float, own: ReferenceR
     if computed.shape != frequencies.shape or not np.allclose(computed, frequencies, rtol=SAME_FREQUENCY, atol=0.0):
         raise refused("these rotary positions: it would turn by other angles than the model")
     if not math.isclose(own.attention, attention, rel_tol=SAME_FREQUENCY):
-        raise refused(
-            f"these rotary positions: it would scale attention by {attention:.4f}, not by {own.attention:.4f}"
-        )
+        wanted = own.attention
+        raise refused(f"these rotary positions: it would scale attention by {attention:.4f}, not by {wanted:.4f}")
 
 
 def refused(what: str) -> ExportError:

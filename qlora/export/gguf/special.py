@@ -70,7 +70,7 @@ def special_ids(
     ids["eot"] = ends[0] if ends else ids["eos"]
     stops = [number for number in _configured(configs[:1], "eos_token_id") if 0 <= number < rows]
     more = [number for number in dict.fromkeys([*ends, *stops]) if number not in (ids["eos"], ids["eot"])]
-    more = [number for number in more if _text(tokenizer, number) not in STOP_TEXTS]
+    more = [number for number in more if tokenizer.convert_ids_to_tokens(number) not in STOP_TEXTS]
     if more:
         ids["eom"] = more[0]
     elif "<|eom_id|>" in vocab:
@@ -78,12 +78,8 @@ def special_ids(
     for name, texts in _FILL_IN.items():
         if present := [vocab[text] for text in texts if text in vocab]:
             ids[name] = present[0]
-    left = [_text(tokenizer, number) for number in more[1:]]
+    left = [str(tokenizer.convert_ids_to_tokens(number)) for number in more[1:]]
     return ids, [f"llama.cpp will not stop at {_some(left)}: it takes three ends only"] if left else []
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    return str(tokenizer.convert_ids_to_tokens(number))
 
 
 def _configured(configs: Sequence[Mapping[str, Any]], key: str) -> list[int]:

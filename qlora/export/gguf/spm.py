@@ -90,13 +90,10 @@ def _cuts_at_spaces(part: Mapping[str, Any]) -> bool:
 def _metaspace(step: Mapping[str, Any], tokenizer: Mapping[str, Any], folder: Path) -> Spaces:
     inner = [token for token in tokenizer["model"]["vocab"] if SPACE in token[1:]]
     if step.get("split", True) and inner:
-        raise ExportError(
-            f"{folder}: the text is cut at each space although {len(inner)} tokens go across one, as {inner[0]!r}",
-            _HINT,
-        )
-    if step.get("replacement") != SPACE:
-        what = f"{folder}: spaces are marked by {step.get('replacement')!r}, llama.cpp writes {SPACE}"
-        raise ExportError(what, _HINT)
+        what = f"the text is cut at each space although {len(inner)} tokens go across one, as {inner[0]!r}"
+        raise ExportError(f"{folder}: {what}", _HINT)
+    if (mark := step.get("replacement")) != SPACE:
+        raise ExportError(f"{folder}: spaces are marked by {mark!r}, llama.cpp writes {SPACE}", _HINT)
     prefix: Prefix = step.get("prepend_scheme", "always")
     return Spaces(prefix, unless_there=prefix != "never")
 

@@ -197,8 +197,7 @@ def _read_spm(source: _Source, pre: str | None) -> Vocab:
         limits.append(Limit.SPACE_MARKS)
     scores, unused, about_scores = _scores(source, tokens)
     types = tuple(UNUSED if number in unused and kind == NORMAL else kind for number, kind in enumerate(types))
-    missing = spm.missing_merges(source.content)
-    if missing:
+    if missing := spm.missing_merges(source.content):
         shown = ", ".join(map(repr, missing[:3]))
         about_scores.append(f"llama.cpp joins {len(missing)} tokens in more ways than the tokenizer does ({shown} …)")
     return Vocab(
@@ -237,17 +236,14 @@ def _scores(source: _Source, tokens: Sequence[str]) -> tuple[list[float], set[in
     file = source.folder / "tokenizer.model"
     if file.is_file():
         pieces = spm.read_pieces(file)
-        same = [
-            number in added or piece.text == text
-            for number, (piece, text) in enumerate(zip(pieces, tokens, strict=False))
-        ]
+        pairs = enumerate(zip(pieces, tokens, strict=False))
+        same = [number in added or piece.text == text for number, (piece, text) in pairs]
         if all(same):
             scores[: len(pieces)] = [piece.score for piece in pieces[:real]]
             unused = {number for number, piece in enumerate(pieces) if piece.kind == spm.UNUSED_PIECE}
         else:
-            warnings.append(
-                f"tokenizer.model is of another vocabulary ({same.count(False)} tokens differ) and is not used"
-            )
+            differing = same.count(False)
+            warnings.append(f"tokenizer.model is of another vocabulary ({differing} tokens differ) and is not used")
     for number in added:
         scores[number] = spm.ADDED_SCORE
     return scores, unused, warnings
