@@ -59,7 +59,7 @@ LINES = {
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
     "export.verify": ["candidates", "fidelity", "weights_child", "weights", "reference", "checks"],
     "export.gguf": [
-        *("probes", "pretokenizer", "spm", "special", "vocab", "rope", "architectures", "metadata"),
+        *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "memory": [

@@ -94,9 +94,8 @@ def gguf_card(source: Source, product: Artifact, file: str, merge: Merge | None,
     """The card of a folder with the GGUF file `file`; `merge` is None for an adapter alone."""
     base = shown_name(source.base)
     if merge is not None:
-        made = (
-            f"{base}, {_MERGED_INTO[merge.merge_base]}, with {len(source.adapter.parameters)} trained weights merged in"
-        )
+        trained = len(source.adapter.parameters)
+        made = f"{base}, {_MERGED_INTO[merge.merge_base]}, with {trained} trained weights merged in"
         run = f"llama-cli -m {file}"
     else:
         made = f"the LoRA adapter alone, to be put on {base}"

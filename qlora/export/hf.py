@@ -71,7 +71,9 @@ def fill(merge: Merge, staged: StagedExport, sink: Sink) -> int:
     sink.emit(Progress("merge", done, total, "bytes"))
     folder = staged.folder("hf")
     if len(shards) > 1:
-        _write_index(folder, shards, total)
+        weight_map = {tensor.name: name for name, members in shards.items() for tensor in members}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        disk.write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     _write_companions(folder, merge, sink)
     _reopen(folder, shards)
     return item
@@ -87,13 +89,11 @@ def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
     generation = load_json(file) if file.is_file() else {}
     eos = generation.get("eos_token_id", load_json(folder / "config.json").get("eos_token_id"))
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not end_ids or end_ids[0] in ids:
+    if not end_ids or (end := end_ids[0]) in ids:
         return
-    generation["eos_token_id"] = [end_ids[0], *ids]
+    generation["eos_token_id"] = [end, *ids]
     disk.write_atomic(file, json.dumps(generation, indent=2) + "\n")
-    message = (
-        f"the trained answers end with token {end_ids[0]}, which the base does not stop at: added to its end tokens"
-    )
+    message = f"the trained answers end with token {end}, which the base does not stop at: added to its end tokens"
     sink.emit(Notice("export", message))
 
 
@@ -134,12 +134,6 @@ def _header(tensors: Sequence[MergedTensor], dtype: torch.dtype) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _write_index(folder: Path, shards: dict[str, list[MergedTensor]], total: int) -> None:
-    weight_map = {tensor.name: name for name, members in shards.items() for tensor in members}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    disk.write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-
-
 def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     """Config, generation config, licence, and from the adapter's folder the tokenizer and template of the training."""
     base = merge.base.path
@@ -150,13 +144,10 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     trained_with = merge.adapter.folder
     has_tokenizer = (trained_with / "tokenizer_config.json").is_file()
     if merge.vocabulary_resized and not has_tokenizer:
-        what = (
-            "the adapter resized the vocabulary and brings no tokenizer: the base's is written, without the new tokens"
-        )
-        sink.emit(Notice("export", what))
+        what = "the adapter resized the vocabulary and brings no tokenizer: the base's is written"
+        sink.emit(Notice("export", f"{what}, without the new tokens"))
     copy_tokenizer(trained_with if has_tokenizer else base, folder, None)
-    tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.is_file():
+    if (tokenizer_config := folder / "tokenizer_config.json").is_file():
         disk.write_atomic(tokenizer_config, patched_tokenizer_config(tokenizer_config))
 
 
@@ -179,15 +170,11 @@ def patched_tokenizer_config(file: Path) -> str:
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without the notes on where a machine had the files, which nothing reads."""
-    return {
-        key: value
-        for key, value in config.items()
-        if not (
-            key in _WHERE_FROM
-            and isinstance(value, str)
-            and (value.startswith(("/", "~")) or PureWindowsPath(value).drive)
-        )
-    }
+
+    def is_path(value: Any) -> bool:
+        return isinstance(value, str) and (value.startswith(("/", "~")) or PureWindowsPath(value).drive != "")
+
+    return {key: value for key, value in config.items() if key not in _WHERE_FROM or not is_path(value)}
 
 
 def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,9 +191,7 @@ def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
             old["rope_local_base_freq"] = local["rope_theta"]
     if "rope_theta" not in main:
         return dict(config)
-    old["rope_theta"] = main["rope_theta"]
-    if "partial_rotary_factor" in main:
-        old["partial_rotary_factor"] = main["partial_rotary_factor"]
+    old |= {key: main[key] for key in _BESIDE_SCALING if key in main}
     old["rope_scaling"] = _scaling(main)
     return {**config, **{key: value for key, value in old.items() if key not in config}}
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlora.batch import Batch
-from qlora.data.loader import collate, eval_packs
+from qlora.data.loader import eval_packs
 from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
@@ -102,25 +103,12 @@ def choose_packs(
     if sum(split.lengths) <= max_tokens:
         return split, eval_packs(split, data)
     order = sorted(range(len(split.lengths)), key=lambda row: hashlib.sha256(str(row).encode()).digest())
-    chosen: list[int] = []
-    tokens = 0
-    for row in order:
-        if chosen and tokens + split.lengths[row] > max_tokens:
-            break
-        chosen.append(row)
-        tokens += split.lengths[row]
+    fitting = sum(total <= max_tokens for total in accumulate(split.lengths[row] for row in order))
+    chosen = order[: max(1, fitting)]
     if not data.packing:
         return split, [(row,) for row in sorted(chosen, key=lambda row: (-split.lengths[row], row))]
     packs = pack([split.lengths[row] for row in chosen], data.max_length)
     return split, [tuple(chosen[at] for at in members) for members in packs]
-
-
-def make_batches(
-    split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int, data: DataSection, rows_per_batch: int = 1
-) -> list[Batch]:
-    """Micro-batches of the packs on the host: 44 bytes a token, 6 MB for MAX_TOKENS."""
-    starts = range(0, len(packs), rows_per_batch)
-    return [collate(split, packs[start : start + rows_per_batch], pad_id, data.max_length) for start in starts]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -142,9 +130,8 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
     done = tokens = 0
     with evaluating(causal), _observed(causal, tally):
         for batch in batches:
-            tally.kept_N = real_positions(batch)
+            tally.kept_N = real_positions(batch).to(device)
             tokens += len(tally.kept_N)
-            tally.kept_N = tally.kept_N.to(device)
             hidden_BSD = hidden_states(causal_parts, batch.to(device))
             tally.add(f"{head}.weight", hidden_BSD)
             done += batch.tokens
@@ -154,7 +141,7 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
         if not np.isfinite(total_I).all():
             what = f"the importance matrix has numbers that are not finite: the inputs of {name} overflow"
             raise ExportError(what, "leave out --imatrix; a model with such activations should be looked at")
-    return Imatrix(sums, {name: tally.counts[name] for name in sums}, tokens)
+    return Imatrix(sums, tally.counts, tokens)
 
 
 def real_positions(batch: Batch) -> Tensor:
@@ -191,15 +178,11 @@ class _Tally:
 
 @contextmanager
 def _observed(causal: Any, tally: _Tally) -> Iterator[None]:
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, name=f"{name}.weight": tally.add(name, args[0]))
-        for name, module in _linear_layers(causal)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in _linear_layers(causal):
+            hook = module.register_forward_pre_hook(lambda _, args, name=f"{name}.weight": tally.add(name, args[0]))
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _linear_layers(causal: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -241,7 +224,7 @@ def write(imatrix: Imatrix, path: Path, names: Mapping[str, str], datasets: Sequ
     writer.add_uint32(CHUNK_COUNT, max(1, -(-imatrix.tokens // CHUNK_TOKENS)))
     writer.add_uint32(CHUNK_SIZE, CHUNK_TOKENS)
     for name in sorted(named.sums):
-        writer.add_tensor(name + SUMS, np.ascontiguousarray(named.sums[name], dtype=np.float32))
+        writer.add_tensor(name + SUMS, named.sums[name])
         writer.add_tensor(name + COUNTS, np.array([named.counts[name]], dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

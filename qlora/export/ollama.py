@@ -30,15 +30,11 @@ USUAL_CONTEXT_TOKENS = 4096
 MAX_NAME_CHARS = 80  # of 128 that types/model/name.go allows for all parts of a name together
 
 _SYSTEM: Message = {"role": "system", "content": "Be brief."}
-_QUESTIONS: tuple[Message, ...] = tuple(
-    {"role": "user", "content": text} for text in ("Who is there?", "And now?", "Why?")
-)
-_ANSWERS: tuple[Message, ...] = tuple({"role": "assistant", "content": text} for text in ("A friend.", "Two of them."))
-_PLAIN = (
-    [_QUESTIONS[0]],
-    [_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1]],
-    [_QUESTIONS[0], _ANSWERS[0], _QUESTIONS[1], _ANSWERS[1], _QUESTIONS[2]],
-)
+_TALK: list[Message] = [
+    {"role": "assistant" if at % 2 else "user", "content": text}
+    for at, text in enumerate(("Who is there?", "A friend.", "And now?", "Two of them.", "Why?"))
+]
+_PLAIN = [_TALK[:turns] for turns in (1, 3, 5)]
 _REASONED: Message = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA friend."}
 
 
@@ -47,7 +43,7 @@ _REASONED: Message = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\
 
 @dataclass(frozen=True)
 class Family:
-    """How a family writes a conversation; END stands for the token that ends a turn.
+    """How a family writes a conversation.
 
     user, answer  what stands before and after the words of a turn
     system        the same for a system prompt with a turn of its own
@@ -64,30 +60,28 @@ class Family:
     joined: Literal["first", "last"] = "first"
 
 
-def _header(role: str) -> tuple[str, str]:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n", "END"
+def families(end: str) -> tuple[Family, ...]:
+    """The families that we know, where the token `end` ends a turn.
 
-
-def _im_start(role: str) -> tuple[str, str]:
-    return f"<|im_start|>{role}\n", "END\n"
-
-
-# From the chat templates that the models were published with. Mistral's versions differ in blanks, which are tokens,
-# and in the place of the system prompt ("concept deep dive: tokenization" in Mistral's cookbook lists them).
-FAMILIES = (
-    Family("ChatML", _im_start("user"), _im_start("assistant"), _im_start("system")),
-    Family("Llama 3", _header("user"), _header("assistant"), _header("system")),
-    Family("Gemma", ("<start_of_turn>user\n", "END\n"), ("<start_of_turn>model\n", "END\n")),
-    Family("Phi-3", ("<|user|>\n", "END\n"), ("<|assistant|>\n", "END\n"), ("<|system|>\n", "END\n")),
-    Family("Phi-4-mini", ("<|user|>", "END"), ("<|assistant|>", "END"), ("<|system|>", "END")),
-    Family("Mistral v1", ("[INST] ", " [/INST]"), ("", "END")),
-    Family("Mistral v1", ("[INST] ", " [/INST]"), ("", "END ")),
-    Family("Mistral v1", (" [INST] ", " [/INST]"), (" ", "END")),
-    Family("Mistral v3", ("[INST] ", "[/INST]"), (" ", "END"), joined="last"),
-    Family("Mistral v3-tekken", ("[INST]", "[/INST]"), ("", "END"), joined="last"),
-    Family("Mistral v7", ("[INST] ", "[/INST]"), (" ", "END"), ("[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]")),
-    Family("Mistral v7-tekken", ("[INST]", "[/INST]"), ("", "END"), ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
-)
+    From the chat templates that the models were published with. Mistral's versions differ in blanks, which are tokens,
+    and in the place of the system prompt ("concept deep dive: tokenization" in Mistral's cookbook lists them).
+    """
+    line = f"{end}\n"
+    im_start, header = "<|im_start|>{}\n".format, "<|start_header_id|>{}<|end_header_id|>\n\n".format
+    return (
+        Family("ChatML", (im_start("user"), line), (im_start("assistant"), line), (im_start("system"), line)),
+        Family("Llama 3", (header("user"), end), (header("assistant"), end), (header("system"), end)),
+        Family("Gemma", ("<start_of_turn>user\n", line), ("<start_of_turn>model\n", line)),
+        Family("Phi-3", ("<|user|>\n", line), ("<|assistant|>\n", line), ("<|system|>\n", line)),
+        Family("Phi-4-mini", ("<|user|>", end), ("<|assistant|>", end), ("<|system|>", end)),
+        Family("Mistral v1", ("[INST] ", " [/INST]"), ("", end)),
+        Family("Mistral v1", ("[INST] ", " [/INST]"), ("", f"{end} ")),
+        Family("Mistral v1", (" [INST] ", " [/INST]"), (" ", end)),
+        Family("Mistral v3", ("[INST] ", "[/INST]"), (" ", end), joined="last"),
+        Family("Mistral v3-tekken", ("[INST]", "[/INST]"), ("", end), joined="last"),
+        Family("Mistral v7", ("[INST] ", "[/INST]"), (" ", end), ("[SYSTEM_PROMPT] ", "[/SYSTEM_PROMPT]")),
+        Family("Mistral v7-tekken", ("[INST]", "[/INST]"), ("", end), ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
+    )
 
 
 @dataclass(frozen=True)
@@ -95,32 +89,24 @@ class _Dialect:
     """A family as one model writes it: with what was seen in the renderings and is no part of the family."""
 
     family: Family
-    end: str
     start: str  # the BOS token, where the template writes it
     opening: str
     system_before: str  # stands in a system turn before the given text, such as Llama 3.1's date
     system_default: str | None  # the whole of that turn when none is given
 
-    def around(self, pair: tuple[str, str]) -> tuple[str, str]:
-        return pair[0], pair[1].replace("END", self.end)
-
     def prompt(self, messages: Sequence[Message]) -> str:
         """What this dialect writes for a conversation, in Python: `_go_text` writes the same in Go."""
         given = messages[0]["content"] if messages[0]["role"] == "system" else None
-        text = self.start
-        own = None if self.family.system is None else self.around(self.family.system)
-        if own and given is None and self.system_default is not None:
-            text += own[0] + self.system_default + own[1]
-        questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
-        joined_at = questions[0 if self.family.joined == "first" else -1]
-        for at, message in enumerate(messages):
-            words = message["content"]
-            if message["role"] == "system":
-                text += own[0] + self.system_before + words + own[1] if own else ""
-            else:
-                before, after = self.around(self.family.user if message["role"] == "user" else self.family.answer)
-                join = f"{given}\n\n" if own is None and given is not None and at == joined_at else ""
-                text += before + join + words + after
+        turns = messages if given is None else messages[1:]
+        text, joined_at = self.start, None
+        if self.family.system is None:
+            joined_at = 0 if self.family.joined == "first" else len(turns) - 1
+        elif (words := self.system_default if given is None else self.system_before + given) is not None:
+            text += self.family.system[0] + words + self.family.system[1]
+        for at, message in enumerate(turns):
+            before, after = self.family.user if message["role"] == "user" else self.family.answer
+            join = f"{given}\n\n" if given is not None and at == joined_at else ""
+            text += before + join + message["content"] + after
         return text + self.opening
 
 
@@ -156,10 +142,10 @@ def go_template(chat: ChatTemplate, bos: str | None, adds_bos: bool) -> GoTempla
     rendered = [(messages, render(messages)) for messages in cases]
     # A refusal is right only where the template takes no system prompt at all (Gemma 2).
     rendered = [(messages, text) for messages, text in rendered if text is not None or messages[0] is not _SYSTEM]
-    for family in FAMILIES:
-        dialect = _learn(family, chat.end_tokens[0], start, first, with_system)
+    for family in families(chat.end_tokens[0]):
+        dialect = _learn(family, start, first, with_system)
         if dialect is not None and all(dialect.prompt(messages) == text for messages, text in rendered):
-            reasoned = render([_QUESTIONS[0], _REASONED, _QUESTIONS[1]])
+            reasoned = render([_TALK[0], _REASONED, _TALK[2]])
             return GoTemplate(
                 label=family.label,
                 text=_go_text(dialect, "" if adds_bos else start),
@@ -170,41 +156,42 @@ def go_template(chat: ChatTemplate, bos: str | None, adds_bos: bool) -> GoTempla
     return None
 
 
-def _learn(family: Family, end: str, start: str, first: str, with_system: str | None) -> _Dialect | None:
+def _learn(family: Family, start: str, first: str, with_system: str | None) -> _Dialect | None:
     """What one question, without and with a system prompt, shows of a family; None when it is not of this one."""
-    question = family.user[0] + str(_QUESTIONS[0]["content"]) + family.user[1].replace("END", end)
+    question = family.user[0] + str(_TALK[0]["content"]) + family.user[1]
     ahead, found, opening = first.removeprefix(start).rpartition(question)
     if not found or not opening.startswith(family.answer[0].strip(" ")):
         return None
     before, default = "", None
     if family.system is not None:
-        opens, closes = family.system[0], family.system[1].replace("END", end)
+        opens, closes = family.system
         if ahead.startswith(opens) and ahead.endswith(closes):
             default = ahead[len(opens) : len(ahead) - len(closes)]
         if with_system is not None:
             turn = with_system.removeprefix(start).partition(str(_SYSTEM["content"]))[0]
             before = turn.removeprefix(opens)
-    return _Dialect(family, end, start, opening, before, default)
+    return _Dialect(family, start, opening, before, default)
 
 
 def _go_text(dialect: _Dialect, start: str) -> str:
     """The dialect in Go's text/template. No trim markers ({{-): they would eat a family's own line breaks."""
     family, plain = dialect.family, _go_literal
-    user, answer = dialect.around(family.user), dialect.around(family.answer)
     text, turns, loop, join = plain(start), "", "range .Messages", ""
     if family.system is not None:
-        own = dialect.around(family.system)
+        before, after = family.system
         if dialect.system_default is not None:
-            text += "{{ if not .System }}" + plain(own[0] + dialect.system_default + own[1]) + "{{ end }}"
-        turns = '{{ if eq .Role "system" }}' + plain(own[0] + dialect.system_before) + "{{ .Content }}" + plain(own[1])
+            text += "{{ if not .System }}" + plain(before + dialect.system_default + after) + "{{ end }}"
+        turns = '{{ if eq .Role "system" }}' + plain(before + dialect.system_before) + "{{ .Content }}" + plain(after)
         turns += "{{ else if "
     else:
         # A system prompt is always the first message: the first question is message 0 or 1.
         place = "le $i 1" if family.joined == "first" else "eq (len (slice $.Messages $i)) 1"
         loop, turns = "range $i, $_ := .Messages", "{{ if "
         join = "{{ if and $.System (" + place + ") }}{{ $.System }}\n\n{{ end }}"
-    turns += 'eq .Role "user" }}' + plain(user[0]) + join + "{{ .Content }}" + plain(user[1])
-    turns += '{{ else if eq .Role "assistant" }}' + plain(answer[0]) + "{{ .Content }}" + plain(answer[1]) + "{{ end }}"
+    before, after = family.user
+    turns += 'eq .Role "user" }}' + plain(before) + join + "{{ .Content }}" + plain(after)
+    before, after = family.answer
+    turns += '{{ else if eq .Role "assistant" }}' + plain(before) + "{{ .Content }}" + plain(after) + "{{ end }}"
     return text + "{{ " + loop + " }}" + turns + "{{ end }}" + plain(dialect.opening)
 
 
@@ -256,11 +243,12 @@ def modelfile(model: OllamaModel, file_name: str = "Modelfile") -> str:
         f"FROM {_quoted_name(weights)}",
     ]
     if model.adapter is not None:
-        lines += ["# The model above must be the one that this adapter was trained on."]
-        lines += [f"ADAPTER {_quoted_name(f'./{model.adapter}')}"]
+        lines.append("# The model above must be the one that this adapter was trained on.")
+        lines.append(f"ADAPTER {_quoted_name(f'./{model.adapter}')}")
     lines += ["", *_template_lines(model.template), *_system_lines(model.system, model.template)]
-    lines += ["", *_stop_lines(model.end_tokens), *_sampling_lines(model.generation)]
-    lines += _context_lines(model.max_length, model.max_positions)
+    stops = [_quoted(token, '"') for token in dict.fromkeys(model.end_tokens) if token]
+    lines += ["", *(f"PARAMETER stop {stop}" for stop in stops if stop is not None)]
+    lines += _sampling_lines(model.generation) + _context_lines(model.max_length, model.max_positions)
     if model.license and (text := _quoted(model.license)) is not None:
         lines += ["", f"LICENSE {text}"]
     return "\n".join(lines) + "\n"
@@ -313,11 +301,6 @@ def _system_lines(system: str | None, template: GoTemplate | None) -> list[str]:
     return ["# The system prompt that all training rows share.", f"SYSTEM {text}"]
 
 
-def _stop_lines(end_tokens: Sequence[str]) -> list[str]:
-    quoted = [_quoted(token, '"') for token in dict.fromkeys(end_tokens) if token]
-    return [f"PARAMETER stop {token}" for token in quoted if token is not None]
-
-
 # generation_config.json's key, Ollama's, whether it is a whole number, and the range in which transformers takes it
 # (generation/logits_process.py), with ends far beyond what anybody uses.
 _SAMPLING = (
@@ -341,9 +324,8 @@ def _sampling_lines(generation: Mapping[str, Any]) -> list[str]:
         values["temperature"] = 0.0
     lines = []
     for key, name, integer, (low, high) in _SAMPLING:
-        if key not in values:
+        if (value := values.get(key)) is None:
             continue
-        value = values[key]
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high or (integer and value != int(value)):  # nan is in no range
             lines.append(f"# generation_config.json: {key} = {repr(value)[:40]} cannot be used and is left out.")
@@ -358,11 +340,9 @@ def _context_lines(max_length: int | None, max_positions: int | None) -> list[st
     Without it Ollama cuts the beginning off longer conversations in silence; the whole of a base's 128 k positions
     would cost gigabytes of cache for lengths that were never trained.
     """
-    wanted = max(max_length, USUAL_CONTEXT_TOKENS) if max_length else None
-    limits = [number for number in (wanted, max_positions) if number]
-    if not limits or (wanted is None and limits[0] >= USUAL_CONTEXT_TOKENS):
-        return []
-    return [f"PARAMETER num_ctx {min(limits)}"]
+    wanted = max(max_length or 0, USUAL_CONTEXT_TOKENS)
+    tokens = min(wanted, max_positions or wanted)
+    return [f"PARAMETER num_ctx {tokens}"] if max_length or tokens < USUAL_CONTEXT_TOKENS else []
 
 
 def _quoted(text: str, quote: Literal['"', '"""'] = '"""') -> str | None:

@@ -25,7 +25,7 @@ from qlora.export.artifacts import DTYPES, Artifact, ExportedArtifact, ExportOpt
 from qlora.export.gguf import lora, write
 from qlora.export.gguf import plan as gguf_plan
 from qlora.export.gguf import vocab as vocabulary
-from qlora.export.gguf.metadata import About, entries, general_keys
+from qlora.export.gguf.metadata import About, Entry, entries, general_keys
 from qlora.export.gguf.plan import GgufPlan, Tokens
 from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.gguf.rope import Key
@@ -209,7 +209,7 @@ def _write_ggufs(job: _Job) -> None:
             importance.write(matrix, job.folder(artifact) / IMATRIX_FILE, layout.names, job.source.datasets)
 
 
-def _keys(job: _Job, artifact: Artifact) -> tuple[vocabulary.Entry, ...]:
+def _keys(job: _Job, artifact: Artifact) -> tuple[Entry, ...]:
     """Every key of a model file."""
     assert artifact.quant is not None
     about = About.of(job.source.base, job.source.name, job.source.datasets)

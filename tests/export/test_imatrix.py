@@ -39,7 +39,8 @@ def split_of(lengths: tuple[int, ...] = LENGTHS) -> PreparedSplit:
 
 def batches_of(rows_per_batch: int = 2) -> list[Batch]:
     split, packs = imatrix.choose_packs([split_of()], DATA)
-    batches = imatrix.make_batches(split, packs, 0, DATA, rows_per_batch)
+    starts = range(0, len(packs), rows_per_batch)
+    batches = [collate(split, packs[start : start + rows_per_batch], 0, DATA.max_length) for start in starts]
     assert any(len(imatrix.real_positions(batch)) < batch.tokens for batch in batches), "nothing is padded here"
     assert any(len(members) > 1 for members in packs), "nothing is packed here"
     return batches

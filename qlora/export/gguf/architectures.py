@@ -41,6 +41,7 @@ class Family:
 
 QKV = ("q_proj", "k_proj", "v_proj")
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
+GELU = "gelu_pytorch_tanh"
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(gguf.MODEL_ARCH.LLAMA, "silu", interleaves=True, takes_rope_factors=True, biases=(*QKV, *OTHERS)),
     "mistral": Family(gguf.MODEL_ARCH.LLAMA, "silu", interleaves=True, takes_rope_factors=True),
@@ -48,20 +49,9 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(gguf.MODEL_ARCH.QWEN3, "silu"),
     "phi3": Family(gguf.MODEL_ARCH.PHI3, "silu", takes_rope_factors=True),
     "gemma2": Family(
-        gguf.MODEL_ARCH.GEMMA2,
-        "gelu_pytorch_tanh",
-        norms_plus_one=True,
-        window_period=2,
-        special_scale_layers=46,
-        must_tie=True,
+        gguf.MODEL_ARCH.GEMMA2, GELU, norms_plus_one=True, window_period=2, special_scale_layers=46, must_tie=True
     ),
-    "gemma3_text": Family(
-        gguf.MODEL_ARCH.GEMMA3,
-        "gelu_pytorch_tanh",
-        norms_plus_one=True,
-        window_period=6,
-        special_scale_layers=62,
-    ),
+    "gemma3_text": Family(gguf.MODEL_ARCH.GEMMA3, GELU, norms_plus_one=True, window_period=6, special_scale_layers=62),
 }
 
 
@@ -163,12 +153,9 @@ def _shape_keys(config: Any, head_dim: int, rotated: int) -> list[Key]:
 def _attention_keys(config: Any, family: Family) -> list[Key]:
     """Softcaps and sliding windows, where the architecture has them."""
     keys: list[Key] = []
-    for name, key in (
-        ("attn_logit_softcapping", "attn_logit_softcapping"),
-        ("final_logit_softcapping", "final_logit_softcapping"),
-    ):
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None):
-            keys.append((key, float(getattr(config, name))))
+            keys.append((name, float(getattr(config, name))))
     sliding = _sliding_layers(config)
     if family.window_period is None or not any(sliding):
         # Phi-3's graph warns of a window it does not have: 0 says that there is none (llama.cpp, phi3.cpp).
@@ -192,11 +179,12 @@ def _tensors(
         if name is None or (leaf == "bias" and layer not in family.biases):
             raise ExportError(f"llama.cpp has no place for the tensor {parameter}", "export with --to hf")
         change: Change = "none"
+        unit = 1
         if family.interleaves and layer in ("q_proj", "k_proj"):
-            change = "interleave"
+            change, unit = "interleave", head_dim
         elif family.norms_plus_one and parameter.endswith("norm.weight"):
             change = "plus one"
-        tensors.append(GgufTensor(name, parameter, tuple(shape), change, head_dim if change == "interleave" else 1))
+        tensors.append(GgufTensor(name, parameter, tuple(shape), change, unit))
     return tuple(tensors)
 
 
@@ -206,27 +194,22 @@ def _check(config: Any, family: Family, dims: tuple[int, int], tied: bool) -> No
     `dims` are a head's, and how many of them turn with the position.
     """
     head_dim, rotated = dims
-    refused = []
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if activation != family.activation:
-        refused.append(f"the activation {activation!r} in {config.model_type} (it computes {family.activation})")
+        raise rope.refused(f"the activation {activation!r} in {config.model_type} (it computes {family.activation})")
     if family.must_tie and not tied:
-        refused.append(f"a {config.model_type} model whose head is not its embedding")
+        raise rope.refused(f"a {config.model_type} model whose head is not its embedding")
     if family.arch == gguf.MODEL_ARCH.QWEN2 and head_dim * config.num_attention_heads != config.hidden_size:
-        refused.append(f"heads of {head_dim} dims in a qwen2 model that is {config.hidden_size} wide")
+        raise rope.refused(f"heads of {head_dim} dims in a qwen2 model that is {config.hidden_size} wide")
     if family.arch == gguf.MODEL_ARCH.LLAMA and rotated != head_dim:
-        refused.append(f"{rotated} rotated dims of {head_dim} in {config.model_type}")
+        raise rope.refused(f"{rotated} rotated dims of {head_dim} in {config.model_type}")
     if family.special_scale_layers is not None:
         special = config.num_hidden_layers == family.special_scale_layers
         scale = config.hidden_size // config.num_attention_heads if special else head_dim
         if config.query_pre_attn_scalar != scale:
-            refused.append(f"query_pre_attn_scalar = {config.query_pre_attn_scalar} (its graph scales by {scale})")
+            raise rope.refused(f"query_pre_attn_scalar = {config.query_pre_attn_scalar} (its graph scales by {scale})")
     if config.model_type == "gemma3_text" and getattr(config, "use_bidirectional_attention", None):
-        refused.append("attention in both directions")
-    if refused:
-        raise ExportError(
-            f"llama.cpp cannot express {refused[0]}", "export with --to hf, and run it with transformers or vLLM"
-        )
+        raise rope.refused("attention in both directions")
 
 
 def _notices(config: Any, family: Family, constants: Mapping[str, Any]) -> tuple[str, ...]:
@@ -249,12 +232,10 @@ def _notices(config: Any, family: Family, constants: Mapping[str, Any]) -> tuple
 
 def _sliding_layers(config: Any) -> list[bool]:
     """Which layers see only a window. Mistral and Phi-3 have one window for all of them and no `layer_types`."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
+    if kinds := getattr(config, "layer_types", None):
         return [kind == "sliding_attention" for kind in kinds]
     return [bool(getattr(config, "sliding_window", None))] * int(config.num_hidden_layers)
 
 
 def _flat_rope(config: Any) -> Mapping[str, Any]:
-    rope_parameters = config.rope_parameters
-    return rope_parameters.get("full_attention", rope_parameters)  # type: ignore[no-any-return]
+    return config.rope_parameters.get("full_attention", config.rope_parameters)  # type: ignore[no-any-return]

@@ -13,13 +13,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 
 from qlora.export.gguf.rope import Key
-from qlora.export.gguf.vocab import Entry
 from qlora.model.base_folder import BaseFolder
 from qlora.version import __version__
 
@@ -27,6 +26,15 @@ ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 MAX_CARD_BYTES = 1 << 20
 _LICENSE = re.compile(r"^license(?P<part>|_name|_link):\s*[\"']?(?P<value>[^\"'\n]+?)[\"']?\s*$", re.MULTILINE)
 _SWITCH = re.compile(r"phi-?3", re.IGNORECASE)
+
+
+class Entry(NamedTuple):
+    """One key of a GGUF file: the arguments of GGUFWriter.add_key_value, in its order."""
+
+    key: str
+    value: Any
+    type: gguf.GGUFValueType
+    sub_type: gguf.GGUFValueType | None = None
 
 
 @dataclass(frozen=True)
@@ -100,14 +108,15 @@ def general_keys(about: About, kind: str, strips_after_specials: bool = False) -
 
 
 def entries(keys: Sequence[Key]) -> list[Entry]:
-    """Keys with the type that llama.cpp reads them as: counts are unsigned. Empty texts are left out."""
+    """Keys with the type that llama.cpp reads: counts are unsigned, token types are not. Empty texts are left out."""
     return [_entry(key, value) for key, value in keys if value != ""]
 
 
 def _entry(key: str, value: Any) -> Entry:
     kinds = gguf.GGUFValueType
     if isinstance(value, list):
-        return Entry(key, value, kinds.ARRAY, _entry("", value[0]).type)
+        inner = kinds.INT32 if key == "tokenizer.ggml.token_type" else _entry("", value[0]).type
+        return Entry(key, value, kinds.ARRAY, inner)
     if isinstance(value, bool):
         return Entry(key, value, kinds.BOOL)
     if isinstance(value, int):
@@ -116,9 +125,7 @@ def _entry(key: str, value: Any) -> Entry:
 
 
 def header(
-    arch: str,
-    keys: Sequence[Entry],
-    tensors: Sequence[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]],
+    arch: str, keys: Sequence[Entry], tensors: Sequence[tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]]
 ) -> bytes:
     """Everything before the weights, padded: magic, keys, and name, shape, type and place of each tensor.
 

@@ -86,10 +86,7 @@ KNOWN = (
     Known("gpt-4o", (GPT4O, BYTES), limit=Limit.LETTER_CASE),
     Known("seed-coder", (SEED_CODER, BYTES)),
     Known("minicpm5", (r"\p{N}{1,3}", LLAMA3.replace("{1,3}", "+"), BYTES), ignore_merges=True),
-    Known(
-        "deepseek-llm",
-        (r"[\r\n]", _CASED_LETTERS, _SIGN_BLOCKS, r"\s+$", _CJK_BLOCKS, r"\p{N}", BYTES),
-    ),
+    Known("deepseek-llm", (r"[\r\n]", _CASED_LETTERS, _SIGN_BLOCKS, r"\s+$", _CJK_BLOCKS, r"\p{N}", BYTES)),
     Known("deepseek-coder", (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_BLOCKS, r"\p{N}", BYTES)),
     Known("deepseek-v3", (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", DEEPSEEK3, BYTES)),
     Known("falcon", ("punctuation", GPT2, BYTES, "[0-9][0-9][0-9]")),
@@ -108,6 +105,9 @@ _SPELLINGS = (
     (r"\p{N}{1}|", r"\p{N}|"),
     (r"|\s*[\r\n]|", r"|\s*[\r\n]+|"),
 )
+# A Split's behavior and inversion that cut at its matches and lose nothing: "Removed" and "invert" keep the matches
+# only, and the regular expressions written so match every character.
+_LOSSLESS_SPLITS = {("Isolated", False), ("Removed", True)}
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,10 @@ def spelled(regex: str) -> str:
 
 def _normalizer_limits(normalizer: Mapping[str, Any] | None, folder: Path) -> tuple[Limit, ...]:
     kinds = [part["type"] for part in flat(normalizer, "normalizers")]
-    if not kinds:
-        return ()
-    if set(kinds) == {"NFC"}:
-        return (Limit.COMPOSITION,)
-    raise ExportError(
-        f"{folder}: llama.cpp cannot normalize text as this tokenizer does ({', '.join(kinds)})", OVERRIDE
-    )
+    if set(kinds) <= {"NFC"}:
+        return (Limit.COMPOSITION,) if kinds else ()
+    shown = ", ".join(kinds)
+    raise ExportError(f"{folder}: llama.cpp cannot normalize text as this tokenizer does ({shown})", OVERRIDE)
 
 
 def _steps(pre_tokenizer: Mapping[str, Any] | None, folder: Path) -> list[str]:
@@ -165,8 +162,8 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None, folder: Path) -> list[str]:
         if kind == "ByteLevel" and not part.get("add_prefix_space"):
             steps += [GPT2] if part.get("use_regex", True) else []
             steps.append(BYTES)
-        elif kind == "Split" and _keeps_all(part):
-            steps.append(_pattern(part))
+        elif kind == "Split" and (part.get("behavior"), bool(part.get("invert"))) in _LOSSLESS_SPLITS:
+            steps.append(spelled(str(part["pattern"].get("Regex", part["pattern"].get("String")))))
         elif kind == "Digits":
             steps.append(r"\p{N}" if part.get("individual_digits") else r"\p{N}+")
         elif kind == "Punctuation" and part.get("behavior") == "Contiguous":
@@ -175,19 +172,6 @@ def _steps(pre_tokenizer: Mapping[str, Any] | None, folder: Path) -> list[str]:
             settings = ", ".join(f"{key}={value!r}" for key, value in part.items() if key != "type")
             raise ExportError(f"{folder}: llama.cpp cannot pre-tokenize by {kind}({settings})", OVERRIDE)
     return steps
-
-
-def _keeps_all(split: Mapping[str, Any]) -> bool:
-    """Whether a Split cuts at its matches and loses nothing: both ways of saying so that are in use.
-
-    "Removed" and "invert" keep the matches only; the regular expressions written so match every character.
-    """
-    return (split.get("behavior"), bool(split.get("invert"))) in {("Isolated", False), ("Removed", True)}
-
-
-def _pattern(split: Mapping[str, Any]) -> str:
-    pattern = split["pattern"]
-    return spelled(str(pattern.get("Regex", pattern.get("String"))))
 
 
 def flat(part: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:

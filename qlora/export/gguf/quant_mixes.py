@@ -38,13 +38,7 @@ Q4_0, IQ4_XS, IQ4_NL = GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_XS, G
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
 # What takes the place of a type whose blocks do not fit a row (llama-quant.cpp, tensor_type_fallback).
-FALLBACKS: Mapping[GGMLQuantizationType, GGMLQuantizationType] = {
-    Q3_K: Q4_0,
-    Q4_K: Q5_0,
-    Q5_K: Q5_1,
-    Q6_K: Q8_0,
-    IQ4_XS: IQ4_NL,
-}
+FALLBACKS = {Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0, IQ4_XS: IQ4_NL}
 
 
 @dataclass(frozen=True)
@@ -58,11 +52,10 @@ class MixHparams:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight stands."""
+    """Where a weight stands, and in which model."""
 
     layer: int
-    layers: int
-    heads_per_kv_head: int
+    model: MixHparams
     big_grouped: bool  # llama.cpp's "70B"
     has_imatrix: bool
 
@@ -78,13 +71,17 @@ class Rule:
 
 @dataclass(frozen=True)
 class Quant:
-    """One of the names that a user can ask for. `file_type` is the number in `general.file_type`."""
+    """One of the names that a user can ask for."""
 
     label: str
-    file_type: int
     default: GGMLQuantizationType
     head: GGMLQuantizationType
     rules: tuple[Rule, ...] = ()
+
+    @property
+    def file_type(self) -> int:
+        """The number in `general.file_type` (enum llama_ftype in llama.h)."""
+        return int(LlamaFileType["ALL_F32" if self.default == F32 else f"MOSTLY_{self.label}"])
 
     @property
     def needs_library(self) -> bool:
@@ -113,9 +110,8 @@ class TypeChoice:
             return None
         counts = Counter((fallback.wanted, fallback.got) for fallback in self.fallbacks)
         shares = ", ".join(f"{got.name} for {wanted.name} in {count}" for (wanted, got), count in counts.items())
-        return (
-            f"rows that are not whole blocks: {shares} of {len(self.types)} tensors, so the file is larger than usual"
-        )
+        tensors = len(self.types)
+        return f"rows that are not whole blocks: {shares} of {tensors} tensors, so the file is larger than usual"
 
 
 def everywhere(place: Place) -> bool:
@@ -128,18 +124,18 @@ def first_layers(count: int) -> Callable[[Place], bool]:
 
 def first_part(divisor: int) -> Callable[[Place], bool]:
     """The first 1/divisor of all layers, rounded down."""
-    return lambda place: place.layer < place.layers // divisor
+    return lambda place: place.layer < place.model.layers // divisor
 
 
 def outer_and_every_third(place: Place) -> bool:
     """The first and last eighth of the layers, where errors did most harm, and every third between (use_more_bits)."""
-    eighth = place.layers // 8
-    return place.layer < eighth or place.layer >= 7 * place.layers // 8 or (place.layer - eighth) % 3 == 2
+    layer, layers = place.layer, place.model.layers
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def grouped_by_four(place: Place) -> bool:
     """Four query heads or more share a value head: attn_v is a small tensor, and finer bits cost little."""
-    return place.heads_per_kv_head >= 4
+    return place.model.heads // place.model.kv_heads >= 4
 
 
 def first_eighth_unweighted(place: Place) -> bool:
@@ -149,25 +145,20 @@ def first_eighth_unweighted(place: Place) -> bool:
 
 _SIX_BITS_OUTSIDE = tuple(Rule(role, Q6_K, outer_and_every_third) for role in ("attn_v", "ffn_down"))
 # In each: values and what goes down from the feed-forward part are added to the residual stream as they are, so their
-# errors stay; queries, keys, gate and up only steer and bear the default. Numbers: enum llama_ftype in llama.h.
+# errors stay; queries, keys, gate and up only steer and bear the default.
 QUANTS: Mapping[str, Quant] = {
-    "f32": Quant("F32", LlamaFileType.ALL_F32.value, F32, F32),
-    "f16": Quant("F16", LlamaFileType.MOSTLY_F16.value, F16, F16),
-    "bf16": Quant("BF16", LlamaFileType.MOSTLY_BF16.value, BF16, BF16),
-    "q8_0": Quant("Q8_0", LlamaFileType.MOSTLY_Q8_0.value, Q8_0, Q8_0),
-    "q6_k": Quant("Q6_K", LlamaFileType.MOSTLY_Q6_K.value, Q6_K, Q6_K),
-    "q5_k_m": Quant("Q5_K_M", LlamaFileType.MOSTLY_Q5_K_M.value, Q5_K, Q6_K, _SIX_BITS_OUTSIDE),
-    "q4_k_m": Quant("Q4_K_M", LlamaFileType.MOSTLY_Q4_K_M.value, Q4_K, Q6_K, _SIX_BITS_OUTSIDE),
+    "f32": Quant("F32", F32, F32),
+    "f16": Quant("F16", F16, F16),
+    "bf16": Quant("BF16", BF16, BF16),
+    "q8_0": Quant("Q8_0", Q8_0, Q8_0),
+    "q6_k": Quant("Q6_K", Q6_K, Q6_K),
+    "q5_k_m": Quant("Q5_K_M", Q5_K, Q6_K, _SIX_BITS_OUTSIDE),
+    "q4_k_m": Quant("Q4_K_M", Q4_K, Q6_K, _SIX_BITS_OUTSIDE),
     "q4_k_s": Quant(
-        "Q4_K_S",
-        LlamaFileType.MOSTLY_Q4_K_S.value,
-        Q4_K,
-        Q6_K,
-        (Rule("attn_v", Q5_K, first_layers(4)), Rule("ffn_down", Q5_K, first_part(8))),
+        "Q4_K_S", Q4_K, Q6_K, (Rule("attn_v", Q5_K, first_layers(4)), Rule("ffn_down", Q5_K, first_part(8)))
     ),
     "q3_k_m": Quant(
         "Q3_K_M",
-        LlamaFileType.MOSTLY_Q3_K_M.value,
         Q3_K,
         Q6_K,
         (
@@ -179,17 +170,11 @@ QUANTS: Mapping[str, Quant] = {
         ),
     ),
     "iq4_xs": Quant(
-        "IQ4_XS",
-        LlamaFileType.MOSTLY_IQ4_XS.value,
-        IQ4_XS,
-        Q6_K,
-        (Rule("attn_v", Q5_K, grouped_by_four), Rule("ffn_down", Q5_K, first_eighth_unweighted)),
+        "IQ4_XS", IQ4_XS, Q6_K, (Rule("attn_v", Q5_K, grouped_by_four), Rule("ffn_down", Q5_K, first_eighth_unweighted))
     ),
 }
 
 _LAYER_WEIGHT = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-# A projection of query, key and value in one (Phi-3) is handled as the most sensitive of the three.
-_ROLES = {"attn_qkv": "attn_v"}
 # llama.cpp numbers attn_v and ffn_down as it meets them, layer by layer. In ARCHITECTURES each layer has one of each,
 # and the number is the layer's own.
 
@@ -209,21 +194,13 @@ def choose_types(
     if arch not in ARCHITECTURES:
         raise ExportError(f"{arch}: no rules for quantizing this architecture", f"known are {', '.join(ARCHITECTURES)}")
     chosen = QUANTS[quant]
-    names = {name for name, _ in tensors}
-    head = "output.weight" if "output.weight" in names else "token_embd.weight"
-    place = Place(
-        layer=0,
-        layers=hparams.layers,
-        heads_per_kv_head=hparams.heads // hparams.kv_heads,
-        big_grouped=is_big_grouped(arch, hparams),
-        has_imatrix=has_imatrix,
-    )
+    head = "output.weight" if "output.weight" in dict(tensors) else "token_embd.weight"
+    place = Place(0, hparams, is_big_grouped(arch, hparams), has_imatrix)
     types, fallbacks = {}, []
     for name, shape in tensors:
-        if stays_f32(name, shape):
-            types[name] = F32
-            continue
         wanted = chosen.head if name == head else _by_rules(name, chosen, place)
+        if stays_f32(name, shape):
+            wanted = F32
         types[name] = fit(wanted, shape[-1])
         if types[name] != wanted:
             fallbacks.append(Fallback(name, wanted, types[name]))
@@ -255,7 +232,8 @@ def _by_rules(name: str, quant: Quant, place: Place) -> GGMLQuantizationType:
     match = _LAYER_WEIGHT.fullmatch(name)
     if match is None:
         return quant.default
-    role = _ROLES.get(match[2], match[2])
+    # A projection of query, key and value in one (Phi-3) is handled as the most sensitive of the three.
+    role = "attn_v" if match[2] == "attn_qkv" else match[2]
     here = replace(place, layer=int(match[1]))
     kind = next((rule.kind for rule in quant.rules if rule.role == role and rule.fits(here)), quant.default)
     return Q5_K if role == "attn_v" and here.big_grouped and kind in (Q3_K, Q4_K) else kind

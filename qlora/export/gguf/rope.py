@@ -64,45 +64,44 @@ def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope],
     """
     sections = config.rope_parameters
     if "full_attention" not in sections:
-        return _one(config, dict(sections), rotated_dims, model[""], takes_factors)
-    whole = _one(config, dict(sections["full_attention"]), rotated_dims, model["full_attention"], takes_factors)
-    local = dict(sections.get("sliding_attention") or {})
+        return _one(config, sections, rotated_dims, model[""], takes_factors)
+    whole = _one(config, sections["full_attention"], rotated_dims, model["full_attention"], takes_factors)
+    local = sections.get("sliding_attention")
+    if not local:
+        return whole
     if local.get("rope_type", "default") != "default":
-        raise _refused(f"sliding layers with {local['rope_type']!r} positions")
-    keys = list(whole.keys)
-    if local:
-        keys.append(("rope.freq_base_swa", float(local["rope_theta"])))
-        _compare(_frequencies(float(local["rope_theta"]), rotated_dims), 1.0, model["sliding_attention"])
-    return Rope(tuple(keys), whole.tensors)
+        raise refused(f"sliding layers with {local['rope_type']!r} positions")
+    base = float(local["rope_theta"])
+    _compare(_frequencies(base, rotated_dims), 1.0, model["sliding_attention"])
+    return Rope((*whole.keys, ("rope.freq_base_swa", base)), whole.tensors)
 
 
-def _one(config: Any, rope: dict[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
+def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
     kind = str(rope.get("rope_type", "default"))
     base = float(rope["rope_theta"])
-    plain = _frequencies(base, dims)
-    keys: list[Key] = [("rope.freq_base", base)]
-    if kind == "default":
-        _compare(plain, 1.0, own)
-        return Rope(tuple(keys), {})
+    scaled = plain = _frequencies(base, dims)
+    attention = 1.0
+    keys: list[Key] = []
+    tensors: dict[str, NDArray[np.float32]] = {}
     if kind == "linear":
         factor = float(rope["factor"])
-        _compare(plain / factor, 1.0, own)
-        return Rope((*keys, ("rope.scaling.type", "linear"), ("rope.scaling.factor", factor)), {})
-    if kind == "yarn":
-        more, scaled, attention = _yarn(config, rope, plain)
-        _compare(scaled, attention, own)
-        return Rope((*keys, *more), {})
-    if kind in ("llama3", "longrope") and not takes_factors:
-        raise _refused(f"{kind!r} positions in this architecture")
-    if kind == "llama3":
+        keys = [("rope.scaling.type", "linear"), ("rope.scaling.factor", factor)]
+        scaled = plain / factor
+    elif kind == "yarn":
+        keys, scaled, attention = _yarn(config, rope, plain)
+    elif kind in ("llama3", "longrope") and not takes_factors:
+        raise refused(f"{kind!r} positions in this architecture")
+    elif kind == "llama3":
         factors = _llama3_factors(rope, plain)
-        _compare(plain / factors, 1.0, own)
-        return Rope(tuple(keys), {"rope_freqs.weight": factors.astype(np.float32)})
-    if kind == "longrope":
-        more, tensors = _longrope(config, rope, dims)
-        _compare(plain / tensors["rope_factors_short.weight"], dict(more)["rope.scaling.attn_factor"], own)
-        return Rope((*keys, *more), tensors)
-    raise _refused(f"{kind!r} positions")
+        tensors = {"rope_freqs.weight": factors.astype(np.float32)}
+        scaled = plain / factors
+    elif kind == "longrope":
+        keys, tensors = _longrope(config, rope, dims)
+        scaled, attention = plain / tensors["rope_factors_short.weight"], dict(keys)["rope.scaling.attn_factor"]
+    elif kind != "default":
+        raise refused(f"{kind!r} positions")
+    _compare(scaled, attention, own)
+    return Rope((("rope.freq_base", base), *keys), tensors)
 
 
 def _frequencies(base: float, dims: int) -> NDArray[np.float64]:
@@ -127,7 +126,7 @@ def _yarn(
     fast = float(rope.get("beta_fast") or YARN_BETA_FAST)
     slow = float(rope.get("beta_slow") or YARN_BETA_SLOW)
     if rope.get("truncate") is False:
-        raise _refused("yarn positions whose ramp is not rounded (truncate = false)")
+        raise refused("yarn positions whose ramp is not rounded (truncate = false)")
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN section 3.4
     keys: list[Key] = [
         ("rope.scaling.type", "yarn"),
@@ -170,7 +169,7 @@ def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key
     for name in ("long", "short"):
         factors: Sequence[float] = rope[f"{name}_factor"]
         if len(factors) != dims // 2:
-            raise _refused(f"{len(factors)} {name} factors for {dims // 2} pairs of dims")
+            raise refused(f"{len(factors)} {name} factors for {dims // 2} pairs of dims")
         tensors[f"rope_factors_{name}.weight"] = np.asarray(factors, dtype=np.float32)
     keys: list[Key] = [
         ("rope.scaling.type", "longrope"),
@@ -182,16 +181,14 @@ def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key
 
 def _compare(frequencies: NDArray[np.float64], attention: float, own: ReferenceRope) -> None:
     """What llama.cpp will compute with against what the model does. Raises ExportError when they differ."""
-    same = own.frequencies.shape == frequencies.shape and np.allclose(
-        own.frequencies, frequencies, rtol=SAME_FREQUENCY, atol=0.0
-    )
-    if not same:
-        raise _refused("these rotary positions: it would turn by other angles than the model")
+    computed = own.frequencies
+    if computed.shape != frequencies.shape or not np.allclose(computed, frequencies, rtol=SAME_FREQUENCY, atol=0.0):
+        raise refused("these rotary positions: it would turn by other angles than the model")
     if not math.isclose(own.attention, attention, rel_tol=SAME_FREQUENCY):
-        raise _refused(
-            f"these rotary positions: it would scale attention by {attention:.4f}, not by {own.attention:.4f}"
-        )
+        wanted = own.attention
+        raise refused(f"these rotary positions: it would scale attention by {attention:.4f}, not by {wanted:.4f}")
 
 
-def _refused(what: str) -> ExportError:
+def refused(what: str) -> ExportError:
+    """The error for a setting that llama.cpp does not have."""
     return ExportError(f"llama.cpp cannot express {what}", "export with --to hf, and run it with transformers or vLLM")

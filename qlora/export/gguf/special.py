@@ -55,8 +55,7 @@ def special_ids(
     ids: dict[str, int] = {}
     for ours, theirs in _NAMES.items():
         found = [getattr(tokenizer, f"{theirs}_token_id", None), *_configured(configs, f"{theirs}_token_id")]
-        usable = [number for number in found if isinstance(number, int) and 0 <= number < rows]
-        if usable:
+        if usable := [number for number in found if isinstance(number, int) and 0 <= number < rows]:
             ids[ours] = usable[0]
     vocab = tokenizer.get_vocab()
     ends = [vocab[text] for text in turn_ends if text in vocab]
@@ -71,20 +70,16 @@ def special_ids(
     ids["eot"] = ends[0] if ends else ids["eos"]
     stops = [number for number in _configured(configs[:1], "eos_token_id") if 0 <= number < rows]
     more = [number for number in dict.fromkeys([*ends, *stops]) if number not in (ids["eos"], ids["eot"])]
-    more = [number for number in more if _text(tokenizer, number) not in STOP_TEXTS]
+    more = [number for number in more if tokenizer.convert_ids_to_tokens(number) not in STOP_TEXTS]
     if more:
         ids["eom"] = more[0]
     elif "<|eom_id|>" in vocab:
         ids["eom"] = vocab["<|eom_id|>"]
     for name, texts in _FILL_IN.items():
-        present = [vocab[text] for text in texts if text in vocab]
-        ids |= {name: present[0]} if present else {}
-    left = [_text(tokenizer, number) for number in more[1:]]
+        if present := [vocab[text] for text in texts if text in vocab]:
+            ids[name] = present[0]
+    left = [str(tokenizer.convert_ids_to_tokens(number)) for number in more[1:]]
     return ids, [f"llama.cpp will not stop at {_some(left)}: it takes three ends only"] if left else []
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    return str(tokenizer.convert_ids_to_tokens(number))
 
 
 def _configured(configs: Sequence[Mapping[str, Any]], key: str) -> list[int]:
@@ -113,16 +108,14 @@ def added_bos_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     """
     plain = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(_PROBE)["input_ids"])
-    starts = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
-    before = whole[: starts[0]] if starts else whole
-    after = whole[starts[0] + len(plain) :] if starts else whole
-    if not starts or len(before) > 1 or len(after) > 1:
-        added = len(whole) - len(plain)
+    added = len(whole) - len(plain)
+    start = next((at for at in range(added + 1) if whole[at : at + len(plain)] == plain), None)
+    if start is None or start > 1 or added - start > 1:
         raise ExportError(
             f"{folder}: the tokenizer adds {added} tokens around a text, llama.cpp one before and one after at most",
             "change the post_processor in tokenizer.json",
         )
-    return before, after
+    return whole[:start], whole[start + len(plain) :]
 
 
 def chat_templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -56,15 +56,15 @@ def is_spm(tokenizer: Mapping[str, Any]) -> bool:
 
 def spaces(tokenizer: Mapping[str, Any], folder: Path) -> Spaces:
     """How this tokenizer marks spaces. Raises ExportError for a structure that llama.cpp's "llama" model is not."""
-    missing = [token for token in BYTE_TOKENS if token not in tokenizer["model"]["vocab"]]
-    if missing:
+    if missing := [token for token in BYTE_TOKENS if token not in tokenizer["model"]["vocab"]]:
         raise ExportError(
             f"{folder}: {len(missing)} of the 256 byte tokens are missing ({missing[0]} …), llama.cpp needs them all",
             "use a base whose tokenizer has them",
         )
     if tokenizer["model"].get("ignore_merges"):
         raise ExportError(f"{folder}: a SentencePiece-like tokenizer with ignore_merges is not in llama.cpp", _HINT)
-    normalizers = [_normalizer(part) for part in flat(tokenizer.get("normalizer"), "normalizers")]
+    replacing = flat(tokenizer.get("normalizer"), "normalizers")
+    normalizers = [_normalizer(part) for part in replacing]
     steps = [part for part in flat(tokenizer.get("pre_tokenizer"), "pretokenizers") if not _cuts_at_spaces(part)]
     if len(steps) == 1 and steps[0]["type"] == "Metaspace" and not normalizers:
         return _metaspace(steps[0], tokenizer, folder)
@@ -72,9 +72,8 @@ def spaces(tokenizer: Mapping[str, Any], folder: Path) -> Spaces:
         return Spaces("never")
     if not steps and normalizers == [_PREPEND, _MARK]:
         return Spaces("always")
-    shown = [part["type"] for part in flat(tokenizer.get("normalizer"), "normalizers")]
-    shown += [part["type"] for part in steps]
-    raise ExportError(f"{folder}: llama.cpp cannot mark spaces as this tokenizer does ({', '.join(shown)})", _HINT)
+    shown = ", ".join(part["type"] for part in [*replacing, *steps])
+    raise ExportError(f"{folder}: llama.cpp cannot mark spaces as this tokenizer does ({shown})", _HINT)
 
 
 def _normalizer(part: Mapping[str, Any]) -> tuple[str, ...]:
@@ -91,13 +90,10 @@ def _cuts_at_spaces(part: Mapping[str, Any]) -> bool:
 def _metaspace(step: Mapping[str, Any], tokenizer: Mapping[str, Any], folder: Path) -> Spaces:
     inner = [token for token in tokenizer["model"]["vocab"] if SPACE in token[1:]]
     if step.get("split", True) and inner:
-        raise ExportError(
-            f"{folder}: the text is cut at each space although {len(inner)} tokens go across one, as {inner[0]!r}",
-            _HINT,
-        )
-    if step.get("replacement") != SPACE:
-        what = f"{folder}: spaces are marked by {step.get('replacement')!r}, llama.cpp writes {SPACE}"
-        raise ExportError(what, _HINT)
+        what = f"the text is cut at each space although {len(inner)} tokens go across one, as {inner[0]!r}"
+        raise ExportError(f"{folder}: {what}", _HINT)
+    if (mark := step.get("replacement")) != SPACE:
+        raise ExportError(f"{folder}: spaces are marked by {mark!r}, llama.cpp writes {SPACE}", _HINT)
     prefix: Prefix = step.get("prepend_scheme", "always")
     return Spaces(prefix, unless_there=prefix != "never")
 
@@ -108,12 +104,11 @@ def missing_merges(tokenizer: Mapping[str, Any]) -> list[str]:
     known = set(merge_pairs(tokenizer["model"]))
     apart = {token["content"] for token in tokenizer.get("added_tokens") or ()} | set(BYTE_TOKENS)
     joined = vocab.keys() - apart  # the others are cut out of the text before it comes to merges
-    missing = []
-    for token in joined:
-        cuts = ((token[:at], token[at:]) for at in range(1, len(token)))
-        if any(pair not in known and joined.issuperset(pair) for pair in cuts):
-            missing.append(token)
-    return missing
+
+    def cuts(token: str) -> Iterator[tuple[str, str]]:
+        return ((token[:at], token[at:]) for at in range(1, len(token)))
+
+    return [token for token in joined if any(pair not in known and joined.issuperset(pair) for pair in cuts(token))]
 
 
 def rank_scores(tokenizer: Mapping[str, Any]) -> dict[str, float]:
@@ -128,14 +123,10 @@ def read_pieces(file: Path) -> list[Piece]:
     """The pieces of a `tokenizer.model`, which is a protocol buffer (sentencepiece_model.proto: ModelProto.pieces is
     field 1; of a piece, `piece` is field 1, `score` 2, `type` 3). Raises ExportError when it is none."""
     try:
-        blob = file.read_bytes()
-        pieces = []
-        for number, value in _fields(blob):
-            if number == 1 and isinstance(value, bytes):
-                pieces.append(_piece(value))
+        fields = _fields(file.read_bytes())
+        return [_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes)]
     except (OSError, ValueError, IndexError, TypeError, struct.error) as error:
         raise ExportError(f"{file}: is no SentencePiece model ({error})", "download the base again") from error
-    return pieces
 
 
 def _piece(blob: bytes) -> Piece:

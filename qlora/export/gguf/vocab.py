@@ -10,16 +10,17 @@ that llama.cpp has a default for is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from gguf import GGUFValueType
+from typing import TYPE_CHECKING, Any
 
 from qlora.errors import ExportError
 from qlora.export.gguf import pretokenizer, special, spm
+from qlora.export.gguf.metadata import Entry, entries
 from qlora.export.gguf.probes import Limit
+from qlora.export.gguf.rope import Key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,27 +46,22 @@ class Vocab:
     pre: str
     tokens: tuple[str, ...]
     types: tuple[int, ...]
-    scores: tuple[float, ...] | None
-    merges: tuple[str, ...] | None
-    special_ids: Mapping[str, int]
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
-    chat_template: str | None
+    scores: tuple[float, ...] | None = None
+    merges: tuple[str, ...] | None = None
+    special_ids: Mapping[str, int] = field(default_factory=dict)
+    add_bos: bool = False
+    add_eos: bool = False
+    add_space_prefix: bool = False
+    chat_template: str | None = None
     named_templates: Mapping[str, str] = field(default_factory=dict)
     strips_after_specials: bool = False
     limits: tuple[Limit, ...] = ()
     specials: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-
-class Entry(NamedTuple):
-    """One key of a GGUF file: the arguments of GGUFWriter.add_key_value, in its order."""
-
-    key: str
-    value: Any
-    type: GGUFValueType
-    sub_type: GGUFValueType | None = None
+    def by_type(self, *kinds: int) -> set[str]:
+        """The texts of the tokens of these types."""
+        return {text for text, kind in zip(self.tokens, self.types, strict=True) if kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -83,24 +79,6 @@ class _Source:
         return list(self.content.get("added_tokens") or ())
 
 
-@dataclass(frozen=True)
-class _Core:
-    """What the two kinds of vocabulary fill in, each in its way."""
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float] | None
-    merges: list[str] | None
-    add_space_prefix: bool
-    limits: list[Limit]
-    warnings: list[str]
-
-    def by_type(self, *kinds: int) -> set[str]:
-        return {text for text, kind in zip(self.tokens, self.types, strict=True) if kind in kinds}
-
-
 def read_vocab(folder: Path, embedding_rows: int, *, pre: str | None = None, template: str | None = None) -> Vocab:
     """The vocabulary of a model's folder, padded to the rows of its embedding.
 
@@ -112,41 +90,32 @@ def read_vocab(folder: Path, embedding_rows: int, *, pre: str | None = None, tem
     content: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     _check_model(content["model"], folder)
     templates = special.chat_templates(folder, tokenizer)
-    if template:
-        templates["default"] = template
-    default = templates.pop("default", None)
+    own_template = templates.pop("default", None)
+    default = template or own_template
     source = _Source(folder, tokenizer, content, embedding_rows, special.conversation(folder, tokenizer, default))
-    core = _read_spm(source, pre) if spm.is_spm(content) else _read_byte_level(source, pre)
-    _check_texts(core.tokens, folder)
+    vocab = _read_spm(source, pre) if spm.is_spm(content) else _read_byte_level(source, pre)
+    _check_texts(vocab.tokens, folder)
 
     ids, about_ids = special.special_ids(folder, tokenizer, embedding_rows, source.conversation.turn_ends)
     before, after = special.added_bos_eos(folder, tokenizer)
     if before:
         ids["bos"] = before[0]
     if after and after != [ids["eos"]]:
-        what = (
-            f"{folder}: the tokenizer puts {core.tokens[after[0]]!r} after every text, llama.cpp can only put EOS there"
-        )
+        text = vocab.tokens[after[0]]
+        what = f"{folder}: the tokenizer puts {text!r} after every text, llama.cpp can only put EOS there"
         raise ExportError(what, "change the post_processor in tokenizer.json")
-    strips, about_tokens = special.whitespace_stripping(source.added, core.by_type(CONTROL, UNKNOWN, USER_DEFINED))
-    about_stops = special.accidental_eog(core.by_type(NORMAL))
-    return Vocab(
-        model=core.model,
-        pre=core.pre,
-        tokens=tuple(core.tokens),
-        types=tuple(core.types),
-        scores=None if core.scores is None else tuple(core.scores),
-        merges=None if core.merges is None else tuple(core.merges),
+    strips, about_tokens = special.whitespace_stripping(source.added, vocab.by_type(CONTROL, UNKNOWN, USER_DEFINED))
+    about_stops = special.accidental_eog(vocab.by_type(NORMAL))
+    return replace(
+        vocab,
         special_ids=ids,
         add_bos=bool(before),
         add_eos=bool(after),
-        add_space_prefix=core.add_space_prefix,
         chat_template=default,
         named_templates=templates,
         strips_after_specials=strips,
-        limits=tuple(core.limits),
-        specials=tuple(dict.fromkeys([core.tokens[ids["bos"]], *(str(token["content"]) for token in source.added)])),
-        warnings=(*(limit.value for limit in core.limits), *core.warnings, *about_ids, *about_tokens, *about_stops),
+        specials=tuple(dict.fromkeys([vocab.tokens[ids["bos"]], *(str(token["content"]) for token in source.added)])),
+        warnings=(*(limit.value for limit in vocab.limits), *vocab.warnings, *about_ids, *about_tokens, *about_stops),
     )
 
 
@@ -155,33 +124,29 @@ def metadata(vocab: Vocab) -> list[Entry]:
 
     Key names: llama.cpp, src/llama-arch.cpp, and for several chat templates gguf-py's add_chat_template.
     """
-    text, yes_no, number, many = (GGUFValueType[name] for name in ("STRING", "BOOL", "UINT32", "ARRAY"))
-    ggml = "tokenizer.ggml."
-    entries = [
-        Entry(f"{ggml}model", vocab.model, text),
-        Entry(f"{ggml}pre", vocab.pre, text),
-        Entry(f"{ggml}tokens", list(vocab.tokens), many, text),
-        Entry(f"{ggml}token_type", list(vocab.types), many, GGUFValueType.INT32),
+    keys: list[Key] = [
+        ("ggml.model", vocab.model),
+        ("ggml.pre", vocab.pre),
+        ("ggml.tokens", list(vocab.tokens)),
+        ("ggml.token_type", list(vocab.types)),
     ]
     if vocab.scores is not None:
-        entries.append(Entry(f"{ggml}scores", list(vocab.scores), many, GGUFValueType.FLOAT32))
+        keys.append(("ggml.scores", list(vocab.scores)))
     if vocab.merges is not None:
-        entries.append(Entry(f"{ggml}merges", list(vocab.merges), many, text))
-    entries += [Entry(f"{ggml}{name}_token_id", value, number) for name, value in vocab.special_ids.items()]
-    entries += [
-        Entry(f"{ggml}add_bos_token", vocab.add_bos, yes_no),
-        Entry(f"{ggml}add_eos_token", vocab.add_eos, yes_no),
-        Entry(f"{ggml}add_space_prefix", vocab.add_space_prefix, yes_no),
+        keys.append(("ggml.merges", list(vocab.merges)))
+    keys += [(f"ggml.{name}_token_id", value) for name, value in vocab.special_ids.items()]
+    keys += [
+        ("ggml.add_bos_token", vocab.add_bos),
+        ("ggml.add_eos_token", vocab.add_eos),
+        ("ggml.add_space_prefix", vocab.add_space_prefix),
     ]
     if vocab.chat_template:
-        entries.append(Entry("tokenizer.chat_template", vocab.chat_template, text))
+        keys.append(("chat_template", vocab.chat_template))
     if vocab.named_templates:
-        named = {
-            "".join(c if c.isascii() and c.isalnum() else "_" for c in k): v for k, v in vocab.named_templates.items()
-        }
-        entries.append(Entry("tokenizer.chat_templates", list(named), many, text))
-        entries += [Entry(f"tokenizer.chat_template.{name}", value, text) for name, value in named.items()]
-    return entries
+        named = {re.sub("[^a-zA-Z0-9]", "_", name): text for name, text in vocab.named_templates.items()}
+        keys.append(("chat_templates", list(named)))
+        keys += [(f"chat_template.{name}", text) for name, text in named.items()]
+    return entries([(f"tokenizer.{key}", value) for key, value in keys])
 
 
 def _load(folder: Path) -> PreTrainedTokenizerBase:
@@ -210,17 +175,19 @@ def _check_model(model: Mapping[str, Any], folder: Path) -> None:
         raise ExportError(f"{folder}: its BPE has no merges, llama.cpp refuses such a vocabulary", hint)
 
 
-def _read_byte_level(source: _Source, pre: str | None) -> _Core:
+def _read_byte_level(source: _Source, pre: str | None) -> Vocab:
+    """The vocabulary without what is found in the same way for both kinds."""
     found = pretokenizer.Match(pre) if pre else pretokenizer.match(source.content, source.folder)
     tokens, types = _tokens_and_types(source)
     # llama.cpp splits a merge at its first space: a space inside is written as byte-level BPE writes spaces.
-    merges = [
+    merges = tuple(
         " ".join(part.replace(" ", "Ġ") for part in pair) for pair in pretokenizer.merge_pairs(source.content["model"])
-    ]
-    return _Core("gpt2", found.pre, tokens, types, None, merges, False, list(found.limits), [])
+    )
+    return Vocab("gpt2", found.pre, tokens, types, merges=merges, limits=found.limits)
 
 
-def _read_spm(source: _Source, pre: str | None) -> _Core:
+def _read_spm(source: _Source, pre: str | None) -> Vocab:
+    """The vocabulary without what is found in the same way for both kinds."""
     if pre not in (None, "default"):
         what = f"{source.folder}: --tokenizer-pre {pre} is for byte-level tokenizers, this one is SentencePiece-like"
         raise ExportError(what, "leave --tokenizer-pre out")
@@ -229,12 +196,20 @@ def _read_spm(source: _Source, pre: str | None) -> _Core:
     if any(spm.SPACE in token["content"] for token in source.added):
         limits.append(Limit.SPACE_MARKS)
     scores, unused, about_scores = _scores(source, tokens)
-    types = [UNUSED if number in unused and kind == NORMAL else kind for number, kind in enumerate(types)]
-    missing = spm.missing_merges(source.content)
-    if missing:
+    types = tuple(UNUSED if number in unused and kind == NORMAL else kind for number, kind in enumerate(types))
+    if missing := spm.missing_merges(source.content):
         shown = ", ".join(map(repr, missing[:3]))
         about_scores.append(f"llama.cpp joins {len(missing)} tokens in more ways than the tokenizer does ({shown} …)")
-    return _Core("llama", "default", tokens, types, scores, None, prefix, limits, about_scores)
+    return Vocab(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=tuple(scores),
+        add_space_prefix=prefix,
+        limits=tuple(limits),
+        warnings=tuple(about_scores),
+    )
 
 
 def _space_prefix(source: _Source) -> tuple[bool, list[Limit]]:
@@ -250,7 +225,7 @@ def _space_prefix(source: _Source) -> tuple[bool, list[Limit]]:
     return spaces.prefix != "never", limits + ([Limit.LEADING_SPACE] if spaces.unless_there else [])
 
 
-def _scores(source: _Source, tokens: list[str]) -> tuple[list[float], set[int], list[str]]:
+def _scores(source: _Source, tokens: Sequence[str]) -> tuple[list[float], set[int], list[str]]:
     """Scores by id, the ids that the SentencePiece model calls unused, and a warning when its file is another's."""
     added = {token["id"] for token in source.added}
     real = max(source.tokenizer.get_vocab().values()) + 1
@@ -261,23 +236,20 @@ def _scores(source: _Source, tokens: list[str]) -> tuple[list[float], set[int], 
     file = source.folder / "tokenizer.model"
     if file.is_file():
         pieces = spm.read_pieces(file)
-        same = [
-            number in added or piece.text == text
-            for number, (piece, text) in enumerate(zip(pieces, tokens, strict=False))
-        ]
+        pairs = enumerate(zip(pieces, tokens, strict=False))
+        same = [number in added or piece.text == text for number, (piece, text) in pairs]
         if all(same):
             scores[: len(pieces)] = [piece.score for piece in pieces[:real]]
             unused = {number for number, piece in enumerate(pieces) if piece.kind == spm.UNUSED_PIECE}
         else:
-            warnings.append(
-                f"tokenizer.model is of another vocabulary ({same.count(False)} tokens differ) and is not used"
-            )
+            differing = same.count(False)
+            warnings.append(f"tokenizer.model is of another vocabulary ({differing} tokens differ) and is not used")
     for number in added:
         scores[number] = spm.ADDED_SCORE
     return scores, unused, warnings
 
 
-def _tokens_and_types(source: _Source) -> tuple[list[str], list[int]]:
+def _tokens_and_types(source: _Source) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Texts and types by id, free rows filled up. Raises ExportError for an id beyond the rows or given twice."""
     by_id: dict[int, str] = {}
     for text, number in source.content["model"]["vocab"].items():
@@ -306,7 +278,7 @@ def _tokens_and_types(source: _Source) -> tuple[list[str], list[int]]:
                 text = f"[{text}]"
         tokens.append(text)
         types.append(kind)
-    return tokens, types
+    return tuple(tokens), tuple(types)
 
 
 _BYTES = frozenset(spm.BYTE_TOKENS)
@@ -328,7 +300,7 @@ def _added_token(token: Mapping[str, Any], source: _Source) -> tuple[str, int]:
     return text.replace(spm.SPACE, " "), USER_DEFINED
 
 
-def _check_texts(tokens: list[str], folder: Path) -> None:
+def _check_texts(tokens: Sequence[str], folder: Path) -> None:
     """No two tokens of one text, as llama.cpp reads it (up to a NUL): they abort the process that opens the file."""
     seen: dict[str, int] = {}
     for number, text in enumerate(tokens):

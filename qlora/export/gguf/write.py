@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from qlora.events import Progress, Sink
 from qlora.export.gguf.architectures import GgufTensor, Layout
 from qlora.export.gguf.encode import encode
-from qlora.export.gguf.metadata import ALIGNMENT, header, padded
-from qlora.export.gguf.vocab import Entry
+from qlora.export.gguf.metadata import ALIGNMENT, Entry, header, padded
 from qlora.export.llama_cpp.library import Ggml
 from qlora.export.merge.merge import MergedTensor
 from qlora.export.staging import StagedExport
@@ -38,8 +37,9 @@ class GgufFile:
 
     def nbytes(self, layout: Layout) -> int:
         """Bytes of the weights, without the header."""
-        constants = sum(_padded(4 * values.size) for values in layout.constants.values())
-        return constants + sum(_padded(_tensor_bytes(t.shape, self.types[t.name])) for t in layout.tensors)
+        sizes = [values.nbytes for values in layout.constants.values()]
+        sizes += [math.prod(gguf.quant_shape_to_byte_shape(t.shape, self.types[t.name])) for t in layout.tensors]
+        return sum(size + -size % ALIGNMENT for size in sizes)
 
     def header(self, layout: Layout) -> bytes:
         tensors = [(name, values.shape, F32) for name, values in layout.constants.items()]
@@ -73,11 +73,10 @@ def write(
             for constant in layout.constants.values():
                 staged.append(file.product, file.name, padded(constant.tobytes()))
     for number, tensor in enumerate(layout.tensors, 1):
-        values = math.prod(tensor.shape)
         if number > staged.start:
             _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools)
             staged.checkpoint(number)
-        done += values
+        done += math.prod(tensor.shape)
         sink.emit(Progress("gguf", done, total, "weights"))
 
 
@@ -91,20 +90,9 @@ def _write_tensor(
         for file in files:
             kind = file.types[tensor.name]
             if kind not in encoded:
-                importance = tools.importance.get(tensor.name)
-                encoded[kind] = encode(rows, kind, tools.library, importance, tensor.name)
+                encoded[kind] = encode(rows, kind, tools.library, tools.importance.get(tensor.name), tensor.name)
             staged.append(file.product, file.name, encoded[kind])
             written[file.name] += encoded[kind].nbytes
     for file in files:
         if missing := -written[file.name] % ALIGNMENT:
             staged.append(file.product, file.name, bytes(missing))
-
-
-def _tensor_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
-    """Bytes of a whole tensor."""
-    block, size = (int(count) for count in gguf.GGML_QUANT_SIZES[kind])
-    return math.prod(shape) // block * size
-
-
-def _padded(count: int) -> int:
-    return count + -count % ALIGNMENT

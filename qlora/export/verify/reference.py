@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from qlora.data.chat import ChatFormat
+from qlora.data.loader import collate
 from qlora.device import release_memory
 from qlora.errors import ExportError
 from qlora.events import Notice, Sink
 from qlora.export.artifacts import Source
-from qlora.export.imatrix import Imatrix, choose_packs, collect, make_batches
+from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
 from qlora.export.verify import candidates, fidelity
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
@@ -99,7 +100,9 @@ def trained_reference(
     model = adapters.open_saved(model, source.adapter.folder)
     if imatrix and rows is not None:  # from its training rows; from evaluation rows where these are all there are
         split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
-        reference.imatrix = collect(model, make_batches(split, packs, rows.chat.pad_id, rows.section), sink)
+        # 44 bytes a token on the host, 6 MB for MAX_TOKENS.
+        batches = [collate(split, [members], rows.chat.pad_id, rows.section.max_length) for members in packs]
+        reference.imatrix = collect(model, batches, sink)
     if not verify:
         del model
         yield reference

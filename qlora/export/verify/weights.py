@@ -17,7 +17,7 @@ import torch
 
 from qlora.errors import ExportError
 from qlora.export import child
-from qlora.export.gguf.vocab import Entry
+from qlora.export.gguf.metadata import Entry
 from qlora.export.hf import DTYPE_NAMES, patched_config, patched_tokenizer_config
 from qlora.export.llama_cpp.runtime import Answer
 from qlora.export.merge.merge import Merge

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from qlora.export.gguf.vocab import Entry, Vocab, read_vocab
+from qlora.export.gguf.metadata import Entry
+from qlora.export.gguf.vocab import Vocab, read_vocab
 from tests.export.gguf.oracle import ask, write_vocab_only
 
 PADDING_ROWS = 7
