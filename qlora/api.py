@@ -214,7 +214,7 @@ def question(
     from qlora.model.resolve import resolve_config
 
     if gpu is not None and vram is not None:
-        raise RecipeError([Problem("qlora-estimate", "--gpu and --vram both name the limit", "give one of them")])
+        raise RecipeError([Problem("qlora-estimate", "`gpu` and `vram` both name the limit", "give one of them")])
     if stack not in BASELINES:
         raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)

@@ -38,7 +38,7 @@ def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "f
         raise _under_way(run_dir, held.holder) from held
     names = {path.name for path in run_dir.iterdir()} - {LOCK_FILE} if run_dir.exists() else set()
     if mode == "new" and names & RESULTS:
-        hint = "--resume goes on with it, --fresh keeps it under another name and starts anew"
+        hint = "mode='resume' goes on with it, mode='fresh' keeps it under another name and starts anew"
         raise RunFolderError(f"{run_dir}: holds a run already", hint)
     if mode == "new" and names and RECIPE_FILE not in names:
         raise RunFolderError(f"{run_dir}: holds files that are not a run's", "change output.dir, or the recipe's name")
@@ -84,14 +84,14 @@ def _under_way(run_dir: Path, holder: lock.Holder | None) -> RunFolderError:
 def _must_match(run_dir: Path, recipe: Recipe) -> None:
     file = run_dir / RECIPE_FILE
     if not file.is_file():
-        raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without --resume")
+        raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
         old = load_recipe(file)
     except RecipeError as error:
-        raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with --fresh") from error
+        raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
     if keys := differing_keys(pins.pinned(recipe, old), old):
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
-        raise RunFolderError(what, "set them back to go on, or start anew with --fresh")
+        raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 
 
 def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
@@ -180,4 +180,4 @@ def refuse_foreign_folder(target: Path) -> None:
     published = target.is_dir() and ((target / disk.MANIFEST).exists() or not any(target.iterdir()))
     if target.exists() and not published:
         what = f"{target}: exists and was not made by an export"
-        raise ExportError(what, "name another folder with --out, or remove it")
+        raise ExportError(what, "name another folder with `out`, or remove it")

@@ -367,3 +367,19 @@ def test_no_handler_enumerates_what_may_be_raised() -> None:
 
 def test_the_longest_test_files_are_there() -> None:
     assert all((ROOT / name).is_file() for name in conftest.LONGEST)
+
+
+# Whole commands of a shell, which a message or a written file may quote wherever it is made.
+SHELL = re.compile(r"qlora-train --schema|llama-cli |ollama show |pip install|--upgrade")
+
+
+def test_messages_below_the_commands_name_no_option() -> None:
+    """A caller of the Python API has no `--resume`: messages say mode='resume', which `cli.common` makes an option."""
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            below = path.relative_to(PACKAGE).parts[0] != "cli" and id(node) not in docstrings
+            if below and not SHELL.search(text):
+                assert not re.search(r"(?<![\w-])--[a-z]", text), f"{path.relative_to(ROOT)}:{node.lineno}: {text}"

@@ -8,11 +8,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora import third_party
 from qlora.disk import DISK_FULL
 from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
+from qlora.events import Notice, Recovered
 from qlora.redaction import redact
 from qlora.stop import StopAsked
 
@@ -21,6 +23,28 @@ if TYPE_CHECKING:
     from qlora.stop import StopRequest
 
 INTERNAL_ERROR = 1
+# Below the commands, messages speak the Python API's language; here its words become options. Longer ones first.
+OPTIONS = {
+    "to='gguf', quants=['q4_k_m']": "--to gguf --quant q4_k_m",
+    "merge_base='nf4'": "--base nf4",
+    "vram='12GiB'": "--vram 12GiB",
+    "mode='resume'": "--resume",
+    "mode='fresh'": "--fresh",
+    "verify=False": "--no-verify",
+    "to='gguf'": "--to gguf",
+    "to='hf'": "--to hf",
+    "`tokenizer_pre`": "--tokenizer-pre",
+    "`merge_base`": "--base",
+    "`overrides` ": "--set ",
+    "`imatrix`": "--imatrix",
+    "`quants`": "--quant",
+    "`max_kl`": "--max-kl",
+    "`dtype`": "--dtype",
+    "`vram`": "--vram",
+    "`plot`": "--plot",
+    "`gpu`": "--gpu",
+    "`out`": "--out",
+}
 
 
 def run(work: Callable[[], None]) -> None:
@@ -55,13 +79,20 @@ def run(work: Callable[[], None]) -> None:
 def _say(what: str, hint: str) -> None:
     """Two lines: what and where, what to do. Never rich's markup: a message may hold brackets."""
     # A message may quote a stranger's file: one line stays one, and no control character reaches the terminal.
-    what, hint = (" ".join(_plain(redact(text)).split()) for text in (what, hint))
+    what, hint = (" ".join(_plain(redact(as_options(text))).split()) for text in (what, hint))
     try:
         colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         label = "\033[1;31merror\033[0m" if colour else "error"
         print(f"{label}: {what}\n       {hint}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         drop_output(1, 2)  # the terminal is gone; the exit code still reports it
+
+
+def as_options(text: str) -> str:
+    """A message's words of the Python API as the options of the commands."""
+    for words, option in OPTIONS.items():
+        text = text.replace(words, option)
+    return text
 
 
 def _plain(text: str) -> str:
@@ -166,6 +197,8 @@ class Screen:
             raise KeyboardInterrupt  # the first one was swallowed
         if self.inner is not None:
             try:
+                if isinstance(event, Notice | Recovered):
+                    event = replace(event, message=as_options(event.message))
                 self.inner.emit(event)
             except (OSError, ValueError):
                 self.detach(1)

@@ -137,7 +137,7 @@ def plan_artifacts(to: Sequence[str], quants: Sequence[str], out: Path | None, d
     if unknown := [name for name in quants if name not in QUANTS]:
         raise ExportError(f"unknown quant {unknown[0]!r}", f"quants are {', '.join(QUANTS)}")
     if quants and "gguf" not in to:
-        raise ExportError("--quant is for GGUF files", "add --to gguf")
+        raise ExportError("`quants` is for GGUF files", "add to='gguf'")
     wanted: list[tuple[str, str | None]] = []
     for name in dict.fromkeys(to):
         if name == "gguf":
@@ -145,7 +145,7 @@ def plan_artifacts(to: Sequence[str], quants: Sequence[str], out: Path | None, d
         else:
             wanted.append((name, None))
     if not wanted:
-        raise ExportError("nothing to export", f"name a format: --to {FORMATS[0]}")
+        raise ExportError("nothing to export", f"name a format: to={FORMATS[0]!r}")
     if out is not None and len(wanted) == 1:
         return [Artifact(wanted[0][0], out, wanted[0][1])]
     return [Artifact(key, (out or default) / key, quant) for key, quant in wanted]

@@ -99,7 +99,7 @@ def choose_packs(
     """
     split = next((split for split in splits if len(split.lengths)), None)
     if split is None:
-        raise ExportError("an importance matrix needs rows to measure on, and there are none", "leave out --imatrix")
+        raise ExportError("an importance matrix needs rows to measure on, and there are none", "leave out `imatrix`")
     if sum(split.lengths) <= max_tokens:
         return split, eval_packs(split, data)
     order = sorted(range(len(split.lengths)), key=lambda row: hashlib.sha256(str(row).encode()).digest())
@@ -140,7 +140,7 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
     for name, total_I in sums.items():
         if not np.isfinite(total_I).all():
             what = f"the importance matrix has numbers that are not finite: the inputs of {name} overflow"
-            raise ExportError(what, "leave out --imatrix; a model with such activations should be looked at")
+            raise ExportError(what, "leave out `imatrix`; a model with such activations should be looked at")
     return Imatrix(sums, tally.counts, tokens)
 
 

@@ -127,13 +127,13 @@ def _refuse_idle(options: ExportOptions, artifacts: Sequence[Artifact]) -> None:
     """An option must not be a silent nothing."""
     quants = [artifact.quant for artifact in artifacts if artifact.quant]
     if options.max_kl is not None and not options.verify:
-        raise ExportError("--max-kl needs the measuring that --no-verify leaves out", "leave out one of them")
+        raise ExportError("`max_kl` needs the measuring that verify=False leaves out", "leave out one of them")
     if options.imatrix and not any(QUANTS[quant].needs_library for quant in quants):
-        raise ExportError("--imatrix weighs the rounding of K- and IQ-quants", "add --to gguf --quant q4_k_m, say")
+        raise ExportError("`imatrix` weighs the rounding of K- and IQ-quants", "add to='gguf', quants=['q4_k_m'], say")
     if options.dtype != "bf16" and all(artifact.key != "hf" for artifact in artifacts):
-        raise ExportError("--dtype is the type of safetensors", "add --to hf, or name the type with --quant")
+        raise ExportError("`dtype` is the type of safetensors", "add to='hf', or name the type with `quants`")
     if options.tokenizer_pre and not quants:
-        raise ExportError("--tokenizer-pre is for GGUF files", "add --to gguf")
+        raise ExportError("`tokenizer_pre` is for GGUF files", "add to='gguf'")
 
 
 def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None:
@@ -269,8 +269,8 @@ def _target(job: _Job, artifact: Artifact) -> weights.Target:
 
 def _refuse_far(line: Fidelity | None, max_kl: float | None) -> None:
     if line is not None and max_kl is not None and line.kl > max_kl:
-        what = f"{line.name}: is {line.kl:.2g} nats a token away from the trained model, over --max-kl {max_kl:g}"
-        raise ExportError(what, "choose a --quant with more bits, or another --base, or a higher --max-kl")
+        what = f"{line.name}: is {line.kl:.2g} nats a token away from the trained model, over `max_kl` {max_kl:g}"
+        raise ExportError(what, "choose a `quants` with more bits, or another `merge_base`, or a higher `max_kl`")
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ RESTART_BYTES = 1 << 30
 SPARE_BYTES = 64 << 20  # configuration, tokenizer, index, manifest
 
 _FILES, _LOCK, _JOURNAL = "files", "lock", "journal.json"
-_SMALL_DISK = "free some space, or name another disk with --out"
+_SMALL_DISK = "free some space, or name another disk with `out`"
 
 # Where each file of an artifact stood at a point: its bytes, and their sha256 (perhaps still being computed).
 _Standing = dict[str, tuple[int, Future[str]]]
@@ -196,12 +196,12 @@ def _take(final: Path) -> FolderLock:
             return acquire(root / _LOCK)
         except LockHeld as error:
             what = f"{final}: another process ({error.holder.pid if error.holder else '?'}) is writing it"
-            raise ExportError(what, "wait until it is done, or name another folder with --out") from error
+            raise ExportError(what, "wait until it is done, or name another folder with `out`") from error
         except FileNotFoundError:  # another process has finished and removed the folder in this moment
             continue
         except OSError as error:
             what = f"{final}: cannot write there ({error.strerror})"
-            raise ExportError(what, "name another folder with --out") from error
+            raise ExportError(what, "name another folder with `out`") from error
 
 
 def _restore(folders: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) -> int:

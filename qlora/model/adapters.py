@@ -110,7 +110,8 @@ def load_into(model: PeftModel, folder: Path) -> None:
     if differing := sorted({name for name, _ in ours ^ theirs}):
         what = f"{len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
         raise ModelError(
-            f"{folder / ADAPTER_FILE}: {what}", "use the recipe that made this adapter, or start afresh with --fresh"
+            f"{folder / ADAPTER_FILE}: {what}",
+            "use the recipe that made this adapter, or start afresh with mode='fresh'",
         )
     set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
 

@@ -85,7 +85,7 @@ class LineIndex:
     def where(self, location: Location) -> str:
         """`file:line` of a key, or of the nearest table above it that has a line, or the file alone."""
         if (override := self.overrides.get(location)) is not None:
-            return f"--set {override}"
+            return f"`overrides` {override}"
         for end in range(len(location), 0, -1):
             if line := self.lines.get(location[:end]):
                 return f"{self.path}:{line}"
@@ -182,10 +182,11 @@ def _suggestion(dotted: str, last: str, known: Sequence[str]) -> str:
 
 def apply_override(raw: dict[str, Any], item: str, index: LineIndex) -> Problem | None:
     """Put one `table.key=value` into the parsed recipe. Values are TOML; what is no TOML is a string."""
+    where = f"`overrides` {item}"
     name, separator, text = item.partition("=")
     *tables, key = keys = name.strip().split(".")
     if not separator or not tables or not all(keys):
-        return Problem(f"--set {item}", "is not table.key=value", "for example --set train.learning_rate=1e-4")
+        return Problem(where, "is not table.key=value", "for example `overrides` train.learning_rate=1e-4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -198,11 +199,11 @@ def apply_override(raw: dict[str, Any], item: str, index: LineIndex) -> Problem 
             place = place[int(step)]
         else:
             numbers = f"entries are numbered 0 to {len(place) - 1}"
-            return Problem(f"--set {item}", f"there is no entry {step!r}", numbers)
+            return Problem(where, f"there is no entry {step!r}", numbers)
         if not isinstance(place, (dict, list)):
-            return Problem(f"--set {item}", f"{step} is a value, not a table", "for example --set train.max_steps=20")
+            return Problem(where, f"{step} is a value, not a table", "for example `overrides` train.max_steps=20")
     if isinstance(place, list):
-        return Problem(f"--set {item}", "names a whole list entry", "for example --set data.train.0.path=rows.jsonl")
+        return Problem(where, "names a whole list entry", "for example `overrides` data.train.0.path=rows.jsonl")
     place[key] = value
     # An override replaces its alternative, so that --set train.max_steps=20 works on a recipe with epochs.
     if alternative := {"train.epochs": "max_steps", "train.max_steps": "epochs"}.get(name.strip()):

@@ -85,7 +85,7 @@ def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("--plot: matplotlib is not installed", 'pip install "qlora[plot]"') from None
+        raise UserError("`plot`: matplotlib is not installed", 'pip install "qlora[plot]"') from None
     figure = Figure(figsize=(8, 5), dpi=150)
     axes = figure.subplots()
     lengths = list(peaks)
@@ -104,7 +104,7 @@ def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str
     try:
         figure.savefig(file, format="png")
     except OSError as error:
-        raise UserError(f"--plot: {file} cannot be written: {error.strerror}", "name another file") from None
+        raise UserError(f"`plot`: {file} cannot be written: {error.strerror}", "name another file") from None
 
 
 def _gib(count: float) -> str:

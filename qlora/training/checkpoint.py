@@ -153,7 +153,7 @@ def restore(checkpoint: Checkpoint, optimizer: AdapterOptimizer, fingerprints: F
         if ours != theirs:
             raise RunFolderError(
                 f"{checkpoint.path}: was made with another {what} (its files have changed since)",
-                f"put the {what} back as it was, or start anew with --fresh",
+                f"put the {what} back as it was, or start anew with mode='fresh'",
             )
     adapter = load_file(checkpoint.path / "adapter.safetensors")
     tensors = load_file(checkpoint.path / "optimizer.safetensors")
@@ -164,7 +164,7 @@ def restore(checkpoint: Checkpoint, optimizer: AdapterOptimizer, fingerprints: F
         optimizer.load_state(tensors, content["counters"])
     except (KeyError, ValueError, RuntimeError) as error:
         raise RunFolderError(
-            f"{checkpoint.path}: does not fit this model ({error})", "start anew with --fresh"
+            f"{checkpoint.path}: does not fit this model ({error})", "start anew with mode='fresh'"
         ) from error
 
 
@@ -266,7 +266,7 @@ class Checkpointer:
             newest = f"step {self.saved_step} is the last saved" if self.saved_step > 0 else "nothing is saved yet"
             raise TrainingStopped(
                 f"{self.run_dir}: {what} could not be saved ({why}); {newest}",
-                "free some space there, then go on with --resume",
+                "free some space there, then go on with mode='resume'",
             )
         return False
 

@@ -275,8 +275,9 @@ class Training:
             return stop.error(error.what, error.hint)
         self.sink.emit(self.end("stopped"))
         if state.step == 0:
-            return stop.error("no step was finished, nothing to save", "run the same command with --resume or --fresh")
-        return stop.error(f"saved after step {state.step} of {self.batches.steps}", "continue with --resume")
+            hint = "run the same command with mode='resume' or mode='fresh'"
+            return stop.error("no step was finished, nothing to save", hint)
+        return stop.error(f"saved after step {state.step} of {self.batches.steps}", "continue with mode='resume'")
 
     # --- the end -------------------------------------------------------------------------------------------------
 

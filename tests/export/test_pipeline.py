@@ -117,7 +117,7 @@ def test_a_file_that_is_too_far_has_no_name_and_the_others_have(tmp_path: Path, 
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     near = export(tmp_path / "adapter", "gguf", quants=("f16", "q8_0"), out=tmp_path / "all")
     limit = (line(near, "gguf-f16").kl + line(near, "gguf-q8_0").kl) / 2
-    with pytest.raises(ExportError, match=r"gguf-q8_0: is .* over --max-kl") as caught:
+    with pytest.raises(ExportError, match=r"gguf-q8_0: is .* over `max_kl`") as caught:
         export(tmp_path / "adapter", "gguf", quants=("f16", "q8_0"), out=tmp_path / "out", max_kl=limit)
     assert caught.value.exit_code == 2
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gguf-f16"]
@@ -240,7 +240,7 @@ def test_an_importance_matrix_without_rows_is_refused_before_the_model_is_loaded
     pytest.importorskip("xllamacpp", reason="K-quants need llama.cpp's encoder")
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("the trained model was loaded"))
-    with pytest.raises(ExportError, match="--imatrix needs the rows"):
+    with pytest.raises(ExportError, match="`imatrix` needs the rows"):
         export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), imatrix=True, out=tmp_path / "out")
 
 

@@ -71,7 +71,7 @@ def test_three_in_a_row_end_the_run_and_the_last_good_one_stands(
         fail_writes(patch, {3, 4, 5})
         with pytest.raises(TrainingStopped, match=r"step 5 could not be saved .*; step 2 is the last saved") as stopped:
             train(recipe, *SHORT, "train.max_steps=8")
-    assert stopped.value.exit_code == 4 and "--resume" in stopped.value.hint
+    assert stopped.value.exit_code == 4 and "mode='resume'" in stopped.value.hint
     folders = sorted((run_dir(recipe) / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-000001", "step-000002"]  # no half one, no lost one
     assert all(disk.verify_folder(folder) is None for folder in folders)

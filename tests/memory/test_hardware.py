@@ -20,7 +20,7 @@ def test_a_card_is_found_by_any_spelling(name: str) -> None:
 def test_an_unknown_card_is_refused_with_the_nearest() -> None:
     with pytest.raises(HardwareError, match="not in the table") as caught:
         hardware.find("RTX 40")
-    assert "RTX 4060" in caught.value.hint and "--vram" in caught.value.hint
+    assert "RTX 4060" in caught.value.hint and "vram=" in caught.value.hint
 
 
 def test_the_table_is_plausible() -> None:

@@ -77,7 +77,7 @@ def test_overrides_are_toml_values_or_strings(tmp_path: Path) -> None:
 )
 def test_wrong_overrides_are_named(tmp_path: Path, override: str, message: str) -> None:
     ((where, what, _),) = problems(tmp_path, SMALL, override)
-    assert message in what and where == f"--set {override}"
+    assert message in what and where == f"`overrides` {override}"
 
 
 def test_lines_survive_multiline_values_and_comments(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     if family is None:
         known = ", ".join(sorted({name.removesuffix("_text") for name in FAMILIES}))
         raise ExportError(
-            f"{config.model_type!r} models cannot be written as GGUF here (these can: {known})", "export with --to hf"
+            f"{config.model_type!r} models cannot be written as GGUF here (these can: {known})", "export with to='hf'"
         )
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor", 1.0)))
@@ -177,7 +177,7 @@ def _tensors(
         owner, _, leaf = parameter.rpartition(".")
         layer = owner.rpartition(".")[2]
         if name is None or (leaf == "bias" and layer not in family.biases):
-            raise ExportError(f"llama.cpp has no place for the tensor {parameter}", "export with --to hf")
+            raise ExportError(f"llama.cpp has no place for the tensor {parameter}", "export with to='hf'")
         change: Change = "none"
         unit = 1
         if family.interleaves and layer in ("q_proj", "k_proj"):

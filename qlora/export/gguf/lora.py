@@ -26,7 +26,7 @@ F32 = gguf.GGMLQuantizationType.F32
 
 def check(adapter: Adapter) -> None:
     """Raises ExportError for adapters that are more than products of two matrices."""
-    hint = "merge it instead: --to gguf"
+    hint = "merge it instead: to='gguf'"
     if any(module.magnitude is not None for module in adapter.lora.values()):
         raise ExportError(f"{adapter.folder}: DoRA's magnitudes cannot stand in an adapter file", hint)
     if whole := sorted({*adapter.whole, *adapter.rows}):

@@ -17,7 +17,7 @@ from typing import Any
 from qlora.errors import ExportError
 from qlora.export.gguf.probes import Limit
 
-OVERRIDE = "name llama.cpp's pre-tokenizer that cuts text alike with --tokenizer-pre NAME, if you know one"
+OVERRIDE = "name llama.cpp's pre-tokenizer that cuts text alike with `tokenizer_pre`, if you know one"
 BYTES = "byte level"  # the step that maps bytes to letters; only falcon's digits come after it
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"

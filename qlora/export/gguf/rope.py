@@ -191,4 +191,4 @@ def _compare(frequencies: NDArray[np.float64], attention: float, own: ReferenceR
 
 def refused(what: str) -> ExportError:
     """The error for a setting that llama.cpp does not have."""
-    return ExportError(f"llama.cpp cannot express {what}", "export with --to hf, and run it with transformers or vLLM")
+    return ExportError(f"llama.cpp cannot express {what}", "export with to='hf', and run it with transformers or vLLM")

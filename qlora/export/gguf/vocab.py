@@ -189,8 +189,8 @@ def _read_byte_level(source: _Source, pre: str | None) -> Vocab:
 def _read_spm(source: _Source, pre: str | None) -> Vocab:
     """The vocabulary without what is found in the same way for both kinds."""
     if pre not in (None, "default"):
-        what = f"{source.folder}: --tokenizer-pre {pre} is for byte-level tokenizers, this one is SentencePiece-like"
-        raise ExportError(what, "leave --tokenizer-pre out")
+        what = f"{source.folder}: `tokenizer_pre` {pre} is for byte-level tokenizers, this one is SentencePiece-like"
+        raise ExportError(what, "leave `tokenizer_pre` out")
     tokens, types = _tokens_and_types(source)
     prefix, limits = _space_prefix(source)
     if any(spm.SPACE in token["content"] for token in source.added):

@@ -105,7 +105,7 @@ def threads() -> int:
 
 
 def _answer_of_child(file: Path, done: child.Outcome, seconds: float) -> Mapping[str, Any]:
-    hint = "export again; if it happens again, use --no-verify and report the file's quant and base"
+    hint = "export again; if it happens again, use verify=False and report the file's quant and base"
     if done.code is None:
         raise ExportError(f"{file}: llama.cpp did not answer within {seconds:.0f} s", hint)
     if done.code == 0 and "tokens" in done.answer:

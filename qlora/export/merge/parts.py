@@ -81,7 +81,7 @@ def make_plan(
     if merge_base == "full" and base.stored_4bit:
         raise ExportError(
             f"{base.name}: is stored in 4 bit, there are no original weights in it",
-            "merge with --base nf4, or name the unquantized base",
+            "merge with merge_base='nf4', or name the unquantized base",
         )
     model = meta_model.model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -61,7 +61,7 @@ def vocabulary_logprobs(
     try:
         layers = layers_of(model)
     except LookupError as error:
-        hint = "export with --no-verify, and compare a few answers yourself"
+        hint = "export with verify=False, and compare a few answers yourself"
         raise ExportError(f"{error}, so that it cannot be measured layer by layer", hint) from error
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers() if name in weights]

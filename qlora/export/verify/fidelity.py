@@ -149,7 +149,7 @@ def choose_positions(
     here = zip(batches, kept.split_with_sizes(counts), strict=True)
     thinned = [replace(batch, trained_T=batch.trained_T[inside]) for batch, inside in here if inside.any()]
     if not thinned:
-        raise ExportError("there is no trained position to measure on", "export with --no-verify")
+        raise ExportError("there is no trained position to measure on", "export with verify=False")
     return Positions(tuple(thinned), source)
 
 

@@ -94,7 +94,7 @@ def trained_reference(
         yield reference
         return
     if imatrix and rows is None:
-        raise ExportError("--imatrix needs the rows of a run", "name a run's folder whose data files are still there")
+        raise ExportError("`imatrix` needs the rows of a run", "name a run's folder whose data files are still there")
     import_bitsandbytes()
     model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
     model = adapters.open_saved(model, source.adapter.folder)

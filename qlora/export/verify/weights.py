@@ -25,7 +25,7 @@ from qlora.model.tensors import load_json, total_bytes
 from qlora.model.tokenizer import TOKENIZER_FILES, has_template
 
 _CHILD = "qlora.export.verify.weights_child"
-_HINT = "export again; if it happens again, report it with this line, and use --no-verify to keep the files"
+_HINT = "export again; if it happens again, report it with this line, and use verify=False to keep the files"
 # The child imports torch and transformers, then reads, quantizes and compares at 10 MB/s or better on a slow laptop.
 _START_SECONDS = 300.0
 _BYTES_PER_SECOND = 1e7
