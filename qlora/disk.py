@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora import lock
-from qlora.errors import RunFolderError
+from qlora.errors import RunFolderError, foreign_failures
 
 MANIFEST = "manifest.json"
 _SELF = "sha256"  # of the manifest itself
@@ -218,7 +218,7 @@ class HashedFile:
 
 def verify_folder(folder: Path) -> str | None:
     """None when every file of the manifest is there with its size and sha256, else what is wrong."""
-    try:
+    with foreign_failures() as failure:
         manifest = read_manifest(folder)
         entries = manifest["files"]
         if manifest.pop(_SELF) != _sha256_of(manifest):
@@ -231,9 +231,7 @@ def verify_folder(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
             if sha256_file(path) != entry["sha256"]:
                 return f"{name} is damaged (its sha256 differs from the manifest's)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"the manifest cannot be read ({error})"
-    return None
+    return f"the manifest cannot be read ({failure.error})" if failure.error else None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

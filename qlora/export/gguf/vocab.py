@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.errors import ExportError
+from qlora.errors import ExportError, foreign_failures
 from qlora.export.gguf import pretokenizer, special, spm
 from qlora.export.gguf.metadata import Entry, entries
 from qlora.export.gguf.probes import Limit
@@ -152,11 +152,11 @@ def metadata(vocab: Vocab) -> list[Entry]:
 def _load(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    try:
+    with foreign_failures() as failure:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ExportError(f"{folder}: its tokenizer cannot be opened ({reason})", "it needs tokenizer.json") from error
+    if failure.error:
+        what = f"{folder}: its tokenizer cannot be opened ({failure.reason})"
+        raise ExportError(what, "it needs tokenizer.json") from failure.error
     if not hasattr(tokenizer, "backend_tokenizer"):
         name = type(tokenizer).__name__
         raise ExportError(f"{folder}: its tokenizer is {name}, written in Python", "use a base with tokenizer.json")
