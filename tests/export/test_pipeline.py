@@ -203,7 +203,7 @@ def test_what_an_adapter_file_cannot_hold_is_refused(tmp_path: Path, llama: Path
     trained(llama, tmp_path / "adapter", KINDS[kind])
     with pytest.raises(ExportError, match=message) as caught:
         export(tmp_path / "adapter", "adapter-gguf", out=tmp_path / "out")
-    assert "--to gguf" in caught.value.hint and not (tmp_path / "out").exists()
+    assert "to='gguf'" in caught.value.hint and not (tmp_path / "out").exists()
 
 
 def test_k_quants_without_their_encoder_are_refused_at_once(
@@ -219,10 +219,10 @@ def test_k_quants_without_their_encoder_are_refused_at_once(
 @pytest.mark.parametrize(
     ("to", "options", "message"),
     [
-        ("gguf", {"max_kl": 0.1, "verify": False}, "--max-kl needs"),
-        ("gguf", {"imatrix": True, "quants": ("q8_0",)}, "--imatrix weighs"),
-        ("gguf", {"dtype": "f16"}, "--dtype is the type of safetensors"),
-        ("hf", {"tokenizer_pre": "gpt-2"}, "--tokenizer-pre is for GGUF"),
+        ("gguf", {"max_kl": 0.1, "verify": False}, "`max_kl` needs"),
+        ("gguf", {"imatrix": True, "quants": ("q8_0",)}, "`imatrix` weighs"),
+        ("gguf", {"dtype": "f16"}, "`dtype` is the type of safetensors"),
+        ("hf", {"tokenizer_pre": "gpt-2"}, "`tokenizer_pre` is for GGUF"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(
@@ -269,7 +269,7 @@ def test_an_unknown_pre_tokenizer_is_refused_and_can_be_named(tmp_path: Path, ll
     trained(tmp_path / "base", tmp_path / "adapter", KINDS["plain"])
     with pytest.raises(ExportError, match=r"\[a-z\]") as caught:
         export(tmp_path / "adapter", "gguf", out=tmp_path / "out")
-    assert "--tokenizer-pre" in caught.value.hint
+    assert "`tokenizer_pre`" in caught.value.hint
     report = export(tmp_path / "adapter", "gguf", out=tmp_path / "out", tokenizer_pre="gpt-2", verify=False)
     reader = gguf.GGUFReader(next(report.folder.glob("*.gguf")))
     assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
@@ -280,7 +280,7 @@ def test_an_unknown_pre_tokenizer_is_refused_and_can_be_named(tmp_path: Path, ll
     [
         ({"to": ("onnx",)}, "unknown format 'onnx'"),
         ({"to": ("gguf",), "quants": ("q9",)}, "unknown quant 'q9'"),
-        ({"to": ("hf",), "quants": ("q8_0",)}, "--quant is for GGUF"),
+        ({"to": ("hf",), "quants": ("q8_0",)}, "`quants` is for GGUF"),
     ],
 )
 def test_unknown_formats_and_quants(tmp_path: Path, llama: Path, arguments: dict[str, Any], message: str) -> None:

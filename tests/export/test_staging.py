@@ -178,7 +178,7 @@ def test_a_full_disk_is_an_error_of_two_lines_and_leaves_nothing(
     monkeypatch.setattr(disk.HashedFile, "append", full)
     with pytest.raises(ExportError, match="the disk is full") as caught:
         finished({"a": tmp_path / "x", "b": tmp_path / "y"})
-    assert "--out" in caught.value.hint and caught.value.exit_code == 2
+    assert "`out`" in caught.value.hint and caught.value.exit_code == 2
     assert not list(tmp_path.iterdir())
 
 

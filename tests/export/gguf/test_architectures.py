@@ -87,7 +87,7 @@ def test_settings_that_its_graph_ignores_are_refused(family: str, overrides: dic
         return
     with pytest.raises(ExportError, match=message) as caught:
         layout(family, **overrides)
-    assert "--to hf" in caught.value.hint
+    assert "to='hf'" in caught.value.hint
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:

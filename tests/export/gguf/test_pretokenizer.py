@@ -70,7 +70,7 @@ def test_an_unknown_split_is_refused_with_its_regex() -> None:
     with pytest.raises(ExportError) as error:
         match(content(KNOWN[0], pre_tokenizer=split(r"\w+|\W+")), HERE)
     assert repr(r"\w+|\W+") in error.value.what
-    assert "--tokenizer-pre" in error.value.hint
+    assert "`tokenizer_pre`" in error.value.hint
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_another_factor_on_attention_is_said_as_a_multiple_of_the_usual_one() ->
 def test_what_llama_cpp_cannot_express_is_refused(family: str, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message) as caught:
         described(family, parameters)
-    assert "--to hf" in caught.value.hint
+    assert "to='hf'" in caught.value.hint
 
 
 @pytest.mark.parametrize("parameters", [LLAMA3, YARN, LINEAR])
