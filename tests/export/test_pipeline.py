@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -321,15 +319,3 @@ def test_a_base_that_cannot_become_gguf_is_told_before_training(tmp_path: Path, 
     assert any("cannot be exported as GGUF: 'granite' models" in message for message in notices)
     with pytest.raises(ExportError, match="granite"):
         train(recipe, "train.max_steps=1", 'export.formats=["gguf:q8_0"]', mode="fresh")
-
-
-@pytest.mark.slow
-def test_the_command_prints_json(tmp_path: Path, llama: Path) -> None:
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
-    command = [sys.executable, "tools/merge_and_export.py", str(tmp_path / "adapter"), "--to", "gguf", "--quant", "f16"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, "--no-verify", "--json"], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["merge_base"] == "nf4" and said["products"][0]["format"] == "gguf-f16"
-    assert Path(said["products"][0]["folder"]).is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,17 @@ def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert ended(work) == 130
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_fault_of_ours_is_two_lines_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora.cli import common
+
+    def work() -> None:
+        raise ZeroDivisionError("oops")
+
+    with pytest.raises(SystemExit) as caught:
+        common.run(work)
+    assert caught.value.code == common.INTERNAL_ERROR
+    error = capsys.readouterr().err
+    assert "internal error: ZeroDivisionError: oops" in error and "Traceback" not in error
+    assert "ZeroDivisionError" in Path(error.split("with ")[-1].strip()).read_text()
