@@ -26,6 +26,7 @@ def lines(rows: list[Any]) -> str:
 
 
 def split_of(lengths: list[int], sources: list[int] | None = None) -> PreparedSplit:
+    """Rows of these lengths, trained from their second token on; row 3 is of the tokens 300, 301, …"""
     rows = [TokenRow([100 * row + at for at in range(n)], [0.0] + [1.0] * (n - 1)) for row, n in enumerate(lengths)]
     wheres = [f"a.jsonl:{row + 1}" for row in range(len(rows))]
     return PreparedSplit(rows, lengths, [max(n - 1, 0) for n in lengths], wheres, sources or [0] * len(rows))
@@ -41,15 +42,16 @@ GOOD_LINE = json.dumps(GOOD)
 
 
 def of(*messages: Any, **columns: Any) -> str:
+    """A line of a .jsonl file with these messages."""
     return json.dumps({"messages": list(messages), **columns})
 
 
 def says(content: Any, **keys: Any) -> dict[str, Any]:
+    """An assistant's message."""
     return {"role": "assistant", "content": content, **keys}
 
 
 USER = {"role": "user", "content": "x"}
-
 
 # (name, line that stands between two good ones of a .jsonl, part of the reason)
 BROKEN_LINES: list[tuple[str, str | bytes, str]] = [

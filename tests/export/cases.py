@@ -104,15 +104,18 @@ def whole(tensor, unit: int = 1) -> torch.Tensor:  # type: ignore[no-untyped-def
 
 
 def edit(file: Path, **changes: object) -> None:
+    """Change keys of a JSON file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def export(source: Path, *to: str, **options: Any) -> Any:
+    """What the command does, verification included where it is not switched off."""
     where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "sink") if key in options}
     return api.merge_and_export(source, to=to, options=ExportOptions(**options), **where)
 
 
 def line(report: Any, name: str) -> Any:
+    """The entry of that name in the table of fidelity."""
     return next(entry for entry in report.fidelity if entry.name == name)
 
 

@@ -21,8 +21,6 @@ from tests.export.cases import merge_of, trained
 from tests.export.hf_folder import write_hf
 
 NF4 = QuantizationSection()
-
-
 QUANTS = ("f16", "q8_0")
 
 

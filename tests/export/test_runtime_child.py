@@ -14,14 +14,13 @@ import torch
 from qlora.export.llama_cpp import runtime_child
 from qlora.export.llama_cpp.runtime import find_runtime
 
-pytest.importorskip("xllamacpp", reason='no llama.cpp to ask: pip install "qlora[gguf]"')
-RUNTIME = find_runtime()
-assert RUNTIME is not None
-
 
 def test_parameters_laid_out_otherwise_are_refused() -> None:
     """Defaults in other places must never be written over blindly."""
-    opened = runtime_child.open_llama(RUNTIME.library)
+    pytest.importorskip("xllamacpp", reason='no llama.cpp to ask: pip install "qlora[gguf]"')
+    found = find_runtime()
+    assert found is not None
+    opened = runtime_child.open_llama(found.library)
     defaults = opened.llama_context_default_params()
     raw = bytes(defaults.room)
     changed = bytes(runtime_child.context_parameters(defaults, 1000).room)

@@ -1,4 +1,4 @@
-"""What an export must hold, broken on purpose: each break is seen and named."""
+"""What an export must hold, asked in a child process that may die, and what must lie beside its weights."""
 
 from __future__ import annotations
 
@@ -30,15 +30,6 @@ def test_what_was_written_holds_in_a_child_process(case: Case) -> None:
         }
         deltas = next(check.detail for check in checks if check.name == "deltas")
         assert deltas.startswith("14 tensors, ") and json.dumps([check.as_dict() for check in checks])
-
-
-# --- safetensors, broken ----------------------------------------------------------------------------------------------
-
-
-# --- GGUF, broken -----------------------------------------------------------------------------------------------------
-
-
-# --- the child, and what lies beside the weights ----------------------------------------------------------------------
 
 
 def test_a_child_that_dies_or_hangs_is_an_error_of_two_lines(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

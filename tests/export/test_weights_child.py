@@ -20,8 +20,6 @@ from tests.export.reopened import QUANTS, Case
 from tests.families import make_base
 
 MODULE = "model.layers.1.mlp.down_proj.weight"
-
-
 PERMUTED = "blk.0.attn_q.weight"
 
 
@@ -31,6 +29,9 @@ def test_every_kind_of_adapter_holds(llama: Path, tmp_path: Path, kind: str) -> 
     other.require_folder(other.folder)
     for quant in QUANTS:
         other.require_file(quant, other.files[quant])
+
+
+# --- safetensors, broken ----------------------------------------------------------------------------------------------
 
 
 def base_weight(case: Case, name: str) -> torch.Tensor:
@@ -99,6 +100,9 @@ def test_a_folder_cut_off_is_seen(case: Case, tmp_path: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ExportError, match=r"opens: .*is cut off"):
         case.require_folder(folder)
+
+
+# --- GGUF, broken -----------------------------------------------------------------------------------------------------
 
 
 def edit_tensor(file: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
