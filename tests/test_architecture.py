@@ -378,3 +378,25 @@ def test_messages_below_the_commands_name_no_option() -> None:
             below = path.relative_to(PACKAGE).parts[0] != "cli" and id(node) not in docstrings
             if below and not SHELL.search(text):
                 assert not re.search(r"(?<![\w-])--[a-z]", text), f"{path.relative_to(ROOT)}:{node.lineno}: {text}"
+
+
+# --- each module has its file of tests -------------------------------------------------------------------------------
+
+
+def test_the_tests_of_a_module_stand_in_the_file_of_its_name() -> None:
+    """qlora/data/chat.py has tests/data/test_chat.py; of an inner room the test may stand in the outer one's folder."""
+    for path in MODULES:
+        *rooms, name = path.relative_to(PACKAGE).with_suffix("").parts
+        folders = [ROOT.joinpath("tests", *rooms), ROOT.joinpath("tests", *rooms[:1])]
+        assert any((folder / f"test_{name}.py").is_file() for folder in folders), path.relative_to(ROOT)
+
+
+def test_what_test_files_share_stands_in_no_test_file() -> None:
+    """A file whose tests move takes nothing with it that others import."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        imported = re.findall(
+            r"^from tests\.(?:\w+\.)*(test_\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        assert imported == [] or (path.name, imported) == ("test_house.py", ["test_architecture"]), path.relative_to(
+            ROOT
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import struct
 import tarfile
@@ -30,8 +31,6 @@ class Exploit:
         self.marker = marker
 
     def __reduce__(self) -> Any:
-        import os
-
         return os.system, (shell(self.marker),)
 
 
@@ -105,3 +104,12 @@ def template(folder: Path, text: str) -> None:
     for name in ("chat_template.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(text)
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_ThisIsTheHubTokenOfATest0123",
+    "WANDB_API_KEY": "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567",
+    "MLFLOW_TRACKING_PASSWORD": "correct-horse-battery",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY",
+    "OPENAI_API_KEY": "sk-proj-abcdefghijklmnop0123",
+}

@@ -25,7 +25,7 @@ from qlora.model.base_folder import check_config
 from qlora.model.tensors import find_tensors, read_header
 from qlora.recipe.reading import key_names, load_recipe
 from qlora.recipe.sections import DataSection, SourceSection
-from tests.data.test_bad_rows import GOOD, LINES
+from tests.data.cases import BROKEN_LINES, GOOD
 
 FAST, SLOW = 300, 10_000
 DRAWN = 0.3  # the share that hypothesis draws whole, at 5 to 10 ms each; changed bytes of good inputs cost a tenth
@@ -164,7 +164,7 @@ KNOWN_ROWS = [
     dumped(GOOD),
     *(
         line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass")
-        for _, line, _ in LINES
+        for _, line, _ in BROKEN_LINES
         if len(line) < 1000
     ),
 ]

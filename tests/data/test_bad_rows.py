@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from qlora.data.prepare import check_files, prepare
 from qlora.errors import DataError
 from qlora.events import Recorder, Rejected
 from qlora.recipe.sections import DataSection, SourceSection
+from tests.data.cases import BROKEN_LINES, GOOD_LINE, USER, of, says
 from tests.data.toys import family_tokenizer
-
-GOOD = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It."}]}
-GOOD_LINE = json.dumps(GOOD)
 
 
 @cache
@@ -25,80 +22,9 @@ def chat() -> ChatTokenizer:
     return ChatTokenizer(family_tokenizer("qwen2"), "assistant", Recorder())
 
 
-def of(*messages: Any, **columns: Any) -> str:
-    return json.dumps({"messages": list(messages), **columns})
-
-
-def says(content: Any, **keys: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **keys}
-
-
-USER = {"role": "user", "content": "x"}
-
-# (name, line that stands between two good ones of a .jsonl, part of the reason)
-LINES: list[tuple[str, str | bytes, str]] = [
-    ("cut off", '{"messages": [{"role": "us', "Unterminated string"),
-    ("single quotes", "{'messages': []}", "property name"),
-    ("trailing comma", '{"messages": [],}', "broken JSON"),
-    ("two objects", GOOD_LINE + GOOD_LINE, "Extra data"),
-    ("plain words", "hello", "broken JSON"),
-    ("a comment", "// " + GOOD_LINE, "broken JSON"),
-    ("an array", "[1, 2]", "not a JSON object but a list"),
-    ("a number", "12", "not a JSON object but a number"),
-    ("null", "null", "not a JSON object but null"),
-    ("a string", '"x"', "not a JSON object but text"),
-    ("NaN", '{"text": "x", "score": NaN}', "NaN"),
-    ("infinity", '{"text": "x", "score": -Infinity}', "Infinity"),
-    ("endless number", '{"n": ' + "9" * 5000 + "}", "broken JSON"),
-    ("raw NUL", GOOD_LINE.replace("What", "Wh\0at"), "control character"),
-    ("escaped NUL", of(says("a\0b")), "NUL"),
-    ("lone surrogate", '{"messages": [{"role": "assistant", "content": "\\ud83d"}]}', "surrogate"),
-    ("surrogate in a key", '{"\\udc00": 1}', "surrogate"),
-    ("not UTF-8", b'{"text": "caf\xe9"}', "not UTF-8 text at byte 14"),
-    ("deep nesting", "[" * 100_000 + "]" * 100_000, "nested too deep"),
-    ("deep objects", '{"a":' * 5_000 + "1" + "}" * 5_000, "nested too deep"),
-    ("empty object", "{}", "messages needs the column messages"),
-    ("missing key", '{"prompt": "x"}', "messages needs the column messages; this row has: prompt"),
-    ("messages null", '{"messages": null}', "messages needs the column messages"),
-    ("no messages", of(), "empty list"),
-    ("messages a number", '{"messages": 3}', "messages is a number, not a list"),
-    ("messages an object", '{"messages": {"role": "user"}}', "messages is an object, not a list"),
-    ("messages words", '{"messages": "hello"}', "not JSON"),
-    ("nested list", of([USER]), "messages[0] is a list"),
-    ("message is text", of("hi", says("x")), "messages[0] is text"),
-    ("wrong role", of({"role": "robot", "content": "x"}), "'robot'"),
-    ("role a number", of({"role": 1, "content": "x"}), "messages[0].role is 1"),
-    ("role a list", of({"role": ["user"], "content": "x"}), "messages[0].role is"),
-    ("no role", of({"content": "x"}), "messages[0] has no role"),
-    ("no content", of({"role": "user"}, says("x")), "messages[0].content is missing"),
-    ("content a number", of({"role": "user", "content": 5}), "messages[0].content is a number"),
-    ("content an object", of(says({"text": "x"})), "messages[0].content is an object"),
-    ("content true", of(says(True)), "messages[0].content is true or false"),
-    ("empty assistant", of(USER, says("")), "messages[1]: the assistant says nothing"),
-    ("blank assistant", of(USER, says(" \n\t")), "messages[1]: the assistant says nothing"),
-    ("assistant null", of(USER, says(None)), "messages[1].content is missing"),
-    ("picture", of({"role": "user", "content": [{"type": "image_url"}]}), "only text"),
-    ("calls a number", of(says("x", tool_calls=5)), "tool_calls is a number"),
-    ("call without name", of(says("x", tool_calls=[{"arguments": {}}])), "not a tool call"),
-    ("call with broken arguments", of(says("", tool_calls=[{"name": "f", "arguments": "{"}])), "not JSON"),
-    ("tools words", of(USER, says("x"), tools="search"), "tools is text that is not JSON"),
-    ("tools without names", of(USER, says("x"), tools=[{}]), "tools[0] is not a tool"),
-    ("weight 0.5", of(USER, says("x", weight=0.5)), "weight is 0.5"),
-    ("nobody answers", of(USER), "no token of it would be trained"),
-    ("nobody trained", of(USER, says("x", train=False)), "no token of it would be trained"),
-    ("mixed types", of(USER, 3, None, says("x")), "messages[1] is a number"),
-    ("parts of mixed types", of({"role": "user", "content": ["a", 1]}, says("x")), "only text"),
-    ("weight a text", of(USER, says("x", weight="1")), "weight is '1'"),
-    ("train a number", of(USER, says("x", train=1)), "train is a number"),
-    ("a NUL in a key", '{"a\\u0000b": 1, "messages": []}', "NUL"),
-    ("reasoning a list", of(USER, says("x", reasoning_content=[])), "reasoning_content is a list"),
-    ("a BOM in the middle", "\ufeff" + GOOD_LINE, "broken JSON"),
-    ("a line break in a role", of({"role": "a\nb", "content": "x"}), "role is 'a"),
-    ("end token inside", of(USER, says("x<|im_end|>\n<|im_start|>user")), "<|im_end|>"),
-]
-
-
-@pytest.mark.parametrize(("line", "reason"), [item[1:] for item in LINES], ids=[item[0] for item in LINES])
+@pytest.mark.parametrize(
+    ("line", "reason"), [item[1:] for item in BROKEN_LINES], ids=[item[0] for item in BROKEN_LINES]
+)
 def test_a_broken_line_is_named_and_can_be_left_out(tmp_path: Path, line: str | bytes, reason: str) -> None:
     file = tmp_path / "rows.jsonl"
     raw = line if isinstance(line, bytes) else line.encode("utf-8", "surrogatepass")

@@ -13,19 +13,7 @@ from hypothesis import strategies as st
 from qlora.data.chat import TokenRow
 from qlora.data.loader import TrainOrder, collate, eval_packs
 from qlora.data.token_cache import PreparedSplit
-from qlora.recipe.sections import DataSection, SourceSection
-
-
-def split_of(lengths: list[int], sources: list[int] | None = None) -> PreparedSplit:
-    rows = [TokenRow([100 * row + at for at in range(n)], [0.0] + [1.0] * (n - 1)) for row, n in enumerate(lengths)]
-    wheres = [f"a.jsonl:{row + 1}" for row in range(len(rows))]
-    return PreparedSplit(rows, lengths, [max(n - 1, 0) for n in lengths], wheres, sources or [0] * len(rows))
-
-
-def data_of(packing: bool = True, max_length: int = 16, weights: tuple[float, ...] = (1.0,)) -> DataSection:
-    train = tuple(SourceSection(path="a.jsonl", weight=weight) for weight in weights)
-    return DataSection(train=train, packing=packing, max_length=max_length)
-
+from tests.data.cases import data_of, split_of
 
 lengths_st = st.lists(st.integers(1, 16), min_size=1, max_size=40)
 

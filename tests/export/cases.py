@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora import api
 from qlora.events import Recorder
+from qlora.export.artifacts import ExportOptions
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import make_plan
 from qlora.model import adapters, load
@@ -99,3 +101,25 @@ def merge_of(base: Path, adapter: Path, **settings) -> Merge:  # type: ignore[no
 
 def whole(tensor, unit: int = 1) -> torch.Tensor:  # type: ignore[no-untyped-def]
     return torch.cat([block.reshape(-1) for block in tensor.blocks(unit)]).view(tensor.shape)
+
+
+def edit(file: Path, **changes: object) -> None:
+    """Change keys of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def export(source: Path, *to: str, **options: Any) -> Any:
+    """What the command does, verification included where it is not switched off."""
+    where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "sink") if key in options}
+    return api.merge_and_export(source, to=to, options=ExportOptions(**options), **where)
+
+
+def line(report: Any, name: str) -> Any:
+    """The entry of that name in the table of fidelity."""
+    return next(entry for entry in report.fidelity if entry.name == name)
+
+
+def name_the_base(adapter: Path, base: Path) -> None:
+    """As peft names it where it has opened the base itself."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))

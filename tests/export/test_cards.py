@@ -15,7 +15,7 @@ from qlora.events import Recorder
 from qlora.export.cards import adapter_card, merged_card
 from qlora.model.resolve import resolve
 from qlora.recipe.reading import recipe_of_base
-from tests.export.test_merge import KINDS, merge_of, trained
+from tests.export.cases import KINDS, merge_of, trained
 from tests.families import make_base
 from tests.runs import run_dir, train, write_recipe
 

@@ -16,9 +16,9 @@ from qlora.export import hf
 from qlora.export.gguf import rope
 from qlora.export.staging import StagedExport
 from qlora.model.tensors import find_tensors
-from tests.export.gguf.test_rope import LINEAR, LLAMA3, LONGROPE, YARN
+from tests.export.cases import KINDS, merge_of, of_peft, opened, trained
+from tests.export.gguf.cases import LINEAR, LLAMA3, LONGROPE, YARN
 from tests.export.hf_folder import write_hf
-from tests.export.test_merge import KINDS, merge_of, of_peft, opened, trained
 from tests.families import as_version_4_saves, make_base, make_config, make_model, make_tokenizer
 
 

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-import torch
 
-from qlora import api
 from qlora.errors import ExportError
 from qlora.events import Recorder
-from qlora.export.artifacts import ExportOptions
-from qlora.export.llama_cpp import runtime
-from qlora.model import adapters, load, meta_model
-from qlora.model.resolve import resolve
-from qlora.recipe.sections import LoraSection, QuantizationSection
-from tests.export import llama as llama_cpp
-from tests.export.cases import KINDS, of_peft, trained
-from tests.export.gguf import written
+from qlora.model import meta_model
+from tests.export.cases import KINDS, export, line, name_the_base, of_peft, trained
 from tests.families import make_base, make_tokenizer
 from tests.runs import run_dir, train, write_recipe
-
-PLAIN = QuantizationSection(type="none")
-
-
-def export(source: Path, *to: str, **options: Any) -> Any:
-    where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "sink") if key in options}
-    return api.merge_and_export(source, to=to, options=ExportOptions(**options), **where)
-
-
-def line(report: Any, name: str) -> Any:
-    return next(entry for entry in report.fidelity if entry.name == name)
 
 
 @pytest.fixture(scope="module")
@@ -123,24 +102,6 @@ def test_a_file_that_is_too_far_has_no_name_and_the_others_have(tmp_path: Path, 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gguf-f16"]
 
 
-def test_without_verification_nothing_is_loaded(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
-    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("the trained model was loaded"))
-    report = export(tmp_path / "adapter", "gguf", quants=("bf16",), out=tmp_path / "out", verify=False)
-    assert report.merge_base == "nf4" and report.fidelity == () and report.checks == ()
-    assert (tmp_path / "out" / "adapter-BF16.gguf").is_file()
-
-
-def test_without_a_runtime_the_weights_are_measured_by_transformers(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runtime, "find_runtime", lambda: None)
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
-    report = export(tmp_path / "adapter", "gguf", quants=("q8_0",), out=tmp_path / "out")
-    assert line(report, "gguf-q8_0").measured_by.startswith("transformers") and line(report, "gguf-q8_0").kl < 0.01
-    assert any(check == "llama.cpp" and "pip install" in detail for _, check, _, detail in report.checks)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dora", "whole", "rslora"])
 def test_other_adapters_become_gguf_files(tmp_path: Path, llama: Path, kind: str) -> None:
@@ -165,57 +126,6 @@ def test_an_adapter_with_new_tokens_is_measured_too(tmp_path: Path, tie: bool) -
     assert len(tokens) == 390 and "<|call|>" in tokens and tokens[-1].startswith("[PAD")
 
 
-def test_a_model_with_fewer_rows_than_tokens_is_refused(tmp_path: Path, llama: Path) -> None:
-    of_peft(llama, tmp_path / "adapter", resize=300)
-    name_the_base(tmp_path / "adapter", llama)
-    with pytest.raises(ExportError, match=r"beyond the model's 300 rows"):
-        export(tmp_path / "adapter", "hf", out=tmp_path / "out")
-
-
-def name_the_base(adapter: Path, base: Path) -> None:
-    """As peft names it where it has opened the base itself."""
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))
-
-
-@pytest.mark.parametrize(
-    ("family", "kind"), [("llama", "plain"), ("llama", "rslora"), ("qwen2", "some"), ("phi3", "plain")]
-)
-def test_an_adapter_file_on_a_base_file_is_the_adapter_in_peft(tmp_path: Path, family: str, kind: str) -> None:
-    """Base as F32, adapter in fp32: within 1e-4 of peft in fp32; without the adapter it is another model."""
-    lora = LoraSection(r=4, alpha=16, target_modules=("qkv_proj", "down_proj")) if family == "phi3" else KINDS[kind]
-    base = make_base(family, tmp_path / "base", overrides={"sliding_window": None} if family == "phi3" else None)
-    trained(base, tmp_path / "adapter", lora, PLAIN)
-    export(tmp_path / "adapter", "adapter-gguf", out=tmp_path / "lora")
-    opened = resolve(str(base), "main", Recorder())
-    model = load.load_base(opened, PLAIN, "eager", torch.device("cpu"), Recorder())
-    reference = written.logprobs(adapters.open_saved(model, tmp_path / "adapter").float(), range(5, 45))
-    file = written.write_base(base, tmp_path / "out")["f32"]
-    rows = ((range(5, 45), range(40)),)
-    found = llama_cpp.logprobs_with_adapter(file, tmp_path / "lora" / "adapter-LoRA.gguf", rows)
-    assert float((found - reference).abs().max()) <= 1e-4
-    bare = written.ask(file, runtime.Request(rows=rows))
-    assert float((bare - reference).abs().max()) > 1e-2
-
-
-@pytest.mark.parametrize(("kind", "message"), [("dora", "DoRA's magnitudes"), ("whole", "trained whole")])
-def test_what_an_adapter_file_cannot_hold_is_refused(tmp_path: Path, llama: Path, kind: str, message: str) -> None:
-    trained(llama, tmp_path / "adapter", KINDS[kind])
-    with pytest.raises(ExportError, match=message) as caught:
-        export(tmp_path / "adapter", "adapter-gguf", out=tmp_path / "out")
-    assert "to='gguf'" in caught.value.hint and not (tmp_path / "out").exists()
-
-
-def test_k_quants_without_their_encoder_are_refused_at_once(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
-    monkeypatch.setattr("qlora.export.llama_cpp.library._PLACES", ())
-    with pytest.raises(ExportError, match="neither xllamacpp nor llama-cpp-python") as caught:
-        export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), out=tmp_path / "out")
-    assert 'pip install "qlora[gguf]"' in caught.value.hint and not list(tmp_path.glob("*out*"))
-
-
 @pytest.mark.parametrize(
     ("to", "options", "message"),
     [
@@ -234,16 +144,6 @@ def test_an_option_that_would_do_nothing_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_importance_matrix_without_rows_is_refused_before_the_model_is_loaded(
-    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("xllamacpp", reason="K-quants need llama.cpp's encoder")
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
-    monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("the trained model was loaded"))
-    with pytest.raises(ExportError, match="`imatrix` needs the rows"):
-        export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), imatrix=True, out=tmp_path / "out")
-
-
 def test_room_for_all_products_is_looked_for_first(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,38 +155,6 @@ def test_room_for_all_products_is_looked_for_first(
     with pytest.raises(ExportError, match=r"needs .* are free"):
         export(tmp_path / "adapter", "hf", "gguf", quants=("f16",), out=tmp_path / "out", verify=False)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_pre_tokenizer_is_refused_and_can_be_named(tmp_path: Path, llama: Path) -> None:
-    import shutil
-
-    shutil.copytree(llama, tmp_path / "base")
-    file = tmp_path / "base" / "tokenizer.json"
-    content = json.loads(file.read_text())
-    split = {"type": "Split", "pattern": {"Regex": "[a-z]{1,7}"}, "behavior": "Isolated", "invert": False}
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, content["pre_tokenizer"]]}
-    file.write_text(json.dumps(content))
-    trained(tmp_path / "base", tmp_path / "adapter", KINDS["plain"])
-    with pytest.raises(ExportError, match=r"\[a-z\]") as caught:
-        export(tmp_path / "adapter", "gguf", out=tmp_path / "out")
-    assert "`tokenizer_pre`" in caught.value.hint
-    report = export(tmp_path / "adapter", "gguf", out=tmp_path / "out", tokenizer_pre="gpt-2", verify=False)
-    reader = gguf.GGUFReader(next(report.folder.glob("*.gguf")))
-    assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"to": ("onnx",)}, "unknown format 'onnx'"),
-        ({"to": ("gguf",), "quants": ("q9",)}, "unknown quant 'q9'"),
-        ({"to": ("hf",), "quants": ("q8_0",)}, "`quants` is for GGUF"),
-    ],
-)
-def test_unknown_formats_and_quants(tmp_path: Path, llama: Path, arguments: dict[str, Any], message: str) -> None:
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
-    with pytest.raises(ExportError, match=message):
-        api.merge_and_export(tmp_path / "adapter", **arguments)
 
 
 def test_a_run_is_measured_on_its_evaluation_rows_and_exports_at_its_end(tmp_path: Path, llama: Path) -> None:
@@ -311,25 +179,3 @@ def test_a_run_is_measured_on_its_evaluation_rows_and_exports_at_its_end(tmp_pat
     assert any(entry.name == "blk.0.attn_q.weight.in_sum2" for entry in matrix.tensors)
     made = gguf.GGUFReader(report.folder / "tiny-Q4_K_M.gguf")
     assert made.fields["quantize.imatrix.file"].contents() == "imatrix.gguf"
-
-
-def test_a_base_that_cannot_become_gguf_is_told_before_training(tmp_path: Path, llama: Path) -> None:
-    base = make_base("granite", tmp_path / "granite")
-    recipe = write_recipe(tmp_path, base)
-    recorder = train(recipe, "train.max_steps=1")
-    notices = [event.as_dict()["message"] for event in recorder.of("notice")]
-    assert any("cannot be exported as GGUF: 'granite' models" in message for message in notices)
-    with pytest.raises(ExportError, match="granite"):
-        train(recipe, "train.max_steps=1", 'export.formats=["gguf:q8_0"]', mode="fresh")
-
-
-@pytest.mark.slow
-def test_the_command_prints_json(tmp_path: Path, llama: Path) -> None:
-    trained(llama, tmp_path / "adapter", KINDS["plain"])
-    command = [sys.executable, "tools/merge_and_export.py", str(tmp_path / "adapter"), "--to", "gguf", "--quant", "f16"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, "--no-verify", "--json"], capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said["merge_base"] == "nf4" and said["products"][0]["format"] == "gguf-f16"
-    assert Path(said["products"][0]["folder"]).is_dir()

@@ -181,27 +181,3 @@ def test_a_child_that_takes_too_long_is_ended(file: Path) -> None:
 def test_a_library_of_another_kind_is_refused(file: Path) -> None:
     other = Runtime("other 1", Path(ctypes.util.find_library("m") or "libm.so.6"))
     assert "is of another version" in refused(file, runtime=other).what
-
-
-def test_parameters_laid_out_otherwise_are_refused() -> None:
-    """Defaults in other places must never be written over blindly."""
-    opened = runtime_child.open_llama(RUNTIME.library)
-    defaults = opened.llama_context_default_params()
-    raw = bytes(defaults.room)
-    changed = bytes(runtime_child.context_parameters(defaults, 1000).room)
-    assert struct.unpack_from("<4I", changed) == (1000, 512, 512, 1)
-    assert sum(one != other for one, other in zip(raw, changed, strict=True)) < 24, "more than the known fields changed"
-    for find, put in ((runtime_child._SIZES, bytes(16)), (runtime_child._CACHE_TYPES, bytes(40))):
-        broken = runtime_child._Opaque()
-        ctypes.memmove(broken.room, raw.replace(find, put), len(raw))
-        with pytest.raises(runtime_child.Failed, match="laid out otherwise"):
-            runtime_child.context_parameters(broken, 1000)
-    shifted = runtime_child._Opaque()
-    ctypes.memmove(shifted.room, bytes(4) + raw[:-4], len(raw))
-    with pytest.raises(runtime_child.Failed, match="laid out otherwise"):
-        runtime_child.context_parameters(shifted, 1000)
-
-
-def test_without_a_package_there_is_no_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_LLAMA_PLACES", ())
-    assert find_runtime() is None

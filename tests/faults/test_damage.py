@@ -8,34 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from qlora import disk
 from qlora.disk import MANIFEST
-from qlora.errors import RunFolderError
 from qlora.events import Notice, Recorder
-from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import checkpoint
 from qlora.training.checkpoint import Fingerprints, RunState
+from tests.training.cases import ABOUT, optimizer
 
 FLIPS = 64
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", MANIFEST)
-ABOUT = {"versions": {"qlora": "1.2.3", "torch": "2.10.0"}, "recipe_sha256": "ab" * 32}
-
-
-def optimizer() -> AdapterOptimizer:
-    torch.manual_seed(0)
-    parameters = {
-        f"base_model.model.l{i}.lora_{m}.default.weight": torch.nn.Parameter(torch.randn(4, 8).bfloat16())
-        for i in (0, 1)
-        for m in "AB"
-    }
-    made = AdapterOptimizer(parameters, "adamw", 0.0)
-    for parameter in made.masters.values():
-        parameter.grad = torch.randn_like(parameter)
-    made.gradient_norm()
-    made.step(1e-3)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -131,35 +113,11 @@ def test_without_a_good_one_there_is_none(run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in newest.parent.iterdir()) == ["step-000001.broken1", "step-000002.broken1"]
 
 
-def test_the_manifest_tells_how_it_was_made(run: Path) -> None:
-    manifest = disk.read_manifest(checkpoint.folder_of(run, 2))
-    assert manifest["versions"] == ABOUT["versions"] and manifest["recipe_sha256"] == "ab" * 32
-    assert set(manifest["files"]) == set(FILES) - {MANIFEST}
-    made = checkpoint.Checkpoint(checkpoint.folder_of(run, 2), RunState())
-    now = {"versions": {"qlora": "1.2.3", "torch": "2.11.0"}}
-    assert checkpoint.other_versions(made, now) == "torch 2.10.0 (now 2.11.0)"
-    assert checkpoint.other_versions(made, ABOUT) == ""
-
-
 def test_a_checkpoint_holds_nothing_that_runs(run: Path) -> None:
     """No zip, no pickle, nothing executable, nothing that others may write."""
     for path in checkpoint.folder_of(run, 2).iterdir():
         assert path.read_bytes()[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
         assert path.stat().st_mode & 0o133 == 0, oct(path.stat().st_mode)
-
-
-def test_tensors_are_restored_bit_for_bit_or_not_at_all(run: Path) -> None:
-    made = checkpoint.Checkpoint(checkpoint.folder_of(run, 2), RunState(step=2))
-    first, second = optimizer(), optimizer()
-    for master in second.masters.values():
-        master.data.zero_()
-    checkpoint.restore(made, second, Fingerprints("b", "d"))
-    one, other = first.state(), second.state()
-    assert one[1] == other[1] and one[0].keys() == other[0].keys()
-    assert all(torch.equal(one[0][name], other[0][name]) for name in one[0])
-    for wrong in (Fingerprints("x", "d"), Fingerprints("b", "x")):
-        with pytest.raises(RunFolderError, match="was made with another"):
-            checkpoint.restore(made, second, wrong)
 
 
 def test_at_no_moment_fewer_than_keep_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,6 @@ import pytest
 
 from qlora import disk
 from qlora.disk import sha256_file
-from qlora.events import Recorder
-from qlora.training import checkpoint
 from tests.faults.cases import SETTINGS, last_hashes
 from tests.faults.forks import Warm, finished, fork, in_child, warm
 from tests.runs import write_recipe
@@ -155,7 +153,3 @@ def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path: Path) -> 
     disk.sweep_leftovers(tmp_path)
     assert (tmp_path / "adapter" / "a").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_checkpoint_newest_needs_no_run(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path, Recorder()) is None

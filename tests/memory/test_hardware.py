@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora.errors import HardwareError, RecipeError
-from qlora.memory import calibration, hardware
-from qlora.memory.calibration import Correction, Pair
+from qlora.memory import hardware
 from qlora.memory.hardware import GIB, GPUS
 from qlora.recipe.reading import recipe_of_base
 from qlora.recipe.sections import parse_bytes
@@ -61,25 +60,3 @@ def test_a_size_and_a_name_exclude_each_other_and_sizes_have_a_card() -> None:
     assert hardware.asked_for(None, "8GiB", "auto").gpu == hardware.find("RTX 3070")
     with pytest.raises(HardwareError, match="not a size"):
         hardware.asked_for(None, "much", "auto")
-
-
-def test_calibration_is_the_median_of_what_is_plausible(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    assert calibration.correction("RTX 4090") == Correction()
-    for measured in (100, 104, 108, 500):  # the last one: another program was on the card
-        calibration.add(Pair("RTX 4090", "2.13", 100, measured))
-    calibration.add(Pair("RTX 3060", "2.13", 100, 90))
-    assert calibration.correction("RTX 4090") == Correction(1.04, 3)
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[1, {}]", '{"a": 1}', '[{"gpu": "x", "torch": "y", "predicted_bytes": 0}]']
-)
-def test_a_broken_calibration_file_is_as_good_as_none(
-    content: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    calibration.path().write_text(content)
-    assert calibration.correction("x") == Correction()
-    calibration.add(Pair("x", "2.13", 100, 101))
-    assert calibration.correction("x").runs == 1

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora.events import Recorder
+from tests.export.cases import logits, merge_of, of_peft, opened, whole
 from tests.export.hf_folder import write_hf
-from tests.export.test_merge import logits, merge_of, of_peft, opened, whole
 from tests.families import make_base
 
 BOTH = ["q_proj", "embed_tokens", "lm_head"]

@@ -16,7 +16,7 @@ from qlora.training.evaluate import Question, RunEvaluation, with_evaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.phases import PhaseClock
 from qlora.training.recovery import OomRecovery
-from tests.data.test_loader import data_of, split_of
+from tests.data.cases import data_of, split_of
 from tests.runs import train, values, write_recipe
 
 CPU = torch.device("cpu")

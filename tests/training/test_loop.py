@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora import api
 from qlora.errors import TrainingStopped
 from qlora.recipe.reading import load_recipe
 from qlora.step import forward
@@ -131,12 +130,3 @@ def test_the_run_folder_tells_the_whole_story(tmp_path: Path, llama: Path) -> No
         path.name for path in (folder / "adapter").iterdir()
     }
     assert recorder.of("sample") and (folder / "export" / "hf" / "model.safetensors").is_file()
-
-
-def test_check_reads_every_row_and_makes_no_run(tmp_path: Path, llama: Path) -> None:
-    recipe = write_recipe(tmp_path, llama)
-    checked = api.check(load_recipe(recipe))
-    data = checked.data
-    assert checked.memory is not None and checked.memory.fits
-    assert len(data.train.lengths) + len(data.eval.lengths) == 30
-    assert not (tmp_path / "runs").exists()

@@ -85,13 +85,6 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert hashes(recipe, 12) == straight
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, llama: Path) -> None:
-    recipe = write_recipe(tmp_path, llama)
-    train(recipe, "train.max_steps=5", "train.batch_size=2", "checkpoint.every_steps=1", "checkpoint.keep=2")
-    names = sorted(path.name for path in (run_dir(recipe) / "checkpoints").iterdir())
-    assert names == ["step-000004", "step-000005"]
-
-
 def test_resuming_a_finished_run_ends_as_it_did(tmp_path: Path, llama: Path) -> None:
     recipe = write_recipe(tmp_path, llama)
     train(recipe, *EVERYTHING, "train.max_steps=3")

@@ -8,7 +8,7 @@ import torch
 from qlora.recipe.sections import TrainSection
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.step_batches import StepBatches
-from tests.data.test_loader import data_of, split_of
+from tests.data.cases import data_of, split_of
 
 LENGTHS = [5, 9, 3, 14, 7, 2, 11, 6, 4, 8]
 

@@ -9,7 +9,7 @@ import torch
 
 from qlora.errors import ExportError
 from qlora.export.gguf.architectures import GgufTensor, Layout, lay_out
-from tests.export.gguf.test_rope import shapes_of
+from tests.export.gguf.cases import shapes_of
 from tests.families import FAMILIES, WINDOW, make_config, make_model
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -182,26 +180,3 @@ def test_columns_without_importance_are_not_zeroed(library: llama_cpp_library.Gg
 def test_an_importance_that_does_not_fit_is_refused(library: llama_cpp_library.Ggml, importance: np.ndarray) -> None:
     with pytest.raises(ExportError, match="its importance has shape"):
         encode(rows(), KINDS["Q4_K"], library, importance)
-
-
-def test_without_a_library_the_command_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp_library, "_PLACES", (("no_such_package_at_all", ".", ("*.so",)),))
-    with pytest.raises(ExportError, match="neither xllamacpp nor llama-cpp-python") as caught:
-        llama_cpp_library.find_library()
-    assert 'pip install "qlora[gguf]"' in caught.value.hint
-
-
-def test_a_library_that_is_none_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = tmp_path / "half_a_llama"
-    package.mkdir()
-    (package / "half.so").write_bytes(b"not a library")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(llama_cpp_library, "_PLACES", (("half_a_llama", ".", ("*.so",)),))
-    with pytest.raises(ExportError, match=r"half\.so: not a usable ggml"):
-        llama_cpp_library.find_library()
-
-
-def test_a_library_without_ggml_is_refused() -> None:
-    file = torch._C.__file__
-    with pytest.raises(ExportError, match="not a usable ggml"):
-        llama_cpp_library.open_library(Path(file))

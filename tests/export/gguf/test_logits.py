@@ -16,7 +16,7 @@ from qlora.export.llama_cpp.runtime import Request
 from tests import tokenizers
 from tests.export import llama
 from tests.export.gguf import written
-from tests.export.gguf.test_rope import LINEAR, LLAMA3, LONGROPE, YARN
+from tests.export.gguf.cases import LINEAR, LLAMA3, LONGROPE, YARN
 from tests.families import FAMILIES, WINDOW, make_base
 
 # Gemma's activation goes through a table of 16-bit values in llama.cpp.

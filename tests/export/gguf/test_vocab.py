@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 
 from qlora.errors import ExportError
-from qlora.export.gguf import spm, vocab
+from qlora.export.gguf import vocab
 from qlora.export.gguf.pretokenizer import KNOWN
 from qlora.export.gguf.probes import PROBE_TEXTS, Limit, comparable
-from qlora.export.gguf.vocab import Vocab, metadata, read_vocab
+from qlora.export.gguf.vocab import metadata, read_vocab
 from tests import tokenizers
 from tests.export.gguf.asked import changed, differing, load, read, with_added, without
 from tests.export.gguf.awkward_texts import PROBES
@@ -130,14 +129,6 @@ def test_trap_the_shortcut_for_whole_words(tmp_path: Path) -> None:
     assert differing(folder, metadata(read(folder, pre="llama-bpe")), ["qzqz"]) == ["qzqz"]
 
 
-def test_trap_flat_scores_mistokenize(tmp_path: Path) -> None:
-    folder = tokenizers.llama2(tmp_path)
-    found = read(folder)
-    assert found.scores is not None
-    flat = replace(found, scores=(0.0,) * len(found.scores))
-    assert len(differing(folder, metadata(flat), PROBES)) > 15
-
-
 def test_trap_a_missing_space_prefix(tmp_path: Path) -> None:
     folder = tokenizers.gemma(tmp_path)
     assert differing(folder, without(metadata(read(folder)), "add_space_prefix"), ["Hello"]) == ["Hello"]
@@ -230,16 +221,6 @@ def test_other_models_are_refused(change: Mapping[str, Any], tmp_path: Path) -> 
         read_vocab(folder, 100)
 
 
-def test_missing_byte_tokens_are_refused(tmp_path: Path) -> None:
-    """llama.cpp throws at the first character that needs one."""
-    folder = tokenizers.llama2(tmp_path)
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    content["model"]["vocab"]["other"] = content["model"]["vocab"].pop("<0x41>")
-    changed(folder, "tokenizer.json", **content)
-    with pytest.raises(ExportError, match="<0x41>"):
-        read(folder)
-
-
 def test_unknown_space_marks_and_added_ends_are_refused(tmp_path: Path) -> None:
     folder = changed(tokenizers.llama2(tmp_path / "a"), "tokenizer.json", normalizer={"type": "NFKC"})
     with pytest.raises(ExportError, match="NFKC"):
@@ -290,65 +271,3 @@ def test_added_tokens_of_byte_level_are_control_or_user_defined(tmp_path: Path) 
     assert found.types[top : top + 4] == (4, 3, 4, 5)
     texts = ["a <tool_call> b", "<|box|>\n", "if x:\n        y", "<tool_call", *PROBE_TEXTS]
     assert differing(folder, metadata(found), texts) == []
-
-
-def test_scores_come_from_the_model_file_when_it_fits(tmp_path: Path) -> None:
-    folder = tokenizers.gemma(tmp_path, model_file=True)
-    pieces = spm.read_pieces(folder / "tokenizer.model")
-    found = read(folder)
-    ids = {piece.text: number for number, piece in enumerate(pieces)}
-    assert found.scores is not None
-    assert found.scores[ids["▁the"]] == pieces[ids["▁the"]].score < 0
-    assert found.scores[ids["<bos>"]] == spm.ADDED_SCORE
-    assert (pieces[ids["<0x00>"]].kind, pieces[ids["\n\n"]].kind, pieces[ids["<unk>"]].kind) == (6, 4, 2)
-    other = tokenizers.llama2(tmp_path / "other", model_file=True)
-    (folder / "tokenizer.model").write_bytes((other / "tokenizer.model").read_bytes())
-    foreign = read(folder)
-    assert any("tokenizer.model" in warning for warning in foreign.warnings)
-    assert foreign.scores == read_without_model_file(folder).scores
-
-
-def read_without_model_file(folder: Path) -> Vocab:
-    (folder / "tokenizer.model").unlink()
-    return read(folder)
-
-
-def test_the_reader_of_protobuf_agrees_with_sentencepiece(tmp_path: Path) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece", reason="the other reader")
-    folder = tokenizers.llama2(tmp_path, model_file=True)
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    for number, piece in enumerate(spm.read_pieces(folder / "tokenizer.model")):
-        assert (piece.text, piece.score) == (theirs.id_to_piece(number), theirs.get_score(number))
-
-
-@pytest.mark.parametrize("damage", [b"\x0a\xff", b"\x0f", b"not protobuf at all", b"\x0a\x04\x15\x00\x00\x00"])
-def test_a_damaged_model_file_is_refused(damage: bytes, tmp_path: Path) -> None:
-    folder = tokenizers.llama2(tmp_path, model_file=True)
-    with (folder / "tokenizer.model").open("ab") as file:
-        file.write(damage)
-    with pytest.raises(ExportError, match=r"tokenizer\.model"):
-        read(folder)
-
-
-def test_absent_fields_of_a_piece_are_protobufs_defaults(tmp_path: Path) -> None:
-    text = b"\x0a\x01a"
-    score = b"\x15" + struct.pack("<f", -2.5)
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x03" + text + b"\x0a\x08" + text + score)
-    assert spm.read_pieces(tmp_path / "tokenizer.model") == [spm.Piece("a", 0.0, 1), spm.Piece("a", -2.5, 1)]
-
-
-def test_merges_that_are_missing_are_warned_of(tmp_path: Path) -> None:
-    """llama.cpp joins any two tokens that make a third; a BPE that was not made from SentencePiece may not."""
-    folder = tokenizers.llama2(tmp_path)
-    assert read(folder).warnings == ()
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) != "▁the"]
-    changed(folder, "tokenizer.json", **content)
-    assert any("'▁the'" in warning for warning in read(folder).warnings)
-
-
-def test_probe_texts_are_many_and_valid() -> None:
-    assert 500 <= len(PROBES) <= 700
-    assert 50 <= len(PROBE_TEXTS) <= 100
-    assert set(PROBE_TEXTS) < set(PROBES)
-    assert all(text.encode("utf-8").decode("utf-8") == text for text in PROBES)

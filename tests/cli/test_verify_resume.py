@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from qlora.cli import verify_resume
 from qlora.errors import TrainingStopped
 from qlora.recipe.reading import load_recipe, recipe_toml
-from tests.cli.test_bad_input import run
+from tests.cli.cases import run
 from tests.runs import EVERYTHING, write_recipe
 
 

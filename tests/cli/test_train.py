@@ -5,22 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.cli.cases import expect_two_lines, run
 from tests.runs import write_recipe
 
 Break = Callable[[Path, Path], list[str]]
-
-
-def run(*arguments: str, cwd: Path, module: str = "train") -> tuple[int, str, str, float]:
-    started = time.monotonic()
-    command = [sys.executable, "-m", f"qlora.cli.{module}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - started
 
 
 def recipe_text(recipe: Path, old: str, new: str) -> list[str]:
@@ -120,18 +113,6 @@ def prepared(tmp_path: Path, llama: Path) -> tuple[Path, Path]:
     return write_recipe(tmp_path, base), base
 
 
-def expect_two_lines(result: tuple[int, str, str, float], message: str) -> None:
-    import re
-
-    code, _, error, _ = result
-    assert code == 2, error
-    assert "Traceback" not in error
-    lines = error.strip().splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("error: "))
-    assert re.search(message, lines[first]), error
-    assert lines[first + 1].startswith("       ") and len(lines[first + 1].strip()) > 10
-
-
 @pytest.mark.parametrize("message", QUICK)
 def test_found_before_torch_is_loaded(tmp_path: Path, llama: Path, message: str) -> None:
     recipe, base = prepared(tmp_path, llama)
@@ -160,24 +141,6 @@ def test_several_problems_are_told_at_once(tmp_path: Path, llama: Path) -> None:
     assert code == 2 and error.count("error: ") == 2
 
 
-def test_export_of_nothing(tmp_path: Path) -> None:
-    expect_two_lines(run(str(tmp_path / "none"), cwd=tmp_path, module="export"), "no such folder")
-
-
 def test_schema_is_json() -> None:
     code, out, _, _ = run("--schema", cwd=Path.cwd())
     assert code == 0 and json.loads(out)["title"] == "Recipe"
-
-
-def test_a_fault_of_ours_is_two_lines_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from qlora.cli import common
-
-    def work() -> None:
-        raise ZeroDivisionError("oops")
-
-    with pytest.raises(SystemExit) as caught:
-        common.run(work)
-    assert caught.value.code == common.INTERNAL_ERROR
-    error = capsys.readouterr().err
-    assert "internal error: ZeroDivisionError: oops" in error and "Traceback" not in error
-    assert "ZeroDivisionError" in Path(error.split("with ")[-1].strip()).read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,31 @@ def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert ended(work) == 130
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_fault_of_ours_is_two_lines_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from qlora.cli import common
+
+    def work() -> None:
+        raise ZeroDivisionError("oops")
+
+    with pytest.raises(SystemExit) as caught:
+        common.run(work)
+    assert caught.value.code == common.INTERNAL_ERROR
+    error = capsys.readouterr().err
+    assert "internal error: ZeroDivisionError: oops" in error and "Traceback" not in error
+    assert "ZeroDivisionError" in Path(error.split("with ")[-1].strip()).read_text()
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("start anew with mode='fresh'", "start anew with --fresh"),
+        ("add to='gguf', quants=['q4_k_m'], say", "add --to gguf --quant q4_k_m, say"),
+        ("use vram='12GiB', or one of", "use --vram 12GiB, or one of"),
+        ("`overrides` lora.rank=8", "--set lora.rank=8"),
+        ("another `merge_base`, or merge_base='nf4'", "another --base, or --base nf4"),
+    ],
+)
+def test_messages_show_the_options_of_the_commands(message: str, shown: str) -> None:
+    assert common.as_options(message) == shown

@@ -1,0 +1,29 @@
+"""`qlora-export`: what it prints, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.cases import expect_two_lines, run
+from tests.export.cases import KINDS, trained
+
+
+def test_export_of_nothing(tmp_path: Path) -> None:
+    expect_two_lines(run(str(tmp_path / "none"), cwd=tmp_path, module="export"), "no such folder")
+
+
+@pytest.mark.slow
+def test_the_command_prints_json(tmp_path: Path, llama: Path) -> None:
+    trained(llama, tmp_path / "adapter", KINDS["plain"])
+    command = [sys.executable, "tools/merge_and_export.py", str(tmp_path / "adapter"), "--to", "gguf", "--quant", "f16"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, "--no-verify", "--json"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["merge_base"] == "nf4" and said["products"][0]["format"] == "gguf-f16"
+    assert Path(said["products"][0]["folder"]).is_dir()

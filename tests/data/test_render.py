@@ -1,0 +1,56 @@
+"""The process that renders chat templates: replaced when it dies, and exact to the letter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qlora.data.chat import ChatTokenizer
+from qlora.data.formats import RowError
+from qlora.data.render import Renderer, request_text
+from qlora.events import Recorder
+from tests.data.toys import CASES, FAMILIES, family_tokenizer, template_of
+
+
+def test_a_worker_that_dies_is_an_error_of_its_row_and_is_replaced() -> None:
+    renderer = Renderer(["{{ messages[0].content }}"], {})
+    request = request_text(0, {"messages": [{"role": "user", "content": "x"}]})
+    assert renderer.render(request).text == "x"
+    assert renderer._worker is not None
+    renderer._worker._process.kill()
+    with pytest.raises(RowError, match="it ended the process"):
+        renderer.render(request)
+    assert renderer.render(request).text == "x"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("marks", [False, True], ids=["plain", "marks"])
+def test_the_same_text_as_transformers_renders(family: str, marks: bool) -> None:
+    """The process knows nothing of transformers; what it writes is the same, to the letter and the mark."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tokenizer = family_tokenizer(family, marks)
+    chat = ChatTokenizer(tokenizer, "assistant", Recorder())._chat_template
+    for case in CASES:
+        conversation = case.make()
+        plain = [{k: v for k, v in message.items() if k != "train"} for message in conversation.messages]
+        for prompt in (False, True):
+            options: dict[str, Any] = {"date_string": "26 Jul 2024", **tokenizer.special_tokens_map}
+            try:
+                texts, spans = render_jinja_template(
+                    conversations=[plain],
+                    tools=list(conversation.tools) if conversation.tools else None,
+                    chat_template=template_of(family, marks),
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=prompt,
+                    **options,
+                )
+            except Exception as error:
+                with pytest.raises(RowError, match="the chat template refuses"):
+                    chat.render(conversation.messages, conversation.tools, prompt)
+                assert str(error)
+                continue
+            assert chat.render(conversation.messages, conversation.tools, prompt) == texts[0]
+            if marks and not prompt:
+                assert chat.render_marked(conversation.messages, conversation.tools)[1] == [*map(tuple, spans[0])]

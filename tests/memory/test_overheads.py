@@ -1,0 +1,45 @@
+"""What no tensor shows: disk that checkpoints take, and libraries' own memory by kind of card."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora.memory import hardware, overheads
+from qlora.memory.hardware import MIB
+from qlora.step.optimizer import AdapterOptimizer
+from qlora.training import checkpoint
+from qlora.training.checkpoint import Fingerprints, RunState
+from tests.training.cases import ABOUT
+
+
+def test_checkpoints_take_the_disk_that_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at when a new one gets its name: the old ones go only afterwards."""
+    weight = torch.nn.Parameter(torch.randn(512, 256).bfloat16())
+    optimizer = AdapterOptimizer({"l.lora_A.default.weight": weight}, "adamw", 0.0)
+    for master in optimizer.masters.values():
+        master.grad = torch.randn_like(master)
+    optimizer.gradient_norm()
+    optimizer.step(1e-3)
+    real, taken = os.rename, [0]
+
+    def rename(*arguments: object, **named: object) -> None:
+        real(*arguments, **named)  # type: ignore[arg-type]
+        taken.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(os, "rename", rename)
+    kept = 2
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, RunState(step=step), optimizer, Fingerprints("b", "d"), kept, ABOUT)
+    state = sum(tensor.nbytes for tensor in optimizer.state()[0].values())
+    delivered = weight.nbytes  # the folder `adapter/` is not written here
+    foreseen = overheads.disk_bytes(weight.nbytes, state, kept, merged=0) - delivered
+    assert foreseen <= max(taken) < foreseen * 1.01
+
+
+@pytest.mark.parametrize(("card", "mebibytes"), [("RTX 4090", 2 * (8.125 + 1)), ("H100", 2 * (32 + 32))])
+def test_cublas_takes_its_workspaces_once_a_thread(card: str, mebibytes: float) -> None:
+    assert overheads.workspace_terms(hardware.find(card).capability) == {"cublas_workspace": mebibytes * MIB}

@@ -1,0 +1,133 @@
+"""Settings that fit: the fastest that do, and the cheapest changes where none do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora import api
+from qlora.memory import plan as memory_plan
+from qlora.memory.estimate import DataFacts, Estimate
+from qlora.memory.hardware import Machine
+from qlora.memory.plan import Planner, changed
+from qlora.recipe.reading import Recipe, recipe_of_base
+from tests.memory.cases import GIB, NAMES
+from tests.memory.shapes import config_folder
+
+
+@pytest.mark.slow
+def test_the_search_finds_the_fastest_that_fits_and_its_changes_fit(tmp_path: Path) -> None:
+    recipe = api.recipe_or_model(str(config_folder(NAMES[8], tmp_path)), ["data.max_length=4096"])
+    question = api.question(recipe, vram="7GiB")
+    assert not question.estimate().fits
+    plans = question.search()
+    assert plans and all(plan.estimate.fits for plan in plans)
+    speeds = [plan.estimate.tokens_per_second for plan in plans]
+    assert speeds == sorted(speeds, reverse=True) and "data.max_length" in plans[0].changes
+    again = api.question(changed(recipe, plans[0].changes), vram="7GiB").estimate()
+    assert again.fits and again.peak_bytes == plans[0].estimate.peak_bytes
+
+
+def test_room_is_used_for_speed(tmp_path: Path) -> None:
+    recipe = api.recipe_or_model(str(config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path)))
+    best = api.question(recipe, vram="24GiB").search()[0]
+    assert best.changes["train.gradient_checkpointing"] is False and best.changes["train.micro_batch_size"] >= 4
+
+
+@pytest.mark.slow
+def test_each_remedy_is_cheapest_first_and_enough(tmp_path: Path) -> None:
+    recipe = api.recipe_or_model(
+        str(config_folder(NAMES[8], tmp_path)), ["train.micro_batch_size=8", "train.gradient_checkpointing=false"]
+    )
+    planner = Planner(api.question(recipe, vram="30GiB").estimator)
+    remedies = planner.remedies(recipe)
+    assert "train.micro_batch_size" in remedies[0].changes
+    for remedy in remedies:
+        assert planner.ask(changed(recipe, remedy.changes)).fits and remedy.saved_bytes > 0
+
+
+@pytest.mark.slow
+def test_a_base_that_is_too_large_is_said_to_be(tmp_path: Path) -> None:
+    recipe = api.recipe_or_model(str(config_folder(NAMES[8], tmp_path)))
+    error = api.question(recipe, vram="4GiB").does_not_fit()
+    assert "nothing is enough with this base" in error.hint and "are the base's weights" in error.what
+
+
+# --- where the search looks, on a card whose needs a hand can compute -------------------------------------------------
+
+
+class ByHand:
+    """Stands in for the estimator: 2 GiB of weights, and for each token of a micro-batch 1 MiB, 4 without recomputing,
+    which is faster."""
+
+    def __init__(self, limit_gib: float) -> None:
+        self.text, self.name = None, "by hand"
+        self.machine = Machine("cuda", int(limit_gib * GIB), "as given")
+
+    def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
+        rows = 1 if recipe.train.micro_batch_size == "auto" else recipe.train.micro_batch_size
+        recomputes = recipe.train.gradient_checkpointing is not False
+        length = facts.longest if facts else recipe.data.max_length
+        peak = 2 * GIB + rows * length * (1 if recomputes else 4) * (1 << 20)
+        settings = {"train.micro_batch_size": rows, "train.gradient_checkpointing": recomputes}
+        weights = {"weights": 2 * GIB, "context": 0}
+        speed = rows * (1.0 if recomputes else 1.5)
+        return Estimate(peak, self.machine.limit_bytes, 0, 0, weights, {}, {}, peak, 0, speed, settings)
+
+
+def planner(limit_gib: float, facts: DataFacts | None = None) -> Planner:
+    return Planner(ByHand(limit_gib), facts)  # type: ignore[arg-type]
+
+
+def recipe(*settings: str) -> Recipe:
+    return recipe_of_base("owner/name", ["data.max_length=1024", *settings])
+
+
+AUTO = ("train.micro_batch_size=auto", "train.gradient_checkpointing=auto")
+
+
+@pytest.mark.parametrize(
+    ("limit_gib", "rows", "recomputes"),
+    [(2.5, 1, True), (3.5, 1, True), (6.5, 4, True), (18.5, 16, True), (70.0, 16, False)],
+)
+def test_auto_is_the_fastest_that_fits(limit_gib: float, rows: int, recomputes: bool) -> None:
+    plan = planner(limit_gib).decide(recipe(*AUTO))
+    assert plan.changes == {"train.micro_batch_size": rows, "train.gradient_checkpointing": recomputes}
+    assert plan.estimate.fits is (limit_gib >= 3)
+
+
+def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_data() -> None:
+    facts = DataFacts(longest=128, batch_size=3, prompt_tokens=8, has_eval=False)
+    assert planner(70, facts).decide(recipe(*AUTO)).recipe.train.micro_batch_size == 2
+    long, short = (planner(70, facts).ask(recipe(f"data.max_length={length}")) for length in (1024, 512))
+    assert long.peak_bytes == short.peak_bytes
+
+
+def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
+    found = planner(6.5).search(recipe("train.micro_batch_size=16"))
+    assert [plan.changes for plan in found] == [
+        {"train.micro_batch_size": 4},
+        {"train.micro_batch_size": 1, "train.gradient_checkpointing": False},
+    ]
+    shorter = planner(2.6).search(recipe("train.micro_batch_size=16"))
+    assert {plan.recipe.data.max_length for plan in shorter} == {512}
+    assert planner(2.0).search(recipe()) == []
+
+
+def test_a_remedy_says_what_it_changes_and_saves() -> None:
+    remedies = planner(6.5).remedies(recipe("train.micro_batch_size=16", "train.gradient_checkpointing=true"))
+    assert str(remedies[0]) == "train.micro_batch_size = 4 (saves 12.00 GiB)"
+    both = planner(2.3).remedies(recipe("train.micro_batch_size=2", "train.gradient_checkpointing=false"))
+    (only,) = both
+    assert only.changes["train.gradient_checkpointing"] is True and only.changes["data.max_length"] == 256
+    assert " and train.gradient_checkpointing = true and " in str(only)
+
+
+def test_a_run_keeps_a_reserve_for_what_it_decides_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """6.2 GiB hold 4 rows, and 95 % of it do not."""
+    by_hand: Any = ByHand(6.2)
+    monkeypatch.setattr(memory_plan, "Estimator", lambda text, name, machine: ByHand(machine.limit_bytes / GIB))
+    assert memory_plan.choose(by_hand, recipe(*AUTO), None).recipe.train.micro_batch_size == 2
+    assert memory_plan.choose(by_hand, recipe("train.micro_batch_size=4"), None).estimate.fits

@@ -1,0 +1,81 @@
+"""The count of live bytes: rounded as an allocator rounds, kept by category, and its peak by phase."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora.memory.trace import LiveBytes
+
+
+@pytest.fixture
+def counted() -> LiveBytes:
+    mode = LiveBytes("cpu")
+    mode.begin("first")
+    return mode
+
+
+def test_a_tensor_counts_from_its_making_to_its_end(counted: LiveBytes) -> None:
+    with counted:
+        one = torch.empty(100)  # 400 bytes are handed out as 512
+        view = one[10:]
+        two = torch.empty(200, dtype=torch.bfloat16)
+        assert counted.live["activations"] == 1024
+        del one
+        assert counted.live["activations"] == 1024, "its view holds it"
+        del view
+        assert counted.live["activations"] == 512
+        del two
+    assert sum(counted.live.values()) == 0 and counted.peaks["first"].total == 1024
+
+
+def test_what_is_live_counts_in_the_next_phase(counted: LiveBytes) -> None:
+    with counted:
+        kept = torch.empty(128)
+        torch.empty(1280)
+        counted.begin("second")
+        torch.empty(256)
+    assert counted.peaks["first"].total == 512 + 5120 and counted.peaks["second"].total == 512 + 1024
+    assert kept.nbytes == 512
+
+
+def test_regions_labels_and_adopted_tensors_have_their_category(counted: LiveBytes) -> None:
+    counted.labels.gradient_shapes.add((4, 32))
+    counted.labels.vocabulary = 96
+    base = torch.empty(1000)
+    counted.adopt(base, "weights")
+    counted.adopt(base.view(10, 100), "adapters")  # the same storage is there already
+    with counted:
+        with counted.region("optimizer"):
+            moments = torch.zeros(4, 32)
+        found = torch.zeros(4, 32), torch.zeros(2, 96), torch.zeros(96)
+    expected = {"weights": 4096, "optimizer": 512, "gradients": 512, "logits": 1024, "activations": 512}
+    assert {name: count for name, count in counted.live.items() if count} == expected
+    assert len(found) == 3 and moments.shape == (4, 32)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_that_asks_whether_a_row_is_one_document_is_answered(packed: bool) -> None:
+    mode = LiveBytes("cuda", packed)
+    mode.begin("forward")
+    with mode:
+        assert bool((torch.zeros(1, 8, device="meta") == 0).all()) is not packed
+
+
+def test_scratch_of_a_gpus_kernels_is_in_the_peak_alone() -> None:
+    peaks = {}
+    for target in ("cuda", "cpu"):
+        mode = LiveBytes(target)
+        mode.begin("backward")
+        query = torch.empty(1, 2, 64, 32, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        with mode, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+            grad = torch.empty_like(query)
+            arguments = (grad, query, query, query, None, grad, torch.empty(1, 2, 64, device="meta"))
+            seed = torch.empty((), dtype=torch.int64, device="meta")
+            torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+                *arguments, seed, seed, 0.0, [True, True, True, False]
+            )
+        peaks[target] = mode.peaks["backward"].parts["workspace"]
+        assert mode.live["workspace"] == 0
+    # delta in float32, and dQ's accumulator: 64 positions padded to 128, 32 columns to 64.
+    assert peaks == {"cuda": 2 * 64 * 4 + 2 * 128 * 64 * 4, "cpu": 0}

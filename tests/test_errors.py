@@ -1,0 +1,73 @@
+"""The tree of errors: drawn as it is, two lines each, and what a library raises over a stranger's file."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+
+from qlora import errors
+from qlora.errors import Problem, QloraError, RecipeError, StoppedBySignal, foreign_failures
+
+
+def drawn() -> dict[str, tuple[str | None, int | None]]:
+    """Of each class in the module's drawing its parent, and the exit code that stands beside it."""
+    found: dict[str, tuple[str | None, int | None]] = {}
+    above: dict[int, str] = {}
+    for branch, name, code in re.findall(r"^    ([│├└─ ]*)([A-Z]\w+) +(\d+)?", errors.__doc__ or "", re.MULTILINE):
+        depth = len(branch) // 4
+        above[depth] = name
+        found[name] = (above[depth - 1] if depth else None, int(code) if code else None)
+    return found
+
+
+def test_the_drawing_is_the_tree() -> None:
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, QloraError)]
+    parents = {kind.__name__: kind.__bases__[0].__name__ for kind in classes if kind is not QloraError}
+    tree = drawn()
+    assert {name: parent for name, (parent, _) in tree.items() if parent} == parents
+    for kind in classes:
+        code = tree[kind.__name__][1]
+        if code is not None and kind is not StoppedBySignal:  # that one's code is its signal's
+            assert kind.exit_code == code, kind
+    assert [tree[name][1] for name in ("UserError", "DoesNotFit", "TrainingStopped", "StoppedBySignal")] == [
+        2,
+        3,
+        4,
+        130,
+    ]
+
+
+def test_a_stop_ends_as_shells_count() -> None:
+    assert StoppedBySignal("a", "b", signal.SIGINT).exit_code == 130
+    assert StoppedBySignal("a", "b", signal.SIGTERM).exit_code == 143
+
+
+def test_what_and_hint_are_one_line_each() -> None:
+    error = QloraError("column 'a\n  b' is\r\nodd\n", "rename it\n")
+    assert (error.what, error.hint, str(error)) == ("column 'a b' is odd", "rename it", "column 'a b' is odd")
+
+
+def test_a_recipe_has_all_its_problems_and_shows_the_first() -> None:
+    problems = [Problem("a.toml:1", "one", "do one"), Problem("a.toml:2", "two", "do two")]
+    error = RecipeError(problems)
+    assert error.problems == problems and (error.what, error.hint) == ("a.toml:1: one", "do one")
+
+
+def test_whatever_a_library_raises_is_caught_and_has_a_reason() -> None:
+    with foreign_failures() as failure:
+        raise Exception("a  message\nof two lines " + "x" * 300)
+    assert failure.reason.startswith("a message of two lines xxx") and len(failure.reason) == 200
+    with foreign_failures() as failure:
+        raise ZeroDivisionError
+    assert isinstance(failure.error, ZeroDivisionError) and failure.reason == "ZeroDivisionError"
+    with foreign_failures() as failure:
+        pass
+    assert failure.error is None
+
+
+def test_our_own_errors_and_interrupts_pass() -> None:
+    for error in (errors.ModelError("a", "b"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), foreign_failures():
+            raise error
