@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from qlora.errors import ExportError
-from qlora.export.verify.reference import better_base
 from qlora.model import load
 from tests.export.cases import KINDS, export, name_the_base, of_peft, trained
 
@@ -37,10 +34,3 @@ def test_an_importance_matrix_without_rows_is_refused_before_the_model_is_loaded
     monkeypatch.setattr(load, "load_base", lambda *_: pytest.fail("the trained model was loaded"))
     with pytest.raises(ExportError, match="`imatrix` needs the rows"):
         export(tmp_path / "adapter", "gguf", quants=("q4_k_m",), imatrix=True, out=tmp_path / "out")
-
-
-def test_the_nearer_base_is_merged_into() -> None:
-    far, near = (SimpleNamespace(kl=kl) for kl in (0.2, 0.1))
-    lines: Any = [("full", far), ("nf4", near)]
-    assert better_base(lines) == "nf4"
-    assert better_base([("full", near), ("nf4", far)]) == "full"

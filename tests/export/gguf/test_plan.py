@@ -38,7 +38,7 @@ def test_an_unknown_pre_tokenizer_is_refused_and_can_be_named(tmp_path: Path, ll
     trained(tmp_path / "base", tmp_path / "adapter", KINDS["plain"])
     with pytest.raises(ExportError, match=r"\[a-z\]") as caught:
         export(tmp_path / "adapter", "gguf", out=tmp_path / "out")
-    assert "--tokenizer-pre" in caught.value.hint
+    assert "`tokenizer_pre`" in caught.value.hint
     report = export(tmp_path / "adapter", "gguf", out=tmp_path / "out", tokenizer_pre="gpt-2", verify=False)
     reader = gguf.GGUFReader(next(report.folder.glob("*.gguf")))
     assert reader.fields["tokenizer.ggml.pre"].contents() == "gpt-2"
