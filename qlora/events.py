@@ -8,7 +8,7 @@ Every event is a frozen dataclass of plain values (numbers, strings, tuples, dic
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from qlora.redaction import redact_all
@@ -22,8 +22,7 @@ class Event:
 
     def as_dict(self) -> dict[str, Any]:
         """The event as JSON-ready values, its kind first."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {"event": self.kind, **values}
+        return {"event": self.kind, **vars(self)}
 
 
 @dataclass(frozen=True)
@@ -211,8 +210,7 @@ class End(Event):
 
 def redacted(event: Event) -> Event:
     """The event without secrets in its texts; the same object where there is nothing to hide."""
-    values = {f.name: getattr(event, f.name) for f in fields(event)}
-    texts = {name: value for name, value in values.items() if isinstance(value, str | tuple | Mapping)}
+    texts = {name: value for name, value in vars(event).items() if isinstance(value, str | tuple | Mapping)}
     changed = {name: clean for name, value in texts.items() if (clean := redact_all(value)) != value}
     return replace(event, **changed) if changed else event
 

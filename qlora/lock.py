@@ -119,20 +119,15 @@ def start_of(pid: int) -> str:
 
 def _take(handle: int) -> None:
     """Lock the open file. Raises LockHeld."""
-    locked = _lock(handle)
+    try:
+        locked: bool | None = lock_descriptor(handle, blocking=False)
+    except OSError as error:
+        if error.errno not in _CANNOT_LOCK:
+            raise
+        locked = None  # this file system cannot lock
     holder = _read(handle)
     if locked is False or (locked is None and holder is not None and holder.runs):
         raise LockHeld(holder)
-
-
-def _lock(handle: int) -> bool | None:
-    """True: locked; False: another process has it; None: this file system cannot lock."""
-    try:
-        return lock_descriptor(handle, blocking=False)
-    except OSError as error:
-        if error.errno in _CANNOT_LOCK:
-            return None
-        raise
 
 
 def _read(handle: int) -> Holder | None:

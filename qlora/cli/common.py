@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora import third_party
-from qlora.disk import DISK_FULL
+from qlora.disk import DISK_FULL, cache_dir
 from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Recovered
 from qlora.redaction import redact
@@ -79,7 +79,7 @@ def run(work: Callable[[], None]) -> None:
 def _say(what: str, hint: str) -> None:
     """Two lines: what and where, what to do. Never rich's markup: a message may hold brackets."""
     # A message may quote a stranger's file: one line stays one, and no control character reaches the terminal.
-    what, hint = (" ".join(_plain(redact(as_options(text))).split()) for text in (what, hint))
+    what, hint = (" ".join(_plain(redact(text)).split()) for text in map(as_options, (what, hint)))
     try:
         colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
         label = "\033[1;31merror\033[0m" if colour else "error"
@@ -96,11 +96,9 @@ def as_options(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return (
-        "".join(letter if letter.isprintable() or letter in "\n\t " else "\ufffd" for letter in text)
-        .encode(sys.stderr.encoding or "utf-8", "replace")
-        .decode(sys.stderr.encoding or "utf-8", "replace")
-    )
+    printable = "".join(letter if letter.isprintable() or letter in "\n\t " else "\ufffd" for letter in text)
+    encoding = sys.stderr.encoding or "utf-8"
+    return printable.encode(encoding, "replace").decode(encoding, "replace")
 
 
 def _system_error(error: OSError) -> tuple[str, str]:
@@ -127,8 +125,6 @@ def drop_output(*handles: int) -> None:
 
 
 def _keep_traceback() -> str:
-    from qlora.disk import cache_dir
-
     folder = cache_dir() / "crashes"
     file = folder / f"crash-{os.getpid()}.txt"
     try:
@@ -179,7 +175,7 @@ class Signals:
             raise KeyboardInterrupt
 
     def _hang_up(self, _number: int, _frame: Any) -> None:
-        self.screen.hang_up()
+        self.screen.detach(1, 2)  # neither the screen nor an error has a place to be shown
 
 
 class Screen:
@@ -210,10 +206,6 @@ class Screen:
                 sys.stdout.flush()
             except (OSError, ValueError):
                 self.detach(1)
-
-    def hang_up(self) -> None:
-        """The terminal is gone: neither the screen nor an error has a place to be shown."""
-        self.detach(1, 2)
 
     def detach(self, *handles: int) -> None:
         self.inner = None

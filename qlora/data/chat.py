@@ -78,7 +78,8 @@ class ChatTokenizer:
         self.end_token_ids: tuple[int, ...] = tuple(end_ids)
         pad = tokenizer.pad_token_id
         self.pad_id = self.end_token_ids[-1] if pad is None else int(pad)  # pads are masked by place, never by id
-        self._adds_bos = _adds_bos(tokenizer)
+        bos = tokenizer.bos_token_id
+        self._adds_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
         self._noticed_tools = False
 
     @property
@@ -292,18 +293,10 @@ class ChatTokenizer:
     def _with_one_bos(self, ids: list[int], weights: list[float]) -> tuple[list[int], list[float]]:
         """One BOS where the template or the tokenizer puts any; no weight on a first token: nothing predicts it."""
         bos = self.tokenizer.bos_token_id
-        given = 0
-        while given < len(ids) and ids[given] == bos:
-            given += 1
+        given = next((at for at, token in enumerate(ids) if token != bos), len(ids))
         if bos is not None and (given or self._adds_bos):
             return [bos, *ids[given:]], [0.0, *weights[given:]]
         return ids, [0.0, *weights[1:]] if weights else []
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a BOS before a text of its own accord."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
 
 
 def _belongs(text: str, token: tuple[int, int], start: int, end: int | None) -> bool:

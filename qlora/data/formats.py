@@ -70,9 +70,7 @@ def detect_format(columns: Collection[str]) -> str:
 
 
 def to_conversation(row: Row, format: str) -> Conversation:
-    """Read one row as the given format. Raises RowError; ValueError for a format that does not exist."""
-    if format not in _READERS:
-        raise ValueError(f"unknown format {format!r}")
+    """Read one row as the given format. Raises RowError."""
     missing = [column for column in FORMAT_COLUMNS[format] if row.get(column) is None]
     if missing:
         has = ", ".join(sorted(key for key in row if row[key] is not None)) or "none"
@@ -236,23 +234,18 @@ def _message(item: Row, place: str) -> Message:
 
 def _checked(message: Message, item: Row, place: str) -> Message:
     """Honour `train` and `weight` of an assistant message, and refuse an empty answer that would be trained."""
-    train = _flag(item, place)
-    if message["role"] != "assistant":
-        return message
-    if not train:
-        return {**message, "train": False}
-    if not message["content"].strip() and "tool_calls" not in message:
-        raise RowError(f"{place}: the assistant says nothing")
-    return message
-
-
-def _flag(item: Row, place: str) -> bool:
     train, weight = item.get("train"), item.get("weight")
     if train is not None and not isinstance(train, bool):
         raise RowError(f"{place}.train is {kind_of(train)}, not true or false")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise RowError(f"{place}.weight is {weight!r} (known are 0 and 1)")
-    return train is not False and weight != 0
+    if message["role"] != "assistant":
+        return message
+    if train is False or weight == 0:
+        return {**message, "train": False}
+    if not message["content"].strip() and "tool_calls" not in message:
+        raise RowError(f"{place}: the assistant says nothing")
+    return message
 
 
 def _answer(value: Any, place: str) -> Message:

@@ -106,12 +106,7 @@ def eval_packs(split: PreparedSplit, data: DataSection) -> list[tuple[int, ...]]
     return [(row,) for row in sorted(range(len(split.lengths)), key=lambda row: (-split.lengths[row], row))]
 
 
-def collate(
-    split: PreparedSplit,
-    packs: Sequence[tuple[int, ...]],
-    pad_id: int,
-    max_length: int,
-) -> Batch:
+def collate(split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int, max_length: int) -> Batch:
     """One micro-batch: a row of tensors for each pack, padded to the longest, rounded up to PAD_TO_MULTIPLE.
 
     Padding is known by its place, never by its id: it is a document of its own and its weights are 0.

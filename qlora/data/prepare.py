@@ -73,40 +73,28 @@ class _Report:
     @classmethod
     def read(cls, folder: Path) -> _Report:
         values: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        report = cls(**values | {"rejected": {}})
-        for entry in values["rejected"]:
-            rejected = Rejected(**entry | {"examples": tuple(entry["examples"])})
-            report.rejected[rejected.source, rejected.reason] = rejected
-        return report
+        entries = [Rejected(**entry | {"examples": tuple(entry["examples"])}) for entry in values["rejected"]]
+        return cls(**values | {"rejected": {(entry.source, entry.reason): entry for entry in entries}})
 
 
 def check_files(data: DataSection) -> None:
     """Raise DataError for missing files, sources without rows, and first rows that are broken. Needs no tokenizer."""
     for source in (*data.train, *data.eval):
-        _check_source(source, data.max_bad_rows)
-
-
-def _check_source(source: SourceSection, max_bad_rows: int) -> None:
-    bad, found = 0, 0
-    for row, conversation in _conversations(source, {}):
-        if isinstance(conversation, RowError):
-            bad += 1
-            if bad > max_bad_rows:
-                raise _bad_row(row.where, conversation, max_bad_rows)
-        found += not isinstance(row.row, RowError)
-        if found == CHECKED_ROWS:
-            return
-    if not found:
-        raise DataError(f"{source.path}: no rows", "put at least one row into it")
+        bad, found = 0, 0
+        for row, conversation in _conversations(source, {}):
+            if isinstance(conversation, RowError):
+                bad += 1
+                if bad > data.max_bad_rows:
+                    raise _bad_row(row.where, conversation, data.max_bad_rows)
+            found += not isinstance(row.row, RowError)
+            if found == CHECKED_ROWS:
+                break
+        if not found:
+            raise DataError(f"{source.path}: no rows", "put at least one row into it")
 
 
 def prepare(
-    data: DataSection,
-    tokenizer_folder_fingerprint: str,
-    chat: ChatTokenizer,
-    seed: int,
-    cache_dir: Path,
-    sink: Sink,
+    data: DataSection, tokenizer_folder_fingerprint: str, chat: ChatTokenizer, seed: int, cache_dir: Path, sink: Sink
 ) -> PreparedData:
     """Rows of tokens to train and to evaluate on. Raises DataError; says what it did through events."""
     maker = _Maker(data, tokenizer_folder_fingerprint, chat, cache_dir / "tokens", sink)
@@ -219,9 +207,8 @@ class _Tokenization:
         with RowWriter(self.folder / ROWS_FILE) as writer:
             for index, source in enumerate(self.sources):
                 for batch in self._batches(source):
-                    kept = list(self._tokenized(source, batch))
-                    if kept:
-                        writer.write([(row, conversation, where, index) for row, conversation, where in kept])
+                    if kept := [(*row, index) for row in self._tokenized(source, batch)]:
+                        writer.write(kept)
             self.report.content_sha256 = writer.content_sha256()
         self.report.lost_reasoning = self.chat.lost_reasoning - reasoning_before
         if not self.report.rows:
@@ -254,7 +241,10 @@ class _Tokenization:
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
             if isinstance(row, RowError):
-                self._count_bad(source, row, where)
+                self.bad += 1
+                if self.bad > self.data.max_bad_rows:
+                    raise _bad_row(where, row, self.data.max_bad_rows)
+                self.report.reject(_name(source), row.reason, where)
             elif row is not None:
                 assert isinstance(item, Conversation)
                 self.report.rows += 1
@@ -271,23 +261,15 @@ class _Tokenization:
                 'raise data.max_length, shorten the row, or set data.truncation to "drop" or "cut"',
             )
         self.report.long_lengths.append(length)
-        if self.data.truncation == "drop":
-            self.report.reject(_name(source), f"over max_length = {limit} tokens", where)
-            return None
-        cut = TokenRow(row.input_ids[:limit], row.loss_weights[:limit])
-        if not any(cut.loss_weights):
-            self.report.reject(
-                _name(source), f"nothing trained is left of it within max_length = {limit} tokens", where
-            )
-            return None
-        self.report.cut += 1
-        return cut
-
-    def _count_bad(self, source: SourceSection, error: RowError, where: str) -> None:
-        self.bad += 1
-        if self.bad > self.data.max_bad_rows:
-            raise _bad_row(where, error, self.data.max_bad_rows)
-        self.report.reject(_name(source), error.reason, where)
+        reason = f"over max_length = {limit} tokens"
+        if self.data.truncation == "cut":
+            cut = TokenRow(row.input_ids[:limit], row.loss_weights[:limit])
+            if any(cut.loss_weights):
+                self.report.cut += 1
+                return cut
+            reason = f"nothing trained is left of it within max_length = {limit} tokens"
+        self.report.reject(_name(source), reason, where)
+        return None
 
     def _nothing_left(self) -> DataError:
         paths = ", ".join(source.path for source in self.sources)

@@ -62,10 +62,13 @@ def read_rows(source: SourceSection) -> Iterator[SourceRow]:
     for file in source_files(source):
         name = file_name(source, file)
         for number, row, read_bytes in _items(file, name):
-            row = _checked(row)
-            if source.columns and not isinstance(row, RowError):
-                unseen.difference_update(row)
-                row = _renamed(row, source.columns)
+            try:
+                if not isinstance(row, RowError):
+                    check_text(row)
+                    unseen.difference_update(row)
+                    row = _renamed(row, source.columns)
+            except RowError as error:
+                row = error
             yield SourceRow(row, f"{name}:{number}", file, read_bytes)
     if unseen:
         raise DataError(
@@ -96,15 +99,6 @@ def _items(file: Path, name: str) -> Iterator[Item]:
         raise DataError(f"{file}: cannot be read ({error.strerror or error})", "check its permissions") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 text ({error.reason})", "save it as UTF-8") from error
-
-
-def _checked(row: dict[str, Any] | RowError) -> dict[str, Any] | RowError:
-    try:
-        if not isinstance(row, RowError):
-            check_text(row)
-    except RowError as error:
-        return error
-    return row
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ float32: one number an output row, whose early changes (0.1 %) are smaller than 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,13 +152,6 @@ def _resize_like(model: Any, saved: dict[str, Tensor]) -> None:
         if whole and tensor.shape[1] == width and tensor.shape[0] != rows:
             model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
             return
-
-
-@contextmanager
-def without_adapters(model: PeftModel) -> Iterator[None]:
-    """The base alone, for as long as the block runs."""
-    with model.disable_adapter():
-        yield
 
 
 def _config(lora: LoraSection, targets: list[str], whole: list[str]) -> LoraConfig:

@@ -30,7 +30,7 @@ from qlora.model.nf4 import (
     rows_in_block,
     stored_4bit,
 )
-from qlora.model.tensors import TensorEntry, read_tensor, total_bytes
+from qlora.model.tensors import read_tensor, total_bytes
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def load_base(
     meta_model = build(base, attention)
     model = meta_model.model
     if quantization.type != "none":
-        _swap_linears(meta_model, base, quantization)
+        for name, linear in list(linear_layers(model)):
+            # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
+            if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
+                _swap_linear(model, name, linear, quantization)
     _report(meta_model, base, attention, quantization, sink)
     _stream(meta_model, base, device, sink)
     model.tie_weights()
@@ -117,17 +120,9 @@ def _params_on_meta() -> Any:
     return Params4bit
 
 
-def _swap_linears(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection) -> None:
-    """Puts a 4-bit layer, still without weights, in the place of every linear layer but the head."""
-    for name, linear in list(linear_layers(meta_model.model)):
-        if base.stored_4bit and not is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
-            continue  # whoever stored it left this layer in 16 bit on purpose
-        _swap_linear(meta_model.model, name, linear, quantization)
-
-
 def _swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:
-    bnb = import_bitsandbytes()
-    layer = bnb.nn.Linear4bit(
+    """Puts a 4-bit layer, still without weights, in the place of a linear layer, and returns it."""
+    layer = import_bitsandbytes().nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
@@ -147,10 +142,9 @@ def _stream(meta_model: MetaModel, base: BaseFolder, device: torch.device, sink:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
     model = meta_model.model
     fp32 = tuple(model._keep_in_fp32_modules_strict or ())
-    order = sorted(meta_model.sources, key=lambda name: _place(base.tensors[meta_model.sources[name]]))
-    total = total_bytes(base.tensors[source] for source in meta_model.sources.values())
-    done = 0
-    for name in order:
+    entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
+    total, done = total_bytes(entries.values()), 0
+    for name in sorted(entries, key=lambda name: (str(entries[name].file), entries[name].offset)):
         source = meta_model.sources[name]
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -164,7 +158,7 @@ def _stream(meta_model: MetaModel, base: BaseFolder, device: torch.device, sink:
         else:
             dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
             module._parameters[leaf] = nn.Parameter(_read_as(base, source, dtype, device), requires_grad=False)
-        done += base.tensors[source].nbytes
+        done += entries[name].nbytes
         sink.emit(Progress("load", done, total, "B"))
 
 
@@ -251,7 +245,3 @@ def _report(
 
 def _is_4bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
-
-
-def _place(entry: TensorEntry) -> tuple[str, int]:
-    return (str(entry.file), entry.offset)

@@ -70,6 +70,8 @@ REFUSED_NAMES = {
 }
 _KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
 _DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
+# What opens or closes something: a fence, a bracket, a whole string, a comment.
+_NESTING = r"""\"{3}|'{3}|"(?:\\.|[^"\\])*"|'[^']*'|[\[\]{}#]"""
 _TABLE = re.compile(rf"\s*(\[\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]")
 
 
@@ -121,23 +123,16 @@ def _split(dotted: str) -> Location:
 def _nesting(line: str, depth: int, fence: str) -> tuple[int, str]:
     """Open brackets and the open triple quote at the end of a line, given those at its start."""
     position = 0
-    while position < len(line):
-        rest = line[position:]
+    while match := re.compile(fence or _NESTING).search(line, position):
+        position, token = match.end(), match[0]
         if fence:
-            end = rest.find(fence)
-            if end < 0:
-                return depth, fence
-            position, fence = position + end + 3, ""
-        elif rest.startswith(('"""', "'''")):
-            fence, position = rest[:3], position + 3
-        elif rest[0] in "\"'":
-            match = re.match(r"\"(?:\\.|[^\"\\])*\"|'[^']*'", rest)
-            position += match.end() if match else 1
-        elif rest[0] == "#":
+            fence = ""
+        elif token in ('"""', "'''"):
+            fence = token
+        elif token == "#":
             break
         else:
-            depth += (rest[0] in "[{") - (rest[0] in "]}")
-            position += 1
+            depth += (token in "[{") - (token in "]}")
     return max(depth, 0), fence
 
 

@@ -67,22 +67,18 @@ def recipe_of_base(base: str, overrides: Sequence[str] = ()) -> Recipe:
 def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) -> Recipe:
     """The recipe of parsed TOML. Raises RecipeError with every problem."""
     problems = [problem for item in overrides if (problem := apply_override(raw, item, index))]
-    recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems += _problems(error, raw, index)
-    if recipe is not None:
-        problems += _cross_checks(recipe, index)
-    if problems or recipe is None:
+        raise RecipeError(problems + _problems(error, raw, index)) from None
+    if problems := problems + _cross_checks(recipe, index):
         raise RecipeError(problems)
     return recipe
 
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:
     """The recipe with every default written out, as TOML that reads back to an equal recipe."""
-    body = tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
-    return header + body
+    return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def recipe_schema() -> dict[str, Any]:

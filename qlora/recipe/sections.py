@@ -49,8 +49,7 @@ class LoraSection(Section):
     alpha: float = Field(32.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / r")
     dropout: Share = Field(0.0, description="Share of the adapter's input dropped while training")
     target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear",
-        description="all-linear (every linear layer but the head), or names such as ['q_proj', 'v_proj']",
+        "all-linear", description="all-linear (every linear layer but the head), or names such as ['q_proj', 'v_proj']"
     )
     init: Literal["default", "gaussian", "eva"] = Field(
         "default", description="Start of the A matrices; eva: main directions of the layers' inputs on your rows"
@@ -83,8 +82,7 @@ class DataSection(Section):
 
     train: tuple[SourceSection, ...] = Field((), description="Training sources, as [[data.train]] tables")
     eval: tuple[SourceSection, ...] = Field(
-        (),
-        description="Evaluation sources, as [[data.eval]] tables; without them eval_fraction is used",
+        (), description="Evaluation sources, as [[data.eval]] tables; without them eval_fraction is used"
     )
     max_length: int = Field(2048, ge=16, le=1 << 20, description="Longest row, and length of a pack, in tokens")
     packing: bool = Field(True, description="Short rows share a pack, apart in attention and positions")

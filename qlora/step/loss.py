@@ -55,11 +55,7 @@ def _softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 def token_logprobs(
-    hidden_TD: Tensor,
-    targets_T: Tensor,
-    head: nn.Module,
-    transform: LogitsTransform | None,
-    chunk: int,
+    hidden_TD: Tensor, targets_T: Tensor, head: nn.Module, transform: LogitsTransform | None, chunk: int
 ) -> Tensor:
     """Log-probability of each target, fp32, shape (T,); differentiable with respect to hidden states and head."""
     pieces = []

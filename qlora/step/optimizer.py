@@ -9,6 +9,7 @@ freed, so that accumulation loses nothing and no bf16 gradient waits for the end
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ class AdapterOptimizer:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], name: str, weight_decay: float, masters: bool = True
     ) -> None:
-        """`masters=False` updates the parameters themselves, whatever their dtype: for comparison in the estimator."""
+        """A parameter in fp32 is its own master. `masters=False` makes each one so: for comparison in the estimator."""
         self.parameters = dict(parameters)
-        self.masters = {key: _master_of(parameter) if masters else parameter for key, parameter in parameters.items()}
+        self.masters = {
+            key: nn.Parameter(parameter.detach().float()) if masters and parameter.dtype != torch.float32 else parameter
+            for key, parameter in parameters.items()
+        }
         on_gpu = any(parameter.is_cuda for parameter in self.parameters.values())
         self.paged = name.startswith("paged_") and on_gpu
         self.inner = _make(name, list(self.masters.values()), weight_decay, self.paged)
@@ -40,35 +44,17 @@ class AdapterOptimizer:
         self.largest_gradients = torch.zeros(len(self.masters), device=device)
         self._norms: Tensor | None = None  # of the gradient that `gradient_norm` saw, until the update
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._collector(key))  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(partial(_collect, self.masters[key]))  # type: ignore[no-untyped-call]
             for key, parameter in self.parameters.items()
             if self.masters[key] is not parameter
         ]
 
-    def _collector(self, key: str) -> Any:
-        master = self.masters[key]
-
-        def collect(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            if gradient is None:
-                return
-            if master.grad is None:
-                master.grad = gradient.float()
-            else:
-                master.grad.add_(gradient)
-            parameter.grad = None
-
-        return collect
-
     def gradient_norm(self) -> Tensor:
         """2-norm of the whole gradient in fp32, a scalar still on the device."""
         zero = self.largest_gradients.new_zeros(())
-        norms = torch.stack(
-            [zero if master.grad is None else torch.linalg.vector_norm(master.grad) for master in self.masters.values()]
-        )
-        self._norms = norms
-        whole: Tensor = torch.linalg.vector_norm(norms)
-        return whole
+        gradients = [master.grad for master in self.masters.values()]
+        self._norms = torch.stack([zero if grad is None else torch.linalg.vector_norm(grad) for grad in gradients])
+        return torch.linalg.vector_norm(self._norms)  # type: ignore[no-any-return]
 
     def clip(self, norm: Tensor, max_norm: float) -> None:
         """Scale the gradient down to `max_norm` where it is longer; 0 is off. Asks the device nothing."""
@@ -154,11 +140,15 @@ class AdapterOptimizer:
         self.write_back()
 
 
-def _master_of(parameter: nn.Parameter) -> nn.Parameter:
-    """An fp32 copy, or the parameter itself where it is fp32 already."""
-    if parameter.dtype == torch.float32:
-        return parameter
-    return nn.Parameter(parameter.detach().float())
+def _collect(master: Tensor, parameter: Tensor) -> None:
+    """Move a complete gradient into its master."""
+    if parameter.grad is None:
+        return
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
+    parameter.grad = None
 
 
 def _make(name: str, masters: list[nn.Parameter], weight_decay: float, paged: bool) -> Any:

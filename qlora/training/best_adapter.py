@@ -37,21 +37,19 @@ class BestAdapter:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
             copy_tokenizer(self.base.path, folder, self.template)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
-            provenance = {**self.provenance(), "step": state.step}
+            # What the adapter was trained against, for programs: here the base keeps its whole path.
+            provenance = {
+                "version": __version__,
+                "base": self.base.name,
+                "revision": self.base.commit or self.recipe.model.revision,
+                "fingerprint": self.base.fingerprint,
+                "quantization": self.recipe.quantization.model_dump(mode="json"),
+                "step": state.step,
+            }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
 
         size = disk.publish_folder(run_dir / "adapter", write)
         sink.emit(Saved("adapter", state.step, str(run_dir / "adapter"), size))
-
-    def provenance(self) -> dict[str, Any]:
-        """What the adapter was trained against, for programs: here the base keeps its whole path."""
-        return {
-            "version": __version__,
-            "base": self.base.name,
-            "revision": self.base.commit or self.recipe.model.revision,
-            "fingerprint": self.base.fingerprint,
-            "quantization": self.recipe.quantization.model_dump(mode="json"),
-        }
 
     def card(self, state: RunState) -> str:
         """The model card: Markdown under the hub's metadata."""

@@ -111,12 +111,7 @@ def save(
     def write(folder: Path) -> None:
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
-        content = {
-            "format": FORMAT,
-            "state": asdict(state),
-            "counters": counters,
-            "fingerprints": asdict(fingerprints),
-        }
+        content = {"format": FORMAT, "state": asdict(state), "counters": counters, "fingerprints": asdict(fingerprints)}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     if (free := disk.free_bytes(run_dir)) < needed:
@@ -181,28 +176,22 @@ def other_versions(checkpoint: Checkpoint, about: Mapping[str, Any]) -> str:
     )
 
 
+@dataclass
 class Checkpointer:
     """Saves one run's states into its folder, at the recipe's intervals and when asked to."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        recipe: Recipe,
-        optimizer: AdapterOptimizer,
-        fingerprints: Fingerprints,
-        stop: StopRequest,
-        clock: PhaseClock,
-    ) -> None:
-        self.run_dir = run_dir
-        self.section = recipe.checkpoint
-        self.about = run_folder.provenance(recipe)
-        self.optimizer = optimizer
-        self.fingerprints = fingerprints
-        self.stop = stop
-        self.clock = clock
-        self.sink = clock.sink
-        self.saved_step = -1
-        self.failures = 0
+    run_dir: Path
+    recipe: Recipe
+    optimizer: AdapterOptimizer
+    fingerprints: Fingerprints
+    stop: StopRequest
+    clock: PhaseClock
+    saved_step: int = -1
+    failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.about = run_folder.provenance(self.recipe)
+        self.sink = self.clock.sink
         self._tried_at = time.monotonic()
 
     def check_room(self) -> None:
@@ -225,7 +214,7 @@ class Checkpointer:
     def is_due(self, step: int) -> bool:
         elapsed_minutes = (time.monotonic() - self._tried_at) / 60
         asked = self.stop.take_save_request()
-        return asked or schedule.checkpoint_is_due(step, elapsed_minutes, self.section)
+        return asked or schedule.checkpoint_is_due(step, elapsed_minutes, self.recipe.checkpoint)
 
     def resume(self, checkpoint: Checkpoint) -> RunState:
         """Put a checkpoint back; its state. Raises RunFolderError when it belongs to another base or other rows."""
@@ -242,7 +231,8 @@ class Checkpointer:
         self._tried_at = time.monotonic()
 
         def work() -> None:
-            saved = save(self.run_dir, state, self.optimizer, self.fingerprints, self.section.keep, self.about)
+            keep = self.recipe.checkpoint.keep
+            saved = save(self.run_dir, state, self.optimizer, self.fingerprints, keep, self.about)
             self.saved_step, self.failures = state.step, 0
             self.sink.emit(saved)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Evaluated, Progress, Sampled
 from qlora.model import generate
-from qlora.model.adapters import without_adapters
 from qlora.recipe.sections import DataSection, EvalSection
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
@@ -142,7 +142,7 @@ class RunEvaluation:
         tokenizer = self.chat.tokenizer
         longest = max(len(tokenizer.encode(q.expected, add_special_tokens=False)) for q in questions)
         count = longest + EXTRA_TOKENS
-        with evaluating(self.model), without_adapters(self.model) if untuned else nullcontext():
+        with evaluating(self.model), self.model.disable_adapter() if untuned else nullcontext():
             produced = generate.greedy(
                 self.model,
                 [q.prompt_ids for q in questions],
@@ -171,14 +171,10 @@ def with_evaluation(state: RunState, loss: float, patience: int) -> RunState:
 def questions_of(split: PreparedSplit, chat: ChatTokenizer, limit: int) -> list[Question]:
     """The first `limit` rows of a split that have a question and an answer."""
     found: list[Question] = []
-    for index in range(len(split.lengths)):
-        if len(found) == limit:
-            break
-        if (prompt := split.prompt(index)) is not None:
-            messages, tools, expected = prompt
-            ids = chat.prompt_ids(messages, tools)
-            asked = next((m["content"] for m in reversed(messages) if m.get("role") == "user"), "")
-            found.append(Question(ids, str(asked or ""), expected))
+    prompts = filter(None, map(split.prompt, range(len(split.lengths))))
+    for messages, tools, expected in islice(prompts, limit):
+        asked = next((m["content"] for m in reversed(messages) if m.get("role") == "user"), "")
+        found.append(Question(chat.prompt_ids(messages, tools), str(asked or ""), expected))
     return found
 
 

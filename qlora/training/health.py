@@ -110,19 +110,15 @@ def check_moved(optimizer: AdapterOptimizer, at_start: Mapping[str, bytes], step
         modules.setdefault(module_of(name), []).append(name)
     without = [module for module, names in modules.items() if not any(norms[name] > 0 for name in names)]
     still = [module for module, names in modules.items() if all(now[name] == at_start[name] for name in names)]
-    if not without and not still:
-        return
-    inert = sorted({*without, *still})
-    why = "never had a gradient" if inert[0] in without else "did not move"
-    raise TrainingStopped(
-        f"{len(inert)} of {len(modules)} adapted modules learned nothing in {steps} steps: {inert[0]} {why}",
-        "leave them out of lora.target_modules, or report this base; the run's state is saved",
-    )
+    if inert := sorted({*without, *still}):
+        why = "never had a gradient" if inert[0] in without else "did not move"
+        raise TrainingStopped(
+            f"{len(inert)} of {len(modules)} adapted modules learned nothing in {steps} steps: {inert[0]} {why}",
+            "leave them out of lora.target_modules, or report this base; the run's state is saved",
+        )
 
 
 def module_of(parameter: str) -> str:
     """The adapted layer that a parameter belongs to, by its name in the base."""
     name = parameter.removeprefix("base_model.model.")
-    for mark in (".lora_", ".modules_to_save"):
-        name = name.partition(mark)[0]
-    return name
+    return name.partition(".lora_")[0].partition(".modules_to_save")[0]

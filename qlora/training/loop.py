@@ -47,7 +47,8 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
             while True:
                 if training.evaluation_is_due(state):
                     state = training.evaluate(state)
-                training.save_if_due(state)
+                if training.checkpointer.is_due(state.step):
+                    training.checkpointer.save(state)
                 if training.is_finished(state):
                     return training.finish(state)
                 with job.clock.phase("training"):
@@ -109,7 +110,7 @@ class Training:
         self._apply(self.recovery.settings)
         with self.job.clock.phase("checks", "self-check"):
             check = selfcheck.run(self.causal_lm, self.parts, self.job.data.train, self.job.device)
-        if check is not None and self.batches.data.packing and not check.packing_is_safe:
+        if check is not None and self.batches.data.packing and check.leak_message:
             self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
             self._use_rows(self.batches.data.model_copy(update={"packing": False}))
         if self.train.optimizer.startswith("paged_") and not self.optimizer.paged:
@@ -256,10 +257,6 @@ class Training:
         self.completed = evaluated
         return evaluated
 
-    def save_if_due(self, state: RunState) -> None:
-        if self.checkpointer.is_due(state.step):
-            self.checkpointer.save(state)
-
     def _deliver(self, state: RunState, last_chance: bool = False) -> bool:
         """Write the adapter that the model has now; whether it was written."""
         publish = partial(self.best_adapter.publish, self.job.run_dir, state, self.sink)
@@ -296,19 +293,14 @@ class Training:
             delivered = on_disk
             if delivered != state.step:
                 adapters.load_into(self.job.model, self.job.run_dir / "adapter")
-            state = self._final_exact_match(self.evaluation, state, delivered)
+            if self.job.recipe.eval.exact_match_rows:
+                matches = self.evaluation.exact_match(state.step)
+                self.evaluation.emit_eval(delivered, state.best_loss, matches, best=True)
+                state = replace(state, exact_match_after=matches, eval_loss=state.best_loss)
+                self._deliver(replace(state, step=delivered), last_chance=True)
         steps_left = state.step < self.batches.steps
         reason = "early stopping" if state.stopped_early else "time limit" if steps_left else "finished"
         self.sink.emit(self.end(reason, state, delivered))
-        return state
-
-    def _final_exact_match(self, evaluation: RunEvaluation, state: RunState, delivered: int) -> RunState:
-        if not self.job.recipe.eval.exact_match_rows:
-            return state
-        matches = evaluation.exact_match(state.step)
-        evaluation.emit_eval(delivered, state.best_loss, matches, best=True)
-        state = replace(state, exact_match_after=matches, eval_loss=state.best_loss)
-        self._deliver(replace(state, step=delivered), last_chance=True)
         return state
 
     def end(self, reason: str, state: RunState | None = None, delivered: int | None = None) -> End:

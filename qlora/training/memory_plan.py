@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -48,17 +49,15 @@ class MemorySettings:
 
     def as_of(self, state: RunState) -> MemorySettings:
         """Go on with what fitted: the sizes of micro-batches are part of what makes a resumed run the same run."""
-        if state.micro_batch_size is None or state.gradient_checkpointing is None:
+        rows, recompute = state.micro_batch_size, state.gradient_checkpointing
+        if rows is None or recompute is None:
             return self
-        return replace(
-            self, micro_batch_size=state.micro_batch_size, gradient_checkpointing=state.gradient_checkpointing
-        )
+        return replace(self, micro_batch_size=rows, gradient_checkpointing=recompute)
 
     def kept_in(self, state: RunState) -> RunState:
         """The state from which a resumed run goes on with these settings."""
-        return replace(
-            state, micro_batch_size=self.micro_batch_size, gradient_checkpointing=self.gradient_checkpointing
-        )
+        rows, recompute = self.micro_batch_size, self.gradient_checkpointing
+        return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute)
 
     def fewer_answers(self) -> MemorySettings | None:
         return replace(self, answers_at_once=self.answers_at_once // 2) if self.answers_at_once > 1 else None
@@ -130,12 +129,8 @@ def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Me
     known = {id(parameter) for parameter in trained}
     frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
     masters = [master for key, master in optimizer.masters.items() if master is not optimizer.parameters[key]]
-    moments = {
-        id(value): value
-        for state in optimizer.inner.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    }
+    kept = chain.from_iterable(state.values() for state in optimizer.inner.state.values())
+    moments = {id(value): value for value in kept if isinstance(value, Tensor)}
     return Measured(
         peak_bytes=peak_bytes(device),
         weights_bytes=_total(frozen.values()),
@@ -152,10 +147,8 @@ def _tensors_of(model: Any) -> Iterator[Tensor]:
         yield parameter
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
-        for one in (state, nested):
-            for name in ("absmax", "code", "offset"):
-                if isinstance(value := getattr(one, name, None), Tensor):
-                    yield value
+        constants = (getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code", "offset"))
+        yield from (value for value in constants if isinstance(value, Tensor))
 
 
 def _total(tensors: Any) -> int:

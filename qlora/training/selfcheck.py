@@ -36,11 +36,10 @@ class SelfCheck:
     leak: float
 
     @property
-    def packing_is_safe(self) -> bool:
-        return self.leak <= max(TOLERANCE, 3 * self.head)
-
-    @property
     def leak_message(self) -> str:
+        """Why rows must not share a pack; "" where they may."""
+        if self.leak <= max(TOLERANCE, 3 * self.head):
+            return ""
         return (
             f"documents of one pack see each other in this architecture "
             f"({self.leak:.2f} nats a token; {self.head:.3f} alone)"

@@ -14,7 +14,7 @@ from peft.tuners.lora.bnb import Linear4bit
 
 from qlora.batch import Batch
 from qlora.errors import ModelError
-from qlora.model.adapters import attach, load_into, save, trainable, without_adapters
+from qlora.model.adapters import attach, load_into, save, trainable
 from qlora.model.base_folder import BaseFolder
 from qlora.recipe.sections import LoraSection
 from tests.families import FAMILIES
@@ -53,7 +53,7 @@ def test_nothing_changes_at_step_0(base_of: BaseOf, family: str, kind: str) -> N
         assert torch.equal(logits(model, INPUT_IDS), before)
         move(model)
         assert not torch.equal(logits(model, INPUT_IDS), before)
-        with without_adapters(model):
+        with model.disable_adapter():
             assert torch.equal(logits(model, INPUT_IDS), before)
 
 

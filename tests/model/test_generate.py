@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qlora.model.adapters import attach, trainable, without_adapters
+from qlora.model.adapters import attach, trainable
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import greedy
 from qlora.recipe.sections import LoraSection
@@ -60,7 +60,7 @@ def test_adapters_on_and_off(base_of: Callable[[str], BaseFolder]) -> None:
     tuned = greedy(model, PROMPTS, (), 8, PAD_ID)
     assert tuned != base
     assert tuned == [greedy(model, [prompt], (), 8, PAD_ID)[0] for prompt in PROMPTS]
-    with without_adapters(model):
+    with model.disable_adapter():
         assert greedy(model, PROMPTS, (), 8, PAD_ID) == base
 
 
