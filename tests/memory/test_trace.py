@@ -40,8 +40,8 @@ def test_what_is_live_counts_in_the_next_phase(counted: LiveBytes) -> None:
 
 
 def test_regions_labels_and_adopted_tensors_have_their_category(counted: LiveBytes) -> None:
-    counted.labels.gradient_shapes.add((4, 32))
-    counted.labels.vocabulary = 96
+    counted.gradient_shapes.add((4, 32))
+    counted.vocabulary = 96
     base = torch.empty(1000)
     counted.adopt(base, "weights")
     counted.adopt(base.view(10, 100), "adapters")  # the same storage is there already
