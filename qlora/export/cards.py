@@ -1,7 +1,7 @@
 """What is written beside the weights for a reader: model cards, export.json, and for Ollama the Modelfile.
 
 Cards and export.json go to the hub with the weights. They name a base or a file of rows by its hub name or by the last
-part of its path: the folders above it are nobody's business (they hold a user's name, mostly).
+part of its path: the folders above it mostly hold a user's name, which a published file must not.
 """
 
 from __future__ import annotations
