@@ -46,7 +46,7 @@ def test_a_hundred_random_kills(place: Path, tmp_path: Path) -> None:
         child = in_child(ready, folder, **SAVING)
         first = child.wait_for("saved checkpoint")
         assert first is not None, child.rest()
-        # Within two steps of this machine: a fixed time is many steps on a fast one, whose run ends before its last kill.
+        # Within two steps of this machine: in a fixed time a fast one does many, and ends before its last kill.
         time.sleep(chance.random() * 2 * step_seconds)
         child.kill()
         code = child.wait()
