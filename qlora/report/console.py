@@ -103,6 +103,10 @@ class ConsoleSink:
         self.task = None if event.done >= event.total else event
         if self.console.is_terminal:
             self._draw()
+        elif event.total == 1:
+            # Work of one part may take minutes, and has no other moment to show that it lives than its beginning.
+            if event.done == 0:
+                self.console.print(f"{event.task} …", highlight=False)
         elif new or time.monotonic() - self.plain_at > PLAIN_SECONDS:
             # Short tasks need no line: the first one comes when a task has run for a while.
             if not new:

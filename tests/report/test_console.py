@@ -132,3 +132,14 @@ def test_lines_of_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -
         sink.emit(Progress("load", done, 269030016, "B"))
     sink.close()
     assert out.getvalue() == "load 151.9 of 256.6 MiB (59 %)\n"
+
+
+def test_work_of_one_part_shows_its_beginning_without_a_terminal() -> None:
+    """It may take minutes (a dry run without a GPU), and would otherwise be silent until it has ended."""
+    out = io.StringIO()
+    sink = ConsoleSink(Console(file=out, width=80, highlight=False))
+    sink.emit(Progress("dry run", 0, 1))
+    assert out.getvalue() == "dry run …\n"
+    sink.emit(Progress("dry run", 1, 1))
+    sink.close()
+    assert out.getvalue() == "dry run …\n"
