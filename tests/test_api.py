@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora import api
 from qlora.errors import RecipeError
 from qlora.recipe.reading import load_recipe
+from tests.export.cases import KINDS, trained
 from tests.runs import write_recipe
 
 
@@ -36,3 +38,26 @@ def test_a_recipe_a_folder_or_a_hub_name_is_asked_about(tmp_path: Path, llama: P
 def test_questions_that_cannot_be_answered(settings: dict[str, str], message: str, llama: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         api.question(api.recipe_or_model(str(llama)), **settings)
+
+
+def test_a_gguf_takes_the_rows_of_its_run_without_verification_too(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Modelfile has the rows' system text and context, whatever the quant: keys are gguf-<quant>."""
+    recipe = write_recipe(tmp_path / "run", llama)
+    recipe.rename(recipe.with_name("recipe.toml"))
+    trained(llama, tmp_path / "run" / "adapter", KINDS["plain"])
+    asked: list[bool] = []
+    real = api.setup.prepare_rows
+
+    def prepare_rows(*arguments: Any) -> Any:
+        asked.append(True)
+        return real(*arguments)
+
+    monkeypatch.setattr(api.setup, "prepare_rows", prepare_rows)
+    for to, reads in (("hf", False), ("gguf", True)):
+        asked.clear()
+        api.merge_and_export(
+            tmp_path / "run", to=to, out=tmp_path / to, merge_base="nf4", options=api.export_options(verify=False)
+        )
+        assert bool(asked) is reads, to
