@@ -27,9 +27,10 @@ def let_waiting_threads_sleep() -> None:
     """Have OpenMP's threads sleep soon after their work has run out. Before torch is imported; children inherit it.
 
     By itself a thread that waits for the others burns its core for milliseconds, also while the one it waits for has
-    lost its core to another program: beside two busy processes a step of the quickstart took 23 times as long as alone.
-    1,000 looks are some 50 µs (`tools/bench/threads.py` has the curve). GOMP_SPINCOUNT is libgomp's (torch on Linux),
-    KMP_BLOCKTIME libomp's (macOS, Windows), in milliseconds. Whoever has set one of them, or OMP_WAIT_POLICY, decides.
+    lost its core to another program: beside two busy processes a step of the quickstart took 4.7 times as long as
+    alone, and 2.4 times with 1,000 looks, some 50 µs (the curve: tools/bench/README.md). GOMP_SPINCOUNT is libgomp's
+    (torch on Linux), KMP_BLOCKTIME libomp's (macOS, Windows), in milliseconds. Whoever has set one of them, or
+    OMP_WAIT_POLICY, decides.
     """
     if not any(name in os.environ for name in (*WAITING_THREADS, "OMP_WAIT_POLICY")):
         os.environ.update(WAITING_THREADS)
