@@ -134,14 +134,14 @@ def _download(repository: Repository, file: str, revision: str, on_bytes: Callab
             return self
 
         def __exit__(self, *_: object) -> None:
-            pass
+            """Nothing is open."""
 
         def update(self, n: float | None = 1) -> None:
             self.n += int(n or 0)
             on_bytes(self.n)
 
         def close(self) -> None:
-            pass
+            """Nothing is open."""
 
     place: dict[str, Any] = {"repo_type": repository.kind, "revision": revision}
     try:

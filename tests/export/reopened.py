@@ -53,14 +53,16 @@ class Case:
     def target(self, quant: str, file: Path | None = None) -> Target:
         return gguf_target(file or self.files[quant], self.types(quant), self.keys)
 
-    def require_folder(self, folder: Path) -> None:
-        """As the child does, without its two seconds of imports."""
-        self._require(folder, open_folder(folder, self.merge, "BF16"))
+    def require_folder(self, folder: Path) -> list[Check]:
+        """As the child does, without its two seconds of imports. Raises ExportError naming the first that fails."""
+        return self._require(folder, open_folder(folder, self.merge, "BF16"))
 
-    def require_file(self, quant: str, file: Path) -> None:
+    def require_file(self, quant: str, file: Path) -> list[Check]:
         target = self.target(quant, file)
-        self._require(file, open_gguf(file, self.plan.layout, target.types, target.keys))
+        return self._require(file, open_gguf(file, self.plan.layout, target.types, target.keys))
 
-    def _require(self, path: Path, opened: Any) -> None:
+    def _require(self, path: Path, opened: Any) -> list[Check]:
         compare_weights(self.merge, [opened])
-        require(path, [Check(*result) for result in opened.conclude()])
+        checks = [Check(*result) for result in opened.conclude()]
+        require(path, checks)
+        return checks

@@ -26,9 +26,10 @@ PERMUTED = "blk.0.attn_q.weight"
 @pytest.mark.parametrize("kind", ["rslora", "dora", "some", "whole"])
 def test_every_kind_of_adapter_holds(llama: Path, tmp_path: Path, kind: str) -> None:
     other = Case(llama, tmp_path, KINDS[kind], "full")
-    other.require_folder(other.folder)
-    for quant in QUANTS:
-        other.require_file(quant, other.files[quant])
+    found = [other.require_folder(other.folder), *(other.require_file(quant, other.files[quant]) for quant in QUANTS)]
+    for checks in found:
+        assert {check.name for check in checks} >= {"deltas", "finite", "other weights"}
+        assert all(check.ok for check in checks)
 
 
 # --- safetensors, broken ----------------------------------------------------------------------------------------------
