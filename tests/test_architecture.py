@@ -36,6 +36,8 @@ FLOORS = {
     "disk": 2,
     "stop": 2,
     "errors": 1,
+    "files": 1,
+    "foreign_json": 1,
     "batch": 1,
     "lock": 1,
     "redaction": 1,
@@ -46,6 +48,7 @@ FLOORS = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
+    "": ["errors", "files", "foreign_json", "lock", "redaction"],  # of the ground floor, which others may stand on
     "cli": ["common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -110,7 +113,8 @@ def stands_before(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     while shared < min(len(one), len(other)) and one[shared] == other[shared]:
         shared += 1
     if shared == 0:
-        return FLOORS[one[0]] < FLOORS[other[0]]
+        ground = [LINES[""].index(place[0]) for place in (one, other) if place[0] in LINES[""]]
+        return FLOORS[one[0]] < FLOORS[other[0]] or (len(ground) == 2 and ground[0] < ground[1])
     if shared == len(one):  # a package itself: its __init__ holds nothing
         return True
     line = LINES[".".join(one[:shared])]

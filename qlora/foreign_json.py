@@ -1,0 +1,130 @@
+"""JSON that a stranger wrote: bounded while it is read, then checked by a pydantic model, as a recipe is.
+
+Base configurations, adapters, run folders and caches all come from somebody. What is wrong is raised here, where the
+value is read, as a ForeignFileError that names file, key and value; the caller adds the class of error and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qlora import files
+
+MAX_BYTES = 10_000_000  # the largest config.json known to us has 0.3 MB
+MAX_DEPTH = 64  # 12 is the deepest configuration of a model known to us
+MAX_DIGITS = 19  # of a whole number: 2**63 - 1 has as many
+_SHOWN = 60  # characters of a value in a message
+
+Model = TypeVar("Model", bound="ForeignModel")
+
+
+class ForeignFileError(ValueError):
+    """What is wrong with a stranger's file: the file, the key or place in it, and the value."""
+
+
+class ForeignModel(BaseModel):
+    """The keys of a stranger's file that we read, with their types; other keys are let pass."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def load(file: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """The JSON value in a file. `file` is resolved already.
+
+    Raises ForeignFileError for what is no JSON, a key that stands twice, numbers that are not finite or longer than
+    MAX_DIGITS, nesting deeper than MAX_DEPTH, a file over `max_bytes`, and whatever cannot be opened.
+    """
+    try:
+        data = files.read_bytes(file, max_bytes)
+    except files.UnsafePathError as error:
+        raise ForeignFileError(str(error)) from error
+    except OSError as error:
+        raise ForeignFileError(f"{file}: cannot be read ({error.strerror or error})") from error
+    return parse(data, str(file))
+
+
+def parse(data: bytes | str, where: str) -> Any:
+    """The JSON value of a text; `where` names it in errors. Raises as `load` does."""
+    try:
+        value = json.loads(
+            data,
+            object_pairs_hook=_once,
+            parse_int=_whole_number,
+            parse_float=_number,
+            parse_constant=_no_constant,
+        )
+    except RecursionError as error:
+        raise ForeignFileError(f"{where}: is nested deeper than {MAX_DEPTH} levels") from error
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ForeignFileError(f"{where}: is not valid JSON ({error})") from error
+    if depth_of(value, MAX_DEPTH) > MAX_DEPTH:
+        raise ForeignFileError(f"{where}: is nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def load_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises as `load` does, and for any other value."""
+    value = load(file, max_bytes)
+    if not isinstance(value, dict):
+        raise ForeignFileError(f"{file}: holds no JSON object")
+    return value
+
+
+def checked(model: type[Model], value: Any, where: str) -> Model:
+    """The value as `model`. Raises ForeignFileError with the first key that is wrong, and its value."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the value"
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        raise ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}") from error
+
+
+def depth_of(value: Any, limit: int) -> int:
+    """How deeply lists and objects are nested in a JSON value, counted up to `limit` + 1."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > limit:
+            break
+        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return depth
+
+
+def shown(problem: Any) -> str:
+    """The wrong value of a pydantic problem, cut to fit into a line; "" where it is missing or long by nature."""
+    given = problem.get("input")
+    if problem["type"] == "missing" or isinstance(given, dict | list):
+        return ""
+    text = repr(given)
+    return f" (it is {text[:_SHOWN]}{'…' if len(text) > _SHOWN else ''})"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:_SHOWN]!r} stands twice")
+    return keys
+
+
+def _whole_number(text: str) -> int:
+    if len(text.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text.lstrip('-')):,} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if len(text) > 400 or (value := float(text)) in (float("inf"), float("-inf")):
+        raise ValueError(f"a number that is too large ({text[:20]}…)")
+    return value
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number in JSON")
