@@ -125,20 +125,20 @@ def size_of(folder: Path) -> int:
         return 0
 
 
-def open_to_write(path: Path, way: files.WayToWrite) -> FileIO:
+def open_to_write(path: Path, way: files.WayToWrite, permissions: int = 0o644) -> FileIO:
     """`files.open_to_write`, with OSError for links too: for what is written far from any door."""
     try:
-        return files.open_to_write(path, way)
+        return files.open_to_write(path, way, permissions)
     except files.UnsafePathError as error:
         raise OSError(errno.ELOOP, str(error)) from error
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str, permissions: int = 0o644) -> None:
     """Replace a file's content in one rename: a reader sees the old bytes or the new ones. Its folder must be there."""
     _refuse_link(path)
     temporary = _hidden(path, "tmp")
     try:
-        with open_to_write(temporary, "new") as file:
+        with open_to_write(temporary, "new", permissions) as file:
             _write_all(file, text.encode())
             _settle(file)
         os.replace(temporary, path)

@@ -16,6 +16,7 @@ from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.recipe import pins
 from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
+from qlora.redaction import redact
 from qlora.run_record import (
     HEADING,
     RESULTS,
@@ -31,10 +32,8 @@ from qlora.run_record import relocated as relocated
 from qlora.version import __version__
 
 # What we write in a run's folder: under these names nothing may be a link, wherever it leads.
-_OURS = {*RESULTS, RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
+_OURS = {*RESULTS, "tokenizer", RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
-
-
 _MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 
@@ -212,19 +211,23 @@ def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
     return pins.pinned(recipe, load_recipe(run_dir / RECIPE_FILE))
 
 
-def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
+def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
     """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant.
 
-    And run.json, which says whose folder it is and where it lies.
+    And run.json, which says whose folder it is and where it lies. A path that looks like a token must stay what it is.
+    Returns whether one does: then the files are their owner's to read.
     """
     if commit is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
-    heading = f"{HEADING}{__version__}; every key resolved\n"
+    text = recipe_toml(recipe, f"{HEADING}{__version__}; every key resolved\n")
     run = id_of(run_dir) or uuid.uuid4().hex
-    disk.write_atomic(run_dir / RECIPE_FILE, recipe_toml(recipe, heading))
-    # After the recipe: until it is written, the paths in that are seen from where the folder lay before.
     record = RunRecord(made_by="qlora", kind="run", version=__version__, id=run, folder=str(run_dir))
-    disk.write_atomic(run_dir / RUN_FILE, record.model_dump_json(indent=1) + "\n")
+    is_private = redact(f"{text}{run_dir}") != f"{text}{run_dir}"
+    permissions = 0o600 if is_private else 0o644
+    disk.write_atomic(run_dir / RECIPE_FILE, text, permissions)
+    # After the recipe: until it is written, the paths in that are seen from where the folder lay before.
+    disk.write_atomic(run_dir / RUN_FILE, record.model_dump_json(indent=1) + "\n", permissions)
+    return is_private
 
 
 def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora import api
+from qlora import api, run_folder
 from qlora.errors import RecipeError
 from qlora.recipe.reading import load_recipe
 from tests.export.cases import KINDS, trained

@@ -50,7 +50,14 @@ FLOORS = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    "": ["errors", "files", "foreign_json", "manifest", "lock", "redaction"],  # of the ground floor, which others may stand on
+    "": [
+        "errors",
+        "files",
+        "foreign_json",
+        "manifest",
+        "lock",
+        "redaction",
+    ],  # of the ground floor, which others may stand on
     "cli": ["common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
