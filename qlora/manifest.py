@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qlora import files, foreign_json
 
@@ -50,6 +50,14 @@ class _Manifest(foreign_json.ForeignModel):
     sha256: str
     made_by: Literal["qlora"] | None = None
     kind: str | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _names_stay_inside(cls, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+        for name in entries:
+            if not name or os.path.isabs(name) or "\\" in name or "\0" in name or ".." in name.split("/"):
+                raise ValueError(f"{name[:60]!r} is not a file's name in the folder")
+        return entries
 
 
 @dataclass(frozen=True)
