@@ -210,8 +210,9 @@ OUTS: dict[str, Out] = {
 
 
 REASONS = (
-    r"was not made by an export|is not an export|where only export/ is for exports"
-    r"|(lies in|holds) the (base|adapter|rows)|lies in the (hub's )?cache|is a file, and|cannot be an export's folder|links lead in a circle|NUL|no such home"
+    r"was not made by an export|is not an export|where only export/ is for exports|(lies in|holds) the (base|adapter)"
+    r"|(lies in|holds) the rows|lies in the (hub's )?cache|is a file, and|cannot be an export's folder"
+    r"|links lead in a circle|NUL|no such home"
 )
 
 
