@@ -39,6 +39,7 @@ FLOORS = {
     "files": 1,
     "foreign_json": 1,
     "batch": 1,
+    "child_process": 1,
     "lock": 1,
     "redaction": 1,
     "third_party": 1,
