@@ -74,6 +74,8 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
     step = resume_from.state.step if resume_from else None
+    if resume_from is not None:
+        checkpoint.check_base(resume_from, base)
     run_folder.write_recipe(run_dir, recipe, base.commit)
     files = open_sinks(recipe.report, run_dir, step or 0)
     sinks = Sinks(sink, *files)

@@ -75,9 +75,10 @@ class Training:
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
         self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
         self._use_rows(recipe.data)
+        which = self.causal_lm.base_identity
         train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
-        self.best_adapter = BestAdapter(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows)
-        fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
+        self.best_adapter = BestAdapter(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows, which)
+        fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, job.data.content_fingerprint)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.completed = RunState()  # the last state that may be saved
