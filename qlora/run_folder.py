@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from qlora import disk, files, foreign_json, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
@@ -140,6 +143,23 @@ def versions() -> dict[str, str]:
 def provenance(recipe: Recipe) -> dict[str, Any]:
     """How a checkpoint was made, for its manifest."""
     return {"versions": versions(), "recipe_sha256": disk.sha256_text(recipe_toml(recipe))}
+
+
+class _Manifest(foreign_json.ForeignModel):
+    versions: dict[str, Annotated[str, Field(max_length=100)]] = Field(default_factory=dict)
+
+
+def made_with(checkpoint: Path) -> Mapping[str, str]:
+    """The versions that a checkpoint's manifest records. Raises ForeignFileError with file and key."""
+    file = checkpoint / disk.MANIFEST
+    return foreign_json.checked(_Manifest, foreign_json.load(file), str(file)).versions
+
+
+def other_versions(checkpoint: Path) -> str:
+    """Packages that were of another version when the checkpoint was made: "torch 2.10 (now 2.11)"; "" for none."""
+    before, now = made_with(checkpoint), sorted(versions().items())
+    changed = ((name, before[name], version) for name, version in now if before.get(name, version) != version)
+    return ", ".join(f"{name} {old} (now {new})" for name, old, new in changed)
 
 
 def package_version(name: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from qlora import disk, run_folder
 from qlora.errors import ExportError, RunFolderError
+from qlora.foreign_json import ForeignFileError
 from qlora.recipe.reading import Recipe, load_recipe
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -146,3 +147,16 @@ def test_a_broken_record_moves_nothing(tmp_path: Path, text: str) -> None:
     (new / "runs" / "tiny" / "run.json").write_text(text)
     (new / "runs" / "tiny" / "events.jsonl").write_text('{"event": "start"' + text + "\n")
     assert run_folder.relocated(str(old / "rows"), new / "runs" / "tiny") == str(old / "rows")
+
+
+def test_versions_that_have_changed_since_a_checkpoint_was_made(tmp_path: Path) -> None:
+    now = run_folder.versions()
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"versions": now | {"torch": "2.1.0", "gone": "1"}}))
+    assert run_folder.other_versions(tmp_path) == f"torch 2.1.0 (now {now['torch']})"
+    manifest.write_text(json.dumps({"versions": now}))
+    assert run_folder.other_versions(tmp_path) == ""
+    for wrong in ({"torch": 2}, ["torch"], {"torch": "1" * 1000}):
+        manifest.write_text(json.dumps({"versions": wrong}))
+        with pytest.raises(ForeignFileError, match=r"manifest\.json: versions"):
+            run_folder.made_with(tmp_path)

@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from qlora.errors import ModelError
 from qlora.events import Progress, Sink
 from qlora.foreign_json import ForeignModel
-from qlora.model.tensors import FLOAT_DTYPES, TensorEntry, as_bytes, read_spans, read_tensor, total_bytes
+from qlora.model.tensors import TensorEntry, as_bytes, read_spans, read_tensor, refuse_not_finite, total_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,32 @@ def another_base(
     return None if same else "its config.json, or names, shapes or file sizes of its weights, differ"
 
 
+@dataclass(frozen=True)
+class Fingerprints:
+    """What a checkpoint belongs to: resuming with another base or other rows is refused. Content decides.
+
+    `base` and `data` are all that older versions kept: of files' shapes and sizes, and of what made the rows' tokens.
+    """
+
+    base: str
+    data: str
+    base_identity: BaseIdentity | None = None
+    data_content: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {**vars(self), "base_identity": self.base_identity and self.base_identity.model_dump()}
+
+    def other_base(self, now: Fingerprints) -> str | None:
+        """What makes the base of `now` another one, in words, or None."""
+        return another_base(self.base_identity, now.base_identity, self.base, now.base)
+
+    def other_data(self, now: Fingerprints) -> str | None:
+        """What makes the rows of `now` others, in words, or None."""
+        same = self.data == now.data or (self.data_content is not None and self.data_content == now.data_content)
+        return None if same else "its rows, or the tokens that are made of them, have changed"
+
+
 def at_the_door(config: Mapping[str, Any], taken: Mapping[str, TensorEntry]) -> BaseIdentity:
     """The identity as far as a second can tell: `taken` are the tensors that the model takes, by name."""
     names = sorted(taken)
@@ -119,7 +145,7 @@ class WeightReader:
         self._hash_last()
         entry = self._tensors[name]
         tensor = read_tensor(entry, rows)
-        _refuse_not_finite(name, entry, tensor)
+        refuse_not_finite(name, entry, tensor)
         self._last = (self._digests.setdefault(name, blake3()), tensor)
         self._bytes[name] = self._bytes.get(name, 0) + tensor.nbytes
         return tensor
@@ -159,18 +185,6 @@ def read_through(config: Mapping[str, Any], taken: Mapping[str, TensorEntry], si
         done += entry.nbytes
         sink.emit(Progress("check base", done, total, "B"))
     return reader.identity()
-
-
-def _refuse_not_finite(name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:
-    """The largest magnitude tells: NaN goes through it, and what bf16 cannot hold is infinite for the model."""
-    import torch
-
-    if entry.dtype not in FLOAT_DTYPES or not tensor.numel():
-        return
-    low, high = torch.aminmax(tensor)
-    if not (torch.finfo(torch.bfloat16).min <= float(low) and float(high) <= torch.finfo(torch.bfloat16).max):
-        what = f"{entry.file}: tensor {name!r} holds values that are not finite (NaN or infinity)"
-        raise ModelError(what, "download the model again, or ask who published it for a clean copy")
 
 
 def _described(name: str, entry: TensorEntry) -> bytes:

@@ -167,8 +167,23 @@ def read_tensor(entry: TensorEntry, rows: tuple[int, int] | None = None) -> torc
 
 
 def read_file(file: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of one safetensors file. Raises ModelError as `read_header` does."""
-    return {name: read_tensor(entry) for name, entry in read_header(file).items()}
+    """Every tensor of one safetensors file. Raises ModelError as `read_header` does, and for what is not finite."""
+    entries = read_header(file)
+    tensors = {name: read_tensor(entry) for name, entry in entries.items()}
+    for name, tensor in tensors.items():
+        refuse_not_finite(name, entries[name], tensor)
+    return tensors
+
+
+def refuse_not_finite(name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:
+    """Raises ModelError for NaN, infinity, and what bf16 cannot hold, which the model would have as infinity."""
+    import torch
+
+    if entry.dtype not in FLOAT_DTYPES or not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor)  # NaN goes through both
+    if not (torch.finfo(torch.bfloat16).min <= float(low) and float(high) <= torch.finfo(torch.bfloat16).max):
+        raise _broken(entry.file, f"tensor {name!r} holds values that are not finite (NaN or infinity)")
 
 
 def read_spans(entry: TensorEntry, spans: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +33,7 @@ from qlora.events import Notice, Recovered, Saved, Sink
 from qlora.foreign_json import ForeignFileError, ForeignModel
 from qlora.model import identity
 from qlora.model.base_folder import BaseFolder
-from qlora.model.identity import BaseIdentity
+from qlora.model.identity import Fingerprints
 from qlora.model.meta_model import build, taken_tensors
 from qlora.model.tensors import read_file
 from qlora.recipe.reading import Recipe
@@ -85,20 +85,6 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class Fingerprints:
-    """What a checkpoint belongs to: resuming with another base or other rows is refused.
-
-    Content decides. `base` and `data` are all that older versions kept: files' shapes and sizes, and a key of what made
-    the rows' tokens.
-    """
-
-    base: str
-    data: str
-    base_identity: BaseIdentity | None = None
-    data_content: str | None = None
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint on disk."""
 
@@ -131,9 +117,8 @@ def save(
     def write(folder: Path) -> None:
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
-        known = fingerprints.base_identity
-        prints = {**vars(fingerprints), "base_identity": None if known is None else known.model_dump()}
-        content = {"format": FORMAT, "state": asdict(state), "counters": counters, "fingerprints": prints}
+        belongs = fingerprints.as_dict()
+        content = {"format": FORMAT, "state": asdict(state), "counters": counters, "fingerprints": belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     if (free := disk.free_bytes(run_dir)) < needed:
@@ -151,7 +136,7 @@ def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
         fault = disk.verify_folder(folder)
         if fault is None:
             try:
-                _made_with(folder)
+                run_folder.made_with(folder)
                 return Checkpoint(folder, _read(folder)[0])
             except ForeignFileError as error:
                 fault = str(error)
@@ -165,21 +150,23 @@ def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
 
 def check_base(checkpoint: Checkpoint, base: BaseFolder) -> None:
     """Refuse another base as far as that shows before it is loaded. Raises RunFolderError."""
-    _, saved, _ = _read(checkpoint.path)
-    now = identity.at_the_door(base.config, taken_tensors(base, build(base)))
-    _refuse(checkpoint, "base", identity.another_base(saved.base_identity, now, saved.base, base.fingerprint))
+    saved = _read(checkpoint.path)[1]
+    at_the_door = identity.at_the_door(base.config, taken_tensors(base, build(base)))
+    _refuse(checkpoint, "base", saved.other_base(replace(saved, base=base.fingerprint, base_identity=at_the_door)))
 
 
 def restore(checkpoint: Checkpoint, optimizer: AdapterOptimizer, now: Fingerprints) -> None:
     """Put a checkpoint's tensors into the optimizer and its parameters. Raises RunFolderError when they do not fit."""
     _, saved, counters = _read(checkpoint.path)
-    other = identity.another_base(saved.base_identity, now.base_identity, saved.base, now.base)
-    _refuse(checkpoint, "base", other)
-    same = saved.data == now.data or (saved.data_content is not None and saved.data_content == now.data_content)
-    _refuse(checkpoint, "data", None if same else "its rows, or what makes tokens of them, have changed")
+    _refuse(checkpoint, "base", saved.other_base(now))
+    _refuse(checkpoint, "data", saved.other_data(now))
+    ours = {key: (parameter.shape, parameter.dtype) for key, parameter in optimizer.parameters.items()}
     try:
         adapter, tensors = (read_file(checkpoint.path / f"{name}.safetensors") for name in ("adapter", "optimizer"))
-        _check_tensors(adapter, tensors, optimizer)
+        if {key: (tensor.shape, tensor.dtype) for key, tensor in adapter.items()} != ours:
+            raise ValueError("names, shapes or types of its adapter are others")
+        if strange := sorted({key.partition("/")[2] for key in tensors} - {*ours, ""}):
+            raise ValueError(f"its optimizer knows {strange[0]!r}, which is not trained")
         with torch.no_grad():
             for key, parameter in optimizer.parameters.items():
                 parameter.copy_(adapter[key])
@@ -193,32 +180,9 @@ def restore(checkpoint: Checkpoint, optimizer: AdapterOptimizer, now: Fingerprin
 def _refuse(checkpoint: Checkpoint, what: str, difference: str | None) -> None:
     if difference is not None:
         raise RunFolderError(
-            f"{checkpoint.path}: was made with another {what} ({difference})",
+            f"{checkpoint.path}: was made with another {what}: {difference}",
             f"put the {what} back as it was, or start anew with mode='fresh'",
         )
-
-
-def _check_tensors(adapter: Mapping[str, Any], tensors: Mapping[str, Any], optimizer: AdapterOptimizer) -> None:
-    """Raises ValueError for names, shapes and types that are not this model's, and for what is not finite."""
-    ours = {key: (parameter.shape, parameter.dtype) for key, parameter in optimizer.parameters.items()}
-    if {key: (tensor.shape, tensor.dtype) for key, tensor in adapter.items()} != ours:
-        raise ValueError("its adapter has other tensors")
-    if strange := sorted({key.partition("/")[2] for key in tensors} - {*ours, ""}):
-        raise ValueError(f"its optimizer has a state for {strange[0]!r}, which is not trained")
-    for key, tensor in (*adapter.items(), *tensors.items()):
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} holds values that are not finite")
-
-
-def other_versions(checkpoint: Checkpoint, about: Mapping[str, Any]) -> str:
-    """Packages that were of another version when the checkpoint was made: "torch 2.10 (now 2.11)"; "" for none."""
-    made_with = _made_with(checkpoint.path)
-    now: Mapping[str, str] = about["versions"]
-    return ", ".join(
-        f"{name} {made_with[name]} (now {version})"
-        for name, version in sorted(now.items())
-        if name in made_with and made_with[name] != version
-    )
 
 
 @dataclass
@@ -266,7 +230,7 @@ class Checkpointer:
         restore(checkpoint, self.optimizer, self.fingerprints)
         if _read(checkpoint.path)[1].base_identity is None:
             self.sink.emit(Notice("base", f"{checkpoint.path.name} {identity.NOT_COMPARED}"))
-        if changed := other_versions(checkpoint, self.about):
+        if changed := run_folder.other_versions(checkpoint.path):
             self.sink.emit(Notice("versions", f"the checkpoint was made with {changed}: last digits may differ"))
         self.saved_step = checkpoint.state.step
         return checkpoint.state
@@ -315,10 +279,6 @@ class _StateFile(ForeignModel):
     fingerprints: dict[str, Any]
 
 
-class _Manifest(ForeignModel):
-    versions: dict[str, Annotated[str, Field(max_length=100)]] = Field(default_factory=dict)
-
-
 def _read(folder: Path) -> tuple[RunState, Fingerprints, dict[str, int]]:
     """What `state.json` holds: state, fingerprints, update counters. Raises ForeignFileError with file and key."""
     file = folder / "state.json"
@@ -326,12 +286,6 @@ def _read(folder: Path) -> tuple[RunState, Fingerprints, dict[str, int]]:
     state = foreign_json.checked_dataclass(RunState, found.state, f"{file}: state")
     fingerprints = foreign_json.checked_dataclass(Fingerprints, found.fingerprints, f"{file}: fingerprints")
     return state, fingerprints, found.counters
-
-
-def _made_with(folder: Path) -> Mapping[str, str]:
-    """Versions of packages by name, from the manifest. Raises ForeignFileError."""
-    file = folder / disk.MANIFEST
-    return foreign_json.checked(_Manifest, foreign_json.load(file), str(file)).versions
 
 
 def _folders(run_dir: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.model import adapters
 from qlora.model.adapter_folder import delivered_step
+from qlora.model.identity import Fingerprints
 from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.loss import Objective, SupervisedObjective
@@ -28,7 +29,7 @@ from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
 from qlora.training import health, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
-from qlora.training.checkpoint import Checkpoint, Checkpointer, Fingerprints, RunState
+from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState
 from qlora.training.evaluate import RunEvaluation, with_evaluation
 from qlora.training.memory_plan import MemorySettings, compare, measure, peak_bytes
 from qlora.training.recovery import OomRecovery

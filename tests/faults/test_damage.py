@@ -12,8 +12,9 @@ import pytest
 from qlora import disk
 from qlora.disk import MANIFEST
 from qlora.events import Notice, Recorder
+from qlora.model.identity import Fingerprints
 from qlora.training import checkpoint
-from qlora.training.checkpoint import Fingerprints, RunState
+from qlora.training.checkpoint import RunState
 from tests.training.cases import ABOUT, optimizer
 
 FLIPS = 64
