@@ -56,7 +56,7 @@ LINES = {
     ],
     "export": [
         *("child", "merge", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
-        *("verify", "ollama", "cards", "pipeline"),
+        *("base_check", "verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
