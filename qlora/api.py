@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import disk, run_folder
-from qlora.errors import ExportError, Problem, RecipeError, UserError
+from qlora.errors import Problem, RecipeError, UserError
 from qlora.events import Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
@@ -74,6 +74,8 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
     step = resume_from.state.step if resume_from else None
+    if resume_from is not None:
+        checkpoint.check_base(resume_from, base)
     run_folder.write_recipe(run_dir, recipe, base.commit)
     files = open_sinks(recipe.report, run_dir, step or 0)
     sinks = Sinks(sink, *files)
@@ -149,22 +151,19 @@ def export_options(**chosen: Any) -> ExportOptions:
 
 def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
     """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone."""
+    from qlora.export import base_check
     from qlora.export.artifacts import RunRows, Source
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.resolve import resolve
 
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
-    base = resolve(origin.base, origin.revision, sink)
-    if origin.fingerprint and origin.fingerprint != base.fingerprint:
-        raise ExportError(
-            f"{adapter_dir}: was trained on another base than {base.name} is now (its files differ)",
-            f"put the base back as it was at training ({origin.revision}), or train again",
-        )
-    name, device = run_folder.name_of(adapter_dir), setup.pick_device()
+    base = resolve(run_folder.relocated(origin.base, adapter_dir.parent), origin.revision, sink)
+    source = Source(run_folder.name_of(adapter_dir), adapter, origin, base, setup.pick_device())
+    base_check.at_the_door(source, sink)
     recipe = run_folder.recipe_of(adapter_dir)
     if recipe is None:
-        return Source(name, adapter, origin, base, device)
+        return source
     datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in recipe.data.train))
     rows = None
     if with_rows:
@@ -173,7 +172,7 @@ def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
             rows = RunRows(data, recipe.data, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
-    return Source(name, adapter, origin, base, device, datasets, rows)
+    return replace(source, datasets=datasets, rows=rows)
 
 
 def estimate_memory(

@@ -57,7 +57,7 @@ LINES = {
     ],
     "export": [
         *("child", "merge", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
-        *("verify", "ollama", "cards", "pipeline"),
+        *("base_check", "verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
@@ -78,8 +78,8 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("tokenizer", "config_filter", "tensors", "base_folder", "adapter_folder", "resolve", "nf4", "cpu_matmul"),
-        *("attention", "meta_model", "load", "adapters", "generate"),
+        *("tokenizer", "config_filter", "tensors", "identity", "base_folder", "adapter_folder", "resolve", "nf4"),
+        *("cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
         *("formats", "readers", "sources", "hub_rows", "render_worker", "render", "template", "chat"),

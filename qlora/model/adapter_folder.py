@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import ExportError
+from qlora.foreign_json import checked
+from qlora.model.identity import BaseIdentity
 from qlora.model.tensors import FLOAT_DTYPES, TensorEntry, read_header
 from qlora.recipe.sections import QuantizationSection
 
@@ -210,12 +212,16 @@ def _pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an adapter was trained against. `fingerprint` is None where the adapter is not ours."""
+    """What an adapter was trained against.
+
+    `fingerprint` is None where the adapter is not ours, `identity` where an older version made it too.
+    """
 
     base: str
     revision: str
     fingerprint: str | None
     quantization: QuantizationSection
+    identity: BaseIdentity | None = None
 
 
 def provenance(folder: Path, adapter_config: Mapping[str, Any]) -> Provenance:
@@ -224,7 +230,9 @@ def provenance(folder: Path, adapter_config: Mapping[str, Any]) -> Provenance:
     if file.is_file():
         stored = json.loads(file.read_text(encoding="utf-8"))
         quantization = QuantizationSection(**stored["quantization"])
-        return Provenance(stored["base"], stored["revision"], stored["fingerprint"], quantization)
+        known = stored.get("identity")
+        identity = None if known is None else checked(BaseIdentity, known, f"{file}: identity")
+        return Provenance(stored["base"], stored["revision"], stored["fingerprint"], quantization, identity)
     base = str(adapter_config.get("base_model_name_or_path") or "")
     return Provenance(base, str(adapter_config.get("revision") or "main"), None, QuantizationSection())
 

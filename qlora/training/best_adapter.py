@@ -13,6 +13,7 @@ from qlora.export.cards import adapter_card
 from qlora.model import adapters
 from qlora.model.adapter_folder import PROVENANCE_FILE
 from qlora.model.base_folder import BaseFolder
+from qlora.model.identity import BaseIdentity
 from qlora.model.tokenizer import copy_tokenizer
 from qlora.recipe.reading import Recipe
 from qlora.training.checkpoint import RunState
@@ -29,6 +30,7 @@ class BestAdapter:
     template: str | None
     train_rows: int
     eval_rows: int
+    identity: BaseIdentity
 
     def publish(self, run_dir: Path, state: RunState, sink: Sink) -> None:
         """Write `run_dir/adapter` anew, in one rename."""
@@ -43,6 +45,7 @@ class BestAdapter:
                 "base": self.base.name,
                 "revision": self.base.commit or self.recipe.model.revision,
                 "fingerprint": self.base.fingerprint,
+                "identity": self.identity.model_dump(),
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "step": state.step,
             }
