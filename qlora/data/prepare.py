@@ -40,11 +40,16 @@ EXAMPLES = 5  # `file:line` given per reason
 
 @dataclass(frozen=True)
 class PreparedData:
-    """`fingerprint`: sha256 over every token, weight and setting; a resumed run refuses another."""
+    """`fingerprint`: sha256 over every token, weight and setting; a resumed run refuses another.
+
+    `content_fingerprint`: sha256 over tokens, weights, sources, their order and the split alone: it stays the same with
+    other versions of the libraries, other settings or another place of the files as long as these come out the same.
+    """
 
     train: PreparedSplit
     eval: PreparedSplit
     fingerprint: str
+    content_fingerprint: str
 
 
 @dataclass
@@ -102,13 +107,15 @@ def prepare(
     if data.eval:
         eval_stored, eval_key = maker.rows_of(data.eval)
         train, evaluation = stored.split(), eval_stored.split()
+        content = stored.content_sha256("") + eval_stored.content_sha256("")
     else:
         held_out, kept = _hold_out(stored.digests, data.eval_fraction, seed)
         train, evaluation, eval_key = stored.split(kept), stored.split(held_out), f"{data.eval_fraction} {seed}"
+        content = stored.content_sha256(json.dumps(held_out))
         if held_out:
             message = f"{len(held_out)} of {len(stored.digests)} rows held out for evaluation"
             sink.emit(Notice("split", message, len(held_out)))
-    return PreparedData(train, evaluation, disk.sha256_text(key, eval_key))
+    return PreparedData(train, evaluation, disk.sha256_text(key, eval_key), disk.sha256_text(content))
 
 
 def _hold_out(digests: Sequence[bytes], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -156,7 +163,7 @@ class _Maker:
                 ) from error
         report = _Report.read(folder)
         self._emit(report, folder if cached else None)
-        return open_rows(folder / ROWS_FILE), disk.sha256_text(key, report.content_sha256)
+        return open_rows(folder / ROWS_FILE, report.content_sha256), disk.sha256_text(key, report.content_sha256)
 
     def _key(self, sources: Sequence[SourceSection]) -> str:
         files = [

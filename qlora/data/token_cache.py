@@ -110,10 +110,16 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """An opened file of rows. Rows with equal tokens have equal `digests`."""
+    """An opened file of rows. Rows with equal tokens have equal `digests`; `tokens_sha256` is the RowWriter's."""
 
     dataset: Any
     digests: list[bytes]
+    tokens_sha256: str
+
+    def content_sha256(self, held_out: str) -> str:
+        """Of all tokens and weights, the source of each row, and what `held_out` says of the split."""
+        sources = json.dumps(self.dataset.data.table.column("source").to_pylist())
+        return hashlib.sha256(f"{self.tokens_sha256} {sources} {held_out}".encode()).hexdigest()
 
     def split(self, chosen: Sequence[int] | None = None) -> PreparedSplit:
         """All rows, or the chosen ones in the order given."""
@@ -134,13 +140,13 @@ class StoredRows:
         )
 
 
-def open_rows(path: Path) -> StoredRows:
-    """Map a file that a RowWriter wrote."""
+def open_rows(path: Path, tokens_sha256: str) -> StoredRows:
+    """Map a file that a RowWriter wrote, whose `content_sha256` was `tokens_sha256`."""
     import datasets
 
     # Opened as it lies, with nothing to download, convert or copy: there is no bar to draw.
     dataset = datasets.Dataset.from_file(str(path))
-    return StoredRows(dataset, dataset.data.table.column("digest").to_pylist())
+    return StoredRows(dataset, dataset.data.table.column("digest").to_pylist(), tokens_sha256)
 
 
 class _Chosen(Sequence[T]):
