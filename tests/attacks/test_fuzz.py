@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora.data.formats import RowError
 from qlora.data.prepare import check_files
+from qlora.data.row_json import RowError
 from qlora.data.sources import read_rows
 from qlora.errors import RecipeError, UserError
 from qlora.model.base_folder import check_config
