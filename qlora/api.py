@@ -68,6 +68,7 @@ def train(
 
 def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
+    from qlora.model import tokenizer_files
     from qlora.training import checkpoint, loop
 
     disk.sweep_leftovers(run_dir)
@@ -79,7 +80,8 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     sinks = Sinks(sink, *files)
     try:
         sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
-        with setup.prepare_job(recipe, run_dir, base, sinks, stop) as job:
+        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks)
+        with setup.prepare_job(recipe, run_dir, base, tokenizer, sinks, stop) as job:
             state = loop.run(job, resume_from)
         del job  # an export needs the memory
         exported = _export(run_dir, recipe.export, sinks)
@@ -99,10 +101,12 @@ class Checked:
 
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
+    from qlora.model.tokenizer_files import read_files
+
     loaded, _ = _named(recipe, "check")
     shared = sink or Sinks()
     base, _ = setup.preflight(loaded, shared)
-    _, data, memory = setup.prepare(loaded, base, shared, PhaseClock(shared))
+    _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 
@@ -150,9 +154,12 @@ def export_options(**chosen: Any) -> ExportOptions:
 def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
     """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone."""
     from qlora.export.artifacts import RunRows, Source
+    from qlora.model import tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
+    from qlora.model.adapter_seal import seal
     from qlora.model.resolve import resolve
 
+    sealed = seal(adapter_dir, sink)
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
     base = resolve(origin.base, origin.revision, sink)
@@ -164,16 +171,17 @@ def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
     name, device = run_folder.name_of(adapter_dir), setup.pick_device()
     recipe = run_folder.recipe_of(adapter_dir)
     if recipe is None:
-        return Source(name, adapter, origin, base, device)
+        return Source(name, adapter, sealed, origin, base, device)
     datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in recipe.data.train))
     rows = None
     if with_rows:
         try:
-            chat, data = setup.prepare_rows(recipe, base, Sinks())
+            files = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
+            chat, data = setup.prepare_rows(recipe, base, files, Sinks())
             rows = RunRows(data, recipe.data, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
-    return Source(name, adapter, origin, base, device, datasets, rows)
+    return Source(name, adapter, sealed, origin, base, device, datasets, rows)
 
 
 def estimate_memory(

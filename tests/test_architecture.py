@@ -77,7 +77,8 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("tokenizer", "config_filter", "tensors", "base_folder", "adapter_folder", "resolve", "nf4", "cpu_matmul"),
+        *("tokenizer", "config_filter", "tensors", "base_folder", "tokenizer_files", "adapter_folder", "adapter_seal"),
+        *("resolve", "nf4", "cpu_matmul"),
         *("attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [

@@ -15,6 +15,7 @@ from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import MergeBase, Plan, make_plan
 from qlora.model.adapter_folder import Adapter, Provenance
+from qlora.model.adapter_seal import AdapterSeal
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import MetaModel, build
 
@@ -54,6 +55,7 @@ class Source:
 
     name: str
     adapter: Adapter
+    seal: AdapterSeal
     origin: Provenance
     base: BaseFolder
     device: torch.device

@@ -37,6 +37,7 @@ from qlora.export.verify import checks, weights
 from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference, trained_reference
+from qlora.model.tokenizer_files import of_export
 
 IMATRIX_FILE = "imatrix.gguf"
 # Of a line of the table, what its event carries: rows and positions are the same for all lines.
@@ -117,6 +118,7 @@ def produce(
         _write_adapter(job)
         if options.verify:
             _verify(job)
+        source.seal.check()
         return _publish(job)
 
 
@@ -148,7 +150,8 @@ def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None
         lora.check(source.adapter)
     quants = [artifact.quant for artifact in ggufs if artifact.quant]
     template = source.rows.chat.template if source.rows is not None else None
-    tokens = Tokens(source.adapter.folder, template, options.tokenizer_pre)
+    files = of_export(source.base.path, source.adapter.folder)
+    tokens = Tokens(files, template, options.tokenizer_pre)
     plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix, source.meta_model)
     for notice in plan.notices:
         job.sink.emit(Notice("gguf", notice))

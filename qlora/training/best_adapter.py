@@ -13,7 +13,7 @@ from qlora.export.cards import adapter_card
 from qlora.model import adapters
 from qlora.model.adapter_folder import PROVENANCE_FILE
 from qlora.model.base_folder import BaseFolder
-from qlora.model.tokenizer import copy_tokenizer
+from qlora.model.tokenizer_files import TokenizerFiles
 from qlora.recipe.reading import Recipe
 from qlora.training.checkpoint import RunState
 from qlora.version import __version__
@@ -25,6 +25,7 @@ class BestAdapter:
 
     model: Any
     base: BaseFolder
+    tokenizer: TokenizerFiles
     recipe: Recipe
     template: str | None
     train_rows: int
@@ -35,7 +36,7 @@ class BestAdapter:
 
         def write(folder: Path) -> None:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
-            copy_tokenizer(self.base.path, folder, self.template)
+            self.tokenizer.deliver(folder, self.template)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
             # What the adapter was trained against, for programs: here the base keeps its whole path.
             provenance = {

@@ -76,7 +76,9 @@ class Training:
         self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
         self._use_rows(recipe.data)
         train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
-        self.best_adapter = BestAdapter(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows)
+        self.best_adapter = BestAdapter(
+            job.model, job.base, job.tokenizer, recipe, job.chat.template, train_rows, eval_rows
+        )
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)

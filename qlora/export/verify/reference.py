@@ -29,6 +29,7 @@ from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
 from qlora.model.meta_model import MetaModel
 from qlora.model.tokenizer import open_tokenizer
+from qlora.model.tokenizer_files import of_export
 from qlora.third_party import import_bitsandbytes
 
 TRANSFORMERS = "transformers, bf16"
@@ -87,8 +88,8 @@ def trained_reference(
     source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path
 ) -> Iterator[TrainedReference]:
     """Compute with the trained model as far as it is needed; `scratch` holds what it predicts while the block runs."""
-    rows, base = source.rows, source.base
-    tokenizer = rows.chat.tokenizer if rows else open_tokenizer(base.path, base.name, source.adapter.folder)
+    rows = source.rows
+    tokenizer = rows.chat.tokenizer if rows else _tokenizer_alone(source)
     reference = TrainedReference(source, ChatFormat.of(tokenizer))
     if not verify and not imatrix:
         yield reference
@@ -117,6 +118,12 @@ def trained_reference(
         name = "trained" if quantization == "none" else f"trained, adapter on {quantization}"
         reference.measure(name, TRANSFORMERS, [predictions.logprobs_NV], None)
         yield reference
+
+
+def _tokenizer_alone(source: Source) -> Any:
+    """The tokenizer of an adapter that brings no rows."""
+    with of_export(source.base.path, source.adapter.folder).placed() as folder:
+        return open_tokenizer(folder, source.base.name)
 
 
 def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positions:
