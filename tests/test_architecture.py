@@ -60,7 +60,7 @@ LINES = {
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["candidates", "fidelity", "weights_child", "weights", "reference", "checks"],
+    "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
@@ -78,7 +78,7 @@ LINES = {
     ],
     "model": [
         *("tokenizer", "config_filter", "tensors", "base_folder", "tokenizer_files", "adapter_folder", "adapter_seal"),
-        *("resolve", "nf4", "cpu_matmul"),
+        *("delivered_loss", "base_watch", "resolve", "nf4", "cpu_matmul"),
         *("attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [

@@ -284,7 +284,9 @@ def _publish(job: _Job) -> Report:
     table = tuple(job.reference.table)
     if table:
         lines = tuple({key: getattr(line, key) for key in _EMITTED} for line in table)
-        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines))
+        loss = job.reference.evaluation
+        compared = None if loss is None else asdict(loss)
+        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared))
     published = []
     for artifact in job.artifacts:
         staged = job.staged[artifact.key]
@@ -303,7 +305,7 @@ def _publish(job: _Job) -> Report:
     results = tuple(
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
-    return Report(tuple(published), job.merge_base, table, results)
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation)
 
 
 def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> None:
@@ -311,7 +313,12 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     markdown = cards.fidelity_markdown(table, job.reference.texts)
     found = job.inspections.get(artifact.key)
     results = [asdict(check) for check in found.checks] if found else []
-    more = {"tensors": job.tensors[artifact.key], "checks": results}
+    loss = job.reference.evaluation
+    compared = None if loss is None else asdict(loss)
+    more = {"tensors": job.tensors[artifact.key], "checks": results, "evaluation": compared}
+    if loss is not None and markdown:
+        markdown += f"\nIts loss on {loss.rows:,} evaluation rows: {loss.here:.4f} nats a token; the run measured "
+        markdown += f"{loss.delivered:.4f} when it was delivered.\n"
     disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, artifact, merge, more, table))
     if artifact.key == "hf":
         assert merge is not None

@@ -69,6 +69,8 @@ def seal(folder: Path, sink: Sink) -> AdapterSeal:
 
 def damage(folder: Path) -> str | None:
     """What of a delivered adapter is not as it was published, in words; None where it can be used."""
+    if not (folder / ADAPTER_FILE).exists():
+        return f"{folder} holds no {ADAPTER_FILE}"
     try:
         seal(folder, Sinks())
     except ExportError as error:

@@ -13,6 +13,7 @@ from qlora.export.cards import adapter_card
 from qlora.model import adapters
 from qlora.model.adapter_folder import PROVENANCE_FILE
 from qlora.model.base_folder import BaseFolder
+from qlora.model.delivered_loss import KEY
 from qlora.model.tokenizer_files import TokenizerFiles
 from qlora.recipe.reading import Recipe
 from qlora.training.checkpoint import RunState
@@ -46,6 +47,7 @@ class BestAdapter:
                 "fingerprint": self.base.fingerprint,
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "step": state.step,
+                KEY: state.delivered if state.delivered and state.delivered["step"] == state.step else None,
             }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
     from qlora.model.base_folder import BaseFolder
+    from qlora.model.base_watch import BaseWatch
     from qlora.model.tokenizer_files import TokenizerFiles
     from qlora.stop import StopRequest
     from qlora.training.memory_plan import MemorySettings
@@ -50,6 +51,7 @@ class Job:
     stop: StopRequest
     memory: MemorySettings
     clock: PhaseClock
+    watch: BaseWatch
 
 
 def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
@@ -88,14 +90,15 @@ def prepare_job(
     recipe: Recipe, run_dir: Path, base: BaseFolder, tokenizer: TokenizerFiles, sink: Sink, stop: StopRequest
 ) -> Iterator[Job]:
     """Everything up to the first step. Inside the block the CPU multiplies as training needs it."""
+    from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
 
-    clock = PhaseClock(sink)
+    clock, watch = PhaseClock(sink), BaseWatch.begin(base)
     chat, data, memory = prepare(recipe, base, tokenizer, sink, clock)
     device = pick_device()
     with fast_matmul(device):
         model = load_model(recipe, base, data, chat, clock)
-        yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock)
+        yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch)
 
 
 def prepare(

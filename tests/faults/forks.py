@@ -22,6 +22,7 @@ from typing import Any
 
 from qlora import disk, run_folder
 from qlora.events import Event, Recorder, Sink, Sinks
+from qlora.model.base_watch import BaseWatch
 from qlora.model.tokenizer_files import read_files
 from qlora.recipe.reading import Recipe, load_recipe
 from qlora.stop import StopRequest
@@ -204,7 +205,15 @@ def warm(recipe_file: Path, *overrides: str) -> Warm:
     chat, data = setup.prepare_rows(recipe, base, tokenizer, sink)
     model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
     device = next(model.parameters()).device
-    parts = {"model": model, "base": base, "tokenizer": tokenizer, "chat": chat, "data": data, "device": device}
+    parts = {
+        "model": model,
+        "base": base,
+        "tokenizer": tokenizer,
+        "watch": BaseWatch.begin(base),
+        "chat": chat,
+        "data": data,
+        "device": device,
+    }
     return Warm(recipe, parts)
 
 

@@ -24,7 +24,8 @@ from qlora.events import Notice, Sink
 from qlora.export.artifacts import Source
 from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
-from qlora.export.verify import candidates, fidelity
+from qlora.export.verify import candidates, evaluation, fidelity
+from qlora.export.verify.evaluation import ComparedLoss
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
 from qlora.model.meta_model import MetaModel
@@ -41,13 +42,15 @@ PROBE_LENGTH = 512
 class TrainedReference:
     """What is known of the trained model, and the table of what was measured against it.
 
-    `predictions` is None without verification, `imatrix` unless asked for.
+    `predictions` is None without verification, `imatrix` unless asked for, `evaluation` (the loss of the run's rows
+    beside the one that it delivered) where there is nothing to compare.
     """
 
     source: Source
     chat: ChatFormat
     predictions: Reference | None = None
     imatrix: Imatrix | None = None
+    evaluation: ComparedLoss | None = None
     table: list[Fidelity] = field(default_factory=list)
 
     @property
@@ -108,6 +111,7 @@ def trained_reference(
         del model
         yield reference
         return
+    reference.evaluation = _compare_loss(source, model, sink)
     positions = _positions(source, tokenizer, model, sink)
     chunks = fidelity.live_logprobs(model, positions.batches, source.device)
     with fidelity.reference(chunks, positions, scratch) as predictions:
@@ -124,6 +128,19 @@ def _tokenizer_alone(source: Source) -> Any:
     """The tokenizer of an adapter that brings no rows."""
     with of_export(source.base.path, source.adapter.folder).placed() as folder:
         return open_tokenizer(folder, source.base.name)
+
+
+def _compare_loss(source: Source, model: Any, sink: Sink) -> ComparedLoss | None:
+    """The second net under the base's identity: does the model that is here know what was learned?"""
+    if source.delivered is None:
+        return None
+    if source.rows is None:
+        message = "without the run's evaluation rows, the trained model's loss is not compared with what was delivered"
+        sink.emit(Notice("verify", message))
+        return None
+    section = source.rows.section.model_copy(update={"packing": source.delivered.packing})
+    rows = evaluation.EvalRows(source.rows.data.eval, section, source.rows.chat.pad_id, source.delivered.packs_at_once)
+    return evaluation.compare(model, rows, source.delivered, sink)
 
 
 def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positions:
