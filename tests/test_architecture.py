@@ -61,7 +61,7 @@ LINES = {
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["candidates", "fidelity", "weights_child", "weights", "reference", "checks"],
+    "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
@@ -78,8 +78,9 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("tokenizer", "config_filter", "tensors", "identity", "base_folder", "adapter_folder", "resolve", "nf4"),
-        *("cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
+        *("tokenizer", "config_filter", "tensors", "identity", "base_folder", "tokenizer_files", "adapter_folder"),
+        *("adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4", "cpu_matmul"),
+        *("attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
         *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),

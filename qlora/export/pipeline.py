@@ -37,6 +37,7 @@ from qlora.export.verify import checks, weights
 from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference, trained_reference
+from qlora.model.tokenizer_files import of_export
 
 IMATRIX_FILE = "imatrix.gguf"
 # Of a line of the table, what its event carries: rows and positions are the same for all lines.
@@ -121,6 +122,7 @@ def produce(
         _write_adapter(job)
         if options.verify:
             _verify(job)
+        source.seal.check()
         return _publish(job)
 
 
@@ -152,7 +154,8 @@ def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None
         lora.check(source.adapter)
     quants = [artifact.quant for artifact in ggufs if artifact.quant]
     template = source.rows.chat.template if source.rows is not None else None
-    tokens = Tokens(source.adapter.folder, template, options.tokenizer_pre)
+    files = of_export(source.base.path, source.adapter.folder)
+    tokens = Tokens(files, template, options.tokenizer_pre)
     plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix, source.meta_model)
     for notice in plan.notices:
         job.sink.emit(Notice("gguf", notice))
@@ -285,7 +288,9 @@ def _publish(job: _Job) -> Report:
     table = tuple(job.reference.table)
     if table:
         lines = tuple({key: getattr(line, key) for key in _EMITTED} for line in table)
-        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines))
+        loss = job.reference.evaluation
+        compared = None if loss is None else asdict(loss)
+        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared))
     published = []
     for artifact in job.artifacts:
         staged = job.staged[artifact.key]
@@ -304,7 +309,7 @@ def _publish(job: _Job) -> Report:
     results = tuple(
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
-    return Report(tuple(published), job.merge_base, table, results)
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation)
 
 
 def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> None:
@@ -312,8 +317,13 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     markdown = cards.fidelity_markdown(table, job.reference.texts)
     found = job.inspections.get(artifact.key)
     results = [asdict(check) for check in found.checks] if found else []
+    loss = job.reference.evaluation
+    compared = None if loss is None else asdict(loss)
     known = job.reference.base_identity.model_dump()
-    more = {"base_identity": known, "tensors": job.tensors[artifact.key], "checks": results}
+    more = {"base_identity": known, "tensors": job.tensors[artifact.key], "checks": results, "evaluation": compared}
+    if loss is not None and markdown:
+        markdown += f"\nIts loss on {loss.rows:,} evaluation rows: {loss.here:.4f} nats a token; the run measured "
+        markdown += f"{loss.delivered:.4f} when it was delivered.\n"
     disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, artifact, merge, more, table))
     if artifact.key == "hf":
         assert merge is not None
