@@ -124,7 +124,7 @@ def _parted_head(adapter: Adapter, tied: ParameterSource, embeddings: ParameterS
         return None if _same_values(own, embeddings) else own
     # peft lets a tied head follow single token rows and resized embeddings, but neither low-rank matrices on the
     # embeddings nor a copy of them that is trained whole.
-    saved = adapter.config.get("modules_to_save") or ()
+    saved = adapter.config.modules_to_save or ()
     trained_whole = other in adapter.whole and any(f".{other}".endswith(f".{name}.weight") for name in saved)
     if embeddings.lora is None and not trained_whole:
         return None
