@@ -16,7 +16,8 @@ from qlora import files
 
 MAX_BYTES = 10_000_000  # the largest config.json known to us has 0.3 MB
 MAX_DEPTH = 64  # 12 is the deepest configuration of a model known to us
-MAX_DIGITS = 19  # of a whole number: 2**63 - 1 has as many
+# Of a whole number: 2**63 - 1 has 19, and transformers writes a tokenizer without a limit of length as int(1e30).
+MAX_DIGITS = 40
 _SHOWN = 60  # characters of a value in a message
 
 Model = TypeVar("Model", bound="ForeignModel")
@@ -80,7 +81,7 @@ def checked(model: type[Model], value: Any, where: str) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the value"
+        key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
         reason = str(first["msg"]).removeprefix("Value error, ")
         raise ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}") from error
 

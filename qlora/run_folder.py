@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora import disk, lock
+from qlora import disk, files, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import EVENTS_FILE, Start
 from qlora.recipe import pins
@@ -169,8 +169,8 @@ def _plain(folder: Path) -> Path:
     """The folder, when no entry of it is a pipe, a device or a link out of it: some of them are copied into exports."""
     for entry in sorted(folder.iterdir()):
         try:
-            disk.inside(folder, entry.name)
-        except ValueError as error:
+            files.inside(folder, entry.name)
+        except files.UnsafePathError as error:
             raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
     return folder
 

@@ -28,7 +28,9 @@ MAX_ENTRIES = 100_000  # of a list or a table; a 70B model has 560 modules with 
 MAX_TOKEN_ROWS = 1_000_000
 MAX_NAME = 1_000  # characters; the longest module name known to us has 80
 MAX_PATH = 4_096  # PATH_MAX of Linux
-# How much matching may be asked for: the sum over all patterns of their length, times what their counted repetitions
+# Regular expressions among the patterns: one takes up to 40 ms to compile. Tools write names; people write a few.
+MAX_REGEXES = 100
+# How much matching may be asked for: the sum over all of them of their length, times what their counted repetitions
 # multiply it by, times the number of modules. Measured for the worst patterns found: 0.1 µs a unit, 2 s in all.
 MAX_MATCHING = 20_000_000
 # peft is given a pattern for each value. EVA, which gives out the most different ranks, stays below 64.
@@ -127,7 +129,7 @@ class ProvenanceFile(ForeignModel):
 
     base: Annotated[Text, Field(min_length=1, max_length=MAX_PATH)]
     revision: Annotated[Text, Field(max_length=MAX_NAME)]
-    fingerprint: Annotated[Text, Field(max_length=MAX_NAME)]
+    fingerprint: Annotated[Text, Field(max_length=MAX_NAME)] | None = None
     quantization: Quantization
 
     def section(self) -> QuantizationSection:
@@ -158,11 +160,11 @@ def first_matches(patterns: Mapping[str, Number], modules: Sequence[str], where:
     cannot be matched without backtracking (look-around, references), is none, or asks for too much.
     """
     plain = {pattern: at for at, pattern in enumerate(patterns) if _PLAIN.fullmatch(pattern)}
-    engines = {at: _engine(p, where) for at, p in enumerate(patterns) if p not in plain}
-    work = sum(_cost(pattern) for pattern in patterns if pattern not in plain) * len(modules)
-    if work > MAX_MATCHING:
-        what = f"{where}: {len(engines):,} patterns for {len(modules):,} modules are too many to match"
+    regexes = [pattern for pattern in patterns if pattern not in plain]
+    if len(regexes) > MAX_REGEXES or sum(map(_cost, regexes)) * len(modules) > MAX_MATCHING:
+        what = f"{where}: {len(regexes):,} regular expressions for {len(modules):,} modules are too much to match"
         raise ExportError(what, "write modules' names in place of regular expressions")
+    engines = {at: _engine(pattern, where) for at, pattern in enumerate(patterns) if pattern not in plain}
     values = list(patterns.values())
     found = {}
     for module in modules:
