@@ -260,8 +260,8 @@ def _plain(folder: Path) -> Path:
     """The folder, when no entry of it is a pipe, a device or a link out of it: some of them are copied into exports."""
     for entry in sorted(folder.iterdir()):
         try:
-            disk.inside(folder, entry.name)
-        except ValueError as error:
+            files.inside(folder, entry.name)
+        except files.UnsafePathError as error:
             raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
     return folder
 

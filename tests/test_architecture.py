@@ -78,8 +78,8 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("tokenizer", "config_filter", "tensors", "identity", "base_folder", "tokenizer_files", "adapter_folder"),
-        *("adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4", "cpu_matmul"),
+        *("tokenizer", "config_filter", "tensors", "identity", "base_folder", "tokenizer_files", "adapter_config"),
+        *("adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4", "cpu_matmul"),
         *("attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
