@@ -116,6 +116,14 @@ def write_atomic(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
+def put_in_place(written: Path, final: Path) -> None:
+    """Give a file that is written and closed the name `final`, beside it, in one rename."""
+    _sync_file(written)
+    _close_to_others(written)
+    os.replace(written, final)
+    _sync_folder(final.parent)
+
+
 def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> int:
     """Have `write` fill a hidden folder, then give it the name `final` in one rename. Returns its bytes.
 
