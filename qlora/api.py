@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import disk, run_folder
+from qlora import disk, files, run_folder
 from qlora.errors import ExportError, Problem, RecipeError, UserError
 from qlora.events import Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
@@ -75,8 +75,8 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
     step = resume_from.state.step if resume_from else None
     run_folder.write_recipe(run_dir, recipe, base.commit)
-    files = open_sinks(recipe.report, run_dir, step or 0, sink)
-    sinks = Sinks(sink, *files)
+    written = open_sinks(recipe.report, run_dir, step or 0, sink)
+    sinks = Sinks(sink, *written)
     try:
         sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
         with setup.prepare_job(recipe, run_dir, base, sinks, stop) as job:
@@ -84,7 +84,7 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
         del job  # an export needs the memory
         exported = _export(run_dir, recipe.export, sinks)
     finally:
-        for file in files:
+        for file in written:
             file.close()
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
 
@@ -129,8 +129,8 @@ def merge_and_export(
 
     shared = sink or Sinks()
     chosen = options or ExportOptions()
-    adapter_dir, default_out = run_folder.adapter_of(Path(source).expanduser().resolve())
-    target = Path(out).expanduser().resolve() if out else None
+    adapter_dir, default_out = run_folder.adapter_of(files.user_path(source, "the run or adapter"))
+    target = files.user_path(out, "`out`") if out else None
     artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
     for artifact in artifacts:
         run_folder.refuse_foreign_folder(artifact.folder)
@@ -194,7 +194,7 @@ def estimate_memory(
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
-    path = Path(what).expanduser()
+    path = files.user_path(what, "the recipe or model")
     if path.suffix == ".toml":
         return load_recipe(path, overrides)
     if path.name == "config.json" and path.is_file():
@@ -237,5 +237,5 @@ def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[Exported
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
-    path = Path(recipe)
+    path = files.user_path(recipe, "the recipe")
     return Recipe.from_file(path), name or path.stem

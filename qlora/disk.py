@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
-from qlora import lock
+from qlora import files, lock
 from qlora.errors import RunFolderError, foreign_failures
 
 MANIFEST = "manifest.json"
@@ -71,12 +71,12 @@ def free_bytes(path: Path) -> int:
 
 
 def cache_dir() -> Path:
-    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder."""
+    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder. Raises UserError without a home."""
     if named := os.environ.get("QLORA_CACHE"):
-        return Path(named).expanduser()
+        return files.user_path(named, "QLORA_CACHE")
     if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "qlora" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora"
+        return files.user_path(os.environ.get("LOCALAPPDATA") or "~", "LOCALAPPDATA") / "qlora" / "cache"
+    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "the cache (set QLORA_CACHE)") / "qlora"
 
 
 def make_folder(path: Path) -> None:

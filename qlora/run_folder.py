@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora import disk, lock
+from qlora import disk, files, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import EVENTS_FILE, Start
 from qlora.recipe import pins
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "data
 
 def path_of(recipe: Recipe, name: str) -> Path:
     """`output.dir/name`, absolute."""
-    return (Path(recipe.output.dir).expanduser() / name).resolve()
+    return (files.user_path(recipe.output.dir, "output.dir") / name).resolve()
 
 
 def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:

@@ -82,6 +82,7 @@ def run(work: Callable[[], None]) -> None:
     """Do a command's work; whatever goes wrong becomes two lines on stderr and an exit code."""
     os.umask(os.umask(0o077) | 0o022)  # what is written is for its owner to change, and for nobody else
     third_party.no_word_to_developers()
+    third_party.draw_no_bars()
     third_party.let_waiting_threads_sleep()
     try:
         work()

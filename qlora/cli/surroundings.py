@@ -46,9 +46,6 @@ class PlainErrors(io.TextIOBase):
     def flush(self) -> None:
         write_errors(self, "")
 
-    def writable(self) -> bool:
-        return True
-
     def isatty(self) -> bool:
         return bool(self.inner.isatty())
 

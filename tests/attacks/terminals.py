@@ -1,4 +1,4 @@
-"""A command under a real pseudo-terminal, in a forked child that has everything imported, and what may come out of it."""
+"""A command on a pseudo-terminal or with streams of any kind, in a forked child that has everything imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import struct
 import sys
 import termios
 import time
+import traceback
 import unicodedata
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 SECONDS = 120.0
 # All that may steer a terminal: rich's colours, its live panel (up a line, erase it, hide and show the cursor).
@@ -37,15 +37,12 @@ def foreign_controls(output: bytes) -> list[str]:
 
 
 def under_terminal(
-    work: Callable[[], None],
-    columns: int = 80,
-    settings: Mapping[str, str | None] | None = None,
-    cwd: Path | None = None,
+    work: Callable[[], None], columns: int = 80, settings: Mapping[str, str | None] | None = None
 ) -> tuple[int, bytes]:
     """Exit code of `work` in a child, and all bytes that its terminal of `columns` got. `settings`: its environment."""
     pid, terminal = pty.fork()
     if pid == 0:
-        _be(work, settings or {}, cwd)
+        _be(work, settings or {})
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     output, end = b"", time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -60,25 +57,52 @@ def under_terminal(
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output
 
 
-def _be(work: Callable[[], None], settings: Mapping[str, str | None], cwd: Path | None) -> NoReturn:
-    """In the child: be a process of its own on the terminal, as the command would be."""
+def with_streams(
+    work: Callable[[], None],
+    streams: Mapping[int, str | None],
+    settings: Mapping[str, str | None] | None = None,
+    before: Callable[[], None] | None = None,
+) -> int:
+    """Exit code of `work` in a child whose file descriptors 0, 1, 2 are the files of `streams`, or closed (None).
+
+    `before` is called in the child first (to become another user, say).
+    """
+    pid = os.fork()
+    if pid == 0:
+        for number, file in streams.items():
+            if file is not None:
+                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | (os.O_APPEND if number else 0), 0o666), number)
+        for number, file in streams.items():
+            if file is None:
+                os.close(number)
+        if before is not None:
+            before()
+        _be(work, settings or {})
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _be(work: Callable[[], None], settings: Mapping[str, str | None]) -> NoReturn:
+    """In the child: be the process that Python would make of the command. As in Python, a closed stream is None."""
     code = 99
     try:
         for name in ("NO_COLOR", "TERM", "COLUMNS", "FORCE_COLOR"):
             os.environ.pop(name, None)
         for name, value in {"TERM": "xterm-256color", **settings}.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        if cwd is not None:
-            os.chdir(cwd)
-        sys.stdin = open(0, closefd=False)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+        encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
+        for handle, name in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, name, _opened(handle, encoding))
         work()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
     finally:
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -86,6 +110,14 @@ def _be(work: Callable[[], None], settings: Mapping[str, str | None], cwd: Path 
             except (OSError, ValueError):
                 code = 120  # as Python itself
         os._exit(code)
+
+
+def _opened(handle: int, encoding: str) -> IO[str] | None:
+    try:
+        os.fstat(handle)
+    except OSError:
+        return None
+    return os.fdopen(handle, "w" if handle else "r", encoding=encoding, closefd=False)
 
 
 def command(name: str, *arguments: str) -> Callable[[], None]:
