@@ -74,7 +74,9 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
     step = resume_from.state.step if resume_from else None
-    run_folder.write_recipe(run_dir, recipe, base.commit)
+    if run_folder.write_recipe(run_dir, recipe, base.commit):
+        what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
+        sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
     written = open_sinks(recipe.report, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
     try:

@@ -71,7 +71,7 @@ def free_bytes(path: Path) -> int:
 
 
 def cache_dir() -> Path:
-    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder. Raises UserError without a home."""
+    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder. UserError without a home."""
     if named := os.environ.get("QLORA_CACHE"):
         return files.user_path(named, "QLORA_CACHE")
     if os.name == "nt":

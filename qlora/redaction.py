@@ -25,7 +25,8 @@ _FORMS = (
     re.compile(r"\bAKIA[A-Z0-9]{16}\b"),  # AWS
     re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=-]{8,}"),
     re.compile(r"(?i)(?<=authorization: )(?!bearer)\S+(?: \S{8,})?"),
-    re.compile(r"(?<=://)[^/\s:@]*:[^/\s:@]+(?=@)"),  # user:password in an address
+    # user:password in an address, and in one that was taken for a path, which has lost a slash
+    re.compile(r"(?<=[a-z]:/)(?<!\b[a-z]:/)/?[^/\s:@]*:[^/\s:@]+(?=@)", re.IGNORECASE),
 )
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from tests.attacks.terminals import HOSTILE, command, foreign_controls, under_terminal
 
 SEEN = "\u241b]0;owned\u2407".encode()  # how the payload's beginning is shown
 TRAIN = (
     *("train.max_steps=2", "train.batch_size=2", "data.max_length=512", "data.eval_fraction=0.2", "eval.every_steps=1"),
-    *("eval.samples=1", "eval.exact_match_rows=1", "lora.r=4", 'memory.limit="8GiB"'),
+    *("eval.samples=1", "lora.r=4", 'memory.limit="8GiB"'),
 )
 
 
