@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import disk, run_folder
+from qlora import disk, files, run_folder
 from qlora.errors import ExportError, Problem, RecipeError, UserError
 from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
@@ -78,9 +78,11 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     step = resume_from.state.step if resume_from else None
     if resume_from is not None:
         checkpoint.check_base(resume_from, base)
-    run_folder.write_recipe(run_dir, recipe, base.commit)
-    files = open_sinks(recipe.report, run_dir, step or 0)
-    sinks = Sinks(sink, *files)
+    if run_folder.write_recipe(run_dir, recipe, base.commit):
+        what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
+        sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
+    written = open_sinks(recipe.report, run_dir, step or 0, sink)
+    sinks = Sinks(sink, *written)
     try:
         sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
         tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks)
@@ -89,7 +91,7 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
         del job  # an export needs the memory
         exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
-        for file in files:
+        for file in written:
             file.close()
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
 
@@ -136,8 +138,8 @@ def merge_and_export(
 
     shared = sink or Sinks()
     chosen = options or ExportOptions()
-    adapter_dir, default_out = run_folder.adapter_of(Path(source).expanduser().resolve())
-    target = Path(out).expanduser().resolve() if out else None
+    adapter_dir, default_out = run_folder.adapter_of(files.user_path(source, "the run or adapter"))
+    target = files.user_path(out, "`out`") if out else None
     artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
     for artifact in artifacts:
         run_folder.refuse_foreign_folder(artifact.folder)
@@ -222,7 +224,7 @@ def estimate_memory(
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
-    path = Path(what).expanduser()
+    path = files.user_path(what, "the recipe or model")
     if path.suffix == ".toml":
         return load_recipe(path, overrides)
     if path.name == "config.json" and path.is_file():
@@ -274,5 +276,5 @@ def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
-    path = Path(recipe)
+    path = files.user_path(recipe, "the recipe")
     return Recipe.from_file(path), name or path.stem

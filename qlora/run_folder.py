@@ -16,6 +16,7 @@ from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import EVENTS_FILE, Start
 from qlora.recipe import pins
 from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
+from qlora.redaction import redact
 from qlora.version import __version__
 
 RECIPE_FILE = "recipe.toml"
@@ -45,7 +46,7 @@ class _Started(foreign_json.ForeignModel):
 
 def path_of(recipe: Recipe, name: str) -> Path:
     """`output.dir/name`, absolute."""
-    return (Path(recipe.output.dir).expanduser() / name).resolve()
+    return (files.user_path(recipe.output.dir, "output.dir") / name).resolve()
 
 
 def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
@@ -123,12 +124,19 @@ def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
     return pins.pinned(recipe, load_recipe(run_dir / RECIPE_FILE))
 
 
-def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
-    """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant."""
+def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
+    """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant.
+
+    A path that looks like a token must stay what it is. Returns whether one does: then the file is its owner's to read.
+    """
     if commit is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
     heading = f"# written by qlora {__version__}; every key resolved\n"
-    disk.write_atomic(run_dir / RECIPE_FILE, recipe_toml(recipe, heading))
+    text = recipe_toml(recipe, heading)
+    disk.write_atomic(run_dir / RECIPE_FILE, text)
+    if is_private := redact(text) != text:
+        (run_dir / RECIPE_FILE).chmod(0o600)
+    return is_private
 
 
 def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:

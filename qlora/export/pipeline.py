@@ -83,7 +83,7 @@ class _Job:
     def file_name(self, artifact: Artifact) -> str:
         """Of an artifact's GGUF file, such as support-Q4_K_M.gguf."""
         label = QUANTS[artifact.quant].label if artifact.quant else "LoRA"
-        return f"{self.source.name}-{label}.gguf"
+        return f"{cards.file_name(self.source.name)}-{label}.gguf"
 
     def open(self, artifacts: Sequence[Artifact], identity: Mapping[str, str], needed_bytes: int) -> StagedExport:
         """Their hidden folders, for as long as the export runs."""
@@ -332,7 +332,7 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
         name = job.file_name(artifact)
         card = cards.gguf_card(job.source, artifact, name, merge, markdown)
         # An adapter's base is for the user to put there, or to rename in the Modelfile.
-        base_file = f"{Path(job.source.base.name).name}.gguf"
+        base_file = f"{cards.file_name(Path(job.source.base.name).name)}.gguf"
         file, adapter = (name, None) if merge is not None else (base_file, name)
         text = cards.modelfile(job.reference, file, adapter, job.planned.vocab.add_bos)
         disk.write_atomic(folder / cards.MODEL_FILE, text)
