@@ -38,6 +38,7 @@ FLOORS = {
     "errors": 1,
     "files": 1,
     "foreign_json": 1,
+    "foreign_toml": 1,
     "batch": 1,
     "lock": 1,
     "redaction": 1,
@@ -48,7 +49,7 @@ FLOORS = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    "": ["errors", "files", "foreign_json", "lock", "redaction"],  # of the ground floor, which others may stand on
+    "": ["errors", "files", "foreign_json", "foreign_toml", "lock", "redaction"],  # of the ground floor, which others may stand on
     "cli": ["common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
