@@ -58,7 +58,7 @@ def train(
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
     if mode == "resume":
-        loaded = run_folder.pinned(run_dir, loaded)
+        loaded = run_folder.resumed(run_dir, loaded, shared)
     base, loaded = setup.preflight(loaded, shared)
     claim = run_folder.claim(run_dir, mode)
     try:

@@ -38,6 +38,7 @@ FLOORS = {
     "errors": 1,
     "files": 1,
     "foreign_json": 1,
+    "foreign_toml": 1,
     "batch": 1,
     "child_process": 1,
     "lock": 1,
@@ -51,7 +52,7 @@ FLOORS = {
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on.
-    "": ["shown", "errors", "files", "foreign_json", "lock", "redaction"],
+    "": ["shown", "errors", "files", "foreign_json", "foreign_toml", "lock", "redaction"],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
