@@ -16,6 +16,7 @@ from tests.attacks.fuzz import (
     run_door,
     terminal_door,
 )
+from tests.attacks.fuzz.golden import NAMED
 from tests.attacks.fuzz.harness import Door, Fuzzer
 
 _ALL = (base_door, adapter_door, run_door, rows_door, recipe_door, cache_door, here_door, terminal_door)
@@ -32,4 +33,4 @@ def fuzzer_in(folder: Path, seed: int) -> Fuzzer:
     for name in WARM:
         importlib.import_module(name)
     made = goods.make(folder / "goods", seed)
-    return Fuzzer(DOORS, made, folder / "scratch", made.home / "documents", seed)
+    return Fuzzer(DOORS, made, folder / "scratch", made.home / "documents", seed, NAMED)

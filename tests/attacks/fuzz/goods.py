@@ -37,6 +37,7 @@ class Goods:
     home: Path
     drawn: list[Any]
     job: Any  # the run's, with its model
+    held: list[Any]  # what a child must keep open
 
     def copy_base(self, folder: Path) -> Path:
         shutil.copytree(self.base, folder)
@@ -57,13 +58,14 @@ def make(folder: Path, seed: int) -> Goods:
         "QLORA_CACHE": str(folder / "cache"),
         "HF_HOME": str(home / "hf"),
         "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "4000",  # a message is one line
         "TOKENIZERS_PARALLELISM": "false",
     }
     base = make_base("llama", folder / "base")
     recipe = write_recipe(folder / "project", base)
     train(recipe, *SETTINGS)
     job = _job(load_recipe(recipe, SETTINGS), run_dir(recipe))
-    return Goods(base, recipe, run_dir(recipe), folder / "cache", home, drawn_values(seed), job)
+    return Goods(base, recipe, run_dir(recipe), folder / "cache", home, drawn_values(seed), job, [])
 
 
 def _job(recipe: Recipe, folder: Path) -> Any:
@@ -105,12 +107,3 @@ def chat_of(base: Path, process: int) -> Any:
 
     return ChatTokenizer(open_tokenizer(base, "base"), "assistant", Sinks())
 
-
-def tokens(made: Goods, rows: list[str]) -> None:
-    """Tokenize a few rows, which starts the worker that renders templates."""
-    from qlora.data.chat import ChatTokenizer
-    from qlora.model.tokenizer import open_tokenizer
-
-    assert rows
-    chat = ChatTokenizer(open_tokenizer(made.base, "base"), "assistant", Sinks())
-    chat.template  # noqa: B018

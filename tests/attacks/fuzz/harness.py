@@ -37,6 +37,7 @@ EXIT_CODES = (2, 3, 4)
 BYSTANDERS = {"thesis.txt": "years of work\n", "diary.txt": "dear diary\n", "photos/list.json": "{}", "rows.jsonl": "{}\n"}
 
 Work = Callable[[], None]
+Item = tuple[str, int | str]  # a door, and an index or a name
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,16 @@ class Scene:
         return (str(self.pipe()), "/dev/zero", str(self.bystander), str(self.bystander.parent), str(self.place))
 
 
+class CommandEnded(SystemExit):
+    """The exit of a whole command, which has shown its errors itself."""
+
+
 @dataclass(frozen=True)
 class Door:
-    """`make` puts an input into its scene and returns the work that opens it; `named` are inputs held word for word.
-
-    `is_command`: the work is a whole command, which shows its errors itself and leaves by SystemExit.
-    """
+    """`make` puts an input into its scene and returns the work that opens it, for which it has so many seconds."""
 
     name: str
     make: Callable[[Scene], Work]
-    named: Mapping[str, Callable[[Scene], Work]] = field(default_factory=dict)
-    is_command: bool = False
     seconds: float = LIMIT_SECONDS
 
 
@@ -82,11 +82,12 @@ class Outcome:
     """What came of an input. `fault` is "" unless it is a finding."""
 
     door: str
-    index: int
+    index: int | str
     code: int = 0
     fault: str = ""
     detail: str = ""
-    lines: tuple[str, ...] = ()  # of stderr
+    out: str = ""
+    err: str = ""
     seconds: float = 0.0
     growth_bytes: int = 0
 
@@ -100,8 +101,9 @@ class Fuzzer:
     scratch: Path
     bystanders: Path
     seed: int = 1
+    named: Mapping[str, Mapping[str, Callable[[Scene], Work]]] = field(default_factory=dict)
 
-    def scene(self, door: str, index: int) -> Scene:
+    def scene(self, door: str, index: int | str) -> Scene:
         """Empty, and the same for the same input, but for the number of the process in its path."""
         place = self.scratch / f"{os.getpid()}" / "place"
         _remove(place)
@@ -111,16 +113,15 @@ class Fuzzer:
         chance = Random(f"{door}:{self.seed}:{index}")
         return Scene(place, self.goods, chance, write_bystanders(self.bystanders), place / "marker")
 
-    def outcome(self, door: str, index: int) -> Outcome:
-        """Do one input in this process."""
+    def outcome(self, door: str, index: int | str) -> Outcome:
+        """Do one input in this process: one of the endless ones by its number, or one of the `named` ones."""
         scene = self.scene(door, index)
-        return self.judge(door, index, scene, self.doors[door].make(scene))
-
-    def judge(self, door: str, index: int, scene: Scene, work: Work) -> Outcome:
+        make = self.doors[door].make if isinstance(index, int) else self.named[door][index]
+        work = make(scene)
         before, umask = _listing(self.bystanders), _umask()
         held = _peak_from_now()
         start = time.monotonic()
-        shown = show(work, self.doors[door].is_command)
+        shown = show(work)
         seconds = time.monotonic() - start
         growth = _status("VmHWM") - held
         os.chdir("/")
@@ -132,14 +133,13 @@ class Fuzzer:
             faults.append("a marker was left: something ran")
         if _listing(self.bystanders) != before:
             faults.append("a bystander's file was changed")
-        return Outcome(
-            door, index, shown.code, "; ".join(faults), shown.detail, tuple(shown.err.splitlines()), seconds, growth
-        )
+        fault, detail = "; ".join(faults), shown.detail if faults else ""
+        return Outcome(door, index, shown.code, fault, detail, shown.out[-9000:], shown.err[-9000:], seconds, growth)
 
-    def run(self, wanted: Iterable[tuple[str, int]], jobs: int) -> Iterator[Outcome]:
+    def run(self, wanted: Iterable[Item], jobs: int) -> Iterator[Outcome]:
         """Every wanted input once, in `jobs` children at a time. An input that took too long has a second try."""
         chunks = _chunks(wanted)
-        late: list[tuple[str, int]] = []
+        late: list[Item] = []
         for outcome in self._supervise(chunks, jobs):
             if outcome.fault.startswith("took over"):
                 late.append((outcome.door, outcome.index))
@@ -147,7 +147,7 @@ class Fuzzer:
                 yield outcome
         yield from self._supervise([[item] for item in late], 1)
 
-    def _supervise(self, chunks: list[list[tuple[str, int]]], jobs: int) -> Iterator[Outcome]:
+    def _supervise(self, chunks: list[list[Item]], jobs: int) -> Iterator[Outcome]:
         waiting = list(reversed(chunks))
         running: dict[int, _Child] = {}
         with selectors.DefaultSelector() as selector:
@@ -173,8 +173,8 @@ class Fuzzer:
                             waiting.append(child.left)
 
 
-def _chunks(wanted: Iterable[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    chunks: list[list[tuple[str, int]]] = []
+def _chunks(wanted: Iterable[Item]) -> list[list[Item]]:
+    chunks: list[list[Item]] = []
     for item in wanted:
         if not chunks or len(chunks[-1]) == CHUNK or chunks[-1][0][0] != item[0]:
             chunks.append([])
@@ -188,7 +188,7 @@ class _Child:
 
     pid: int
     pipe: int
-    left: list[tuple[str, int]]
+    left: list[Item]
     scratch: Path
     begun: float = 0.0
     ended: bool = False
@@ -196,7 +196,7 @@ class _Child:
     _rest: bytes = b""
 
     @classmethod
-    def fork(cls, fuzzer: Fuzzer, items: list[tuple[str, int]]) -> _Child:
+    def fork(cls, fuzzer: Fuzzer, items: list[Item]) -> _Child:
         reading, writing = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -227,7 +227,7 @@ class _Child:
                 values = json.loads(line)
                 self.begun = 0.0
                 del self.left[0]
-                yield Outcome(**{**values, "lines": tuple(values["lines"])})
+                yield Outcome(**values)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -248,7 +248,7 @@ class _Child:
         return Outcome(door, index, code, self.fault or f"the process died (exit code {code})")
 
 
-def _work_through(fuzzer: Fuzzer, items: list[tuple[str, int]], writing: int) -> None:
+def _work_through(fuzzer: Fuzzer, items: list[Item], writing: int) -> None:
     """In the child: input after input, each reported."""
     os.setpgid(0, 0)
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -277,7 +277,7 @@ class Shown:
     detail: str
 
 
-def show(work: Work, is_command: bool = False) -> Shown:
+def show(work: Work) -> Shown:
     """Do the work as a command does it, and look at what it shows."""
     raised: list[BaseException] = []
 
@@ -292,10 +292,7 @@ def show(work: Work, is_command: bool = False) -> Shown:
     code, detail = 0, ""
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
-            if is_command:
-                watched()
-            else:
-                common.run(watched)
+            common.run(watched)
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         except BaseException as error:
@@ -304,8 +301,8 @@ def show(work: Work, is_command: bool = False) -> Shown:
     error = raised[-1] if raised else None
     if error is not None:
         detail = "".join(traceback.format_exception(error))[-6000:]
-    fault = _fault(error, code, is_command) or _untidy(out, err, code)
-    return Shown(code, out, err, fault, detail if fault else "")
+    fault = _fault(error, code) or _untidy(out, err)
+    return Shown(code, out, err, fault, detail)
 
 
 def _written(stream: io.TextIOWrapper) -> str:
@@ -315,11 +312,11 @@ def _written(stream: io.TextIOWrapper) -> str:
     return ""
 
 
-def _fault(error: BaseException | None, code: int, is_command: bool) -> str:
+def _fault(error: BaseException | None, code: int) -> str:
     """What is wrong with how it ended; "" for nothing."""
     if error is None:
         return "" if code == 0 else f"exit code {code}"
-    if is_command and isinstance(error, SystemExit):
+    if isinstance(error, CommandEnded):
         return "" if code in (0, *EXIT_CODES) else f"exit code {code}"
     if not isinstance(error, QloraError):
         text = "".join(letter if letter.isprintable() else "�" for letter in str(error))
@@ -333,13 +330,11 @@ def _fault(error: BaseException | None, code: int, is_command: bool) -> str:
     return ""
 
 
-def _untidy(out: str, err: str, code: int) -> str:
+def _untidy(out: str, err: str) -> str:
     if found := control_characters(out) | control_characters(err):
         return f"control characters on the screen: {sorted(map(hex, map(ord, found)))}"
-    lines = err.splitlines()
-    if code in EXIT_CODES and (len(lines) % 2 or not lines):
-        return f"{len(lines)} lines of error"
-    return f"a line of {max(map(len, lines))} characters" if any(len(l) > LIMIT_CHARACTERS for l in lines) else ""
+    longest = max((len(line) for line in err.splitlines()), default=0)
+    return f"a line of {longest} characters" if longest > LIMIT_CHARACTERS else ""
 
 
 def control_characters(text: str) -> set[str]:

@@ -21,7 +21,7 @@ FILES = (
 )
 NAMES = ("owner/name", "owner", ".", "..", "./owner/name", "config.json", "recipe.toml", "", "runs", "-", "~", "~nobody/x")
 # Every so many inputs a real child is started where the traps lie; the others share the process.
-CHILD_EVERY = 40
+CHILD_EVERY = 200
 TRAP = "import os\nopen({marker!r}, 'w').close()\nraise SystemExit('a trap was imported')\n"
 
 
@@ -42,7 +42,7 @@ def make(scene: Scene) -> Work:
     name = chance.choice(NAMES)
     if kind == 0:
         return lambda: child(scene, chance.choice(COMMANDS))
-    return lambda: use(scene, name, render=kind == 1)
+    return lambda: use(scene, name, render=kind < 4)
 
 
 def trap(scene: Scene, name: str, package: bool) -> None:
@@ -75,8 +75,7 @@ def use(scene: Scene, name: str, render: bool) -> None:
     sink = goods.sink()
     if render:
         goods.chat_of.cache_clear()
-        rows = [scene.goods.loaded().data.train[0].path]
-        goods.tokens(scene.goods, rows)
+        goods.chat_of(scene.goods.base, os.getpid())
     resolve(str(scene.goods.base), "main", sink)
     api.question(api.recipe_or_model(name), vram="12GiB", sink=sink)
     sink.close()

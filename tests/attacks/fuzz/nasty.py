@@ -27,7 +27,7 @@ ESCAPES = (
 )
 TEXTS = (
     *("", " ", "\0", "a\0b", "\ud800", "\u2028", "\u202eevil", "\ufeff", "é" * 300, "x" * 100_000),
-    *("~", "~nobody", "~nobody/x", "..", "../..", "../../../../etc/passwd", "/etc/passwd", "/dev/zero", "/dev/stdin"),
+    *("~", "~nobody", "~no-such-user", "~no-such-user/x", "..", "../..", "../../../../etc/passwd", "/etc/passwd", "/dev/zero", "/dev/stdin"),
     *("/dev/full", "/proc/self/mem", "/nowhere/at/all", "C:\\x", "\\\\host\\x", "a/../b", ".", "/", "//", "x" * 300),
     *("[bold red]x[/bold red]", "[/nope]", "[link=file:///etc/passwd]x[/link]", "[", "]", "\\[", "[red", ":smile:"),
     *("x: y #1", "---", "- a", "!!python/object:os.system", "<script>alert(1)</script>", "| a | b |", "`", "```"),
@@ -213,6 +213,7 @@ ENTRIES = ("pipe", "device", "loop", "bystander", "folder", "dangling", "empty",
 
 def entry(file: Path, kind: str, bystander: Path) -> None:
     """Put what is no plain file of that name in its place."""
+    file = Path(os.path.normpath(file))
     if file.is_dir() and not file.is_symlink():
         shutil.rmtree(file)
     else:
