@@ -75,6 +75,8 @@ def use(folder: Path, scene: Scene, depth: float) -> None:
 
     sink = goods.sink()
     base = resolve(str(folder), "main", sink)
+    for entry in base.tensors.values():
+        assert 0 <= entry.offset <= entry.offset + entry.nbytes <= entry.file.stat().st_size
     open_tokenizer(base.path, base.name)
     if depth < 0.04:
         api.check(scene.goods.loaded().model_copy(update={"model": recipe_of_base(str(folder)).model}), sink=sink)

@@ -83,7 +83,7 @@ BASES: Named = {
     "no tokenizer": as_entry("tokenizer.json", "gone"),
     "tokenizer.json is empty": of_base(lambda f, s: nasty.replace(f / "tokenizer.json", b"{}")),
     "a template that is none": with_template("{% for m in messages %}"),
-    "a template without an end": with_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}" * 2),
+    "a template without an end": with_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
 }
 
 # --- adapters --------------------------------------------------------------------------------------------------------

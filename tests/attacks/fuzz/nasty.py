@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -65,11 +66,11 @@ RAW = (
 _MARK = "@@raw{}@@"
 
 
+@dataclass(frozen=True)
 class Raw:
     """A value as this text, whatever JSON thinks of it."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    text: str
 
 
 def value(chance: Random, drawn: list[Any], paths: tuple[str, ...] = ()) -> Any:
