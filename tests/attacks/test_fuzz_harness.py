@@ -97,6 +97,10 @@ def test_a_finding_is_seen(outcomes: dict[str, Outcome], name: str) -> None:
     assert FINDINGS[name][1] in outcomes[name].fault
 
 
+def test_where_a_child_hung_is_told(outcomes: dict[str, Outcome]) -> None:
+    assert "test_fuzz_harness.py" in outcomes["hangs"].detail
+
+
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_is_none_is_none(outcomes: dict[str, Outcome], name: str) -> None:
     assert (outcomes[name].fault, outcomes[name].code) == ("", HARMLESS[name][1])

@@ -7,6 +7,7 @@ screen, a marker file, a changed file of somebody else's, a child that died.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import os
@@ -33,6 +34,7 @@ LIMIT_GROWTH_BYTES = 1 << 30
 DATA_BYTES = 3 << 30  # beyond what a child has: more than this is refused to it, so that no input takes the machine
 LIMIT_CHARACTERS = 2000
 CHUNK = 50  # inputs of one child
+STACK = "stack.txt"  # where a child was when its time was up
 EXIT_CODES = (2, 3, 4)
 BYSTANDERS = {"thesis.txt": "years of work\n", "diary.txt": "dear diary\n", "photos/list.json": "{}", "rows.jsonl": "{}\n"}
 
@@ -162,8 +164,7 @@ class Fuzzer:
                         yield from child.read()
                     limit = self.doors[child.left[0][0]].seconds if child.left else 0.0
                     if not child.ended and child.begun and time.monotonic() - child.begun > limit:
-                        child.kill()
-                        child.fault = f"took over {limit:g} s"
+                        child.kill(f"took over {limit:g} s")
                     if child.ended:
                         selector.unregister(pipe)
                         del running[pipe]
@@ -229,10 +230,13 @@ class _Child:
                 del self.left[0]
                 yield Outcome(**values)
 
-    def kill(self) -> None:
+    def kill(self, fault: str) -> None:
+        """End it, once it has written down where it is."""
+        self.fault, self.ended = fault, True
         with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(0.3)
             os.killpg(self.pid, signal.SIGKILL)
-        self.ended = True
 
     def reap(self) -> Outcome | None:
         """Wait for the end. The outcome of the input that it died over, if it did."""
@@ -240,17 +244,23 @@ class _Child:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # what it started and left
         os.close(self.pipe)
+        stack = self.scratch / STACK
+        detail = stack.read_text(errors="replace") if stack.is_file() else ""
         _remove(self.scratch)
         if not self.left:
             return None
         code = os.waitstatus_to_exitcode(status)
         door, index = self.left.pop(0)
-        return Outcome(door, index, code, self.fault or f"the process died (exit code {code})")
+        return Outcome(door, index, code, self.fault or f"the process died (exit code {code})", detail)
 
 
 def _work_through(fuzzer: Fuzzer, items: list[Item], writing: int) -> None:
     """In the child: input after input, each reported."""
     os.setpgid(0, 0)
+    place = fuzzer.scratch / f"{os.getpid()}"
+    place.mkdir(parents=True, exist_ok=True)
+    stack = (place / STACK).open("w")
+    faulthandler.register(signal.SIGUSR1, stack)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for handle in (0, 1, 2):
         os.dup2(nowhere, handle)
