@@ -7,6 +7,7 @@ Many programs have a file of that name: a folder is ours when that last hash is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -108,13 +109,23 @@ def verify(folder: Path) -> str | None:
     try:
         return _fault(folder, _checked(read(folder)), hashes=True)
     except foreign_json.ForeignFileError as error:
-        reason = str(error).removeprefix(f"{folder / MANIFEST}: ")
+        reason = str(error).removeprefix(f"{folder / MANIFEST}: ").removeprefix(f"{MANIFEST}: ")
         return f"{MANIFEST} {reason}"
 
 
 def read(folder: Path) -> dict[str, Any]:
     """A published folder's manifest; its files may have changed since. Raises ForeignFileError (a ValueError)."""
     return foreign_json.load_object(folder / MANIFEST)
+
+
+def recorded_sha256(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a published folder, as its manifest records them; the files are not looked at.
+
+    Raises FileNotFoundError where there is no manifest, ForeignFileError for one that is damaged or none of ours.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        raise FileNotFoundError(errno.ENOENT, f"there is no {MANIFEST}", str(folder / MANIFEST))
+    return {name: entry.sha256 for name, entry in _checked(read(folder)).items()}
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
@@ -150,7 +161,7 @@ def _checked(manifest: dict[str, Any]) -> dict[str, _Entry]:
     entries = foreign_json.checked(_Manifest, manifest, MANIFEST).files
     rest = {key: value for key, value in manifest.items() if key != _SELF}
     if manifest[_SELF] != _sha256_of(rest):
-        raise foreign_json.ForeignFileError("is damaged (its own sha256 differs)")
+        raise foreign_json.ForeignFileError(f"{MANIFEST}: is damaged (its own sha256 differs)")
     return entries
 
 

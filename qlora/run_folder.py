@@ -8,24 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from qlora import disk, files, lock
+from pydantic import Field
+
+from qlora import disk, files, foreign_json, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.recipe import pins
-from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
+from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
 from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
-from qlora.run_record import (
-    HEADING,
-    RESULTS,
-    RUN_FILE,
-    RunRecord,
-    id_of,
-    is_run,
-    recorded_folder,
-)
+from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, id_of, is_run, recorded_folder
 from qlora.run_record import LOCK_FILE as LOCK_FILE
 from qlora.run_record import RECIPE_FILE as RECIPE_FILE
 from qlora.run_record import relocated as relocated
@@ -195,20 +189,30 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     if not file.is_file():
         raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
-        recorded = load_recipe(file)
+        recorded, _ = load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
     # A project that was moved, or copied, has its base and rows in the same places seen from the run.
     places = (recorded, relocated_recipe(recorded, run_dir), relocated_recipe(recorded, run_dir, copied=True))
-    keys = min((differing_keys(pins.pinned(recipe, old), old) for old in places), key=len)
+    keys = min((_other_keys(recipe, old) for old in places), key=len)
     if keys:
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 
 
-def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
-    """The recipe with the commits that the run in `run_dir` recorded: a branch that has moved on changes nothing."""
-    return pins.pinned(recipe, load_recipe(run_dir / RECIPE_FILE))
+def _other_keys(recipe: Recipe, recorded: Recipe) -> list[str]:
+    """What differs, but for where the base lies: what it is decides (`checkpoint.check_base`)."""
+    differing = differing_keys(pins.resumed(recipe, recorded), recorded)
+    return [key for key in differing if key not in ("model.base", "model.revision")]
+
+
+def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
+    """The recipe of the run in `run_dir` as it goes on: what `recipe` does not set is as the run recorded it."""
+    recorded, unknown = load_recorded(run_dir / RECIPE_FILE)
+    if unknown:
+        message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
+        sink.emit(Notice("recipe", message, len(unknown)))
+    return pins.resumed(recipe, relocated_recipe(recorded, run_dir))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
@@ -244,6 +248,23 @@ def provenance(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     of = {"run": id_of(run_dir), "base": dataset_name(recipe.model.base)}
     recipe_sha256 = disk.sha256_text(recipe_toml(recipe))
     return {"kind": "checkpoint", "of": of, "versions": versions(), "recipe_sha256": recipe_sha256}
+
+
+class _Manifest(foreign_json.ForeignModel):
+    versions: dict[str, Annotated[str, Field(max_length=100)]] = Field(default_factory=dict)
+
+
+def made_with(checkpoint: Path) -> Mapping[str, str]:
+    """The versions that a checkpoint's manifest records. Raises ForeignFileError with file and key."""
+    file = checkpoint / disk.MANIFEST
+    return foreign_json.checked(_Manifest, foreign_json.load(file), str(file)).versions
+
+
+def other_versions(checkpoint: Path) -> str:
+    """Packages that were of another version when the checkpoint was made: "torch 2.10 (now 2.11)"; "" for none."""
+    before, now = made_with(checkpoint), sorted(versions().items())
+    changed = ((name, before[name], version) for name, version in now if before.get(name, version) != version)
+    return ", ".join(f"{name} {old} (now {new})" for name, old, new in changed)
 
 
 def package_version(name: str) -> str:
@@ -294,7 +315,7 @@ def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:
     if files.is_link(file):
         raise ExportError(f"{file}: is a link", hint)
     try:
-        recorded = load_recipe(file)
+        recorded, _ = load_recorded(file)
     except RecipeError as error:
         raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
     recipe = relocated_recipe(recorded, run_dir)

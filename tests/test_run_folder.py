@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from qlora import disk, run_folder, run_record
 from qlora.errors import ExportError, RunFolderError, TrainingStopped
 from qlora.events import Recorder
+from qlora.foreign_json import ForeignFileError
 from qlora.recipe.reading import Recipe, load_recipe
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -41,14 +43,13 @@ def test_a_resumed_run_uses_the_commits_that_it_recorded(tmp_path: Path, run: Pa
     """Whatever the branch means today."""
     ours = recipe(tmp_path, rows=rows)
     run_folder.check_claim(run, ours, "resume")
-    pinned = run_folder.pinned(run, ours)
+    pinned = run_folder.resumed(run, ours, Recorder())
     assert pinned.model.revision == COMMIT and pinned.data.train[0].path == f"hub:owner/rows@{COMMIT}:train"
 
 
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"revision": OTHER}, "model.revision"),
         ({"rows": f"hub:owner/rows@{OTHER}:train"}, "data.train"),
         ({"rows": "hub:owner/others"}, "data.train"),
         ({"rows": "hub:owner/rows:test"}, "data.train"),
@@ -159,3 +160,16 @@ def test_where_a_path_holds_a_secret_the_record_is_its_owners(tmp_path: Path) ->
     for name in ("recipe.toml", "run.json"):
         assert (run / name).stat().st_mode & 0o777 == 0o600
     assert not run_folder.write_recipe(tmp_path, recipe(tmp_path), None)
+
+
+def test_versions_that_have_changed_since_a_checkpoint_was_made(tmp_path: Path) -> None:
+    now = run_folder.versions()
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"versions": now | {"torch": "2.1.0", "gone": "1"}}))
+    assert run_folder.other_versions(tmp_path) == f"torch 2.1.0 (now {now['torch']})"
+    manifest.write_text(json.dumps({"versions": now}))
+    assert run_folder.other_versions(tmp_path) == ""
+    for wrong in ({"torch": 2}, ["torch"], {"torch": "1" * 1000}):
+        manifest.write_text(json.dumps({"versions": wrong}))
+        with pytest.raises(ForeignFileError, match=r"manifest\.json: versions"):
+            run_folder.made_with(tmp_path)

@@ -218,9 +218,7 @@ def test_the_calibration_of_memory_is_not_written_through_a_link(world: World, m
     assert world.snapshot() == before
 
 
-def test_tokens_are_not_cached_through_a_link(
-    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_are_not_cached_through_a_link(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key of the rows is known beforehand: a link of that name could lead anywhere."""
     cache = world.home / "cache"
     monkeypatch.setenv("QLORA_CACHE", str(cache))
@@ -231,5 +229,5 @@ def test_tokens_are_not_cached_through_a_link(
         shutil.rmtree(folder)
         folder.symlink_to(world.photos)
     before = world.snapshot()
-    said = refused(lambda: api.check(world.recipe), capsys)
-    assert "link" in said and world.snapshot() == before
+    api.check(world.recipe)  # the rows are tokenized all the same, for this time alone
+    assert world.snapshot() == before
