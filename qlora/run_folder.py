@@ -19,14 +19,15 @@ from qlora.recipe import pins
 from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
 from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
-from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, id_of, is_run, recorded_folder
+from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, has_id, id_of, is_run, recorded_folder
 from qlora.run_record import LOCK_FILE as LOCK_FILE
 from qlora.run_record import RECIPE_FILE as RECIPE_FILE
 from qlora.run_record import relocated as relocated
 from qlora.version import __version__
 
 # What we write in a run's folder: under these names nothing may be a link, wherever it leads.
-_OURS = {*RESULTS, "tokenizer", RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
+_FILES = {RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
+_OURS = {*RESULTS, "tokenizer", *_FILES}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 _MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
@@ -49,7 +50,10 @@ def path_of(recipe: Recipe, name: str) -> Path:
         what = f"{name!r}: cannot be the name of a run's folder ({why})"
         raise RunFolderError(what, "give the recipe's file another name: its run is called like it")
     folder = files.user_path(recipe.output.dir, "output.dir")
-    return files.user_path(folder / name, "output.dir")
+    run_dir = files.user_path(folder / name, "output.dir")
+    if why := files.unreachable(run_dir):
+        raise RunFolderError(f"{run_dir}: cannot be a run's folder ({why})", "change output.dir")
+    return run_dir
 
 
 def _not_a_name(name: str) -> str | None:
@@ -103,10 +107,19 @@ def _check_whose(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> None
             try:
                 if folder != run_dir or entry.name in _OURS:
                     files.refuse_links(run_dir, entry)
+                    if entry.name in _OURS or entry.name.startswith("step-"):  # others may be the system's own
+                        _check_kind(entry)
                 elif files.is_link(entry):
                     files.inside(folder, entry.name)
             except files.UnsafePathError as error:
                 raise _unsafe(error) from error
+
+
+def _check_kind(entry: Path) -> None:
+    """Whether what stands under a name of ours is a file or a folder, as a run has it. Raises RunFolderError."""
+    wanted = "file" if entry.name in _FILES else "folder"
+    if not (entry.is_file() if wanted == "file" else entry.is_dir()):
+        raise RunFolderError(f"{entry}: is no {wanted}, as a run has it there", "move it away")
 
 
 def _is_lock(file: Path) -> bool:
@@ -148,8 +161,9 @@ def check_there(run_dir: Path, about: Mapping[str, Any]) -> None:
 
     `about` is its `provenance`. Nothing of a run is written where its folder no longer is.
     """
-    run = about.get("of", {}).get("run")
-    if run_dir.is_dir() and run == id_of(run_dir) and not lock.is_lost(run_dir / LOCK_FILE):
+    held, run = lock.is_held(run_dir / LOCK_FILE), about.get("of", {}).get("run")
+    # Without its lock (somebody removed it), its record tells; what cannot be read at this moment is no reason to stop.
+    if held or (held is None and run_dir.is_dir() and (run is None or has_id(run_dir, run))):
         return
     what = f"{run_dir}: the run's folder was moved, removed or replaced while it trained"
     raise TrainingStopped(what, "put it back as it was and go on with mode='resume', or start again")
