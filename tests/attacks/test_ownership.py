@@ -350,9 +350,8 @@ def test_what_is_no_file_or_no_folder_as_a_run_has_it(
     assert world.snapshot() == before
 
 
-@pytest.mark.parametrize("folder", ["x" * 256, "/".join(["x" * 99] * 50)])
-def test_a_run_cannot_lie_where_no_path_leads(world: World, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    loaded = load_recipe(world.recipe, [f'output.dir="{world.home}/{folder}"'])
+def test_a_run_cannot_lie_where_no_path_leads(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_recipe(world.recipe, [f'output.dir="{world.home / ("x" * 256)}"'])
     assert "too long" in refused(lambda: api.train(loaded, name="tiny"), capsys)
 
 
