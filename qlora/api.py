@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import disk, run_folder
+from qlora import disk, files, run_folder
 from qlora.errors import ExportError, Problem, RecipeError, UserError
 from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
@@ -58,7 +58,7 @@ def train(
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
     if mode == "resume":
-        loaded = run_folder.pinned(run_dir, loaded)
+        loaded = run_folder.resumed(run_dir, loaded, shared)
     base, loaded = setup.preflight(loaded, shared)
     claim = run_folder.claim(run_dir, mode)
     try:
@@ -76,9 +76,13 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
     step = resume_from.state.step if resume_from else None
-    run_folder.write_recipe(run_dir, recipe, base.commit)
-    files = open_sinks(recipe.report, run_dir, step or 0)
-    sinks = Sinks(sink, *files)
+    if resume_from is not None:
+        checkpoint.check_base(resume_from, base)
+    if run_folder.write_recipe(run_dir, recipe, base.commit):
+        what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
+        sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
+    written = open_sinks(recipe.report, run_dir, step or 0, sink)
+    sinks = Sinks(sink, *written)
     try:
         sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
         tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks)
@@ -87,7 +91,7 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
         del job  # an export needs the memory
         exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
-        for file in files:
+        for file in written:
             file.close()
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
 
@@ -134,8 +138,8 @@ def merge_and_export(
 
     shared = sink or Sinks()
     chosen = options or ExportOptions()
-    adapter_dir, default_out = run_folder.adapter_of(Path(source).expanduser().resolve())
-    target = Path(out).expanduser().resolve() if out else None
+    adapter_dir, default_out = run_folder.adapter_of(files.user_path(source, "the run or adapter"))
+    target = files.user_path(out, "`out`") if out else None
     artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
     for artifact in artifacts:
         run_folder.refuse_foreign_folder(artifact.folder)
@@ -154,6 +158,7 @@ def export_options(**chosen: Any) -> ExportOptions:
 
 def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
     """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone."""
+    from qlora.export import base_check
     from qlora.export.artifacts import RunRows, Source
     from qlora.model import delivered_loss, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
@@ -163,17 +168,13 @@ def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
     sealed = seal(adapter_dir, sink)
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
-    base = resolve(origin.base, origin.revision, sink)
-    if origin.fingerprint and origin.fingerprint != base.fingerprint:
-        raise ExportError(
-            f"{adapter_dir}: was trained on another base than {base.name} is now (its files differ)",
-            f"put the base back as it was at training ({origin.revision}), or train again",
-        )
-    name, device = run_folder.name_of(adapter_dir), setup.pick_device()
+    base = resolve(run_folder.relocated(origin.base, adapter_dir.parent), origin.revision, sink)
+    source = Source(run_folder.name_of(adapter_dir), adapter, sealed, origin, base, setup.pick_device())
+    base_check.at_the_door(source, sink)
     recipe = run_folder.recipe_of(adapter_dir)
     delivered, is_older = delivered_loss.read(adapter_dir)
     if recipe is None:
-        return Source(name, adapter, sealed, origin, base, device, delivered=delivered)
+        return replace(source, delivered=delivered)
     datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in recipe.data.train))
     rows = None
     if with_rows:
@@ -185,7 +186,7 @@ def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
     if rows is not None and is_older:
         delivered = _older_loss(adapter_dir, rows, sink)
-    return Source(name, adapter, sealed, origin, base, device, datasets, rows, delivered)
+    return replace(source, datasets=datasets, rows=rows, delivered=delivered)
 
 
 def _older_loss(adapter_dir: Path, rows: RunRows, sink: Sink) -> DeliveredLoss | None:
@@ -223,7 +224,7 @@ def estimate_memory(
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
-    path = Path(what).expanduser()
+    path = files.user_path(what, "the recipe or model")
     if path.suffix == ".toml":
         return load_recipe(path, overrides)
     if path.name == "config.json" and path.is_file():
@@ -275,5 +276,5 @@ def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
-    path = Path(recipe)
+    path = files.user_path(recipe, "the recipe")
     return Recipe.from_file(path), name or path.stem

@@ -71,12 +71,12 @@ def free_bytes(path: Path) -> int:
 
 
 def cache_dir() -> Path:
-    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder."""
+    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder. UserError without a home."""
     if named := os.environ.get("QLORA_CACHE"):
-        return Path(named).expanduser()
+        return files.user_path(named, "QLORA_CACHE")
     if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "qlora" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora"
+        return files.user_path(os.environ.get("LOCALAPPDATA") or "~", "LOCALAPPDATA") / "qlora" / "cache"
+    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "the cache (set QLORA_CACHE)") / "qlora"
 
 
 def make_folder(path: Path) -> None:
@@ -114,6 +114,14 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def put_in_place(written: Path, final: Path) -> None:
+    """Give a file that is written and closed the name `final`, beside it, in one rename."""
+    _sync_file(written)
+    _close_to_others(written)
+    os.replace(written, final)
+    _sync_folder(final.parent)
 
 
 def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -28,7 +27,7 @@ class Format(str, Enum):
 Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: ignore[misc]
 
 
-@app.command()
+@app.command(cls=common.Command)
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or a PEFT adapter folder.")],
     to: Annotated[
@@ -98,7 +97,7 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
         finally:
             screen.close()
     if as_json:
-        print(json.dumps(_as_json(report)))
+        common.answer(_as_json(report))
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qlora.events import End, Notice, Recovered, StepDone
 from qlora.model import adapters
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
+from qlora.model.identity import Fingerprints
 from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.loss import Objective, SupervisedObjective
@@ -29,7 +30,7 @@ from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
 from qlora.training import health, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
-from qlora.training.checkpoint import Checkpoint, Checkpointer, Fingerprints, RunState, at_step
+from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
 from qlora.training.memory_plan import MemorySettings, compare, measure, peak_bytes
 from qlora.training.recovery import OomRecovery
@@ -76,11 +77,12 @@ class Training:
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
         self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
         self._use_rows(recipe.data)
+        which = self.causal_lm.base_identity
         train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
         self.best_adapter = BestAdapter(
-            job.model, job.base, job.tokenizer, recipe, job.chat.template, train_rows, eval_rows
+            job.model, job.base, job.tokenizer, recipe, job.chat.template, train_rows, eval_rows, which
         )
-        fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint)
+        fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, job.data.content_fingerprint)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.completed = RunState()  # the last state that may be saved

@@ -21,6 +21,7 @@ from qlora.data.loader import collate
 from qlora.device import release_memory
 from qlora.errors import ExportError
 from qlora.events import Notice, Sink
+from qlora.export import base_check
 from qlora.export.artifacts import Source
 from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
@@ -28,6 +29,7 @@ from qlora.export.verify import candidates, evaluation, fidelity
 from qlora.export.verify.evaluation import ComparedLoss
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
+from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import MetaModel
 from qlora.model.tokenizer import open_tokenizer
 from qlora.model.tokenizer_files import of_export
@@ -42,12 +44,13 @@ PROBE_LENGTH = 512
 class TrainedReference:
     """What is known of the trained model, and the table of what was measured against it.
 
-    `predictions` is None without verification, `imatrix` unless asked for, `evaluation` (the loss of the run's rows
-    beside the one that it delivered) where there is nothing to compare.
+    `base_identity` is the base's, with its content; `predictions` is None without verification, `imatrix` unless asked
+    for, `evaluation` (the loss of the run's rows beside the one that it delivered) where there is nothing to compare.
     """
 
     source: Source
     chat: ChatFormat
+    base_identity: BaseIdentity
     predictions: Reference | None = None
     imatrix: Imatrix | None = None
     evaluation: ComparedLoss | None = None
@@ -93,14 +96,16 @@ def trained_reference(
     """Compute with the trained model as far as it is needed; `scratch` holds what it predicts while the block runs."""
     rows = source.rows
     tokenizer = rows.chat.tokenizer if rows else _tokenizer_alone(source)
-    reference = TrainedReference(source, ChatFormat.of(tokenizer))
+    chat = ChatFormat.of(tokenizer)
     if not verify and not imatrix:
-        yield reference
+        yield TrainedReference(source, chat, base_check.read_through(source, sink))
         return
     if imatrix and rows is None:
         raise ExportError("`imatrix` needs the rows of a run", "name a run's folder whose data files are still there")
     import_bitsandbytes()
     model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
+    base_check.refuse_another(source, model.base_identity)
+    reference = TrainedReference(source, chat, model.base_identity)
     model = adapters.open_saved(model, source.adapter.folder)
     if imatrix and rows is not None:  # from its training rows; from evaluation rows where these are all there are
         split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
