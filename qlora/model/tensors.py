@@ -213,9 +213,6 @@ def load_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def _open(path: Path) -> IO[bytes]:
     try:
         return files.open_to_read(path)
-    except FileNotFoundError as error:
-        hint = "put it back as it was, and run the same command again"
-        raise ModelError(f"{path}: is gone, though it was there a moment ago", hint) from error
     except files.UnsafePathError as error:
         raise ModelError(str(error), _GET_A_CLEAN_COPY) from error
     except OSError as error:
