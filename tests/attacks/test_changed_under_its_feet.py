@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import qlora
 from qlora import api, disk
@@ -295,3 +296,23 @@ def test_rows_that_are_gone_or_others_are_said_and_nothing_is_refused(recipe: Pa
     recorder = Recorder()
     assert api.merge_and_export(run, out=recipe.parent / "again", sink=recorder).evaluation is None
     assert any("without the run's evaluation rows" in message for message in notices(recorder, "verify"))
+
+
+def test_libraries_open_a_tokenizer_in_a_private_copy_alone(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    real = transformers.AutoTokenizer.from_pretrained
+
+    def watched(folder: Path, **settings: Any) -> Any:
+        opened.append(Path(folder).resolve())
+        assert not any(path.is_symlink() for path in Path(folder).rglob("*"))
+        return real(folder, **settings)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", watched)
+    config = recipe.parent / "base" / "chat_template.jinja"
+    config.rename(config.with_name("aside.txt"))
+    config.symlink_to("aside.txt")
+    api.check(load_recipe(recipe, RUN))
+    checked = len(opened)
+    exported(run_dir(recipe), to=["hf", "gguf"], quants=["f16"])
+    assert 2 <= checked < len(opened) - 1
+    assert not any(folder.is_relative_to(recipe.parent) for folder in opened)
