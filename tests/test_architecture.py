@@ -77,8 +77,9 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("tokenizer_files", "tokenizer", "config_filter", "tensors", "base_folder", "adapter_config"),
-        *("adapter_folder", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
+        *("split_patterns", "tokenizer_checks", "tokenizer", "config_filter", "tensors", "base_folder"),
+        *("adapter_config", "adapter_folder", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load"),
+        *("adapters", "generate"),
     ],
     "data": [
         *("formats", "readers", "sources", "hub_rows", "render_worker", "render", "template", "chat"),

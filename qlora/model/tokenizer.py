@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from qlora import disk
 from qlora.errors import TokenizerError, foreign_failures
+from qlora.model.tokenizer_checks import check_tokenizer
+from qlora.third_party import unprinted_panics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +20,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+# A tokenizer that opens may fail over its first text: letters, digits, signs, spaces, line breaks, other scripts.
+PROBE = "It's 3.14, naïve – 日本 \U0001f680\n\n  x = [1, 20]  \t\r\n"
 
 
 def open_tokenizer(folder: Path, name: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
@@ -30,8 +34,10 @@ def open_tokenizer(folder: Path, name: str, adapter: Path | None = None) -> PreT
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     if adapter is not None and own and tokenizer_fingerprint(adapter) != tokenizer_fingerprint(folder):
         folder, name = adapter, str(adapter)
-    with foreign_failures() as failure:
+    check_tokenizer(folder, name)
+    with foreign_failures() as failure, unprinted_panics():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer(PROBE)
     if failure.error:
         what = f"{name}: its tokenizer cannot be opened ({failure.reason})"
         hint = "the base's folder needs tokenizer.json (or tokenizer.model) and its config"
