@@ -351,7 +351,7 @@ HARMLESS: dict[str, Content] = {
         "special_tokens_map_file": "x",
     },
     "two templates": {"chat_template": [{"name": "default", "template": "a"}, {"name": "b", "template": "c"}]},
-    "nulls": dict.fromkeys(WRONG.keys() - {"added_tokens_decoder", "init_inputs"}),
+    "nulls": dict.fromkeys(("bos_token", "unk_token", "legacy", "chat_template", "tokenizer_class")),
 }
 
 
@@ -368,7 +368,7 @@ def test_good_ones_open(tmp_path: Path, make: Callable[[Path], Path]) -> None:
 
 def test_a_panic_over_a_text_is_a_refusal(folder: Path, capfd: Any) -> None:
     """Ways by the billion that no look at the pattern finds: the engine gives up, which is no Exception."""
-    pattern = {"Regex": r"(?:.|.)*[A-C]{3}"}
+    pattern = {"Regex": r"(?:.|.)*[xq][yz]"}
     change(folder, JSON, pre_tokenizer={**SPLIT, "pattern": pattern})
     refused(folder, capfd, "cannot be opened", "retry-limit-in-match")
 
