@@ -77,7 +77,7 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("split_patterns", "tokenizer_checks", "tokenizer", "config_filter", "tensors", "base_folder"),
+        *("split_patterns", "tokenizer_check", "tokenizer", "config_filter", "tensors", "base_folder"),
         *("adapter_config", "adapter_folder", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load"),
         *("adapters", "generate"),
     ],

@@ -219,9 +219,8 @@ def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
-    if (
-        kind == "longrope" and {"short_factor", "long_factor"} <= rope.keys()
-    ):  # Phi-3's configuration in version 4 takes these three keys and no other
+    # Phi-3's configuration in version 4 takes these three keys and no other.
+    if kind == "longrope" and {"short_factor", "long_factor"} <= rope.keys():
         return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     return {key: value for key, value in rope.items() if key not in _BESIDE_SCALING}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora import disk
 from qlora.errors import TokenizerError, foreign_failures
-from qlora.model.tokenizer_checks import check_tokenizer
+from qlora.model.tokenizer_check import check_tokenizer
 from qlora.third_party import unprinted_panics
 
 if TYPE_CHECKING:

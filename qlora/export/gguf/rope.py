@@ -106,9 +106,9 @@ def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, ta
 
 def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A number above 0 from the rotary positions of a configuration. Raises ExportError for anything else."""
-    value = rope.get(key) or default
+    value: Any = rope.get(key) or default
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-        what = f"config.json: {key} of the rotary positions is wrong: no number above 0 (it is {str(rope.get(key))[:60]!r})"
+        what = f"config.json: {key} of the rotary positions is no number above 0 (it is {str(rope.get(key))[:60]!r})"
         raise ExportError(what, "get a clean copy of the base")
     return float(value)
 
@@ -174,6 +174,8 @@ def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key
     attention = rope.get("attention_factor")
     if attention is None:  # LongRoPE as Phi-3 uses it; transformers, _compute_longrope_parameters
         attention = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
+    else:
+        attention = _number(rope, "attention_factor")
     tensors = {}
     for name in ("long", "short"):
         factors: Any = rope.get(f"{name}_factor")
@@ -185,7 +187,7 @@ def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key
     keys: list[Key] = [
         ("rope.scaling.type", "longrope"),
         ("rope.scaling.original_context_length", trained),
-        ("rope.scaling.attn_factor", float(attention)),
+        ("rope.scaling.attn_factor", attention),
     ]
     return keys, tensors
 

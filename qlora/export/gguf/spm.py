@@ -18,7 +18,7 @@ from typing import Any, Literal
 from qlora import files
 from qlora.errors import ExportError
 from qlora.export.gguf.pretokenizer import flat, merge_pairs
-from qlora.model.tokenizer_checks import MAX_BYTES
+from qlora.model.tokenizer_check import MAX_BYTES
 
 SPACE = "▁"
 ADDED_SCORE = -1000.0  # llama.cpp's converter gives it to tokens outside the SentencePiece model

@@ -22,7 +22,7 @@ from qlora.export.gguf.metadata import Entry, entries
 from qlora.export.gguf.probes import Limit
 from qlora.export.gguf.rope import Key
 from qlora.model.tokenizer import PROBE
-from qlora.model.tokenizer_checks import check_tokenizer
+from qlora.model.tokenizer_check import check_tokenizer
 from qlora.third_party import unprinted_panics
 
 if TYPE_CHECKING:

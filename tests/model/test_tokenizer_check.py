@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import TokenizerError
-from qlora.model import tokenizer_checks
-from qlora.model.tokenizer_checks import check_tokenizer
+from qlora.model import tokenizer_check
+from qlora.model.tokenizer_check import check_tokenizer
 from tests.tokenizers import added, byte_level, gemma, phi3
 
 ADDED = {"content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
@@ -62,13 +62,13 @@ def test_a_refusal_names_whose_it_is_file_key_and_value(tmp_path: Path) -> None:
 def test_counts_are_bounded_before_a_library_sees_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = byte_level(tmp_path / "tokenizer")
     content = json.loads((folder / "tokenizer.json").read_text())
-    monkeypatch.setattr(tokenizer_checks, "MAX_VOCAB", len(content["model"]["vocab"]))
-    monkeypatch.setattr(tokenizer_checks, "MAX_MERGES", len(content["model"]["merges"]))
+    monkeypatch.setattr(tokenizer_check, "MAX_VOCAB", len(content["model"]["vocab"]))
+    monkeypatch.setattr(tokenizer_check, "MAX_MERGES", len(content["model"]["merges"]))
     check_tokenizer(folder, "base")
-    monkeypatch.setattr(tokenizer_checks, "MAX_MERGES", len(content["model"]["merges"]) - 1)
+    monkeypatch.setattr(tokenizer_check, "MAX_MERGES", len(content["model"]["merges"]) - 1)
     with pytest.raises(TokenizerError, match=r"model\.merges is wrong: is no list of at most"):
         check_tokenizer(folder, "base")
-    monkeypatch.setattr(tokenizer_checks, "MAX_VOCAB", len(content["model"]["vocab"]) - 1)
+    monkeypatch.setattr(tokenizer_check, "MAX_VOCAB", len(content["model"]["vocab"]) - 1)
     with pytest.raises(TokenizerError, match=r"model\.vocab is wrong: has .* tokens, at most"):
         check_tokenizer(folder, "base")
     content["added_tokens"].append(added("<x>", -4))
