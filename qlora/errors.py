@@ -23,10 +23,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from qlora import shown
+
 
 def one_line(text: str) -> str:
-    """The text on one line: what a message quotes (a column's name, a library's error) may hold line breaks."""
-    return " ".join(part.strip() for part in text.splitlines()) if len(text.splitlines()) > 1 else text.rstrip("\r\n")
+    """The text on one line that steers no terminal: what a message quotes (a column's name, a library's error) may."""
+    lines = text.splitlines()
+    return shown.one_line(" ".join(part.strip() for part in lines) if len(lines) > 1 else text.rstrip("\r\n"))
 
 
 class QloraError(Exception):

@@ -20,6 +20,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 from qlora import files, foreign_json
 from qlora.errors import ExportError
 from qlora.foreign_json import ForeignFileError, ForeignModel
+from qlora.model.identity import BaseIdentity
 from qlora.recipe.sections import QuantizationSection
 
 MAX_RANK = 1 << 20  # the tensors' own shapes are the real bound: more than any hidden size
@@ -131,6 +132,7 @@ class ProvenanceFile(ForeignModel):
     revision: Annotated[Text, Field(max_length=MAX_NAME)]
     fingerprint: Annotated[Text, Field(max_length=MAX_NAME)] | None = None
     quantization: Quantization
+    identity: BaseIdentity | None = None
 
     def section(self) -> QuantizationSection:
         return QuantizationSection(**self.quantization.model_dump())

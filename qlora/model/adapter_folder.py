@@ -19,6 +19,7 @@ from qlora.errors import ExportError
 from qlora.foreign_json import ForeignFileError
 from qlora.model import adapter_config
 from qlora.model.adapter_config import AdapterConfig, ProvenanceFile, first_matches, shown
+from qlora.model.identity import BaseIdentity
 from qlora.model.tensors import FLOAT_DTYPES, TensorEntry, read_header, read_tensor
 from qlora.recipe.sections import QuantizationSection
 
@@ -324,12 +325,16 @@ def _refuse_not_finite(name: str, entry: TensorEntry) -> None:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an adapter was trained against. `fingerprint` is None where the adapter is not ours."""
+    """What an adapter was trained against.
+
+    `fingerprint` is None where the adapter is not ours, `identity` where an older version made it too.
+    """
 
     base: str
     revision: str
     fingerprint: str | None
     quantization: QuantizationSection
+    identity: BaseIdentity | None = None
 
 
 def provenance(folder: Path, config: AdapterConfig) -> Provenance:
@@ -340,7 +345,7 @@ def provenance(folder: Path, config: AdapterConfig) -> Provenance:
     if (folder / PROVENANCE_FILE).is_file():
         content = adapter_config.read_file(folder, PROVENANCE_FILE)
         stored = adapter_config.checked(ProvenanceFile, content, folder / PROVENANCE_FILE)
-        return Provenance(stored.base, stored.revision, stored.fingerprint, stored.section())
+        return Provenance(stored.base, stored.revision, stored.fingerprint, stored.section(), stored.identity)
     return Provenance(config.base_model_name_or_path, config.revision, None, QuantizationSection())
 
 

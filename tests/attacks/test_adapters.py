@@ -199,7 +199,8 @@ CHANGES: dict[str, tuple[Change, str]] = {
         "has 2 magnitudes for 64 rows",
     ),
     "token rows without ids": (
-        tensors(lambda t: {**t, TOKEN_ROWS: torch.ones(2, 64)}), "has 2 trained token rows, .* names 0",
+        tensors(lambda t: {**t, TOKEN_ROWS: torch.ones(2, 64)}),
+        "has 2 trained token rows, adapter_config.json names 0",
     ),
     "token rows of no dimension": (
         tensors(lambda t: {**t, TOKEN_ROWS: torch.tensor(1.0)}), "has 0 trained token rows",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import files, foreign_json
-from qlora.data.formats import RowError
+from qlora.data.row_json import RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate
 from qlora.errors import ExportError, TokenizerError
 from qlora.events import Sinks
