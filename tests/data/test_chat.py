@@ -310,5 +310,5 @@ def test_a_tokenizer_that_gives_up_on_a_row_is_a_refusal() -> None:
     chat = chat_of(None)
     backend = chat.tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?:.|.)*[xq][yz]"), "isolated")
-    with pytest.raises(TokenizerError, match="gave up on a row .*retry-limit"):
+    with pytest.raises(TokenizerError, match=r"gave up on a row .*retry-limit"):
         encode(chat, talk(user("x" * 60), assistant("Yes")))
