@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.attacks.terminals import HOSTILE, command, foreign_controls, under_terminal
 
-SEEN = "\u241b]0;owned\u2407".encode()  # how the payload's beginning is shown
 TRAIN = (
     *("train.max_steps=2", "train.batch_size=2", "data.max_length=512", "data.eval_fraction=0.2", "eval.every_steps=1"),
     *("eval.samples=1", "lora.r=4", 'memory.limit="8GiB"'),
@@ -23,10 +25,11 @@ def world(folder: Path, llama: Path, name: str = "[bold]run[-bold]") -> Path:
     (base / "config.json").write_text(json.dumps({**config, f"key {HOSTILE}": 1, "quality": HOSTILE}))
     turns = [("user", f"What {HOSTILE}?"), ("assistant", f"It {HOSTILE}.")]
     good = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    rows = [good] * 12 + [{"messages": HOSTILE}, {f"column {HOSTILE}": 1}]
+    rows: list[dict[str, object]] = [good] * 12
+    rows += [{"messages": HOSTILE}, {f"column {HOSTILE}": 1}]
     file = place / f"rows{HOSTILE}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({**row}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = place / f"{name}.toml"
     paths = [json.dumps(str(path)) for path in (base, file, place / "runs")]
     recipe.write_text(
@@ -40,6 +43,15 @@ def words(*settings: str) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
+def expect(output: bytes, code: int, wanted: int, seen: bool = True) -> None:
+    """The exit code, and that the payload is on the screen as text and nowhere as itself."""
+    text = output.decode(errors="replace")
+    assert code == wanted, text
+    assert foreign_controls(output) == [], text
+    assert "internal error" not in text and "Traceback" not in text, text
+    assert not seen or "\u241b]0;owned\u2407" in "".join(text.split()), text
+
+
 def test_train_export_and_estimate(tmp_path: Path, llama: Path) -> None:
     recipe = world(tmp_path, llama)
     for name, arguments in (
@@ -48,7 +60,100 @@ def test_train_export_and_estimate(tmp_path: Path, llama: Path) -> None:
         ("estimate", [str(recipe)]),
     ):
         code, output = under_terminal(command(name, *arguments))
-        print(output.decode(errors="replace"))
-        assert code == 0, output.decode(errors="replace")
-        assert foreign_controls(output) == []
-        assert (SEEN in output.replace(b"\r\n", b"")) or name == "estimate"
+        expect(output, code, 0, seen=name != "estimate")
+    for file in recipe.parent.joinpath("runs").rglob("*"):
+        if file.suffix in (".jsonl", ".md") or file.name in ("export.json", "Modelfile"):
+            assert foreign_controls(file.read_bytes()) == [], file
+
+
+Error = Callable[[Path], tuple[str, list[str]]]  # changes a good world; the command and its arguments
+
+
+def base_of(recipe: Path) -> Path:
+    return recipe.parent / "base" / HOSTILE
+
+
+def changed(file: Path, **keys: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+def rows_of(recipe: Path, text: str) -> tuple[str, list[str]]:
+    (recipe.parent / f"rows{HOSTILE}.jsonl").write_text(text)
+    return "train", [str(recipe), "--check"]
+
+
+def template_of(recipe: Path, text: str) -> tuple[str, list[str]]:
+    (base_of(recipe) / "chat_template.jinja").write_text(text)
+    return "train", [str(recipe), "--check"]
+
+
+def config_of(recipe: Path, **keys: object) -> tuple[str, list[str]]:
+    changed(base_of(recipe) / "config.json", **keys)
+    return "estimate", [str(recipe)]
+
+
+def adapter_of(recipe: Path, **keys: object) -> tuple[str, list[str]]:
+    folder = recipe.parent / f"adapter{HOSTILE}"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **keys}))
+    return "export", [str(folder)]
+
+
+def tokenizer_of(recipe: Path, **keys: object) -> tuple[str, list[str]]:
+    changed(base_of(recipe) / "tokenizer_config.json", **keys)
+    return "train", [str(recipe), "--check"]
+
+
+def toml_of(recipe: Path, text: str) -> tuple[str, list[str]]:
+    recipe.write_text(recipe.read_text() + text)
+    return "train", [str(recipe)]
+
+
+def run_of(recipe: Path, _: None = None) -> tuple[str, list[str]]:
+    run = recipe.parent / "runs" / recipe.stem
+    run.mkdir(parents=True)
+    (run / "recipe.toml").write_text(f"[model]\n{json.dumps(HOSTILE)} = 1\n")
+    return "train", [str(recipe), "--resume"]
+
+
+ERRORS: dict[str, Error] = {
+    "an option": lambda recipe: ("train", [f"--{HOSTILE}"]),
+    "an option's value": lambda recipe: ("export", ["x", "--quant", HOSTILE]),
+    "a number": lambda recipe: ("export", ["x", "--max-kl", HOSTILE]),
+    "too many arguments": lambda recipe: ("train", [str(recipe), HOSTILE, HOSTILE]),
+    "a card": lambda recipe: ("estimate", [str(recipe), "--gpu", HOSTILE]),
+    "a size": lambda recipe: ("estimate", [str(recipe), "--vram", HOSTILE]),
+    "a recipe that is not there": lambda recipe: ("train", [f"{recipe}{HOSTILE}.toml"]),
+    "a model that is not there": lambda recipe: ("estimate", [HOSTILE]),
+    "a run that is not there": lambda recipe: ("export", [HOSTILE]),
+    "a place for a plot": lambda recipe: ("estimate", [str(recipe), "--plot", f"{recipe}/{HOSTILE}"]),
+    "a key of --set": lambda recipe: ("train", [str(recipe), "--set", f"lora.{HOSTILE}=1"]),
+    "a value of --set": lambda recipe: ("train", [str(recipe), "--set", f"lora.r={HOSTILE}"]),
+    "an unknown key": lambda recipe: toml_of(recipe, f"[lora]\n{json.dumps(HOSTILE)} = 1\n"),
+    "an unknown table": lambda recipe: toml_of(recipe, f"[{json.dumps(HOSTILE)}]\n"),
+    "a wrong value": lambda recipe: toml_of(recipe, f"[train]\noptimizer = {json.dumps(HOSTILE)}\n"),
+    "TOML that is none": lambda recipe: toml_of(recipe, f"[lora\n{HOSTILE}"),
+    "rows that are no JSON": lambda recipe: rows_of(recipe, f"{HOSTILE}\n" * 9),
+    "rows of a kind nobody knows": lambda recipe: rows_of(recipe, json.dumps({HOSTILE: HOSTILE}) + "\n"),
+    "a role": lambda recipe: rows_of(recipe, json.dumps({"messages": [{"role": HOSTILE, "content": "x"}]}) + "\n"),
+    "a template's own error": lambda recipe: template_of(recipe, "{{ raise_exception('" + HOSTILE + "') }}"),
+    "a template's syntax": lambda recipe: template_of(recipe, "{% " + HOSTILE + " %}"),
+    "a template's name": lambda recipe: template_of(recipe, "{{ undefined['" + HOSTILE + "'].x }}"),
+    "a model type": lambda recipe: config_of(recipe, model_type=HOSTILE, architectures=[HOSTILE]),
+    "a configuration's value": lambda recipe: config_of(recipe, hidden_size=HOSTILE),
+    "an activation": lambda recipe: config_of(recipe, hidden_act=HOSTILE),
+    "a key that chooses code": lambda recipe: config_of(recipe, **{HOSTILE: {"_target_": HOSTILE}}),
+    "an end token": lambda recipe: tokenizer_of(recipe, eos_token=HOSTILE),
+    "a tokenizer's class": lambda recipe: tokenizer_of(recipe, tokenizer_class=HOSTILE),
+    "an adapter's base": lambda recipe: adapter_of(recipe, base_model_name_or_path=HOSTILE),
+    "an adapter's type": lambda recipe: adapter_of(recipe, peft_type=HOSTILE),
+    "another run's recipe": run_of,
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(tmp_path: Path, llama: Path, name: str) -> None:
+    command_name, arguments = ERRORS[name](world(tmp_path, llama))
+    code, output = under_terminal(command(command_name, *arguments), columns=200)
+    expect(output, code, 2, seen=False)
+    assert len(output.splitlines()) >= 2
