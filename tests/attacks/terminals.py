@@ -14,6 +14,7 @@ import termios
 import time
 import traceback
 import unicodedata
+import warnings
 from collections.abc import Callable, Mapping
 from typing import IO, NoReturn
 
@@ -94,6 +95,7 @@ def _be(work: Callable[[], None], settings: Mapping[str, str | None]) -> NoRetur
                 os.environ[name] = value
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        warnings.resetwarnings()  # pytest makes errors of them
         encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
         for handle, stream in enumerate(("stdin", "stdout", "stderr")):
             setattr(sys, stream, _opened(handle, *encoding.split(":")))

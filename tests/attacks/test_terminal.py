@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.attacks.terminals import HOSTILE, command, foreign_controls, under_terminal
+from tests.attacks.terminals import HOSTILE, command, foreign_controls, under_terminal, with_streams
 
 TRAIN = (
     *("train.max_steps=2", "train.batch_size=2", "data.max_length=512", "data.eval_fraction=0.2", "eval.every_steps=1"),
@@ -25,7 +26,7 @@ def world(folder: Path, llama: Path, name: str = "[bold]run[-bold]") -> Path:
     (base / "config.json").write_text(json.dumps({**config, f"key {HOSTILE}": 1, "quality": HOSTILE}))
     turns = [("user", f"What {HOSTILE}?"), ("assistant", f"It {HOSTILE}.")]
     good = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    rows: list[dict[str, object]] = [good] * 12
+    rows: list[object] = [good] * 12
     rows += [{"messages": HOSTILE}, {f"column {HOSTILE}": 1}]
     file = place / f"rows{HOSTILE}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,18 +53,52 @@ def expect(output: bytes, code: int, wanted: int, seen: bool = True) -> None:
     assert not seen or "\u241b]0;owned\u2407" in "".join(text.split()), text
 
 
+def whole_commands(recipe: Path) -> list[tuple[str, list[str]]]:
+    run = recipe.parent / "runs" / recipe.stem
+    return [
+        ("train", [str(recipe), *words(*TRAIN)]),
+        ("export", [str(run), "--no-verify"]),
+        ("estimate", [str(recipe)]),
+    ]
+
+
 def test_train_export_and_estimate(tmp_path: Path, llama: Path) -> None:
     recipe = world(tmp_path, llama)
-    for name, arguments in (
-        ("train", [str(recipe), *words(*TRAIN)]),
-        ("export", [str(recipe.parent / "runs" / recipe.stem), "--no-verify"]),
-        ("estimate", [str(recipe)]),
-    ):
+    for name, arguments in whole_commands(recipe):
         code, output = under_terminal(command(name, *arguments))
         expect(output, code, 0, seen=name != "estimate")
     for file in recipe.parent.joinpath("runs").rglob("*"):
         if file.suffix in (".jsonl", ".md") or file.name in ("export.json", "Modelfile"):
             assert foreign_controls(file.read_bytes()) == [], file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("columns", "settings"), [(40, {}), (200, {"NO_COLOR": "1"}), (80, {"TERM": "dumb"})])
+def test_terminals_of_each_kind(tmp_path: Path, llama: Path, columns: int, settings: dict[str, str | None]) -> None:
+    recipe = world(tmp_path, llama)
+    run = recipe.parent / "runs" / recipe.stem
+    more: list[tuple[str, list[str]]] = [
+        ("train", [str(recipe), *words(*TRAIN), "--resume"]),
+        ("train", [str(recipe), *words(*TRAIN), "--fresh"]),
+        ("train", [str(recipe), *words(*TRAIN), "--check"]),
+        ("export", [str(run), "--no-verify", "--json", "--to", "gguf"]),
+        ("estimate", [str(recipe), "--json"]),
+        ("estimate", [str(recipe), "--fit", "--vram", "12GiB"]),
+    ]
+    for name, arguments in [*whole_commands(recipe), *(more if columns == 40 else [])]:
+        code, output = under_terminal(command(name, *arguments), columns, settings)
+        expect(output, code, 0, seen=False)
+        assert settings.get("TERM", "xterm") != "dumb" or b"\x1b" not in output
+        assert "NO_COLOR" not in settings or not re.search(rb"\x1b\[[0-9;]*3[0-9]", output)
+
+
+@pytest.mark.slow
+def test_a_pipe_gets_lines_of_text_alone(tmp_path: Path, llama: Path) -> None:
+    recipe = world(tmp_path, llama)
+    out, error = tmp_path / "out", tmp_path / "err"
+    for name, arguments in whole_commands(recipe):
+        assert with_streams(command(name, *arguments), {1: str(out), 2: str(error)}) == 0
+    assert foreign_controls(out.read_bytes()) == [] and b"\x1b" not in out.read_bytes() and not error.read_bytes()
 
 
 Error = Callable[[Path], tuple[str, list[str]]]  # changes a good world; the command and its arguments
@@ -144,14 +179,20 @@ ERRORS: dict[str, Error] = {
     "an activation": lambda recipe: config_of(recipe, hidden_act=HOSTILE),
     "a key that chooses code": lambda recipe: config_of(recipe, **{HOSTILE: {"_target_": HOSTILE}}),
     "an end token": lambda recipe: tokenizer_of(recipe, eos_token=HOSTILE),
-    "a tokenizer's class": lambda recipe: tokenizer_of(recipe, tokenizer_class=HOSTILE),
     "an adapter's base": lambda recipe: adapter_of(recipe, base_model_name_or_path=HOSTILE),
     "an adapter's type": lambda recipe: adapter_of(recipe, peft_type=HOSTILE),
     "another run's recipe": run_of,
 }
 
 
-@pytest.mark.parametrize("name", ERRORS)
+# Those for which no library has to be asked.
+QUICK = {name for name in ERRORS if re.search("option|number|arguments|recipe|run that|key|value|table|TOML", name)}
+QUICK -= {"a configuration's value", "a key that chooses code"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ERRORS]
+)
 def test_errors(tmp_path: Path, llama: Path, name: str) -> None:
     command_name, arguments = ERRORS[name](world(tmp_path, llama))
     code, output = under_terminal(command(command_name, *arguments), columns=200)
