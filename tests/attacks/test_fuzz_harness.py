@@ -84,9 +84,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """All of them one after the other, in children that go on after each finding."""
     place = tmp_path_factory.mktemp("fuzz")
     makes = {name: make for name, (make, _) in {**FINDINGS, **HARMLESS}.items()}
-    doors = {name: Door(name, lambda scene: lambda: None, seconds) for name, seconds in (("hasty", 1.0), ("calm", 60.0))}
+    doors = {
+        name: Door(name, lambda scene: lambda: None, seconds) for name, seconds in (("hasty", 1.0), ("calm", 60.0))
+    }
     fuzzer = Fuzzer(doors, None, place / "scratch", place / "documents", named=dict.fromkeys(doors, makes))
-    wanted: list[Item] = [("hasty" if "took over" in FINDINGS.get(name, ("", ""))[1] else "calm", name) for name in makes]
+    wanted: list[Item] = [
+        ("hasty" if "took over" in FINDINGS.get(name, ("", ""))[1] else "calm", name) for name in makes
+    ]
     found = {str(outcome.index): outcome for outcome in fuzzer.run(wanted, 1)}
     assert len(found) == len(makes)
     return found

@@ -17,7 +17,13 @@ MORE_KEYS = (
     *("_name_or_path", "model_type", "architectures", "tie_word_embeddings", "use_cache", "transformers_version"),
 )
 TOKENIZER_KEYS = (
-    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_max_length", "tokenizer_class"),
+    *(
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "model_max_length",
+        "tokenizer_class",
+    ),
     *("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "auto_map", "add_bos_token", "legacy"),
 )
 TEMPLATES = (

@@ -36,7 +36,12 @@ LIMIT_CHARACTERS = 2000
 CHUNK = 50  # inputs of one child
 STACK = "stack.txt"  # where a child was when its time was up
 EXIT_CODES = (2, 3, 4)
-BYSTANDERS = {"thesis.txt": "years of work\n", "diary.txt": "dear diary\n", "photos/list.json": "{}", "rows.jsonl": "{}\n"}
+BYSTANDERS = {
+    "thesis.txt": "years of work\n",
+    "diary.txt": "dear diary\n",
+    "photos/list.json": "{}",
+    "rows.jsonl": "{}\n",
+}
 
 Work = Callable[[], None]
 Item = tuple[str, int | str]  # a door, and an index or a name

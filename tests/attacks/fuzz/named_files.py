@@ -83,7 +83,9 @@ BASES: Named = {
     "no tokenizer": as_entry("tokenizer.json", "gone"),
     "tokenizer.json is empty": of_base(lambda f, s: nasty.replace(f / "tokenizer.json", b"{}")),
     "a template that is none": with_template("{% for m in messages %}"),
-    "a template without an end": with_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+    "a template without an end": with_template(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    ),
 }
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -168,7 +170,9 @@ ADAPTERS: Named = {
 STEP = Path("checkpoints") / "step-000002"
 
 
-def of_run(change: Callable[[Path, Scene], Any], mode: str = "resume", *, whole: bool = False) -> Callable[[Scene], Work]:
+def of_run(
+    change: Callable[[Path, Scene], Any], mode: str = "resume", *, whole: bool = False
+) -> Callable[[Scene], Work]:
     def make(scene: Scene) -> Work:
         run = scene.place / "runs" / "tiny"
         shutil.copytree(scene.goods.run, run)

@@ -21,10 +21,26 @@ KNOWN: list[Any] = [
     {"instruction": "a", "input": "b", "output": "c", "history": [["q", "a"]]},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     {"text": "a plain text"},
-    {"messages": [{"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
+    {
+        "messages": [
+            {"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+        ]
+    },
 ]
 NAMES = ("rows", "ro\x1b[2Jws", "rows [1]", "*", "[a-z]", "**", "~nobody", "-rows", "ro\nws", "%s", "x" * 200)
-PATTERNS = ("*.jsonl", "**/*.jsonl", "**", "[", "***", "{a,b}", "a/../**", "?" * 300, "**/" * 60 + "*.jsonl", "[!a]*", ".")
+PATTERNS = (
+    "*.jsonl",
+    "**/*.jsonl",
+    "**",
+    "[",
+    "***",
+    "{a,b}",
+    "a/../**",
+    "?" * 300,
+    "**/" * 60 + "*.jsonl",
+    "[!a]*",
+    ".",
+)
 
 
 def parquet_columns() -> dict[str, Callable[[Random], Any]]:
