@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import sysconfig
 import threading
@@ -20,13 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HOME = Path(__file__).resolve().parent.parent
-# json comes from the standard library: in an isolated process nothing else is on the path yet.
-_BEGIN = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); from qlora import child_process as c; c.main()"
 
 
 def command(module: str, *arguments: str) -> list[str]:
     """The command line that runs a module as `__main__`, wherever the user stands."""
-    return [sys.executable, "-I", "-c", _BEGIN, json.dumps(import_path()), module, *arguments]
+    return [sys.executable, "-I", str(Path(__file__).resolve()), json.dumps(import_path()), module, *arguments]
 
 
 def import_path() -> list[str]:
@@ -52,9 +51,8 @@ def life_line() -> Iterator[int]:
 
 
 def main() -> None:
-    """In the child: watch the life line, then be the module that the command line names."""
-    import runpy
-
+    """In the child, of which this file is the script: watch the life line, then be the module that is asked for."""
+    sys.path[:] = json.loads(sys.argv.pop(1))
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
@@ -63,3 +61,7 @@ def _end_with_parent() -> None:
     while os.read(0, 1):  # nothing is ever written; the end of the file is the end of the parent
         pass
     os._exit(1)  # threads of native libraries may be at work: nothing is left to be tidied for
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
-from qlora import files, lock
+from qlora import files, foreign_json, lock
 from qlora.errors import RunFolderError, foreign_failures
 
 MANIFEST = "manifest.json"
@@ -248,6 +248,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError("it holds no JSON object")
     return manifest
+
+
+class _Entry(foreign_json.ForeignModel):
+    sha256: str
+    bytes: int
+
+
+class _Manifest(foreign_json.ForeignModel):
+    files: dict[str, _Entry]
+    sha256: str
+
+
+def recorded_sha256(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a published folder, as its manifest records them; the files are not looked at.
+
+    Raises FileNotFoundError where there is no manifest, ValueError for one that is damaged or none of ours.
+    """
+    file = files.inside(folder, MANIFEST)
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"there is no {MANIFEST}", str(file))
+    content = foreign_json.load_object(file)
+    entries = foreign_json.checked(_Manifest, content, str(file)).files
+    if content.pop(_SELF) != _sha256_of(content):
+        raise ValueError(f"{MANIFEST} is damaged (its own sha256 differs)")
+    return {name: entry.sha256 for name, entry in entries.items()}
 
 
 def _sha256_of(manifest: Mapping[str, Any]) -> str:

@@ -161,7 +161,8 @@ class Fidelity(Event):
     """How near exports are to the trained model. Each entry: name, measured_by, kl, perplexity, top1, bytes.
 
     `kl` is the mean over `positions` of KL(trained || candidate) in nats, `top1` the share of positions where both
-    think the same token most likely. `texts` says whose rows they are.
+    think the same token most likely. `texts` says whose rows they are. `evaluation` holds the trained model's loss on
+    rows of the run in nats, `here` and as `delivered`, with how many `rows` and `tokens`; None where none is compared.
     """
 
     kind: ClassVar[str] = "fidelity"
@@ -169,6 +170,7 @@ class Fidelity(Event):
     rows: int
     positions: int
     entries: tuple[Mapping[str, Any], ...]
+    evaluation: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

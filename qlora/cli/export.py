@@ -104,7 +104,8 @@ def _as_json(report: Report) -> dict[str, Any]:
     products = [{**asdict(product), "folder": str(product.folder)} for product in report.products]
     checks = [dict(zip(("format", "check", "ok", "detail"), check, strict=True)) for check in report.checks]
     fidelity = [asdict(line) for line in report.fidelity]
-    return {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
+    content = {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
+    return {**content, "evaluation": None if report.evaluation is None else asdict(report.evaluation)}
 
 
 if __name__ == "__main__":

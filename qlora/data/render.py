@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 
 from qlora import child_process
 from qlora.data import render_worker
-from qlora.data.formats import RowError
+from qlora.data.row_json import RowError
 from qlora.errors import TokenizerError
 
 START_SECONDS = 60.0  # a cold disk and a busy machine; 0.1 s is usual

@@ -292,7 +292,11 @@ def fidelity_table(fidelity: events.Fidelity) -> RenderableType:
     counted = f"{fidelity.positions:,} tokens of {fidelity.rows:,} {fidelity.texts}"
     measured = "; ".join(f"{', '.join(names)} by {who}" for who, names in by.items())
     heading = Text(f"how near to the trained model, on {counted}", style="bold")
-    return Group(heading, table, Text(f"measured: {measured}", style="dim"))
+    lines = [Text(f"measured: {measured}", style="dim")]
+    if (loss := fidelity.evaluation) is not None:
+        compared = f"{loss['here']:.4f} nats a token here, {loss['delivered']:.4f} as the run delivered it"
+        lines.append(Text(f"the trained model's loss on {loss['rows']:,} evaluation rows: {compared}", style="dim"))
+    return Group(heading, table, *lines)
 
 
 def end_panel(end: events.End, losses: list[float]) -> Panel:
