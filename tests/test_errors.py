@@ -71,3 +71,9 @@ def test_our_own_errors_and_interrupts_pass() -> None:
     for error in (errors.ModelError("a", "b"), KeyboardInterrupt()):
         with pytest.raises(type(error)), foreign_failures():
             raise error
+
+
+def test_what_a_message_quotes_steers_no_terminal() -> None:
+    error = QloraError("folder \x1b]0;owned\x07\x9b31m\udcff: lies", "rename \u202eit\x7f")
+    assert (error.what, error.hint) == ("folder ␛]0;owned␇\\x9b31m\\xff: lies", "rename \\u202eit␡")
+    assert str(error) == error.what
