@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 MEMORY_BYTES = 1 << 30
-BATCH_SECONDS = 5  # of computing, for the rows of one batch: 256 rows take 0.01 s
+BATCH_SECONDS = 2  # of computing, for the rows of one batch: 256 usual rows take 0.01 s
 BATCH_ROWS, BATCH_BYTES = 256, 8 << 20
 MAX_COLUMNS = 10_000
 
