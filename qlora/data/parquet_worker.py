@@ -28,6 +28,7 @@ def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])  # the parent's: pyarrow may lie in a user's own site folder
     max_row_bytes, max_rows = int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # when to end is the parent's business
+    sys.modules["pandas"] = None  # type: ignore[assignment]  # pyarrow would ask it for nanoseconds, and take 2 s
     import pyarrow
     import pyarrow.parquet
 

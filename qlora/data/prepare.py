@@ -23,11 +23,12 @@ from qlora.data.formats import Conversation, detect_format, to_conversation
 from qlora.data.limits import rendered_chars, text_limits
 from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
-from qlora.data.source_files import FoundFiles, SourceFile, shown_name
+from qlora.data.source_files import FoundFiles, SourceFile
 from qlora.data.sources import SourceRow, read_rows, source_files
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
+from qlora.shown import one_line
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection, SourceSection
@@ -292,7 +293,7 @@ def _conversations(
 
 def _name(source: SourceSection) -> str:
     """A source's name in reports, which outlive the place where the project's folder lies."""
-    return shown_name(Path(source.path).name)
+    return one_line(Path(source.path).name)
 
 
 def _leave_out(data: DataSection, error: RowTooLong, where: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from qlora import events
-from tests.attacks.fuzz import goods, nasty
+from tests.attacks.fuzz import nasty
 from tests.attacks.fuzz.harness import CommandEnded, Door, Scene, Work, control_characters
 
 VARIABLES: dict[str, tuple[str | None, ...]] = {
