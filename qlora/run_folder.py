@@ -113,7 +113,9 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
         old = load_recipe(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
-    if keys := differing_keys(pins.pinned(recipe, old), old):
+    # What the base is decides, not where it lies: see `checkpoint.check_base`.
+    of_place = ("model.base", "model.revision")
+    if keys := [key for key in differing_keys(pins.pinned(recipe, old), old) if key not in of_place]:
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 

@@ -103,7 +103,9 @@ class Fingerprints:
 
     def other_data(self, now: Fingerprints) -> str | None:
         """What makes the rows of `now` others, in words, or None."""
-        same = self.data == now.data or (self.data_content is not None and self.data_content == now.data_content)
+        same = self.data == now.data
+        if None not in (self.data_content, now.data_content):
+            same = self.data_content == now.data_content
         return None if same else "its rows, or the tokens that are made of them, have changed"
 
 
