@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,7 @@ def fill(text: str):  # type: ignore[no-untyped-def]
 
 
 def test_publish_writes_a_manifest_that_verifies(tmp_path: Path) -> None:
-    size = disk.publish_folder(tmp_path / "x", fill("hello"))
-    assert size == 105
+    assert disk.publish_folder(tmp_path / "x", fill("hello"), {"kind": "tokens"}) == (105, None)
     assert disk.verify_folder(tmp_path / "x") is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
 
@@ -61,7 +61,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
     real = os.rename
 
     def rename(source: Path, target: Path) -> None:
-        if ".tmp-" in source.name:
+        if ".tmp-qlora-" in source.name:
             raise OSError(28, "No space left on device")
         real(source, target)
 
@@ -108,11 +108,18 @@ def test_the_manifest_is_flushed_before_the_name_appears(tmp_path: Path, monkeyp
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
     disk.publish_folder(tmp_path / "x", fill("hello"))
-    (tmp_path / ".x.tmp-123").mkdir()
-    (tmp_path / ".y.json.tmp-9").touch()
-    (tmp_path / ".hidden").touch()
-    assert disk.sweep_leftovers(tmp_path) == 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "x"]
+    (tmp_path / ".x.tmp-qlora-123-0a1b2c3d").mkdir()
+    (tmp_path / ".y.json.tmp-qlora-9-00000000").touch()
+    (tmp_path / ".recipe.toml.tmp-9").touch()  # as versions up to 0.5 named them
+    (tmp_path / ".step-000050.old-9" / "checkpoint").mkdir(parents=True)
+    shutil.copytree(tmp_path / "x", tmp_path / ".x.old-swap-9")  # anybody's name, and ours by its manifest
+    theirs = (".hidden", ".notes.tmp-1", ".diary.old-2", ".thesis.old-swap-3", ".x.tmp-qlora-123", ".x.old-qlora-1-0")
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".x.old-qlora-1-00000000").symlink_to(tmp_path / "x")
+    assert disk.sweep_leftovers(tmp_path) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, ".x.old-qlora-1-00000000", "x"])
+    assert all((tmp_path / name).read_text() == "mine" for name in theirs)
 
 
 def test_set_aside_numbers_itself(tmp_path: Path) -> None:

@@ -87,10 +87,10 @@ def test_an_adapter_may_hold_plain_files_only(tmp_path: Path) -> None:
 
 def test_what_others_write_at_this_moment_is_left_alone(tmp_path: Path) -> None:
     """The cache of tokens is shared: only what dead processes left is swept."""
-    (tmp_path / f".a.tmp-{os.getpid()}").mkdir()
-    (tmp_path / ".b.tmp-4194305").mkdir()  # above the largest process number of Linux
+    (tmp_path / f".a.tmp-qlora-{os.getpid()}-00000000").mkdir()
+    (tmp_path / ".b.tmp-qlora-4194305-00000000").mkdir()  # above the largest process number of Linux
     assert disk.sweep_leftovers(tmp_path, spare_running=True) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [f".a.tmp-{os.getpid()}"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".a.tmp-qlora-{os.getpid()}-00000000"]
 
 
 # --- a project that was moved or renamed -----------------------------------------------------------------------------

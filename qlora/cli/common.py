@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qlora import third_party
+from qlora import files, third_party
 from qlora.disk import DISK_FULL, cache_dir
 from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Recovered
@@ -125,15 +125,15 @@ def drop_output(*handles: int) -> None:
 
 
 def _keep_traceback() -> str:
-    folder = cache_dir() / "crashes"
-    file = folder / f"crash-{os.getpid()}.txt"
     try:
+        folder = cache_dir() / "crashes"
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(redact(traceback.format_exc()))
-    except OSError as error:
-        return f"the command and its recipe (the traceback could not be kept: {error.strerror})"
+        file = folder / f"crash-{os.getpid()}.txt"
+        files.refuse_links(folder.parent, file)
+        with files.open_to_write(file, "replace", 0o600) as stream:
+            stream.write(redact(traceback.format_exc()).encode("utf-8", "backslashreplace"))
+    except (OSError, files.UnsafePathError, UserError) as error:
+        return f"the command and its recipe (the traceback could not be kept: {error})"
     return str(file)
 
 

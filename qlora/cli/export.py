@@ -99,6 +99,12 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
             screen.close()
     if as_json:
         print(json.dumps(_as_json(report)))
+        return
+    for product in report.products:
+        if product.set_aside:
+            print(
+                f"kept: {product.set_aside} ({product.set_aside_bytes / 2**20:,.1f} MiB), changed since it was exported"
+            )
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -80,14 +80,18 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
     screen = common.Screen(None, stop)
     with common.Signals(stop, screen):
         try:
-            _work(recipe, overrides, wanted[0] if wanted else "new", screen)
+            last = _work(recipe, overrides, wanted[0] if wanted else "new", screen)
         finally:
             screen.close()
+    if last:
+        print(last)
 
 
-def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> None:
+def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
+    """Do what is wanted. Returns a line to be said when the screen is closed."""
     from qlora.recipe.reading import load_recipe
 
+    last = None
     loaded = load_recipe(path, overrides)
     from qlora import api
     from qlora.events import Sinks
@@ -106,7 +110,10 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
         print(f"{proof.steps}, uninterrupted and resumed from step {proof.resumed_from} in a new process")
     else:
         mode: api.Mode = "resume" if wanted == "resume" else "fresh" if wanted == "fresh" else "new"
-        api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
+        result = api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
+        if aside := result.set_aside:
+            last = f"kept: {aside.folder} ({aside.bytes / 2**20:,.1f} MiB), the run that was here before"
+    return last
 
 
 def _report(checked: Checked) -> None:

@@ -155,7 +155,11 @@ class _Maker:
         if not cached:
             disk.sweep_leftovers(self.cache_dir, spare_running=True)
             try:
-                disk.publish_folder(folder, lambda place: _Tokenization(self, sources, place).run())
+                self.cache_dir.mkdir(parents=True, exist_ok=True)
+                about = {"kind": "tokens"}
+                made = disk.publish_folder(folder, lambda place: _Tokenization(self, sources, place).run(), about)
+                if made.aside:
+                    self.sink.emit(Notice("cache", f"what was there is kept as {made.aside.folder}"))
             except OSError as error:
                 raise DataError(
                     f"{self.cache_dir}: cannot write tokenized rows ({error.strerror or error})",

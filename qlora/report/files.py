@@ -27,7 +27,7 @@ class JsonLines:
         self.path = path
         if resume_from_step is not None and path.exists():
             _forget_after(path, resume_from_step)
-        self._file = path.open("ab", buffering=0)
+        self._file = disk.open_to_write(path, "append")
         self._written_bytes = self._file.tell()
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
 

@@ -14,6 +14,7 @@ import pytest
 from qlora import disk, lock
 from qlora.errors import ExportError, StoppedBySignal
 from qlora.export import staging
+from qlora.export.hashed_file import HashedFile
 from qlora.export.staging import StagedExport
 
 WORK = {"adapter": "a", "dtype": "bf16"}
@@ -168,14 +169,14 @@ def test_a_signal_between_two_artifacts_keeps_the_second(tmp_path: Path) -> None
 def test_a_full_disk_is_an_error_of_two_lines_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = disk.HashedFile.append
+    append = HashedFile.append
 
-    def full(self: disk.HashedFile, data: bytes) -> None:
+    def full(self: HashedFile, data: bytes) -> None:
         if self.size > 4000:
             raise OSError(errno.ENOSPC, "No space left on device")
         append(self, data)
 
-    monkeypatch.setattr(disk.HashedFile, "append", full)
+    monkeypatch.setattr(HashedFile, "append", full)
     with pytest.raises(ExportError, match="the disk is full") as caught:
         finished({"a": tmp_path / "x", "b": tmp_path / "y"})
     assert "`out`" in caught.value.hint and caught.value.exit_code == 2
@@ -212,7 +213,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
     root = tmp_path / ".x.part"
     root.mkdir()
-    (root / "lock").write_text("1")
+    (root / "lock").write_text('{"pid": 4194305, "started": "1", "host": "here"}')
     assert finished({"a": tmp_path / "x"}) == 0
 
 
@@ -225,7 +226,7 @@ def test_a_folder_that_its_last_writer_removes_in_this_moment_is_made_anew(
     def late(handle: int) -> None:
         rounds.append(handle)
         if len(rounds) == 1:
-            disk.remove_folder(root)
+            disk.discard(root)
         take(handle)
 
     monkeypatch.setattr(lock, "_take", late)
@@ -243,7 +244,7 @@ def test_one_artifact_is_given_up_and_the_others_published(tmp_path: Path) -> No
     with StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as staged:
         fill(staged, ("a", "b"))
         staged.discard("a")
-        assert staged.publish("b") == sum(len(piece(item)) for item in range(1, 21)) + 2
+        assert staged.publish("b").bytes == sum(len(piece(item)) for item in range(1, 21)) + 2
     assert [path.name for path in tmp_path.iterdir()] == ["y"]
 
 
@@ -258,8 +259,8 @@ def test_arrays_of_any_shape_are_appended_as_their_bytes(tmp_path: Path) -> None
 
 def test_points_are_flushed_before_they_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    sync, write = disk.HashedFile.sync, disk.write_atomic
-    monkeypatch.setattr(disk.HashedFile, "sync", lambda self: (calls.append(self.path.name), sync(self))[1])
+    sync, write = HashedFile.sync, disk.write_atomic
+    monkeypatch.setattr(HashedFile, "sync", lambda self: (calls.append(self.path.name), sync(self))[1])
     monkeypatch.setattr(disk, "write_atomic", lambda path, data: (calls.append(path.name), write(path, data))[1])
     killed({"a": tmp_path / "x"}, 6)
-    assert calls == ["part0.bin", "journal.json"]
+    assert calls == ["part.json", "part0.bin", "journal.json"]
