@@ -59,6 +59,17 @@ def test_what_makes_it_another_base_is_said_at_the_door(folder: Path, change: An
     assert what in str(known(first).difference(seen)) and what in str(known(first).difference(known(other)))
 
 
+def test_a_dtype_of_the_same_bytes_is_another_base(folder: Path) -> None:
+    """bf16 and f16 have as many bytes: only the type in the header differs."""
+    other = copied(folder, "other")
+    file = other / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(b'"BF16"', b'"F16" ')
+    file.write_bytes(raw[:8] + header + raw[8 + length :])
+    assert known(at(other)).content != known(at(folder)).content
+
+
 def test_another_configuration_and_other_shapes(folder: Path, tmp_path: Path) -> None:
     first = known(at(folder))
     assert first.difference(known(at(change_config(copied(folder, "a"), rms_norm_eps=1e-4)))) == (
