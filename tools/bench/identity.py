@@ -4,9 +4,9 @@
     python tools/bench/identity.py --base /models/Qwen3-8B --repeats 5 --out results/identity.json
     python tools/bench/identity.py --parts                  # hash, check of values, and sample at the door, one by one
 
-A pair of loads (with, without; then without, with) is one repeat; the files are in the page cache after the first one,
-which is not counted, so that the ratio is the worst one: a disk that is slower hides the hash. "Without" also leaves out
-the check that values are finite and the sample.
+A pair of loads (with, without; then without, with) is one repeat. The files are in the page cache after a first one
+that is not counted: a slower disk hides more of the hash. "Without" also leaves out the check that values are finite and the
+sample. Processor seconds are of all threads: what the hash takes where no core has time.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qlora import third_party
+from qlora.third_party import let_waiting_threads_sleep  # noqa: E402
 
-third_party.let_waiting_threads_sleep()
+let_waiting_threads_sleep()
 
-import torch
-from blake3 import blake3
+import torch  # noqa: E402
+from blake3 import blake3  # noqa: E402
 
-from qlora.device import current, release_memory
-from qlora.events import Sinks
-from qlora.model import identity, load
-from qlora.model.base_folder import BaseFolder
-from qlora.model.identity import BaseIdentity, WeightReader
-from qlora.model.meta_model import build, taken_tensors
-from qlora.model.resolve import resolve
-from qlora.model.tensors import as_bytes, read_tensor, refuse_not_finite
-from qlora.recipe.sections import QuantizationSection
+from qlora.device import current, release_memory  # noqa: E402
+from qlora.events import Sinks  # noqa: E402
+from qlora.model import identity, load  # noqa: E402
+from qlora.model.base_folder import BaseFolder  # noqa: E402
+from qlora.model.identity import BaseIdentity, WeightReader  # noqa: E402
+from qlora.model.meta_model import build, taken_tensors  # noqa: E402
+from qlora.model.resolve import resolve  # noqa: E402
+from qlora.model.tensors import as_bytes, read_tensor, refuse_not_finite  # noqa: E402
+from qlora.recipe.sections import QuantizationSection  # noqa: E402
 
 BLOCK = 1 << 22  # values of a block, as loading reads them
 
@@ -56,13 +56,13 @@ class _PlainReader(WeightReader):
         return BaseIdentity(config="", shapes="", dtypes="", sampled="")
 
 
-def seconds_of(base: BaseFolder, reader: type[WeightReader], quantization: str) -> float:
-    """Of one load, from the folder to the model on its device."""
+def seconds_of(base: BaseFolder, reader: type[WeightReader], quantization: str) -> tuple[float, float]:
+    """Of one load, from the folder to the model on its device: by the clock, and of all threads."""
     device = current()
     before, load.WeightReader = load.WeightReader, reader  # type: ignore[misc, attr-defined]
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     model = load.load_base(base, QuantizationSection(type=quantization), "auto", device, Sinks())  # type: ignore[arg-type]
-    taken = time.perf_counter() - started
+    taken = time.perf_counter() - started, time.process_time() - worked
     load.WeightReader = before  # type: ignore[misc, attr-defined]
     del model
     release_memory(device)
@@ -70,20 +70,20 @@ def seconds_of(base: BaseFolder, reader: type[WeightReader], quantization: str) 
 
 
 def measure(base: BaseFolder, quantization: str, repeats: int) -> dict[str, Any]:
-    """Seconds of each load, and the median over repeats of with / without."""
+    """Seconds of each load by the clock and of the processor, and the median over repeats of with / without."""
     seconds_of(base, WeightReader, quantization)
-    found: dict[type[WeightReader], list[float]] = {WeightReader: [], _PlainReader: []}
+    found: dict[type[WeightReader], list[tuple[float, float]]] = {WeightReader: [], _PlainReader: []}
     for repeat in range(repeats):
         for reader in sorted(found, key=lambda kind: kind is _PlainReader, reverse=bool(repeat % 2)):
             found[reader].append(seconds_of(base, reader, quantization))
-            print(f"{quantization} {reader.__name__:14} {found[reader][-1]:.3f} s", flush=True)
-    pairs = zip(found[WeightReader], found[_PlainReader], strict=True)
-    return {
-        "with": found[WeightReader],
-        "without": found[_PlainReader],
-        "ratio": statistics.median(one / other for one, other in pairs),
-        "ratio_of_best": min(found[WeightReader]) / min(found[_PlainReader]),
-    }
+            clock, processor = found[reader][-1]
+            print(f"{quantization} {reader.__name__:14} {clock:.3f} s, processor {processor:.3f} s", flush=True)
+    results: dict[str, Any] = {}
+    for at, kind in enumerate(("clock", "processor")):
+        both = [[taken[at] for taken in found[reader]] for reader in (WeightReader, _PlainReader)]
+        ratio = statistics.median(one / other for one, other in zip(*both, strict=True))
+        results[kind] = {"with": both[0], "without": both[1], "ratio": ratio, "of_best": min(both[0]) / min(both[1])}
+    return results
 
 
 def parts(base: BaseFolder) -> dict[str, float]:
@@ -154,8 +154,8 @@ def main() -> None:
         if not asked.parts:
             for kind in asked.quantization:
                 results[kind] = measure(base, kind, asked.repeats)
-                ratios = f"median ratio {results[kind]['ratio']:.3f}, of the best {results[kind]['ratio_of_best']:.3f}"
-                print(f"{kind}: {ratios}", flush=True)
+                for name, found in results[kind].items():
+                    print(f"{kind}, {name}: ratio {found['ratio']:.3f}, of the best {found['of_best']:.3f}", flush=True)
     if asked.out:
         asked.out.write_text(json.dumps(results, indent=1) + "\n")
 
