@@ -5,8 +5,8 @@
     python tools/bench/identity.py --parts                  # hash, check of values, and sample at the door, one by one
 
 A pair of loads (with, without; then without, with) is one repeat. The files are in the page cache after a first one
-that is not counted: a slower disk hides more of the hash. "Without" also leaves out the check that values are finite and the
-sample. Processor seconds are of all threads: what the hash takes where no core has time.
+that is not counted: a slower disk hides more of the hash. "Without" also leaves out the check that values are finite
+and the sample. Processor seconds are of all threads: what the hash takes where no core has time.
 """
 
 from __future__ import annotations
