@@ -52,6 +52,9 @@ def test_a_run_goes_on_and_its_tokens_are_found(old: dict[str, Any]) -> None:
     assert values(recorder, "step", "step") == list(range(done + 1, len(old["losses"]) + 1))
     assert "tokenize" not in values(recorder, "progress", "task")
     assert "cache" in values(recorder, "notice", "topic")
+    assert any("step-" in text and "kept no hash of the base" in text for text in values(recorder, "notice", "message"))
+    newest = max(Path("runs/tiny/checkpoints").iterdir())
+    assert json.loads((newest / "state.json").read_text())["fingerprints"]["base_identity"]["content"]
     if old["same_arithmetic"]:
         assert losses == old["losses"][done:]
         assert hashes(Path("tiny.toml"), len(old["losses"])) == old["checkpoint"]
@@ -64,6 +67,7 @@ def test_an_export_is_finished(old: dict[str, Any]) -> None:
     points = json.loads((export / ".hf.part" / "journal.json").read_text())["points"]
     recorder = Recorder()
     api.merge_and_export("runs/tiny", options=api.export_options(verify=False), sink=recorder)
+    assert any("kept no hash of the base" in text for text in values(recorder, "notice", "message"))
     assert [path.name for path in export.iterdir()] == ["hf"] and verify_folder(export / "hf") is None
     if qlora.__version__ == old["version"]:  # another version's half is begun anew
         at_the_point = sum(size for size, _ in points[-1]["files"].values())

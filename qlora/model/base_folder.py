@@ -31,6 +31,7 @@ from qlora.model.tensors import (
 # Everything a base needs and nothing that could run.
 SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "tekken.json", "*.tiktoken")
 COPIED_FILES = ("LICENSE*", "NOTICE*")  # into what is made of a base
+_TEMPLATES_FOLDER = "additional_chat_templates"  # the one folder in a base that transformers looks into
 MAX_CONFIG_BYTES = 10_000_000
 
 # Keys by which a configuration has chosen code (CVE-2026-4372, CVE-2026-5241, CVE-2025-23304; Hydra's, Lightning's and
@@ -168,11 +169,13 @@ def check_entries(folder: Path) -> None:
     A pipe or device under a file's name would block whoever opens it, and a link out of the folder would carry a
     file of this machine into the adapter that is made of it. Weights are bounded by their own headers.
     """
-    for path in sorted(folder.iterdir()):
-        if not any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors")):
+    nested = folder / _TEMPLATES_FOLDER
+    for path in (*sorted(folder.iterdir()), *(sorted(nested.iterdir()) if nested.is_dir() else ())):
+        ours = any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors"))
+        if not ours and not files.is_link(path):
             continue  # nothing here opens it
         try:
-            files.inside(folder, path.name)
+            files.inside(folder, path.relative_to(folder).as_posix())
         except files.UnsafePathError as error:
             raise ModelError(f"{folder}: {error}", _FROM_ITS_PUBLISHER) from error
         if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > MAX_SMALL_BYTES:
@@ -188,7 +191,7 @@ def check_tokenizer_config(folder: Path) -> None:
             check_config({**load_json(file), "quantization_config": None}, name)
     file = folder / "tokenizer.json"
     if file.is_file():
-        with file.open("rb") as stream:
+        with files.open_to_read(files.inside(folder, file.name)) as stream:
             if stream.read(2) in PICKLE_MAGICS:
                 what = f"{file}: is a pickle under another name, and pickles are never opened"
                 raise ModelError(what, _FROM_ITS_PUBLISHER)

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora import hub
+from qlora import files, hub
 from qlora.errors import ModelError
 from qlora.events import Sink
 from qlora.model.base_folder import (
@@ -61,9 +61,8 @@ def resolve_config(base: str, revision: str, sink: Sink) -> dict[str, Any]:
 
 def _local_folder(base: str) -> Path | None:
     """The folder that `base` names, there or not; None for a hub name. Raises ModelError for what is neither."""
-    place = Path(base).expanduser()
-    if place.is_absolute():
-        return place
+    if base.startswith("~") or Path(base).is_absolute():
+        return files.user_path(base, "model.base")
     if not hub.is_name(base):
         what = f"model.base: {base!r} is neither a folder nor a hub name (owner/name)"
         raise ModelError(what, "give the folder's path, or a name as it stands on huggingface.co")
