@@ -16,7 +16,8 @@ from qlora import files
 
 MAX_BYTES = 10_000_000  # the largest config.json known to us has 0.3 MB
 MAX_DEPTH = 64  # 12 is the deepest configuration of a model known to us
-MAX_DIGITS = 19  # of a whole number: 2**63 - 1 has as many
+# Of a whole number: 2**63 - 1 has 19, and transformers writes a tokenizer without a limit of length as int(1e30).
+MAX_DIGITS = 40
 _SHOWN = 60  # characters of a value in a message
 
 Model = TypeVar("Model", bound="ForeignModel")
@@ -32,8 +33,8 @@ class ForeignModel(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def load(file: Path, max_bytes: int = MAX_BYTES) -> Any:
-    """The JSON value in a file. `file` is resolved already.
+def load(file: Path, max_bytes: int = MAX_BYTES, finite: bool = True) -> Any:
+    """The JSON value in a file. `file` is resolved already. Without `finite`, NaN and Infinity are numbers too.
 
     Raises ForeignFileError for what is no JSON, a key that stands twice, numbers that are not finite or longer than
     MAX_DIGITS, nesting deeper than MAX_DEPTH, a file over `max_bytes`, and whatever cannot be opened.
@@ -44,10 +45,10 @@ def load(file: Path, max_bytes: int = MAX_BYTES) -> Any:
         raise ForeignFileError(str(error)) from error
     except OSError as error:
         raise ForeignFileError(f"{file}: cannot be read ({error.strerror or error})") from error
-    return parse(data, str(file))
+    return parse(data, str(file), finite)
 
 
-def parse(data: bytes | str, where: str) -> Any:
+def parse(data: bytes | str, where: str, finite: bool = True) -> Any:
     """The JSON value of a text; `where` names it in errors. Raises as `load` does."""
     try:
         value = json.loads(
@@ -55,7 +56,7 @@ def parse(data: bytes | str, where: str) -> Any:
             object_pairs_hook=_once,
             parse_int=_whole_number,
             parse_float=_number,
-            parse_constant=_no_constant,
+            parse_constant=_no_constant if finite else float,
         )
     except RecursionError as error:
         raise ForeignFileError(f"{where}: is nested deeper than {MAX_DEPTH} levels") from error
@@ -66,9 +67,9 @@ def parse(data: bytes | str, where: str) -> Any:
     return value
 
 
-def load_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def load_object(file: Path, max_bytes: int = MAX_BYTES, finite: bool = True) -> dict[str, Any]:
     """The JSON object in a file. Raises as `load` does, and for any other value."""
-    value = load(file, max_bytes)
+    value = load(file, max_bytes, finite)
     if not isinstance(value, dict):
         raise ForeignFileError(f"{file}: holds no JSON object")
     return value
@@ -80,7 +81,7 @@ def checked(model: type[Model], value: Any, where: str) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the value"
+        key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
         reason = str(first["msg"]).removeprefix("Value error, ")
         raise ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}") from error
 
