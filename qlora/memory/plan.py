@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora.errors import DoesNotFit
+from qlora.errors import DoesNotFit, ModelError, foreign_failures
 from qlora.memory.estimate import DataFacts, Estimate, Estimator
 from qlora.memory.hardware import Machine
 from qlora.recipe.reading import Recipe
@@ -171,15 +172,29 @@ class Question:
         return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
 
     def estimate(self, changes: Changes | None = None) -> Estimate:
-        """With "auto" keys decided, and `changes` made first."""
-        return Planner(self.estimator).decide(changed(self.recipe, changes or {})).estimate
+        """With "auto" keys decided, and `changes` made first. Raises ModelError where it cannot be simulated."""
+        with self._simulating():
+            return Planner(self.estimator).decide(changed(self.recipe, changes or {})).estimate
 
     def search(self) -> list[Plan]:
-        return Planner(self.estimator).search(self.recipe)
+        with self._simulating():
+            return Planner(self.estimator).search(self.recipe)
 
     def does_not_fit(self) -> DoesNotFit:
         planner = Planner(self.estimator)
-        return does_not_fit(planner, planner.decide(self.recipe).recipe)
+        with self._simulating():
+            return does_not_fit(planner, planner.decide(self.recipe).recipe)
+
+    @contextmanager
+    def _simulating(self) -> Iterator[None]:
+        """transformers' code runs here, on meta tensors and by a stranger's configuration."""
+        with foreign_failures() as failure:
+            yield
+        if failure.error:
+            what = f"{self.estimator.name}: config.json: a step of this model cannot be simulated ({failure.reason})"
+            raise ModelError(
+                what, "check config.json, or use another model: a run measures what it takes"
+            ) from failure.error
 
 
 def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:

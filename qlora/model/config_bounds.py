@@ -27,6 +27,8 @@ MAX_TOKEN_IDS = 1024  # that end a text
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
 # Of classifiers; a dictionary with an entry each, which a causal model does not read.
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+# What a forward pass returns is for its caller to say, and old configurations hold a default of it.
+RETURNED = ("return_dict", "use_return_dict", "output_attentions", "output_hidden_states")
 _HINT = "get a clean copy of the model"
 _DTYPE = re.compile(r"(torch\.)?(auto|(b?float|float8_e|int|uint)\w{1,12}|half|float|double)")
 
@@ -69,6 +71,7 @@ class _Config(ForeignModel):
     bos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     layer_types: list[str] | None = None
+    text_config: dict[str, Any] | None = None
 
 
 class _Generation(ForeignModel):

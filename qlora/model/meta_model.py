@@ -81,8 +81,11 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
     with _refusing(name):
         config = open_config(stored)
         text = config.get_text_config(decoder=True)
-        if config.tie_word_embeddings and not head_stored:
+        if not isinstance(text, dict) and config.tie_word_embeddings and not head_stored:
             text.tie_word_embeddings = True
+    if isinstance(text, dict):  # under a name that this kind of model gives no meaning
+        what = f"{name}: config.json: text_config is there, but a {config.model_type} has no text part"
+        raise ModelError(what, "get a clean copy of the model")
     _check_shape(text, name)
     _check_extent(text, name)
     return text, text is not config
@@ -99,6 +102,9 @@ def _check_shape(text: Any, name: str) -> None:
     heads, shared = known.get("num_attention_heads", 1), known.get("num_key_value_heads", 1)
     if heads % shared:
         what = f"{name}: config.json: num_key_value_heads is {shared}, which does not divide {heads} attention heads"
+        raise ModelError(what, "get a clean copy of the model")
+    if hasattr(text, "rope_parameters") and type(width := getattr(text, "head_dim", None)) is int and width % 2:
+        what = f"{name}: config.json: head_dim is {width}, but positions turn its values in pairs"
         raise ModelError(what, "get a clean copy of the model")
     padding, tokens = getattr(text, "pad_token_id", None), known.get("vocab_size", 0)
     if padding is not None and not -tokens <= padding < tokens:
@@ -127,6 +133,9 @@ def _extent(text: Any) -> tuple[int, int]:
     """Weights and bytes of buffers of a model, which is made on meta altogether."""
     with torch.device("meta"):
         model = _from_config(copy.deepcopy(text), None, include_buffers=True)
+    empty = [(key, list(parameter.shape)) for key, parameter in model.named_parameters() if not parameter.numel()]
+    if empty:
+        raise ModelError(f"config.json: its sizes make {empty[0][0]} {empty[0][1]}", "get a clean copy of the model")
     weights = sum(parameter.numel() for parameter in model.parameters())
     return weights, sum(buffer.nbytes for buffer in model.buffers())
 
