@@ -108,7 +108,8 @@ def make(scene: Scene) -> Work:
         file.write_bytes(content(ending, chance, scene))
     path = str(file)
     if kind < 0.1:
-        nasty.entry(file, chance.choice(nasty.ENTRIES), scene.bystander)
+        # Rows may be of any length; these are one line of a gigabyte.
+        nasty.entry(file, chance.choice(nasty.ENTRIES), scene.bystander, huge_bytes=1 << 30)
     elif kind < 0.2:
         inside(folder, scene)
         path = chance.choice((str(folder), str(folder / chance.choice(PATTERNS))))
