@@ -13,7 +13,7 @@ import pytest
 
 from qlora.errors import DataError, DoesNotFit, Problem, QloraError, RecipeError
 from tests.attacks.fuzz import harness, nasty
-from tests.attacks.fuzz.harness import CommandEnded, Door, Fuzzer, Item, Outcome, Scene, Work
+from tests.attacks.fuzz.harness import Command, Door, Fuzzer, Item, Outcome, Scene, Work
 
 
 def raising(error: BaseException) -> Callable[[Scene], Work]:
@@ -48,7 +48,7 @@ FINDINGS: dict[str, tuple[Callable[[Scene], Work], str]] = {
     "raises what is no Exception": (raising(GeneratorExit()), "GeneratorExit"),
     "is refused by the system": (raising(PermissionError(13, "no", "file")), "PermissionError"),
     "leaves": (raising(SystemExit(2)), "SystemExit"),
-    "a command that leaves with 1": (raising(CommandEnded(1)), "exit code 1"),
+    "a command that leaves with 1": (lambda scene: Command(lambda: 1), "exit code 1"),
     "nests": (lambda scene: lambda: nests(), "RecursionError"),
     "leaves a marker": (lambda scene: lambda: scene.marker.touch(), "a marker was left"),
     "changes a file of the user's": (changes, "a bystander's file was changed"),
@@ -69,7 +69,7 @@ HARMLESS: dict[str, tuple[Callable[[Scene], Work], int]] = {
     "refused": (raising(DataError("rows.jsonl:1: \x1b[2J", "hint")), 2),
     "does not fit": (raising(DoesNotFit("what", "hint")), 3),
     "several problems": (raising(RecipeError([Problem("file", "what", "hint")] * 3)), 2),
-    "a command that ended": (raising(CommandEnded(2)), 2),
+    "a command that ended": (lambda scene: Command(lambda: 2), 2),
     "takes 300 MiB": (lambda scene: lambda: None if bytearray(b"x") * (300 << 20) else None, 0),
     "writes in its own place": (lambda scene: lambda: (scene.place / "x").touch(), 0),
 }

@@ -66,8 +66,14 @@ class Scene:
         return (str(self.pipe()), "/dev/zero", str(self.bystander), str(self.bystander.parent), str(self.place))
 
 
-class CommandEnded(SystemExit):
-    """The exit of a whole command, which has shown its errors itself."""
+@dataclass(frozen=True)
+class Command:
+    """The work of a whole command, which shows its errors itself: `ended` is its exit code."""
+
+    ended: Callable[[], int]
+
+    def __call__(self) -> None:
+        raise SystemExit(self.ended())
 
 
 @dataclass(frozen=True)
@@ -302,17 +308,24 @@ def show(work: Work) -> Shown:
     code, detail = 0, ""
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
-            common.run(watched)
+            if isinstance(work, Command):
+                code = work.ended()
+            else:
+                common.run(watched)
         except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            code = exit_code(ended)
         except BaseException as error:
             code, raised = -1, [*raised, error]
     out, err = (_written(stream) for stream in streams)
     error = raised[-1] if raised else None
     if error is not None:
         detail = "".join(traceback.format_exception(error))[-6000:]
-    fault = _fault(error, code) or _untidy(out, err)
+    fault = _fault(error, code, isinstance(work, Command)) or _untidy(out, err)
     return Shown(code, out, err, fault, detail)
+
+
+def exit_code(ended: SystemExit) -> int:
+    return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
 
 
 def _written(stream: io.TextIOWrapper) -> str:
@@ -322,12 +335,10 @@ def _written(stream: io.TextIOWrapper) -> str:
     return ""
 
 
-def _fault(error: BaseException | None, code: int) -> str:
+def _fault(error: BaseException | None, code: int, is_command: bool) -> str:
     """What is wrong with how it ended; "" for nothing."""
     if error is None:
-        return "" if code == 0 else f"exit code {code}"
-    if isinstance(error, CommandEnded):
-        return "" if code in (0, *EXIT_CODES) else f"exit code {code}"
+        return "" if code == 0 or (is_command and code in EXIT_CODES) else f"exit code {code}"
     if not isinstance(error, QloraError):
         text = "".join(letter if letter.isprintable() else "�" for letter in str(error))
         return f"{type(error).__name__}: {text[:200]}"

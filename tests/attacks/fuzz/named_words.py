@@ -9,7 +9,7 @@ from collections.abc import Callable
 from unittest import mock
 
 from tests.attacks.fuzz import here_door, nasty, recipe_door
-from tests.attacks.fuzz.harness import CommandEnded, Scene, Work
+from tests.attacks.fuzz.harness import Command, Scene, Work, exit_code
 from tests.attacks.fuzz.named_files import DEEP, LONG, Named
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -88,16 +88,17 @@ def command(name: str, *words: str, **variables: str) -> Callable[[Scene], Work]
                 word = word.replace(mark, str(place))
             return word
 
-        def work() -> None:
+        def work() -> int:
             app = importlib.import_module(f"qlora.cli.{name}").app
             argv = [f"qlora-{name}", *map(placed, words)]
             with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, variables):
                 try:
                     app()
                 except SystemExit as ended:
-                    raise CommandEnded(ended.code) from None
+                    return exit_code(ended)
+            return 0
 
-        return work
+        return Command(work)
 
     return make
 
