@@ -1,4 +1,4 @@
-"""An adapter from a stranger: PEFT's configuration, our provenance, the header of its tensors, its manifest, entries."""
+"""An adapter from a stranger: PEFT's configuration, our provenance, header of its tensors, manifest, entries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from unittest import mock
 
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 MORE_KEYS = (
     *("rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),

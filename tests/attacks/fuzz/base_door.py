@@ -1,4 +1,4 @@
-"""A base from a stranger: configuration, headers and index of the weights, tokenizer, template, entries of its folder."""
+"""A base from a stranger: configuration, headers and index of the weights, tokenizer, template, entries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 JSON_FILES = ("config.json", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 # Keys that real configurations have and the tiny one has not.
@@ -17,7 +18,13 @@ MORE_KEYS = (
     *("_name_or_path", "model_type", "architectures", "tie_word_embeddings", "use_cache", "transformers_version"),
 )
 TOKENIZER_KEYS = (
-    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_max_length", "tokenizer_class"),
+    *(
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "model_max_length",
+        "tokenizer_class",
+    ),
     *("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "auto_map", "add_bos_token", "legacy"),
 )
 TEMPLATES = (

@@ -1,4 +1,4 @@
-"""Cached tokens that somebody else may have put there: manifest, report, Arrow bytes, entries, other people's rights."""
+"""Cached tokens that somebody else may have put there: manifest, report, Arrow bytes, entries, rights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from tests.attacks.fuzz import goods, nasty
 from tests.attacks.fuzz.adapter_door import sign
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 
 def make(scene: Scene) -> Work:
@@ -55,7 +57,7 @@ def arrow(file: Path, scene: Scene) -> None:
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     name = chance.choice(sorted(columns))
     number = chance.choice((0, -1, 383, 384, 1 << 30, -(1 << 31)))
-    others = (
+    others: tuple[list[Any], ...] = (
         [[number] * 3], [number], ["x"], ["\x1b[2J:1"], [None], [b"x" * 16], [""], [[float("nan")] * 3], [[]],
         ['{"messages": 1}'], ["{"], ['{"messages": [], "tools": null, "expected": "x", "evil": 1}'], [json.dumps([1])],
     )  # fmt: skip

@@ -17,7 +17,13 @@ from qlora.recipe.reading import Recipe, load_recipe
 from tests.runs import run_dir, train, write_recipe
 
 DRAWN = 400
-SETTINGS = ("train.max_steps=2", "train.batch_size=2", "data.max_length=96", "eval.samples=0", "checkpoint.every_steps=1")
+SETTINGS = (
+    "train.max_steps=2",
+    "train.batch_size=2",
+    "data.max_length=96",
+    "eval.samples=0",
+    "checkpoint.every_steps=1",
+)
 _texts = st.text(max_size=20)
 _values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-(2**70), 2**70), st.floats(), _texts),
@@ -81,7 +87,9 @@ def drawn_values(seed: int) -> list[Any]:
     found: list[Any] = []
 
     @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=DRAWN, deadline=None, database=None, suppress_health_check=[*hypothesis.HealthCheck])
+    @hypothesis.settings(
+        max_examples=DRAWN, deadline=None, database=None, suppress_health_check=[*hypothesis.HealthCheck]
+    )
     @hypothesis.given(_values)
     def keep(value: Any) -> None:
         found.append(value)
@@ -106,4 +114,3 @@ def chat_of(base: Path, process: int) -> Any:
     from qlora.model.tokenizer import open_tokenizer
 
     return ChatTokenizer(open_tokenizer(base, "base"), "assistant", Sinks())
-

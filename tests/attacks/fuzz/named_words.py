@@ -9,8 +9,9 @@ from collections.abc import Callable
 from unittest import mock
 
 from tests.attacks.fuzz import here_door, nasty, recipe_door
-from tests.attacks.fuzz.harness import Command, Scene, Work, exit_code
+from tests.attacks.fuzz.harness import Scene
 from tests.attacks.fuzz.named_files import DEEP, LONG, Named
+from tests.attacks.fuzz.seen import Command, Work, exit_code
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,27 @@ from typing import Any
 
 from qlora.recipe.reading import key_names
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
-KEYS = [*key_names(), "model.bse", "lora.rank", "x.y", "train.epochs", "model", "data.train", "data", '"a b".c', "a.b.c.d"]
+KEYS = [
+    *key_names(),
+    "model.bse",
+    "lora.rank",
+    "x.y",
+    "train.epochs",
+    "model",
+    "data.train",
+    "data",
+    '"a b".c',
+    "a.b.c.d",
+]
 TOML = (
     "[]", "{}", '["a"]', "[1, [2]]", "'; touch x'", "1979-05-27", "07:32:00", "'''\n'''", "nan", "-inf", "0x", "0xff",
     '"nf4"', "auto", "1" * 10_000, "1e" + "9" * 5000, "[" * 3000 + "]" * 3000, "{a=" * 1000 + "1" + "}" * 1000, "1_000",
-    '"\\u0000"', '"\\U0001F600"', "true", "10000000000", "1000000000000000000000", "0", "-1", "0.5", '"' + "x" * 70_000 + '"',
-    "1e300", "1e-300", '"all-linear"', '["(a+)+$"]', "inf", '""', '"\\u001b[2J"', '["hf", "gguf:q4_k_m"]',
+    '"\\u0000"', '"\\U0001F600"', "true", "10000000000", "1000000000000000000000", "0", "-1", "0.5",
+    '"' + "x" * 70_000 + '"', "1e300", "1e-300",
+    '"all-linear"', '["(a+)+$"]', "inf", '""', '"\\u001b[2J"', '["hf", "gguf:q4_k_m"]',
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Rows from a stranger: lines, arrays, tables, columns of Parquet, texts, and the folders and patterns that name them."""
+"""Rows from a stranger: lines, arrays, tables, columns of Parquet, texts; folders and patterns that name them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from random import Random
 from typing import Any
 
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 from tests.data.cases import BROKEN_LINES, GOOD
 
 KNOWN: list[Any] = [
@@ -21,10 +22,26 @@ KNOWN: list[Any] = [
     {"instruction": "a", "input": "b", "output": "c", "history": [["q", "a"]]},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
     {"text": "a plain text"},
-    {"messages": [{"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
+    {
+        "messages": [
+            {"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+        ]
+    },
 ]
 NAMES = ("rows", "ro\x1b[2Jws", "rows [1]", "*", "[a-z]", "**", "~nobody", "-rows", "ro\nws", "%s", "x" * 200)
-PATTERNS = ("*.jsonl", "**/*.jsonl", "**", "[", "***", "{a,b}", "a/../**", "?" * 300, "**/" * 60 + "*.jsonl", "[!a]*", ".")
+PATTERNS = (
+    "*.jsonl",
+    "**/*.jsonl",
+    "**",
+    "[",
+    "***",
+    "{a,b}",
+    "a/../**",
+    "?" * 300,
+    "**/" * 60 + "*.jsonl",
+    "[!a]*",
+    ".",
+)
 
 
 def parquet_columns() -> dict[str, Callable[[Random], Any]]:
@@ -34,7 +51,7 @@ def parquet_columns() -> dict[str, Callable[[Random], Any]]:
     day, moment = datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2, 3, 4, 5)
     number = decimal.Decimal("1.50")
     return {
-        "string": lambda c: pa.array(["a", c.choice(nasty.TEXTS[4:9] + ("b",)), None][: c.choice((1, 3))] * 1),
+        "string": lambda c: pa.array(["a", c.choice((*nasty.TEXTS[4:9], "b")), None][: c.choice((1, 3))]),
         "dates": lambda c: pa.array([day, None, day], c.choice((pa.date32(), pa.date64()))),
         "moments": lambda c: pa.array([moment] * 3, pa.timestamp(c.choice(("s", "ns")), tz=c.choice((None, "UTC")))),
         "far": lambda c: pa.array([2**62, -(2**62), 0], pa.timestamp(c.choice(("s", "us")))),

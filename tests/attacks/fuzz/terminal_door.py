@@ -15,8 +15,9 @@ from typing import Any
 from unittest import mock
 
 from qlora import events
-from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Command, Door, Scene, Work, control_characters, exit_code
+from tests.attacks.fuzz import nasty
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Command, Work, control_characters, exit_code
 
 VARIABLES: dict[str, tuple[str | None, ...]] = {
     "COLUMNS": ("0", "-1", "1", "9", "abc", "100000000", "", "²"),
@@ -24,7 +25,18 @@ VARIABLES: dict[str, tuple[str | None, ...]] = {
     "TERM": ("dumb", "", "xterm-256color", "\x1b[2J", "unknown", None),
     "LANG": ("C", "POSIX", "tr_TR.UTF-8", "xx", "", None),
     "HOME": (None, "", "/nowhere", "~no-such-user", "/dev/null", "relative", "/root/\udcff"),
-    "QLORA_CACHE": (None, "", "~no-such-user/x", "~", "/dev/null", "/dev/full/x", "/proc/1/x", "relative", "a/../b", "/dev/null/x"),
+    "QLORA_CACHE": (
+        None,
+        "",
+        "~no-such-user/x",
+        "~",
+        "/dev/null",
+        "/dev/full/x",
+        "/proc/1/x",
+        "relative",
+        "a/../b",
+        "/dev/null/x",
+    ),
     "XDG_CACHE_HOME": ("~no-such-user", "", "/dev/null", "relative"),
     "HF_HOME": ("~no-such-user", "/dev/null", "", "/dev/zero"),
     "HF_TOKEN": ("", "\x1b[2J_a_token_of_ours", "x" * 100_000, "\udcff" * 10),
@@ -38,7 +50,18 @@ VARIABLES: dict[str, tuple[str | None, ...]] = {
     "OMP_NUM_THREADS": ("0", "abc", "-1"),
 }
 ARGUMENTS = (
-    *("--help", "--schema", "--keys", "--check", "--resume", "--fresh", "--verify-resume", "--json", "--fit", "--version"),
+    *(
+        "--help",
+        "--schema",
+        "--keys",
+        "--check",
+        "--resume",
+        "--fresh",
+        "--verify-resume",
+        "--json",
+        "--fit",
+        "--version",
+    ),
     *("--set", "lora.r=8", "--set=x", "--vram", "12GiB", "--vram=", "--gpu", "RTX 4090", "--stack", "plain", "--quant"),
     *("q4_k_m", "--to", "gguf", "--to=hf", "--out", "--max-kl", "nan", "-1", "1e999", "--base", "nf4", "--dtype", "--"),
     *("--plot", "BASE", "RECIPE", "RUN", "--vram=1e400GiB", "--vram=" + "9" * 5000, "--vram=nan", "--gpu=\x1b[2J"),
@@ -98,7 +121,7 @@ def event(kind: type[events.Event], chance: Random, drawn: list[Any]) -> events.
 
 
 def of_type(hint: Any, chance: Random, name: str) -> Any:
-    text = typing.cast(str, chance.choice([word for word in nasty.TEXTS if len(word) < 1000]))
+    text = chance.choice([word for word in nasty.TEXTS if len(word) < 1000])
     options = typing.get_args(hint)
     if type(None) in options:
         return None if chance.random() < 0.3 else of_type(options[0], chance, name)
@@ -175,10 +198,9 @@ def opened(kind: str) -> Any:
     if kind == "none":
         return None
     if kind == "full":
-        return open("/dev/full", "w", encoding="utf-8")
+        return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
     if kind == "closed":  # by whoever started us, as daemons do: the system refuses what is written
-        stream = open(os.devnull, encoding="utf-8")
-        return os.fdopen(os.dup(stream.fileno()), "w", encoding="utf-8")
+        return os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     if kind == "nobody":
         reading, writing = os.pipe()
         os.close(reading)
@@ -190,7 +212,7 @@ def opened(kind: str) -> Any:
 
 
 def environment(chance: Random, scene: Scene) -> dict[str, str | None]:
-    """Two or three variables as a strange machine has them. What would keep this process itself from going on is not."""
+    """Up to three variables as a strange machine has them."""
     names = chance.sample(sorted(VARIABLES), chance.randrange(4))
     chosen = {name: chance.choice(VARIABLES[name]) for name in names}
     return {name: str(scene.pipe()) if value == "PIPE" else value for name, value in chosen.items()}
