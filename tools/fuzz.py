@@ -118,7 +118,7 @@ def table(outcomes: dict[str, list[Outcome]]) -> str:
 
 def payloads() -> dict[str, int]:
     """Single cases by door: what pytest collects from tests/attacks, slow ones too, and the named inputs."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "tests/attacks"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "", "tests/attacks"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     counts = {door: len(names) for door, names in golden.NAMED.items()}
     for line in listed.splitlines():
