@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tests.attacks.fuzz.doors import DOORS
+from tests.attacks.fuzz.golden import NAMED
 from tests.attacks.fuzz.harness import Outcome
 from tools import fuzz
 
@@ -9,7 +11,7 @@ from tools import fuzz
 def test_every_file_of_attacks_has_a_door() -> None:
     files = {path.stem for path in (fuzz.ROOT / "tests" / "attacks").glob("test_*.py")} - {*fuzz.NOT_ATTACKS}
     assert files <= set(fuzz.FILES), "name its door in FILES of tools/fuzz.py"
-    assert set(fuzz.FILES.values()) <= set(fuzz.DOORS) == set(fuzz.golden.NAMED)
+    assert set(fuzz.FILES.values()) <= set(DOORS) == set(NAMED)
 
 
 def test_the_table_counts_by_door() -> None:
