@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
-from qlora import lock
+from qlora import files, foreign_json, lock
 from qlora.errors import RunFolderError, foreign_failures
 
 MANIFEST = "manifest.json"
@@ -71,12 +71,12 @@ def free_bytes(path: Path) -> int:
 
 
 def cache_dir() -> Path:
-    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder."""
+    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder. UserError without a home."""
     if named := os.environ.get("QLORA_CACHE"):
-        return Path(named).expanduser()
+        return files.user_path(named, "QLORA_CACHE")
     if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "qlora" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qlora"
+        return files.user_path(os.environ.get("LOCALAPPDATA") or "~", "LOCALAPPDATA") / "qlora" / "cache"
+    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "the cache (set QLORA_CACHE)") / "qlora"
 
 
 def make_folder(path: Path) -> None:
@@ -114,6 +114,14 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def put_in_place(written: Path, final: Path) -> None:
+    """Give a file that is written and closed the name `final`, beside it, in one rename."""
+    _sync_file(written)
+    _close_to_others(written)
+    os.replace(written, final)
+    _sync_folder(final.parent)
 
 
 def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> int:
@@ -240,6 +248,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError("it holds no JSON object")
     return manifest
+
+
+class _Entry(foreign_json.ForeignModel):
+    sha256: str
+    bytes: int
+
+
+class _Manifest(foreign_json.ForeignModel):
+    files: dict[str, _Entry]
+    sha256: str
+
+
+def recorded_sha256(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a published folder, as its manifest records them; the files are not looked at.
+
+    Raises FileNotFoundError where there is no manifest, ValueError for one that is damaged or none of ours.
+    """
+    file = files.inside(folder, MANIFEST)
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"there is no {MANIFEST}", str(file))
+    content = foreign_json.load_object(file)
+    entries = foreign_json.checked(_Manifest, content, str(file)).files
+    if content.pop(_SELF) != _sha256_of(content):
+        raise ValueError(f"{MANIFEST} is damaged (its own sha256 differs)")
+    return {name: entry.sha256 for name, entry in entries.items()}
 
 
 def _sha256_of(manifest: Mapping[str, Any]) -> str:

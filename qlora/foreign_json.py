@@ -6,20 +6,26 @@ value is read, as a ForeignFileError that names file, key and value; the caller 
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from qlora import files
 
 MAX_BYTES = 10_000_000  # the largest config.json known to us has 0.3 MB
 MAX_DEPTH = 64  # 12 is the deepest configuration of a model known to us
-MAX_DIGITS = 19  # of a whole number: 2**63 - 1 has as many
+# Of a whole number: 2**63 - 1 has 19, and transformers writes a tokenizer without a limit of length as int(1e30).
+MAX_DIGITS = 40
+# What begins or parts values in a text. An empty list is three bytes of it and 64 of memory.
+MAX_VALUES = 4_000_000
 _SHOWN = 60  # characters of a value in a message
 
 Model = TypeVar("Model", bound="ForeignModel")
+Data = TypeVar("Data")
 
 
 class ForeignFileError(ValueError):
@@ -32,31 +38,30 @@ class ForeignModel(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def load(file: Path, max_bytes: int = MAX_BYTES) -> Any:
-    """The JSON value in a file. `file` is resolved already.
+def load(file: Path, max_bytes: int = MAX_BYTES, shown: Path | None = None) -> Any:
+    """The JSON value in a file. `file` is resolved already, `shown` is how errors name it.
 
-    Raises ForeignFileError for what is no JSON, a key that stands twice, numbers that are not finite or longer than
-    MAX_DIGITS, nesting deeper than MAX_DEPTH, a file over `max_bytes`, and whatever cannot be opened.
+    Raises ForeignFileError for what is no JSON, a key that stands twice, numbers longer than MAX_DIGITS or too large to
+    be finite, nesting deeper than MAX_DEPTH, more than MAX_VALUES values, a file over `max_bytes`, and whatever cannot
+    be opened. `Infinity` and `NaN`, which Python writes, are read.
     """
+    named = shown or file
     try:
         data = files.read_bytes(file, max_bytes)
     except files.UnsafePathError as error:
-        raise ForeignFileError(str(error)) from error
+        raise ForeignFileError(str(error).replace(str(file), str(named))) from error
     except OSError as error:
-        raise ForeignFileError(f"{file}: cannot be read ({error.strerror or error})") from error
-    return parse(data, str(file))
+        raise ForeignFileError(f"{named}: cannot be read ({error.strerror or error})") from error
+    return parse(data, str(named))
 
 
 def parse(data: bytes | str, where: str) -> Any:
     """The JSON value of a text; `where` names it in errors. Raises as `load` does."""
+    text = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    if sum(map(text.count, (b"[", b"{", b","))) > MAX_VALUES:
+        raise ForeignFileError(f"{where}: holds more than {MAX_VALUES:,} values")
     try:
-        value = json.loads(
-            data,
-            object_pairs_hook=_once,
-            parse_int=_whole_number,
-            parse_float=_number,
-            parse_constant=_no_constant,
-        )
+        value = json.loads(data, object_pairs_hook=_once, parse_int=_whole_number, parse_float=_number)
     except RecursionError as error:
         raise ForeignFileError(f"{where}: is nested deeper than {MAX_DEPTH} levels") from error
     except ValueError as error:  # UnicodeDecodeError is one
@@ -66,11 +71,19 @@ def parse(data: bytes | str, where: str) -> Any:
     return value
 
 
-def load_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def load_object(file: Path, max_bytes: int = MAX_BYTES, shown: Path | None = None) -> dict[str, Any]:
     """The JSON object in a file. Raises as `load` does, and for any other value."""
-    value = load(file, max_bytes)
+    return _object(load(file, max_bytes, shown), shown or file)
+
+
+def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
+    """The JSON object of a text. Raises as `load_object` does."""
+    return _object(parse(data, where), where)
+
+
+def _object(value: Any, where: object) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ForeignFileError(f"{file}: holds no JSON object")
+        raise ForeignFileError(f"{where}: holds no JSON object")
     return value
 
 
@@ -80,9 +93,24 @@ def checked(model: type[Model], value: Any, where: str) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the value"
+        key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
         reason = str(first["msg"]).removeprefix("Value error, ")
         raise ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}") from error
+
+
+def checked_dataclass(kind: type[Data], value: Any, where: str) -> Data:
+    """The value as an instance of a dataclass, its types and bounds checked as `checked` does."""
+    return kind(**dict(checked(_model_of(kind), value, where)))  # type: ignore[arg-type]
+
+
+@cache
+def _model_of(kind: type[Any]) -> type[ForeignModel]:
+    hints = get_type_hints(kind, include_extras=True)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    given: dict[str, Any] = {
+        name: (hints[name], ... if value is dataclasses.MISSING else value) for name, value in defaults.items()
+    }
+    return create_model(kind.__name__, __base__=ForeignModel, **given)
 
 
 def depth_of(value: Any, limit: int) -> int:
@@ -124,7 +152,3 @@ def _number(text: str) -> float:
     if len(text) > 400 or (value := float(text)) in (float("inf"), float("-inf")):
         raise ValueError(f"a number that is too large ({text[:20]}…)")
     return value
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")

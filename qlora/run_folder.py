@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from qlora import disk, lock
+from pydantic import Field
+
+from qlora import disk, files, foreign_json, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError
-from qlora.events import EVENTS_FILE, Start
+from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.recipe import pins
-from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
+from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
+from qlora.redaction import redact
 from qlora.version import __version__
 
 RECIPE_FILE = "recipe.toml"
+RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 
 
+_START_LINE = b'{"event": "start"'  # how a line of events.jsonl with a Start event begins
+_MAX_START_BYTES = 1 << 20  # of that line
+
+
+class RunRecord(foreign_json.ForeignModel):
+    """`run.json`: that the folder is a run's, which, and where it lay when its recipe was written down."""
+
+    made_by: Literal["qlora"]
+    kind: Literal["run"]
+    version: str
+    id: str
+    folder: str
+
+
+class _Started(foreign_json.ForeignModel):
+    run_dir: str
+
+
 def path_of(recipe: Recipe, name: str) -> Path:
     """`output.dir/name`, absolute."""
-    return (Path(recipe.output.dir).expanduser() / name).resolve()
+    return (files.user_path(recipe.output.dir, "output.dir") / name).resolve()
 
 
 def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
@@ -86,25 +111,36 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     if not file.is_file():
         raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
-        old = load_recipe(file)
+        old, _ = load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
-    if keys := differing_keys(pins.pinned(recipe, old), old):
+    if keys := differing_keys(pins.resumed(recipe, old), old):
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 
 
-def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
-    """The recipe with the commits that the run in `run_dir` recorded: a branch that has moved on changes nothing."""
-    return pins.pinned(recipe, load_recipe(run_dir / RECIPE_FILE))
+def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
+    """The recipe of the run in `run_dir` as it goes on: what `recipe` does not set is as the run recorded it."""
+    recorded, unknown = load_recorded(run_dir / RECIPE_FILE)
+    if unknown:
+        message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
+        sink.emit(Notice("recipe", message, len(unknown)))
+    return pins.resumed(recipe, recorded)
 
 
-def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
-    """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant."""
+def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
+    """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant.
+
+    A path that looks like a token must stay what it is. Returns whether one does: then the file is its owner's to read.
+    """
     if commit is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
     heading = f"# written by qlora {__version__}; every key resolved\n"
-    disk.write_atomic(run_dir / RECIPE_FILE, recipe_toml(recipe, heading))
+    text = recipe_toml(recipe, heading)
+    disk.write_atomic(run_dir / RECIPE_FILE, text)
+    if is_private := redact(text) != text:
+        (run_dir / RECIPE_FILE).chmod(0o600)
+    return is_private
 
 
 def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:
@@ -119,6 +155,23 @@ def versions() -> dict[str, str]:
 def provenance(recipe: Recipe) -> dict[str, Any]:
     """How a checkpoint was made, for its manifest."""
     return {"versions": versions(), "recipe_sha256": disk.sha256_text(recipe_toml(recipe))}
+
+
+class _Manifest(foreign_json.ForeignModel):
+    versions: dict[str, Annotated[str, Field(max_length=100)]] = Field(default_factory=dict)
+
+
+def made_with(checkpoint: Path) -> Mapping[str, str]:
+    """The versions that a checkpoint's manifest records. Raises ForeignFileError with file and key."""
+    file = checkpoint / disk.MANIFEST
+    return foreign_json.checked(_Manifest, foreign_json.load(file), str(file)).versions
+
+
+def other_versions(checkpoint: Path) -> str:
+    """Packages that were of another version when the checkpoint was made: "torch 2.10 (now 2.11)"; "" for none."""
+    before, now = made_with(checkpoint), sorted(versions().items())
+    changed = ((name, before[name], version) for name, version in now if before.get(name, version) != version)
+    return ", ".join(f"{name} {old} (now {new})" for name, old, new in changed)
 
 
 def package_version(name: str) -> str:
@@ -143,13 +196,63 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
     raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
 
 
+def relocated(path: str, run_dir: Path) -> str:
+    """Where a path that the run in `run_dir` recorded lies today: a project may have been moved or renamed as a whole.
+
+    `path` is absolute: a folder, a file or a glob. What exists under it stays; else the same
+    place seen from the run's folder is taken, if something is there. Everything else, hub names too, comes back as it
+    is.
+    """
+    if not os.path.isabs(path) or _is_there(path):
+        return path
+    before = recorded_folder(run_dir)
+    if before is None or before == run_dir:
+        return path
+    try:
+        shared = os.path.commonpath((before, path))
+        now = os.path.normpath(run_dir / os.path.relpath(path, before))
+    except ValueError:  # on Windows: of two drives
+        return path
+    return now if shared != os.path.dirname(shared) and _is_there(now) else path
+
+
+def recorded_folder(run_dir: Path) -> Path | None:
+    """Where a run's folder lay when its recipe was written: by its run.json, for older runs by its last start event."""
+    try:
+        record = foreign_json.checked(RunRecord, foreign_json.load(run_dir / RUN_FILE), str(run_dir / RUN_FILE))
+        folder: str | None = record.folder
+    except foreign_json.ForeignFileError:
+        folder = _folder_of_last_start(run_dir / EVENTS_FILE)
+    return Path(folder) if folder and os.path.isabs(folder) else None
+
+
+def _folder_of_last_start(events: Path) -> str | None:
+    last = b""
+    try:
+        with files.open_to_read(events) as lines:
+            while line := lines.readline(_MAX_START_BYTES):
+                if line.startswith(_START_LINE):
+                    last = line
+        return foreign_json.checked(_Started, foreign_json.parse(last, str(events)), str(events)).run_dir
+    except (OSError, ValueError):  # both of our own modules' errors are ValueErrors
+        return None
+
+
+def _is_there(path: str) -> bool:
+    """Whether something is at a recorded path; of a glob, whether the folder is there that its pattern begins in."""
+    place = path
+    while glob.has_magic(place) and not os.path.lexists(place):
+        place = os.path.dirname(place)
+    return os.path.lexists(place) if place == path else os.path.isdir(place)
+
+
 def recipe_of(adapter_dir: Path) -> Recipe | None:
     """The recipe of the run that an adapter's folder belongs to; None for an adapter alone."""
     file = adapter_dir.parent / RECIPE_FILE
     if not file.is_file():
         return None
     try:
-        return load_recipe(file)
+        return load_recorded(file)[0]
     except RecipeError as error:
         hint = "name the adapter's folder, moved elsewhere"
         raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
@@ -169,8 +272,8 @@ def _plain(folder: Path) -> Path:
     """The folder, when no entry of it is a pipe, a device or a link out of it: some of them are copied into exports."""
     for entry in sorted(folder.iterdir()):
         try:
-            disk.inside(folder, entry.name)
-        except ValueError as error:
+            files.inside(folder, entry.name)
+        except files.UnsafePathError as error:
             raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
     return folder
 

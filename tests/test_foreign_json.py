@@ -23,7 +23,7 @@ class Config(ForeignModel):
         ('{"a": 1, "a": 2}', "'a' stands twice"),
         ("1" * 10_000, "10,000 digits"),
         ("1e999", "too large"),
-        ("NaN", "NaN is no number"),
+        ("[" + "[]," * 3_000_000 + "1]", "more than 4,000,000 values"),
         ('{"a": "\xff"', "not valid JSON"),
         ("", "not valid JSON"),
     ],
@@ -42,6 +42,10 @@ def test_what_is_read(tmp_path: Path) -> None:
     foreign_json.load(file)
     with pytest.raises(ForeignFileError, match="no JSON object"):
         foreign_json.load_object(file)
+    with pytest.raises(ForeignFileError, match=r"^here: holds no JSON object"):
+        foreign_json.load_object(file, shown=Path("here"))
+    # transformers' length of a tokenizer without a limit, and what Mamba's configurations hold
+    assert foreign_json.parse('{"a": 1000000000000000019884624838656, "b": [0.0, Infinity]}', "x")["b"][1] > 1
     with pytest.raises(ForeignFileError, match="too many"):
         foreign_json.load(file, 100)
     with pytest.raises(ForeignFileError, match="cannot be read"):

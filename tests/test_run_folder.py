@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from qlora import disk, run_folder
 from qlora.errors import ExportError, RunFolderError
+from qlora.foreign_json import ForeignFileError
 from qlora.recipe.reading import Recipe, load_recipe
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -89,3 +91,72 @@ def test_what_others_write_at_this_moment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".b.tmp-4194305").mkdir()  # above the largest process number of Linux
     assert disk.sweep_leftovers(tmp_path, spare_running=True) == 1
     assert [path.name for path in tmp_path.iterdir()] == [f".a.tmp-{os.getpid()}"]
+
+
+# --- a project that was moved or renamed -----------------------------------------------------------------------------
+
+
+def moved_project(tmp_path: Path, record: str) -> tuple[Path, Path]:
+    """A project with a run, and the whole of it under another name; `record` says in the run where it lay."""
+    old, new = tmp_path / "a" / "old", tmp_path / "b" / "deeper" / "new"
+    for place in ("runs/tiny", "bases/tiny", "rows", "rows/[1]"):
+        (old / place).mkdir(parents=True)
+    (old / "rows" / "train.jsonl").touch()
+    run = old / "runs" / "tiny"
+    if record == "run.json":
+        facts = {"made_by": "qlora", "kind": "run", "version": "0.5.0", "id": "0" * 32, "folder": str(run)}
+        (run / "run.json").write_text(json.dumps(facts))
+    else:
+        lines = [{"event": "start", "run_dir": str(place)} for place in (tmp_path / "before", run)]
+        events = [lines[0], {"event": "notice", "message": "a"}, lines[1], {"event": "end"}]
+        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    new.parent.mkdir(parents=True)
+    old.rename(new)
+    return old, new
+
+
+@pytest.mark.parametrize("record", ["run.json", "events.jsonl"])
+@pytest.mark.parametrize(
+    "path", ["bases/tiny", "rows/train.jsonl", "rows/*.jsonl", "rows/[1]", "rows/**/*.jsonl", "rows"]
+)
+def test_a_recorded_path_is_found_where_the_project_lies_now(tmp_path: Path, path: str, record: str) -> None:
+    old, new = moved_project(tmp_path, record)
+    assert run_folder.relocated(str(old / path), new / "runs" / "tiny") == str(new / path)
+
+
+def test_a_recorded_path_stays_where_nothing_better_is(tmp_path: Path) -> None:
+    old, new = moved_project(tmp_path, "run.json")
+    run = new / "runs" / "tiny"
+    for gone in (
+        str(old / "other"),
+        "owner/name",
+        "hub:owner/rows@main:train",
+        "",
+        "/\0",
+        str(old / "none" / "*.jsonl"),
+    ):
+        assert run_folder.relocated(gone, run) == gone
+    old.mkdir()
+    (old / "rows").mkdir()  # it was copied, not moved: what was recorded is still there
+    assert run_folder.relocated(str(old / "rows"), run) == str(old / "rows")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"made_by": "qlora"}', '{"folder": "runs"}', "[" * 10_000])
+def test_a_broken_record_moves_nothing(tmp_path: Path, text: str) -> None:
+    old, new = moved_project(tmp_path, "run.json")
+    (new / "runs" / "tiny" / "run.json").write_text(text)
+    (new / "runs" / "tiny" / "events.jsonl").write_text('{"event": "start"' + text + "\n")
+    assert run_folder.relocated(str(old / "rows"), new / "runs" / "tiny") == str(old / "rows")
+
+
+def test_versions_that_have_changed_since_a_checkpoint_was_made(tmp_path: Path) -> None:
+    now = run_folder.versions()
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({"versions": now | {"torch": "2.1.0", "gone": "1"}}))
+    assert run_folder.other_versions(tmp_path) == f"torch 2.1.0 (now {now['torch']})"
+    manifest.write_text(json.dumps({"versions": now}))
+    assert run_folder.other_versions(tmp_path) == ""
+    for wrong in ({"torch": 2}, ["torch"], {"torch": "1" * 1000}):
+        manifest.write_text(json.dumps({"versions": wrong}))
+        with pytest.raises(ForeignFileError, match=r"manifest\.json: versions"):
+            run_folder.made_with(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -28,7 +27,7 @@ class Format(str, Enum):
 Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: ignore[misc]
 
 
-@app.command()
+@app.command(cls=common.Command)
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or a PEFT adapter folder.")],
     to: Annotated[
@@ -98,14 +97,15 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
         finally:
             screen.close()
     if as_json:
-        print(json.dumps(_as_json(report)))
+        common.answer(_as_json(report))
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     products = [{**asdict(product), "folder": str(product.folder)} for product in report.products]
     checks = [dict(zip(("format", "check", "ok", "detail"), check, strict=True)) for check in report.checks]
     fidelity = [asdict(line) for line in report.fidelity]
-    return {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
+    content = {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
+    return {**content, "evaluation": None if report.evaluation is None else asdict(report.evaluation)}
 
 
 if __name__ == "__main__":

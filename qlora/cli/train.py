@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora import files
 from qlora.cli import common
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=common.Command)
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="The recipe, a TOML file.", show_default=False)] = None,
     set_: Annotated[
@@ -88,6 +89,7 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
 def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> None:
     from qlora.recipe.reading import load_recipe
 
+    files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
     from qlora import api
     from qlora.events import Sinks

@@ -19,7 +19,7 @@ from qlora import disk
 from qlora.errors import ExportError
 from qlora.events import Exported, Notice, Sink
 from qlora.events import Fidelity as FidelityEvent
-from qlora.export import cards, hf
+from qlora.export import base_check, cards, hf
 from qlora.export import imatrix as importance
 from qlora.export.artifacts import DTYPES, Artifact, ExportedArtifact, ExportOptions, Report, Source
 from qlora.export.gguf import lora, write
@@ -37,6 +37,7 @@ from qlora.export.verify import checks, weights
 from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference, trained_reference
+from qlora.model.tokenizer_files import of_export
 
 IMATRIX_FILE = "imatrix.gguf"
 # Of a line of the table, what its event carries: rows and positions are the same for all lines.
@@ -72,13 +73,17 @@ class _Job:
         assert self.merge_base is not None, "only an adapter alone is written without a merge"
         return self.source.merge(self.merge_base, dtype)
 
+    def identity(self, merge: Merge) -> dict[str, str]:
+        """Everything that merged values depend on."""
+        return {**merge.identity(), **base_check.staged_as(self.source, self.reference.base_identity)}
+
     def named(self, prefix: str) -> list[Artifact]:
         return [artifact for artifact in self.artifacts if artifact.key.startswith(prefix)]
 
     def file_name(self, artifact: Artifact) -> str:
         """Of an artifact's GGUF file, such as support-Q4_K_M.gguf."""
         label = QUANTS[artifact.quant].label if artifact.quant else "LoRA"
-        return f"{self.source.name}-{label}.gguf"
+        return f"{cards.file_name(self.source.name)}-{label}.gguf"
 
     def open(self, artifacts: Sequence[Artifact], identity: Mapping[str, str], needed_bytes: int) -> StagedExport:
         """Their hidden folders, for as long as the export runs."""
@@ -117,6 +122,7 @@ def produce(
         _write_adapter(job)
         if options.verify:
             _verify(job)
+        source.seal.check()
         return _publish(job)
 
 
@@ -148,7 +154,8 @@ def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None
         lora.check(source.adapter)
     quants = [artifact.quant for artifact in ggufs if artifact.quant]
     template = source.rows.chat.template if source.rows is not None else None
-    tokens = Tokens(source.adapter.folder, template, options.tokenizer_pre)
+    files = of_export(source.base.path, source.adapter.folder)
+    tokens = Tokens(files, template, options.tokenizer_pre)
     plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix, source.meta_model)
     for notice in plan.notices:
         job.sink.emit(Notice("gguf", notice))
@@ -185,7 +192,7 @@ def _choose_base(job: _Job, wanted: MergeBase | Literal["auto"]) -> MergeBase:
 def _write_hf(job: _Job) -> None:
     for artifact in job.named("hf"):
         merge = job.merge(DTYPES[job.options.dtype])
-        staged = job.open([artifact], merge.identity(), hf.planned_bytes(merge))
+        staged = job.open([artifact], job.identity(merge), hf.planned_bytes(merge))
         job.tensors[artifact.key] = hf.fill(merge, staged, job.sink)
         hf.add_stop_token(job.folder(artifact), job.reference.chat.end_ids, job.sink)
 
@@ -197,7 +204,7 @@ def _write_ggufs(job: _Job) -> None:
         return
     plan, layout, merge, matrix = job.planned, job.planned.layout, job.merge(), job.reference.imatrix
     files = [GgufFile(a.key, job.file_name(a), _keys(job, a), plan.choices[str(a.quant)].types) for a in artifacts]
-    identity = {**merge.identity(), "keys": disk.sha256_text(*(repr(file.keys) for file in files))}
+    identity = {**job.identity(merge), "keys": disk.sha256_text(*(repr(file.keys) for file in files))}
     if matrix is not None:
         identity["imatrix"] = matrix.sha256()
     staged = job.open(artifacts, identity, sum(file.nbytes(layout) for file in files))
@@ -226,7 +233,7 @@ def _keys(job: _Job, artifact: Artifact) -> tuple[Entry, ...]:
 def _write_adapter(job: _Job) -> None:
     for artifact in job.named("adapter-"):
         source = job.source
-        identity = source.merge("nf4", torch.float32).identity()
+        identity = job.identity(source.merge("nf4", torch.float32))
         staged = job.open([artifact], identity, lora.planned_bytes(source.adapter))
         if staged.start == 0:
             about = About.of(source.base, source.name, source.datasets)
@@ -281,7 +288,9 @@ def _publish(job: _Job) -> Report:
     table = tuple(job.reference.table)
     if table:
         lines = tuple({key: getattr(line, key) for key in _EMITTED} for line in table)
-        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines))
+        loss = job.reference.evaluation
+        compared = None if loss is None else asdict(loss)
+        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared))
     published = []
     for artifact in job.artifacts:
         staged = job.staged[artifact.key]
@@ -300,7 +309,7 @@ def _publish(job: _Job) -> Report:
     results = tuple(
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
-    return Report(tuple(published), job.merge_base, table, results)
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation)
 
 
 def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> None:
@@ -308,7 +317,13 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     markdown = cards.fidelity_markdown(table, job.reference.texts)
     found = job.inspections.get(artifact.key)
     results = [asdict(check) for check in found.checks] if found else []
-    more = {"tensors": job.tensors[artifact.key], "checks": results}
+    loss = job.reference.evaluation
+    compared = None if loss is None else asdict(loss)
+    known = job.reference.base_identity.model_dump()
+    more = {"base_identity": known, "tensors": job.tensors[artifact.key], "checks": results, "evaluation": compared}
+    if loss is not None and markdown:
+        markdown += f"\nIts loss on {loss.rows:,} evaluation rows: {loss.here:.4f} nats a token; the run measured "
+        markdown += f"{loss.delivered:.4f} when it was delivered.\n"
     disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, artifact, merge, more, table))
     if artifact.key == "hf":
         assert merge is not None
@@ -317,7 +332,7 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
         name = job.file_name(artifact)
         card = cards.gguf_card(job.source, artifact, name, merge, markdown)
         # An adapter's base is for the user to put there, or to rename in the Modelfile.
-        base_file = f"{Path(job.source.base.name).name}.gguf"
+        base_file = f"{cards.file_name(Path(job.source.base.name).name)}.gguf"
         file, adapter = (name, None) if merge is not None else (base_file, name)
         text = cards.modelfile(job.reference, file, adapter, job.planned.vocab.add_bos)
         disk.write_atomic(folder / cards.MODEL_FILE, text)

@@ -14,7 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora.disk import inside, sha256_text
+from qlora import files
+from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
 from qlora.model.tensors import (
@@ -58,7 +59,8 @@ class BaseFolder:
     commit       the hub's commit, None for a folder
     config       config.json
     tensors      every tensor of the checkpoint by its name there
-    fingerprint  sha256 of config, tensor names, dtypes, shapes and file sizes: cheap, and other weights rarely share it
+    fingerprint  sha256 of config, tensor names, dtypes, shapes and file sizes: all that older runs know of their base,
+                 and two fine-tunes of one model share it (see `identity`)
     """
 
     path: Path
@@ -91,7 +93,7 @@ def check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Bas
     check_model_type(config, name)
     if "auto_map" in config:
         sink.emit(Notice("model", f"{name} carries its own code; it is never run, transformers' own model is used"))
-    sizes = sorted({(entry.file.name, entry.file.stat().st_size) for entry in tensors.values()})
+    sizes = sorted({(entry.file.name, entry.opened.stat().st_size) for entry in tensors.values()})
     fingerprint = sha256_text(
         json.dumps(config, sort_keys=True),
         json.dumps([(key, entry.dtype, entry.shape) for key, entry in tensors.items()]),
@@ -170,8 +172,8 @@ def check_entries(folder: Path) -> None:
         if not any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors")):
             continue  # nothing here opens it
         try:
-            inside(folder, path.name)
-        except ValueError as error:
+            files.inside(folder, path.name)
+        except files.UnsafePathError as error:
             raise ModelError(f"{folder}: {error}", _FROM_ITS_PUBLISHER) from error
         if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > MAX_SMALL_BYTES:
             what = f"{path}: {path.stat().st_size:,} bytes are too many for a file of its kind"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
+from qlora.model.identity import WeightReader
 from qlora.model.meta_model import MetaModel, build, head_of, linear_layers
 from qlora.model.nf4 import (
     VALUES_PER_BLOCK,
@@ -30,7 +32,7 @@ from qlora.model.nf4 import (
     rows_in_block,
     stored_4bit,
 )
-from qlora.model.tensors import read_tensor, total_bytes
+from qlora.model.tensors import total_bytes
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -44,7 +46,8 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says.
 
-    Peak memory above what is resident: the model's final form, one block of rows, and its scratch. Raises ModelError.
+    Its `base_identity` is which base it was. Peak memory above what is resident: the model's final form, two blocks of
+    rows, and scratch. Raises ModelError, for values that are not finite too.
     """
     if base.stored_4bit and quantization.type == "none":
         what = f'{base.name} is stored in 4 bit, so quantization.type = "none" is not possible'
@@ -57,7 +60,8 @@ def load_base(
             if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
                 _swap_linear(model, name, linear, quantization)
     _report(meta_model, base, attention, quantization, sink)
-    _stream(meta_model, base, device, sink)
+    reader = WeightReader(base.config, base.tensors)
+    _stream(meta_model, _Weights(base, reader, device), sink)
     model.tie_weights()
     _freeze(model, device)
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -66,6 +70,7 @@ def load_base(
         raise ModelError(what, "this model is not supported; use another")
     model.config.name_or_path = base.name
     model.name_or_path = base.name
+    model.base_identity = reader.identity()
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -138,9 +143,28 @@ def _swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiz
     return layer
 
 
-def _stream(meta_model: MetaModel, base: BaseFolder, device: torch.device, sink: Sink) -> None:
+@dataclass(frozen=True)
+class _Weights:
+    """Where the weights come from and where they go: every byte of them passes `reader`."""
+
+    base: BaseFolder
+    reader: WeightReader
+    device: torch.device
+
+    def in_4bit(self, source: str, shape: tuple[int, ...]) -> Quantized:
+        """A weight that is stored in 4 bit, of `shape`."""
+        stored = stored_4bit(self.base, source, self.device, self.reader.read)
+        if tuple(stored.state.shape) != shape:
+            what = (
+                f"{self.base.name}: {source} is {list(stored.state.shape)} in 4 bit, but the model needs {list(shape)}"
+            )
+            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+        return stored
+
+
+def _stream(meta_model: MetaModel, weights: _Weights, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
-    model = meta_model.model
+    model, base = meta_model.model, weights.base
     fp32 = tuple(model._keep_in_fp32_modules_strict or ())
     entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
     total, done = total_bytes(entries.values()), 0
@@ -149,37 +173,29 @@ def _stream(meta_model: MetaModel, base: BaseFolder, device: torch.device, sink:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if _is_4bit(module) and leaf == "weight":
-            _set_4bit(module, _quantized(base, source, module, device))
+            _set_4bit(module, _quantized(weights, source, module))
         elif leaf in module._buffers:
-            module._buffers[leaf] = _read_as(base, source, module._buffers[leaf].dtype, device)
+            module._buffers[leaf] = _read_as(weights, source, module._buffers[leaf].dtype)
         elif is_stored_4bit(base, source):  # the head, stored in 4 bit
-            stored = _of_shape(base, source, stored_4bit(base, source, device), tuple(module._parameters[leaf].shape))
+            stored = weights.in_4bit(source, tuple(module._parameters[leaf].shape))
             module._parameters[leaf] = nn.Parameter(dequantize(stored, torch.bfloat16), requires_grad=False)
         else:
             dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
-            module._parameters[leaf] = nn.Parameter(_read_as(base, source, dtype, device), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(_read_as(weights, source, dtype), requires_grad=False)
         done += entries[name].nbytes
         sink.emit(Progress("load", done, total, "B"))
 
 
-def _quantized(base: BaseFolder, source: str, layer: Any, device: torch.device) -> Quantized:
-    if is_stored_4bit(base, source):
-        return _of_shape(base, source, stored_4bit(base, source, device), (layer.out_features, layer.in_features))
-    entry = base.tensors[source]
+def _quantized(weights: _Weights, source: str, layer: Any) -> Quantized:
+    if is_stored_4bit(weights.base, source):
+        return weights.in_4bit(source, (layer.out_features, layer.in_features))
     return quantize_rows(
-        lambda start, end: read_tensor(entry, (start, end)).to(torch.bfloat16),
-        entry.shape,
+        lambda start, end: weights.reader.read(source, (start, end)).to(torch.bfloat16),
+        weights.base.tensors[source].shape,
         layer.weight.quant_type,
         layer.weight.compress_statistics,
-        device,
+        weights.device,
     )
-
-
-def _of_shape(base: BaseFolder, source: str, stored: Quantized, shape: tuple[int, ...]) -> Quantized:
-    if tuple(stored.state.shape) != shape:
-        what = f"{base.name}: {source} is {list(stored.state.shape)} in 4 bit, but the model needs {list(shape)}"
-        raise ModelError(what, "config.json and weights are of different models; get a clean copy")
-    return stored
 
 
 def _set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
@@ -198,17 +214,17 @@ def _set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
     layer.quant_state = quantized.state
 
 
-def _read_as(base: BaseFolder, source: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The tensor in `dtype` on `device`, cast in blocks of rows so that no second copy of it exists."""
-    entry = base.tensors[source]
+def _read_as(weights: _Weights, source: str, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype` on its device, cast in blocks of rows so that no second copy of it exists."""
+    entry, read, device = weights.base.tensors[source], weights.reader.read, weights.device
     if entry.numel <= VALUES_PER_BLOCK or len(entry.shape) < 2:
-        return read_tensor(entry).to(device=device, dtype=dtype)
+        return read(source).to(device=device, dtype=dtype)
     whole = torch.empty(entry.shape, dtype=dtype, device=device)
     rows = entry.shape[0]
     step = rows_in_block(entry.numel // rows)
     for start in range(0, rows, step):
         end = min(rows, start + step)
-        whole[start:end].copy_(read_tensor(entry, (start, end)))
+        whole[start:end].copy_(read(source, (start, end)))
     return whole
 
 

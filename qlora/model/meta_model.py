@@ -67,6 +67,16 @@ def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
     return MetaModel(model, sources, skipped, chosen)
 
 
+def taken_tensors(base: BaseFolder, meta_model: MetaModel) -> dict[str, TensorEntry]:
+    """The tensors of the checkpoint that the model takes, statistics of 4-bit weights among them: what `load` reads."""
+    taken = set(meta_model.sources.values())
+    return {
+        name: entry
+        for name, entry in base.tensors.items()
+        if name in taken or (_is_companion(name, base) and f"{name.partition('.weight.')[0]}.weight" in taken)
+    }
+
+
 def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False) -> tuple[Any, bool]:
     """transformers' configuration of the causal (text) model of a config.json, and whether that is a part of a larger
     one. Raises ModelError when transformers cannot read it.

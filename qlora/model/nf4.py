@@ -240,12 +240,18 @@ def is_stored_4bit(base: BaseFolder, tensor: str) -> bool:
     return any(f"{tensor}.quant_state.bitsandbytes__{kind}" in base.tensors for kind in ("nf4", "fp4"))
 
 
-def stored_4bit(base: BaseFolder, tensor: str, device: torch.device) -> Quantized:
-    """The checkpoint's 4-bit weight `tensor` with its statistics, as bitsandbytes wrote it. Raises ModelError."""
+def stored_4bit(
+    base: BaseFolder, tensor: str, device: torch.device, read: Callable[[str], Tensor] | None = None
+) -> Quantized:
+    """The checkpoint's 4-bit weight `tensor` with its statistics, as bitsandbytes wrote it. Raises ModelError.
+
+    `read` gives a tensor of the checkpoint, where its bytes are to be seen on the way.
+    """
     bnb = import_bitsandbytes()
+    read = read or (lambda name: read_tensor(base.tensors[name]))
     statistics = [name for name in base.tensors if name.startswith(f"{tensor}.")]
-    quantization = {name.removeprefix(f"{tensor}."): read_tensor(base.tensors[name]) for name in statistics}
-    data = read_tensor(base.tensors[tensor])
+    quantization = {name.removeprefix(f"{tensor}."): read(name) for name in statistics}
+    data = read(tensor)
     with foreign_failures() as failure:
         state = bnb.functional.QuantState.from_dict(quantization, device=device)
         _check_state(state, data)

@@ -1,23 +1,24 @@
 """The tensors of a folder of safetensors files: found, checked and read by ourselves.
 
 A base comes from a stranger. Its index names files and its headers name byte ranges, so every name and number is
-checked before it is used: names through `disk.inside`, ranges against the file's size, without torch and without
-reading any weight. The layout is the safetensors format's own: 8 bytes (little endian) with the header's length, the
-header as JSON, then the data without holes (https://github.com/huggingface/safetensors#format). Tensors are read by
-offset into memory of our own, in rows where wanted; no file stays open or mapped in between.
+checked before it is used: names through `files.inside`, ranges against the file's size, without torch and without
+reading any weight. What is opened is the path that this check resolved, and no link behind it. The layout is the
+safetensors format's own: 8 bytes (little endian) with the header's length, the header as JSON, then the data without
+holes (https://github.com/huggingface/safetensors#format). Tensors are read by offset into memory of our own, in rows
+where wanted; no file stays open or mapped in between.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from qlora.disk import inside
+from qlora import files, foreign_json
 from qlora.errors import ModelError
 
 if TYPE_CHECKING:
@@ -29,10 +30,13 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 # How pickles begin: torch's zip, and pickle's own protocols 2 to 5.
 PICKLE_MAGICS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
-# The format's own cap on a header: safetensors, MAX_HEADER_SIZE.
-MAX_HEADER_BYTES = 100_000_000
-MAX_INDEX_BYTES = 100_000_000
-MAX_TENSORS = 1_000_000
+# A tensor takes about 150 bytes of a header, and 100 of an index: the largest index known to us (DeepSeek-V3, 91,991
+# tensors) has 9 MB. The format's own cap is 100 MB (safetensors, MAX_HEADER_SIZE), of which JSON can make gigabytes.
+MAX_HEADER_BYTES = 30_000_000
+MAX_INDEX_BYTES = 30_000_000
+MAX_TENSORS = 200_000
+# The largest tokenizer_config.json known to us (Mistral's, with each of its special tokens) has 0.2 MB.
+MAX_JSON_BYTES = 10_000_000
 
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -42,6 +46,7 @@ DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+_GET_A_CLEAN_COPY = "download the model again, or ask who published it for a clean copy"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # What can be read, by its name in torch.
 TORCH_DTYPES = {
@@ -60,13 +65,17 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies. `dtype` is safetensors' name ("BF16"), `offset` the byte in `file` where it begins."""
+    """Where a tensor lies. `dtype` is safetensors' name ("BF16"), `offset` the byte in the file where it begins.
+
+    `file` names the file as its folder does, `opened` is the path behind it: of a hub snapshot a blob.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    opened: Path
 
     @property
     def numel(self) -> int:
@@ -78,21 +87,21 @@ def find_tensors(folder: Path) -> dict[str, TensorEntry]:
 
     Raises ModelError when there are no safetensors, a shard is missing or outside the folder, or a header lies.
     """
-    if (folder / SINGLE_FILE).is_file():
-        return dict(sorted(read_header(_inside(folder, SINGLE_FILE)).items()))
-    if not (folder / INDEX_FILE).is_file():
+    if _inside(folder, SINGLE_FILE).is_file():
+        return dict(sorted(read_header(folder / SINGLE_FILE).items()))
+    if not _inside(folder, INDEX_FILE).is_file():
         raise _no_safetensors(folder)
-    weight_map = read_index(_inside(folder, INDEX_FILE))
+    weight_map = read_index(folder / INDEX_FILE)
     tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if not shard.endswith(".safetensors"):
             raise _broken(folder / INDEX_FILE, f"{shard!r} is not a safetensors file")
-        file = _inside(folder, shard)
-        if not file.is_file():
+        opened = _inside(folder, shard)
+        if not opened.is_file():
             raise ModelError(f"{folder}: {shard} is missing, but the index names it", "download the missing shard")
-        header = read_header(file)
+        header = read_header(folder / shard, opened)
         if twice := tensors.keys() & header.keys():
-            raise _broken(file, f"tensor {min(twice)} stands in another shard too")
+            raise _broken(folder / shard, f"tensor {min(twice)} stands in another shard too")
         tensors |= header
     if lost := sorted(name for name, shard in weight_map.items() if name not in tensors):
         raise _broken(folder / weight_map[lost[0]], f"tensor {lost[0]} is not in it, but the index says so")
@@ -101,9 +110,7 @@ def find_tensors(folder: Path) -> dict[str, TensorEntry]:
 
 def read_index(file: Path) -> dict[str, str]:
     """The index's `weight_map`: tensor name to file name. The file names are not to be trusted yet."""
-    if file.stat().st_size > MAX_INDEX_BYTES:
-        raise _broken(file, f"an index of {file.stat().st_size:,} bytes")
-    weight_map = load_json(file).get("weight_map")
+    weight_map = load_json(file, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > MAX_TENSORS:
         raise _broken(file, f"no weight_map of 1 to {MAX_TENSORS:,} tensors")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -111,25 +118,30 @@ def read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Name to place of every tensor in one safetensors file, from its header alone.
+def read_header(file: Path, opened: Path | None = None) -> dict[str, TensorEntry]:
+    """Name to place of every tensor in one safetensors file, from its header alone. `opened` is where `file` leads to.
 
-    Raises ModelError for a file that is cut off, is no safetensors file, or whose header is over 100 MB, names a tensor
-    twice, or gives ranges that overlap, leave holes, or do not fit dtype, shape and file.
+    Raises ModelError for a file that is cut off, is no safetensors file, is a link out of its folder, or whose header
+    is over MAX_HEADER_BYTES, names a tensor twice, or gives ranges that overlap, leave holes, or do not fit dtype,
+    shape and file.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    opened = opened or _inside(file.parent, file.name)
+    with _open(opened) as stream:
+        size = os.fstat(stream.fileno()).st_size
         head = stream.read(8)
         header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if header_bytes > MAX_HEADER_BYTES or header_bytes < 2 or 8 + header_bytes > size:
             raise _not_safetensors(file, head, size)
         text = stream.read(header_bytes)
-    header = _parse_json(text, file)
+    try:
+        header = foreign_json.parse_object(text, str(file))
+    except foreign_json.ForeignFileError as error:
+        raise ModelError(str(error), _GET_A_CLEAN_COPY) from error
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise _broken(file, f"{len(header):,} tensors")
     end = start = 8 + header_bytes
-    tensors = {name: _entry(file, name, value, start) for name, value in header.items()}
+    tensors = {name: _entry((file, opened), name, value, start) for name, value in header.items()}
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
             raise _lie(file, name, "overlaps another tensor or leaves a hole")
@@ -149,27 +161,80 @@ def read_tensor(entry: TensorEntry, rows: tuple[int, int] | None = None) -> torc
         offset += rows[0] * (entry.nbytes // max(1, entry.shape[0]))
         shape = (rows[1] - rows[0], *entry.shape[1:])
     tensor = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(offset)
-        while view:
-            count = stream.readinto(view)
-            if not count:
-                raise _broken(entry.file, "ends before its tensors do")
-            view = view[count:]
+    with _open(entry.opened) as stream:
+        _fill(entry, stream, offset, as_bytes(tensor))
     return tensor
 
 
-def load_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file that a stranger wrote. Raises ModelError for anything else, and for doubled keys."""
-    return _parse_json(file.read_bytes(), file)
+def read_file(file: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of one safetensors file. Raises ModelError as `read_header` does, and for what is not finite."""
+    entries = read_header(file)
+    tensors = {name: read_tensor(entry) for name, entry in entries.items()}
+    for name, tensor in tensors.items():
+        refuse_not_finite(name, entries[name], tensor)
+    return tensors
+
+
+def refuse_not_finite(name: str, entry: TensorEntry, tensor: torch.Tensor) -> None:
+    """Raises ModelError for NaN, infinity, and what bf16 cannot hold, which the model would have as infinity."""
+    import torch
+
+    if entry.dtype not in FLOAT_DTYPES or not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor)  # NaN goes through both
+    if not (torch.finfo(torch.bfloat16).min <= float(low) and float(high) <= torch.finfo(torch.bfloat16).max):
+        raise _broken(entry.file, f"tensor {name!r} holds values that are not finite (NaN or infinity)")
+
+
+def read_spans(entry: TensorEntry, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Pieces of a tensor's bytes, each `(offset in the tensor, bytes)`."""
+    pieces = [bytearray(count) for _, count in spans]
+    with _open(entry.opened) as stream:
+        for (start, _), piece in zip(spans, pieces, strict=True):
+            _fill(entry, stream, entry.offset + start, memoryview(piece))
+    return [bytes(piece) for piece in pieces]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def load_json(file: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a stranger's file, which may be a link inside its folder only. Raises ModelError."""
+    try:
+        return foreign_json.load_object(_inside(file.parent, file.name), max_bytes, shown=file)
+    except foreign_json.ForeignFileError as error:
+        raise ModelError(str(error), _GET_A_CLEAN_COPY) from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return files.open_to_read(path)
+    except files.UnsafePathError as error:
+        raise ModelError(str(error), _GET_A_CLEAN_COPY) from error
+    except OSError as error:
+        what = f"{path}: cannot be read any more ({error.strerror or error})"
+        raise ModelError(what, "put the base's file back, and start again") from error
+
+
+def _fill(entry: TensorEntry, stream: IO[bytes], offset: int, view: memoryview) -> None:
+    stream.seek(offset)
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise _broken(entry.file, "ends before its tensors do")
+        view = view[count:]
 
 
 def total_bytes(entries: Iterable[TensorEntry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
 
-def _entry(file: Path, name: str, value: Any, start: int) -> TensorEntry:
+def _entry(place: tuple[Path, Path], name: str, value: Any, start: int) -> TensorEntry:
+    file, opened = place
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise _lie(file, name, "has no dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -180,7 +245,7 @@ def _entry(file: Path, name: str, value: Any, start: int) -> TensorEntry:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if (offsets[1] - offsets[0]) * 8 != bits:
         raise _lie(file, name, f"has {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} needs {bits // 8:,}")
-    return TensorEntry(file, dtype, tuple(shape), start + offsets[0], bits // 8)
+    return TensorEntry(file, dtype, tuple(shape), start + offsets[0], bits // 8, opened)
 
 
 def _counts(value: Any) -> bool:
@@ -189,29 +254,14 @@ def _counts(value: Any) -> bool:
 
 def _inside(folder: Path, name: str) -> Path:
     try:
-        return inside(folder, name)
-    except ValueError as error:
+        return files.inside(folder, name)
+    except files.UnsafePathError as error:
         hint = "a base may only name files of its own folder; do not use this one"
         raise ModelError(f"{folder}: {error}", hint) from error
 
 
-def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(keys := dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice")
-        return keys
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise _broken(file, f"is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise _broken(file, "holds no JSON object")
-    return value
-
-
 def _broken(file: Path, what: str) -> ModelError:
-    return ModelError(f"{file}: {what}", "download the model again, or ask who published it for a clean copy")
+    return ModelError(f"{file}: {what}", _GET_A_CLEAN_COPY)
 
 
 def _lie(file: Path, name: str, what: str) -> ModelError:

@@ -11,10 +11,13 @@ from qlora import disk
 from qlora.events import Saved, Sink
 from qlora.export.cards import adapter_card
 from qlora.model import adapters
-from qlora.model.adapter_folder import PROVENANCE_FILE
+from qlora.model.adapter_folder import ADAPTER_CONFIG, PROVENANCE_FILE
 from qlora.model.base_folder import BaseFolder
-from qlora.model.tokenizer import copy_tokenizer
+from qlora.model.delivered_loss import KEY
+from qlora.model.identity import BaseIdentity
+from qlora.model.tokenizer_files import TokenizerFiles
 from qlora.recipe.reading import Recipe
+from qlora.redaction import redact
 from qlora.training.checkpoint import RunState
 from qlora.version import __version__
 
@@ -25,17 +28,19 @@ class BestAdapter:
 
     model: Any
     base: BaseFolder
+    tokenizer: TokenizerFiles
     recipe: Recipe
     template: str | None
     train_rows: int
     eval_rows: int
+    identity: BaseIdentity
 
     def publish(self, run_dir: Path, state: RunState, sink: Sink) -> None:
         """Write `run_dir/adapter` anew, in one rename."""
 
         def write(folder: Path) -> None:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
-            copy_tokenizer(self.base.path, folder, self.template)
+            self.tokenizer.deliver(folder, self.template)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
             # What the adapter was trained against, for programs: here the base keeps its whole path.
             provenance = {
@@ -43,10 +48,15 @@ class BestAdapter:
                 "base": self.base.name,
                 "revision": self.base.commit or self.recipe.model.revision,
                 "fingerprint": self.base.fingerprint,
+                "identity": self.identity.model_dump(),
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "step": state.step,
+                KEY: state.delivered if state.delivered and state.delivered["step"] == state.step else None,
             }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
+            if redact(self.base.name) != self.base.name:  # programs find the base by it, and nobody else is to read it
+                for name in (PROVENANCE_FILE, ADAPTER_CONFIG):
+                    (folder / name).chmod(0o600)
 
         size = disk.publish_folder(run_dir / "adapter", write)
         sink.emit(Saved("adapter", state.step, str(run_dir / "adapter"), size))

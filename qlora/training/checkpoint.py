@@ -18,17 +18,24 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from qlora import disk, run_folder
-from qlora.errors import RunFolderError, TrainingStopped
+from qlora import disk, foreign_json, run_folder
+from qlora.errors import ModelError, RunFolderError, TrainingStopped
 from qlora.events import Notice, Recovered, Saved, Sink
+from qlora.foreign_json import ForeignFileError, ForeignModel
+from qlora.model import identity
+from qlora.model.base_folder import BaseFolder
+from qlora.model.identity import Fingerprints
+from qlora.model.meta_model import build, taken_tensors
+from qlora.model.tensors import read_file
 from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopRequest
@@ -38,44 +45,44 @@ from qlora.training.phases import PhaseClock
 SPARE_BYTES = 1 << 20  # state.json, manifest.json and the file system's own blocks
 # safetensors has an error of its own for a disk that is full, and it is no OSError.
 WRITE_ERRORS = (OSError, SafetensorError)
-FORMAT = 2  # of state.json; a change that old checkpoints cannot follow raises it
+FORMAT: Literal[2] = 2  # of state.json; a change that old checkpoints cannot follow raises it
+MOST = 2**53  # of anything that is counted
 FAILURES = 3
 # The old one stays until the new one stands.
 CHECKPOINTS_AT_ONCE = 2
+
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Loss = Annotated[float, Field(allow_inf_nan=True)]
 
 
 @dataclass(frozen=True)
 class RunState:
     """Where a run stands after `step` optimizer steps. Whatever must survive a crash is a field of this."""
 
-    step: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
+    step: Count = 0
+    tokens: Count = 0
+    trained_tokens: Count = 0
     seconds: float = 0.0
-    train_loss: float | None = None
-    eval_loss: float | None = None
-    best_loss: float | None = None
-    best_step: int | None = None
-    evaluations_without_improvement: int = 0
-    evaluated_step: int = -1  # the last one that was evaluated: a stop may fall between a step and its evaluation
-    skipped: int = 0
-    skipped_in_a_row: int = 0
+    train_loss: Loss | None = None
+    eval_loss: Loss | None = None
+    best_loss: Loss | None = None
+    best_step: Count | None = None
+    evaluations_without_improvement: Count = 0
+    evaluated_step: Annotated[
+        int, Field(ge=-1, le=MOST)
+    ] = -1  # the last one that was evaluated: a stop may fall between a step and its evaluation
+    skipped: Count = 0
+    skipped_in_a_row: Count = 0
     loss_trend: float = 0.0  # of `health.Trend`
     loss_spread: float = 0.0
-    losses_seen: int = 0
+    losses_seen: Count = 0
     exact_match_before: float | None = None
     exact_match_after: float | None = None
     stopped_early: bool = False
-    micro_batch_size: int | None = None  # what fitted: a resumed run goes on with it
+    micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
     gradient_checkpointing: bool | None = None
-
-
-@dataclass(frozen=True)
-class Fingerprints:
-    """What a checkpoint belongs to: resuming with another base or other rows is refused."""
-
-    base: str
-    data: str
+    delivered: dict[str, Any] | None = None  # of the best step: `DeliveredLoss`
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,8 @@ def save(
     def write(folder: Path) -> None:
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
-        content = {"format": FORMAT, "state": asdict(state), "counters": counters, "fingerprints": asdict(fingerprints)}
+        belongs = fingerprints.as_dict()
+        content = {"format": FORMAT, "state": asdict(state), "counters": counters, "fingerprints": belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     if (free := disk.free_bytes(run_dir)) < needed:
@@ -129,9 +137,10 @@ def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
         fault = disk.verify_folder(folder)
         if fault is None:
             try:
-                return Checkpoint(folder, _read_state(folder))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                fault = f"state.json cannot be read ({error})"
+                run_folder.made_with(folder)
+                return Checkpoint(folder, _read(folder)[0])
+            except ForeignFileError as error:
+                fault = str(error)
         try:
             name = f"Set aside as {disk.set_aside(folder, '.broken').name}"
         except OSError as error:
@@ -140,40 +149,47 @@ def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
     return None
 
 
-def restore(checkpoint: Checkpoint, optimizer: AdapterOptimizer, fingerprints: Fingerprints) -> None:
+def at_step(run_dir: Path, step: int) -> Checkpoint | None:
+    """The checkpoint of a step, whose manifest verifies; None where it is not kept, or damaged."""
+    folder = folder_of(run_dir, step)
+    return Checkpoint(folder, _read(folder)[0]) if disk.verify_folder(folder) is None else None
+
+
+def check_base(checkpoint: Checkpoint, base: BaseFolder) -> None:
+    """Refuse another base as far as that shows before it is loaded. Raises RunFolderError."""
+    saved = _read(checkpoint.path)[1]
+    at_the_door = identity.at_the_door(base.config, taken_tensors(base, build(base)))
+    _refuse(checkpoint, "base", saved.other_base(replace(saved, base=base.fingerprint, base_identity=at_the_door)))
+
+
+def restore(checkpoint: Checkpoint, optimizer: AdapterOptimizer, now: Fingerprints) -> None:
     """Put a checkpoint's tensors into the optimizer and its parameters. Raises RunFolderError when they do not fit."""
-    content = json.loads((checkpoint.path / "state.json").read_text())
-    saved = Fingerprints(**content["fingerprints"])
-    for what, ours, theirs in (("base", fingerprints.base, saved.base), ("data", fingerprints.data, saved.data)):
-        if ours != theirs:
-            raise RunFolderError(
-                f"{checkpoint.path}: was made with another {what} (its files have changed since)",
-                f"put the {what} back as it was, or start anew with mode='fresh'",
-            )
-    adapter = load_file(checkpoint.path / "adapter.safetensors")
-    tensors = load_file(checkpoint.path / "optimizer.safetensors")
+    _, saved, counters = _read(checkpoint.path)
+    _refuse(checkpoint, "base", saved.other_base(now))
+    _refuse(checkpoint, "data", saved.other_data(now))
+    ours = {key: (parameter.shape, parameter.dtype) for key, parameter in optimizer.parameters.items()}
     try:
+        adapter, tensors = (read_file(checkpoint.path / f"{name}.safetensors") for name in ("adapter", "optimizer"))
+        if {key: (tensor.shape, tensor.dtype) for key, tensor in adapter.items()} != ours:
+            raise ValueError("names, shapes or types of its adapter are others")
+        if strange := sorted({key.partition("/")[2] for key in tensors} - {*ours, ""}):
+            raise ValueError(f"its optimizer knows {strange[0]!r}, which is not trained")
         with torch.no_grad():
             for key, parameter in optimizer.parameters.items():
                 parameter.copy_(adapter[key])
-        optimizer.load_state(tensors, content["counters"])
-    except (KeyError, ValueError, RuntimeError) as error:
+        optimizer.load_state(tensors, counters)
+    except (ModelError, KeyError, ValueError, RuntimeError) as error:
         raise RunFolderError(
             f"{checkpoint.path}: does not fit this model ({error})", "start anew with mode='fresh'"
         ) from error
 
 
-def other_versions(checkpoint: Checkpoint, about: Mapping[str, Any]) -> str:
-    """Packages that were of another version when the checkpoint was made: "torch 2.10 (now 2.11)"; "" for none."""
-    made_with = disk.read_manifest(checkpoint.path).get("versions")
-    if not isinstance(made_with, dict):
-        return ""
-    now: Mapping[str, str] = about["versions"]
-    return ", ".join(
-        f"{name} {made_with[name]} (now {version})"
-        for name, version in sorted(now.items())
-        if name in made_with and made_with[name] != version
-    )
+def _refuse(checkpoint: Checkpoint, what: str, difference: str | None) -> None:
+    if difference is not None:
+        raise RunFolderError(
+            f"{checkpoint.path}: was made with another {what}: {difference}",
+            f"put the {what} back as it was, or start anew with mode='fresh'",
+        )
 
 
 @dataclass
@@ -219,7 +235,9 @@ class Checkpointer:
     def resume(self, checkpoint: Checkpoint) -> RunState:
         """Put a checkpoint back; its state. Raises RunFolderError when it belongs to another base or other rows."""
         restore(checkpoint, self.optimizer, self.fingerprints)
-        if changed := other_versions(checkpoint, self.about):
+        if _read(checkpoint.path)[1].base_identity is None:
+            self.sink.emit(Notice("base", f"{checkpoint.path.name} {identity.NOT_COMPARED}"))
+        if changed := run_folder.other_versions(checkpoint.path):
             self.sink.emit(Notice("versions", f"the checkpoint was made with {changed}: last digits may differ"))
         self.saved_step = checkpoint.state.step
         return checkpoint.state
@@ -261,12 +279,20 @@ class Checkpointer:
         return False
 
 
-def _read_state(folder: Path) -> RunState:
-    content = json.loads((folder / "state.json").read_text())
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-    known = {field.name for field in fields(RunState)}
-    return RunState(**{key: value for key, value in content["state"].items() if key in known})
+class _StateFile(ForeignModel):
+    format: Literal[2]
+    state: dict[str, Any]
+    counters: dict[str, Count]
+    fingerprints: dict[str, Any]
+
+
+def _read(folder: Path) -> tuple[RunState, Fingerprints, dict[str, int]]:
+    """What `state.json` holds: state, fingerprints, update counters. Raises ForeignFileError with file and key."""
+    file = folder / "state.json"
+    found = foreign_json.checked(_StateFile, foreign_json.load(file), str(file))
+    state = foreign_json.checked_dataclass(RunState, found.state, f"{file}: state")
+    fingerprints = foreign_json.checked_dataclass(Fingerprints, found.fingerprints, f"{file}: fingerprints")
+    return state, fingerprints, found.counters
 
 
 def _folders(run_dir: Path) -> list[Path]:

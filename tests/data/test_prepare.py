@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,37 @@ def test_everything_that_makes_rows_is_in_the_key(tmp_path: Path, monkeypatch: p
     assert len(set(seen.values())) == len(seen)
 
 
+def test_the_content_is_known_again_whatever_made_it_and_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other libraries, settings or folders make another key, but only other rows are other content."""
+    (tmp_path / "here").mkdir()
+    path = write(tmp_path / "here" / "a.jsonl", numbered(9))
+    other = write(tmp_path / "b.jsonl", numbered(9, 1))
+    base = run(tmp_path, path, eval_fraction=0.3)
+    monkeypatch.setattr(module, "version", lambda name: "99.0")
+    upgraded = run(tmp_path, path, eval_fraction=0.3)
+    longer = run(tmp_path, path, eval_fraction=0.3, max_length=1024)
+    assert len({base.fingerprint, upgraded.fingerprint, longer.fingerprint}) == 3
+    assert base.content_fingerprint == upgraded.content_fingerprint == longer.content_fingerprint
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved, sink = str(tmp_path / "there" / "a.jsonl"), Recorder()
+    again = run(tmp_path, moved, sink=sink, eval_fraction=0.3)
+    assert (again.fingerprint, again.content_fingerprint) == (upgraded.fingerprint, base.content_fingerprint)
+    assert "read from" in of(sink, "cache")[0].message
+    halves = [write(tmp_path / f"{name}.jsonl", numbered(3, start)) for name, start in (("c", 0), ("d", 3), ("e", 6))]
+    changed = [
+        run(tmp_path, moved, eval_fraction=0.3, seed=2),  # other rows are held out
+        run(tmp_path, moved, eval_fraction=0),
+        run(tmp_path, other, eval_fraction=0.3),
+        run(tmp_path, *halves, eval_fraction=0.3),  # the same tokens, but of three sources
+        run(tmp_path, *halves[::-1], eval_fraction=0.3),
+        run(tmp_path, moved, eval=(SourceSection(path=other),)),
+        run(tmp_path, moved, using=chat(loss_on="all"), loss_on="all", eval_fraction=0.3),  # other weights
+    ]
+    assert len({base.content_fingerprint, *(data.content_fingerprint for data in changed)}) == len(changed) + 1
+
+
 @pytest.mark.parametrize("fault", ["flip", "cut", "remove", "no manifest", "no report"])
 def test_a_damaged_cache_is_made_anew(tmp_path: Path, fault: str) -> None:
     path = write(tmp_path / "a.jsonl", numbered(5))
@@ -291,8 +323,24 @@ def test_a_failed_tokenization_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not [place for place in (tmp_path / "cache").rglob("*") if place.is_file()]
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+def test_without_a_cache_rows_are_made_for_this_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
+    (tmp_path / "private").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "private"))
+    sink = Recorder()
+    data = run(tmp_path, write(tmp_path / "a.jsonl", numbered(2)), sink=sink, eval_fraction=0)
+    assert len(data.train.rows) == 2 and "It is 1." in chat().tokenizer.decode(data.train.rows[1].input_ids)
+    assert (
+        "cannot be looked at (Not a directory): rows are tokenized anew, for this run" in of(sink, "cache")[0].message
+    )
+    assert not list((tmp_path / "private").iterdir())
+
+
+def test_rows_that_can_be_written_nowhere_are_an_error_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache"))
     with pytest.raises(DataError, match="cannot write tokenized rows") as caught:
         run(tmp_path, write(tmp_path / "a.jsonl", numbered(2)))
     assert "QLORA_CACHE" in caught.value.hint

@@ -25,7 +25,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredRows:
     with RowWriter(path) as writer:
         writer.write(ROWS[:2])
         writer.write(ROWS[2:])
-    return open_rows(path)
+    return open_rows(path, "tokens")
 
 
 def test_rows_come_back_with_their_counts_and_places(stored: StoredRows) -> None:
@@ -69,7 +69,7 @@ def test_a_prompt_is_what_stands_before_the_last_answer_in_words(
 ) -> None:
     with RowWriter(tmp_path / "rows.arrow") as writer:
         writer.write([(TokenRow([1], [1.0]), conversation, "a.jsonl:1", 0)])
-    assert open_rows(tmp_path / "rows.arrow").split().prompt(0) == expected
+    assert open_rows(tmp_path / "rows.arrow", "tokens").split().prompt(0) == expected
 
 
 def test_the_content_tells_weights_and_borders_of_rows_apart(tmp_path: Path) -> None:

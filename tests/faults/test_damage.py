@@ -12,8 +12,9 @@ import pytest
 from qlora import disk
 from qlora.disk import MANIFEST
 from qlora.events import Notice, Recorder
+from qlora.model.identity import Fingerprints
 from qlora.training import checkpoint
-from qlora.training.checkpoint import Fingerprints, RunState
+from qlora.training.checkpoint import RunState
 from tests.training.cases import ABOUT, optimizer
 
 FLIPS = 64
@@ -102,7 +103,7 @@ def test_a_state_of_another_format_is_set_aside(run: Path, tmp_path: Path) -> No
         (place / "state.json").write_text(json.dumps(state | {"format": 99}))
 
     disk.publish_folder(newest, write)
-    assert "format 99" in expect_the_one_before(folder)
+    assert "format is wrong: Input should be 2 (it is 99)" in expect_the_one_before(folder)
 
 
 def test_without_a_good_one_there_is_none(run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import pytest
 from qlora.events import Recorder
 from qlora.model import adapters
 from qlora.model.adapter_folder import PROVENANCE_FILE
+from qlora.model.identity import at_the_door
 from qlora.model.resolve import resolve
+from qlora.model.tokenizer_files import read_files
 from qlora.recipe.reading import recipe_of_base
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import RunState
@@ -23,7 +25,9 @@ def best(llama: Path, monkeypatch: pytest.MonkeyPatch) -> BestAdapter:
     """With a model of which one byte is saved."""
     monkeypatch.setattr(adapters, "save", lambda model, folder, *_: (folder / "adapter_model.safetensors").touch())
     base = resolve(str(llama), "main", Recorder())
-    return BestAdapter(None, base, recipe_of_base(str(llama)), None, train_rows=27, eval_rows=3)
+    identity, files = at_the_door(base.config, base.tensors), read_files(base.path)
+    recipe = recipe_of_base(str(llama))
+    return BestAdapter(None, base, files, recipe, None, train_rows=27, eval_rows=3, identity=identity)
 
 
 def test_the_folder_is_the_adapter_its_tokenizer_and_its_papers(best: BestAdapter, tmp_path: Path) -> None:
@@ -34,7 +38,8 @@ def test_the_folder_is_the_adapter_its_tokenizer_and_its_papers(best: BestAdapte
     assert {"adapter_model.safetensors", "tokenizer.json", "README.md", PROVENANCE_FILE} <= names
     written = json.loads((folder / PROVENANCE_FILE).read_text())
     assert written["step"] == 7 and written["base"] == str(best.base.path) and written["version"] == __version__
-    assert written["fingerprint"] == best.base.fingerprint and written["quantization"]["type"] == "nf4"
+    assert written["fingerprint"] == best.base.fingerprint
+    assert written["identity"] == best.identity.model_dump() and written["quantization"]["type"] == "nf4"
     (saved,) = sink.of("saved")
     assert saved.as_dict()["step"] == 7 and saved.as_dict()["path"] == str(folder) and saved.as_dict()["bytes"] > 0
 

@@ -10,8 +10,9 @@ import torch
 from qlora import disk
 from qlora.errors import RunFolderError
 from qlora.events import Recorder
+from qlora.model.identity import Fingerprints
 from qlora.training import checkpoint
-from qlora.training.checkpoint import Fingerprints, RunState
+from qlora.training.checkpoint import RunState
 from tests.runs import run_dir, train, write_recipe
 from tests.training.cases import ABOUT, optimizer
 
@@ -37,10 +38,6 @@ def test_the_manifest_tells_how_it_was_made(run: Path) -> None:
     manifest = disk.read_manifest(checkpoint.folder_of(run, 2))
     assert manifest["versions"] == ABOUT["versions"] and manifest["recipe_sha256"] == "ab" * 32
     assert set(manifest["files"]) == set(FILES)
-    made = checkpoint.Checkpoint(checkpoint.folder_of(run, 2), RunState())
-    now = {"versions": {"qlora": "1.2.3", "torch": "2.11.0"}}
-    assert checkpoint.other_versions(made, now) == "torch 2.10.0 (now 2.11.0)"
-    assert checkpoint.other_versions(made, ABOUT) == ""
 
 
 def test_tensors_are_restored_bit_for_bit_or_not_at_all(run: Path) -> None:

@@ -21,14 +21,18 @@ from qlora.data.loader import collate
 from qlora.device import release_memory
 from qlora.errors import ExportError
 from qlora.events import Notice, Sink
+from qlora.export import base_check
 from qlora.export.artifacts import Source
 from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
-from qlora.export.verify import candidates, fidelity
+from qlora.export.verify import candidates, evaluation, fidelity
+from qlora.export.verify.evaluation import ComparedLoss
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
+from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import MetaModel
 from qlora.model.tokenizer import open_tokenizer
+from qlora.model.tokenizer_files import of_export
 from qlora.third_party import import_bitsandbytes
 
 TRANSFORMERS = "transformers, bf16"
@@ -40,13 +44,16 @@ PROBE_LENGTH = 512
 class TrainedReference:
     """What is known of the trained model, and the table of what was measured against it.
 
-    `predictions` is None without verification, `imatrix` unless asked for.
+    `base_identity` is the base's, with its content; `predictions` is None without verification, `imatrix` unless asked
+    for, `evaluation` (the loss of the run's rows beside the one that it delivered) where there is nothing to compare.
     """
 
     source: Source
     chat: ChatFormat
+    base_identity: BaseIdentity
     predictions: Reference | None = None
     imatrix: Imatrix | None = None
+    evaluation: ComparedLoss | None = None
     table: list[Fidelity] = field(default_factory=list)
 
     @property
@@ -87,16 +94,18 @@ def trained_reference(
     source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path
 ) -> Iterator[TrainedReference]:
     """Compute with the trained model as far as it is needed; `scratch` holds what it predicts while the block runs."""
-    rows, base = source.rows, source.base
-    tokenizer = rows.chat.tokenizer if rows else open_tokenizer(base.path, base.name, source.adapter.folder)
-    reference = TrainedReference(source, ChatFormat.of(tokenizer))
+    rows = source.rows
+    tokenizer = rows.chat.tokenizer if rows else _tokenizer_alone(source)
+    chat = ChatFormat.of(tokenizer)
     if not verify and not imatrix:
-        yield reference
+        yield TrainedReference(source, chat, base_check.read_through(source, sink))
         return
     if imatrix and rows is None:
         raise ExportError("`imatrix` needs the rows of a run", "name a run's folder whose data files are still there")
     import_bitsandbytes()
     model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
+    base_check.refuse_another(source, model.base_identity)
+    reference = TrainedReference(source, chat, model.base_identity)
     model = adapters.open_saved(model, source.adapter.folder)
     if imatrix and rows is not None:  # from its training rows; from evaluation rows where these are all there are
         split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)
@@ -107,6 +116,7 @@ def trained_reference(
         del model
         yield reference
         return
+    reference.evaluation = _compare_loss(source, model, sink)
     positions = _positions(source, tokenizer, model, sink)
     chunks = fidelity.live_logprobs(model, positions.batches, source.device)
     with fidelity.reference(chunks, positions, scratch) as predictions:
@@ -117,6 +127,25 @@ def trained_reference(
         name = "trained" if quantization == "none" else f"trained, adapter on {quantization}"
         reference.measure(name, TRANSFORMERS, [predictions.logprobs_NV], None)
         yield reference
+
+
+def _tokenizer_alone(source: Source) -> Any:
+    """The tokenizer of an adapter that brings no rows."""
+    with of_export(source.base.path, source.adapter.folder).placed() as folder:
+        return open_tokenizer(folder, source.base.name)
+
+
+def _compare_loss(source: Source, model: Any, sink: Sink) -> ComparedLoss | None:
+    """The second net under the base's identity: does the model that is here know what was learned?"""
+    if source.delivered is None:
+        return None
+    if source.rows is None:
+        message = "without the run's evaluation rows, the trained model's loss is not compared with what was delivered"
+        sink.emit(Notice("verify", message))
+        return None
+    section = source.rows.section.model_copy(update={"packing": source.delivered.packing})
+    rows = evaluation.EvalRows(source.rows.data.eval, section, source.rows.chat.pad_id, source.delivered.packs_at_once)
+    return evaluation.compare(model, rows, source.delivered, sink)
 
 
 def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positions:
