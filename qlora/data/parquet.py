@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from qlora import child_process
 from qlora.data import parquet_worker
 from qlora.data.limits import MAX_ROW_BYTES
 from qlora.data.render import KEPT_VARIABLES
@@ -42,7 +43,7 @@ def parquet_rows(file: SourceFile) -> Iterator[Item]:
 
     Raises DataError for a file that cannot be read on, or becomes more than its size lets one believe.
     """
-    command = [sys.executable, "-I", str(Path(parquet_worker.__file__)), json.dumps(sys.path)]
+    command = [sys.executable, "-I", str(Path(parquet_worker.__file__)), json.dumps(child_process.import_path())]
     most_rows = SMALL_ROWS + MAX_ROWS_PER_BYTE * file.size_bytes
     environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     # pyarrow's own allocator reserves a GiB of addresses, which is all that the process may have.
