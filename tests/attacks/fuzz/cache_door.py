@@ -85,13 +85,13 @@ def use(scene: Scene, cache: str) -> None:
     """Rows for a run, and what the run reads of them."""
     from qlora import disk
     from qlora.data.prepare import prepare
-    from qlora.model.tokenizer import tokenizer_fingerprint
+    from qlora.model.tokenizer_files import read_files
 
     recipe, base = scene.goods.loaded(), scene.goods.base
     sink = goods.sink()
     with mock.patch.dict(os.environ, QLORA_CACHE=cache.replace("\0", "").encode("utf-8", "replace").decode()):
         chat = goods.chat_of(base, os.getpid())
-        data = prepare(recipe.data, tokenizer_fingerprint(base), chat, recipe.train.seed, disk.cache_dir(), sink)
+        data = prepare(recipe.data, read_files(base).fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     for split in (data.train, data.eval):
         for index in range(min(3, len(split.lengths))):
             assert split.rows[index] is not None

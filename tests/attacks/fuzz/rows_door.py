@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.attacks.fuzz import goods, nasty
 from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.recipe_door import toml
 from tests.attacks.fuzz.seen import Work
 from tests.data.cases import BROKEN_LINES, GOOD
 
@@ -162,9 +163,10 @@ def use(scene: Scene, keys: dict[str, Any], tokens: bool, bad: int) -> None:
     from qlora import disk
     from qlora.data.prepare import check_files, prepare
     from qlora.data.sources import read_rows
-    from qlora.recipe.sections import DataSection, SourceSection
+    from qlora.recipe.reading import load_recipe
 
-    data = DataSection(train=(SourceSection(**keys),), max_bad_rows=bad, max_length=96)
+    overrides = (f"data.train={toml([keys])}", f"data.max_bad_rows={bad}", "data.max_length=96")
+    data = load_recipe(scene.goods.recipe, overrides).data
     sink = goods.sink()
     check_files(data)
     for row in read_rows(data.train[0]):
