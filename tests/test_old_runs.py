@@ -18,6 +18,7 @@ from qlora import api
 from qlora.data import prepare
 from qlora.disk import sha256_file, verify_folder
 from qlora.events import Recorder
+from qlora.export.verify import weights
 from tests.runs import arithmetic, hashes, train, values
 
 ARCHIVE = Path(__file__).parent / "golden" / "runs_5990ea1.tar.xz"
@@ -70,3 +71,17 @@ def test_an_export_is_finished(old: dict[str, Any]) -> None:
         assert 0.9 * at_the_point < merged[0]["done"] < at_the_point  # the file's header is in front
     if old["same_arithmetic"]:
         assert {path.name: sha256_file(path) for path in (export / "hf").glob("*.safetensors")} == old["export"]
+
+
+def test_its_loss_is_compared_with_its_events_and_with_two_of_them_not(
+    old: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "reopen", lambda merge, targets: {key: [] for key in targets})
+    said, events = Recorder(), Path("runs/tiny/events.jsonl")
+    loss = api.merge_and_export("runs/tiny", out="first", sink=said).evaluation
+    assert loss is not None and loss.here == pytest.approx(loss.delivered, rel=1e-2)
+    step = json.loads(Path("runs/tiny/adapter/qlora.json").read_text())["step"]
+    (line,) = [line for line in events.read_text().splitlines() if '"eval", ' in line and f'"step": {step},' in line]
+    events.write_text(events.read_text() + line.replace('"loss": ', '"loss": 1') + "\n")
+    assert api.merge_and_export("runs/tiny", out="second", sink=said).evaluation is None
+    assert any("recorded no loss that could be compared" in message for message in values(said, "notice", "message"))
