@@ -88,13 +88,13 @@ def use(folder: Path, scene: Scene, depth: float) -> None:
     files = read_files(base.path)
     with files.placed() as placed:
         open_tokenizer(placed, base.name)
-    if depth < 0.04:
+    if depth < 0.01:
         api.check(scene.goods.loaded().model_copy(update={"model": recipe_of_base(str(folder)).model}), sink=sink)
-    elif depth < 0.12:
+    elif depth < 0.04:
         setup.prepare_rows(scene.goods.loaded(), base, files, sink)
-    elif depth < 0.35:
+    elif depth < 0.16:
         load.load_base(base, QuantizationSection(), "auto", torch.device("cpu"), sink)
-    elif depth < 0.4:
+    elif depth < 0.175:
         api.estimate_memory(recipe_of_base(str(folder)), vram="12GiB", sink=sink)
     else:
         api.question(recipe_of_base(str(folder)), vram="12GiB", sink=sink)

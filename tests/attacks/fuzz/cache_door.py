@@ -31,8 +31,9 @@ def make(scene: Scene) -> Work:
             sign(folder)
     elif kind < 0.9:
         names = ("report.json", "manifest.json", "rows.arrow", ".", "..", "../.x.tmp-1", "../.x.old-1", "x")
-        nasty.entry((folder / chance.choice(names)).absolute(), chance.choice(nasty.ENTRIES), scene.bystander)
-        if chance.random() < 0.3 and (folder / "manifest.json").is_file():
+        name = chance.choice(names)
+        nasty.entry((folder / name).absolute(), chance.choice(nasty.ENTRIES), scene.bystander)
+        if chance.random() < 0.3 and name in ("report.json", "x"):
             sign(folder)
     else:
         place = chance.choice((folder, cache, cache / "tokens", folder / "report.json", folder / "rows.arrow"))

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from qlora.events import Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe
-from tests.runs import run_dir, train, write_recipe
+from tests.runs import run_dir, train, write_recipe, write_rows
 
 DRAWN = 400
+ROWS = 8
 SETTINGS = (
     "train.max_steps=2",
     "train.batch_size=2",
@@ -70,6 +71,7 @@ def make(folder: Path, seed: int) -> Goods:
     }
     base = make_base("llama", folder / "base")
     recipe = write_recipe(folder / "project", base)
+    write_rows(recipe.parent / "rows.jsonl", ROWS)
     train(recipe, *SETTINGS)
     return Goods(base, recipe, run_dir(recipe), folder / "cache", home, drawn_values(seed), _job(recipe), [])
 

@@ -98,9 +98,9 @@ def use(scene: Scene, path: str, overrides: list[str], depth: float) -> None:
     run_dir = run_folder.path_of(recipe, Path(path).stem)
     run_folder.check_claim(run_dir, recipe, "new")
     setup.preflight(recipe, sink)
-    if depth < 0.1:
+    if depth < 0.03:
         api.question(recipe, vram="12GiB", sink=sink).estimate()
-    elif depth < 0.13:
+    elif depth < 0.04:
         api.check(recipe, sink=sink)
     sink.close()
     assert os.getcwd() == str(scene.place)

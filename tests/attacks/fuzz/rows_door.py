@@ -117,7 +117,8 @@ def make(scene: Scene) -> Work:
     chance, kind = scene.chance, scene.chance.random()
     folder = scene.place / "data"
     folder.mkdir()
-    ending = chance.choice(("jsonl", "jsonl", "jsonl", "json", "csv", "tsv", "txt", "md", "parquet", "parquet"))
+    ending = chance.choice(("jsonl", "jsonl", "jsonl", "json", "json", "csv", "tsv", "txt", "md"))
+    ending = "parquet" if chance.random() < 0.07 else ending  # each is decoded by a process of its own
     name = "rows" if chance.random() < 0.8 else chance.choice(NAMES)
     file = folder / f"{name}.{ending}"
     if ending == "parquet":
@@ -139,7 +140,7 @@ def make(scene: Scene) -> Work:
         keys["columns"] = {chance.choice(("text", "prompt", "\x1b[2J")): chance.choice(("text", "b", "[/x]", "none"))}
     if chance.random() < 0.3:
         keys["format"] = chance.choice(("messages", "prompt-completion", "alpaca", "sharegpt", "text"))
-    tokens, bad = chance.random() < 0.1, chance.choice((0, 0, 1, 100))
+    tokens, bad = chance.random() < 0.03, chance.choice((0, 0, 1, 100))
     return lambda: use(scene, keys, tokens, bad)
 
 

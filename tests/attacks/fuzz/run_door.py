@@ -80,7 +80,7 @@ def make(scene: Scene) -> Work:
     else:
         nasty.entry(run / chance.choice(ENTRIES), chance.choice(nasty.ENTRIES), scene.bystander)
     mode = chance.choice(("resume", "resume", "resume", "fresh", "new"))
-    whole = chance.random() < 0.02
+    whole = chance.random() < 0.004
     return lambda: use(scene, mode, whole)
 
 
