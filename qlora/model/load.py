@@ -155,10 +155,10 @@ class _Weights:
         """A weight that is stored in 4 bit, of `shape`."""
         stored = stored_4bit(self.base, source, self.device, self.reader.read)
         if tuple(stored.state.shape) != shape:
-            what = (
-                f"{self.base.name}: {source} is {list(stored.state.shape)} in 4 bit, but the model needs {list(shape)}"
+            what = f"{source} is {list(stored.state.shape)} in 4 bit, but the model needs {list(shape)}"
+            raise ModelError(
+                f"{self.base.name}: {what}", "config.json and weights are of different models; get a clean copy"
             )
-            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
         return stored
 
 

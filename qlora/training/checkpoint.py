@@ -51,7 +51,6 @@ MOST = 2**53  # of anything that is counted
 FAILURES = 3
 CHECKPOINTS_AT_ONCE = 2  # the old one stays until the new one stands
 
-
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Loss = Annotated[float, Field(allow_inf_nan=True)]
 
@@ -69,9 +68,8 @@ class RunState:
     best_loss: Loss | None = None
     best_step: Count | None = None
     evaluations_without_improvement: Count = 0
-    evaluated_step: Annotated[
-        int, Field(ge=-1, le=MOST)
-    ] = -1  # the last one that was evaluated: a stop may fall between a step and its evaluation
+    # The last one that was evaluated: a stop may fall between a step and its evaluation.
+    evaluated_step: Count | Literal[-1] = -1
     skipped: Count = 0
     skipped_in_a_row: Count = 0
     loss_trend: float = 0.0  # of `health.Trend`
@@ -117,8 +115,8 @@ def save(
     def write(folder: Path) -> None:
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
-        belongs = fingerprints.as_dict()
-        content = {"format": FORMAT, "state": asdict(state), "counters": counters, "fingerprints": belongs}
+        belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
+        content = {"format": FORMAT, "state": asdict(state), **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     if (free := disk.free_bytes(run_dir)) < needed:
