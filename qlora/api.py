@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import disk, files, run_folder
-from qlora.errors import Problem, RecipeError, UserError
-from qlora.events import Notice, Sink, Sinks
+from qlora.errors import ExportError, Problem, RecipeError, UserError
+from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
-from qlora.report.files import open_sinks
+from qlora.report.files import open_sinks, read_events
 from qlora.stop import StopRequest
 from qlora.training import setup
 from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
     from qlora.data.prepare import PreparedData
-    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report, Source
+    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report, RunRows, Source
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
+    from qlora.model.delivered_loss import DeliveredLoss
     from qlora.training.checkpoint import RunState
 
 Mode = Literal["new", "resume", "fresh"]
@@ -61,7 +62,7 @@ def train(
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
     if mode == "resume":
-        loaded = run_folder.pinned(run_dir, loaded)
+        loaded = run_folder.resumed(run_dir, loaded, shared)
     base, loaded = setup.preflight(loaded, shared)
     claim = run_folder.claim(run_dir, mode)
     try:
@@ -75,6 +76,7 @@ def train(
 
 def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
+    from qlora.model import tokenizer_files
     from qlora.training import checkpoint, loop
 
     disk.sweep_leftovers(run_dir)
@@ -83,17 +85,20 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     step = resume_from.state.step if resume_from else None
     if resume_from is not None:
         checkpoint.check_base(resume_from, base)
-    run_folder.write_recipe(run_dir, recipe, base.commit)
-    files = open_sinks(recipe.report, run_dir, step or 0)
-    sinks = Sinks(sink, *files)
+    if run_folder.write_recipe(run_dir, recipe, base.commit):
+        what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
+        sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
+    written = open_sinks(recipe.report, run_dir, step or 0, sink)
+    sinks = Sinks(sink, *written)
     try:
         sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
-        with setup.prepare_job(recipe, run_dir, base, sinks, stop) as job:
+        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks)
+        with setup.prepare_job(recipe, run_dir, base, tokenizer, sinks, stop) as job:
             state = loop.run(job, resume_from)
         del job  # an export needs the memory
-        exported = _export(run_dir, recipe.export, sinks)
+        exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
-        for file in files:
+        for file in written:
             file.close()
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
 
@@ -108,10 +113,12 @@ class Checked:
 
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
+    from qlora.model.tokenizer_files import read_files
+
     loaded, _ = _named(recipe, "check")
     shared = sink or Sinks()
     base, _ = setup.preflight(loaded, shared)
-    _, data, memory = setup.prepare(loaded, base, shared, PhaseClock(shared))
+    _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 
@@ -167,28 +174,52 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     from qlora.export import base_check
     from qlora.export.artifacts import RunRows, Source
     from qlora.export.targets import keep_apart
+    from qlora.model import delivered_loss, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
+    from qlora.model.adapter_seal import seal
     from qlora.model.resolve import resolve
 
+    sealed = seal(adapter_dir, sink)
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
     base = resolve(run_folder.relocated(origin.base, adapter_dir.parent), origin.revision, sink)
-    source = Source(run_folder.name_of(adapter_dir), adapter, origin, base, setup.pick_device())
-    base_check.at_the_door(source, sink)
+    source = Source(run_folder.name_of(adapter_dir), adapter, sealed, origin, base, setup.pick_device())
     recipe = run_folder.recipe_of(adapter_dir, sink)
     for folder in folders:
         keep_apart(folder, adapter_dir, base.path, recipe)
+    base_check.at_the_door(source, sink)
+    delivered, is_older = delivered_loss.read(adapter_dir)
     if recipe is None:
-        return source
+        return replace(source, delivered=delivered)
     datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in recipe.data.train))
     rows = None
     if with_rows:
         try:
-            chat, data = setup.prepare_rows(recipe, base, Sinks())
+            files = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
+            chat, data = setup.prepare_rows(recipe, base, files, Sinks())
             rows = RunRows(data, recipe.data, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
-    return replace(source, datasets=datasets, rows=rows)
+    if rows is not None and is_older:
+        delivered = _older_loss(adapter_dir, rows, sink)
+    return replace(source, datasets=datasets, rows=rows, delivered=delivered)
+
+
+def _older_loss(adapter_dir: Path, rows: RunRows, sink: Sink) -> DeliveredLoss | None:
+    """The loss of an adapter that an older version delivered: its events may say it."""
+    from qlora.model import delivered_loss
+    from qlora.model.adapter_folder import delivered_step
+
+    if not any(rows.data.eval.trained):
+        return None
+    events, step = adapter_dir.parent / EVENTS_FILE, delivered_step(adapter_dir.parent)
+    found = None
+    if step is not None and events.is_file():
+        found = delivered_loss.of_older_run(read_events(events), step, rows.data.eval.trained, rows.section.packing)
+    if found is None:
+        message = "an older version delivered the adapter, and recorded no loss that could be compared"
+        sink.emit(Notice("verify", message))
+    return found
 
 
 def estimate_memory(
@@ -209,7 +240,7 @@ def estimate_memory(
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
-    path = Path(what).expanduser()
+    path = files.user_path(what, "the recipe or model")
     if path.suffix == ".toml":
         return load_recipe(path, overrides)
     if path.name == "config.json" and path.is_file():
@@ -249,8 +280,17 @@ def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[Exported
     return report.products
 
 
+def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:
+    """`_export`; what it refuses does not undo the training, whose result is named last."""
+    try:
+        return _export(run_dir, section, sink)
+    except UserError as error:
+        done = f"the training itself is done, its adapter is {run_dir / 'adapter'}"
+        raise ExportError(error.what, f"{error.hint}; {done}") from error
+
+
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
-    path = Path(recipe)
+    path = files.user_path(recipe, "the recipe")
     return Recipe.from_file(path), name or path.stem

@@ -55,50 +55,25 @@ class Published(NamedTuple):
     aside: SetAside | None
 
 
-def inside(root: Path, name: str) -> Path:
-    """`root / name`, if that is a plain path that stays inside `root`; for names that come from a file.
-
-    Raises ValueError for absolute names, `..`, NUL, a link that leaves the folder, and whatever is no regular
-    file or folder (a pipe would block, a device would never end).
-    """
-    if not name or "\0" in name or os.path.isabs(name) or "\\" in name:
-        raise ValueError(f"{name!r} is not a relative file name")
-    if ".." in Path(name).parts:
-        raise ValueError(f"{name!r} leaves the folder {root}")
-    path = root / name
-    # A hub snapshot is a folder of links into the blobs of the same repository, two levels up.
-    home = root.resolve()
-    allowed = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
-    real = path.resolve()
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise ValueError(f"{name!r} is a link out of the folder {root}")
-    if real.exists() and not (real.is_file() or real.is_dir()):
-        raise ValueError(f"{name!r} is neither a file nor a folder")
-    return path
-
-
 def free_bytes(path: Path) -> int:
     """Free bytes on the file system that holds `path` (or its nearest existing parent)."""
     return shutil.disk_usage(_nearest(path.resolve())).free
 
 
 def cache_dir() -> Path:
-    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder; its links are followed here.
-
-    Raises UserError where there is no such place.
-    """
+    """Where token caches live: QLORA_CACHE, else `qlora` in the user's cache folder. UserError without a home."""
     if named := os.environ.get("QLORA_CACHE"):
         return files.user_path(named, "QLORA_CACHE")
     if os.name == "nt":
-        return files.user_path(os.environ.get("LOCALAPPDATA", "~"), "LOCALAPPDATA") / "qlora" / "cache"
-    return files.user_path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "XDG_CACHE_HOME") / "qlora"
+        return files.user_path(os.environ.get("LOCALAPPDATA") or "~", "LOCALAPPDATA") / "qlora" / "cache"
+    return files.user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "the cache (set QLORA_CACHE)") / "qlora"
 
 
 def make_folder(path: Path) -> None:
     """Create a folder with its parents. Raises RunFolderError when it can't be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = _hidden(path / "write-test", "tmp")  # swept like every leftover
+        probe = hidden(path / "write-test", "tmp")  # swept like every leftover
         files.open_to_write(probe, "new").close()
         probe.unlink()
     except OSError as error:
@@ -135,17 +110,23 @@ def open_to_write(path: Path, way: files.WayToWrite, permissions: int = 0o644) -
 
 def write_atomic(path: Path, text: str, permissions: int = 0o644) -> None:
     """Replace a file's content in one rename: a reader sees the old bytes or the new ones. Its folder must be there."""
-    _refuse_link(path)
-    temporary = _hidden(path, "tmp")
+    temporary = hidden(path, "tmp")
     try:
         with open_to_write(temporary, "new", permissions) as file:
             _write_all(file, text.encode())
-            _settle(file)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+
+
+def put_in_place(written: Path, final: Path) -> None:
+    """Give a file that is written and closed the name `final`, beside it, in one rename."""
+    _refuse_link(final)
+    with open_to_write(written, "existing") as file:
+        _settle(file)
+    os.replace(written, final)
+    _sync_folder(final.parent)
 
 
 def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> Published:
@@ -156,7 +137,7 @@ def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[st
     """
     final.parent.mkdir(exist_ok=True)
     _refuse_link(final.parent)
-    temporary = _hidden(final, "tmp")
+    temporary = hidden(final, "tmp")
     temporary.mkdir()
     try:
         write(temporary)
@@ -234,7 +215,7 @@ def remove_folder(folder: Path) -> None:
 def discard(folder: Path) -> None:
     """Remove a folder that the caller knows to be ours, whatever is in it; out of its name in one rename first."""
     _refuse_link(folder)
-    doomed = _hidden(folder, "old")
+    doomed = hidden(folder, "old")
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -320,7 +301,7 @@ def _swap_in(temporary: Path, final: Path, before: Standing) -> SetAside | None:
         _sync_folder(final.parent)
         return None
     if before.whose == "ours":
-        old = _hidden(final, "swap")
+        old = hidden(final, "swap")
         os.rename(final, old)
     else:
         old = set_aside(final, ".")
@@ -339,7 +320,7 @@ def _swap_in(temporary: Path, final: Path, before: Standing) -> SetAside | None:
     return SetAside(old, size_of(old))
 
 
-def _hidden(path: Path, kind: str) -> Path:
+def hidden(path: Path, kind: str) -> Path:
     """A new name beside `path` that tells what it is for, and by which process; nobody else has one like it."""
     name = path.name
     if match := _HIDDEN.fullmatch(name):

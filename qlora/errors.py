@@ -23,10 +23,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from qlora import shown
+
 
 def one_line(text: str) -> str:
-    """The text on one line: what a message quotes (a column's name, a library's error) may hold line breaks."""
-    return " ".join(part.strip() for part in text.splitlines()) if len(text.splitlines()) > 1 else text.rstrip("\r\n")
+    """The text on one line that steers no terminal: what a message quotes (a column's name, a library's error) may."""
+    lines = text.splitlines()
+    return shown.one_line(" ".join(part.strip() for part in lines) if len(lines) > 1 else text.rstrip("\r\n"))
 
 
 class QloraError(Exception):
@@ -110,7 +113,7 @@ class StoppedBySignal(QloraError):
 class ForeignFailure:
     """What a library raised over a stranger's file; `error` is None where it raised nothing."""
 
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def reason(self) -> str:
@@ -124,7 +127,8 @@ def foreign_failures() -> Iterator[ForeignFailure]:
 
     A broad except, the one beside the command line's: transformers, tokenizers, bitsandbytes and jinja2 have no error
     of their own for a file that is wrong, and raise what their code stumbles on (tokenizers even a bare Exception), so
-    that no list of classes is complete. Our own errors pass.
+    that no list of classes is complete. A panic of a native library is among them. Our own errors pass, and so does
+    what asks the process to end.
     """
     failure = ForeignFailure()
     try:
@@ -133,3 +137,16 @@ def foreign_failures() -> Iterator[ForeignFailure]:
         raise
     except Exception as error:
         failure.error = error
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        failure.error = error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up inside itself: pyo3's PanicException, a BaseException.
+
+    Each library has such a class of its own, which cannot be imported: it is known by its name alone.
+    """
+    kind = type(error)
+    return (kind.__module__, kind.__name__) == ("pyo3_runtime", "PanicException")

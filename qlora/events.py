@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from qlora.redaction import redact_all
+from qlora.shown import plain_values
 
 EVENTS_FILE = "events.jsonl"  # in a run's folder
 
@@ -160,7 +161,8 @@ class Fidelity(Event):
     """How near exports are to the trained model. Each entry: name, measured_by, kl, perplexity, top1, bytes.
 
     `kl` is the mean over `positions` of KL(trained || candidate) in nats, `top1` the share of positions where both
-    think the same token most likely. `texts` says whose rows they are.
+    think the same token most likely. `texts` says whose rows they are. `evaluation` holds the trained model's loss on
+    rows of the run in nats, `here` and as `delivered`, with how many `rows` and `tokens`; None where none is compared.
     """
 
     kind: ClassVar[str] = "fidelity"
@@ -168,6 +170,7 @@ class Fidelity(Event):
     rows: int
     positions: int
     entries: tuple[Mapping[str, Any], ...]
+    evaluation: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,10 +211,14 @@ class End(Event):
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
-def redacted(event: Event) -> Event:
-    """The event without secrets in its texts; the same object where there is nothing to hide."""
+def clean(event: Event) -> Event:
+    """The event without secrets, and with nothing in its texts that steers a terminal; itself where all is clean.
+
+    Only the words of a sample may have several lines.
+    """
     texts = {name: value for name, value in vars(event).items() if isinstance(value, str | tuple | Mapping)}
-    changed = {name: clean for name, value in texts.items() if (clean := redact_all(value)) != value}
+    plain = {name: plain_values(redact_all(value), isinstance(event, Sampled)) for name, value in texts.items()}
+    changed = {name: value for name, value in plain.items() if value != texts[name]}
     return replace(event, **changed) if changed else event
 
 
@@ -224,15 +231,15 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """Several sinks as one. No secret gets past it: an event may quote a path, a row or a library's error."""
+    """Several sinks as one, and the gate of all: an event may quote a path, a row or a library's error."""
 
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = sinks
 
     def emit(self, event: Event) -> None:
-        clean = redacted(event)
+        passed = clean(event)
         for sink in self.sinks:
-            sink.emit(clean)
+            sink.emit(passed)
 
     def close(self) -> None:
         for sink in self.sinks:

@@ -39,13 +39,18 @@ class UnsafePathError(ValueError):
 def user_path(text: str | os.PathLike[str], what: str = "the path") -> Path:
     """A path that the user names, absolute, with `~` and its links resolved. `what` names it in errors ("`out`").
 
-    Raises UserError for a NUL, a home that does not exist (`~nobody`), a circle of links.
+    Raises UserError for a NUL, a home that does not exist (`~nobody`), a circle of links, and for bytes that are no
+    UTF-8: TOML, JSON and the libraries written in Rust cannot name such a file.
     """
     name = os.fspath(text)
     if "\0" in name:
         raise UserError(f"{what}: {name!r} holds a NUL character", "give a plain path")
     try:
-        return Path(name).expanduser().resolve()
+        path = Path(name).expanduser().resolve()
+        str(path).encode()
+        return path
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what}: {path} has a name that is not UTF-8", "rename it, or use another place") from error
     except RuntimeError as error:  # no such home, and before Python 3.13 a circle of links
         reason = "its links lead in a circle" if "loop" in str(error).lower() else "there is no such home folder"
         raise UserError(f"{what}: {name}: {reason}", "write the path out, without ~") from error

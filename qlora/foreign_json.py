@@ -93,7 +93,7 @@ def checked(model: type[Model], value: Any, where: str) -> Model:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the value"
+        key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
         reason = str(first["msg"]).removeprefix("Value error, ")
         raise ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}") from error
 

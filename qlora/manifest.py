@@ -7,6 +7,7 @@ Many programs have a file of that name: a folder is ours when that last hash is 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qlora import files, foreign_json
 
@@ -50,6 +51,14 @@ class _Manifest(foreign_json.ForeignModel):
     sha256: str
     made_by: Literal["qlora"] | None = None
     kind: str | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _names_stay_inside(cls, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+        for name in entries:
+            if not name or os.path.isabs(name) or "\\" in name or "\0" in name or ".." in name.split("/"):
+                raise ValueError(f"{name[:60]!r} is not a file's name in the folder")
+        return entries
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,23 @@ def verify(folder: Path) -> str | None:
     try:
         return _fault(folder, _checked(read(folder)), hashes=True)
     except foreign_json.ForeignFileError as error:
-        reason = str(error).removeprefix(f"{folder / MANIFEST}: ")
+        reason = str(error).removeprefix(f"{folder / MANIFEST}: ").removeprefix(f"{MANIFEST}: ")
         return f"{MANIFEST} {reason}"
 
 
 def read(folder: Path) -> dict[str, Any]:
     """A published folder's manifest; its files may have changed since. Raises ForeignFileError (a ValueError)."""
     return foreign_json.load_object(folder / MANIFEST)
+
+
+def recorded_sha256(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a published folder, as its manifest records them; the files are not looked at.
+
+    Raises FileNotFoundError where there is no manifest, ForeignFileError for one that is damaged or none of ours.
+    """
+    if not os.path.lexists(folder / MANIFEST):
+        raise FileNotFoundError(errno.ENOENT, f"there is no {MANIFEST}", str(folder / MANIFEST))
+    return {name: entry.sha256 for name, entry in _checked(read(folder)).items()}
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
@@ -142,7 +161,7 @@ def _checked(manifest: dict[str, Any]) -> dict[str, _Entry]:
     entries = foreign_json.checked(_Manifest, manifest, MANIFEST).files
     rest = {key: value for key, value in manifest.items() if key != _SELF}
     if manifest[_SELF] != _sha256_of(rest):
-        raise foreign_json.ForeignFileError("is damaged (its own sha256 differs)")
+        raise foreign_json.ForeignFileError(f"{MANIFEST}: is damaged (its own sha256 differs)")
     return entries
 
 

@@ -25,7 +25,8 @@ _FORMS = (
     re.compile(r"\bAKIA[A-Z0-9]{16}\b"),  # AWS
     re.compile(r"(?i)(?<=bearer )[A-Za-z0-9._~+/=-]{8,}"),
     re.compile(r"(?i)(?<=authorization: )(?!bearer)\S+(?: \S{8,})?"),
-    re.compile(r"(?<=://)[^/\s:@]*:[^/\s:@]+(?=@)"),  # user:password in an address
+    # user:password in an address, and in one that was taken for a path, which has lost a slash
+    re.compile(r"(?<=[a-z]:/)(?<!\b[a-z]:/)/?[^/\s:@]*:[^/\s:@]+(?=@)", re.IGNORECASE),
 )
 
 
@@ -44,10 +45,10 @@ def redact_all(value: Any) -> Any:
     """A value of plain types with every text in it redacted."""
     if isinstance(value, str):
         return redact(value)
-    if isinstance(value, tuple):
-        return tuple(redact_all(item) for item in value)
+    if isinstance(value, tuple | list):
+        return type(value)(redact_all(item) for item in value)
     if isinstance(value, Mapping):
-        return {key: redact_all(item) for key, item in value.items()}
+        return {redact_all(key): redact_all(item) for key, item in value.items()}
     return value
 
 
@@ -60,11 +61,12 @@ def _values() -> tuple[str, ...]:
 
 @lru_cache(4)
 def _stored_token(token_path: str | None, hub_home: str | None) -> tuple[str, ...]:
-    home = Path(hub_home).expanduser() if hub_home else Path.home() / ".cache" / "huggingface"
-    file = Path(token_path).expanduser() if token_path else home / "token"
+    # os.path's own leaves a `~` that means no home as it is, and raises nothing: this runs while errors are shown.
+    home = os.path.expanduser(hub_home or os.path.join("~", ".cache", "huggingface"))
+    file = Path(os.path.expanduser(token_path) if token_path else os.path.join(home, "token"))
     try:
         if not file.is_file() or file.stat().st_size > MAX_TOKEN_FILE_BYTES:
             return ()
         return (file.read_text(encoding="utf-8", errors="ignore").strip(),)
-    except OSError:
+    except (OSError, ValueError):  # a NUL in its name
         return ()

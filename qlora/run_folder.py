@@ -16,18 +16,10 @@ from qlora import disk, files, foreign_json, lock
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.recipe import pins
-from qlora.recipe.reading import Recipe, differing_keys, load_recipe, recipe_toml
+from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
 from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
-from qlora.run_record import (
-    HEADING,
-    RESULTS,
-    RUN_FILE,
-    RunRecord,
-    id_of,
-    is_run,
-    recorded_folder,
-)
+from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, id_of, is_run, recorded_folder
 from qlora.run_record import LOCK_FILE as LOCK_FILE
 from qlora.run_record import RECIPE_FILE as RECIPE_FILE
 from qlora.run_record import relocated as relocated
@@ -197,22 +189,31 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     if not file.is_file():
         raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
-        recorded = load_recipe(file)
+        recorded, _ = load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
     # A project that was moved, or copied, has its base and rows in the same places seen from the run; of a base that
     # lies elsewhere, what it is decides: `checkpoint.check_base`.
     places = (recorded, relocated_recipe(recorded, run_dir), relocated_recipe(recorded, run_dir, copied=True))
-    differing = [differing_keys(pins.pinned(recipe, old), old) for old in places]
-    keys = [key for key in min(differing, key=len) if key != "model.base"]
+    keys = min((_other_keys(recipe, old) for old in places), key=len)
     if keys:
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 
 
-def pinned(run_dir: Path, recipe: Recipe) -> Recipe:
-    """The recipe with the commits that the run in `run_dir` recorded: a branch that has moved on changes nothing."""
-    return pins.pinned(recipe, load_recipe(run_dir / RECIPE_FILE))
+def _other_keys(recipe: Recipe, recorded: Recipe) -> list[str]:
+    """What differs, but for where the base lies: what it is decides (`checkpoint.check_base`)."""
+    differing = differing_keys(pins.resumed(recipe, recorded), recorded)
+    return [key for key in differing if key not in ("model.base", "model.revision")]
+
+
+def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
+    """The recipe of the run in `run_dir` as it goes on: what `recipe` does not set is as the run recorded it."""
+    recorded, unknown = load_recorded(run_dir / RECIPE_FILE)
+    if unknown:
+        message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
+        sink.emit(Notice("recipe", message, len(unknown)))
+    return pins.resumed(recipe, relocated_recipe(recorded, run_dir))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
@@ -315,7 +316,7 @@ def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:
     if files.is_link(file):
         raise ExportError(f"{file}: is a link", hint)
     try:
-        recorded = load_recipe(file)
+        recorded, _ = load_recorded(file)
     except RecipeError as error:
         raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
     recipe = relocated_recipe(recorded, run_dir)

@@ -23,6 +23,11 @@ def no_word_to_developers() -> None:
         warnings.simplefilter("ignore", FutureWarning)
 
 
+def draw_no_bars() -> None:
+    """For a command: its own screen draws what is under way; tqdm's bars move the cursor, and quote names of files."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when a bar is made, here or in a child
+
+
 def let_waiting_threads_sleep() -> None:
     """Have OpenMP's threads sleep soon after their work has run out. Before torch is imported; children inherit it.
 

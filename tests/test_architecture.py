@@ -40,9 +40,12 @@ FLOORS = {
     "files": 1,
     "foreign_json": 1,
     "manifest": 1,
+    "foreign_toml": 1,
     "batch": 1,
+    "child_process": 1,
     "lock": 1,
     "redaction": 1,
+    "shown": 1,
     "third_party": 1,
     "version": 1,
     "device": 1,
@@ -50,15 +53,9 @@ FLOORS = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    "": [
-        "errors",
-        "files",
-        "foreign_json",
-        "manifest",
-        "lock",
-        "redaction",
-    ],  # of the ground floor, which others may stand on
-    "cli": ["common", "keys", "verify_resume", "export", "estimate", "train"],
+    # Of the ground floor, which others may stand on.
+    "": ["shown", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock", "redaction"],
+    "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
         *("step_batches", "best_adapter", "setup", "loop"),
@@ -69,7 +66,7 @@ LINES = {
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["candidates", "fidelity", "weights_child", "weights", "reference", "checks"],
+    "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
@@ -86,12 +83,24 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("tokenizer", "config_filter", "tensors", "identity", "base_folder", "adapter_folder", "resolve", "nf4"),
-        *("cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
+        *("tokenizer", "config_filter", "tensors", "identity", "base_folder", "tokenizer_files", "adapter_config"),
+        *("adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4", "cpu_matmul"),
+        *("attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
-        *("formats", "readers", "sources", "hub_rows", "render_worker", "render", "template", "chat"),
-        *("packing", "token_cache", "prepare", "loader"),
+        *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
+        *(
+            "readers",
+            "sources",
+            "hub_rows",
+            "template",
+            "chat",
+            "packing",
+            "token_cache",
+            "row_cache",
+            "prepare",
+            "loader",
+        ),
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
@@ -185,9 +194,18 @@ def test_only_safe_ways_to_read_files() -> None:
 
 # Where a library works on a stranger's file: what it raises there is caught by one helper, `errors.foreign_failures`.
 FOREIGN = [
-    *("data/render_worker.py", "export/gguf/vocab.py", "model/adapters.py", "model/meta_model.py"),
+    *("data/parquet_worker.py", "data/parquet_worker.py", "data/parquet_worker.py"),
+    *("data/render_worker.py", "data/token_cache.py"),
+    *("export/gguf/vocab.py", "model/adapters.py", "model/meta_model.py"),
     *("model/nf4.py", "model/tokenizer.py", "training/memory_plan.py"),
 ]
+
+
+def _keeps_all(handler: ast.ExceptHandler) -> bool:
+    """Whether it catches whatever is raised; to tidy up and raise it again is no catch."""
+    kind = None if handler.type is None else ast.unparse(handler.type)
+    raised = any(isinstance(node, ast.Raise) for node in ast.walk(handler))
+    return kind in (None, "Exception") or (kind == "BaseException" and not raised)
 
 
 def test_one_broad_except_and_no_global() -> None:
@@ -196,7 +214,7 @@ def test_one_broad_except_and_no_global() -> None:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not isinstance(node, ast.Global), f"{path}:{node.lineno}"
-            if isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception"):
+            if isinstance(node, ast.ExceptHandler) and _keeps_all(node):
                 broad.append(f"{path.relative_to(PACKAGE)}")
     assert broad == ["cli/common.py", "errors.py"]
     assert [str(path.relative_to(PACKAGE)) for path, _ in calls("foreign_failures")] == FOREIGN
@@ -237,8 +255,9 @@ def test_what_code_cites_is_a_rule_of_the_page() -> None:
 
 # Names that nothing in the package uses, and why they stay.
 UNUSED = {
+    "qlora.data.source_files:_Unchanged.readable": "Python's buffered reader asks it",
     "qlora.events:Recorder": "for callers of the Python API",
-    "qlora.report.console:_Terminal.on_broken_pipe": "rich calls it",
+    "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
 }
 COMMANDS = ["qlora.cli.train", "qlora.cli.export", "qlora.cli.estimate"]
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from qlora import events
-from qlora.events import End, Event, Fidelity, Notice, Progress, Recorder, Rejected, Sinks, redacted
+from qlora.events import End, Event, Fidelity, Notice, Progress, Recorder, Rejected, Sinks, clean
 
 TOKEN = "hf_ThisIsTheHubTokenOfATest0123"
 
@@ -43,12 +43,12 @@ def test_an_event_is_a_line_of_json_with_its_kind_first() -> None:
 
 
 def test_secrets_are_hidden_wherever_they_stand_in_an_event() -> None:
-    clean = redacted(Rejected("a.jsonl", f"holds {TOKEN}", 1, (f"a.jsonl:1 {TOKEN}",)))
-    assert TOKEN not in repr(clean) and clean.as_dict()["count"] == 1
-    nested = redacted(Fidelity("rows", 1, 1, ({"name": f"gguf {TOKEN}", "kl": 0.1},)))
+    event = clean(Rejected("a.jsonl", f"holds {TOKEN}", 1, (f"a.jsonl:1 {TOKEN}",)))
+    assert TOKEN not in repr(event) and event.as_dict()["count"] == 1
+    nested = clean(Fidelity("rows", 1, 1, ({"name": f"gguf {TOKEN}", "kl": 0.1},)))
     assert TOKEN not in repr(nested) and nested.as_dict()["entries"][0]["kl"] == 0.1
     harmless = Notice("packing", "on")
-    assert redacted(harmless) is harmless
+    assert clean(harmless) is harmless
 
 
 def test_every_sink_gets_every_event_in_order() -> None:

@@ -16,13 +16,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qlora import events
-from qlora.report.console import ConsoleSink, sample_table
+from qlora.report.console import ConsoleSink, Terminal, sample_table
 from qlora.report.files import read_events
 
 PICTURE = Path(__file__).resolve().with_name("panel.svg")
@@ -43,8 +42,8 @@ def main() -> None:
 def picture(recorded: list[events.Event]) -> str:
     """The SVG of a run's events."""
     shown = until_the_middle(recorded)
-    console = Console(record=True, width=COLUMNS, file=io.StringIO(), highlight=False)
-    state = ConsoleSink(Console(width=COLUMNS, file=io.StringIO(), highlight=False))
+    console = Terminal(io.StringIO(), record=True, width=COLUMNS)
+    state = ConsoleSink(Terminal(io.StringIO(), width=COLUMNS))
     for event in shown:
         state.emit(event)
     answers = [event for event in shown if isinstance(event, events.Sampled)]

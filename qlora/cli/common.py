@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from qlora import files, third_party
+import typer
+from typer.core import TyperCommand
+
+from qlora import files, shown, third_party
+from qlora.cli import surroundings
+from qlora.cli.surroundings import drop_output
 from qlora.disk import DISK_FULL, cache_dir
-from qlora.errors import QloraError, RecipeError, TrainingStopped, UserError
+from qlora.errors import DoesNotFit, QloraError, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Recovered
-from qlora.redaction import redact
+from qlora.redaction import redact, redact_all
 from qlora.stop import StopAsked
 
 if TYPE_CHECKING:
@@ -23,6 +29,7 @@ if TYPE_CHECKING:
     from qlora.stop import StopRequest
 
 INTERNAL_ERROR = 1
+MAX_SAID = 2_000  # characters of a message that a library made
 # Below the commands, messages speak the Python API's language; here its words become options. Longer ones first.
 OPTIONS = {
     "to='gguf', quants=['q4_k_m']": "--to gguf --quant q4_k_m",
@@ -47,13 +54,39 @@ OPTIONS = {
 }
 
 
+class Command(TyperCommand):
+    """A command whose arguments are strangers' text too: what is wrong with them is said as any other error is."""
+
+    def main(self, *arguments: Any, **settings: Any) -> NoReturn:
+        code: Any = None
+        try:
+            surroundings.prepare()
+            code = super().main(*arguments, **{**settings, "standalone_mode": False})
+            sys.stdout.flush()
+        except QloraError as error:
+            _say(error.what, error.hint)
+            code = error.exit_code
+        except _BadArguments as error:
+            _say(error.format_message(), f"see {error.ctx.command_path if error.ctx else 'the command'} --help")
+            code = error.exit_code
+        except OSError as error:  # of --help alone: the work itself is done in `run`
+            code = _lost(error)
+        sys.exit(code)
+
+
+# typer brings its own copy of click in newer versions, and names only this class's heir.
+_BadArguments: Any = typer.BadParameter.__base__
+
+
 def run(work: Callable[[], None]) -> None:
     """Do a command's work; whatever goes wrong becomes two lines on stderr and an exit code."""
     os.umask(os.umask(0o077) | 0o022)  # what is written is for its owner to change, and for nobody else
     third_party.no_word_to_developers()
+    third_party.draw_no_bars()
     third_party.let_waiting_threads_sleep()
     try:
         work()
+        sys.stdout.flush()  # an answer that does not fit on the disk is no answer
     except RecipeError as error:
         for problem in error.problems:
             _say(f"{problem.where}: {problem.what}", problem.hint)
@@ -64,28 +97,53 @@ def run(work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _say("stopped by SIGINT", "run it again; nothing that existed was changed")
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
+    except OSError as error:
+        sys.exit(_lost(error))
+    except MemoryError:
+        _say("the machine has no memory left for this", "end other programs, or choose smaller settings or files")
+        sys.exit(DoesNotFit.exit_code)
+    # The one broad except: a fault of ours must not look like the user's. Not Exception alone: a panic of a library
+    # in Rust is none, and a library that calls sys.exit() would choose our exit code.
+    except BaseException as error:
+        what = f"internal error: {type(error).__name__}: {error}"
+        _say(what[:MAX_SAID], f"please report it with {_keep_traceback()}")
+        sys.exit(INTERNAL_ERROR)
+
+
+def _lost(error: OSError) -> int:
+    """Say what the system refused; the exit code."""
+    if isinstance(error, BrokenPipeError):
         # Whoever read our output has gone. Python would complain once more when it flushes stdout at exit.
         drop_output(1)
-        sys.exit(128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1)
-    except OSError as error:
-        _say(*_system_error(error))
-        sys.exit(TrainingStopped.exit_code if error.errno in DISK_FULL else UserError.exit_code)
-    except Exception as error:  # the one broad except: a fault of ours must not look like the user's
-        _say(f"internal error: {type(error).__name__}: {error}", f"please report it with {_keep_traceback()}")
-        sys.exit(INTERNAL_ERROR)
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+    is_output = _is_lost(sys.stdout) and not error.filename
+    if is_output:
+        drop_output(1)
+    _say(*_system_error(error, is_output))
+    return TrainingStopped.exit_code if error.errno in DISK_FULL else UserError.exit_code
+
+
+def _is_lost(stream: Any) -> bool:
+    """Whether what is still to be written to a stream can't be."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        return True
+    return False
 
 
 def _say(what: str, hint: str) -> None:
     """Two lines: what and where, what to do. Never rich's markup: a message may hold brackets."""
     # A message may quote a stranger's file: one line stays one, and no control character reaches the terminal.
     what, hint = (" ".join(_plain(redact(text)).split()) for text in map(as_options, (what, hint)))
-    try:
-        colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-        label = "\033[1;31merror\033[0m" if colour else "error"
-        print(f"{label}: {what}\n       {hint}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        drop_output(1, 2)  # the terminal is gone; the exit code still reports it
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    label = "\033[1;31merror\033[0m" if colour else "error"
+    surroundings.write_errors(sys.stderr, f"{label}: {what}\n       {hint}\n")
+
+
+def answer(value: Any) -> None:
+    """Print what a program asked for as a line of JSON, without secrets and without text that could not be encoded."""
+    print(json.dumps(shown.plain_values(redact_all(value), blocks=True)))
 
 
 def as_options(text: str) -> str:
@@ -96,16 +154,17 @@ def as_options(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    printable = "".join(letter if letter.isprintable() or letter in "\n\t " else "\ufffd" for letter in text)
     encoding = sys.stderr.encoding or "utf-8"
-    return printable.encode(encoding, "replace").decode(encoding, "replace")
+    return shown.block(text).encode(encoding, "replace").decode(encoding, "replace")
 
 
-def _system_error(error: OSError) -> tuple[str, str]:
+def _system_error(error: OSError, is_output: bool) -> tuple[str, str]:
     """What the system refused, and the usual way out of it."""
-    place = f"{error.filename}: " if error.filename else ""
+    place = f"{error.filename}: " if error.filename else "standard output: " if is_output else ""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in DISK_FULL:
+    if error.errno in DISK_FULL and is_output:
+        hint = "free some space on the disk that the output goes to, then run it again"
+    elif error.errno in DISK_FULL:
         hint = "free some space (or raise your quota), then go on with --resume; what was saved is intact"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "give yourself the right to read and write there, or name another place"
@@ -116,23 +175,14 @@ def _system_error(error: OSError) -> tuple[str, str]:
     return f"{place}{reason}", hint
 
 
-def drop_output(*handles: int) -> None:
-    """Nobody reads these any more (1 is stdout, 2 stderr): what is still written goes nowhere, and fails no more."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for handle in handles:
-        os.dup2(nowhere, handle)
-    os.close(nowhere)
-
-
 def _keep_traceback() -> str:
     try:
-        folder = cache_dir() / "crashes"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"crash-{os.getpid()}.txt"
-        files.refuse_links(folder.parent, file)
+        file = cache_dir() / "crashes" / f"crash-{os.getpid()}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        files.refuse_links(file.parent.parent, file)
         with files.open_to_write(file, "replace", 0o600) as stream:
-            stream.write(redact(traceback.format_exc()).encode("utf-8", "backslashreplace"))
-    except (OSError, files.UnsafePathError, UserError) as error:
+            stream.write(shown.block(redact(traceback.format_exc())).encode())
+    except (OSError, ValueError, QloraError) as error:
         return f"the command and its recipe (the traceback could not be kept: {error})"
     return str(file)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from qlora import shown
 from qlora.cli import common
+from qlora.redaction import redact_all
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 PLOT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
-@app.command()
+@app.command(cls=common.Command)
 def estimate(
     what: Annotated[str, typer.Argument(metavar="RECIPE_OR_MODEL", help="A recipe, a hub name, or a folder.")],
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help='A card, such as "RTX 4090".')] = None,
@@ -54,7 +55,7 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot
     if fit:
         answer["plans"] = [_as_dict(plan) for plan in plans]
     if as_json:
-        print(json.dumps(answer))
+        common.answer(answer)
     else:
         _show(answer, question.machine.source)
     if not estimate.fits:
@@ -69,11 +70,11 @@ def _as_dict(plan: Any) -> dict[str, Any]:
 
 
 def _show(answer: dict[str, Any], source: str) -> None:
-    from rich.console import Console
-
+    from qlora.report.console import Terminal
     from qlora.report.memory import estimate_view, plans_view
 
-    console = Console(highlight=False)
+    console = Terminal()
+    answer, source = shown.plain_values(redact_all((answer, source)))
     console.print(estimate_view(answer, source))
     if plans := answer.get("plans"):
         console.print("\nsettings that fit, the fastest first")
@@ -81,7 +82,7 @@ def _show(answer: dict[str, Any], source: str) -> None:
         if plans[0]["lines"]:
             console.print("\nchange the recipe to")
             for line in _toml(plans[0]["lines"]):
-                console.print(f"  {line}", markup=False)
+                console.print(f"  {line}", soft_wrap=True)
 
 
 def _toml(lines: list[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qlora import shown
 from qlora.cli import common
 from qlora.recipe.sections import GGUF_QUANTS
+from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from qlora.export.artifacts import ExportOptions, Report
@@ -28,7 +29,7 @@ class Format(str, Enum):
 Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: ignore[misc]
 
 
-@app.command()
+@app.command(cls=common.Command)
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or a PEFT adapter folder.")],
     to: Annotated[
@@ -98,20 +99,21 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
         finally:
             screen.close()
     if as_json:
-        print(json.dumps(_as_json(report)))
+        common.answer(_as_json(report))
         return
     for product in report.products:
         if product.set_aside:
-            print(
-                f"kept: {product.set_aside} ({product.set_aside_bytes / 2**20:,.1f} MiB), changed since it was exported"
-            )
+            size = f"{product.set_aside_bytes / 2**20:,.1f} MiB"
+            line = f"kept: {product.set_aside} ({size}), which had been changed since it was exported"
+            print(shown.one_line(redact(line)))
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     products = [{**asdict(product), "folder": str(product.folder)} for product in report.products]
     checks = [dict(zip(("format", "check", "ok", "detail"), check, strict=True)) for check in report.checks]
     fidelity = [asdict(line) for line in report.fidelity]
-    return {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
+    content = {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
+    return {**content, "evaluation": None if report.evaluation is None else asdict(report.evaluation)}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora import files, shown
 from qlora.cli import common
+from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from qlora.api import Checked
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.command(cls=common.Command)
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="The recipe, a TOML file.", show_default=False)] = None,
     set_: Annotated[
@@ -84,7 +86,7 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
         finally:
             screen.close()
     if last:
-        print(last)
+        print(shown.one_line(redact(last)))
 
 
 def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
@@ -92,6 +94,7 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
     from qlora.recipe.reading import load_recipe
 
     last = None
+    files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
     from qlora import api
     from qlora.events import Sinks

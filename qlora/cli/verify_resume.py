@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from qlora import run_folder
+from qlora import child_process, run_folder
 from qlora.errors import TrainingStopped
 from qlora.events import Progress, Sink
 from qlora.recipe.reading import Recipe, recipe_toml
@@ -70,8 +69,9 @@ def _train(recipe: Recipe, out: Path, name: str, *flags: str) -> None:
     out.mkdir(exist_ok=True)
     file = out / f"{name}.toml"
     file.write_text(recipe_toml(short(recipe, out)), encoding="utf-8")
-    command = [sys.executable, "-m", "qlora.cli.train", str(file), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = child_process.command("qlora.cli.train", str(file), *flags)
+    with child_process.life_line() as line:
+        done = subprocess.run(command, stdin=line, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.strip().splitlines()] or [f"exit code {done.returncode}"]
         first = next((number for number, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1)

@@ -13,9 +13,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.formats import Conversation, Message, RowError
+from qlora.data import limits
+from qlora.data.formats import Conversation, Message
+from qlora.data.row_json import RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate, Tools
 from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink, Sinks
@@ -92,18 +95,25 @@ class ChatTokenizer:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
 
-    def encode_many(self, conversations: Sequence[Conversation]) -> list[TokenRow | RowError]:
-        """Tokens and masks of conversations; in a bad one's place stands its RowError."""
-        self._render_ahead(conversations[:_CHUNK_ROWS])
+    def encode_many(self, conversations: Sequence[Conversation], max_length: int = 0) -> list[TokenRow | RowError]:
+        """Tokens and masks of conversations; in a bad one's place stands its RowError.
+
+        What is so long that it could never have `max_length` tokens is not tokenized: its error is a RowTooLong.
+        """
+        most_chars = limits.most_chars(max_length)
+        chunks = [*limits.chunks(conversations, _CHUNK_ROWS), ()]
+        self._render_ahead(chunks[0])
         rows: list[TokenRow | RowError] = []
-        for end in range(_CHUNK_ROWS, len(conversations) + _CHUNK_ROWS, _CHUNK_ROWS):
-            rendered = [self._rendered_or_error(item) for item in conversations[end - _CHUNK_ROWS : end]]
+        for chunk, following in pairwise(chunks):
+            rendered = [self._rendered_or_error(item, most_chars) for item in chunk]
             # The next chunk is rendered by its own process while this one is tokenized here.
-            self._render_ahead(conversations[end : end + _CHUNK_ROWS])
+            self._render_ahead(following)
             rows += self._rows(rendered)
         return rows
 
     def _render_ahead(self, conversations: Sequence[Conversation]) -> None:
+        if len(conversations) == 1 and limits.rendered_chars(conversations[0]) > limits.CHUNK_CHARS:
+            conversations = ()  # each rendering of it when it is wanted: never more than one is held
         self._chat_template.render_ahead([text for item in conversations for text in self._requests(item)])
 
     def _rows(self, rendered: Sequence[_Rendered | RowError]) -> Iterator[TokenRow | RowError]:
@@ -134,12 +144,15 @@ class ChatTokenizer:
                 if message["role"] == "assistant":
                     yield template.request(messages[:number], tools, add_generation_prompt=True)
 
-    def _rendered_or_error(self, conversation: Conversation) -> _Rendered | RowError:
+    def _rendered_or_error(self, conversation: Conversation, most_chars: int) -> _Rendered | RowError:
         try:
+            limits.check_size(conversation, most_chars)
             if conversation.text is not None:
                 return _Rendered(conversation, conversation.text, ())
             self._check(conversation)
-            return self._locate(conversation)
+            rendered = self._locate(conversation)
+            limits.check_rendered(rendered.text, most_chars)
+            return rendered
         except RowError as error:
             return error
 

@@ -8,12 +8,12 @@ only. What a row says is kept to the letter; what cannot be understood raises Ro
 
 from __future__ import annotations
 
-import json
+import heapq
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.errors import one_line
+from qlora.data.row_json import RowError, json_text, kind_of, load_json
 
 Row = Mapping[str, Any]
 Message = dict[str, Any]
@@ -40,14 +40,6 @@ SHAREGPT_ROLES = {
 }
 
 
-class RowError(Exception):
-    """A row that cannot be used. `reason` is half a sentence; whoever knows the row adds `file:line`."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = one_line(reason)
-        super().__init__(self.reason)
-
-
 @dataclass(frozen=True)
 class Conversation:
     """One row to learn from: messages (with the tools they may call), or one plain text trained whole."""
@@ -65,7 +57,7 @@ def detect_format(columns: Collection[str]) -> str:
         if set(needed) <= set(columns):
             return name
     known = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in FORMAT_COLUMNS.items())
-    found = ", ".join(sorted(columns)) or "none"
+    found = _names(columns)
     raise RowError(f"no known format has these columns: {found} (known are {known}; data.train.columns renames)")
 
 
@@ -73,56 +65,15 @@ def to_conversation(row: Row, format: str) -> Conversation:
     """Read one row as the given format. Raises RowError."""
     missing = [column for column in FORMAT_COLUMNS[format] if row.get(column) is None]
     if missing:
-        has = ", ".join(sorted(key for key in row if row[key] is not None)) or "none"
+        has = _names([key for key in row if row[key] is not None])
         raise RowError(f"{format} needs the column {' and '.join(missing)}; this row has: {has}")
     return _READERS[format](row)
 
 
-def load_json(text: str) -> Any:
-    """Strict JSON: no NaN or Infinity, no NUL, no half of a surrogate pair. Raises RowError with the place."""
-    try:
-        value = json.loads(text, parse_constant=reject_constant)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise RowError(f"broken JSON: {error.msg} at {line}column {error.colno}") from None
-    except RecursionError:
-        raise RowError("JSON nested too deep to read") from None
-    except ValueError as error:
-        raise RowError(f"broken JSON: {error}") from None
-    check_text(value)
-    return value
-
-
-def check_text(value: Any) -> None:
-    """Raise RowError when a string inside `value` cannot be written as UTF-8 or holds a NUL."""
-    try:
-        _walk_text(value)
-    except RecursionError:
-        raise RowError("values nested too deep to read") from None
-
-
-def _walk_text(value: Any) -> None:
-    if isinstance(value, str):
-        if "\0" in value:
-            raise RowError("a text holds a NUL character")
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                half = f"\\u{ord(value[error.start]):04x}"
-                raise RowError(f"a text holds half of a surrogate pair ({half})") from None
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _walk_text(key)
-            _walk_text(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _walk_text(item)
-
-
-def reject_constant(constant: str) -> Any:
-    """For json's `parse_constant`: NaN, Infinity and -Infinity raise ValueError."""
-    raise ValueError(f"{constant} is no JSON value")
+def _names(columns: Collection[str]) -> str:
+    """Names of columns in their order, the first few of many."""
+    first = [name[:40] for name in heapq.nsmallest(10, columns)]
+    return ", ".join(first) + (f" and {len(columns) - 10} more" if len(columns) > 10 else "") or "none"
 
 
 def _read_messages(row: Row) -> Conversation:
@@ -276,7 +227,7 @@ def _result(value: Any, place: str) -> str:
     if isinstance(value, list) and value and all(isinstance(p, Mapping) and p.get("type") == "text" for p in value):
         return _content(value, place)
     if isinstance(value, dict | list | int | float):
-        return json.dumps(value, ensure_ascii=False)
+        return json_text(value, place)
     return _text(value, place)
 
 
@@ -290,6 +241,7 @@ def _tool_calls(calls: list[Any], place: str) -> list[dict[str, Any]]:
         arguments = _parsed(function.get("arguments") or {}, f"{where}.arguments")
         if not isinstance(arguments, Mapping):
             raise RowError(f"{where}.arguments is {kind_of(arguments)}, not an object")
+        json_text(arguments, f"{where}.arguments")
         name_and_arguments = {"name": function["name"], "arguments": dict(arguments)}
         identity = {"id": _text(call["id"], f"{where}.id")} if call.get("id") is not None else {}
         found.append({"type": "function", **identity, "function": name_and_arguments})
@@ -324,6 +276,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError(f"tools[{number}] is not a tool: an object with name, description and parameters")
+        json_text(tool, f"tools[{number}]")
         found.append(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)})
     return tuple(found) or None
 
@@ -348,16 +301,6 @@ def _text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise RowError(f"{place} is {kind_of(value)}, not text")
     return value
-
-
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words that fit after "is"."""
-    if value is None:
-        return "missing"
-    if isinstance(value, bool):
-        return "true or false"
-    kinds = ((str, "text"), (int | float, "a number"), (Mapping, "an object"), (list | tuple, "a list"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 _READERS: dict[str, Callable[[Row], Conversation]] = {

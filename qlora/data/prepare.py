@@ -10,20 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora import disk
 from qlora.data.chat import ChatTokenizer, TokenRow
-from qlora.data.formats import Conversation, RowError, detect_format, to_conversation
-from qlora.data.sources import SourceRow, file_name, read_rows, source_files
-from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows, open_rows
+from qlora.data.formats import Conversation, detect_format, to_conversation
+from qlora.data.limits import rendered_chars
+from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
+from qlora.data.row_json import RowError, RowTooLong
+from qlora.data.source_files import FoundFiles, SourceFile, shown_name
+from qlora.data.sources import SourceRow, read_rows, source_files
+from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
 from qlora.errors import DataError
-from qlora.events import Notice, Progress, Rejected, Sink
+from qlora.events import Notice, Progress, Sink
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection, SourceSection
@@ -32,10 +36,10 @@ __all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
 CODE_VERSION = 1
-ROWS_FILE, REPORT_FILE = "rows.arrow", "report.json"
 BATCH_ROWS = 256
-CHECKED_ROWS = 20  # rows of each source that `check_files` looks at
-EXAMPLES = 5  # `file:line` given per reason
+BATCH_CHARS = 16 << 20  # of all renderings of a batch
+CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
+MAX_LOOKED_AT = 10_000  # and bad ones, before it leaves the rest to the tokenization
 
 
 @dataclass(frozen=True)
@@ -52,57 +56,31 @@ class PreparedData:
     content_fingerprint: str
 
 
-@dataclass
-class _Report:
-    """What there is to say about a side's rows; stored beside them."""
-
-    content_sha256: str = ""
-    rows: int = 0
-    tokens: int = 0
-    trained: int = 0
-    cut: int = 0
-    lost_reasoning: int = 0
-    formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
-    rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
-    long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length
-
-    def reject(self, source: str, reason: str, where: str) -> None:
-        before = self.rejected.get((source, reason), Rejected(source, reason, 0))
-        examples = (*before.examples, where)[:EXAMPLES]
-        self.rejected[source, reason] = Rejected(source, reason, before.count + 1, examples)
-
-    def write(self, folder: Path) -> None:
-        values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
-        (folder / REPORT_FILE).write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> _Report:
-        values: dict[str, Any] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        entries = [Rejected(**entry | {"examples": tuple(entry["examples"])}) for entry in values["rejected"]]
-        return cls(**values | {"rejected": {(entry.source, entry.reason): entry for entry in entries}})
-
-
 def check_files(data: DataSection) -> None:
     """Raise DataError for missing files, sources without rows, and first rows that are broken. Needs no tokenizer."""
     for source in (*data.train, *data.eval):
         bad, found = 0, 0
-        for row, conversation in _conversations(source, {}):
-            if isinstance(conversation, RowError):
+        for looked_at, (row, conversation) in enumerate(_conversations(source, {}), 1):
+            if isinstance(conversation, RowTooLong):
+                _leave_out(data, conversation, row.where)
+            elif isinstance(conversation, RowError):
                 bad += 1
                 if bad > data.max_bad_rows:
                     raise _bad_row(row.where, conversation, data.max_bad_rows)
             found += not isinstance(row.row, RowError)
-            if found == CHECKED_ROWS:
+            if found == CHECKED_ROWS or looked_at == MAX_LOOKED_AT:
                 break
-        if not found:
-            raise DataError(f"{source.path}: no rows", "put at least one row into it")
+        else:
+            if not found:
+                raise DataError(f"{source.path}: no rows", "put at least one row into it")
 
 
 def prepare(
     data: DataSection, tokenizer_folder_fingerprint: str, chat: ChatTokenizer, seed: int, cache_dir: Path, sink: Sink
 ) -> PreparedData:
     """Rows of tokens to train and to evaluate on. Raises DataError; says what it did through events."""
-    maker = _Maker(data, tokenizer_folder_fingerprint, chat, cache_dir / "tokens", sink)
+    highest_id = max(chat.tokenizer.get_vocab().values(), default=0)
+    maker = _Maker(data, tokenizer_folder_fingerprint, chat, RowCache(cache_dir, highest_id, sink), sink)
     stored, key = maker.rows_of(data.train)
     if data.eval:
         eval_stored, eval_key = maker.rows_of(data.eval)
@@ -141,40 +119,23 @@ class _Maker:
     data: DataSection
     tokenizer_fingerprint: str
     chat: ChatTokenizer
-    cache_dir: Path
+    cache: RowCache
     sink: Sink
 
     def rows_of(self, sources: Sequence[SourceSection]) -> tuple[StoredRows, str]:
         """Stored rows of all sources, and the sha256 of what they are and what made them."""
-        key = self._key(sources)
-        folder = self.cache_dir / key[:32]
-        cached = folder.is_dir()
-        if cached and (damage := disk.verify_folder(folder)):
-            self.sink.emit(Notice("cache", f"cached tokens in {folder} are damaged ({damage}): tokenizing anew"))
-            cached = False
-        if not cached:
-            disk.sweep_leftovers(self.cache_dir, spare_running=True)
-            try:
-                self.cache_dir.mkdir(parents=True, exist_ok=True)
-                about = {"kind": "tokens"}
-                made = disk.publish_folder(folder, lambda place: _Tokenization(self, sources, place).run(), about)
-                if made.aside:
-                    self.sink.emit(Notice("cache", f"what was there is kept as {made.aside.folder}"))
-            except OSError as error:
-                raise DataError(
-                    f"{self.cache_dir}: cannot write tokenized rows ({error.strerror or error})",
-                    "make room or give yourself access there, or name another folder in QLORA_CACHE",
-                ) from error
-        report = _Report.read(folder)
-        self._emit(report, folder if cached else None)
-        return open_rows(folder / ROWS_FILE, report.content_sha256), disk.sha256_text(key, report.content_sha256)
+        found = [source_files(source) for source in sources]
+        for source, files in zip(sources, found, strict=True):
+            for what, count, names in files.left_out:
+                message = f"{_name(source)}: {count} {what} left out: {', '.join(names)}"
+                self.sink.emit(Notice("files", message + (", …" if count > len(names) else ""), count))
+        key = self._key(sources, found)
+        cached = self.cache.rows(key, lambda place: _Tokenization(self, sources, found, place).run())
+        self._emit(cached.report, cached.folder)
+        return cached.stored, disk.sha256_text(key, cached.report.content_sha256)
 
-    def _key(self, sources: Sequence[SourceSection]) -> str:
-        files = [
-            [index, file_name(source, file), disk.sha256_file(file)]
-            for index, source in enumerate(sources)
-            for file in source_files(source)
-        ]
+    def _key(self, sources: Sequence[SourceSection], found: Sequence[FoundFiles]) -> str:
+        files = [[index, file.name, file.sha256()] for index, of_one in enumerate(found) for file in of_one.files]
         made_by = {
             "code": CODE_VERSION,
             "libraries": [version("transformers"), version("tokenizers"), version("jinja2")],
@@ -186,7 +147,7 @@ class _Maker:
         }
         return disk.sha256_text(json.dumps(made_by, sort_keys=True))
 
-    def _emit(self, report: _Report, cached_in: Path | None) -> None:
+    def _emit(self, report: RowReport, cached_in: Path | None) -> None:
         if cached_in:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
@@ -206,18 +167,20 @@ class _Maker:
 class _Tokenization:
     """One reading of the sources into a folder: rows of tokens, and the report on them."""
 
-    def __init__(self, maker: _Maker, sources: Sequence[SourceSection], folder: Path) -> None:
+    def __init__(
+        self, maker: _Maker, sources: Sequence[SourceSection], found: Sequence[FoundFiles], folder: Path
+    ) -> None:
         self.data, self.chat, self.sink = maker.data, maker.chat, maker.sink
-        self.sources = sources
+        self.sources, self.found = sources, found
         self.folder = folder
-        self.report = _Report()
+        self.report = RowReport()
         self.bad = 0
 
     def run(self) -> None:
         reasoning_before = self.chat.lost_reasoning
         with RowWriter(self.folder / ROWS_FILE) as writer:
             for index, source in enumerate(self.sources):
-                for batch in self._batches(source):
+                for batch in self._batches(source, self.found[index].files):
                     if kept := [(*row, index) for row in self._tokenized(source, batch)]:
                         writer.write(kept)
             self.report.content_sha256 = writer.content_sha256()
@@ -226,18 +189,21 @@ class _Tokenization:
             raise self._nothing_left()
         self.report.write(self.folder)
 
-    def _batches(self, source: SourceSection) -> Iterator[list[tuple[str, Conversation | RowError]]]:
+    def _batches(
+        self, source: SourceSection, files: Sequence[SourceFile]
+    ) -> Iterator[list[tuple[str, Conversation | RowError]]]:
         """Conversations with their places; what is bad stands where it was met, so that the first is reported."""
-        files = source_files(source)
-        *starts_bytes, total_bytes = accumulate((file.stat().st_size for file in files), initial=0)
+        *starts_bytes, total_bytes = accumulate((file.size_bytes for file in files), initial=0)
         start_of = dict(zip(files, starts_bytes, strict=True))
         formats: dict[str, str] = {}
         batch: list[tuple[str, Conversation | RowError]] = []
-        for row, conversation in _conversations(source, formats):
+        chars = 0
+        for row, conversation in _conversations(source, formats, files):
             batch.append((row.where, conversation))
-            if len(batch) >= BATCH_ROWS:
+            chars += rendered_chars(conversation) if isinstance(conversation, Conversation) else 0
+            if len(batch) >= BATCH_ROWS or chars > BATCH_CHARS:
                 yield batch
-                batch = []
+                batch, chars = [], 0
                 self.sink.emit(Progress("tokenize", start_of[row.file] + row.read_bytes, total_bytes, "B"))
         yield batch
         self.sink.emit(Progress("tokenize", total_bytes, total_bytes, "B"))
@@ -246,12 +212,16 @@ class _Tokenization:
     def _tokenized(
         self, source: SourceSection, batch: Sequence[tuple[str, Conversation | RowError]]
     ) -> Iterator[tuple[TokenRow, Conversation, str]]:
-        encoded = iter(self.chat.encode_many([item for _, item in batch if isinstance(item, Conversation)]))
+        good = [item for _, item in batch if isinstance(item, Conversation)]
+        encoded = iter(self.chat.encode_many(good, self.data.max_length))
         for where, item in batch:
             row: TokenRow | RowError | None = next(encoded) if isinstance(item, Conversation) else item
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
-            if isinstance(row, RowError):
+            if isinstance(row, RowTooLong):
+                _leave_out(self.data, row, where)
+                self.report.leave_out(_name(source), row, where)
+            elif isinstance(row, RowError):
                 self.bad += 1
                 if self.bad > self.data.max_bad_rows:
                     raise _bad_row(where, row, self.data.max_bad_rows)
@@ -284,6 +254,9 @@ class _Tokenization:
 
     def _nothing_left(self) -> DataError:
         paths = ", ".join(source.path for source in self.sources)
+        if self.report.unread and not self.report.long_lengths:
+            what = f"{paths}: no row is left: {self.report.unread} are far over data.max_length, too long to be read"
+            return DataError(what, "split the rows")
         if not self.report.long_lengths:
             return DataError(f"{paths}: no row is left to use ({self.bad} are bad)", "add rows, or repair these")
         long, limit = self.report.long_lengths, self.data.max_length
@@ -295,10 +268,10 @@ class _Tokenization:
 
 
 def _conversations(
-    source: SourceSection, formats: dict[str, str]
+    source: SourceSection, formats: dict[str, str], files: Sequence[SourceFile] | None = None
 ) -> Iterator[tuple[SourceRow, Conversation | RowError]]:
     """The source's rows as conversations. Formats known by the first row of a file are put into `formats` by file."""
-    for row in read_rows(source):
+    for row in read_rows(source, files):
         try:
             if isinstance(row.row, RowError):
                 raise row.row
@@ -312,7 +285,14 @@ def _conversations(
 
 def _name(source: SourceSection) -> str:
     """A source's name in reports, which outlive the place where the project's folder lies."""
-    return Path(source.path).name
+    return shown_name(Path(source.path).name)
+
+
+def _leave_out(data: DataSection, error: RowTooLong, where: str) -> None:
+    """Raise DataError for a row that is too long to be read, where rows over max_length are errors."""
+    if data.truncation == "error":
+        hint = 'shorten the row, or set data.truncation to "drop"'
+        raise DataError(f"{where}: {error.reason}: that is over data.max_length = {data.max_length} tokens", hint)
 
 
 def _bad_row(where: str, error: RowError, max_bad_rows: int) -> DataError:

@@ -15,17 +15,27 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
-from qlora.data.formats import RowError, kind_of, load_json, reject_constant
+from qlora.data.limits import MAX_ROW_BYTES
+from qlora.data.parquet import parquet_rows
+from qlora.data.row_json import (
+    RowError,
+    RowTooLong,
+    check_value,
+    finite_number,
+    kind_of,
+    load_json,
+    number_error,
+    reject_constant,
+)
+from qlora.data.source_files import SourceFile
 from qlora.errors import DataError
 
-# No row may be larger: a file without line breaks, or a cell without an end, would be read into memory whole.
-MAX_ROW_BYTES = 1 << 28
+MAX_COLUMNS = 10_000  # of a table: each row becomes an object with as many keys
 _CHUNK_CHARS = 1 << 20
-_PARQUET_ROWS = 256
+_SIGNS = re.compile(r"\\.|[\"\[\]{},]", re.DOTALL)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -40,9 +50,9 @@ class Item(NamedTuple):
     read_bytes: int
 
 
-def _jsonl(file: Path, name: str) -> Iterator[Item]:
+def _jsonl(file: SourceFile) -> Iterator[Item]:
     read_bytes = number = 0
-    with file.open("rb") as lines:
+    with file.open() as lines:
         while line := lines.readline(MAX_ROW_BYTES + 1):
             read_bytes += len(line)
             number += 1
@@ -50,7 +60,7 @@ def _jsonl(file: Path, name: str) -> Iterator[Item]:
                 while line and not line.endswith(b"\n"):  # its rest, in pieces
                     line = lines.readline(_CHUNK_CHARS)
                     read_bytes += len(line)
-                yield Item(number, RowError(f"over {MAX_ROW_BYTES >> 20} MiB in one line"), read_bytes)
+                yield Item(number, _too_long("line"), read_bytes)
                 continue
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
@@ -73,17 +83,21 @@ def _as_row(value: Any) -> dict[str, Any] | RowError:
     return RowError(f"not a JSON object but {'null' if value is None else kind_of(value)}")
 
 
-def _json(file: Path, name: str) -> Iterator[Item]:
+def _too_long(place: str) -> RowTooLong:
+    return RowTooLong(f"over {MAX_ROW_BYTES >> 20} MiB in one {place}")
+
+
+def _json(file: SourceFile) -> Iterator[Item]:
     """One array of objects; a .json file that does not begin with a bracket is read a row per line."""
-    with file.open(encoding="utf-8-sig") as text:
+    with file.open() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as text:
         head = text.read(_CHUNK_CHARS)
         if head.lstrip()[:1] == "[":
-            yield from _ArrayReader(text, name, head).items()
+            yield from _ArrayReader(text, file.name, head).items()
             return
     if head.partition("\n")[0].strip() == "{":
-        what = f"{name}:1: one object over several lines, not rows"
+        what = f"{file.name}:1: one object over several lines, not rows"
         raise DataError(what, "a .json file holds one array of rows, or one row per line")
-    yield from _jsonl(file, name)
+    yield from _jsonl(file)
 
 
 class _ArrayReader:
@@ -96,13 +110,13 @@ class _ArrayReader:
         self.at = 0  # place in the window
         self.line = 1  # line of the file at that place
         self.read_chars = len(head)
-        self.decoder = json.JSONDecoder(parse_constant=reject_constant)
+        self.decoder = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite_number)
 
     def items(self) -> Iterator[Item]:
         self._next_sign()
         sign = self._next_sign(behind=1)  # of the opening bracket
         while sign != "]":
-            line, row = self.line, _as_row(self._element())
+            line, row = self.line, self._row()
             yield Item(line, row, self.read_chars)
             if (sign := self._next_sign()) not in (",", "]"):
                 found = repr(sign) if sign else "the end of the file"
@@ -121,6 +135,39 @@ class _ArrayReader:
             if self.at < len(self.window) or not self._fill():
                 return self.window[self.at : self.at + 1]
 
+    def _row(self) -> dict[str, Any] | RowError:
+        try:
+            row = _as_row(self._element())
+            check_value(row)
+        except RowTooLong as error:
+            self._skip()
+            return error
+        except RowError as error:
+            return error
+        return row
+
+    def _skip(self) -> None:
+        """Go behind an element of any size without making it. Raises DataError when the file ends in it."""
+        depth, in_text = 0, False
+        while True:
+            end = self.at
+            for sign in _SIGNS.finditer(self.window, self.at):
+                end = sign.end()
+                if sign[0] == '"':
+                    in_text = not in_text
+                elif not in_text and sign[0] in "[{":
+                    depth += 1
+                elif not in_text and sign[0] in "]},":
+                    depth -= sign[0] != ","
+                    if depth < 0 or (depth == 0 and sign[0] == ","):  # of the array around it
+                        self._advance(sign.start())
+                        return
+            # A backslash at the window's edge belongs to the sign that follows it.
+            kept = 1 if end < len(self.window) and self.window.endswith("\\") else 0
+            self._advance(len(self.window) - kept)
+            if not self._fill():
+                raise self._broken("the file ends within a row")
+
     def _element(self) -> Any:
         while True:
             try:
@@ -133,7 +180,7 @@ class _ArrayReader:
             except RecursionError:
                 raise self._broken("nested too deep to read") from None
             except ValueError as error:
-                raise self._broken(str(error)) from None
+                raise self._broken(number_error(error)) from None
             if len(self.window) - end < 3 and self._fill():
                 continue  # a number at the edge may go on: 1 and .5, 1 and e+5
             self._advance(end)
@@ -147,8 +194,8 @@ class _ArrayReader:
         """Read on; at least as much as is in the window, so that a long element is not scanned over and over."""
         rest = self.window[self.at :]
         if len(rest) > MAX_ROW_BYTES:
-            raise self._broken(f"over {MAX_ROW_BYTES >> 20} MiB in one row")
-        if more := self.text.read(max(_CHUNK_CHARS, len(rest))):
+            raise _too_long("row")
+        if more := self.text.read(max(_CHUNK_CHARS, min(len(rest), MAX_ROW_BYTES - len(rest)))):
             self.window, self.at = rest + more, 0
             self.read_chars += len(more)
         return bool(more)
@@ -158,66 +205,88 @@ class _ArrayReader:
         return DataError(f"{self.name}:{self.line}: broken JSON: {reason}", hint)
 
 
-def _csv(file: Path, name: str) -> Iterator[Item]:
+class _Lines:
+    """The lines of a text for the csv module, not more of them for one row than it may be large."""
+
+    def __init__(self, text: TextIO) -> None:
+        self.text = text
+        self.row_chars = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.text.readline(MAX_ROW_BYTES + 1)
+        self.row_chars += len(line)
+        if self.row_chars > MAX_ROW_BYTES:
+            while line and not line.endswith("\n"):  # its rest, in pieces
+                line = self.text.readline(_CHUNK_CHARS)
+            raise _too_long("row")
+        if not line:
+            raise StopIteration
+        return line
+
+
+def _csv(file: SourceFile) -> Iterator[Item]:
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's default stops at 128 KiB a cell
-    with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
-        reader = csv.reader(text, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            header = next(reader, [])
-        except csv.Error as error:
-            raise DataError(f"{name}:1: broken header: {error}", "the first line names the columns") from None
-        if len(set(header)) != len(header) or not all(column.strip() for column in header):
-            raise DataError(f"{name}:1: a column has no name, or two have the same", "give each column its own name")
+    with file.open() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
+        lines = _Lines(text)
+        reader = csv.reader(lines, delimiter="\t" if file.ending == ".tsv" else ",", strict=True)
+        header = _csv_header(reader, file.name)
         while True:
-            number = reader.line_num + 1
+            number, lines.row_chars = reader.line_num + 1, 0
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Item(number, RowError(f"broken CSV: {error}"), raw.tell())
+                large = "field limit" in str(error)
+                yield Item(number, _too_long("cell") if large else RowError(f"broken CSV: {error}"), raw.tell())
                 continue
-            row: dict[str, Any] | RowError = dict(zip(header, cells, strict=False))
-            if len(cells) != len(header):
-                row = RowError(f"{len(cells)} cells, but the header names {len(header)} columns")
+            except RowTooLong as error:
+                yield Item(number, error, raw.tell())
+                continue
             if cells:
-                yield Item(number, row, raw.tell())
+                yield Item(number, _csv_row(header, cells), raw.tell())
 
 
-def _parquet(file: Path, name: str) -> Iterator[Item]:
-    import pyarrow
-    import pyarrow.parquet
-
-    size_bytes, number = file.stat().st_size, 0
+def _csv_header(reader: Iterator[list[str]], name: str) -> list[str]:
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            total = table.metadata.num_rows
-            for rows in table.iter_batches(batch_size=_PARQUET_ROWS):
-                for row in rows.to_pylist():
-                    number += 1
-                    yield Item(number, _without_nulls(row), size_bytes * number // total)
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{name}:{number + 1}: not a readable Parquet file: {reason}", "write it anew") from None
+        header = next(reader, [])
+    except (csv.Error, RowTooLong) as error:
+        raise DataError(f"{name}:1: broken header: {error}", "the first line names the columns") from None
+    if len(header) > MAX_COLUMNS:
+        hint = "keep the columns that the rows are made of"
+        raise DataError(f"{name}:1: {len(header):,} columns are too many (at most {MAX_COLUMNS:,})", hint)
+    if len(set(header)) != len(header) or not all(column.strip() for column in header):
+        raise DataError(f"{name}:1: a column has no name, or two have the same", "give each column its own name")
+    return header
 
 
-def _txt(file: Path, name: str) -> Iterator[Item]:
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+    if len(cells) != len(header):
+        return RowError(f"{len(cells):,} cells, but the header names {len(header):,} columns")
+    if any("\0" in cell for cell in cells):
+        return RowError("a text holds a NUL character")
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet(file: SourceFile) -> Iterator[Item]:
+    yield from (Item(*item) for item in parquet_rows(file))
+
+
+def _txt(file: SourceFile) -> Iterator[Item]:
     """The whole file is one row."""
-    if file.stat().st_size > MAX_ROW_BYTES:
-        raise DataError(f"{name}: a text of over {MAX_ROW_BYTES >> 20} MiB", "split it into smaller files")
-    data = file.read_bytes()
-    yield Item(1, {"text": data.decode("utf-8-sig").replace("\r\n", "\n")}, len(data))
+    if file.size_bytes > MAX_ROW_BYTES:
+        yield Item(1, RowTooLong(f"a text of over {MAX_ROW_BYTES >> 20} MiB"), file.size_bytes)
+        return
+    with file.open() as raw:
+        text = raw.read().decode("utf-8-sig").replace("\r\n", "\n")
+    nul = RowError("a text holds a NUL character") if "\0" in text else None
+    yield Item(1, nul or {"text": text}, file.size_bytes)
 
 
-def _without_nulls(value: Any) -> Any:
-    """A Parquet value without the nulls that its schema put where a row had no key."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-# By the ending of a file: (file, its name in messages) to its rows, in order. Raises DataError.
-READERS: dict[str, Callable[[Path, str], Iterator[Item]]] = {
+READERS: dict[str, Callable[[SourceFile], Iterator[Item]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -20,8 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from qlora import child_process
 from qlora.data import render_worker
-from qlora.data.formats import RowError
+from qlora.data.row_json import RowError
 from qlora.errors import TokenizerError
 
 START_SECONDS = 60.0  # a cold disk and a busy machine; 0.1 s is usual
@@ -132,7 +133,7 @@ class _Worker:
         self.ended = False
         self._rest = b""  # of what was read: bytes after the last whole line
         self._lines: deque[bytes] = deque()
-        command = [sys.executable, "-I", str(Path(render_worker.__file__)), json.dumps(sys.path)]
+        command = [sys.executable, "-I", str(Path(render_worker.__file__)), json.dumps(child_process.import_path())]
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         try:
             self._process = subprocess.Popen(

@@ -7,21 +7,24 @@ that cannot be read on raises DataError. How each kind of file is read: `readers
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.formats import RowError, check_text
 from qlora.data.readers import READERS, Item
+from qlora.data.row_json import RowError
+from qlora.data.source_files import FoundFiles, SourceFile, find_files
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import SourceSection
 
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# How files begin that are something else than their ending says. An archive is not unpacked: it may become anything.
+_OTHER_KINDS = {
+    b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
+    **dict.fromkeys((b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"), ("an archive", "unpack it")),
+}
 
 
 @dataclass(frozen=True)
@@ -33,43 +36,28 @@ class SourceRow:
 
     row: dict[str, Any] | RowError
     where: str
-    file: Path
+    file: SourceFile
     read_bytes: int
 
 
-def source_files(source: SourceSection) -> list[Path]:
+def source_files(source: SourceSection) -> FoundFiles:
     """The local files of a source, sorted. Raises DataError when there are none or one is of an unknown kind."""
-    path = Path(source.path)
-    if path.is_dir():
-        files = sorted(_known_files(path))
-        if not files:
-            raise DataError(f"{path}: no data file in this folder", f"known endings: {', '.join(READERS)}")
-        return files
-    if path.exists() or not glob.has_magic(source.path):
-        return [_checked_file(path)]
-    files = sorted(Path(name) for name in glob.glob(source.path, recursive=True) if not os.path.isdir(name))
-    if not files:
-        raise DataError(f"{source.path}: no file matches", "check the pattern; it is relative to the recipe's folder")
-    return [_checked_file(file) for file in files]
+    return find_files(source.path, READERS)
 
 
-def read_rows(source: SourceSection) -> Iterator[SourceRow]:
+def read_rows(source: SourceSection, files: Sequence[SourceFile] | None = None) -> Iterator[SourceRow]:
     """Every row of a source, in the order of its files, with the source's columns renamed to the format's own.
 
-    Raises DataError for a file that cannot be read on, and when a column to be renamed is in no row at all.
+    `files` are the source's, where they have been looked for already. Raises DataError for a file that cannot be read
+    on, and when a column to be renamed is in no row at all.
     """
     unseen = set(source.columns.values())
-    for file in source_files(source):
-        name = file_name(source, file)
-        for number, row, read_bytes in _items(file, name):
-            try:
-                if not isinstance(row, RowError):
-                    check_text(row)
-                    unseen.difference_update(row)
-                    row = _renamed(row, source.columns)
-            except RowError as error:
-                row = error
-            yield SourceRow(row, f"{name}:{number}", file, read_bytes)
+    for file in source_files(source).files if files is None else files:
+        for number, row, read_bytes in _items(file):
+            if not isinstance(row, RowError):
+                unseen.difference_update(row)
+                row = _renamed(row, source.columns)
+            yield SourceRow(row, f"{file.name}:{number}", file, read_bytes)
     if unseen:
         raise DataError(
             f"{source.path}: no row has the column {' or '.join(sorted(unseen))}",
@@ -77,28 +65,21 @@ def read_rows(source: SourceSection) -> Iterator[SourceRow]:
         )
 
 
-def file_name(source: SourceSection, file: Path) -> str:
-    """A file's name in messages: inside its folder for sources that are one, else the bare name."""
-    folder = Path(source.path)
-    while glob.has_magic(str(folder)) and not folder.exists():
-        folder = folder.parent
-    return file.relative_to(folder).as_posix() if file != folder and file.is_relative_to(folder) else file.name
-
-
-def _items(file: Path, name: str) -> Iterator[Item]:
-    """A file's rows, unchecked. Raises DataError when it cannot be opened, is empty, or breaks off."""
+def _items(file: SourceFile) -> Iterator[Item]:
+    """A file's rows. Raises DataError when it cannot be opened, is empty, breaks off, or is not what it is called."""
     try:
-        with file.open("rb") as raw:
+        with file.open() as raw:
             start = raw.read(4)
         if not start:
-            raise DataError(f"{name}: the file is empty", "remove it, or name the right file in path")
-        if start[:2] in _UTF16_MARKS:
-            raise DataError(f"{name}: this is UTF-16 text", "save it as UTF-8")
-        yield from READERS[file.suffix.lower()](file, name)
+            raise DataError(f"{file.name}: the file is empty", "remove it, or name the right file in path")
+        for mark, (kind, hint) in _OTHER_KINDS.items():
+            if start.startswith(mark):
+                raise DataError(f"{file.name}: this is {kind}", hint)
+        yield from READERS[file.ending](file)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror or error})", "check its permissions") from error
+        raise file.unreadable(error) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 text ({error.reason})", "save it as UTF-8") from error
+        raise DataError(f"{file.name}: not UTF-8 text ({error.reason})", "save it as UTF-8") from error
 
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -106,23 +87,3 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     renamed = {own: row[theirs] for own, theirs in columns.items() if theirs in row}
     taken = set(columns.values())
     return {**{key: value for key, value in row.items() if key not in taken}, **renamed}
-
-
-def _known_files(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix.lower() in READERS and path.is_file():
-            yield path
-
-
-def _checked_file(path: Path) -> Path:
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in READERS)[:5]
-        hint = f"data files in that folder: {', '.join(near)}" if near else "check data.train.path in the recipe"
-        raise DataError(f"{path}: no such file", hint)
-    if not path.is_file():
-        raise DataError(f"{path}: not a regular file", "name a file, a folder or a pattern")
-    if path.suffix.lower() not in READERS:
-        ending = path.suffix or "no ending"
-        raise DataError(f"{path}: unknown kind of file ({ending})", f"known endings: {', '.join(READERS)}")
-    return path

@@ -11,8 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.formats import Message, RowError
+from qlora.data.formats import Message
 from qlora.data.render import Rendered, Renderer, request_text
+from qlora.data.row_json import RowError
 from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink
 

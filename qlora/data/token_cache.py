@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
+from qlora.errors import foreign_failures
 
 T = TypeVar("T")
 _DIGEST_BYTES = 16
@@ -54,25 +55,29 @@ class PreparedSplit:
         return Prompt(**json.loads(text)) if text else None
 
 
+def _schema() -> Any:
+    import pyarrow
+
+    number = pyarrow.int32()
+    return pyarrow.schema(
+        {
+            "input_ids": pyarrow.list_(number),
+            "loss_weights": pyarrow.list_(pyarrow.float32()),
+            "length": number,
+            "trained": number,
+            "source": number,
+            "where": pyarrow.string(),
+            "prompt": pyarrow.large_string(),
+            "digest": pyarrow.binary(_DIGEST_BYTES),
+        }
+    )
+
+
 class RowWriter:
     """Writes rows into an Arrow stream, a batch at a time. A context manager: the file is whole when it closes."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow
-
-        number = pyarrow.int32()
-        self._schema = pyarrow.schema(
-            {
-                "input_ids": pyarrow.list_(number),
-                "loss_weights": pyarrow.list_(pyarrow.float32()),
-                "length": number,
-                "trained": number,
-                "source": number,
-                "where": pyarrow.string(),
-                "prompt": pyarrow.large_string(),
-                "digest": pyarrow.binary(_DIGEST_BYTES),
-            }
-        )
+        self._schema = _schema()
         self._path = path
         self._content = hashlib.sha256()
 
@@ -140,13 +145,40 @@ class StoredRows:
         )
 
 
-def open_rows(path: Path, tokens_sha256: str) -> StoredRows:
-    """Map a file that a RowWriter wrote, whose `content_sha256` was `tokens_sha256`."""
+def open_rows(path: Path, tokens_sha256: str, highest_id: int | None = None) -> StoredRows:
+    """Map a file that a RowWriter wrote, whose `content_sha256` was `tokens_sha256`.
+
+    Raises ValueError when it is none, or has a token above `highest_id`: a file is only what somebody left there.
+    """
     import datasets
 
-    # Opened as it lies, with nothing to download, convert or copy: there is no bar to draw.
-    dataset = datasets.Dataset.from_file(str(path))
+    with foreign_failures() as failure:
+        # Opened as it lies, with nothing to download, convert or copy: there is no bar to draw.
+        dataset = datasets.Dataset.from_file(str(path))
+        _check_table(dataset.data.table, highest_id)
+    if failure.error:
+        raise ValueError(f"{path.name}: {failure.reason}") from failure.error
     return StoredRows(dataset, dataset.data.table.column("digest").to_pylist(), tokens_sha256)
+
+
+def _check_table(table: Any, highest_id: int | None) -> None:
+    """Raises ValueError, or what pyarrow raises, unless the columns are a RowWriter's and fit to each other."""
+    from pyarrow import compute
+
+    if not table.schema.equals(_schema()):
+        raise ValueError("its columns are not those of rows of tokens")
+    table.validate(full=True)
+    if any(column.null_count for column in table.columns) or not table.num_rows:
+        raise ValueError("it has no rows, or rows without a value")
+    lengths = table["length"]
+    for name in ("input_ids", "loss_weights"):
+        if compute.list_flatten(table[name]).null_count or compute.list_value_length(table[name]) != lengths:
+            raise ValueError(f"{name} do not have the length that stands beside them")
+    if compute.min(lengths).as_py() < 1 or compute.min(table["source"]).as_py() < 0:
+        raise ValueError("a row without a token or a source")
+    ids = compute.min_max(compute.list_flatten(table["input_ids"])).as_py()
+    if ids["min"] < 0 or (highest_id is not None and ids["max"] > highest_id):
+        raise ValueError(f"token {max(ids['max'], ids['min'])} is none of the tokenizer's")
 
 
 class _Chosen(Sequence[T]):

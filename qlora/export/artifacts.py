@@ -15,7 +15,9 @@ from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import MergeBase, Plan, make_plan
 from qlora.model.adapter_folder import Adapter, Provenance
+from qlora.model.adapter_seal import AdapterSeal
 from qlora.model.base_folder import BaseFolder
+from qlora.model.delivered_loss import DeliveredLoss
 from qlora.model.meta_model import MetaModel, build
 
 if TYPE_CHECKING:
@@ -49,16 +51,19 @@ class ExportOptions:
 class Source:
     """An adapter with its base, and the rows of its run where they are still there.
 
-    `name` is the run's, or the adapter folder's; `datasets` are names of files or hub datasets.
+    `name` is the run's, or the adapter folder's; `datasets` are names of files or hub datasets; `delivered` is the loss
+    that the run measured of this adapter, None where that is not known.
     """
 
     name: str
     adapter: Adapter
+    seal: AdapterSeal
     origin: Provenance
     base: BaseFolder
     device: torch.device
     datasets: tuple[str, ...] = ()
     rows: RunRows | None = None
+    delivered: DeliveredLoss | None = None
     _plans: dict[MergeBase, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -119,12 +124,15 @@ class ExportedArtifact:
 class Report:
     """All artifacts, the merge base (None where nothing was merged), and the table of fidelity (empty without
     verification). `checks` are the structural ones: the artifact's key, the check's name, whether it holds, detail.
+    `evaluation` is the trained model's loss beside the delivered one (`evaluation.ComparedLoss`), None where it is not
+    known.
     """
 
     products: tuple[ExportedArtifact, ...]
     merge_base: MergeBase | None
     fidelity: tuple[Any, ...] = ()
     checks: tuple[tuple[str, str, bool, str], ...] = ()
+    evaluation: Any = None
 
     @property
     def folder(self) -> Path:

@@ -1,13 +1,16 @@
 """What is written beside the weights for a reader: model cards, export.json, and for Ollama the Modelfile.
 
 Cards and export.json go to the hub with the weights. They name a base or a file of rows by its hub name or by the last
-part of its path: the folders above it mostly hold a user's name, which a published file must not.
+part of its path: the folders above it mostly hold a user's name, which a published file must not. Names are text: what
+is a sign of Markdown, HTML or the shell in one is none on the page. Every text leaves by `_card`, `export_json` or
+`modelfile`, without secrets and control characters.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,10 +19,11 @@ from typing import Any
 import tomli_w
 from huggingface_hub import ModelCard, ModelCardData
 
+from qlora import shown
 from qlora.errors import UserError
 from qlora.export import ollama
 from qlora.export.artifacts import Artifact, Source
-from qlora.export.gguf.metadata import licence_of, read_card, shown_name
+from qlora.export.gguf.metadata import licence_of, published, read_card, shown_name
 from qlora.export.merge.merge import Merge
 from qlora.export.ollama import OllamaModel
 from qlora.export.verify.fidelity import Fidelity
@@ -27,13 +31,18 @@ from qlora.export.verify.reference import TrainedReference
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import load_json
 from qlora.recipe.reading import Recipe, looks_like_folder
+from qlora.redaction import redact, redact_all
 from qlora.version import __version__
 
 EXPORT_FILE = "export.json"
 MODEL_FILE = "Modelfile"
+MAX_FILE_NAME = 200  # characters: most file systems take 255 bytes
 _MERGED_INTO = {"nf4": "its weights as 4-bit training saw them (dequantized)", "full": "its original weights"}
 # Keys of a recipe whose values are always paths.
 _PATH_KEYS = ("path", "dir")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_CODE = re.compile(r"(`+[^`]+`+)")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
 # A quoted absolute path of two parts or more, as TOML, JSON and Python write it; the group is its last part.
 _QUOTED_PATH = re.compile(r'"(?:/|~|[A-Za-z]:\\)[^"\n]*[/\\]([^"/\\\n]+)[/\\]*"')
 
@@ -51,6 +60,39 @@ def _shown_recipe(value: Any, key: str = "") -> Any:
     return Path(value).name if is_path and not value.startswith("hub:") else value
 
 
+def file_name(name: str) -> str:
+    """A run's or base's name as the beginning of a file's name that a Modelfile and a shell can hold."""
+    return re.sub(r"[\\/\"'`$]", "_", published(name)).lstrip("-")[:MAX_FILE_NAME] or "model"
+
+
+def text_of(name: str) -> str:
+    """A name as text in Markdown, in a cell of a table too: what would be a sign there is written as itself."""
+    escaped = re.sub(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", name)
+    return re.sub(r"[&<>]", lambda sign: {"&": "&amp;", "<": "&lt;", ">": "&gt;"}[sign[0]], escaped)
+
+
+def without_tags(text: str) -> str:
+    """Markdown of somebody else in which HTML is text; in code, where it is text anyway, it stays as it is."""
+    lines, fence = [], ""
+    for line in text.split("\n"):
+        mark = _FENCE.match(line)
+        if fence:
+            fence = "" if mark and mark[1].startswith(fence) and not line.strip().strip(fence[0]) else fence
+        elif mark:
+            fence = mark[1]
+        else:
+            line = "".join(part if at % 2 else _TAG.sub("&lt;", part) for at, part in enumerate(_CODE.split(line)))
+        lines.append(line)
+    # Left open, it would swallow what we write below.
+    return "\n".join([*lines, fence] if fence else lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code, whatever stands in it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 # --- cards ------------------------------------------------------------------------------------------------------------
 
 
@@ -58,9 +100,9 @@ def adapter_card(base: BaseFolder, recipe: Recipe, facts: Mapping[str, str]) -> 
     """The card of a run's adapter. `facts` are what was measured: lines of its table, by name."""
     name = shown_name(base)
     table = {"base": name, "revision": base.commit or "a local folder", **facts}
-    lines = "\n".join(f"| {key} | {value} |" for key, value in table.items())
+    lines = "\n".join(f"| {key} | {text_of(value)} |" for key, value in table.items())
     content = tomli_w.dumps(_shown_recipe(recipe.model_dump(mode="json", exclude_none=True)))
-    text = f"""# LoRA adapter for {Path(name).name}
+    text = f"""# LoRA adapter for {text_of(Path(name).name)}
 
 Trained with QLoRA: the base frozen in {recipe.quantization.type.upper()}, this adapter in bf16.
 
@@ -70,9 +112,7 @@ Trained with QLoRA: the base frozen in {recipe.quantization.type.upper()}, this 
 
 The recipe, with every default written out:
 
-```toml
-{content.strip()}
-```
+{fenced(content.strip(), "toml")}
 """
     return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora"])
 
@@ -82,33 +122,32 @@ def merged_card(merge: Merge, fidelity: str) -> str:
     name = shown_name(merge.base)
     _, own = read_card(merge.adapter.folder)
     # Cards of earlier versions, and of other trainers, may have paths of the machine where they were written.
-    own = _QUOTED_PATH.sub(r'"\1"', own.replace(merge.base.name, name))
-    head = f"""# {Path(name).name} with a LoRA adapter merged in
+    own = without_tags(_QUOTED_PATH.sub(r'"\1"', own.replace(merge.base.name, name)))
+    head = f"""# {text_of(Path(name).name)} with a LoRA adapter merged in
 
-Made from {name}, {_MERGED_INTO[merge.merge_base]}, and {len(merge.changed)} trained modules added to them."""
+Made from {text_of(name)}, {_MERGED_INTO[merge.merge_base]}, and {len(merge.changed)} trained modules added to them."""
     text = "\n\n".join(part for part in (head, fidelity.strip(), own.strip()) if part) + "\n"
     return _card(text, base_model=name, library_name="transformers", tags=["qlora", "merged"])
 
 
 def gguf_card(source: Source, product: Artifact, file: str, merge: Merge | None, fidelity: str) -> str:
     """The card of a folder with the GGUF file `file`; `merge` is None for an adapter alone."""
-    base = shown_name(source.base)
+    base, run_name, quoted = shown_name(source.base), published(source.name), shlex.quote(file)
     if merge is not None:
         trained = len(source.adapter.parameters)
-        made = f"{base}, {_MERGED_INTO[merge.merge_base]}, with {trained} trained weights merged in"
-        run = f"llama-cli -m {file}"
+        made = f"{text_of(base)}, {_MERGED_INTO[merge.merge_base]}, with {trained} trained weights merged in"
+        run = f"llama-cli -m {quoted}"
     else:
-        made = f"the LoRA adapter alone, to be put on {base}"
-        run = f"llama-cli -m THE-BASE.gguf --lora {file}   # the base as GGUF, of any quantization"
-    model = ollama.model_name(source.name)
-    text = f"""# {Path(base).name} · {source.name}{f" · {product.quant.upper()}" if product.quant else ""}
+        made = f"the LoRA adapter alone, to be put on {text_of(base)}"
+        run = f"llama-cli -m THE-BASE.gguf --lora {quoted}   # the base as GGUF, of any quantization"
+    model = ollama.model_name(run_name)
+    commands = f"{run}\nollama create {model} -f {MODEL_FILE} && ollama run {model}"
+    title = " · ".join(filter(None, (text_of(Path(base).name), text_of(run_name), (product.quant or "").upper())))
+    text = f"""# {title}
 
 Made from {made}.
 
-```bash
-{run}
-ollama create {model} -f {MODEL_FILE} && ollama run {model}
-```
+{fenced(commands, "bash")}
 
 {fidelity}"""
     license_name = licence_of(source.base.path).get("")
@@ -117,7 +156,8 @@ ollama create {model} -f {MODEL_FILE} && ollama run {model}
 
 def _card(text: str, **metadata: Any) -> str:
     """Markdown under the metadata that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
-    return str(ModelCard(f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n\n{text}"))
+    header = ModelCardData(**shown.plain_values(redact_all(metadata))).to_yaml()
+    return str(ModelCard(f"---\n{header}\n---\n\n{shown.block(redact(text))}"))
 
 
 def fidelity_markdown(table: Sequence[Fidelity], texts: str) -> str:
@@ -127,7 +167,7 @@ def fidelity_markdown(table: Sequence[Fidelity], texts: str) -> str:
     lines = [
         "## How near it is to the trained model",
         "",
-        f"Measured at {table[0].positions:,} tokens of {table[0].rows:,} {texts}.",
+        f"Measured at {table[0].positions:,} tokens of {table[0].rows:,} {text_of(texts)}.",
         "",
         "| | mean KL, nats a token | perplexity | same most likely token | bytes | measured by |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -135,7 +175,9 @@ def fidelity_markdown(table: Sequence[Fidelity], texts: str) -> str:
     for line in table:
         size = f"{line.bytes:,}" if line.bytes else ""
         kl = "0" if line.kl == 0 else f"{line.kl:.1e}"
-        lines.append(f"| {line.name} | {kl} | {line.perplexity:.4f} | {line.top1:.1%} | {size} | {line.measured_by} |")
+        lines.append(
+            f"| {text_of(line.name)} | {kl} | {line.perplexity:.4f} | {line.top1:.1%} | {size} | {line.measured_by} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -158,7 +200,7 @@ def export_json(
         **more,
         "fidelity": [asdict(line) for line in table],
     }
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(shown.plain_values(redact_all(content)), indent=1) + "\n"
 
 
 def modelfile(study: TrainedReference, weights: str, adapter: str | None, add_bos: bool) -> str:
@@ -166,9 +208,9 @@ def modelfile(study: TrainedReference, weights: str, adapter: str | None, add_bo
     source, voice = study.source, study.chat
     config = source.base.config.get("text_config") or source.base.config
     template = voice.template
-    return ollama.modelfile(
+    text = ollama.modelfile(
         OllamaModel(
-            name=source.name,
+            name=published(source.name),
             weights=weights,
             end_tokens=template.end_tokens if template is not None else (),
             template=ollama.go_template(template, voice.tokenizer.bos_token, add_bos) if template is not None else None,
@@ -181,6 +223,7 @@ def modelfile(study: TrainedReference, weights: str, adapter: str | None, add_bo
         ),
         MODEL_FILE,
     )
+    return redact(text)  # a system prompt may hold one
 
 
 def _shared_system(source: Source) -> str | None:

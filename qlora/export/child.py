@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qlora import child_process
 
 _REQUEST, _ANSWER, _LOG = "request.json", "answer.json", "log.txt"
 _LOG_BYTES = 1 << 16  # of the log's end, in which an error is looked for
@@ -34,13 +35,13 @@ class Outcome:
 
 
 def run(module: str, request: Mapping[str, Any], folder: Path, seconds: float) -> Outcome:
-    """Have `python -m module` answer a request (JSON, any sequence as a list), in `folder`, for `seconds` at most."""
+    """Have `module` answer a request (JSON, any sequence as a list), in `folder`, for `seconds` at most."""
     file = folder / _REQUEST
     file.write_text(json.dumps(request, default=list), encoding="utf-8")
-    command = [sys.executable, "-m", module, str(file)]
+    command = child_process.command(module, str(file))
     code = None
-    with (folder / _LOG).open("wb") as log, suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=seconds, check=False)
+    with (folder / _LOG).open("wb") as log, child_process.life_line() as line, suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(command, stdin=line, stdout=log, stderr=log, timeout=seconds, check=False)
         code = done.returncode
     answer = folder / _ANSWER
     text = (folder / _LOG).read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")

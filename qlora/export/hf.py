@@ -17,7 +17,7 @@ import math
 import shutil
 import struct
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from qlora.events import Notice, Progress, Sink
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.staging import StagedExport
 from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, load_json, read_header
-from qlora.model.tokenizer import copy_tokenizer
+from qlora.model.tokenizer_files import of_export, without_paths
 
 SHARD_BYTES = 5_000_000_000  # the hub's own default (huggingface_hub, MAX_SHARD_SIZE)
 DTYPE_NAMES = {
@@ -36,8 +36,6 @@ DTYPE_NAMES = {
     torch.float16: ("F16", "float16"),
     torch.float32: ("F32", "float32"),
 }
-# Where transformers before version 5 noted what a configuration or a tokenizer was loaded from.
-_WHERE_FROM = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 # Of rope_parameters, what version 4 does not look for in rope_scaling.
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
@@ -146,7 +144,7 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     if merge.vocabulary_resized and not has_tokenizer:
         what = "the adapter resized the vocabulary and brings no tokenizer: the base's is written"
         sink.emit(Notice("export", f"{what}, without the new tokens"))
-    copy_tokenizer(trained_with if has_tokenizer else base, folder, None)
+    of_export(base, trained_with).deliver(folder)
     if (tokenizer_config := folder / "tokenizer_config.json").is_file():
         disk.write_atomic(tokenizer_config, patched_tokenizer_config(tokenizer_config))
 
@@ -154,7 +152,7 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
 def patched_config(merge: Merge) -> str:
     """The base's config.json as text: byte for byte when nothing changed, else with the changed keys alone."""
     original = (merge.base.path / "config.json").read_text(encoding="utf-8")
-    patched = _without_folders(config_for_both(merge.text_config()))
+    patched = without_paths(config_for_both(merge.text_config()))
     present = [key for key in ("torch_dtype", "dtype") if key in patched] or ["torch_dtype"]
     patched.update(dict.fromkeys(present, DTYPE_NAMES[merge.dtype][1]))
     return original if patched == json.loads(original) else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
@@ -164,17 +162,8 @@ def patched_tokenizer_config(file: Path) -> str:
     """A tokenizer_config.json as text: byte for byte, but for what transformers 4 could not read, and for paths."""
     original = file.read_text(encoding="utf-8")
     config = load_json(file)
-    patched = _without_folders(tokenizer_config_for_both(config))
+    patched = without_paths(tokenizer_config_for_both(config))
     return original if patched == config else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
-
-
-def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the notes on where a machine had the files, which nothing reads."""
-
-    def is_path(value: Any) -> bool:
-        return isinstance(value, str) and (value.startswith(("/", "~")) or PureWindowsPath(value).drive != "")
-
-    return {key: value for key, value in config.items() if key not in _WHERE_FROM or not is_path(value)}
 
 
 def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qlora.data.formats import Message, RowError
+from qlora.data.formats import Message
+from qlora.data.row_json import RowError
 from qlora.data.template import ChatTemplate
 
 # Ollama's own num_ctx below 24 GiB of GPU memory (docs/context-length.mdx): less would cut off more than Ollama does.

@@ -37,6 +37,7 @@ from qlora.export.verify import checks, weights
 from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference, trained_reference
+from qlora.model.tokenizer_files import of_export
 from qlora.run_folder import dataset_name, kept
 
 IMATRIX_FILE = "imatrix.gguf"
@@ -83,7 +84,7 @@ class _Job:
     def file_name(self, artifact: Artifact) -> str:
         """Of an artifact's GGUF file, such as support-Q4_K_M.gguf."""
         label = QUANTS[artifact.quant].label if artifact.quant else "LoRA"
-        return f"{self.source.name}-{label}.gguf"
+        return f"{cards.file_name(self.source.name)}-{label}.gguf"
 
     def open(self, artifacts: Sequence[Artifact], identity: Mapping[str, str], needed_bytes: int) -> StagedExport:
         """Their hidden folders, for as long as the export runs."""
@@ -122,6 +123,7 @@ def produce(
         _write_adapter(job)
         if options.verify:
             _verify(job)
+        source.seal.check()
         return _publish(job)
 
 
@@ -153,7 +155,8 @@ def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None
         lora.check(source.adapter)
     quants = [artifact.quant for artifact in ggufs if artifact.quant]
     template = source.rows.chat.template if source.rows is not None else None
-    tokens = Tokens(source.adapter.folder, template, options.tokenizer_pre)
+    files = of_export(source.base.path, source.adapter.folder)
+    tokens = Tokens(files, template, options.tokenizer_pre)
     plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix, source.meta_model)
     for notice in plan.notices:
         job.sink.emit(Notice("gguf", notice))
@@ -286,7 +289,9 @@ def _publish(job: _Job) -> Report:
     table = tuple(job.reference.table)
     if table:
         lines = tuple({key: getattr(line, key) for key in _EMITTED} for line in table)
-        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines))
+        loss = job.reference.evaluation
+        compared = None if loss is None else asdict(loss)
+        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared))
     published = []
     for artifact in job.artifacts:
         staged = job.staged[artifact.key]
@@ -309,7 +314,7 @@ def _publish(job: _Job) -> Report:
     results = tuple(
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
-    return Report(tuple(published), job.merge_base, table, results)
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation)
 
 
 def _made_of(source: Source) -> dict[str, str | None]:
@@ -322,8 +327,13 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     markdown = cards.fidelity_markdown(table, job.reference.texts)
     found = job.inspections.get(artifact.key)
     results = [asdict(check) for check in found.checks] if found else []
+    loss = job.reference.evaluation
+    compared = None if loss is None else asdict(loss)
     known = job.reference.base_identity.model_dump()
-    more = {"base_identity": known, "tensors": job.tensors[artifact.key], "checks": results}
+    more = {"base_identity": known, "tensors": job.tensors[artifact.key], "checks": results, "evaluation": compared}
+    if loss is not None and markdown:
+        markdown += f"\nIts loss on {loss.rows:,} evaluation rows: {loss.here:.4f} nats a token; the run measured "
+        markdown += f"{loss.delivered:.4f} when it was delivered.\n"
     disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, artifact, merge, more, table))
     if artifact.key == "hf":
         assert merge is not None
@@ -332,7 +342,7 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
         name = job.file_name(artifact)
         card = cards.gguf_card(job.source, artifact, name, merge, markdown)
         # An adapter's base is for the user to put there, or to rename in the Modelfile.
-        base_file = f"{Path(job.source.base.name).name}.gguf"
+        base_file = f"{cards.file_name(Path(job.source.base.name).name)}.gguf"
         file, adapter = (name, None) if merge is not None else (base_file, name)
         text = cards.modelfile(job.reference, file, adapter, job.planned.vocab.add_bos)
         disk.write_atomic(folder / cards.MODEL_FILE, text)

@@ -55,7 +55,7 @@ def standing(folder: Path, hashes: bool) -> Standing:
     """Whose the folder is. Raises TargetTaken where it is neither nobody's nor an earlier export."""
     found = manifest.standing(folder, hashes)
     if found.whose in ("ours", "changed") and found.kind != "export":
-        raise TargetTaken(f"{folder}: is no export but {found.kind or 'something else'} of ours", _ELSEWHERE)
+        raise TargetTaken(f"{folder}: is not an export (its manifest's kind is {str(found.kind)[:40]!r})", _ELSEWHERE)
     if found.whose == "foreign":
         raise TargetTaken(f"{folder}: exists and was not made by an export ({found.why})", f"{_ELSEWHERE}, or move it")
     return found
@@ -81,7 +81,7 @@ def _rows(recipe: Recipe | None) -> Iterator[tuple[str, Path, bool]]:
         while glob.has_magic(place) and not os.path.lexists(place):
             place = os.path.dirname(place)
         if os.path.isabs(place):
-            yield "rows of the run", Path(place), place == source.path
+            yield "the rows", Path(place), place == source.path
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -7,23 +7,34 @@ the vocabulary was resized. As `base_layer.weight`, it is what a low-rank adapte
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from qlora import files, foreign_json
 from qlora.errors import ExportError
-from qlora.foreign_json import checked
+from qlora.foreign_json import ForeignFileError
+from qlora.model import adapter_config
+from qlora.model.adapter_config import AdapterConfig, ProvenanceFile, first_matches, shown
 from qlora.model.identity import BaseIdentity
-from qlora.model.tensors import FLOAT_DTYPES, TensorEntry, read_header
+from qlora.model.tensors import FLOAT_DTYPES, TensorEntry, read_header, read_tensor
 from qlora.recipe.sections import QuantizationSection
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 PREFIX = "base_model.model."
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PROVENANCE_FILE = "qlora.json"
+
+# A 405B model with adapters on every layer has 1,764 tensors, whose header takes 0.3 MB.
+MAX_TENSORS = 50_000
+MAX_HEADER_BYTES = 8_000_000
+VALUES_PER_BLOCK = 1 << 22  # 16 MiB of fp32
 
 # adapter_config.json keys that change the arithmetic in ways that a plain merge cannot express.
 UNMERGEABLE = {
@@ -96,7 +107,7 @@ class Adapter:
     """
 
     folder: Path
-    config: Mapping[str, Any]
+    config: AdapterConfig
     lora: Mapping[str, LoraModule]
     whole: Mapping[str, TensorEntry]
     under: Mapping[str, TensorEntry]
@@ -109,105 +120,207 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Open an adapter folder in PEFT's layout. Raises ExportError for what is none or cannot be merged."""
+    """Open an adapter folder in PEFT's layout, and look at every value once.
+
+    Raises ExportError for what is none, cannot be merged, or holds a number that is not finite.
+    """
+    adapter = _open(folder)
+    for name, entry in _entries(adapter):
+        _refuse_not_finite(name, entry)
+    return adapter
+
+
+def peft_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration as peft is to take it: modules, ranks and alphas by the names of its own tensors.
+
+    peft matches a configuration's patterns with an engine that a stranger's pattern can keep busy for years. Raises
+    ExportError as `read_adapter` does, without a look at the values.
+    """
+    from peft import LoraConfig
+
+    adapter = _open(folder)
+    config, file = adapter.config, folder / ADAPTER_CONFIG
+    modules = {name.removesuffix(".weight"): lora.a.shape[0] for name, lora in adapter.lora.items()}
+    alphas = dict.fromkeys(modules, config.lora_alpha)
+    alphas |= first_matches(config.alpha_pattern, list(modules), f"{file}: alpha_pattern")
+    if not modules and not isinstance(config.target_modules, list):
+        raise ExportError(f"{file}: target_modules fits no tensor of the adapter", "save the adapter again")
+    usual = Counter(modules.values()).most_common(1)[0][0] if modules else config.r
+    return LoraConfig(
+        r=usual,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        rank_pattern=_by_value(modules, usual, f"{file}: rank_pattern"),
+        alpha_pattern=_by_value(alphas, config.lora_alpha, f"{file}: alpha_pattern"),
+        target_modules=list(modules) or config.target_modules,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        fan_in_fan_out=config.fan_in_fan_out,
+        ensure_weight_tying=config.ensure_weight_tying,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _by_value(values: Mapping[str, float], usual: float, where: str) -> dict[str, float]:
+    """peft's table from a pattern to a value, one pattern for all modules that share a value other than the usual."""
+    groups: dict[float, list[str]] = {}
+    for module, value in values.items():
+        if value != usual:
+            groups.setdefault(value, []).append(re.escape(module))
+    if len(groups) > adapter_config.MAX_DISTINCT:
+        what = f"{where}: the modules have {len(groups):,} different values"
+        raise ExportError(what, f"at most {adapter_config.MAX_DISTINCT} can be opened")
+    return {"|".join(names): value for value, names in groups.items()}
+
+
+def _open(folder: Path) -> Adapter:
+    for name, hint in (
+        (ADAPTER_CONFIG, "name a run's folder or a PEFT adapter folder"),
+        (ADAPTER_FILE, "adapters are read as safetensors only: save it as such"),
+    ):
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder}: no {name}", hint)
     config_file = folder / ADAPTER_CONFIG
-    if not config_file.is_file():
-        raise ExportError(f"{folder}: no {ADAPTER_CONFIG}", "name a run's folder or a PEFT adapter folder")
-    if not (folder / ADAPTER_FILE).is_file():
-        raise ExportError(f"{folder}: no {ADAPTER_FILE}", "adapters are read as safetensors only: save it as such")
-    config = _read_config(config_file)
+    content = adapter_config.read_file(folder, ADAPTER_CONFIG)
     for key, what in UNMERGEABLE.items():
-        if config.get(key):
+        if content.get(key):
             raise ExportError(f"{config_file}: {what} ({key}) cannot be merged", "use this adapter through peft")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        kind = f"{config.get('peft_type')} with bias {config.get('bias', 'none')!r}"
+    if content.get("peft_type") != "LORA" or content.get("bias", "none") != "none":
+        kind = f"{shown(str(content.get('peft_type')))} with bias {str(content.get('bias', 'none'))[:60]!r}"
         raise ExportError(f"{config_file}: {kind} cannot be merged", "LORA adapters without bias can")
-    if str(config.get("init_lora_weights")).lower().startswith(BASE_CHANGING_INITS):
-        what = f"{config_file}: started with {config['init_lora_weights']}, which alters the base's weights"
+    config = adapter_config.checked(AdapterConfig, content, config_file)
+    if str(config.init_lora_weights).lower().startswith(BASE_CHANGING_INITS):
+        start = shown(str(config.init_lora_weights))
         hint = "save it again with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        raise ExportError(what, hint)
+        raise ExportError(f"{config_file}: started with {start}, which alters the base's weights", hint)
     return _sort_tensors(folder, config)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _header(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors by their names in the file, as many as an adapter can have."""
+    file = folder / ADAPTER_FILE
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ExportError(f"{file}: cannot be read ({error})", "save the adapter again") from error
+        resolved = files.inside(folder, ADAPTER_FILE)
+        with files.open_to_read(resolved) as stream:
+            size = int.from_bytes(stream.read(8), "little")
+    except files.UnsafePathError as error:
+        raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
+    if MAX_HEADER_BYTES < size <= resolved.stat().st_size:
+        raise ExportError(f"{file}: a header of {size:,} bytes is no adapter's", "get a clean copy of the adapter")
+    entries = read_header(resolved)
+    if len(entries) > MAX_TENSORS:
+        raise ExportError(f"{file}: {len(entries):,} tensors are no adapter's", "get a clean copy of the adapter")
+    if long := next((name for name in entries if len(name) > adapter_config.MAX_NAME), None):
+        what = f"{file}: the tensor {shown(long)} has a name of {len(long):,} characters"
+        raise ExportError(what, "get a clean copy of the adapter")
+    return entries
 
 
-def _sort_tensors(folder: Path, config: Mapping[str, Any]) -> Adapter:
+def _sort_tensors(folder: Path, config: AdapterConfig) -> Adapter:
     file = folder / ADAPTER_FILE
     roles: dict[str, dict[str, TensorEntry]] = {role: {} for role, _ in _ROLES}
     whole: dict[str, TensorEntry] = {}
     copies: dict[str, TensorEntry] = {}
     under: dict[str, TensorEntry] = {}
-    for stored_name, entry in read_header(file).items():
+    for stored_name, entry in _header(folder).items():
         name = stored_name.removeprefix(PREFIX)
         if entry.dtype not in FLOAT_DTYPES:
-            raise ExportError(f"{file}: {name} is stored as {entry.dtype}", "save the adapter from a 16-bit base")
+            what = f"{file}: {shown(name)} is stored as {entry.dtype}"
+            raise ExportError(what, "save the adapter from a 16-bit base")
         found = next(((role, match.start()) for role, pattern in _ROLES if (match := pattern.search(name))), None)
         if found:
-            roles[found[0]][name[: found[1]]] = entry
+            kind, key = roles[found[0]], name[: found[1]]
         elif _UNDER.search(name):
-            under[_UNDER.sub("", name)] = entry
+            kind, key = under, _UNDER.sub("", name)
         elif _TRAINED.search(name):
-            copies[_TRAINED.sub("", name)] = entry
+            kind, key = copies, _TRAINED.sub("", name)
         else:
-            whole[name] = entry
-    modules = roles["a"] | roles["embedding_a"]
-    for module in (*roles["b"], *roles["embedding_b"], *roles["magnitude"]):
-        if module not in modules:
-            raise ExportError(f"{file}: {module} has no lora_A", "save the adapter again")
-    lora = {f"{module}.weight": _module(module, roles, config, file) for module in modules}
+            kind, key = whole, name
+        if key in kind:
+            raise ExportError(f"{file}: {shown(key)} is there twice ({shown(name)})", "save one adapter alone")
+        kind[key] = entry
+    modules = {**roles["a"], **roles["embedding_a"]}
+    pairs = (("b", "a"), ("embedding_b", "embedding_a"))
+    for module in (m for second, first in pairs for m in roles[second] if m not in roles[first]):
+        raise ExportError(f"{file}: {shown(module)} has no lora_A", "save the adapter again")
+    for module in (m for m in roles["magnitude"] if m not in modules):
+        raise ExportError(f"{file}: {shown(module)} has no lora_A", "save the adapter again")
+    if both := sorted(roles["a"].keys() & roles["embedding_a"].keys()):
+        raise ExportError(f"{file}: {shown(both[0])} has two kinds of lora_A", "save the adapter again")
+    scales = scales_of({module: entry.shape[0] for module, entry in modules.items() if entry.shape}, config, file)
+    lora = {f"{module}.weight": _module(module, roles, scales, file) for module in modules}
     whole = {**copies, **whole}  # where both stand in a file, peft loads the plain name
-    if config.get("use_dora") and any(module.magnitude is None for module in lora.values()):
+    if config.use_dora and any(module.magnitude is None for module in lora.values()):
         raise ExportError(f"{file}: use_dora is set but magnitudes are missing", "save the adapter again")
     rows = {f"{module}.weight": _rows(module, entry, config, file) for module, entry in roles["rows"].items()}
     return Adapter(folder, config, lora, whole, {n: e for n, e in under.items() if n not in whole}, rows)
 
 
 def _module(
-    module: str, roles: Mapping[str, Mapping[str, TensorEntry]], config: Mapping[str, Any], file: Path
+    module: str, roles: Mapping[str, Mapping[str, TensorEntry]], scales: Mapping[str, float], file: Path
 ) -> LoraModule:
     embedding = module in roles["embedding_a"]
     first, second = ("embedding_a", "embedding_b") if embedding else ("a", "b")
     a, b = roles[first][module], roles[second].get(module)
     if b is None or len(a.shape) != 2 or len(b.shape) != 2 or b.shape[1] != a.shape[0]:
-        raise ExportError(f"{file}: {module} has no matching lora_B", "save the adapter again")
+        raise ExportError(f"{file}: {shown(module)} has no matching lora_B", "save the adapter again")
     magnitude = roles["magnitude"].get(module)
     if magnitude is not None and magnitude.numel != b.shape[0]:
-        raise ExportError(f"{file}: {module} has {magnitude.numel} magnitudes for {b.shape[0]} rows", "save it again")
-    return LoraModule(a, b, magnitude, scale_of(module, config, a.shape[0], file), embedding)
+        what = f"{file}: {shown(module)} has {magnitude.numel} magnitudes for {b.shape[0]} rows"
+        raise ExportError(what, "save it again")
+    return LoraModule(a, b, magnitude, scales[module], embedding)
 
 
-def _rows(module: str, values: TensorEntry, config: Mapping[str, Any], file: Path) -> TokenRows:
-    indices = config.get("trainable_token_indices")
-    if isinstance(indices, Mapping):
+def _rows(module: str, values: TensorEntry, config: AdapterConfig, file: Path) -> TokenRows:
+    indices = config.trainable_token_indices
+    if isinstance(indices, dict):
         named = [ids for key, ids in indices.items() if module == key or module.endswith(f".{key}")]
         # A tied head is written along with the embeddings' ids, and not named by itself.
         indices = named[0] if named else next(iter(indices.values()), None)
-    ids = tuple(indices) if isinstance(indices, list) else ()
-    if len(values.shape) != 2 or len(ids) != values.shape[0] or not all(type(i) is int and i >= 0 for i in ids):
-        what = f"{file}: {module} has {values.shape[0]} trained token rows, adapter_config.json names {len(ids)}"
+    ids = tuple(indices or ())
+    if len(values.shape) != 2 or not ids or len(ids) != values.shape[0]:
+        count = values.shape[0] if values.shape else 0
+        what = f"{file}: {shown(module)} has {count} trained token rows, adapter_config.json names {len(ids)}"
         raise ExportError(what, "save the adapter again")
     return TokenRows(values, ids)
 
 
-def scale_of(module: str, config: Mapping[str, Any], rank: int, file: Path) -> float:
-    """alpha / r, or alpha / sqrt(r) under rsLoRA, with the module's own alpha and rank where patterns name it."""
-    own_rank = _pattern(module, config.get("rank_pattern") or {}, config.get("r"))
-    alpha = _pattern(module, config.get("alpha_pattern") or {}, config.get("lora_alpha"))
-    if own_rank != rank:
-        what = f"{file}: {module} has rank {rank}, adapter_config.json says {own_rank}"
-        raise ExportError(what, "save the adapter again")
-    return float(alpha / rank**0.5) if config.get("use_rslora") else float(alpha / rank)
+def scales_of(ranks: Mapping[str, int], config: AdapterConfig, file: Path) -> dict[str, float]:
+    """alpha / r, or alpha / sqrt(r) under rsLoRA, with each module's own alpha and rank where patterns name it.
+
+    `ranks` are those of the stored matrices. Raises ExportError where the configuration says another one.
+    """
+    where = file.with_name(ADAPTER_CONFIG)
+    own_ranks = first_matches(config.rank_pattern, list(ranks), f"{where}: rank_pattern")
+    alphas = first_matches(config.alpha_pattern, list(ranks), f"{where}: alpha_pattern")
+    scales = {}
+    for module, rank in ranks.items():
+        if (own_rank := own_ranks.get(module, config.r)) != rank:
+            what = f"{file}: {shown(module)} has rank {rank}, adapter_config.json says {own_rank}"
+            raise ExportError(what, "save the adapter again")
+        alpha = alphas.get(module, config.lora_alpha)
+        scales[module] = alpha / rank**0.5 if config.use_rslora else alpha / rank
+    return scales
 
 
-def _pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """A pattern is a regular expression for the end of a module's name, as peft reads it (get_pattern_key)."""
-    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(matching, default)
+def _entries(adapter: Adapter) -> Iterable[tuple[str, TensorEntry]]:
+    """Every tensor that is read, by the name of the parameter that it changes."""
+    for name, lora in adapter.lora.items():
+        yield from ((name, entry) for entry in (lora.a, lora.b, lora.magnitude) if entry is not None)
+    yield from ((name, entry) for kind in (adapter.whole, adapter.under) for name, entry in kind.items())
+    yield from ((name, rows.values) for name, rows in adapter.rows.items())
+
+
+def _refuse_not_finite(name: str, entry: TensorEntry) -> None:
+    import torch
+
+    rows = entry.shape[0] if entry.shape else 1
+    step = max(1, VALUES_PER_BLOCK // max(1, entry.numel // max(1, rows)))
+    spans = [(start, min(rows, start + step)) for start in range(0, rows, step)] if entry.shape else [None]
+    if not all(bool(torch.isfinite(read_tensor(entry, span)).all()) for span in spans):
+        what = f"{entry.file}: the adapter of {shown(name)} holds numbers that are not finite"
+        raise ExportError(what, "train it again: a checkpoint from before the numbers overflowed may be left")
 
 
 @dataclass(frozen=True)
@@ -224,22 +337,22 @@ class Provenance:
     identity: BaseIdentity | None = None
 
 
-def provenance(folder: Path, adapter_config: Mapping[str, Any]) -> Provenance:
-    """From our own file in the adapter's folder, or from PEFT's config alone for an adapter made elsewhere."""
-    file = folder / PROVENANCE_FILE
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        quantization = QuantizationSection(**stored["quantization"])
-        known = stored.get("identity")
-        identity = None if known is None else checked(BaseIdentity, known, f"{file}: identity")
-        return Provenance(stored["base"], stored["revision"], stored["fingerprint"], quantization, identity)
-    base = str(adapter_config.get("base_model_name_or_path") or "")
-    return Provenance(base, str(adapter_config.get("revision") or "main"), None, QuantizationSection())
+def provenance(folder: Path, config: AdapterConfig) -> Provenance:
+    """From our own file in the adapter's folder, or from PEFT's config alone for an adapter made elsewhere.
+
+    Raises ExportError where that file does not say it.
+    """
+    if (folder / PROVENANCE_FILE).is_file():
+        content = adapter_config.read_file(folder, PROVENANCE_FILE)
+        stored = adapter_config.checked(ProvenanceFile, content, folder / PROVENANCE_FILE)
+        return Provenance(stored.base, stored.revision, stored.fingerprint, stored.section(), stored.identity)
+    return Provenance(config.base_model_name_or_path, config.revision, None, QuantizationSection())
 
 
 def delivered_step(run_dir: Path) -> int | None:
     """The step of the adapter that lies in a run's folder, as its provenance says; None where there is none."""
     try:
-        return int(json.loads((run_dir / "adapter" / PROVENANCE_FILE).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        step = foreign_json.load_object(files.inside(run_dir / "adapter", PROVENANCE_FILE)).get("step")
+    except (ForeignFileError, files.UnsafePathError):
         return None
+    return step if type(step) is int else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
-from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE
+from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
@@ -128,7 +128,7 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
     _resize_like(model, saved)
     with foreign_failures() as failure, old_names_in_peft():
         peft_model = PeftModel.from_pretrained(
-            model, str(folder), autocast_adapter_dtype=False, trust_remote_code=False
+            model, str(folder), config=peft_config(folder), autocast_adapter_dtype=False, trust_remote_code=False
         )
     if failure.error:
         what = f"{folder}: does not fit this base ({failure.reason})"

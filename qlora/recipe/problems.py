@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import Problem
+from qlora.foreign_toml import ForeignTomlError, parse
 
 Location = tuple[int | str, ...]
 
@@ -70,8 +70,10 @@ REFUSED_NAMES = {
 }
 _KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
 _DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")
-# What opens or closes something: a fence, a bracket, a whole string, a comment.
-_NESTING = r"""\"{3}|'{3}|"(?:\\.|[^"\\])*"|'[^']*'|[\[\]{}#]"""
+# What opens or closes something: a fence, a bracket, a string (one without its end takes the line), a comment.
+_NESTING = r"""\"{3}|'{3}|"(?:\\.|[^"\\])*"?|'[^']*'?|[\[\]{}#]"""
+_SHOWN = 100  # characters of a key or value in a message
+_DEEPEST = 5  # parts of a key: data.train.0.columns.prompt
 _TABLE = re.compile(rf"\s*(\[\[?)\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*\]")
 
 
@@ -136,16 +138,18 @@ def _nesting(line: str, depth: int, fence: str) -> tuple[int, str]:
     return max(depth, 0), fence
 
 
-def toml_problem(path: Path, text: str, error: tomllib.TOMLDecodeError) -> Problem:
-    """A TOML syntax error with its line (the parser says "at end of document" for the last one)."""
-    match = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
-    where = f"{path}:{match[1] if match else len(text.splitlines())}"
-    message = re.sub(r"\s*\(at .*\)$", "", str(error))
+def toml_problem(path: Path, text: str, error: ForeignTomlError) -> Problem:
+    """A TOML syntax error with its line (the parser says none for the last one)."""
     return Problem(
-        where,
-        f"not valid TOML: {message[0].lower()}{message[1:]}",
+        f"{path}:{error.line or len(text.splitlines())}",
+        f"not valid TOML: {error}",
         'strings need quotes, lists need brackets: base = "owner/name", formats = ["hf"]',
     )
+
+
+def short(text: object) -> str:
+    """The text, cut to what fits into a message."""
+    return text if len(text := str(text)) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def explain_unknown_key(location: Location, known: Sequence[str], index: LineIndex) -> Problem:
@@ -153,7 +157,8 @@ def explain_unknown_key(location: Location, known: Sequence[str], index: LineInd
     dotted = ".".join(str(part) for part in location)
     last = str(location[-1])
     plain = ".".join(str(part) for part in location if not isinstance(part, int))
-    return Problem(index.where(location), f"unknown key {dotted}", _suggestion(plain, last, known))
+    hint = _suggestion(plain[:_SHOWN], last[:_SHOWN], known)
+    return Problem(index.where(location), f"unknown key {short(dotted)}", hint)
 
 
 def _suggestion(dotted: str, last: str, known: Sequence[str]) -> str:
@@ -177,31 +182,37 @@ def _suggestion(dotted: str, last: str, known: Sequence[str]) -> str:
 
 def apply_override(raw: dict[str, Any], item: str, index: LineIndex) -> Problem | None:
     """Put one `table.key=value` into the parsed recipe. Values are TOML; what is no TOML is a string."""
-    where = f"`overrides` {item}"
+    where = f"`overrides` {short(item)}"
     name, separator, text = item.partition("=")
     *tables, key = keys = name.strip().split(".")
-    if not separator or not tables or not all(keys):
+    if not separator or not tables or not all(keys) or len(keys) > _DEEPEST:
         return Problem(where, "is not table.key=value", "for example `overrides` train.learning_rate=1e-4")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text.strip()
+    except ForeignTomlError:
         value = text.strip()
     place: Any = raw
     for step in tables:
         if isinstance(place, dict):
             place = place.setdefault(step, {})
-        elif step.isdecimal() and int(step) < len(place):
-            place = place[int(step)]
+        elif isinstance(number := _number(step), int) and number < len(place):
+            place = place[number]
         else:
             numbers = f"entries are numbered 0 to {len(place) - 1}"
-            return Problem(where, f"there is no entry {step!r}", numbers)
+            return Problem(where, f"there is no entry {short(step)!r}", numbers)
         if not isinstance(place, (dict, list)):
-            return Problem(where, f"{step} is a value, not a table", "for example `overrides` train.max_steps=20")
+            what = f"{short(step)} is a value, not a table"
+            return Problem(where, what, "for example `overrides` train.max_steps=20")
     if isinstance(place, list):
         return Problem(where, "names a whole list entry", "for example `overrides` data.train.0.path=rows.jsonl")
     place[key] = value
     # An override replaces its alternative, so that --set train.max_steps=20 works on a recipe with epochs.
     if alternative := {"train.epochs": "max_steps", "train.max_steps": "epochs"}.get(name.strip()):
         place.pop(alternative, None)
-    index.overrides[tuple(int(step) if step.isdecimal() else step for step in keys)] = item
+    index.overrides[tuple(map(_number, keys))] = short(item)
     return None
+
+
+def _number(step: str) -> int | str:
+    return int(step) if step.isdecimal() and len(step) < 10 else step

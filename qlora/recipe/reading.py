@@ -6,18 +6,19 @@ nearest valid key (see `problems.py`).
 
 from __future__ import annotations
 
-import tomllib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora.errors import Problem, RecipeError
+from qlora import files, foreign_json, foreign_toml
+from qlora.errors import Problem, RecipeError, UserError
 from qlora.recipe import sections
-from qlora.recipe.problems import LineIndex, apply_override, explain_unknown_key, toml_problem
+from qlora.recipe.problems import LineIndex, Location, apply_override, explain_unknown_key, short, toml_problem
 
 
 class Recipe(sections.Section):
@@ -44,24 +45,47 @@ class Recipe(sections.Section):
         return load_recipe(Path(path), overrides)
 
 
+MOST_PROBLEMS = 20  # of one recipe, in messages
 # Sections that cannot change what is learned: a resumed run may differ in them.
 FREE_SECTIONS = ("report", "output", "checkpoint", "export", "memory")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """See `Recipe.from_file`."""
-    text = _read(path)
+    text, raw = _parsed(path)
+    index = LineIndex(path, text)
+    return _absolute(_checked(raw, overrides, index), path.parent.resolve(), index)
+
+
+def load_recorded(path: Path) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe that a run recorded, whichever version did, and the keys of it that this version does not know.
+
+    Raises RecipeError for values that this version refuses.
+    """
+    text, raw = _parsed(path)
+    index, dropped = LineIndex(path, text), []
     try:
-        raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError([toml_problem(path, text, error)]) from None
-    return _absolute(_checked(raw, overrides, LineIndex(path, text)), path.parent.resolve())
+        Recipe.model_validate(raw)
+    except ValidationError as error:
+        for location in (item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"):
+            place: Any = raw
+            for step in location[:-1]:
+                place = place[step]
+            del place[location[-1]]
+            dropped.append(".".join(map(str, location)))
+    # TOML has no null: what may be None and is not there was None, whatever the default is now.
+    for name, field in _fields().items():
+        table, key = name.split(".", 1)
+        if type(None) in get_args(field.annotation) and isinstance(raw.get(table), dict):
+            raw[table].setdefault(key, None)
+    return _absolute(_checked(raw, (), index), path.parent.resolve(), index), tuple(dropped)
 
 
 def recipe_of_base(base: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that names a base (hub name, or a folder relative to the current one) and nothing else."""
     raw = {"model": {"base": base}}
-    return _absolute(_checked(raw, overrides, LineIndex(Path(base), "")), Path.cwd())
+    index = LineIndex(Path(base), "")
+    return _absolute(_checked(raw, overrides, index), Path.cwd(), index)
 
 
 def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) -> Recipe:
@@ -71,7 +95,7 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) ->
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(problems + _problems(error, raw, index)) from None
-    if problems := problems + _cross_checks(recipe, index):
+    if problems := problems + cross_checks(recipe, index):
         raise RecipeError(problems)
     return recipe
 
@@ -87,8 +111,11 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def differing_keys(ours: Recipe, theirs: Recipe) -> list[str]:
-    """`table.key` of all that could change the result and is not the same in both."""
-    left, right = ours.model_dump(mode="json"), theirs.model_dump(mode="json")
+    """`table.key` of all that could change the result and is not the same in both.
+
+    Where local files lie is left out: what they hold is compared when they are opened.
+    """
+    left, right = _without_places(ours), _without_places(theirs)
     return [
         f"{section}.{key}"
         for section in left
@@ -96,6 +123,14 @@ def differing_keys(ours: Recipe, theirs: Recipe) -> list[str]:
         for key in left[section]
         if left[section][key] != right[section][key]
     ]
+
+
+def _without_places(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json")
+    for place in (values["model"], *values["data"]["train"], *values["data"]["eval"]):
+        name = "base" if "base" in place else "path"
+        place[name] = "local" if os.path.isabs(place[name]) else place[name]
+    return values
 
 
 def key_names() -> list[str]:
@@ -117,31 +152,42 @@ def _fields() -> dict[str, FieldInfo]:
     return found
 
 
-def _read(path: Path) -> str:
-    if path.is_dir():
-        raise RecipeError([Problem(str(path), "is a folder, not a recipe", "name the .toml file itself")])
+def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
+    """A recipe's text and its table."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = foreign_toml.read_text(path)
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.toml"))[:5] if path.parent.is_dir() else []
         hint = f"recipes in that folder: {', '.join(near)}" if near else "check the path; examples are in recipes/"
         raise RecipeError([Problem(str(path), "no such recipe", hint)]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError([Problem(str(path), f"cannot be read: {reason}", "save it as UTF-8 text")]) from None
+    except foreign_toml.ForeignTomlError as error:
+        hint = "name a .toml file of UTF-8 text; a run is named after it"
+        raise RecipeError([Problem(short(path), str(error), hint)]) from None
+    try:
+        return text, foreign_toml.parse(text)
+    except foreign_toml.ForeignTomlError as error:
+        raise RecipeError([toml_problem(path, text, error)]) from None
 
 
 def _problems(error: ValidationError, raw: Mapping[str, Any], index: LineIndex) -> list[Problem]:
-    found: dict[str, Problem] = {}
+    """What is wrong, in the order of the file; of very many problems the first ones, and how many more there are."""
+    found: dict[Location, Any] = {}
     for item in error.errors():
         # Union branches repeat a location with the branch's name appended: keep keys and indexes that exist.
         location = _real_location(item["loc"], raw)
-        dotted = ".".join(str(part) for part in location)
+        if location not in found or item["type"] == "extra_forbidden":
+            found[location] = item
+    known, problems = key_names(), []
+    order = sorted(found, key=lambda location: index.order(index.where(location)))
+    for location in order[:MOST_PROBLEMS]:
+        item, dotted = found[location], ".".join(map(str, location))
         if item["type"] == "extra_forbidden":
-            found[dotted] = explain_unknown_key(location, key_names(), index)
-        elif dotted not in found:
-            found[dotted] = Problem(index.where(location), f"{dotted} {_message(item)}", _hint(dotted, item))
-    return sorted(found.values(), key=lambda problem: index.order(problem.where))
+            problems.append(explain_unknown_key(location, known, index))
+        else:
+            problems.append(Problem(index.where(location), f"{short(dotted)} {_message(item)}", _hint(dotted, item)))
+    if more := len(order) - len(problems):
+        problems.append(Problem(str(index.path), f"{more:,} more problems", "mend the first ones, then run it again"))
+    return problems
 
 
 def _real_location(location: tuple[int | str, ...], raw: Mapping[str, Any]) -> tuple[int | str, ...]:
@@ -163,9 +209,7 @@ def _message(item: Any) -> str:
     if item["type"] == "missing":
         return "is missing"
     message = str(item["msg"]).removeprefix("Value error, ")
-    given = item.get("input")
-    shown = "" if isinstance(given, (dict, list)) else f" (it is {given!r})"
-    return f"is wrong: {message[0].lower()}{message[1:]}{shown}"
+    return f"is wrong: {message[0].lower()}{message[1:]}{foreign_json.shown(item)}"
 
 
 def _hint(dotted: str, item: Any) -> str:
@@ -177,7 +221,7 @@ def _hint(dotted: str, item: Any) -> str:
     return "see the recipe's keys in the README, or `qlora-train --schema`"
 
 
-def _cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
+def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
     """What no single key shows, and keys of [export] that would do nothing; found now, not when training has ended."""
     train, data, lora, export = recipe.train, recipe.data, recipe.lora, recipe.export
     batch, micro = train.batch_size, train.micro_batch_size
@@ -229,18 +273,38 @@ def looks_like_folder(base: str) -> bool:
     return base.startswith((".", "/", "~", "\\")) or base.count("/") > 1 or ":" in base or "\\" in base
 
 
-def _absolute(recipe: Recipe, folder: Path) -> Recipe:
+def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     """The recipe with the base and the sources that are local as absolute paths, from `folder` on."""
     model, data = recipe.model, recipe.data
-    base = Path(model.base).expanduser()
-    if looks_like_folder(model.base) or (folder / base).is_dir():
-        model = model.model_copy(update={"base": str((folder / base).resolve())})
+    base = _local(model.base, folder, ("model", "base"), index)
+    if looks_like_folder(model.base) or os.path.isdir(base):
+        model = model.model_copy(update={"base": str(base.resolve())})
+    sources = {side: list(getattr(data, side)) for side in ("train", "eval")}
+    for side, entries in sources.items():
+        for number, source in enumerate(entries):
+            if not source.path.startswith("hub:"):
+                # Not resolve(): a glob's pattern must stay as it is.
+                path = str(_local(source.path, folder, ("data", side, number, "path"), index))
+                entries[number] = source.model_copy(update={"path": path})
+    _local(recipe.output.dir, Path.cwd(), ("output", "dir"), index)
+    # What the recipe does not set stays so: a resumed run takes it from what it recorded.
+    changed = {side: tuple(entries) for side, entries in sources.items() if entries}
+    return recipe.model_copy(update={"model": model, "data": data.model_copy(update=changed)})
 
-    def local(source: sections.SourceSection) -> sections.SourceSection:
-        if source.path.startswith("hub:"):
-            return source
-        # Not resolve(): a glob's pattern must stay as it is.
-        return source.model_copy(update={"path": str(folder / Path(source.path).expanduser())})
 
-    data = data.model_copy(update={"train": tuple(map(local, data.train)), "eval": tuple(map(local, data.eval))})
-    return recipe.model_copy(update={"model": model, "data": data})
+def _local(text: str, folder: Path, key: Location, index: LineIndex) -> Path:
+    """A path of the recipe, from `folder` on. Raises RecipeError for one that no system could open."""
+    try:
+        place = folder / Path(text).expanduser()
+        files.user_path(place)
+        str(place).encode()
+    except RuntimeError:
+        reason = "there is no such home folder"
+    except UserError as error:
+        reason = error.what.removeprefix("the path: ")
+    except UnicodeEncodeError:
+        reason = "its folder's name is not UTF-8, as recipes are"
+    else:
+        return place
+    what = f"{'.'.join(map(str, key))}: {short(text)}: {reason}"
+    raise RecipeError([Problem(index.where(key), what, "write out the path of a file or folder")])

@@ -6,11 +6,24 @@ import difflib
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+# Bounds are far beyond any use: they keep what a recipe can ask for from filling the memory before it is refused.
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Rows = Annotated[int, Field(ge=1, le=65_536)]
+Minutes = Annotated[float, Field(gt=0, le=1_000_000)]  # two years
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_nul)]
+Names = Annotated[tuple[Text, ...], Field(max_length=4096)]
+MAX_MEMORY = 1 << 50
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
@@ -18,16 +31,14 @@ EXPORT_FORMATS = ("hf", "adapter-gguf", *(f"gguf:{quant}" for quant in GGUF_QUAN
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """The frozen base."""
 
-    base: str = Field(
-        min_length=1, description="Hub name (owner/name) or folder of the base model, relative to the recipe"
-    )
-    revision: str = Field("main", min_length=1, description="Hub branch, tag or commit; the run records the commit")
+    base: Text = Field(description="Hub name (owner/name) or folder of the base model, relative to the recipe")
+    revision: Text = Field("main", description="Hub branch, tag or commit; the run records the commit")
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="auto is sdpa, but eager where sdpa cannot compute the model (Gemma 2's softcap)"
     )
@@ -45,10 +56,10 @@ class QuantizationSection(Section):
 class LoraSection(Section):
     """The trained low-rank matrices."""
 
-    r: Positive = Field(16, description="Rank of the trained matrices")
-    alpha: float = Field(32.0, gt=0, description="Scale: the adapter's output is multiplied by alpha / r")
+    r: Rows = Field(16, description="Rank of the trained matrices")
+    alpha: float = Field(32.0, gt=0, le=1_000_000, description="Scale: the adapter's output is multiplied by alpha / r")
     dropout: Share = Field(0.0, description="Share of the adapter's input dropped while training")
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+    target_modules: Literal["all-linear"] | Names = Field(
         "all-linear", description="all-linear (every linear layer but the head), or names such as ['q_proj', 'v_proj']"
     )
     init: Literal["default", "gaussian", "eva"] = Field(
@@ -58,31 +69,36 @@ class LoraSection(Section):
     use_dora: bool = Field(
         False, description="Train a magnitude per output row as well: slower, sometimes better at small ranks"
     )
-    modules_to_save: tuple[str, ...] = Field((), description="Modules trained and saved whole, such as ['lm_head']")
+    modules_to_save: Names = Field((), description="Modules trained and saved whole, such as ['lm_head']")
 
 
 class SourceSection(Section):
     """One source of rows."""
 
-    path: str = Field(
-        min_length=1,
+    path: Text = Field(
         description="File, glob or folder, relative to the recipe, or a data set hub:NAME[@revision][:split]",
     )
     format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
         "auto", description="How a row is read; auto: the first format whose columns are all there"
     )
     weight: float = Field(1.0, gt=0, le=100, description="Times each row is seen in an epoch; 0.5 draws half of them")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Your column's name by the format's own: {instruction = 'question'}"
+    columns: dict[Text, Text] = Field(
+        default_factory=dict,
+        max_length=1000,
+        description="Your column's name by the format's own: {instruction = 'question'}",
     )
 
 
 class DataSection(Section):
     """What the model learns from."""
 
-    train: tuple[SourceSection, ...] = Field((), description="Training sources, as [[data.train]] tables")
+    train: tuple[SourceSection, ...] = Field(
+        (), max_length=1000, description="Training sources, as [[data.train]] tables"
+    )
     eval: tuple[SourceSection, ...] = Field(
-        (), description="Evaluation sources, as [[data.eval]] tables; without them eval_fraction is used"
+        (),
+        max_length=1000,
+        description="Evaluation sources, as [[data.eval]] tables; without them eval_fraction is used",
     )
     max_length: int = Field(2048, ge=16, le=1 << 20, description="Longest row, and length of a pack, in tokens")
     packing: bool = Field(True, description="Short rows share a pack, apart in attention and positions")
@@ -101,14 +117,16 @@ class DataSection(Section):
 class TrainSection(Section):
     """The optimization."""
 
-    epochs: float | None = Field(None, gt=0, description="Passes over the training rows (3 unless max_steps is given)")
+    epochs: float | None = Field(
+        None, gt=0, le=1_000_000, description="Passes over the training rows (3 unless max_steps is given)"
+    )
     max_steps: Positive | None = Field(None, description="Optimizer steps, instead of epochs")
-    max_minutes: float | None = Field(None, gt=0, description="Time limit; the learning rate comes down with it")
-    batch_size: Positive | Literal["auto"] = Field(
+    max_minutes: Minutes | None = Field(None, description="Time limit; the learning rate comes down with it")
+    batch_size: Rows | Literal["auto"] = Field(
         "auto",
         description="Rows (packs when packing) per optimizer step; auto: the largest up to 16 that leaves 100 steps",
     )
-    micro_batch_size: Positive | Literal["auto"] = Field(
+    micro_batch_size: Rows | Literal["auto"] = Field(
         1,
         description="Rows per forward pass: a step of 16 at 4 runs 4 passes; auto: the fastest that fits memory.limit",
     )
@@ -121,12 +139,16 @@ class TrainSection(Section):
         "paged_adamw_8bit", description="Paged ones keep their state where CUDA can move it to host memory"
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="Decoupled weight decay of the adapters")
-    max_grad_norm: float = Field(1.0, ge=0, description="Longer gradients are scaled down to this norm; 0 is off")
+    max_grad_norm: float = Field(
+        1.0, ge=0, le=1_000_000, description="Longer gradients are scaled down to this norm; 0 is off"
+    )
     gradient_checkpointing: bool | Literal["auto"] = Field(
         True,
         description="Recompute activations, not keep them: much less memory, a third more time; auto: only if needed",
     )
-    neftune_alpha: float = Field(0.0, ge=0, description="Noise on the embeddings while training (5 is usual); 0 is off")
+    neftune_alpha: float = Field(
+        0.0, ge=0, le=1_000_000, description="Noise on the embeddings while training (5 is usual); 0 is off"
+    )
     seed: int = Field(42, ge=0, lt=1 << 32, description="Decides order, split, initial adapters and dropout")
 
     @model_validator(mode="after")
@@ -141,7 +163,7 @@ class TrainSection(Section):
 class MemorySection(Section):
     """How much memory a run may take."""
 
-    limit: str = Field(
+    limit: Text = Field(
         "auto",
         description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
     )
@@ -150,7 +172,7 @@ class MemorySection(Section):
     @classmethod
     def _is_a_size(cls, value: str) -> str:
         if value != "auto" and parse_bytes(value) is None:
-            raise ValueError('a size such as "6GiB" or "7.5 GiB", or "auto"')
+            raise ValueError('a size such as "6GiB" or "7.5 GiB", at most 1024TiB, or "auto"')
         return value
 
 
@@ -158,10 +180,10 @@ class CheckpointSection(Section):
     """What a killed run continues from."""
 
     every_steps: Positive = Field(50, description="Optimizer steps between checkpoints")
-    every_minutes: float = Field(
-        10.0, gt=0, description="Minutes between checkpoints; of steps and minutes, whichever comes first"
+    every_minutes: Minutes = Field(
+        10.0, description="Minutes between checkpoints; of steps and minutes, whichever comes first"
     )
-    keep: Positive = Field(2, description="Newest checkpoints to keep")
+    keep: Rows = Field(2, description="Newest checkpoints to keep")
 
 
 class EvalSection(Section):
@@ -180,7 +202,7 @@ class ReportSection(Section):
     """Where events go."""
 
     sinks: tuple[Literal["console", "jsonl"], ...] = Field(
-        ("console", "jsonl"), description="console draws, jsonl keeps events.jsonl in the run's folder"
+        ("console", "jsonl"), max_length=2, description="console draws, jsonl keeps events.jsonl in the run's folder"
     )
 
 
@@ -189,6 +211,7 @@ class ExportSection(Section):
 
     formats: tuple[str, ...] = Field(
         (),
+        max_length=100,
         description="Made at the end, in the run's export/: hf (safetensors), adapter-gguf, gguf:q4_k_m and its like",
         json_schema_extra={"items": {"type": "string", "enum": list(EXPORT_FORMATS)}},
     )
@@ -206,7 +229,7 @@ class ExportSection(Section):
     def _known(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
         for name in formats:
             if name not in EXPORT_FORMATS:
-                near = difflib.get_close_matches(name, EXPORT_FORMATS, 1, 0.4)
+                near = difflib.get_close_matches(name := name[:60], EXPORT_FORMATS, 1, 0.4)
                 meant = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(EXPORT_FORMATS)}"
                 raise ValueError(f"unknown format {name!r}{meant}")
         return formats
@@ -215,17 +238,17 @@ class ExportSection(Section):
 class OutputSection(Section):
     """Where the run's folder is made."""
 
-    dir: str = Field(
+    dir: Text = Field(
         "runs",
-        min_length=1,
         description="Where runs stand, each under its recipe's name; relative to the current folder",
     )
 
 
 def parse_bytes(text: str) -> int | None:
-    """ "6GiB", "7.5 GiB", "8GB", "900MiB" as bytes; None for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
+    """ "6GiB", "7.5 GiB", "8GB", "900MiB" as bytes; None for anything else, 0 and more than MAX_MEMORY."""
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B\s*", text, re.IGNORECASE)
     if match is None:
         return None
     power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    count = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return count if 0 < count <= MAX_MEMORY else None

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -28,8 +28,19 @@ PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
 DRAWS_PER_SECOND = 4
 
 
-class _Terminal(Console):
-    """rich ends the process when whoever reads the output has gone; here that ends the drawing alone."""
+class Terminal(Console):
+    """rich's console for text of anybody: nothing in it is markup, an emoji's name, or a figure to be coloured.
+
+    And rich ends the process when whoever reads the output has gone; here that ends the drawing alone.
+    """
+
+    def __init__(self, file: IO[str] | None = None, **settings: Any) -> None:
+        super().__init__(file=file or sys.stdout, markup=False, emoji=False, highlight=False, **settings)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether what was drawn can be drawn over: on a terminal that knows how to move its cursor."""
+        return self.is_terminal and not self.is_dumb_terminal
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
@@ -38,8 +49,8 @@ class _Terminal(Console):
 class ConsoleSink:
     """Draws a run on `console`; live when that is a terminal, as lines when not."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _Terminal(file=sys.stdout, highlight=False)
+    def __init__(self, console: Terminal | None = None) -> None:
+        self.console = console or Terminal()
         self.live: Live | None = None
         self.plan: events.Plan | None = None
         self.losses: list[float] = []
@@ -101,16 +112,16 @@ class ConsoleSink:
     def _progress(self, event: events.Progress) -> None:
         new = self.task is None or self.task.task != event.task
         self.task = None if event.done >= event.total else event
-        if self.console.is_terminal:
+        if self.console.is_live:
             self._draw()
         elif event.total == 1:
             # Work of one part may take minutes, and has no other moment to show that it lives than its beginning.
             if event.done == 0:
-                self.console.print(f"{event.task} …", highlight=False)
+                self._print(Text(f"{event.task} …"))
         elif new or time.monotonic() - self.plain_at > PLAIN_SECONDS:
             # Short tasks need no line: the first one comes when a task has run for a while.
             if not new:
-                self.console.print(f"{event.task} {how_far(event)}", highlight=False)
+                self._print(Text(f"{event.task} {how_far(event)}"))
             self.plain_at = time.monotonic()
 
     def _step(self, event: events.StepDone) -> None:
@@ -119,11 +130,11 @@ class ConsoleSink:
         self.last_step = event
         self.recent_seconds.append(event.seconds)
         first_or_last = event.step == 1 or (self.plan is not None and event.step >= self.plan.steps)
-        if self.console.is_terminal:
+        if self.console.is_live:
             self._draw()
         elif first_or_last or time.monotonic() - self.plain_at > PLAIN_SECONDS:
             self.plain_at = time.monotonic()
-            self.console.print(self._step_line(event), highlight=False, soft_wrap=True)
+            self._print(Text(self._step_line(event)))
 
     def _evaluated(self, event: events.Evaluated) -> None:
         self.task = None
@@ -145,7 +156,7 @@ class ConsoleSink:
         self._print(sample_table(event))
 
     def _saved(self, event: events.Saved) -> None:
-        if self.console.is_terminal:
+        if self.console.is_live:
             self._draw()
         else:
             self._print(Text(f"saved {event.what} of step {event.step} ({human_bytes(event.bytes)})", style="dim"))
@@ -169,11 +180,18 @@ class ConsoleSink:
     # --- drawing -------------------------------------------------------------------------------------------------
 
     def _print(self, what: RenderableType) -> None:
-        self.console.print(what, highlight=False, soft_wrap=isinstance(what, Text))
+        self.console.print(what, soft_wrap=isinstance(what, Text))
 
     def _draw(self) -> None:
         if self.live is None:
-            self.live = Live(console=self.console, refresh_per_second=DRAWS_PER_SECOND, transient=True)
+            # Not to be redirected through rich, which would obey the control sequences that a library's warning quotes.
+            self.live = Live(
+                console=self.console,
+                refresh_per_second=DRAWS_PER_SECOND,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
             self.live.start()
         self.live.update(self.picture())
 
@@ -206,7 +224,8 @@ class ConsoleSink:
             grid.add_row("evaluation", f"{self.last_eval.loss:.4f} at step {self.last_eval.step}")
         grid.add_row("rate", f"{step.learning_rate:.2e}   gradient norm {step.grad_norm:.3f}")
         grid.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s   peak {human_bytes(step.peak_bytes)}")
-        return Panel(grid, title=self.title, title_align="left", box=box.ROUNDED, expand=False, border_style="dim")
+        title = Text(self.title)
+        return Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False, border_style="dim")
 
     def _step_line(self, step: events.StepDone) -> str:
         left = self._time_left(step, " · ")
@@ -219,7 +238,7 @@ class ConsoleSink:
 def task_line(task: events.Progress) -> RenderableType:
     """A named bar."""
     grid = Table.grid(padding=(0, 2))
-    grid.add_row(task.task, ProgressBar(total=max(task.total, 1), completed=task.done, width=30), how_far(task))
+    grid.add_row(Text(task.task), ProgressBar(total=max(task.total, 1), completed=task.done, width=30), how_far(task))
     return grid
 
 
@@ -273,13 +292,18 @@ def fidelity_table(fidelity: events.Fidelity) -> RenderableType:
     counted = f"{fidelity.positions:,} tokens of {fidelity.rows:,} {fidelity.texts}"
     measured = "; ".join(f"{', '.join(names)} by {who}" for who, names in by.items())
     heading = Text(f"how near to the trained model, on {counted}", style="bold")
-    return Group(heading, table, Text(f"measured: {measured}", style="dim"))
+    lines = [Text(f"measured: {measured}", style="dim")]
+    if (loss := fidelity.evaluation) is not None:
+        compared = f"{loss['here']:.4f} nats a token here, {loss['delivered']:.4f} as the run delivered it"
+        lines.append(Text(f"the trained model's loss on {loss['rows']:,} evaluation rows: {compared}", style="dim"))
+    return Group(heading, table, *lines)
 
 
 def end_panel(end: events.End, losses: list[float]) -> Panel:
     """Totals of a run and where its adapter is."""
     grid = _two_columns()
-    grid.add_row("ended", f"{end.reason} at step {end.step} of {end.steps}, {human_seconds(end.seconds)} of training")
+    ended = f"{end.reason} at step {end.step} of {end.steps}, {human_seconds(end.seconds)} of training"
+    grid.add_row("ended", Text(ended))
     if end.train_loss is not None:
         grid.add_row("loss", f"{end.train_loss:.4f}  {sparkline(losses)}")
     if end.eval_loss is not None:

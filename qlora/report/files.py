@@ -1,34 +1,56 @@
-"""`events.jsonl`: every event of a run, one JSON object a line, each step exactly once over all resumes."""
+"""`events.jsonl`: every event of a run, one JSON object a line, each step exactly once over all resumes.
+
+The file lies where others may write: a line that is none of ours stays where it is, and is counted.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
-from qlora import disk
-from qlora.events import EVENTS_FILE, Event, Progress, Sink
+from qlora import disk, files
+from qlora.errors import RunFolderError
+from qlora.events import EVENTS_FILE, Event, Notice, Progress, Sink
+from qlora.foreign_json import ForeignFileError, ForeignModel, checked
 from qlora.recipe.sections import ReportSection
 
 MAX_WAITING = 10_000  # lines kept for a disk that has no room; the oldest go first
+MAX_LINE_BYTES = 8 << 20  # of one event: the longest are answers with the rows that they are compared with
+MAX_FILE_BYTES = 1 << 30  # what is looked through on a resume; a step's line has some 300 bytes
+
+
+class _Recorded(ForeignModel):
+    """What a line of ours has at least."""
+
+    event: str
+    step: int | None = None
 
 
 class JsonLines:
     """A sink that appends events to a file, line by line.
 
     A full disk does not end a run: lines that cannot be written wait for the next event, and no half line stays.
+    `foreign` are the lines of a file that was gone on with that are no events. Raises RunFolderError for a file that is
+    a link, a pipe or a folder.
     """
 
     def __init__(self, path: Path, resume_from_step: int | None = None) -> None:
         self.path = path
-        if resume_from_step is not None and path.exists():
-            _forget_after(path, resume_from_step)
-        self._file = disk.open_to_write(path, "append")
-        self._written_bytes = self._file.tell()
+        self.foreign = 0
+        try:
+            if resume_from_step is not None and path.exists():
+                self.foreign = _forget_after(path, resume_from_step)
+            self._file = files.open_to_write(path, "append")
+        except files.UnsafePathError as error:
+            raise RunFolderError(str(error), "move it away: events of the run are written there") from error
+        self._written_bytes = self._file.seek(0, os.SEEK_END)
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
 
     def emit(self, event: Event) -> None:
@@ -56,12 +78,24 @@ class JsonLines:
             self._waiting.popleft()
 
 
-def open_sinks(section: ReportSection, run_dir: Path, step: int) -> list[Sink]:
+def open_sinks(section: ReportSection, run_dir: Path, step: int, screen: Sink) -> list[Sink]:
     """The sinks of `[report]` that write into the run's folder; the console belongs to the command.
 
-    `step` is the step that the run goes on after: what an earlier process reported beyond it is forgotten.
+    `step` is the step that the run goes on after: what an earlier process reported beyond it is forgotten. `screen` is
+    told of what was found there and is not ours. Raises RunFolderError for a file that cannot be gone on with.
     """
-    return [JsonLines(run_dir / EVENTS_FILE, step)] if "jsonl" in section.sinks else []
+    if "jsonl" not in section.sinks:
+        return []
+    file = run_dir / EVENTS_FILE
+    if file.is_file() and file.stat().st_size > MAX_FILE_BYTES:
+        aside = disk.set_aside(file, ".")
+        what = f"{EVENTS_FILE} has more than {MAX_FILE_BYTES:,} bytes: it is kept as {aside.name}, and begun anew"
+        screen.emit(Notice("events", what))
+    lines = JsonLines(file, step)
+    if lines.foreign:
+        what = f"{lines.foreign:,} lines of {EVENTS_FILE} are no events of a run, and stay as they are"
+        screen.emit(Notice("events", what, lines.foreign))
+    return [lines]
 
 
 def utc_now() -> str:
@@ -70,21 +104,53 @@ def utc_now() -> str:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of an events file; a last line cut short by a crash is left out."""
-    found = []
-    # Not splitlines(): a text in an event may hold a line separator of its own (U+2028).
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    """The events of a file; lines that are none, and a last one cut short by a crash, are left out."""
+    return [event for _, event in _lines(path) if event is not None]
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what a killed process reported beyond the checkpoint: those steps will be done again."""
-    kept = [event for event in read_events(path) if not _is_of_later_step(event, step)]
-    disk.write_atomic(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in kept))
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line, or piece of a longer one, with its event; None for what is no event of ours.
+
+    Only a line feed ends a line: a text in an event may hold a line separator of its own (U+2028).
+    """
+    begins = True
+    with files.open_to_read(path) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            whole = line.endswith(b"\n")
+            yield line, _event(line) if begins and whole else None
+            begins = whole
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)  # not foreign_json's: a loss of ours may be NaN
+        checked(_Recorded, event, EVENTS_FILE)
+    except (ForeignFileError, ValueError, RecursionError):
+        return None
+    return dict(event)
+
+
+def _forget_after(path: Path, step: int) -> int:
+    """Drop what a killed process reported beyond the checkpoint: those steps will be done again.
+
+    Returns how many lines are no events. They stay, but for one without an end, which a killed process left.
+    """
+    written = disk.hidden(path, "tmp")
+    foreign, line = 0, b"\n"
+    try:
+        with files.open_to_write(written, "new") as file, BufferedWriter(file) as kept:
+            for line, event in _lines(path):
+                foreign += event is None and line.endswith(b"\n")
+                if event is None or not _is_of_later_step(event, step):
+                    kept.write(line)
+            if not line.endswith(b"\n"):
+                kept.truncate(kept.tell() - len(line))
+        disk.put_in_place(written, path)
+    finally:
+        written.unlink(missing_ok=True)
+    return foreign
 
 
 def _is_of_later_step(event: dict[str, Any], step: int) -> bool:
     numbered = ("step", "eval", "sample", "saved", "recovered")
-    return event.get("event") in numbered and int(event.get("step") or 0) > step
+    return event["event"] in numbered and (event.get("step") or 0) > step

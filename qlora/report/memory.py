@@ -42,9 +42,9 @@ def estimate_view(estimate: Mapping[str, Any], source: str) -> RenderableType:
     table.add_column(style="green", no_wrap=True, min_width=BAR_WIDTH)
     table.add_column(style="dim")
     for name, count in estimate["components"].items():
-        table.add_row(name, _gib(count), bar(count, max(peak, limit)), MEANINGS.get(name, ""))
+        table.add_row(Text(name), _gib(count), bar(count, max(peak, limit)), MEANINGS.get(name, ""))
     table.add_row("peak", Text(_gib(peak), style="bold"), Text(bar(peak, max(peak, limit)), style="bold"))
-    table.add_row("limit", _gib(limit), bar(limit, max(peak, limit)), source)
+    table.add_row("limit", _gib(limit), bar(limit, max(peak, limit)), Text(source))
     return Group(table, Text(""), verdict(peak, limit), *_details(estimate))
 
 
@@ -98,7 +98,7 @@ def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of a row")
     axes.set_ylabel("GiB")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)  # a `$` in a name begins no formula
     axes.legend(loc="lower right")
     figure.tight_layout()
     try:

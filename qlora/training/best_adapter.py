@@ -11,11 +11,13 @@ from qlora import disk, run_folder
 from qlora.events import Saved, Sink
 from qlora.export.cards import adapter_card
 from qlora.model import adapters
-from qlora.model.adapter_folder import PROVENANCE_FILE
+from qlora.model.adapter_folder import ADAPTER_CONFIG, PROVENANCE_FILE
 from qlora.model.base_folder import BaseFolder
+from qlora.model.delivered_loss import KEY
 from qlora.model.identity import BaseIdentity
-from qlora.model.tokenizer import copy_tokenizer
+from qlora.model.tokenizer_files import TokenizerFiles
 from qlora.recipe.reading import Recipe
+from qlora.redaction import redact
 from qlora.training.checkpoint import RunState
 from qlora.version import __version__
 
@@ -26,6 +28,7 @@ class BestAdapter:
 
     model: Any
     base: BaseFolder
+    tokenizer: TokenizerFiles
     recipe: Recipe
     template: str | None
     train_rows: int
@@ -37,7 +40,7 @@ class BestAdapter:
 
         def write(folder: Path) -> None:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
-            copy_tokenizer(self.base.path, folder, self.template)
+            self.tokenizer.deliver(folder, self.template)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
             # What the adapter was trained against, for programs: here the base keeps its whole path.
             provenance = {
@@ -48,8 +51,12 @@ class BestAdapter:
                 "identity": self.identity.model_dump(),
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "step": state.step,
+                KEY: state.delivered if state.delivered and state.delivered["step"] == state.step else None,
             }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
+            if redact(self.base.name) != self.base.name:  # programs find the base by it, and nobody else is to read it
+                for name in (PROVENANCE_FILE, ADAPTER_CONFIG):
+                    (folder / name).chmod(0o600)
 
         size = run_folder.publish_adapter(run_dir, write, sink)
         sink.emit(Saved("adapter", state.step, str(run_dir / "adapter"), size))

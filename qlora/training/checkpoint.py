@@ -80,6 +80,7 @@ class RunState:
     stopped_early: bool = False
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
     gradient_checkpointing: bool | None = None
+    delivered: dict[str, Any] | None = None  # of the best step: `DeliveredLoss`
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,12 @@ def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
             name = f"It stays where it is ({error.strerror or error})"
         sink.emit(Notice("checkpoint", f"{folder.name} is damaged: {fault}. {name}", 1))
     return None
+
+
+def at_step(run_dir: Path, step: int) -> Checkpoint | None:
+    """The checkpoint of a step, whose manifest verifies; None where it is not kept, or damaged."""
+    folder = folder_of(run_dir, step)
+    return Checkpoint(folder, _read(folder)[0]) if disk.verify_folder(folder) is None else None
 
 
 def check_base(checkpoint: Checkpoint, base: BaseFolder) -> None:

@@ -13,18 +13,18 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
-
-import torch
 
 from qlora.batch import Batch
 from qlora.data.chat import ChatTokenizer
 from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Evaluated, Progress, Sampled
+from qlora.export.verify.evaluation import EvalRows, mean, summed_loss
 from qlora.model import generate
+from qlora.model.delivered_loss import DeliveredLoss
 from qlora.recipe.sections import DataSection, EvalSection
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
@@ -65,6 +65,7 @@ class RunEvaluation:
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
+    delivered: DeliveredLoss | None = None  # what the last measuring says to whoever checks the adapter later
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -79,7 +80,7 @@ class RunEvaluation:
     def loss(self, step: int) -> float:
         """The objective's mean over all evaluation rows; nats per trained token where it is supervised."""
         with self.clock.phase("evaluation"):
-            return self.recovery.run(step, self._loss)
+            return self.recovery.run(step, partial(self._loss, step))
 
     def exact_match(self, step: int) -> float | None:
         """Share of questions answered exactly; None where that was not asked for, or no row is a question."""
@@ -112,19 +113,17 @@ class RunEvaluation:
     def _batch(self, packs: Sequence[tuple[int, ...]]) -> Batch:
         return collate(self.split, packs, self.chat.pad_id, self.data.max_length)
 
-    def _loss(self) -> float:
-        packs = eval_packs(self.split, self.data)
-        device, rows = self.recovery.device, self.recovery.settings.micro_batch_size
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        weight = 0.0
+    def _loss(self, step: int) -> float:
+        rows = EvalRows(self.split, self.data, self.chat.pad_id, self.recovery.settings.micro_batch_size)
+        losses, done, packs = [], 0, sum(map(len, rows.micro_batches))
         with evaluating(self.model):
-            for start in range(0, len(packs), rows):
+            for batch in rows.batches():
                 self.check_stop()
-                batch = self._batch(packs[start : start + rows])
-                weight += self.objective.weight(batch)
-                total += batch_loss(self.parts, batch.to(device), self.objective).double()
-                self.recovery.sink.emit(Progress("evaluate", min(start + rows, len(packs)), len(packs)))
-        return float(total) / weight if weight else float("nan")
+                losses.append(summed_loss(self.parts, self.objective, batch, self.recovery.device))
+                done += len(batch.input_ids_BS)
+                self.recovery.sink.emit(Progress("evaluate", done, packs))
+        self.delivered = rows.record(step, losses)
+        return mean(losses)
 
     def _sample_answers(self, step: int, questions: Sequence[Question], untuned: bool = False) -> list[str]:
         if not questions:

@@ -21,6 +21,7 @@ from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.model import adapters
 from qlora.model.adapter_folder import delivered_step
+from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
 from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
@@ -29,7 +30,7 @@ from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
 from qlora.training import health, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
-from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState
+from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
 from qlora.training.memory_plan import MemorySettings, compare, measure, peak_bytes
 from qlora.training.recovery import OomRecovery
@@ -78,7 +79,9 @@ class Training:
         self._use_rows(recipe.data)
         which = self.causal_lm.base_identity
         train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
-        self.best_adapter = BestAdapter(job.model, job.base, recipe, job.chat.template, train_rows, eval_rows, which)
+        self.best_adapter = BestAdapter(
+            job.model, job.base, job.tokenizer, recipe, job.chat.template, train_rows, eval_rows, which
+        )
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, job.data.content_fingerprint)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
@@ -123,9 +126,26 @@ class Training:
         if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:
-            self.completed = self.checkpointer.resume(resume_from)
+            self.completed = self._with_best(resume_from)
         self.checkpointer.check_room()
         return self.completed
+
+    def _with_best(self, resume_from: Checkpoint) -> RunState:
+        """Put a checkpoint back; what is not the best adapter as it was delivered is delivered again, or forgotten."""
+        best, fault = resume_from.state.best_step, damage(self.job.run_dir / "adapter")
+        if best is None or fault is None or self._deliver_again(best, fault):
+            return self.checkpointer.resume(resume_from)
+        return replace(self.checkpointer.resume(resume_from), best_loss=None, best_step=None, evaluated_step=-1)
+
+    def _deliver_again(self, best: int, fault: str) -> bool:
+        """Deliver the best adapter from its step's checkpoint, in whose state the model is then; whether it was."""
+        source = at_step(self.job.run_dir, best)
+        if source is None or not self._deliver(self.checkpointer.resume(source)):
+            message = f"{fault}, and no checkpoint of step {best} is kept: another adapter takes its place"
+            self.sink.emit(Notice("adapter", message))
+            return False
+        self.sink.emit(Notice("adapter", f"{fault}: the adapter of step {best} was delivered again"))
+        return True
 
     def dry_run(self, state: RunState) -> None:
         """The longest micro-batch, an update and the longest evaluation batch: what would fail late fails now."""
@@ -252,7 +272,9 @@ class Training:
         self.evaluation.emit_eval(state.step, loss, None, best)
         self.evaluation.emit_samples(state.step, answers)
         if best:
-            bettered = replace(evaluated, best_loss=loss, best_step=state.step)
+            record = self.evaluation.delivered
+            known = None if record is None else record.model_dump()
+            bettered = replace(evaluated, best_loss=loss, best_step=state.step, delivered=known)
             # What could not be written is not the best: what is delivered at the end must be on the disk.
             if self._deliver(bettered):
                 evaluated = bettered
@@ -286,6 +308,10 @@ class Training:
         health.check_moved(self.optimizer, self.at_start, state.step)
         if state.skipped:
             self.sink.emit(Notice("steps", "steps skipped, their numbers were not finite", state.skipped))
+        if notice := self.job.watch.notice():
+            self.sink.emit(notice)
+        if state.best_step is not None and (fault := damage(self.job.run_dir / "adapter")):
+            state = state if self._deliver_again(state.best_step, fault) else replace(state, best_step=None)
         # An earlier process that was killed may have saved a better adapter than this checkpoint records.
         on_disk = delivered_step(self.job.run_dir)
         if self.evaluation is None or state.best_step is None or on_disk is None:

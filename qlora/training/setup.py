@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
     from qlora.model.base_folder import BaseFolder
+    from qlora.model.base_watch import BaseWatch
+    from qlora.model.tokenizer_files import TokenizerFiles
     from qlora.stop import StopRequest
     from qlora.training.memory_plan import MemorySettings
 
@@ -41,6 +43,7 @@ class Job:
     run_dir: Path
     model: Any  # peft's wrapper around the causal LM
     base: BaseFolder
+    tokenizer: TokenizerFiles
     chat: ChatTokenizer
     data: PreparedData
     device: torch.device
@@ -48,6 +51,7 @@ class Job:
     stop: StopRequest
     memory: MemorySettings
     clock: PhaseClock
+    watch: BaseWatch
 
 
 def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
@@ -82,20 +86,23 @@ def pick_device() -> torch.device:
 
 
 @contextmanager
-def prepare_job(recipe: Recipe, run_dir: Path, base: BaseFolder, sink: Sink, stop: StopRequest) -> Iterator[Job]:
+def prepare_job(
+    recipe: Recipe, run_dir: Path, base: BaseFolder, tokenizer: TokenizerFiles, sink: Sink, stop: StopRequest
+) -> Iterator[Job]:
     """Everything up to the first step. Inside the block the CPU multiplies as training needs it."""
+    from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
 
-    clock = PhaseClock(sink)
-    chat, data, memory = prepare(recipe, base, sink, clock)
+    clock, watch = PhaseClock(sink), BaseWatch.begin(base)
+    chat, data, memory = prepare(recipe, base, tokenizer, sink, clock)
     device = pick_device()
     with fast_matmul(device):
         model = load_model(recipe, base, data, chat, clock)
-        yield Job(recipe, run_dir, model, base, chat, data, device, sink, stop, memory, clock)
+        yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch)
 
 
 def prepare(
-    recipe: Recipe, base: BaseFolder, sink: Sink, clock: PhaseClock
+    recipe: Recipe, base: BaseFolder, tokenizer: TokenizerFiles, sink: Sink, clock: PhaseClock
 ) -> tuple[ChatTokenizer, PreparedData, MemorySettings]:
     """Tokens of every row and the run's memory settings: all that can be known before a weight is read.
 
@@ -104,36 +111,41 @@ def prepare(
     from qlora.training import evaluate, memory_plan
 
     with clock.phase("rows"):
-        chat, data = prepare_rows(recipe, base, sink)
+        chat, data = prepare_rows(recipe, base, tokenizer, sink)
     with clock.phase("checks", "plan memory"):
-        foresee_gguf(recipe.export, base, chat, sink)
+        foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
         asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
         memory = memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, prompt_tokens), sink)
     return chat, data, memory
 
 
-def prepare_rows(recipe: Recipe, base: BaseFolder, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
+def prepare_rows(
+    recipe: Recipe, base: BaseFolder, files: TokenizerFiles, sink: Sink
+) -> tuple[ChatTokenizer, PreparedData]:
     """Tokenizer, template and tokens of every row."""
     from qlora.data.chat import ChatTokenizer
     from qlora.data.hub_rows import localize
     from qlora.data.prepare import prepare
-    from qlora.model.tokenizer import open_tokenizer, tokenizer_fingerprint
+    from qlora.model.tokenizer import open_tokenizer
 
-    tokenizer = open_tokenizer(base.path, base.name)
+    with files.placed() as folder:
+        tokenizer = open_tokenizer(folder, base.name)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
     sources = localize(recipe.data, sink).local
-    data = prepare(sources, tokenizer_fingerprint(base.path), chat, recipe.train.seed, disk.cache_dir(), sink)
+    data = prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     return chat, data
 
 
-def foresee_gguf(section: ExportSection, base: BaseFolder, chat: ChatTokenizer, sink: Sink) -> None:
+def foresee_gguf(
+    section: ExportSection, base: BaseFolder, files: TokenizerFiles, template: str | None, sink: Sink
+) -> None:
     """A notice before training whether its result can become a GGUF; ExportError where the recipe asks for one."""
     from qlora.export.gguf.plan import Tokens, plan
 
     quants = [name.removeprefix("gguf:") for name in section.formats if name.startswith("gguf:")]
     try:
-        foreseen = plan(base, None, Tokens(template=chat.template), quants, section.imatrix)
+        foreseen = plan(base, None, Tokens(files, template), quants, section.imatrix)
     except ExportError as error:
         if any("gguf" in name for name in section.formats):
             raise

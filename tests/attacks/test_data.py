@@ -12,6 +12,7 @@ import pytest
 import qlora
 from qlora.data import readers
 from qlora.data.prepare import check_files
+from qlora.data.row_json import RowTooLong
 from qlora.data.sources import read_rows
 from qlora.errors import DataError
 from qlora.recipe.sections import DataSection, SourceSection
@@ -110,14 +111,20 @@ def test_rows_without_an_end_are_not_held(tmp_path: Path, monkeypatch: pytest.Mo
         ("a.jsonl:2", "over 1 MiB in one line"),
         ("a.jsonl:3", "{'text': 'good'}"),
     ]
-    (tmp_path / "a.json").write_bytes(b"[" + good + b",\n" + long + b"]")
+    (tmp_path / "a.json").write_bytes(b"[" + good + b",\n" + long + b",\n" + good + b"]")
     (tmp_path / "a.txt").write_bytes(long)
-    for name, what in (("a.json", "a.json:2: broken JSON: over 1 MiB"), ("a.txt", "a text of over 1 MiB")):
-        with pytest.raises(DataError, match=what):
-            list(read_rows(SourceSection(path=str(tmp_path / name))))
-    (tmp_path / "a.csv").write_bytes(b"text\n" + b"x" * 3_000_000 + b"\n")
-    (row,) = read_rows(SourceSection(path=str(tmp_path / "a.csv")))
-    assert "field larger than field limit" in str(row.row)
+    (tmp_path / "a.csv").write_bytes(b"text\n" + b"x" * 3_000_000 + b"\ngood\n")
+    (tmp_path / "b.csv").write_bytes(b"text\n" + b'"' + b"x\n" * 1_500_000 + b'"\ngood\n')
+    too_long = [
+        ("a.json", ["good", "over 1 MiB in one row", "good"]),
+        ("a.txt", ["a text of over 1 MiB"]),
+        ("a.csv", ["over 1 MiB in one row", "good"]),
+        ("b.csv", ["over 1 MiB in one row"]),  # and then its other lines, until the quote closes
+    ]
+    for name, expected in too_long:
+        found = [item.row for item in read_rows(SourceSection(path=str(tmp_path / name)))][: len(expected)]
+        assert [row["text"] if isinstance(row, dict) else row.reason for row in found] == expected
+        assert any(isinstance(row, RowTooLong) for row in found)
 
 
 def test_nothing_but_our_own_readers_opens_data() -> None:

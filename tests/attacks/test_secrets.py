@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from qlora.cli import common
 from qlora.errors import ModelError
 from qlora.events import Notice, Recorder, Rejected, Sinks, StepDone
 from tests.attacks.payloads import SECRETS
-from tests.runs import write_recipe
+from tests.export.cases import exported
+from tests.runs import run_dir, train, write_recipe
 
 
 @pytest.fixture
@@ -104,6 +106,31 @@ def test_a_whole_run_and_a_crash_leave_none(tmp_path: Path, llama: Path) -> None
             mode = stat.S_IMODE(path.stat().st_mode)
             assert mode & 0o022 == 0, (path, oct(mode))  # nobody else may write, though the umask said so
             assert path.is_dir() or mode in (0o600, 0o644), (path, oct(mode))
+
+
+NAMED = "hf_PlantedInTheNameOfAFolder0123"  # by its form; the other is a value of the environment
+SHORT = ("train.max_steps=1", "train.batch_size=2", "data.max_length=96", "data.eval_fraction=0.2", "lora.r=4")
+
+
+def test_names_of_folders_that_are_secrets(tmp_path: Path, llama: Path, armed: None) -> None:
+    """Only what must find the base again keeps its path, for its owner to read; nothing that is published does."""
+    place = tmp_path / f"of {SECRETS['WANDB_API_KEY']}" / NAMED
+    shutil.copytree(llama, place / NAMED)
+    recipe = write_recipe(place / "work", place / NAMED, name=NAMED)
+    told = train(recipe, *SHORT, 'quantization.type="none"', "eval.samples=1")
+    run = run_dir(recipe)
+    exported(run, to=["hf", "adapter-gguf"])
+    secrets = (NAMED.encode(), SECRETS["WANDB_API_KEY"].encode())
+    holding = {}
+    for place in (run, Path(os.environ["QLORA_CACHE"])):
+        for file in place.rglob("*"):
+            if file.is_file() and any(secret in file.read_bytes() for secret in secrets):
+                holding[file.relative_to(place).as_posix()] = stat.S_IMODE(file.stat().st_mode)
+    assert holding == dict.fromkeys(("recipe.toml", "adapter/qlora.json", "adapter/adapter_config.json"), 0o600)
+    assert not any(secret.decode() in repr(told.events) for secret in secrets)
+    notices = [event for event in told.events if isinstance(event, Notice) and event.topic == "secrets"]
+    assert len(notices) == 1 and "can be read by you alone" in notices[0].message
+    train(recipe, *SHORT, 'quantization.type="none"', "eval.samples=1", mode="resume")  # it is found again
 
 
 HOSTILE = (

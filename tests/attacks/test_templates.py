@@ -10,8 +10,8 @@ import pytest
 
 from qlora.data import render, render_worker
 from qlora.data.chat import ChatTokenizer
-from qlora.data.formats import RowError
 from qlora.data.render import Renderer, request_text
+from qlora.data.row_json import RowError
 from qlora.errors import TokenizerError
 from qlora.events import Recorder
 from tests.attacks.payloads import shell

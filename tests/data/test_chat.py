@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.chat import ChatTokenizer
-from qlora.data.formats import Conversation, RowError
+from qlora.data.formats import Conversation
+from qlora.data.row_json import RowError
 from qlora.errors import TokenizerError
 from qlora.events import Recorder
 from tests.data.toys import (

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qlora.data.formats import FORMAT_COLUMNS, Conversation, RowError, detect_format, to_conversation
+from qlora.data.formats import FORMAT_COLUMNS, Conversation, detect_format, to_conversation
+from qlora.data.row_json import RowError
 
 CALL = {"type": "function", "id": "call00000", "function": {"name": "add", "arguments": {"a": 1}}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

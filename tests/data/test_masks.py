@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlora.data.chat import ChatTokenizer, TokenRow
-from qlora.data.formats import RowError
+from qlora.data.row_json import RowError
 from qlora.events import Recorder
 from tests.data.toys import CASES, FAMILIES, Case, encode, family_tokenizer
 

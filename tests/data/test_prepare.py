@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -281,14 +282,13 @@ def test_the_content_is_known_again_whatever_made_it_and_wherever_it_lies(
     assert (again.fingerprint, again.content_fingerprint) == (upgraded.fingerprint, base.content_fingerprint)
     assert "read from" in of(sink, "cache")[0].message
     halves = [write(tmp_path / f"{name}.jsonl", numbered(3, start)) for name, start in (("c", 0), ("d", 3), ("e", 6))]
-    as_eval = {"eval": (SourceSection(path=other),)}
     changed = [
         run(tmp_path, moved, eval_fraction=0.3, seed=2),  # other rows are held out
         run(tmp_path, moved, eval_fraction=0),
         run(tmp_path, other, eval_fraction=0.3),
         run(tmp_path, *halves, eval_fraction=0.3),  # the same tokens, but of three sources
         run(tmp_path, *halves[::-1], eval_fraction=0.3),
-        run(tmp_path, moved, **as_eval),
+        run(tmp_path, moved, eval=(SourceSection(path=other),)),
         run(tmp_path, moved, using=chat(loss_on="all"), loss_on="all", eval_fraction=0.3),  # other weights
     ]
     assert len({base.content_fingerprint, *(data.content_fingerprint for data in changed)}) == len(changed) + 1
@@ -323,8 +323,24 @@ def test_a_failed_tokenization_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not [place for place in (tmp_path / "cache").rglob("*") if place.is_file()]
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+def test_without_a_cache_rows_are_made_for_this_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
+    (tmp_path / "private").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "private"))
+    sink = Recorder()
+    data = run(tmp_path, write(tmp_path / "a.jsonl", numbered(2)), sink=sink, eval_fraction=0)
+    assert len(data.train.rows) == 2 and "It is 1." in chat().tokenizer.decode(data.train.rows[1].input_ids)
+    assert (
+        "cannot be looked at (Not a directory): rows are tokenized anew, for this run" in of(sink, "cache")[0].message
+    )
+    assert not list((tmp_path / "private").iterdir())
+
+
+def test_rows_that_can_be_written_nowhere_are_an_error_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache"))
     with pytest.raises(DataError, match="cannot write tokenized rows") as caught:
         run(tmp_path, write(tmp_path / "a.jsonl", numbered(2)))
     assert "QLORA_CACHE" in caught.value.hint

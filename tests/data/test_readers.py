@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora.data import readers
-from qlora.data.formats import RowError
+from qlora.data.row_json import RowError
 from qlora.data.sources import read_rows
 from qlora.recipe.sections import SourceSection
 from tests.data.cases import ROWS, lines, read

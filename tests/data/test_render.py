@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from qlora.data.chat import ChatTokenizer
-from qlora.data.formats import RowError
 from qlora.data.render import Renderer, request_text
+from qlora.data.row_json import RowError
 from qlora.events import Recorder
 from tests.data.toys import CASES, FAMILIES, family_tokenizer, template_of
 

@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from qlora.data.chat import ChatTokenizer, TokenRow
-from qlora.data.formats import Conversation, RowError
+from qlora.data.formats import Conversation
+from qlora.data.row_json import RowError
 from qlora.events import Notice, Recorder
 
 TEMPLATES = Path(__file__).parent.parent / "golden" / "templates"

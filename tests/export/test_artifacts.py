@@ -15,6 +15,7 @@ from qlora.events import Recorder
 from qlora.export import artifacts
 from qlora.export.artifacts import Source, plan_artifacts
 from qlora.model.adapter_folder import provenance, read_adapter
+from qlora.model.adapter_seal import seal
 from qlora.model.resolve import resolve
 from tests.export.cases import KINDS, trained
 
@@ -66,7 +67,8 @@ def test_a_source_builds_its_model_and_plans_its_merges_once(
     trained(llama, tmp_path / "adapter", KINDS["plain"])
     adapter = read_adapter(tmp_path / "adapter")
     origin = provenance(tmp_path / "adapter", adapter.config)
-    source = Source("lamps", adapter, origin, resolve(str(llama), "main", Recorder()), torch.device("cpu"))
+    sealed = seal(tmp_path / "adapter", Recorder())
+    source = Source("lamps", adapter, sealed, origin, resolve(str(llama), "main", Recorder()), torch.device("cpu"))
     built: list[str] = []
     real = artifacts.build
     monkeypatch.setattr(artifacts, "build", lambda base: built.append(base.name) or real(base))

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
 from qlora.export import hf
-from qlora.model.adapter_folder import scale_of
+from qlora.model.adapter_config import AdapterConfig
+from qlora.model.adapter_folder import scales_of
 from qlora.recipe.sections import QuantizationSection
 from tests.export.cases import KINDS, NF4, edit, exported, kl, logits, merge_of, of_peft, opened, trained, whole
 from tests.export.hf_folder import write_hf
@@ -202,7 +203,7 @@ BROKEN = {
     "nothing to merge": zero_b,
     "no matching lora_B": drop_b,
     "no adapter_model.safetensors": lambda folder: (folder / "adapter_model.safetensors").unlink(),
-    "cannot be read": lambda folder: (folder / "adapter_config.json").write_text("{"),
+    "is not valid JSON": lambda folder: (folder / "adapter_config.json").write_text("{"),
     "PREFIX_TUNING": lambda folder: edit(folder / "adapter_config.json", peft_type="PREFIX_TUNING"),
     "bias 'all'": lambda folder: edit(folder / "adapter_config.json", bias="all"),
     "replicated layers": lambda folder: edit(folder / "adapter_config.json", layer_replication=[[0, 1]]),
@@ -248,9 +249,10 @@ def test_a_disk_that_is_too_small_is_seen_first(tmp_path: Path, llama: Path, mon
 
 
 def test_scales_follow_the_patterns() -> None:
-    config = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {r"layers\.0\..*": 2}}
-    file = Path("x")
-    assert scale_of("model.layers.1.self_attn.v_proj", config, 8, file) == 2.0
-    assert scale_of("model.layers.1.self_attn.q_proj", config, 4, file) == 4.0
-    assert scale_of("model.layers.0.self_attn.v_proj", config, 8, file) == 0.25
-    assert scale_of("model.layers.1.mlp.up_proj", {**config, "use_rslora": True}, 8, file) == 16 / 8**0.5
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {r"layers\.0\..*": 2}}
+    config = AdapterConfig.model_validate({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **patterns})
+    layer = "model.layers.{}.self_attn.{}_proj".format
+    scales = scales_of({layer(1, "v"): 8, layer(1, "q"): 4, layer(0, "v"): 8}, config, Path("x"))
+    assert list(scales.values()) == [2.0, 4.0, 0.25]
+    stabilized = config.model_copy(update={"use_rslora": True})
+    assert list(scales_of({layer(1, "v"): 8}, stabilized, Path("x")).values()) == [16 / 8**0.5]

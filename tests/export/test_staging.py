@@ -13,7 +13,7 @@ import pytest
 
 from qlora import disk, lock
 from qlora.errors import ExportError, StoppedBySignal
-from qlora.export import staging
+from qlora.export import staging, targets
 from qlora.export.hashed_file import HashedFile
 from qlora.export.staging import StagedExport
 
@@ -264,3 +264,65 @@ def test_points_are_flushed_before_they_are_written_down(tmp_path: Path, monkeyp
     monkeypatch.setattr(disk, "write_atomic", lambda path, data: (calls.append(path.name), write(path, data))[1])
     killed({"a": tmp_path / "x"}, 6)
     assert calls == ["part.json", "part0.bin", "journal.json"]
+
+
+def test_an_earlier_artifact_goes_and_a_changed_one_is_set_aside(tmp_path: Path) -> None:
+    for text in (None, None, "[]"):  # of the size that it had
+        if text:
+            (tmp_path / "x" / "config.json").write_text(text)
+        with StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+            fill(staged, ("a",))
+            size, aside = staged.publish("a", {"of": {"adapter": "tiny"}})
+        assert size > 20_000 and (aside is not None) is bool(text)
+    assert disk.read_manifest(tmp_path / "x")["of"] == {"adapter": "tiny"}
+    assert aside == (tmp_path / "x.1", sum(map(len, content(tmp_path / "x.1").values())))
+    assert (tmp_path / "x.1" / "config.json").read_text() == "[]"
+
+
+def test_what_was_laid_there_meanwhile_stays_and_so_does_the_work(tmp_path: Path) -> None:
+    """Hours may lie between the look at the door and the end; once it is moved away, the rest takes seconds."""
+    with pytest.raises(targets.TargetTaken), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+        fill(staged, ("a",))
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "mine").write_text("mine")
+        staged.publish("a")
+    assert content(tmp_path / "x") == {"mine": b"mine"}
+    (tmp_path / "x").rename(tmp_path / "elsewhere")
+    assert finished({"a": tmp_path / "x"}) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x"]
+
+
+def test_a_hidden_folder_of_somebody_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".x.part" / "files").mkdir(parents=True)
+    (tmp_path / ".x.part" / "files" / "mine").write_text("mine")
+    for work in (
+        lambda: StagedExport.open({"a": tmp_path / "x"}, WORK, 0),
+        lambda: staging.check_disk([tmp_path / "x"], 0),
+    ):
+        with pytest.raises(ExportError, match="is in the way of x"):
+            work()
+    assert content(tmp_path / ".x.part" / "files") == {"mine": b"mine"}
+    (tmp_path / ".x.part" / "files" / "mine").unlink()
+    (tmp_path / ".x.part" / "files").rmdir()
+    assert finished({"a": tmp_path / "x"}) == 0, "an empty one is nobody's"
+
+
+def test_an_artifact_that_a_kill_left_without_its_name_comes_back(tmp_path: Path) -> None:
+    finished({"a": tmp_path / "x"})
+    (tmp_path / "x").rename(tmp_path / ".x.swap-qlora-4194305-00000000")
+    (tmp_path / "..x.part.old-qlora-4194305-00000000").mkdir()
+    with pytest.raises(KeyboardInterrupt), StagedExport.open({"a": tmp_path / "x"}, WORK, 0):
+        assert disk.verify_folder(tmp_path / "x") is None
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.part", "x"]
+
+
+def test_the_disk_is_looked_at_with_what_will_be_replaced_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one stands before the old one goes: both need room."""
+    finished({"a": tmp_path / "x"})
+    old = sum(map(len, content(tmp_path / "x").values()))
+    monkeypatch.setattr(disk, "free_bytes", lambda path: staging.SPARE_BYTES + old - 1)
+    with pytest.raises(ExportError, match="are free"):
+        StagedExport.open({"a": tmp_path / "x"}, WORK, old)

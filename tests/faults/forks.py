@@ -22,6 +22,8 @@ from typing import Any
 
 from qlora import disk, run_folder
 from qlora.events import Event, Recorder, Sink, Sinks
+from qlora.model.base_watch import BaseWatch
+from qlora.model.tokenizer_files import read_files
 from qlora.recipe.reading import Recipe, load_recipe
 from qlora.stop import StopRequest
 from qlora.training import checkpoint, loop, setup
@@ -199,10 +201,19 @@ def warm(recipe_file: Path, *overrides: str) -> Warm:
     recipe = load_recipe(recipe_file, overrides)
     sink = Recorder()
     base, _ = setup.preflight(recipe, sink)
-    chat, data = setup.prepare_rows(recipe, base, sink)
+    tokenizer = read_files(base.path)
+    chat, data = setup.prepare_rows(recipe, base, tokenizer, sink)
     model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
     device = next(model.parameters()).device
-    parts = {"model": model, "base": base, "chat": chat, "data": data, "device": device}
+    parts = {
+        "model": model,
+        "base": base,
+        "tokenizer": tokenizer,
+        "watch": BaseWatch.begin(base),
+        "chat": chat,
+        "data": data,
+        "device": device,
+    }
     return Warm(recipe, parts)
 
 

@@ -28,15 +28,3 @@ def test_code_of_the_folder_is_never_run(tmp_path: Path) -> None:
     (folder / "evil.py").write_text("raise SystemExit('code of the folder was run')")
     with pytest.raises(TokenizerError, match="base: its tokenizer cannot be opened"):
         open_tokenizer(folder, "base")
-
-
-def test_the_tokenizer_of_an_adapter_with_new_tokens(tmp_path: Path) -> None:
-    folder, adapter = make_base("llama", tmp_path / "base"), tmp_path / "adapter"
-    adapter.mkdir()
-    assert open_tokenizer(folder, "base", adapter).name_or_path == str(folder), "it has no tokenizer"
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(adapter)
-    assert open_tokenizer(folder, "base", adapter).name_or_path == str(folder), "it has the same one"
-    tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(adapter)
-    assert "<new>" in open_tokenizer(folder, "base", adapter).get_vocab()

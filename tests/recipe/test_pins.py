@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qlora.recipe.pins import parse_hub_rows, pinned
+from qlora.recipe.pins import parse_hub_rows, resumed
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection, ModelSection, SourceSection
 
@@ -38,8 +38,8 @@ def test_sources_take_the_commit_that_stands_in_their_place() -> None:
     """A source more than was recorded, and one in another's place, stay as they are: then the recipes differ."""
     recorded = recipe(COMMIT, f"hub:owner/rows@{COMMIT}:train", "/rows.jsonl")
     ours = recipe("main", "hub:owner/rows", "hub:owner/rows", "hub:owner/rows")
-    paths = [source.path for source in pinned(ours, recorded).data.train]
+    paths = [source.path for source in resumed(ours, recorded).data.train]
     assert paths == [f"hub:owner/rows@{COMMIT}:train", "hub:owner/rows", "hub:owner/rows"]
-    assert pinned(ours, recorded).model.revision == COMMIT
+    assert resumed(ours, recorded).model.revision == COMMIT
     other = recipe("b" * 40, f"hub:owner/rows@{'b' * 40}")
-    assert pinned(other, recorded) == other, "a commit that the recipe names itself is kept"
+    assert resumed(other, recorded) == other, "a commit that the recipe names itself is kept"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 
 import pytest
-from rich.console import Console
 
 from qlora.events import (
     End,
@@ -21,7 +20,7 @@ from qlora.events import (
     Start,
     StepDone,
 )
-from qlora.report.console import ConsoleSink
+from qlora.report.console import ConsoleSink, Terminal
 
 PLAN = Plan(
     450,
@@ -77,7 +76,7 @@ EVENTS: list[Event] = [
 
 def drawn(width: int, terminal: bool) -> str:
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
+    console = Terminal(out, width=width, force_terminal=terminal)
     sink = ConsoleSink(console)
     for event in EVENTS:
         sink.emit(event)
@@ -115,7 +114,7 @@ def test_plain_output_has_no_escape_codes_and_is_short() -> None:
 
 def test_lines_fit_an_80_column_terminal_panel() -> None:
     out = io.StringIO()
-    console = Console(file=out, width=80, force_terminal=True, highlight=False)
+    console = Terminal(out, width=80, force_terminal=True)
     sink = ConsoleSink(console)
     for event in EVENTS[:20]:
         sink.emit(event)
@@ -127,7 +126,7 @@ def test_lines_fit_an_80_column_terminal_panel() -> None:
 def test_lines_of_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora.report.console.PLAIN_SECONDS", -1.0)
     out = io.StringIO()
-    sink = ConsoleSink(Console(file=out, width=80, highlight=False))
+    sink = ConsoleSink(Terminal(out, width=80))
     for done in (0, 159285888):
         sink.emit(Progress("load", done, 269030016, "B"))
     sink.close()
@@ -137,7 +136,7 @@ def test_lines_of_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -
 def test_work_of_one_part_shows_its_beginning_without_a_terminal() -> None:
     """It may take minutes (a dry run without a GPU), and would otherwise be silent until it has ended."""
     out = io.StringIO()
-    sink = ConsoleSink(Console(file=out, width=80, highlight=False))
+    sink = ConsoleSink(Terminal(out, width=80))
     sink.emit(Progress("dry run", 0, 1))
     assert out.getvalue() == "dry run …\n"
     sink.emit(Progress("dry run", 1, 1))

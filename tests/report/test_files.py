@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.events import Evaluated, Notice, Progress, StepDone
+from qlora.events import Evaluated, Notice, Progress, Recorder, StepDone
 from qlora.recipe.sections import ReportSection
 from qlora.report.files import JsonLines, open_sinks, read_events
 
@@ -64,6 +64,6 @@ def test_a_resumed_run_reports_each_step_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("sinks", "files"), [(("console", "jsonl"), ["events.jsonl"]), (("console",), []), ((), [])])
 def test_the_recipe_names_what_is_written(tmp_path: Path, sinks: tuple[str, ...], files: list[str]) -> None:
-    for sink in open_sinks(ReportSection(sinks=sinks), tmp_path, 0):  # type: ignore[arg-type]
+    for sink in open_sinks(ReportSection(sinks=sinks), tmp_path, 0, Recorder()):  # type: ignore[arg-type]
         sink.close()
     assert [path.name for path in tmp_path.iterdir()] == files

@@ -13,6 +13,7 @@ from qlora.model import adapters
 from qlora.model.adapter_folder import PROVENANCE_FILE
 from qlora.model.identity import at_the_door
 from qlora.model.resolve import resolve
+from qlora.model.tokenizer_files import read_files
 from qlora.recipe.reading import recipe_of_base
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import RunState
@@ -24,8 +25,9 @@ def best(llama: Path, monkeypatch: pytest.MonkeyPatch) -> BestAdapter:
     """With a model of which one byte is saved."""
     monkeypatch.setattr(adapters, "save", lambda model, folder, *_: (folder / "adapter_model.safetensors").touch())
     base = resolve(str(llama), "main", Recorder())
-    identity = at_the_door(base.config, base.tensors)
-    return BestAdapter(None, base, recipe_of_base(str(llama)), None, train_rows=27, eval_rows=3, identity=identity)
+    identity, files = at_the_door(base.config, base.tensors), read_files(base.path)
+    recipe = recipe_of_base(str(llama))
+    return BestAdapter(None, base, files, recipe, None, train_rows=27, eval_rows=3, identity=identity)
 
 
 def test_the_folder_is_the_adapter_its_tokenizer_and_its_papers(best: BestAdapter, tmp_path: Path) -> None:

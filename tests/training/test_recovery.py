@@ -215,7 +215,7 @@ def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeyp
     from qlora.model import generate
     from qlora.training import evaluate
 
-    batch_loss, greedy = evaluate.batch_loss, generate.greedy
+    summed_loss, greedy = evaluate.summed_loss, generate.greedy
 
     def failing(real: Callable[..., Any], when: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -226,7 +226,7 @@ def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeyp
         return call
 
     monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
-    monkeypatch.setattr(evaluate, "batch_loss", failing(batch_loss, once))
+    monkeypatch.setattr(evaluate, "summed_loss", failing(summed_loss, once))
     monkeypatch.setattr(evaluate.generate, "greedy", failing(greedy, answers_once))
     again = train(recipe, *RUN, "train.micro_batch_size=2", "eval.samples=2", "data.eval_fraction=0.2", mode="fresh")
     told = " ".join(values(again, "recovered", "message"))

@@ -45,7 +45,7 @@ def write(adapter: Adapter, layout: Layout, about: About, staged: StagedExport, 
     keys: list[Key] = [
         *general_keys(about, "adapter"),
         ("adapter.type", "lora"),
-        ("adapter.lora.alpha", float(adapter.config["lora_alpha"])),
+        ("adapter.lora.alpha", adapter.config.lora_alpha),
         ("general.file_type", int(gguf.LlamaFileType.ALL_F32)),
         ("general.quantization_version", gguf.GGML_QUANT_VERSION),
     ]
@@ -57,7 +57,7 @@ def write(adapter: Adapter, layout: Layout, about: About, staged: StagedExport, 
 
 def expected_matrices(adapter: Adapter, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """Name in the file and float32 values of each A (r, in) and B (out, r)."""
-    alpha = float(adapter.config["lora_alpha"])
+    alpha = adapter.config.lora_alpha
     for tensor in layout.tensors:
         if module := adapter.lora.get(tensor.parameter):
             b_OR = read_tensor(module.b).to(torch.float32) * _fold(module, alpha)

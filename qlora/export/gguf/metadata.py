@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from qlora import shown
 from qlora.export.gguf.rope import Key
 from qlora.model.base_folder import BaseFolder
+from qlora.redaction import redact
 from qlora.version import __version__
 
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -50,12 +52,19 @@ class About:
 
     @classmethod
     def of(cls, base: BaseFolder, run: str, datasets: Sequence[str]) -> About:
-        return cls(shown_name(base), base.commit or "", licence_of(base.path), run, tuple(datasets))
+        return cls(
+            shown_name(base), base.commit or "", licence_of(base.path), published(run), tuple(map(published, datasets))
+        )
 
 
 def shown_name(base: BaseFolder) -> str:
     """A base's name as a published file may have it: the hub's, or a folder's without the folders above."""
-    return base.name if base.commit is not None else Path(base.name).name
+    return published(base.name if base.commit is not None else Path(base.name).name)
+
+
+def published(name: str) -> str:
+    """A name as any published file may have it: a folder of the user's may be called like a token, or like anything."""
+    return shown.one_line(redact(name))
 
 
 def read_card(folder: Path) -> tuple[str, str]:

@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
-from tempfile import TemporaryDirectory
 
+from qlora.errors import ExportError
 from qlora.export.gguf.architectures import Layout, lay_out
 from qlora.export.gguf.quant_mixes import QUANTS, MixHparams, TypeChoice, choose_types
 from qlora.export.gguf.vocab import Vocab, read_vocab
 from qlora.export.llama_cpp.library import Ggml, find_library
+from qlora.files import inside
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import MetaModel, build
-from qlora.model.tokenizer import copy_tokenizer, tokenizer_fingerprint
+from qlora.model.tokenizer_files import TokenizerFiles, read_files
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class GgufPlan:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where the vocabulary is read: the folder of the trained tokenizer, and what overrides what stands in it."""
+    """Where the vocabulary is read: the files of the trained tokenizer, and what overrides what stands in them."""
 
-    folder: Path | None = None  # None: the base's own
+    files: TokenizerFiles | None = None  # None: the base's own
     template: str | None = None
     pre: str | None = None
 
@@ -60,7 +61,7 @@ def plan(
         weights = meta_model.model.state_dict()
         shapes = {name: tuple(weights[name].shape) for name in meta_model.sources}
     layout = lay_out(meta_model.model, shapes)
-    with _tokenizer_folder(base, tokens.folder) as folder:
+    with _tokenizer_folder(base, tokens.files) as folder:
         vocab = read_vocab(folder, shapes["model.embed_tokens.weight"][0], pre=tokens.pre, template=tokens.template)
     hparams = MixHparams(layout.layers, layout.heads, layout.kv_heads)
     named = [(tensor.name, tensor.shape) for tensor in layout.tensors]
@@ -70,19 +71,16 @@ def plan(
 
 
 @contextmanager
-def _tokenizer_folder(base: BaseFolder, trained_with: Path | None) -> Iterator[Path]:
-    """The base's folder; where the tokenizer of the training is another one, its files beside the base's configuration.
+def _tokenizer_folder(base: BaseFolder, trained_with: TokenizerFiles | None) -> Iterator[Path]:
+    """A private folder with the tokenizer of the training, beside the base's configuration.
 
     Which tokens end an answer stands in the base's generation_config.json, which an adapter's folder does not have.
     """
-    own = trained_with is not None and (trained_with / "tokenizer_config.json").is_file()
-    if not own or trained_with is None or tokenizer_fingerprint(trained_with) == tokenizer_fingerprint(base.path):
-        yield base.path
-        return
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for file in ("config.json", "generation_config.json"):
-            if (base.path / file).is_file():
-                copyfile(base.path / file, folder / file)
-        copy_tokenizer(trained_with, folder, None)
-        yield folder
+    with (trained_with or read_files(base.path)).placed() as folder:
+        for name in ("config.json", "generation_config.json"):
+            if (file := inside(base.path, name)).is_file():
+                copyfile(file, folder / name)
+        try:
+            yield folder
+        except ExportError as error:  # it names the folder that it was given, which nobody knows
+            raise ExportError(error.what.replace(str(folder), base.name), error.hint) from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.formats import RowError
+from qlora.data.row_json import RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate
 from qlora.errors import ExportError, TokenizerError
 from qlora.events import Sinks

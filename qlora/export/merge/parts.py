@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from qlora.errors import ExportError
+from qlora.model.adapter_config import shown
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import MetaModel, head_of, linear_layers
@@ -124,7 +125,7 @@ def _parted_head(adapter: Adapter, tied: ParameterSource, embeddings: ParameterS
         return None if _same_values(own, embeddings) else own
     # peft lets a tied head follow single token rows and resized embeddings, but neither low-rank matrices on the
     # embeddings nor a copy of them that is trained whole.
-    saved = adapter.config.get("modules_to_save") or ()
+    saved = adapter.config.modules_to_save or ()
     trained_whole = other in adapter.whole and any(f".{other}".endswith(f".{name}.weight") for name in saved)
     if embeddings.lora is None and not trained_whole:
         return None
@@ -169,13 +170,13 @@ def _check(name: str, adapter: Adapter, base: Mapping[str, ParameterSource], voc
         raise ExportError(f"{folder}: nothing to merge, the adapter holds no tensors", "train it first")
     for parameter in (*adapter.under, *adapter.parameters):
         if parameter not in base:
-            raise ExportError(f"{folder}: {parameter} is not in the base {name}", hint)
+            raise ExportError(f"{folder}: {shown(parameter)} is not in the base {name}", hint)
     owners = tuple(weight.removesuffix("weight") for weight in vocabulary)
     for parameter, entry in (*adapter.whole.items(), *adapter.under.items()):
         shape = base[parameter].shape
         resizable = parameter.startswith(owners) and len(entry.shape) == len(shape) and entry.shape[0] > 0
         if entry.shape != shape and not (resizable and entry.shape[1:] == shape[1:]):
-            raise ExportError(f"{folder}: {parameter} is {entry.shape} here and {shape} in {name}", hint)
+            raise ExportError(f"{folder}: {shown(parameter)} is {entry.shape} here and {shape} in {name}", hint)
     for parameter in (*adapter.lora, *adapter.rows):
         source = _changed(base[parameter], adapter)
         fits = source.lora is None or source.lora.shape == source.shape
@@ -183,7 +184,7 @@ def _check(name: str, adapter: Adapter, base: Mapping[str, ParameterSource], voc
             fits = source.rows.values.shape[1:] == source.shape[1:] and max(source.rows.ids) < source.shape[0]
         if not fits:
             trained = source.lora.shape if source.lora else source.rows and source.rows.values.shape
-            raise ExportError(f"{folder}: {parameter} is {trained} here and {source.shape} in {name}", hint)
+            raise ExportError(f"{folder}: {shown(parameter)} is {trained} here and {source.shape} in {name}", hint)
     if not adapter.whole and not adapter.rows and not any(map(_moves, adapter.lora.values())):
         raise ExportError(f"{folder}: nothing to merge, every lora_B is zero", "train it first")
 

@@ -25,12 +25,14 @@ from qlora.export import base_check
 from qlora.export.artifacts import Source
 from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
-from qlora.export.verify import candidates, fidelity
+from qlora.export.verify import candidates, evaluation, fidelity
+from qlora.export.verify.evaluation import ComparedLoss
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
 from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import MetaModel
 from qlora.model.tokenizer import open_tokenizer
+from qlora.model.tokenizer_files import of_export
 from qlora.third_party import import_bitsandbytes
 
 TRANSFORMERS = "transformers, bf16"
@@ -43,7 +45,7 @@ class TrainedReference:
     """What is known of the trained model, and the table of what was measured against it.
 
     `base_identity` is the base's, with its content; `predictions` is None without verification, `imatrix` unless asked
-    for.
+    for, `evaluation` (the loss of the run's rows beside the one that it delivered) where there is nothing to compare.
     """
 
     source: Source
@@ -51,6 +53,7 @@ class TrainedReference:
     base_identity: BaseIdentity
     predictions: Reference | None = None
     imatrix: Imatrix | None = None
+    evaluation: ComparedLoss | None = None
     table: list[Fidelity] = field(default_factory=list)
 
     @property
@@ -91,8 +94,8 @@ def trained_reference(
     source: Source, verify: bool, imatrix: bool, sink: Sink, scratch: Path
 ) -> Iterator[TrainedReference]:
     """Compute with the trained model as far as it is needed; `scratch` holds what it predicts while the block runs."""
-    rows, base = source.rows, source.base
-    tokenizer = rows.chat.tokenizer if rows else open_tokenizer(base.path, base.name, source.adapter.folder)
+    rows = source.rows
+    tokenizer = rows.chat.tokenizer if rows else _tokenizer_alone(source)
     chat = ChatFormat.of(tokenizer)
     if not verify and not imatrix:
         yield TrainedReference(source, chat, base_check.read_through(source, sink))
@@ -113,6 +116,7 @@ def trained_reference(
         del model
         yield reference
         return
+    reference.evaluation = _compare_loss(source, model, sink)
     positions = _positions(source, tokenizer, model, sink)
     chunks = fidelity.live_logprobs(model, positions.batches, source.device)
     with fidelity.reference(chunks, positions, scratch) as predictions:
@@ -123,6 +127,25 @@ def trained_reference(
         name = "trained" if quantization == "none" else f"trained, adapter on {quantization}"
         reference.measure(name, TRANSFORMERS, [predictions.logprobs_NV], None)
         yield reference
+
+
+def _tokenizer_alone(source: Source) -> Any:
+    """The tokenizer of an adapter that brings no rows."""
+    with of_export(source.base.path, source.adapter.folder).placed() as folder:
+        return open_tokenizer(folder, source.base.name)
+
+
+def _compare_loss(source: Source, model: Any, sink: Sink) -> ComparedLoss | None:
+    """The second net under the base's identity: does the model that is here know what was learned?"""
+    if source.delivered is None:
+        return None
+    if source.rows is None:
+        message = "without the run's evaluation rows, the trained model's loss is not compared with what was delivered"
+        sink.emit(Notice("verify", message))
+        return None
+    section = source.rows.section.model_copy(update={"packing": source.delivered.packing})
+    rows = evaluation.EvalRows(source.rows.data.eval, section, source.rows.chat.pad_id, source.delivered.packs_at_once)
+    return evaluation.compare(model, rows, source.delivered, sink)
 
 
 def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positions:

@@ -22,7 +22,7 @@ from qlora.export.hf import DTYPE_NAMES, patched_config, patched_tokenizer_confi
 from qlora.export.llama_cpp.runtime import Answer
 from qlora.export.merge.merge import Merge
 from qlora.model.tensors import load_json, total_bytes
-from qlora.model.tokenizer import TOKENIZER_FILES, has_template
+from qlora.model.tokenizer_files import TOKENIZER_FILES, read_files
 
 _CHILD = "qlora.export.verify.weights_child"
 _HINT = "export again; if it happens again, report it with this line, and use verify=False to keep the files"
@@ -119,8 +119,8 @@ def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list
         Check("config", same_config, kept if same_config else "config.json differs"),
         Check("tokenizer", same_tokenizer, tokenizer),
     ]
-    if has_template(source):
-        there = has_template(folder)
+    if read_files(source).has_template:
+        there = read_files(folder).has_template
         checks.append(Check("chat template", there, "there" if there else "the training had one, the export has none"))
     if end_ids:
         checks.append(_stops(_stop_ids(folder), end_ids, "transformers"))

@@ -13,6 +13,7 @@ from qlora.errors import ExportError
 from qlora.events import Recorder
 from qlora.export.gguf.plan import Tokens, plan
 from qlora.model.resolve import resolve
+from qlora.model.tokenizer_files import read_files
 from tests.export.cases import KINDS, export, trained
 
 
@@ -70,5 +71,5 @@ def test_the_tokenizer_of_the_training_is_read_and_the_ends_of_the_base(llama: P
     free = next(number for number in range(384) if number not in used)
     content["added_tokens"].append({**content["added_tokens"][0], "id": free, "content": "<|call|>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    trained_with = plan(base, None, Tokens(folder=tmp_path), ("f16",)).vocab
+    trained_with = plan(base, None, Tokens(read_files(tmp_path)), ("f16",)).vocab
     assert "<|call|>" in trained_with.tokens and "<|call|>" not in own.tokens

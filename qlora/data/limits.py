@@ -1,0 +1,87 @@
+"""How large a row may become: looked at before it is rendered and tokenized, which take a thousand times its bytes.
+
+A row of 20 MB took 5.3 GiB and 222 s, only to be dropped as too long: the offsets of a token take 200 bytes, and a
+template without generation marks is rendered once for each answer. What is over a bound here could not be trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qlora.data.formats import Conversation
+from qlora.data.row_json import RowError, RowTooLong
+
+# JSON of a row becomes at most 24 times its bytes (`[],[],…`: 64 for each 3), so 400 MiB.
+MAX_ROW_BYTES = 1 << 24
+# A text of this size is tokenized in about 2 s and 0.4 GiB. Only where max_length needs it, more is let through.
+MIN_TEXT_CHARS = 2 << 20
+# Plain text has about 4 characters a token, indented code and tables up to 10.
+TEXT_CHARS_PER_TOKEN = 16
+# Of all renderings of one row, one up to each answer: some 5 s. A row of 128k tokens may have 500 answers.
+MAX_RENDERED_CHARS = 1 << 28
+# Rendered and tokenized in one go: rows together, each with its renderings.
+CHUNK_CHARS = 4 << 20
+
+
+def most_chars(max_length: int) -> int:
+    """Characters of text above which no row is rendered."""
+    return max(MIN_TEXT_CHARS, TEXT_CHARS_PER_TOKEN * max_length)
+
+
+def text_chars(value: Any) -> int:
+    """Characters of all text in a row's values."""
+    count, level = 0, [value]
+    while level:
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                count += len(item)
+            elif isinstance(item, dict):
+                deeper += item
+                deeper += item.values()
+            elif isinstance(item, list | tuple):
+                deeper += item
+            else:
+                count += 4  # a number, true or null
+        level = deeper
+    return count
+
+
+def rendered_chars(conversation: Conversation) -> int:
+    """Characters of all renderings of a conversation: one of the whole, and up to one for each answer."""
+    chars = text_chars((conversation.text or "", conversation.messages, conversation.tools or ()))
+    answers = [message for message in conversation.messages if message["role"] == "assistant"]
+    return chars * (1 + len(answers))
+
+
+def check_size(conversation: Conversation, limit_chars: int) -> None:
+    """Raise RowTooLong for more text than `limit_chars`, RowError for so many answers that it cannot be rendered."""
+    rendered = rendered_chars(conversation)
+    if rendered <= limit_chars:
+        return
+    answers = len([message for message in conversation.messages if message["role"] == "assistant"])
+    chars = rendered // (1 + answers)
+    if chars > limit_chars:
+        raise RowTooLong(f"more than {limit_chars:,} characters of text in one row")
+    if rendered > MAX_RENDERED_CHARS:
+        raise RowError(f"{answers:,} answers in {chars:,} characters are too many for one row: split it")
+
+
+def check_rendered(text: str, limit_chars: int) -> None:
+    """Raise RowTooLong when a template made much more text of a row than the row has."""
+    if len(text) > 2 * limit_chars:
+        raise RowTooLong(f"the chat template makes {len(text):,} characters of it")
+
+
+def chunks(conversations: Sequence[Conversation], rows: int) -> Iterator[Sequence[Conversation]]:
+    """The conversations in parts of at most `rows` and about CHUNK_CHARS, at least one a part."""
+    start = chars = 0
+    for at, conversation in enumerate(conversations):
+        more = rendered_chars(conversation)
+        if at > start and (at - start == rows or chars + more > CHUNK_CHARS):
+            yield conversations[start:at]
+            start, chars = at, 0
+        chars += more
+    if start < len(conversations):
+        yield conversations[start:]

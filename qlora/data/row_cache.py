@@ -1,0 +1,199 @@
+"""Where tokenized rows are kept between runs, whose are read again, and the report that lies beside them.
+
+A cache is a folder that others may reach, and tokens that somebody else put there would be trained on unseen. So an
+entry is read only when it and every folder up to the cache's root is ours (or root's) and nobody else can write to it,
+when its manifest holds, and when it was made for the very key that is asked for. What cannot be read or kept there is
+made anew in a folder of our own, for this run alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from qlora import disk, files
+from qlora.data.row_json import RowTooLong
+from qlora.data.source_files import EXAMPLES
+from qlora.data.token_cache import StoredRows, open_rows
+from qlora.errors import DataError
+from qlora.events import Notice, Rejected, Sink
+from qlora.foreign_json import ForeignFileError, ForeignModel, checked, load_object
+
+ROWS_FILE, REPORT_FILE = "rows.arrow", "report.json"
+MAX_REASONS = 100  # of one report: a reason quotes the row, so that a million bad rows may have a million of them
+_MAX_REPORT_BYTES = 64 << 20  # older reports list the length of each row that was left out
+
+
+@dataclass
+class RowReport:
+    """What there is to say about a side's rows; stored beside them."""
+
+    content_sha256: str = ""
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    cut: int = 0
+    lost_reasoning: int = 0
+    formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
+    rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
+    long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length; not stored
+    unread: int = 0  # rows that are too long even to be tokenized; not stored
+
+    def reject(self, source: str, reason: str, where: str) -> None:
+        if (source, reason) not in self.rejected and len(self.rejected) >= MAX_REASONS:
+            reason = "other reasons"
+        before = self.rejected.get((source, reason), Rejected(source, reason, 0))
+        examples = (*before.examples, where)[:EXAMPLES]
+        self.rejected[source, reason] = Rejected(source, reason, before.count + 1, examples)
+
+    def leave_out(self, source: str, error: RowTooLong, where: str) -> None:
+        self.unread += 1
+        self.reject(source, error.reason, where)
+
+    def write(self, folder: Path) -> None:
+        values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
+        del values["long_lengths"], values["unread"]
+        with files.open_to_write(folder / REPORT_FILE, "new") as file:
+            file.write(json.dumps(values, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> RowReport:
+        """Raises ForeignFileError."""
+        file = folder / REPORT_FILE
+        stored = checked(_StoredReport, load_object(file, _MAX_REPORT_BYTES), str(file))
+        entries = [Rejected(row.source, row.reason, row.count, tuple(row.examples)) for row in stored.rejected]
+        return cls(**dict(stored) | {"rejected": {(entry.source, entry.reason): entry for entry in entries}})
+
+
+class _StoredRejected(ForeignModel):
+    source: str
+    reason: str
+    count: int
+    examples: list[str]
+
+
+class _StoredReport(ForeignModel):
+    content_sha256: str
+    rows: int
+    tokens: int
+    trained: int
+    cut: int
+    lost_reasoning: int
+    formats: dict[str, str]
+    rejected: list[_StoredRejected]
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Rows of tokens and their report; `folder` is where they were found, None where they were made just now."""
+
+    stored: StoredRows
+    report: RowReport
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class RowCache:
+    """The tokens below a cache's root. `highest_id`: no token is above it."""
+
+    root: Path
+    highest_id: int
+    sink: Sink
+
+    def rows(self, key: str, write: Callable[[Path], None]) -> CachedRows:
+        """The rows of a key: read where they are and can be trusted, else made by `write`, which fills a folder.
+
+        Raises DataError when they can be written nowhere, and what `write` raises.
+        """
+        try:
+            root = self.root.resolve()  # the root is the user's, and may be a link
+            entries = root / "tokens"
+            reason = distrust(root, entries, entries / key[:32])
+            if reason is None and (entries / key[:32]).is_dir():
+                cached = self._read(entries / key[:32], key)
+                if cached is not None:
+                    return cached
+        except (OSError, RuntimeError) as error:
+            reason = f"{self.root}: cannot be looked at ({getattr(error, 'strerror', None) or error})"
+        if reason is None:
+            try:
+                entries.mkdir(mode=0o700, parents=True, exist_ok=True)
+                disk.sweep_leftovers(entries, spare_running=True)
+                made = disk.publish_folder(entries / key[:32], write, {"kind": "tokens", "key": key})
+                if made.aside is not None:
+                    self.sink.emit(Notice("cache", f"what was there is kept as {made.aside.folder}"))
+                return self._opened(entries / key[:32], None)
+            except OSError as error:
+                reason = f"{entries}: cannot be written ({error.strerror or error})"
+        self.sink.emit(Notice("cache", f"{reason}: rows are tokenized anew, for this run alone"))
+        return self._made_for_this_run(write)
+
+    def _read(self, folder: Path, key: str) -> CachedRows | None:
+        damage = disk.verify_folder(folder)
+        if damage is None and disk.read_manifest(folder).get("key", key) != key:
+            damage = "they are those of other rows"
+        try:
+            if damage is None:
+                return self._opened(folder, folder)
+        except (ForeignFileError, ValueError) as error:
+            damage = str(error)
+        self.sink.emit(Notice("cache", f"cached tokens in {folder} are not read ({damage}): tokenizing anew"))
+        return None
+
+    def _opened(self, folder: Path, found_in: Path | None) -> CachedRows:
+        report = RowReport.read(folder)
+        stored = open_rows(folder / ROWS_FILE, report.content_sha256, self.highest_id)
+        return CachedRows(stored, report, found_in)
+
+    def _made_for_this_run(self, write: Callable[[Path], None]) -> CachedRows:
+        place: Path | None = None
+        try:
+            place = Path(tempfile.mkdtemp(prefix="qlora-rows-"))  # nobody else can enter it
+            write(place)
+            return self._opened(place, None)
+        except OSError as error:
+            what = f"{place or tempfile.gettempdir()}: cannot write tokenized rows ({error.strerror or error})"
+            hint = "make room or give yourself access there, or name another folder in QLORA_CACHE"
+            raise DataError(what, hint) from error
+        finally:
+            if place is not None:  # the rows are mapped by now, and stay until the process ends
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def distrust(*places: Path) -> str | None:
+    """Why a folder and what lies in it is not to be believed; None where nobody but us and root can write to it.
+
+    `places` are folders from the root down, the last one with its files; what does not exist is no reason.
+    """
+    if not hasattr(os, "geteuid"):
+        return None  # Windows keeps a user's own folders for that user
+    for place in (*places, *(sorted(places[-1].iterdir()) if places[-1].is_dir() else ())):
+        try:
+            status = os.lstat(place)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(status.st_mode):
+            return f"{place} is a link"
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{place} belongs to another user (number {status.st_uid})"
+        if status.st_mode & 0o002 or (status.st_mode & 0o020 and not _is_private(status.st_gid)):
+            return f"{place} can be written by others (chmod go-w makes it yours)"
+    return None
+
+
+def _is_private(group: int) -> bool:
+    """Whether it is the group that many systems give each user alone: of the user's name, and without other members."""
+    import grp
+    import pwd
+
+    try:
+        user, entry = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:  # a number without a name
+        return False
+    return entry.gr_name == user.pw_name and group == user.pw_gid and not set(entry.gr_mem) - {user.pw_name}

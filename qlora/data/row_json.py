@@ -1,0 +1,117 @@
+"""The values of a row: strict JSON with bounds, and the error of a row that is none."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qlora.errors import one_line
+
+MAX_REASON_CHARS = 600  # a row may have 300,000 columns, and a value millions of characters
+MAX_DEPTH = 64  # of lists and objects in a row; schemas of tools have about ten
+
+
+class RowError(Exception):
+    """A row that cannot be used. `reason` is half a sentence; whoever knows the row adds `file:line`."""
+
+    def __init__(self, reason: str) -> None:
+        reason = one_line(reason[: 4 * MAX_REASON_CHARS])
+        self.reason = reason if len(reason) <= MAX_REASON_CHARS else f"{reason[:MAX_REASON_CHARS]}…"
+        super().__init__(self.reason)
+
+
+class RowTooLong(RowError):
+    """A row that is larger than any that could be used; what becomes of it is a matter of `truncation`."""
+
+
+def load_json(text: str) -> Any:
+    """Strict JSON: no NaN or Infinity, no NUL, no half of a surrogate pair. Raises RowError with the place."""
+    try:
+        value = json.loads(text, parse_constant=reject_constant, parse_float=finite_number)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise RowError(f"broken JSON: {error.msg} at {line}column {error.colno}") from None
+    except RecursionError:
+        raise RowError("JSON nested too deep to read") from None
+    except ValueError as error:
+        raise RowError(f"broken JSON: {number_error(error)}") from None
+    check_value(value, escapes="\\u" in text)
+    return value
+
+
+def check_value(value: Any, escapes: bool = True) -> None:
+    """Raise RowError when `value` is nested too deep, or a string in it cannot be written as UTF-8 or holds a NUL.
+
+    `escapes`: JSON text without any has such strings only where it is not UTF-8 itself, and is not searched for them.
+    """
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                if escapes:
+                    _check_text(item)
+            elif isinstance(item, dict):
+                deeper += item.values()
+                if escapes:
+                    deeper += item
+            elif isinstance(item, list):
+                deeper += item
+        level, depth = deeper, depth + 1
+    if level:
+        raise RowError(f"values nested too deep to read (more than {MAX_DEPTH} levels)")
+
+
+def _check_text(text: str) -> None:
+    if "\0" in text:
+        raise RowError("a text holds a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise RowError(f"a text holds half of a surrogate pair ({half})") from None
+
+
+def reject_constant(constant: str) -> Any:
+    """For json's `parse_constant`: NaN, Infinity and -Infinity raise ValueError."""
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def finite_number(text: str) -> float:
+    """For json's `parse_float`: 1e999, which Python takes for infinity, raises ValueError too."""
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def number_error(error: ValueError) -> str:
+    """What a ValueError of json's parser says; of Python's own limit on digits, in our words."""
+    return "a whole number has more than 4,300 digits" if "digits" in str(error) else str(error)
+
+
+def json_text(value: Any, place: str) -> str:
+    """A value as JSON. Raises RowError for what has no JSON: a Parquet file has more kinds of values."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_no_json)
+    except ValueError as error:
+        reason = "a number that is not finite" if "float" in str(error) else "a number of more than 4,300 digits"
+        raise RowError(f"{place} holds {reason}") from None
+    except TypeError as error:
+        raise RowError(f"{place} holds {error}, which is no JSON value") from None
+
+
+def _no_json(value: Any) -> Any:
+    raise TypeError(kind_of(value))
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words that fit after "is"."""
+    if value is None:
+        return "missing"
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = ((str, "text"), (int | float, "a number"), (Mapping, "an object"), (list | tuple, "a list"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {value}")
