@@ -180,6 +180,8 @@ def distrust(*places: Path) -> str | None:
             continue
         if stat.S_ISLNK(status.st_mode):
             return f"{place} is a link"
+        if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+            return f"{place} is neither a file nor a folder"
         if status.st_uid not in (os.geteuid(), 0):
             return f"{place} belongs to another user (number {status.st_uid})"
         if status.st_mode & 0o002 or (status.st_mode & 0o020 and not _is_private(status.st_gid)):

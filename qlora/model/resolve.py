@@ -23,7 +23,7 @@ from qlora.model.base_folder import (
     load_config,
     refuse_experts,
 )
-from qlora.model.tensors import PICKLE_ENDINGS, SINGLE_FILE, load_json
+from qlora.model.tensors import PICKLE_ENDINGS, SINGLE_FILE
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = (SINGLE_FILE, "model-*.safetensors")
@@ -76,7 +76,7 @@ def _download(snapshot: hub.Snapshot, sink: Sink) -> Path:
     if CONFIG_FILE not in small:
         raise repository.error("there is no config.json in it", "name a repository that holds a model")
     folder = snapshot.fetch((CONFIG_FILE,))
-    config = load_json(folder / CONFIG_FILE)
+    config = load_config(folder / CONFIG_FILE)
     check_config(config, repository.name)
     check_model_type(config, repository.name)
     weights = _matching(snapshot.files, WEIGHT_FILES)

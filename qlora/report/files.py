@@ -45,9 +45,11 @@ class JsonLines:
         self.path = path
         self.foreign = 0
         try:
-            if resume_from_step is not None and path.exists():
-                self.foreign = _forget_after(path, resume_from_step)
             self._file = files.open_to_write(path, "append")
+            if resume_from_step is not None:
+                self.foreign = _forget_after(path, resume_from_step)
+                self._file.close()
+                self._file = files.open_to_write(path, "append")
         except files.UnsafePathError as error:
             raise RunFolderError(str(error), "move it away: events of the run are written there") from error
         self._written_bytes = self._file.seek(0, os.SEEK_END)
