@@ -132,25 +132,32 @@ def save(
 def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
     """The newest checkpoint whose manifest verifies. A damaged one is renamed to `<name>.brokenN`, with a notice."""
     for folder in _folders(run_dir):
-        fault = disk.verify_folder(folder)
-        if fault is None:
-            try:
-                run_folder.made_with(folder)
-                return Checkpoint(folder, _read(folder)[0])
-            except ForeignFileError as error:
-                fault = str(error)
+        found = _open(folder)
+        if isinstance(found, Checkpoint):
+            return found
         try:
             name = f"Set aside as {disk.set_aside(folder, '.broken').name}"
         except OSError as error:
             name = f"It stays where it is ({error.strerror or error})"
-        sink.emit(Notice("checkpoint", f"{folder.name} is damaged: {fault}. {name}", 1))
+        sink.emit(Notice("checkpoint", f"{folder.name} is damaged: {found}. {name}", 1))
     return None
 
 
 def at_step(run_dir: Path, step: int) -> Checkpoint | None:
     """The checkpoint of a step, whose manifest verifies; None where it is not kept, or damaged."""
-    folder = folder_of(run_dir, step)
-    return Checkpoint(folder, _read(folder)[0]) if disk.verify_folder(folder) is None else None
+    found = _open(folder_of(run_dir, step))
+    return found if isinstance(found, Checkpoint) else None
+
+
+def _open(folder: Path) -> Checkpoint | str:
+    """A checkpoint, or what is wrong with it."""
+    if fault := disk.verify_folder(folder):
+        return fault
+    try:
+        run_folder.made_with(folder)
+        return Checkpoint(folder, _read(folder)[0])
+    except ForeignFileError as error:
+        return str(error)
 
 
 def check_base(checkpoint: Checkpoint, base: BaseFolder) -> None:
