@@ -69,7 +69,7 @@ class EvalRows:
             yield collate(self.split, packs, self.pad_id, self.section.max_length)
 
     def sample(self, every: int) -> Iterator[Batch]:
-        """The rows of every `every`-th micro-batch, each pack alone: this machine may have less memory than that one."""
+        """The rows of every `every`-th micro-batch, each pack alone: memory may be scarcer here."""
         for pack in chain(*self.micro_batches[::every]):
             yield collate(self.split, [pack], self.pad_id, self.section.max_length)
 
