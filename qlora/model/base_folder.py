@@ -112,7 +112,7 @@ def load_config(file: Path) -> dict[str, Any]:
 def _load(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The JSON object in a file of a base's folder, whose links have been looked at (`check_entries`)."""
     try:
-        return load_object(file.resolve(), max_bytes, finite)
+        return load_object(file.resolve(), max_bytes)
     except ForeignFileError as error:
         raise ModelError(str(error), "get a clean copy of the model") from error
 
