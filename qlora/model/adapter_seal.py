@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora import disk, files, manifest
-from qlora.errors import ExportError
+from qlora.errors import ExportError, UserError
 from qlora.events import Notice, Sink, Sinks
 from qlora.manifest import Recorded
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, PROVENANCE_FILE
@@ -81,13 +81,11 @@ def _of_unknown(folder: Path, sink: Sink) -> AdapterSeal:
 
 def damage(folder: Path) -> str | None:
     """What of a delivered adapter is not as it was published, in words; None where it can be used."""
-    if not (folder / ADAPTER_FILE).exists():
-        return f"{folder} holds no {ADAPTER_FILE}"
     try:
-        seal(folder, Sinks())
-    except ExportError as error:
+        found = seal(folder, Sinks()).found
+    except UserError as error:
         return error.what
-    return None
+    return None if ADAPTER_FILE in found else f"{folder} holds no {ADAPTER_FILE}"
 
 
 def _not_as_published(folder: Path, name: str, what: str) -> ExportError:

@@ -83,7 +83,8 @@ def test_made_elsewhere_passes_and_ours_without_its_manifest_is_said(adapter: Pa
     seal(adapter, sink)
     assert "is not known" in sink.of("notice")[0].as_dict()["message"]
     (adapter / "qlora.json").unlink()
-    flip(adapter / "adapter_model.safetensors")
+    data = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(data[:-1] + b"\1")
     for text in (None, json.dumps({"name": "a web app", "icons": []}), "no JSON", "[" * 100):
         if text is not None:
             (adapter / disk.MANIFEST).write_text(text)
