@@ -60,7 +60,8 @@ def seal(folder: Path, sink: Sink) -> AdapterSeal:
     if sealed := sorted(name for name in differing if name in SEALED):
         name = sealed[0]
         verb = "is missing" if name not in found else "was added" if name not in recorded else "was changed"
-        raise _not_as_published(folder, name, f"{verb} since the adapter was delivered (its sha256 differs)")
+        why = " (its sha256 or size differs)" if verb == "was changed" else ""
+        raise _not_as_published(folder, name, f"{verb} since the adapter was delivered{why}")
     if differing:
         names = ", ".join(sorted(differing))
         message = f"{names} in {folder} was edited or removed since it was delivered; its weights are as trained"

@@ -140,12 +140,10 @@ class Training:
     def _deliver_again(self, best: int, fault: str) -> bool:
         """Deliver the best adapter from its step's checkpoint, in whose state the model is then; whether it was."""
         source = at_step(self.job.run_dir, best)
-        if source is None or not self._deliver(self.checkpointer.resume(source)):
-            message = f"{fault}, and no checkpoint of step {best} is kept: another adapter takes its place"
-            self.sink.emit(Notice("adapter", message))
-            return False
-        self.sink.emit(Notice("adapter", f"{fault}: the adapter of step {best} was delivered again"))
-        return True
+        again = source is not None and self._deliver(self.checkpointer.resume(source))
+        outcome = "was delivered again" if again else "is in no checkpoint that is kept, and another takes its place"
+        self.sink.emit(Notice("adapter", f"{fault}: the adapter of step {best} {outcome}"))
+        return again
 
     def dry_run(self, state: RunState) -> None:
         """The longest micro-batch, an update and the longest evaluation batch: what would fail late fails now."""
@@ -272,8 +270,7 @@ class Training:
         self.evaluation.emit_eval(state.step, loss, None, best)
         self.evaluation.emit_samples(state.step, answers)
         if best:
-            record = self.evaluation.delivered
-            known = None if record is None else record.model_dump()
+            known = self.evaluation.delivered
             bettered = replace(evaluated, best_loss=loss, best_step=state.step, delivered=known)
             # What could not be written is not the best: what is delivered at the end must be on the disk.
             if self._deliver(bettered):

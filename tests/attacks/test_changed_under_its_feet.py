@@ -160,7 +160,7 @@ def test_where_its_checkpoint_is_gone_the_best_is_looked_for_anew(recipe: Path, 
     monkeypatch.setattr(loop, "at_step", lambda *_: None)
     recorder = train(recipe, *RUN, mode="resume")
     (message,) = notices(recorder, "adapter")
-    assert "no checkpoint of step 4 is kept" in message
+    assert "step 4 is in no checkpoint that is kept" in message
     assert damage(adapter) is None and values(recorder, "eval", "best") == [True], "it is evaluated anew"
     assert json.loads((adapter / "qlora.json").read_text())["evaluation"]["step"] == 4
 
