@@ -78,10 +78,8 @@ class Training:
         self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
         self._use_rows(recipe.data)
         which = self.causal_lm.base_identity
-        train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
-        self.best_adapter = BestAdapter(
-            job.model, job.base, job.tokenizer, recipe, job.chat.template, train_rows, eval_rows, which
-        )
+        facts = (recipe, job.chat.template, len(job.data.train.lengths), len(job.data.eval.lengths), which)
+        self.best_adapter = BestAdapter(job.model, job.base, job.tokenizer, *facts)
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, job.data.content_fingerprint)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
@@ -305,8 +303,7 @@ class Training:
         health.check_moved(self.optimizer, self.at_start, state.step)
         if state.skipped:
             self.sink.emit(Notice("steps", "steps skipped, their numbers were not finite", state.skipped))
-        if notice := self.job.watch.notice():
-            self.sink.emit(notice)
+        self.job.watch.report(self.sink)
         if state.best_step is not None and (fault := damage(self.job.run_dir / "adapter")):
             state = state if self._deliver_again(state.best_step, fault) else replace(state, best_step=None)
         # An earlier process that was killed may have saved a better adapter than this checkpoint records.
