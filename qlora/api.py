@@ -196,7 +196,7 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     if with_rows:
         try:
             files = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
-            chat, data = setup.prepare_rows(recipe, base, files, Sinks())
+            chat, data = setup.prepare_rows(recipe, files, Sinks())
             rows = RunRows(data, recipe.data, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
@@ -241,7 +241,7 @@ def estimate_memory(
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
     path = files.user_path(what, "the recipe or model")
-    if path.suffix == ".toml":
+    if Path(what).suffix == ".toml":  # as it was named: a link may lead to any name
         return load_recipe(path, overrides)
     if path.name == "config.json" and path.is_file():
         path = path.parent
@@ -293,4 +293,4 @@ def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
     path = files.user_path(recipe, "the recipe")
-    return Recipe.from_file(path), name or path.stem
+    return Recipe.from_file(path), name or Path(recipe).stem  # a link may lead to any name
