@@ -96,3 +96,9 @@ def test_a_real_panic_is_one() -> None:
     with foreign_failures() as failure:
         split.pre_tokenize_str("x" * 40)
     assert not isinstance(failure.error, Exception) and "retry-limit" in failure.reason
+
+
+def test_what_a_message_quotes_steers_no_terminal() -> None:
+    error = QloraError("folder \x1b]0;owned\x07\x9b31m\udcff: lies", "rename \u202eit\x7f")
+    assert (error.what, error.hint) == ("folder ␛]0;owned␇\\x9b31m\\xff: lies", "rename \\u202eit␡")
+    assert str(error) == error.what

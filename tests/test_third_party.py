@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from qlora.third_party import WAITING_THREADS, unprinted_panics
+from qlora.third_party import WAITING_THREADS, draw_no_bars, unprinted_panics
 
 # A command that has ended: what it left in the environment, and whether torch had been imported by then.
 COMMAND = """
@@ -32,6 +32,15 @@ def waiting(**environment: str) -> dict[str, object]:
     )
     found: dict[str, object] = json.loads(done.stdout)
     return found
+
+
+def test_a_bar_of_somebody_else_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: whoever has imported tqdm before has its settings."""
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    draw_no_bars()
+    code = "from tqdm.auto import tqdm; [None for _ in tqdm(range(3), desc='of a stranger')]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_waiting_threads_sleep_before_torch_is_there() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK_ROWS = 64  # rendered ahead in one go, and tokenized in one call
+_LIMITS = limits.TextLimits()
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,15 @@ class ChatTokenizer:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
 
-    def encode_many(self, conversations: Sequence[Conversation], max_length: int = 0) -> list[TokenRow | RowError]:
-        """Tokens and masks of conversations; in a bad one's place stands its RowError.
-
-        What is so long that it could never have `max_length` tokens is not tokenized: its error is a RowTooLong.
-        """
-        most_chars = limits.most_chars(max_length)
+    def encode_many(
+        self, conversations: Sequence[Conversation], bounds: limits.TextLimits = _LIMITS
+    ) -> list[TokenRow | RowError]:
+        """Tokens and masks of conversations; in a bad one's place stands its RowError, beyond `bounds` a RowTooLong."""
         chunks = [*limits.chunks(conversations, _CHUNK_ROWS), ()]
         self._render_ahead(chunks[0])
         rows: list[TokenRow | RowError] = []
         for chunk, following in pairwise(chunks):
-            rendered = [self._rendered_or_error(item, most_chars) for item in chunk]
+            rendered = [self._rendered_or_error(item, bounds) for item in chunk]
             # The next chunk is rendered by its own process while this one is tokenized here.
             self._render_ahead(following)
             rows += self._rows(rendered)
@@ -144,14 +143,15 @@ class ChatTokenizer:
                 if message["role"] == "assistant":
                     yield template.request(messages[:number], tools, add_generation_prompt=True)
 
-    def _rendered_or_error(self, conversation: Conversation, most_chars: int) -> _Rendered | RowError:
+    def _rendered_or_error(self, conversation: Conversation, bounds: limits.TextLimits) -> _Rendered | RowError:
         try:
-            limits.check_size(conversation, most_chars)
+            limits.check_size(conversation, bounds.row_chars)
             if conversation.text is not None:
+                limits.check_rendered(conversation.text, bounds)
                 return _Rendered(conversation, conversation.text, ())
             self._check(conversation)
             rendered = self._locate(conversation)
-            limits.check_rendered(rendered.text, most_chars)
+            limits.check_rendered(rendered.text, bounds)
             return rendered
         except RowError as error:
             return error

@@ -27,7 +27,7 @@ def make(scene: Scene) -> Work:
     folder, chance, drawn = scene.place / "adapter", scene.chance, scene.goods.drawn
     shutil.copytree(scene.goods.run / "adapter", folder)
     kind = chance.random()
-    whole = chance.random() < 0.04
+    whole = chance.random() < 0.01
     signed = chance.random() < 0.7
     config = folder / "adapter_config.json"
     if kind < 0.35:

@@ -31,8 +31,9 @@ def make(scene: Scene) -> Work:
             sign(folder)
     elif kind < 0.9:
         names = ("report.json", "manifest.json", "rows.arrow", ".", "..", "../.x.tmp-1", "../.x.old-1", "x")
-        nasty.entry((folder / chance.choice(names)).absolute(), chance.choice(nasty.ENTRIES), scene.bystander)
-        if chance.random() < 0.3 and (folder / "manifest.json").is_file():
+        name = chance.choice(names)
+        nasty.entry((folder / name).absolute(), chance.choice(nasty.ENTRIES), scene.bystander)
+        if chance.random() < 0.3 and name in ("report.json", "x"):
             sign(folder)
     else:
         place = chance.choice((folder, cache, cache / "tokens", folder / "report.json", folder / "rows.arrow"))
@@ -85,13 +86,13 @@ def use(scene: Scene, cache: str) -> None:
     """Rows for a run, and what the run reads of them."""
     from qlora import disk
     from qlora.data.prepare import prepare
-    from qlora.model.tokenizer import tokenizer_fingerprint
+    from qlora.model.tokenizer_files import read_files
 
     recipe, base = scene.goods.loaded(), scene.goods.base
     sink = goods.sink()
     with mock.patch.dict(os.environ, QLORA_CACHE=cache.replace("\0", "").encode("utf-8", "replace").decode()):
         chat = goods.chat_of(base, os.getpid())
-        data = prepare(recipe.data, tokenizer_fingerprint(base), chat, recipe.train.seed, disk.cache_dir(), sink)
+        data = prepare(recipe.data, read_files(base).fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     for split in (data.train, data.eval):
         for index in range(min(3, len(split.lengths))):
             assert split.rows[index] is not None

@@ -33,7 +33,7 @@ def with_key(line: str) -> Callable[[Scene], Work]:
 def setting(*overrides: str) -> Callable[[Scene], Work]:
     def make(scene: Scene) -> Work:
         (scene.place / "recipe.toml").write_text(recipe_door.recipe_text(scene))
-        return lambda: recipe_door.use(scene, str(scene.place / "recipe.toml"), list(overrides), 0.05)
+        return lambda: recipe_door.use(scene, str(scene.place / "recipe.toml"), list(overrides), 0.02)
 
     return make
 

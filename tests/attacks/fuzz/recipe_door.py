@@ -79,10 +79,13 @@ def make(scene: Scene) -> Work:
 
 
 def toml(value: Any) -> str:
-    """A text, or a list with one table of texts, as TOML."""
+    """A text, a list or a table of them, as TOML on one line."""
     if isinstance(value, list):
-        return "[{" + ", ".join(f"{key} = {toml(item)}" for key, item in value[0].items()) + "}]"
-    return json.dumps(value)
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    text = json.dumps(value, ensure_ascii=False)  # an escape of half a surrogate pair is none in TOML
+    return "".join(f"\\u{ord(letter):04x}" if letter == "\x7f" else letter for letter in text)
 
 
 def use(scene: Scene, path: str, overrides: list[str], depth: float) -> None:
@@ -95,9 +98,9 @@ def use(scene: Scene, path: str, overrides: list[str], depth: float) -> None:
     run_dir = run_folder.path_of(recipe, Path(path).stem)
     run_folder.check_claim(run_dir, recipe, "new")
     setup.preflight(recipe, sink)
-    if depth < 0.1:
+    if depth < 0.03:
         api.question(recipe, vram="12GiB", sink=sink).estimate()
-    elif depth < 0.13:
+    elif depth < 0.04:
         api.check(recipe, sink=sink)
     sink.close()
     assert os.getcwd() == str(scene.place)

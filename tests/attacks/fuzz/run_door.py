@@ -80,7 +80,7 @@ def make(scene: Scene) -> Work:
     else:
         nasty.entry(run / chance.choice(ENTRIES), chance.choice(nasty.ENTRIES), scene.bystander)
     mode = chance.choice(("resume", "resume", "resume", "fresh", "new"))
-    whole = chance.random() < 0.02
+    whole = chance.random() < 0.004
     return lambda: use(scene, mode, whole)
 
 
@@ -93,7 +93,8 @@ def use(scene: Scene, mode: Any, whole: bool) -> None:
     sink = goods.sink()
 
     @contextmanager
-    def made_before(_recipe: Any, run_dir: Path, _base: Any, sink: Any, _stop: Any) -> Any:
+    def made_before(_recipe: Any, run_dir: Path, *others: Any) -> Any:
+        *_, sink, _stop = others
         yield replace(scene.goods.job, run_dir=run_dir, sink=sink)
 
     with ExitStack() as stack:

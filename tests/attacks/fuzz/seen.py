@@ -14,6 +14,7 @@ from qlora.errors import QloraError, RecipeError
 
 LIMIT_CHARACTERS = 2000
 EXIT_CODES = (2, 3, 4)
+NOBODY_READS = 141  # as a shell says of a command that SIGPIPE ended
 
 Work = Callable[[], object]
 
@@ -82,7 +83,7 @@ def _written(stream: io.TextIOWrapper) -> str:
 def _fault(error: BaseException | None, code: int, is_command: bool) -> str:
     """What is wrong with how it ended; "" for nothing."""
     if error is None:
-        return "" if code == 0 or (is_command and code in EXIT_CODES) else f"exit code {code}"
+        return "" if code == 0 or (is_command and code in (*EXIT_CODES, NOBODY_READS)) else f"exit code {code}"
     if not isinstance(error, QloraError):
         text = "".join(letter if letter.isprintable() else "�" for letter in str(error))
         return f"{type(error).__name__}: {text[:200]}"
