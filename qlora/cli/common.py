@@ -190,6 +190,7 @@ def _keep_traceback() -> str:
     try:
         file = cache_dir() / "crashes" / f"crash-{os.getpid()}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
+        files.refuse_links(file.parent.parent, file)
         with files.open_to_write(file, "replace", 0o600) as stream:
             stream.write(shown.block(redact(traceback.format_exc())).encode())
     except (OSError, ValueError, QloraError) as error:

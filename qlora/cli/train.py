@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora import files
+from qlora import files, shown
 from qlora.cli import common
+from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from qlora.api import Checked
@@ -86,14 +87,18 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
     screen = common.Screen(None, stop)
     with common.Signals(stop, screen):
         try:
-            _work(recipe, overrides, wanted[0] if wanted else "new", screen)
+            last = _work(recipe, overrides, wanted[0] if wanted else "new", screen)
         finally:
             screen.close()
+    if last:
+        print(shown.one_line(redact(last)))
 
 
-def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> None:
+def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
+    """Do what is wanted. Returns a line to be said when the screen is closed."""
     from qlora.recipe.reading import load_recipe
 
+    last = None
     files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
     from qlora import api
@@ -115,7 +120,10 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
         )
     else:
         mode: api.Mode = "resume" if wanted == "resume" else "fresh" if wanted == "fresh" else "new"
-        api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
+        result = api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
+        if aside := result.set_aside:
+            last = f"kept: {aside.folder} ({aside.bytes / 2**20:,.1f} MiB), the run that was here before"
+    return last
 
 
 def _report(checked: Checked) -> None:

@@ -20,13 +20,14 @@ from qlora.data import limits
 from qlora.data.formats import Conversation, Message
 from qlora.data.row_json import RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate, Tools
-from qlora.errors import TokenizerError
+from qlora.errors import TokenizerError, foreign_failures
 from qlora.events import Notice, Sink, Sinks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK_ROWS = 64  # rendered ahead in one go, and tokenized in one call
+_LIMITS = limits.TextLimits()
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,15 @@ class ChatTokenizer:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
 
-    def encode_many(self, conversations: Sequence[Conversation], max_length: int = 0) -> list[TokenRow | RowError]:
-        """Tokens and masks of conversations; in a bad one's place stands its RowError.
-
-        What is so long that it could never have `max_length` tokens is not tokenized: its error is a RowTooLong.
-        """
-        most_chars = limits.most_chars(max_length)
+    def encode_many(
+        self, conversations: Sequence[Conversation], bounds: limits.TextLimits = _LIMITS
+    ) -> list[TokenRow | RowError]:
+        """Tokens and masks of conversations; in a bad one's place stands its RowError, beyond `bounds` a RowTooLong."""
         chunks = [*limits.chunks(conversations, _CHUNK_ROWS), ()]
         self._render_ahead(chunks[0])
         rows: list[TokenRow | RowError] = []
         for chunk, following in pairwise(chunks):
-            rendered = [self._rendered_or_error(item, most_chars) for item in chunk]
+            rendered = [self._rendered_or_error(item, bounds) for item in chunk]
             # The next chunk is rendered by its own process while this one is tokenized here.
             self._render_ahead(following)
             rows += self._rows(rendered)
@@ -144,14 +143,15 @@ class ChatTokenizer:
                 if message["role"] == "assistant":
                     yield template.request(messages[:number], tools, add_generation_prompt=True)
 
-    def _rendered_or_error(self, conversation: Conversation, most_chars: int) -> _Rendered | RowError:
+    def _rendered_or_error(self, conversation: Conversation, bounds: limits.TextLimits) -> _Rendered | RowError:
         try:
-            limits.check_size(conversation, most_chars)
+            limits.check_size(conversation, bounds.row_chars)
             if conversation.text is not None:
+                limits.check_rendered(conversation.text, bounds)
                 return _Rendered(conversation, conversation.text, ())
             self._check(conversation)
             rendered = self._locate(conversation)
-            limits.check_rendered(rendered.text, most_chars)
+            limits.check_rendered(rendered.text, bounds)
             return rendered
         except RowError as error:
             return error
@@ -234,7 +234,11 @@ class ChatTokenizer:
     def _tokenize(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Ids and character offsets of each text, without the tokenizer's own BOS and EOS."""
         if texts:
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            with foreign_failures() as failure:
+                encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            if failure.error:
+                what = f"the base's tokenizer gave up on a row ({failure.reason})"
+                raise TokenizerError(what, "use another base, or find the row: halve the data") from failure.error
             yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _row(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> TokenRow:

@@ -7,26 +7,43 @@ template without generation marks is rendered once for each answer. What is over
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qlora.data.formats import Conversation
 from qlora.data.row_json import RowError, RowTooLong
 
-# JSON of a row becomes at most 24 times its bytes (`[],[],…`: 64 for each 3), so 400 MiB.
-MAX_ROW_BYTES = 1 << 24
+# JSON of a row becomes at most 24 times its bytes (`[],[],…`: 64 for each 3), so 200 MiB, in a second or two.
+MAX_ROW_BYTES = 1 << 23
 # A text of this size is tokenized in about 2 s and 0.4 GiB. Only where max_length needs it, more is let through.
-MIN_TEXT_CHARS = 2 << 20
+MIN_TEXT_CHARS = 1 << 20
 # Plain text has about 4 characters a token, indented code and tables up to 10.
 TEXT_CHARS_PER_TOKEN = 16
+# A text of so many times the longest token is over max_length, and is not tokenized to see that. Twice, because some
+# tokenizers leave white space out; and texts below MIN_SKIPPED_CHARS cost nothing.
+SKIPPED_TOKENS, MIN_SKIPPED_CHARS = 2, 1 << 17
 # Of all renderings of one row, one up to each answer: some 5 s. A row of 128k tokens may have 500 answers.
 MAX_RENDERED_CHARS = 1 << 28
 # Rendered and tokenized in one go: rows together, each with its renderings.
 CHUNK_CHARS = 4 << 20
 
 
-def most_chars(max_length: int) -> int:
-    """Characters of text above which no row is rendered."""
-    return max(MIN_TEXT_CHARS, TEXT_CHARS_PER_TOKEN * max_length)
+@dataclass(frozen=True)
+class TextLimits:
+    """Characters above which a row is too long to be rendered, and its rendered text too long to be tokenized."""
+
+    row_chars: int = MIN_TEXT_CHARS
+    rendered_chars: int = 2 * MIN_TEXT_CHARS
+    reason: str = "the chat template makes too much text of it"  # why a rendered text is too long
+
+
+def text_limits(max_length: int, truncation: str, longest_token: int) -> TextLimits:
+    """The limits for rows of `max_length` tokens. Rows that are cut are tokenized whole before."""
+    row_chars = max(MIN_TEXT_CHARS, TEXT_CHARS_PER_TOKEN * max_length)
+    certain = max(MIN_SKIPPED_CHARS, SKIPPED_TOKENS * max_length * longest_token)
+    if truncation == "cut" or certain >= 2 * row_chars:
+        return TextLimits(row_chars, 2 * row_chars)
+    return TextLimits(row_chars, certain, f"over max_length = {max_length} tokens")
 
 
 def text_chars(value: Any) -> int:
@@ -68,10 +85,10 @@ def check_size(conversation: Conversation, limit_chars: int) -> None:
         raise RowError(f"{answers:,} answers in {chars:,} characters are too many for one row: split it")
 
 
-def check_rendered(text: str, limit_chars: int) -> None:
-    """Raise RowTooLong when a template made much more text of a row than the row has."""
-    if len(text) > 2 * limit_chars:
-        raise RowTooLong(f"the chat template makes {len(text):,} characters of it")
+def check_rendered(text: str, limits: TextLimits) -> None:
+    """Raise RowTooLong for a rendered text that is not worth to be tokenized."""
+    if len(text) > limits.rendered_chars:
+        raise RowTooLong(limits.reason)
 
 
 def chunks(conversations: Sequence[Conversation], rows: int) -> Iterator[Sequence[Conversation]]:

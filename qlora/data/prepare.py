@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING
 from qlora import disk
 from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.formats import Conversation, detect_format, to_conversation
-from qlora.data.limits import rendered_chars
+from qlora.data.limits import rendered_chars, text_limits
 from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
-from qlora.data.source_files import FoundFiles, SourceFile, shown_name
+from qlora.data.source_files import FoundFiles, SourceFile
 from qlora.data.sources import SourceRow, read_rows, source_files
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
+from qlora.shown import one_line
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection, SourceSection
@@ -37,7 +38,7 @@ __all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
 CODE_VERSION = 1
 BATCH_ROWS = 256
-BATCH_CHARS = 16 << 20  # of all renderings of a batch
+BATCH_CHARS = 4 << 20  # of all renderings of a batch
 CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
 MAX_LOOKED_AT = 10_000  # and bad ones, before it leaves the rest to the tokenization
 
@@ -59,10 +60,11 @@ class PreparedData:
 def check_files(data: DataSection) -> None:
     """Raise DataError for missing files, sources without rows, and first rows that are broken. Needs no tokenizer."""
     for source in (*data.train, *data.eval):
-        bad, found = 0, 0
+        bad = found = too_long = 0
         for looked_at, (row, conversation) in enumerate(_conversations(source, {}), 1):
             if isinstance(conversation, RowTooLong):
                 _leave_out(data, conversation, row.where)
+                too_long += 1
             elif isinstance(conversation, RowError):
                 bad += 1
                 if bad > data.max_bad_rows:
@@ -72,15 +74,17 @@ def check_files(data: DataSection) -> None:
                 break
         else:
             if not found:
-                raise DataError(f"{source.path}: no rows", "put at least one row into it")
+                what = f"no rows but {too_long} that are too long to be read" if too_long else "no rows"
+                raise DataError(f"{source.path}: {what}", "put at least one row into it")
 
 
 def prepare(
     data: DataSection, tokenizer_folder_fingerprint: str, chat: ChatTokenizer, seed: int, cache_dir: Path, sink: Sink
 ) -> PreparedData:
     """Rows of tokens to train and to evaluate on. Raises DataError; says what it did through events."""
-    highest_id = max(chat.tokenizer.get_vocab().values(), default=0)
-    maker = _Maker(data, tokenizer_folder_fingerprint, chat, RowCache(cache_dir, highest_id, sink), sink)
+    vocab = chat.tokenizer.get_vocab()
+    cache = RowCache(cache_dir, max(vocab.values(), default=0), sink)
+    maker = _Maker(data, tokenizer_folder_fingerprint, chat, max(map(len, vocab), default=1), cache, sink)
     stored, key = maker.rows_of(data.train)
     if data.eval:
         eval_stored, eval_key = maker.rows_of(data.eval)
@@ -119,6 +123,7 @@ class _Maker:
     data: DataSection
     tokenizer_fingerprint: str
     chat: ChatTokenizer
+    longest_token: int  # in characters
     cache: RowCache
     sink: Sink
 
@@ -171,6 +176,7 @@ class _Tokenization:
         self, maker: _Maker, sources: Sequence[SourceSection], found: Sequence[FoundFiles], folder: Path
     ) -> None:
         self.data, self.chat, self.sink = maker.data, maker.chat, maker.sink
+        self.limits = text_limits(self.data.max_length, self.data.truncation, maker.longest_token)
         self.sources, self.found = sources, found
         self.folder = folder
         self.report = RowReport()
@@ -213,7 +219,7 @@ class _Tokenization:
         self, source: SourceSection, batch: Sequence[tuple[str, Conversation | RowError]]
     ) -> Iterator[tuple[TokenRow, Conversation, str]]:
         good = [item for _, item in batch if isinstance(item, Conversation)]
-        encoded = iter(self.chat.encode_many(good, self.data.max_length))
+        encoded = iter(self.chat.encode_many(good, self.limits))
         for where, item in batch:
             row: TokenRow | RowError | None = next(encoded) if isinstance(item, Conversation) else item
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
@@ -255,7 +261,9 @@ class _Tokenization:
     def _nothing_left(self) -> DataError:
         paths = ", ".join(source.path for source in self.sources)
         if self.report.unread and not self.report.long_lengths:
-            what = f"{paths}: no row is left: {self.report.unread} are far over data.max_length, too long to be read"
+            what = (
+                f"{paths}: no row is left: {self.report.unread} are far over data.max_length = {self.data.max_length}"
+            )
             return DataError(what, "split the rows")
         if not self.report.long_lengths:
             return DataError(f"{paths}: no row is left to use ({self.bad} are bad)", "add rows, or repair these")
@@ -285,7 +293,7 @@ def _conversations(
 
 def _name(source: SourceSection) -> str:
     """A source's name in reports, which outlive the place where the project's folder lies."""
-    return shown_name(Path(source.path).name)
+    return one_line(Path(source.path).name)
 
 
 def _leave_out(data: DataSection, error: RowTooLong, where: str) -> None:

@@ -131,7 +131,7 @@ class _Worker:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.ended = False
-        self._rest = b""  # of what was read: bytes after the last whole line
+        self._rest = bytearray()  # of what was read: bytes after the last whole line
         self._lines: deque[bytes] = deque()
         command = [sys.executable, "-I", str(Path(render_worker.__file__)), json.dumps(child_process.import_path())]
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
@@ -182,9 +182,12 @@ class _Worker:
                 piece = self._replies.get(timeout=seconds)
             except queue.Empty:
                 return None
-            *lines, self._rest = (self._rest + piece).split(b"\n")
-            self._lines.extend(lines)
-            if not lines and (not piece or len(self._rest) > REPLY_BYTES):
+            self._rest += piece
+            if b"\n" in piece:  # an answer of megabytes comes in many pieces, and is searched once
+                *lines, rest = bytes(self._rest).split(b"\n")
+                self._lines.extend(lines)
+                self._rest = bytearray(rest)
+            elif not piece or len(self._rest) > REPLY_BYTES:
                 return b""
         return self._lines.popleft()
 

@@ -125,7 +125,9 @@ class RowCache:
             try:
                 entries.mkdir(mode=0o700, parents=True, exist_ok=True)
                 disk.sweep_leftovers(entries, spare_running=True)
-                disk.publish_folder(entries / key[:32], write, {"key": key})
+                made = disk.publish_folder(entries / key[:32], write, {"kind": "tokens", "key": key})
+                if made.aside is not None:
+                    self.sink.emit(Notice("cache", f"what was there is kept as {made.aside.folder}"))
                 return self._opened(entries / key[:32], None)
             except OSError as error:
                 reason = f"{entries}: cannot be written ({error.strerror or error})"
@@ -178,6 +180,8 @@ def distrust(*places: Path) -> str | None:
             continue
         if stat.S_ISLNK(status.st_mode):
             return f"{place} is a link"
+        if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+            return f"{place} is neither a file nor a folder"
         if status.st_uid not in (os.geteuid(), 0):
             return f"{place} belongs to another user (number {status.st_uid})"
         if status.st_mode & 0o002 or (status.st_mode & 0o020 and not _is_private(status.st_gid)):

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from qlora import files
 from qlora.errors import DataError, UserError
+from qlora.shown import one_line
 
 MAX_FILES = 100_000  # of one source: each takes about 0.5 kB of memory, and is opened and hashed at every start
 MAX_ENTRIES = 1_000_000  # names looked at below one folder: a second or two
@@ -77,7 +78,7 @@ class _Unchanged(io.RawIOBase):
         try:
             self._file = files.open_to_read(source.path)
         except files.UnsafePathError as error:
-            raise DataError(shown_name(str(error)), "name a plain file") from error
+            raise DataError(one_line(str(error)), "name a plain file") from error
         except OSError as error:
             raise source.unreadable(error) from error
         source.check_unchanged(os.fstat(self._file.fileno()))
@@ -158,16 +159,6 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
     return result
 
 
-def shown_name(name: str) -> str:
-    """A file's name as it is shown and stored: whatever cannot be printed, bytes that are no UTF-8 too, is escaped."""
-    return "".join(sign if sign.isprintable() and sign != "\\" else _escaped(sign) for sign in name)
-
-
-def _escaped(sign: str) -> str:
-    byte = ord(sign) - 0xDC00  # Python's own place for a byte of a name that is no UTF-8
-    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(sign)[1:-1]
-
-
 def _split(path: str) -> tuple[Path, tuple[str, ...]]:
     """The part of a path that is taken as it stands, and the pattern below it.
 
@@ -189,7 +180,7 @@ def _missing(path: Path, pattern: tuple[str, ...], endings: Collection[str], lef
         return DataError(f"{path}: no file matches{left_out}", hint)
     near: list[str] = []
     if path.parent.is_dir():
-        near = sorted(shown_name(p.name) for p in path.parent.glob("*") if p.suffix.lower() in endings)[:EXAMPLES]
+        near = sorted(one_line(p.name) for p in path.parent.glob("*") if p.suffix.lower() in endings)[:EXAMPLES]
     hint = f"data files in that folder: {', '.join(near)}" if near else "check data.train.path in the recipe"
     return DataError(f"{path}: no such file", hint)
 
@@ -197,10 +188,10 @@ def _missing(path: Path, pattern: tuple[str, ...], endings: Collection[str], lef
 def _source_file(name: str, real: Path, status: os.stat_result, endings: Collection[str], path: str) -> SourceFile:
     ending = Path(name).suffix.lower()
     if ending not in endings:
-        kind = shown_name(ending) or "no ending"
+        kind = one_line(ending) or "no ending"
         what = path if path.endswith(name) else f"{path}: {name}"
-        raise DataError(f"{shown_name(what)}: unknown kind of file ({kind})", f"known endings: {', '.join(endings)}")
-    return SourceFile(real, shown_name(name), ending, status.st_size, status.st_mtime_ns, status.st_ino)
+        raise DataError(f"{one_line(what)}: unknown kind of file ({kind})", f"known endings: {', '.join(endings)}")
+    return SourceFile(real, one_line(name), ending, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @dataclass
@@ -285,7 +276,7 @@ class _Search:
                     self._leave_out(_LINKS if is_link else _NO_FILES, child)
 
     def _leave_out(self, what: str, name: str) -> None:
-        self.left_out.setdefault(what, {})[shown_name(name)] = None
+        self.left_out.setdefault(what, {})[one_line(name)] = None
 
 
 def _matches(name: str, part: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
-from qlora.errors import foreign_failures
+from qlora.errors import DataError, foreign_failures
 
 T = TypeVar("T")
 _DIGEST_BYTES = 16
@@ -52,7 +52,11 @@ class PreparedSplit:
     def prompt(self, index: int) -> Prompt | None:
         """The row's last answer and what comes before it; None where there is none in words."""
         text = self.prompts[index] if self.prompts else ""
-        return Prompt(**json.loads(text)) if text else None
+        try:
+            return Prompt(**json.loads(text)) if text else None
+        except (ValueError, TypeError) as error:  # too many to be looked at when the file is opened
+            what = f"{self.wheres[index]}: its prompt in the cache of tokenized rows cannot be read"
+            raise DataError(what, "remove that cache (QLORA_CACHE, or qlora in your cache folder)") from error
 
 
 def _schema() -> Any:

@@ -137,7 +137,7 @@ def _forget_after(path: Path, step: int) -> int:
 
     Returns how many lines are no events. They stay, but for one without an end, which a killed process left.
     """
-    written = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    written = disk.hidden(path, "tmp")
     foreign, line = 0, b"\n"
     try:
         with files.open_to_write(written, "new") as file, BufferedWriter(file) as kept:

@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 COMMANDS = ("train", "export", "estimate")
 # What is looked for by name in the current folder, by some library or tool.

@@ -11,11 +11,12 @@ from typing import Any
 
 from tests.attacks import payloads
 from tests.attacks.fuzz import adapter_door, base_door, cache_door, nasty, rows_door, run_door
-from tests.attacks.fuzz.harness import Scene, Work
+from tests.attacks.fuzz.harness import Scene
+from tests.attacks.fuzz.seen import Work
 from tests.data.cases import GOOD_LINE
 
 Named = dict[str, Callable[[Scene], Work]]
-QUESTION, LOADED, PREPARED = 1.0, 0.2, 0.1  # how far a base is taken
+QUESTION, LOADED, PREPARED = 1.0, 0.1, 0.02  # how far a base is taken
 DEEP = "[" * 5000 + "]" * 5000
 LONG = "1" * 10_000
 

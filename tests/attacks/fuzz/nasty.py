@@ -238,7 +238,7 @@ ENTRIES = (
 )
 
 
-def entry(file: Path, kind: str, bystander: Path) -> None:
+def entry(file: Path, kind: str, bystander: Path, huge_bytes: int = 1 << 36) -> None:
     """Put what is no plain file of that name in its place."""
     file = Path(os.path.normpath(file))
     if file.is_dir() and not file.is_symlink():
@@ -260,7 +260,7 @@ def entry(file: Path, kind: str, bystander: Path) -> None:
         os.link(bystander, file)
     elif kind == "huge":
         with file.open("wb") as stream:
-            stream.truncate(1 << 36)
+            stream.truncate(huge_bytes)
     elif kind != "gone":
         targets = {"device": "/dev/zero", "loop": file.name, "bystander": str(bystander), "null": "/dev/null"}
         file.symlink_to(targets.get(kind, "/nowhere/at/all"))

@@ -12,7 +12,8 @@ from unittest import mock
 
 from tests.attacks.fuzz import goods, nasty
 from tests.attacks.fuzz.adapter_door import sign
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 ENTRIES = (
     *(
@@ -79,7 +80,7 @@ def make(scene: Scene) -> Work:
     else:
         nasty.entry(run / chance.choice(ENTRIES), chance.choice(nasty.ENTRIES), scene.bystander)
     mode = chance.choice(("resume", "resume", "resume", "fresh", "new"))
-    whole = chance.random() < 0.02
+    whole = chance.random() < 0.004
     return lambda: use(scene, mode, whole)
 
 
@@ -92,7 +93,8 @@ def use(scene: Scene, mode: Any, whole: bool) -> None:
     sink = goods.sink()
 
     @contextmanager
-    def made_before(_recipe: Any, run_dir: Path, _base: Any, sink: Any, _stop: Any) -> Any:
+    def made_before(_recipe: Any, run_dir: Path, *others: Any) -> Any:
+        *_, sink, _stop = others
         yield replace(scene.goods.job, run_dir=run_dir, sink=sink)
 
     with ExitStack() as stack:

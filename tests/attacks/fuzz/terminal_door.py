@@ -16,7 +16,8 @@ from unittest import mock
 
 from qlora import events
 from tests.attacks.fuzz import nasty
-from tests.attacks.fuzz.harness import CommandEnded, Door, Scene, Work, control_characters
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Command, Work, control_characters, exit_code
 
 VARIABLES: dict[str, tuple[str | None, ...]] = {
     "COLUMNS": ("0", "-1", "1", "9", "abc", "100000000", "", "²"),
@@ -79,6 +80,20 @@ def make(scene: Scene) -> Work:
     return refusal(scene)
 
 
+class Screen(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Terminal(io.TextIOWrapper):
+    """The same, as bytes."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 # --- words of strangers, drawn by every sink -------------------------------------------------------------------------
 
 
@@ -86,20 +101,18 @@ def drawn_events(scene: Scene) -> Work:
     chance = scene.chance
     kinds = [kind for kind in events.Event.__subclasses__() if kind.kind]
     made = [event(chance.choice(kinds), chance, scene.goods.drawn) for _ in range(3)]
-    width, terminal = chance.choice((1, 2, 20, 80, 300, 100_000)), chance.random() < 0.6
+    variables = {"COLUMNS": chance.choice(("1", "2", "20", "80", "300", "100000")), "TERM": "xterm-256color"}
+    file = Screen() if chance.random() < 0.6 else io.StringIO()
 
     def work() -> None:
-        from rich.console import Console
-
         from qlora.report.console import ConsoleSink
         from qlora.report.files import JsonLines
 
-        file = io.StringIO()
-        console = Console(file=file, force_terminal=terminal, width=width, legacy_windows=False)
-        sink = events.Sinks(ConsoleSink(console), JsonLines(scene.place / "events.jsonl"))
-        for item in made:
-            sink.emit(item)
-        sink.close()
+        with redirect_stdout(file), mock.patch.dict(os.environ, variables):
+            sink = events.Sinks(ConsoleSink(), JsonLines(scene.place / "events.jsonl"))
+            for item in made:
+                sink.emit(item)
+            sink.close()
         shown = OURS.sub("", file.getvalue())
         if found := control_characters(shown):
             raise AssertionError(f"on the screen: {sorted(map(hex, map(ord, found)))} of {made}"[:1500])
@@ -115,7 +128,7 @@ def event(kind: type[events.Event], chance: Random, drawn: list[Any]) -> events.
 
 
 def of_type(hint: Any, chance: Random, name: str) -> Any:
-    text = typing.cast(str, chance.choice([word for word in nasty.TEXTS if len(word) < 1000]))
+    text = chance.choice([word for word in nasty.TEXTS if len(word) < 1000])
     options = typing.get_args(hint)
     if type(None) in options:
         return None if chance.random() < 0.3 else of_type(options[0], chance, name)
@@ -144,10 +157,11 @@ def of_type(hint: Any, chance: Random, name: str) -> Any:
 def refusal(scene: Scene) -> Work:
     chance = scene.chance
     words = [chance.choice(nasty.TEXTS) for _ in range(4)]
-    kind, stream, error_stream = chance.randrange(4), chance.choice(STREAMS), chance.choice(STREAMS)
+    # A command that begins without streams opens others; in its middle there are some.
+    kind, stream, error_stream = chance.randrange(4), chance.choice(STREAMS[1:]), chance.choice(STREAMS[1:])
     variables = environment(chance, scene)
 
-    def work() -> None:
+    def work() -> int:
         from qlora.cli import common
         from qlora.errors import Problem, RecipeError, UserError
 
@@ -160,10 +174,9 @@ def refusal(scene: Scene) -> Work:
             if kind == 2:
                 raise OSError(chance.choice((2, 13, 28, 5, 24)), words[0], words[1])
 
-        ended = on_streams(lambda: common.run(refused), stream, error_stream, variables)
-        raise CommandEnded(ended)
+        return on_streams(lambda: common.run(refused), stream, error_stream, variables)
 
-    return work
+    return Command(work)
 
 
 def on_streams(work: Callable[[], None], out: str, err: str, variables: dict[str, str | None]) -> int:
@@ -178,7 +191,7 @@ def on_streams(work: Callable[[], None], out: str, err: str, variables: dict[str
         with redirect_stdout(made["out"]), redirect_stderr(made["err"]):
             work()
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = exit_code(ended)
     finally:
         os.environ.clear()
         os.environ.update(kept)
@@ -192,22 +205,20 @@ def opened(kind: str) -> Any:
     if kind == "none":
         return None
     if kind == "full":
-        return open("/dev/full", "w", encoding="utf-8")
+        return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
     if kind == "closed":  # by whoever started us, as daemons do: the system refuses what is written
-        stream = open(os.devnull, encoding="utf-8")
-        return os.fdopen(os.dup(stream.fileno()), "w", encoding="utf-8")
+        return os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     if kind == "nobody":
         reading, writing = os.pipe()
         os.close(reading)
         return os.fdopen(writing, "w", encoding="utf-8")
     if kind == "terminal":
-        _, slave = os.openpty()
-        return os.fdopen(slave, "w", encoding="utf-8")
+        return Terminal(io.BytesIO(), encoding="utf-8")
     return io.TextIOWrapper(io.BytesIO(), encoding="ascii" if kind == "ascii" else "utf-8")
 
 
 def environment(chance: Random, scene: Scene) -> dict[str, str | None]:
-    """Two or three variables as a strange machine has them. What would keep this process itself from going on is not."""
+    """Up to three variables as a strange machine has them."""
     names = chance.sample(sorted(VARIABLES), chance.randrange(4))
     chosen = {name: chance.choice(VARIABLES[name]) for name in names}
     return {name: str(scene.pipe()) if value == "PIPE" else value for name, value in chosen.items()}
@@ -226,15 +237,14 @@ def command(scene: Scene) -> Work:
         words.append("--check")
     variables, stream, error_stream = environment(chance, scene), chance.choice(STREAMS), chance.choice(STREAMS)
 
-    def work() -> None:
+    def work() -> int:
         import importlib
 
         app = importlib.import_module(f"qlora.cli.{name}").app
         with mock.patch.object(sys, "argv", [f"qlora-{name}", *words]):
-            ended = on_streams(app, stream, error_stream, variables)
-        raise CommandEnded(ended)
+            return on_streams(app, stream, error_stream, variables)
 
-    return work
+    return Command(work)
 
 
 DOOR = Door("terminal", make)
