@@ -50,13 +50,6 @@ def _text(value: Any) -> Any:
     return value
 
 
-def _path(value: Any) -> Any:
-    """A folder of the user's may have any name that a file system and JSON can write."""
-    if isinstance(value, str) and any(sign == "\0" or 0xD800 <= ord(sign) < 0xE000 for sign in value):
-        raise ValueError("holds a NUL or half of a character")
-    return value
-
-
 def _names(value: Any) -> Any:
     """A list of texts, or one text."""
     given = [value] if isinstance(value, str) else value
@@ -121,7 +114,7 @@ class AdapterConfig(ForeignModel):
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=MAX_ENTRIES)] = Field(default_factory=dict)
     alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=MAX_ENTRIES)] = Field(default_factory=dict)
     trainable_token_indices: Annotated[list[int] | dict[str, list[int]], BeforeValidator(_token_rows)] | None = None
-    base_model_name_or_path: Annotated[str, BeforeValidator(_path), Field(max_length=MAX_PATH)] = ""
+    base_model_name_or_path: Annotated[Text, Field(max_length=MAX_PATH)] = ""
     revision: Annotated[Text, Field(max_length=MAX_NAME)] = "main"
 
 
