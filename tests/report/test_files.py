@@ -121,11 +121,11 @@ def test_a_line_without_an_end_is_read_in_pieces(tmp_path: Path, monkeypatch: py
 def test_a_file_beyond_all_events_is_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with path.open("wb") as file:
-        file.truncate(64 << 30)  # takes no room
+        file.truncate(2 << 30)  # takes no room
     screen = Recorder()
     (lines,) = open_sinks(ReportSection(), tmp_path, 2, screen)
     lines.close()
-    assert path.stat().st_size == 0 and (tmp_path / "events.jsonl.1").stat().st_size == 64 << 30
+    assert path.stat().st_size == 0 and (tmp_path / "events.jsonl.1").stat().st_size == 2 << 30
     assert "it is kept as events.jsonl.1" in repr(screen.events)
 
 
