@@ -58,7 +58,7 @@ def train(
     `qlora.errors`.
     """
     loaded, run_name = _named(recipe, name)
-    shared = sink or Sinks()
+    shared = _gate(sink)
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
     if mode == "resume":
@@ -116,7 +116,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     from qlora.model.tokenizer_files import read_files
 
     loaded, _ = _named(recipe, "check")
-    shared = sink or Sinks()
+    shared = _gate(sink)
     base, _ = setup.preflight(loaded, shared)
     _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
@@ -145,7 +145,7 @@ def merge_and_export(
     from qlora.export.targets import check_place
     from qlora.model.cpu_matmul import fast_matmul
 
-    shared = sink or Sinks()
+    shared = _gate(sink)
     chosen = options or ExportOptions()
     adapter_dir, default_out = run_folder.adapter_of(files.user_path(source, "the run or adapter"))
     target = files.user_path(out, "`out`") if out else None
@@ -264,7 +264,7 @@ def question(
     if stack not in BASELINES:
         raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
-    config = resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
+    config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
@@ -287,6 +287,11 @@ def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[
     except UserError as error:
         done = f"the training itself is done, its adapter is {run_dir / 'adapter'}"
         raise ExportError(error.what, f"{error.hint}; {done}") from error
+
+
+def _gate(sink: Sink | None) -> Sinks:
+    """The caller's sink, behind the gate of all: a screen of their own is one too."""
+    return Sinks(sink) if sink is not None else Sinks()
 
 
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:

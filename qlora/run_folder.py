@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qlora import disk, files, foreign_json, lock
+from qlora import disk, files, foreign_json, lock, shown
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.recipe import pins
@@ -347,7 +347,8 @@ def name_of(adapter_dir: Path) -> str:
 
 def dataset_name(path: str) -> str:
     """How a published file may name a source of rows: a hub dataset's name, or a file's without its folders."""
-    return path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
+    name = path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
+    return shown.one_line(redact(name))
 
 
 def _plain(folder: Path) -> Path:

@@ -107,3 +107,9 @@ def test_a_path_that_no_system_call_takes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert files.unreachable(tmp_path / "file" / "x") is None
     assert "too long" in (files.unreachable(tmp_path / ("x" * 256)) or "")
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a\udcff").mkdir()
+    with pytest.raises(UserError, match=r"`out`: .*a\\xff has a name that is not UTF-8"):
+        files.user_path(tmp_path / "a\udcff", "`out`")
