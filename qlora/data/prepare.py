@@ -261,9 +261,8 @@ class _Tokenization:
     def _nothing_left(self) -> DataError:
         paths = ", ".join(source.path for source in self.sources)
         if self.report.unread and not self.report.long_lengths:
-            what = (
-                f"{paths}: no row is left: {self.report.unread} are far over data.max_length = {self.data.max_length}"
-            )
+            limit = self.data.max_length
+            what = f"{paths}: no row is left: {self.report.unread} are far over data.max_length = {limit} tokens"
             return DataError(what, "split the rows")
         if not self.report.long_lengths:
             return DataError(f"{paths}: no row is left to use ({self.bad} are bad)", "add rows, or repair these")

@@ -16,7 +16,8 @@ from unittest import mock
 
 from qlora import events
 from tests.attacks.fuzz import nasty
-from tests.attacks.fuzz.harness import CommandEnded, Door, Scene, Work, control_characters
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Command, Work, control_characters, exit_code
 
 VARIABLES: dict[str, tuple[str | None, ...]] = {
     "COLUMNS": ("0", "-1", "1", "9", "abc", "100000000", "", "²"),
@@ -24,7 +25,18 @@ VARIABLES: dict[str, tuple[str | None, ...]] = {
     "TERM": ("dumb", "", "xterm-256color", "\x1b[2J", "unknown", None),
     "LANG": ("C", "POSIX", "tr_TR.UTF-8", "xx", "", None),
     "HOME": (None, "", "/nowhere", "~no-such-user", "/dev/null", "relative", "/root/\udcff"),
-    "QLORA_CACHE": (None, "", "~no-such-user/x", "~", "/dev/null", "/dev/full/x", "/proc/1/x", "relative", "a/../b", "/dev/null/x"),
+    "QLORA_CACHE": (
+        None,
+        "",
+        "~no-such-user/x",
+        "~",
+        "/dev/null",
+        "/dev/full/x",
+        "/proc/1/x",
+        "relative",
+        "a/../b",
+        "/dev/null/x",
+    ),
     "XDG_CACHE_HOME": ("~no-such-user", "", "/dev/null", "relative"),
     "HF_HOME": ("~no-such-user", "/dev/null", "", "/dev/zero"),
     "HF_TOKEN": ("", "\x1b[2J_a_token_of_ours", "x" * 100_000, "\udcff" * 10),
@@ -38,7 +50,18 @@ VARIABLES: dict[str, tuple[str | None, ...]] = {
     "OMP_NUM_THREADS": ("0", "abc", "-1"),
 }
 ARGUMENTS = (
-    *("--help", "--schema", "--keys", "--check", "--resume", "--fresh", "--verify-resume", "--json", "--fit", "--version"),
+    *(
+        "--help",
+        "--schema",
+        "--keys",
+        "--check",
+        "--resume",
+        "--fresh",
+        "--verify-resume",
+        "--json",
+        "--fit",
+        "--version",
+    ),
     *("--set", "lora.r=8", "--set=x", "--vram", "12GiB", "--vram=", "--gpu", "RTX 4090", "--stack", "plain", "--quant"),
     *("q4_k_m", "--to", "gguf", "--to=hf", "--out", "--max-kl", "nan", "-1", "1e999", "--base", "nf4", "--dtype", "--"),
     *("--plot", "BASE", "RECIPE", "RUN", "--vram=1e400GiB", "--vram=" + "9" * 5000, "--vram=nan", "--gpu=\x1b[2J"),
@@ -57,6 +80,13 @@ def make(scene: Scene) -> Work:
     return refusal(scene)
 
 
+class Screen(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 # --- words of strangers, drawn by every sink -------------------------------------------------------------------------
 
 
@@ -64,20 +94,18 @@ def drawn_events(scene: Scene) -> Work:
     chance = scene.chance
     kinds = [kind for kind in events.Event.__subclasses__() if kind.kind]
     made = [event(chance.choice(kinds), chance, scene.goods.drawn) for _ in range(3)]
-    width, terminal = chance.choice((1, 2, 20, 80, 300, 100_000)), chance.random() < 0.6
+    variables = {"COLUMNS": chance.choice(("1", "2", "20", "80", "300", "100000")), "TERM": "xterm-256color"}
+    file = Screen() if chance.random() < 0.6 else io.StringIO()
 
     def work() -> None:
-        from rich.console import Console
-
         from qlora.report.console import ConsoleSink
         from qlora.report.files import JsonLines
 
-        file = io.StringIO()
-        console = Console(file=file, force_terminal=terminal, width=width, legacy_windows=False)
-        sink = events.Sinks(ConsoleSink(console), JsonLines(scene.place / "events.jsonl"))
-        for item in made:
-            sink.emit(item)
-        sink.close()
+        with redirect_stdout(file), mock.patch.dict(os.environ, variables):
+            sink = events.Sinks(ConsoleSink(), JsonLines(scene.place / "events.jsonl"))
+            for item in made:
+                sink.emit(item)
+            sink.close()
         shown = OURS.sub("", file.getvalue())
         if found := control_characters(shown):
             raise AssertionError(f"on the screen: {sorted(map(hex, map(ord, found)))} of {made}"[:1500])
@@ -93,7 +121,7 @@ def event(kind: type[events.Event], chance: Random, drawn: list[Any]) -> events.
 
 
 def of_type(hint: Any, chance: Random, name: str) -> Any:
-    text = typing.cast(str, chance.choice([word for word in nasty.TEXTS if len(word) < 1000]))
+    text = chance.choice([word for word in nasty.TEXTS if len(word) < 1000])
     options = typing.get_args(hint)
     if type(None) in options:
         return None if chance.random() < 0.3 else of_type(options[0], chance, name)
@@ -122,10 +150,11 @@ def of_type(hint: Any, chance: Random, name: str) -> Any:
 def refusal(scene: Scene) -> Work:
     chance = scene.chance
     words = [chance.choice(nasty.TEXTS) for _ in range(4)]
-    kind, stream, error_stream = chance.randrange(4), chance.choice(STREAMS), chance.choice(STREAMS)
+    # A command that begins without streams opens others; in its middle there are some.
+    kind, stream, error_stream = chance.randrange(4), chance.choice(STREAMS[1:]), chance.choice(STREAMS[1:])
     variables = environment(chance, scene)
 
-    def work() -> None:
+    def work() -> int:
         from qlora.cli import common
         from qlora.errors import Problem, RecipeError, UserError
 
@@ -138,10 +167,9 @@ def refusal(scene: Scene) -> Work:
             if kind == 2:
                 raise OSError(chance.choice((2, 13, 28, 5, 24)), words[0], words[1])
 
-        ended = on_streams(lambda: common.run(refused), stream, error_stream, variables)
-        raise CommandEnded(ended)
+        return on_streams(lambda: common.run(refused), stream, error_stream, variables)
 
-    return work
+    return Command(work)
 
 
 def on_streams(work: Callable[[], None], out: str, err: str, variables: dict[str, str | None]) -> int:
@@ -156,7 +184,7 @@ def on_streams(work: Callable[[], None], out: str, err: str, variables: dict[str
         with redirect_stdout(made["out"]), redirect_stderr(made["err"]):
             work()
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        code = exit_code(ended)
     finally:
         os.environ.clear()
         os.environ.update(kept)
@@ -170,10 +198,9 @@ def opened(kind: str) -> Any:
     if kind == "none":
         return None
     if kind == "full":
-        return open("/dev/full", "w", encoding="utf-8")
+        return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
     if kind == "closed":  # by whoever started us, as daemons do: the system refuses what is written
-        stream = open(os.devnull, encoding="utf-8")
-        return os.fdopen(os.dup(stream.fileno()), "w", encoding="utf-8")
+        return os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     if kind == "nobody":
         reading, writing = os.pipe()
         os.close(reading)
@@ -185,7 +212,7 @@ def opened(kind: str) -> Any:
 
 
 def environment(chance: Random, scene: Scene) -> dict[str, str | None]:
-    """Two or three variables as a strange machine has them. What would keep this process itself from going on is not."""
+    """Up to three variables as a strange machine has them."""
     names = chance.sample(sorted(VARIABLES), chance.randrange(4))
     chosen = {name: chance.choice(VARIABLES[name]) for name in names}
     return {name: str(scene.pipe()) if value == "PIPE" else value for name, value in chosen.items()}
@@ -204,15 +231,14 @@ def command(scene: Scene) -> Work:
         words.append("--check")
     variables, stream, error_stream = environment(chance, scene), chance.choice(STREAMS), chance.choice(STREAMS)
 
-    def work() -> None:
+    def work() -> int:
         import importlib
 
         app = importlib.import_module(f"qlora.cli.{name}").app
         with mock.patch.object(sys, "argv", [f"qlora-{name}", *words]):
-            ended = on_streams(app, stream, error_stream, variables)
-        raise CommandEnded(ended)
+            return on_streams(app, stream, error_stream, variables)
 
-    return work
+    return Command(work)
 
 
 DOOR = Door("terminal", make)
