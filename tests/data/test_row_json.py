@@ -53,11 +53,12 @@ class Strange:
 
 def test_what_has_no_json_is_named_with_its_kind() -> None:
     assert json_text({"a": ["é", 1.5]}, "here") == '{"a": ["é", 1.5]}'
-    for value, what in (
+    strange: list[tuple[object, str]] = [
         ([Strange()], "here holds a stranger, which is no JSON value"),
         ({"a": float("inf")}, "here holds a number that is not finite"),
         ([10**5000], "here holds a number of more than 4,300 digits"),
-    ):
+    ]
+    for value, what in strange:
         with pytest.raises(RowError, match=what):
             json_text(value, "here")
     assert [kind_of(value) for value in (None, True, 1, "", [], {})] == [
