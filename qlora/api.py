@@ -31,12 +31,16 @@ Mode = Literal["new", "resume", "fresh"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, where it ended, the delivered adapter, and what was exported."""
+    """A finished run: its folder, where it ended, the delivered adapter, and what was exported.
+
+    `set_aside` is the earlier run that mode="fresh" renamed, with its size.
+    """
 
     run_dir: Path
     state: RunState
     adapter: Path
     exported: tuple[ExportedArtifact, ...]
+    set_aside: disk.SetAside | None = None
 
 
 def train(
@@ -62,7 +66,10 @@ def train(
     base, loaded = setup.preflight(loaded, shared)
     claim = run_folder.claim(run_dir, mode)
     try:
-        return _train(loaded, run_dir, base, mode, shared, stop or StopRequest())
+        if claim.aside is not None:
+            shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
+        result = _train(loaded, run_dir, base, mode, shared, stop or StopRequest())
+        return replace(result, set_aside=claim.aside)
     finally:
         claim.release()
 
@@ -134,6 +141,8 @@ def merge_and_export(
     """
     from qlora.export.artifacts import ExportOptions, plan_artifacts
     from qlora.export.pipeline import produce
+    from qlora.export.staging import check_part
+    from qlora.export.targets import check_place
     from qlora.model.cpu_matmul import fast_matmul
 
     shared = sink or Sinks()
@@ -142,9 +151,10 @@ def merge_and_export(
     target = files.user_path(out, "`out`") if out else None
     artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
     for artifact in artifacts:
-        run_folder.refuse_foreign_folder(artifact.folder)
+        check_place(artifact.folder)
+        check_part(artifact.folder)
     with_rows = chosen.verify or chosen.imatrix or any("gguf" in artifact.key for artifact in artifacts)
-    opened = _open_source(adapter_dir, with_rows, shared)
+    opened = _open_source(adapter_dir, [artifact.folder for artifact in artifacts], with_rows, shared)
     with fast_matmul(opened.device):
         return produce(opened, artifacts, merge_base, chosen, shared)
 
@@ -156,10 +166,14 @@ def export_options(**chosen: Any) -> ExportOptions:
     return ExportOptions(**chosen)
 
 
-def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
-    """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone."""
+def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, sink: Sink) -> Source:
+    """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone.
+
+    Raises ExportError where one of `folders`, which are to be written, would be among what they are made of.
+    """
     from qlora.export import base_check
     from qlora.export.artifacts import RunRows, Source
+    from qlora.export.targets import keep_apart
     from qlora.model import delivered_loss, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.adapter_seal import seal
@@ -170,8 +184,10 @@ def _open_source(adapter_dir: Path, with_rows: bool, sink: Sink) -> Source:
     origin = provenance(adapter_dir, adapter.config)
     base = resolve(run_folder.relocated(origin.base, adapter_dir.parent), origin.revision, sink)
     source = Source(run_folder.name_of(adapter_dir), adapter, sealed, origin, base, setup.pick_device())
+    recipe = run_folder.recipe_of(adapter_dir, sink)
+    for folder in folders:
+        keep_apart(folder, adapter_dir, base.path, recipe)
     base_check.at_the_door(source, sink)
-    recipe = run_folder.recipe_of(adapter_dir)
     delivered, is_older = delivered_loss.read(adapter_dir)
     if recipe is None:
         return replace(source, delivered=delivered)

@@ -1,68 +1,58 @@
-"""The only code that renames, fsyncs, hashes, or joins an untrusted name to a folder.
+"""The only code that renames, fsyncs and removes.
 
 A folder is published by one rename: it is written under a hidden name beside its final one, every file is
 flushed to the disk, a manifest with the sha256 of each file is written last, and only then does the final name
 appear. A reader therefore sees the whole folder or none of it, whenever the process dies. (Written in place, the
 newest checkpoint was unloadable after 29 of 30 random kills; published this way, after 0 of 30.)
+
+What it replaces is removed only where it is ours and as it was (`manifest.standing`), else it keeps its bytes under
+another name. Nothing is written or removed through a link: that is an OSError with the link's name.
 """
 
 from __future__ import annotations
 
 import errno
-import glob
-import hashlib
-import json
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from qlora import files, foreign_json, lock
-from qlora.errors import RunFolderError, foreign_failures
+from qlora import files, lock, manifest
+from qlora.errors import RunFolderError
+from qlora.manifest import MANIFEST as MANIFEST
+from qlora.manifest import Standing
+from qlora.manifest import sha256_file as sha256_file
+from qlora.manifest import sha256_text as sha256_text
+from qlora.version import __version__
 
-MANIFEST = "manifest.json"
-_SELF = "sha256"  # of the manifest itself
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: more than a file system or a limit lets one file be
 _NOT_WRITABLE = "name another folder in output.dir, or give yourself write access to this one"
-_SWAPPED = ".old-swap-"  # a folder that its successor replaces; `.old-` alone is one that is being removed
+# Names that only we give: `tmp` is being written, `swap` gives way to its successor, `old` is being removed.
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|swap|old)-qlora-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}", re.DOTALL)
+# Up to version 0.5 they were plainer, and somebody's `.notes.tmp-1` is one of them: only these are surely ours.
+_EARLIER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old-swap|old)-(?P<pid>[0-9]{1,10})", re.DOTALL)
+_EARLIER_NAMES = re.compile(
+    r"recipe\.toml|events\.jsonl|adapter|step-[0-9]{6,}|[0-9a-f]{32}|write-test|memory-calibration\.json"
+)
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class SetAside(NamedTuple):
+    """What was in the way and is not ours to remove: where it lies now, and its size."""
+
+    folder: Path
+    bytes: int
 
 
-def sha256_text(*parts: str) -> str:
-    """Hex sha256 of strings, each ended by a NUL so that ("ab", "c") and ("a", "bc") differ."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
+class Published(NamedTuple):
+    """The bytes of a published folder, and what had to be set aside for it."""
 
-
-def inside(root: Path, name: str) -> Path:
-    """`root / name`, if that is a plain path that stays inside `root`; for names that come from a file.
-
-    Raises ValueError for absolute names, `..`, NUL, a link that leaves the folder, and whatever is no regular
-    file or folder (a pipe would block, a device would never end).
-    """
-    if not name or "\0" in name or os.path.isabs(name) or "\\" in name:
-        raise ValueError(f"{name!r} is not a relative file name")
-    if ".." in Path(name).parts:
-        raise ValueError(f"{name!r} leaves the folder {root}")
-    path = root / name
-    # A hub snapshot is a folder of links into the blobs of the same repository, two levels up.
-    home = root.resolve()
-    allowed = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
-    real = path.resolve()
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise ValueError(f"{name!r} is a link out of the folder {root}")
-    if real.exists() and not (real.is_file() or real.is_dir()):
-        raise ValueError(f"{name!r} is neither a file nor a folder")
-    return path
+    bytes: int
+    aside: SetAside | None
 
 
 def free_bytes(path: Path) -> int:
@@ -83,8 +73,8 @@ def make_folder(path: Path) -> None:
     """Create a folder with its parents. Raises RunFolderError when it can't be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test.tmp-{os.getpid()}"  # swept like every leftover
-        probe.touch()
+        probe = hidden(path / "write-test", "tmp")  # swept like every leftover
+        files.open_to_write(probe, "new").close()
         probe.unlink()
     except OSError as error:
         raise RunFolderError(f"{path}: cannot write here ({error.strerror or error})", _NOT_WRITABLE) from error
@@ -102,37 +92,52 @@ def _nearest(path: Path) -> Path:
     return next((place for place in (path, *path.parents) if place.exists()), path)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content in one rename: a reader sees the old bytes or the new ones."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 for what cannot be looked at."""
     try:
-        temporary.write_bytes(text.encode())
-        _sync_file(temporary)
-        _close_to_others(temporary)
-        os.replace(temporary, path)
+        return sum(status.st_size for status in manifest.contents(folder).values() if stat.S_ISREG(status.st_mode))
+    except OSError:
+        return 0
+
+
+def open_to_write(path: Path, way: files.WayToWrite, permissions: int = 0o644) -> FileIO:
+    """`files.open_to_write`, with OSError for links too: for what is written far from any door."""
+    try:
+        return files.open_to_write(path, way, permissions)
+    except files.UnsafePathError as error:
+        raise OSError(errno.ELOOP, str(error)) from error
+
+
+def write_atomic(path: Path, text: str, permissions: int = 0o644) -> None:
+    """Replace a file's content in one rename: a reader sees the old bytes or the new ones. Its folder must be there."""
+    temporary = hidden(path, "tmp")
+    try:
+        with open_to_write(temporary, "new", permissions) as file:
+            _write_all(file, text.encode())
+        put_in_place(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
 
 
 def put_in_place(written: Path, final: Path) -> None:
     """Give a file that is written and closed the name `final`, beside it, in one rename."""
-    _sync_file(written)
-    _close_to_others(written)
+    _refuse_link(final)
+    with open_to_write(written, "existing") as file:
+        _settle(file)
     os.replace(written, final)
     _sync_folder(final.parent)
 
 
-def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> int:
-    """Have `write` fill a hidden folder, then give it the name `final` in one rename. Returns its bytes.
+def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[str, Any] | None = None) -> Published:
+    """Have `write` fill a hidden folder, then give it the name `final` in one rename.
 
-    An existing folder of that name is replaced: it is moved aside, and removed once the new one stands. Whatever
-    goes wrong before the rename leaves the old folder as it was and no temporary one. `about` goes into the manifest.
+    Whatever goes wrong before the rename leaves what stood there as it was and no temporary folder. The folder above
+    `final` is made, those above that are not: what holds a run may be gone. See `publish_filled` for the rest.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    final.parent.mkdir(exist_ok=True)
+    _refuse_link(final.parent)
+    temporary = hidden(final, "tmp")
     temporary.mkdir()
     try:
         write(temporary)
@@ -142,148 +147,56 @@ def publish_folder(final: Path, write: Callable[[Path], None], about: Mapping[st
         raise
 
 
-def publish_filled(filled: Path, final: Path, known: Mapping[str, str], about: Mapping[str, Any] | None = None) -> int:
-    """Give the folder `filled` the name `final` in one rename, with its manifest in it. Returns its bytes.
+def publish_filled(
+    filled: Path,
+    final: Path,
+    known: Mapping[str, str],
+    about: Mapping[str, Any] | None = None,
+    before: Standing | None = None,
+) -> Published:
+    """Give the folder `filled` the name `final` in one rename, with its manifest in it.
 
     Both are on one file system. `known` is the sha256 of files that were hashed while they were written: these are not
-    read again. `about` goes into the manifest.
+    read again. `about` goes into the manifest: the folder's `kind`, and what it is `of`. What stands at `final` is
+    removed when the new folder stands, if it is ours and unchanged, and else set aside as `final.N`; `before` is its
+    standing, all hashes read, where the caller knows that already.
     """
-    manifest: dict[str, Any] = {**(about or {}), "files": {}}
-    for path in sorted(path for path in filled.rglob("*") if path.is_file()):
-        _close_to_others(path)
-        _sync_file(path)
-        name = path.relative_to(filled).as_posix()
-        manifest["files"][name] = {"sha256": known.get(name) or sha256_file(path), "bytes": path.stat().st_size}
-    manifest[_SELF] = _sha256_of(manifest)
-    # No newline at its end: a manifest that lacks its last byte must not be a manifest.
-    write_atomic(filled / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-    for folder in (filled, *(path for path in filled.rglob("*") if path.is_dir())):
-        _close_to_others(folder)
-        _sync_folder(folder)
-    _swap_in(filled, final)
-    return sum(int(entry["bytes"]) for entry in manifest["files"].values())
-
-
-class HashedFile:
-    """A file written from front to back whose sha256 runs along, in a thread of `hashing`, while it is written.
-
-    `size` is what has been appended; nothing is open while nothing is written.
-    """
-
-    def __init__(self, path: Path, hashing: Executor) -> None:
-        self.path = path
-        self.size = 0
-        self._hashing = hashing
-        self._digest = hashlib.sha256()
-        self._hashed: Future[None] | None = None
-        self._file: Any = None
-
-    def resume(self, size: int) -> str:
-        """Go on behind the first `size` bytes of the file that is there; the rest is cut off. Returns their sha256.
-
-        Raises OSError where there are fewer.
-        """
-        with self.path.open("rb+") as file:
-            if file.seek(0, os.SEEK_END) < size:
-                raise OSError(errno.EIO, f"{self.path} is shorter than {size} bytes")
-            file.truncate(size)
-            file.seek(0)
-            self._digest = hashlib.file_digest(file, "sha256")
-        self.size = size
-        return self._digest.hexdigest()
-
-    def append(self, data: Any) -> None:
-        """Write the bytes of `data`: a contiguous buffer, which the caller does not change afterwards."""
-        view = memoryview(data)
-        if not view.nbytes:
-            return
-        left = view.cast("B")
-        if self._file is None:
-            self._file = self.path.open("r+b" if self.size else "wb", buffering=0)
-            self._file.seek(self.size)
-        if self._hashed is not None:
-            self._hashed.result()
-        self._hashed = self._hashing.submit(self._digest.update, left)
-        while left:
-            written = self._file.write(left)
-            left = left[written:]
-            self.size += written
-
-    def snapshot(self) -> Future[str]:
-        """The sha256 of what has been appended up to now, once it is hashed."""
-        return self._hashing.submit(lambda: self._digest.copy().hexdigest())
-
-    def sync(self) -> None:
-        """Flush what has been appended to the disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    entries: dict[str, dict[str, Any]] = {}
+    found = manifest.contents(filled)
+    for name in sorted(name for name, status in found.items() if not stat.S_ISDIR(status.st_mode)):
+        with open_to_write(filled / name, "existing") as file:
+            _settle(file)
+            size = os.fstat(file.fileno()).st_size
+        if name != MANIFEST:
+            entries[name] = {"sha256": known.get(name) or sha256_file(filled / name), "bytes": size}
+    facts = {**(about or {}), "made_by": manifest.MADE_BY, "version": __version__, "files": entries}
+    write_atomic(filled / MANIFEST, manifest.sealed(facts))
+    for folder in (filled, *(filled / name for name, status in found.items() if stat.S_ISDIR(status.st_mode))):
+        _sync_folder(folder, close_to_others=True)
+    aside = _swap_in(filled, final, before or manifest.standing(final, hashes=True))
+    return Published(sum(int(entry["bytes"]) for entry in entries.values()), aside)
 
 
 def verify_folder(folder: Path) -> str | None:
     """None when every file of the manifest is there with its size and sha256, else what is wrong."""
-    with foreign_failures() as failure:
-        manifest = read_manifest(folder)
-        entries = manifest["files"]
-        if manifest.pop(_SELF) != _sha256_of(manifest):
-            return f"{MANIFEST} is damaged (its own sha256 differs)"
-        for name, entry in entries.items():
-            path = inside(folder, name)
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if sha256_file(path) != entry["sha256"]:
-                return f"{name} is damaged (its sha256 differs from the manifest's)"
-    return f"the manifest cannot be read ({failure.error})" if failure.error else None
+    return manifest.verify(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A published folder's manifest, not verified. Raises OSError or ValueError."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict):
-        raise ValueError("it holds no JSON object")
-    return manifest
-
-
-class _Entry(foreign_json.ForeignModel):
-    sha256: str
-    bytes: int
-
-
-class _Manifest(foreign_json.ForeignModel):
-    files: dict[str, _Entry]
-    sha256: str
-
-
-def recorded_sha256(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a published folder, as its manifest records them; the files are not looked at.
-
-    Raises FileNotFoundError where there is no manifest, ValueError for one that is damaged or none of ours.
-    """
-    file = files.inside(folder, MANIFEST)
-    if not file.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"there is no {MANIFEST}", str(file))
-    content = foreign_json.load_object(file)
-    entries = foreign_json.checked(_Manifest, content, str(file)).files
-    if content.pop(_SELF) != _sha256_of(content):
-        raise ValueError(f"{MANIFEST} is damaged (its own sha256 differs)")
-    return {name: entry.sha256 for name, entry in entries.items()}
-
-
-def _sha256_of(manifest: Mapping[str, Any]) -> str:
-    """Of everything in a manifest but this hash itself: versions and names are protected like the files are."""
-    return sha256_text(json.dumps(manifest, sort_keys=True))
+    """A published folder's manifest, not verified. Raises ValueError."""
+    return manifest.read(folder)
 
 
 def set_aside(folder: Path, suffix: str) -> Path:
     """Rename a folder to the first free one of `<name><suffix>1`, `<name><suffix>2`, … Returns the new path."""
+    return _set_aside(folder, folder, suffix)
+
+
+def _set_aside(folder: Path, name: Path, suffix: str) -> Path:
+    """Rename `folder` to the first free one of the names that `set_aside` would give `name`."""
+    _refuse_link(folder)
     number = 1
-    while (target := folder.with_name(f"{folder.name}{suffix}{number}")).exists():
+    while os.path.lexists(target := name.with_name(f"{name.name}{suffix}{number}")):
         number += 1
     os.rename(folder, target)
     _sync_folder(folder.parent)
@@ -291,77 +204,165 @@ def set_aside(folder: Path, suffix: str) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a published folder: first out of its name in one rename, so that no half of it is ever seen."""
-    doomed = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Remove a published folder, unless something was changed or added in it: then it stays.
+
+    It leaves its name in one rename first, so that no half of it is ever seen.
+    """
+    if manifest.standing(folder, hashes=False).whose == "ours":
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that the caller knows to be ours, whatever is in it; out of its name in one rename first."""
+    _refuse_link(folder)
+    doomed = hidden(folder, "old")
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def sweep_leftovers(parent: Path, spare_running: bool = False) -> int:
-    """Remove hidden `.tmp-` and `.old-` folders and files that a killed process left. Returns how many.
+def sweep_leftovers(parent: Path, spare_running: bool = False, name: str | None = None) -> int:
+    """Remove the hidden folders and files that a killed process of ours left. Returns how many.
 
-    `spare_running` leaves those of processes that run: for a folder that several may use at once.
+    `spare_running` leaves those of processes that run: for a folder that several may use at once. `name`: only what
+    belongs to the folder of that name. Names alone do not make them ours: see `_HIDDEN` and `_EARLIER`.
 
     A process may have died between the two renames that replace a folder, so that neither the old one nor the new one
     has its name: then the new one, if it is whole, or else the old one gets it.
     """
-    _finish_swaps(parent)
-    leftovers = [path for path in parent.glob(".*") if ".tmp-" in path.name or ".old-" in path.name]
+    leftovers = [leftover for leftover in _leftovers(parent) if name in (None, leftover.name)]
     if spare_running:
-        numbers = {path: path.name.rpartition("-")[2] for path in leftovers}
-        leftovers = [path for path, pid in numbers.items() if pid.isdecimal() and not lock.is_running(int(pid))]
-    for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
+        leftovers = [leftover for leftover in leftovers if not lock.is_running(leftover.pid)]
+    gone = _finish_swaps(parent, leftovers)
+    for leftover in leftovers:
+        path = leftover.path
+        if path in gone:
+            continue
+        if leftover.kind == "swap" and manifest.standing(path, hashes=True).whose != "ours":
+            _set_aside(path, parent / leftover.name, ".")  # somebody wrote in it while it was replaced
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    return len(leftovers)
+    return len(leftovers) - len(gone)
 
 
-def _finish_swaps(parent: Path) -> None:
-    for mark in (".tmp-", _SWAPPED):  # a whole new one is better than the old one
-        for path in sorted(parent.glob(f".*{mark}*")):
-            final = parent / path.name[1:].partition(mark)[0]
-            replaced = any(parent.glob(f".{glob.escape(final.name)}{_SWAPPED}*"))
-            if path.is_dir() and replaced and not final.exists() and verify_folder(path) is None:
-                os.rename(path, final)
-                _sync_folder(parent)
+class _Leftover(NamedTuple):
+    path: Path
+    name: str
+    kind: str
+    pid: int
 
 
-def _swap_in(temporary: Path, final: Path) -> None:
-    old = final.with_name(f".{final.name}{_SWAPPED}{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+def is_leftover(path: Path) -> bool:
+    """Whether `sweep_leftovers` would take it for something that a killed process of ours left."""
+    return _leftover_at(path) is not None
+
+
+def _leftovers(parent: Path) -> list[_Leftover]:
+    paths = sorted(parent.glob(".*")) if parent.is_dir() else []
+    return [leftover for path in paths if (leftover := _leftover_at(path))]
+
+
+def _leftover_at(path: Path) -> _Leftover | None:
+    """A hidden file or folder that is surely ours, no link."""
+    match = _HIDDEN.fullmatch(path.name)
+    if match is None and (earlier := _EARLIER.fullmatch(path.name)):
+        known = _EARLIER_NAMES.fullmatch(earlier["name"]) is not None
+        match = earlier if known or manifest.standing(path, hashes=True).whose == "ours" else None
+    if match is None or files.is_link(path) or not (path.is_dir() or path.is_file()):
+        return None
+    return _Leftover(path, match["name"], match["kind"].replace("old-swap", "swap"), int(match["pid"]))
+
+
+def _finish_swaps(parent: Path, leftovers: list[_Leftover]) -> set[Path]:
+    """Give back their names to folders that lost them between two renames. Returns what was renamed."""
+    gone: set[Path] = set()
+    for name in {leftover.name for leftover in leftovers if leftover.kind == "swap"}:
+        final = parent / name
+        # A whole new one is better than the old one; of the old one, nothing may be lost.
+        new = [
+            one.path for one in leftovers if one.name == name and one.kind == "tmp" and verify_folder(one.path) is None
+        ]
+        old = [one.path for one in leftovers if one.name == name and one.kind == "swap"]
+        if not os.path.lexists(final):
+            os.rename((chosen := [*new, *old][0]), final)
+            _sync_folder(parent)
+            gone.add(chosen)
+    return gone
+
+
+def _swap_in(temporary: Path, final: Path, before: Standing) -> SetAside | None:
+    """Give `temporary` the name `final`, where `before` stands. Returns what was set aside for it."""
+    _refuse_link(final)
+    if before.whose == "nobody":
+        if final.exists():
+            final.rmdir()  # fails where something has been put into it since
+        os.rename(temporary, final)
+        _sync_folder(final.parent)
+        return None
+    if before.whose == "ours":
+        old = hidden(final, "swap")
         os.rename(final, old)
+    else:
+        old = set_aside(final, ".")
     try:
         os.rename(temporary, final)
     except BaseException:
-        if old.exists() and not final.exists():
+        if not os.path.lexists(final):
             os.rename(old, final)
         raise
     _sync_folder(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if before.whose == "ours":
+        if manifest.stamp_of(manifest.contents(old)) == before.stamp:
+            discard(old)
+            return None
+        old = _set_aside(old, final, ".")  # written to after it was looked at
+    return SetAside(old, size_of(old))
 
 
-def _close_to_others(path: Path) -> None:
-    """Nobody else may write to it, whatever the umask: files become 0644 or 0600, folders 0755 or 0700."""
-    mode = path.stat().st_mode
+def hidden(path: Path, kind: str) -> Path:
+    """A new name beside `path` that tells what it is for, and by which process; nobody else has one like it."""
+    name = path.name
+    if match := _HIDDEN.fullmatch(name):
+        name = match["name"]
+    return path.with_name(f".{name}.{kind}-qlora-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """Write all of `data` to a file that is not buffered."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _refuse_link(path: Path) -> None:
+    if files.is_link(path):
+        raise OSError(errno.ELOOP, "it is a link, and nothing is written or removed through one", str(path))
+
+
+def _settle(file: FileIO) -> None:
+    """Flush a file to the disk; nobody else may write to it, whatever the umask: it becomes 0644 or 0600."""
+    _close_to_others(file.fileno())
+    os.fsync(file.fileno())
+
+
+def _close_to_others(handle: int) -> None:
+    mode = os.fstat(handle).st_mode
     if mode & 0o022 and os.name != "nt":
-        path.chmod(mode & 0o7755)
+        os.fchmod(handle, mode & 0o7755)
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def _sync_folder(folder: Path, close_to_others: bool = False) -> None:
+    """Flush a folder's list of names, and perhaps take others' right to write from it (0755 or 0700).
 
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names. Windows has no such call, and some network disks refuse it."""
+    Windows has no such call, and some network disks refuse it.
+    """
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | (os.O_NOFOLLOW if close_to_others else 0))
     try:
+        if close_to_others:
+            _close_to_others(handle)
         os.fsync(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):

@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from qlora.errors import UserError
 
@@ -25,9 +26,10 @@ _WAYS_TO_WRITE = {
     "replace": os.O_WRONLY | os.O_CREAT,  # emptied once it is known to be a file of ours
     "append": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
     "update": os.O_RDWR | os.O_CREAT,
+    "existing": os.O_RDWR,
 }
-_MODES = {"new": "wb", "replace": "wb", "append": "ab", "update": "r+b"}
-WayToWrite = Literal["new", "replace", "append", "update"]
+_MODES = {"new": "w", "replace": "w", "append": "a", "update": "r+", "existing": "r+"}
+WayToWrite = Literal["new", "replace", "append", "update", "existing"]
 
 
 class UnsafePathError(ValueError):
@@ -105,7 +107,7 @@ def refuse_links(root: Path, path: Path) -> None:
         place = place.parent
 
 
-def open_to_read(path: Path, max_bytes: int | None = None) -> IO[bytes]:
+def open_to_read(path: Path, max_bytes: int | None = None) -> BufferedReader:
     """A regular file, opened to be read; `path` is resolved already. Buffered.
 
     Raises UnsafePathError for a link, a pipe, a device, a folder or more than `max_bytes`; OSError as open does.
@@ -130,12 +132,12 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def open_to_write(path: Path, way: WayToWrite, permissions: int = 0o644) -> IO[bytes]:
+def open_to_write(path: Path, way: WayToWrite, permissions: int = 0o644) -> FileIO:
     """A regular file of our own, opened to be written, unbuffered, never through a link.
 
     "new" fails where something of that name is; "replace" empties, "append" goes on, "update" reads and writes what is
-    there. Raises UnsafePathError for a link, a second name of another file (a hard link), and what is no regular file;
-    OSError as open does.
+    there, and so does "existing", which makes no file. Raises UnsafePathError for a link, a second name of another file
+    (a hard link), and what is no regular file; OSError as open does.
     """
     handle = _open(path, _WAYS_TO_WRITE[way] | _NO_WAIT, permissions)
     try:
@@ -143,7 +145,7 @@ def open_to_write(path: Path, way: WayToWrite, permissions: int = 0o644) -> IO[b
             raise UnsafePathError(f"{path} is a second name of another file, and nothing is written through one")
         if way == "replace":
             os.ftruncate(handle, 0)
-        return os.fdopen(handle, _MODES[way], buffering=0)
+        return FileIO(handle, _MODES[way])
     except BaseException:
         os.close(handle)
         raise

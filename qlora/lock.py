@@ -14,9 +14,12 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from filelock import lock_descriptor
+
+from qlora import files, foreign_json
 
 MAX_LOCK_BYTES = 4096
 _CANNOT_LOCK = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS)
@@ -26,16 +29,24 @@ _TEXT_START = 1 if os.name == "nt" else 0
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has a lock, as the lock's file names it."""
+    """The process that has a lock, as the lock's file names it; `inode` is that file's own (0: not recorded)."""
 
     pid: int
     started: str
     host: str
+    inode: int = 0
 
     @property
     def runs(self) -> bool:
         """Whether it may still run; on another machine that cannot be seen from here, so yes."""
         return self.host != socket.gethostname() or (self.started != "" and start_of(self.pid) == self.started)
+
+
+class _Named(foreign_json.ForeignModel):
+    pid: int
+    started: str
+    host: str
+    inode: int = 0
 
 
 class LockHeld(Exception):
@@ -49,48 +60,73 @@ class LockHeld(Exception):
 class FolderLock:
     """A lock that this process has taken, until `release` or the end of the process."""
 
-    def __init__(self, handle: int, file: Path) -> None:
-        self._handle: int | None = handle
+    def __init__(self, opened: FileIO, file: Path) -> None:
+        self._opened = opened
         self.file = file
 
     def release(self) -> None:
         """Clear the holder's name, then unlock. The file stays; to remove it, do so before the release."""
-        if self._handle is None:
+        if self._opened.closed:
             return
         with suppress(OSError):
-            os.ftruncate(self._handle, 0)
-        os.close(self._handle)
-        self._handle = None
+            self._opened.truncate(0)
+        self._opened.close()
 
 
 def acquire(file: Path) -> FolderLock:
-    """Take the lock for this process; its file is made where there is none. Raises LockHeld, or OSError."""
+    """Take the lock for this process; its file is made where there is none.
+
+    Raises LockHeld, files.UnsafePathError (a link, no plain file), or OSError.
+    """
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        opened = files.open_to_write(file, "update")
         try:
+            handle = opened.fileno()
             _take(handle)
             if _is_at(handle, file):
                 me = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": socket.gethostname()}
+                text = json.dumps({**me, "inode": os.fstat(handle).st_ino})
                 os.ftruncate(handle, 0)
                 os.lseek(handle, 0, os.SEEK_SET)
-                os.write(handle, b" " * _TEXT_START + json.dumps(me).encode())
-                return FolderLock(handle, file)
+                os.write(handle, b" " * _TEXT_START + text.encode())
+                return FolderLock(opened, file)
         except BaseException:
-            os.close(handle)
+            opened.close()
             raise
-        os.close(handle)
+        opened.close()
 
 
 def check_free(file: Path) -> None:
-    """Raises LockHeld when a running process has the lock. Changes nothing."""
+    """Raises LockHeld when a running process has the lock, UnsafePathError as `acquire` does. Changes nothing."""
     try:
-        handle = os.open(file, os.O_RDWR)
+        with files.open_to_write(file, "existing") as opened:
+            _take(opened.fileno())
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # nobody has ever been here, or none of ours can be: the next check says so
+
+
+def holder_of(file: Path) -> Holder | None:
+    """Whom a lock's file names, whether or not it still runs; None where it names nobody, or is no such file."""
     try:
-        _take(handle)
-    finally:
-        os.close(handle)
+        with files.open_to_read(file) as opened:
+            return _read(opened.fileno())
+    except (OSError, files.UnsafePathError):
+        return None
+
+
+def is_lost(file: Path) -> bool:
+    """Whether the lock that this process took by that name is another file now, or somebody else's.
+
+    Of a lock file that names nobody, nothing is known: False.
+    """
+    holder = holder_of(file)
+    if holder is None:
+        return False
+    mine = (holder.pid, holder.started, holder.host) == (os.getpid(), start_of(os.getpid()), socket.gethostname())
+    try:
+        return not mine or holder.inode != os.lstat(file).st_ino
+    except FileNotFoundError:
+        return True
 
 
 def is_running(pid: int) -> bool:
@@ -133,10 +169,11 @@ def _take(handle: int) -> None:
 def _read(handle: int) -> Holder | None:
     os.lseek(handle, _TEXT_START, os.SEEK_SET)
     try:
-        holder = json.loads(os.read(handle, MAX_LOCK_BYTES))
-        return Holder(int(holder["pid"]), str(holder["started"]), str(holder["host"]))
-    except (ValueError, KeyError, TypeError):
+        text = foreign_json.parse(os.read(handle, MAX_LOCK_BYTES), "the lock file")
+        named = foreign_json.checked(_Named, text, "the lock file")
+    except foreign_json.ForeignFileError:
         return None
+    return Holder(named.pid, named.started, named.host, named.inode)
 
 
 def _is_at(handle: int, file: Path) -> bool:

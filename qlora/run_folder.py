@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,41 +13,56 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qlora import disk, files, foreign_json, lock
-from qlora.errors import ExportError, RecipeError, RunFolderError
+from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.recipe import pins
 from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
+from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
+from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, id_of, is_run, recorded_folder
+from qlora.run_record import LOCK_FILE as LOCK_FILE
+from qlora.run_record import RECIPE_FILE as RECIPE_FILE
+from qlora.run_record import relocated as relocated
 from qlora.version import __version__
 
-RECIPE_FILE = "recipe.toml"
-RUN_FILE = "run.json"
-LOCK_FILE = ".lock"
-RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
+# What we write in a run's folder: under these names nothing may be a link, wherever it leads.
+_OURS = {*RESULTS, "tokenizer", RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
+_MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 
 
-_START_LINE = b'{"event": "start"'  # how a line of events.jsonl with a Start event begins
-_MAX_START_BYTES = 1 << 20  # of that line
+@dataclass(frozen=True)
+class Claim:
+    """A run's folder taken by this process, until `release`; `aside` is the earlier run that mode='fresh' moved."""
 
+    lock: lock.FolderLock
+    aside: disk.SetAside | None
 
-class RunRecord(foreign_json.ForeignModel):
-    """`run.json`: that the folder is a run's, which, and where it lay when its recipe was written down."""
-
-    made_by: Literal["qlora"]
-    kind: Literal["run"]
-    version: str
-    id: str
-    folder: str
-
-
-class _Started(foreign_json.ForeignModel):
-    run_dir: str
+    def release(self) -> None:
+        self.lock.release()
 
 
 def path_of(recipe: Recipe, name: str) -> Path:
-    """`output.dir/name`, absolute."""
-    return (files.user_path(recipe.output.dir, "output.dir") / name).resolve()
+    """`output.dir/name`, absolute, links resolved. Raises RunFolderError where `name` is no plain part of a path."""
+    if why := _not_a_name(name):
+        what = f"{name!r}: cannot be the name of a run's folder ({why})"
+        raise RunFolderError(what, "give the recipe's file another name: its run is called like it")
+    folder = files.user_path(recipe.output.dir, "output.dir")
+    return files.user_path(folder / name, "output.dir")
+
+
+def _not_a_name(name: str) -> str | None:
+    """Why `name` is no plain part of a path on every system, or None."""
+    if not name.strip(" ."):
+        return "nothing is left of it without dots and spaces"
+    if any(letter in "/\\\0" or ord(letter) < 32 for letter in name):
+        return "it holds a separator or a control character"
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        return f"it has more than {_MAX_NAME_BYTES} bytes"
+    if name.partition(".")[0].strip().lower() in _DEVICES:
+        return "Windows calls a device so"
+    return None
 
 
 def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:
@@ -61,27 +77,61 @@ def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "f
         lock.check_free(run_dir / LOCK_FILE)
     except lock.LockHeld as held:
         raise _under_way(run_dir, held.holder) from held
-    names = {path.name for path in run_dir.iterdir()} - {LOCK_FILE} if run_dir.exists() else set()
-    if mode == "new" and names & RESULTS:
-        hint = "mode='resume' goes on with it, mode='fresh' keeps it under another name and starts anew"
-        raise RunFolderError(f"{run_dir}: holds a run already", hint)
-    if mode == "new" and names and RECIPE_FILE not in names:
-        raise RunFolderError(f"{run_dir}: holds files that are not a run's", "change output.dir, or the recipe's name")
+    except files.UnsafePathError as error:
+        raise _unsafe(error) from error
+    _check_whose(run_dir, mode)
     if mode == "resume":
         _must_match(run_dir, recipe)
     disk.check_writable(run_dir)
 
 
-def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> lock.FolderLock:
+def _check_whose(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> None:
+    """A folder that is not a run's is nobody's to take; in one that is, what we write must not be a link."""
+    names = {path.name for path in run_dir.iterdir() if not disk.is_leftover(path)} if run_dir.exists() else set()
+    ours = is_run(run_dir)
+    if names == {LOCK_FILE} and (ours or _is_lock(run_dir / LOCK_FILE)):
+        return  # nothing has happened here yet
+    if names and not ours:
+        shown = ", ".join(sorted(names)[:3])
+        what = f"{run_dir}: holds files that are not a run's ({shown})"
+        raise RunFolderError(what, "change output.dir, or the recipe's name")
+    if mode == "new" and names & RESULTS:
+        hint = "mode='resume' goes on with it, mode='fresh' keeps it under another name and starts anew"
+        raise RunFolderError(f"{run_dir}: holds a run already", hint)
+    for folder in (run_dir, run_dir / "checkpoints"):
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+            try:
+                if folder != run_dir or entry.name in _OURS:
+                    files.refuse_links(run_dir, entry)
+                elif files.is_link(entry):
+                    files.inside(folder, entry.name)
+            except files.UnsafePathError as error:
+                raise _unsafe(error) from error
+
+
+def _is_lock(file: Path) -> bool:
+    """Whether a file is the lock of a run that got no further, and not somebody's file of that name."""
+    return lock.holder_of(file) is not None or (file.is_file() and file.stat().st_size == 0)
+
+
+def _unsafe(error: files.UnsafePathError) -> RunFolderError:
+    return RunFolderError(str(error), "put what it leads to in its place, or take it away")
+
+
+def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> Claim:
     """Take the folder: "fresh" moves an old run out of the way, "new" forgets a run that trained nothing.
 
-    Raises RunFolderError when another process was faster.
+    Raises RunFolderError when another process was faster, and when the folder is not a run's.
     """
+    _check_whose(run_dir, mode)  # again: much time may have passed
     disk.make_folder(run_dir)
-    folder_lock = _take(run_dir)
+    folder_lock, aside = _take(run_dir), None
     try:
+        _check_whose(run_dir, mode)
         if mode == "fresh" and {path.name for path in run_dir.iterdir()} - {LOCK_FILE}:
-            disk.set_aside(run_dir, ".")  # with the lock in it: whoever has just opened that one sees that it has moved
+            # with the lock in it: whoever has just opened that one sees that it has moved
+            moved = disk.set_aside(run_dir, ".")
+            aside = disk.SetAside(moved, disk.size_of(moved))
             folder_lock.release()
             disk.make_folder(run_dir)
             folder_lock = _take(run_dir)
@@ -90,7 +140,33 @@ def claim(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> lock.Folder
     except BaseException:
         folder_lock.release()
         raise
-    return folder_lock
+    return Claim(folder_lock, aside)
+
+
+def check_there(run_dir: Path, about: Mapping[str, Any]) -> None:
+    """Raises TrainingStopped when a run's folder is gone, or is another one than that of the run in `about`.
+
+    `about` is its `provenance`. Nothing of a run is written where its folder no longer is.
+    """
+    run = about.get("of", {}).get("run")
+    if run_dir.is_dir() and run == id_of(run_dir) and not lock.is_lost(run_dir / LOCK_FILE):
+        return
+    what = f"{run_dir}: the run's folder was moved, removed or replaced while it trained"
+    raise TrainingStopped(what, "put it back as it was and go on with mode='resume', or start again")
+
+
+def publish_adapter(run_dir: Path, write: Callable[[Path], None], sink: Sink) -> int:
+    """Publish `run_dir/adapter` anew; what somebody changed in the one before is kept, and said. Returns its bytes."""
+    about = {"kind": "adapter", "of": {"run": id_of(run_dir)}}
+    published = disk.publish_folder(run_dir / "adapter", write, about)
+    if published.aside is not None:
+        sink.emit(Notice("adapter", f"the adapter before had been changed; {kept(published.aside)}"))
+    return published.bytes
+
+
+def kept(aside: disk.SetAside) -> str:
+    """What a notice says of something that was in the way: where it lies now, and its size."""
+    return f"it is kept as {aside.folder} ({aside.bytes / 2**20:,.1f} MiB)"
 
 
 def _take(run_dir: Path) -> lock.FolderLock:
@@ -98,6 +174,8 @@ def _take(run_dir: Path) -> lock.FolderLock:
         return lock.acquire(run_dir / LOCK_FILE)
     except lock.LockHeld as held:
         raise _under_way(run_dir, held.holder) from held
+    except files.UnsafePathError as error:
+        raise _unsafe(error) from error
 
 
 def _under_way(run_dir: Path, holder: lock.Holder | None) -> RunFolderError:
@@ -111,12 +189,22 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     if not file.is_file():
         raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
-        old, _ = load_recorded(file)
+        recorded, _ = load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
-    if keys := differing_keys(pins.resumed(recipe, old), old):
+    # A project that was moved, or copied, has its base and rows in the same places seen from the run; of a base that
+    # lies elsewhere, what it is decides: `checkpoint.check_base`.
+    places = (recorded, relocated_recipe(recorded, run_dir), relocated_recipe(recorded, run_dir, copied=True))
+    keys = min((_other_keys(recipe, old) for old in places), key=len)
+    if keys:
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
+
+
+def _other_keys(recipe: Recipe, recorded: Recipe) -> list[str]:
+    """What differs, but for where the base lies: what it is decides (`checkpoint.check_base`)."""
+    differing = differing_keys(pins.resumed(recipe, recorded), recorded)
+    return [key for key in differing if key not in ("model.base", "model.revision")]
 
 
 def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
@@ -125,21 +213,25 @@ def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
     if unknown:
         message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
         sink.emit(Notice("recipe", message, len(unknown)))
-    return pins.resumed(recipe, recorded)
+    return pins.resumed(recipe, relocated_recipe(recorded, run_dir))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
     """The resolved recipe: every default written out, paths absolute, the revision as the commit it meant.
 
-    A path that looks like a token must stay what it is. Returns whether one does: then the file is its owner's to read.
+    And run.json, which says whose folder it is and where it lies. A path that looks like a token must stay what it is.
+    Returns whether one does: then the files are their owner's to read.
     """
     if commit is not None:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": commit})})
-    heading = f"# written by qlora {__version__}; every key resolved\n"
-    text = recipe_toml(recipe, heading)
-    disk.write_atomic(run_dir / RECIPE_FILE, text)
-    if is_private := redact(text) != text:
-        (run_dir / RECIPE_FILE).chmod(0o600)
+    text = recipe_toml(recipe, f"{HEADING}{__version__}; every key resolved\n")
+    run = id_of(run_dir) or uuid.uuid4().hex
+    record = RunRecord(made_by="qlora", kind="run", version=__version__, id=run, folder=str(run_dir))
+    is_private = redact(f"{text}{run_dir}") != f"{text}{run_dir}"
+    permissions = 0o600 if is_private else 0o644
+    disk.write_atomic(run_dir / RECIPE_FILE, text, permissions)
+    # After the recipe: until it is written, the paths in that are seen from where the folder lay before.
+    disk.write_atomic(run_dir / RUN_FILE, record.model_dump_json(indent=1) + "\n", permissions)
     return is_private
 
 
@@ -152,9 +244,11 @@ def versions() -> dict[str, str]:
     return {"qlora": __version__, **{name: package_version(name) for name in PACKAGES}}
 
 
-def provenance(recipe: Recipe) -> dict[str, Any]:
-    """How a checkpoint was made, for its manifest."""
-    return {"versions": versions(), "recipe_sha256": disk.sha256_text(recipe_toml(recipe))}
+def provenance(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+    """How a checkpoint was made and of which run, for its manifest."""
+    of = {"run": id_of(run_dir), "base": dataset_name(recipe.model.base)}
+    recipe_sha256 = disk.sha256_text(recipe_toml(recipe))
+    return {"kind": "checkpoint", "of": of, "versions": versions(), "recipe_sha256": recipe_sha256}
 
 
 class _Manifest(foreign_json.ForeignModel):
@@ -186,81 +280,55 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
     if not path.is_dir():
         hint = "name a run's folder, such as runs/quickstart, or an adapter folder"
         raise ExportError(f"{path}: no such folder", hint)
+    if files.is_link(path / "adapter"):
+        raise ExportError(f"{path / 'adapter'}: is a link", "name the adapter's folder itself")
     if (path / "adapter" / "adapter_config.json").is_file():
         return _plain(path / "adapter"), path / "export"
     if (path / "adapter_config.json").is_file():
-        of_run = (path.parent / RECIPE_FILE).is_file()
-        return _plain(path), path.parent / "export" if of_run else path.with_name(path.name + "-export")
-    if (path / RECIPE_FILE).is_file():
+        return _plain(path), path.parent / "export" if is_run(path.parent) else path.with_name(path.name + "-export")
+    if is_run(path):
         raise ExportError(f"{path}: this run has no adapter yet", "train it to its first evaluation or its end")
     raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
 
 
-def relocated(path: str, run_dir: Path) -> str:
-    """Where a path that the run in `run_dir` recorded lies today: a project may have been moved or renamed as a whole.
+def relocated_recipe(recipe: Recipe, run_dir: Path, copied: bool = False) -> Recipe:
+    """A recipe that the run in `run_dir` recorded, with its base and its rows where they lie today: see `relocated`."""
+    model, data = recipe.model, recipe.data
+    base = model.model_copy(update={"base": relocated(model.base, run_dir, copied)})
 
-    `path` is absolute: a folder, a file or a glob. What exists under it stays; else the same
-    place seen from the run's folder is taken, if something is there. Everything else, hub names too, comes back as it
-    is.
+    def placed(source: SourceSection) -> SourceSection:
+        return source.model_copy(update={"path": relocated(source.path, run_dir, copied)})
+
+    rows = {"train": tuple(map(placed, data.train)), "eval": tuple(map(placed, data.eval))}
+    return recipe.model_copy(update={"model": base, "data": data.model_copy(update=rows)})
+
+
+def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:
+    """The recipe of the run that an adapter's folder belongs to; None for an adapter alone.
+
+    Its base and rows are named where they lie today, which is said where that is another place.
     """
-    if not os.path.isabs(path) or _is_there(path):
-        return path
-    before = recorded_folder(run_dir)
-    if before is None or before == run_dir:
-        return path
-    try:
-        shared = os.path.commonpath((before, path))
-        now = os.path.normpath(run_dir / os.path.relpath(path, before))
-    except ValueError:  # on Windows: of two drives
-        return path
-    return now if shared != os.path.dirname(shared) and _is_there(now) else path
-
-
-def recorded_folder(run_dir: Path) -> Path | None:
-    """Where a run's folder lay when its recipe was written: by its run.json, for older runs by its last start event."""
-    try:
-        record = foreign_json.checked(RunRecord, foreign_json.load(run_dir / RUN_FILE), str(run_dir / RUN_FILE))
-        folder: str | None = record.folder
-    except foreign_json.ForeignFileError:
-        folder = _folder_of_last_start(run_dir / EVENTS_FILE)
-    return Path(folder) if folder and os.path.isabs(folder) else None
-
-
-def _folder_of_last_start(events: Path) -> str | None:
-    last = b""
-    try:
-        with files.open_to_read(events) as lines:
-            while line := lines.readline(_MAX_START_BYTES):
-                if line.startswith(_START_LINE):
-                    last = line
-        return foreign_json.checked(_Started, foreign_json.parse(last, str(events)), str(events)).run_dir
-    except (OSError, ValueError):  # both of our own modules' errors are ValueErrors
+    run_dir = adapter_dir.parent
+    if not is_run(run_dir):
         return None
-
-
-def _is_there(path: str) -> bool:
-    """Whether something is at a recorded path; of a glob, whether the folder is there that its pattern begins in."""
-    place = path
-    while glob.has_magic(place) and not os.path.lexists(place):
-        place = os.path.dirname(place)
-    return os.path.lexists(place) if place == path else os.path.isdir(place)
-
-
-def recipe_of(adapter_dir: Path) -> Recipe | None:
-    """The recipe of the run that an adapter's folder belongs to; None for an adapter alone."""
-    file = adapter_dir.parent / RECIPE_FILE
-    if not file.is_file():
-        return None
+    file = run_dir / RECIPE_FILE
+    hint = "name the adapter's folder, moved elsewhere"
+    if files.is_link(file):
+        raise ExportError(f"{file}: is a link", hint)
     try:
-        return load_recorded(file)[0]
+        recorded, _ = load_recorded(file)
     except RecipeError as error:
-        hint = "name the adapter's folder, moved elsewhere"
         raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
+    recipe = relocated_recipe(recorded, run_dir)
+    if recipe != recorded:
+        was = recorded_folder(run_dir)
+        sink.emit(Notice("moved", f"the run lay in {was}: base and rows are taken from where they are seen from here"))
+    return recipe
 
 
 def name_of(adapter_dir: Path) -> str:
     """What an export calls itself: the run's name, or the adapter folder's."""
-    return adapter_dir.parent.name if (adapter_dir.parent / RECIPE_FILE).is_file() else adapter_dir.name
+    return adapter_dir.parent.name if is_run(adapter_dir.parent) else adapter_dir.name
 
 
 def dataset_name(path: str) -> str:
@@ -276,11 +344,3 @@ def _plain(folder: Path) -> Path:
         except files.UnsafePathError as error:
             raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
     return folder
-
-
-def refuse_foreign_folder(target: Path) -> None:
-    """Only what an earlier export published may be replaced."""
-    published = target.is_dir() and ((target / disk.MANIFEST).exists() or not any(target.iterdir()))
-    if target.exists() and not published:
-        what = f"{target}: exists and was not made by an export"
-        raise ExportError(what, "name another folder with `out`, or remove it")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora import api
+from qlora import api, run_folder
 from qlora.errors import RecipeError
 from qlora.recipe.reading import load_recipe
 from tests.export.cases import KINDS, trained
@@ -45,7 +45,7 @@ def test_a_gguf_takes_the_rows_of_its_run_without_verification_too(
 ) -> None:
     """Its Modelfile has the rows' system text and context, whatever the quant: keys are gguf-<quant>."""
     recipe = write_recipe(tmp_path / "run", llama)
-    recipe.rename(recipe.with_name("recipe.toml"))
+    run_folder.write_recipe(tmp_path / "run", load_recipe(recipe), None)
     trained(llama, tmp_path / "run" / "adapter", KINDS["plain"])
     asked: list[bool] = []
     real = api.setup.prepare_rows

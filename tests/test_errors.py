@@ -71,3 +71,34 @@ def test_our_own_errors_and_interrupts_pass() -> None:
     for error in (errors.ModelError("a", "b"), KeyboardInterrupt()):
         with pytest.raises(type(error)), foreign_failures():
             raise error
+
+
+class PanicException(BaseException):
+    """As pyo3 makes one in each library: its own class, that nobody can import."""
+
+    __module__ = "pyo3_runtime"
+
+
+def test_a_native_librarys_panic_is_caught_and_what_ends_a_process_is_not() -> None:
+    with foreign_failures() as failure:
+        raise PanicException("gave up")
+    assert isinstance(failure.error, PanicException) and failure.reason == "gave up"
+    for error in (KeyboardInterrupt(), SystemExit(3), GeneratorExit()):
+        with pytest.raises(type(error)), foreign_failures():
+            raise error
+
+
+def test_a_real_panic_is_one() -> None:
+    """tokenizers' engine for patterns gives up after ten million trials."""
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(r"(?:.|.)*[xq][yz]"), "isolated")
+    with foreign_failures() as failure:
+        split.pre_tokenize_str("x" * 40)
+    assert not isinstance(failure.error, Exception) and "retry-limit" in failure.reason
+
+
+def test_what_a_message_quotes_steers_no_terminal() -> None:
+    error = QloraError("folder \x1b]0;owned\x07\x9b31m\udcff: lies", "rename \u202eit\x7f")
+    assert (error.what, error.hint) == ("folder ␛]0;owned␇\\x9b31m\\xff: lies", "rename \\u202eit␡")
+    assert str(error) == error.what

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from qlora import events
-from qlora.events import End, Event, Fidelity, Notice, Progress, Recorder, Rejected, Sinks, clean
+from qlora.events import End, Event, Fidelity, Notice, Progress, Recorder, Rejected, Sampled, Sinks, clean
 
 TOKEN = "hf_ThisIsTheHubTokenOfATest0123"
 
@@ -64,3 +64,12 @@ def test_every_sink_gets_every_event_in_order() -> None:
     ]
     assert one.events == two.events and TOKEN not in repr(one.events)
     assert one.of("progress") == [Progress("load", 1, 2)] and one.of("end") == []
+
+
+def test_texts_steer_no_terminal_and_only_samples_have_lines() -> None:
+    event = clean(Rejected("a\x1b[2J\n.jsonl", "\udcff", 1, ("b\u202e:1", "\x9b")))
+    assert event == Rejected("a␛[2J␊.jsonl", "\\xff", 1, ("b\\u202e:1", "\\x9b"))
+    entry = {"name\x07": "\x1b", "bytes": 1}
+    assert clean(Fidelity("rows", 1, 1, (entry,))) == Fidelity("rows", 1, 1, ({"name␇": "␛", "bytes": 1},))
+    sample = Sampled(1, "two\nlines\tand\x1b[0m", "a", "b\r", "c")
+    assert clean(sample) == Sampled(1, "two\nlines\tand␛[0m", "a", "b␍", "c")

@@ -87,6 +87,23 @@ def test_a_file_that_lost_its_name_before_it_was_locked_is_no_lock(
     taken.release()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="an open file can be neither removed nor renamed there")
+def test_a_lock_is_lost_with_its_file(tmp_path: Path, file: Path) -> None:
+    assert not lock.is_lost(file), "nobody has taken it"
+    taken = lock.acquire(file)
+    assert not lock.is_lost(file)
+    text = file.read_text()
+    file.rename(tmp_path / "elsewhere")
+    file.write_text(text)  # a copy of it, as a folder that is copied has one
+    assert lock.is_lost(file)
+    file.write_text(text.replace(str(os.getpid()), "1"))
+    assert lock.is_lost(file), "another process has it"
+    os.replace(tmp_path / "elsewhere", file)
+    assert not lock.is_lost(file)
+    taken.release()
+    assert not lock.is_lost(file)
+
+
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that cannot lock."""
     import fcntl

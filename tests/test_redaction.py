@@ -29,6 +29,7 @@ def test_values_of_the_environment_are_hidden_wherever_they_stand(armed: None, v
         ("{'authorization: Basic dXNlcjpwYXNzd29yZA==' }", "dXNlcjpwYXNzd29yZA"),
         ("see hf_SomebodyElsesToken0123456789", "hf_Somebody"),
         ("clone https://me:s3cretpass@git.example/x", "s3cretpass"),
+        ("/here/https:/me:s3cretpass@git.example/x: no such folder", "s3cretpass"),
         ("key AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"),
         ("ghp_abcdefghijklmnopqrstuvwxyz0123", "ghp_abc"),
     ],
@@ -37,7 +38,9 @@ def test_forms_of_secrets_are_hidden(text: str, secret: str) -> None:
     assert secret not in redaction.redact(text)
 
 
-@pytest.mark.parametrize("text", ["step 5/12 · loss 1.2345", "https://huggingface.co/a/b", "lora.r = 16", "a:b@c", ""])
+@pytest.mark.parametrize(
+    "text", ["step 5/12 · loss 1.2345", "https://huggingface.co/a/b", "lora.r = 16", "a:b@c", "C:/a:b@c", ""]
+)
 def test_ordinary_words_stay(armed: None, text: str) -> None:
     assert redaction.redact(text) == text
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from qlora import disk, run_folder
-from qlora.errors import ExportError, RunFolderError
+from qlora import disk, run_folder, run_record
+from qlora.errors import ExportError, RunFolderError, TrainingStopped
+from qlora.events import Recorder
 from qlora.foreign_json import ForeignFileError
 from qlora.recipe.reading import Recipe, load_recipe
 
@@ -41,14 +43,13 @@ def test_a_resumed_run_uses_the_commits_that_it_recorded(tmp_path: Path, run: Pa
     """Whatever the branch means today."""
     ours = recipe(tmp_path, rows=rows)
     run_folder.check_claim(run, ours, "resume")
-    pinned = run_folder.pinned(run, ours)
+    pinned = run_folder.resumed(run, ours, Recorder())
     assert pinned.model.revision == COMMIT and pinned.data.train[0].path == f"hub:owner/rows@{COMMIT}:train"
 
 
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"revision": OTHER}, "model.revision"),
         ({"rows": f"hub:owner/rows@{OTHER}:train"}, "data.train"),
         ({"rows": "hub:owner/others"}, "data.train"),
         ({"rows": "hub:owner/rows:test"}, "data.train"),
@@ -87,66 +88,78 @@ def test_an_adapter_may_hold_plain_files_only(tmp_path: Path) -> None:
 
 def test_what_others_write_at_this_moment_is_left_alone(tmp_path: Path) -> None:
     """The cache of tokens is shared: only what dead processes left is swept."""
-    (tmp_path / f".a.tmp-{os.getpid()}").mkdir()
-    (tmp_path / ".b.tmp-4194305").mkdir()  # above the largest process number of Linux
+    (tmp_path / f".a.tmp-qlora-{os.getpid()}-00000000").mkdir()
+    (tmp_path / ".b.tmp-qlora-4194305-00000000").mkdir()  # above the largest process number of Linux
     assert disk.sweep_leftovers(tmp_path, spare_running=True) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [f".a.tmp-{os.getpid()}"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".a.tmp-qlora-{os.getpid()}-00000000"]
 
 
-# --- a project that was moved or renamed -----------------------------------------------------------------------------
+def test_a_folder_says_that_it_is_a_run_and_which(tmp_path: Path, run: Path) -> None:
+    first = run_record.record_of(run)
+    assert (first.made_by, first.folder, len(first.id)) == ("qlora", str(run), 32) and run_record.is_run(run)
+    moved = run.rename(tmp_path / "moved")
+    run_folder.write_recipe(moved, recipe(tmp_path), None)
+    again = run_record.record_of(moved)
+    assert (again.id, again.folder) == (first.id, str(moved)), "it is the same run, in another place"
 
 
-def moved_project(tmp_path: Path, record: str) -> tuple[Path, Path]:
-    """A project with a run, and the whole of it under another name; `record` says in the run where it lay."""
-    old, new = tmp_path / "a" / "old", tmp_path / "b" / "deeper" / "new"
-    for place in ("runs/tiny", "bases/tiny", "rows", "rows/[1]"):
-        (old / place).mkdir(parents=True)
-    (old / "rows" / "train.jsonl").touch()
-    run = old / "runs" / "tiny"
-    if record == "run.json":
-        facts = {"made_by": "qlora", "kind": "run", "version": "0.5.0", "id": "0" * 32, "folder": str(run)}
-        (run / "run.json").write_text(json.dumps(facts))
-    else:
-        lines = [{"event": "start", "run_dir": str(place)} for place in (tmp_path / "before", run)]
-        events = [lines[0], {"event": "notice", "message": "a"}, lines[1], {"event": "end"}]
-        (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    new.parent.mkdir(parents=True)
-    old.rename(new)
-    return old, new
+def test_an_adapter_of_a_run_is_told_by_the_run_and_not_by_a_recipe(tmp_path: Path, run: Path) -> None:
+    """recipe.toml is a common name: beside somebody's adapter it makes no run, and is not read."""
+    for folder in (run, tmp_path / "mine"):
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "mine" / "recipe.toml").write_text("[soup]")
+    assert run_folder.adapter_of(run / "adapter") == (run / "adapter", run / "export")
+    theirs = tmp_path / "mine" / "adapter"
+    assert run_folder.adapter_of(theirs) == (theirs, tmp_path / "mine" / "adapter-export")
+    assert run_folder.recipe_of(theirs, Recorder()) is None and run_folder.name_of(theirs) == "adapter"
+    assert run_folder.name_of(run / "adapter") == "tiny"
 
 
-@pytest.mark.parametrize("record", ["run.json", "events.jsonl"])
-@pytest.mark.parametrize(
-    "path", ["bases/tiny", "rows/train.jsonl", "rows/*.jsonl", "rows/[1]", "rows/**/*.jsonl", "rows"]
-)
-def test_a_recorded_path_is_found_where_the_project_lies_now(tmp_path: Path, path: str, record: str) -> None:
-    old, new = moved_project(tmp_path, record)
-    assert run_folder.relocated(str(old / path), new / "runs" / "tiny") == str(new / path)
+# --- the folder while it trains --------------------------------------------------------------------------------------
 
 
-def test_a_recorded_path_stays_where_nothing_better_is(tmp_path: Path) -> None:
-    old, new = moved_project(tmp_path, "run.json")
-    run = new / "runs" / "tiny"
-    for gone in (
-        str(old / "other"),
-        "owner/name",
-        "hub:owner/rows@main:train",
-        "",
-        "/\0",
-        str(old / "none" / "*.jsonl"),
-    ):
-        assert run_folder.relocated(gone, run) == gone
-    old.mkdir()
-    (old / "rows").mkdir()  # it was copied, not moved: what was recorded is still there
-    assert run_folder.relocated(str(old / "rows"), run) == str(old / "rows")
+def test_the_folder_is_there_until_it_is_another_one(tmp_path: Path, run: Path) -> None:
+    held = run_folder.claim(run, "resume")
+    about = run_folder.provenance(recipe(tmp_path), run)
+    run_folder.check_there(run, about)
+    moved = run.rename(tmp_path / "moved")
+    with pytest.raises(TrainingStopped, match="moved, removed or replaced"):
+        run_folder.check_there(run, about)
+    run.mkdir()  # somebody's new folder of that name
+    with pytest.raises(TrainingStopped):
+        run_folder.check_there(run, about)
+    run.rmdir()
+    shutil.copytree(moved, run)  # a copy names the run and its holder, and is another folder all the same
+    with pytest.raises(TrainingStopped):
+        run_folder.check_there(run, about)
+    shutil.rmtree(run)
+    moved.rename(run)
+    run_folder.check_there(run, about)
+    held.release()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"made_by": "qlora"}', '{"folder": "runs"}', "[" * 10_000])
-def test_a_broken_record_moves_nothing(tmp_path: Path, text: str) -> None:
-    old, new = moved_project(tmp_path, "run.json")
-    (new / "runs" / "tiny" / "run.json").write_text(text)
-    (new / "runs" / "tiny" / "events.jsonl").write_text('{"event": "start"' + text + "\n")
-    assert run_folder.relocated(str(old / "rows"), new / "runs" / "tiny") == str(old / "rows")
+def test_a_changed_adapter_is_kept_and_said(run: Path) -> None:
+    sink = Recorder()
+    write = lambda to: (to / "README.md").write_text("card") and None  # noqa: E731
+    assert run_folder.publish_adapter(run, write, sink) == 4
+    assert disk.read_manifest(run / "adapter")["of"] == {"run": run_record.id_of(run)}
+    run_folder.publish_adapter(run, write, sink)
+    assert not sink.events
+    (run / "adapter" / "README.md").write_text("my own card")
+    run_folder.publish_adapter(run, write, sink)
+    assert (run / "adapter.1" / "README.md").read_text() == "my own card"
+    (notice,) = sink.of("notice")
+    assert f"it is kept as {run / 'adapter.1'} (" in notice.as_dict()["message"]
+
+
+def test_where_a_path_holds_a_secret_the_record_is_its_owners(tmp_path: Path) -> None:
+    run = tmp_path / "hf_ThisIsTheHubTokenOfATest0123"
+    run.mkdir()
+    assert run_folder.write_recipe(run, recipe(tmp_path), None)
+    for name in ("recipe.toml", "run.json"):
+        assert (run / name).stat().st_mode & 0o777 == 0o600
+    assert not run_folder.write_recipe(tmp_path, recipe(tmp_path), None)
 
 
 def test_versions_that_have_changed_since_a_checkpoint_was_made(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from qlora.third_party import WAITING_THREADS
+from qlora.third_party import WAITING_THREADS, draw_no_bars, unprinted_panics
 
 # A command that has ended: what it left in the environment, and whether torch had been imported by then.
 COMMAND = """
@@ -34,6 +34,15 @@ def waiting(**environment: str) -> dict[str, object]:
     return found
 
 
+def test_a_bar_of_somebody_else_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: whoever has imported tqdm before has its settings."""
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    draw_no_bars()
+    code = "from tqdm.auto import tqdm; [None for _ in tqdm(range(3), desc='of a stranger')]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_waiting_threads_sleep_before_torch_is_there() -> None:
     assert waiting() == {**WAITING_THREADS, "torch": False}
 
@@ -46,3 +55,22 @@ def test_whoever_has_chosen_decides(name: str) -> None:
         **({name: "7"} if name in WAITING_THREADS else {}),
         "torch": False,
     }
+
+
+def test_what_a_library_writes_past_python_is_lost_inside_the_block_only(capfd: pytest.CaptureFixture[str]) -> None:
+    with unprinted_panics():
+        os.write(2, b"panicked at \x1b]0;title\x07")
+    os.write(2, b"after")
+    with pytest.raises(KeyError), unprinted_panics():
+        raise KeyError
+    os.write(2, b" and again")
+    assert capfd.readouterr().err == "after and again"
+
+
+def test_a_process_without_a_second_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> int:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr("os.dup", refuse)
+    with unprinted_panics():
+        pass

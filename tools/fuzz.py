@@ -4,6 +4,7 @@
     python tools/fuzz.py --door adapter --count 1000 --seed 7
     python tools/fuzz.py --replay adapter:17
     python tools/fuzz.py --errors          rewrites tests/golden/errors.txt
+    python tools/fuzz.py --payloads        counts what tests/attacks sends through each door
 
 An input is a function of (door, seed, index). A table at the end: inputs, how many were fine and refused, findings, the
 slowest one and the largest growth of memory. Exit code 1: there were findings, each of them shown before the table.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +25,21 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a child forked from threads would hang
 
+# The door of each file of tests/attacks; of the messages of named inputs, each has its own.
+FILES = {
+    "test_bases": "base",
+    "test_templates": "base",
+    "test_tokenizers": "base",
+    "test_adapters": "adapter",
+    "test_changed_under_its_feet": "run",
+    "test_links": "run",
+    "test_ownership": "run",
+    "test_data": "rows",
+    "test_recipes": "recipe",
+    "test_secrets": "terminal",
+    "test_terminal": "terminal",
+}
+NOT_ATTACKS = ("test_fuzz", "test_fuzz_harness")
 ROOT = Path(__file__).parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -41,8 +58,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="children at a time")
     parser.add_argument("--json", action="store_true", help="print every outcome as a line of JSON")
     parser.add_argument("--errors", type=Path, nargs="?", const=golden.FILE, help="write the messages of named inputs")
+    parser.add_argument("--payloads", action="store_true", help="count the single attacks of tests/attacks by door")
     parser.add_argument("--replay", metavar="DOOR:INDEX", help="one input, with its traceback")
     asked = parser.parse_args()
+    if asked.payloads:
+        print(payload_table(payloads()))
+        return
     with tempfile.TemporaryDirectory(prefix="fuzz-") as place:
         fuzzer = fuzzer_in(Path(place), asked.seed)
         if asked.errors:
@@ -68,7 +89,9 @@ def report(fuzzer: Fuzzer, wanted: Sequence[Item], jobs: int, as_json: bool, who
         if as_json:
             print(json.dumps(asdict(outcome)), flush=True)
         elif outcome.fault or whole:
-            print(f"{outcome.door}:{outcome.index}: exit code {outcome.code}: {outcome.fault or 'no finding'}", flush=True)
+            print(
+                f"{outcome.door}:{outcome.index}: exit code {outcome.code}: {outcome.fault or 'no finding'}", flush=True
+            )
             if whole:
                 print(outcome.out + outcome.err + outcome.detail)
             else:
@@ -87,8 +110,27 @@ def table(outcomes: dict[str, list[Outcome]]) -> str:
         slowest = max(outcome.seconds for outcome in found) * 1000
         most = max(outcome.growth_bytes for outcome in found) / 2**20
         fine = len(found) - faults - refused
-        rows.append(f"| {door} | {len(found):,} | {fine:,} | {refused:,} | {faults} | {slowest:,.0f} ms | {most:,.0f} MiB |")
+        rows.append(
+            f"| {door} | {len(found):,} | {fine:,} | {refused:,} | {faults} | {slowest:,.0f} ms | {most:,.0f} MiB |"
+        )
     return "\n".join(rows)
+
+
+def payloads() -> dict[str, int]:
+    """Single cases by door: what pytest collects from tests/attacks, slow ones too, and the named inputs."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-m", "", "tests/attacks"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    counts = {door: len(names) for door, names in golden.NAMED.items()}
+    for line in listed.splitlines():
+        file = Path(line.partition("::")[0]).stem
+        if "::" in line and file not in NOT_ATTACKS:
+            counts[FILES[file]] += 1
+    return counts
+
+
+def payload_table(counts: dict[str, int]) -> str:
+    rows = [f"| {door} | {count:,} |" for door, count in [*counts.items(), ("all", sum(counts.values()))]]
+    return "\n".join(["| door | payloads |", "| --- | ---: |", *rows])
 
 
 if __name__ == "__main__":

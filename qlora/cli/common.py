@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qlora.stop import StopRequest
 
 INTERNAL_ERROR = 1
+OUTPUT = "standard output"
 MAX_SAID = 2_000  # characters of a message that a library made
 # Below the commands, messages speak the Python API's language; here its words become options. Longer ones first.
 OPTIONS = {
@@ -61,15 +63,15 @@ class Command(TyperCommand):
         code: Any = None
         try:
             surroundings.prepare()
-            code = super().main(*arguments, **{**settings, "standalone_mode": False})
-            sys.stdout.flush()
+            with answering():  # --help is one
+                code = super().main(*arguments, **{**settings, "standalone_mode": False})
         except QloraError as error:
             _say(error.what, error.hint)
             code = error.exit_code
         except _BadArguments as error:
             _say(error.format_message(), f"see {error.ctx.command_path if error.ctx else 'the command'} --help")
             code = error.exit_code
-        except OSError as error:  # of --help alone: the work itself is done in `run`
+        except OSError as error:  # the work itself is done in `run`
             code = _lost(error)
         sys.exit(code)
 
@@ -86,7 +88,6 @@ def run(work: Callable[[], None]) -> None:
     third_party.let_waiting_threads_sleep()
     try:
         work()
-        sys.stdout.flush()  # an answer that does not fit on the disk is no answer
     except RecipeError as error:
         for problem in error.problems:
             _say(f"{problem.where}: {problem.what}", problem.hint)
@@ -116,20 +117,29 @@ def _lost(error: OSError) -> int:
         # Whoever read our output has gone. Python would complain once more when it flushes stdout at exit.
         drop_output(1)
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
-    is_output = _is_lost(sys.stdout) and not error.filename
-    if is_output:
-        drop_output(1)
-    _say(*_system_error(error, is_output))
+    _say(*_system_error(error))
     return TrainingStopped.exit_code if error.errno in DISK_FULL else UserError.exit_code
 
 
-def _is_lost(stream: Any) -> bool:
-    """Whether what is still to be written to a stream can't be."""
+@contextmanager
+def answering() -> Iterator[None]:
+    """What is printed inside is what the command was asked for: if it can't be written, that is an error."""
     try:
-        stream.flush()
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output(1)
+        raise OSError(error.errno, error.strerror, error.filename or OUTPUT) from error
+
+
+def tell(*lines: str) -> None:
+    """Print what stands beside the exit code; where nobody can read it, the exit code stands alone."""
+    try:
+        print(*lines, sep="\n", flush=True)
     except (OSError, ValueError):
-        return True
-    return False
+        drop_output(1)
 
 
 def _say(what: str, hint: str) -> None:
@@ -143,7 +153,8 @@ def _say(what: str, hint: str) -> None:
 
 def answer(value: Any) -> None:
     """Print what a program asked for as a line of JSON, without secrets and without text that could not be encoded."""
-    print(json.dumps(shown.plain_values(redact_all(value), blocks=True)))
+    with answering():
+        print(json.dumps(shown.plain_values(redact_all(value), blocks=True)))
 
 
 def as_options(text: str) -> str:
@@ -158,11 +169,11 @@ def _plain(text: str) -> str:
     return shown.block(text).encode(encoding, "replace").decode(encoding, "replace")
 
 
-def _system_error(error: OSError, is_output: bool) -> tuple[str, str]:
+def _system_error(error: OSError) -> tuple[str, str]:
     """What the system refused, and the usual way out of it."""
-    place = f"{error.filename}: " if error.filename else "standard output: " if is_output else ""
+    place = f"{error.filename}: " if error.filename else ""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in DISK_FULL and is_output:
+    if error.errno in DISK_FULL and error.filename == OUTPUT:
         hint = "free some space on the disk that the output goes to, then run it again"
     elif error.errno in DISK_FULL:
         hint = "free some space (or raise your quota), then go on with --resume; what was saved is intact"
@@ -179,6 +190,7 @@ def _keep_traceback() -> str:
     try:
         file = cache_dir() / "crashes" / f"crash-{os.getpid()}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
+        files.refuse_links(file.parent.parent, file)
         with files.open_to_write(file, "replace", 0o600) as stream:
             stream.write(shown.block(redact(traceback.format_exc())).encode())
     except (OSError, ValueError, QloraError) as error:

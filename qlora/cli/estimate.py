@@ -57,7 +57,8 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot
     if as_json:
         common.answer(answer)
     else:
-        _show(answer, question.machine.source)
+        with common.answering():
+            _show(answer, question.machine.source)
     if not estimate.fits:
         raise question.does_not_fit()
 

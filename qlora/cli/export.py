@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qlora import shown
 from qlora.cli import common
 from qlora.recipe.sections import GGUF_QUANTS
+from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from qlora.export.artifacts import ExportOptions, Report
@@ -98,6 +100,12 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
             screen.close()
     if as_json:
         common.answer(_as_json(report))
+        return
+    for product in report.products:
+        if product.set_aside:
+            size = f"{product.set_aside_bytes / 2**20:,.1f} MiB"
+            line = f"kept: {product.set_aside} ({size}), which had been changed since it was exported"
+            print(shown.one_line(redact(line)))
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora import files
+from qlora import files, shown
 from qlora.cli import common
+from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from qlora.api import Checked
@@ -47,9 +48,14 @@ def train(
         if given
     ]
     if schema or keys:
-        common.run(lambda: print(_schema() if schema else _keys()))
+        common.run(lambda: _answer(_schema() if schema else _keys()))
     else:
         common.run(lambda: _run(recipe, set_ or [], wanted))
+
+
+def _answer(text: str) -> None:
+    with common.answering():
+        print(text)
 
 
 def _schema() -> str:
@@ -81,14 +87,18 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
     screen = common.Screen(None, stop)
     with common.Signals(stop, screen):
         try:
-            _work(recipe, overrides, wanted[0] if wanted else "new", screen)
+            last = _work(recipe, overrides, wanted[0] if wanted else "new", screen)
         finally:
             screen.close()
+    if last:
+        print(shown.one_line(redact(last)))
 
 
-def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> None:
+def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
+    """Do what is wanted. Returns a line to be said when the screen is closed."""
     from qlora.recipe.reading import load_recipe
 
+    last = None
     files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
     from qlora import api
@@ -104,22 +114,28 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
         from qlora.cli.verify_resume import verify_resume
 
         proof = verify_resume(loaded, path.stem, sink)
-        print(f"resume is exact: {proof.tensors} tensors of adapter and optimizer are equal bit for bit after step")
-        print(f"{proof.steps}, uninterrupted and resumed from step {proof.resumed_from} in a new process")
+        common.tell(
+            f"resume is exact: {proof.tensors} tensors of adapter and optimizer are equal bit for bit after step",
+            f"{proof.steps}, uninterrupted and resumed from step {proof.resumed_from} in a new process",
+        )
     else:
         mode: api.Mode = "resume" if wanted == "resume" else "fresh" if wanted == "fresh" else "new"
-        api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
+        result = api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
+        if aside := result.set_aside:
+            last = f"kept: {aside.folder} ({aside.bytes / 2**20:,.1f} MiB), the run that was here before"
+    return last
 
 
 def _report(checked: Checked) -> None:
     data, memory = checked.data, checked.memory
     for split, name in ((data.train, "train on"), (data.eval, "evaluate")):
         total, trained = sum(split.lengths), sum(split.trained)
-        print(f"{len(split.lengths):,} rows to {name}: {total:,} tokens, {trained:,} trained")
+        common.tell(f"{len(split.lengths):,} rows to {name}: {total:,} tokens, {trained:,} trained")
     if memory is not None:
         gib = 2**30
-        print(f"memory: {memory.peak_bytes / gib:.2f} GiB at its peak, the limit is {memory.limit_bytes / gib:.2f} GiB")
-    print("recipe, base, tokenizer and rows are good")
+        peak, limit = f"{memory.peak_bytes / gib:.2f} GiB", f"{memory.limit_bytes / gib:.2f} GiB"
+        common.tell(f"memory: {peak} at its peak, the limit is {limit}")
+    common.tell("recipe, base, tokenizer and rows are good")
 
 
 if __name__ == "__main__":

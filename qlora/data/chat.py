@@ -20,7 +20,7 @@ from qlora.data import limits
 from qlora.data.formats import Conversation, Message
 from qlora.data.row_json import RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate, Tools
-from qlora.errors import TokenizerError
+from qlora.errors import TokenizerError, foreign_failures
 from qlora.events import Notice, Sink, Sinks
 
 if TYPE_CHECKING:
@@ -234,7 +234,11 @@ class ChatTokenizer:
     def _tokenize(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Ids and character offsets of each text, without the tokenizer's own BOS and EOS."""
         if texts:
-            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            with foreign_failures() as failure:
+                encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            if failure.error:
+                what = f"the base's tokenizer gave up on a row ({failure.reason})"
+                raise TokenizerError(what, "use another base, or find the row: halve the data") from failure.error
             yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _row(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> TokenRow:

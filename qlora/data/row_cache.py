@@ -126,7 +126,9 @@ class RowCache:
                 for folder in (root, entries):
                     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 disk.sweep_leftovers(entries, spare_running=True)
-                disk.publish_folder(entries / key[:32], write, {"key": key})
+                made = disk.publish_folder(entries / key[:32], write, {"kind": "tokens", "key": key})
+                if made.aside is not None:
+                    self.sink.emit(Notice("cache", f"what was there is kept as {made.aside.folder}"))
                 return self._opened(entries / key[:32], None)
             except OSError as error:
                 reason = f"{entries}: cannot be written ({error.strerror or error})"

@@ -105,7 +105,10 @@ class Artifact:
 
 @dataclass(frozen=True)
 class ExportedArtifact:
-    """A published artifact. `merge_base` and `merged_modules` are None and 0 for an adapter alone."""
+    """A published artifact. `merge_base` and `merged_modules` are None and 0 for an adapter alone.
+
+    `set_aside` is where an earlier export lies now that had been changed since, `set_aside_bytes` its size.
+    """
 
     format: str
     folder: Path
@@ -113,6 +116,8 @@ class ExportedArtifact:
     tensors: int
     merged_modules: int
     merge_base: MergeBase | None
+    set_aside: str | None = None
+    set_aside_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,14 +21,18 @@ from typing import Any
 
 import torch
 
-from qlora import disk
+from qlora import disk, files, foreign_json
 from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.staging import StagedExport
+from qlora.foreign_json import ForeignFileError
 from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, load_json, read_header
 from qlora.model.tokenizer_files import of_export, without_paths
 
+MAX_END_IDS = 1_000
+MAX_COPIED_BYTES = 10_000_000
+_CLEAN_COPY = "get a clean copy of the base"
 SHARD_BYTES = 5_000_000_000  # the hub's own default (huggingface_hub, MAX_SHARD_SIZE)
 DTYPE_NAMES = {
     torch.bfloat16: ("BF16", "bfloat16"),
@@ -84,9 +87,16 @@ def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
     own do not name the trained end would never stop; it is added to them.
     """
     file = folder / "generation_config.json"
-    generation = load_json(file) if file.is_file() else {}
-    eos = generation.get("eos_token_id", load_json(folder / "config.json").get("eos_token_id"))
+    try:
+        generation = foreign_json.load_object(file) if file.is_file() else {}
+        config = foreign_json.load_object(folder / "config.json")
+    except ForeignFileError as error:
+        raise ExportError(str(error), _CLEAN_COPY) from error
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if len(ids) > MAX_END_IDS or not all(type(number) is int for number in ids):
+        what = f"{file}: eos_token_id is wrong: no token id, nor a list of them (it is {str(eos)[:60]})"
+        raise ExportError(what, _CLEAN_COPY)
     if not end_ids or (end := end_ids[0]) in ids:
         return
     generation["eos_token_id"] = [end, *ids]
@@ -136,9 +146,9 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     """Config, generation config, licence, and from the adapter's folder the tokenizer and template of the training."""
     base = merge.base.path
     disk.write_atomic(folder / "config.json", patched_config(merge))
-    for path in sorted(base.iterdir()):
-        if path.is_file() and (path.name == "generation_config.json" or path.name.startswith(("LICENSE", "NOTICE"))):
-            shutil.copyfile(path, folder / path.name)
+    for name in sorted(path.name for path in base.iterdir()):
+        if name == "generation_config.json" or name.startswith(("LICENSE", "NOTICE")):
+            _copy(base, name, folder)
     trained_with = merge.adapter.folder
     has_tokenizer = (trained_with / "tokenizer_config.json").is_file()
     if merge.vocabulary_resized and not has_tokenizer:
@@ -147,6 +157,15 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     of_export(base, trained_with).deliver(folder)
     if (tokenizer_config := folder / "tokenizer_config.json").is_file():
         disk.write_atomic(tokenizer_config, patched_tokenizer_config(tokenizer_config))
+
+
+def _copy(base: Path, name: str, folder: Path) -> None:
+    """A small file of the base as it is; a folder is left out. Raises ExportError for a link out of it."""
+    try:
+        if (file := files.inside(base, name)).is_file():
+            (folder / name).write_bytes(files.read_bytes(file, MAX_COPIED_BYTES))
+    except files.UnsafePathError as error:
+        raise ExportError(f"{base}: {name} is not copied into an export: {error}", _CLEAN_COPY) from error
 
 
 def patched_config(merge: Merge) -> str:
@@ -189,7 +208,8 @@ def _scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return None
-    if kind == "longrope":  # Phi-3's configuration in version 4 takes these three keys and no other
+    # Phi-3's configuration in version 4 takes these three keys and no other.
+    if kind == "longrope" and {"short_factor", "long_factor"} <= rope.keys():
         return {"type": kind, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
     return {key: value for key, value in rope.items() if key not in _BESIDE_SCALING}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference, trained_reference
 from qlora.model.tokenizer_files import of_export
+from qlora.run_folder import dataset_name, kept
 
 IMATRIX_FILE = "imatrix.gguf"
 # Of a line of the table, what its event carries: rows and positions are the same for all lines.
@@ -299,9 +300,13 @@ def _publish(job: _Job) -> Report:
             continue
         merge = job.merge() if artifact.merged else None
         _write_companions(job, artifact, merge)
-        size = staged.publish(artifact.key)
+        size, aside = staged.publish(artifact.key, {"of": _made_of(job.source)})
         base, merged = (merge.merge_base, len(merge.changed)) if merge is not None else (None, 0)
-        published.append(ExportedArtifact(artifact.key, artifact.folder, size, job.tensors[artifact.key], merged, base))
+        made = ExportedArtifact(artifact.key, artifact.folder, size, job.tensors[artifact.key], merged, base)
+        if aside is not None:
+            made = replace(made, set_aside=str(aside.folder), set_aside_bytes=aside.bytes)
+            job.sink.emit(Notice("export", f"{artifact.folder}: the export before had been changed; {kept(aside)}"))
+        published.append(made)
         kl = found.fidelity.kl if (found := job.inspections.get(artifact.key)) and found.fidelity else None
         job.sink.emit(Exported(artifact.key, str(artifact.folder), size, base, kl))
     for error in job.failures.values():
@@ -310,6 +315,11 @@ def _publish(job: _Job) -> Report:
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
     return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation)
+
+
+def _made_of(source: Source) -> dict[str, str | None]:
+    """For a manifest: names, not folders of this machine."""
+    return {"adapter": source.name, "base": dataset_name(source.base.name), "revision": source.base.commit}
 
 
 def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> None:

@@ -12,7 +12,8 @@ newest point that all artifacts share, hashes what is left, and goes on; a journ
                 staged.checkpoint(number + 1)
         staged.publish("hf")
 
-Leaving by a signal keeps the hidden folders, any other exception removes them, and so does a full disk.
+Leaving by a signal keeps the hidden folders, any other exception removes them, and so does a full disk. A folder of
+that name which was not made here is somebody's: it is neither used nor removed.
 """
 
 from __future__ import annotations
@@ -20,27 +21,49 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from qlora import disk
+from qlora import disk, files, foreign_json, lock, manifest
 from qlora.errors import ExportError, StoppedBySignal
-from qlora.lock import FolderLock, LockHeld, acquire
+from qlora.export import targets
+from qlora.export.hashed_file import HashedFile
+from qlora.lock import FolderLock, LockHeld
+from qlora.manifest import MADE_BY
 
 # A kill costs at most the writing of this much; each point costs a flush of the disk.
 RESTART_BYTES = 1 << 30
 SPARE_BYTES = 64 << 20  # configuration, tokenizer, index, manifest
 
-_FILES, _LOCK, _JOURNAL = "files", "lock", "journal.json"
+_FILES, _LOCK, _JOURNAL, _MARK = "files", "lock", "journal.json", "part.json"
+_MAX_JOURNAL_BYTES = 1 << 28  # a terabyte in shards of 5 GB has 20 MB
 _SMALL_DISK = "free some space, or name another disk with `out`"
 
 # Where each file of an artifact stood at a point: its bytes, and their sha256 (perhaps still being computed).
 _Standing = dict[str, tuple[int, Future[str]]]
+
+
+class _Mark(foreign_json.ForeignModel):
+    """`part.json`: whose a hidden folder is."""
+
+    made_by: Literal["qlora"]
+    kind: Literal["part"]
+
+
+class _Point(foreign_json.ForeignModel):
+    item: int
+    files: dict[str, list[int | str]]
+
+
+class _Journal(foreign_json.ForeignModel):
+    identity: dict[str, str]
+    points: list[_Point]
 
 
 @dataclass
@@ -50,7 +73,7 @@ class _StagedFolder:
     final: Path
     lock: FolderLock
     identity: Mapping[str, str]
-    files: dict[str, disk.HashedFile] = field(default_factory=dict)
+    files: dict[str, HashedFile] = field(default_factory=dict)
     standing: _Standing = field(default_factory=dict)
     points: list[dict[str, Any]] = field(default_factory=list)
 
@@ -107,7 +130,7 @@ class StagedExport:
         staged = self._folders[key]
         file = staged.files.get(file_name)
         if file is None:
-            file = staged.files[file_name] = disk.HashedFile(disk.inside(staged.folder, file_name), self._hashing)
+            file = staged.files[file_name] = HashedFile(files.inside(staged.folder, file_name), self._hashing)
         before = file.size
         file.append(data)
         self._unsaved_bytes += file.size - before
@@ -123,16 +146,20 @@ class StagedExport:
             self._flushed = self._flushing.submit(self._write_down, item, reached)
             self._unsaved_bytes = 0
 
-    def publish(self, key: str) -> int:
-        """Give an artifact its final name, replacing what stood there. Returns its bytes."""
+    def publish(self, key: str, about: Mapping[str, Any] | None = None) -> disk.Published:
+        """Give an artifact its final name. `about` goes into its manifest: what it is of.
+
+        An earlier export that stood there goes, one that was changed is set aside; TargetTaken for anything else.
+        """
         self._wait()
         staged = self._folders[key]
+        before = targets.standing(staged.final, hashes=True)
         known = {name: file.snapshot().result() for name, file in staged.files.items()}
         for file in staged.files.values():
             file.close()
-        size = disk.publish_filled(staged.folder, staged.final, known)
+        published = disk.publish_filled(staged.folder, staged.final, known, {**(about or {}), "kind": "export"}, before)
         _close(self._folders.pop(key), keep=False)
-        return size
+        return published
 
     def discard(self, key: str) -> None:
         """Give an artifact up and remove what there is of it."""
@@ -143,7 +170,8 @@ class StagedExport:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
-        keep = isinstance(error, (StoppedBySignal, KeyboardInterrupt))
+        # Somebody's folder may be moved away, and what hours have made still takes its place.
+        keep = isinstance(error, (StoppedBySignal, KeyboardInterrupt, targets.TargetTaken))
         with suppress(OSError):  # then a later run begins at an older point
             self._wait()
             if keep:
@@ -188,12 +216,14 @@ def _part_of(final: Path) -> Path:
 
 
 def _take(final: Path) -> FolderLock:
-    """The lock on an artifact's hidden folder, which is made where there is none."""
+    """The lock on an artifact's hidden folder, which is made where there is none. Raises ExportError."""
     root = _part_of(final)
     while True:
         try:
+            check_part(final)
             root.mkdir(parents=True, exist_ok=True)
-            return acquire(root / _LOCK)
+            taken = lock.acquire(root / _LOCK)
+            disk.write_atomic(root / _MARK, json.dumps({"made_by": MADE_BY, "kind": "part"}) + "\n")
         except LockHeld as error:
             what = f"{final}: another process ({error.holder.pid if error.holder else '?'}) is writing it"
             raise ExportError(what, "wait until it is done, or name another folder with `out`") from error
@@ -202,6 +232,48 @@ def _take(final: Path) -> FolderLock:
         except OSError as error:
             what = f"{final}: cannot write there ({error.strerror})"
             raise ExportError(what, "name another folder with `out`") from error
+        for name in (final.name, root.name):  # what a killed process left between two renames
+            disk.sweep_leftovers(final.parent, spare_running=True, name=name)
+        return taken
+
+
+def check_part(final: Path) -> None:
+    """Whether the hidden folder beside `final` may be used: it is not there, empty, or ours. Raises ExportError."""
+    root = _part_of(final)
+    if not os.path.lexists(root):
+        return
+    try:
+        ours = _is_part(root)
+    except FileNotFoundError:  # another process has finished with it in this moment
+        return
+    except (OSError, ValueError):  # of files.py and foreign_json.py: links, pipes, no JSON
+        ours = False
+    if not ours:
+        what = f"{root}: is in the way of {final.name}, and was not made by an export"
+        raise ExportError(what, "move it away, or name another folder with `out`")
+
+
+def _is_part(root: Path) -> bool:
+    """Raises OSError or ValueError for what cannot be looked at, and links."""
+    if files.is_link(root) or not root.is_dir():
+        return False
+    found = manifest.contents(root)
+    if not all(stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) for status in found.values()):
+        return False
+    names = {name for name in found if "/" not in name and not disk.is_leftover(root / name)}
+    if not names <= {_FILES, _LOCK, _JOURNAL, _MARK}:
+        return False
+    if _MARK in names:
+        return bool(foreign_json.checked(_Mark, foreign_json.load(root / _MARK), _MARK))
+    # Up to version 0.5 there was no mark: its lock or its journal tells.
+    held = lock.holder_of(root / _LOCK) is not None
+    return not names or held or (_JOURNAL in names and bool(_read_journal(root)))
+
+
+def _read_journal(root: Path) -> _Journal:
+    """Raises ForeignFileError."""
+    content = foreign_json.load(root / _JOURNAL, _MAX_JOURNAL_BYTES)
+    return foreign_json.checked(_Journal, content, str(root / _JOURNAL))
 
 
 def _restore(folders: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) -> int:
@@ -222,27 +294,26 @@ def _restore(folders: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) 
 
 def _read_points(staged: _StagedFolder) -> list[dict[str, Any]]:
     try:
-        journal = json.loads((staged.root / _JOURNAL).read_text(encoding="utf-8"))
-        points = [point for point in journal["points"] if isinstance(point["item"], int)]
-        return points if journal["identity"] == staged.identity else []
-    except (OSError, ValueError, TypeError, KeyError):
+        journal = _read_journal(staged.root)
+    except foreign_json.ForeignFileError:
         return []
+    return [point.model_dump() for point in journal.points] if journal.identity == staged.identity else []
 
 
 def _cut_back(staged: _StagedFolder, start: int, hashing: ThreadPoolExecutor) -> None:
     """Leave in the artifact's folder what stood there at the point `start`. Raises OSError or ValueError otherwise."""
     staged.points = [point for point in staged.points if start and point["item"] <= start]
-    files = staged.points[-1]["files"] if start else {}
+    kept = staged.points[-1]["files"] if start else {}
     staged.files, staged.standing = {}, {}
-    if not files:
+    if not kept:
         shutil.rmtree(staged.folder, ignore_errors=True)
         (staged.root / _JOURNAL).unlink(missing_ok=True)
     staged.folder.mkdir(exist_ok=True)
-    for path in sorted(staged.folder.rglob("*"), reverse=True):
-        if path.is_file() and path.relative_to(staged.folder).as_posix() not in files:
-            path.unlink()
-    for name, (size, sha256) in files.items():
-        file = disk.HashedFile(disk.inside(staged.folder, name), hashing)
+    for name, status in manifest.contents(staged.folder).items():
+        if not stat.S_ISDIR(status.st_mode) and name not in kept:
+            (staged.folder / name).unlink()
+    for name, (size, sha256) in kept.items():
+        file = HashedFile(files.inside(staged.folder, name), hashing)
         if file.resume(size) != sha256:
             raise ValueError(f"{name} is damaged")
         staged.files[name], staged.standing[name] = file, (size, file.snapshot())
@@ -253,7 +324,9 @@ def check_disk(finals: Sequence[Path], needed_bytes: int) -> None:
 
     Raises ExportError.
     """
-    left = sum(path.stat().st_size for final in finals for path in _part_of(final).rglob("*") if path.is_file())
+    for final in finals:
+        check_part(final)
+    left = sum(disk.size_of(_part_of(final)) for final in finals)
     _check_disk(finals[0], needed_bytes - left)
 
 
@@ -274,5 +347,5 @@ def _close(staged: _StagedFolder, keep: bool) -> None:
     if keep:
         staged.lock.file.unlink(missing_ok=True)
     else:
-        disk.remove_folder(staged.root)
+        disk.discard(staged.root)
     staged.lock.release()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora import disk, files
+from qlora import disk, files, manifest
 from qlora.errors import ExportError
 from qlora.events import Notice, Sink, Sinks
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, PROVENANCE_FILE
@@ -45,7 +45,7 @@ def seal(folder: Path, sink: Sink) -> AdapterSeal:
     """
     found = _hashed(folder)
     try:
-        recorded = disk.recorded_sha256(folder)
+        recorded = manifest.recorded_sha256(folder)
     except FileNotFoundError:
         if PROVENANCE_FILE in found:
             message = f"{folder} has no {disk.MANIFEST} any more: whether its files are as trained is not known"

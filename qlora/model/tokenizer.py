@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora.errors import TokenizerError, foreign_failures
+from qlora.model.tokenizer_check import check_tokenizer
+from qlora.third_party import unprinted_panics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# A tokenizer that opens may fail over its first text: letters, digits, signs, spaces, line breaks, other scripts.
+PROBE = "It's 3.14, naïve – 日本 \U0001f680\n\n  x = [1, 20]  \t\r\n"
 
 
 def open_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
@@ -18,8 +23,10 @@ def open_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with foreign_failures() as failure:
+    check_tokenizer(folder, name)
+    with foreign_failures() as failure, unprinted_panics():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer(PROBE)
     if failure.error:
         what = f"{name}: its tokenizer cannot be opened ({failure.reason})"
         hint = "the base's folder needs tokenizer.json (or tokenizer.model) and its config"

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qlora import disk, files
+from qlora import disk, files, manifest
 from qlora.errors import RunFolderError, TokenizerError
 from qlora.events import Notice, Sink
 from qlora.model.base_folder import MAX_SMALL_BYTES
@@ -130,7 +130,7 @@ def of_run(run_dir: Path, sink: Sink) -> TokenizerFiles | None:
     if not folder.is_dir():
         return None
     try:
-        recorded, found = disk.recorded_sha256(folder), read_files(folder)
+        recorded, found = manifest.recorded_sha256(folder), read_files(folder)
         there = {name: hashlib.sha256(data).hexdigest() for name, data in found.content.items()}
         if there == recorded:
             return found
@@ -155,7 +155,7 @@ def take(run_dir: Path, base: Path, resumed: bool, sink: Sink) -> TokenizerFiles
             sink.emit(Notice("tokenizer", message))
         return kept
     try:
-        disk.publish_folder(run_dir / FOLDER, found.write)
+        disk.publish_folder(run_dir / FOLDER, found.write, {"kind": "tokenizer"})
     except OSError as error:
         what = f"{run_dir / FOLDER}: cannot be written ({error.strerror or error})"
         raise RunFolderError(what, "free some space there, or name another folder in output.dir") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from qlora.events import Progress
@@ -31,7 +32,9 @@ def how_far(task: Progress) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """3700 -> '1 h 01 min'."""
+    """3700 -> '1 h 01 min'; 'unknown' for what is no number."""
+    if not math.isfinite(seconds):
+        return "unknown"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -41,7 +44,11 @@ def human_seconds(seconds: float) -> str:
 
 
 def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:
-    """The course of `values` in at most `width` characters: means of equal stretches, scaled to their range."""
+    """The course of `values` in at most `width` characters: means of equal stretches, scaled to their range.
+
+    Values that are not finite are left out.
+    """
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     count = min(width, len(values))

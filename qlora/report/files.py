@@ -45,9 +45,11 @@ class JsonLines:
         self.path = path
         self.foreign = 0
         try:
-            if resume_from_step is not None and path.exists():
-                self.foreign = _forget_after(path, resume_from_step)
             self._file = files.open_to_write(path, "append")
+            if resume_from_step is not None:
+                self.foreign = _forget_after(path, resume_from_step)
+                self._file.close()
+                self._file = files.open_to_write(path, "append")
         except files.UnsafePathError as error:
             raise RunFolderError(str(error), "move it away: events of the run are written there") from error
         self._written_bytes = self._file.seek(0, os.SEEK_END)
@@ -135,7 +137,7 @@ def _forget_after(path: Path, step: int) -> int:
 
     Returns how many lines are no events. They stay, but for one without an end, which a killed process left.
     """
-    written = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    written = disk.hidden(path, "tmp")
     foreign, line = 0, b"\n"
     try:
         with files.open_to_write(written, "new") as file, BufferedWriter(file) as kept:

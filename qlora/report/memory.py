@@ -10,7 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qlora import shown
 from qlora.errors import UserError
+from qlora.redaction import redact
 
 GIB = 1 << 30
 BAR_WIDTH = 24
@@ -98,7 +100,7 @@ def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of a row")
     axes.set_ylabel("GiB")
-    axes.set_title(title, parse_math=False)  # a `$` in a name begins no formula
+    axes.set_title(shown.one_line(redact(title)), parse_math=False)  # a `$` in a name begins no formula
     axes.legend(loc="lower right")
     figure.tight_layout()
     try:

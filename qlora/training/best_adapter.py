@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora import disk
+from qlora import disk, run_folder
 from qlora.events import Saved, Sink
 from qlora.export.cards import adapter_card
 from qlora.model import adapters
@@ -58,7 +58,7 @@ class BestAdapter:
                 for name in (PROVENANCE_FILE, ADAPTER_CONFIG):
                     (folder / name).chmod(0o600)
 
-        size = disk.publish_folder(run_dir / "adapter", write)
+        size = run_folder.publish_adapter(run_dir, write, sink)
         sink.emit(Saved("adapter", state.step, str(run_dir / "adapter"), size))
 
     def card(self, state: RunState) -> str:

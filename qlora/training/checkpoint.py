@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -48,8 +49,7 @@ WRITE_ERRORS = (OSError, SafetensorError)
 FORMAT: Literal[2] = 2  # of state.json; a change that old checkpoints cannot follow raises it
 MOST = 2**53  # of anything that is counted
 FAILURES = 3
-# The old one stays until the new one stands.
-CHECKPOINTS_AT_ONCE = 2
+CHECKPOINTS_AT_ONCE = 2  # the old one stays until the new one stands
 
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -124,7 +124,7 @@ def save(
 
     if (free := disk.free_bytes(run_dir)) < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
-    size = disk.publish_folder(final, write, about)
+    size = disk.publish_folder(final, write, about).bytes
     for old in _folders(run_dir)[keep:]:
         with suppress(OSError):  # it stays for the next time; the new one stands
             disk.remove_folder(old)
@@ -206,7 +206,7 @@ class Checkpointer:
     failures: int = 0
 
     def __post_init__(self) -> None:
-        self.about = run_folder.provenance(self.recipe)
+        self.about = run_folder.provenance(self.recipe, self.run_dir)
         self.sink = self.clock.sink
         self._tried_at = time.monotonic()
 
@@ -264,6 +264,7 @@ class Checkpointer:
 
     def _attempt(self, what: str, work: Callable[[], None], step: int, last_chance: bool) -> bool:
         try:
+            run_folder.check_there(self.run_dir, self.about)
             work()
             return True
         except WRITE_ERRORS as error:
@@ -297,5 +298,5 @@ def _read(folder: Path) -> tuple[RunState, Fingerprints, dict[str, int]]:
 
 def _folders(run_dir: Path) -> list[Path]:
     """Published checkpoints, newest first."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"[0-9]{6,16}", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

@@ -14,6 +14,7 @@ import termios
 import time
 import traceback
 import unicodedata
+import warnings
 from collections.abc import Callable, Mapping
 from typing import IO, NoReturn
 
@@ -94,9 +95,10 @@ def _be(work: Callable[[], None], settings: Mapping[str, str | None]) -> NoRetur
                 os.environ[name] = value
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        warnings.resetwarnings()  # pytest makes errors of them
         encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
-        for handle, name in enumerate(("stdin", "stdout", "stderr")):
-            setattr(sys, name, _opened(handle, encoding))
+        for handle, stream in enumerate(("stdin", "stdout", "stderr")):
+            setattr(sys, stream, _opened(handle, *encoding.split(":")))
         work()
         code = 0
     except SystemExit as end:
@@ -104,20 +106,20 @@ def _be(work: Callable[[], None], settings: Mapping[str, str | None]) -> NoRetur
     except BaseException:
         os.write(2, traceback.format_exc().encode())
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for written in (sys.stdout, sys.stderr):
             try:
-                stream.flush()
+                written.flush()
             except (OSError, ValueError):
                 code = 120  # as Python itself
         os._exit(code)
 
 
-def _opened(handle: int, encoding: str) -> IO[str] | None:
+def _opened(handle: int, encoding: str, errors: str = "strict") -> IO[str] | None:
     try:
         os.fstat(handle)
     except OSError:
         return None
-    return os.fdopen(handle, "w" if handle else "r", encoding=encoding, closefd=False)
+    return os.fdopen(handle, "w" if handle else "r", encoding=encoding, errors=errors, closefd=False)
 
 
 def command(name: str, *arguments: str) -> Callable[[], None]:

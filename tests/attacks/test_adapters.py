@@ -373,6 +373,7 @@ def test_more_matching_than_anybody_needs(adapter: Path, base: Any) -> None:
     refused(adapter, base, "rank_pattern: 1 regular expressions for 4 modules")
 
 
+@pytest.mark.slow
 def test_an_export_of_such_an_adapter_ends_too(adapter: Path, tmp_path: Path) -> None:
     """The whole command, verification by peft included: peft is given names of modules, not the stranger's patterns."""
     change(adapter, CONFIG, "rank_pattern", {SLOW[0]: 3})

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import DataError, DoesNotFit, Problem, QloraError, RecipeError
-from tests.attacks.fuzz import harness, nasty
-from tests.attacks.fuzz.harness import CommandEnded, Door, Fuzzer, Item, Outcome, Scene, Work
+from tests.attacks.fuzz import nasty, seen
+from tests.attacks.fuzz.harness import Door, Fuzzer, Item, Outcome, Scene
+from tests.attacks.fuzz.seen import Command, Work
 
 
 def raising(error: BaseException) -> Callable[[Scene], Work]:
@@ -24,7 +25,7 @@ def raising(error: BaseException) -> Callable[[Scene], Work]:
 
 
 def eats(scene: Scene) -> Work:
-    return lambda: None if bytearray(b"x") * (1200 << 20) else None
+    return lambda: bytearray(b"x") * (1200 << 20)
 
 
 def changes(scene: Scene) -> Work:
@@ -43,12 +44,12 @@ FINDINGS: dict[str, tuple[Callable[[Scene], Work], str]] = {
     "hangs": (lambda scene: lambda: time.sleep(60), "took over 1 s"),
     "waits for a pipe": (lambda scene: lambda: scene.pipe().open().close(), "took over 1 s"),
     "eats 1.2 GiB": (eats, "grew by 1.2 GiB"),
-    "eats all there is": (lambda scene: lambda: None if bytearray(1 << 36) else None, "MemoryError"),
+    "eats all there is": (lambda scene: lambda: bytearray(1 << 36), "MemoryError"),
     "raises": (raising(KeyError("key")), "KeyError: 'key'"),
     "raises what is no Exception": (raising(GeneratorExit()), "GeneratorExit"),
     "is refused by the system": (raising(PermissionError(13, "no", "file")), "PermissionError"),
     "leaves": (raising(SystemExit(2)), "SystemExit"),
-    "a command that leaves with 1": (raising(CommandEnded(1)), "exit code 1"),
+    "a command that leaves with 1": (lambda scene: Command(lambda: 1), "exit code 1"),
     "nests": (lambda scene: lambda: nests(), "RecursionError"),
     "leaves a marker": (lambda scene: lambda: scene.marker.touch(), "a marker was left"),
     "changes a file of the user's": (changes, "a bystander's file was changed"),
@@ -69,8 +70,8 @@ HARMLESS: dict[str, tuple[Callable[[Scene], Work], int]] = {
     "refused": (raising(DataError("rows.jsonl:1: \x1b[2J", "hint")), 2),
     "does not fit": (raising(DoesNotFit("what", "hint")), 3),
     "several problems": (raising(RecipeError([Problem("file", "what", "hint")] * 3)), 2),
-    "a command that ended": (raising(CommandEnded(2)), 2),
-    "takes 300 MiB": (lambda scene: lambda: None if bytearray(b"x") * (300 << 20) else None, 0),
+    "a command that ended": (lambda scene: Command(lambda: 2), 2),
+    "takes 300 MiB": (lambda scene: lambda: bytearray(b"x") * (300 << 20), 0),
     "writes in its own place": (lambda scene: lambda: (scene.place / "x").touch(), 0),
 }
 
@@ -84,9 +85,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """All of them one after the other, in children that go on after each finding."""
     place = tmp_path_factory.mktemp("fuzz")
     makes = {name: make for name, (make, _) in {**FINDINGS, **HARMLESS}.items()}
-    doors = {name: Door(name, lambda scene: lambda: None, seconds) for name, seconds in (("hasty", 1.0), ("calm", 60.0))}
+    doors = {
+        name: Door(name, lambda scene: lambda: None, seconds) for name, seconds in (("hasty", 1.0), ("calm", 60.0))
+    }
     fuzzer = Fuzzer(doors, None, place / "scratch", place / "documents", named=dict.fromkeys(doors, makes))
-    wanted: list[Item] = [("hasty" if "took over" in FINDINGS.get(name, ("", ""))[1] else "calm", name) for name in makes]
+    wanted: list[Item] = [
+        ("hasty" if "took over" in FINDINGS.get(name, ("", ""))[1] else "calm", name) for name in makes
+    ]
     found = {str(outcome.index): outcome for outcome in fuzzer.run(wanted, 1)}
     assert len(found) == len(makes)
     return found
@@ -121,5 +126,5 @@ def test_an_input_is_a_function_of_door_seed_and_index(tmp_path: Path) -> None:
 
 def test_what_terminals_obey() -> None:
     for text in nasty.ESCAPES:
-        assert harness.control_characters(text) or "\n" in text
-    assert not harness.control_characters("é 🌧 [x]\n\t")
+        assert seen.control_characters(text) or "\n" in text
+    assert not seen.control_characters("é 🌧 [x]\n\t")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +113,69 @@ def test_a_fault_of_ours_is_two_lines_and_a_file(tmp_path: Path, capsys: pytest.
     error = capsys.readouterr().err
     assert "internal error: ZeroDivisionError: oops" in error and "Traceback" not in error
     assert "ZeroDivisionError" in Path(error.split("with ")[-1].strip()).read_text()
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it: no Exception."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PanicException("a panic"), SystemExit(0), SystemExit("bye"), GeneratorExit(), RecursionError("too deep")],
+    ids=repr,
+)
+def test_what_a_library_raises_is_two_lines_too(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise error
+
+    assert ended(work) == common.INTERNAL_ERROR
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and f"internal error: {type(error).__name__}" in lines[0]
+
+
+def test_no_memory_left_is_exit_3(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise MemoryError
+
+    assert ended(work) == 3
+    assert "no memory left" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_message_of_any_length_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise ValueError("x" * 10_000_000)
+
+    assert ended(work) == common.INTERNAL_ERROR
+    assert len(capsys.readouterr().err) < 3_000
+
+
+def test_a_traceback_that_cannot_be_kept_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A planted link where it would be written, no home, and a file in the way."""
+    victim = tmp_path / "thesis"
+    victim.write_text("mine")
+    (tmp_path / "crashes").mkdir()
+    (tmp_path / "crashes" / f"crash-{os.getpid()}.txt").symlink_to(victim)
+
+    def work() -> None:
+        raise ZeroDivisionError
+
+    for cache in (str(tmp_path), "~no-such-user/x", str(victim)):
+        monkeypatch.setenv("QLORA_CACHE", cache)
+        assert ended(work) == common.INTERNAL_ERROR
+        assert "the command and its recipe (the traceback could not be kept" in capsys.readouterr().err
+    assert victim.read_text() == "mine"
+
+
+def test_an_answer_in_json_has_neither_secrets_nor_raw_bytes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-this-test")
+    common.answer({"folder": "/x/a-token-of-this-test/\x1b[2J\udcff", "list": ["\x7f"], "n": 1.5})
+    said = capsys.readouterr().out
+    assert said.isascii() and all(letter.isprintable() or letter == "\n" for letter in said)
+    assert json.loads(said) == {"folder": "/x/[hidden]/␛[2J\\xff", "list": ["␡"], "n": 1.5}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Recorder
 from qlora.export import hf
 from qlora.export.gguf import rope
@@ -89,6 +91,27 @@ def test_the_bases_own_companions_come_along(tmp_path: Path) -> None:
     for name in ("LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert not (tmp_path / "out" / "modeling_own.py").exists()
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "generation_config.json"])
+def test_what_is_copied_of_a_base_is_no_link_out_of_it(tmp_path: Path, llama: Path, name: str) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    of_peft(base, tmp_path / "adapter")
+    merge = merge_of(base, tmp_path / "adapter")
+    (tmp_path / "secret").write_text("a secret of this machine")
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ExportError, match=f"{name} is not copied into an export: .* is a link out of the folder"):
+        write_hf(merge, tmp_path / "out", Recorder())
+
+
+@pytest.mark.parametrize("value", ["2", True, [1, "2"], {"a": 1}, [3] * 1_001, 1.5])
+def test_end_tokens_that_are_none_are_refused(tmp_path: Path, value: object) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ExportError, match="eos_token_id is wrong"):
+        hf.add_stop_token(tmp_path, [3], Recorder())
 
 
 def test_what_version_5_alone_reads_is_said_for_version_4_too(tmp_path: Path) -> None:

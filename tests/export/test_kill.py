@@ -17,6 +17,7 @@ from qlora import disk
 from qlora.cli import common
 from qlora.events import Recorder
 from qlora.export import staging
+from qlora.export.hashed_file import HashedFile
 from qlora.stop import StopRequest
 from tests.export.cases import KINDS, merge_of, of_peft, trained
 from tests.export.hf_folder import write_hf
@@ -44,8 +45,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A point to go on from every 64 KiB, and each block a millisecond longer, so that most kills meet the writing."""
     monkeypatch.setattr(staging, "RESTART_BYTES", 64 << 10)
-    append = disk.HashedFile.append
-    monkeypatch.setattr(disk.HashedFile, "append", lambda self, data: (time.sleep(0.001), append(self, data))[1])
+    append = HashedFile.append
+    monkeypatch.setattr(HashedFile, "append", lambda self, data: (time.sleep(0.001), append(self, data))[1])
 
 
 def child(job: Callable[[], object]) -> int:

@@ -13,7 +13,8 @@ import pytest
 
 from qlora import disk, lock
 from qlora.errors import ExportError, StoppedBySignal
-from qlora.export import staging
+from qlora.export import staging, targets
+from qlora.export.hashed_file import HashedFile
 from qlora.export.staging import StagedExport
 
 WORK = {"adapter": "a", "dtype": "bf16"}
@@ -168,14 +169,14 @@ def test_a_signal_between_two_artifacts_keeps_the_second(tmp_path: Path) -> None
 def test_a_full_disk_is_an_error_of_two_lines_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = disk.HashedFile.append
+    append = HashedFile.append
 
-    def full(self: disk.HashedFile, data: bytes) -> None:
+    def full(self: HashedFile, data: bytes) -> None:
         if self.size > 4000:
             raise OSError(errno.ENOSPC, "No space left on device")
         append(self, data)
 
-    monkeypatch.setattr(disk.HashedFile, "append", full)
+    monkeypatch.setattr(HashedFile, "append", full)
     with pytest.raises(ExportError, match="the disk is full") as caught:
         finished({"a": tmp_path / "x", "b": tmp_path / "y"})
     assert "`out`" in caught.value.hint and caught.value.exit_code == 2
@@ -212,7 +213,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
     root = tmp_path / ".x.part"
     root.mkdir()
-    (root / "lock").write_text("1")
+    (root / "lock").write_text('{"pid": 4194305, "started": "1", "host": "here"}')
     assert finished({"a": tmp_path / "x"}) == 0
 
 
@@ -225,7 +226,7 @@ def test_a_folder_that_its_last_writer_removes_in_this_moment_is_made_anew(
     def late(handle: int) -> None:
         rounds.append(handle)
         if len(rounds) == 1:
-            disk.remove_folder(root)
+            disk.discard(root)
         take(handle)
 
     monkeypatch.setattr(lock, "_take", late)
@@ -243,7 +244,7 @@ def test_one_artifact_is_given_up_and_the_others_published(tmp_path: Path) -> No
     with StagedExport.open({"a": tmp_path / "x", "b": tmp_path / "y"}, WORK, 0) as staged:
         fill(staged, ("a", "b"))
         staged.discard("a")
-        assert staged.publish("b") == sum(len(piece(item)) for item in range(1, 21)) + 2
+        assert staged.publish("b").bytes == sum(len(piece(item)) for item in range(1, 21)) + 2
     assert [path.name for path in tmp_path.iterdir()] == ["y"]
 
 
@@ -258,8 +259,70 @@ def test_arrays_of_any_shape_are_appended_as_their_bytes(tmp_path: Path) -> None
 
 def test_points_are_flushed_before_they_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    sync, write = disk.HashedFile.sync, disk.write_atomic
-    monkeypatch.setattr(disk.HashedFile, "sync", lambda self: (calls.append(self.path.name), sync(self))[1])
+    sync, write = HashedFile.sync, disk.write_atomic
+    monkeypatch.setattr(HashedFile, "sync", lambda self: (calls.append(self.path.name), sync(self))[1])
     monkeypatch.setattr(disk, "write_atomic", lambda path, data: (calls.append(path.name), write(path, data))[1])
     killed({"a": tmp_path / "x"}, 6)
-    assert calls == ["part0.bin", "journal.json"]
+    assert calls == ["part.json", "part0.bin", "journal.json"]
+
+
+def test_an_earlier_artifact_goes_and_a_changed_one_is_set_aside(tmp_path: Path) -> None:
+    for text in (None, None, "[]"):  # of the size that it had
+        if text:
+            (tmp_path / "x" / "config.json").write_text(text)
+        with StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+            fill(staged, ("a",))
+            size, aside = staged.publish("a", {"of": {"adapter": "tiny"}})
+        assert size > 20_000 and (aside is not None) is bool(text)
+    assert disk.read_manifest(tmp_path / "x")["of"] == {"adapter": "tiny"}
+    assert aside == (tmp_path / "x.1", sum(map(len, content(tmp_path / "x.1").values())))
+    assert (tmp_path / "x.1" / "config.json").read_text() == "[]"
+
+
+def test_what_was_laid_there_meanwhile_stays_and_so_does_the_work(tmp_path: Path) -> None:
+    """Hours may lie between the look at the door and the end; once it is moved away, the rest takes seconds."""
+    with pytest.raises(targets.TargetTaken), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+        fill(staged, ("a",))
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "mine").write_text("mine")
+        staged.publish("a")
+    assert content(tmp_path / "x") == {"mine": b"mine"}
+    (tmp_path / "x").rename(tmp_path / "elsewhere")
+    assert finished({"a": tmp_path / "x"}) == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "x"]
+
+
+def test_a_hidden_folder_of_somebody_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".x.part" / "files").mkdir(parents=True)
+    (tmp_path / ".x.part" / "files" / "mine").write_text("mine")
+    for work in (
+        lambda: StagedExport.open({"a": tmp_path / "x"}, WORK, 0),
+        lambda: staging.check_disk([tmp_path / "x"], 0),
+    ):
+        with pytest.raises(ExportError, match="is in the way of x"):
+            work()
+    assert content(tmp_path / ".x.part" / "files") == {"mine": b"mine"}
+    (tmp_path / ".x.part" / "files" / "mine").unlink()
+    (tmp_path / ".x.part" / "files").rmdir()
+    assert finished({"a": tmp_path / "x"}) == 0, "an empty one is nobody's"
+
+
+def test_an_artifact_that_a_kill_left_without_its_name_comes_back(tmp_path: Path) -> None:
+    finished({"a": tmp_path / "x"})
+    (tmp_path / "x").rename(tmp_path / ".x.swap-qlora-4194305-00000000")
+    (tmp_path / "..x.part.old-qlora-4194305-00000000").mkdir()
+    with pytest.raises(KeyboardInterrupt), StagedExport.open({"a": tmp_path / "x"}, WORK, 0):
+        assert disk.verify_folder(tmp_path / "x") is None
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.part", "x"]
+
+
+def test_the_disk_is_looked_at_with_what_will_be_replaced_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one stands before the old one goes: both need room."""
+    finished({"a": tmp_path / "x"})
+    old = sum(map(len, content(tmp_path / "x").values()))
+    monkeypatch.setattr(disk, "free_bytes", lambda path: staging.SPARE_BYTES + old - 1)
+    with pytest.raises(ExportError, match="are free"):
+        StagedExport.open({"a": tmp_path / "x"}, WORK, old)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import re
+import sys
 
 import pytest
 
@@ -10,6 +13,8 @@ from qlora.events import (
     End,
     Evaluated,
     Event,
+    Exported,
+    Fidelity,
     Notice,
     Plan,
     Progress,
@@ -103,6 +108,57 @@ def test_the_end_says_where_the_time_went() -> None:
 
 def test_text_of_rows_is_never_markup() -> None:
     assert "[red]the Lumo lamp[/]" in drawn(80, False)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_that_is_no_markup_of_anybodys_is_drawn_as_it_is(terminal: bool) -> None:
+    """`[/]` alone ends the drawing of whoever takes it for markup; `:warning:` is an emoji's name."""
+    odd = "[/] [red]x[/red] [link=http://x]y[/link] :warning: \\[z]"
+    out = io.StringIO()
+    console = Terminal(out, width=400, force_terminal=terminal)
+    sink = ConsoleSink(console)
+    entry = {"name": odd, "measured_by": odd, "kl": 0.1, "perplexity": 1.0, "top1": 1.0, "bytes": 1}
+    table = dataclasses.replace(PLAN, arithmetic=odd, memory={"peak_bytes": 1, "limit_bytes": 1, "changes": {odd: odd}})
+    texts: list[Event] = [
+        Start(odd, odd, odd, odd, odd, {odd: odd}, None),
+        *(Progress(odd, done, total) for done, total in ((0, 1), (1, 9))),
+        table,
+        StepDone(1, 0.1, 1.0, 1e-3, 0.5, 1, 1, 1.0, 1, 2.0),
+        Notice(odd, odd),
+        Rejected(odd, odd, 2, (odd,)),
+        Recovered(1, odd),
+        Sampled(1, odd, odd, odd, odd),
+        Saved(odd, 1, odd, 1),
+        Fidelity(odd, 1, 1, (entry,)),
+        Exported(odd, odd, 1, odd, None),
+        End(odd, 1, 1, 1.0, 1, 1, 0.5, None, None, None, 1, odd, 1),
+    ]
+    for event in texts:
+        sink.emit(event)
+    if terminal:
+        console.print(sink.picture())
+    sink.close()
+    plain = "".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).split())
+    assert plain.count("".join(odd.split())) >= 20
+
+
+def test_a_terminal_that_cannot_be_drawn_over_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out = io.StringIO()
+    sink = ConsoleSink(Terminal(out, width=80, force_terminal=True))
+    for event in EVENTS:
+        sink.emit(event)
+    sink.close()
+    assert "step 80/80" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_what_is_printed_beside_the_panel_does_not_go_through_rich(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich would take the sequences of a library's warning for colours and links of its own."""
+    before = sys.stderr
+    sink = ConsoleSink(Terminal(io.StringIO(), width=80, force_terminal=True))
+    sink.emit(EVENTS[1])
+    assert sink.live is not None and sys.stderr is before
+    sink.close()
 
 
 def test_plain_output_has_no_escape_codes_and_is_short() -> None:

@@ -16,6 +16,7 @@ def test_figures_for_people() -> None:
     assert [human_bytes(n) for n in (12, 2048, 3 << 30)] == ["12 B", "2.0 KiB", "3.0 GiB"]
     assert [human_seconds(n) for n in (5, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
     assert sparkline([]) == "" and sparkline([1.0]) == "▁"
+    assert sparkline([float("nan"), float("inf"), 1.0]) == "▁" and human_seconds(float("nan")) == "unknown"
     assert sparkline([0, 1]) == "▁█" and len(sparkline(list(map(float, range(1000))), 40)) == 40
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from qlora.errors import RunFolderError
 from qlora.events import Evaluated, Notice, Progress, Recorder, StepDone
 from qlora.recipe.sections import ReportSection
+from qlora.report import files as report_files
 from qlora.report.files import JsonLines, open_sinks, read_events
 
 STEP = StepDone(1, 0.1, 2.0, 1e-3, 0.5, 100, 40, 50.0, 1 << 20, 2.0)
@@ -67,3 +70,74 @@ def test_the_recipe_names_what_is_written(tmp_path: Path, sinks: tuple[str, ...]
     for sink in open_sinks(ReportSection(sinks=sinks), tmp_path, 0, Recorder()):  # type: ignore[arg-type]
         sink.close()
     assert [path.name for path in tmp_path.iterdir()] == files
+
+
+FOREIGN = (
+    b"my own note\n",
+    b"{}\n",
+    b"[1, 2]\n",
+    b"17\n",
+    b'{"event": 1}\n',
+    b'{"event": "step", "step": "x"}\n',
+    b'{"event": "step", "step": 1e400}\n',
+    b'{"event": "step", "step": [9]}\n',
+    b"\x00\xff\x1b[2J\n",
+    b"[" * 90_000 + b"]" * 90_000 + b"\n",
+    b'{"event": "step", "step": ' + b"9" * 10_000 + b"}\n",
+    b"\n",
+)
+
+
+def test_lines_that_are_no_events_stay_and_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    first = JsonLines(path)
+    for number in (1, 2, 3):
+        first.emit(step(number))
+    first.close()
+    ours = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(FOREIGN[0] + ours[0] + b"".join(FOREIGN[1:]) + ours[1] + ours[2] + b'{"event": "step", "step": 2')
+    screen = Recorder()
+    (lines,) = open_sinks(ReportSection(), tmp_path, 2, screen)
+    lines.emit(step(3))
+    lines.close()
+    kept = path.read_bytes()
+    assert kept.startswith(FOREIGN[0] + ours[0] + b"".join(FOREIGN[1:]) + ours[1])
+    assert [event["step"] for event in read_events(path)] == [1, 2, 3]
+    (notice,) = screen.events
+    assert isinstance(notice, Notice) and notice.count == len(FOREIGN)
+    assert notice.message == "12 lines of events.jsonl are no events of a run, and stay as they are"
+
+
+def test_a_line_without_an_end_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_files, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"event": "step", "step": 1}\n' + b"x" * 2500 + b"\n" + b'{"event": "step", "step": 9}\n')
+    assert [event["step"] for event in read_events(path)] == [1, 9]
+    JsonLines(path, resume_from_step=1).close()
+    assert path.read_bytes() == b'{"event": "step", "step": 1}\n' + b"x" * 2500 + b"\n"
+
+
+def test_a_file_beyond_all_events_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with path.open("wb") as file:
+        file.truncate(64 << 30)  # takes no room
+    screen = Recorder()
+    (lines,) = open_sinks(ReportSection(), tmp_path, 2, screen)
+    lines.close()
+    assert path.stat().st_size == 0 and (tmp_path / "events.jsonl.1").stat().st_size == 64 << 30
+    assert "it is kept as events.jsonl.1" in repr(screen.events)
+
+
+def test_events_are_written_through_no_link(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("mine\n")
+    for name, make in (("link", os.symlink), ("hard", os.link)):
+        run = tmp_path / name
+        run.mkdir()
+        make(thesis, run / "events.jsonl")
+        with pytest.raises(RunFolderError, match=r"events\.jsonl is a"):
+            open_sinks(ReportSection(), run, 0, Recorder())
+    os.mkfifo(tmp_path / "events.jsonl")
+    with pytest.raises(RunFolderError, match="not a regular file"):
+        open_sinks(ReportSection(), tmp_path, 0, Recorder())
+    assert thesis.read_text() == "mine\n" and {path.name for path in (tmp_path / "hard").iterdir()} == {"events.jsonl"}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
-from qlora import shown
+from qlora import files, shown
 from qlora.export.gguf.rope import Key
 from qlora.model.base_folder import BaseFolder
 from qlora.redaction import redact
@@ -26,7 +26,8 @@ from qlora.version import __version__
 
 ALIGNMENT: int = gguf.GGUF_DEFAULT_ALIGNMENT
 MAX_CARD_BYTES = 1 << 20
-_LICENSE = re.compile(r"^license(?P<part>|_name|_link):\s*[\"']?(?P<value>[^\"'\n]+?)[\"']?\s*$", re.MULTILINE)
+MAX_LICENCE = 500  # characters of a line that names it, or a link to it
+_LICENSE = re.compile(r"^license(?P<part>|_name|_link):\s*[\"']?(?P<value>[^\"']+?)[\"']?\s*$")
 _SWITCH = re.compile(r"phi-?3", re.IGNORECASE)
 
 
@@ -68,11 +69,12 @@ def published(name: str) -> str:
 
 
 def read_card(folder: Path) -> tuple[str, str]:
-    """Header (YAML) and Markdown of a folder's README.md; empty where there is none, or one too large for a card."""
-    card = folder / "README.md"
-    if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
+    """Header (YAML) and Markdown of a folder's README.md; empty where there is none that is a card: a link out of the
+    folder, or more than MAX_CARD_BYTES."""
+    try:
+        text = files.read_bytes(files.inside(folder, "README.md"), MAX_CARD_BYTES).decode("utf-8", "replace")
+    except (OSError, files.UnsafePathError):
         return "", ""
-    text = card.read_text(encoding="utf-8", errors="replace")
     if not text.startswith("---"):
         return "", text
     header, _, markdown = text[3:].partition("\n---")
@@ -81,7 +83,9 @@ def read_card(folder: Path) -> tuple[str, str]:
 
 def licence_of(folder: Path) -> dict[str, str]:
     """The licence in the header of a folder's card, as the hub's model cards have it; empty when there is none."""
-    return {match["part"]: match["value"] for match in _LICENSE.finditer(read_card(folder)[0])}
+    lines = (line for line in read_card(folder)[0].splitlines() if len(line) < MAX_LICENCE)
+    found = ((match["part"], match["value"]) for line in lines if (match := _LICENSE.match(line)))
+    return {part: value for part, value in found if value.isprintable()}
 
 
 def general_keys(about: About, kind: str, strips_after_specials: bool = False) -> list[Key]:

@@ -18,6 +18,7 @@ from qlora.errors import ExportError
 from qlora.export.gguf.probes import Limit
 
 OVERRIDE = "name llama.cpp's pre-tokenizer that cuts text alike with `tokenizer_pre`, if you know one"
+_SHOWN = 200  # characters of a pattern in a message
 BYTES = "byte level"  # the step that maps bytes to letters; only falcon's digits come after it
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -128,7 +129,7 @@ def match(tokenizer: Mapping[str, Any], folder: Path) -> Match:
     ignore_merges = bool(tokenizer["model"].get("ignore_merges"))
     alike = [known for known in KNOWN if known.steps == steps]
     if not alike:
-        splits = " then ".join(repr(step) for step in steps) or "nothing"
+        splits = " then ".join(repr(step[:_SHOWN]) for step in steps[:5]) or "nothing"
         raise ExportError(f"{folder}: llama.cpp has no pre-tokenizer that splits by {splits}", OVERRIDE)
     best = next((known for known in alike if known.ignore_merges == ignore_merges), alike[0])
     if best.ignore_merges != ignore_merges and (stray := _unmergeable(tokenizer)) is not None:
@@ -151,7 +152,7 @@ def _normalizer_limits(normalizer: Mapping[str, Any] | None, folder: Path) -> tu
     kinds = [part["type"] for part in flat(normalizer, "normalizers")]
     if set(kinds) <= {"NFC"}:
         return (Limit.COMPOSITION,) if kinds else ()
-    shown = ", ".join(kinds)
+    shown = ", ".join(str(kind)[:40] for kind in kinds[:5])
     raise ExportError(f"{folder}: llama.cpp cannot normalize text as this tokenizer does ({shown})", OVERRIDE)
 
 

@@ -14,7 +14,7 @@ and a wrong reading shows only as a model that answers worse the longer the text
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,20 +71,20 @@ def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope],
         return whole
     if local.get("rope_type", "default") != "default":
         raise refused(f"sliding layers with {local['rope_type']!r} positions")
-    base = float(local["rope_theta"])
+    base = _number(local, "rope_theta")
     _compare(_frequencies(base, rotated_dims), 1.0, model["sliding_attention"])
     return Rope((*whole.keys, ("rope.freq_base_swa", base)), whole.tensors)
 
 
 def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
     kind = str(rope.get("rope_type", "default"))
-    base = float(rope["rope_theta"])
+    base = _number(rope, "rope_theta")
     scaled = plain = _frequencies(base, dims)
     attention = 1.0
     keys: list[Key] = []
     tensors: dict[str, NDArray[np.float32]] = {}
     if kind == "linear":
-        factor = float(rope["factor"])
+        factor = _number(rope, "factor")
         keys = [("rope.scaling.type", "linear"), ("rope.scaling.factor", factor)]
         scaled = plain / factor
     elif kind == "yarn":
@@ -104,6 +104,15 @@ def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, ta
     return Rope((("rope.freq_base", base), *keys), tensors)
 
 
+def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number above 0 from the rotary positions of a configuration. Raises ExportError for anything else."""
+    value: Any = rope.get(key) or default
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        what = f"config.json: {key} of the rotary positions is no number above 0 (it is {str(rope.get(key))[:60]!r})"
+        raise ExportError(what, "get a clean copy of the base")
+    return float(value)
+
+
 def _frequencies(base: float, dims: int) -> NDArray[np.float64]:
     """Turns a token for each pair of dims, before any scaling (Su et al. 2021, section 3.2.2)."""
     return base ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
@@ -111,8 +120,8 @@ def _frequencies(base: float, dims: int) -> NDArray[np.float64]:
 
 def _llama3_factors(rope: Mapping[str, Any], plain: NDArray[np.float64]) -> NDArray[np.float64]:
     """By how much each frequency is slowed: not at all for short waves, by `factor` for long ones, a ramp between."""
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    trained = float(rope["original_max_position_embeddings"])
+    factor, low, high = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained = _number(rope, "original_max_position_embeddings")
     waves = 2 * math.pi / plain
     ramp = np.clip((trained / waves - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - ramp) / factor + ramp)  # type: ignore[no-any-return]
@@ -121,10 +130,9 @@ def _llama3_factors(rope: Mapping[str, Any], plain: NDArray[np.float64]) -> NDAr
 def _yarn(
     config: Any, rope: Mapping[str, Any], plain: NDArray[np.float64]
 ) -> tuple[list[Key], NDArray[np.float64], float]:
-    factor, base = float(rope["factor"]), float(rope["rope_theta"])
-    trained = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-    fast = float(rope.get("beta_fast") or YARN_BETA_FAST)
-    slow = float(rope.get("beta_slow") or YARN_BETA_SLOW)
+    factor, base = _number(rope, "factor"), _number(rope, "rope_theta")
+    trained = int(_number(rope, "original_max_position_embeddings", config.max_position_embeddings))
+    fast, slow = _number(rope, "beta_fast", YARN_BETA_FAST), _number(rope, "beta_slow", YARN_BETA_SLOW)
     if rope.get("truncate") is False:
         raise refused("yarn positions whose ramp is not rounded (truncate = false)")
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN section 3.4
@@ -152,29 +160,34 @@ def _yarn(
 def _yarn_attention(rope: Mapping[str, Any], factor: float, usual: float) -> float:
     """The factor on attention that transformers applies: given outright, or by DeepSeek's two mscales, or the usual."""
     if rope.get("attention_factor") is not None:
-        return float(rope["attention_factor"])
+        return _number(rope, "attention_factor")
     mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
     if mscale and of_all:
-        return (0.1 * float(mscale) * math.log(factor) + 1.0) / (0.1 * float(of_all) * math.log(factor) + 1.0)
+        mscale, of_all = _number(rope, "mscale"), _number(rope, "mscale_all_dim")
+        return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * of_all * math.log(factor) + 1.0)
     return usual
 
 
 def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key], dict[str, NDArray[np.float32]]]:
-    trained = int(rope["original_max_position_embeddings"])
+    trained = int(_number(rope, "original_max_position_embeddings"))
     stretch = config.max_position_embeddings / trained
     attention = rope.get("attention_factor")
     if attention is None:  # LongRoPE as Phi-3 uses it; transformers, _compute_longrope_parameters
         attention = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
+    else:
+        attention = _number(rope, "attention_factor")
     tensors = {}
     for name in ("long", "short"):
-        factors: Sequence[float] = rope[f"{name}_factor"]
+        factors: Any = rope.get(f"{name}_factor")
+        if not isinstance(factors, list) or not all(type(value) in (int, float) for value in factors):
+            raise refused(f"positions whose {name}_factor is no list of numbers")
         if len(factors) != dims // 2:
             raise refused(f"{len(factors)} {name} factors for {dims // 2} pairs of dims")
         tensors[f"rope_factors_{name}.weight"] = np.asarray(factors, dtype=np.float32)
     keys: list[Key] = [
         ("rope.scaling.type", "longrope"),
         ("rope.scaling.original_context_length", trained),
-        ("rope.scaling.attn_factor", float(attention)),
+        ("rope.scaling.attn_factor", attention),
     ]
     return keys, tensors
 

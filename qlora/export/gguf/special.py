@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora import files, foreign_json
 from qlora.data.row_json import RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate
 from qlora.errors import ExportError, TokenizerError
 from qlora.events import Sinks
+from qlora.foreign_json import ForeignFileError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +56,7 @@ def special_ids(
     ids: dict[str, int] = {}
     for ours, theirs in _NAMES.items():
         found = [getattr(tokenizer, f"{theirs}_token_id", None), *_configured(configs, f"{theirs}_token_id")]
-        if usable := [number for number in found if isinstance(number, int) and 0 <= number < rows]:
+        if usable := [number for number in found if type(number) is int and 0 <= number < rows]:
             ids[ours] = usable[0]
     vocab = tokenizer.get_vocab()
     ends = [vocab[text] for text in turn_ends if text in vocab]
@@ -88,16 +89,15 @@ def _configured(configs: Sequence[Mapping[str, Any]], key: str) -> list[int]:
     for config in configs:
         for place in (config, config.get("text_config")):
             value = place.get(key) if isinstance(place, Mapping) else None
-            found += [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)]
+            found += [v for v in (value if isinstance(value, list) else [value]) if type(v) is int]
     return found
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        path = files.inside(file.parent, file.name)
+        return foreign_json.load_object(path) if path.exists() else {}
+    except (ForeignFileError, files.UnsafePathError) as error:
         raise ExportError(f"{file}: cannot be read ({error})", "download the base again") from error
 
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora import files
 from qlora.errors import ExportError
 from qlora.export.gguf.pretokenizer import flat, merge_pairs
+from qlora.model.tokenizer_check import MAX_BYTES
 
 SPACE = "▁"
 ADDED_SCORE = -1000.0  # llama.cpp's converter gives it to tokens outside the SentencePiece model
@@ -123,9 +125,9 @@ def read_pieces(file: Path) -> list[Piece]:
     """The pieces of a `tokenizer.model`, which is a protocol buffer (sentencepiece_model.proto: ModelProto.pieces is
     field 1; of a piece, `piece` is field 1, `score` 2, `type` 3). Raises ExportError when it is none."""
     try:
-        fields = _fields(file.read_bytes())
+        fields = _fields(files.read_bytes(files.inside(file.parent, file.name), MAX_BYTES))
         return [_piece(value) for number, value in fields if number == 1 and isinstance(value, bytes)]
-    except (OSError, ValueError, IndexError, TypeError, struct.error) as error:
+    except (OSError, ValueError, IndexError, struct.error) as error:
         raise ExportError(f"{file}: is no SentencePiece model ({error})", "download the base again") from error
 
 
@@ -167,6 +169,8 @@ def _varint(blob: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = blob[at]
+        if shift > 63:
+            raise ValueError(f"a number of more than 64 bits at byte {at}")
         value |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
         if not byte & 0x80:

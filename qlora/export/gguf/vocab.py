@@ -21,6 +21,9 @@ from qlora.export.gguf import pretokenizer, special, spm
 from qlora.export.gguf.metadata import Entry, entries
 from qlora.export.gguf.probes import Limit
 from qlora.export.gguf.rope import Key
+from qlora.model.tokenizer import PROBE
+from qlora.model.tokenizer_check import check_tokenizer
+from qlora.third_party import unprinted_panics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,8 +155,10 @@ def metadata(vocab: Vocab) -> list[Entry]:
 def _load(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with foreign_failures() as failure:
+    check_tokenizer(folder, str(folder))
+    with foreign_failures() as failure, unprinted_panics():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer(PROBE)
     if failure.error:
         what = f"{folder}: its tokenizer cannot be opened ({failure.reason})"
         raise ExportError(what, "it needs tokenizer.json") from failure.error

@@ -1,4 +1,4 @@
-"""An adapter from a stranger: PEFT's configuration, our provenance, the header of its tensors, its manifest, entries."""
+"""An adapter from a stranger: PEFT's configuration, our provenance, header of its tensors, manifest, entries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from unittest import mock
 
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 MORE_KEYS = (
     *("rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
@@ -26,7 +27,7 @@ def make(scene: Scene) -> Work:
     folder, chance, drawn = scene.place / "adapter", scene.chance, scene.goods.drawn
     shutil.copytree(scene.goods.run / "adapter", folder)
     kind = chance.random()
-    whole = chance.random() < 0.04
+    whole = chance.random() < 0.01
     signed = chance.random() < 0.7
     config = folder / "adapter_config.json"
     if kind < 0.35:

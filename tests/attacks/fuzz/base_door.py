@@ -1,4 +1,4 @@
-"""A base from a stranger: configuration, headers and index of the weights, tokenizer, template, entries of its folder."""
+"""A base from a stranger: configuration, headers and index of the weights, tokenizer, template, entries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 JSON_FILES = ("config.json", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 # Keys that real configurations have and the tiny one has not.
@@ -17,7 +18,13 @@ MORE_KEYS = (
     *("_name_or_path", "model_type", "architectures", "tie_word_embeddings", "use_cache", "transformers_version"),
 )
 TOKENIZER_KEYS = (
-    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_max_length", "tokenizer_class"),
+    *(
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "model_max_length",
+        "tokenizer_class",
+    ),
     *("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "auto_map", "add_bos_token", "legacy"),
 )
 TEMPLATES = (
@@ -69,6 +76,7 @@ def use(folder: Path, scene: Scene, depth: float) -> None:
     from qlora.model import load
     from qlora.model.resolve import resolve
     from qlora.model.tokenizer import open_tokenizer
+    from qlora.model.tokenizer_files import read_files
     from qlora.recipe.reading import recipe_of_base
     from qlora.recipe.sections import QuantizationSection
     from qlora.training import setup
@@ -77,14 +85,16 @@ def use(folder: Path, scene: Scene, depth: float) -> None:
     base = resolve(str(folder), "main", sink)
     for entry in base.tensors.values():
         assert 0 <= entry.offset <= entry.offset + entry.nbytes <= entry.file.stat().st_size
-    open_tokenizer(base.path, base.name)
-    if depth < 0.04:
+    files = read_files(base.path)
+    with files.placed() as placed:
+        open_tokenizer(placed, base.name)
+    if depth < 0.01:
         api.check(scene.goods.loaded().model_copy(update={"model": recipe_of_base(str(folder)).model}), sink=sink)
-    elif depth < 0.12:
-        setup.prepare_rows(scene.goods.loaded(), base, sink)
-    elif depth < 0.35:
+    elif depth < 0.04:
+        setup.prepare_rows(scene.goods.loaded(), base, files, sink)
+    elif depth < 0.16:
         load.load_base(base, QuantizationSection(), "auto", torch.device("cpu"), sink)
-    elif depth < 0.4:
+    elif depth < 0.175:
         api.estimate_memory(recipe_of_base(str(folder)), vram="12GiB", sink=sink)
     else:
         api.question(recipe_of_base(str(folder)), vram="12GiB", sink=sink)

@@ -1,4 +1,4 @@
-"""Cached tokens that somebody else may have put there: manifest, report, Arrow bytes, entries, other people's rights."""
+"""Cached tokens that somebody else may have put there: manifest, report, Arrow bytes, entries, rights."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from tests.attacks.fuzz import goods, nasty
 from tests.attacks.fuzz.adapter_door import sign
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 
 def make(scene: Scene) -> Work:
@@ -29,8 +31,9 @@ def make(scene: Scene) -> Work:
             sign(folder)
     elif kind < 0.9:
         names = ("report.json", "manifest.json", "rows.arrow", ".", "..", "../.x.tmp-1", "../.x.old-1", "x")
-        nasty.entry((folder / chance.choice(names)).absolute(), chance.choice(nasty.ENTRIES), scene.bystander)
-        if chance.random() < 0.3 and (folder / "manifest.json").is_file():
+        name = chance.choice(names)
+        nasty.entry((folder / name).absolute(), chance.choice(nasty.ENTRIES), scene.bystander)
+        if chance.random() < 0.3 and name in ("report.json", "x"):
             sign(folder)
     else:
         place = chance.choice((folder, cache, cache / "tokens", folder / "report.json", folder / "rows.arrow"))
@@ -55,7 +58,7 @@ def arrow(file: Path, scene: Scene) -> None:
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     name = chance.choice(sorted(columns))
     number = chance.choice((0, -1, 383, 384, 1 << 30, -(1 << 31)))
-    others = (
+    others: tuple[list[Any], ...] = (
         [[number] * 3], [number], ["x"], ["\x1b[2J:1"], [None], [b"x" * 16], [""], [[float("nan")] * 3], [[]],
         ['{"messages": 1}'], ["{"], ['{"messages": [], "tools": null, "expected": "x", "evil": 1}'], [json.dumps([1])],
     )  # fmt: skip
@@ -83,13 +86,13 @@ def use(scene: Scene, cache: str) -> None:
     """Rows for a run, and what the run reads of them."""
     from qlora import disk
     from qlora.data.prepare import prepare
-    from qlora.model.tokenizer import tokenizer_fingerprint
+    from qlora.model.tokenizer_files import read_files
 
     recipe, base = scene.goods.loaded(), scene.goods.base
     sink = goods.sink()
     with mock.patch.dict(os.environ, QLORA_CACHE=cache.replace("\0", "").encode("utf-8", "replace").decode()):
         chat = goods.chat_of(base, os.getpid())
-        data = prepare(recipe.data, tokenizer_fingerprint(base), chat, recipe.train.seed, disk.cache_dir(), sink)
+        data = prepare(recipe.data, read_files(base).fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     for split in (data.train, data.eval):
         for index in range(min(3, len(split.lengths))):
             assert split.rows[index] is not None

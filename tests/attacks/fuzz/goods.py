@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 from hypothesis import strategies as st
 
 from qlora.events import Sink, Sinks
 from qlora.recipe.reading import Recipe, load_recipe
-from tests.runs import run_dir, train, write_recipe
+from tests.runs import run_dir, train, write_recipe, write_rows
 
 DRAWN = 400
-SETTINGS = ("train.max_steps=2", "train.batch_size=2", "data.max_length=96", "eval.samples=0", "checkpoint.every_steps=1")
+ROWS = 8
+SETTINGS = (
+    "train.max_steps=2",
+    "train.batch_size=2",
+    "data.max_length=96",
+    "eval.samples=0",
+    "checkpoint.every_steps=1",
+)
 _texts = st.text(max_size=20)
 _values = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-(2**70), 2**70), st.floats(), _texts),
@@ -63,25 +71,31 @@ def make(folder: Path, seed: int) -> Goods:
     }
     base = make_base("llama", folder / "base")
     recipe = write_recipe(folder / "project", base)
+    write_rows(recipe.parent / "rows.jsonl", ROWS)
     train(recipe, *SETTINGS)
-    job = _job(load_recipe(recipe, SETTINGS), run_dir(recipe))
-    return Goods(base, recipe, run_dir(recipe), folder / "cache", home, drawn_values(seed), job, [])
+    return Goods(base, recipe, run_dir(recipe), folder / "cache", home, drawn_values(seed), _job(recipe), [])
 
 
-def _job(recipe: Recipe, folder: Path) -> Any:
-    """What a run's loop is given. It is not closed: the children go on with it."""
-    from qlora.stop import StopRequest
-    from qlora.training import setup
+def _job(recipe: Path) -> Any:
+    """What a run's loop is given, the model in it."""
+    jobs: list[Any] = []
 
-    base, recipe = setup.preflight(recipe, Sinks())
-    return setup.prepare_job(recipe, folder, base, Sinks(), StopRequest()).__enter__()
+    def keep(job: Any, checkpoint: Any) -> Any:
+        jobs.append(job)
+        return checkpoint.state
+
+    with mock.patch("qlora.training.loop.run", keep):
+        train(recipe, *SETTINGS, mode="resume")
+    return jobs[0]
 
 
 def drawn_values(seed: int) -> list[Any]:
     found: list[Any] = []
 
     @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=DRAWN, deadline=None, database=None, suppress_health_check=[*hypothesis.HealthCheck])
+    @hypothesis.settings(
+        max_examples=DRAWN, deadline=None, database=None, suppress_health_check=[*hypothesis.HealthCheck]
+    )
     @hypothesis.given(_values)
     def keep(value: Any) -> None:
         found.append(value)
@@ -104,6 +118,7 @@ def chat_of(base: Path, process: int) -> Any:
     """A chat tokenizer of this process, whose worker that renders templates is kept for the next input."""
     from qlora.data.chat import ChatTokenizer
     from qlora.model.tokenizer import open_tokenizer
+    from qlora.model.tokenizer_files import read_files
 
-    return ChatTokenizer(open_tokenizer(base, "base"), "assistant", Sinks())
-
+    with read_files(base).placed() as folder:
+        return ChatTokenizer(open_tokenizer(folder, "base"), "assistant", Sinks())

@@ -8,7 +8,6 @@ screen, a marker file, a changed file of somebody else's, a child that died.
 from __future__ import annotations
 
 import faulthandler
-import io
 import json
 import os
 import resource
@@ -18,27 +17,27 @@ import signal
 import sys
 import time
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from qlora.cli import common
-from qlora.errors import QloraError, RecipeError
+from tests.attacks.fuzz.seen import Work, show
 
 LIMIT_SECONDS = 5.0
 LIMIT_GROWTH_BYTES = 1 << 30
 DATA_BYTES = 3 << 30  # beyond what a child has: more than this is refused to it, so that no input takes the machine
-LIMIT_CHARACTERS = 2000
 CHUNK = 50  # inputs of one child
 STACK = "stack.txt"  # where a child was when its time was up
-EXIT_CODES = (2, 3, 4)
-BYSTANDERS = {"thesis.txt": "years of work\n", "diary.txt": "dear diary\n", "photos/list.json": "{}", "rows.jsonl": "{}\n"}
+BYSTANDERS = {
+    "thesis.txt": "years of work\n",
+    "diary.txt": "dear diary\n",
+    "photos/list.json": "{}",
+    "rows.jsonl": "{}\n",
+}
 
-Work = Callable[[], None]
 Item = tuple[str, int | str]  # a door, and an index or a name
 
 
@@ -64,10 +63,6 @@ class Scene:
     @property
     def paths(self) -> tuple[str, ...]:
         return (str(self.pipe()), "/dev/zero", str(self.bystander), str(self.bystander.parent), str(self.place))
-
-
-class CommandEnded(SystemExit):
-    """The exit of a whole command, which has shown its errors itself."""
 
 
 @dataclass(frozen=True)
@@ -273,83 +268,6 @@ def _work_through(fuzzer: Fuzzer, items: list[Item], writing: int) -> None:
         except BaseException:
             outcome = Outcome(door, index, -1, "the door itself failed", traceback.format_exc())
         os.write(writing, json.dumps(asdict(outcome)).encode() + b"\n")
-
-
-# --- what a person would see -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shown:
-    code: int
-    out: str
-    err: str
-    fault: str
-    detail: str
-
-
-def show(work: Work) -> Shown:
-    """Do the work as a command does it, and look at what it shows."""
-    raised: list[BaseException] = []
-
-    def watched() -> None:
-        try:
-            work()
-        except BaseException as error:
-            raised.append(error)
-            raise
-
-    streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors) for errors in ("strict", "replace")]
-    code, detail = 0, ""
-    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
-        try:
-            common.run(watched)
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        except BaseException as error:
-            code, raised = -1, [*raised, error]
-    out, err = (_written(stream) for stream in streams)
-    error = raised[-1] if raised else None
-    if error is not None:
-        detail = "".join(traceback.format_exception(error))[-6000:]
-    fault = _fault(error, code) or _untidy(out, err)
-    return Shown(code, out, err, fault, detail)
-
-
-def _written(stream: io.TextIOWrapper) -> str:
-    with suppress(ValueError, OSError):
-        stream.flush()
-        return stream.buffer.getvalue().decode("utf-8", "replace")  # type: ignore[attr-defined,no-any-return]
-    return ""
-
-
-def _fault(error: BaseException | None, code: int) -> str:
-    """What is wrong with how it ended; "" for nothing."""
-    if error is None:
-        return "" if code == 0 else f"exit code {code}"
-    if isinstance(error, CommandEnded):
-        return "" if code in (0, *EXIT_CODES) else f"exit code {code}"
-    if not isinstance(error, QloraError):
-        text = "".join(letter if letter.isprintable() else "�" for letter in str(error))
-        return f"{type(error).__name__}: {text[:200]}"
-    if code not in EXIT_CODES:
-        return f"exit code {code}"
-    problems = error.problems if isinstance(error, RecipeError) else ()
-    for text in (error.what, error.hint, *(t for p in problems for t in (p.what, p.hint))):
-        if not text.strip() or len(text.splitlines()) != 1 or len(text) >= LIMIT_CHARACTERS:
-            return f"a message of {len(text)} characters and {len(text.splitlines())} lines: {text[:80]!r}"
-    return ""
-
-
-def _untidy(out: str, err: str) -> str:
-    if found := control_characters(out) | control_characters(err):
-        return f"control characters on the screen: {sorted(map(hex, map(ord, found)))}"
-    longest = max((len(line) for line in err.splitlines()), default=0)
-    return f"a line of {longest} characters" if longest > LIMIT_CHARACTERS else ""
-
-
-def control_characters(text: str) -> set[str]:
-    """Those that a terminal obeys; line breaks are ours."""
-    return {letter for letter in text if unicodedata.category(letter) == "Cc" and letter not in "\n\t"}
 
 
 # --- the process and its files ---------------------------------------------------------------------------------------

@@ -9,17 +9,38 @@ from functools import cache
 from pathlib import Path
 
 from tests.attacks.fuzz import goods, nasty
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 COMMANDS = ("train", "export", "estimate")
 # What is looked for by name in the current folder, by some library or tool.
 FILES = (
     *("pyproject.toml", "setup.cfg", ".env", ".netrc", "sitecustomize.py", "usercustomize.py", "conftest.py", ".pth"),
-    *("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "recipe.toml", "model.safetensors"),
+    *(
+        "config.json",
+        "adapter_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "recipe.toml",
+        "model.safetensors",
+    ),
     *("kernels", "runs", "owner", "~", "~nobody", "hub:x", "libggml.so", "libbitsandbytes_cpu.so", ".huggingface"),
     *("datasets_info.json", "dataset_infos.json", "README.md", "matplotlibrc", ".coveragerc", "python", "llama-cli"),
 )
-NAMES = ("owner/name", "owner", ".", "..", "./owner/name", "config.json", "recipe.toml", "", "runs", "-", "~", "~nobody/x")
+NAMES = (
+    "owner/name",
+    "owner",
+    ".",
+    "..",
+    "./owner/name",
+    "config.json",
+    "recipe.toml",
+    "",
+    "runs",
+    "-",
+    "~",
+    "~nobody/x",
+)
 # Every so many inputs a real child is started where the traps lie; the others share the process.
 CHILD_EVERY = 200
 TRAP = "import os\nopen({marker!r}, 'w').close()\nraise SystemExit('a trap was imported')\n"
@@ -29,7 +50,9 @@ TRAP = "import os\nopen({marker!r}, 'w').close()\nraise SystemExit('a trap was i
 def modules() -> tuple[str, ...]:
     """Names that an import could find in the current folder before the right one."""
     loaded = {name.partition(".")[0] for name in sys.modules}
-    return tuple(sorted(name for name in {*loaded, *sys.stdlib_module_names} if name.isidentifier() and name != "qlora"))
+    return tuple(
+        sorted(name for name in {*loaded, *sys.stdlib_module_names} if name.isidentifier() and name != "qlora")
+    )
 
 
 def make(scene: Scene) -> Work:

@@ -11,11 +11,12 @@ from typing import Any
 
 from tests.attacks import payloads
 from tests.attacks.fuzz import adapter_door, base_door, cache_door, nasty, rows_door, run_door
-from tests.attacks.fuzz.harness import Scene, Work
+from tests.attacks.fuzz.harness import Scene
+from tests.attacks.fuzz.seen import Work
 from tests.data.cases import GOOD_LINE
 
 Named = dict[str, Callable[[Scene], Work]]
-QUESTION, LOADED, PREPARED = 1.0, 0.2, 0.1  # how far a base is taken
+QUESTION, LOADED, PREPARED = 1.0, 0.1, 0.02  # how far a base is taken
 DEEP = "[" * 5000 + "]" * 5000
 LONG = "1" * 10_000
 
@@ -83,7 +84,9 @@ BASES: Named = {
     "no tokenizer": as_entry("tokenizer.json", "gone"),
     "tokenizer.json is empty": of_base(lambda f, s: nasty.replace(f / "tokenizer.json", b"{}")),
     "a template that is none": with_template("{% for m in messages %}"),
-    "a template without an end": with_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+    "a template without an end": with_template(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    ),
 }
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -168,7 +171,9 @@ ADAPTERS: Named = {
 STEP = Path("checkpoints") / "step-000002"
 
 
-def of_run(change: Callable[[Path, Scene], Any], mode: str = "resume", *, whole: bool = False) -> Callable[[Scene], Work]:
+def of_run(
+    change: Callable[[Path, Scene], Any], mode: str = "resume", *, whole: bool = False
+) -> Callable[[Scene], Work]:
     def make(scene: Scene) -> Work:
         run = scene.place / "runs" / "tiny"
         shutil.copytree(scene.goods.run, run)

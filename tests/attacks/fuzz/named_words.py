@@ -9,8 +9,9 @@ from collections.abc import Callable
 from unittest import mock
 
 from tests.attacks.fuzz import here_door, nasty, recipe_door
-from tests.attacks.fuzz.harness import CommandEnded, Scene, Work
+from tests.attacks.fuzz.harness import Scene
 from tests.attacks.fuzz.named_files import DEEP, LONG, Named
+from tests.attacks.fuzz.seen import Command, Work, exit_code
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
@@ -32,7 +33,7 @@ def with_key(line: str) -> Callable[[Scene], Work]:
 def setting(*overrides: str) -> Callable[[Scene], Work]:
     def make(scene: Scene) -> Work:
         (scene.place / "recipe.toml").write_text(recipe_door.recipe_text(scene))
-        return lambda: recipe_door.use(scene, str(scene.place / "recipe.toml"), list(overrides), 0.05)
+        return lambda: recipe_door.use(scene, str(scene.place / "recipe.toml"), list(overrides), 0.02)
 
     return make
 
@@ -88,16 +89,17 @@ def command(name: str, *words: str, **variables: str) -> Callable[[Scene], Work]
                 word = word.replace(mark, str(place))
             return word
 
-        def work() -> None:
+        def work() -> int:
             app = importlib.import_module(f"qlora.cli.{name}").app
             argv = [f"qlora-{name}", *map(placed, words)]
             with mock.patch.object(sys, "argv", argv), mock.patch.dict(os.environ, variables):
                 try:
                     app()
                 except SystemExit as ended:
-                    raise CommandEnded(ended.code) from None
+                    return exit_code(ended)
+            return 0
 
-        return work
+        return Command(work)
 
     return make
 

@@ -28,7 +28,18 @@ ESCAPES = (
 )
 TEXTS = (
     *("", " ", "\0", "a\0b", "\ud800", "\u2028", "\u202eevil", "\ufeff", "é" * 300, "x" * 100_000),
-    *("~", "~nobody", "~no-such-user", "~no-such-user/x", "..", "../..", "../../../../etc/passwd", "/etc/passwd", "/dev/zero", "/dev/stdin"),
+    *(
+        "~",
+        "~nobody",
+        "~no-such-user",
+        "~no-such-user/x",
+        "..",
+        "../..",
+        "../../../../etc/passwd",
+        "/etc/passwd",
+        "/dev/zero",
+        "/dev/stdin",
+    ),
     *("/dev/full", "/proc/self/mem", "/nowhere/at/all", "C:\\x", "\\\\host\\x", "a/../b", ".", "/", "//", "x" * 300),
     *("[bold red]x[/bold red]", "[/nope]", "[link=file:///etc/passwd]x[/link]", "[", "]", "\\[", "[red", ":smile:"),
     *("x: y #1", "---", "- a", "!!python/object:os.system", "<script>alert(1)</script>", "| a | b |", "`", "```"),
@@ -179,7 +190,9 @@ def json_file(file: Path, chance: Random, drawn: list[Any], paths: tuple[str, ..
     elif chance.random() < 0.6:
         data = scratched(good, chance)
     else:
-        data = chance.choice((b"", b"\xff\xfe{}", b"\xef\xbb\xbf" + good, b"{}", b"[]", b"null", good * 2, b"\x80\x04."))
+        data = chance.choice(
+            (b"", b"\xff\xfe{}", b"\xef\xbb\xbf" + good, b"{}", b"[]", b"null", good * 2, b"\x80\x04.")
+        )
     replace(file, data)
 
 
@@ -209,10 +222,23 @@ def safetensors_file(file: Path, chance: Random, drawn: list[Any]) -> None:
         replace(file, scratched(good[: 8 + size], chance) + data)
 
 
-ENTRIES = ("pipe", "device", "loop", "bystander", "folder", "dangling", "empty", "gone", "socket", "null", "hard", "huge")
+ENTRIES = (
+    "pipe",
+    "device",
+    "loop",
+    "bystander",
+    "folder",
+    "dangling",
+    "empty",
+    "gone",
+    "socket",
+    "null",
+    "hard",
+    "huge",
+)
 
 
-def entry(file: Path, kind: str, bystander: Path) -> None:
+def entry(file: Path, kind: str, bystander: Path, huge_bytes: int = 1 << 36) -> None:
     """Put what is no plain file of that name in its place."""
     file = Path(os.path.normpath(file))
     if file.is_dir() and not file.is_symlink():
@@ -234,7 +260,7 @@ def entry(file: Path, kind: str, bystander: Path) -> None:
         os.link(bystander, file)
     elif kind == "huge":
         with file.open("wb") as stream:
-            stream.truncate(1 << 36)
+            stream.truncate(huge_bytes)
     elif kind != "gone":
         targets = {"device": "/dev/zero", "loop": file.name, "bystander": str(bystander), "null": "/dev/null"}
         file.symlink_to(targets.get(kind, "/nowhere/at/all"))

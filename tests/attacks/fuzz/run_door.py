@@ -12,10 +12,20 @@ from unittest import mock
 
 from tests.attacks.fuzz import goods, nasty
 from tests.attacks.fuzz.adapter_door import sign
-from tests.attacks.fuzz.harness import Door, Scene, Work
+from tests.attacks.fuzz.harness import Door, Scene
+from tests.attacks.fuzz.seen import Work
 
 ENTRIES = (
-    *(".lock", "events.jsonl", "recipe.toml", "run.json", "checkpoints", "adapter", "export", "checkpoints/step-000002"),
+    *(
+        ".lock",
+        "events.jsonl",
+        "recipe.toml",
+        "run.json",
+        "checkpoints",
+        "adapter",
+        "export",
+        "checkpoints/step-000002",
+    ),
     *("checkpoints/step-000002/state.json", "checkpoints/step-000002/manifest.json", "adapter/qlora.json"),
     *("checkpoints/step-000009", "checkpoints/.step-000003.tmp-1", ".adapter.old-1", "checkpoints/.x.old-swap-1"),
     *("checkpoints/step-000002/optimizer.safetensors", "checkpoints/step-000002/adapter.safetensors", "tokenizer"),
@@ -25,7 +35,16 @@ EVENT_LINES = (
     b'{"event": "step", "step": 1e400}\n', b'{"event": "step", "step": ' + b"9" * 9000 + b"}\n", b"[" * 90_000 + b"\n",
     b'{"event": ["step"], "step": {}}\n', b"x" * 2_000_000 + b"\n", b"\0" * 1000,
 )  # fmt: skip
-STEP_NAMES = ("step-٣", "step-²", "step-" + "9" * 5000, "step-000002.broken1", "step-", "step--1", "step-1e3", "step-00007")
+STEP_NAMES = (
+    "step-٣",
+    "step-²",
+    "step-" + "9" * 5000,
+    "step-000002.broken1",
+    "step-",
+    "step--1",
+    "step-1e3",
+    "step-00007",
+)
 
 
 def make(scene: Scene) -> Work:
@@ -51,7 +70,9 @@ def make(scene: Scene) -> Work:
         lines.insert(chance.randrange(len(lines)), chance.choice(EVENT_LINES))
         nasty.replace(run / "events.jsonl", b"".join(lines))
     elif kind < 0.84:
-        (run / ".lock").write_bytes(nasty.dumped({"pid": nasty.value(chance, drawn), "host": nasty.value(chance, drawn)}))
+        (run / ".lock").write_bytes(
+            nasty.dumped({"pid": nasty.value(chance, drawn), "host": nasty.value(chance, drawn)})
+        )
     elif kind < 0.88:
         name = chance.choice(STEP_NAMES)
         if len(name) < 250:
@@ -59,7 +80,7 @@ def make(scene: Scene) -> Work:
     else:
         nasty.entry(run / chance.choice(ENTRIES), chance.choice(nasty.ENTRIES), scene.bystander)
     mode = chance.choice(("resume", "resume", "resume", "fresh", "new"))
-    whole = chance.random() < 0.02
+    whole = chance.random() < 0.004
     return lambda: use(scene, mode, whole)
 
 
@@ -72,7 +93,8 @@ def use(scene: Scene, mode: Any, whole: bool) -> None:
     sink = goods.sink()
 
     @contextmanager
-    def made_before(_recipe: Any, run_dir: Path, _base: Any, sink: Any, _stop: Any) -> Any:
+    def made_before(_recipe: Any, run_dir: Path, *others: Any) -> Any:
+        *_, sink, _stop = others
         yield replace(scene.goods.job, run_dir=run_dir, sink=sink)
 
     with ExitStack() as stack:

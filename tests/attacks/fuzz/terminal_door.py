@@ -87,6 +87,13 @@ class Screen(io.StringIO):
         return True
 
 
+class Terminal(io.TextIOWrapper):
+    """The same, as bytes."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 # --- words of strangers, drawn by every sink -------------------------------------------------------------------------
 
 
@@ -206,8 +213,7 @@ def opened(kind: str) -> Any:
         os.close(reading)
         return os.fdopen(writing, "w", encoding="utf-8")
     if kind == "terminal":
-        _, slave = os.openpty()
-        return os.fdopen(slave, "w", encoding="utf-8")
+        return Terminal(io.BytesIO(), encoding="utf-8")
     return io.TextIOWrapper(io.BytesIO(), encoding="ascii" if kind == "ascii" else "utf-8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -46,3 +47,22 @@ def test_the_licence_stands_in_the_cards_header(tmp_path: Path) -> None:
     assert licence_of(tmp_path) == {} and read_card(tmp_path) == ("", "license: mit\n")
     card.write_text("---\nlicense: mit\n---\n" + " " * MAX_CARD_BYTES)
     assert licence_of(tmp_path) == {}
+
+
+def test_a_card_that_is_a_link_or_a_trap_is_none(tmp_path: Path) -> None:
+    base, secret = tmp_path / "base", tmp_path / "secret"
+    base.mkdir()
+    secret.write_text("---\nlicense: a secret of this machine\n---\n")
+    (base / "README.md").symlink_to(secret)
+    assert licence_of(base) == {} and read_card(base) == ("", "")
+    (base / "README.md").unlink()
+    os.mkfifo(base / "README.md")
+    assert read_card(base) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "line", ["license: " + "x" * 2_000, "license: a\x1b]0;title\x07", "license:" + " " * 100_000 + '"', "license: \x00"]
+)
+def test_a_licence_is_one_short_printable_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{line}\nlicense_name: lamp\n---\n")
+    assert licence_of(tmp_path) == {"_name": "lamp"}

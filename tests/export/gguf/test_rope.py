@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,3 +82,13 @@ def test_a_misread_factor_on_attention_is_noticed() -> None:
     config.rope_parameters["attention_factor"] = 1.0
     with pytest.raises(ExportError, match=r"scale attention by 1\.0000"):
         rope.describe(config, 16, own, takes_factors=True)
+
+
+@pytest.mark.parametrize("value", [None, "8", 0, -1, True, [8.0], float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_a_factor_that_is_no_number_is_named(kind: str, value: object) -> None:
+    given = {"rope_type": kind, "rope_theta": 10000.0, "factor": value, "original_max_position_embeddings": 64}
+    given |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = SimpleNamespace(rope_parameters=given, max_position_embeddings=512)
+    with pytest.raises(ExportError, match="factor of the rotary positions is no number above 0"):
+        rope.describe(config, 16, {"": rope.ReferenceRope(np.ones(8), 1.0)}, takes_factors=True)

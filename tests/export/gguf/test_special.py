@@ -96,3 +96,19 @@ def test_a_template_that_fails_is_an_error_of_two_lines(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     with pytest.raises(ExportError, match="chat template"):
         read(folder)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"eos_token_id": ' + "9" * 10_000 + "}", "[" * 100_000, ""])
+def test_a_generation_config_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    folder = tokenizers.phi3(tmp_path)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ExportError, match=r"generation_config\.json: cannot be read"):
+        read(folder)
+
+
+@pytest.mark.parametrize("value", [True, "3", [None, "x", True], -5, 10**9, {"a": 1}])
+def test_ends_that_are_no_ids_are_not_taken(tmp_path: Path, value: object) -> None:
+    folder = tokenizers.phi3(tmp_path)
+    usual = read(folder).special_ids
+    changed(folder, "generation_config.json", eos_token_id=value)
+    assert read(folder).special_ids["eos"] == usual["eos"]

@@ -64,7 +64,10 @@ def test_the_reader_of_protobuf_agrees_with_sentencepiece(tmp_path: Path) -> Non
         assert (piece.text, piece.score) == (theirs.id_to_piece(number), theirs.get_score(number))
 
 
-@pytest.mark.parametrize("damage", [b"\x0a\xff", b"\x0f", b"not protobuf at all", b"\x0a\x04\x15\x00\x00\x00"])
+DAMAGE = [b"\x0a\xff", b"\x0f", b"not protobuf at all", b"\x0a\x04\x15\x00\x00\x00", b"\x08" + b"\xff" * 100_000]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_model_file_is_refused(damage: bytes, tmp_path: Path) -> None:
     folder = tokenizers.llama2(tmp_path, model_file=True)
     with (folder / "tokenizer.model").open("ab") as file:
@@ -88,3 +91,11 @@ def test_merges_that_are_missing_are_warned_of(tmp_path: Path) -> None:
     content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) != "▁the"]
     changed(folder, "tokenizer.json", **content)
     assert any("'▁the'" in warning for warning in read(folder).warnings)
+
+
+def test_a_model_file_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(ExportError, match="is a link out of the folder"):
+        spm.read_pieces(tmp_path / "base" / "tokenizer.model")
