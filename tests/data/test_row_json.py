@@ -61,6 +61,7 @@ def test_what_has_no_json_is_named_with_its_kind() -> None:
     for value, what in strange:
         with pytest.raises(RowError, match=what):
             json_text(value, "here")
-    assert [kind_of(value) for value in (None, True, 1, "", [], {})] == [
+    each: list[object] = [None, True, 1, "", [], {}]
+    assert [kind_of(value) for value in each] == [
         *("missing", "true or false", "a number", "text", "a list", "an object")
     ]
