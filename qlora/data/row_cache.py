@@ -136,9 +136,7 @@ class RowCache:
         return self._made_for_this_run(write)
 
     def _read(self, folder: Path, key: str) -> CachedRows | None:
-        small = (REPORT_FILE, disk.MANIFEST)
-        large = [name for name in small if (folder / name).is_file() and (folder / name).stat().st_size > _MAX_BYTES]
-        damage = f"{large[0]} is too large" if large else disk.verify_folder(folder)
+        damage = disk.verify_folder(folder)
         if damage is None and disk.read_manifest(folder).get("key", key) != key:
             damage = "they are those of other rows"
         try:
