@@ -84,7 +84,7 @@ def load_recorded(path: Path) -> tuple[Recipe, tuple[str, ...]]:
 def recipe_of_base(base: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that names a base (hub name, or a folder relative to the current one) and nothing else."""
     raw = {"model": {"base": base}}
-    index = LineIndex(Path(base), "")
+    index = LineIndex(Path(short(base)), "")
     return _absolute(_checked(raw, overrides, index), Path.cwd(), index)
 
 
@@ -175,7 +175,8 @@ def _problems(error: ValidationError, raw: Mapping[str, Any], index: LineIndex) 
     for item in error.errors():
         # Union branches repeat a location with the branch's name appended: keep keys and indexes that exist.
         location = _real_location(item["loc"], raw)
-        if location not in found or item["type"] == "extra_forbidden":
+        text_wanted = location in found and found[location]["type"] == "literal_error"
+        if location not in found or item["type"] == "extra_forbidden" or (text_wanted and item["type"] == "too_long"):
             found[location] = item
     known, problems = key_names(), []
     order = sorted(found, key=lambda location: index.order(index.where(location)))

@@ -81,11 +81,11 @@ FILES: dict[str, tuple[Make, str]] = {
     "a million targets": (text(START + "[lora]\ntarget_modules = [" + '"a",' * 200_000 + "]"), "at most 4096 items"),
     "100,000 sources": (text(START + '[[data.train]]\npath = "a"\n' * 30_000), "at most 1000 items"),
     "columns of columns": (text(START + "columns = {a = {b = {c = {d = 1}}}}"), "columns.a is wrong"),
-    "a home that is nobody's": (text(START.replace("/nowhere", "~nobody/base")), "no such home folder"),
-    "rows of a home that is nobody's": (text(START.replace("rows", "~nobody/rows")), "no such home folder"),
-    "runs in a home that is nobody's": (text(START + '[output]\ndir = "~nobody"'), "no such home folder"),
+    "a home that is nobody's": (text(START.replace("/nowhere", "~no-such-user/base")), "no such home folder"),
+    "rows of a home that is nobody's": (text(START.replace("rows", "~no-such-user/rows")), "no such home folder"),
+    "runs in a home that is nobody's": (text(START + '[output]\ndir = "~no-such-user"'), "no such home folder"),
     "a base in a circle": (
-        lambda folder: (folder / "loop").symlink_to("loop") or text(START.replace("/nowhere", "./loop/x"))(folder),
+        lambda folder: os.symlink("loop", folder / "loop") or text(START.replace("/nowhere", "./loop/x"))(folder),
         "circle|levels",
     ),
     "a base of 100,000 characters": (text(START.replace("/nowhere", "./" + LONG[:100_000])), "at most 4096 characters"),
@@ -266,7 +266,19 @@ def test_questions_that_are_none(
 
 
 @pytest.mark.parametrize(
-    "name", ["~nobody", "~nobody/x.toml", "a\0b", "x" * 100_000, "(a+)+$", "owner/name/x/y", "../..", "", "\udcff", "."]
+    "name",
+    [
+        "~no-such-user",
+        "~no-such-user/x.toml",
+        "a\0b",
+        "x" * 100_000,
+        "(a+)+$",
+        "owner/name/x/y",
+        "../..",
+        "",
+        "\udcff",
+        ".",
+    ],
 )
 def test_names_of_bases_that_are_none(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -110,3 +110,10 @@ def test_folders_whose_names_are_not_utf8_are_said(tmp_path: Path) -> None:
     (folder / "r.toml").write_text(SMALL)
     with pytest.raises(RecipeError, match="not UTF-8"):
         load_recipe(folder / "r.toml")
+
+
+def test_a_side_without_sources_is_not_set(tmp_path: Path) -> None:
+    """A resumed run takes the evaluation rows that it recorded; an empty list says that there are none."""
+    recipe = load_recipe(write(tmp_path, SMALL))
+    assert recipe.data.model_fields_set == {"train"}
+    assert load_recipe(write(tmp_path, SMALL), ["data.eval=[]"]).data.model_fields_set == {"train", "eval"}
