@@ -6,11 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora import disk, lock
+from qlora import disk, lock, recorded
 from qlora.errors import ExportError, RecipeError, RunFolderError
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
-from qlora.recipe import pins
-from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
+from qlora.recipe.reading import Recipe, recipe_toml
 from qlora.version import __version__
 
 RECIPE_FILE = "recipe.toml"
@@ -86,21 +85,21 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     if not file.is_file():
         raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
-        old, _ = load_recorded(file)
+        old, _ = recorded.load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
-    if keys := differing_keys(pins.resumed(recipe, old), old):
+    if keys := recorded.differing_keys(recorded.resumed(recipe, old), old):
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 
 
 def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
     """The recipe of the run in `run_dir` as it goes on: what `recipe` does not set is as the run recorded it."""
-    recorded, unknown = load_recorded(run_dir / RECIPE_FILE)
+    old, unknown = recorded.load_recorded(run_dir / RECIPE_FILE)
     if unknown:
         message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
         sink.emit(Notice("recipe", message, len(unknown)))
-    return pins.resumed(recipe, recorded)
+    return recorded.resumed(recipe, old)
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> None:
@@ -153,7 +152,7 @@ def recipe_of(adapter_dir: Path) -> Recipe | None:
     if not file.is_file():
         return None
     try:
-        return load_recorded(file)[0]
+        return recorded.load_recorded(file)[0]
     except RecipeError as error:
         hint = "name the adapter's folder, moved elsewhere"
         raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
