@@ -9,6 +9,7 @@ import pytest
 
 from qlora import disk, run_folder
 from qlora.errors import ExportError, RunFolderError
+from qlora.events import Recorder
 from qlora.recipe.reading import Recipe, load_recipe
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -39,7 +40,7 @@ def test_a_resumed_run_uses_the_commits_that_it_recorded(tmp_path: Path, run: Pa
     """Whatever the branch means today."""
     ours = recipe(tmp_path, rows=rows)
     run_folder.check_claim(run, ours, "resume")
-    pinned = run_folder.pinned(run, ours)
+    pinned = run_folder.resumed(run, ours, Recorder())
     assert pinned.model.revision == COMMIT and pinned.data.train[0].path == f"hub:owner/rows@{COMMIT}:train"
 
 
