@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,12 +241,12 @@ def estimate_memory(
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
-    path = files.user_path(what, "the recipe or model")
-    if Path(what).suffix == ".toml":  # as it was named: a link may lead to any name
+    path = Path(os.path.expanduser(what))  # which leaves the home of an unknown user as it is
+    if path.suffix == ".toml":  # as it was named: a link may lead to any name
         return load_recipe(path, overrides)
-    if path.name == "config.json" and path.is_file():
+    if path.name == "config.json" and os.path.isfile(path):
         path = path.parent
-    return recipe_of_base(str(path) if path.is_dir() else what, overrides)
+    return recipe_of_base(str(path) if os.path.isdir(path) else what, overrides)
 
 
 def question(

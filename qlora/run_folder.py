@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qlora import disk, files, foreign_json, lock, shown
+from qlora import disk, files, foreign_json, lock, recorded, shown
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
-from qlora.recipe import pins
-from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
+from qlora.recipe.reading import Recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
 from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, has_id, id_of, is_run, recorded_folder
@@ -203,31 +202,31 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     if not file.is_file():
         raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
-        recorded, _ = load_recorded(file)
+        old, _ = recorded.load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
     # A project that was moved, or copied, has its base and rows in the same places seen from the run; of a base that
     # lies elsewhere, what it is decides: `checkpoint.check_base`.
-    places = (recorded, relocated_recipe(recorded, run_dir), relocated_recipe(recorded, run_dir, copied=True))
-    keys = min((_other_keys(recipe, old) for old in places), key=len)
+    places = (old, relocated_recipe(old, run_dir), relocated_recipe(old, run_dir, copied=True))
+    keys = min((_other_keys(recipe, place) for place in places), key=len)
     if keys:
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 
 
-def _other_keys(recipe: Recipe, recorded: Recipe) -> list[str]:
+def _other_keys(recipe: Recipe, old: Recipe) -> list[str]:
     """What differs, but for where the base lies: what it is decides (`checkpoint.check_base`)."""
-    differing = differing_keys(pins.resumed(recipe, recorded), recorded)
+    differing = recorded.differing_keys(recorded.resumed(recipe, old), old)
     return [key for key in differing if key not in ("model.base", "model.revision")]
 
 
 def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
     """The recipe of the run in `run_dir` as it goes on: what `recipe` does not set is as the run recorded it."""
-    recorded, unknown = load_recorded(run_dir / RECIPE_FILE)
+    old, unknown = recorded.load_recorded(run_dir / RECIPE_FILE)
     if unknown:
         message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
         sink.emit(Notice("recipe", message, len(unknown)))
-    return pins.resumed(recipe, relocated_recipe(recorded, run_dir))
+    return recorded.resumed(recipe, relocated_recipe(old, run_dir))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
@@ -330,11 +329,11 @@ def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:
     if files.is_link(file):
         raise ExportError(f"{file}: is a link", hint)
     try:
-        recorded, _ = load_recorded(file)
+        old, _ = recorded.load_recorded(file)
     except RecipeError as error:
         raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
-    recipe = relocated_recipe(recorded, run_dir)
-    if recipe != recorded:
+    recipe = relocated_recipe(old, run_dir)
+    if recipe != old:
         was = recorded_folder(run_dir)
         sink.emit(Notice("moved", f"the run lay in {was}: base and rows are taken from where they are seen from here"))
     return recipe

@@ -31,6 +31,7 @@ FLOORS = {
     "hub": 3,
     "report": 3,
     "run_record": 3,
+    "recorded": 3,
     "step": 2,
     "recipe": 2,
     "events": 2,
