@@ -192,7 +192,8 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
         recorded, _ = load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
-    # A project that was moved, or copied, has its base and rows in the same places seen from the run.
+    # A project that was moved, or copied, has its base and rows in the same places seen from the run; of a base that
+    # lies elsewhere, what it is decides: `checkpoint.check_base`.
     places = (recorded, relocated_recipe(recorded, run_dir), relocated_recipe(recorded, run_dir, copied=True))
     keys = min((_other_keys(recipe, old) for old in places), key=len)
     if keys:

@@ -88,6 +88,25 @@ def hashes(recipe: Path, step: int) -> dict[str, str]:
     return {name: sha256_file(folder / name) for name in ("adapter.safetensors", "optimizer.safetensors")}
 
 
+def change_unsampled_value(base: Path) -> Path:
+    """Changes one value of one weight of a base in `model.safetensors`, where no sample of its bytes looks."""
+    from qlora.model import identity
+    from qlora.model.resolve import resolve
+
+    found = resolve(str(base), "main", Recorder())
+    entry = found.tensors["model.embed_tokens.weight"]
+    before = identity.at_the_door(found.config, found.tensors)
+    file = base / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    for place in range(entry.offset, entry.offset + entry.nbytes, 2):  # the low byte of a bf16 number: a small change
+        raw[place] ^= 1
+        file.write_bytes(raw)
+        if identity.at_the_door(found.config, found.tensors) == before:
+            return base
+        raw[place] ^= 1
+    raise AssertionError("every byte is in the sample")
+
+
 def values(recorder: Recorder, kind: str, key: str) -> list[Any]:
     return [event.as_dict()[key] for event in recorder.of(kind)]
 

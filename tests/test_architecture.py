@@ -83,9 +83,9 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("split_patterns", "tokenizer_check", "tokenizer", "config_filter", "tensors", "identity", "base_folder"),
-        *("tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch"),
-        *("resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
+        *("split_patterns", "tokenizer_check", "tokenizer", "config_bounds", "config_filter", "tensors", "identity"),
+        *("base_folder", "tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal", "delivered_loss"),
+        *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
         *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
@@ -197,7 +197,7 @@ FOREIGN = [
     "data/chat.py",
     *("data/parquet_worker.py", "data/parquet_worker.py", "data/parquet_worker.py"),
     *("data/render_worker.py", "data/token_cache.py"),
-    *("export/gguf/vocab.py", "model/adapters.py", "model/meta_model.py"),
+    *("export/gguf/vocab.py", "memory/plan.py", "model/adapters.py", "model/meta_model.py", "model/meta_model.py"),
     *("model/nf4.py", "model/tokenizer.py", "training/memory_plan.py"),
 ]
 

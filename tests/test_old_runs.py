@@ -6,6 +6,7 @@ tools/make_old_run.py made the archive with that version's code, once; it tells 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import tarfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from qlora.data import prepare
 from qlora.disk import sha256_file, verify_folder
 from qlora.events import Recorder
 from qlora.export.verify import weights
+from tests.recipe.cases import other_defaults
 from tests.runs import arithmetic, hashes, train, values
 
 ARCHIVE = Path(__file__).parent / "golden" / "runs_5990ea1.tar.xz"
@@ -52,6 +54,9 @@ def test_a_run_goes_on_and_its_tokens_are_found(old: dict[str, Any]) -> None:
     assert values(recorder, "step", "step") == list(range(done + 1, len(old["losses"]) + 1))
     assert "tokenize" not in values(recorder, "progress", "task")
     assert "cache" in values(recorder, "notice", "topic")
+    assert any("step-" in text and "kept no hash of the base" in text for text in values(recorder, "notice", "message"))
+    newest = max(Path("runs/tiny/checkpoints").iterdir())
+    assert json.loads((newest / "state.json").read_text())["fingerprints"]["base_identity"]["content"]
     if old["same_arithmetic"]:
         assert losses == old["losses"][done:]
         assert hashes(Path("tiny.toml"), len(old["losses"])) == old["checkpoint"]
@@ -59,11 +64,35 @@ def test_a_run_goes_on_and_its_tokens_are_found(old: dict[str, Any]) -> None:
         assert losses == pytest.approx(old["losses"][done:], rel=1e-2)
 
 
+NEW_DEFAULTS = {"train.learning_rate": 1e-5, "lora.r": 64, "data.eval_fraction": 0.4, "data.packing": False}
+
+
+def test_a_default_that_has_changed_changes_no_run(old: dict[str, Any]) -> None:
+    """Of keys that the user's recipe does not set any more, and of one that it never did; and a key of a later version
+    in what the run recorded.
+    """
+    set_by_the_user = re.compile(r"(?m)^(learning_rate|r|eval_fraction) = .*\n")
+    recipe, recorded = Path("tiny.toml"), Path("runs/tiny/recipe.toml")
+    recipe.write_text(set_by_the_user.sub("", recipe.read_text()))
+    recorded.write_text(recorded.read_text() + '[later]\nname = "x"\n')
+    with other_defaults(NEW_DEFAULTS):
+        recorder = train(recipe, mode="resume")
+    losses, done = values(recorder, "step", "loss"), old["stopped_after"]
+    if old["same_arithmetic"]:
+        assert losses == old["losses"][done:]
+        assert hashes(recipe, len(old["losses"])) == old["checkpoint"]
+    else:
+        assert losses == pytest.approx(old["losses"][done:], rel=1e-2)
+    (said,) = [message for message in values(recorder, "notice", "message") if "recipe.toml" in message]
+    assert said.endswith("keys that this version does not know are not read: later")
+
+
 def test_an_export_is_finished(old: dict[str, Any]) -> None:
     export = Path("runs/tiny/export")
     points = json.loads((export / ".hf.part" / "journal.json").read_text())["points"]
     recorder = Recorder()
     api.merge_and_export("runs/tiny", options=api.export_options(verify=False), sink=recorder)
+    assert any("kept no hash of the base" in text for text in values(recorder, "notice", "message"))
     assert [path.name for path in export.iterdir()] == ["hf"] and verify_folder(export / "hf") is None
     if qlora.__version__ == old["version"]:  # another version's half is begun anew
         at_the_point = sum(size for size, _ in points[-1]["files"].values())

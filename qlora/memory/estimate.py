@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.errors import DoesNotFit
 from qlora.memory import calibration, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
@@ -13,6 +14,7 @@ from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.recipe.reading import Recipe
 
+MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
 PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
 
 
@@ -162,13 +164,21 @@ class Estimator:
 
 
 def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
-    """What a recipe's steps do. Without rows: every row is as long as it may be and holds several documents."""
+    """What a recipe's steps do. Without rows: every row is as long as it may be and holds several documents.
+
+    Raises DoesNotFit for more tokens in a forward pass than can be simulated.
+    """
     train = recipe.train
     rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     length = facts.longest if facts else recipe.data.max_length
     batch = (facts.batch_size if facts else None) or (None if train.batch_size == "auto" else train.batch_size)
     evaluates = facts.has_eval if facts else bool(recipe.data.eval) or recipe.data.eval_fraction > 0
     samples = max(recipe.eval.samples, recipe.eval.exact_match_rows) if evaluates else 0
+    if rows * length > MOST_TOKENS:
+        what = (
+            f"train.micro_batch_size = {rows:,} with data.max_length = {length:,}: {rows * length:,} tokens in one pass"
+        )
+        raise DoesNotFit(what, f"no memory holds more than {MOST_TOKENS:,}: lower train.micro_batch_size")
     prompt = facts.prompt_tokens if facts else max(1, int(length * PROMPT_SHARE))
     return Workload(
         rows=rows,

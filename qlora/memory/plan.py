@@ -7,12 +7,14 @@ formula (bytes grow by the same amount a row) only guesses where to look.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qlora.errors import DoesNotFit
+from qlora.errors import DoesNotFit, ModelError, foreign_failures
 from qlora.memory.estimate import DataFacts, Estimate, Estimator
 from qlora.memory.hardware import Machine
 from qlora.recipe.reading import Recipe
@@ -22,6 +24,8 @@ LARGEST_MICRO_BATCH = 16
 SHORTEST_LENGTH = 256  # what a search may cut rows to
 SMALLEST_RANK = 4
 
+Step = TypeVar("Step")
+Found = TypeVar("Found")
 Changes = Mapping[str, Any]  # "table.key" to the value that a recipe is changed to
 
 
@@ -74,12 +78,10 @@ class Planner:
         """Plans that fit, the fastest first: of micro-batch and checkpointing, and only where those are not enough, of
         shorter rows, then of a smaller rank as well."""
         free = changed(recipe, {"train.micro_batch_size": "auto", "train.gradient_checkpointing": "auto"})
-        for shorter in self._shorter(free):
-            fitting = [plan for plan in self._plans(shorter) if plan.estimate.fits]
-            if fitting:
-                found = [replace(plan, changes=differences(recipe, plan.recipe)) for plan in fitting]
-                return sorted(found, key=_speed, reverse=True)
-        return []
+        shorter = list(self._shorter(free))
+        fitting = mildest(shorter, lambda one: [plan for plan in self._plans(one) if plan.estimate.fits])
+        found = [replace(plan, changes=differences(recipe, plan.recipe)) for plan in fitting or ()]
+        return sorted(found, key=_speed, reverse=True)
 
     def _shorter(self, recipe: Recipe) -> Iterator[Recipe]:
         yield recipe
@@ -126,22 +128,25 @@ class Planner:
         enough: dict[str, Remedy] = {}  # by key: the mildest change of it that is enough
         alone: dict[str, Remedy] = {}  # by key: the change that saves most
         levers = list(_levers(recipe, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0)))
-        for changes in levers:
-            (key,) = changes
-            if key not in enough and len(enough) < most:
-                remedy = self._remedy(recipe, changes, before)
-                if remedy.saved_bytes > 0:
-                    alone[key] = remedy
-                    if remedy.estimate.fits:
-                        enough[key] = remedy
+
+        def fitting(changes: Changes) -> Remedy | None:
+            remedy = self._remedy(recipe, changes, before)
+            return remedy if remedy.estimate.fits and remedy.saved_bytes > 0 else None
+
+        for key, of_key in groupby(levers, key=lambda changes: next(iter(changes))):
+            if len(enough) < most:
+                group = list(of_key)
+                if found := mildest(group, fitting):
+                    enough[key] = found
+                elif (furthest := self._remedy(recipe, group[-1], before)).saved_bytes > 0:
+                    alone[key] = furthest
         if enough:
             return list(enough.values())
-        together: dict[str, Any] = {}
+        together: list[Changes] = []
         for changes in levers:
-            together |= changes
-            remedy = self._remedy(recipe, together, before)
-            if remedy.estimate.fits:
-                return [remedy]
+            together.append({**together[-1], **changes} if together else changes)
+        if found := mildest(together, fitting):
+            return [found]
         return sorted(alone.values(), key=lambda remedy: -remedy.saved_bytes)[:most]
 
     def _remedy(self, recipe: Recipe, changes: Changes, before: Estimate) -> Remedy:
@@ -167,15 +172,29 @@ class Question:
         return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
 
     def estimate(self, changes: Changes | None = None) -> Estimate:
-        """With "auto" keys decided, and `changes` made first."""
-        return Planner(self.estimator).decide(changed(self.recipe, changes or {})).estimate
+        """With "auto" keys decided, and `changes` made first. Raises ModelError where it cannot be simulated."""
+        with self._simulating():
+            return Planner(self.estimator).decide(changed(self.recipe, changes or {})).estimate
 
     def search(self) -> list[Plan]:
-        return Planner(self.estimator).search(self.recipe)
+        with self._simulating():
+            return Planner(self.estimator).search(self.recipe)
 
     def does_not_fit(self) -> DoesNotFit:
         planner = Planner(self.estimator)
-        return does_not_fit(planner, planner.decide(self.recipe).recipe)
+        with self._simulating():
+            return does_not_fit(planner, planner.decide(self.recipe).recipe)
+
+    @contextmanager
+    def _simulating(self) -> Iterator[None]:
+        """transformers' code runs here, on meta tensors and by a stranger's configuration."""
+        with foreign_failures() as failure:
+            yield
+        if failure.error:
+            what = f"{self.estimator.name}: config.json: a step of this model cannot be simulated ({failure.reason})"
+            raise ModelError(
+                what, "check config.json, or use another model: a run measures what it takes"
+            ) from failure.error
 
 
 def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
@@ -212,6 +231,24 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
     if not all(remedy.estimate.fits for remedy in found):
         lead = "nothing is enough with this base, use a smaller one; what saves most: "
     return DoesNotFit(what, lead + "; ".join(map(str, found)))
+
+
+def mildest(steps: Sequence[Step], fitting: Callable[[Step], Found | None]) -> Found | None:
+    """What `fitting` finds at the first of the steps at which it finds anything; None where it does at none.
+
+    Each step goes further than the one before it: what fits at one fits at every later one, so that halving the
+    sequence asks the simulation 5 times for 16 steps.
+    """
+    if not steps or not (found := fitting(steps[-1])):
+        return None
+    least, first = 0, len(steps) - 1
+    while least < first:
+        middle = (least + first) // 2
+        if nearer := fitting(steps[middle]):
+            found, first = nearer, middle
+        else:
+            least = middle + 1
+    return found
 
 
 def _levers(recipe: Recipe, shortest: int) -> Iterator[Changes]:

@@ -8,12 +8,11 @@ layer, while which of the phases is the highest may change.
 
 from __future__ import annotations
 
-import copy
 import gc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from qlora.model import adapters
 from qlora.model.attention import OnMeta
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.load import load_nothing
-from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
+from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers, with_layers
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts
 from qlora.step.optimizer import AdapterOptimizer
@@ -37,6 +36,9 @@ PAGED_FROM_VALUES = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer
 # From three layers on every phase grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
 # none between the first and the last layer of the backward pass.
 FEWEST_LAYERS = 3
+# Chunks of the head's loss that are run one by one (14 ms each); of more, the peak is drawn from larger chunks.
+MOST_CHUNKS = 256
+DRAWN_CHUNKS = (8, 16)
 OUTSIDE = ("start", "end")  # what the simulation itself does before and after
 TRAIN_PHASES = ("forward", "loss", "backward", "backward end", "update")
 
@@ -125,29 +127,50 @@ class Simulator:
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
+        tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
+        if tokens <= MOST_CHUNKS * chunk:
+            return self._run(workload, chunk)
+        large, small = (-(-tokens // count) for count in DRAWN_CHUNKS)
+        line = _Line(large, small, chunk)  # a chunk's tensors grow with its tokens, and nothing else does
+        return line.simulation(self._run(workload, large), self._run(workload, small))
+
+    def _run(self, workload: Workload, chunk: int) -> Simulation:
         runs = []
         for model in self._models:
             with _collecting():
-                runs.append(model.run(workload))
-        return self._extended(runs[0], runs[-1])
-
-    def _extended(self, short: Simulation, long: Simulation) -> Simulation:
-        phases = {}
-        for name, peak in long.phases.items():
-            other = short.phases[name]
-            # The allocator's own figures go up in steps, not in a line: what the longer model had is not made less.
-            slack = max(peak.slack, self._whole(other.slack, peak.slack))
-            reserved = max(peak.reserved, self._whole(other.reserved, peak.reserved))
-            phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
-        return Simulation(phases, self._all_categories(short.kept, long.kept), self._whole(short.paged, long.paged))
-
-    def _all_categories(self, short: Mapping[str, int], long: Mapping[str, int]) -> dict[str, int]:
-        return {key: max(0, self._whole(short[key], long[key])) for key in CATEGORIES}
+                runs.append(model.run(workload, chunk))
+        return _Line(self.sizes[0], self.sizes[-1], self.spec.layers).simulation(runs[0], runs[-1])
 
     def _whole(self, short: int, long: int) -> int:
         """What the whole model has, by what its two sizes have: each layer adds the same."""
-        more = (self.sizes[-1] - self.sizes[0]) or 1
-        return round(long + (long - short) / more * (self.spec.layers - self.sizes[-1]))
+        return _Line(self.sizes[0], self.sizes[-1], self.spec.layers).at(short, long)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What is the case at `wanted`, by what was found at `first` and at `second`: bytes go up in a line."""
+
+    first: int
+    second: int
+    wanted: int
+
+    def at(self, first: int, second: int) -> int:
+        more = (self.second - self.first) or 1
+        return round(second + (second - first) / more * (self.wanted - self.second))
+
+    def simulation(self, first: Simulation, second: Simulation) -> Simulation:
+        phases = {}
+        for name, peak in second.phases.items():
+            other = first.phases[name]
+            # The allocator's own figures go up in steps, not in a line: what the second had is not made less.
+            slack = max(peak.slack, self.at(other.slack, peak.slack))
+            reserved = max(peak.reserved, self.at(other.reserved, peak.reserved))
+            phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
+        kept = self._all_categories(first.kept, second.kept)
+        return Simulation(phases, kept, self.at(first.paged, second.paged))
+
+    def _all_categories(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+        return {key: max(0, self.at(first[key], second[key])) for key in CATEGORIES}
 
 
 @contextmanager
@@ -171,7 +194,7 @@ class _MetaModel:
         self.spec = spec
         self.live = LiveBytes(spec.target)
         self.live.vocabulary = int(spec.text.vocab_size)
-        text = _with_layers(spec.text, layers)
+        text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
         check_layers(model, spec.name)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
@@ -194,8 +217,9 @@ class _MetaModel:
         self.causal_lm = self.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
 
-    def run(self, workload: Workload) -> Simulation:
-        live, spec = self.live, self.spec
+    def run(self, workload: Workload, chunk: int) -> Simulation:
+        """A run whose loss takes `chunk` tokens at a time."""
+        live, spec, parts = self.live, self.spec, replace(self.parts, chunk_tokens=chunk)
         live.packed = workload.packed
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
@@ -213,7 +237,7 @@ class _MetaModel:
                 self._give_gradients(optimizer)
             self.model.train()
             live.begin("forward")
-            spec.baseline.forward_backward(self.parts, batch, workload.neftune_alpha)
+            spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
             live.begin("update")
             optimizer.clip(optimizer.gradient_norm(), 1.0)
             optimizer.step(1e-4)
@@ -221,7 +245,7 @@ class _MetaModel:
             with torch.no_grad():
                 if workload.evaluates:
                     live.begin("evaluate")
-                    spec.baseline.evaluate(self.parts, batch)
+                    spec.baseline.evaluate(parts, batch)
                 if workload.samples:
                     live.begin("generate")
                     self._answer(workload)
@@ -308,13 +332,3 @@ def _period(text: Any) -> int:
     """After how many layers the kinds of layers repeat: 1 for most, 2 for Gemma 2, 6 for Gemma 3."""
     kinds = list(getattr(text, "layer_types", None) or ())
     return next((period for period in range(1, len(kinds)) if kinds[period:] == kinds[:-period]), 1)
-
-
-def _with_layers(text: Any, layers: int) -> Any:
-    """The configuration with its first `layers` layers; lists with an entry a layer are cut as well."""
-    shorter = copy.deepcopy(text)
-    for key, value in list(vars(shorter).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(shorter, key, value[:layers])
-    shorter.num_hidden_layers = layers
-    return shorter

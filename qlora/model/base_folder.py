@@ -18,6 +18,8 @@ from qlora import files
 from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
+from qlora.foreign_json import MAX_BYTES, ForeignFileError, load_object
+from qlora.model.config_bounds import check_config_values, check_generation_values, check_layers_exist
 from qlora.model.tensors import (
     FLOAT_DTYPES,
     INDEX_FILE,
@@ -31,7 +33,8 @@ from qlora.model.tensors import (
 # Everything a base needs and nothing that could run.
 SMALL_FILES = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "tekken.json", "*.tiktoken")
 COPIED_FILES = ("LICENSE*", "NOTICE*")  # into what is made of a base
-MAX_CONFIG_BYTES = 10_000_000
+_TEMPLATES_FOLDER = "additional_chat_templates"  # the one folder in a base that transformers looks into
+MAX_TOKENIZER_BYTES = 32_000_000  # of its configuration: 1.2 MB is the largest known to us
 
 # Keys by which a configuration has chosen code (CVE-2026-4372, CVE-2026-5241, CVE-2025-23304; Hydra's, Lightning's and
 # jsonpickle's ways to name a class, and Python's own).
@@ -42,7 +45,6 @@ FORBIDDEN_KEYS = (
 )
 # How attention is computed may be named in a configuration (and is ignored), but not as a repository of kernels.
 IMPLEMENTATION_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 # The largest tokenizer known to us (Gemma 3) has 33 MB, the largest merges.txt 2 MB.
 MAX_SMALL_BYTES = 256_000_000
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -88,7 +90,7 @@ def check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Bas
     check_config(config, name)
     check_tokenizer_config(folder)
     tensors = find_tensors(folder)
-    _check_sizes(config, len(tensors), name)
+    check_layers_exist(config, len(tensors), name)
     _check_tensors(tensors, name)
     check_model_type(config, name)
     if "auto_map" in config:
@@ -104,19 +106,31 @@ def check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Bas
 
 def load_config(file: Path) -> dict[str, Any]:
     """`config.json` as it stands. Raises ModelError when it is none, or too long for one."""
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ModelError(f"{file}: {file.stat().st_size:,} bytes", "get a clean copy of the model")
-    return load_json(file)
+    return _load(file)
+
+
+def _load(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of a base's folder, whose links have been looked at (`check_entries`)."""
+    try:
+        return load_object(file.resolve(), max_bytes)
+    except ForeignFileError as error:
+        raise ModelError(str(error), "get a clean copy of the model") from error
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Raises ModelError when a model with this configuration cannot be trained here, with the reason."""
+    check_config_values(config, f"{where}: config.json")
+    check_code(config, where)
+    _check_quantization(config, where)
+
+
+def check_code(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError where a configuration tries to choose code."""
     for key, value in _walk(config):
         names_code = key in IMPLEMENTATION_KEYS and "/" in str(value)
         if key in FORBIDDEN_KEYS or names_code:
             what = f"{where}: the configuration holds {key!r}, which chooses code to run"
             raise ModelError(what, _FROM_ITS_PUBLISHER)
-    _check_quantization(config, where)
 
 
 def check_model_type(config: Mapping[str, Any], where: str) -> None:
@@ -137,7 +151,7 @@ def check_model_type(config: Mapping[str, Any], where: str) -> None:
     kinds = [str(kind) for kind in named] if isinstance(named, list | tuple) else [str(named)]
     causal = not kinds or any(kind.endswith(CAUSAL_ENDINGS) for kind in kinds)
     if not causal or str(text.get("model_type", model_type)) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        what = f"{where}: {kinds[0] if kinds else model_type} is not a causal language model"
+        what = f"{where}: {kinds[0][:100] if kinds else model_type} is not a causal language model"
         raise ModelError(what, "use a model that predicts the next token (…ForCausalLM)")
 
 
@@ -151,15 +165,7 @@ def _check_quantization(config: Mapping[str, Any], where: str) -> None:
         if details.get("load_in_4bit"):
             return
         method = "bitsandbytes 8-bit"
-    raise ModelError(f"{where}: its weights are already quantized ({method})", _NAME_THE_ORIGINAL)
-
-
-def _check_sizes(config: Mapping[str, Any], tensor_count: int, where: str) -> None:
-    """Raises ModelError for layers without tensors: a billion of them would be built one by one, for days."""
-    for layers in map(_text_section(config).get, LAYER_COUNTS):
-        if isinstance(layers, int) and layers > tensor_count:
-            what = f"{where}: config.json tells of {layers:,} layers, but the weights are {tensor_count:,} tensors"
-            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+    raise ModelError(f"{where}: its weights are already quantized ({method[:60]})", _NAME_THE_ORIGINAL)
 
 
 def check_entries(folder: Path) -> None:
@@ -168,11 +174,13 @@ def check_entries(folder: Path) -> None:
     A pipe or device under a file's name would block whoever opens it, and a link out of the folder would carry a
     file of this machine into the adapter that is made of it. Weights are bounded by their own headers.
     """
-    for path in sorted(folder.iterdir()):
-        if not any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors")):
+    nested = folder / _TEMPLATES_FOLDER
+    for path in (*sorted(folder.iterdir()), *(sorted(nested.iterdir()) if nested.is_dir() else ())):
+        ours = any(fnmatch(path.name, pattern) for pattern in (*SMALL_FILES, *COPIED_FILES, "*.safetensors"))
+        if not ours and not files.is_link(path):
             continue  # nothing here opens it
         try:
-            files.inside(folder, path.name)
+            files.inside(folder, path.relative_to(folder).as_posix())
         except files.UnsafePathError as error:
             raise ModelError(f"{folder}: {error}", _FROM_ITS_PUBLISHER) from error
         if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > MAX_SMALL_BYTES:
@@ -185,10 +193,13 @@ def check_tokenizer_config(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         file = folder / name
         if file.is_file():
-            check_config({**load_json(file), "quantization_config": None}, name)
+            values = _load(file, MAX_TOKENIZER_BYTES)
+            check_code(values, name)
+            if name == "generation_config.json":
+                check_generation_values(values, str(file))
     file = folder / "tokenizer.json"
     if file.is_file():
-        with file.open("rb") as stream:
+        with files.open_to_read(files.inside(folder, file.name)) as stream:
             if stream.read(2) in PICKLE_MAGICS:
                 what = f"{file}: is a pickle under another name, and pickles are never opened"
                 raise ModelError(what, _FROM_ITS_PUBLISHER)

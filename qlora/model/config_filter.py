@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qlora.model.config_bounds import LABELS, RETURNED
+
 # How attention and experts are computed is the recipe's choice, not the file's.
 OURS_TO_CHOOSE = ("attn_implementation", "_attn_implementation", "_attn_implementation_autoset")
 NEVER_READ = (*OURS_TO_CHOOSE, "experts_implementation", "auto_map")
@@ -42,6 +44,8 @@ def reduce_config(config: Mapping[str, Any]) -> KnownConfig:
     for key, value in config.items():
         if key in NEVER_READ or key not in names:
             dropped.append(key)
+        elif key in (*LABELS, *RETURNED):
+            continue  # many old configurations have them, and no causal model needs them: nothing to tell
         elif key in _PARTS and isinstance(value, dict):
             part = reduce_config(value if "model_type" in value else {**value, "model_type": config.get("model_type")})
             values[key] = {name: part.values[name] for name in part.values if name in value}

@@ -103,7 +103,9 @@ class Fingerprints:
 
     def other_data(self, now: Fingerprints) -> str | None:
         """What makes the rows of `now` others, in words, or None."""
-        same = self.data == now.data or (self.data_content is not None and self.data_content == now.data_content)
+        same = self.data == now.data
+        if None not in (self.data_content, now.data_content):
+            same = self.data_content == now.data_content
         return None if same else "its rows, or the tokens that are made of them, have changed"
 
 
@@ -128,8 +130,8 @@ def at_the_door(config: Mapping[str, Any], taken: Mapping[str, TensorEntry]) -> 
 class WeightReader:
     """Reads a base's tensors, each from front to back and once; meanwhile they are hashed, and their values checked.
 
-    What was read last is hashed in a thread beside, which is given it when the next is read: then a core has time, as
-    reading is work for one. Whoever gets a tensor leaves it as it is.
+    What was read last is given to a thread beside when the next is read: then a core has time, as reading is work for
+    one. Whoever gets a tensor leaves it as it is.
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
@@ -137,24 +139,21 @@ class WeightReader:
         self._digests: dict[str, Any] = {}
         self._bytes: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blake3")
-        self._last: tuple[Any, Any] | None = None
-        self._hashed: Future[Any] | None = None
+        self._last: tuple[str, torch.Tensor] | None = None
+        self._seen: Future[None] | None = None
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A tensor, or its next rows. Raises ModelError where a value of it is not finite."""
-        self._hash_last()
-        entry = self._tensors[name]
-        tensor = read_tensor(entry, rows)
-        refuse_not_finite(name, entry, tensor)
-        self._last = (self._digests.setdefault(name, blake3()), tensor)
-        self._bytes[name] = self._bytes.get(name, 0) + tensor.nbytes
+        """A tensor, or its next rows. Raises ModelError where a value of what was read before is not finite."""
+        self._look_at_last()
+        tensor = read_tensor(self._tensors[name], rows)
+        self._last = name, tensor
         return tensor
 
     def identity(self) -> BaseIdentity:
-        """Of the tensors that were read: the whole of each."""
-        self._hash_last()
-        if self._hashed is not None:
-            self._hashed.result()
+        """Of the tensors that were read: the whole of each. Raises ModelError where a value is not finite."""
+        self._look_at_last()
+        if self._seen is not None:
+            self._seen.result()
         taken = {name: self._tensors[name] for name in sorted(self._digests)}
         assert all(self._bytes[name] == entry.nbytes for name, entry in taken.items()), "a tensor was read in part"
         content = blake3()
@@ -162,12 +161,16 @@ class WeightReader:
             content.update(_described(name, entry) + self._digests[name].digest())
         return at_the_door(self._config, taken).model_copy(update={"content": content.hexdigest()})
 
-    def _hash_last(self) -> None:
-        if self._hashed is not None:
-            self._hashed.result()
+    def _look_at_last(self) -> None:
+        if self._seen is not None:
+            self._seen.result()
         if self._last is not None:
-            digest, tensor = self._last
-            self._hashed, self._last = self._thread.submit(digest.update, as_bytes(tensor)), None
+            self._seen, self._last = self._thread.submit(self._look_at, *self._last), None
+
+    def _look_at(self, name: str, tensor: torch.Tensor) -> None:
+        self._digests.setdefault(name, blake3()).update(as_bytes(tensor))
+        self._bytes[name] = self._bytes.get(name, 0) + tensor.nbytes
+        refuse_not_finite(name, self._tensors[name], tensor)
 
 
 def read_through(config: Mapping[str, Any], taken: Mapping[str, TensorEntry], sink: Sink) -> BaseIdentity:

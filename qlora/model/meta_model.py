@@ -8,6 +8,7 @@ checkpoint is taken by itself, as the causal model of its `text_config`.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ from qlora.model.tensors import TensorEntry, read_tensor
 PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
 # Models whose layers look attention up by class, not by registered function: they know "sdpa" and no other name.
 OWN_ATTENTION = ("falcon",)
+
+# Real, unlike the weights: tables of positions, masks. The largest known to us (XGLM's positions) has 58 MB.
+MAX_BUFFER_BYTES = 1 << 29
+MAX_WEIGHTS = 10**13  # the largest open model known to us has 10^12
+# What no model can have none of.
+AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 # How multimodal checkpoints call their text part, from transformers 4.50 on and before.
 _TEXT_PREFIXES = (
@@ -84,22 +91,92 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
     with _refusing(name):
         config = open_config(stored)
         text = config.get_text_config(decoder=True)
-        if config.tie_word_embeddings and not head_stored:
+        if not isinstance(text, dict) and config.tie_word_embeddings and not head_stored:
             text.tie_word_embeddings = True
-        return text, text is not config
+    if isinstance(text, dict):  # under a name that this kind of model gives no meaning
+        what = f"{name}: config.json: text_config is there, but a {config.model_type} has no text part"
+        raise ModelError(what, "get a clean copy of the model")
+    _check_shape(text, name)
+    _check_extent(text, name)
+    return text, text is not config
+
+
+def _check_shape(text: Any, name: str) -> None:
+    """Raises ModelError for counts that are none. An id of padding that no token has is taken for no padding."""
+    known = {key: value for key in AT_LEAST_ONE if type(value := getattr(text, key, None)) is int}
+    stored = getattr(text, "attribute_map", {})
+    for key, value in known.items():
+        if value < 1:
+            what = f"{name}: config.json: {stored.get(key, key)} is {value}, a model has at least 1"
+            raise ModelError(what, "get a clean copy of the model")
+    heads, shared = known.get("num_attention_heads", 1), known.get("num_key_value_heads", 1)
+    if heads % shared:
+        what = f"{name}: config.json: num_key_value_heads is {shared}, which does not divide {heads} attention heads"
+        raise ModelError(what, "get a clean copy of the model")
+    if hasattr(text, "rope_parameters") and type(width := getattr(text, "head_dim", None)) is int and width % 2:
+        what = f"{name}: config.json: head_dim is {width}, but positions turn its values in pairs"
+        raise ModelError(what, "get a clean copy of the model")
+    padding, tokens = getattr(text, "pad_token_id", None), known.get("vocab_size", 0)
+    if padding is not None and not -tokens <= padding < tokens:
+        text.pad_token_id = None
+
+
+def _check_extent(text: Any, name: str) -> None:
+    """Raises ModelError where weights or buffers would be beyond all bounds: by the first layers, all of it on meta."""
+    layers = int(text.num_hidden_layers)
+    with foreign_failures() as failure:
+        one, two = (_extent(with_layers(text, count)) for count in (1, 2))
+    if failure.error:  # a hybrid's first layers may be no model: then all of them, which takes longer
+        with _refusing(name):
+            one = two = _extent(text)
+    weights, table_bytes = (first + (second - first) * (layers - 1) for first, second in zip(one, two, strict=True))
+    for count, most, what in (
+        (weights, MAX_WEIGHTS, "weights"),
+        (table_bytes, MAX_BUFFER_BYTES, "bytes of tables (positions, masks)"),
+    ):
+        if count > most:
+            what = f"{name}: config.json: its sizes make {count:,} {what}, {most:,} are the most"
+            raise ModelError(what, "get a clean copy of the model, or use another model")
+
+
+def _extent(text: Any) -> tuple[int, int]:
+    """Weights and bytes of buffers of a model, which is made on meta altogether."""
+    with torch.device("meta"):
+        model = _from_config(copy.deepcopy(text), None, include_buffers=True)
+    empty = [(key, list(parameter.shape)) for key, parameter in model.named_parameters() if not parameter.numel()]
+    if empty:
+        raise ModelError(f"config.json: its sizes make {empty[0][0]} {empty[0][1]}", "get a clean copy of the model")
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return weights, sum(buffer.nbytes for buffer in model.buffers())
+
+
+def with_layers(text: Any, layers: int) -> Any:
+    """The configuration with its first `layers` layers; lists with an entry a layer are cut as well."""
+    shorter = copy.deepcopy(text)
+    for key, value in list(vars(shorter).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(shorter, key, value[:layers])
+    shorter.num_hidden_layers = layers
+    return shorter
 
 
 def build_unmatched(text: Any, attention: str, name: str) -> Any:
     """The causal model of a configuration: parameters on `meta`, buffers real. `attention` by `choose_attention`."""
+    with _refusing(name):
+        model = _from_config(text, attention, include_buffers=False)
+    _compute_buffers(model)
+    return model
+
+
+def _from_config(text: Any, attention: str | None, include_buffers: bool) -> Any:
+    """transformers' model of a configuration, its parameters on `meta`, and its buffers if they are included."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with _refusing(name), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+    with init_empty_weights(include_buffers=include_buffers):
+        return AutoModelForCausalLM.from_config(
             text, dtype=torch.bfloat16, attn_implementation=attention, trust_remote_code=False
         )
-    _compute_buffers(model)
-    return model
 
 
 @contextmanager
@@ -108,7 +185,7 @@ def _refusing(name: str) -> Iterator[None]:
     with foreign_failures() as failure:
         yield
     if failure.error:
-        what = f"{name}: transformers cannot build this model ({failure.reason})"
+        what = f"{name}: config.json: transformers cannot build this model ({failure.reason})"
         raise ModelError(what, "check config.json, or use another copy or another model") from failure.error
 
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora import hub
+from qlora import files, hub
 from qlora.errors import ModelError
 from qlora.events import Sink
 from qlora.model.base_folder import (
@@ -23,7 +23,7 @@ from qlora.model.base_folder import (
     load_config,
     refuse_experts,
 )
-from qlora.model.tensors import PICKLE_ENDINGS, SINGLE_FILE, load_json
+from qlora.model.tensors import PICKLE_ENDINGS, SINGLE_FILE
 
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = (SINGLE_FILE, "model-*.safetensors")
@@ -61,9 +61,8 @@ def resolve_config(base: str, revision: str, sink: Sink) -> dict[str, Any]:
 
 def _local_folder(base: str) -> Path | None:
     """The folder that `base` names, there or not; None for a hub name. Raises ModelError for what is neither."""
-    place = Path(base).expanduser()
-    if place.is_absolute():
-        return place
+    if base.startswith("~") or Path(base).is_absolute():
+        return files.user_path(base, "model.base")
     if not hub.is_name(base):
         what = f"model.base: {base!r} is neither a folder nor a hub name (owner/name)"
         raise ModelError(what, "give the folder's path, or a name as it stands on huggingface.co")
@@ -77,7 +76,7 @@ def _download(snapshot: hub.Snapshot, sink: Sink) -> Path:
     if CONFIG_FILE not in small:
         raise repository.error("there is no config.json in it", "name a repository that holds a model")
     folder = snapshot.fetch((CONFIG_FILE,))
-    config = load_json(folder / CONFIG_FILE)
+    config = load_config(folder / CONFIG_FILE)
     check_config(config, repository.name)
     check_model_type(config, repository.name)
     weights = _matching(snapshot.files, WEIGHT_FILES)

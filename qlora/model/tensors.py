@@ -221,9 +221,10 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _fill(entry: TensorEntry, stream: IO[bytes], offset: int, view: memoryview) -> None:
-    stream.seek(offset)
+    file = stream.raw  # type: ignore[attr-defined]  # a buffer would copy, and read more than is asked for
+    file.seek(offset)
     while view:
-        count = stream.readinto(view)  # type: ignore[attr-defined]
+        count = file.readinto(view)
         if not count:
             raise _broken(entry.file, "ends before its tensors do")
         view = view[count:]

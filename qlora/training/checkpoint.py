@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -297,5 +298,5 @@ def _read(folder: Path) -> tuple[RunState, Fingerprints, dict[str, int]]:
 
 def _folders(run_dir: Path) -> list[Path]:
     """Published checkpoints, newest first."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"[0-9]{6,16}", path.name[5:])]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)

@@ -157,15 +157,15 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "index names lists": (lambda base, marker: p.index(base, ["a"]), "something else than file names"),
     "index with a key twice": (
         lambda base, marker: p.raw_index(base, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'),
-        "a key stands twice",
+        "stands twice",
     ),
     "index without a map": (lambda base, marker: p.raw_index(base, '{"weight_map": []}'), "no weight_map"),
-    "index nested a million deep": (lambda base, marker: p.raw_index(base, "[" * 1_000_000), "not valid JSON"),
-    "index of two million tensors": (
+    "index nested a million deep": (lambda base, marker: p.raw_index(base, "[" * 1_000_000), "nested deeper than 64"),
+    "index of 200,001 tensors": (
         lambda base, marker: p.raw_index(
-            base, '{"weight_map": {' + ",".join(f'"{i}":"a.safetensors"' for i in range(1_000_001)) + "}}"
+            base, '{"weight_map": {' + ",".join(f'"{i}":"a.safetensors"' for i in range(200_001)) + "}}"
         ),
-        "no weight_map of 1 to 1,000,000",
+        "no weight_map of 1 to 200,000",
     ),
     # Headers of safetensors
     "header of 2^63 bytes": (lambda base, marker: p.header(base, {}, length=1 << 63), "is cut off or no safetensors"),
@@ -174,7 +174,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "header that is no JSON": (lambda base, marker: p.header(base, b"\xff" * 64), "is not valid JSON"),
     "header that is a list": (lambda base, marker: p.header(base, [1]), "holds no JSON object"),
-    "header nested deep": (lambda base, marker: p.header(base, b"[" * 500_000), "is not valid JSON"),
+    "header nested deep": (lambda base, marker: p.header(base, b"[" * 500_000), "nested deeper than 64"),
     "ranges that overlap": (
         lambda base, marker: p.header(base, {"a": p.tensor(), "b": p.tensor(offsets=(32, 96))}, 96),
         "overlaps another tensor",
@@ -192,7 +192,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "a tensor twice": (
         lambda base, marker: p.header(base, b'{"a": ' + json.dumps(p.tensor()).encode() + b', "a": 1}'),
-        "a key stands twice",
+        "stands twice",
     ),
     # What stands under a file's name
     "config.json is a pipe": (
@@ -209,6 +209,36 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "a tokenizer file that is a link to a secret": (
         lambda base, marker: link_out(base, "added_tokens.json"), "is a link out of the folder",
+    ),
+    "a card that is a link to a secret": (
+        lambda base, marker: link_out(base, "README.md"), "is a link out of the folder",
+    ),
+    "any other link to a secret": (
+        lambda base, marker: link_out(base, "notes.bin"), "is a link out of the folder",
+    ),
+    "a folder that is a link out": (
+        lambda base, marker: (base / "additional_chat_templates").symlink_to(base.parent),
+        "is a link out of the folder",
+    ),
+    "a template further in that is a link to a secret": (
+        lambda base, marker: (base / "additional_chat_templates").mkdir()
+        or link_out(base, "additional_chat_templates/tool_use.jinja"),
+        "is a link out of the folder",
+    ),
+    "a configuration that is a link to a secret": (
+        lambda base, marker: link_out(base, "config.json"), "is a link out of the folder",
+    ),
+    "links in a circle": (
+        lambda base, marker: (base / "a.json").symlink_to("b.json") or (base / "b.json").symlink_to("a.json"),
+        "leads nowhere",
+    ),
+    "an index of millions of lists": (
+        lambda base, marker: p.index(base, "x.safetensors")
+        or (base / "model.safetensors.index.json").write_text('{"weight_map": [' + "[]," * 5_000_000 + "1]}"),
+        "holds more than",
+    ),
+    "a number that is none in the weights": (
+        lambda base, marker: not_a_number(base), "tensor 'model.norm.weight' holds values that are not finite",
     ),
     "a licence that is a link to a secret": (
         lambda base, marker: link_out(base, "LICENSE"), "is a link out of the folder",
@@ -240,6 +270,14 @@ def link_out(base: Path, name: str) -> None:
     secret.write_text("a secret of this machine")
     (base / name).unlink(missing_ok=True)
     (base / name).symlink_to(secret)
+
+
+def not_a_number(base: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_there_are_enough() -> None:

@@ -94,3 +94,21 @@ def plain(base: BaseFolder, family: str, kind: str = "none") -> Any:
 def logits(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=input_ids, use_cache=False).logits
+
+
+def stored_in_4bit(tmp_path: Path, base: BaseFolder, double: bool, skip: list[str] | None = None) -> Path:
+    """A base as transformers writes it from bitsandbytes' 4-bit layers."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skip,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        base.path, dtype=torch.bfloat16, quantization_config=config, trust_remote_code=False
+    )
+    model.save_pretrained(tmp_path / "stored")
+    return tmp_path / "stored"

@@ -21,7 +21,7 @@ from qlora.model.resolve import resolve
 from qlora.model.tensors import read_tensor
 from qlora.recipe.sections import QuantizationSection
 from tests.families import FAMILIES, make_base, make_config, make_tokenizer
-from tests.model.conftest import CPU, load, logits, plain
+from tests.model.conftest import CPU, load, logits, plain, stored_in_4bit
 
 INPUT_IDS = torch.arange(5, 45)[None]
 BaseOf = Callable[[str], BaseFolder]
@@ -123,23 +123,6 @@ def test_progress_ends_at_the_total(base_of: BaseOf) -> None:
         entry.nbytes for entry in base_of("llama").tensors.values()
     )
     assert [step.done for step in steps] == sorted(step.done for step in steps)
-
-
-def stored_in_4bit(tmp_path: Path, base: BaseFolder, double: bool, skip: list[str] | None = None) -> Path:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=skip,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        base.path, dtype=torch.bfloat16, quantization_config=config, trust_remote_code=False
-    )
-    model.save_pretrained(tmp_path / "stored")
-    return tmp_path / "stored"
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from qlora.errors import ModelError
-from qlora.model.tensors import MAX_HEADER_BYTES, find_tensors, read_header, read_tensor
+from qlora.model.tensors import MAX_HEADER_BYTES, find_tensors, read_header, read_spans, read_tensor
 
 F32_4 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -63,6 +63,7 @@ LIES: dict[str, Any] = {
     "not UTF-8": b'{"\xff": 1}',
     "doubled key": b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "a": 1}',
     "deep": b"[" * 100_000,
+    "bomb": b'{"a": [' + b"[]," * 3_000_000 + b"1]}",
     "data that no tensor owns": {},
 }
 
@@ -139,6 +140,32 @@ def test_links_pipes_and_other_kinds_of_file_are_refused(tmp_path: Path) -> None
         find_tensors(sharded(folder, {"a": ONE, "b": "pipe.safetensors"}))
     with pytest.raises(ModelError, match="not a safetensors file"):
         find_tensors(sharded(folder, {"a": ONE, "b": "weights.bin"}))
+
+
+def test_a_hub_snapshot_is_read_through_its_blobs(tmp_path: Path) -> None:
+    """Its names are links into the blobs of the same repository; what is opened is the blob, what is named the link."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    write(blobs / "5eed", {"a": F32_4})
+    (snapshot / "model.safetensors").symlink_to("../../blobs/5eed")
+    entry = find_tensors(snapshot)["a"]
+    assert (entry.file, entry.opened) == (snapshot / "model.safetensors", (blobs / "5eed").resolve())
+    assert read_tensor(entry).tolist() == [[0.0] * 2] * 2 and read_spans(entry, [(4, 8)]) == [b"\0" * 8]
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(write(tmp_path / "elsewhere", {"a": F32_4}))
+    with pytest.raises(ModelError, match="link out of the folder"):
+        find_tensors(snapshot)
+
+
+def test_a_file_that_became_a_link_meanwhile_is_not_read(tmp_path: Path) -> None:
+    entry = read_header(write(tmp_path / "model.safetensors", {"a": F32_4}))["a"]
+    (tmp_path / "model.safetensors").rename(tmp_path / "other")
+    with pytest.raises(ModelError, match="cannot be read any more"):
+        read_tensor(entry)
+    (tmp_path / "model.safetensors").symlink_to("other")
+    with pytest.raises(ModelError, match="is a link"):
+        read_tensor(entry)
 
 
 def test_an_index_and_its_shards_must_agree(tmp_path: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from qlora import disk
 from qlora.errors import RunFolderError
@@ -13,7 +18,7 @@ from qlora.events import Recorder
 from qlora.model.identity import Fingerprints
 from qlora.training import checkpoint
 from qlora.training.checkpoint import RunState
-from tests.runs import run_dir, train, write_recipe
+from tests.runs import run_dir, train, values, write_recipe
 from tests.training.cases import ABOUT, optimizer
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
@@ -52,6 +57,95 @@ def test_tensors_are_restored_bit_for_bit_or_not_at_all(run: Path) -> None:
     for wrong in (Fingerprints("x", "d"), Fingerprints("b", "x")):
         with pytest.raises(RunFolderError, match="was made with another"):
             checkpoint.restore(made, second, wrong)
+
+
+def signed_anew(folder: Path, **files: bytes) -> Path:
+    """The checkpoint with other files under a manifest that fits them, as a stranger could send it."""
+    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+    content |= {name.replace("_", "."): data for name, data in files.items()}
+    about = {"versions": ABOUT["versions"]}
+    shutil.rmtree(folder)
+
+    def write(place: Path) -> None:
+        for name, data in content.items():
+            (place / name).write_bytes(data)
+
+    disk.publish_folder(folder, write, about)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("state", {"step": "2"}, "state: step is wrong: Input should be a valid integer"),
+        ("state", {"step": True}, "state: step is wrong"),
+        ("state", {"step": -1}, "state: step is wrong: Input should be greater than or equal to 0"),
+        ("state", {"seconds": "1e9"}, "state: seconds is wrong"),
+        ("state", {"micro_batch_size": 0}, "state: micro_batch_size is wrong"),
+        ("state", [], "state is wrong"),
+        ("counters", {"a": -1}, "counters.a is wrong"),
+        ("fingerprints", "x", "fingerprints is wrong"),
+        ("fingerprints", {"base": "b"}, "fingerprints: data is wrong: Field required"),
+        ("fingerprints", {"base": "b", "data": "d", "base_identity": {"config": 1}}, "base_identity.config is wrong"),
+        ("format", "2", "format is wrong"),
+    ],
+)
+def test_a_state_that_is_none_is_set_aside(run: Path, tmp_path: Path, key: str, value: Any, reason: str) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    newest = checkpoint.folder_of(folder, 2)
+    content = json.loads((newest / "state.json").read_text())
+    signed_anew(newest, state_json=json.dumps(content | {key: value}).encode())
+    sink = Recorder()
+    assert checkpoint.newest(folder, sink) is None
+    (said,) = values(sink, "notice", "message")
+    assert "step-000002 is damaged" in said and "state.json" in said and reason in said and ".broken1" in said
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"1" * 10_000, b"", b"\xff", b'{"format": 2}'])
+def test_a_state_that_is_no_json_is_set_aside(run: Path, tmp_path: Path, text: bytes) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    signed_anew(checkpoint.folder_of(folder, 2), state_json=text)
+    assert checkpoint.newest(folder, Recorder()) is None
+
+
+def changed(file: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> bytes:
+    data: bytes = save(change(load_file(file)))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("adapter", lambda t: {f"{key}x": value for key, value in t.items()}, "types of its adapter are others"),
+        ("adapter", lambda t: {key: value[:1] for key, value in t.items()}, "types of its adapter are others"),
+        (
+            "adapter",
+            lambda t: {key: value.float() for key, value in t.items()},
+            "types of its adapter are others",
+        ),
+        ("adapter", lambda t: {key: value * float("nan") for key, value in t.items()}, "not finite"),
+        ("optimizer", lambda t: {key: value * float("inf") for key, value in t.items()}, "not finite"),
+        ("optimizer", lambda t: {**t, "exp_avg/strange": torch.ones(2)}, "'strange', which is not trained"),
+        ("optimizer", lambda t: {key: value for key, value in t.items() if "master" not in key}, "master/"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(run: Path, tmp_path: Path, name: str, change: Any, reason: str) -> None:
+    folder = checkpoint.folder_of(Path(shutil.copytree(run, tmp_path / "run")), 2)
+    data = changed(folder / f"{name}.safetensors", change)
+    signed_anew(folder, **{f"{name}_safetensors": data})
+    made = checkpoint.newest(tmp_path / "run", Recorder())
+    assert made is not None
+    with pytest.raises(RunFolderError, match="does not fit this model") as error:
+        checkpoint.restore(made, optimizer(), Fingerprints("b", "d"))
+    assert reason in error.value.what
+
+
+def test_only_our_own_names_are_checkpoints(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    for name in ("step-²", "step-" + "9" * 200, "step-x", "step-"):
+        (folder / "checkpoints" / name).mkdir()
+    found = checkpoint.newest(folder, Recorder())
+    assert found is not None and found.state.step == 2
 
 
 def test_checkpoint_newest_needs_no_run(tmp_path: Path) -> None:
