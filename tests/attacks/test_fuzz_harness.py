@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from qlora.errors import DataError, DoesNotFit, Problem, QloraError, RecipeError
-from tests.attacks.fuzz import nasty, seen
+from tests.attacks.fuzz import here_door, nasty, seen
 from tests.attacks.fuzz.harness import Door, Fuzzer, Item, Outcome, Scene
 from tests.attacks.fuzz.seen import Command, Work
 
@@ -122,6 +124,20 @@ def test_an_input_is_a_function_of_door_seed_and_index(tmp_path: Path) -> None:
         assert drawn(1, 7) != drawn(2, 7)
     finally:
         os.chdir(here)
+
+
+def test_a_trap_is_one(tmp_path: Path) -> None:
+    """A program that looks for modules in the current folder leaves the marker, one that does not leaves none."""
+    scene = Scene(tmp_path, None, Random(1), tmp_path / "bystander", tmp_path / "marker")
+    for package in (False, True):
+        here_door.trap(scene, "colorsys", package)
+        for flags, caught in (("-P", False), ("-s", True)):
+            subprocess.run(
+                [sys.executable, flags, "-c", "import colorsys"], cwd=tmp_path, capture_output=True, check=False
+            )
+            assert scene.marker.exists() is caught
+        scene.marker.unlink()
+        (tmp_path / "colorsys.py").unlink(missing_ok=True)
 
 
 def test_what_terminals_obey() -> None:
