@@ -121,4 +121,4 @@ def child(scene: Scene, command: str) -> None:
         raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr[-1500:]}")
 
 
-DOOR = Door("current folder", make, seconds=60.0)  # some inputs are whole commands
+DOOR = Door("current folder", make, seconds=120.0)  # some inputs are whole commands
