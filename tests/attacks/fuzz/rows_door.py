@@ -127,8 +127,8 @@ def make(scene: Scene) -> Work:
         file.write_bytes(content(ending, chance, scene))
     path = str(file)
     if kind < 0.1:
-        # Rows may be of any length; these are one line of a gigabyte.
-        nasty.entry(file, chance.choice(nasty.ENTRIES), scene.bystander, huge_bytes=1 << 30)
+        # Rows may be of any length; these are one line, a little longer than any may be.
+        nasty.entry(file, chance.choice(nasty.ENTRIES), scene.bystander, huge_bytes=300 << 20)
     elif kind < 0.2:
         inside(folder, scene)
         path = chance.choice((str(folder), str(folder / chance.choice(PATTERNS))))
