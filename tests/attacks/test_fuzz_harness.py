@@ -44,6 +44,7 @@ def adds(scene: Scene) -> Work:
 
 FINDINGS: dict[str, tuple[Callable[[Scene], Work], str]] = {
     "hangs": (lambda scene: lambda: time.sleep(60), "took over 1 s"),
+    "computes without end": (lambda scene: lambda: all(iter(lambda: True, None)), "took over 1 s"),
     "waits for a pipe": (lambda scene: lambda: scene.pipe().open().close(), "took over 1 s"),
     "eats 1.2 GiB": (eats, "grew by 1.2 GiB"),
     "eats all there is": (lambda scene: lambda: bytearray(1 << 36), "MemoryError"),
