@@ -6,9 +6,9 @@ Fifty inputs a door here, a thousand where slow tests run; ten thousand: `python
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ def check(outcomes: list[dict[str, Any]], door: str, count: int) -> None:
     findings = [(outcome["index"], outcome["fault"], outcome["detail"]) for outcome in of_door if outcome["fault"]]
     assert not findings, findings[0]
     assert len(of_door) == count
-    codes = Counter(outcome["code"] for outcome in of_door)
-    assert len(codes) > 1 and max(codes.values()) < count, "every input had the same end: the door is shut or wide open"
+    ends = {re.sub(r"\d+", "", f"{outcome['code']} {outcome['out']}{outcome['err']}") for outcome in of_door}
+    assert len(ends) > 5, "every input had the same end: the door is shut, or wide open"
 
 
 @pytest.mark.parametrize("door", DOORS)
