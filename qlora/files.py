@@ -50,7 +50,7 @@ def user_path(text: str | os.PathLike[str], what: str = "the path") -> Path:
         str(path).encode()
         return path
     except UnicodeEncodeError as error:
-        raise UserError(f"{what}: {path} has a name that is not UTF-8", "rename it, or use another place") from error
+        raise UserError(f"{what}: {name} has a name that is not UTF-8", "rename it, or use another place") from error
     except RuntimeError as error:  # no such home, and before Python 3.13 a circle of links
         reason = "its links lead in a circle" if "loop" in str(error).lower() else "there is no such home folder"
         raise UserError(f"{what}: {name}: {reason}", "write the path out, without ~") from error

@@ -20,7 +20,7 @@ def test_a_users_path_is_resolved_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert files.user_path("~/link/x") == tmp_path / "real" / "x"
 
 
-@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a\0b", "circle"])
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a\0b", "circle", "\ud800", "caf\udce9"])
 def test_a_users_path_that_is_none_is_an_error_of_two_lines(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

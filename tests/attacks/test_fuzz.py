@@ -1,14 +1,14 @@
 """Anything at all through eight doors, and what a person reads of it: two lines, within 5 s and 1 GiB, files untouched.
 
-A hundred inputs a door here, a thousand where slow tests run; ten thousand: `python tools/fuzz.py --count 10000`.
+Fifty inputs a door here, a thousand where slow tests run; ten thousand: `python tools/fuzz.py --count 10000`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.attacks.fuzz import golden
 from tests.attacks.fuzz.doors import DOORS
 
 ROOT = Path(__file__).parents[2]
-FEW, MANY = 100, 1000
+FEW, MANY = 50, 1000
 
 
 def fuzz(*words: str) -> list[dict[str, Any]]:
@@ -49,12 +49,12 @@ def check(outcomes: list[dict[str, Any]], door: str, count: int) -> None:
     findings = [(outcome["index"], outcome["fault"], outcome["detail"]) for outcome in of_door if outcome["fault"]]
     assert not findings, findings[0]
     assert len(of_door) == count
-    codes = Counter(outcome["code"] for outcome in of_door)
-    assert len(codes) > 1 and max(codes.values()) < count, "every input had the same end: the door is shut or wide open"
+    ends = {re.sub(r"\d+", "", f"{outcome['code']} {outcome['out']}{outcome['err']}") for outcome in of_door}
+    assert len(ends) > 5, "every input had the same end: the door is shut, or wide open"
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_a_hundred_inputs(few: tuple[list[dict[str, Any]], str], door: str) -> None:
+def test_fifty_inputs(few: tuple[list[dict[str, Any]], str], door: str) -> None:
     check(few[0], door, FEW)
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from qlora.errors import DataError, DoesNotFit, Problem, QloraError, RecipeError
-from tests.attacks.fuzz import nasty, seen
+from tests.attacks.fuzz import here_door, nasty, seen
 from tests.attacks.fuzz.harness import Door, Fuzzer, Item, Outcome, Scene
 from tests.attacks.fuzz.seen import Command, Work
 
@@ -42,6 +44,7 @@ def adds(scene: Scene) -> Work:
 
 FINDINGS: dict[str, tuple[Callable[[Scene], Work], str]] = {
     "hangs": (lambda scene: lambda: time.sleep(60), "took over 1 s"),
+    "computes without end": (lambda scene: lambda: all(iter(lambda: True, None)), "took over 1 s"),
     "waits for a pipe": (lambda scene: lambda: scene.pipe().open().close(), "took over 1 s"),
     "eats 1.2 GiB": (eats, "grew by 1.2 GiB"),
     "eats all there is": (lambda scene: lambda: bytearray(1 << 36), "MemoryError"),
@@ -122,6 +125,20 @@ def test_an_input_is_a_function_of_door_seed_and_index(tmp_path: Path) -> None:
         assert drawn(1, 7) != drawn(2, 7)
     finally:
         os.chdir(here)
+
+
+def test_a_trap_is_one(tmp_path: Path) -> None:
+    """A program that looks for modules in the current folder leaves the marker, one that does not leaves none."""
+    scene = Scene(tmp_path, None, Random(1), tmp_path / "bystander", tmp_path / "marker")
+    for package in (False, True):
+        here_door.trap(scene, "colorsys", package)
+        for flags, caught in (("-P", False), ("-s", True)):
+            subprocess.run(
+                [sys.executable, flags, "-c", "import colorsys"], cwd=tmp_path, capture_output=True, check=False
+            )
+            assert scene.marker.exists() is caught
+        scene.marker.unlink()
+        (tmp_path / "colorsys.py").unlink(missing_ok=True)
 
 
 def test_what_terminals_obey() -> None:

@@ -58,6 +58,7 @@ def _placed(fuzzer: Fuzzer, line: str) -> str:
     line = re.sub(r"tokens/[0-9a-f]{32}", "tokens/<key>", line)
     line = re.sub(r"(its tokenizer cannot be opened) \(.*\)", r"\1 (<what the library says>)", line)
     line = line.replace(os.uname().nodename, "<machine>")
+    line = re.sub(r"bytes, not \d+", "bytes, not <number>", line)  # a state holds its seconds
     return re.sub(r"process \d+", "process <number>", line)
 
 

@@ -28,6 +28,7 @@ FILES = (
     *("datasets_info.json", "dataset_infos.json", "README.md", "matplotlibrc", ".coveragerc", "python", "llama-cli"),
 )
 NAMES = (
+    "good",
     "owner/name",
     "owner",
     ".",
@@ -61,6 +62,7 @@ def make(scene: Scene) -> Work:
         trap(scene, name, chance.random() < 0.3)
     for name in chance.sample(FILES, 4):
         plant(scene, name)
+    (scene.place / "good").symlink_to(scene.goods.base)
     kind = chance.randrange(CHILD_EVERY)
     name = chance.choice(NAMES)
     if kind == 0:
@@ -121,4 +123,4 @@ def child(scene: Scene, command: str) -> None:
         raise RuntimeError(f"{command} ended with {done.returncode}: {done.stderr[-1500:]}")
 
 
-DOOR = Door("current folder", make, seconds=60.0)  # some inputs are whole commands
+DOOR = Door("current folder", make, seconds=120.0)  # some inputs are whole commands

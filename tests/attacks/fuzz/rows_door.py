@@ -52,7 +52,7 @@ def parquet_columns() -> dict[str, Callable[[Random], Any]]:
     day, moment = datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2, 3, 4, 5)
     number = decimal.Decimal("1.50")
     return {
-        "string": lambda c: pa.array(["a", c.choice((*nasty.TEXTS[4:9], "b")), None][: c.choice((1, 3))]),
+        "string": lambda c: pa.array(["a", c.choice(("", "\0", "\u2028", "\x1b[2J", "b")), None][: c.choice((1, 3))]),
         "dates": lambda c: pa.array([day, None, day], c.choice((pa.date32(), pa.date64()))),
         "moments": lambda c: pa.array([moment] * 3, pa.timestamp(c.choice(("s", "ns")), tz=c.choice((None, "UTC")))),
         "far": lambda c: pa.array([2**62, -(2**62), 0], pa.timestamp(c.choice(("s", "us")))),
@@ -127,8 +127,8 @@ def make(scene: Scene) -> Work:
         file.write_bytes(content(ending, chance, scene))
     path = str(file)
     if kind < 0.1:
-        # Rows may be of any length; these are one line of a gigabyte.
-        nasty.entry(file, chance.choice(nasty.ENTRIES), scene.bystander, huge_bytes=1 << 30)
+        # Rows may be of any length; these are one line, a little longer than any may be.
+        nasty.entry(file, chance.choice(nasty.ENTRIES), scene.bystander, huge_bytes=300 << 20)
     elif kind < 0.2:
         inside(folder, scene)
         path = chance.choice((str(folder), str(folder / chance.choice(PATTERNS))))
