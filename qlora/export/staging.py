@@ -265,6 +265,8 @@ def _is_part(root: Path) -> bool:
         return False
     if _MARK in names:
         return bool(foreign_json.checked(_Mark, foreign_json.load(root / _MARK), _MARK))
+    if names == {_LOCK} and not found[_LOCK].st_size:
+        return True  # killed between the making of its lock and the first word in it: nothing of anybody is in there
     # Up to version 0.5 there was no mark: its lock or its journal tells.
     held = lock.holder_of(root / _LOCK) is not None
     return not names or held or (_JOURNAL in names and bool(_read_journal(root)))
