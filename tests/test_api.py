@@ -71,3 +71,10 @@ def test_a_gguf_takes_the_rows_of_its_run_without_verification_too(
             tmp_path / "run", to=to, out=tmp_path / to, merge_base="nf4", options=api.export_options(verify=False)
         )
         assert bool(asked) is reads, to
+
+
+def test_a_recipe_behind_a_link_keeps_the_name_that_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "v3").write_text('[model]\nbase = "someone/model"\n')
+    (tmp_path / "support.toml").symlink_to("v3")
+    assert api.recipe_or_model(str(tmp_path / "support.toml")).model.base == "someone/model"
+    assert api._named(tmp_path / "support.toml", None)[1] == "support"
