@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def train(
     `qlora.errors`.
     """
     loaded, run_name = _named(recipe, name)
-    shared = sink or Sinks()
+    shared = _gate(sink)
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
     if mode == "resume":
@@ -116,7 +117,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     from qlora.model.tokenizer_files import read_files
 
     loaded, _ = _named(recipe, "check")
-    shared = sink or Sinks()
+    shared = _gate(sink)
     base, _ = setup.preflight(loaded, shared)
     _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
@@ -145,7 +146,7 @@ def merge_and_export(
     from qlora.export.targets import check_place
     from qlora.model.cpu_matmul import fast_matmul
 
-    shared = sink or Sinks()
+    shared = _gate(sink)
     chosen = options or ExportOptions()
     adapter_dir, default_out = run_folder.adapter_of(files.user_path(source, "the run or adapter"))
     target = files.user_path(out, "`out`") if out else None
@@ -196,7 +197,7 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     if with_rows:
         try:
             files = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
-            chat, data = setup.prepare_rows(recipe, base, files, Sinks())
+            chat, data = setup.prepare_rows(recipe, files, Sinks())
             rows = RunRows(data, recipe.data, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
@@ -240,12 +241,12 @@ def estimate_memory(
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that names the hub model or folder `what` and nothing else."""
-    path = files.user_path(what, "the recipe or model")
-    if path.suffix == ".toml":
+    path = Path(os.path.expanduser(what))  # which leaves the home of an unknown user as it is
+    if path.suffix == ".toml":  # as it was named: a link may lead to any name
         return load_recipe(path, overrides)
-    if path.name == "config.json" and path.is_file():
+    if path.name == "config.json" and os.path.isfile(path):
         path = path.parent
-    return recipe_of_base(str(path) if path.is_dir() else what, overrides)
+    return recipe_of_base(str(path) if os.path.isdir(path) else what, overrides)
 
 
 def question(
@@ -264,7 +265,7 @@ def question(
     if stack not in BASELINES:
         raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
-    config = resolve_config(recipe.model.base, recipe.model.revision, sink or Sinks())
+    config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
@@ -289,8 +290,13 @@ def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[
         raise ExportError(error.what, f"{error.hint}; {done}") from error
 
 
+def _gate(sink: Sink | None) -> Sinks:
+    """The caller's sink, behind the gate of all: a screen of their own is one too."""
+    return Sinks(sink) if sink is not None else Sinks()
+
+
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
     path = files.user_path(recipe, "the recipe")
-    return Recipe.from_file(path), name or path.stem
+    return Recipe.from_file(path), name or Path(recipe).stem  # a link may lead to any name

@@ -88,6 +88,17 @@ def inside(root: Path, name: str) -> Path:
     return real
 
 
+def unreachable(path: Path) -> str | None:
+    """Why the system will not even look at a path (a name that is too long, a folder closed to us); else None."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def is_link(path: Path) -> bool:
     """Whether the path itself is a link or, under Windows, a junction; False where there is nothing."""
     try:

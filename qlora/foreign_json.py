@@ -95,6 +95,8 @@ def checked(model: type[Model], value: Any, where: str) -> Model:
         first = error.errors(include_url=False)[0]
         key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
         reason = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "model_type":  # it names our class
+            reason = "Input should be a JSON object"
         raise ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}") from error
 
 

@@ -114,19 +114,19 @@ def holder_of(file: Path) -> Holder | None:
         return None
 
 
-def is_lost(file: Path) -> bool:
-    """Whether the lock that this process took by that name is another file now, or somebody else's.
+def is_held(file: Path) -> bool | None:
+    """Whether the lock that this process took by that name is still there, and not another file or somebody else's.
 
-    Of a lock file that names nobody, nothing is known: False.
+    None where nothing is known: no file, or one that names nobody or cannot be read.
     """
     holder = holder_of(file)
     if holder is None:
-        return False
+        return None
     mine = (holder.pid, holder.started, holder.host) == (os.getpid(), start_of(os.getpid()), socket.gethostname())
     try:
-        return not mine or holder.inode != os.lstat(file).st_ino
-    except FileNotFoundError:
-        return True
+        return mine and holder.inode == os.lstat(file).st_ino
+    except OSError:
+        return None
 
 
 def is_running(pid: int) -> bool:

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
@@ -39,6 +39,13 @@ def sha256_text(*parts: str) -> str:
     for part in parts:
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
+
+
+class Recorded(NamedTuple):
+    """A file as a manifest has it."""
+
+    sha256: str
+    bytes: int
 
 
 class _Entry(foreign_json.ForeignModel):
@@ -118,14 +125,14 @@ def read(folder: Path) -> dict[str, Any]:
     return foreign_json.load_object(folder / MANIFEST)
 
 
-def recorded_sha256(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a published folder, as its manifest records them; the files are not looked at.
+def recorded(folder: Path) -> dict[str, Recorded]:
+    """What a published folder's manifest says of each file; the files are not looked at.
 
     Raises FileNotFoundError where there is no manifest, ForeignFileError for one that is damaged or none of ours.
     """
     if not os.path.lexists(folder / MANIFEST):
         raise FileNotFoundError(errno.ENOENT, f"there is no {MANIFEST}", str(folder / MANIFEST))
-    return {name: entry.sha256 for name, entry in _checked(read(folder)).items()}
+    return {name: Recorded(entry.sha256, entry.bytes) for name, entry in _checked(read(folder)).items()}
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:

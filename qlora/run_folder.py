@@ -12,21 +12,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qlora import disk, files, foreign_json, lock
+from qlora import disk, files, foreign_json, lock, recorded, shown
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
-from qlora.recipe import pins
-from qlora.recipe.reading import Recipe, differing_keys, load_recorded, recipe_toml
+from qlora.recipe.reading import Recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
-from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, id_of, is_run, recorded_folder
+from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, has_id, id_of, is_run, recorded_folder
 from qlora.run_record import LOCK_FILE as LOCK_FILE
 from qlora.run_record import RECIPE_FILE as RECIPE_FILE
 from qlora.run_record import relocated as relocated
 from qlora.version import __version__
 
 # What we write in a run's folder: under these names nothing may be a link, wherever it leads.
-_OURS = {*RESULTS, "tokenizer", RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
+_FILES = {RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
+_OURS = {*RESULTS, "tokenizer", *_FILES}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 _MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
@@ -49,7 +49,10 @@ def path_of(recipe: Recipe, name: str) -> Path:
         what = f"{name!r}: cannot be the name of a run's folder ({why})"
         raise RunFolderError(what, "give the recipe's file another name: its run is called like it")
     folder = files.user_path(recipe.output.dir, "output.dir")
-    return files.user_path(folder / name, "output.dir")
+    run_dir = files.user_path(folder / name, "output.dir")
+    if why := files.unreachable(run_dir):
+        raise RunFolderError(f"{run_dir}: cannot be a run's folder ({why})", "change output.dir")
+    return run_dir
 
 
 def _not_a_name(name: str) -> str | None:
@@ -103,10 +106,19 @@ def _check_whose(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> None
             try:
                 if folder != run_dir or entry.name in _OURS:
                     files.refuse_links(run_dir, entry)
+                    if entry.name in _OURS or entry.name.startswith("step-"):  # others may be the system's own
+                        _check_kind(entry)
                 elif files.is_link(entry):
                     files.inside(folder, entry.name)
             except files.UnsafePathError as error:
                 raise _unsafe(error) from error
+
+
+def _check_kind(entry: Path) -> None:
+    """Whether what stands under a name of ours is a file or a folder, as a run has it. Raises RunFolderError."""
+    wanted = "file" if entry.name in _FILES else "folder"
+    if not (entry.is_file() if wanted == "file" else entry.is_dir()):
+        raise RunFolderError(f"{entry}: is no {wanted}, as a run has it there", "move it away")
 
 
 def _is_lock(file: Path) -> bool:
@@ -148,8 +160,9 @@ def check_there(run_dir: Path, about: Mapping[str, Any]) -> None:
 
     `about` is its `provenance`. Nothing of a run is written where its folder no longer is.
     """
-    run = about.get("of", {}).get("run")
-    if run_dir.is_dir() and run == id_of(run_dir) and not lock.is_lost(run_dir / LOCK_FILE):
+    held, run = lock.is_held(run_dir / LOCK_FILE), about.get("of", {}).get("run")
+    # Without its lock (somebody removed it), its record tells; what cannot be read at this moment is no reason to stop.
+    if held or (held is None and run_dir.is_dir() and (run is None or has_id(run_dir, run))):
         return
     what = f"{run_dir}: the run's folder was moved, removed or replaced while it trained"
     raise TrainingStopped(what, "put it back as it was and go on with mode='resume', or start again")
@@ -189,31 +202,31 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
     if not file.is_file():
         raise RunFolderError(f"{run_dir}: there is no run here to resume", "start it without mode='resume'")
     try:
-        recorded, _ = load_recorded(file)
+        old, _ = recorded.load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
     # A project that was moved, or copied, has its base and rows in the same places seen from the run; of a base that
     # lies elsewhere, what it is decides: `checkpoint.check_base`.
-    places = (recorded, relocated_recipe(recorded, run_dir), relocated_recipe(recorded, run_dir, copied=True))
-    keys = min((_other_keys(recipe, old) for old in places), key=len)
+    places = (old, relocated_recipe(old, run_dir), relocated_recipe(old, run_dir, copied=True))
+    keys = min((_other_keys(recipe, place) for place in places), key=len)
     if keys:
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
 
 
-def _other_keys(recipe: Recipe, recorded: Recipe) -> list[str]:
+def _other_keys(recipe: Recipe, old: Recipe) -> list[str]:
     """What differs, but for where the base lies: what it is decides (`checkpoint.check_base`)."""
-    differing = differing_keys(pins.resumed(recipe, recorded), recorded)
+    differing = recorded.differing_keys(recorded.resumed(recipe, old), old)
     return [key for key in differing if key not in ("model.base", "model.revision")]
 
 
 def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
     """The recipe of the run in `run_dir` as it goes on: what `recipe` does not set is as the run recorded it."""
-    recorded, unknown = load_recorded(run_dir / RECIPE_FILE)
+    old, unknown = recorded.load_recorded(run_dir / RECIPE_FILE)
     if unknown:
         message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
         sink.emit(Notice("recipe", message, len(unknown)))
-    return pins.resumed(recipe, relocated_recipe(recorded, run_dir))
+    return recorded.resumed(recipe, relocated_recipe(old, run_dir))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
@@ -316,11 +329,11 @@ def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:
     if files.is_link(file):
         raise ExportError(f"{file}: is a link", hint)
     try:
-        recorded, _ = load_recorded(file)
+        old, _ = recorded.load_recorded(file)
     except RecipeError as error:
         raise ExportError(f"{file}: cannot be read ({error.what})", hint) from error
-    recipe = relocated_recipe(recorded, run_dir)
-    if recipe != recorded:
+    recipe = relocated_recipe(old, run_dir)
+    if recipe != old:
         was = recorded_folder(run_dir)
         sink.emit(Notice("moved", f"the run lay in {was}: base and rows are taken from where they are seen from here"))
     return recipe
@@ -333,7 +346,8 @@ def name_of(adapter_dir: Path) -> str:
 
 def dataset_name(path: str) -> str:
     """How a published file may name a source of rows: a hub dataset's name, or a file's without its folders."""
-    return path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
+    name = path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
+    return shown.one_line(redact(name))
 
 
 def _plain(folder: Path) -> Path:

@@ -70,6 +70,11 @@ def id_of(run_dir: Path) -> str | None:
         return None
 
 
+def has_id(run_dir: Path, run: str) -> bool:
+    """Whether a folder is that run's; also where its record is there and cannot be read at this moment."""
+    return os.path.lexists(run_dir / RUN_FILE) and id_of(run_dir) in (run, None)
+
+
 def relocated(path: str, run_dir: Path, copied: bool = False) -> str:
     """Where a path that the run in `run_dir` recorded lies today: a project may have been moved or renamed as a whole.
 

@@ -9,6 +9,7 @@ import pytest
 
 from qlora import api, run_folder
 from qlora.errors import RecipeError
+from qlora.events import Recorder
 from qlora.recipe.reading import load_recipe
 from tests.export.cases import KINDS, trained
 from tests.runs import write_recipe
@@ -21,6 +22,15 @@ def test_check_reads_every_row_and_makes_no_run(tmp_path: Path, llama: Path) -> 
     assert checked.memory is not None and checked.memory.fits
     assert len(data.train.lengths) + len(data.eval.lengths) == 30
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_callers_own_sink_gets_clean_events(tmp_path: Path, llama: Path) -> None:
+    recipe, name = write_recipe(tmp_path, llama), "hf_LooksLikeATokenOfTheHub0123"
+    (tmp_path / "rows.jsonl").rename(tmp_path / f"{name}.jsonl")
+    recipe.write_text(recipe.read_text().replace("rows.jsonl", f"{name}.jsonl"))
+    mine = Recorder()
+    api.check(recipe, sink=mine)
+    assert "[hidden].jsonl" in repr(mine.events) and name not in repr(mine.events)
 
 
 def test_a_recipe_a_folder_or_a_hub_name_is_asked_about(tmp_path: Path, llama: Path) -> None:

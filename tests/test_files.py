@@ -100,3 +100,16 @@ def test_links_between_a_folder_and_a_file_in_it(tmp_path: Path) -> None:
     with pytest.raises(UnsafePathError, match="checkpoints is a link"):
         files.refuse_links(tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-1")
     files.refuse_links(tmp_path / "named", tmp_path / "named" / "adapter" / "x")
+
+
+def test_a_path_that_no_system_call_takes(tmp_path: Path) -> None:
+    assert files.unreachable(tmp_path) is None and files.unreachable(tmp_path / "none" / "x") is None
+    (tmp_path / "file").touch()
+    assert files.unreachable(tmp_path / "file" / "x") is None
+    assert "too long" in (files.unreachable(tmp_path / ("x" * 256)) or "")
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a\udcff").mkdir()
+    with pytest.raises(UserError, match=r"`out`: .*a\\xff has a name that is not UTF-8"):
+        files.user_path(tmp_path / "a\udcff", "`out`")

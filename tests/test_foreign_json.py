@@ -57,7 +57,7 @@ def test_a_wrong_value_is_named_with_its_key() -> None:
     for value, reason in (
         ({"r": "8" * 100}, "x: r is wrong: Input should be a valid integer \\(it is '888+…\\)"),
         ({}, "x: r is wrong: Field required$"),
-        ([], "x: the value is wrong"),
+        ([], "x: the value is wrong: Input should be a JSON object$"),
         ({"r": 1, "name": 3}, "x: name is wrong"),
         ({"r": True}, "x: r is wrong"),
     ):

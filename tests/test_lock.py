@@ -89,19 +89,19 @@ def test_a_file_that_lost_its_name_before_it_was_locked_is_no_lock(
 
 @pytest.mark.skipif(os.name == "nt", reason="an open file can be neither removed nor renamed there")
 def test_a_lock_is_lost_with_its_file(tmp_path: Path, file: Path) -> None:
-    assert not lock.is_lost(file), "nobody has taken it"
+    assert lock.is_held(file) is None, "nobody has taken it"
     taken = lock.acquire(file)
-    assert not lock.is_lost(file)
+    assert lock.is_held(file)
     text = file.read_text()
     file.rename(tmp_path / "elsewhere")
     file.write_text(text)  # a copy of it, as a folder that is copied has one
-    assert lock.is_lost(file)
+    assert lock.is_held(file) is False
     file.write_text(text.replace(str(os.getpid()), "1"))
-    assert lock.is_lost(file), "another process has it"
+    assert lock.is_held(file) is False, "another process has it"
     os.replace(tmp_path / "elsewhere", file)
-    assert not lock.is_lost(file)
+    assert lock.is_held(file)
     taken.release()
-    assert not lock.is_lost(file)
+    assert lock.is_held(file) is None
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,10 @@ def test_the_folder_is_there_until_it_is_another_one(tmp_path: Path, run: Path) 
     shutil.rmtree(run)
     moved.rename(run)
     run_folder.check_there(run, about)
+    for name in (".lock", "run.json"):  # a lock may be removed by hand, and a record be unreadable for a moment
+        (run / name).unlink()
+        (run / name).write_text("")
+        run_folder.check_there(run, about)
     held.release()
 
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.data import limits
 from qlora.data.formats import Conversation, Message
+from qlora.data.offsets import tokens_of
 from qlora.data.row_json import RowError
 from qlora.data.template import PLACEHOLDERS, ChatTemplate, Tools
-from qlora.errors import TokenizerError, foreign_failures
+from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink, Sinks
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ChatTokenizer:
         self._chat_template.render_ahead([text for item in conversations for text in self._requests(item)])
 
     def _rows(self, rendered: Sequence[_Rendered | RowError]) -> Iterator[TokenRow | RowError]:
-        tokens = self._tokenize([row.text for row in rendered if isinstance(row, _Rendered)])
+        tokens = tokens_of(self.tokenizer, [row.text for row in rendered if isinstance(row, _Rendered)])
         for row in rendered:
             try:
                 yield row if isinstance(row, RowError) else self._row(row, *next(tokens))
@@ -126,7 +127,7 @@ class ChatTokenizer:
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> list[int]:
         """Tokens of a conversation that the assistant is to continue. Raises RowError."""
         text = self._chat_template.render(messages, tools, add_generation_prompt=True)
-        ids, _ = next(self._tokenize([text]))
+        ids, _ = next(tokens_of(self.tokenizer, [text]))
         return self._with_one_bos(ids, [0.0] * len(ids))[0]
 
     # --- where the answers are ----------------------------------------------------------------------------------
@@ -230,16 +231,6 @@ class ChatTokenizer:
         return len(before), len(text) - len(after)
 
     # --- tokens -------------------------------------------------------------------------------------------------
-
-    def _tokenize(self, texts: list[str]) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-        """Ids and character offsets of each text, without the tokenizer's own BOS and EOS."""
-        if texts:
-            with foreign_failures() as failure:
-                encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            if failure.error:
-                what = f"the base's tokenizer gave up on a row ({failure.reason})"
-                raise TokenizerError(what, "use another base, or find the row: halve the data") from failure.error
-            yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _row(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> TokenRow:
         if rendered.conversation.text is not None:

@@ -73,7 +73,7 @@ def to_conversation(row: Row, format: str) -> Conversation:
 def _names(columns: Collection[str]) -> str:
     """Names of columns in their order, the first few of many."""
     first = [name[:40] for name in heapq.nsmallest(10, columns)]
-    return ", ".join(first) + (f" and {len(columns) - 10} more" if len(columns) > 10 else "") or "none"
+    return ", ".join(first) + (f" and {len(columns) - 10:,} more" if len(columns) > 10 else "") or "none"
 
 
 def _read_messages(row: Row) -> Conversation:

@@ -7,7 +7,6 @@ manifest before it is used again; with it lies what was rejected, so that a cach
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,29 +90,13 @@ def prepare(
         train, evaluation = stored.split(), eval_stored.split()
         content = stored.content_sha256("") + eval_stored.content_sha256("")
     else:
-        held_out, kept = _hold_out(stored.digests, data.eval_fraction, seed)
+        held_out, kept = stored.hold_out(data.eval_fraction, seed)
         train, evaluation, eval_key = stored.split(kept), stored.split(held_out), f"{data.eval_fraction} {seed}"
         content = stored.content_sha256(json.dumps(held_out))
         if held_out:
             message = f"{len(held_out)} of {len(stored.digests)} rows held out for evaluation"
             sink.emit(Notice("split", message, len(held_out)))
     return PreparedData(train, evaluation, disk.sha256_text(key, eval_key), disk.sha256_text(content))
-
-
-def _hold_out(digests: Sequence[bytes], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices (held out, kept). Rows of equal tokens stay together, in the order of a hash of seed and tokens."""
-    wanted = min(len(digests) - 1, max(1, round(fraction * len(digests)))) if fraction else 0
-    groups: dict[bytes, list[int]] = {}
-    for index, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(index)
-    held_out: list[int] = []
-    for digest in sorted(groups, key=lambda digest: hashlib.sha256(seed.to_bytes(8, "little") + digest).digest()):
-        if len(held_out) + len(groups[digest]) <= wanted:
-            held_out += groups[digest]
-    if wanted > 0 and not held_out:  # every row has more copies than are wanted
-        smallest = min(groups.values(), key=len)
-        held_out = smallest if len(groups) > 1 else smallest[:1]
-    return sorted(held_out), sorted(set(range(len(digests))).difference(held_out))
 
 
 @dataclass(frozen=True)
@@ -261,9 +244,8 @@ class _Tokenization:
     def _nothing_left(self) -> DataError:
         paths = ", ".join(source.path for source in self.sources)
         if self.report.unread and not self.report.long_lengths:
-            what = (
-                f"{paths}: no row is left: {self.report.unread} are far over data.max_length = {self.data.max_length}"
-            )
+            limit = self.data.max_length
+            what = f"{paths}: no row is left: {self.report.unread} are far over data.max_length = {limit} tokens"
             return DataError(what, "split the rows")
         if not self.report.long_lengths:
             return DataError(f"{paths}: no row is left to use ({self.bad} are bad)", "add rows, or repair these")

@@ -183,6 +183,8 @@ class _ArrayReader:
                 raise self._broken(number_error(error)) from None
             if len(self.window) - end < 3 and self._fill():
                 continue  # a number at the edge may go on: 1 and .5, 1 and e+5
+            if end - self.at > MAX_ROW_BYTES:
+                raise _too_long("row")
             self._advance(end)
             return value
 

@@ -27,7 +27,7 @@ from qlora.foreign_json import ForeignFileError, ForeignModel, checked, load_obj
 
 ROWS_FILE, REPORT_FILE = "rows.arrow", "report.json"
 MAX_REASONS = 100  # of one report: a reason quotes the row, so that a million bad rows may have a million of them
-_MAX_REPORT_BYTES = 64 << 20  # older reports list the length of each row that was left out
+_MAX_BYTES = 64 << 20  # older reports list the length of each row that was left out
 
 
 @dataclass
@@ -66,7 +66,7 @@ class RowReport:
     def read(cls, folder: Path) -> RowReport:
         """Raises ForeignFileError."""
         file = folder / REPORT_FILE
-        stored = checked(_StoredReport, load_object(file, _MAX_REPORT_BYTES), str(file))
+        stored = checked(_StoredReport, load_object(file, _MAX_BYTES), str(file))
         entries = [Rejected(row.source, row.reason, row.count, tuple(row.examples)) for row in stored.rejected]
         return cls(**dict(stored) | {"rejected": {(entry.source, entry.reason): entry for entry in entries}})
 
@@ -123,7 +123,8 @@ class RowCache:
             reason = f"{self.root}: cannot be looked at ({getattr(error, 'strerror', None) or error})"
         if reason is None:
             try:
-                entries.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for folder in (root, entries):
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 disk.sweep_leftovers(entries, spare_running=True)
                 made = disk.publish_folder(entries / key[:32], write, {"kind": "tokens", "key": key})
                 if made.aside is not None:

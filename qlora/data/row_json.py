@@ -47,7 +47,9 @@ def check_value(value: Any, escapes: bool = True) -> None:
     `escapes`: JSON text without any has such strings only where it is not UTF-8 itself, and is not searched for them.
     """
     level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
+    while level:
+        if depth == MAX_DEPTH and any(isinstance(item, dict | list) for item in level):
+            raise RowError(f"values nested too deep to read (more than {MAX_DEPTH} levels)")
         deeper: list[Any] = []
         for item in level:
             if isinstance(item, str):
@@ -60,8 +62,6 @@ def check_value(value: Any, escapes: bool = True) -> None:
             elif isinstance(item, list):
                 deeper += item
         level, depth = deeper, depth + 1
-    if level:
-        raise RowError(f"values nested too deep to read (more than {MAX_DEPTH} levels)")
 
 
 def _check_text(text: str) -> None:

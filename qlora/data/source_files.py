@@ -236,7 +236,11 @@ class _Search:
         ahead, links = deque(folders.items()), deque[tuple[str, Path]]()
         while ahead or links:  # a folder's own name comes before that of a link to it
             name, folder = ahead.popleft() if ahead else links.popleft()
-            status = folder.stat()
+            try:
+                status = folder.stat()
+            except OSError:  # it went away meanwhile
+                self._leave_out(_NOT_READABLE, name or ".")
+                continue
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))

@@ -130,6 +130,22 @@ class StoredRows:
         sources = json.dumps(self.dataset.data.table.column("source").to_pylist())
         return hashlib.sha256(f"{self.tokens_sha256} {sources} {held_out}".encode()).hexdigest()
 
+    def hold_out(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+        """Indices (held out, kept). Rows of equal tokens stay together, in the order of a hash of seed and tokens."""
+        digests = self.digests
+        wanted = min(len(digests) - 1, max(1, round(fraction * len(digests)))) if fraction else 0
+        groups: dict[bytes, list[int]] = {}
+        for index, digest in enumerate(digests):
+            groups.setdefault(digest, []).append(index)
+        held_out: list[int] = []
+        for digest in sorted(groups, key=lambda digest: hashlib.sha256(seed.to_bytes(8, "little") + digest).digest()):
+            if len(held_out) + len(groups[digest]) <= wanted:
+                held_out += groups[digest]
+        if wanted > 0 and not held_out:  # every row has more copies than are wanted
+            smallest = min(groups.values(), key=len)
+            held_out = smallest if len(groups) > 1 else smallest[:1]
+        return sorted(held_out), sorted(set(range(len(digests))).difference(held_out))
+
     def split(self, chosen: Sequence[int] | None = None) -> PreparedSplit:
         """All rows, or the chosen ones in the order given."""
         indices = range(len(self.digests)) if chosen is None else chosen

@@ -319,7 +319,11 @@ def _publish(job: _Job) -> Report:
 
 def _made_of(source: Source) -> dict[str, str | None]:
     """For a manifest: names, not folders of this machine."""
-    return {"adapter": source.name, "base": dataset_name(source.base.name), "revision": source.base.commit}
+    return {
+        "adapter": dataset_name(source.name),
+        "base": dataset_name(source.base.name),
+        "revision": source.base.commit,
+    }
 
 
 def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> None:

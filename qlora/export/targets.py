@@ -28,6 +28,8 @@ def check_place(folder: Path) -> None:
     """Whether an export may lie at `folder` at all. Raises ExportError. Reads no weight and no hash."""
     from huggingface_hub import constants
 
+    if why := files.unreachable(folder):
+        raise ExportError(f"{folder}: cannot be an export's folder ({why})", _ELSEWHERE)
     if folder == folder.parent:
         raise ExportError(f"{folder}: cannot be an export's folder", _ELSEWHERE)
     for place in folder.parents:

@@ -94,7 +94,7 @@ def find(name: str) -> Gpu:
     near = [gpu.name for gpu in GPUS if wanted and wanted in _squeezed(gpu.name)]
     hint = f"did you mean {' or '.join(near[:3])}? " if near else ""
     raise HardwareError(
-        f"`gpu`: {name!r} is not in the table of GPUs",
+        f"`gpu`: {name[:60]!r} is not in the table of GPUs",
         f"{hint}use vram='12GiB', or one of: {', '.join(gpu.name for gpu in GPUS)}",
     )
 
@@ -116,7 +116,7 @@ def asked_for(gpu: str | None, vram: str | None, limit: str) -> Machine:
         return this_machine(limit)
     nbytes = parse_bytes(vram)
     if nbytes is None:
-        raise HardwareError(f"`vram`: {vram!r} is not a size", "write it as 8GiB, or as 8GB")
+        raise HardwareError(f"`vram`: {vram[:60]!r} is not a size", "write it as 8GiB, or as 8GB; 1024TiB is the most")
     gigabytes = min(CARD_OF_GIGABYTES, key=lambda size: abs(size * GIB - nbytes))
     return Machine("cuda", nbytes, "as given", find(CARD_OF_GIGABYTES[gigabytes]))
 

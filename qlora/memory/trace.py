@@ -42,6 +42,11 @@ class Peak:
         return sum(self.parts.values())
 
 
+# Of one simulated run, at 30 µs each: 4 layers and 256 chunks of the head take 20,000, and a model that computes its
+# tokens one by one (RWKV without its kernel) would take minutes.
+MOST_OPERATIONS = 150_000
+
+
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered. `packed` is the answer to the model's question whether a row has several documents.
 
@@ -64,6 +69,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._phase = ""
         self._total = 0
         self._highest = -1
+        self._operations = 0
 
     # --- for the caller ------------------------------------------------------------------------------------------
 
@@ -83,6 +89,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def renew(self) -> None:
         """Give the allocator no past: what is live is laid out anew, so that every run counts as the first one."""
+        self._operations = 0
         self.allocator = CachingAllocator()
         laid_out = {key: self.allocator.allocate(block.wanted) for key, block in self._blocks.items()}
         self._blocks = {key: block for key, block in laid_out.items() if block is not None}
@@ -95,6 +102,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._operations += 1
+        if self._operations > MOST_OPERATIONS:
+            raise RuntimeError(f"more than {MOST_OPERATIONS:,} operations: it takes its tokens one by one")
         if func.namespace == "bitsandbytes":
             if func.name() == "bitsandbytes::gemm_4bit":
                 with self:  # bitsandbytes' fused kernel for few rows (backends/cuda/ops.py) takes less

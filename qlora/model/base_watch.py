@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlora.errors import QloraError
-from qlora.events import Notice, Sinks
+from qlora.events import Notice, Sink, Sinks
 from qlora.model.base_folder import BaseFolder, check_folder
 from qlora.model.tokenizer_files import read_files
 
@@ -31,12 +31,11 @@ class BaseWatch:
         """Raises TokenizerError when the tokenizer cannot be read."""
         return cls(base, _stamps(base), read_files(base.path).fingerprint)
 
-    def notice(self) -> Notice | None:
-        """What a run has to say of its base when it ends; None where nothing was seen."""
-        if (change := self._change()) is None:
-            return None
-        message = f"{self.base.name} has changed while it was trained on ({change})"
-        return Notice("base", f"{message}: the adapter belongs to the base as it was, which its export needs")
+    def report(self, sink: Sink) -> None:
+        """A notice of what has become of the base, when a run ends; none where nothing was seen."""
+        if (change := self._change()) is not None:
+            message = f"{self.base.name} has changed while it was trained on ({change})"
+            sink.emit(Notice("base", f"{message}: the adapter belongs to the base as it was, which its export needs"))
 
     def _change(self) -> str | None:
         """What has become of the base, in words; None where nothing was seen. Weights are not read: stamps tell."""

@@ -24,6 +24,11 @@ MAX_VOCABULARY = 1 << 22  # 262,208 is the largest known to us
 MAX_NUMBER = 1 << 53  # of anything else; thetas of rotations are written as whole numbers of eleven digits
 MAX_ENTRIES = 100_000  # of a list: suppressed tokens, kinds of layers
 MAX_TOKEN_IDS = 1024  # that end a text
+# What no model can have none of, by all the names of it.
+AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "n_layers"),
+    *("num_attention_heads", "num_key_value_heads", "n_head", "n_heads"),
+)
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
 # Of classifiers; a dictionary with an entry each, which a causal model does not read.
 LABELS = ("num_labels", "id2label", "label2id", "problem_type")
@@ -51,7 +56,12 @@ BOUNDS = (
         "positions",
     ),
     Bound(re.compile(r"layers?(_\w+)?$|depths?$|blocks?$|stages?$|hidden_groups$|_modules$"), MAX_LAYERS, "layers"),
-    Bound(re.compile(r"experts|heads?$|codebooks|quantizers|code_groups|ngram"), MAX_PARTS, "parts"),
+    Bound(re.compile(r"num_labels"), MAX_ENTRIES, "labels"),
+    Bound(
+        re.compile(r"experts|heads?$|codebooks|quantizers|code_groups|ngram|hash_functions|image_with_embedding"),
+        MAX_PARTS,
+        "parts",
+    ),
     Bound(re.compile(r"size|dim|width|rank|channels|features|^d_|^n_embd|inner|hidden"), MAX_WIDTH, "values"),
     Bound(re.compile(r""), MAX_NUMBER, "of it"),
 )
@@ -90,7 +100,10 @@ def check_config_values(config: Mapping[str, Any], where: str) -> None:
         for key in ("dtype", "torch_dtype"):
             if isinstance(name := part.get(key), str) and not _DTYPE.fullmatch(name):
                 raise ModelError(f"{where}: {key} is {_cut(name)}, which is no type of weights", _HINT)
-    for path, key, value in _numbers(config):
+        for key in AT_LEAST_ONE:
+            if type(value := part.get(key)) is int and value < 1:
+                raise ModelError(f"{where}: {key} is {value}, a model has at least 1", _HINT)
+    for path, key, value in _numbers(config, where):
         bound = next(bound for bound in BOUNDS if bound.names.search(key))
         if abs(value) > bound.most:
             what = f"{where}: {path} is {_cut(value)}; at most {bound.most:,} {bound.what} can be meant"
@@ -122,22 +135,28 @@ def _read(model: type[_Config] | type[_Generation], values: Mapping[str, Any], w
             raise ModelError(f"{where}: {key} has {len(ids):,} entries, {MAX_TOKEN_IDS:,} are the most", _HINT)
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
+def _numbers(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, str, int]]:
     """Whole numbers at any depth: their path, the key that names them, the number. Not recursive: depth is the file's.
 
-    Raises ModelError for lists of too many entries.
+    Raises ModelError for lists and dictionaries of too many entries.
     """
-    waiting: list[tuple[str, str, Any]] = [(key, key, value) for key, value in config.items() if key not in LABELS]
+    waiting: list[tuple[str, str, Any]] = [("", "", config)]
     while waiting:
         path, key, value = waiting.pop()
+        if isinstance(value, dict | list) and len(value) > MAX_ENTRIES:
+            what = f"{where}: {_plain(path) or 'it'} has {len(value):,} entries, {MAX_ENTRIES:,} are the most"
+            raise ModelError(what, _HINT)
         if isinstance(value, int) and not isinstance(value, bool):
-            yield path, key, value
+            yield _plain(path), key, value
         elif isinstance(value, dict):
-            waiting.extend((f"{path}.{name}", name, inner) for name, inner in value.items() if name not in LABELS)
+            waiting.extend((f"{path}.{name}" if path else name, name, inner) for name, inner in value.items())
         elif isinstance(value, list):
-            if len(value) > MAX_ENTRIES:
-                raise ModelError(f"{path}: a list of {len(value):,} entries, {MAX_ENTRIES:,} are the most", _HINT)
             waiting.extend((path, key, inner) for inner in value)
+
+
+def _plain(path: str) -> str:
+    """A key of a stranger's, to be shown: on one line, and not all of a long one."""
+    return repr(path[:100])[1:-1]
 
 
 def _cut(value: object) -> str:

@@ -135,7 +135,7 @@ class WeightReader:
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
-        self._config, self._tensors = config, tensors
+        self.config, self.tensors = config, tensors
         self._digests: dict[str, Any] = {}
         self._bytes: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blake3")
@@ -145,7 +145,7 @@ class WeightReader:
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A tensor, or its next rows. Raises ModelError where a value of what was read before is not finite."""
         self._look_at_last()
-        tensor = read_tensor(self._tensors[name], rows)
+        tensor = read_tensor(self.tensors[name], rows)
         self._last = name, tensor
         return tensor
 
@@ -154,12 +154,12 @@ class WeightReader:
         self._look_at_last()
         if self._seen is not None:
             self._seen.result()
-        taken = {name: self._tensors[name] for name in sorted(self._digests)}
+        taken = {name: self.tensors[name] for name in sorted(self._digests)}
         assert all(self._bytes[name] == entry.nbytes for name, entry in taken.items()), "a tensor was read in part"
         content = blake3()
         for name, entry in taken.items():
             content.update(_described(name, entry) + self._digests[name].digest())
-        return at_the_door(self._config, taken).model_copy(update={"content": content.hexdigest()})
+        return at_the_door(self.config, taken).model_copy(update={"content": content.hexdigest()})
 
     def _look_at_last(self) -> None:
         if self._seen is not None:
@@ -170,7 +170,7 @@ class WeightReader:
     def _look_at(self, name: str, tensor: torch.Tensor) -> None:
         self._digests.setdefault(name, blake3()).update(as_bytes(tensor))
         self._bytes[name] = self._bytes.get(name, 0) + tensor.nbytes
-        refuse_not_finite(name, self._tensors[name], tensor)
+        refuse_not_finite(name, self.tensors[name], tensor)
 
 
 def read_through(config: Mapping[str, Any], taken: Mapping[str, TensorEntry], sink: Sink) -> BaseIdentity:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,7 @@ def load_base(
                 _swap_linear(model, name, linear, quantization)
     _report(meta_model, base, attention, quantization, sink)
     reader = WeightReader(base.config, base.tensors)
-    _stream(meta_model, _Weights(base, reader, device), sink)
+    _stream(meta_model, reader, base, device, sink)
     model.tie_weights()
     _freeze(model, device)
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -143,28 +142,9 @@ def _swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiz
     return layer
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Where the weights come from and where they go: every byte of them passes `reader`."""
-
-    base: BaseFolder
-    reader: WeightReader
-    device: torch.device
-
-    def in_4bit(self, source: str, shape: tuple[int, ...]) -> Quantized:
-        """A weight that is stored in 4 bit, of `shape`."""
-        stored = stored_4bit(self.base, source, self.device, self.reader.read)
-        if tuple(stored.state.shape) != shape:
-            what = (
-                f"{self.base.name}: {source} is {list(stored.state.shape)} in 4 bit, but the model needs {list(shape)}"
-            )
-            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
-        return stored
-
-
-def _stream(meta_model: MetaModel, weights: _Weights, sink: Sink) -> None:
+def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, device: torch.device, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
-    model, base = meta_model.model, weights.base
+    model = meta_model.model
     fp32 = tuple(model._keep_in_fp32_modules_strict or ())
     entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
     total, done = total_bytes(entries.values()), 0
@@ -173,29 +153,39 @@ def _stream(meta_model: MetaModel, weights: _Weights, sink: Sink) -> None:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if _is_4bit(module) and leaf == "weight":
-            _set_4bit(module, _quantized(weights, source, module))
+            _set_4bit(module, _quantized(reader, base, source, module, device))
         elif leaf in module._buffers:
-            module._buffers[leaf] = _read_as(weights, source, module._buffers[leaf].dtype)
+            module._buffers[leaf] = _read_as(reader, source, module._buffers[leaf].dtype, device)
         elif is_stored_4bit(base, source):  # the head, stored in 4 bit
-            stored = weights.in_4bit(source, tuple(module._parameters[leaf].shape))
+            stored = _in_4bit(reader, base, source, tuple(module._parameters[leaf].shape), device)
             module._parameters[leaf] = nn.Parameter(dequantize(stored, torch.bfloat16), requires_grad=False)
         else:
             dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
-            module._parameters[leaf] = nn.Parameter(_read_as(weights, source, dtype), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(_read_as(reader, source, dtype, device), requires_grad=False)
         done += entries[name].nbytes
         sink.emit(Progress("load", done, total, "B"))
 
 
-def _quantized(weights: _Weights, source: str, layer: Any) -> Quantized:
-    if is_stored_4bit(weights.base, source):
-        return weights.in_4bit(source, (layer.out_features, layer.in_features))
+def _quantized(reader: WeightReader, base: BaseFolder, source: str, layer: Any, device: torch.device) -> Quantized:
+    if is_stored_4bit(base, source):
+        return _in_4bit(reader, base, source, (layer.out_features, layer.in_features), device)
     return quantize_rows(
-        lambda start, end: weights.reader.read(source, (start, end)).to(torch.bfloat16),
-        weights.base.tensors[source].shape,
+        lambda start, end: reader.read(source, (start, end)).to(torch.bfloat16),
+        base.tensors[source].shape,
         layer.weight.quant_type,
         layer.weight.compress_statistics,
-        weights.device,
+        device,
     )
+
+
+def _in_4bit(
+    reader: WeightReader, base: BaseFolder, source: str, shape: tuple[int, ...], device: torch.device
+) -> Quantized:
+    stored = stored_4bit(base, source, device, reader.read)
+    if tuple(stored.state.shape) != shape:
+        what = f"{base.name}: {source} is {list(stored.state.shape)} in 4 bit, but the model needs {list(shape)}"
+        raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+    return stored
 
 
 def _set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
@@ -214,17 +204,17 @@ def _set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
     layer.quant_state = quantized.state
 
 
-def _read_as(weights: _Weights, source: str, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype` on its device, cast in blocks of rows so that no second copy of it exists."""
-    entry, read, device = weights.base.tensors[source], weights.reader.read, weights.device
+def _read_as(reader: WeightReader, source: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor in `dtype` on `device`, cast in blocks of rows so that no second copy of it exists."""
+    entry = reader.tensors[source]
     if entry.numel <= VALUES_PER_BLOCK or len(entry.shape) < 2:
-        return read(source).to(device=device, dtype=dtype)
+        return reader.read(source).to(device=device, dtype=dtype)
     whole = torch.empty(entry.shape, dtype=dtype, device=device)
     rows = entry.shape[0]
     step = rows_in_block(entry.numel // rows)
     for start in range(0, rows, step):
         end = min(rows, start + step)
-        whole[start:end].copy_(read(source, (start, end)))
+        whole[start:end].copy_(reader.read(source, (start, end)))
     return whole
 
 

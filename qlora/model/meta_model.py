@@ -31,10 +31,10 @@ PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
 OWN_ATTENTION = ("falcon",)
 
 # Real, unlike the weights: tables of positions, masks. The largest known to us (XGLM's positions) has 58 MB.
-MAX_BUFFER_BYTES = 1 << 29
+MAX_BUFFER_BYTES = 400 << 20
 MAX_WEIGHTS = 10**13  # the largest open model known to us has 10^12
-# What no model can have none of.
-AT_LEAST_ONE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+# What no model can have none of, as transformers calls it whatever config.json does.
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 # How multimodal checkpoints call their text part, from transformers 4.50 on and before.
 _TEXT_PREFIXES = (
@@ -103,7 +103,7 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
 
 def _check_shape(text: Any, name: str) -> None:
     """Raises ModelError for counts that are none. An id of padding that no token has is taken for no padding."""
-    known = {key: value for key in AT_LEAST_ONE if type(value := getattr(text, key, None)) is int}
+    known = {key: value for key in COUNTS if type(value := getattr(text, key, None)) is int}
     stored = getattr(text, "attribute_map", {})
     for key, value in known.items():
         if value < 1:
@@ -185,7 +185,9 @@ def _refusing(name: str) -> Iterator[None]:
     with foreign_failures() as failure:
         yield
     if failure.error:
-        what = f"{name}: config.json: transformers cannot build this model ({failure.reason})"
+        unknown = isinstance(failure.error, KeyError)  # a table of transformers' own: of activations, kinds of rotation
+        reason = f"there is no {failure.reason} in it" if unknown else failure.reason
+        what = f"{name}: config.json: transformers cannot build this model ({reason})"
         raise ModelError(what, "check config.json, or use another copy or another model") from failure.error
 
 

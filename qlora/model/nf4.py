@@ -243,12 +243,8 @@ def is_stored_4bit(base: BaseFolder, tensor: str) -> bool:
 def stored_4bit(
     base: BaseFolder, tensor: str, device: torch.device, read: Callable[[str], Tensor] | None = None
 ) -> Quantized:
-    """The checkpoint's 4-bit weight `tensor` with its statistics, as bitsandbytes wrote it. Raises ModelError.
-
-    `read` gives a tensor of the checkpoint, where its bytes are to be seen on the way.
-    """
-    bnb = import_bitsandbytes()
-    read = read or (lambda name: read_tensor(base.tensors[name]))
+    """The checkpoint's 4-bit weight `tensor` as bitsandbytes wrote it, each tensor by `read`. Raises ModelError."""
+    bnb, read = import_bitsandbytes(), read or (lambda name: read_tensor(base.tensors[name]))
     statistics = [name for name in base.tensors if name.startswith(f"{tensor}.")]
     quantization = {name.removeprefix(f"{tensor}."): read(name) for name in statistics}
     data = read(tensor)

@@ -20,6 +20,7 @@ from typing import Any
 from qlora import disk, files, manifest
 from qlora.errors import RunFolderError, TokenizerError
 from qlora.events import Notice, Sink
+from qlora.manifest import Recorded
 from qlora.model.base_folder import MAX_SMALL_BYTES
 
 # Delivered as they are: transformers 5 rewrites tokenizer files so that other tools cannot read them (tokenizer.model
@@ -130,8 +131,8 @@ def of_run(run_dir: Path, sink: Sink) -> TokenizerFiles | None:
     if not folder.is_dir():
         return None
     try:
-        recorded, found = manifest.recorded_sha256(folder), read_files(folder)
-        there = {name: hashlib.sha256(data).hexdigest() for name, data in found.content.items()}
+        recorded, found = manifest.recorded(folder), read_files(folder)
+        there = {name: Recorded(hashlib.sha256(data).hexdigest(), len(data)) for name, data in found.content.items()}
         if there == recorded:
             return found
         changed = min(name for name in there.keys() | recorded.keys() if there.get(name) != recorded.get(name))

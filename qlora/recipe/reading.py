@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
@@ -52,39 +52,20 @@ FREE_SECTIONS = ("report", "output", "checkpoint", "export", "memory")
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """See `Recipe.from_file`."""
-    text, raw = _parsed(path)
+    text, raw = read_table(path)
+    return recipe_of_table(raw, path, text, overrides)
+
+
+def recipe_of_table(raw: dict[str, Any], path: Path, text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a table that stands in the text of a file. Raises RecipeError."""
     index = LineIndex(path, text)
     return _absolute(_checked(raw, overrides, index), path.parent.resolve(), index)
-
-
-def load_recorded(path: Path) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe that a run recorded, whichever version did, and the keys of it that this version does not know.
-
-    Raises RecipeError for values that this version refuses.
-    """
-    text, raw = _parsed(path)
-    index, dropped = LineIndex(path, text), []
-    try:
-        Recipe.model_validate(raw)
-    except ValidationError as error:
-        for location in (item["loc"] for item in error.errors() if item["type"] == "extra_forbidden"):
-            place: Any = raw
-            for step in location[:-1]:
-                place = place[step]
-            del place[location[-1]]
-            dropped.append(".".join(map(str, location)))
-    # TOML has no null: what may be None and is not there was None, whatever the default is now.
-    for name, field in _fields().items():
-        table, key = name.split(".", 1)
-        if type(None) in get_args(field.annotation) and isinstance(raw.get(table), dict):
-            raw[table].setdefault(key, None)
-    return _absolute(_checked(raw, (), index), path.parent.resolve(), index), tuple(dropped)
 
 
 def recipe_of_base(base: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that names a base (hub name, or a folder relative to the current one) and nothing else."""
     raw = {"model": {"base": base}}
-    index = LineIndex(Path(base), "")
+    index = LineIndex(Path(short(base)), "")
     return _absolute(_checked(raw, overrides, index), Path.cwd(), index)
 
 
@@ -110,29 +91,6 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
-def differing_keys(ours: Recipe, theirs: Recipe) -> list[str]:
-    """`table.key` of all that could change the result and is not the same in both.
-
-    Where local files lie is left out: what they hold is compared when they are opened.
-    """
-    left, right = _without_places(ours), _without_places(theirs)
-    return [
-        f"{section}.{key}"
-        for section in left
-        if section not in FREE_SECTIONS
-        for key in left[section]
-        if left[section][key] != right[section][key]
-    ]
-
-
-def _without_places(recipe: Recipe) -> dict[str, Any]:
-    values = recipe.model_dump(mode="json")
-    for place in (values["model"], *values["data"]["train"], *values["data"]["eval"]):
-        name = "base" if "base" in place else "path"
-        place[name] = "local" if os.path.isabs(place[name]) else place[name]
-    return values
-
-
 def key_names() -> list[str]:
     """Every `table.key` of the schema."""
     return list(_fields())
@@ -152,8 +110,8 @@ def _fields() -> dict[str, FieldInfo]:
     return found
 
 
-def _parsed(path: Path) -> tuple[str, dict[str, Any]]:
-    """A recipe's text and its table."""
+def read_table(path: Path) -> tuple[str, dict[str, Any]]:
+    """A recipe's text and its table, unchecked. Raises RecipeError for what is no TOML in a regular file."""
     try:
         text = foreign_toml.read_text(path)
     except FileNotFoundError:
@@ -175,7 +133,8 @@ def _problems(error: ValidationError, raw: Mapping[str, Any], index: LineIndex) 
     for item in error.errors():
         # Union branches repeat a location with the branch's name appended: keep keys and indexes that exist.
         location = _real_location(item["loc"], raw)
-        if location not in found or item["type"] == "extra_forbidden":
+        text_wanted = location in found and found[location]["type"] == "literal_error"
+        if location not in found or item["type"] == "extra_forbidden" or (text_wanted and item["type"] == "too_long"):
             found[location] = item
     known, problems = key_names(), []
     order = sorted(found, key=lambda location: index.order(index.where(location)))

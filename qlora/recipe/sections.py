@@ -220,7 +220,10 @@ class ExportSection(Section):
         description="Merge into nf4 (dequantized, as trained on), full (the original weights) or auto: the nearer one",
     )
     max_kl: float | None = Field(
-        None, gt=0, description="Mean KL in nats per token from the trained model beyond which an export is an error"
+        None,
+        gt=0,
+        le=1000,
+        description="Mean KL in nats per token from the trained model beyond which an export is an error",
     )
     imatrix: bool = Field(False, description="Weigh the rounding of K- and IQ-quants by what your own rows use")
 

@@ -51,7 +51,6 @@ MOST = 2**53  # of anything that is counted
 FAILURES = 3
 CHECKPOINTS_AT_ONCE = 2  # the old one stays until the new one stands
 
-
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Loss = Annotated[float, Field(allow_inf_nan=True)]
 
@@ -69,9 +68,8 @@ class RunState:
     best_loss: Loss | None = None
     best_step: Count | None = None
     evaluations_without_improvement: Count = 0
-    evaluated_step: Annotated[
-        int, Field(ge=-1, le=MOST)
-    ] = -1  # the last one that was evaluated: a stop may fall between a step and its evaluation
+    # The last one that was evaluated: a stop may fall between a step and its evaluation.
+    evaluated_step: Count | Literal[-1] = -1
     skipped: Count = 0
     skipped_in_a_row: Count = 0
     loss_trend: float = 0.0  # of `health.Trend`
@@ -118,8 +116,8 @@ def save(
     def write(folder: Path) -> None:
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
-        belongs = fingerprints.as_dict()
-        content = {"format": FORMAT, "state": asdict(state), "counters": counters, "fingerprints": belongs}
+        belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
+        content = {"format": FORMAT, "state": asdict(state), **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     if (free := disk.free_bytes(run_dir)) < needed:
@@ -134,25 +132,32 @@ def save(
 def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
     """The newest checkpoint whose manifest verifies. A damaged one is renamed to `<name>.brokenN`, with a notice."""
     for folder in _folders(run_dir):
-        fault = disk.verify_folder(folder)
-        if fault is None:
-            try:
-                run_folder.made_with(folder)
-                return Checkpoint(folder, _read(folder)[0])
-            except ForeignFileError as error:
-                fault = str(error)
+        found = _open(folder)
+        if isinstance(found, Checkpoint):
+            return found
         try:
             name = f"Set aside as {disk.set_aside(folder, '.broken').name}"
         except OSError as error:
             name = f"It stays where it is ({error.strerror or error})"
-        sink.emit(Notice("checkpoint", f"{folder.name} is damaged: {fault}. {name}", 1))
+        sink.emit(Notice("checkpoint", f"{folder.name} is damaged: {found}. {name}", 1))
     return None
 
 
 def at_step(run_dir: Path, step: int) -> Checkpoint | None:
     """The checkpoint of a step, whose manifest verifies; None where it is not kept, or damaged."""
-    folder = folder_of(run_dir, step)
-    return Checkpoint(folder, _read(folder)[0]) if disk.verify_folder(folder) is None else None
+    found = _open(folder_of(run_dir, step))
+    return found if isinstance(found, Checkpoint) else None
+
+
+def _open(folder: Path) -> Checkpoint | str:
+    """A checkpoint, or what is wrong with it."""
+    if fault := disk.verify_folder(folder):
+        return fault
+    try:
+        run_folder.made_with(folder)
+        return Checkpoint(folder, _read(folder)[0])
+    except ForeignFileError as error:
+        return str(error)
 
 
 def check_base(checkpoint: Checkpoint, base: BaseFolder) -> None:

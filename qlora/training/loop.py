@@ -78,10 +78,8 @@ class Training:
         self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
         self._use_rows(recipe.data)
         which = self.causal_lm.base_identity
-        train_rows, eval_rows = len(job.data.train.lengths), len(job.data.eval.lengths)
-        self.best_adapter = BestAdapter(
-            job.model, job.base, job.tokenizer, recipe, job.chat.template, train_rows, eval_rows, which
-        )
+        facts = (recipe, job.chat.template, len(job.data.train.lengths), len(job.data.eval.lengths), which)
+        self.best_adapter = BestAdapter(job.model, job.base, job.tokenizer, *facts)
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, job.data.content_fingerprint)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
@@ -140,12 +138,10 @@ class Training:
     def _deliver_again(self, best: int, fault: str) -> bool:
         """Deliver the best adapter from its step's checkpoint, in whose state the model is then; whether it was."""
         source = at_step(self.job.run_dir, best)
-        if source is None or not self._deliver(self.checkpointer.resume(source)):
-            message = f"{fault}, and no checkpoint of step {best} is kept: another adapter takes its place"
-            self.sink.emit(Notice("adapter", message))
-            return False
-        self.sink.emit(Notice("adapter", f"{fault}: the adapter of step {best} was delivered again"))
-        return True
+        again = source is not None and self._deliver(self.checkpointer.resume(source))
+        outcome = "was delivered again" if again else "is in no checkpoint that is kept, and another takes its place"
+        self.sink.emit(Notice("adapter", f"{fault}: the adapter of step {best} {outcome}"))
+        return again
 
     def dry_run(self, state: RunState) -> None:
         """The longest micro-batch, an update and the longest evaluation batch: what would fail late fails now."""
@@ -272,8 +268,7 @@ class Training:
         self.evaluation.emit_eval(state.step, loss, None, best)
         self.evaluation.emit_samples(state.step, answers)
         if best:
-            record = self.evaluation.delivered
-            known = None if record is None else record.model_dump()
+            known = self.evaluation.delivered
             bettered = replace(evaluated, best_loss=loss, best_step=state.step, delivered=known)
             # What could not be written is not the best: what is delivered at the end must be on the disk.
             if self._deliver(bettered):
@@ -308,8 +303,7 @@ class Training:
         health.check_moved(self.optimizer, self.at_start, state.step)
         if state.skipped:
             self.sink.emit(Notice("steps", "steps skipped, their numbers were not finite", state.skipped))
-        if notice := self.job.watch.notice():
-            self.sink.emit(notice)
+        self.job.watch.report(self.sink)
         if state.best_step is not None and (fault := damage(self.job.run_dir / "adapter")):
             state = state if self._deliver_again(state.best_step, fault) else replace(state, best_step=None)
         # An earlier process that was killed may have saved a better adapter than this checkpoint records.

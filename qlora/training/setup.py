@@ -111,7 +111,7 @@ def prepare(
     from qlora.training import evaluate, memory_plan
 
     with clock.phase("rows"):
-        chat, data = prepare_rows(recipe, base, tokenizer, sink)
+        chat, data = prepare_rows(recipe, tokenizer, sink)
     with clock.phase("checks", "plan memory"):
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
         asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
@@ -120,9 +120,7 @@ def prepare(
     return chat, data, memory
 
 
-def prepare_rows(
-    recipe: Recipe, base: BaseFolder, files: TokenizerFiles, sink: Sink
-) -> tuple[ChatTokenizer, PreparedData]:
+def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
     """Tokenizer, template and tokens of every row."""
     from qlora.data.chat import ChatTokenizer
     from qlora.data.hub_rows import localize
@@ -130,7 +128,7 @@ def prepare_rows(
     from qlora.model.tokenizer import open_tokenizer
 
     with files.placed() as folder:
-        tokenizer = open_tokenizer(folder, base.name)
+        tokenizer = open_tokenizer(folder, recipe.model.base)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
     sources = localize(recipe.data, sink).local
     data = prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)

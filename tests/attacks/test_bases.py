@@ -24,6 +24,49 @@ from tests.attacks.payloads import Attack
 
 MARKER = "marker"
 
+# Keys of config.json, and what is said of them. Found by trying 19 kinds of value on each of 55 keys.
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
+    **{
+        f"a billion {key}": ({key: 10**9}, f"{key} is 1,000,000,000; at most")
+        for key in (
+            *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"),
+            *("encoder_layers", "num_experts", "depth", "vocab_size", "hidden_size", "intermediate_size", "head_dim"),
+            *("max_position_embeddings", "num_attention_heads", "num_key_value_heads", "sliding_window"),
+        )
+    },
+    **{
+        f"no {key}": ({key: 0}, f"{key} is 0, a model has at least 1")
+        for key in ("num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    },
+    "a billion layers in text_config": (
+        {"text_config": {"model_type": "llama", "num_hidden_layers": 10**9}}, "text_config.num_hidden_layers is",
+    ),
+    "a billion layers in vision_config": ({"vision_config": {"num_hidden_layers": 10**9}}, "vision_config.num_hidden"),
+    "a text part that a llama lacks": ({"text_config": {"a": 1}}, "text_config is there, but a llama has no text part"),
+    "a text part that is a number": ({"text_config": 7}, "text_config is wrong"),
+    "no intermediate_size": ({"intermediate_size": 0}, "its sizes make model|zero-element"),
+    "heads that groups do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads is 3, which does not divide"),
+    "heads that do not divide the width": ({"num_attention_heads": 3, "num_key_value_heads": 3}, "cannot b.*multiple"),
+    "an odd head_dim": ({"head_dim": 3}, "head_dim is 3"),
+    "weights beyond all bounds": (
+        {"hidden_size": 1 << 20, "intermediate_size": 1 << 20, "num_hidden_layers": 10, "head_dim": 1 << 18},
+        "its sizes make [0-9,]+ weights",
+    ),
+    "sizes of other types": ({"hidden_size": "64; touch x"}, "cannot b.*hidden_size"),
+    "layers that are a list": ({"num_hidden_layers": [2]}, "cannot b.*num_hidden_layers"),
+    "layer_types of another length": ({"layer_types": ["full_attention"] * 7}, "cannot b.*layer_types"),
+    "an activation that is none": ({"hidden_act": "os.system"}, "there is no 'os.system' in it"),
+    "rope_scaling that is a text": ({"rope_scaling": "x"}, "cannot b.*rope_parameters"),
+    "rope_scaling of nonsense": ({"rope_scaling": {"rope_type": "x"}}, "cannot build this model"),
+    "a type of weights that is a function": ({"torch_dtype": "load"}, "torch_dtype is 'load'"),
+    "tie_word_embeddings of megabytes": ({"tie_word_embeddings": "x" * 5_000_000}, "tie_word_embeddings"),
+    "a billion labels": ({"num_labels": 10**9}, "num_labels is 1,000,000,000; at most 100,000 labels"),
+    "a million labels": ({"id2label": {str(i): "x" for i in range(10**6)}}, "at most 10,000,000"),
+    "a million end tokens": ({"eos_token_id": [1] * 1_000_000}, "eos_token_id"),
+    "architectures that are numbers": ({"architectures": [1, 2]}, "architectures"),
+    "a model_type of megabytes": ({"model_type": "x" * 5_000_000}, "model_type is wrong"),
+}  # fmt: skip
+
 # name: (the attack, what the first line says)
 ATTACKS: dict[str, tuple[Attack, str]] = {
     # Pickles, by name
@@ -251,16 +294,32 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         lambda base, marker: os.truncate(base / "tokenizer.json", 1 << 40), "are too many for a file of its kind",
     ),
     # Bombs among the numbers of a configuration
-    "a model of a billion layers": (
-        lambda base, marker: p.change(base, "config.json", num_hidden_layers=10**9, layer_types=None),
-        "tells of 1,000,000,000 layers",
+    "more layers than tensors": (
+        lambda base, marker: p.change(base, "config.json", num_hidden_layers=1000, layer_types=None),
+        "tells of 1,000 layers, but the weights are",
     ),
-    "a model of negative sizes": (
-        lambda base, marker: p.change(base, "config.json", hidden_size=-64), "cannot build this model",
+    **{
+        f"config with {name}": (
+            lambda base, marker, keys=keys: p.change(base, "config.json", **keys),  # type: ignore[misc]
+            f"config.json: .*{what}|tokenizer cannot be opened .*{what.removeprefix('cannot b.*')}",
+        )
+        for name, (keys, what) in CONFIGURATIONS.items()
+    },
+    "config nested a thousand deep": (
+        lambda base, marker: (base / "config.json").write_text('{"a": ' + "[" * 1000 + "]" * 1000 + "}") and None,
+        "config.json: is nested deeper",
     ),
-    "a configuration of other types": (
-        lambda base, marker: p.change(base, "config.json", hidden_size="64; touch x", rope_theta={"a": 1}),
-        "cannot build this model|cannot be opened",
+    "config with a number of 10,000 digits": (
+        lambda base, marker: (base / "config.json").write_text('{"a": ' + "1" * 10_000 + "}") and None,
+        "a number of 10,000 digits",
+    ),
+    "generation config with ids of another kind": (
+        lambda base, marker: p.change(base, "generation_config.json", eos_token_id="</s>"),
+        "generation_config.json: eos_token_id",
+    ),
+    "generation config with a million ids": (
+        lambda base, marker: p.change(base, "generation_config.json", eos_token_id=[1] * 1_000_000),
+        "eos_token_id has 1,000,000 entries",
     ),
 }  # fmt: skip
 
@@ -367,3 +426,28 @@ def test_a_run_opens_no_socket(tmp_path: Path, llama: Path, monkeypatch: pytest.
     train(recipe, *settings, "export.formats=['hf']")
     assert (run_dir(recipe) / "export" / "hf" / "model.safetensors").is_file()
     assert not asked
+
+
+def test_odd_keys_of_real_configurations_change_nothing(tmp_path: Path, llama: Path) -> None:
+    """Ids of padding that no token has, labels of a classifier, outputs as a tuple, numbers that are not finite."""
+    import torch
+
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    odd: dict[str, Any] = {
+        "pad_token_id": 100_000,
+        "num_labels": 21_000,
+        "id2label": {str(i): "x" for i in range(1000)},
+        "return_dict": False,
+        "output_attentions": True,
+        "time_step_limit": [0.0, float("inf")],
+    }
+    p.change(base, "config.json", **odd)
+    models = []
+    for folder in (llama, base):
+        checked = resolve(str(folder), "main", Recorder())
+        models.append(load.load_base(checked, QuantizationSection(), "auto", torch.device("cpu"), Recorder()))
+    ids = torch.arange(96)[None]
+    assert models[1].config.id2label == models[0].config.id2label and models[1].config.pad_token_id is None
+    with torch.no_grad():
+        assert torch.equal(*(model(ids).logits for model in models))

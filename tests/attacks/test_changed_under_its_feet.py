@@ -147,7 +147,8 @@ def test_a_damaged_best_adapter_is_delivered_again(recipe: Path) -> None:
     before = {name: (adapter / name).read_bytes() for name in ("adapter_model.safetensors", "qlora.json")}
     flip(adapter / "adapter_model.safetensors")
     recorder = train(recipe, *RUN, mode="resume")
-    (message,) = notices(recorder, "adapter")
+    aside, message = notices(recorder, "adapter")
+    assert "it is kept as" in aside and damage(adapter.with_name("adapter.1")) is not None
     assert "adapter_model.safetensors: was changed" in message and "step 4 was delivered again" in message
     assert {name: (adapter / name).read_bytes() for name in before} == before and damage(adapter) is None
     assert values(recorder, "end", "adapter_step") == [4]
@@ -159,7 +160,7 @@ def test_where_its_checkpoint_is_gone_the_best_is_looked_for_anew(recipe: Path, 
     monkeypatch.setattr(loop, "at_step", lambda *_: None)
     recorder = train(recipe, *RUN, mode="resume")
     (message,) = notices(recorder, "adapter")
-    assert "no checkpoint of step 4 is kept" in message
+    assert "step 4 is in no checkpoint that is kept" in message
     assert damage(adapter) is None and values(recorder, "eval", "best") == [True], "it is evaluated anew"
     assert json.loads((adapter / "qlora.json").read_text())["evaluation"]["step"] == 4
 

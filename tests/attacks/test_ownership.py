@@ -166,6 +166,8 @@ OUTS: dict[str, Out] = {
     "a link to photographs": lambda world: made(world, "link", lambda path: path.symlink_to(world.photos)),
     "a link to a file": lambda world: made(world, "link", lambda path: path.symlink_to(world.thesis)),
     "a link to itself": lambda world: made(world, "link", lambda path: path.symlink_to(path)),
+    "a name of 256 letters": lambda world: world.home / ("x" * 256),
+    "a path of 5,000 letters": lambda world: world.home.joinpath(*["x" * 99] * 50),
     "a NUL": lambda world: f"{world.home}/a\0b",
     "the home of nobody": lambda world: "~nobody-at-all/out",
     "the home": lambda world: world.home,
@@ -212,7 +214,7 @@ OUTS: dict[str, Out] = {
 REASONS = (
     r"was not made by an export|is not an export|where only export/ is for exports|(lies in|holds) the (base|adapter)"
     r"|(lies in|holds) the rows|lies in the (hub's )?cache|is a file, and|cannot be an export's folder"
-    r"|links lead in a circle|NUL|no such home"
+    r"|links lead in a circle|NUL|no such home|too long"
 )
 
 
@@ -326,6 +328,33 @@ def test_a_runs_name_is_one_plain_part_of_a_path(
     assert "cannot be the name of a run's folder" in said and world.snapshot() == before
 
 
+KINDS_OF_OURS: dict[str, Callable[[Path], object]] = {
+    **dict.fromkeys(("recipe.toml", "events.jsonl", ".lock"), Path.mkdir),
+    **dict.fromkeys(("events.jsonl ", "adapter "), os.mkfifo),
+    **dict.fromkeys(("adapter", "checkpoints", "export", "tokenizer", "checkpoints/step-000009"), Path.touch),
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF_OURS)
+def test_what_is_no_file_or_no_folder_as_a_run_has_it(
+    world: World, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.run / name.strip()
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    KINDS_OF_OURS[name](path)
+    before = world.snapshot()
+    for mode in ("fresh", "resume"):
+        refused(lambda mode=mode: api.train(world.recipe, mode=mode), capsys)  # type: ignore[misc]
+    assert world.snapshot() == before
+
+
+def test_a_run_cannot_lie_where_no_path_leads(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load_recipe(world.recipe, [f'output.dir="{world.home / ("x" * 256)}"'])
+    assert "too long" in refused(lambda: api.train(loaded, name="tiny"), capsys)
+
+
 def test_a_recipe_of_dots_renames_nothing(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     """Its name without the ending is "..": the folder above output.dir."""
     dots = Path(shutil.copy(world.recipe, world.home / "...toml"))
@@ -346,6 +375,12 @@ def test_a_run_of_ours_is_kept_under_another_name_with_all_that_is_in_it(world: 
     content = sum(path.lstat().st_size for path in held.aside.folder.rglob("*") if path.is_file())
     assert 0 <= held.aside.bytes - content < 200  # the lock named its holder
     assert run_folder.kept(held.aside).startswith(f"it is kept as {held.aside.folder} (")
+
+
+def test_what_a_desktop_leaves_in_a_folder_is_no_harm(world: World) -> None:
+    for place in (world.run, world.run / "checkpoints"):
+        (place / ".DS_Store").write_text("icons")
+    run_folder.claim(world.run, "resume").release()
 
 
 def test_a_run_that_trained_nothing_is_taken_again_and_nothing_else_of_it_goes(world: World) -> None:

@@ -126,7 +126,9 @@ def test_names_of_folders_that_are_secrets(tmp_path: Path, llama: Path, armed: N
         for file in place.rglob("*"):
             if file.is_file() and any(secret in file.read_bytes() for secret in secrets):
                 holding[file.relative_to(place).as_posix()] = stat.S_IMODE(file.stat().st_mode)
-    assert holding == dict.fromkeys(("recipe.toml", "adapter/qlora.json", "adapter/adapter_config.json"), 0o600)
+    assert holding == dict.fromkeys(
+        ("recipe.toml", "run.json", "adapter/qlora.json", "adapter/adapter_config.json"), 0o600
+    )
     assert not any(secret.decode() in repr(told.events) for secret in secrets)
     notices = [event for event in told.events if isinstance(event, Notice) and event.topic == "secrets"]
     assert len(notices) == 1 and "can be read by you alone" in notices[0].message

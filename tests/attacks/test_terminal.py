@@ -12,6 +12,7 @@ import pytest
 
 from tests.attacks.terminals import HOSTILE, command, foreign_controls, under_terminal, with_streams
 
+BASE = "[bold]base[-bold] [link=x]"
 TRAIN = (
     *("train.max_steps=2", "train.batch_size=2", "data.max_length=512", "data.eval_fraction=0.2", "eval.every_steps=1"),
     *("eval.samples=1", "lora.r=4", 'memory.limit="8GiB"'),
@@ -21,7 +22,7 @@ TRAIN = (
 def world(folder: Path, llama: Path, name: str = "[bold]run[-bold]") -> Path:
     """A recipe in a folder with a hostile name; base, rows, columns and configuration keys have hostile texts too."""
     place = folder / HOSTILE
-    shutil.copytree(llama, base := place / "base" / HOSTILE)
+    shutil.copytree(llama, base := folder / BASE)  # an export takes no base whose path has control characters
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, f"key {HOSTILE}": 1, "quality": HOSTILE}))
     turns = [("user", f"What {HOSTILE}?"), ("assistant", f"It {HOSTILE}.")]
@@ -105,7 +106,7 @@ Error = Callable[[Path], tuple[str, list[str]]]  # changes a good world; the com
 
 
 def base_of(recipe: Path) -> Path:
-    return recipe.parent / "base" / HOSTILE
+    return recipe.parents[len(Path(HOSTILE).parts)] / BASE
 
 
 def changed(file: Path, **keys: object) -> None:

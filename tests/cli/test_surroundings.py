@@ -115,7 +115,15 @@ def test_another_encoding_shows_what_it_can(tmp_path: Path, encoding: str) -> No
     assert with_streams(command("train", "--keys"), given, settings) == 0
     data = (tmp_path / "err").read_bytes()
     assert b"\\x9b31m" in data and b"\x9b" not in data and data.count(b"\n") == 2
-    assert (tmp_path / "out").stat().st_size > 1000
+    (tmp_path / "out").unlink()
+
+    def work() -> None:
+        surroundings.prepare()
+        print("│Ѐ\udc9b.")
+
+    assert with_streams(work, given, settings) == 0
+    written = (tmp_path / "out").read_bytes()
+    assert written.endswith(b".\n") and b"\x9b" not in written and b"?" in written
 
 
 def test_a_terminal_that_goes_away_ends_no_command(tmp_path: Path) -> None:
@@ -150,7 +158,7 @@ def test_what_libraries_write_to_stderr_steers_nothing() -> None:
         import logging
 
         surroundings.prepare()
-        text = "of a stranger: \x1b]0;owned\x07\x9b31m\r"
+        text = "of a stranger: \x1b]0;owned\x07\x9b31m\rx"
         sys.stderr.write(warnings.formatwarning(text, UserWarning, "x.py", 1))  # pytest catches those that are raised
         logging.getLogger("somebody").addHandler(logging.StreamHandler())
         logging.getLogger("somebody").warning("of a stranger: \x1b[2J\u202e")
@@ -184,20 +192,15 @@ def without_a_name() -> None:
     pwd.getpwuid = unknown  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize(
-    ("home", "before", "code"),
-    [
-        (None, without_a_name, 0),
-        ("/proc/nobody", without_a_name, 2),
-    ],
-)
-def test_a_user_without_a_home_works_or_is_told(tmp_path: Path, llama: Path, home: str | None, before, code) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("home", [None, "/proc/nobody"])
+def test_a_user_without_a_home_or_with_one_that_cannot_be_written_can_work(
+    tmp_path: Path, llama: Path, home: str | None
+) -> None:
     recipe, given = write_recipe(tmp_path, llama), streams(tmp_path, {})
     settings = {**dict.fromkeys(NOWHERE), "HOME": home, "TMPDIR": str(tmp_path)}
     tempfile.tempdir = None
-    assert with_streams(command("train", str(recipe), "--check", *SHORT), given, settings, before) == code
-    assert len(said(tmp_path)) == code and (code == 0 or (home is not None and home in said(tmp_path)[0]))
-    assert not list(tmp_path.glob("~*"))
+    assert with_streams(command("train", str(recipe), "--check", *SHORT), given, settings, without_a_name) == 0
+    assert said(tmp_path) == [] and not list(tmp_path.glob("~*"))
 
 
 def test_the_home_of_our_making_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

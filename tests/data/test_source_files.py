@@ -63,6 +63,7 @@ def test_links_that_leave_the_folder_are_left_out_by_name(tmp_path: Path) -> Non
     (data / "readme").symlink_to(tmp_path / "diary.txt")  # no data file by its name
     (data / "again.jsonl").symlink_to("rows.jsonl")
     (data / "latest").symlink_to(".store")
+    (data / "newest").symlink_to(".store")  # once is enough
     for path in (str(data), f"{data}/**/*"):
         if path.endswith("*"):
             (data / "readme").unlink()
@@ -198,6 +199,28 @@ def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytes
     assert found.left_out_text() == "1 folders that cannot be read left out: closed"
 
 
+def test_a_folder_that_goes_away_while_it_is_walked_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.jsonl", "short/b.jsonl")
+    scandir = os.scandir
+
+    def remove(path: Path) -> object:
+        entries = scandir(path)
+        if Path(path) == tmp_path and (tmp_path / "short").exists():
+            monkeypatch.setattr(Path, "stat", gone)
+        return entries
+
+    stat = Path.stat
+
+    def gone(self: Path, **keys: bool) -> os.stat_result:
+        if self.name == "short":
+            raise FileNotFoundError(2, "No such file or directory")
+        return stat(self, **keys)
+
+    monkeypatch.setattr(os, "scandir", remove)
+    found = find_files(str(tmp_path), ENDINGS)
+    assert names(found) == ["a.jsonl"] and "short" in found.left_out_text()
+
+
 # --- opening ------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +254,7 @@ def test_a_file_that_grows_while_it_is_read_has_an_end(tmp_path: Path) -> None:
     (file,) = find_files(str(path), ENDINGS).files
     lines = 0
     with path.open("ab") as writer, file.open() as reader, pytest.raises(DataError, match="changed while it was read"):
-        while reader.readline():
+        while reader.readline() and lines < 3_000_000:
             lines += 1
             if lines % 100_000 == 0:
                 writer.write(b"x\n" * 200_000)

@@ -202,7 +202,7 @@ def warm(recipe_file: Path, *overrides: str) -> Warm:
     sink = Recorder()
     base, _ = setup.preflight(recipe, sink)
     tokenizer = read_files(base.path)
-    chat, data = setup.prepare_rows(recipe, base, tokenizer, sink)
+    chat, data = setup.prepare_rows(recipe, tokenizer, sink)
     model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
     device = next(model.parameters()).device
     parts = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora import api
+from qlora.errors import DoesNotFit
 from qlora.memory import hardware
 from qlora.memory.plan import changed, gib
 from qlora.memory.trace import CATEGORIES
@@ -43,3 +44,9 @@ def test_every_recipe_fits_the_card_in_its_name(file: Path, tmp_path: Path) -> N
     limit = hardware.common_cards()[f"{gigabytes} GB"]
     estimate = api.estimate_memory(local, vram=f"{limit}B")
     assert estimate.fits, f"{gib(estimate.peak_bytes)} of {gib(limit)}"
+
+
+def test_more_tokens_than_any_memory_holds(tmp_path: Path) -> None:
+    """They would be simulated for minutes, and overflow what a tensor may have."""
+    with pytest.raises(DoesNotFit, match=r"= 65,536 with data\.max_length = 2,048: 134,217,728 tokens in one pass"):
+        ask(tmp_path, 8, "train.micro_batch_size=65536", "train.batch_size=65536", vram="24GiB")

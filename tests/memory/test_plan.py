@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qlora import api
+from qlora.errors import ModelError
 from qlora.memory import plan as memory_plan
 from qlora.memory.estimate import DataFacts, Estimate
 from qlora.memory.hardware import Machine
@@ -131,3 +132,30 @@ def test_a_run_keeps_a_reserve_for_what_it_decides_itself(monkeypatch: pytest.Mo
     monkeypatch.setattr(memory_plan, "Estimator", lambda text, name, machine: ByHand(machine.limit_bytes / GIB))
     assert memory_plan.choose(by_hand, recipe(*AUTO), None).recipe.train.micro_batch_size == 2
     assert memory_plan.choose(by_hand, recipe("train.micro_batch_size=4"), None).estimate.fits
+
+
+def test_the_mildest_step_is_found_by_halving() -> None:
+    asked: list[int] = []
+
+    def fitting(step: int) -> str | None:
+        asked.append(step)
+        return f"at {step}" if step >= 11 else None
+
+    assert memory_plan.mildest(range(16), fitting) == "at 11" and len(asked) <= 5
+    assert memory_plan.mildest(range(11), fitting) is None and memory_plan.mildest([], fitting) is None
+
+
+def test_a_model_that_cannot_be_simulated_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = api.question(
+        api.recipe_or_model(str(config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path))), vram="8GiB"
+    )
+
+    def fail(*_: Any) -> None:
+        raise TypeError("what a stranger's numbers make of transformers' code")
+
+    monkeypatch.setattr(question.estimator, "estimate", fail)
+    for ask in (question.estimate, question.search, question.does_not_fit):
+        with pytest.raises(
+            ModelError, match=r"config\.json: a step of this model cannot be simulated \(what a stranger"
+        ):
+            ask()

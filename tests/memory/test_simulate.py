@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora.memory import simulate, trace
 from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.model.meta_model import text_config
 from qlora.model.tensors import load_json
@@ -110,3 +111,25 @@ def test_every_kind_of_adapter_is_simulated(lora: dict[str, object]) -> None:
     workload = Workload(2, 128, gradient_checkpointing=False, neftune_alpha=5.0)
     more, less = (Simulator(one).run(workload).phases["forward"].total for one in (spec, plain))
     assert more > less
+
+
+def test_many_chunks_of_the_head_are_drawn_from_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 0.5 % of what running each of the 64 chunks counts."""
+    text = make_config("llama", vocab=262_144)
+    simulator = Simulator(ModelSpec(text, "tiny", LORA, QuantizationSection()))
+    workload = Workload(2, 2048)
+    every = simulator.run(workload)
+    monkeypatch.setattr(simulate, "MOST_CHUNKS", 32)
+    drawn = simulator.run(workload)
+    for phase, peak in every.phases.items():
+        assert drawn.phases[phase].total == pytest.approx(peak.total, rel=0.005), phase
+    assert drawn.kept == every.kept and drawn.paged == every.paged
+
+
+def test_a_step_that_never_ends_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that computes its tokens one by one takes minutes, and is told so at a number of operations."""
+    simulator = Simulator(ModelSpec(make_config("llama"), "tiny", LORA, QuantizationSection()))
+    simulator.run(Workload(1, 64))
+    monkeypatch.setattr(trace, "MOST_OPERATIONS", 500)
+    with pytest.raises(RuntimeError, match="more than 500 operations"):
+        simulator.run(Workload(1, 64))

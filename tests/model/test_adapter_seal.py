@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qlora import disk
-from qlora.errors import ExportError
+from qlora.errors import ExportError, UserError
 from qlora.events import Recorder
+from qlora.model import adapter_seal
 from qlora.model.adapter_seal import SEALED, damage, seal
 
 CONTENT = {name: f"content of {name}" for name in (*SEALED, "README.md", "NOTES.md")}
@@ -20,6 +27,7 @@ def adapter(tmp_path: Path) -> Path:
     def write(folder: Path) -> None:
         for name, text in CONTENT.items():
             (folder / name).write_text(text)
+        save_file({"a": torch.zeros(8)}, folder / "adapter_model.safetensors")
 
     disk.publish_folder(tmp_path / "adapter", write)
     return tmp_path / "adapter"
@@ -33,7 +41,7 @@ def flip(file: Path) -> None:
 
 def test_what_is_as_published_passes_in_silence(adapter: Path) -> None:
     sink = Recorder()
-    assert set(seal(adapter, sink).sha256) == set(SEALED) and not sink.events and damage(adapter) is None
+    assert set(seal(adapter, sink).found) == set(SEALED) and not sink.events and damage(adapter) is None
 
 
 @pytest.mark.parametrize("name", [*SEALED, disk.MANIFEST])
@@ -75,7 +83,8 @@ def test_made_elsewhere_passes_and_ours_without_its_manifest_is_said(adapter: Pa
     seal(adapter, sink)
     assert "is not known" in sink.of("notice")[0].as_dict()["message"]
     (adapter / "qlora.json").unlink()
-    flip(adapter / "adapter_model.safetensors")
+    data = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(data[:-1] + b"\1")
     for text in (None, json.dumps({"name": "a web app", "icons": []}), "no JSON", "[" * 100):
         if text is not None:
             (adapter / disk.MANIFEST).write_text(text)
@@ -98,4 +107,27 @@ def test_a_link_is_no_file_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
     (adapter / "adapter_config.json").unlink()
     (adapter / "adapter_config.json").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ExportError, match="link out of the folder"):
+        seal(adapter, Recorder())
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "qlora.json", "README.md"])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_file_of_another_size_is_not_read(
+    adapter: Path, name: str, manifest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sparse file of 64 GiB takes no room, and minutes to hash."""
+    hashed: list[int] = []
+    real = hashlib.file_digest
+
+    def watched(file: Any, algorithm: str) -> Any:
+        hashed.append(os.fstat(file.fileno()).st_size)
+        assert hashed[-1] < 1000
+        return real(file, algorithm)
+
+    monkeypatch.setattr(adapter_seal.hashlib, "file_digest", watched)
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    if not manifest:
+        (adapter / disk.MANIFEST).unlink()
+    os.truncate(adapter / name, 64 << 30)
+    with pytest.raises(UserError) if name != "README.md" or manifest else nullcontext():
         seal(adapter, Recorder())

@@ -52,11 +52,13 @@ def reconfigured(base: Path) -> None:
 )
 def test_each_change_is_named(tmp_path: Path, change: Callable[[Path], None], seen: str) -> None:
     base = make_base("llama", tmp_path / "base")
-    watch = BaseWatch.begin(resolve(str(base), "main", Recorder()))
-    assert watch.notice() is None
+    watch, sink = BaseWatch.begin(resolve(str(base), "main", Recorder())), Recorder()
+    watch.report(sink)
     (base / "my-notes.txt").write_text("not of the model")
-    assert watch.notice() is None
+    watch.report(sink)
+    assert not sink.events
     change(base)
-    notice = watch.notice()
-    assert notice is not None and notice.topic == "base" and seen in notice.message
-    assert "the adapter belongs to the base as it was" in notice.message
+    watch.report(sink)
+    (notice,) = (event.as_dict() for event in sink.of("notice"))
+    assert notice["topic"] == "base" and seen in notice["message"]
+    assert "the adapter belongs to the base as it was" in notice["message"]

@@ -40,3 +40,10 @@ def test_the_opened_configuration_has_no_dropped_key() -> None:
     config = open_config({**LLAMA, "zz_hook": "os.system", "attn_implementation": "evil/kernel"})
     assert config.hidden_size == 64 and config.rms_norm_eps == 1e-5
     assert not hasattr(config, "zz_hook") and config._attn_implementation != "evil/kernel"
+
+
+def test_outputs_are_not_the_files_to_choose() -> None:
+    """Old configurations hold what a forward pass returned, and labels of a classifier: neither read nor told."""
+    odd = {"return_dict": False, "output_hidden_states": True, "num_labels": 10**6, "id2label": {"0": "x"}}
+    known = reduce_config({**LLAMA, **odd})
+    assert known.values == LLAMA and known.dropped == ()

@@ -147,7 +147,7 @@ def test_a_value_that_is_not_finite_is_found_while_loading(folder: Path, name: s
 
 def test_what_bf16_cannot_hold_is_not_finite_either(tmp_path: Path) -> None:
     folder = make_base("llama", tmp_path / "base", dtype=torch.float32)
-    base = at(rewritten(folder, lambda t: {**t, "model.norm.weight": t["model.norm.weight"] * 1e38 * 3.4}))
+    base = at(rewritten(folder, lambda t: {**t, "model.norm.weight": torch.full_like(t["model.norm.weight"], 3.4e38)}))
     with pytest.raises(ModelError, match=r"model\.norm\.weight"):
         load(base)
 

@@ -10,9 +10,10 @@ import pytest
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Recorder
+from qlora.model import meta_model
 from qlora.model.base_folder import BaseFolder
 from qlora.model.load import load_base
-from qlora.model.meta_model import build
+from qlora.model.meta_model import build, text_config
 from qlora.recipe.sections import QuantizationSection
 from tests.families import FAMILIES, make_base
 from tests.model.conftest import CPU, at, change_config, load
@@ -53,3 +54,47 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     change_config(folder, hidden_size="wide")
     with pytest.raises(ModelError, match="cannot build this model"):
         load(at(folder))
+
+
+SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        # A mask of every pair of positions, in each layer, that really exists.
+        ({"model_type": "gpt_neo", **SHAPE, "max_position_embeddings": 1 << 17}, "bytes of tables"),
+        ({"model_type": "gptj", "n_positions": 1 << 24}, "bytes of tables"),
+        ({"model_type": "llama", "hidden_size": 1 << 19, "intermediate_size": 1 << 20}, "[0-9,]+ weights"),
+        ({"model_type": "gpt_neo", **SHAPE, "num_heads": 0}, "num_heads is 0, a model has at least 1"),
+        ({"model_type": "qwen3", "head_dim": 5}, ".*head_dim.*5"),
+        ({"model_type": "llama", "text_config": {}}, "text_config is there, but a llama has no text part"),
+    ],
+)
+def test_what_sizes_make_is_bounded_before_it_is_made(config: dict[str, Any], what: str) -> None:
+    with pytest.raises(ModelError, match=f"base: config.json: .*{what}"):
+        text_config(config, "base")
+
+
+def test_long_promises_and_several_kinds_of_layers_pass() -> None:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    text, _ = text_config({"model_type": "gemma3_text", "num_hidden_layers": 3, "layer_types": kinds}, "base")
+    assert text.layer_types == kinds
+    promised, _ = text_config({"model_type": "llama", "max_position_embeddings": 10_485_760}, "base")
+    assert promised.max_position_embeddings == 10_485_760
+
+
+def test_a_model_whose_first_layers_are_none_is_looked_at_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As hybrids are whose trunk asks each kind of layer for something."""
+    seen = []
+
+    def extent(text: Any) -> tuple[int, int]:
+        seen.append(text.num_hidden_layers)
+        if text.num_hidden_layers < 5:
+            raise KeyError("full_attention")
+        return 10**14, 0
+
+    monkeypatch.setattr(meta_model, "_extent", extent)
+    with pytest.raises(ModelError, match="100,000,000,000,000 weights"):
+        text_config({"model_type": "llama", "num_hidden_layers": 5}, "base")
+    assert seen == [1, 5]

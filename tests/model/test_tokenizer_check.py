@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import TokenizerError
+from qlora.export.gguf.vocab import read_vocab
 from qlora.model import tokenizer_check
+from qlora.model.tokenizer import open_tokenizer
 from qlora.model.tokenizer_check import check_tokenizer
 from tests.tokenizers import added, byte_level, gemma, phi3
 
@@ -71,8 +73,22 @@ def test_counts_are_bounded_before_a_library_sees_them(tmp_path: Path, monkeypat
     monkeypatch.setattr(tokenizer_check, "MAX_VOCAB", len(content["model"]["vocab"]) - 1)
     with pytest.raises(TokenizerError, match=r"model\.vocab is wrong: has .* tokens, at most"):
         check_tokenizer(folder, "base")
+    monkeypatch.setattr(tokenizer_check, "MAX_SPECIAL", 2)
+    (folder / "special_tokens_map.json").write_text('{"additional_special_tokens": ["a", "b", "c"]}')
+    with pytest.raises(TokenizerError, match="additional_special_tokens is wrong: has 3 tokens, at most 2"):
+        check_tokenizer(folder, "base")
+    (folder / "special_tokens_map.json").unlink()
     content["added_tokens"].append(added("<x>", -4))
     (folder / "tokenizer.json").write_text(json.dumps(content))
     monkeypatch.undo()
     with pytest.raises(TokenizerError, match=r"added_tokens\.3\.id is wrong: .*\(it is -4\)"):
         check_tokenizer(folder, "base")
+
+
+def test_both_doors_look_at_the_files_first(tmp_path: Path) -> None:
+    """The trainer's, and that of an export to GGUF: transformers itself opens this one."""
+    folder = byte_level(tmp_path / "tokenizer")
+    (folder / "tokenizer_config.json").write_text('{"errors": 5, "eos_token": "<|im_end|>"}')
+    for open_it in (lambda: open_tokenizer(folder, "base"), lambda: read_vocab(folder, 3000)):
+        with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: errors is wrong"):
+            open_it()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import RecipeError
-from qlora.recipe.reading import differing_keys, load_recipe, load_recorded, recipe_toml
-from tests.recipe.cases import SMALL, other_defaults, problems, write
+from qlora.recipe.reading import load_recipe, recipe_toml
+from qlora.recorded import differing_keys
+from tests.recipe.cases import SMALL, problems, write
 
 
 @pytest.mark.parametrize(
@@ -44,12 +45,6 @@ def test_written_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert again == recipe and differing_keys(again, recipe) == []
 
 
-def test_differing_keys_leave_out_what_cannot_change_the_result(tmp_path: Path) -> None:
-    path = write(tmp_path, SMALL)
-    one, other = load_recipe(path), load_recipe(path, ["train.seed=7", "output.dir=x", "checkpoint.keep=9", "lora.r=2"])
-    assert differing_keys(one, other) == ["lora.r", "train.seed"]
-
-
 def test_folders_become_absolute_and_hub_names_stay(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     assert load_recipe(write(tmp_path, SMALL), ["model.base=base"]).model.base == str(tmp_path / "base")
@@ -75,38 +70,16 @@ def test_what_export_could_not_do_is_found_before_training(tmp_path: Path, overr
     assert any(message in problem.what for problem in caught.value.problems)
 
 
-def test_a_recorded_recipe_is_read_whichever_version_wrote_it(tmp_path: Path) -> None:
-    """Keys of a newer one are left out and named; what is not there and may be None was None."""
-    recipe = load_recipe(write(tmp_path, SMALL))
-    text = recipe_toml(recipe).replace("[lora]\n", "[lora]\nrho = 3\n") + '[cloud]\nname = "x"\n'
-    file = tmp_path / "recorded.toml"
-    file.write_text(text.replace('format = "auto"\n', 'format = "auto"\nsplit = "a"\n'))
-    with other_defaults({"train.max_minutes": 60.0, "export.max_kl": 0.1}):
-        recorded, unknown = load_recorded(file)
-    assert recorded == recipe and sorted(unknown) == ["cloud", "data.train.0.split", "lora.rho"]
-    file.write_text(text.replace("r = 16\n", "r = 0\n"))
-    with pytest.raises(RecipeError, match=r"lora\.r is wrong"):
-        load_recorded(file)
-
-
-def test_where_local_files_lie_is_no_difference(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    local = '[model]\nbase = "./base"\n[[data.train]]\npath = "rows.jsonl"\n'
-    recipes = []
-    for folder in (here, there):
-        folder.mkdir()
-        recipes.append(load_recipe(write(folder, local)))
-    assert recipes[0].model.base != recipes[1].model.base
-    assert differing_keys(*recipes) == []
-    hub = load_recipe(write(there, local), ["model.base=owner/name", "data.train.0.path=hub:owner/rows"])
-    assert differing_keys(recipes[0], hub) == ["model.base", "data.train"]
-    other = load_recipe(write(there, local), ["model.base=owner/other", "data.train.0.path=hub:owner/rows:test"])
-    assert differing_keys(hub, other) == ["model.base", "data.train"]
-
-
 def test_folders_whose_names_are_not_utf8_are_said(tmp_path: Path) -> None:
     folder = Path(f"{tmp_path}/\udcff")
     folder.mkdir()
     (folder / "r.toml").write_text(SMALL)
     with pytest.raises(RecipeError, match="not UTF-8"):
         load_recipe(folder / "r.toml")
+
+
+def test_a_side_without_sources_is_not_set(tmp_path: Path) -> None:
+    """A resumed run takes the evaluation rows that it recorded; an empty list says that there are none."""
+    recipe = load_recipe(write(tmp_path, SMALL))
+    assert recipe.data.model_fields_set == {"train"}
+    assert load_recipe(write(tmp_path, SMALL), ["data.eval=[]"]).data.model_fields_set == {"train", "eval"}

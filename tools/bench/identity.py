@@ -50,7 +50,7 @@ class _PlainReader(WeightReader):
     """Reads, and knows nothing afterwards."""
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        return read_tensor(self._tensors[name], rows)
+        return read_tensor(self.tensors[name], rows)
 
     def identity(self) -> BaseIdentity:
         return BaseIdentity(config="", shapes="", dtypes="", sampled="")

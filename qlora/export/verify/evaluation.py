@@ -64,9 +64,14 @@ class EvalRows:
         packs = eval_packs(self.split, self.section)
         return [packs[start : start + self.packs_at_once] for start in range(0, len(packs), self.packs_at_once)]
 
-    def batches(self, every: int = 1) -> Iterator[Batch]:
-        for packs in self.micro_batches[::every]:
+    def batches(self) -> Iterator[Batch]:
+        for packs in self.micro_batches:
             yield collate(self.split, packs, self.pad_id, self.section.max_length)
+
+    def sample(self, every: int) -> Iterator[Batch]:
+        """The rows of every `every`-th micro-batch, each pack alone: memory may be scarcer here."""
+        for pack in chain(*self.micro_batches[::every]):
+            yield collate(self.split, [pack], self.pad_id, self.section.max_length)
 
     def record(self, step: int, losses: Sequence[tuple[Tensor, float]]) -> DeliveredLoss | None:
         """What is delivered with the adapter of a step; `losses` are those of all micro-batches, in order.
@@ -93,6 +98,11 @@ class EvalRows:
             packing=self.section.packing,
             content=self.content_sha256(every),
         )
+
+    def as_json(self, step: int, losses: Sequence[tuple[Tensor, float]]) -> dict[str, Any] | None:
+        """`record` as it stands in a run's state and in qlora.json."""
+        record = self.record(step, losses)
+        return None if record is None else record.model_dump()
 
     def content_sha256(self, every: int) -> str:
         """Of the tokens and weights of the rows in every `every`-th micro-batch, in their order."""
@@ -140,7 +150,7 @@ def compare(model: Any, rows: EvalRows, recorded: DeliveredLoss, sink: Sink) -> 
     causal_lm = model.get_base_model()
     parts, device = CausalParts.of(causal_lm), next(causal_lm.parameters()).device
     with evaluating(model):
-        losses = [summed_loss(parts, SupervisedObjective(), batch, device) for batch in rows.batches(recorded.every)]
+        losses = [summed_loss(parts, SupervisedObjective(), batch, device) for batch in rows.sample(recorded.every)]
     here, there = mean(losses), recorded.sample_loss
     on = f"its loss on {recorded.sample_rows:,} evaluation rows"
     found = f"{on} is {here:.4f} nats a token, the run delivered {there:.4f}"

@@ -91,7 +91,7 @@ def use(folder: Path, scene: Scene, depth: float) -> None:
     if depth < 0.01:
         api.check(scene.goods.loaded().model_copy(update={"model": recipe_of_base(str(folder)).model}), sink=sink)
     elif depth < 0.04:
-        setup.prepare_rows(scene.goods.loaded(), base, files, sink)
+        setup.prepare_rows(scene.goods.loaded(), files, sink)
     elif depth < 0.16:
         load.load_base(base, QuantizationSection(), "auto", torch.device("cpu"), sink)
     elif depth < 0.175:
