@@ -49,8 +49,8 @@ def check(outcomes: list[dict[str, Any]], door: str, count: int) -> None:
     findings = [(outcome["index"], outcome["fault"], outcome["detail"]) for outcome in of_door if outcome["fault"]]
     assert not findings, findings[0]
     assert len(of_door) == count
-    ends = {re.sub(r"\d+", "", f"{outcome['code']} {outcome['out']}{outcome['err']}") for outcome in of_door}
-    assert len(ends) > 5, "every input had the same end: the door is shut, or wide open"
+    ends = {(outcome["code"], re.sub(r"\d+", "", outcome["out"] + outcome["err"])) for outcome in of_door}
+    assert len(ends) > 1, "every input had the same end: the door is shut, or wide open"
 
 
 @pytest.mark.parametrize("door", DOORS)
