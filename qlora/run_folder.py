@@ -217,7 +217,7 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
 def _other_keys(recipe: Recipe, old: Recipe) -> list[str]:
     """What differs, but for where the base lies: what it is decides (`checkpoint.check_base`)."""
     differing = recorded.differing_keys(recorded.resumed(recipe, old), old)
-    return [key for key in differing if key not in ("model.base", "model.revision")]
+    return [key for key in differing if key != "model.base"]
 
 
 def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:

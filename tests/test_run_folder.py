@@ -50,6 +50,7 @@ def test_a_resumed_run_uses_the_commits_that_it_recorded(tmp_path: Path, run: Pa
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
+        ({"revision": OTHER}, "model.revision"),
         ({"rows": f"hub:owner/rows@{OTHER}:train"}, "data.train"),
         ({"rows": "hub:owner/others"}, "data.train"),
         ({"rows": "hub:owner/rows:test"}, "data.train"),
