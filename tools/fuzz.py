@@ -35,6 +35,7 @@ FILES = {
     "test_links": "run",
     "test_ownership": "run",
     "test_data": "rows",
+    "test_rows_of_strangers": "rows",
     "test_recipes": "recipe",
     "test_secrets": "terminal",
     "test_terminal": "terminal",
