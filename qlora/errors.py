@@ -9,6 +9,7 @@
     │   ├── RunFolderError                  the run's folder: in use, another recipe's, not writable
     │   ├── HardwareError                   the machine cannot do what the recipe asks
     │   └── ExportError                     nothing to merge, an adapter of another base
+    │       └── TargetTaken                     the folder that an export should become is somebody's
     ├── DoesNotFit                      3   it does not fit in memory
     ├── TrainingStopped                 4   training ended by itself: non-finite numbers, full disk
     └── StoppedBySignal           130/143   SIGINT or SIGTERM; the state is saved
@@ -87,6 +88,10 @@ class HardwareError(UserError):
 
 class ExportError(UserError):
     """An adapter and a base that cannot become one model."""
+
+
+class TargetTaken(ExportError):
+    """The folder that an export should become is somebody's."""
 
 
 class DoesNotFit(QloraError):

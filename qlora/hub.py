@@ -21,6 +21,13 @@ from qlora.events import Notice, Progress, Sink, Sinks
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
+def cache_folder() -> Path:
+    """Where downloaded repositories lie."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def is_name(text: str) -> bool:
     """Whether a repository may be called that: `name` or `owner/name`."""
     return bool(_NAME.fullmatch(text)) and ".." not in text

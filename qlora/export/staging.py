@@ -31,7 +31,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from qlora import disk, files, foreign_json, lock, manifest
-from qlora.errors import ExportError, StoppedBySignal
+from qlora.errors import ExportError, StoppedBySignal, TargetTaken
 from qlora.export import targets
 from qlora.export.hashed_file import HashedFile
 from qlora.lock import FolderLock, LockHeld
@@ -171,7 +171,7 @@ class StagedExport:
 
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> None:
         # Somebody's folder may be moved away, and what hours have made still takes its place.
-        keep = isinstance(error, (StoppedBySignal, KeyboardInterrupt, targets.TargetTaken))
+        keep = isinstance(error, (StoppedBySignal, KeyboardInterrupt, TargetTaken))
         with suppress(OSError):  # then a later run begins at an older point
             self._wait()
             if keep:

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora import disk, files, manifest
-from qlora.errors import ExportError
+from qlora import disk, files, hub, manifest
+from qlora.errors import ExportError, TargetTaken
 from qlora.manifest import Standing
 from qlora.recipe.reading import Recipe
 from qlora.run_record import is_run
@@ -20,14 +20,8 @@ from qlora.run_record import is_run
 _ELSEWHERE = "name another folder with `out`"
 
 
-class TargetTaken(ExportError):
-    """The folder that an export should become is somebody's."""
-
-
 def check_place(folder: Path) -> None:
     """Whether an export may lie at `folder` at all. Raises ExportError. Reads no weight and no hash."""
-    from huggingface_hub import constants
-
     if why := files.unreachable(folder):
         raise ExportError(f"{folder}: cannot be an export's folder ({why})", _ELSEWHERE)
     if folder == folder.parent:
@@ -38,7 +32,7 @@ def check_place(folder: Path) -> None:
     for run in (folder, *folder.parents):
         if is_run(run):
             _check_in_run(folder, run)
-    for what, cache in (("the hub's cache", Path(constants.HF_HUB_CACHE)), ("the cache", disk.cache_dir())):
+    for what, cache in (("the hub's cache", hub.cache_folder()), ("the cache", disk.cache_dir())):
         if _lies_in(folder, cache):
             raise ExportError(f"{folder}: lies in {what} ({cache})", _ELSEWHERE)
     standing(folder, hashes=False)

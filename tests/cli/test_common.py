@@ -29,6 +29,7 @@ CODES = {
     errors.RunFolderError: 2,
     errors.HardwareError: 2,
     errors.ExportError: 2,
+    errors.TargetTaken: 2,
     errors.DoesNotFit: 3,
     errors.TrainingStopped: 4,
     errors.StoppedBySignal: 143,

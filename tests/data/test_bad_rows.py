@@ -108,9 +108,9 @@ def test_a_broken_file_is_named_before_and_while_tokenizing(
     assert not list((tmp_path / "cache").rglob("*.arrow"))
 
 
-def test_a_row_of_ten_megabytes_is_a_row_like_any_other(tmp_path: Path) -> None:
+def test_a_row_of_seven_megabytes_is_a_row_like_any_other(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    long = of(USER, says("now " * 5_000), notes="x" * 10_000_000)
+    long = of(USER, says("now " * 5_000), notes="x" * 7_000_000)
     file.write_text("\n".join([GOOD_LINE, long]) + "\n")
     rejected, rows = run(file)
     assert rows == 1

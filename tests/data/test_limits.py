@@ -13,6 +13,7 @@ from qlora.data import limits
 from qlora.data.chat import ChatTokenizer
 from qlora.data.formats import Conversation
 from qlora.data.limits import TextLimits, text_limits
+from qlora.data.offsets import tokens_of
 from qlora.data.prepare import check_files, prepare
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.errors import DataError
@@ -78,13 +79,13 @@ def test_a_huge_row_is_neither_rendered_nor_tokenized(
     rows = [talk("a", "b"), talk("q", words(3_000_000)), talk("q", words(200_000)), talk("c", "d")]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     chat = ChatTokenizer(family_tokenizer("qwen2"), "assistant", Recorder())
-    tokenize, seen = chat._tokenize, list[int]()
+    seen = list[int]()
 
-    def watched(texts: list[str]) -> Any:
+    def watched(tokenizer: Any, texts: list[str]) -> Any:
         seen.extend(map(len, texts))
-        return tokenize(texts)
+        return tokens_of(tokenizer, texts)
 
-    monkeypatch.setattr(chat, "_tokenize", watched)
+    monkeypatch.setattr("qlora.data.chat.tokens_of", watched)
     source = (SourceSection(path=str(tmp_path / "a.jsonl")),)
     data, sink = DataSection(train=source, truncation=truncation, max_length=64, eval_fraction=0), Recorder()
     if truncation == "error":

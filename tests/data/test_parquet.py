@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 import io
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,17 +177,3 @@ def test_decoding_ends_when_nobody_reads_on(tmp_path: Path) -> None:
     )
     assert next(found)[1] == {"text": "a"}
     found.close()  # type: ignore[attr-defined]
-
-
-def test_the_process_that_decodes_has_a_gibibyte() -> None:
-    """Before the limit of two seconds is reached, a page of a few bytes can ask for 2 GiB."""
-    code = "from qlora.data import parquet_worker as worker\nworker.confine()\nbytearray(5 << 28)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.stderr.strip().endswith("MemoryError")
-
-
-def test_rows_of_a_batch_are_few_where_rows_are_large(tmp_path: Path) -> None:
-    small = pyarrow.parquet.ParquetFile(write(tmp_path / "a.parquet", {"text": ["a"] * 1000})).metadata
-    large = pyarrow.parquet.ParquetFile(write(tmp_path / "b.parquet", {"text": [str(n) * 500_000 for n in range(8)]}))
-    assert parquet_worker.batch_rows(small) == parquet_worker.BATCH_ROWS
-    assert 1 <= parquet_worker.batch_rows(large.metadata) < 40

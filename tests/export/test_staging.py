@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from qlora import disk, lock
-from qlora.errors import ExportError, StoppedBySignal
-from qlora.export import staging, targets
+from qlora.errors import ExportError, StoppedBySignal, TargetTaken
+from qlora.export import staging
 from qlora.export.hashed_file import HashedFile
 from qlora.export.staging import StagedExport
 
@@ -282,7 +282,7 @@ def test_an_earlier_artifact_goes_and_a_changed_one_is_set_aside(tmp_path: Path)
 
 def test_what_was_laid_there_meanwhile_stays_and_so_does_the_work(tmp_path: Path) -> None:
     """Hours may lie between the look at the door and the end; once it is moved away, the rest takes seconds."""
-    with pytest.raises(targets.TargetTaken), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
+    with pytest.raises(TargetTaken), StagedExport.open({"a": tmp_path / "x"}, WORK, 0) as staged:
         fill(staged, ("a",))
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "mine").write_text("mine")

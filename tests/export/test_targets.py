@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora import disk, run_folder
-from qlora.errors import ExportError
+from qlora.errors import ExportError, TargetTaken
 from qlora.export import targets
 from qlora.recipe.reading import Recipe, load_recipe
 
@@ -83,5 +83,5 @@ def test_an_earlier_export_changed_or_not_may_make_room(project: Path) -> None:
     assert targets.standing(out, hashes=True).whose == "changed"
     (project / "checkpoint").mkdir()
     disk.publish_folder(project / "checkpoint", lambda to: (to / "a").write_text("a") and None, {"kind": "checkpoint"})
-    with pytest.raises(targets.TargetTaken, match="'checkpoint'"):
+    with pytest.raises(TargetTaken, match="'checkpoint'"):
         targets.standing(project / "checkpoint", hashes=True)
