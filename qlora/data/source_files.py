@@ -24,7 +24,7 @@ from qlora.errors import DataError, UserError
 from qlora.shown import one_line
 
 MAX_FILES = 100_000  # of one source: each takes about 0.5 kB of memory, and is opened and hashed at every start
-MAX_ENTRIES = 1_000_000  # names looked at below one folder: a second or two
+MAX_ENTRIES = 200_000  # names looked at below one folder: a second or two; a whole disk has millions
 EXAMPLES = 5  # names of what was left out
 _BUFFER_BYTES = 1 << 20
 _LINKS = "links that end outside of the folder or nowhere"

@@ -80,12 +80,12 @@ class BaseFolder:
 
 def check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> BaseFolder:
     """The base in `folder`. Raises ModelError for whatever keeps it from being one to train on."""
+    check_entries(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         what = f"{name}: is an adapter, not a base" if adapter else f"{name}: there is no config.json in it"
         raise ModelError(what, "name the folder or hub model that holds the whole base")
-    check_entries(folder)
     config = load_config(config_file)
     check_config(config, name)
     check_tokenizer_config(folder)

@@ -101,7 +101,9 @@ def check_config_values(config: Mapping[str, Any], where: str) -> None:
             if isinstance(name := part.get(key), str) and not _DTYPE.fullmatch(name):
                 raise ModelError(f"{where}: {key} is {_cut(name)}, which is no type of weights", _HINT)
         for key in AT_LEAST_ONE:
-            if type(value := part.get(key)) is int and value < 1:
+            if isinstance(value := part.get(key), str | float | bool):  # some models have a list, one number a layer
+                raise ModelError(f"{where}: {key} is {_cut(value)}, which is no whole number", _HINT)
+            if isinstance(value, int) and value < 1:
                 raise ModelError(f"{where}: {key} is {value}, a model has at least 1", _HINT)
     for path, key, value in _numbers(config, where):
         bound = next(bound for bound in BOUNDS if bound.names.search(key))
