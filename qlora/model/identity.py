@@ -131,7 +131,8 @@ class WeightReader:
     """Reads a base's tensors, each from front to back and once; meanwhile they are hashed, and their values checked.
 
     What was read last is given to a thread beside when the next is read: then a core has time, as reading is work for
-    one. Whoever gets a tensor leaves it as it is.
+    one. Whoever gets a tensor leaves it as it is; rows are valid until the next rows are read (fresh memory for each
+    block of 16 MiB cost as much as its hash).
     """
 
     def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> None:
@@ -140,14 +141,27 @@ class WeightReader:
         self._bytes: dict[str, int] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="blake3")
         self._last: tuple[str, torch.Tensor] | None = None
+        self._memory: list[torch.Tensor] = []
         self._seen: Future[None] | None = None
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A tensor, or its next rows. Raises ModelError where a value of what was read before is not finite."""
         self._look_at_last()
-        tensor = read_tensor(self.tensors[name], rows)
+        tensor = read_tensor(self.tensors[name], rows, None if rows is None else self._next_memory(name, rows))
         self._last = name, tensor
         return tensor
+
+    def _next_memory(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
+        """The older one of two blocks of memory, large enough for these rows: its hash is done."""
+        import torch
+
+        entry = self.tensors[name]
+        needed = (rows[1] - rows[0]) * (entry.nbytes // max(1, entry.shape[0]))
+        older = self._memory.pop(0) if len(self._memory) == 2 else None
+        if older is None or older.numel() < needed:
+            older = torch.empty(needed, dtype=torch.uint8)
+        self._memory.append(older)
+        return older
 
     def identity(self) -> BaseIdentity:
         """Of the tensors that were read: the whole of each. Raises ModelError where a value is not finite."""

@@ -152,15 +152,24 @@ def read_header(file: Path, opened: Path | None = None) -> dict[str, TensorEntry
     return tensors
 
 
-def read_tensor(entry: TensorEntry, rows: tuple[int, int] | None = None) -> torch.Tensor:
-    """The tensor in memory of its own, or its rows `rows[0]` up to `rows[1]` (not included) of the first dimension."""
+def read_tensor(
+    entry: TensorEntry, rows: tuple[int, int] | None = None, memory: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The tensor in memory of its own, or its rows `rows[0]` up to `rows[1]` (not included) of the first dimension.
+
+    `memory`: bytes to read it into instead, at least as many as it has.
+    """
     import torch
 
     shape, offset = entry.shape, entry.offset
     if rows is not None:
         offset += rows[0] * (entry.nbytes // max(1, entry.shape[0]))
         shape = (rows[1] - rows[0], *entry.shape[1:])
-    tensor = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
+    dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+    if memory is None:
+        tensor = torch.empty(shape, dtype=dtype)
+    else:
+        tensor = memory[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
     with _open(entry.opened) as stream:
         _fill(entry, stream, offset, as_bytes(tensor))
     return tensor
