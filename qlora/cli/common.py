@@ -73,7 +73,7 @@ class Command(TyperCommand):
             code = error.exit_code
         except OSError as error:  # the work itself is done in `run`
             code = _lost(error)
-        sys.exit(code)
+        sys.exit(code or 0)
 
 
 # typer brings its own copy of click in newer versions, and names only this class's heir.

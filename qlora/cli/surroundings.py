@@ -114,6 +114,8 @@ def _encodable(stream: Any) -> Any:
 
 
 def _have_places() -> None:
+    if os.environ.get("HOME") == "":  # `~` would be the root of the file system
+        del os.environ["HOME"]
     for name in _NAMED:
         if os.environ.get(name, "").startswith("~"):
             os.environ[name] = str(files.user_path(os.environ[name], name))

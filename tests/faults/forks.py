@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora import disk, run_folder
+from qlora import child_process, disk, run_folder
 from qlora.events import Event, Recorder, Sink, Sinks
 from qlora.model.base_watch import BaseWatch
 from qlora.model.tokenizer_files import read_files
@@ -131,12 +131,13 @@ def fork(work: Callable[[Callable[[str], None]], None], output: Path | None = No
 
 
 def run_module(command: Sequence[str], text: bool = False, **_: Any) -> subprocess.CompletedProcess[Any]:
-    """In the place of `subprocess.run`: `python -m module …` in a fork, which has imported all of it already.
+    """In the place of `subprocess.run`: the module of such a command in a fork, which has imported all of it already.
 
     What an export verifies itself with would spend nine tenths of its time on imports. Both streams come back in one.
     """
-    python, flag, module, *arguments = command
-    assert (python, flag) == (sys.executable, "-m")
+    beginning = child_process.command("module")[:-2]
+    module, *arguments = command[len(beginning) + 1 :]
+    assert list(command[: len(beginning)]) == beginning
 
     def work(_: Callable[[str], None]) -> None:
         sys.argv = [module, *arguments]

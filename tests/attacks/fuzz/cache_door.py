@@ -42,6 +42,8 @@ def make(scene: Scene) -> Work:
         else:
             place.chmod(chance.choice((0o777, 0o000, 0o4755, 0o666, 0o722)))
     named = str(cache) if chance.random() < 0.97 else chance.choice((*nasty.TEXTS[2:], *scene.paths))
+    if not scene.spares(named):
+        named = str(cache)
     return lambda: use(scene, named)
 
 

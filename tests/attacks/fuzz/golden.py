@@ -59,6 +59,7 @@ def _placed(fuzzer: Fuzzer, line: str) -> str:
     line = re.sub(r"(its tokenizer cannot be opened) \(.*\)", r"\1 (<what the library says>)", line)
     line = line.replace(os.uname().nodename, "<machine>")
     line = re.sub(r"bytes, not \d+", "bytes, not <number>", line)  # a state holds its seconds
+    line = re.sub(r"UTF-8 text \(byte \d+\)", "UTF-8 text (byte <number>)", line)  # behind the paths of this machine
     return re.sub(r"process \d+", "process <number>", line)
 
 

@@ -61,6 +61,15 @@ class Scene:
             os.mkfifo(path)
         return path
 
+    def spares(self, name: str) -> bool:
+        """Whether writing below that path leaves the machine as it was: it lies in this scene, or can't be written."""
+        try:
+            place = Path(os.path.abspath(os.path.expanduser(name)))
+            nearest = next(folder for folder in (place, *place.parents) if os.path.lexists(folder))
+        except (ValueError, OSError):
+            return True
+        return place.is_relative_to(self.place) or not nearest.is_dir() or not os.access(nearest, os.W_OK)
+
     @property
     def paths(self) -> tuple[str, ...]:
         return (str(self.pipe()), "/dev/zero", str(self.bystander), str(self.bystander.parent), str(self.place))

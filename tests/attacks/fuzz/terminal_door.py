@@ -221,7 +221,11 @@ def environment(chance: Random, scene: Scene) -> dict[str, str | None]:
     """Up to three variables as a strange machine has them."""
     names = chance.sample(sorted(VARIABLES), chance.randrange(4))
     chosen = {name: chance.choice(VARIABLES[name]) for name in names}
-    return {name: str(scene.pipe()) if value == "PIPE" else value for name, value in chosen.items()}
+    found = {name: str(scene.pipe()) if value == "PIPE" else value for name, value in chosen.items()}
+    for name in ("HOME", "QLORA_CACHE", "XDG_CACHE_HOME", "HF_HOME"):
+        if name in found and not (found[name] and scene.spares(str(found[name]))):
+            found[name] = str(scene.place / "relative" / "..")  # as good as any place, and nobody's
+    return found
 
 
 # --- whole commands --------------------------------------------------------------------------------------------------
