@@ -298,5 +298,6 @@ def _gate(sink: Sink | None) -> Sinks:
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:
     if isinstance(recipe, Recipe):
         return recipe, name or "run"
-    path = files.user_path(recipe, "the recipe")
-    return Recipe.from_file(path), name or Path(recipe).stem  # a link may lead to any name
+    files.user_path(recipe, "the recipe")
+    path = Path(recipe).expanduser()  # as it was named: a link may lead to any name and folder
+    return Recipe.from_file(path), name or path.stem

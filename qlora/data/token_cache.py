@@ -58,6 +58,13 @@ class PreparedSplit:
             what = f"{self.wheres[index]}: its prompt in the cache of tokenized rows cannot be read"
             raise DataError(what, "remove that cache (QLORA_CACHE, or qlora in your cache folder)") from error
 
+    def first_above(self, highest: int) -> tuple[str, int] | None:
+        """`file:line` of the first row that has a token above `highest`, and the token. Reads every row."""
+        for where, row in zip(self.wheres, self.rows, strict=True):
+            if (token := max(row.input_ids)) > highest:
+                return where, token
+        return None
+
 
 def _schema() -> Any:
     import pyarrow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from qlora import device
-from qlora.errors import DataError, ExportError, HardwareError, ModelError, RecipeError
+from qlora import api, device
+from qlora.errors import DataError, ExportError, HardwareError, ModelError, RecipeError, TokenizerError
 from qlora.events import Recorder
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.training import setup
@@ -48,3 +50,24 @@ def test_a_gpu_without_bf16_is_refused_by_its_name(monkeypatch: pytest.MonkeyPat
     with pytest.raises(HardwareError, match="GTX 1080: computes no bf16") as caught:
         setup.pick_device()
     assert "CUDA_VISIBLE_DEVICES" in caught.value.hint
+
+
+def test_a_token_without_an_embedding_is_named_before_a_weight_is_read(tmp_path: Path, llama: Path) -> None:
+    """A tokenizer may know more tokens than its base: they are refused only where a row has one."""
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    embedded = json.loads((base / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(embedded - len(tokenizer) + 2)])
+    tokenizer.save_pretrained(base)
+    recipe = write_recipe(tmp_path, base)
+    api.check(load_recipe(recipe))
+    last = f"<extra{embedded - len(AutoTokenizer.from_pretrained(llama, trust_remote_code=False)) + 1}>"
+    with (tmp_path / "rows.jsonl").open("a") as rows:
+        rows.write(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": last}]}))
+    with pytest.raises(
+        TokenizerError, match=rf"rows.jsonl:\d+: the token '{last}' \({embedded + 1}\) has no embedding"
+    ):
+        api.check(load_recipe(recipe))
