@@ -26,6 +26,7 @@ from qlora.errors import (
     RecipeError,
     RunFolderError,
     StoppedBySignal,
+    TargetTaken,
     TokenizerError,
     TrainingStopped,
     UserError,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "ExportOptions", "Sink", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
-__all__ += ["HardwareError", "ExportError", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
+__all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
 __all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
 __all__ += ["Rejected", "Fidelity", "Exported", "End"]
 

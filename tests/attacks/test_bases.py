@@ -52,7 +52,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"hidden_size": 1 << 20, "intermediate_size": 1 << 20, "num_hidden_layers": 10, "head_dim": 1 << 18},
         "its sizes make [0-9,]+ weights",
     ),
-    "sizes of other types": ({"hidden_size": "64; touch x"}, "cannot b.*hidden_size"),
+    "sizes of other types": ({"hidden_size": "64; touch x"}, "hidden_size is '64; touch x', which is no whole number"),
     "layers that are a list": ({"num_hidden_layers": [2]}, "cannot b.*num_hidden_layers"),
     "layer_types of another length": ({"layer_types": ["full_attention"] * 7}, "cannot b.*layer_types"),
     "an activation that is none": ({"hidden_act": "os.system"}, "there is no 'os.system' in it"),
@@ -239,7 +239,8 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     # What stands under a file's name
     "config.json is a pipe": (
-        lambda base, marker: (base / "config.json").unlink() or os.mkfifo(base / "config.json"), "no config.json",
+        lambda base, marker: (base / "config.json").unlink() or os.mkfifo(base / "config.json"),
+        "'config.json' is neither a file nor a folder",
     ),
     "tokenizer.json is a pipe": (
         lambda base, marker: (base / "tokenizer.json").unlink() or os.mkfifo(base / "tokenizer.json"),

