@@ -26,11 +26,18 @@ from dataclasses import dataclass
 
 from qlora import shown
 
+MAX_CHARACTERS = 1_500  # of a message: the longest path has 4,096 bytes, and is cut in its middle
+
 
 def one_line(text: str) -> str:
     """The text on one line that steers no terminal: what a message quotes (a column's name, a library's error) may."""
     lines = text.splitlines()
     return shown.one_line(" ".join(part.strip() for part in lines) if len(lines) > 1 else text.rstrip("\r\n"))
+
+
+def _cut(text: str) -> str:
+    """The text, its middle left out where it is longer than anybody reads: it may quote a name of a stranger's."""
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 500]} … {text[-400:]}"
 
 
 class QloraError(Exception):
@@ -39,8 +46,8 @@ class QloraError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, hint: str) -> None:
-        self.what = one_line(what)
-        self.hint = one_line(hint)
+        self.what = _cut(one_line(what))
+        self.hint = _cut(one_line(hint))
         super().__init__(self.what)
 
 

@@ -102,3 +102,9 @@ def test_what_a_message_quotes_steers_no_terminal() -> None:
     error = QloraError("folder \x1b]0;owned\x07\x9b31m\udcff: lies", "rename \u202eit\x7f")
     assert (error.what, error.hint) == ("folder ␛]0;owned␇\\x9b31m\\xff: lies", "rename \\u202eit␡")
     assert str(error) == error.what
+
+
+def test_a_message_that_quotes_a_name_of_a_hundred_thousand_letters_is_cut_in_its_middle() -> None:
+    error = QloraError(f"index.json: {'x' * 100_000!r} is not a safetensors file", "y" * 100_000)
+    assert error.what.startswith("index.json: 'xxx") and error.what.endswith("xxx' is not a safetensors file")
+    assert len(error.what) < 1_500 and len(error.hint) < 1_500

@@ -187,10 +187,7 @@ class Warm:
         if checkpoint_keys:
             section = recipe.checkpoint.model_copy(update=checkpoint_keys)
             recipe = recipe.model_copy(update={"checkpoint": section})
-        if not (run_dir / run_folder.RECIPE_FILE).exists():  # a test has put checkpoints there, and nothing else
-            run_dir.mkdir(parents=True, exist_ok=True)
-            run_folder.write_recipe(run_dir, recipe, None)
-        held = run_folder.claim(run_dir, "resume")
+        held = claimed(run_dir, recipe)
         sink = Sinks(Telling(say))
         disk.sweep_leftovers(run_dir)
         disk.sweep_leftovers(run_dir / "checkpoints")
@@ -198,6 +195,14 @@ class Warm:
         run_folder.write_recipe(run_dir, recipe, None)
         loop.run(self.job(run_dir, recipe, sink, StopRequest()), resume_from)
         held.release()
+
+
+def claimed(run_dir: Path, recipe: Recipe) -> run_folder.Claim:
+    """The folder taken to go on with what it holds; one in which a test has put checkpoints alone becomes a run's."""
+    if not (run_dir / run_folder.RECIPE_FILE).exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        run_folder.write_recipe(run_dir, recipe, None)
+    return run_folder.claim(run_dir, "resume")
 
 
 def warm(recipe_file: Path, *overrides: str) -> Warm:

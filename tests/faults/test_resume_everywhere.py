@@ -12,7 +12,7 @@ import pytest
 from qlora.events import Event
 from qlora.stop import StopRequest
 from tests.faults.cases import last_hashes
-from tests.faults.forks import Child, Warm, finished, fork, in_child, warm
+from tests.faults.forks import Child, Warm, claimed, finished, fork, in_child, warm
 from tests.runs import EVERYTHING, write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
@@ -79,7 +79,7 @@ def test_a_chain_of_restarts(run: tuple[Warm, Path], tmp_path: Path) -> None:
 
 def one_step(ready: Warm, folder: Path) -> Child:
     def work(say: Callable[[str], None]) -> None:
-        from qlora import disk, run_folder
+        from qlora import disk
         from qlora.errors import StoppedBySignal
         from qlora.training import checkpoint, loop
 
@@ -97,7 +97,7 @@ def one_step(ready: Warm, folder: Path) -> Child:
         run_dir = folder / "tiny"
         section = ready.recipe.checkpoint.model_copy(update={"every_steps": 1000, "keep": STEPS + 1})
         recipe = ready.recipe.model_copy(update={"checkpoint": section})
-        held = run_folder.claim(run_dir, "resume")
+        held = claimed(run_dir, recipe)
         disk.sweep_leftovers(run_dir / "checkpoints")
         try:
             loop.run(ready.job(run_dir, recipe, AfterAStep(), stop), checkpoint.newest(run_dir, AfterAStep()))
