@@ -48,7 +48,18 @@ class SourceFile:
 
         What is appended meanwhile is not read: a file that grows for ever has an end too.
         """
-        return io.BufferedReader(_Unchanged(self), _BUFFER_BYTES)
+        try:
+            file = files.open_to_read(self.path)
+        except files.UnsafePathError as error:
+            raise DataError(one_line(str(error)), "name a plain file") from error
+        except OSError as error:
+            raise self.unreadable(error) from error
+        try:
+            self.check_unchanged(os.fstat(file.fileno()))
+        except DataError:
+            file.close()
+            raise
+        return io.BufferedReader(_Unchanged(self, file), _BUFFER_BYTES)
 
     def sha256(self) -> str:
         """Hex sha256 of the bytes. Raises DataError."""
@@ -72,16 +83,10 @@ class SourceFile:
 class _Unchanged(io.RawIOBase):
     """A file of rows that ends where it ended when it was found."""
 
-    def __init__(self, source: SourceFile) -> None:
+    def __init__(self, source: SourceFile, file: IO[bytes]) -> None:
         self._source = source
         self._left = source.size_bytes
-        try:
-            self._file = files.open_to_read(source.path)
-        except files.UnsafePathError as error:
-            raise DataError(one_line(str(error)), "name a plain file") from error
-        except OSError as error:
-            raise source.unreadable(error) from error
-        source.check_unchanged(os.fstat(self._file.fileno()))
+        self._file = file
 
     def readable(self) -> bool:
         return True
