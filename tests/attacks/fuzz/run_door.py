@@ -88,6 +88,7 @@ def use(scene: Scene, mode: Any, whole: bool) -> None:
     """A run that begins; unless `whole`, on a model that was made before, and no further than its checkpoint."""
     from qlora import api
     from qlora.recipe.reading import load_recipe
+    from qlora.training.phases import PhaseClock
 
     recipe = load_recipe(scene.goods.recipe, (*goods.SETTINGS, f"output.dir={json.dumps(str(scene.place / 'runs'))}"))
     sink = goods.sink()
@@ -95,7 +96,7 @@ def use(scene: Scene, mode: Any, whole: bool) -> None:
     @contextmanager
     def made_before(_recipe: Any, run_dir: Path, *others: Any) -> Any:
         *_, sink, _stop = others
-        yield replace(scene.goods.job, run_dir=run_dir, sink=sink)
+        yield replace(scene.goods.job, run_dir=run_dir, sink=sink, clock=PhaseClock(sink))
 
     with ExitStack() as stack:
         if not whole:
