@@ -135,7 +135,7 @@ class StoredRows:
     def content_sha256(self, held_out: str) -> str:
         """Of all tokens and weights, the source of each row, and what `held_out` says of the split."""
         sources = json.dumps(self.dataset.data.table.column("source").to_pylist())
-        return hashlib.sha256(f"{self.tokens_sha256} {sources} {held_out}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.tokens_sha256} {sources} {held_out}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def hold_out(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
         """Indices (held out, kept). Rows of equal tokens stay together, in the order of a hash of seed and tokens."""
