@@ -91,6 +91,11 @@ def look_up(repository: Repository, wanted: Sequence[str], sink: Sink) -> Snapsh
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+    token = huggingface_hub.get_token() or ""
+    if not token.isascii() or not token.isprintable():  # it becomes a line of the request's head
+        raise repository.error(
+            "the hub's token has characters that no token has", "set HF_TOKEN anew, or: hf auth login"
+        )
     api = huggingface_hub.HfApi()
     ask = api.model_info if repository.kind == "model" else api.dataset_info
     try:

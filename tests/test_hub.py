@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora.errors import DataError
+from qlora.errors import DataError, ModelError
 from qlora.events import Progress, Recorder
 from qlora.hub import Repository, is_name, look_up
 from tests.hub_server import Hub, serve
@@ -50,3 +50,11 @@ def test_a_file_that_does_not_arrive(serve: Callable[[Hub], Any]) -> None:
     with pytest.raises(DataError, match=r"owner/rows: rows.jsonl could not be downloaded") as error:
         snapshot.fetch(["rows.jsonl"])
     assert "run again" in error.value.hint
+
+
+@pytest.mark.parametrize("token", ["\udcff" * 10, "hf_größe", "hf_a\x1b[2J"])
+def test_a_token_that_no_header_can_carry_is_named(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    with pytest.raises(ModelError, match="owner/name: the hub's token has characters that no token has") as caught:
+        look_up(Repository("owner/name", "main", "model"), ["config.json"], Recorder())
+    assert token not in str(caught.value) and "HF_TOKEN" in caught.value.hint

@@ -73,6 +73,9 @@ class Command(TyperCommand):
             code = error.exit_code
         except OSError as error:  # the work itself is done in `run`
             code = _lost(error)
+        except SystemExit as end:
+            lost = end.__context__  # typer makes 1 of an output that nobody reads any more
+            code = _lost(lost) if isinstance(lost, BrokenPipeError) else end.code
         sys.exit(code or 0)
 
 

@@ -85,6 +85,7 @@ def prepare() -> None:
     Raises UserError for a variable that names no place.
     """
     _open_streams()
+    _have_a_size()
     _have_a_name()
     _have_places()
 
@@ -111,6 +112,14 @@ def _encodable(stream: Any) -> Any:
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")
     return stream
+
+
+def _have_a_size() -> None:
+    """A size of the terminal that is none is left out: rich takes `²` for a digit, and draws lines of any width."""
+    for name in ("COLUMNS", "LINES"):
+        value = os.environ.get(name, "1")
+        if not (value.isascii() and value.isdecimal() and len(value) <= 4):
+            del os.environ[name]
 
 
 def _have_places() -> None:

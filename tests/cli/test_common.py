@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +193,14 @@ def test_an_answer_in_json_has_neither_secrets_nor_raw_bytes(
 )
 def test_messages_show_the_options_of_the_commands(message: str, shown: str) -> None:
     assert common.as_options(message) == shown
+
+
+def test_help_that_nobody_reads_is_the_signal_of_a_broken_pipe() -> None:
+    """typer makes exit code 1 of it, which is that of a fault of ours."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora.cli.estimate", "--help"], stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

@@ -245,3 +245,16 @@ def test_a_path_that_cannot_be_one_is_two_lines(tmp_path: Path, path: str) -> No
         assert with_streams(command(*arguments), streams(tmp_path, {})) == 2, arguments
         lines = said(tmp_path)
         assert len(lines) == 2 and "internal" not in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("80", True), ("²", False), ("", False), ("-1", False), ("100000000", False)]
+)
+def test_a_size_of_the_terminal_that_is_none_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, value: str, kept: bool
+) -> None:
+    """rich takes a digit of any script for one, and then fails; a width of any size is a line of any size."""
+    monkeypatch.setenv("COLUMNS", value)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    surroundings.prepare()
+    assert ("COLUMNS" in os.environ) == kept
