@@ -6,108 +6,13 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import conftest
-
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "qlora"
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-
-# The house: a module may import what stands on a lower floor, and of its own room what stands before it on its line.
-FLOORS = {
-    "cli": 8,
-    "api": 7,
-    "training": 6,
-    "export": 5,
-    "memory": 5,
-    "model": 4,
-    "data": 4,
-    "run_folder": 4,
-    "hub": 3,
-    "report": 3,
-    "run_record": 3,
-    "recorded": 3,
-    "step": 2,
-    "recipe": 2,
-    "events": 2,
-    "disk": 2,
-    "stop": 2,
-    "errors": 1,
-    "files": 1,
-    "foreign_json": 1,
-    "manifest": 1,
-    "foreign_toml": 1,
-    "batch": 1,
-    "child_process": 1,
-    "lock": 1,
-    "redaction": 1,
-    "shown": 1,
-    "third_party": 1,
-    "version": 1,
-    "device": 1,
-    "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
-}
-HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
-LINES = {
-    # Of the ground floor, which others may stand on.
-    "": ["shown", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock", "redaction"],
-    "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
-    "training": [
-        *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
-        *("step_batches", "best_adapter", "setup", "loop"),
-    ],
-    "export": [
-        *("child", "merge", "hashed_file", "targets", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
-        *("base_check", "verify", "ollama", "cards", "pipeline"),
-    ],
-    "export.merge": ["parts", "merge"],
-    "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
-    "export.gguf": [
-        *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
-        *("encode", "quant_mixes", "plan", "write", "lora"),
-    ],
-    "memory": [
-        "allocator",
-        "trace",
-        "baselines",
-        "simulate",
-        "hardware",
-        "overheads",
-        "calibration",
-        "estimate",
-        "plan",
-    ],
-    "model": [
-        *("split_patterns", "tokenizer_check", "tokenizer", "config_bounds", "config_filter", "tensors", "identity"),
-        *("base_folder", "tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal", "delivered_loss"),
-        *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
-    ],
-    "data": [
-        *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
-        *(
-            "readers",
-            "sources",
-            "hub_rows",
-            "template",
-            "offsets",
-            "chat",
-            "packing",
-            "token_cache",
-            "row_cache",
-            "prepare",
-            "loader",
-        ),
-    ],
-    "step": ["loss", "forward", "layerwise", "optimizer"],
-    "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "console"],
-}
+from tests.floors import FLOORS, HEAVY, LINES, MODULES, PACKAGE, ROOT
 
 
 def imports_of(path: Path) -> Iterator[str]:
@@ -254,119 +159,6 @@ def test_what_code_cites_is_a_rule_of_the_page() -> None:
         assert not re.search(r"\bDESIGN\b", path.read_text(encoding="utf-8")), f"{path}: cites what does not ship"
 
 
-# --- nothing that only tests reach -----------------------------------------------------------------------------------
-
-# Names that nothing in the package uses, and why they stay.
-UNUSED = {
-    "qlora.data.source_files:_Unchanged.readable": "Python's buffered reader asks it",
-    "qlora.events:Recorder": "for callers of the Python API",
-    "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
-}
-COMMANDS = ["qlora.cli.train", "qlora.cli.export", "qlora.cli.estimate"]
-
-
-def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-TREES = {
-    module_of(path): ast.parse(path.read_text(encoding="utf-8"))
-    for path in (*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "tools").rglob("*.py")))
-}
-
-
-def names_of(statement: ast.AST) -> list[str]:
-    """The names that a statement defines, none for what is neither a definition nor an assignment."""
-    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        return [statement.name]
-    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", ast.Pass())]
-    return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
-
-
-def is_registered(node: ast.stmt) -> bool:
-    """Decorated with `@app.command()`, `@field_validator(…)` and the like: typer or pydantic calls it."""
-    decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
-    return any(name.startswith(("app.", "field_validator", "model_validator")) for name in decorators)
-
-
-def uses(tree: ast.Module, module: str) -> Iterator[tuple[ast.stmt, set[tuple[str, str]]]]:
-    """What each statement of a module uses: (module, name) of every module's names, (".", name) for each attribute.
-
-    An import alone is no use, and neither is `__all__`.
-    """
-    origins: dict[str, set[tuple[str, str]]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                origins.setdefault(alias.asname or alias.name, set()).add((str(node.module), alias.name))
-    for statement in tree.body:
-        found: set[tuple[str, str]] = set()
-        for node in ast.walk(statement) if names_of(statement) != ["__all__"] else ():
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                found |= origins.get(node.id, {(module, node.id)})
-            elif isinstance(node, ast.Attribute):
-                found.add((".", node.attr))
-                if isinstance(node.value, ast.Name):
-                    found |= {(f"{a}.{b}", node.attr) for a, b in origins.get(node.value.id, ())}
-        yield statement, found
-
-
-def unused_definitions() -> set[str]:
-    """`module:name` and `module:Class.method` of what only tests could use; what uses itself alone is not used."""
-    statements = [(module, *use) for module, tree in TREES.items() for use in uses(tree, module)]
-    face = {name for node in TREES["qlora"].body if names_of(node) == ["__all__"] for name in constants(node)}
-    unused: set[str] = set()
-    before = -1
-    while len(unused) > before:  # what an unused definition uses may be unused with it
-        before = len(unused)
-        counts = Counter(pair for _, _, found in statements for pair in found)
-        left = []
-        for module, node, found in statements:
-            ours = module.startswith("qlora.") and not is_registered(node)
-            names = [name for name in names_of(node) if ours and not name.startswith("__") and name not in face]
-            lonely = [name for name in names if counts[module, name] == ((module, name) in found)]
-            unused |= {f"{module}:{name}" for name in lonely}
-            if ours and isinstance(node, ast.ClassDef) and "Protocol" not in map(ast.unparse, node.bases):
-                unused |= {f"{module}:{node.name}.{name}" for name in methods_of(node) if not counts[".", name]}
-            if not lonely or lonely != names:
-                left.append((module, node, found))
-        statements = left
-    return unused
-
-
-def methods_of(node: ast.ClassDef) -> list[str]:
-    """Names of a class' own methods that somebody must call by name."""
-    methods = [method for method in node.body if isinstance(method, ast.FunctionDef) and not is_registered(method)]
-    return [method.name for method in methods if not method.name.startswith("__")]
-
-
-def constants(tree: ast.AST) -> set[str]:
-    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-
-
-def test_nothing_is_for_tests_alone() -> None:
-    unused = unused_definitions()
-    assert unused == set(UNUSED)
-
-
-def test_every_module_is_reached_from_a_command() -> None:
-    """Over imports wherever they stand, and over the names of modules that run as processes of their own."""
-    seen: set[str] = set()
-    waiting = [*COMMANDS]
-    while waiting:
-        module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            tree = TREES[module]
-            found = {*(alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names)}
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom):
-                    found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-            waiting += (found | constants(tree)) & set(TREES)
-    modules = {module_of(path) for path in MODULES}
-    assert modules - seen == set()
-
-
 # --- no broad except in disguise -------------------------------------------------------------------------------------
 
 # From this many classes on, a handler means "whatever it raises": `errors.foreign_failures` says so.
@@ -386,7 +178,7 @@ def classes_in(kind: ast.expr, tuples: dict[str, ast.Tuple]) -> int:
 def test_no_handler_enumerates_what_may_be_raised() -> None:
     found = set()
     for path in MODULES:
-        tree = TREES[module_of(path)]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         given = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)]
         tuples = {ast.unparse(node.targets[0]): node.value for node in given if isinstance(node.value, ast.Tuple)}
         for node in ast.walk(tree):
@@ -430,4 +222,4 @@ def test_what_test_files_share_stands_in_no_test_file() -> None:
     """A file whose tests move takes nothing with it that others import."""
     for path in (ROOT / "tests").rglob("*.py"):
         imported = re.findall(r"(?m)^from tests\.(?:\w+\.)*(test_\w+) import", path.read_text(encoding="utf-8"))
-        assert imported == [] or (path.name, imported) == ("test_house.py", ["test_architecture"]), path
+        assert imported == [], path

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from tests.test_architecture import FLOORS, MODULES, PACKAGE, ROOT
+from tests.floors import FLOORS, MODULES, PACKAGE, ROOT
 
 PAGE = (PACKAGE / "README.md").read_text(encoding="utf-8")
 SPINE_AT_MOST = 5700

@@ -3,7 +3,7 @@
     python tools/house.py            after a module was added, moved, or became longer or shorter
     python tools/house.py --check    reports what is stale and leaves with 1
 
-The floors and the order within a room are those of tests/test_architecture.py; what a module is for is the first
+The floors and the order within a room are those of tests/floors.py; what a module is for is the first
 sentence of its docstring. The rest of the page is written by hand.
 """
 
@@ -100,10 +100,10 @@ def is_module(name: str) -> bool:
 
 
 def architecture(name: str) -> dict[str, list[str]]:
-    """FLOORS or LINES of the test that holds them."""
+    """FLOORS or LINES, which a test holds."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    return getattr(import_module("tests.test_architecture"), name)  # type: ignore[no-any-return]
+    return getattr(import_module("tests.floors"), name)  # type: ignore[no-any-return]
 
 
 # --- the spine -------------------------------------------------------------------------------------------------------

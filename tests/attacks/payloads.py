@@ -113,3 +113,18 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY",
     "OPENAI_API_KEY": "sk-proj-abcdefghijklmnop0123",
 }
+
+
+def link_out(base: Path, name: str) -> None:
+    secret = base.parent / "secret"
+    secret.write_text("a secret of this machine")
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(secret)
+
+
+def not_a_number(base: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})

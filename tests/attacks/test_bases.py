@@ -20,52 +20,10 @@ from qlora.model.resolve import resolve
 from qlora.model.tokenizer import open_tokenizer
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.attacks import payloads as p
+from tests.attacks.configurations import CONFIGURATIONS
 from tests.attacks.payloads import Attack
 
 MARKER = "marker"
-
-# Keys of config.json, and what is said of them. Found by trying 19 kinds of value on each of 55 keys.
-CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
-    **{
-        f"a billion {key}": ({key: 10**9}, f"{key} is 1,000,000,000; at most")
-        for key in (
-            *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers"),
-            *("encoder_layers", "num_experts", "depth", "vocab_size", "hidden_size", "intermediate_size", "head_dim"),
-            *("max_position_embeddings", "num_attention_heads", "num_key_value_heads", "sliding_window"),
-        )
-    },
-    **{
-        f"no {key}": ({key: 0}, f"{key} is 0, a model has at least 1")
-        for key in ("num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")
-    },
-    "a billion layers in text_config": (
-        {"text_config": {"model_type": "llama", "num_hidden_layers": 10**9}}, "text_config.num_hidden_layers is",
-    ),
-    "a billion layers in vision_config": ({"vision_config": {"num_hidden_layers": 10**9}}, "vision_config.num_hidden"),
-    "a text part that a llama lacks": ({"text_config": {"a": 1}}, "text_config is there, but a llama has no text part"),
-    "a text part that is a number": ({"text_config": 7}, "text_config is wrong"),
-    "no intermediate_size": ({"intermediate_size": 0}, "its sizes make model|zero-element"),
-    "heads that groups do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads is 3, which does not divide"),
-    "heads that do not divide the width": ({"num_attention_heads": 3, "num_key_value_heads": 3}, "cannot b.*multiple"),
-    "an odd head_dim": ({"head_dim": 3}, "head_dim is 3"),
-    "weights beyond all bounds": (
-        {"hidden_size": 1 << 20, "intermediate_size": 1 << 20, "num_hidden_layers": 10, "head_dim": 1 << 18},
-        "its sizes make [0-9,]+ weights",
-    ),
-    "sizes of other types": ({"hidden_size": "64; touch x"}, "hidden_size is '64; touch x', which is no whole number"),
-    "layers that are a list": ({"num_hidden_layers": [2]}, "cannot b.*num_hidden_layers"),
-    "layer_types of another length": ({"layer_types": ["full_attention"] * 7}, "cannot b.*layer_types"),
-    "an activation that is none": ({"hidden_act": "os.system"}, "there is no 'os.system' in it"),
-    "rope_scaling that is a text": ({"rope_scaling": "x"}, "cannot b.*rope_parameters"),
-    "rope_scaling of nonsense": ({"rope_scaling": {"rope_type": "x"}}, "cannot build this model"),
-    "a type of weights that is a function": ({"torch_dtype": "load"}, "torch_dtype is 'load'"),
-    "tie_word_embeddings of megabytes": ({"tie_word_embeddings": "x" * 5_000_000}, "tie_word_embeddings"),
-    "a billion labels": ({"num_labels": 10**9}, "num_labels is 1,000,000,000; at most 100,000 labels"),
-    "a million labels": ({"id2label": {str(i): "x" for i in range(10**6)}}, "at most 10,000,000"),
-    "a million end tokens": ({"eos_token_id": [1] * 1_000_000}, "eos_token_id"),
-    "architectures that are numbers": ({"architectures": [1, 2]}, "architectures"),
-    "a model_type of megabytes": ({"model_type": "x" * 5_000_000}, "model_type is wrong"),
-}  # fmt: skip
 
 # name: (the attack, what the first line says)
 ATTACKS: dict[str, tuple[Attack, str]] = {
@@ -184,7 +142,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         }.items()
     },
     "index names a link out": (
-        lambda base, marker: p.index(base, "link.safetensors") or link_out(base, "link.safetensors"),
+        lambda base, marker: p.index(base, "link.safetensors") or p.link_out(base, "link.safetensors"),
         "is a link out of the folder",
     ),
     "index names a pipe": (
@@ -252,13 +210,13 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         "is a link out of the folder",
     ),
     "a tokenizer file that is a link to a secret": (
-        lambda base, marker: link_out(base, "added_tokens.json"), "is a link out of the folder",
+        lambda base, marker: p.link_out(base, "added_tokens.json"), "is a link out of the folder",
     ),
     "a card that is a link to a secret": (
-        lambda base, marker: link_out(base, "README.md"), "is a link out of the folder",
+        lambda base, marker: p.link_out(base, "README.md"), "is a link out of the folder",
     ),
     "any other link to a secret": (
-        lambda base, marker: link_out(base, "notes.bin"), "is a link out of the folder",
+        lambda base, marker: p.link_out(base, "notes.bin"), "is a link out of the folder",
     ),
     "a folder that is a link out": (
         lambda base, marker: (base / "additional_chat_templates").symlink_to(base.parent),
@@ -266,11 +224,11 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     ),
     "a template further in that is a link to a secret": (
         lambda base, marker: (base / "additional_chat_templates").mkdir()
-        or link_out(base, "additional_chat_templates/tool_use.jinja"),
+        or p.link_out(base, "additional_chat_templates/tool_use.jinja"),
         "is a link out of the folder",
     ),
     "a configuration that is a link to a secret": (
-        lambda base, marker: link_out(base, "config.json"), "is a link out of the folder",
+        lambda base, marker: p.link_out(base, "config.json"), "is a link out of the folder",
     ),
     "links in a circle": (
         lambda base, marker: (base / "a.json").symlink_to("b.json") or (base / "b.json").symlink_to("a.json"),
@@ -282,10 +240,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         "holds more than",
     ),
     "a number that is none in the weights": (
-        lambda base, marker: not_a_number(base), "tensor 'model.norm.weight' holds values that are not finite",
+        lambda base, marker: p.not_a_number(base), "tensor 'model.norm.weight' holds values that are not finite",
     ),
     "a licence that is a link to a secret": (
-        lambda base, marker: link_out(base, "LICENSE"), "is a link out of the folder",
+        lambda base, marker: p.link_out(base, "LICENSE"), "is a link out of the folder",
     ),
     "a config of 11 MB": (
         lambda base, marker: (base / "config.json").write_text('{"a": "' + "x" * 11_000_000 + '"}') and None,
@@ -323,21 +281,6 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
         "eos_token_id has 1,000,000 entries",
     ),
 }  # fmt: skip
-
-
-def link_out(base: Path, name: str) -> None:
-    secret = base.parent / "secret"
-    secret.write_text("a secret of this machine")
-    (base / name).unlink(missing_ok=True)
-    (base / name).symlink_to(secret)
-
-
-def not_a_number(base: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"][3] = float("nan")
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_there_are_enough() -> None:

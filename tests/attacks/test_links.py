@@ -16,19 +16,9 @@ from qlora.cli import common
 from qlora.export.hashed_file import HashedFile
 from qlora.export.staging import StagedExport
 from qlora.memory import calibration
-from tests.attacks.world import THESIS, World, another, make_world, refused
+from tests.attacks.world import THESIS, World, refused
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="making links needs rights there")
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> World:
-    return make_world(tmp_path_factory.mktemp("world") / "home", llama)
-
-
-@pytest.fixture
-def world(first: World, tmp_path: Path) -> World:
-    return another(first, tmp_path / "home")
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------

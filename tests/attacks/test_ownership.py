@@ -17,20 +17,10 @@ from qlora import api, disk, manifest, run_folder
 from qlora.cli import export as export_command
 from qlora.cli import train as train_command
 from qlora.recipe.reading import load_recipe
-from tests.attacks.world import World, another, make_world, refused
+from tests.attacks.world import World, refused
 
 Out = Callable[[World], "Path | str"]
 NONE = "0" * 64
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> World:
-    return make_world(tmp_path_factory.mktemp("world") / "home", llama)
-
-
-@pytest.fixture
-def world(first: World, tmp_path: Path) -> World:
-    return another(first, tmp_path / "home")
 
 
 # --- folders that look like an export's ------------------------------------------------------------------------------
