@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -196,8 +197,8 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     rows = None
     if with_rows:
         try:
-            files = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
-            chat, data = setup.prepare_rows(recipe, files, Sinks())
+            tokenizer = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
+            chat, data = setup.prepare_rows(recipe, tokenizer, Sinks())
             rows = RunRows(data, recipe.data, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
@@ -215,8 +216,9 @@ def _older_loss(adapter_dir: Path, rows: RunRows, sink: Sink) -> DeliveredLoss |
         return None
     events, step = adapter_dir.parent / EVENTS_FILE, delivered_step(adapter_dir.parent)
     found = None
-    if step is not None and events.is_file():
-        found = delivered_loss.of_older_run(read_events(events), step, rows.data.eval.trained, rows.section.packing)
+    with suppress(OSError, files.UnsafePathError):  # it is gone, or was never a run's
+        known = read_events(events) if step is not None else []
+        found = delivered_loss.of_older_run(known, step or 0, rows.data.eval.trained, rows.section.packing)
     if found is None:
         message = "an older version delivered the adapter, and recorded no loss that could be compared"
         sink.emit(Notice("verify", message))

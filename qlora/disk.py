@@ -113,7 +113,7 @@ def write_atomic(path: Path, text: str, permissions: int = 0o644) -> None:
     temporary = hidden(path, "tmp")
     try:
         with open_to_write(temporary, "new", permissions) as file:
-            _write_all(file, text.encode())
+            files.write_all(file, text.encode())
         put_in_place(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -326,13 +326,6 @@ def hidden(path: Path, kind: str) -> Path:
     if match := _HIDDEN.fullmatch(name):
         name = match["name"]
     return path.with_name(f".{name}.{kind}-qlora-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _write_all(file: FileIO, data: bytes) -> None:
-    """Write all of `data` to a file that is not buffered."""
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
 
 
 def _refuse_link(path: Path) -> None:

@@ -234,7 +234,10 @@ class Sinks:
     """Several sinks as one, and the gate of all: an event may quote a path, a row or a library's error."""
 
     def __init__(self, *sinks: Sink) -> None:
-        self.sinks = sinks
+        """Those that are several sinks themselves are taken apart: an event goes through the gate once."""
+        self.sinks: tuple[Sink, ...] = tuple(
+            inner for sink in sinks for inner in (sink.sinks if isinstance(sink, Sinks) else (sink,))
+        )
 
     def emit(self, event: Event) -> None:
         passed = clean(event)

@@ -162,6 +162,13 @@ def open_to_write(path: Path, way: WayToWrite, permissions: int = 0o644) -> File
         raise
 
 
+def write_all(file: FileIO, data: bytes) -> None:
+    """Write all of `data` to a file that is not buffered: one call may take a part of it, on a disk that fills up."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
 def _open(path: Path, flags: int, permissions: int = 0o600) -> int:
     before = None
     if not _NO_FOLLOW:

@@ -55,7 +55,7 @@ def load(file: Path, max_bytes: int = MAX_BYTES, shown: Path | None = None) -> A
     return parse(data, str(named))
 
 
-def parse(data: bytes | str, where: str, finite: bool = True) -> Any:
+def parse(data: bytes | str, where: str) -> Any:
     """The JSON value of a text; `where` names it in errors. Raises as `load` does."""
     text = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
     if sum(map(text.count, (b"[", b"{", b","))) > MAX_VALUES:

@@ -55,15 +55,16 @@ def redact_all(value: Any) -> Any:
 def _values() -> tuple[str, ...]:
     """Secret values of this process, longest first: one may be part of another."""
     values = {value for name, value in os.environ.items() if _NAMES.search(name)}
-    values |= set(_stored_token(os.environ.get("HF_TOKEN_PATH"), os.environ.get("HF_HOME")))
+    values |= set(_stored_token(*map(os.environ.get, ("HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME"))))
     return tuple(sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True))
 
 
 @lru_cache(4)
-def _stored_token(token_path: str | None, hub_home: str | None) -> tuple[str, ...]:
+def _stored_token(token_path: str | None, hub_home: str | None, cache: str | None) -> tuple[str, ...]:
+    """What `hf auth login` stored, where huggingface_hub's own constants.py looks for it."""
+    home = hub_home or os.path.join(cache or os.path.join("~", ".cache"), "huggingface")
     # os.path's own leaves a `~` that means no home as it is, and raises nothing: this runs while errors are shown.
-    home = os.path.expanduser(hub_home or os.path.join("~", ".cache", "huggingface"))
-    file = Path(os.path.expanduser(token_path) if token_path else os.path.join(home, "token"))
+    file = Path(os.path.expandvars(os.path.expanduser(token_path or os.path.join(home, "token"))))
     try:
         if not file.is_file() or file.stat().st_size > MAX_TOKEN_FILE_BYTES:
             return ()

@@ -205,10 +205,7 @@ def _must_match(run_dir: Path, recipe: Recipe) -> None:
         old, _ = recorded.load_recorded(file)
     except RecipeError as error:
         raise RunFolderError(f"{file}: cannot be read ({error.what})", "start anew with mode='fresh'") from error
-    # A project that was moved, or copied, has its base and rows in the same places seen from the run; of a base that
-    # lies elsewhere, what it is decides: `checkpoint.check_base`.
-    places = (old, relocated_recipe(old, run_dir), relocated_recipe(old, run_dir, copied=True))
-    keys = min((_other_keys(recipe, place) for place in places), key=len)
+    keys = _other_keys(recipe, old)
     if keys:
         what = f"{run_dir}: was made by another recipe; these keys differ: {', '.join(keys)}"
         raise RunFolderError(what, "set them back to go on, or start anew with mode='fresh'")
@@ -304,13 +301,13 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
     raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
 
 
-def relocated_recipe(recipe: Recipe, run_dir: Path, copied: bool = False) -> Recipe:
+def relocated_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
     """A recipe that the run in `run_dir` recorded, with its base and its rows where they lie today: see `relocated`."""
     model, data = recipe.model, recipe.data
-    base = model.model_copy(update={"base": relocated(model.base, run_dir, copied)})
+    base = model.model_copy(update={"base": relocated(model.base, run_dir)})
 
     def placed(source: SourceSection) -> SourceSection:
-        return source.model_copy(update={"path": relocated(source.path, run_dir, copied)})
+        return source.model_copy(update={"path": relocated(source.path, run_dir)})
 
     rows = {"train": tuple(map(placed, data.train)), "eval": tuple(map(placed, data.eval))}
     return recipe.model_copy(update={"model": base, "data": data.model_copy(update=rows)})

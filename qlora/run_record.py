@@ -75,14 +75,13 @@ def has_id(run_dir: Path, run: str) -> bool:
     return os.path.lexists(run_dir / RUN_FILE) and id_of(run_dir) in (run, None)
 
 
-def relocated(path: str, run_dir: Path, copied: bool = False) -> str:
+def relocated(path: str, run_dir: Path) -> str:
     """Where a path that the run in `run_dir` recorded lies today: a project may have been moved or renamed as a whole.
 
     `path` is absolute: a folder, a file or a glob. What exists under it stays; else the same place seen from the run's
-    folder is taken, if something is there. Everything else, hub names too, comes back as it is. `copied`: the place
-    seen from the run's folder goes first.
+    folder is taken, if something is there. Everything else, hub names too, comes back as it is.
     """
-    if not os.path.isabs(path) or (_is_there(path) and not copied):
+    if not os.path.isabs(path) or _is_there(path):
         return path
     before = recorded_folder(run_dir)
     if before is None or before == run_dir:

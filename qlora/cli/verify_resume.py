@@ -77,7 +77,7 @@ def _train(recipe: Recipe, out: Path, name: str, *flags: str) -> None:
         first = next((number for number, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1)
         hint = lines[first + 1] if first + 1 < len(lines) else "run the recipe itself to see more"
         error = TrainingStopped(lines[first].removeprefix("error: "), hint)
-        error.exit_code = done.returncode
+        error.exit_code = done.returncode if done.returncode > 0 else 128 - done.returncode  # as shells count signals
         raise error
 
 

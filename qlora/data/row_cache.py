@@ -60,7 +60,7 @@ class RowReport:
         values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
         del values["long_lengths"], values["unread"]
         with files.open_to_write(folder / REPORT_FILE, "new") as file:
-            file.write(json.dumps(values, indent=1).encode())
+            files.write_all(file, json.dumps(values, indent=1).encode())
 
     @classmethod
     def read(cls, folder: Path) -> RowReport:
@@ -137,9 +137,10 @@ class RowCache:
 
     def _read(self, folder: Path, key: str) -> CachedRows | None:
         damage = disk.verify_folder(folder)
-        if damage is None and disk.read_manifest(folder).get("key", key) != key:
-            damage = "they are those of other rows"
         try:
+            # Up to version 0.5 a manifest had no key, and the folder's name alone said which rows these are.
+            if damage is None and disk.read_manifest(folder).get("key", key) != key:
+                damage = "they are those of other rows"
             if damage is None:
                 return self._opened(folder, folder)
         except (ForeignFileError, ValueError) as error:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -206,6 +207,7 @@ class _Search:
     root: Path
     path: str
     entries: int = 0
+    listed: dict[Path, list[os.DirEntry[str]]] = field(default_factory=dict)
     left_out: dict[str, dict[str, None]] = field(default_factory=dict)  # names by what they are
 
     def files(self, pattern: tuple[str, ...], endings: Collection[str]) -> dict[str, tuple[Path, os.stat_result]]:
@@ -260,15 +262,10 @@ class _Search:
     ) -> Iterator[tuple[str, Path, os.stat_result, bool]]:
         """(name below the root, resolved path, status, whether it is a link) of what in `folder` matches `part`."""
         try:
-            with os.scandir(folder) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
+            listed = self._listing(folder)
         except OSError:
             self._leave_out(_NOT_READABLE, name or ".")
             return
-        self.entries += len(listed)
-        if self.entries > MAX_ENTRIES:
-            hint = "name the folder of the rows alone"
-            raise DataError(f"{self.path}: more than {MAX_ENTRIES:,} files and folders to look through", hint)
         for entry in listed:
             if not _matches(entry.name, part) or (endings and Path(entry.name).suffix.lower() not in endings):
                 continue
@@ -283,6 +280,18 @@ class _Search:
             except (files.UnsafePathError, OSError):
                 if not of_folders or is_link:
                     self._leave_out(_LINKS if is_link else _NO_FILES, child)
+
+    def _listing(self, folder: Path) -> list[os.DirEntry[str]]:
+        """What is in a folder, read once however often it is asked for, and bounded while it is read."""
+        if folder not in self.listed:
+            with os.scandir(folder) as entries:
+                found = list(islice(entries, MAX_ENTRIES - self.entries + 1))
+            self.entries += len(found)
+            if self.entries > MAX_ENTRIES:
+                hint = "name the folder of the rows alone"
+                raise DataError(f"{self.path}: more than {MAX_ENTRIES:,} files and folders to look through", hint)
+            self.listed[folder] = sorted(found, key=lambda entry: entry.name)
+        return self.listed[folder]
 
     def _leave_out(self, what: str, name: str) -> None:
         self.left_out.setdefault(what, {})[one_line(name)] = None

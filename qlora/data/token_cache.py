@@ -54,7 +54,7 @@ class PreparedSplit:
         text = self.prompts[index] if self.prompts else ""
         try:
             return Prompt(**json.loads(text)) if text else None
-        except (ValueError, TypeError) as error:  # too many to be looked at when the file is opened
+        except (ValueError, TypeError, RecursionError) as error:  # too many to be looked at when the file is opened
             what = f"{self.wheres[index]}: its prompt in the cache of tokenized rows cannot be read"
             raise DataError(what, "remove that cache (QLORA_CACHE, or qlora in your cache folder)") from error
 

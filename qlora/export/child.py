@@ -6,6 +6,7 @@ Request and answer are JSON files in a folder that parent and child share; every
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -43,10 +44,14 @@ def run(module: str, request: Mapping[str, Any], folder: Path, seconds: float) -
     with (folder / _LOG).open("wb") as log, child_process.life_line() as line, suppress(subprocess.TimeoutExpired):
         done = subprocess.run(command, stdin=line, stdout=log, stderr=log, timeout=seconds, check=False)
         code = done.returncode
-    answer = folder / _ANSWER
-    text = (folder / _LOG).read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
+    with (folder / _LOG).open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_BYTES))
+        text = log.read().decode("utf-8", "replace")
+    answer = {}
+    with suppress(OSError, ValueError):  # there is none, or half of one: the child died over it
+        answer = json.loads((folder / _ANSWER).read_text(encoding="utf-8"))
     return Outcome(
-        answer=json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {},
+        answer=answer,
         code=code,
         log=tuple(" ".join(line.split()) for line in text.strip().splitlines()),
     )

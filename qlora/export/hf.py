@@ -27,7 +27,7 @@ from qlora.events import Notice, Progress, Sink
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.staging import StagedExport
 from qlora.foreign_json import ForeignFileError
-from qlora.model.tensors import INDEX_FILE, SINGLE_FILE, load_json, read_header
+from qlora.model.tensors import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, read_header
 from qlora.model.tokenizer_files import of_export, without_paths
 
 MAX_END_IDS = 1_000
@@ -170,19 +170,27 @@ def _copy(base: Path, name: str, folder: Path) -> None:
 
 def patched_config(merge: Merge) -> str:
     """The base's config.json as text: byte for byte when nothing changed, else with the changed keys alone."""
-    original = (merge.base.path / "config.json").read_text(encoding="utf-8")
+    original, config = _read_object(merge.base.path, "config.json")
     patched = without_paths(config_for_both(merge.text_config()))
     present = [key for key in ("torch_dtype", "dtype") if key in patched] or ["torch_dtype"]
     patched.update(dict.fromkeys(present, DTYPE_NAMES[merge.dtype][1]))
-    return original if patched == json.loads(original) else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
+    return original if patched == config else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
 
 
 def patched_tokenizer_config(file: Path) -> str:
     """A tokenizer_config.json as text: byte for byte, but for what transformers 4 could not read, and for paths."""
-    original = file.read_text(encoding="utf-8")
-    config = load_json(file)
+    original, config = _read_object(file.parent, file.name)
     patched = without_paths(tokenizer_config_for_both(config))
     return original if patched == config else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
+
+
+def _read_object(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
+    """A JSON object as it stands in a file of a base or adapter, and its values, of one reading. Raises ExportError."""
+    try:
+        data = files.read_bytes(files.inside(folder, name), MAX_JSON_BYTES)
+        return data.decode(json.detect_encoding(data)), foreign_json.parse_object(data, str(folder / name))
+    except (OSError, ValueError) as error:  # UnsafePathError and ForeignFileError are such
+        raise ExportError(f"{folder / name}: cannot be read any more ({error})", _CLEAN_COPY) from error
 
 
 def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,8 +229,8 @@ def _take(final: Path) -> FolderLock:
             raise ExportError(what, "wait until it is done, or name another folder with `out`") from error
         except FileNotFoundError:  # another process has finished and removed the folder in this moment
             continue
-        except OSError as error:
-            what = f"{final}: cannot write there ({error.strerror})"
+        except (OSError, files.UnsafePathError) as error:  # the latter: a lock with a second name, as backups make
+            what = f"{final}: cannot write there ({getattr(error, 'strerror', None) or error})"
             raise ExportError(what, "name another folder with `out`") from error
         for name in (final.name, root.name):  # what a killed process left between two renames
             disk.sweep_leftovers(final.parent, spare_running=True, name=name)

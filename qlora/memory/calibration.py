@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from qlora import disk
+from pydantic import Field
+
+from qlora import disk, foreign_json
+from qlora.foreign_json import ForeignFileError
 
 FILE = "memory-calibration.json"
 KEPT_PAIRS = 50
 RECENT_PAIRS = 20
+MAX_BYTES = 100_000  # of the file: a pair takes 200
 # A pair outside of this is a run that something else disturbed, not a wrong model: it is not believed.
 PLAUSIBLE = (0.8, 1.25)
 
@@ -27,8 +31,8 @@ class Pair:
 
     gpu: str
     torch: str
-    predicted_bytes: int
-    measured_bytes: int
+    predicted_bytes: Annotated[int, Field(gt=0)]
+    measured_bytes: Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,11 @@ def correction(gpu: str) -> Correction:
 def _read() -> list[Pair]:
     """What the file holds; a broken file is as good as none."""
     try:
-        content = json.loads(path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = foreign_json.load(path(), MAX_BYTES)
+    except ForeignFileError:
         return []
-    return [pair for item in content if (pair := _pair(item)) is not None] if isinstance(content, list) else []
-
-
-def _pair(item: object) -> Pair | None:
-    if not isinstance(item, Mapping) or set(item) != {field.name for field in fields(Pair)}:
-        return None
-    numbers = (item["predicted_bytes"], item["measured_bytes"])
-    if not all(isinstance(number, int) and number > 0 for number in numbers):
-        return None
-    return Pair(str(item["gpu"]), str(item["torch"]), *numbers)
+    pairs = []
+    for item in content if isinstance(content, list) else ():
+        with suppress(ForeignFileError):
+            pairs.append(foreign_json.checked_dataclass(Pair, item, FILE))
+    return pairs

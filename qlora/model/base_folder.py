@@ -18,7 +18,6 @@ from qlora import files
 from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
-from qlora.foreign_json import MAX_BYTES, ForeignFileError, load_object
 from qlora.model.config_bounds import check_config_values, check_generation_values, check_layers_exist
 from qlora.model.tensors import (
     FLOAT_DTYPES,
@@ -106,15 +105,7 @@ def check_folder(folder: Path, name: str, commit: str | None, sink: Sink) -> Bas
 
 def load_config(file: Path) -> dict[str, Any]:
     """`config.json` as it stands. Raises ModelError when it is none, or too long for one."""
-    return _load(file)
-
-
-def _load(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of a base's folder, whose links have been looked at (`check_entries`)."""
-    try:
-        return load_object(file.resolve(), max_bytes)
-    except ForeignFileError as error:
-        raise ModelError(str(error), "get a clean copy of the model") from error
+    return load_json(file)
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -143,7 +134,7 @@ def check_model_type(config: Mapping[str, Any], where: str) -> None:
         own_code = "; the code in its folder (auto_map) is never run" if "auto_map" in config else ""
         what = f"{where}: model_type {model_type!r} is not known to the installed transformers{own_code}"
         raise ModelError(what, "use a model that transformers supports by itself, or a newer transformers")
-    text = _text_section(config)
+    text = text_section(config)
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
         what = f"{where}: {model_type} is an encoder-decoder, not a causal language model"
         raise ModelError(what, "use a decoder-only model, such as Llama, Qwen, Gemma or Mistral")
@@ -156,7 +147,7 @@ def check_model_type(config: Mapping[str, Any], where: str) -> None:
 
 
 def _check_quantization(config: Mapping[str, Any], where: str) -> None:
-    stored = config.get("quantization_config") or _text_section(config).get("quantization_config")
+    stored = config.get("quantization_config") or text_section(config).get("quantization_config")
     if not stored:
         return
     details = stored if isinstance(stored, dict) else {"quant_method": stored}
@@ -193,7 +184,7 @@ def check_tokenizer_config(folder: Path) -> None:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
         file = folder / name
         if file.is_file():
-            values = _load(file, MAX_TOKENIZER_BYTES)
+            values = load_json(file, MAX_TOKENIZER_BYTES)
             check_code(values, name)
             if name == "generation_config.json":
                 check_generation_values(values, str(file))
@@ -234,7 +225,8 @@ def _experts_error(where: str, size: str) -> ModelError:
     return ModelError(what, "use a dense model of the size you need")
 
 
-def _text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that is the (text) model's own."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 

@@ -62,13 +62,14 @@ def of_older_run(events: Sequence[Any], step: int, rows: Sequence[int], packing:
     `rows` are the trained tokens of each evaluation row.
     """
     losses = {
-        event.get("loss")
+        event["loss"]
         for event in events
         if isinstance(event, Mapping)
+        and isinstance(event.get("loss"), float)
         and (event.get("event"), event.get("step"), event.get("rows")) == ("eval", step, len(rows))
     }
     (loss,) = losses if len(losses) == 1 else (None,)
-    if not isinstance(loss, float) or not math.isfinite(loss) or not sum(rows):
+    if loss is None or not math.isfinite(loss) or not sum(rows):
         return None
     return DeliveredLoss(
         step=step,

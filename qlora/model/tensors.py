@@ -36,7 +36,7 @@ MAX_HEADER_BYTES = 30_000_000
 MAX_INDEX_BYTES = 30_000_000
 MAX_TENSORS = 200_000
 # The largest tokenizer_config.json known to us (Mistral's, with each of its special tokens) has 0.2 MB.
-MAX_JSON_BYTES = 10_000_000
+MAX_JSON_BYTES = foreign_json.MAX_BYTES
 
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -165,6 +165,9 @@ def read_tensor(
     if rows is not None:
         offset += rows[0] * (entry.nbytes // max(1, entry.shape[0]))
         shape = (rows[1] - rows[0], *entry.shape[1:])
+    if entry.dtype not in TORCH_DTYPES:
+        what = f"a tensor that the model takes is stored as {entry.dtype}, which cannot be computed with"
+        raise _broken(entry.file, what)
     dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
     if memory is None:
         tensor = torch.empty(shape, dtype=dtype)

@@ -17,9 +17,10 @@ from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qlora import disk, files, manifest
+from qlora import disk, files, foreign_json, manifest
 from qlora.errors import RunFolderError, TokenizerError
 from qlora.events import Notice, Sink
+from qlora.foreign_json import ForeignFileError
 from qlora.manifest import Recorded
 from qlora.model.base_folder import MAX_SMALL_BYTES
 
@@ -80,7 +81,7 @@ class TokenizerFiles:
         for name, data in self.content.items():
             (folder / name).parent.mkdir(exist_ok=True)
             with files.open_to_write(folder / name, "replace") as file:
-                file.write(data)
+                files.write_all(file, data)
 
     def deliver(self, folder: Path, template: str | None = None) -> None:
         """What others need of them, without paths of this machine.
@@ -181,8 +182,8 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
 def _without_paths(text: bytes) -> bytes:
     """A tokenizer_config.json as it goes out: byte for byte where no path stands in it."""
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
+        config = foreign_json.parse(text, "tokenizer_config.json")
+    except ForeignFileError:
         return text  # the library that opened it has not read it either
     if not isinstance(config, dict) or (cleaned := without_paths(config)) == config:
         return text

@@ -104,7 +104,7 @@ class LineIndex:
         table: Location = ()
         counts: dict[Location, int] = {}
         depth, fence = 0, ""
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if not fence and depth == 0:
                 if match := _TABLE.match(line):
                     table = _split(match[2])
@@ -140,8 +140,9 @@ def _nesting(line: str, depth: int, fence: str) -> tuple[int, str]:
 
 def toml_problem(path: Path, text: str, error: ForeignTomlError) -> Problem:
     """A TOML syntax error with its line (the parser says none for the last one)."""
+    line = error.line or len(text.rstrip("\n").split("\n"))
     return Problem(
-        f"{path}:{error.line or len(text.splitlines())}",
+        f"{path}:{line}",
         f"not valid TOML: {error}",
         'strings need quotes, lists need brackets: base = "owner/name", formats = ["hf"]',
     )

@@ -123,10 +123,10 @@ def prepare(
 
 def _check_tokens(chat: ChatTokenizer, data: PreparedData, base: BaseFolder) -> None:
     """Raises TokenizerError for a token of a row that the base has no embedding for: its tokenizer may know more."""
-    from qlora.model.meta_model import text_config
+    from qlora.model.base_folder import text_section
 
-    known = text_config(base.config, base.name)[0].vocab_size
-    if len(chat.tokenizer) <= known:
+    known = text_section(base.config).get("vocab_size")
+    if not isinstance(known, int) or len(chat.tokenizer) <= known:
         return
     for split in (data.train, data.eval):
         if found := split.first_above(known - 1):

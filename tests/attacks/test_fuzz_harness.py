@@ -61,7 +61,7 @@ FINDINGS: dict[str, tuple[Callable[[Scene], Work], str]] = {
     "prints an escape": (lambda scene: lambda: print("\x1b[2J"), "control characters on the screen: ['0x1b']"),
     "prints one of one byte": (lambda scene: lambda: print("\x9b31m", file=sys.stderr), "['0x9b']"),
     "has no hint": (raising(DataError("what", " ")), "a message of"),
-    "has too long a message": (raising(DataError("x" * 2000, "hint")), "a message of 2000 characters"),
+    "has too long a message": (raising(RecipeError([Problem("file", "x" * 2000, "hint")])), "a message of 2000"),
     "has two lines": (raising(RecipeError([Problem("file", "one\ntwo", "hint")])), "and 2 lines"),
     "has no exit code of ours": (raising(type("Odd", (QloraError,), {"exit_code": 5})("what", "hint")), "exit code 5"),
     "is killed": (lambda scene: lambda: os.kill(os.getpid(), signal.SIGKILL), "the process died (exit code -9)"),

@@ -62,7 +62,12 @@ def test_a_link_that_appears_later_is_refused_too(world: World, name: str, capsy
 
 def test_a_link_that_stays_in_its_folder_is_no_harm(world: World) -> None:
     (world.run / "latest").symlink_to("checkpoints/step-000001")
+    before = world.snapshot()
     run_folder.claim(world.run, "resume").release()
+    after = world.snapshot()
+    assert {name: after[name] for name in before if name != "runs/tiny"} == {
+        name: before[name] for name in before if name != "runs/tiny"
+    }
 
 
 @pytest.mark.parametrize("name", ["adapter", "recipe.toml", "export", "export/hf"])

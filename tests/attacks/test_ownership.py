@@ -371,6 +371,7 @@ def test_what_a_desktop_leaves_in_a_folder_is_no_harm(world: World) -> None:
     for place in (world.run, world.run / "checkpoints"):
         (place / ".DS_Store").write_text("icons")
     run_folder.claim(world.run, "resume").release()
+    assert [path.read_text() for path in sorted(world.run.rglob(".DS_Store"))] == ["icons", "icons"]
 
 
 def test_a_run_that_trained_nothing_is_taken_again_and_nothing_else_of_it_goes(world: World) -> None:

@@ -199,7 +199,7 @@ class Warm:
 
 def claimed(run_dir: Path, recipe: Recipe) -> run_folder.Claim:
     """The folder taken to go on with what it holds; one in which a test has put checkpoints alone becomes a run's."""
-    if not (run_dir / run_folder.RECIPE_FILE).exists():
+    if not (run_dir / run_folder.RUN_FILE).exists():
         run_dir.mkdir(parents=True, exist_ok=True)
         run_folder.write_recipe(run_dir, recipe, None)
     return run_folder.claim(run_dir, "resume")

@@ -120,7 +120,12 @@ def test_many_chunks_of_the_head_are_drawn_from_larger_ones(monkeypatch: pytest.
     workload = Workload(2, 2048)
     every = simulator.run(workload)
     monkeypatch.setattr(simulate, "MOST_CHUNKS", 32)
-    drawn = simulator.run(workload)
+    with monkeypatch.context() as patch:
+        chunks: list[int] = []
+        run = simulator._run
+        patch.setattr(simulator, "_run", lambda load, chunk: chunks.append(chunk) or run(load, chunk))
+        drawn = simulator.run(workload)
+    assert chunks == [4096 // 8, 4096 // 16]
     for phase, peak in every.phases.items():
         assert drawn.phases[phase].total == pytest.approx(peak.total, rel=0.005), phase
     assert drawn.kept == every.kept and drawn.paged == every.paged
