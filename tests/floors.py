@@ -52,8 +52,8 @@ LINES = {
         *("step_batches", "best_adapter", "setup", "loop"),
     ],
     "export": [
-        *("child", "merge", "hashed_file", "targets", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
-        *("base_check", "verify", "ollama", "cards", "pipeline"),
+        *("child", "merge", "hashed_file", "targets", "staging", "llama_cpp", "imatrix", "gguf"),
+        *("version4", "hf", "artifacts", "base_check", "verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],

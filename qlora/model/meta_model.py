@@ -22,7 +22,7 @@ from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
-from qlora.model.linear_use import kept_layers
+from qlora.model.linear_use import use_of
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 
@@ -198,7 +198,7 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS
     }
-    kept = kept_layers(model, found)
+    kept = use_of(model, found).kept
     yield from ((name, module) for name, module in found.items() if name not in kept)
 
 
@@ -319,3 +319,5 @@ def check_layers(model: Any, name: str) -> None:
         raise ModelError(what, "use a dense model of the size you need")
     if next(linear_layers(model), None) is None:
         raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", "use another model")
+    if why := use_of(model, {}).trunk:
+        raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", "use another model")
