@@ -144,7 +144,8 @@ def _first_layer(trunk: nn.Module, layers: Sequence[nn.Module], batch: Batch) ->
 
 def _after_layers(trunk: nn.Module, layers: Sequence[nn.Module], one: _Pass) -> Tensor:
     """What the trunk does after its last layer: at least a norm."""
-    return _run(trunk, layers, [one.layer_output] * len(layers), one.batch, inputs_embeds=one.hidden_BSD)
+    assert one.hidden_BSD is not None  # a copy: some models scale what they are given in its own place
+    return _run(trunk, layers, [one.layer_output] * len(layers), one.batch, inputs_embeds=one.hidden_BSD.clone())
 
 
 def _run(
