@@ -1,4 +1,4 @@
-"""What is true of a base's architecture before a weight is read: may rows share a pack, is its loss ours, has it layers?
+"""What is true of an architecture before a weight is read: may rows share a pack, is its loss ours, has it layers?
 
 Seen by running the model once on `meta` (see `tracing`) with two documents in one row, and never by its name alone:
 
@@ -149,7 +149,7 @@ class _Seen:
         length = row_length(sizes, SHORTEST_ROW)
         first = length // 2 - 2
         lengths = (first, length - first - 3, 3)
-        self.batch = _batch(lengths)
+        self.batch = two_documents(lengths)
         self.starts = (0, first)
         self.trace = Trace(length)
         self.problems: list[str] = []
@@ -236,13 +236,14 @@ class _Seen:
                 self.problems.append(f"{kind} attends by the place in the row")
 
 
-def _batch(lengths: tuple[int, ...]) -> Batch:
+def two_documents(lengths: tuple[int, ...]) -> Batch:
     """One row of documents of these lengths, all of its tokens trained."""
     positions_S = torch.cat([torch.arange(length) for length in lengths])
     documents_S = torch.cat([torch.full((length,), at) for at, length in enumerate(lengths)])
     ids_S = torch.arange(len(positions_S)) % 7 + 3
-    rows = [tensor.unsqueeze(0) for tensor in (ids_S, positions_S, documents_S, ids_S)]
-    return Batch(*rows, torch.ones(1, len(ids_S)), torch.arange(len(ids_S)))
+    ids_BS, positions_BS, documents_BS = (tensor.unsqueeze(0) for tensor in (ids_S, positions_S, documents_S))
+    weights_BS = torch.ones(ids_BS.shape)
+    return Batch(ids_BS, positions_BS, documents_BS, ids_BS, weights_BS, torch.arange(len(ids_S)))
 
 
 @contextmanager

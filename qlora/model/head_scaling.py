@@ -12,9 +12,9 @@ from typing import Any
 from qlora.shown import one_line
 
 HINT = "use a base of another architecture, or a copy of this one that transformers itself computes, and report it"
-_SCALES = re.compile(r"logit|soft_?cap|lm_head_(mult|scal)|output_(mult|scal)|head_(mult|scal)|(^|_)mup(_|$)|width_mult")
+_SCALES = re.compile(r"logit|soft_?cap|(head|output)_(mult|scal)|(^|_)mup(_|$)|width_mult")
 # Of attention, of routers and of losses, how many logits are kept or returned: none of it changes a token's logit.
-_ELSEWHERE = re.compile(r"att|mlp|router|query|key|expert|moe|gate|loss|keep|output_(router_)?logits|classif|jitter|init")
+_ELSEWHERE = re.compile(r"att|mlp|router|query|key|expert|moe|gate|loss|keep|output_.*logits|classif|jitter|init")
 
 
 def unread_key(text: Any) -> str:

@@ -11,7 +11,7 @@ that touches the dimension of the tokens is written down as mixing. So is an ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,16 @@ _ELEMENTWISE = {
 }
 _FILLS = {
     *("zeros", "ones", "full", "empty", "scalar_tensor", "zeros_like", "ones_like", "full_like", "empty_like"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided", "rand_like", "randn_like"),
+    *(
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "empty_strided",
+        "new_empty_strided",
+        "rand_like",
+        "randn_like",
+    ),
 }
 _OVER_DIMENSIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"),
@@ -65,7 +74,7 @@ class _Value:
     origins: int = 0
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows what is computed while it is entered. `length` is the size of the dimension of the tokens.
 
     Real tensors (ids, positions, buffers) stay real as long as they meet only their like, so that masks can be looked
@@ -73,7 +82,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.length = length
         self.mixings: list[Mixing] = []
         self.modules: list[tuple[str, nn.Module]] = []
@@ -153,7 +162,7 @@ class Trace(TorchDispatchMode):
     def _expression(
         self, func: Any, packet: str, args: Any, kwargs: Any, inputs: Sequence[Tensor], outputs: Any, known: Any
     ) -> int:
-        """The number of an operation's result; conversions, whole slices and chains of factors have a form of their own."""
+        """The number of an operation's result; conversions, whole slices and factors have their own form."""
         shapes = {tuple(tensor.shape) for tensor in (*inputs[:1], *outputs)}
         same_shape = len(shapes) == 1 and packet in {"view", "_unsafe_view", "expand", "slice", "reshape"}
         if inputs and outputs and (packet in _SAME_VALUE or same_shape):
@@ -172,7 +181,9 @@ class Trace(TorchDispatchMode):
         if factor is not None and inputs and not kept:
             return self._scaled(known[0], factor)
         scale = 1.0
-        if packet in _RESHAPES | {"mm", "bmm"} and known and known[0] in self._scales:  # a factor of the inputs is one of the product
+        if (
+            packet in _RESHAPES | {"mm", "bmm"} and known and known[0] in self._scales
+        ):  # a factor of the inputs is one of the product
             base, scale = self._scales[known[0]]
             numbers = iter((base, *known[1:]))
         number = hash((str(func), tuple(plain(item) for item in tree_flatten((args, kept))[0])))
@@ -210,9 +221,7 @@ class Trace(TorchDispatchMode):
         path, module = own[-1] if own else ("", None)
         self.mixings.append(Mixing(path, type(module).__name__ if module is not None else "", what))
 
-    def _judge(
-        self, func: Any, packet: str, inputs: Any, origins: Any, outputs: Any, args: Any, kwargs: Any
-    ) -> None:
+    def _judge(self, func: Any, packet: str, inputs: Any, origins: Any, outputs: Any, args: Any, kwargs: Any) -> None:
         """Writes down what an operation on tokens does that is not each token's own affair."""
         tokens = [tensor for tensor, of_one in zip(inputs, origins, strict=True) if of_one & TOKENS]
         if not any(map(self.token_dims, tokens)) or packet in _SAME_VALUE | _RESHAPES | _FILLS:
@@ -327,5 +336,3 @@ def _factor(packet: str, args: Sequence[Any]) -> float | None:
 
 def _words(packet: str) -> str:
     return "shifts or pads tokens" if packet in ("constant_pad_nd", "roll", "cat") else f"sums over tokens ({packet})"
-
-

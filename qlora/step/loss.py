@@ -33,8 +33,8 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-# Keys that scale or cap the head's output, as transformers' configurations call them: Gemma 2 (cap * tanh(logits / cap),
-# report section 2), RecurrentGemma and xLSTM; Cohere and Falcon-H1 multiply, Granite and MiniCPM 3 divide.
+# Keys that scale or cap the head's output, as transformers calls them: Gemma 2 (cap * tanh(logits / cap), report
+# section 2), RecurrentGemma and xLSTM; Cohere and Falcon-H1 multiply, Granite and MiniCPM 3 divide.
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISOR = "logits_scaling"
