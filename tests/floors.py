@@ -57,7 +57,16 @@ LINES = {
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
+    "export.verify": [
+        "foresight",
+        "candidates",
+        "fidelity",
+        "evaluation",
+        "weights_child",
+        "weights",
+        "reference",
+        "checks",
+    ],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
