@@ -178,7 +178,16 @@ MIXTURES = (
     *("afmoe", "aria_text", "axk1", "bailing_hybrid", "cohere2_moe", "dbrx", "deepseek_v2", "deepseek_v3"),
     *("deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
     *("gpt_oss", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "jamba_moe", "jetmoe", "kimi_linear"),
-    *("lfm2_moe", "llama4_text", "longcat_flash", "mimo_v2_flash", "minimax", "minimax_m2", "mixtral", "nemotron_h_moe"),
+    *(
+        "lfm2_moe",
+        "llama4_text",
+        "longcat_flash",
+        "mimo_v2_flash",
+        "minimax",
+        "minimax_m2",
+        "mixtral",
+        "nemotron_h_moe",
+    ),
     *("olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "sarvam_moe", "solar_open"),
 )
 FAMILIES = (*DENSE, *MIXTURES)
@@ -189,7 +198,9 @@ def make_config(family: str, overrides: Mapping[str, Any] | None = None) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if family in MIXTURES:
-        return AutoConfig.for_model(family.removesuffix("_moe") if family in ("jamba_moe", "nemotron_h_moe") else family)
+        return AutoConfig.for_model(
+            family.removesuffix("_moe") if family in ("jamba_moe", "nemotron_h_moe") else family
+        )
     kind = CONFIG_MAPPING[family]
     default = kind()
     known = {*default.to_dict(), *default.attribute_map}

@@ -43,6 +43,7 @@ SETTINGS = (
 TEXT = "What is the price of the lamp?"
 ROW_LENGTHS = (37, 22)
 
+
 class Answer(NamedTuple):
     """Whether the family is right in this column, and what stands there."""
 

@@ -83,10 +83,10 @@ LINES = {
         "plan",
     ],
     "model": [
-        *("split_patterns", "tokenizer_check", "tokenizer", "config_bounds", "config_filter", "tensors", "identity"),
-        *("base_folder", "tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal", "delivered_loss"),
-        *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling"),
-        *("packing_table", "tracing", "family_facts", "row_packing", "load", "adapters", "generate"),
+        *("split_patterns", "tokenizer_check", "tokenizer", "config_bounds", "config_filter", "mixtures", "tensors"),
+        *("identity", "base_folder", "tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal"),
+        *("delivered_loss", "base_watch", "resolve", "nf4", "cpu_matmul", "attention", "linear_use", "meta_model"),
+        *("head_scaling", "packing_table", "tracing", "family_facts", "row_packing", "load", "adapters", "generate"),
     ],
     "data": [
         *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),

@@ -113,7 +113,9 @@ def _child(family: str, columns: tuple[str, ...], write: int) -> None:
 
 def _line(family: str, found: dict[str, list[object]]) -> str:
     wrong = [f"{column}: {text}" for column, (right, text) in found.items() if not right]
-    return f"{'ok ' if not wrong else 'BAD'} {family:20} " + " | ".join(wrong or [str(found.get("loads", ["", ""])[1])[:100]])
+    return f"{'ok ' if not wrong else 'BAD'} {family:20} " + " | ".join(
+        wrong or [str(found.get("loads", ["", ""])[1])[:100]]
+    )
 
 
 def _draw(answers: dict[str, dict[str, list[object]]]) -> None:

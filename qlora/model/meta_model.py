@@ -21,7 +21,7 @@ from torch import nn
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model.base_folder import BaseFolder
-from qlora.model.config_filter import open_config
+from qlora.model.config_filter import open_config, with_layers
 from qlora.model.linear_use import kept_layers
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
@@ -114,7 +114,9 @@ def _check_shape(text: Any, name: str) -> None:
     if heads % shared:
         what = f"{name}: config.json: num_key_value_heads is {shared}, which does not divide {heads} attention heads"
         raise ModelError(what, "get a clean copy of the model")
-    if hasattr(text, "rope_parameters") and type(width := getattr(text, "head_dim", None)) is int and width % 2:
+    # Not by its name: Gemma 4 has heads of two sizes, and raises over a question for one of them.
+    width = vars(text).get("head_dim")
+    if hasattr(text, "rope_parameters") and type(width) is int and width % 2:
         what = f"{name}: config.json: head_dim is {width}, but positions turn its values in pairs"
         raise ModelError(what, "get a clean copy of the model")
     padding, tokens = getattr(text, "pad_token_id", None), known.get("vocab_size", 0)
@@ -149,16 +151,6 @@ def _extent(text: Any) -> tuple[int, int]:
         raise ModelError(f"config.json: its sizes make {empty[0][0]} {empty[0][1]}", "get a clean copy of the model")
     weights = sum(parameter.numel() for parameter in model.parameters())
     return weights, sum(buffer.nbytes for buffer in model.buffers())
-
-
-def with_layers(text: Any, layers: int) -> Any:
-    """The configuration with its first `layers` layers; lists with an entry a layer are cut as well."""
-    shorter = copy.deepcopy(text)
-    for key, value in list(vars(shorter).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(shorter, key, value[:layers])
-    shorter.num_hidden_layers = layers
-    return shorter
 
 
 def build_unmatched(text: Any, attention: str, name: str) -> Any:
