@@ -104,8 +104,9 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
 
 def _check_shape(text: Any, name: str) -> None:
     """Raises ModelError for counts that are none. An id of padding that no token has is taken for no padding."""
-    known = {key: value for key in COUNTS if type(value := getattr(text, key, None)) is int}
+    # Not by their names: Gemma 4's layers differ in heads, and it raises over a question for the number of one.
     stored = getattr(text, "attribute_map", {})
+    known = {key: value for key in COUNTS if type(value := vars(text).get(stored.get(key, key))) is int}
     for key, value in known.items():
         if value < 1:
             what = f"{name}: config.json: {stored.get(key, key)} is {value}, a model has at least 1"
@@ -114,7 +115,6 @@ def _check_shape(text: Any, name: str) -> None:
     if heads % shared:
         what = f"{name}: config.json: num_key_value_heads is {shared}, which does not divide {heads} attention heads"
         raise ModelError(what, "get a clean copy of the model")
-    # Not by its name: Gemma 4 has heads of two sizes, and raises over a question for one of them.
     width = vars(text).get("head_dim")
     if hasattr(text, "rope_parameters") and type(width) is int and width % 2:
         what = f"{name}: config.json: head_dim is {width}, but positions turn its values in pairs"
