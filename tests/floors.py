@@ -45,7 +45,7 @@ FLOORS = {
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on.
-    "": ["shown", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock", "redaction"],
+    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock"],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
