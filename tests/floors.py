@@ -39,6 +39,7 @@ FLOORS = {
     "shown": 1,
     "third_party": 1,
     "version": 1,
+    "windows_paths": 1,
     "device": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qlora import files
+from qlora import files, windows_paths
 from qlora.errors import DataError, UserError
 from qlora.shown import one_line
 
@@ -182,13 +182,13 @@ def _split(path: str) -> tuple[Path, tuple[str, ...]]:
 def _missing(path: Path, pattern: tuple[str, ...], endings: Collection[str], left_out: str = "") -> DataError:
     if pattern:
         left_out = f" ({left_out})" if left_out else ""
-        hint = "check the pattern; it is relative to the recipe's folder"
+        hint = windows_paths.how_to_write(path) or "check the pattern; it is relative to the recipe's folder"
         return DataError(f"{path}: no file matches{left_out}", hint)
     near: list[str] = []
     if path.parent.is_dir():
         near = sorted(one_line(p.name) for p in path.parent.glob("*") if p.suffix.lower() in endings)[:EXAMPLES]
     hint = f"data files in that folder: {', '.join(near)}" if near else "check data.train.path in the recipe"
-    return DataError(f"{path}: no such file", hint)
+    return DataError(f"{path}: no such file", windows_paths.how_to_write(path) or hint)
 
 
 def _source_file(name: str, real: Path, status: os.stat_result, endings: Collection[str], path: str) -> SourceFile:
