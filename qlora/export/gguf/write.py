@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from qlora.events import Progress, Sink
-from qlora.export.gguf.architectures import GgufTensor, Layout
+from qlora.export.gguf.architectures import Layout
 from qlora.export.gguf.encode import encode
+from qlora.export.gguf.family import GgufTensor
 from qlora.export.gguf.metadata import ALIGNMENT, Entry, header, padded
 from qlora.export.llama_cpp.library import Ggml
 from qlora.export.merge.merge import MergedTensor

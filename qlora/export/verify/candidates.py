@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qlora.batch import Batch
 from qlora.errors import ExportError
-from qlora.export.gguf.architectures import GgufTensor
+from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import MergedTensor
 from qlora.export.merge.parts import VALUES_PER_BLOCK
 from qlora.model.base_folder import BaseFolder

@@ -1,0 +1,1 @@
+"""Families of Llama's kind are llama.cpp's, by their logits."""

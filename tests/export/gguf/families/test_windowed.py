@@ -1,0 +1,1 @@
+"""Families whose layers see windows are llama.cpp's, by their logits."""
