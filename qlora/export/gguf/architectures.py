@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qlora.errors import ExportError
 from qlora.export.gguf import rope
 from qlora.export.gguf.families import FAMILIES
-from qlora.export.gguf.family import NOTHING, Change, Facts, Family, GgufTensor, check_config
+from qlora.export.gguf.family import NOTHING, Facts, Family, GgufTensor, check_config
 from qlora.export.gguf.rope import Key
 
 
@@ -116,13 +116,11 @@ def _tensors(facts: Facts, family: Family) -> tuple[GgufTensor, ...]:
         layer = owner.rpartition(".")[2]
         if name is None or (leaf == "bias" and layer not in family.biases):
             raise ExportError(f"llama.cpp has no place for the tensor {parameter}", "export with to='hf'")
-        change = _change(owner, changes)
+        change = next(
+            (change for end, change in changes.items() if parameter.endswith(end) or owner.endswith(end)), NOTHING
+        )
         tensors.append(GgufTensor(name, parameter, tuple(shape), change, facts.head_dim if change.by_head else 1))
     return tuple(tensors)
-
-
-def _change(owner: str, changes: Mapping[str, Change]) -> Change:
-    return next((change for end, change in changes.items() if owner.endswith(end)), NOTHING)
 
 
 def _check(family: Family, facts: Facts) -> None:

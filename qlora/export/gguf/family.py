@@ -21,6 +21,7 @@ from qlora.export.gguf.rope import Key, refused
 QKV = ("q_proj", "k_proj", "v_proj")
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
 GELU = "gelu_pytorch_tanh"
+LAYER_NORM_KEY = "attention.layer_norm_epsilon"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Windows:
     listed: bool = True
 
 
-Changes = Mapping[str, Change]  # the end of a parameter's name, without its leaf ("q_proj", "norm"), to what is done
+# The end of a parameter's name, or of its owner's ("norm.weight", "q_proj" for weight and bias), to what is done.
+Changes = Mapping[str, Change]
 
 
 def no_keys(facts: Facts) -> Sequence[Key]:
@@ -125,7 +127,19 @@ def interleaved(facts: Facts) -> Changes:
 
 
 def norms_plus_one(facts: Facts) -> Changes:
-    return {"norm": PLUS_ONE}
+    return {"norm.weight": PLUS_ONE}
+
+
+def vocabulary(facts: Facts) -> Sequence[Key]:
+    return [("vocab_size", facts.shapes["model.embed_tokens.weight"][0])]
+
+
+def whole_width(facts: Facts) -> None:
+    """For graphs that take a head's dims for the width over the heads."""
+    heads, width = facts.config.num_attention_heads, facts.config.hidden_size
+    if facts.head_dim * heads != width:
+        name = facts.config.model_type
+        raise refused(f"heads of {facts.head_dim} dims in a {name} model that is {width} wide")
 
 
 @dataclass(frozen=True)
