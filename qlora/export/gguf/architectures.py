@@ -8,7 +8,7 @@ cannot compute is refused; where it computes something else only beyond a length
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qlora.errors import ExportError
 from qlora.export.gguf import rope
 from qlora.export.gguf.families import FAMILIES
-from qlora.export.gguf.family import NOTHING, Facts, Family, GgufTensor, check_config
+from qlora.export.gguf.family import NOTHING, Change, Facts, Family, GgufTensor, Place, check_config
 from qlora.export.gguf.rope import Key
 
 
@@ -36,9 +36,15 @@ class Layout:
     kv_heads: int
 
     @property
-    def names(self) -> dict[str, str]:
-        """Parameter of the causal model to name in the file."""
-        return {tensor.parameter: tensor.name for tensor in self.tensors}
+    def stored(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each tensor that parameters fill, in the file's order."""
+        return {tensor.name: tensor.stored for tensor in self.tensors}
+
+    @property
+    def inputs(self) -> list[tuple[str, str, Any]]:
+        """Parameter, name in the file, and the order of the columns there (None: the parameter's) of each matrix."""
+        tensors = [tensor for tensor in self.tensors if len(tensor.stored) == 2]
+        return [(tensor.parameter, tensor.name, tensor.change.columns) for tensor in tensors]
 
 
 def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
@@ -54,10 +60,11 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
             f"{config.model_type!r} models cannot be written as GGUF here (these can: {known})", "export with to='hf'"
         )
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor", 1.0)))
+    dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor") or 1.0))
     facts = Facts(config, shapes, head_dim, dims, "lm_head.weight" not in shapes)
     _check(family, facts)
-    rotary = rope.describe(config, dims, rope.reference_ropes(model), family.takes_rope_factors)
+    turns = rope.reference_ropes(model)
+    rotary = family.rope(facts, turns) if family.rope else rope.describe(config, dims, turns, family.takes_rope_factors)
     arch = gguf.MODEL_ARCH_NAMES[family.arch]
     keys = {**dict([*_shape_keys(facts, family), *rotary.keys]), **dict(family.keys(facts))}
     keys = {**keys, **dict(_window_keys(facts, family))}
@@ -108,6 +115,12 @@ def _tensors(facts: Facts, family: Family) -> tuple[GgufTensor, ...]:
     changes = family.changes(facts)
     tensors = []
     for parameter, shape in facts.shapes.items():
+        change = _change(parameter, changes)
+        adapts = change.linear and not parameter.removesuffix(".weight").endswith(family.unadapted)
+        if places := family.places(parameter, facts):
+            placed = [_placed(parameter, tuple(shape), change, place) for place in places]
+            tensors += [replace(tensor, adapts=adapts) for tensor in placed]
+            continue
         named = parameter
         for part, other in family.renamed.items():
             named = named.replace(part, other)
@@ -116,11 +129,22 @@ def _tensors(facts: Facts, family: Family) -> tuple[GgufTensor, ...]:
         layer = owner.rpartition(".")[2]
         if name is None or (leaf == "bias" and layer not in family.biases):
             raise ExportError(f"llama.cpp has no place for the tensor {parameter}", "export with to='hf'")
-        change = next(
-            (change for end, change in changes.items() if parameter.endswith(end) or owner.endswith(end)), NOTHING
-        )
-        tensors.append(GgufTensor(name, parameter, tuple(shape), change, facts.head_dim if change.by_head else 1))
-    return tuple(tensors)
+        unit = change.unit(shape[0] if shape else 1, facts.head_dim)
+        tensors.append(GgufTensor(name, parameter, change.shape(tuple(shape)), change, unit, adapts=adapts))
+    order = {name: number for number, name in enumerate(dict.fromkeys(tensor.name for tensor in tensors))}
+    return tuple(sorted(tensors, key=lambda tensor: (order[tensor.name], tensor.at)))
+
+
+def _placed(parameter: str, shape: tuple[int, ...], change: Change, place: Place) -> GgufTensor:
+    """The rows of a parameter that `place` says."""
+    rows = (shape[0] if place.last is None else place.last) - place.first
+    return GgufTensor(place.name, parameter, change.shape((rows, *shape[1:])), change, change.unit(rows, 1), place)
+
+
+def _change(parameter: str, changes: Mapping[str, Change]) -> Change:
+    named = parameter.removesuffix(".weight").removesuffix(".bias")
+    ends = (end for end in changes if named.endswith(end) or parameter.endswith(end))
+    return changes.get(next(ends, ""), NOTHING)
 
 
 def _check(family: Family, facts: Facts) -> None:
@@ -159,4 +183,5 @@ def _notices(facts: Facts, family: Family, constants: Mapping[str, Any]) -> tupl
 
 
 def _flat_rope(config: Any) -> Mapping[str, Any]:
-    return config.rope_parameters.get("full_attention", config.rope_parameters)  # type: ignore[no-any-return]
+    turned = getattr(config, "rope_parameters", None) or {}
+    return turned.get("full_attention", turned)  # type: ignore[no-any-return]

@@ -14,9 +14,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import gguf
+import torch
 from torch import Tensor
 
-from qlora.export.gguf.rope import Key, refused
+from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
 
 QKV = ("q_proj", "k_proj", "v_proj")
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
@@ -24,14 +25,28 @@ GELU = "gelu_pytorch_tanh"
 LAYER_NORM_KEY = "attention.layer_norm_epsilon"
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Change:
-    """What happens to the rows of a weight, there and back. Both get whole units of rows, and how many are a unit."""
+    """What happens to the rows of a weight, there and back. Both get whole units of rows, and how many are a unit.
+
+    `columns`: which column of the parameter each column of the file is (`GgufTensor` moves them, these functions not).
+    `linear`: adding weights and changing them may come in either order, as an adapter's product needs it.
+    """
 
     name: str
     to_gguf: Callable[[Tensor, int], Tensor]
     inverse: Callable[[Tensor, int], Tensor]
     by_head: bool = False  # a unit is a head's rows; else one row
+    whole: bool = False  # a unit is all rows
+    shape: Callable[[Shape], Shape] = lambda shape: shape  # the file's from the parameter's, with as many rows
+    linear: bool = True
+    columns: Tensor | None = None
+
+    def unit(self, rows: int, head_dim: int) -> int:
+        return rows if self.whole else head_dim if self.by_head else 1
 
 
 def _halves(rows: Tensor, split: tuple[int, int]) -> Tensor:
@@ -41,7 +56,7 @@ def _halves(rows: Tensor, split: tuple[int, int]) -> Tensor:
 
 
 NOTHING = Change("none", lambda rows, unit: rows, lambda rows, unit: rows)
-PLUS_ONE = Change("plus one", lambda rows, unit: rows + 1, lambda rows, unit: rows - 1)
+PLUS_ONE = Change("plus one", lambda rows, unit: rows + 1, lambda rows, unit: rows - 1, linear=False)
 # Llama keeps the two halves of a rotated head apart (x_i turns with x_{i + d/2}); llama.cpp's graphs of the kind
 # LLAMA_ROPE_TYPE_NORM turn neighbours.
 INTERLEAVE = Change(
@@ -53,21 +68,56 @@ INTERLEAVE = Change(
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where some rows of a parameter stand: rows `first` up to `last` (None: all) in the file's tensor `name`, of shape
+    `stored` where others stand in it too, from its row `at` on."""
+
+    name: str
+    first: int = 0
+    last: int | None = None
+    at: int = 0
+    stored: Shape | None = None
+
+
+@dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file and the parameter of the causal model that fills it. `unit`: rows that change together."""
+    """Rows of a tensor of the file (in all but a few families the whole tensor) and the parameter of the causal model
+    that fills them. `shape` is that of these rows, `unit`: rows that change together. `adapts`: llama.cpp looks for an
+    adapter when it computes with them."""
 
     name: str
     parameter: str
     shape: tuple[int, ...]
     change: Change
     unit: int
+    place: Place | None = None  # None: a whole parameter is a whole tensor
+    adapts: bool = True
+
+    @property
+    def stored(self) -> Shape:
+        """The shape of the file's whole tensor."""
+        return (self.place and self.place.stored) or self.shape
+
+    @property
+    def at(self) -> int:
+        """The row of the file's tensor (taken as a matrix) that these begin at."""
+        return self.place.at if self.place else 0
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """The rows of the parameter that stand here: from, up to."""
+        first = self.place.first if self.place else 0
+        return first, first + (self.shape[0] if self.shape else 1)
 
     def to_gguf(self, rows: Tensor) -> Tensor:
         """Whole units of rows as llama.cpp wants them."""
-        return self.change.to_gguf(rows, self.unit)
+        changed = self.change.to_gguf(rows, self.unit)
+        return changed if self.change.columns is None else changed[:, self.change.columns]
 
     def inverse(self, rows: Tensor) -> Tensor:
         """Whole units of rows back in the order and scale of transformers."""
+        if self.change.columns is not None:
+            rows = rows[:, torch.argsort(self.change.columns)]
         return self.change.inverse(rows, self.unit)
 
 
@@ -106,8 +156,16 @@ class Windows:
     listed: bool = True
 
 
-# The end of a parameter's name, or of its owner's ("norm.weight", "q_proj" for weight and bias), to what is done.
+# The end of a parameter's name, or of that without "weight" or "bias" ("norm.weight", "q_proj", "A_log"), to what is
+# done; the first match.
 Changes = Mapping[str, Change]
+
+
+Places = Callable[[str, Facts], Sequence[Place]]  # of a parameter; none: gguf's table has its name
+
+
+def no_places(parameter: str, facts: Facts) -> Sequence[Place]:
+    return ()
 
 
 def no_keys(facts: Facts) -> Sequence[Key]:
@@ -154,8 +212,11 @@ class Family:
     windows: Windows | None = None  # None: its graph has no windows
     head: Literal["any", "tied", "own"] = "any"  # the head that its graph computes with
     biases: tuple[str, ...] = ()  # layers whose biases its graph adds
+    unadapted: tuple[str, ...] = ()  # ends of parameters' names that its graph never applies an adapter to
     epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")  # transformers' name and GGUF's
     renamed: Mapping[str, str] = field(default_factory=dict)  # parts of parameters' names that gguf's table calls so
+    places: Places = no_places  # of parameters that are no tensor of their own in the file
+    rope: Callable[[Facts, Mapping[str, ReferenceRope]], Rope] | None = None  # None: `rope.describe` says it
     keys: Callable[[Facts], Sequence[Key]] = no_keys  # beside the usual ones; wins over them, None takes one out
     check: Callable[[Facts], None] = no_check  # raises `refused` for what its graph computes otherwise
     reads: frozenset[str] = frozenset()  # keys of the configuration that `keys` and `check` take, beside USUAL
