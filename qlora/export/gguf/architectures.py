@@ -143,7 +143,8 @@ def _placed(parameter: str, shape: tuple[int, ...], change: Change, place: Place
 
 def _change(parameter: str, changes: Mapping[str, Change]) -> Change:
     named = parameter.removesuffix(".weight").removesuffix(".bias")
-    return next((change for end, change in changes.items() if named.endswith(end)), NOTHING)
+    ends = (end for end in changes if named.endswith(end) or parameter.endswith(end))
+    return changes.get(next(ends, ""), NOTHING)
 
 
 def _check(family: Family, facts: Facts) -> None:

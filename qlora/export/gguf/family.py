@@ -24,6 +24,7 @@ from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
 QKV = ("q_proj", "k_proj", "v_proj")
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
 GELU = "gelu_pytorch_tanh"
+LAYER_NORM_KEY = "attention.layer_norm_epsilon"
 
 
 Shape = tuple[int, ...]
@@ -162,7 +163,8 @@ class Windows:
     listed: bool = True
 
 
-# The end of a parameter's name, without "weight" and "bias" ("q_proj", "norm", "A_log"), to what is done; first match.
+# The end of a parameter's name, or of that without "weight" or "bias" ("norm.weight", "q_proj", "A_log"), to what is
+# done; the first match.
 Changes = Mapping[str, Change]
 
 
@@ -194,7 +196,19 @@ def interleaved(facts: Facts) -> Changes:
 
 
 def norms_plus_one(facts: Facts) -> Changes:
-    return {"norm": PLUS_ONE}
+    return {"norm.weight": PLUS_ONE}
+
+
+def vocabulary(facts: Facts) -> Sequence[Key]:
+    return [("vocab_size", facts.shapes["model.embed_tokens.weight"][0])]
+
+
+def whole_width(facts: Facts) -> None:
+    """For graphs that take a head's dims for the width over the heads."""
+    heads, width = facts.config.num_attention_heads, facts.config.hidden_size
+    if facts.head_dim * heads != width:
+        name = facts.config.model_type
+        raise refused(f"heads of {facts.head_dim} dims in a {name} model that is {width} wide")
 
 
 @dataclass(frozen=True)
@@ -209,9 +223,7 @@ class Family:
     windows: Windows | None = None  # None: its graph has no windows
     head: Literal["any", "tied", "own"] = "any"  # the head that its graph computes with
     biases: tuple[str, ...] = ()  # layers whose biases its graph adds
-    unadapted: tuple[
-        str, ...
-    ] = ()  # ends of parameters' names that its graph multiplies by without a look for adapters
+    unadapted: tuple[str, ...] = ()  # ends of parameters' names that its graph never applies an adapter to
     epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")  # transformers' name and GGUF's
     renamed: Mapping[str, str] = field(default_factory=dict)  # parts of parameters' names that gguf's table calls so
     places: Places = no_places  # of parameters that are no tensor of their own in the file

@@ -22,10 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, LlamaFileType
 
 from qlora.errors import ExportError
 from qlora.export.gguf.encode import NATIVE
+from qlora.export.gguf.families import FAMILIES
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q5_0, Q5_1, Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q5_1, GGMLQuantizationType.Q8_0
@@ -33,23 +34,9 @@ Q3_K, Q4_K = GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q4_K
 Q5_K, Q6_K = GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K
 Q4_0, IQ4_XS, IQ4_NL = GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.IQ4_NL
 
-# GGUF's names of the architectures whose rules these are. Mistral's files say "llama". Others (Falcon, mixtures of
-# experts) have exceptions of their own.
-ARCHITECTURES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "phi3",
-    "gemma",
-    "gemma3n",
-    "gemma4",
-    "granitehybrid",
-    "falcon-h1",
-    "qwen35",
-    "lfm2",
-)
+# GGUF's names of the architectures whose rules these are: all that we write. Mistral's files say "llama". Others
+# (Falcon, mixtures of experts) have exceptions of their own.
+ARCHITECTURES = tuple(sorted({MODEL_ARCH_NAMES[family.arch] for family in FAMILIES.values()}))
 
 # Small matrices that llama.cpp's kernels read as F32: kernels of convolutions, coefficients of a handful of streams.
 SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "altup_correct_coef.weight", "altup_predict_coef.weight")

@@ -1,1 +1,0 @@
-"""Families of Llama's kind are llama.cpp's, by their logits."""

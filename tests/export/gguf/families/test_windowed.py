@@ -1,1 +1,0 @@
-"""Families whose layers see windows are llama.cpp's, by their logits."""
