@@ -26,6 +26,7 @@ _FIXED_3N = {
     "laurel_rank": (64,),
     "hidden_size_per_layer_input": (256,),
     "altup_correct_scale": (True,),
+    "final_logit_softcapping": (30.0,),  # it does not read the key
     "use_bidirectional_attention": (None, False),
 }
 _SPARSE_LAYERS, _SPARSITY = 10, 0.95  # the first layers keep the highest 5 % of the gate
@@ -41,7 +42,7 @@ def _keys_3n(facts: Facts) -> Sequence[Key]:
     config = facts.config
     return [
         ("feed_forward_length", _width_3n(facts)),
-        ("final_logit_softcapping", float(config.final_logit_softcapping or 0.0)),
+        ("final_logit_softcapping", float(config.final_logit_softcapping)),
         ("altup.active_idx", config.altup_active_idx),
         ("altup.num_inputs", config.altup_num_inputs),
         ("embedding_length_per_layer_input", config.hidden_size_per_layer_input),
@@ -59,8 +60,6 @@ def _check_3n(facts: Facts) -> None:
     config, widths = facts.config, facts.config.intermediate_size
     if isinstance(widths, list | tuple) and len(set(widths)) > 1:
         raise refused(f"feed-forward parts of {len(set(widths))} widths in gemma3n")
-    if not config.final_logit_softcapping:
-        raise refused("a gemma3n model without final_logit_softcapping")
     sparse = [_SPARSITY if layer < _SPARSE_LAYERS else 0.0 for layer in range(facts.layers)]
     if list(config.activation_sparsity_pattern) != sparse:
         raise refused(
@@ -152,9 +151,8 @@ def _keys_4(facts: Facts) -> Sequence[Key]:
         ("attention.sliding_window", int(config.sliding_window)),
         ("attention.sliding_window_pattern", facts.sliding),
     ]
-    if config.final_logit_softcapping:
-        keys.append(("final_logit_softcapping", float(config.final_logit_softcapping)))
-    return keys
+    # Without this key llama.cpp caps at 30; 0 is no cap.
+    return [*keys, ("final_logit_softcapping", float(config.final_logit_softcapping or 0.0))]
 
 
 def _same(values: list[int]) -> int | list[int]:
@@ -240,7 +238,7 @@ FAMILIES: Mapping[str, Family] = {
         check=_check_3n,
         reads=frozenset(
             (
-                *("final_logit_softcapping", "vocab_size_per_layer_input", "num_kv_shared_layers"),
+                *("vocab_size_per_layer_input", "num_kv_shared_layers"),
                 *("activation_sparsity_pattern", "altup_coef_clip"),  # clipped in training only
             )
         ),
