@@ -207,7 +207,7 @@ class Family:
     arch: gguf.MODEL_ARCH
     activation: str  # the only one that its graph has
     changes: Callable[[Facts], Changes] = no_changes
-    takes_rope_factors: bool = False
+    takes_rope_factors: tuple[str, ...] = ()  # kinds of scaled positions that its graph takes as tensors
     partial_rope: bool = False  # its graph turns `rope.dimension_count` dims, not all of a head's
     windows: Windows | None = None  # None: its graph has no windows
     head: Literal["any", "tied", "own"] = "any"  # the head that its graph computes with
