@@ -62,6 +62,7 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     head_dim = int(of_all_layers(config, "head_dim") or config.hidden_size // config.num_attention_heads)
     dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor") or 1.0))
     facts = Facts(config, shapes, head_dim, dims, "lm_head.weight" not in shapes)
+    family = family.instead(facts) or family
     _check(family, facts)
     turns = rope.reference_ropes(model)
     rotary = family.rope(facts, turns) if family.rope else rope.describe(config, dims, turns, family.takes_rope_factors)

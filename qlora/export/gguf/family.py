@@ -183,6 +183,10 @@ def no_keys(facts: Facts) -> Sequence[Key]:
     return ()
 
 
+def no_other(facts: Facts) -> Family | None:
+    return None
+
+
 def no_check(facts: Facts) -> None:
     return None
 
@@ -218,7 +222,7 @@ class Family:
     arch: gguf.MODEL_ARCH
     activation: str  # the only one that its graph has
     changes: Callable[[Facts], Changes] = no_changes
-    takes_rope_factors: bool = False
+    takes_rope_factors: tuple[str, ...] = ()  # kinds of scaled positions that its graph takes as tensors
     partial_rope: bool = False  # its graph turns `rope.dimension_count` dims, not all of a head's
     windows: Windows | None = None  # None: its graph has no windows
     head: Literal["any", "tied", "own"] = "any"  # the head that its graph computes with
@@ -228,6 +232,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)  # parts of parameters' names that gguf's table calls so
     places: Places = no_places  # of parameters that are no tensor of their own in the file
     rope: Callable[[Facts, Mapping[str, ReferenceRope]], Rope] | None = None  # None: `rope.describe` says it
+    instead: Callable[[Facts], Family | None] = no_other  # another declaration for some configurations of the type
     constants: Callable[[Facts], Mapping[str, NDArray[np.float32]]] = no_constants  # tensors beside the model's
     keys: Callable[[Facts], Sequence[Key]] = no_keys  # beside the usual ones; wins over them, None takes one out
     check: Callable[[Facts], None] = no_check  # raises `refused` for what its graph computes otherwise

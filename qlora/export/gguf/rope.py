@@ -14,7 +14,7 @@ and a wrong reading shows only as a model that answers worse the longer the text
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,13 @@ class Rope:
     tensors: Mapping[str, NDArray[np.float32]]
 
 
-def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope], takes_factors: bool) -> Rope:
+def describe(
+    config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope], takes_factors: Collection[str]
+) -> Rope:
     """Keys and tensors for the rotary embedding of a text model's `config` (transformers 5's `rope_parameters`).
 
-    `model` is what the model itself computes with, `takes_factors` whether the architecture reads factor tensors.
+    `model` is what the model itself computes with, `takes_factors` the kinds whose factors the architecture reads as
+    tensors.
     Raises ExportError for what llama.cpp cannot express.
     """
     sections = config.rope_parameters
@@ -76,7 +79,7 @@ def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope],
     return Rope((*whole.keys, ("rope.freq_base_swa", base)), whole.tensors)
 
 
-def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
+def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: Collection[str]) -> Rope:
     kind = str(rope.get("rope_type", "default"))
     base = number(rope, "rope_theta")
     scaled = plain = frequencies(base, dims)
@@ -89,7 +92,7 @@ def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, ta
         scaled = plain / factor
     elif kind == "yarn":
         keys, scaled, attention = _yarn(config, rope, plain)
-    elif kind in ("llama3", "longrope") and not takes_factors:
+    elif kind in ("llama3", "longrope") and kind not in takes_factors:
         raise refused(f"{kind!r} positions in this architecture")
     elif kind == "llama3":
         factors = _llama3_factors(rope, plain)

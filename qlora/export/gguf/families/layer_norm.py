@@ -16,6 +16,7 @@ FAMILIES: Mapping[str, Family] = {
         biases=(*QKV, "o_proj", "c_fc", "c_proj", *_NORMS),
         epsilon=("norm_epsilon", LAYER_NORM_KEY),
         check=whole_width,
+        fixed={"use_bias": (True,)},
     ),
     "phi": Family(
         gguf.MODEL_ARCH.PHI2,
@@ -35,5 +36,6 @@ FAMILIES: Mapping[str, Family] = {
         biases=(*QKV, "o_proj", "up_proj", "down_proj", *_NORMS),
         epsilon=("norm_eps", LAYER_NORM_KEY),
         keys=vocabulary,
+        check=whole_width,
     ),
 }

@@ -9,6 +9,8 @@ import gguf
 from qlora.export.gguf.family import OTHERS, QKV, Facts, Family, interleaved, vocabulary, whole_width
 from qlora.export.gguf.rope import Key, refused
 
+FACTORS = ("llama3", "longrope")
+
 
 def _no_window(facts: Facts) -> Sequence[Key]:
     """Phi-3's graph warns of a window it does not have: 0 says that there is none (llama.cpp, phi3.cpp)."""
@@ -51,19 +53,18 @@ FAMILIES: Mapping[str, Family] = {
         gguf.MODEL_ARCH.LLAMA,
         "silu",
         changes=interleaved,
-        takes_rope_factors=True,
+        takes_rope_factors=FACTORS,
         biases=(*QKV, *OTHERS),
         keys=vocabulary,
     ),
-    "mistral": Family(gguf.MODEL_ARCH.LLAMA, "silu", changes=interleaved, takes_rope_factors=True, keys=vocabulary),
+    "mistral": Family(gguf.MODEL_ARCH.LLAMA, "silu", changes=interleaved, takes_rope_factors=FACTORS, keys=vocabulary),
     "qwen2": Family(gguf.MODEL_ARCH.QWEN2, "silu", partial_rope=True, biases=QKV, check=whole_width),
     "qwen3": Family(gguf.MODEL_ARCH.QWEN3, "silu", partial_rope=True),
-    "phi3": Family(gguf.MODEL_ARCH.PHI3, "silu", takes_rope_factors=True, partial_rope=True, keys=_no_window),
+    "phi3": Family(gguf.MODEL_ARCH.PHI3, "silu", takes_rope_factors=("longrope",), partial_rope=True, keys=_no_window),
     "smollm3": Family(
         gguf.MODEL_ARCH.SMOLLM3,
         "silu",
         changes=interleaved,
-        biases=(*QKV, *OTHERS),
         keys=vocabulary,
         check=_no_positions_every_fourth,
         reads=frozenset(("no_rope_layers", "no_rope_layer_interval")),
@@ -72,14 +73,12 @@ FAMILIES: Mapping[str, Family] = {
         gguf.MODEL_ARCH.GRANITE,
         "silu",
         changes=interleaved,
-        takes_rope_factors=True,
+        takes_rope_factors=FACTORS,
         biases=(*QKV, *OTHERS),
         keys=_scales,
         check=_check_scales,
         reads=frozenset(("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")),
     ),
-    "ministral3": Family(
-        gguf.MODEL_ARCH.MISTRAL3, "silu", changes=interleaved, takes_rope_factors=True, keys=_temperature
-    ),
+    "ministral3": Family(gguf.MODEL_ARCH.MISTRAL3, "silu", changes=interleaved, keys=_temperature),
     "glm4": Family(gguf.MODEL_ARCH.GLM4, "silu", partial_rope=True, biases=QKV),
 }

@@ -10,6 +10,7 @@ keys as 0 1 2 0 1 2, transformers as 0 0 1 1 2 2).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gguf
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora.export.gguf import rope
-from qlora.export.gguf.family import INTERLEAVE, NOTHING, PLUS_ONE, Change, Changes, Facts, Family, Place
+from qlora.export.gguf.family import INTERLEAVE, NOTHING, PLUS_ONE, Change, Changes, Facts, Family, Place, no_check
 from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
 
 
@@ -146,22 +147,34 @@ def _granite_rope(facts: Facts, model: Mapping[str, ReferenceRope]) -> Rope:
 
 
 def _granite_keys(facts: Facts) -> Sequence[Key]:
-    config = facts.config
     return [
-        ("vocab_size", facts.shapes["model.embed_tokens.weight"][0]),
-        ("feed_forward_length", config.shared_intermediate_size),
+        *_granite_alone_keys(facts),
         ("attention.head_count_kv", _kv_heads(facts)),
-        ("attention.scale", float(config.attention_multiplier)),
-        ("embedding_scale", float(config.embedding_multiplier)),
-        ("residual_scale", float(config.residual_multiplier)),
-        ("logit_scale", float(config.logits_scaling)),
         *_mamba_keys(facts, _granite_inner(facts)),
     ]
 
 
-def _check_granite(facts: Facts) -> None:
+def _granite_alone_keys(facts: Facts) -> Sequence[Key]:
+    config = facts.config
+    return [
+        ("vocab_size", facts.shapes["model.embed_tokens.weight"][0]),
+        ("feed_forward_length", config.shared_intermediate_size),
+        ("attention.scale", float(config.attention_multiplier)),
+        ("embedding_scale", float(config.embedding_multiplier)),
+        ("residual_scale", float(config.residual_multiplier)),
+        ("logit_scale", float(config.logits_scaling)),
+    ]
+
+
+def _granite_alone(facts: Facts) -> Family | None:
+    """The smallest Granite 4 have attention in all layers, and llama.cpp runs them as it runs Granite 3."""
     if not all(_attends(facts)):
-        _check_mamba(facts, _granite_inner(facts))
+        return None
+    return replace(_GRANITE_4, arch=gguf.MODEL_ARCH.GRANITE, keys=_granite_alone_keys, check=no_check)
+
+
+def _check_granite(facts: Facts) -> None:
+    _check_mamba(facts, _granite_inner(facts))
 
 
 # --- Falcon-H1 --------------------------------------------------------------------------------------------------------
@@ -324,23 +337,26 @@ def _lfm_changes(facts: Facts) -> Changes:
     return {"conv.conv": KERNEL}
 
 
+_GRANITE_4 = Family(
+    gguf.MODEL_ARCH.GRANITE_HYBRID,
+    "silu",
+    changes=_granite_changes,
+    biases=("conv1d",),
+    renamed={"mamba.dt_bias": "mamba.dt_proj.bias"},
+    places=_granite_places,
+    rope=_granite_rope,
+    instead=_granite_alone,
+    keys=_granite_keys,
+    check=_check_granite,
+    reads=_MAMBA_READS
+    | {"shared_intermediate_size", "position_embedding_type", "attention_multiplier", "embedding_multiplier"}
+    | {"residual_multiplier", "logits_scaling", "mamba_chunk_size"}
+    | {"output_router_logits", "router_aux_loss_coef", "num_experts_per_tok"},
+    fixed={**_MAMBA_FIXED, "num_local_experts": (0, None)},
+)
+
 FAMILIES: Mapping[str, Family] = {
-    "granitemoehybrid": Family(
-        gguf.MODEL_ARCH.GRANITE_HYBRID,
-        "silu",
-        changes=_granite_changes,
-        biases=("conv1d",),
-        renamed={"mamba.dt_bias": "mamba.dt_proj.bias"},
-        places=_granite_places,
-        rope=_granite_rope,
-        keys=_granite_keys,
-        check=_check_granite,
-        reads=_MAMBA_READS
-        | {"shared_intermediate_size", "position_embedding_type", "attention_multiplier", "embedding_multiplier"}
-        | {"residual_multiplier", "logits_scaling", "mamba_chunk_size"}
-        | {"output_router_logits", "router_aux_loss_coef", "num_experts_per_tok"},
-        fixed={**_MAMBA_FIXED, "num_local_experts": (0, None)},
-    ),
+    "granitemoehybrid": _GRANITE_4,
     "falcon_h1": Family(
         gguf.MODEL_ARCH.FALCON_H1,
         "silu",

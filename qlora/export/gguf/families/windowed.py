@@ -53,6 +53,15 @@ def _check_cohere2(facts: Facts) -> None:
     whole_width(facts)
 
 
+def _check_olmo3(facts: Facts) -> None:
+    """Its graph turns the heads of both kinds of layers from one base, and scales those without a window alone."""
+    kinds = facts.config.rope_parameters
+    bases = {kinds[kind].get("rope_theta") for kind in ("full_attention", "sliding_attention") if kind in kinds}
+    if len(bases) > 1:
+        raise refused("another rope_theta for the sliding layers of olmo3 than for the others")
+    whole_width(facts)
+
+
 def _check_exaone4(facts: Facts) -> None:
     """With 64 layers (the 32B model) its graph has windows, and turns heads where they are; with any other number it
     has none and turns all (llama.cpp, exaone4.cpp)."""
@@ -91,7 +100,7 @@ FAMILIES: Mapping[str, Family] = {
         reads=_GEMMA_READS,
     ),
     "olmo2": Family(gguf.MODEL_ARCH.OLMO2, "silu", head="own", check=whole_width),
-    "olmo3": Family(gguf.MODEL_ARCH.OLMO2, "silu", windows=Windows(4), head="own", check=whole_width),
+    "olmo3": Family(gguf.MODEL_ARCH.OLMO2, "silu", windows=Windows(4), head="own", check=_check_olmo3),
     "cohere2": Family(
         gguf.MODEL_ARCH.COHERE2,
         "silu",
@@ -107,7 +116,7 @@ FAMILIES: Mapping[str, Family] = {
         gguf.MODEL_ARCH.EXAONE4,
         "silu",
         windows=Windows(4),
-        takes_rope_factors=True,
+        takes_rope_factors=("llama3",),
         check=_check_exaone4,
         reads=frozenset(("sliding_window_pattern",)),
     ),

@@ -7,16 +7,19 @@ somebody had forgotten what the family declares.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from qlora.errors import ExportError
 from qlora.events import Recorder
+from qlora.export.gguf.architectures import lay_out
 from qlora.export.gguf.family import NOTHING
 from qlora.export.gguf.plan import GgufPlan, Tokens, plan
 from qlora.export.llama_cpp.runtime import Request
@@ -24,6 +27,7 @@ from qlora.export.llama_cpp.runtime_child import Failed
 from qlora.model.resolve import resolve
 from tests.export import llama
 from tests.export.gguf import written
+from tests.export.gguf.cases import shapes_of
 from tests.families import make_config, make_model, make_tokenizer
 
 VOCAB = 384
@@ -126,10 +130,14 @@ def rows() -> list[list[int]]:
     return torch.randint(10, VOCAB, (ROWS, TOKENS), generator=generator).tolist()
 
 
+def tiny(case: Case, **fields: Any) -> Any:
+    """The case's model, with other `fields`. transformers writes into the dictionaries that it is given."""
+    return make_model(make_config(case.model_type, vocab=VOCAB, overrides=copy.deepcopy({**case.fields, **fields})))
+
+
 def make_base(case: Case, folder: Path) -> Path:
     """The case's base, float32, with a final norm that makes its answers sharp."""
-    config = make_config(case.model_type, vocab=VOCAB, overrides=case.fields)
-    model = make_model(config)
+    model = tiny(case)
     damp(model, case.damped)
     sharpen(model)
     folder.mkdir(parents=True)
@@ -149,7 +157,9 @@ def damp(model: Any, factors: Mapping[str, float]) -> None:
 def sharpen(model: Any) -> None:
     """Scales the last norm (its weight, or 1 + its weight) until the answers are sharp."""
     backbone = model.base_model
-    norm = next(getattr(backbone, name) for name in ("norm", "final_layernorm", "embedding_norm") if hasattr(backbone, name))
+    norm = next(
+        getattr(backbone, name) for name in ("norm", "final_layernorm", "embedding_norm") if hasattr(backbone, name)
+    )
     hooked = torch.tensor(1.0)
     handle = norm.register_forward_hook(lambda module, given, result: result * hooked)
     while entropy(torch.cat([written.logprobs(model, row) for row in rows()])) > 0.9 * SHARP:
@@ -213,3 +223,20 @@ def check(case: Case, folder: Path) -> None:
     assert shown.kl["f32"] <= EXACT
     unseen = {name: kl for name, kl in shown.faults.items() if kl is not None and kl <= SEEN}
     assert not unseen
+
+
+def marked(cases: Sequence[Case], families: Collection[str], fast: Collection[str]) -> list[Any]:
+    """The cases of these families as pytest's parameters: a few in the fast suite, one for each mechanism."""
+    chosen = [case for case in cases if case.model_type in families]
+    assert set(fast) <= {case.name for case in chosen}
+    return [pytest.param(case, id=case.name, marks=() if case.name in fast else pytest.mark.slow) for case in chosen]
+
+
+def refused(cases: Sequence[Case], model_type: str, fields: Mapping[str, Any], message: str) -> None:
+    """The family's first case is laid out, and refused by name with these fields."""
+    case = next(case for case in cases if case.model_type == model_type)
+    right, wrong = tiny(case), tiny(case, **fields)
+    lay_out(right, shapes_of(right))
+    with pytest.raises(ExportError, match=message) as caught:
+        lay_out(wrong, shapes_of(wrong))
+    assert "to='hf'" in caught.value.hint
