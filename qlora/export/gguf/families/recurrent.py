@@ -1,10 +1,10 @@
 """Blocks that carry a state from token to token: Mamba 2 (Granite 4, Falcon-H1), gated delta nets (Qwen 3.5), short
 convolutions (LFM2), most of them between layers of attention.
 
-What llama.cpp's graphs want of the weights, and do not say when it is missing: A itself where transformers stores log(-A);
-kernels of convolutions as matrices (channels, taps); A and D as columns; Falcon-H1's multipliers in the weights that they
-multiply; and the value heads of Qwen 3.5 laid out so that those of one key head are not neighbours (its operations repeat
-keys as 0 1 2 0 1 2, transformers as 0 0 1 1 2 2).
+What llama.cpp's graphs want of the weights, and do not say when it is missing: A itself where transformers stores
+log(-A); kernels of convolutions as matrices (channels, taps); A and D as columns; Falcon-H1's multipliers in the
+weights that they multiply; and the value heads of Qwen 3.5 laid out so that those of one key head are not neighbours (its
+operations repeat keys as 0 1 2 0 1 2, transformers as 0 0 1 1 2 2).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora.export.gguf import rope
-from qlora.export.gguf.family import INTERLEAVE, NOTHING, PLUS_ONE, Change, Changes, Facts, Family, Place, no_check
+from qlora.export.gguf.family import INTERLEAVE, NOTHING, PLUS_ONE, Change, Changes, Facts, Family, Place
 from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
 
 
@@ -95,12 +95,6 @@ def _mamba_keys(facts: Facts, inner: int) -> list[Key]:
     ]
 
 
-def _check_mamba(facts: Facts, inner: int) -> None:
-    config = facts.config
-    if config.mamba_n_heads * config.mamba_d_head != inner:
-        raise refused(f"{config.mamba_n_heads} heads of {config.mamba_d_head} in a state that is {inner} wide")
-
-
 # --- Granite 4 --------------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +136,7 @@ def _granite_places(parameter: str, facts: Facts) -> Sequence[Place]:
 def _granite_rope(facts: Facts, model: Mapping[str, ReferenceRope]) -> Rope:
     if not _granite_turns(facts):
         return Rope((("rope.scaling.finetuned", False),), {})
-    turned = rope.describe(facts.config, facts.rotated, model, takes_factors=False)
+    turned = rope.describe(facts.config, facts.rotated, model, ())
     return Rope((*turned.keys, ("rope.scaling.finetuned", True)), turned.tensors)
 
 
@@ -170,11 +164,7 @@ def _granite_alone(facts: Facts) -> Family | None:
     """The smallest Granite 4 have attention in all layers, and llama.cpp runs them as it runs Granite 3."""
     if not all(_attends(facts)):
         return None
-    return replace(_GRANITE_4, arch=gguf.MODEL_ARCH.GRANITE, keys=_granite_alone_keys, check=no_check)
-
-
-def _check_granite(facts: Facts) -> None:
-    _check_mamba(facts, _granite_inner(facts))
+    return replace(_GRANITE_4, arch=gguf.MODEL_ARCH.GRANITE, keys=_granite_alone_keys)
 
 
 # --- Falcon-H1 --------------------------------------------------------------------------------------------------------
@@ -191,7 +181,8 @@ def _falcon_parts(facts: Facts) -> Tensor:
     state = config.mamba_n_groups * config.mamba_d_state
     sizes = torch.tensor((inner, inner, state, state, config.mamba_n_heads))
     factors = torch.tensor(config.ssm_multipliers, dtype=torch.float32) * config.ssm_in_multiplier
-    return factors.repeat_interleave(sizes)
+    each: Tensor = factors.repeat_interleave(sizes)
+    return each
 
 
 def _falcon_changes(facts: Facts) -> Changes:
@@ -223,7 +214,6 @@ def _falcon_keys(facts: Facts) -> Sequence[Key]:
 
 def _check_falcon(facts: Facts) -> None:
     config = facts.config
-    _check_mamba(facts, _falcon_inner(facts))
     if config.mamba_rms_norm and config.mamba_norm_before_gate:
         raise refused("mamba_norm_before_gate = True of falcon_h1 (its graph gates, then norms)")
     if facts.tied and config.embedding_multiplier != config.lm_head_multiplier:
@@ -347,7 +337,6 @@ _GRANITE_4 = Family(
     rope=_granite_rope,
     instead=_granite_alone,
     keys=_granite_keys,
-    check=_check_granite,
     reads=_MAMBA_READS
     | {"shared_intermediate_size", "position_embedding_type", "attention_multiplier", "embedding_multiplier"}
     | {"residual_multiplier", "logits_scaling", "mamba_chunk_size"}
