@@ -3,8 +3,8 @@ convolutions (LFM2), most of them between layers of attention.
 
 What llama.cpp's graphs want of the weights, and do not say when it is missing: A itself where transformers stores
 log(-A); kernels of convolutions as matrices (channels, taps); A and D as columns; Falcon-H1's multipliers in the
-weights that they multiply; and the value heads of Qwen 3.5 laid out so that those of one key head are not neighbours (its
-operations repeat keys as 0 1 2 0 1 2, transformers as 0 0 1 1 2 2).
+weights that they multiply; and the value heads of Qwen 3.5 laid out so that those of one key head are not neighbours
+(its operations repeat keys as 0 1 2 0 1 2, transformers as 0 0 1 1 2 2).
 """
 
 from __future__ import annotations
