@@ -60,9 +60,21 @@ LINES = {
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
     "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
     "export.gguf": [
-        *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
+        *(
+            "probes",
+            "pretokenizer",
+            "spm",
+            "special",
+            "rope",
+            "metadata",
+            "vocab",
+            "family",
+            "families",
+            "architectures",
+        ),
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
+    "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "memory": [
         "allocator",
         "trace",

@@ -158,6 +158,8 @@ def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None
     files = of_export(source.base.path, source.adapter.folder)
     tokens = Tokens(files, template, options.tokenizer_pre)
     plan = gguf_plan.plan(source.base, shapes, tokens, quants, options.imatrix, source.meta_model)
+    if any(artifact.quant is None for artifact in ggufs):
+        lora.check_layout(source.adapter, plan.layout)
     for notice in plan.notices:
         job.sink.emit(Notice("gguf", notice))
     return plan
@@ -209,12 +211,12 @@ def _write_ggufs(job: _Job) -> None:
     if matrix is not None:
         identity["imatrix"] = matrix.sha256()
     staged = job.open(artifacts, identity, sum(file.nbytes(layout) for file in files))
-    tools = Tools(plan.library, {} if matrix is None else matrix.renamed(layout.names).importance())
+    tools = Tools(plan.library, {} if matrix is None else matrix.renamed(layout.inputs).importance())
     write.write(layout, merge.tensors(), files, staged, tools, job.sink)
     for artifact in artifacts:
         job.tensors[artifact.key] = len(layout.tensors)
         if matrix is not None:
-            importance.write(matrix, job.folder(artifact) / IMATRIX_FILE, layout.names, job.source.datasets)
+            importance.write(matrix, job.folder(artifact) / IMATRIX_FILE, layout.inputs, job.source.datasets)
 
 
 def _keys(job: _Job, artifact: Artifact) -> tuple[Entry, ...]:
@@ -235,12 +237,12 @@ def _write_adapter(job: _Job) -> None:
     for artifact in job.named("adapter-"):
         source = job.source
         identity = job.identity(source.merge("nf4", torch.float32))
-        staged = job.open([artifact], identity, lora.planned_bytes(source.adapter))
+        staged = job.open([artifact], identity, lora.planned_bytes(source.adapter, job.planned.layout))
         if staged.start == 0:
             about = About.of(source.base, source.name, source.datasets)
             lora.write(source.adapter, job.planned.layout, about, staged, (artifact.key, job.file_name(artifact)))
             staged.checkpoint(1)
-        job.tensors[artifact.key] = 2 * len(source.adapter.lora)
+        job.tensors[artifact.key] = 2 * sum(t.parameter in source.adapter.lora for t in job.planned.layout.tensors)
 
 
 # --- verifying -------------------------------------------------------------------------------------------------------
