@@ -73,7 +73,7 @@ LINES = {
         ),
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
-    "export.gguf.families": ["llama_like", "windowed", "layer_norm"],
+    "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "memory": [
         "allocator",
         "trace",

@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.export.gguf.families.cases import EXACT, SEEN, VOCAB, Case, show
 from tests.export.gguf.families.dense_cases import CASES as DENSE
+from tests.export.gguf.families.gemma_cases import CASES as GEMMA
+from tests.export.gguf.families.recurrent_cases import CASES as RECURRENT
 
-CASES = (*DENSE,)
+CASES = (*DENSE, *GEMMA, *RECURRENT)
 
 
 def line(case: Case, every_fault: bool) -> tuple[str, bool]:

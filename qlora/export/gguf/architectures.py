@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from qlora.errors import ExportError
 from qlora.export.gguf import rope
 from qlora.export.gguf.families import FAMILIES
-from qlora.export.gguf.family import NOTHING, Change, Facts, Family, GgufTensor, Place, check_config
+from qlora.export.gguf.family import NOTHING, Change, Facts, Family, GgufTensor, Place, check_config, of_all_layers
 from qlora.export.gguf.rope import Key
 
 
@@ -59,9 +59,10 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         raise ExportError(
             f"{config.model_type!r} models cannot be written as GGUF here (these can: {known})", "export with to='hf'"
         )
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head_dim = int(of_all_layers(config, "head_dim") or config.hidden_size // config.num_attention_heads)
     dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor") or 1.0))
     facts = Facts(config, shapes, head_dim, dims, "lm_head.weight" not in shapes)
+    family = family.instead(facts) or family
     _check(family, facts)
     turns = rope.reference_ropes(model)
     rotary = family.rope(facts, turns) if family.rope else rope.describe(config, dims, turns, family.takes_rope_factors)
@@ -72,11 +73,11 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         arch=arch,
         keys=tuple((f"{arch}.{key}", value) for key, value in keys.items() if value is not None),
         tensors=_tensors(facts, family),
-        constants=rotary.tensors,
+        constants={**rotary.tensors, **family.constants(facts)},
         notices=_notices(facts, family, rotary.tensors),
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=facts.value("num_key_value_heads"),
     )
 
 
@@ -89,7 +90,7 @@ def _shape_keys(facts: Facts, family: Family) -> list[Key]:
         ("embedding_length", config.hidden_size),
         ("feed_forward_length", config.intermediate_size),
         ("attention.head_count", config.num_attention_heads),
-        ("attention.head_count_kv", config.num_key_value_heads),
+        ("attention.head_count_kv", facts.value("num_key_value_heads")),
         ("attention.key_length", facts.head_dim),
         ("attention.value_length", facts.head_dim),
         (epsilon_key, float(getattr(config, epsilon))),
@@ -151,7 +152,7 @@ def _check(family: Family, facts: Facts) -> None:
     """Raises ExportError for settings that the architecture's graph in llama.cpp ignores."""
     config = facts.config
     activation = facts.value("hidden_activation") or facts.value("hidden_act")
-    if activation != family.activation:
+    if activation not in (None, family.activation):  # None: its class has no other
         raise rope.refused(f"the activation {activation!r} in {config.model_type} (it computes {family.activation})")
     if family.head == "tied" and not facts.tied:
         raise rope.refused(f"a {config.model_type} model whose head is not its embedding")

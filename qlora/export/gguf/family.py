@@ -14,7 +14,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import gguf
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
@@ -121,6 +123,11 @@ class GgufTensor:
         return self.change.inverse(rows, self.unit)
 
 
+def of_all_layers(config: Any, key: str) -> Any:
+    """A value of a configuration; where layers have one each (Gemma 4's heads) what it says for all others."""
+    return vars(config)[key] if key in vars(config) else getattr(config, key, None)
+
+
 @dataclass(frozen=True)
 class Facts:
     """A causal model that is to become a file: its text configuration, what it stores, and a head's dims."""
@@ -133,7 +140,7 @@ class Facts:
 
     def value(self, key: str) -> Any:
         """A value of the configuration, None where it has none."""
-        return getattr(self.config, key, None)
+        return of_all_layers(self.config, key)
 
     @property
     def layers(self) -> int:
@@ -168,8 +175,16 @@ def no_places(parameter: str, facts: Facts) -> Sequence[Place]:
     return ()
 
 
+def no_constants(facts: Facts) -> Mapping[str, NDArray[np.float32]]:
+    return {}
+
+
 def no_keys(facts: Facts) -> Sequence[Key]:
     return ()
+
+
+def no_other(facts: Facts) -> Family | None:
+    return None
 
 
 def no_check(facts: Facts) -> None:
@@ -217,6 +232,8 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)  # parts of parameters' names that gguf's table calls so
     places: Places = no_places  # of parameters that are no tensor of their own in the file
     rope: Callable[[Facts, Mapping[str, ReferenceRope]], Rope] | None = None  # None: `rope.describe` says it
+    instead: Callable[[Facts], Family | None] = no_other  # another declaration for some configurations of the type
+    constants: Callable[[Facts], Mapping[str, NDArray[np.float32]]] = no_constants  # tensors beside the model's
     keys: Callable[[Facts], Sequence[Key]] = no_keys  # beside the usual ones; wins over them, None takes one out
     check: Callable[[Facts], None] = no_check  # raises `refused` for what its graph computes otherwise
     reads: frozenset[str] = frozenset()  # keys of the configuration that `keys` and `check` take, beside USUAL

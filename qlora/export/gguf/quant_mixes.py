@@ -38,6 +38,11 @@ Q4_0, IQ4_XS, IQ4_NL = GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_XS, G
 # (Falcon, mixtures of experts) have exceptions of their own.
 ARCHITECTURES = tuple(sorted({MODEL_ARCH_NAMES[family.arch] for family in FAMILIES.values()}))
 
+# Small matrices that llama.cpp's kernels read as F32: kernels of convolutions, coefficients of a handful of streams.
+SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "altup_correct_coef.weight", "altup_predict_coef.weight")
+# Not so small ones that its quantizer leaves in 16 bit (llama-quant.cpp, tensor_allows_quantization).
+KEPT = re.compile(r"altup|laurel|per_layer_model_proj")
+
 # What takes the place of a type whose blocks do not fit a row (llama-quant.cpp, tensor_type_fallback).
 FALLBACKS = {Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0, IQ4_XS: IQ4_NL}
 
@@ -202,6 +207,8 @@ def choose_types(
         wanted = chosen.head if name == head else _by_rules(name, chosen, place)
         if stays_f32(name, shape):
             wanted = F32
+        elif KEPT.search(name) and chosen.needs_library:
+            wanted = BF16
         types[name] = fit(wanted, shape[-1])
         if types[name] != wanted:
             fallbacks.append(Fallback(name, wanted, types[name]))
@@ -211,7 +218,7 @@ def choose_types(
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
     """Rule 1. A single row counts as one-dimensional: ggml drops leading dimensions of 1."""
     one_dimensional = len(shape) < 2 or shape[0] == 1
-    return one_dimensional or not name.endswith(".weight") or name.endswith("_norm.weight")
+    return one_dimensional or not name.endswith(".weight") or name.endswith(("_norm.weight", *SMALL))
 
 
 def fit(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:

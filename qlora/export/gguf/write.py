@@ -79,7 +79,7 @@ def write(
         if number > staged.start:
             _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools)
             if number == len(layout.tensors) or layout.tensors[number].name != tensor.name:
-                _pad(tensor, files, staged)
+                _end(tensor, files, staged, tools)
             staged.checkpoint(number)
         done += math.prod(tensor.shape)
         sink.emit(Progress("gguf", done, total, "weights"))
@@ -112,9 +112,14 @@ def _taken(tensor: GgufTensor, merged: MergedTensor) -> Iterator[Tensor]:
             yield part
 
 
-def _pad(tensor: GgufTensor, files: Sequence[GgufFile], staged: StagedExport) -> None:
-    """Bytes up to where the next tensor may begin."""
+def _end(tensor: GgufTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools) -> None:
+    """Rows of zeros that no parameter fills, and bytes up to where the next tensor may begin."""
+    rows = (
+        math.prod(tensor.stored[:-1]) - tensor.at - (tensor.shape[0] if tensor.place else math.prod(tensor.shape[:-1]))
+    )
     for file in files:
-        nbytes = math.prod(gguf.quant_shape_to_byte_shape(tensor.stored, file.types[tensor.name]))
-        if missing := -nbytes % ALIGNMENT:
+        kind = file.types[tensor.name]
+        if tensor.place and rows:
+            staged.append(file.product, file.name, encode(torch.zeros(rows, tensor.stored[-1]), kind, tools.library))
+        if missing := -math.prod(gguf.quant_shape_to_byte_shape(tensor.stored, kind)) % ALIGNMENT:
             staged.append(file.product, file.name, bytes(missing))

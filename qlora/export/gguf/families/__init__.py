@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qlora.export.gguf.families import layer_norm, llama_like, windowed
+from qlora.export.gguf.families import gemma, layer_norm, llama_like, recurrent, windowed
 from qlora.export.gguf.family import Family
 
 # By transformers' model type.
-FAMILIES: Mapping[str, Family] = {**llama_like.FAMILIES, **windowed.FAMILIES, **layer_norm.FAMILIES}
+FAMILIES: Mapping[str, Family] = {
+    **llama_like.FAMILIES,
+    **windowed.FAMILIES,
+    **layer_norm.FAMILIES,
+    **gemma.FAMILIES,
+    **recurrent.FAMILIES,
+}
