@@ -78,9 +78,11 @@ def train(
 
 def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
-    from qlora.model import tokenizer_files
+    from qlora.model import row_packing, tokenizer_files
     from qlora.training import checkpoint, loop
 
+    if mode != "resume":  # which goes on as its run recorded
+        recipe = row_packing.settled(recipe, base.config, sink)
     disk.sweep_leftovers(run_dir)
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
@@ -115,11 +117,13 @@ class Checked:
 
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
+    from qlora.model import row_packing
     from qlora.model.tokenizer_files import read_files
 
     loaded, _ = _named(recipe, "check")
     shared = _gate(sink)
     base, _ = setup.preflight(loaded, shared)
+    loaded = row_packing.settled(loaded, base.config, shared)
     _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
@@ -176,7 +180,7 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     from qlora.export import base_check
     from qlora.export.artifacts import RunRows, Source
     from qlora.export.targets import keep_apart
-    from qlora.model import delivered_loss, tokenizer_files
+    from qlora.model import delivered_loss, row_packing, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.adapter_seal import seal
     from qlora.model.resolve import resolve
@@ -199,15 +203,15 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
         try:
             tokenizer = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
             chat, data = setup.prepare_rows(recipe, tokenizer, Sinks())
-            rows = RunRows(data, recipe.data, chat)
+            rows = RunRows(data, row_packing.as_measured(recipe.data, base.config, base.name), chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
     if rows is not None and is_older:
-        delivered = _older_loss(adapter_dir, rows, sink)
+        delivered = _older_loss(adapter_dir, rows, recipe.data.packing, sink)
     return replace(source, datasets=datasets, rows=rows, delivered=delivered)
 
 
-def _older_loss(adapter_dir: Path, rows: RunRows, sink: Sink) -> DeliveredLoss | None:
+def _older_loss(adapter_dir: Path, rows: RunRows, packing: bool, sink: Sink) -> DeliveredLoss | None:
     """The loss of an adapter that an older version delivered: its events may say it."""
     from qlora.model import delivered_loss
     from qlora.model.adapter_folder import delivered_step
@@ -218,7 +222,7 @@ def _older_loss(adapter_dir: Path, rows: RunRows, sink: Sink) -> DeliveredLoss |
     found = None
     with suppress(OSError, files.UnsafePathError):  # it is gone, or was never a run's
         known = read_events(events) if step is not None else []
-        found = delivered_loss.of_older_run(known, step or 0, rows.data.eval.trained, rows.section.packing)
+        found = delivered_loss.of_older_run(known, step or 0, rows.data.eval.trained, packing)
     if found is None:
         message = "an older version delivered the adapter, and recorded no loss that could be compared"
         sink.emit(Notice("verify", message))
@@ -259,6 +263,7 @@ def question(
     from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
     from qlora.memory.plan import Question
+    from qlora.model import row_packing
     from qlora.model.meta_model import text_config
     from qlora.model.resolve import resolve_config
 
@@ -269,6 +274,7 @@ def question(
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
+    recipe = row_packing.settled(recipe, config, _gate(sink))
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
 

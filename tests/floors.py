@@ -58,7 +58,16 @@ LINES = {
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
+    "export.verify": [
+        "foresight",
+        "candidates",
+        "fidelity",
+        "evaluation",
+        "weights_child",
+        "weights",
+        "reference",
+        "checks",
+    ],
     "export.gguf": [
         *(
             "probes",
@@ -98,18 +107,8 @@ LINES = {
             "identity",
         ),
         *("base_folder", "tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal", "delivered_loss"),
-        *(
-            "base_watch",
-            "resolve",
-            "nf4",
-            "cpu_matmul",
-            "attention",
-            "linear_use",
-            "meta_model",
-            "load",
-            "adapters",
-            "generate",
-        ),
+        *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling"),
+        *("packing_table", "tracing", "family_facts", "row_packing", "load", "adapters", "generate"),
     ],
     "data": [
         *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
