@@ -79,10 +79,12 @@ LINES = {
         *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
-        *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
+        *("source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls", "parts", "turns"),
+        *("formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
         *(
             "readers",
             "sources",
+            "conversations",
             "hub_rows",
             "template",
             "offsets",

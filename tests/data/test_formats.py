@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora.data.formats import FORMAT_COLUMNS, Conversation, detect_format, to_conversation
+from qlora.data.formats import Conversation, to_conversation
 from qlora.data.row_json import RowError
 
 CALL = {"type": "function", "id": "call00000", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -16,34 +16,6 @@ ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "o
 
 def roles(conversation: Conversation) -> list[str]:
     return [message["role"] for message in conversation.messages]
-
-
-@pytest.mark.parametrize(
-    ("columns", "format"),
-    [
-        ({"messages"}, "messages"),
-        ({"messages", "tools", "id"}, "messages"),
-        ({"conversations", "system", "tools"}, "sharegpt"),
-        ({"prompt", "completion"}, "prompt-completion"),
-        ({"instruction", "input", "output"}, "alpaca"),
-        ({"instruction", "output", "text"}, "alpaca"),
-        ({"text", "source"}, "text"),
-    ],
-)
-def test_a_format_is_told_by_its_columns(columns: set[str], format: str) -> None:
-    assert detect_format(columns) == format
-
-
-def test_unknown_columns_are_listed_beside_the_known_ones() -> None:
-    with pytest.raises(RowError) as caught:
-        detect_format({"question", "reply"})
-    assert "question, reply" in caught.value.reason
-    assert all(name in caught.value.reason for name in FORMAT_COLUMNS)
-
-
-def test_preference_rows_are_named_as_such() -> None:
-    with pytest.raises(RowError, match="preference"):
-        detect_format({"conversations", "chosen", "rejected"})
 
 
 def test_messages_are_kept_to_the_letter() -> None:
@@ -186,12 +158,10 @@ def test_text_is_trained_whole() -> None:
 @pytest.mark.parametrize(
     ("format", "row", "reason"),
     [
-        ("messages", {"messages": [{"from": "human", "value": "x"}]}, "sharegpt"),
-        ("sharegpt", {"conversations": [{"role": "user", "content": "x"}]}, "messages format"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text"),
         ("messages", {"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "assistant"),
         ("messages", {"messages": [{"role": "assistant", "content": "x", "weight": 2}]}, "weight is 2"),
-        ("messages", {"messages": [{"role": "assistant", "content": "x", "train": "no"}]}, "not true or false"),
+        ("messages", {"messages": [{"role": "assistant", "content": "x", "train": "no"}]}, "known are true and false"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "JSON"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "list"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": ["f"]}]}, "not a tool call"),
