@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from qlora.data.role_words import plain_word, role_of
-from qlora.data.row_json import RowError, is_blank, load_json
+from qlora.data.row_json import RowError, is_blank, kind_of, load_json
 
 # Columns that tell each format, in the order in which they are looked for.
 FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -39,9 +39,13 @@ _ANSWERS = (
 # What a question is asked of: dropped, the question would be another.
 _GIVEN = ("context", "passage", "document", "article", "paragraph")
 # Better guesses than the order of the file, for the line that the user is to write.
-_LIKELY_QUESTIONS = (*_QUESTIONS, *_GIVEN, "title", "source", "en", "sentence", "premise")
+_LIKELY_QUESTIONS = (*_QUESTIONS, *_GIVEN, "title", "en", "sentence", "premise")
 _LIKELY_ANSWERS = (*_ANSWERS, "answers", "summary", "highlights", "chosen", "label", "code", "body", "content", "text")
 _ROLE_KEYS = ("role", "from", "sender", "speaker", "author", "type")
+# Columns that are text and nothing to learn.
+_NO_CONTENT = re.compile(
+    r"(^|_)(id|ids|uuid|uid|url|lang|language|source|dataset|category|type|split|model|date)$|^system"
+)
 _MAX_NAMES = 10
 _MAX_LOOKED_AT = 1_000  # columns: a table may have 10,000
 _HINT_OF_MESSAGES = 'join the turns of each conversation to one row: {"messages": [{"role": …, "content": …}, …]}'
@@ -68,8 +72,8 @@ def detect(row: Mapping[str, Any]) -> Reading:
             return Reading(name)
     if reading := _by_other_names(row):
         return reading
-    what = _piece(row) or f"no known format has these columns: {column_names(there)}"
-    raise RowError(f"{what} (known are {_known()})", file_hint=suggestion(row))
+    what = _piece(row) or f"no known format has these columns: {column_names(there)} (known are {_known()})"
+    raise RowError(what, file_hint=suggestion(row))
 
 
 def _known() -> str:
@@ -108,7 +112,15 @@ def _columns_of(row: Mapping[str, Any], words: Collection[str]) -> list[str]:
 
 
 def _is_said(value: Any) -> bool:
-    return isinstance(value, str) or is_turns(value) or (isinstance(value, Mapping) and is_turns(value.get("messages")))
+    wrapped = value.get("messages") if isinstance(value, Mapping) else None
+    return isinstance(lone_text(value), str) or is_turns(value) or is_turns(wrapped)
+
+
+def lone_text(value: Any) -> Any:
+    """The text of an object that has nothing else (LangSmith's {"input": …}); any other value as it is."""
+    if isinstance(value, Mapping) and len(value) == 1 and isinstance(text := next(iter(value.values())), str):
+        return text
+    return value
 
 
 def is_turns(value: Any) -> bool:
@@ -124,6 +136,10 @@ def is_turns(value: Any) -> bool:
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return False
     return any(role_of(value[0].get(key)) for key in _ROLE_KEYS) or any(map(role_of, value[0]))
+
+
+def _is_objects(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value)
 
 
 def _piece(row: Mapping[str, Any]) -> str:
@@ -174,10 +190,15 @@ def suggestion(row: Mapping[str, Any]) -> str:
     values = [(name, row[name]) for name in list(row)[:_MAX_LOOKED_AT] if not is_blank(row[name])]
     if turns := next((name for name, value in values if is_turns(value)), None):
         return f"name the column of the turns: {_line('messages', messages=turns)}"
-    texts = [name for name, value in values if isinstance(value, str) and value not in ("true", "false")]
+    texts = [name for name, value in values if isinstance(value, str) and not _NO_CONTENT.search(plain_word(name))]
+    lists = [name for name, value in values if isinstance(value, list | tuple | Mapping)]
     question = _likely(texts, _LIKELY_QUESTIONS) or next(iter(texts), None)
     rest = [name for name in texts if name != question]
+    if not _likely(rest, _LIKELY_ANSWERS) and (other := _likely(lists, _LIKELY_ANSWERS)):
+        return f"{other} is {kind_of(row[other])}: write the text of the answer into a column of its own"
     answer = _likely(rest, _LIKELY_ANSWERS) or next(iter(rest), None)
+    if question is None and len(lists) == 1 and _is_objects(row[rows := lists[0]]):
+        return f"if the rows are the objects in {rows}, write that list alone as a .json file"
     if question is None:
         return f"no column of it is a text or a list of turns; {_HINT_OF_MESSAGES}"
     if answer is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora.data.calls import Message, Tools
-from qlora.data.column_words import FORMAT_COLUMNS, check_preference, column_names, is_turns, suggestion
+from qlora.data.column_words import FORMAT_COLUMNS, check_preference, column_names, is_turns, lone_text, suggestion
 from qlora.data.marks import check_media, check_rating, check_row_switches
 from qlora.data.parts import TEXT, parts_of
 from qlora.data.row_json import RowError, is_blank, kind_of, list_of, parsed, text_of
@@ -78,7 +78,7 @@ def _read_sharegpt(row: Fields, turns: Turns) -> tuple[Message, ...]:
 
 
 def _read_prompt_completion(row: Fields, turns: Turns) -> tuple[Message, ...]:
-    prompt, completion = row.take("prompt"), row.take("completion")
+    prompt, completion = lone_text(row.take("prompt")), lone_text(row.take("completion"))
     before: tuple[Message, ...]
     is_text = isinstance(prompt, str) and not is_turns(prompt)
     if is_text:
@@ -134,12 +134,14 @@ def _with_system(row: Fields, turns: Turns, messages: tuple[Message, ...], name:
     """The messages behind the system prompt of a column, where it has a text."""
     value = row.get(*_SYSTEM_COLUMNS)
     if isinstance(value, Mapping):  # Gemini's
-        value = turns.ledger.open(value, "system").take("parts")
+        parts = turns.ledger.open(value, "system")
+        parts.take("role")
+        value = parts.take("parts")
     if isinstance(value, list):
-        parts = list(parts_of(value, "system", turns.ledger))
-        if any(part.kind != TEXT for part in parts):
+        texts = list(parts_of(value, "system", turns.ledger))
+        if any(part.kind != TEXT for part in texts):
             raise RowError("system holds a part that is no text")
-        value = "".join(part.value for part in parts)
+        value = "".join(part.value for part in texts)
     if is_blank(value):
         return messages
     if not isinstance(value, str):

@@ -136,9 +136,9 @@ def check_row_switches(row: Fields) -> None:
         if (value := _truth(row.peek(key))) is None:
             continue
         if value != ours:
-            raise RowError(
-                f"{key} is {row.peek(key)!r}: all answers of a row are trained, and they alone", _row_hint(key)
-            )
+            way = "write train = false on earlier answers" if "history" in key else 'set data.loss_on = "all"'
+            what = f"{key} is {row.peek(key)!r}: all answers of a row are trained, and they alone"
+            raise RowError(what, f"{way}; to pass over the column: {ignoring(key)}")
         row.take(key)
     for key in (*_TRAINED_IF_TRUE, *_TRAINED_IF_FALSE, *_UNCLEAR):
         value = row.peek(key)

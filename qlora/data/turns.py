@@ -146,10 +146,10 @@ class Turns:
                 key = "content" if kind == TEXT else "reasoning_content"
                 open_message[key] = open_message.get(key, "") + value
         if not found:
-            found.append({"role": role, "content": ""})
+            found.append(open_message := {"role": role, "content": ""})
         if (calls := self._calls(fields, role)) and open_message is not None:
             open_message.setdefault("tool_calls", calls)
-        return [message for one in found for message in (self._kept(one, fields) if one is open_message else [one])]
+        return [message for one in found for message in ([one] if one["role"] == "tool" else self._kept(one, fields))]
 
     def _kept(self, message: Message, fields: Fields) -> list[Message]:
         """The message with its name, id and reasoning, and what its switches say; refused where it is none."""
