@@ -111,10 +111,12 @@ LINES = {
         *("packing_table", "tracing", "family_facts", "row_packing", "load", "adapters", "generate"),
     ],
     "data": [
-        *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
+        *("source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls", "parts", "turns"),
+        *("formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
         *(
             "readers",
             "sources",
+            "conversations",
             "hub_rows",
             "template",
             "offsets",
