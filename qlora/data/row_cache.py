@@ -39,7 +39,7 @@ class RowReport:
     tokens: int = 0
     trained: int = 0
     cut: int = 0
-    lost_reasoning: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by the template, out of trained answers (dropped.py)
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length; not stored
@@ -84,7 +84,7 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    lost_reasoning: int
+    dropped: dict[str, int]
     formats: dict[str, str]
     rejected: list[_StoredRejected]
 
