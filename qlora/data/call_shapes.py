@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -94,12 +94,22 @@ def _score(text: str, kind: Kind) -> int:
     return 1 + (kind[0] and _WORDS in text) + (kind[1] and _THOUGHTS in text)
 
 
-def as_templates_read_it(messages: Sequence[Message], shapes: Shapes, inline_thoughts: bool | None) -> list[Message]:
-    """Messages without our own key, calls in their shapes, and reasoning under the names that templates read.
+@dataclass(frozen=True)
+class Reading:
+    """How a template takes messages. `shapes` of calls; `parts`: content as a list of parts (vision models' templates).
 
     `inline_thoughts`: True puts reasoning into the answer's text (a template that writes it only there), False takes it
     out of it (one that reads it only under its own key), None leaves it where it is.
     """
+
+    shapes: Shapes = field(default_factory=lambda: DEFAULT_SHAPES)
+    inline_thoughts: bool | None = None
+    parts: bool = False
+
+
+def as_templates_read_it(messages: Sequence[Message], reading: Reading) -> list[Message]:
+    """Messages without our own key, calls in their shapes, and reasoning under the names that templates read."""
+    shapes, inline_thoughts = reading.shapes, reading.inline_thoughts
     new_ids: dict[str, str] = {}
     nine = any(shape.ids == "nine" for shape in shapes.values())
     read = []
@@ -115,6 +125,8 @@ def as_templates_read_it(messages: Sequence[Message], shapes: Shapes, inline_tho
             plain = _shaped(plain, shapes.get(kind, CallShape()), new_ids)
         elif nine and "tool_call_id" in plain:
             plain["tool_call_id"] = _nine(plain["tool_call_id"], new_ids)
+        if reading.parts and plain.get("content") is not None:
+            plain["content"] = [{"type": "text", "text": plain["content"]}]
         read.append(plain)
     return read
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from qlora.data.call_shapes import PLACEHOLDERS, THINK, thoughts_of, without_thoughts, words_of
 from qlora.data.formats import Conversation, Message
@@ -101,13 +102,16 @@ class _Locator:
                 continue
             start, limit = starts[at], limits[at]
             end, closed = self._end(text, number, (start, limit), mark_ends[at])
-            first = text[start : start + 1]
-            own_space = self.messages[number]["content"][:1].isspace()
-            turns.append(Turn(start, end, closed, first.isspace() and not own_space))
+            turns.append(Turn(start, end, closed, self._begins_with_template_space(number, text[start:end])))
             open_end = None if closed else end
             self._count(number, text[start:end], text[start:limit], closed or not text[end:].strip())
         self._count_systems(text)
         return Located(text, tuple(turns), self._end_token(), open_end)
+
+    def _begins_with_template_space(self, number: int, written: str) -> bool:
+        content = self.messages[number]["content"]
+        own = content[:1].isspace() and written.lstrip().startswith(content.split(None, 1)[0] if content.split() else "")
+        return written[:1].isspace() and not own
 
     def _end_token(self) -> str:
         calls = bool(self.answers) and "tool_calls" in self.messages[self.answers[-1]]
@@ -151,12 +155,14 @@ class _Locator:
 
     def _start(self, text: str, number: int, previous_start: int) -> int:
         """Where answer `number` begins: after the prompt that a server would send for it."""
-        prompt, lead = self._prompt(number), self.facts.lead
+        prompt, lead, header = self._prompt(number), self.facts.lead, self.facts.header
         if prompt:
             if text.startswith(prompt):
-                return len(prompt)
+                # After a tool's result some prompts (Gemma 4's) leave out the header that the text has.
+                again = header.strip() and text.startswith(header, len(prompt))
+                return len(prompt) + (len(header) if again else 0)
             if lead and prompt.endswith(lead) and text.startswith(prompt[: -len(lead)]):
-                return len(prompt) - len(lead)
+                return self._after_lead(text, len(prompt) - len(lead))
         place = self._start_by_replacing(text, number)
         if place is None and prompt:
             place = self._start_by_searching(text, number, prompt, previous_start)
@@ -175,13 +181,24 @@ class _Locator:
         other = self._with_placeholder(number)
         if other is None:
             return None
-        before = other[0]
-        for prelude in self.facts.preludes:
+        before, message = other[0], self.messages[number]
+        called = "tool_calls" in message and not message["content"].strip()
+        for prelude in self.facts.call_preludes if called else self.facts.preludes:
             if before.endswith(prelude) and text.startswith(before[: len(before) - len(prelude)]):
-                start = len(before) - len(prelude)
-                lead = self.facts.lead
-                return start + len(lead) if lead and text.startswith(lead, start) else start
+                return self._after_lead(text, len(before) - len(prelude))
         return None
+
+    def _after_lead(self, text: str, start: int) -> int:
+        """Where the model's own text begins after `start`, where the prompt has a lead: behind what both have of it, or
+        behind a whole block of thoughts which the prompt shuts."""
+        lead, block = self.facts.lead, self.facts.block()
+        if block is None or not text.startswith(block[0], start):
+            return start + (len(lead) if text.startswith(lead, start) else 0)
+        if not self.facts.shuts_block():
+            return start + len(commonprefix([lead, text[start : start + len(lead)]]))
+        shut = text.find(block[1], start) + len(block[1])
+        space = lead.rpartition(block[1])[2]
+        return shut + len(commonprefix([space, text[shut : shut + len(space)]]))
 
     def _with_placeholder(self, number: int) -> tuple[str, str] | None:
         """The text before and after a placeholder that stands for an answer, or for the name of its first call."""

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qlora.data.call_shapes import (
-    DEFAULT_SHAPES,
     KINDS,
     PLACEHOLDERS,
     SHAPES,
+    Reading,
     Shapes,
     as_templates_read_it,
     best_shape,
@@ -92,13 +92,13 @@ class ChatTemplate:
         self._numbers = {tools: distinct.index(text) for tools, text in self.texts.items()}
         self._renderer = Renderer(distinct, {"date_string": DATE_STRING, **tokenizer.special_tokens_map})
         self._marked = {tools: bool(_GENERATION_MARK.search(text)) for tools, text in self.texts.items()}
-        text, marks = self._render_one_answer()
-        self._shapes: Shapes = DEFAULT_SHAPES
-        self._inline_thoughts: bool | None = None
+        self._reading = Reading()
         self._probe_tools: Tools | None = None
+        text, marks = self._render_one_answer()
         self.writes_calls = self._find_shapes()
         knows_think = any("<think>" in text for text in (*self.texts.values(), *tokenizer.get_added_vocab()))
-        self._inline_thoughts = find_inline_thoughts(self._try, knows_think)
+        inline_thoughts = find_inline_thoughts(self._try, knows_think)
+        self._reading = replace(self._reading, inline_thoughts=inline_thoughts)
         self.ends = find_ends(self._try, self._special_tokens, eos[0] if eos else None, text)
         self.writes_end = bool(self.ends.answer)
         self.end_tokens = list(dict.fromkeys(self.ends.all + eos))
@@ -136,7 +136,7 @@ class ChatTemplate:
 
     def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """What the rendering process is asked: all that the text depends on."""
-        read = as_templates_read_it(messages, self._shapes, self._inline_thoughts)
+        read = as_templates_read_it(messages, self._reading)
         values = {
             "messages": read,
             "tools": list(tools) if tools else None,
@@ -146,11 +146,18 @@ class ChatTemplate:
         return request_text(self._numbers[bool(tools)], values)
 
     def _render_one_answer(self) -> Rendered:
-        self._shapes, self._inline_thoughts = DEFAULT_SHAPES, None
-        try:
-            return self.render_marked([QUESTION, answer()], None)
-        except RowError as error:
-            raise TokenizerError(f"the base's chat template fails: {error.reason}", "use another base") from None
+        """A question and an answer; with content as parts where a template for images takes it no other way."""
+        errors = []
+        for parts in (False, True):
+            self._reading = Reading(parts=parts)
+            try:
+                rendered = self.render_marked([QUESTION, answer()], None)
+            except RowError as error:
+                errors.append(error.reason)
+                continue
+            if not errors or PLACEHOLDERS[0] in rendered.text:
+                return rendered
+        raise TokenizerError(f"the base's chat template fails: {errors[0]}", "use another base")
 
     def _find_shapes(self) -> bool:
         """Find the shape in which calls are written, and whether they are in any; a refusal of all counts as yes.
@@ -164,16 +171,17 @@ class ChatTemplate:
             if written:
                 alike = [replace(shape, content=content) for content in dict.fromkeys(s.content for s in SHAPES)]
                 found = {kind: best_shape(kind, QUESTION, self._try_shapes, alike)[0] for kind in others}
-                self._shapes = {plain: shape, **found}
+                self._reading = replace(self._reading, shapes={plain: shape, **found})
                 return True
             refused = refused and written is None
         self._probe_tools = None
         return refused
 
     def _try_shapes(self, messages: Sequence[Message], shapes: Shapes) -> str | None:
-        self._shapes = shapes
+        before = self._reading
+        self._reading = replace(before, shapes=shapes)
         text = self._try(messages)
-        self._shapes = DEFAULT_SHAPES
+        self._reading = before
         return text
 
     def _find_tool_support(self) -> tuple[bool, bool]:

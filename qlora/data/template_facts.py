@@ -48,15 +48,19 @@ class Ends:
 
 @dataclass(frozen=True)
 class Facts:
-    """`lead`: the end of the serving prompt that an answer in the history does not have before it (`<think>\\n`).
-    `preludes`: what the template itself may write between the rest of that prompt and an answer, longest first.
+    """`lead`: the end of the serving prompt that an answer in the history may not have before it: a block of thoughts
+    that is opened (`<think>\\n`) or shut for the model.
+    `header`: what the prompt adds to a question. `preludes`, `call_preludes`: what the template itself may write between
+    the prompt, less the lead, and an answer's words or a call's name, longest first.
     `first_end_is_the_end`: the first end token after an answer's beginning is its own, in every kind of turn.
     `writes_thoughts`: of the last answer. `changes_later`: an answer is written otherwise once another turn follows.
     `marks_begin_answers`: generation marks begin where the serving prompt ends, not before.
     """
 
     lead: str
+    header: str
     preludes: tuple[str, ...]
+    call_preludes: tuple[str, ...]
     first_end_is_the_end: bool
     writes_thoughts: bool
     changes_later: bool
@@ -82,6 +86,14 @@ def call(*names: str) -> Message:
 
 def result(text: str = "Result.", name: str = _HERE) -> Message:
     return {"role": "tool", "content": text, "name": name, "tool_call_id": CALL_ID}
+
+
+_LATER = (_NEXT, answer(_THERE))
+_CALL_TALKS = (
+    [QUESTION, call(_HERE)],
+    [QUESTION, call(_HERE), result()],
+    [QUESTION, call(_HERE), result(), answer(_THERE), *_LATER],
+)
 
 
 def find_ends(render: Render, specials: Sequence[str], eos: str | None, text: str) -> Ends:
@@ -124,16 +136,23 @@ def find_facts(render: Render, ends: Sequence[str], marks: Sequence[tuple[int, i
     text = render([QUESTION, answer()], False) or ""
     history = render([QUESTION, answer(), _NEXT, answer(_THERE)], False) or text
     before = history.partition(_HERE)[0]
-    lead = prompt[len(before) :] if before and prompt.startswith(before) else ""
+    alone = render([QUESTION], False) or ""
+    header = prompt[len(alone) :] if prompt.startswith(alone) else ""
+    opened = max(header.rfind(opening) for opening, _ in BLOCKS)
+    if opened >= 0:
+        lead = header[opened:]
+    else:
+        lead = prompt[len(before) :] if before and prompt.startswith(before) else ""
     base = prompt[: len(prompt) - len(lead)]
     thoughtful = answer("Words.", reasoning_content=_HERE)
     written = render([QUESTION, thoughtful], False)
     kept = render([QUESTION, thoughtful, _NEXT, answer(_THERE)], False)
     writes_thoughts = written is not None and _HERE in written
-    preludes = _preludes(render, base)
     return Facts(
         lead,
-        preludes,
+        header,
+        _preludes(render, base, ([QUESTION, answer()], [QUESTION, answer(), *_LATER])),
+        _preludes(render, base, _CALL_TALKS),
         _first_end_is_the_end(render, ends),
         writes_thoughts or _inline_written(render),
         (writes_thoughts and kept is not None and _HERE not in kept) or text.partition(_HERE)[0] != before,
@@ -154,17 +173,9 @@ def _inline_written(render: Render) -> bool:
     return _HERE in (render([QUESTION, answer(f"<think>\n{_HERE}\n</think>\n\n{_THERE}")], False) or "")
 
 
-def _preludes(render: Render, base: str) -> tuple[str, ...]:
-    """What stands between the serving prompt, without its lead, and an answer or a call, wherever one may stand."""
-    others = [_NEXT, answer(_THERE)]
-    talks = (
-        [QUESTION, answer()],
-        [QUESTION, answer(), *others],
-        [QUESTION, call(_HERE)],
-        [QUESTION, call(_HERE), result()],
-        [QUESTION, call(_HERE), result(), answer(_THERE), *others],
-    )
-    found = {""}
+def _preludes(render: Render, base: str, talks: Sequence[Sequence[Message]]) -> tuple[str, ...]:
+    """What stands between the serving prompt, without its lead, and the placeholder of each conversation."""
+    found = set()
     for messages in talks:
         text = render(messages, False)
         if text and text.startswith(base) and _HERE in text:
