@@ -147,7 +147,7 @@ def compared(template: str) -> Iterator[tuple[str, Outcome]]:
     family = replace(CHATML, special=special, eos=eos, bos="<s>", plain=THINK)
     ours = ChatTokenizer(toy_tokenizer(family, plain), "assistant", Recorder())
     theirs = ChatTemplate(toy_tokenizer(family, template), Recorder())
-    theirs._reading = ours._chat_template._reading
+    theirs.reading = ours._chat_template.reading
     for name, conversation in CONVERSATIONS.items():
         yield name, _outcome(ours, theirs, conversation)
 

@@ -25,6 +25,14 @@ _SAID = {
         "reasoning",
         "answers have no reasoning: trained with an empty block of thoughts, since the prompt that is served opens one",
     ),
+    "no block": (
+        "reasoning",
+        "answers are trained without the block of thoughts that the served prompt opens: the template writes history so",
+    ),
+    "inlined": (
+        "reasoning",
+        "answers have their reasoning put before them between <think> and </think>: the chat template reads no other",
+    ),
     "words": (
         "template",
         "answers are trained without the words beside their tool call, which the chat template does not write",

@@ -51,7 +51,7 @@ def locate(template: ChatTemplate, conversation: Conversation, dropped: Counter[
 
 def requests(template: ChatTemplate, conversation: Conversation) -> list[str]:
     """The renderings that `locate` will want, as far as they are known beforehand."""
-    messages, tools = _without_tail(template, conversation.messages), conversation.tools
+    messages, tools = _as_trained(template, conversation.messages), conversation.tools
     wanted = [template.request(messages, tools)]
     if template.has_marks(tools):
         return wanted
@@ -63,12 +63,18 @@ def requests(template: ChatTemplate, conversation: Conversation) -> list[str]:
     return wanted
 
 
-def _without_tail(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages up to the last answer, where the template would write that otherwise for what follows it."""
-    if not template.facts.changes_later:
-        return messages
-    last = max((number for number, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-    return messages[: last + 1]
+def _as_trained(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages without what could not be trained as it is served.
+
+    What follows the last answer is left out where the template would write that answer otherwise for it; reasoning,
+    where the prompt shuts the block of thoughts.
+    """
+    if template.facts.changes_later:
+        last = max((number for number, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        messages = messages[: last + 1]
+    if template.facts.shuts_block():
+        messages = [without_thoughts(message) if message["role"] == "assistant" else message for message in messages]
+    return messages
 
 
 class _Locator:
@@ -76,7 +82,9 @@ class _Locator:
 
     def __init__(self, template: ChatTemplate, conversation: Conversation, dropped: Counter[str]) -> None:
         self.template, self.facts, self.dropped = template, template.facts, dropped
-        self.messages, self.tools = _without_tail(template, conversation.messages), conversation.tools
+        self.messages, self.tools = _as_trained(template, conversation.messages), conversation.tools
+        self.given = conversation.messages
+        self.without_lead: set[int] = set()  # answers that have not before them what the served prompt ends with
         self.ends = template.end_tokens
         self.answers = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
         self.trained = [bool(self.messages[number].get("train", True)) for number in self.answers]
@@ -162,6 +170,7 @@ class _Locator:
                 again = header.strip() and text.startswith(header, len(prompt))
                 return len(prompt) + (len(header) if again else 0)
             if lead and prompt.endswith(lead) and text.startswith(prompt[: -len(lead)]):
+                self.without_lead.add(number)
                 return self._after_lead(text, len(prompt) - len(lead))
         place = self._start_by_replacing(text, number)
         if place is None and prompt:
@@ -287,16 +296,20 @@ class _Locator:
     # --- what the template leaves out ---------------------------------------------------------------------------
 
     def _count(self, number: int, written: str, until_next: str, ended: bool) -> None:
-        message = self.messages[number]
+        message, facts = self.given[number], self.facts
         thoughts, words = thoughts_of(message), words_of(message)
+        opens = facts.block() is not None and not facts.shuts_block()
         if thoughts and thoughts not in until_next:
-            later = any(other["role"] == "user" for other in self.messages[number + 1 :])
-            shut = self.facts.shuts_block()
-            kind = "shut" if shut else "history" if later or number + 1 < len(self.messages) else "thoughts"
-            self.dropped[kind if self.facts.writes_thoughts or shut else "thoughts"] += 1
-        elif not thoughts and self.facts.block() and not self.facts.shuts_block():
-            closing = (self.facts.block() or ("", ""))[1]
+            keyed = bool(message.get("reasoning_content"))
+            written_last = opens or (facts.writes_thoughts if keyed else facts.writes_inline_thoughts)
+            kept = written_last and number + 1 < len(self.messages)
+            self.dropped["shut" if facts.shuts_block() else "history" if kept else "thoughts"] += 1
+        elif opens and not thoughts:
+            closing = (facts.block() or ("", ""))[1]
             self.dropped["empty block"] += written.lstrip().startswith(closing)
+            self.dropped["no block"] += number in self.without_lead and closing not in written
+        elif thoughts and self.template.reading.inline_thoughts and message.get("reasoning_content"):
+            self.dropped["inlined"] += 1
         if words and not _stands_in(words, written):
             self.dropped["words" if "tool_calls" in message else "rewritten"] += 1
         names = [call["function"]["name"] for call in message.get("tool_calls", ())]

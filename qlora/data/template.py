@@ -23,6 +23,7 @@ from qlora.data.call_shapes import (
 )
 from qlora.data.formats import Message
 from qlora.data.render import Rendered, Renderer, request_text
+from qlora.data.render_worker import DAY
 from qlora.data.row_json import RowError
 from qlora.data.template_facts import QUESTION, answer, call, find_ends, find_facts, find_inline_thoughts, result
 from qlora.errors import TokenizerError
@@ -59,9 +60,8 @@ FALLBACK_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
-# Llama 3's template writes the day of rendering unless it is given one. Rows must not depend on the day on which they
-# are tokenized, or a resumed run could see others; this is the template's own default.
-DATE_STRING = "26 Jul 2024"
+# Llama 3's template writes the day of rendering unless it is given one; this is the template's own default.
+DATE_STRING = DAY.strftime("%d %b %Y")
 # The largest template known to us has 20 kB (gpt-oss); one that is far larger is no template.
 MAX_TEMPLATE_CHARS = 1 << 20
 _TOOL = {
@@ -92,13 +92,13 @@ class ChatTemplate:
         self._numbers = {tools: distinct.index(text) for tools, text in self.texts.items()}
         self._renderer = Renderer(distinct, {"date_string": DATE_STRING, **tokenizer.special_tokens_map})
         self._marked = {tools: bool(_GENERATION_MARK.search(text)) for tools, text in self.texts.items()}
-        self._reading = Reading()
+        self.reading = Reading()
         self._probe_tools: Tools | None = None
         text, marks = self._render_one_answer()
         self.writes_calls = self._find_shapes()
         knows_think = any("<think>" in text for text in (*self.texts.values(), *tokenizer.get_added_vocab()))
         inline_thoughts = find_inline_thoughts(self._try, knows_think)
-        self._reading = replace(self._reading, inline_thoughts=inline_thoughts)
+        self.reading = replace(self.reading, inline_thoughts=inline_thoughts)
         self.ends = find_ends(self._try, self._special_tokens, eos[0] if eos else None, text)
         self.writes_end = bool(self.ends.answer)
         self.end_tokens = list(dict.fromkeys(self.ends.all + eos))
@@ -136,7 +136,7 @@ class ChatTemplate:
 
     def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """What the rendering process is asked: all that the text depends on."""
-        read = as_templates_read_it(messages, self._reading)
+        read = as_templates_read_it(messages, self.reading)
         values = {
             "messages": read,
             "tools": list(tools) if tools else None,
@@ -149,7 +149,7 @@ class ChatTemplate:
         """A question and an answer; with content as parts where a template for images takes it no other way."""
         errors = []
         for parts in (False, True):
-            self._reading = Reading(parts=parts)
+            self.reading = Reading(parts=parts)
             try:
                 rendered = self.render_marked([QUESTION, answer()], None)
             except RowError as error:
@@ -157,7 +157,8 @@ class ChatTemplate:
                 continue
             if not errors or PLACEHOLDERS[0] in rendered.text:
                 return rendered
-        raise TokenizerError(f"the base's chat template fails: {errors[0]}", "use another base")
+        hint = 'give another one: chat_template = "chatml" or a file, under [model]'
+        raise TokenizerError(f"the chat template fails: {errors[0]}", hint)
 
     def _find_shapes(self) -> bool:
         """Find the shape in which calls are written, and whether they are in any; a refusal of all counts as yes.
@@ -171,17 +172,17 @@ class ChatTemplate:
             if written:
                 alike = [replace(shape, content=content) for content in dict.fromkeys(s.content for s in SHAPES)]
                 found = {kind: best_shape(kind, QUESTION, self._try_shapes, alike)[0] for kind in others}
-                self._reading = replace(self._reading, shapes={plain: shape, **found})
+                self.reading = replace(self.reading, shapes={plain: shape, **found})
                 return True
             refused = refused and written is None
         self._probe_tools = None
         return refused
 
     def _try_shapes(self, messages: Sequence[Message], shapes: Shapes) -> str | None:
-        before = self._reading
-        self._reading = replace(before, shapes=shapes)
+        before = self.reading
+        self.reading = replace(before, shapes=shapes)
         text = self._try(messages)
-        self._reading = before
+        self.reading = before
         return text
 
     def _find_tool_support(self) -> tuple[bool, bool]:

@@ -53,7 +53,7 @@ class Facts:
     `header`: what the prompt adds to a question. `preludes`, `call_preludes`: what the template itself may write between
     the prompt, less the lead, and an answer's words or a call's name, longest first.
     `first_end_is_the_end`: the first end token after an answer's beginning is its own, in every kind of turn.
-    `writes_thoughts`: of the last answer. `changes_later`: an answer is written otherwise once another turn follows.
+    `writes_thoughts`, `writes_inline_thoughts`: of the last answer, from their own key and from its text. `changes_later`: an answer is written otherwise once another turn follows.
     `marks_begin_answers`: generation marks begin where the serving prompt ends, not before.
     """
 
@@ -63,6 +63,7 @@ class Facts:
     call_preludes: tuple[str, ...]
     first_end_is_the_end: bool
     writes_thoughts: bool
+    writes_inline_thoughts: bool
     changes_later: bool
     marks_begin_answers: bool
 
@@ -88,6 +89,7 @@ def result(text: str = "Result.", name: str = _HERE) -> Message:
     return {"role": "tool", "content": text, "name": name, "tool_call_id": CALL_ID}
 
 
+_INLINE = answer(f"<think>\n{_HERE}\n</think>\n\n{_THERE}")
 _LATER = (_NEXT, answer(_THERE))
 _CALL_TALKS = (
     [QUESTION, call(_HERE)],
@@ -154,23 +156,20 @@ def find_facts(render: Render, ends: Sequence[str], marks: Sequence[tuple[int, i
         _preludes(render, base, ([QUESTION, answer()], [QUESTION, answer(), *_LATER])),
         _preludes(render, base, _CALL_TALKS),
         _first_end_is_the_end(render, ends),
-        writes_thoughts or _inline_written(render),
-        (writes_thoughts and kept is not None and _HERE not in kept) or text.partition(_HERE)[0] != before,
+        writes_thoughts,
+        _HERE in (render([QUESTION, _INLINE], False) or ""),
+        opened >= 0 or (writes_thoughts and kept is not None and _HERE not in kept) or text.partition(_HERE)[0] != before,
         bool(marks) and marks[0][0] >= len(prompt) and text.startswith(prompt),
     )
 
 
 def find_inline_thoughts(render: Render, knows_think: bool) -> bool | None:
     """Whether reasoning is to be put into the answers' text (True), out of it (False), or left where it is."""
-    inline = render([QUESTION, answer(f"<think>\n{_HERE}\n</think>\n\n{_THERE}")], False) or ""
+    inline = render([QUESTION, _INLINE], False) or ""
     keyed = render([QUESTION, answer(_THERE, reasoning_content=_HERE)], False) or ""
     if _HERE in keyed:
         return None if inline == keyed else False
     return True if knows_think and _HERE in inline else None
-
-
-def _inline_written(render: Render) -> bool:
-    return _HERE in (render([QUESTION, answer(f"<think>\n{_HERE}\n</think>\n\n{_THERE}")], False) or "")
 
 
 def _preludes(render: Render, base: str, talks: Sequence[Sequence[Message]]) -> tuple[str, ...]:
