@@ -20,9 +20,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from qlora.data.formats import Conversation
 from qlora.data import spans
 from qlora.data.chat import ChatTokenizer, TokenRow
+from qlora.data.formats import Conversation
 from qlora.data.offsets import split_at, tokens_of
 from qlora.data.row_json import RowError
 from qlora.data.template import ChatTemplate
@@ -31,7 +31,9 @@ from qlora.events import Recorder
 from tests.data.toys import CHATML, WEATHER, assistant, call, encode, result, system, talk, toy_tokenizer, user
 
 MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-SPECIAL = re.compile(r"<\|[^|<>\s'\"]{1,40}\|?>|<[^|<>\s'\"]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?s>|<bos>|<eos>|<\w+_of_\w+>|\[/?[A-Z_]{3,20}\]")
+SPECIAL = re.compile(
+    r"<\|[^|<>\s'\"]{1,40}\|?>|<[^|<>\s'\"]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?s>|<bos>|<eos>|<\w+_of_\w+>|\[/?[A-Z_]{3,20}\]"
+)
 # The end of a turn, by family: the first that stands in a template is its EOS.
 EOS = (
     *("<|return|>", "<|eot|>", "<|im_end|>", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<turn|>"),
@@ -43,8 +45,8 @@ Marks = list[tuple[int, int]]  # characters
 EXPLAINED = {
     "line break": "marks hold the line break after the end token, which no model writes: its server has stopped",
     "prompt": "marks hold text that the served prompt has already (a header, an opened block of thoughts)",
-    "end of history": "marks hold an end that only stands in the history (harmony's <|end|>), where <|return|> is written",
-    "second end": "marks hold an EOS that stands once, after the whole conversation (Phi 3's); the turn has ended before",
+    "end of history": "marks hold an end that stands only in the history (harmony's <|end|>) for what is written",
+    "second end": "marks hold an EOS after the whole conversation (Phi 3's), where the turn has ended before",
     "unmarked end": "the token that ends a call is outside of the marks; the model must write it to hand over",
     "as served": "the row is trained as it is served: after a block of thoughts that the prompt opens or shuts",
     "border": "the served prompt ends inside of a token of the whole text: that token is split there",
@@ -64,10 +66,16 @@ def thoughtful(message: dict[str, Any], thoughts: str) -> dict[str, Any]:
 
 CONVERSATIONS = {
     "single": talk(user("What is it?"), assistant("It is cold.")),
-    "multi-turn": talk(user("How many?"), assistant("Three."), user("Where?"), assistant("In Oslo."), user("Now?"), assistant("Yes.")),
+    "multi-turn": talk(
+        user("How many?"), assistant("Three."), user("Where?"), assistant("In Oslo."), user("Now?"), assistant("Yes.")
+    ),
     "system": talk(system("You help."), user("Who?"), assistant("The model."), user("What?"), assistant("Light.")),
     "tools": talk(
-        user("Weather?"), call("get_weather", city="Oslo"), result('{"degrees": 3}'), assistant("It is cold."), tools=(WEATHER,)
+        user("Weather?"),
+        call("get_weather", city="Oslo"),
+        result('{"degrees": 3}'),
+        assistant("It is cold."),
+        tools=(WEATHER,),
     ),
     "tools twice": talk(
         *(user("Weather?"), call("get_weather", city="Oslo"), result("3"), assistant("It is cold.")),
@@ -124,7 +132,7 @@ def main() -> int:
         except TokenizerError as error:
             outcomes = [("all", Outcome(unexplained=error.what))]
         for name, outcome in outcomes:
-            counts[outcome.unexplained and "unexplained" or "+".join(sorted(outcome.kinds)) or "equal"] += 1
+            counts[(outcome.unexplained and "unexplained") or "+".join(sorted(outcome.kinds)) or "equal"] += 1
             if outcome.unexplained or (arguments.show and arguments.show in file.name and outcome.kinds):
                 print(f"{file.name}: {name}: {outcome.unexplained or ', '.join(sorted(outcome.kinds))}")
         totals += counts

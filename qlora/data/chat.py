@@ -174,9 +174,7 @@ class ChatTokenizer:
             raise RowError("no token of it would be trained: it has no trained assistant message")
         return TokenRow(ids, weights)
 
-    def _weigh(
-        self, located: Located, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[list[int], list[float]]:
+    def _weigh(self, located: Located, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[float]]:
         """Weights of the tokens; and an end token after the last answer where the template writes none."""
         borders = [turn.start for turn in located.turns if turn.template_space]
         ids, offsets = split_at(self.tokenizer, located.text, (ids, offsets), borders)

@@ -27,7 +27,7 @@ _SAID = {
     ),
     "no block": (
         "reasoning",
-        "answers are trained without the block of thoughts that the served prompt opens: the template writes history so",
+        "answers are trained without the block of thoughts that a served prompt opens: the template writes history so",
     ),
     "inlined": (
         "reasoning",
@@ -38,7 +38,10 @@ _SAID = {
         "answers are trained without the words beside their tool call, which the chat template does not write",
     ),
     "calls": ("template", "answers are trained without some of their tool calls, which the chat template drops"),
-    "rewritten": ("template", "answers are trained otherwise than they stand in the rows: the chat template alters them"),
+    "rewritten": (
+        "template",
+        "answers are trained otherwise than they stand in the rows: the chat template alters them",
+    ),
     "system": ("template", "system prompts are left out by the chat template, which has no place for them"),
     "unended": (
         "template",

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
 
 
-def tokens_of(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> Iterator[Tokens]:
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Tokens]:
     """Ids and character offsets of each text, without the tokenizer's own BOS and EOS.
 
     Raises TokenizerError where the library gives up on a text: its engine for patterns does so after ten million

@@ -1,4 +1,4 @@
-"""Where the answers stand in a rendered conversation: from where the served prompt ends to the token that ends the turn.
+"""Where the answers stand in a rendered conversation: from the end of the served prompt to the token that ends a turn.
 
 What is trained must be what the model writes when it is served, turn by turn. So an answer begins where the prompt ends
 that a server sends for it (the messages before it, rendered with `add_generation_prompt`), and it ends with what the
@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from qlora.data.call_shapes import PLACEHOLDERS, THINK, thoughts_of, without_thoughts, words_of
 from qlora.data.formats import Conversation, Message
 from qlora.data.row_json import RowError, json_text
-from qlora.data.template import ChatTemplate, Tools
-from qlora.data.template_facts import first_end, split_end
+from qlora.data.template import ChatTemplate
+from qlora.data.template_facts import common_length, first_end, split_end
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,9 @@ class _Locator:
 
     def _begins_with_template_space(self, number: int, written: str) -> bool:
         content = self.messages[number]["content"]
-        own = content[:1].isspace() and written.lstrip().startswith(content.split(None, 1)[0] if content.split() else "")
+        own = content[:1].isspace() and written.lstrip().startswith(
+            content.split(None, 1)[0] if content.split() else ""
+        )
         return written[:1].isspace() and not own
 
     def _end_token(self) -> str:
@@ -204,10 +205,10 @@ class _Locator:
         if block is None or not text.startswith(block[0], start):
             return start + (len(lead) if text.startswith(lead, start) else 0)
         if not self.facts.shuts_block():
-            return start + len(commonprefix([lead, text[start : start + len(lead)]]))
+            return start + common_length(lead, text[start:])
         shut = text.find(block[1], start) + len(block[1])
         space = lead.rpartition(block[1])[2]
-        return shut + len(commonprefix([space, text[shut : shut + len(space)]]))
+        return shut + common_length(space, text[shut:])
 
     def _with_placeholder(self, number: int) -> tuple[str, str] | None:
         """The text before and after a placeholder that stands for an answer, or for the name of its first call."""
@@ -266,9 +267,10 @@ class _Locator:
             return start + len(body) + len(end), bool(end)
         for body, _ in self._alone(number):
             if text.startswith(body, start):
-                end = first_end(text, self.ends, start + len(body), limit)
-                closed = end is not None and end[0] == start + len(body)
-                return (end[1], True) if end and closed else (start + len(body.rstrip()), False)
+                following = first_end(text, self.ends, start + len(body), limit)
+                if following and following[0] == start + len(body):
+                    return following[1], True
+                return start + len(body.rstrip()), False
         if first:
             return first[1], True
         other = self._with_placeholder(number)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.data.call_shapes import (
     KINDS,
-    PLACEHOLDERS,
     SHAPES,
     Reading,
     Shapes,
     as_templates_read_it,
     best_shape,
+)
+from qlora.data.call_shapes import (
+    PLACEHOLDERS as PLACEHOLDERS,  # the export asks for it beside the template
 )
 from qlora.data.formats import Message
 from qlora.data.render import Rendered, Renderer, request_text

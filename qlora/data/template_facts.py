@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 from qlora.data.call_shapes import CALL_ID, PLACEHOLDERS
@@ -50,10 +49,11 @@ class Ends:
 class Facts:
     """`lead`: the end of the serving prompt that an answer in the history may not have before it: a block of thoughts
     that is opened (`<think>\\n`) or shut for the model.
-    `header`: what the prompt adds to a question. `preludes`, `call_preludes`: what the template itself may write between
-    the prompt, less the lead, and an answer's words or a call's name, longest first.
+    `header`: what the prompt adds to a question. `preludes`, `call_preludes`: what the template itself may write
+    between the prompt, less the lead, and an answer's words or a call's name, longest first.
     `first_end_is_the_end`: the first end token after an answer's beginning is its own, in every kind of turn.
-    `writes_thoughts`, `writes_inline_thoughts`: of the last answer, from their own key and from its text. `changes_later`: an answer is written otherwise once another turn follows.
+    `writes_thoughts`, `writes_inline_thoughts`: of the last answer, from their own key and from its text.
+    `changes_later`: an answer is written otherwise once another turn follows.
     `marks_begin_answers`: generation marks begin where the serving prompt ends, not before.
     """
 
@@ -108,7 +108,7 @@ def find_ends(render: Render, specials: Sequence[str], eos: str | None, text: st
     between = history.partition(_HERE)[2].partition(_NEXT["content"])[0]
     # Of several in a row (Command's <|END_RESPONSE|><|END_OF_TURN_TOKEN|>) EOS ends the turn, if it ends each one:
     # Phi 3's stands only after the last.
-    in_each = specials_in(commonprefix([after, between]), specials)
+    in_each = specials_in(after[: common_length(after, between)], specials)
     end = eos if eos in in_each else found[0] if found else _end_of_history(render, between, specials)
     with_call = render([QUESTION, call(_HERE)], False) or ""
     after_call = specials_in(with_call.rpartition(_HERE)[2], specials)
@@ -141,10 +141,7 @@ def find_facts(render: Render, ends: Sequence[str], marks: Sequence[tuple[int, i
     alone = render([QUESTION], False) or ""
     header = prompt[len(alone) :] if prompt.startswith(alone) else ""
     opened = max(header.rfind(opening) for opening, _ in BLOCKS)
-    if opened >= 0:
-        lead = header[opened:]
-    else:
-        lead = prompt[len(before) :] if before and prompt.startswith(before) else ""
+    lead = header[opened:] if opened >= 0 else prompt[len(before) :] if before and prompt.startswith(before) else ""
     base = prompt[: len(prompt) - len(lead)]
     thoughtful = answer("Words.", reasoning_content=_HERE)
     written = render([QUESTION, thoughtful], False)
@@ -158,7 +155,9 @@ def find_facts(render: Render, ends: Sequence[str], marks: Sequence[tuple[int, i
         _first_end_is_the_end(render, ends),
         writes_thoughts,
         _HERE in (render([QUESTION, _INLINE], False) or ""),
-        opened >= 0 or (writes_thoughts and kept is not None and _HERE not in kept) or text.partition(_HERE)[0] != before,
+        opened >= 0
+        or (writes_thoughts and kept is not None and _HERE not in kept)
+        or text.partition(_HERE)[0] != before,
         bool(marks) and marks[0][0] >= len(prompt) and text.startswith(prompt),
     )
 
@@ -222,6 +221,11 @@ def split_end(text: str, ends: Sequence[str]) -> tuple[str, str]:
         return rest, ""
     place, end = next(((at, end) for at, end in reversed(run) if end == ends[0]), run[-1])
     return text[:place], end
+
+
+def common_length(one: str, other: str) -> int:
+    """How many characters the beginnings of two texts share."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def specials_in(text: str, specials: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The shapes of this year's chat templates: their special tokens, and conversations that are awkward for some of them."""
+"""The shapes of this year's chat templates: their special tokens, and conversations that are awkward for some."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _THINK = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _CHATML = Family(("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "<|im_end|>", plain=_THINK, split=LLAMA3_SPLIT)
 _DEEPSEEK = Family(
     ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>",
-     "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>",
-     "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>", "<｜tool▁outputs▁end｜>"),
+     "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<｜tool▁sep｜>",
+     "<｜tool▁outputs▁begin｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>", "<｜tool▁outputs▁end｜>"),
     "<｜end▁of▁sentence｜>", bos="<｜begin▁of▁sentence｜>", adds_bos=True, split=LLAMA3_SPLIT,
 )  # fmt: skip
 # A template's file, what is set at its head, and the tokenizer's special tokens.

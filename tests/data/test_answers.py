@@ -1,7 +1,7 @@
 """What is trained of a conversation under the shapes of this year's templates, against golden text files.
 
-A line a stretch of text: `+` where it is trained. `QLORA_WRITE_GOLDENS=1 pytest tests/data/test_answers.py` writes them
-anew; read the diff before you keep it.
+A line a stretch of text: `+` where it is trained; `!` what the template left out, by kind.
+`QLORA_WRITE_GOLDENS=1 pytest tests/data/test_answers.py` writes them anew; read the diff before you keep it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from qlora.data.chat import ChatTokenizer
-from qlora.data.dropped import notices
 from qlora.data.formats import Conversation
 from qlora.data.row_json import RowError
 from tests.data.shapes import SHAPES, TALKS, shape_chat
@@ -33,7 +32,7 @@ def shown(chat: ChatTokenizer, conversation: Conversation) -> str:
         f"{'+' if weight else ' '} {chat.tokenizer.decode([token for token, _ in group])!r}"
         for weight, group in groupby(pairs, key=lambda pair: pair[1])
     ]
-    lines += [f"! {notice.message}" for notice in notices(chat.dropped - before)]
+    lines += [f"! {kind}: {count}" for kind, count in sorted((chat.dropped - before).items())]
     return "\n".join(lines) + "\n"
 
 
