@@ -143,6 +143,7 @@ def find_facts(render: Render, ends: Sequence[str], marks: Sequence[tuple[int, i
     opened = max(header.rfind(opening) for opening, _ in BLOCKS)
     lead = header[opened:] if opened >= 0 else prompt[len(before) :] if before and prompt.startswith(before) else ""
     base = prompt[: len(prompt) - len(lead)]
+    opener = header.removesuffix(lead)
     thoughtful = answer("Words.", reasoning_content=_HERE)
     written = render([QUESTION, thoughtful], False)
     kept = render([QUESTION, thoughtful, _NEXT, answer(_THERE)], False)
@@ -150,8 +151,8 @@ def find_facts(render: Render, ends: Sequence[str], marks: Sequence[tuple[int, i
     return Facts(
         lead,
         header,
-        _preludes(render, base, ([QUESTION, answer()], [QUESTION, answer(), *_LATER])),
-        _preludes(render, base, _CALL_TALKS),
+        _preludes(render, base, opener, ([QUESTION, answer()], [QUESTION, answer(), *_LATER])),
+        _preludes(render, base, opener, _CALL_TALKS),
         _first_end_is_the_end(render, ends),
         writes_thoughts,
         _HERE in (render([QUESTION, _INLINE], False) or ""),
@@ -171,13 +172,18 @@ def find_inline_thoughts(render: Render, knows_think: bool) -> bool | None:
     return True if knows_think and _HERE in inline else None
 
 
-def _preludes(render: Render, base: str, talks: Sequence[Sequence[Message]]) -> tuple[str, ...]:
+def _preludes(render: Render, base: str, header: str, talks: Sequence[Sequence[Message]]) -> tuple[str, ...]:
     """What stands between the serving prompt, without its lead, and the placeholder of each conversation."""
     found = set()
     for messages in talks:
         text = render(messages, False)
-        if text and text.startswith(base) and _HERE in text:
-            found.add(text.partition(_HERE)[0][len(base) :])
+        before = (text or "").partition(_HERE)[0]
+        if before == text or text is None:
+            continue
+        if before.startswith(base):
+            found.add(before[len(base) :])
+        elif header and header in before:  # what stands before the header depends on what follows
+            found.add(before.rpartition(header)[2])
     return tuple(sorted(found, key=len, reverse=True))
 
 
