@@ -119,7 +119,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
 
     loaded, _ = _named(recipe, "check")
     shared = _gate(sink)
-    base, _ = setup.preflight(loaded, shared)
+    base, loaded = setup.preflight(loaded, shared)
     _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 

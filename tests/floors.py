@@ -79,7 +79,8 @@ LINES = {
         *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
-        *("source_files", "row_json", "formats", "limits", "render_worker", "render", "parquet_worker", "parquet"),
+        *("splits", "saved_sets", "source_files", "row_json", "formats", "limits", "render_worker", "render"),
+        *("parquet_worker", "arrow_worker", "parquet"),
         *(
             "readers",
             "sources",

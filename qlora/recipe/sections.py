@@ -76,7 +76,7 @@ class SourceSection(Section):
     """One source of rows."""
 
     path: Text = Field(
-        description="File, glob or folder, relative to the recipe, or a data set hub:NAME[@revision][:split]",
+        description="File, glob, folder or folder:SPLIT, relative to the recipe, or hub:NAME[@revision][:split]",
     )
     format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
         "auto", description="How a row is read; auto: the first format whose columns are all there"
@@ -106,7 +106,7 @@ class DataSection(Section):
         "assistant", description="assistant trains the assistant's turns with their end token, all trains every token"
     )
     eval_fraction: Share = Field(
-        0.05, description="Share of the training rows kept for evaluation when there is no [[data.eval]]"
+        0.05, description="Share of the training rows kept to evaluate on, without [[data.eval]] or validation split"
     )
     truncation: Literal["drop", "cut", "error"] = Field(
         "drop", description="Rows over max_length: leave them out, cut them to their first tokens, or end with an error"
