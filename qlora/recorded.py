@@ -61,6 +61,8 @@ def differing_keys(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def _without_places(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
+    if values["model"]["chat_template"] not in ("auto", "chatml"):
+        values["model"]["chat_template"] = "local"  # the run has its text
     for place in (values["model"], *values["data"]["train"], *values["data"]["eval"]):
         name = "base" if "base" in place else "path"
         place[name] = "local" if os.path.isabs(place[name]) else place[name]

@@ -33,6 +33,7 @@ FLOORS = {
     "manifest": 1,
     "foreign_toml": 1,
     "batch": 1,
+    "chatml": 1,
     "child_process": 1,
     "lock": 1,
     "redaction": 1,
@@ -75,7 +76,8 @@ LINES = {
     ],
     "model": [
         *("split_patterns", "tokenizer_check", "tokenizer", "config_bounds", "config_filter", "tensors", "identity"),
-        *("base_folder", "tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal", "delivered_loss"),
+        *("base_folder", "tokenizer_files", "chat_template", "adapter_config", "adapter_folder", "adapter_seal"),
+        *("delivered_loss",),
         *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from qlora import child_process
