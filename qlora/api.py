@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,7 +79,7 @@ def train(
 
 def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
-    from qlora.model import row_packing, tokenizer_files
+    from qlora.model import chat_template, row_packing, tokenizer_files
     from qlora.training import checkpoint, loop
 
     if mode != "resume":  # which goes on as its run recorded
@@ -96,7 +97,10 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     sinks = Sinks(sink, *written)
     try:
         sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
-        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks)
+        choose = partial(chat_template.chosen, section=recipe.model, name=base.name, sink=sinks)
+        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks, choose)
+        if mode == "resume":
+            tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sinks)
         with setup.prepare_job(recipe, run_dir, base, tokenizer, sinks, stop) as job:
             state = loop.run(job, resume_from)
         del job  # an export needs the memory
@@ -118,13 +122,15 @@ class Checked:
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
     from qlora.model import row_packing
+    from qlora.model.chat_template import chosen
     from qlora.model.tokenizer_files import read_files
 
     loaded, _ = _named(recipe, "check")
     shared = _gate(sink)
-    base, _ = setup.preflight(loaded, shared)
+    base, loaded = setup.preflight(loaded, shared)
     loaded = row_packing.settled(loaded, base.config, shared)
-    _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
+    tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
+    _, data, memory = setup.prepare(loaded, base, tokenizer, shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 
@@ -180,7 +186,7 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     from qlora.export import base_check
     from qlora.export.artifacts import RunRows, Source
     from qlora.export.targets import keep_apart
-    from qlora.model import delivered_loss, row_packing, tokenizer_files
+    from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.adapter_seal import seal
     from qlora.model.resolve import resolve
@@ -201,7 +207,10 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     rows = None
     if with_rows:
         try:
-            tokenizer = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
+            tokenizer = tokenizer_files.of_run(adapter_dir.parent, sink) or chat_template.chosen(
+                tokenizer_files.read_files(base.path), recipe.model, base.name, Sinks()
+            )
+            tokenizer = chat_template.as_before(tokenizer, base.name, adapter_dir, Sinks())
             chat, data = setup.prepare_rows(recipe, tokenizer, Sinks())
             rows = RunRows(data, row_packing.as_measured(recipe.data, base.config, base.name), chat)
         except UserError as error:

@@ -15,6 +15,7 @@ from pydantic import Field
 from qlora import disk, files, foreign_json, lock, recorded, shown
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
+from qlora.recipe.pins import folder_split
 from qlora.recipe.reading import Recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
@@ -223,7 +224,7 @@ def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
     if unknown:
         message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
         sink.emit(Notice("recipe", message, len(unknown)))
-    return recorded.resumed(recipe, relocated_recipe(old, run_dir))
+    return recorded.resumed(recipe, recorded.whole_folders(relocated_recipe(old, run_dir)))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
@@ -307,7 +308,9 @@ def relocated_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
     base = model.model_copy(update={"base": relocated(model.base, run_dir)})
 
     def placed(source: SourceSection) -> SourceSection:
-        return source.model_copy(update={"path": relocated(source.path, run_dir)})
+        folder, split = folder_split(source.path)
+        path = relocated(folder, run_dir)
+        return source.model_copy(update={"path": f"{path}:{split}" if split else path})
 
     rows = {"train": tuple(map(placed, data.train)), "eval": tuple(map(placed, data.eval))}
     return recipe.model_copy(update={"model": base, "data": data.model_copy(update=rows)})
@@ -333,7 +336,7 @@ def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:
     if recipe != old:
         was = recorded_folder(run_dir)
         sink.emit(Notice("moved", f"the run lay in {was}: base and rows are taken from where they are seen from here"))
-    return recipe
+    return recorded.whole_folders(recipe)
 
 
 def name_of(adapter_dir: Path) -> str:

@@ -30,7 +30,6 @@ class BestAdapter:
     base: BaseFolder
     tokenizer: TokenizerFiles
     recipe: Recipe
-    template: str | None
     train_rows: int
     eval_rows: int
     identity: BaseIdentity
@@ -42,7 +41,7 @@ class BestAdapter:
 
         def write(folder: Path) -> None:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
-            self.tokenizer.deliver(folder, self.template)
+            self.tokenizer.deliver(folder)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
             # What the adapter was trained against, for programs: here the base keeps its whole path.
             provenance = {
