@@ -53,11 +53,20 @@ LINES = {
     ],
     "export": [
         *("child", "merge", "hashed_file", "targets", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
-        *("base_check", "verify", "ollama", "cards", "pipeline"),
+        *("adapter_base", "base_check", "verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
-    "export.verify": ["candidates", "fidelity", "evaluation", "weights_child", "weights", "reference", "checks"],
+    "export.verify": [
+        "candidates",
+        "fidelity",
+        "choice",
+        "evaluation",
+        "weights_child",
+        "weights",
+        "reference",
+        "checks",
+    ],
     "export.gguf": [
         *("probes", "pretokenizer", "spm", "special", "rope", "metadata", "vocab", "architectures"),
         *("encode", "quant_mixes", "plan", "write", "lora"),
@@ -75,7 +84,9 @@ LINES = {
     ],
     "model": [
         *("split_patterns", "tokenizer_check", "tokenizer", "config_bounds", "config_filter", "tensors", "identity"),
-        *("base_folder", "tokenizer_files", "adapter_config", "adapter_folder", "adapter_seal", "delivered_loss"),
+        *("base_folder", "weight_names", "tokenizer_files", "adapter_config", "adapter_tensors"),
+        *("adapter_notes", "adapter_folder"),
+        *("adapter_seal", "delivered_loss"),
         *("base_watch", "resolve", "nf4", "cpu_matmul", "attention", "meta_model", "load", "adapters", "generate"),
     ],
     "data": [
