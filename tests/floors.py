@@ -62,6 +62,7 @@ LINES = {
         "fidelity",
         "choice",
         "evaluation",
+        "plain_open",
         "weights_child",
         "weights",
         "reference",

@@ -162,7 +162,6 @@ def peft_config(folder: Path) -> LoraConfig:
         trainable_token_indices=_in_the_text(config.trainable_token_indices),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        fan_in_fan_out=config.fan_in_fan_out,
         ensure_weight_tying=config.ensure_weight_tying,
         task_type="CAUSAL_LM",
         inference_mode=True,

@@ -111,7 +111,7 @@ def edit(file: Path, **changes: object) -> None:
 
 def export(source: Path, *to: str, **options: Any) -> Any:
     """What the command does, verification included where it is not switched off."""
-    where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "sink") if key in options}
+    where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "base_model", "sink") if key in options}
     return api.merge_and_export(source, to=to, options=ExportOptions(**options), **where)
 
 
