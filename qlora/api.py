@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qlora.training.checkpoint import RunState
 
 Mode = Literal["new", "resume", "fresh"]
+MergeBase = Literal["auto", "nf4", "full"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def merge_and_export(
     *,
     to: str | Sequence[str] = "hf",
     quants: Sequence[str] = (),
-    merge_base: Literal["auto", "nf4", "full"] = "auto",
+    merge_base: MergeBase = "auto",
+    base_model: str | Path | None = None,
     out: str | Path | None = None,
     options: ExportOptions | None = None,
     sink: Sink | None = None,
@@ -148,8 +150,9 @@ def merge_and_export(
 
     `to` is "hf", "gguf" or "adapter-gguf", or several of them; `quants` are the types of the GGUF files ("q8_0" when
     there are none). `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the
-    original weights, "auto" the one that is measured nearer to the trained model (without verification: nf4 where the
-    adapter was trained on a quantized base). `out` is the folder of a single product, the parent of several.
+    original weights, "auto" the one that `choice` takes (without verification: what the adapter was trained on).
+    `base_model` is the base's folder or hub name, where it is not the one that the adapter names; it must be the same
+    base. `out` is the folder of a single product, the parent of several.
     """
     from qlora.export.artifacts import ExportOptions, plan_artifacts
     from qlora.export.pipeline import produce
@@ -166,7 +169,7 @@ def merge_and_export(
         check_place(artifact.folder)
         check_part(artifact.folder)
     with_rows = chosen.verify or chosen.imatrix or any("gguf" in artifact.key for artifact in artifacts)
-    opened = _open_source(adapter_dir, [artifact.folder for artifact in artifacts], with_rows, shared)
+    opened = _open_source(adapter_dir, (base_model, merge_base), [one.folder for one in artifacts], with_rows, shared)
     with fast_matmul(opened.device):
         return produce(opened, artifacts, merge_base, chosen, shared)
 
@@ -178,23 +181,27 @@ def export_options(**chosen: Any) -> ExportOptions:
     return ExportOptions(**chosen)
 
 
-def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, sink: Sink) -> Source:
+def _open_source(
+    adapter_dir: Path, asked: tuple[str | Path | None, MergeBase], folders: Sequence[Path], with_rows: bool, sink: Sink
+) -> Source:
     """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone.
 
-    Raises ExportError where one of `folders`, which are to be written, would be among what they are made of.
+    `asked` are the base and the merge base that the caller named. Raises ExportError where one of `folders`, which are
+    to be written, would be among what they are made of.
     """
-    from qlora.export import base_check
+    from qlora.export import adapter_base, base_check
     from qlora.export.artifacts import RunRows, Source
     from qlora.export.targets import keep_apart
     from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.adapter_seal import seal
-    from qlora.model.resolve import resolve
 
     sealed = seal(adapter_dir, sink)
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
-    base = resolve(run_folder.relocated(origin.base, adapter_dir.parent), origin.revision, sink)
+    base = adapter_base.open_base(adapter, origin, asked[0], sink)
+    origin = adapter_base.as_trained(origin, base, asked[1])
+    adapter_base.say(adapter, origin, sink)
     source = Source(run_folder.name_of(adapter_dir), adapter, sealed, origin, base, setup.pick_device())
     recipe = run_folder.recipe_of(adapter_dir, sink)
     for folder in folders:
