@@ -240,7 +240,7 @@ def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     if looks_like_folder(model.base) or os.path.isdir(base):
         model = model.model_copy(update={"base": str(base.resolve())})
     if model.chat_template not in ("auto", "chatml"):
-        template = str(_local(model.chat_template, folder, ("model", "chat_template"), index))
+        template = str(_local(model.chat_template, folder, ("model", "chat_template"), index, problems))
         model = model.model_copy(update={"chat_template": template})
     sources = {side: list(getattr(data, side)) for side in ("train", "eval")}
     for side, entries in sources.items():
