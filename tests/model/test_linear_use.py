@@ -32,7 +32,7 @@ KEPT = [
     ("nemotron_h", {"out_proj": 1}),
     ("bamba", {"out_proj": 2}),
     ("rwkv", {"output": 4, "value": 4}),
-    ("zamba2", {"out_proj": 4, "0": 2, "1": 2}),  # layers of a shared block that another of its places calls
+    ("zamba", {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 2, "up_proj": 2, "down_proj": 2}),
 ]
 
 
@@ -43,9 +43,7 @@ def meta_model(config: Any) -> Any:
 def all_linear(model: Any) -> dict[str, torch.nn.Module]:
     head = model.get_output_embeddings()
     return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and module is not head
+        name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head
     }
 
 
