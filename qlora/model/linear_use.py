@@ -69,7 +69,7 @@ def notices(model: Any) -> Iterator[Notice]:
         kinds = Counter(next(part for part in reversed(name.split(".")) if not part.isdigit()) for name in known.kept)
         shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         message = (
-            f"layers whose weight the model reads by itself, or shares, stay in 16 bit and take no adapter: {shown}"
+            f"layers whose weight the model reads or shares by itself stay in 16 bit, without adapters: {shown}"
         )
         yield Notice("quantization", message, len(known.kept))
     if not model.supports_gradient_checkpointing:
