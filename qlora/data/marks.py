@@ -54,7 +54,7 @@ def check_rating(fields: Fields) -> None:
         value = fields.peek(key)
         if is_blank(value) or isinstance(value, list | tuple | dict):
             continue
-        word = plain_word(str(value)) if isinstance(value, str | int | float) else ""
+        word = _word(value)
         bad, good = (_GOOD, _BAD) if key in _REVERSED else (_BAD, _GOOD)
         if key in _REVERSED and not (isinstance(value, bool) or word in ("true", "false", "0", "1")):
             continue  # a rejected answer itself, which is somebody else's matter
@@ -119,8 +119,8 @@ def _switch(fields: Fields, key: str, value: Any) -> bool:
         return value
     if isinstance(value, int | float) and value in (0, 1) and not isinstance(value, bool):
         return value == 1
-    if isinstance(value, str) and key not in ("weight", "train") and plain_word(value) in ("true", "false"):
-        return plain_word(value) == "true"
+    if isinstance(value, str) and key not in ("weight", "train") and _word(value) in ("true", "false"):
+        return _word(value) == "true"
     known = "0 and 1" if key == "weight" else "true and false"
     what = f"{fields.where(key)} is {_shown(value)} (known are {known})"
     raise RowError(what, f"write {key} as one of {known}, or train = true or false in its place")
@@ -156,10 +156,14 @@ def check_row_switches(row: Fields) -> None:
             row.take(key)
 
 
+def _word(value: Any) -> str:
+    """A short value as it is compared; "" for a longer text, which is no mark, and for anything else."""
+    return plain_word(str(value)) if isinstance(value, str | int | float) and len(str(value)) < 40 else ""
+
+
 def _truth(value: Any) -> bool | None:
     """true, false, 0, 1 and their texts; None for anything else."""
-    word = plain_word(str(value)) if isinstance(value, bool | int | str) else ""
-    return {"true": True, "1": True, "false": False, "0": False}.get(word)
+    return {"true": True, "1": True, "false": False, "0": False}.get(_word(value))
 
 
 def _row_hint(key: str) -> str:

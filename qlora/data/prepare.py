@@ -147,7 +147,7 @@ class _Maker:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
-        for notice in notices(report.remarks):
+        for notice in notices(report.remarks, self.data.loss_on):
             self.sink.emit(notice)
         for rejected in report.rejected.values():
             self.sink.emit(rejected)

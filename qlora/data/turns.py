@@ -153,10 +153,7 @@ class Turns:
 
     def _kept(self, message: Message, fields: Fields) -> list[Message]:
         """The message with its name, id and reasoning, and what its switches say; refused where it is none."""
-        for key, names in (
-            ("name", ("name", "tool_name")),
-            ("tool_call_id", ("tool_call_id", "tool_use_id", "call_id")),
-        ):
+        for key, names in _KEPT.items():
             if key not in message and (value := fields.get(*names)) is not None:
                 message[key] = text_of(value, fields.where(key))
         if message["role"] == "assistant":
