@@ -142,7 +142,7 @@ def _with_system(row: Fields, turns: Turns, messages: tuple[Message, ...], name:
         if any(part.kind != TEXT for part in texts):
             raise RowError("system holds a part that is no text")
         value = "".join(part.value for part in texts)
-    if is_blank(value):
+    if value in (None, ""):
         return messages
     if not isinstance(value, str):
         raise RowError(f"system is {kind_of(value)}, not text")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qlora.data.row_json import is_blank
@@ -92,6 +92,10 @@ class Fields:
     def peek(self, name: str) -> Any:
         """The value, which does not count as read by that."""
         return self.values.get(name)
+
+    def among(self, names: Collection[str]) -> list[str]:
+        """Which of these names are keys of it."""
+        return [name for name in self.values if name in names]
 
     def where(self, name: str) -> str:
         """The place of a key: `messages[2].content`, or the name of a row's column."""
