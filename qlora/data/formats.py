@@ -24,7 +24,7 @@ from qlora.data.unread import Fields, Ledger, Remark
 __all__ = ["Conversation", "Message", "Tools", "to_conversation"]
 
 Row = Mapping[str, Any]
-_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction", "preamble")
 
 
 @dataclass(frozen=True)

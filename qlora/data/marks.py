@@ -26,7 +26,7 @@ _ALL_RATINGS = frozenset((*_RATINGS, *_REVERSED))
 _GOOD = {"true", "1", "good", "chosen", "desirable", "like", "liked", "up", "thumbs_up", "upvote", "accepted", "yes"}
 _BAD = {
     *("false", "0", "_1", "bad", "rejected", "undesirable", "dislike", "disliked", "down", "thumbs_down", "downvote"),
-    *("no", "👎"),
+    *("no", "👎", "falsch", "faux", "falso"),
 }
 # Switches of a turn, by the trainer that reads them: OpenAI `weight`, axolotl `train`, `training`, `train_detail`,
 # ms-swift `loss`, NeMo `mask`, torchtune `masked`.
@@ -158,7 +158,9 @@ def check_row_switches(row: Fields) -> None:
 
 def _word(value: Any) -> str:
     """A short value as it is compared; "" for a longer text, which is no mark, and for anything else."""
-    return plain_word(str(value)) if isinstance(value, str | int | float) and len(str(value)) < 40 else ""
+    if not isinstance(value, str | int | float) or len(str(value)) >= 40:
+        return ""
+    return plain_word(str(value)).removesuffix(".0")  # a table with empty cells makes floats of them
 
 
 def _truth(value: Any) -> bool | None:

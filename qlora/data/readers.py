@@ -24,6 +24,7 @@ from qlora.data.parquet import parquet_rows
 from qlora.data.row_json import (
     RowError,
     RowTooLong,
+    UniqueKeys,
     check_value,
     finite_number,
     kind_of,
@@ -122,7 +123,10 @@ class _ArrayReader:
         self.at = 0  # place in the window
         self.line = 1  # line of the file at that place
         self.read_chars = len(head)
-        self.decoder = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite_number)
+        self.keys = UniqueKeys()
+        self.decoder = json.JSONDecoder(
+            parse_constant=reject_constant, parse_float=finite_number, object_pairs_hook=self.keys
+        )
 
     def items(self) -> Iterator[Item]:
         self._next_sign()
@@ -150,6 +154,7 @@ class _ArrayReader:
     def _row(self) -> dict[str, Any] | RowError:
         try:
             row = _as_row(self._element())
+            self.keys.check()
             check_value(row)
         except RowTooLong as error:
             self._skip()
@@ -185,6 +190,7 @@ class _ArrayReader:
             try:
                 value, end = self.decoder.raw_decode(self.window, self.at)
             except json.JSONDecodeError as error:
+                self.keys.twice = None
                 if self._fill():
                     continue  # it may only be cut off by the window's edge
                 self.line += self.window.count("\n", self.at, error.pos)
