@@ -71,7 +71,8 @@ def best_shape(
     for shape in shapes:
         text = render([question, message], {kind: shape})
         refused = refused and text is None
-        score = _score(text or "", kind)
+        spelled_none = shape.content == "null" and "None" in (text or "")  # written where words would stand
+        score = 0 if spelled_none else _score(text or "", kind)
         if score > best_score:
             best, best_score = shape, score
         if best_score == 1 + sum(kind):

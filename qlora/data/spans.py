@@ -71,9 +71,14 @@ def _as_trained(template: ChatTemplate, messages: Sequence[Message]) -> Sequence
     if template.facts.changes_later:
         last = max((number for number, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
         messages = messages[: last + 1]
-    if template.facts.shuts_block():
-        messages = [without_thoughts(message) if message["role"] == "assistant" else message for message in messages]
-    return messages
+    return without_shut_thoughts(template, messages)
+
+
+def without_shut_thoughts(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages without reasoning, where the served prompt shuts the block of thoughts."""
+    if not template.facts.shuts_block():
+        return messages
+    return [without_thoughts(message) if message["role"] == "assistant" else message for message in messages]
 
 
 class _Locator:
@@ -168,7 +173,8 @@ class _Locator:
         if prompt:
             if text.startswith(prompt):
                 # After a tool's result some prompts (Gemma 4's) leave out the header that the text has.
-                again = header.strip() and text.startswith(header, len(prompt))
+                after_result = number > 0 and self.messages[number - 1]["role"] == "tool"
+                again = after_result and header.strip() and text.startswith(header, len(prompt))
                 return len(prompt) + (len(header) if again else 0)
             if lead and prompt.endswith(lead) and text.startswith(prompt[: -len(lead)]):
                 self.without_lead.add(number)
