@@ -21,7 +21,6 @@ from tests.data.toys import (
     user,
 )
 
-
 _REWRITTEN = ("thoughts before a call", "words beside a call")  # harmony drops them once a final answer follows
 
 
@@ -69,8 +68,11 @@ INSIDE = chatml("").replace(
 )
 
 
-def test_a_result_inside_of_the_assistants_turn_is_not_trained() -> None:
-    template = INSIDE.replace("<|im_start|>{{ m.role }}\n", "{{ '<|im_start|>' + m.role + '\n' if m.role == 'user' }}")
+@pytest.mark.parametrize("end", ["", "<|im_end|>"])
+def test_a_result_inside_of_the_assistants_turn_is_not_trained(end: str) -> None:
+    template = INSIDE.replace("</result>", f"</result>{end}").replace(
+        "<|im_start|>{{ m.role }}\n", "{{ '<|im_start|>' + m.role + '\n' if m.role == 'user' }}"
+    )
     template = template.replace(
         "{% elif m.role == 'assistant' %}",
         "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' if messages[loop.index0 - 1].role == 'user' }}",
@@ -78,7 +80,7 @@ def test_a_result_inside_of_the_assistants_turn_is_not_trained() -> None:
     chat = chat_of(template)
     row = encode(chat, talk(user("Weather?"), CALLED, result("degrees 3"), assistant("It is cold.")))
     text = chat.tokenizer.decode(row.input_ids)
-    assert text.endswith("</call><result>degrees 3</result>It is cold.<|im_end|>\n")
+    assert text.endswith(f"</call><result>degrees 3</result>{end}It is cold.<|im_end|>\n")
     assert trained(chat, row) == ['<call>get_weather {"city": "Oslo"}</call>', "It is cold.<|im_end|>"]
     assert chat.dropped["unended"] == 1
 
