@@ -27,7 +27,7 @@ from qlora.data.offsets import split_at, tokens_of
 from qlora.data.row_json import RowError
 from qlora.data.template import ChatTemplate
 from qlora.errors import TokenizerError
-from qlora.events import Recorder
+from qlora.events import Sinks
 from tests.data.toys import CHATML, WEATHER, assistant, call, encode, result, system, talk, toy_tokenizer, user
 
 MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
@@ -154,8 +154,8 @@ def compared(template: str) -> Iterator[tuple[str, Outcome]]:
         eos = "<|endoftext|>"  # Phi 3's stands once, after the conversation
     special = tuple(dict.fromkeys(("<s>", eos, *SPECIAL.findall(template))))
     family = replace(CHATML, special=special, eos=eos, bos="<s>", plain=THINK)
-    ours = ChatTokenizer(toy_tokenizer(family, plain), "assistant", Recorder())
-    theirs = ChatTemplate(toy_tokenizer(family, template), Recorder())
+    ours = ChatTokenizer(toy_tokenizer(family, plain), "assistant", Sinks())
+    theirs = ChatTemplate(toy_tokenizer(family, template), Sinks())
     theirs.reading = ours._chat_template.reading
     for name, conversation in CONVERSATIONS.items():
         yield name, _outcome(ours, theirs, conversation)

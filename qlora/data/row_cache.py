@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pydantic import Field
+
 from qlora import disk, files
 from qlora.data.row_json import RowTooLong
 from qlora.data.source_files import EXAMPLES
@@ -84,7 +86,7 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    dropped: dict[str, int]
+    dropped: dict[str, int] = Field(default_factory=dict)  # older reports have none
     formats: dict[str, str]
     rejected: list[_StoredRejected]
 
