@@ -73,8 +73,8 @@ class ChatTokenizer:
 
     @property
     def template(self) -> str | None:
-        """The template in use, to be saved with the adapter."""
-        return self._chat_template.text
+        """The template in use, to be saved with the adapter; None for a base without one."""
+        return self._chat_template.text if self._chat_template.given else None
 
     @property
     def templates(self) -> tuple[str, str]:
@@ -144,6 +144,9 @@ class ChatTokenizer:
     def _check(self, conversation: Conversation) -> None:
         """Raise RowError for what the template would drop in silence, and for an answer that would end too early."""
         template = self._chat_template
+        if not template.given:
+            what = "the base has no chat template, and the rows are conversations"
+            raise TokenizerError(what, 'add chat_template = "chatml" under [model], or a file that holds its template')
         if conversation.tools and not template.writes_tools and not self._noticed_tools:
             self._noticed_tools = True
             self._sink.emit(Notice("tools", "the chat template does not show the model its tools: they are left out"))
@@ -231,4 +234,5 @@ class ChatFormat:
             template = ChatTemplate(tokenizer, Sinks())
         except TokenizerError:
             return cls(tokenizer, None, ())
-        return cls(tokenizer, template, tuple(tokenizer.convert_tokens_to_ids(template.end_tokens)))
+        end_ids = tuple(tokenizer.convert_tokens_to_ids(template.end_tokens))
+        return cls(tokenizer, template if template.given else None, end_ids)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qlora import chatml
 from qlora.data.call_shapes import (
     KINDS,
     SHAPES,
@@ -36,32 +37,6 @@ if TYPE_CHECKING:
 
 Tools = Sequence[dict[str, Any]]
 
-# ChatML with tools in the Hermes manner, for a base without a template. END is the token that ends a turn.
-FALLBACK_TEMPLATE = """\
-{%- set intro = messages[0].content if messages and messages[0].role == 'system' else '' %}
-{%- if tools %}
-    {{- '<|im_start|>system\\n' + (intro + '\\n\\n' if intro else '') }}
-    {{- 'You may call these tools, one JSON object per line:\\n<tools>' }}
-    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{% endfor %}
-    {{- '\\n</tools>\\nTo call one, answer with <tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call>END\\n' }}
-{%- elif intro %}
-    {{- '<|im_start|>system\\n' + intro + 'END\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>END\\n' }}
-    {%- elif not (loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '\\n' if message.content or not loop.first }}
-            {{- '<tool_call>\\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' }}
-            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- 'END\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
-"""
 # Llama 3's template writes the day of rendering unless it is given one; this is the template's own default.
 DATE_STRING = DAY.strftime("%d %b %Y")
 # The largest template known to us has 20 kB (gpt-oss); one that is far larger is no template.
@@ -80,13 +55,16 @@ _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 class ChatTemplate:
     """The template in use. `texts`: by whether there are tools. `end_tokens`: the turn's own end first, then EOS.
 
+    `given`: whether the tokenizer has one; without it, rows of plain text can be trained and no conversations.
+
     Raises TokenizerError when there is no such token, or the template cannot render even one question and answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sink: Sink) -> None:
         self._special_tokens = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t)]
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token is not None else []
-        self.texts = _choose(tokenizer, eos, sink)
+        self.given = bool(tokenizer.chat_template)
+        self.texts = _choose(tokenizer, eos)
         if max(map(len, self.texts.values())) > MAX_TEMPLATE_CHARS:
             raise TokenizerError("the base's chat template has more than a million characters", "use another base")
         # A template that stands for both is compiled once.
@@ -204,21 +182,18 @@ class ChatTemplate:
             return None
 
 
-def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str], sink: Sink) -> dict[bool, str]:
-    """The template for conversations without and with tools: the tokenizer's own, else ChatML with a notice."""
+def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str]) -> dict[bool, str]:
+    """The template for conversations without and with tools; ChatML stands in for none, and renders no row."""
     if tokenizer.chat_template:
         try:
             # Of several named templates transformers picks `tool_use`, if there is one, when tools are given.
             return {False: tokenizer.get_chat_template(), True: tokenizer.get_chat_template(tools=[{}])}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise TokenizerError(f"the base's chat template: {error}", "use another base") from None
-    ends = ["<|im_end|>"] if "<|im_end|>" in tokenizer.get_vocab() else eos
+    ends = [chatml.END] if chatml.END in tokenizer.get_vocab() else eos
     if not ends:
         raise _no_end_token()
-    end = ends[0]
-    template = FALLBACK_TEMPLATE.replace("END", end.replace("'", "\\'"))
-    sink.emit(Notice("template", f"the base has no chat template: ChatML is used, its turns end with {end}"))
-    return {False: template, True: template}
+    return dict.fromkeys((False, True), chatml.template(ends[0]))
 
 
 def _no_end_token() -> TokenizerError:
