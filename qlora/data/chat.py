@@ -110,6 +110,7 @@ class ChatTokenizer:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> list[int]:
         """Tokens of a conversation that the assistant is to continue. Raises RowError."""
+        messages = spans.without_shut_thoughts(self._chat_template, messages)
         text = self._chat_template.render(messages, tools, add_generation_prompt=True)
         ids, _ = next(tokens_of(self.tokenizer, [text]))
         return self._with_one_bos(ids, [0.0] * len(ids))[0]

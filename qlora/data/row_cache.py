@@ -88,7 +88,7 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    dropped: dict[str, int]
+    dropped: dict[str, int] = Field(default_factory=dict)  # older reports have none
     formats: dict[str, str]
     remarks: Counts = Field(default_factory=dict)  # older reports have none
     rejected: list[_StoredRejected]
