@@ -93,7 +93,7 @@ def _shape_keys(facts: Facts, family: Family) -> list[Key]:
         ("attention.head_count_kv", facts.value("num_key_value_heads")),
         ("attention.key_length", facts.head_dim),
         ("attention.value_length", facts.head_dim),
-        (epsilon_key, float(getattr(config, epsilon))),
+        (epsilon_key, float(getattr(config, epsilon)) if epsilon else None),
         ("rope.dimension_count", facts.rotated),
     ]
 

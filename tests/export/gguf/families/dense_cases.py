@@ -179,4 +179,64 @@ CASES = (
             "norm biases": neutral_tensors("attn_norm.bias"),
         },
     ),
+    Case("exaone", {"rope_parameters": LLAMA3}, {**BASE, **PERMUTED, "rope scaling": without_factors}),
+    Case("internlm3", {"rope_parameters": ROPE, "head_dim": 32}, {**BASE, **PERMUTED}),
+    Case("iquestcoder", {"rope_parameters": ROPE, "head_dim": 16}, {**BASE, **PERMUTED}),
+    Case(
+        "arcee",
+        {"tie_word_embeddings": False, "rope_parameters": LLAMA3},
+        {**BASE, **PERMUTED, "rope scaling": without_factors},
+    ),
+    Case(
+        "seed_oss",
+        {"tie_word_embeddings": False, "head_dim": 32, "attention_bias": True, "rope_parameters": ROPE},
+        {**BASE, "biases": neutral_tensors("attn_q.bias"), "norms": neutral_tensors("post_attention_norm")},
+    ),
+    Case("ernie4_5", {"tie_word_embeddings": True, "head_dim": 16, "rope_parameters": ROPE}, BASE),
+    Case("helium", {"head_dim": 16, "rope_parameters": ROPE}, BASE),
+    Case(
+        "hunyuan_v1_dense",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+        },
+        {"rope scaling": with_key("rope.freq_base", 1e4), "qk-norm": neutral_tensors("attn_q_norm")},
+    ),
+    Case(
+        "ministral",
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPE},
+        {**BASE, **PERMUTED},
+    ),
+    Case(
+        "stablelm",
+        {"tie_word_embeddings": False, "use_qkv_bias": True, "use_parallel_residual": False, "rope_parameters": HALF},
+        {
+            **BASE,
+            **HALF_ROPE,
+            "biases": neutral_tensors("attn_q.bias"),
+            "norm biases": neutral_tensors("attn_norm.bias"),
+        },
+    ),
+    Case(
+        "stablelm",
+        {"tie_word_embeddings": False, "use_parallel_residual": True, "rope_parameters": HALF},
+        {**BASE, **HALF_ROPE},
+        note="parallel",
+    ),
+    Case(
+        "cohere",
+        {"tie_word_embeddings": True, "logit_scale": 0.25, "rope_parameters": ROPE},
+        {**BASE, "logit scale": with_key("logit_scale", 1.0)},
+    ),
+    Case(
+        "olmo",
+        {"tie_word_embeddings": False, "clip_qkv": 0.8, "rope_parameters": ROPE},
+        {**BASE, **PERMUTED, "clamp": without("attention.clamp_kqv")},
+    ),
+    Case(
+        "jais2",
+        {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_parameters": ROPE},
+        {**BASE, "biases": neutral_tensors("ffn_up.bias"), "norm biases": neutral_tensors("attn_norm.bias")},
+    ),
 )
