@@ -8,7 +8,7 @@ from dataclasses import replace
 import gguf
 
 from qlora.export.gguf import rope
-from qlora.export.gguf.family import OTHERS, QKV, Facts, Family, interleaved, vocabulary, whole_width
+from qlora.export.gguf.family import OTHERS, QKV, Facts, Family, interleaved, no_changes, vocabulary, whole_width
 from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
 
 FACTORS = ("llama3", "longrope")
@@ -105,13 +105,9 @@ FAMILIES: Mapping[str, Family] = {
     "seed_oss": Family(gguf.MODEL_ARCH.SEED_OSS, "silu", biases=QKV, keys=vocabulary),
     # Like Cohere and GLM, these two turn neighbours in transformers too.
     "ernie4_5": Family(gguf.MODEL_ARCH.ERNIE4_5, "silu", keys=vocabulary),
-    "helium": Family(
-        gguf.MODEL_ARCH.LLAMA, "silu", takes_rope_factors=FACTORS, biases=(*QKV, *OTHERS), keys=vocabulary
-    ),
+    "helium": replace(_LLAMA, changes=no_changes),
     "hunyuan_v1_dense": Family(
         gguf.MODEL_ARCH.HUNYUAN_DENSE, "silu", rope=_alpha_rope, keys=vocabulary, reads=frozenset(("eod_token_id",))
     ),
-    "ministral": Family(
-        gguf.MODEL_ARCH.LLAMA, "silu", changes=interleaved, takes_rope_factors=FACTORS, keys=vocabulary
-    ),
+    "ministral": replace(_LLAMA, biases=()),
 }

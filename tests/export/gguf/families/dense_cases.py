@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.export.gguf.cases import LLAMA3
+from tests.export.gguf.cases import LINEAR, LLAMA3, LONGROPE
 from tests.export.gguf.families.cases import (
     Case,
     Fault,
@@ -32,7 +32,72 @@ PERMUTED: Mapping[str, Fault] = {"permutation": unchanged_weights("interleave")}
 HALF = {**ROPE, "partial_rotary_factor": 0.5}
 HALF_ROPE: Mapping[str, Fault] = {"rotated dims": with_key("rope.dimension_count", 16)}
 
+GEMMA: Mapping[str, Any] = {
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": True,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+}
 CASES = (
+    Case(
+        "llama",
+        {"tie_word_embeddings": False, "rope_parameters": LLAMA3},
+        {**BASE, **PERMUTED, "rope scaling": without_factors},
+    ),
+    Case("mistral", {"sliding_window": None, "head_dim": 32, "rope_parameters": ROPE}, {**BASE, **PERMUTED}),
+    Case(
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": ROPE},
+        {**BASE, "biases": neutral_tensors("attn_q.bias")},
+    ),
+    Case(
+        "qwen3",
+        {"head_dim": 32, "rope_parameters": YARN},
+        {**BASE, "rope scaling": without("rope.scaling.type"), "qk-norm": neutral_tensors("attn_q_norm")},
+    ),
+    Case(
+        "phi3",
+        {
+            "sliding_window": None,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 512,
+            "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 512},
+        },
+        {**BASE, "rope scaling": without_factors, "attention factor": without("rope.scaling.attn_factor")},
+    ),
+    Case(
+        "gemma2",
+        {
+            **GEMMA,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 20.0,
+            "rope_parameters": ROPE,
+        },
+        {
+            **BASE,
+            "norm + 1": unchanged_weights("plus one"),
+            "window": with_key("attention.sliding_window", 64),
+            "attention softcap": with_key("attn_logit_softcapping", 50.0),
+            "softcap": without("final_logit_softcapping"),
+        },
+    ),
+    Case(
+        "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": {**LINEAR, "rope_theta": 1e6}, "sliding_attention": ROPE},
+        },
+        {
+            **BASE,
+            "norm + 1": unchanged_weights("plus one"),
+            "window": with_key("attention.sliding_window", 64),
+            "pattern": without("attention.sliding_window_pattern"),
+            "rope base of windows": without("rope.freq_base_swa"),
+            "rope scaling": without("rope.scaling.type", "rope.scaling.factor"),
+            "qk-norm": neutral_tensors("attn_q_norm"),
+        },
+    ),
     Case(
         "smollm3",
         {**FOUR, "tie_word_embeddings": True, "rope_parameters": ROPE, "head_dim": 16},
@@ -205,7 +270,7 @@ CASES = (
     ),
     Case(
         "ministral",
-        {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPE},
+        {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPE},
         {**BASE, **PERMUTED},
     ),
     Case(
