@@ -93,6 +93,6 @@ def test_settings_that_its_graph_ignores_are_refused(family: str, overrides: dic
 
 def test_an_unknown_family_is_refused_by_name() -> None:
     with pytest.raises(
-        ExportError, match=r"'gpt_neox' models cannot be written as GGUF here .*gemma2, gemma3, glm4, granite"
+        ExportError, match=r"'gpt_neox' models cannot be written as GGUF here .*gemma2, gemma3, .*granite"
     ):
         layout("gpt_neox")

@@ -136,12 +136,12 @@ def tiny(case: Case, **fields: Any) -> Any:
 
 
 def make_base(case: Case, folder: Path) -> Path:
-    """The case's base, float32, with a final norm that makes its answers sharp."""
+    """The case's base, in bfloat16, with a final norm that makes its answers sharp."""
     model = tiny(case)
     damp(model, case.damped)
     sharpen(model)
     folder.mkdir(parents=True)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer(VOCAB).save_pretrained(folder)
     return folder
 
