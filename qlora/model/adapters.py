@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config
+from qlora.model.linear_use import kept_layers
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
@@ -183,14 +184,24 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
         return suffixes if matched == layers.keys() else sorted(layers)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     head = next((name for name, module in model.named_modules() if module is head_of(model)), "lm_head")
+    kept = kept_layers(model, layers)
     for name in names:
         if name == head:
             what = f"lora.target_modules: {name} is the head, which is computed in pieces and takes no adapter"
             raise ModelError(what, "leave it out, or train it whole with lora.modules_to_save")
-        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+        if not _named(name, layers):
             what = f"lora.target_modules: the model has no linear layer {name!r}"
+            if _named(name, kept):
+                what = f"lora.target_modules: the model reads the weight of {name} by itself, which takes no adapter"
             raise ModelError(what, f'use "all-linear" or some of: {", ".join(suffixes)}')
+    if any(_named(name, kept) for name in names):
+        return sorted({layer for name in names for layer in _named(name, layers)})
     return sorted(set(names))
+
+
+def _named(name: str, layers: Iterable[str]) -> list[str]:
+    """Those of `layers` that a name of lora.target_modules means: whole, or by its last parts."""
+    return [layer for layer in layers if layer == name or layer.endswith(f".{name}")]
 
 
 def _whole_modules(model: Any, names: tuple[str, ...]) -> list[str]:

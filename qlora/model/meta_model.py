@@ -21,7 +21,8 @@ from torch import nn
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model.base_folder import BaseFolder
-from qlora.model.config_filter import open_config
+from qlora.model.config_filter import open_config, with_layers
+from qlora.model.linear_use import kept_layers
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 
@@ -155,16 +156,6 @@ def _extent(text: Any) -> tuple[int, int]:
     return weights, sum(buffer.nbytes for buffer in model.buffers())
 
 
-def with_layers(text: Any, layers: int) -> Any:
-    """The configuration with its first `layers` layers; lists with an entry a layer are cut as well."""
-    shorter = copy.deepcopy(text)
-    for key, value in list(vars(shorter).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(shorter, key, value[:layers])
-    shorter.num_hidden_layers = layers
-    return shorter
-
-
 def build_unmatched(text: Any, attention: str, name: str) -> Any:
     """The causal model of a configuration: parameters on `meta`, buffers real. `attention` by `choose_attention`."""
     with _refusing(name):
@@ -202,11 +193,18 @@ def head_of(model: Any) -> Any:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer but the head, by name: what is kept in 4 bit, and what "all-linear" means."""
+    """Every linear layer but the head, by name: what is kept in 4 bit, and what "all-linear" means.
+
+    Layers whose weight the model reads by itself are left out (see `linear_use`).
+    """
     head = head_of(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS:
-            yield name, module
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS
+    }
+    kept = kept_layers(model, found)
+    yield from ((name, module) for name, module in found.items() if name not in kept)
 
 
 def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:

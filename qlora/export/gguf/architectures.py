@@ -77,8 +77,12 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         notices=_notices(facts, family, rotary.tensors),
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
-        kv_heads=facts.value("num_key_value_heads"),
+        kv_heads=_first(keys["attention.head_count_kv"]),
     )
+
+
+def _first(value: Any) -> int:
+    return int(value[0] if isinstance(value, list) else value)
 
 
 def _shape_keys(facts: Facts, family: Family) -> list[Key]:
