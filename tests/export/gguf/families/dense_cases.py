@@ -270,7 +270,7 @@ CASES = (
     ),
     Case(
         "ministral",
-        {"head_dim": 16, "sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPE},
+        {"head_dim": 16, "sliding_window": 128, "rope_parameters": ROPE},
         {**BASE, **PERMUTED},
     ),
     Case(
