@@ -19,10 +19,11 @@ from tests.export.gguf.families.dense_cases import CASES
 
 PLAIN = QuantizationSection(type="none")
 FAST = ("granite",)  # its rows of q and k change places
-FIRST = {case.model_type: case for case in reversed(CASES)}
+# Fused gate and up; windows and one norm; layers under names of their own; norms stored less 1.
+SLOW = ("glm4", "cohere2", "phi", "nemotron")
 
 
-@pytest.mark.parametrize("case", marked([*FIRST.values()], FIRST, FAST))
+@pytest.mark.parametrize("case", marked(CASES, (*FAST, *SLOW), FAST))
 def test_an_adapter_alone_and_merged_is_the_adapter_in_peft(tmp_path: Path, case: Case) -> None:
     base = make_base(case, tmp_path / "base")
     trained(base, tmp_path / "adapter", LoraSection(r=4, alpha=16), PLAIN)
