@@ -135,7 +135,7 @@ def test_a_gguf_file_dequantized_is_the_same_model(family: str, tmp_path: Path) 
     own = candidates.of_folder(meta_model, base)
     weights = meta_model.model.state_dict()
     layout = lay_out(meta_model.model, {name: tuple(weights[name].shape) for name in meta_model.sources})
-    types = dict.fromkeys(layout.names.values(), gguf.GGMLQuantizationType.F32)
+    types = dict.fromkeys(layout.stored, gguf.GGMLQuantizationType.F32)
     content = [GgufFile("f32", "model.gguf", (), types).header(layout)]
     for data in (*layout.constants.values(), *(t.to_gguf(own[t.parameter]().float()).numpy() for t in layout.tensors)):
         content.append(data.tobytes() + bytes(-data.nbytes % 32))

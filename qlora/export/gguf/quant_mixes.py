@@ -22,10 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, LlamaFileType
 
 from qlora.errors import ExportError
 from qlora.export.gguf.encode import NATIVE
+from qlora.export.gguf.families import FAMILIES
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q5_0, Q5_1, Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q5_1, GGMLQuantizationType.Q8_0
@@ -33,9 +34,14 @@ Q3_K, Q4_K = GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q4_K
 Q5_K, Q6_K = GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K
 Q4_0, IQ4_XS, IQ4_NL = GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.IQ4_NL
 
-# GGUF's names of the architectures whose rules these are. Mistral's files say "llama". Others (Falcon, mixtures of
-# experts) have exceptions of their own.
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+# GGUF's names of the architectures whose rules these are: all that we write. Mistral's files say "llama". Others
+# (Falcon, mixtures of experts) have exceptions of their own.
+ARCHITECTURES = tuple(sorted({MODEL_ARCH_NAMES[family.arch] for family in FAMILIES.values()}))
+
+# Small matrices that llama.cpp's kernels read as F32: kernels of convolutions, coefficients of a handful of streams.
+SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "altup_correct_coef.weight", "altup_predict_coef.weight")
+# Not so small ones that its quantizer leaves in 16 bit (llama-quant.cpp, tensor_allows_quantization).
+KEPT = re.compile(r"altup|laurel|per_layer_model_proj")
 
 # What takes the place of a type whose blocks do not fit a row (llama-quant.cpp, tensor_type_fallback).
 FALLBACKS = {Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0, IQ4_XS: IQ4_NL}
@@ -201,6 +207,8 @@ def choose_types(
         wanted = chosen.head if name == head else _by_rules(name, chosen, place)
         if stays_f32(name, shape):
             wanted = F32
+        elif KEPT.search(name) and chosen.needs_library:
+            wanted = BF16
         types[name] = fit(wanted, shape[-1])
         if types[name] != wanted:
             fallbacks.append(Fallback(name, wanted, types[name]))
@@ -210,7 +218,7 @@ def choose_types(
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
     """Rule 1. A single row counts as one-dimensional: ggml drops leading dimensions of 1."""
     one_dimensional = len(shape) < 2 or shape[0] == 1
-    return one_dimensional or not name.endswith(".weight") or name.endswith("_norm.weight")
+    return one_dimensional or not name.endswith(".weight") or name.endswith(("_norm.weight", *SMALL))
 
 
 def fit(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:

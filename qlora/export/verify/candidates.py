@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.device import free_bytes
 from qlora.errors import ExportError
-from qlora.export.gguf.architectures import GgufTensor
+from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import MergedTensor
 from qlora.export.merge.parts import VALUES_PER_BLOCK
 from qlora.model.base_folder import BaseFolder
@@ -51,7 +51,10 @@ def of_gguf(file: Path, tensors: Iterable[GgufTensor]) -> Weights:
     lost = [tensor.name for tensor in tensors if tensor.name not in stored]
     if lost:
         raise ExportError(f"{file}: has no tensor {lost[0]}", "export again")
-    return {tensor.parameter: partial(_dequantized, stored[tensor.name], tensor) for tensor in tensors}
+    parts: dict[str, list[GgufTensor]] = {}
+    for tensor in sorted(tensors, key=lambda tensor: tensor.taken):
+        parts.setdefault(tensor.parameter, []).append(tensor)
+    return {parameter: partial(_dequantized, stored, pieces) for parameter, pieces in parts.items()}
 
 
 def vocabulary_logprobs(
@@ -113,9 +116,10 @@ def head_logprobs(
 
 
 def dequantized_rows(entry: Any, start: int, end: int) -> Tensor:
-    """Rows, as the file says them in fp32, of a tensor that gguf's reader has mapped; a vector is one row."""
+    """Rows, as the file says them in fp32, of a tensor that gguf's reader has mapped; a vector is one row, and of
+    stacked matrices the rows are counted through."""
     flat = len(entry.shape) == 1
-    data = entry.data.reshape(1, -1) if flat else entry.data[start:end]
+    data = entry.data.reshape(1, -1) if flat else entry.data.reshape(-1, entry.data.shape[-1])[start:end]
     # A copy: an F32 tensor would be the mapped file itself, which is read-only.
     block = torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type)))
     return block[0] if flat else block
@@ -136,12 +140,16 @@ def _fetch(model: Any, weights: Weights, name: str, empty: Tensor) -> Tensor:
     return values
 
 
-def _dequantized(entry: Any, tensor: GgufTensor) -> Tensor:
-    """A whole tensor in transformers' order, dequantized a block of rows at a time."""
+def _dequantized(stored: Mapping[str, Any], pieces: Sequence[GgufTensor]) -> Tensor:
+    """A whole parameter in transformers' order, dequantized a block of rows at a time."""
+    return torch.cat([block for piece in pieces for block in _blocks(stored[piece.name], piece)])
+
+
+def _blocks(entry: Any, tensor: GgufTensor) -> Iterator[Tensor]:
     rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(1, VALUES_PER_BLOCK // columns // tensor.unit) * tensor.unit if len(tensor.shape) > 1 else rows
-    blocks = (dequantized_rows(entry, start, start + step) for start in range(0, rows, step))
-    return torch.cat([tensor.inverse(block) for block in blocks])
+    for start in range(0, rows, step):
+        yield tensor.inverse(dequantized_rows(entry, tensor.at + start, tensor.at + min(rows, start + step)))
 
 
 def _gather(tensor: MergedTensor) -> Tensor:
