@@ -26,6 +26,7 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.staging import StagedExport
+from qlora.export.version4 import READS_ROPE_THETA
 from qlora.foreign_json import ForeignFileError
 from qlora.model.tensors import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, read_header
 from qlora.model.tokenizer_files import of_export, without_paths
@@ -206,9 +207,12 @@ def _read_object(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with `rope_theta` and `rope_scaling` beside `rope_parameters`, where these are missing."""
+    """config.json with `rope_theta` and `rope_scaling` beside `rope_parameters`, where these are missing.
+
+    Only of a type that version 4 knows (see `version4`): others have no place for them.
+    """
     rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" in config:
+    if config.get("model_type") not in READS_ROPE_THETA or not isinstance(rope, Mapping) or "rope_theta" in config:
         return dict(config)
     old: dict[str, Any] = {}
     main = rope
