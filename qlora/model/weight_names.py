@@ -28,7 +28,8 @@ _TEXT_PARTS = (
     (re.compile(r"^(?:model\.)?(?:language_model|text_model)\.lm_head\."), "lm_head."),
     (re.compile(r"^model\.(?:language_model|text_model)\.(?:model\.)?"), "model."),
     (re.compile(r"^(?:language_model|text_model)\.(?:model\.)*"), "model."),
-    (re.compile(r"^(?=(?:layers|embed_tokens|norm)\.)"), "model."),  # of a model that was saved without its head
+    # Of a model that was saved without its head, or inside of another one's `model`.
+    (re.compile(r"^(?:model\.)*(?=(?:layers|embed_tokens|norm)\.)"), "model."),
 )
 _OMNI = "thinker."  # Qwen's omni models: before the names of the part that reads and writes text
 # Parts beside the text model, by the names that transformers' multimodal classes give them.

@@ -35,6 +35,7 @@ LAYER = "model.layers.0.self_attn.q_proj"
         "model.text_model.layers.0.self_attn.q_proj",
         "thinker.model.layers.0.self_attn.q_proj",
         "layers.0.self_attn.q_proj",
+        "model.model.layers.0.self_attn.q_proj",
         "_orig_mod.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj",
     ],
 )
