@@ -40,7 +40,9 @@ _OTHER_PARTS = re.compile(
 # What wrappers of training put into names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # An adapter's own name, which other tools leave in: `lora_A.default.weight`.
-_ADAPTERS_NAME = re.compile(r"(\.lora_[AB])\.\w+(?=\.weight$)|(\.(?:lora_embedding_[AB]|\w+_vector|\w+_delta))\.\w+$")
+_ADAPTERS_NAME = re.compile(
+    r"(\.lora_[AB])\.\w+(?=\.weight$)|(\.(?:lora_embedding_[AB]|\w+_vector|\w+_delta))(?:\.\w+)+$"
+)
 
 _PEFTS_OWN = re.compile(r"\.(?:lora_\w+|base_layer|original_module|modules_to_save|token_adapter)\.")
 
