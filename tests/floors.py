@@ -84,6 +84,7 @@ LINES = {
         *("splits", "saved_sets", "source_files", "row_json", "formats", "limits", "render_worker", "render"),
         *("parquet_worker", "arrow_worker", "parquet"),
         *(
+            "text_pieces",
             "readers",
             "sources",
             "hub_rows",
@@ -94,6 +95,7 @@ LINES = {
             "token_cache",
             "row_cache",
             "prepare",
+            "token_ids",
             "loader",
         ),
     ],

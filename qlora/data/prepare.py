@@ -24,6 +24,7 @@ from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import FoundFiles, SourceFile
 from qlora.data.sources import SourceRow, read_rows, source_files
+from qlora.data.text_pieces import cut, is_text_file
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
-CODE_VERSION = 1
+CODE_VERSION = 2
 BATCH_ROWS = 256
 BATCH_CHARS = 4 << 20  # of all renderings of a batch
 CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
@@ -140,6 +141,9 @@ class _Maker:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
+        for file, count in report.pieces.items():
+            message = f"{file}: cut at its paragraphs into {count} rows of up to {self.data.max_length} tokens"
+            self.sink.emit(Notice("text", message, count))
         for rejected in report.rejected.values():
             self.sink.emit(rejected)
         if report.cut:
@@ -205,6 +209,12 @@ class _Tokenization:
         encoded = iter(self.chat.encode_many(good, self.limits))
         for where, item in batch:
             row: TokenRow | RowError | None = next(encoded) if isinstance(item, Conversation) else item
+            if isinstance(item, Conversation) and is_text_file(where) and self._is_long(row):
+                parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
+                if len(parts) > 1:
+                    self.report.cut_text(where, len(parts))
+                    yield from self._tokenized(source, [(place, Conversation(text=text)) for place, text in parts])
+                    continue
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
             if isinstance(row, RowTooLong):
@@ -221,6 +231,9 @@ class _Tokenization:
                 self.report.tokens += len(row.input_ids)
                 self.report.trained += sum(map(bool, row.loss_weights))
                 yield row, item, where
+
+    def _is_long(self, row: TokenRow | RowError | None) -> bool:
+        return isinstance(row, RowTooLong) or (isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length)
 
     def _shortened(self, source: SourceSection, row: TokenRow, where: str) -> TokenRow | None:
         """What becomes of a row over max_length: None when it is left out."""

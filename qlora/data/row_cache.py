@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pydantic import Field
+
 from qlora import disk, files
 from qlora.data.row_json import RowTooLong
 from qlora.data.source_files import EXAMPLES
@@ -40,6 +42,7 @@ class RowReport:
     trained: int = 0
     cut: int = 0
     lost_reasoning: int = 0
+    pieces: dict[str, int] = field(default_factory=dict)  # of each text file that was cut: into so many rows
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length; not stored
@@ -51,6 +54,11 @@ class RowReport:
         before = self.rejected.get((source, reason), Rejected(source, reason, 0))
         examples = (*before.examples, where)[:EXAMPLES]
         self.rejected[source, reason] = Rejected(source, reason, before.count + 1, examples)
+
+    def cut_text(self, where: str, rows: int) -> None:
+        """Count the rows that a text file, of which one began at `where`, has become."""
+        file = where.rpartition(":")[0]
+        self.pieces[file] = self.pieces.get(file, 0) + rows
 
     def leave_out(self, source: str, error: RowTooLong, where: str) -> None:
         self.unread += 1
@@ -86,6 +94,7 @@ class _StoredReport(ForeignModel):
     cut: int
     lost_reasoning: int
     formats: dict[str, str]
+    pieces: dict[str, int] = Field(default_factory=dict)
     rejected: list[_StoredRejected]
 
 
