@@ -105,7 +105,7 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
         if product.set_aside:
             size = f"{product.set_aside_bytes / 2**20:,.1f} MiB"
             line = f"kept: {product.set_aside} ({size}), which had been changed since it was exported"
-            print(shown.one_line(redact(line)))
+            common.tell(shown.one_line(redact(line)))
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qlora import files
+from qlora import files, windows_paths
 from qlora.data.saved_sets import without_descriptions
 from qlora.data.splits import by_split, of_split
 from qlora.errors import DataError, UserError
@@ -29,6 +29,7 @@ from qlora.shown import one_line
 
 MAX_FILES = 100_000  # of one source: each takes about 0.5 kB of memory, and is opened and hashed at every start
 MAX_ENTRIES = 200_000  # names looked at below one folder: a second or two; a whole disk has millions
+_OF_LINKS = "a link is followed where a path names it: give each a [[data.train]] of its own, or put the files there"
 EXAMPLES = 5  # names of what was left out
 _BUFFER_BYTES = 1 << 20
 _LINKS = "links that end outside of the folder or nowhere"
@@ -173,7 +174,8 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
         raise _missing(Path(path), pattern, endings, result.left_out_text())
     if not found:
         left_out = f" ({result.left_out_text()})" if result.left_out else ""
-        raise DataError(f"{path}: no data file in this folder{left_out}", f"known endings: {', '.join(endings)}")
+        hint = _OF_LINKS if "links" in left_out else f"known endings: {', '.join(endings)}"
+        raise DataError(f"{path}: no data file in this folder{left_out}", hint)
     return result
 
 
@@ -193,14 +195,15 @@ def _split(path: str) -> tuple[Path, tuple[str, ...]]:
 
 def _missing(path: Path, pattern: tuple[str, ...], endings: Collection[str], left_out: str = "") -> DataError:
     if pattern:
+        hint = windows_paths.how_to_write(path) or "check the pattern; it is relative to the recipe's folder"
+        hint = _OF_LINKS if "links" in left_out else hint
         left_out = f" ({left_out})" if left_out else ""
-        hint = "check the pattern; it is relative to the recipe's folder"
         return DataError(f"{path}: no file matches{left_out}", hint)
     near: list[str] = []
     if path.parent.is_dir():
         near = sorted(one_line(p.name) for p in path.parent.glob("*") if p.suffix.lower() in endings)[:EXAMPLES]
     hint = f"data files in that folder: {', '.join(near)}" if near else "check data.train.path in the recipe"
-    return DataError(f"{path}: no such file", hint)
+    return DataError(f"{path}: no such file", windows_paths.how_to_write(path) or hint)
 
 
 def _source_file(name: str, real: Path, status: os.stat_result, endings: Collection[str], path: str) -> SourceFile:

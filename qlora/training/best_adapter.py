@@ -37,6 +37,8 @@ class BestAdapter:
     def publish(self, run_dir: Path, state: RunState, sink: Sink) -> None:
         """Write `run_dir/adapter` anew, in one rename."""
 
+        loss = state.delivered if state.delivered and state.delivered.step == state.step else None
+
         def write(folder: Path) -> None:
             adapters.save(self.model, folder, self.base.name, self.base.commit)
             self.tokenizer.deliver(folder)
@@ -50,7 +52,7 @@ class BestAdapter:
                 "identity": self.identity.model_dump(),
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "step": state.step,
-                KEY: state.delivered if state.delivered and state.delivered["step"] == state.step else None,
+                KEY: None if loss is None else loss.model_dump(),
             }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
             if redact(self.base.name) != self.base.name:  # programs find the base by it, and nobody else is to read it
