@@ -123,6 +123,7 @@ LINES = {
             "parquet",
         ),
         *(
+            "text_pieces",
             "readers",
             "sources",
             "conversations",
@@ -138,6 +139,7 @@ LINES = {
             "token_cache",
             "row_cache",
             "prepare",
+            "token_ids",
             "loader",
         ),
     ],

@@ -43,9 +43,7 @@ def meta_model(config: Any) -> Any:
 def all_linear(model: Any) -> dict[str, torch.nn.Module]:
     head = model.get_output_embeddings()
     return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and module is not head
+        name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head
     }
 
 
