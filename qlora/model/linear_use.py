@@ -68,9 +68,7 @@ def notices(model: Any) -> Iterator[Notice]:
     if known and known.kept:
         kinds = Counter(next(part for part in reversed(name.split(".")) if not part.isdigit()) for name in known.kept)
         shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        message = (
-            f"layers whose weight the model reads or shares by itself stay in 16 bit, without adapters: {shown}"
-        )
+        message = f"layers whose weight the model reads or shares by itself stay in 16 bit, without adapters: {shown}"
         yield Notice("quantization", message, len(known.kept))
     if not model.supports_gradient_checkpointing:
         message = "transformers cannot recompute this model's layers: train.gradient_checkpointing has no effect"
@@ -219,14 +217,25 @@ def _as_watched(watch: _Watch, layers: Mapping[str, nn.Module]) -> Iterator[None
 
 @contextmanager
 def _buffers_on_meta(model: Any) -> Iterator[None]:
-    own = [(module, dict(module._buffers)) for module in model.modules()]
+    """Buffers on meta for the time of the block; whatever a forward pass leaves in a module is taken out after it.
+
+    Rotary positions are such: for a longer text a module gives itself other frequencies, and keeps them.
+    """
+    own = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    stored = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
     try:
-        for module, buffers in own:
+        for module, _, buffers in own:
             module._buffers.update({name: None if b is None else b.to("meta") for name, b in buffers.items()})
         yield
     finally:
-        for module, buffers in own:
+        for module, attributes, buffers in own:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
             module._buffers.update(buffers)
+        for module, names in stored:
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(names)
 
 
 @contextmanager

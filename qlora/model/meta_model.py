@@ -99,8 +99,9 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
 
 def _check_shape(text: Any, name: str) -> None:
     """Raises ModelError for counts that are none. An id of padding that no token has is taken for no padding."""
-    known = {key: value for key in COUNTS if type(value := _of_all_layers(text, key)) is int}
+    # Not by their names: Gemma 4's layers differ in heads, and it raises over a question for the number of one.
     stored = getattr(text, "attribute_map", {})
+    known = {key: value for key in COUNTS if type(value := vars(text).get(stored.get(key, key))) is int}
     for key, value in known.items():
         if value < 1:
             what = f"{name}: config.json: {stored.get(key, key)} is {value}, a model has at least 1"
@@ -109,17 +110,13 @@ def _check_shape(text: Any, name: str) -> None:
     if heads % shared:
         what = f"{name}: config.json: num_key_value_heads is {shared}, which does not divide {heads} attention heads"
         raise ModelError(what, "get a clean copy of the model")
-    if hasattr(text, "rope_parameters") and type(width := _of_all_layers(text, "head_dim")) is int and width % 2:
+    width = vars(text).get("head_dim")
+    if hasattr(text, "rope_parameters") and type(width) is int and width % 2:
         what = f"{name}: config.json: head_dim is {width}, but positions turn its values in pairs"
         raise ModelError(what, "get a clean copy of the model")
     padding, tokens = getattr(text, "pad_token_id", None), known.get("vocab_size", 0)
     if padding is not None and not -tokens <= padding < tokens:
         text.pad_token_id = None
-
-
-def _of_all_layers(text: Any, key: str) -> Any:
-    """A value of the configuration; where layers have one each (Gemma 4's heads) what it says for all others."""
-    return vars(text)[key] if key in vars(text) else getattr(text, key, None)
 
 
 def _check_extent(text: Any, name: str) -> None:

@@ -204,6 +204,6 @@ def test_a_whole_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch:
     base = resolve(str(all_families.make_base("dory", tmp_path / "base")), "main", Recorder())
     meta_model = build(base)
     monkeypatch.setattr(candidates, "free_bytes", lambda device: 1 << 10)
-    with pytest.raises(ExportError, match=r"measured whole it takes 0\.00 GiB") as refused:
+    with pytest.raises(ExportError, match="measured whole it takes 0") as refused:
         list(candidates.vocabulary_logprobs(meta_model.model, {}, BATCHES, CPU))
     assert "verify=False" in refused.value.hint
