@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora.errors import ModelError
 from qlora.events import Notice, Recorder
+from qlora.model import base_folder
 from qlora.model.resolve import resolve
 from tests.families import make_base
 from tests.model.conftest import at, change_config, load, refused
