@@ -17,6 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora import disk
+from qlora.data import dropped
 from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.column_words import Reading
 from qlora.data.conversations import bad_row, conversations, file_of, leave_out
@@ -158,9 +159,8 @@ class _Maker:
         if report.cut:
             limit = self.data.max_length
             self.sink.emit(Notice("truncation", f"{report.cut} rows cut to their first {limit} tokens", report.cut))
-        if report.lost_reasoning:
-            message = f"{report.lost_reasoning} answers without their reasoning, which the template drops from history"
-            self.sink.emit(Notice("reasoning", message, report.lost_reasoning))
+        for notice in dropped.notices(report.dropped):
+            self.sink.emit(notice)
         counts = f"{report.rows} rows, {report.tokens} tokens, {report.trained} of them trained"
         self.sink.emit(Notice("rows", counts, report.rows))
 
@@ -179,14 +179,14 @@ class _Tokenization:
         self.bad = 0
 
     def run(self) -> None:
-        reasoning_before = self.chat.lost_reasoning
+        dropped_before = self.chat.dropped.copy()
         with RowWriter(self.folder / ROWS_FILE) as writer:
             for index, source in enumerate(self.sources):
                 for batch in self._batches(source, self.found[index].files):
                     if kept := [(*row, index) for row in self._tokenized(source, batch)]:
                         writer.write(kept)
             self.report.content_sha256 = writer.content_sha256()
-        self.report.lost_reasoning = self.chat.lost_reasoning - reasoning_before
+        self.report.dropped = dict(self.chat.dropped - dropped_before)
         if not self.report.rows:
             raise self._nothing_left()
         self.report.write(self.folder)

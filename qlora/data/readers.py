@@ -339,5 +339,6 @@ READERS: dict[str, Callable[[SourceFile], Iterator[Item]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".arrow": _parquet,
     ".txt": _txt,
 }

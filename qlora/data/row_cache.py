@@ -42,7 +42,7 @@ class RowReport:
     tokens: int = 0
     trained: int = 0
     cut: int = 0
-    lost_reasoning: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by the template, out of trained answers (dropped.py)
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
     remarks: Counts = field(default_factory=dict)  # what rows bring and nothing reads, by file, kind and name
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
@@ -88,7 +88,7 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    lost_reasoning: int
+    dropped: dict[str, int] = Field(default_factory=dict)  # older reports have none
     formats: dict[str, str]
     remarks: Counts = Field(default_factory=dict)  # older reports have none
     rejected: list[_StoredRejected]

@@ -23,7 +23,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora import files, windows_paths
+from qlora.data.saved_sets import without_descriptions
+from qlora.data.splits import by_split, of_split
 from qlora.errors import DataError, UserError
+from qlora.recipe.pins import folder_split
 from qlora.shown import one_line
 
 MAX_FILES = 100_000  # of one source: each takes about 0.5 kB of memory, and is opened and hashed at every start
@@ -133,12 +136,13 @@ class FoundFiles:
 
 
 def find_files(path: str, endings: Collection[str]) -> FoundFiles:
-    """The files of a source. `path` names a file, a folder, or is a pattern; a name that exists is no pattern.
+    """The files of a source. `path` names a file, a folder (all of it, or `folder:SPLIT`), or is a pattern.
 
-    Raises DataError when there is none, when one that was named is of a kind not in `endings`, and for more than
-    MAX_FILES.
+    A name that exists is no pattern and names no split. Raises DataError when there is none, when one that was named is
+    of a kind not in `endings`, and for more than MAX_FILES.
     """
-    place, pattern = _split(path)
+    whole, split = folder_split(path)
+    place, pattern = _split(whole)
     try:
         root = files.user_path(place, "a source of rows")
         status = root.stat()
@@ -148,6 +152,9 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
         raise _missing(Path(path), pattern, endings) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})", "check its permissions") from error
+    if split and (pattern or not stat.S_ISDIR(status.st_mode)):
+        what = f"{path}: no such file, and {split!r} can be the split of a folder only"
+        raise DataError(what, "write folder:SPLIT, or the path of a file or pattern alone")
     if not stat.S_ISDIR(status.st_mode):
         if pattern:
             raise _missing(Path(path), pattern, endings)
@@ -157,6 +164,11 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
     search = _Search(root, path)
     # A folder is everything below it that has a known ending; a pattern names its files, whatever they are.
     found = search.files(pattern or ("**", "*"), () if pattern else endings)
+    rows = without_descriptions(found, lambda name: found[name][0], search.leave_out)
+    if split and rows and not (rows := set(of_split(sorted(rows, key=Path), split))):
+        what = f"{whole}: has no split {split!r}, but {by_split(found).counted}"
+        raise DataError(what, "name one of its splits, or a file")
+    found = {name: place for name, place in found.items() if name in rows}
     result = FoundFiles(
         tuple(_source_file(name, *found[name], endings, path) for name in sorted(found, key=Path)),
         tuple((what, len(names), tuple(names)[:EXAMPLES]) for what, names in search.left_out.items()),
@@ -230,7 +242,7 @@ class _Search:
                 if stat.S_ISREG(status.st_mode):
                     found[child] = real, status
                 elif not stat.S_ISDIR(status.st_mode):
-                    self._leave_out(_NO_FILES, child)
+                    self.leave_out(_NO_FILES, child)
                 if len(found) > MAX_FILES:
                     hint = "join them into fewer files, or name a narrower pattern"
                     raise DataError(f"{self.path}: more than {MAX_FILES:,} data files", hint)
@@ -254,7 +266,7 @@ class _Search:
             try:
                 status = folder.stat()
             except OSError:  # it went away meanwhile
-                self._leave_out(_NOT_READABLE, name or ".")
+                self.leave_out(_NOT_READABLE, name or ".")
                 continue
             if (status.st_dev, status.st_ino) in seen:
                 continue
@@ -272,7 +284,7 @@ class _Search:
         try:
             listed = self._listing(folder)
         except OSError:
-            self._leave_out(_NOT_READABLE, name or ".")
+            self.leave_out(_NOT_READABLE, name or ".")
             return
         for entry in listed:
             if not _matches(entry.name, part) or (endings and Path(entry.name).suffix.lower() not in endings):
@@ -287,7 +299,7 @@ class _Search:
                 yield child, real, os.lstat(real), is_link
             except (files.UnsafePathError, OSError):
                 if not of_folders or is_link:
-                    self._leave_out(_LINKS if is_link else _NO_FILES, child)
+                    self.leave_out(_LINKS if is_link else _NO_FILES, child)
 
     def _listing(self, folder: Path) -> list[os.DirEntry[str]]:
         """What is in a folder, read once however often it is asked for, and bounded while it is read."""
@@ -301,7 +313,8 @@ class _Search:
             self.listed[folder] = sorted(found, key=lambda entry: entry.name)
         return self.listed[folder]
 
-    def _leave_out(self, what: str, name: str) -> None:
+    def leave_out(self, what: str, name: str) -> None:
+        """Count something under what it is."""
         self.left_out.setdefault(what, {})[one_line(name)] = None
 
 

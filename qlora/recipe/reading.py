@@ -239,6 +239,9 @@ def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     base = _local(model.base, folder, ("model", "base"), index, problems)
     if looks_like_folder(model.base) or os.path.isdir(base):
         model = model.model_copy(update={"base": str(base.resolve())})
+    if model.chat_template not in ("auto", "chatml"):
+        template = str(_local(model.chat_template, folder, ("model", "chat_template"), index, problems))
+        model = model.model_copy(update={"chat_template": template})
     sources = {side: list(getattr(data, side)) for side in ("train", "eval")}
     for side, entries in sources.items():
         for number, source in enumerate(entries):
