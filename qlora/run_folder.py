@@ -299,7 +299,20 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
         return _plain(path), path.parent / "export" if is_run(path.parent) else path.with_name(path.name + "-export")
     if is_run(path):
         raise ExportError(f"{path}: this run has no adapter yet", "train it to its first evaluation or its end")
-    raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
+    inside = sorted(path.glob("*/adapter_config.json"), key=lambda file: (_number(file.parent.name), file.parent.name))
+    if inside:
+        what = f"{path}: holds no adapter itself, but {len(inside)} in folders of its own"
+        raise ExportError(what, f"name one of them, such as {inside[-1].parent}")
+    what = f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)"
+    if (path / "config.json").is_file():
+        raise ExportError(f"{what}, but a whole model", "name the adapter, or the run, that is to be merged")
+    raise ExportError(what, "check the path")
+
+
+def _number(name: str) -> int:
+    """The step in the name of another trainer's checkpoint, such as checkpoint-1200."""
+    digits = name.rpartition("-")[2]
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else -1
 
 
 def relocated_recipe(recipe: Recipe, run_dir: Path) -> Recipe:

@@ -35,6 +35,10 @@ GEMMA_TEMPLATE = (
     "'\n' + m['content'] + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
+GLM4_TEMPLATE = (
+    "[gMASK]<sop>{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 PHI3_TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
@@ -112,6 +116,24 @@ def template_processor(bos: str, number: int) -> dict[str, Any]:
         "pair": [first, text, {"Sequence": {"id": "B", "type_id": 0}}],
         "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
     }
+
+
+def glm4(folder: Path) -> Path:
+    """As GLM-4's: two tokens before every text, which its template writes too; the next turn ends an answer."""
+    byte_level(folder, "smaug-bpe")
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    names = ("[gMASK]", "<sop>", "<|user|>", "<|observation|>", "<|assistant|>")
+    top = len(content["model"]["vocab"])
+    content["added_tokens"] += [added(name, top + number) for number, name in enumerate(names)]
+    processor = template_processor("[gMASK]", top)
+    second = {"SpecialToken": {"id": "<sop>", "type_id": 0}}
+    for part in ("single", "pair"):
+        processor[part] = [processor[part][0], second, *processor[part][1:]]
+    processor["special_tokens"]["<sop>"] = {"id": "<sop>", "ids": [top + 1], "tokens": ["<sop>"]}
+    content["post_processor"] = processor
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, top + 2, top + 3]}))
+    return write(folder, content, config, GLM4_TEMPLATE)
 
 
 def pieces(leading: Sequence[str], runs: Sequence[str] = (), first: Sequence[str] = ()) -> list[tuple[str, float]]:

@@ -36,6 +36,7 @@ MAX_SAID = 2_000  # characters of a message that a library made
 OPTIONS = {
     "to='gguf', quants=['q4_k_m']": "--to gguf --quant q4_k_m",
     "merge_base='nf4'": "--base nf4",
+    "`base_model`": "--base-model",
     "vram='12GiB'": "--vram 12GiB",
     "mode='resume'": "--resume",
     "mode='fresh'": "--fresh",

@@ -17,15 +17,19 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora import disk
+from qlora.data import dropped
 from qlora.data.chat import ChatTokenizer, TokenRow
-from qlora.data.formats import Conversation, detect_format, to_conversation
+from qlora.data.column_words import Reading
+from qlora.data.conversations import bad_row, conversations, file_of, leave_out
+from qlora.data.formats import Conversation
 from qlora.data.limits import rendered_chars, text_limits
 from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import FoundFiles, SourceFile
-from qlora.data.sources import SourceRow, read_rows, source_files
+from qlora.data.sources import source_files
 from qlora.data.text_pieces import cut, is_text_file
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
+from qlora.data.unread import count_remarks, notices
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
 from qlora.shown import one_line
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
-CODE_VERSION = 2
+CODE_VERSION, OLDER_CODE_VERSION = 2, 1
 BATCH_ROWS = 256
 BATCH_CHARS = 4 << 20  # of all renderings of a batch
 CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
@@ -49,33 +53,39 @@ class PreparedData:
 
     `content_fingerprint`: sha256 over tokens, weights, sources, their order and the split alone: it stays the same with
     other versions of the libraries, other settings or another place of the files as long as these come out the same.
+    `older_fingerprint`: what older code would call these very tokens; runs of then kept no `content_fingerprint`.
     """
 
     train: PreparedSplit
     eval: PreparedSplit
     fingerprint: str
     content_fingerprint: str
+    older_fingerprint: str
 
 
 def check_files(data: DataSection) -> None:
     """Raise DataError for missing files, sources without rows, and first rows that are broken. Needs no tokenizer."""
     for source in (*data.train, *data.eval):
-        bad = found = too_long = 0
-        for looked_at, (row, conversation) in enumerate(_conversations(source, {}), 1):
-            if isinstance(conversation, RowTooLong):
-                _leave_out(data, conversation, row.where)
+        found = too_long = 0
+        looked_at: list[RowError | None] = []
+        worst: tuple[str, RowError] | None = None  # the first bad row that is one too many
+        for number, (row, conversation) in enumerate(conversations(source, {}), 1):
+            error = conversation if isinstance(conversation, RowError) else None
+            if isinstance(error, RowTooLong):
+                leave_out(data, error, row.where)
                 too_long += 1
-            elif isinstance(conversation, RowError):
-                bad += 1
-                if bad > data.max_bad_rows:
-                    raise _bad_row(row.where, conversation, data.max_bad_rows)
+            else:
+                looked_at.append(error)
+                if error and not worst and sum(map(bool, looked_at)) > data.max_bad_rows:
+                    worst = row.where, error
             found += not isinstance(row.row, RowError)
-            if found == CHECKED_ROWS or looked_at == MAX_LOOKED_AT:
+            if found == CHECKED_ROWS or number == MAX_LOOKED_AT or (worst and number >= CHECKED_ROWS):
                 break
-        else:
-            if not found:
-                what = f"no rows but {too_long} that are too long to be read" if too_long else "no rows"
-                raise DataError(f"{source.path}: {what}", "put at least one row into it")
+        if worst:
+            raise bad_row(*worst, data.max_bad_rows, looked_at)
+        if not found:
+            what = f"no rows but {too_long} that are too long to be read" if too_long else "no rows"
+            raise DataError(f"{source.path}: {what}", "put at least one row into it")
 
 
 def prepare(
@@ -85,19 +95,20 @@ def prepare(
     vocab = chat.tokenizer.get_vocab()
     cache = RowCache(cache_dir, max(vocab.values(), default=0), sink)
     maker = _Maker(data, tokenizer_folder_fingerprint, chat, max(map(len, vocab), default=1), cache, sink)
-    stored, key = maker.rows_of(data.train)
+    stored, keys = maker.rows_of(data.train)
     if data.eval:
-        eval_stored, eval_key = maker.rows_of(data.eval)
+        eval_stored, eval_keys = maker.rows_of(data.eval)
         train, evaluation = stored.split(), eval_stored.split()
         content = stored.content_sha256("") + eval_stored.content_sha256("")
     else:
         held_out, kept = stored.hold_out(data.eval_fraction, seed)
-        train, evaluation, eval_key = stored.split(kept), stored.split(held_out), f"{data.eval_fraction} {seed}"
+        train, evaluation, eval_keys = stored.split(kept), stored.split(held_out), [f"{data.eval_fraction} {seed}"] * 2
         content = stored.content_sha256(json.dumps(held_out))
         if held_out:
             message = f"{len(held_out)} of {len(stored.digests)} rows held out for evaluation"
             sink.emit(Notice("split", message, len(held_out)))
-    return PreparedData(train, evaluation, disk.sha256_text(key, eval_key), disk.sha256_text(content))
+    now, older = map(disk.sha256_text, keys, eval_keys)
+    return PreparedData(train, evaluation, now, disk.sha256_text(content), older)
 
 
 @dataclass(frozen=True)
@@ -111,22 +122,23 @@ class _Maker:
     cache: RowCache
     sink: Sink
 
-    def rows_of(self, sources: Sequence[SourceSection]) -> tuple[StoredRows, str]:
-        """Stored rows of all sources, and the sha256 of what they are and what made them."""
+    def rows_of(self, sources: Sequence[SourceSection]) -> tuple[StoredRows, list[str]]:
+        """Stored rows of all sources, and the sha256 of what they are and what made them: this code, and older code."""
         found = [source_files(source) for source in sources]
         for source, files in zip(sources, found, strict=True):
             for what, count, names in files.left_out:
                 message = f"{_name(source)}: {count} {what} left out: {', '.join(names)}"
                 self.sink.emit(Notice("files", message + (", …" if count > len(names) else ""), count))
-        key = self._key(sources, found)
+        key = self._key(sources, found, CODE_VERSION)
         cached = self.cache.rows(key, lambda place: _Tokenization(self, sources, found, place).run())
         self._emit(cached.report, cached.folder)
-        return cached.stored, disk.sha256_text(key, cached.report.content_sha256)
+        made_by = [key, self._key(sources, found, OLDER_CODE_VERSION)]
+        return cached.stored, [disk.sha256_text(code, cached.report.content_sha256) for code in made_by]
 
-    def _key(self, sources: Sequence[SourceSection], found: Sequence[FoundFiles]) -> str:
+    def _key(self, sources: Sequence[SourceSection], found: Sequence[FoundFiles], code: int) -> str:
         files = [[index, file.name, file.sha256()] for index, of_one in enumerate(found) for file in of_one.files]
         made_by = {
-            "code": CODE_VERSION,
+            "code": code,
             "libraries": [version("transformers"), version("tokenizers"), version("jinja2")],
             "tokenizer": self.tokenizer_fingerprint,
             "template": self.chat.templates,
@@ -141,6 +153,8 @@ class _Maker:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
+        for notice in notices(report.remarks, self.data.loss_on):
+            self.sink.emit(notice)
         for file, count in report.pieces.items():
             message = f"{file}: cut at its paragraphs into {count} rows of up to {self.data.max_length} tokens"
             self.sink.emit(Notice("text", message, count))
@@ -149,9 +163,8 @@ class _Maker:
         if report.cut:
             limit = self.data.max_length
             self.sink.emit(Notice("truncation", f"{report.cut} rows cut to their first {limit} tokens", report.cut))
-        if report.lost_reasoning:
-            message = f"{report.lost_reasoning} answers without their reasoning, which the template drops from history"
-            self.sink.emit(Notice("reasoning", message, report.lost_reasoning))
+        for notice in dropped.notices(report.dropped):
+            self.sink.emit(notice)
         counts = f"{report.rows} rows, {report.tokens} tokens, {report.trained} of them trained"
         self.sink.emit(Notice("rows", counts, report.rows))
 
@@ -170,14 +183,14 @@ class _Tokenization:
         self.bad = 0
 
     def run(self) -> None:
-        reasoning_before = self.chat.lost_reasoning
+        dropped_before = self.chat.dropped.copy()
         with RowWriter(self.folder / ROWS_FILE) as writer:
             for index, source in enumerate(self.sources):
                 for batch in self._batches(source, self.found[index].files):
                     if kept := [(*row, index) for row in self._tokenized(source, batch)]:
                         writer.write(kept)
             self.report.content_sha256 = writer.content_sha256()
-        self.report.lost_reasoning = self.chat.lost_reasoning - reasoning_before
+        self.report.dropped = dict(self.chat.dropped - dropped_before)
         if not self.report.rows:
             raise self._nothing_left()
         self.report.write(self.folder)
@@ -188,27 +201,30 @@ class _Tokenization:
         """Conversations with their places; what is bad stands where it was met, so that the first is reported."""
         *starts_bytes, total_bytes = accumulate((file.size_bytes for file in files), initial=0)
         start_of = dict(zip(files, starts_bytes, strict=True))
-        formats: dict[str, str] = {}
+        readings: dict[str, Reading] = {}
         batch: list[tuple[str, Conversation | RowError]] = []
         chars = 0
-        for row, conversation in _conversations(source, formats, files):
+        for row, conversation in conversations(source, readings, files):
             batch.append((row.where, conversation))
-            chars += rendered_chars(conversation) if isinstance(conversation, Conversation) else 0
+            if isinstance(conversation, Conversation):
+                chars += rendered_chars(conversation)
+                count_remarks(self.report.remarks, file_of(row.where), conversation.remarks)
             if len(batch) >= BATCH_ROWS or chars > BATCH_CHARS:
                 yield batch
                 batch, chars = [], 0
                 self.sink.emit(Progress("tokenize", start_of[row.file] + row.read_bytes, total_bytes, "B"))
         yield batch
         self.sink.emit(Progress("tokenize", total_bytes, total_bytes, "B"))
-        self.report.formats.update(formats)
+        self.report.formats.update({file: str(reading) for file, reading in readings.items()})
 
     def _tokenized(
         self, source: SourceSection, batch: Sequence[tuple[str, Conversation | RowError]]
     ) -> Iterator[tuple[TokenRow, Conversation, str]]:
         good = [item for _, item in batch if isinstance(item, Conversation)]
         encoded = iter(self.chat.encode_many(good, self.limits))
-        for where, item in batch:
-            row: TokenRow | RowError | None = next(encoded) if isinstance(item, Conversation) else item
+        rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
+        for (where, item), encoded_row in zip(batch, rows, strict=True):
+            row: TokenRow | RowError | None = encoded_row
             if isinstance(item, Conversation) and is_text_file(where) and self._is_long(row):
                 parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
                 if len(parts) > 1:
@@ -218,12 +234,13 @@ class _Tokenization:
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
             if isinstance(row, RowTooLong):
-                _leave_out(self.data, row, where)
+                leave_out(self.data, row, where)
                 self.report.leave_out(_name(source), row, where)
             elif isinstance(row, RowError):
                 self.bad += 1
                 if self.bad > self.data.max_bad_rows:
-                    raise _bad_row(where, row, self.data.max_bad_rows)
+                    beside = [rows[at] for at, (other, _) in enumerate(batch) if file_of(other) == file_of(where)]
+                    raise bad_row(where, row, self.data.max_bad_rows, beside)
                 self.report.reject(_name(source), row.reason, where)
             elif row is not None:
                 assert isinstance(item, Conversation)
@@ -261,7 +278,9 @@ class _Tokenization:
             what = f"{paths}: no row is left: {self.report.unread} are far over data.max_length = {limit} tokens"
             return DataError(what, "split the rows")
         if not self.report.long_lengths:
-            return DataError(f"{paths}: no row is left to use ({self.bad} are bad)", "add rows, or repair these")
+            most = max(self.report.rejected.values(), key=lambda entry: entry.count, default=None)
+            why = f", {most.count} of them because {most.reason}" if most else ""
+            return DataError(f"{paths}: no row is left to use ({self.bad} are bad{why})", "mend that, or add rows")
         long, limit = self.report.long_lengths, self.data.max_length
         return DataError(
             f"{paths}: no row is left: {len(long)} are over data.max_length = {limit} tokens "
@@ -270,37 +289,6 @@ class _Tokenization:
         )
 
 
-def _conversations(
-    source: SourceSection, formats: dict[str, str], files: Sequence[SourceFile] | None = None
-) -> Iterator[tuple[SourceRow, Conversation | RowError]]:
-    """The source's rows as conversations. Formats known by the first row of a file are put into `formats` by file."""
-    for row in read_rows(source, files):
-        try:
-            if isinstance(row.row, RowError):
-                raise row.row
-            format, name = str(source.format), row.where.rpartition(":")[0]
-            if format == "auto" and name not in formats:
-                formats[name] = detect_format([key for key, value in row.row.items() if value is not None])
-            yield row, to_conversation(row.row, formats.get(name, format))
-        except RowError as error:
-            yield row, error
-
-
 def _name(source: SourceSection) -> str:
     """A source's name in reports, which outlive the place where the project's folder lies."""
     return one_line(Path(source.path).name)
-
-
-def _leave_out(data: DataSection, error: RowTooLong, where: str) -> None:
-    """Raise DataError for a row that is too long to be read, where rows over max_length are errors."""
-    if data.truncation == "error":
-        hint = 'shorten the row, or set data.truncation to "drop"'
-        raise DataError(f"{where}: {error.reason}: that is over data.max_length = {data.max_length} tokens", hint)
-
-
-def _bad_row(where: str, error: RowError, max_bad_rows: int) -> DataError:
-    if max_bad_rows:
-        hint = f"more than data.max_bad_rows = {max_bad_rows} rows are bad: repair them, or raise it"
-    else:
-        hint = "repair the row, or set data.max_bad_rows to leave out that many"
-    return DataError(f"{where}: {error.reason}", hint)

@@ -23,6 +23,7 @@ from qlora import disk, files
 from qlora.data.row_json import RowTooLong
 from qlora.data.source_files import EXAMPLES
 from qlora.data.token_cache import StoredRows, open_rows
+from qlora.data.unread import Counts
 from qlora.errors import DataError
 from qlora.events import Notice, Rejected, Sink
 from qlora.foreign_json import ForeignFileError, ForeignModel, checked, load_object
@@ -41,9 +42,10 @@ class RowReport:
     tokens: int = 0
     trained: int = 0
     cut: int = 0
-    lost_reasoning: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by the template, out of trained answers (dropped.py)
     pieces: dict[str, int] = field(default_factory=dict)  # of each text file that was cut: into so many rows
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
+    remarks: Counts = field(default_factory=dict)  # what rows bring and nothing reads, by file, kind and name
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length; not stored
     unread: int = 0  # rows that are too long even to be tokenized; not stored
@@ -92,8 +94,9 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    lost_reasoning: int
+    dropped: dict[str, int] = Field(default_factory=dict)  # older reports have none
     formats: dict[str, str]
+    remarks: Counts = Field(default_factory=dict)  # older reports have none
     pieces: dict[str, int] = Field(default_factory=dict)
     rejected: list[_StoredRejected]
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import json
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -31,6 +33,7 @@ MAX_FILES = 100_000  # of one source: each takes about 0.5 kB of memory, and is 
 MAX_ENTRIES = 200_000  # names looked at below one folder: a second or two; a whole disk has millions
 _OF_LINKS = "a link is followed where a path names it: give each a [[data.train]] of its own, or put the files there"
 EXAMPLES = 5  # names of what was left out
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # OWNER/NAME
 _BUFFER_BYTES = 1 << 20
 _LINKS = "links that end outside of the folder or nowhere"
 _NO_FILES = "pipes, devices or sockets"
@@ -203,6 +206,8 @@ def _missing(path: Path, pattern: tuple[str, ...], endings: Collection[str], lef
     if path.parent.is_dir():
         near = sorted(one_line(p.name) for p in path.parent.glob("*") if p.suffix.lower() in endings)[:EXAMPLES]
     hint = f"data files in that folder: {', '.join(near)}" if near else "check data.train.path in the recipe"
+    if not path.suffix and _HUB_NAME.fullmatch("/".join(path.parts[-2:])) and not path.parent.is_dir():
+        hint = f"a data set of the hub is path = {json.dumps('hub:' + '/'.join(path.parts[-2:]))}; else check the path"
     return DataError(f"{path}: no such file", windows_paths.how_to_write(path) or hint)
 
 

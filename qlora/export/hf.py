@@ -26,9 +26,11 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.staging import StagedExport
+from qlora.export.version4 import READS_ROPE_THETA
 from qlora.foreign_json import ForeignFileError
 from qlora.model.tensors import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, read_header
 from qlora.model.tokenizer_files import of_export, without_paths
+from qlora.model.weight_names import other_part
 
 MAX_END_IDS = 1_000
 MAX_COPIED_BYTES = 10_000_000
@@ -76,8 +78,19 @@ def fill(merge: Merge, staged: StagedExport, sink: Sink) -> int:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         disk.write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     _write_companions(folder, merge, sink)
+    _say_what_is_left_out(merge, sink)
     _reopen(folder, shards)
     return item
+
+
+def _say_what_is_left_out(merge: Merge, sink: Sink) -> None:
+    """Of a multimodal base, whose text model alone is merged and written."""
+    taken = {source.tensor for source in merge.plan.base.values()}
+    rest = [name for name in merge.base.tensors if name not in taken and other_part(name)]
+    if rest:
+        parts = " and ".join(sorted({str(other_part(name)) for name in rest}))
+        message = f"the base's text model alone is written, as {merge.plan.architecture}; its {parts} are left out"
+        sink.emit(Notice("export", message, len(rest)))
 
 
 def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
@@ -210,9 +223,12 @@ def without_stray_padding(config: Mapping[str, Any], rows: Any) -> dict[str, Any
 
 
 def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with `rope_theta` and `rope_scaling` beside `rope_parameters`, where these are missing."""
+    """config.json with `rope_theta` and `rope_scaling` beside `rope_parameters`, where these are missing.
+
+    Only of a type that version 4 knows (see `version4`): others have no place for them.
+    """
     rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" in config:
+    if config.get("model_type") not in READS_ROPE_THETA or not isinstance(rope, Mapping) or "rope_theta" in config:
         return dict(config)
     old: dict[str, Any] = {}
     main = rope

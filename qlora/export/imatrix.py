@@ -12,7 +12,7 @@ and takes 1 for every channel of a tensor without positions.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,6 +34,8 @@ from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 Floats = NDArray[np.float32]
+# Parameter, its name in the file, and which of the parameter's columns each column there is (None: the same).
+Inputs = Iterable[tuple[str, str, Any]]
 
 # 256 chunks of 512 tokens (llama-imatrix's own chunk), where 100 are usual advice. Measured on the quickstart's rows:
 # the means of 2,040 tokens differ from those of all 10,331 by 1.6 % (median) and 17 % (99th percentile of channels).
@@ -75,12 +77,12 @@ class Imatrix:
             digest.update(f"{name} {self.counts[name]} ".encode() + self.sums[name].tobytes())
         return digest.hexdigest()
 
-    def renamed(self, names: Mapping[str, str]) -> Imatrix:
-        """The same under the names that `names` gives; what has no name there is left out."""
-        kept = {name: names[name] for name in self.sums if name in names}
+    def renamed(self, inputs: Inputs) -> Imatrix:
+        """The same under the names, and in the order of columns, that `inputs` gives; what is not there is left out."""
+        kept = [(old, new, columns) for old, new, columns in inputs if old in self.sums]
         return Imatrix(
-            {new: self.sums[old] for old, new in kept.items()},
-            {new: self.counts[old] for old, new in kept.items()},
+            {new: self.sums[old] if columns is None else self.sums[old][columns] for old, new, columns in kept},
+            {new: self.counts[old] for old, new, columns in kept},
             self.tokens,
         )
 
@@ -206,8 +208,8 @@ def _linear_layers(causal: Any) -> Iterator[tuple[str, nn.Module]]:
 # --- llama.cpp's file -------------------------------------------------------------------------------------------------
 
 
-def write(imatrix: Imatrix, path: Path, names: Mapping[str, str], datasets: Sequence[str]) -> None:
-    """Write `path` for llama-quantize, under the GGUF names that `names` gives parameters (those without are left out).
+def write(imatrix: Imatrix, path: Path, inputs: Inputs, datasets: Sequence[str]) -> None:
+    """Write `path` for llama-quantize, under the GGUF names that `inputs` gives parameters (others are left out).
 
     `datasets` say where the rows came from; llama-quantize refuses a file that names none. Tensors are sorted by name,
     as llama-imatrix writes them.
@@ -216,7 +218,7 @@ def write(imatrix: Imatrix, path: Path, names: Mapping[str, str], datasets: Sequ
 
     if not datasets:
         raise ValueError("an importance matrix names at least one dataset")
-    named = imatrix.renamed(names)
+    named = imatrix.renamed(inputs)
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.kv_data[0].clear()  # general.architecture, which every writer begins with, belongs to models
     writer.add_type("imatrix")

@@ -24,9 +24,10 @@ from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
 from qlora.model import adapters
 from qlora.model.attention import OnMeta
+from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.load import load_nothing
-from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers, with_layers
+from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts
 from qlora.step.optimizer import AdapterOptimizer

@@ -19,6 +19,7 @@ from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
 from qlora.model.config_bounds import check_config_values, check_generation_values, check_layers_exist
+from qlora.model.mixtures import refuse_mixture
 from qlora.model.tensors import (
     FLOAT_DTYPES,
     INDEX_FILE,
@@ -50,7 +51,12 @@ CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.")
 _OF_LINKS = "if the links are yours, put the files themselves there (cp -RL); if not, get the model from its publisher"
 _FROM_ITS_PUBLISHER = "do not use this copy; get the model from its original publisher"
-_NAME_THE_ORIGINAL = "name the original model, with 16-bit weights: it is quantized while it is loaded"
+# What quantized copies add to their original's name: Qwen3-8B-FP8, Llama-3-8B-GPTQ-Int4, gemma-3-4b-quantized.w4a16
+_QUANTIZED_NAME = re.compile(
+    r"([-_.](bnb|gptq|awq|fp8|nvfp4|mxfp4|int[348]|[348]-?bits?|w\d+a\d+|aqlm|hqq|quanto|eetq|higgs|modelopt"
+    r"|fp4|fbgemm|marlin|exl[23]|autoround|auto-?round|dynamic|kv|block|g\d+|\d+g|quantized|quant|sym|mlx|torchao))+$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ def check_model_type(config: Mapping[str, Any], where: str) -> None:
     if not causal or str(text.get("model_type", model_type)) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         what = f"{where}: {kinds[0][:100] if kinds else model_type} is not a causal language model"
         raise ModelError(what, "use a model that predicts the next token (…ForCausalLM)")
+    refuse_mixture(config, where)
 
 
 def _check_quantization(config: Mapping[str, Any], where: str) -> None:
@@ -157,7 +164,20 @@ def _check_quantization(config: Mapping[str, Any], where: str) -> None:
         if details.get("load_in_4bit"):
             return
         method = "bitsandbytes 8-bit"
-    raise ModelError(f"{where}: its weights are already quantized ({method[:60]})", _NAME_THE_ORIGINAL)
+    refuse_mixture(config, where)  # whose 16-bit copy would be refused as well, once it is downloaded
+    raise ModelError(f"{where}: its weights are already quantized ({method[:60]})", original_of(where))
+
+
+def original_of(name: str) -> str:
+    """The hint for a base whose weights another tool has quantized: which 16-bit copy to take."""
+    last = name.rstrip("/").rpartition("/")[2]
+    original = _QUANTIZED_NAME.sub("", last)
+    if original and original != last:
+        return f"name the original with 16-bit weights ({original[:60]}): it is quantized while it is loaded"
+    return (
+        f"name a copy with 16-bit weights (published as {last[:60]}-BF16, or written by transformers with "
+        "dequantize=True): it is quantized while it is loaded"
+    )
 
 
 def check_entries(folder: Path) -> None:
@@ -213,12 +233,12 @@ def _check_tensors(tensors: Mapping[str, TensorEntry], where: str) -> None:
         raise _experts_error(where, f"{values * 2 / 2**30:.2f} GiB in 16 bit")
     for name, entry in tensors.items():
         if entry.dtype.startswith("F8") or entry.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
-            raise ModelError(f"{where}: {name} is stored in {entry.dtype}", _NAME_THE_ORIGINAL)
+            raise ModelError(f"{where}: {name} is stored in {entry.dtype}", original_of(where))
         if name.endswith((".qweight", ".weight_packed", ".g_idx", ".qzeros", ".SCB")):
-            raise ModelError(f"{where}: its weights are already quantized ({name})", _NAME_THE_ORIGINAL)
+            raise ModelError(f"{where}: its weights are already quantized ({name})", original_of(where))
         in_4bit = any(f"{name}.quant_state.bitsandbytes__{kind}" in tensors for kind in ("nf4", "fp4"))
         if name.endswith(".weight") and entry.dtype not in FLOAT_DTYPES and not in_4bit:
-            raise ModelError(f"{where}: {name} is stored in {entry.dtype}", _NAME_THE_ORIGINAL)
+            raise ModelError(f"{where}: {name} is stored in {entry.dtype}", original_of(where))
 
 
 def _experts_error(where: str, size: str) -> ModelError:

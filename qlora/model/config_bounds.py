@@ -17,7 +17,7 @@ from qlora.errors import ModelError
 from qlora.foreign_json import ForeignFileError, ForeignModel, checked
 
 MAX_LAYERS = 1024  # the deepest model known to us has 126
-MAX_PARTS = 4096  # experts, codebooks, heads: 1,024 are the most known to us
+MAX_PARTS = 1 << 14  # experts, codebooks, heads: Doge's configuration has 16,384 experts
 MAX_POSITIONS = 1 << 27  # ten million are promised by some
 MAX_WIDTH = 1 << 20  # of a layer: 53,248 is the widest known to us
 MAX_VOCABULARY = 1 << 22  # 262,208 is the largest known to us

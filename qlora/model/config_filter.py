@@ -9,6 +9,7 @@ safe, and older names that are only read for compatibility (`rope_theta`, `pretr
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import json
 from collections.abc import Mapping
@@ -65,6 +66,16 @@ def open_config(config: Mapping[str, Any]) -> Any:
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(reduce_config(config).values), encoding="utf-8")
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def with_layers(text: Any, layers: int) -> Any:
+    """The configuration with its first `layers` layers; lists with an entry a layer are cut as well."""
+    shorter = copy.deepcopy(text)
+    for key, value in list(vars(shorter).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(shorter, key, value[:layers])
+    shorter.num_hidden_layers = layers
+    return shorter
 
 
 @lru_cache(16)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
+from qlora.model import linear_use
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
 from qlora.model.identity import WeightReader
@@ -236,6 +237,8 @@ def _report(
         kept = sum(_is_4bit(module) for module in meta_model.model.modules())
         message = f"the base is stored in 4 bit and stays as it is: {kept} layers, the others in 16 bit"
         sink.emit(Notice("quantization", message, kept))
+    for notice in linear_use.notices(meta_model.model):
+        sink.emit(notice)
     expected = {*(layer for _, layer in linear_layers(meta_model.model)), head_of(meta_model.model)}
     odd = Counter(
         type(module).__name__

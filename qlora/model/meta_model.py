@@ -21,9 +21,11 @@ from torch import nn
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model.base_folder import BaseFolder
-from qlora.model.config_filter import open_config
+from qlora.model.config_filter import open_config, with_layers
+from qlora.model.linear_use import use_of
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
+from qlora.model.weight_names import text_name
 
 # nn.Linear and subclasses of it that compute the same, so that a 4-bit layer may take their place; and that one.
 PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
@@ -35,14 +37,6 @@ MAX_BUFFER_BYTES = 400 << 20
 MAX_WEIGHTS = 10**13  # the largest open model known to us has 10^12
 # What no model can have none of, as transformers calls it whatever config.json does.
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-
-# How multimodal checkpoints call their text part, from transformers 4.50 on and before.
-_TEXT_PREFIXES = (
-    (re.compile(r"^model\.language_model\.(?:model\.)?"), "model."),
-    (re.compile(r"^language_model\.(?:model\.)?model\."), "model."),
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^model\.text_model\."), "model."),
-)
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,9 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
 
 def _check_shape(text: Any, name: str) -> None:
     """Raises ModelError for counts that are none. An id of padding that no token has is taken for no padding."""
-    known = {key: value for key in COUNTS if type(value := getattr(text, key, None)) is int}
+    # Not by their names: Gemma 4's layers differ in heads, and it raises over a question for the number of one.
     stored = getattr(text, "attribute_map", {})
+    known = {key: value for key in COUNTS if type(value := vars(text).get(stored.get(key, key))) is int}
     for key, value in known.items():
         if value < 1:
             what = f"{name}: config.json: {stored.get(key, key)} is {value}, a model has at least 1"
@@ -113,7 +108,8 @@ def _check_shape(text: Any, name: str) -> None:
     if heads % shared:
         what = f"{name}: config.json: num_key_value_heads is {shared}, which does not divide {heads} attention heads"
         raise ModelError(what, "get a clean copy of the model")
-    if hasattr(text, "rope_parameters") and type(width := getattr(text, "head_dim", None)) is int and width % 2:
+    width = vars(text).get("head_dim")
+    if hasattr(text, "rope_parameters") and type(width) is int and width % 2:
         what = f"{name}: config.json: head_dim is {width}, but positions turn its values in pairs"
         raise ModelError(what, "get a clean copy of the model")
     padding, tokens = getattr(text, "pad_token_id", None), known.get("vocab_size", 0)
@@ -148,16 +144,6 @@ def _extent(text: Any) -> tuple[int, int]:
         raise ModelError(f"config.json: its sizes make {empty[0][0]} {empty[0][1]}", "get a clean copy of the model")
     weights = sum(parameter.numel() for parameter in model.parameters())
     return weights, sum(buffer.nbytes for buffer in model.buffers())
-
-
-def with_layers(text: Any, layers: int) -> Any:
-    """The configuration with its first `layers` layers; lists with an entry a layer are cut as well."""
-    shorter = copy.deepcopy(text)
-    for key, value in list(vars(shorter).items()):
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(shorter, key, value[:layers])
-    shorter.num_hidden_layers = layers
-    return shorter
 
 
 def build_unmatched(text: Any, attention: str, name: str) -> Any:
@@ -197,11 +183,18 @@ def head_of(model: Any) -> Any:
 
 
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer but the head, by name: what is kept in 4 bit, and what "all-linear" means."""
+    """Every linear layer but the head, by name: what is kept in 4 bit, and what "all-linear" means.
+
+    Layers whose weight the model reads by itself are left out (see `linear_use`).
+    """
     head = head_of(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS:
-            yield name, module
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS
+    }
+    kept = use_of(model, found).kept
+    yield from ((name, module) for name, module in found.items() if name not in kept)
 
 
 def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:
@@ -237,13 +230,7 @@ def _compute_buffers(model: Any) -> None:
 
 def _text_names(names: Mapping[str, TensorEntry], multimodal: bool) -> dict[str, str]:
     """Name in the text model to name in the checkpoint, before transformers' own renamings."""
-    if not multimodal:
-        return {name: name for name in names}
-    found = {}
-    for name in names:
-        renamed = (pattern.sub(prefix, name) for pattern, prefix in _TEXT_PREFIXES if pattern.match(name))
-        found[next(renamed, name)] = name
-    return found
+    return {text_name(name) if multimodal else name: name for name in names}
 
 
 def _match(base: BaseFolder, model: Any, multimodal: bool) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -321,3 +308,5 @@ def check_layers(model: Any, name: str) -> None:
         raise ModelError(what, "use a dense model of the size you need")
     if next(linear_layers(model), None) is None:
         raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", "use another model")
+    if why := use_of(model, {}).trunk:
+        raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", "use another model")

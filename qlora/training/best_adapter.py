@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import KEY
 from qlora.model.identity import BaseIdentity
 from qlora.model.tokenizer_files import TokenizerFiles
+from qlora.model.weight_names import ClassNames, class_names
 from qlora.recipe.reading import Recipe
 from qlora.redaction import redact
 from qlora.training.checkpoint import RunState
@@ -34,13 +36,17 @@ class BestAdapter:
     eval_rows: int
     identity: BaseIdentity
 
+    @cached_property
+    def _names(self) -> ClassNames | None:
+        return class_names(self.base, self.model.get_base_model())
+
     def publish(self, run_dir: Path, state: RunState, sink: Sink) -> None:
         """Write `run_dir/adapter` anew, in one rename."""
 
         loss = state.delivered if state.delivered and state.delivered.step == state.step else None
 
         def write(folder: Path) -> None:
-            adapters.save(self.model, folder, self.base.name, self.base.commit)
+            adapters.save(self.model, folder, self.base.name, self.base.commit, self._names)
             self.tokenizer.deliver(folder)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
             # What the adapter was trained against, for programs: here the base keeps its whole path.
@@ -77,4 +83,6 @@ class BestAdapter:
         before, after = state.exact_match_before, state.exact_match_after
         if before is not None and after is not None:
             facts["exact match"] = f"{before:.1%} before, {after:.1%} after"
+        if self._names is not None:  # peft finds no place for it on another class
+            facts["opens on"] = str(self.base.config["architectures"][0])
         return adapter_card(self.base, self.recipe, facts)

@@ -109,6 +109,8 @@ def prepare(
     Raises ExportError where the recipe asks for a GGUF that this base cannot become, DoesNotFit with remedies.
     """
     from qlora.data.token_ids import check_ids, say_stray_padding
+    from qlora.export.verify.foresight import foresee_measuring
+    from qlora.memory import hardware
     from qlora.model.meta_model import text_config
     from qlora.training import evaluate, memory_plan
 
@@ -120,6 +122,7 @@ def prepare(
         say_stray_padding(chat.tokenizer, rows, base.name, sink)
     with clock.phase("checks", "plan memory"):
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
+        foresee_measuring(recipe.export, base, hardware.this_machine(recipe.memory.limit).limit_bytes, sink)
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
         memory = memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, prompt_tokens), sink)
     return chat, data, memory

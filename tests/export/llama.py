@@ -45,6 +45,16 @@ def greedy(
     return answers
 
 
+def logprobs(file: Path, rows: Rows) -> torch.Tensor:
+    """Log-probabilities (N, V) at the wanted positions, as `runtime.ask` gives them, without a process of its own."""
+    context = opened(file, max(len(ids) for ids, _ in rows))
+    found = []
+    for ids, positions in rows:
+        context.restart()
+        found += [log_softmax(row) for row in context.logits(list(ids), 0, frozenset(positions))]
+    return torch.from_numpy(np.stack(found))
+
+
 def logprobs_with_adapter(file: Path, adapter: Path, rows: Rows) -> torch.Tensor:
     """Log-probabilities (N, V) at the wanted positions, with the adapter's GGUF on top of the base's."""
     context = opened(file, max(len(ids) for ids, _ in rows))

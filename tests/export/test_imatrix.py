@@ -202,6 +202,7 @@ def test_training_rows_come_first_and_one_row_is_always_taken() -> None:
 # --- llama.cpp's file -------------------------------------------------------------------------------------------------
 
 NAMES = {"model.layers.0.mlp.up_proj.weight": "blk.0.ffn_up.weight", "lm_head.weight": "output.weight"}
+INPUTS = [(parameter, name, None) for parameter, name in NAMES.items()]
 
 
 def example() -> imatrix.Imatrix:
@@ -213,20 +214,20 @@ def test_the_file_holds_what_was_measured_and_is_the_same_every_time(tmp_path: P
     import gguf
 
     path = tmp_path / "imatrix.gguf"
-    imatrix.write(example(), path, NAMES, ["rows.jsonl"])
+    imatrix.write(example(), path, INPUTS, ["rows.jsonl"])
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     for parameter, name in NAMES.items():
         assert stored[f"{name}.in_sum2"].tolist() == example().sums[parameter].tolist()
         assert stored[f"{name}.counts"].tolist() == [3]
     first = path.read_bytes()
-    imatrix.write(example(), path, NAMES, ["rows.jsonl"])
+    imatrix.write(example(), path, INPUTS, ["rows.jsonl"])
     assert path.read_bytes() == first
 
 
 def test_the_file_is_llama_cpps(tmp_path: Path) -> None:
     import gguf
 
-    imatrix.write(example(), tmp_path / "imatrix.gguf", NAMES, ["a.jsonl", "b.jsonl"])
+    imatrix.write(example(), tmp_path / "imatrix.gguf", INPUTS, ["a.jsonl", "b.jsonl"])
     reader = gguf.GGUFReader(tmp_path / "imatrix.gguf")
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert fields == {
@@ -254,4 +255,4 @@ def test_importance_is_the_mean_square_in_float32_and_one_without_a_count() -> N
 
 def test_a_file_names_its_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dataset"):
-        imatrix.write(example(), tmp_path / "imatrix.gguf", NAMES, [])
+        imatrix.write(example(), tmp_path / "imatrix.gguf", INPUTS, [])

@@ -35,13 +35,23 @@ def check(adapter: Adapter) -> None:
         raise ExportError(f"{adapter.folder}: {embeddings[0]} has an adapter on an embedding", hint)
 
 
-def planned_bytes(adapter: Adapter) -> int:
-    return 4 * sum(module.a.numel + module.b.numel for module in adapter.lora.values())
+def check_layout(adapter: Adapter, layout: Layout) -> None:
+    """Raises ExportError where llama.cpp would not look for the adapter of a weight that this one has."""
+    for tensor in layout.tensors:
+        if tensor.parameter in adapter.lora and not (tensor.adapts and len(tensor.stored) == 2):
+            what = f"{adapter.folder}: llama.cpp computes with {tensor.name} without a look for an adapter"
+            raise ExportError(what, "merge it instead: to='gguf'")
+
+
+def planned_bytes(adapter: Adapter, layout: Layout) -> int:
+    held = [module for tensor in layout.tensors if (module := adapter.lora.get(tensor.parameter))]
+    return 4 * sum(module.a.numel + module.b.numel for module in held)
 
 
 def write(adapter: Adapter, layout: Layout, about: About, staged: StagedExport, place: tuple[str, str]) -> None:
     """Write the adapter of a base laid out as `layout` to `place`: a product of `staged` and the file's name."""
     check(adapter)
+    check_layout(adapter, layout)
     keys: list[Key] = [
         *general_keys(about, "adapter"),
         ("adapter.type", "lora"),
@@ -60,9 +70,11 @@ def expected_matrices(adapter: Adapter, layout: Layout) -> Iterator[tuple[str, T
     alpha = adapter.config.lora_alpha
     for tensor in layout.tensors:
         if module := adapter.lora.get(tensor.parameter):
-            b_OR = read_tensor(module.b).to(torch.float32) * _fold(module, alpha)
-            yield f"{tensor.name}.lora_a", read_tensor(module.a).to(torch.float32)
-            yield f"{tensor.name}.lora_b", tensor.to_gguf(b_OR).contiguous()
+            a_RI, (first, last) = read_tensor(module.a).to(torch.float32), tensor.taken
+            b_OR = read_tensor(module.b).to(torch.float32)[first:last] * _fold(module, alpha)
+            columns = tensor.change.columns
+            yield f"{tensor.name}.lora_a", a_RI if columns is None else a_RI[:, columns].contiguous()
+            yield f"{tensor.name}.lora_b", tensor.change.to_gguf(b_OR, tensor.unit).contiguous()
 
 
 def _fold(module: LoraModule, alpha: float) -> float:

@@ -64,7 +64,7 @@ def plan(
     with _tokenizer_folder(base, tokens.files) as folder:
         vocab = read_vocab(folder, shapes["model.embed_tokens.weight"][0], pre=tokens.pre, template=tokens.template)
     hparams = MixHparams(layout.layers, layout.heads, layout.kv_heads)
-    named = [(tensor.name, tensor.shape) for tensor in layout.tensors]
+    named = list(layout.stored.items())
     choices = {quant: choose_types(quant, layout.arch, hparams, named, has_imatrix) for quant in quants}
     needed = any(QUANTS[quant].needs_library for quant in quants)
     return GgufPlan(layout, vocab, choices, find_library() if needed else None)

@@ -74,8 +74,9 @@ class Known:
 
 
 # llama.cpp's names and regular expressions: src/llama-vocab.cpp, llm_tokenizer_bpe (2026-10). Of several names for one
-# structure (starcoder, refact, smollm; gpt-2, olmo, phi-2) one stands here: they differ in what they do to spaces
-# when a text is put together again at most.
+# structure (starcoder, refact, command-r, smollm; gpt-2, olmo, phi-2, exaone4; llama-bpe, falcon-h1, lfm2, pixtral;
+# smaug-bpe, dbrx, chatglm-bpe, glm4) one stands here: they differ in what they do to spaces when a text is put together
+# again at most, and in ids and flags that we always write.
 KNOWN = (
     Known("gpt-2", (GPT2, BYTES)),
     Known("llama-bpe", (LLAMA3, BYTES), ignore_merges=True),

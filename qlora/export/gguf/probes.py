@@ -30,6 +30,10 @@ class Limit(Enum):
         "llama.cpp puts no space before a text's beginning, the tokenizer does where it is no special token: "
         "conversations are tokenized alike, other texts begin differently"
     )
+    OPENING = (
+        "llama.cpp puts one token before a text at most, the tokenizer more: conversations, whose template writes them "
+        "itself, are tokenized alike, other texts begin without them"
+    )
     AFTER_SPECIAL = "llama.cpp puts a space after every special token, the tokenizer before the text's beginning only"
     SPACE_MARKS = "llama.cpp looks for runs of spaces where the tokenizer looks for runs of the sign \u2581"
 

@@ -5,8 +5,8 @@ one. The rules here give the types that llama.cpp's quantizer gives (src/llama-q
 the architectures that we write; f32, f16, bf16 and q8_0 come out as its converter writes them (conversion/base.py).
 Files then have the sizes and the quality that users know by the name.
 
-1. One-dimensional tensors (norms, biases, RoPE factors), names ending in `_norm.weight` and those not ending in
-   `.weight` stay F32: they are small, and the runtime's kernels take nothing else for them.
+1. One-dimensional tensors (norms, biases, RoPE factors), names ending in `_norm.weight`, those not ending in `.weight`
+   and kernels of convolutions stay F32: they are small, and the runtime's kernels take nothing else for them.
 2. The head gets the quant's `head` type: its errors go straight into the logits. A tied model has no `output.weight`,
    and `token_embd.weight` is the head.
 3. All others get the first of the quant's rules that fits their role and place, else its default.
@@ -22,10 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, LlamaFileType
 
 from qlora.errors import ExportError
 from qlora.export.gguf.encode import NATIVE
+from qlora.export.gguf.families import FAMILIES
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 Q5_0, Q5_1, Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q5_1, GGMLQuantizationType.Q8_0
@@ -33,9 +34,14 @@ Q3_K, Q4_K = GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q4_K
 Q5_K, Q6_K = GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K
 Q4_0, IQ4_XS, IQ4_NL = GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.IQ4_NL
 
-# GGUF's names of the architectures whose rules these are. Mistral's files say "llama". Others (Falcon, mixtures of
-# experts) have exceptions of their own.
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+# GGUF's names of the architectures whose rules these are: all that we write. Mistral's files say "llama". Others
+# (Falcon, mixtures of experts) have exceptions of their own.
+ARCHITECTURES = tuple(sorted({MODEL_ARCH_NAMES[family.arch] for family in FAMILIES.values()}))
+
+# Small matrices that llama.cpp's kernels read as F32: kernels of convolutions, coefficients of a handful of streams.
+SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "altup_correct_coef.weight", "altup_predict_coef.weight")
+# Not so small ones that its quantizer leaves in 16 bit (llama-quant.cpp, tensor_allows_quantization).
+KEPT = re.compile(r"altup|laurel|per_layer_model_proj")
 
 # What takes the place of a type whose blocks do not fit a row (llama-quant.cpp, tensor_type_fallback).
 FALLBACKS = {Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0, IQ4_XS: IQ4_NL}
@@ -43,7 +49,8 @@ FALLBACKS = {Q3_K: Q4_0, Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0, IQ4_XS: IQ4_NL}
 
 @dataclass(frozen=True)
 class MixHparams:
-    """What the rules ask of a model: `block_count`, `attention.head_count` and `head_count_kv` of its GGUF file."""
+    """What the rules ask of a model: `block_count`, `attention.head_count` and `head_count_kv` of its GGUF file, of its
+    first layer where they differ (0: that one carries a state)."""
 
     layers: int
     heads: int
@@ -135,7 +142,7 @@ def outer_and_every_third(place: Place) -> bool:
 
 def grouped_by_four(place: Place) -> bool:
     """Four query heads or more share a value head: attn_v is a small tensor, and finer bits cost little."""
-    return place.model.heads // place.model.kv_heads >= 4
+    return place.model.heads >= 4 * place.model.kv_heads > 0
 
 
 def first_eighth_unweighted(place: Place) -> bool:
@@ -175,8 +182,8 @@ QUANTS: Mapping[str, Quant] = {
 }
 
 _LAYER_WEIGHT = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-# llama.cpp numbers attn_v and ffn_down as it meets them, layer by layer. In ARCHITECTURES each layer has one of each,
-# and the number is the layer's own.
+# llama.cpp numbers attn_v as it meets them, layer by layer: where only some layers attend, or some have no values of
+# their own, the number is not the layer's. Of ffn_down each layer has one.
 
 
 def choose_types(
@@ -196,11 +203,14 @@ def choose_types(
     chosen = QUANTS[quant]
     head = "output.weight" if "output.weight" in dict(tensors) else "token_embd.weight"
     place = Place(0, hparams, is_big_grouped(arch, hparams), has_imatrix)
+    values = _numbered_values([name for name, _ in tensors])
     types, fallbacks = {}, []
     for name, shape in tensors:
-        wanted = chosen.head if name == head else _by_rules(name, chosen, place)
+        wanted = chosen.head if name == head else _by_rules(name, chosen, place, values)
         if stays_f32(name, shape):
             wanted = F32
+        elif KEPT.search(name) and chosen.needs_library:
+            wanted = BF16
         types[name] = fit(wanted, shape[-1])
         if types[name] != wanted:
             fallbacks.append(Fallback(name, wanted, types[name]))
@@ -210,7 +220,7 @@ def choose_types(
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
     """Rule 1. A single row counts as one-dimensional: ggml drops leading dimensions of 1."""
     one_dimensional = len(shape) < 2 or shape[0] == 1
-    return one_dimensional or not name.endswith(".weight") or name.endswith("_norm.weight")
+    return one_dimensional or not name.endswith(".weight") or name.endswith(("_norm.weight", *SMALL))
 
 
 def fit(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
@@ -227,13 +237,26 @@ def is_big_grouped(arch: str, hparams: MixHparams) -> bool:
     return hparams.layers == 80 and (arch == "qwen2" or (arch == "llama" and grouped))
 
 
-def _by_rules(name: str, quant: Quant, place: Place) -> GGMLQuantizationType:
+def _numbered_values(names: Sequence[str]) -> dict[str, int]:
+    """The number of each attn_v among them, layer by layer."""
+    found = [
+        (int(match[1]), name) for name in names if (match := _LAYER_WEIGHT.fullmatch(name)) and _role(match) == "attn_v"
+    ]
+    return {name: number for number, (_, name) in enumerate(sorted(found))}
+
+
+def _role(match: re.Match[str]) -> str:
+    """A projection of query, key and value in one (Phi-3) is handled as the most sensitive of the three."""
+    return "attn_v" if match[2] == "attn_qkv" else match[2]
+
+
+def _by_rules(name: str, quant: Quant, place: Place, values: Mapping[str, int]) -> GGMLQuantizationType:
     """Rule 3. In a 70B, 8 query heads share a value head: attn_v is so small that 5 bits cost next to nothing."""
     match = _LAYER_WEIGHT.fullmatch(name)
     if match is None:
         return quant.default
-    # A projection of query, key and value in one (Phi-3) is handled as the most sensitive of the three.
-    role = "attn_v" if match[2] == "attn_qkv" else match[2]
-    here = replace(place, layer=int(match[1]))
+    role, here = _role(match), replace(place, layer=int(match[1]))
+    if role == "attn_v":
+        here = replace(here, layer=values[name], model=replace(place.model, layers=len(values)))
     kind = next((rule.kind for rule in quant.rules if rule.role == role and rule.fits(here)), quant.default)
     return Q5_K if role == "attn_v" and here.big_grouped and kind in (Q3_K, Q4_K) else kind

@@ -14,7 +14,7 @@ and a wrong reading shows only as a model that answers worse the longer the text
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,13 @@ class Rope:
     tensors: Mapping[str, NDArray[np.float32]]
 
 
-def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope], takes_factors: bool) -> Rope:
+def describe(
+    config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope], takes_factors: Collection[str]
+) -> Rope:
     """Keys and tensors for the rotary embedding of a text model's `config` (transformers 5's `rope_parameters`).
 
-    `model` is what the model itself computes with, `takes_factors` whether the architecture reads factor tensors.
+    `model` is what the model itself computes with, `takes_factors` the kinds whose factors the architecture reads as
+    tensors.
     Raises ExportError for what llama.cpp cannot express.
     """
     sections = config.rope_parameters
@@ -71,25 +74,31 @@ def describe(config: Any, rotated_dims: int, model: Mapping[str, ReferenceRope],
         return whole
     if local.get("rope_type", "default") != "default":
         raise refused(f"sliding layers with {local['rope_type']!r} positions")
-    base = _number(local, "rope_theta")
-    _compare(_frequencies(base, rotated_dims), 1.0, model["sliding_attention"])
+    base = number(local, "rope_theta")
+    compare(frequencies(base, rotated_dims), 1.0, model["sliding_attention"])
     return Rope((*whole.keys, ("rope.freq_base_swa", base)), whole.tensors)
 
 
-def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: bool) -> Rope:
+def plain(base: float, dims: int, own: ReferenceRope) -> Rope:
+    """Positions that turn `dims` from `base` and nothing else."""
+    compare(frequencies(base, dims), 1.0, own)
+    return Rope((("rope.freq_base", base),), {})
+
+
+def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: Collection[str]) -> Rope:
     kind = str(rope.get("rope_type", "default"))
-    base = _number(rope, "rope_theta")
-    scaled = plain = _frequencies(base, dims)
+    base = number(rope, "rope_theta")
+    scaled = plain = frequencies(base, dims)
     attention = 1.0
     keys: list[Key] = []
     tensors: dict[str, NDArray[np.float32]] = {}
     if kind == "linear":
-        factor = _number(rope, "factor")
+        factor = number(rope, "factor")
         keys = [("rope.scaling.type", "linear"), ("rope.scaling.factor", factor)]
         scaled = plain / factor
     elif kind == "yarn":
         keys, scaled, attention = _yarn(config, rope, plain)
-    elif kind in ("llama3", "longrope") and not takes_factors:
+    elif kind in ("llama3", "longrope") and kind not in takes_factors:
         raise refused(f"{kind!r} positions in this architecture")
     elif kind == "llama3":
         factors = _llama3_factors(rope, plain)
@@ -100,11 +109,11 @@ def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, ta
         scaled, attention = plain / tensors["rope_factors_short.weight"], dict(keys)["rope.scaling.attn_factor"]
     elif kind != "default":
         raise refused(f"{kind!r} positions")
-    _compare(scaled, attention, own)
+    compare(scaled, attention, own)
     return Rope((("rope.freq_base", base), *keys), tensors)
 
 
-def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A number above 0 from the rotary positions of a configuration. Raises ExportError for anything else."""
     value: Any = rope.get(key) or default
     if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
@@ -113,15 +122,15 @@ def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> 
     return float(value)
 
 
-def _frequencies(base: float, dims: int) -> NDArray[np.float64]:
+def frequencies(base: float, dims: int) -> NDArray[np.float64]:
     """Turns a token for each pair of dims, before any scaling (Su et al. 2021, section 3.2.2)."""
     return base ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
 
 
 def _llama3_factors(rope: Mapping[str, Any], plain: NDArray[np.float64]) -> NDArray[np.float64]:
     """By how much each frequency is slowed: not at all for short waves, by `factor` for long ones, a ramp between."""
-    factor, low, high = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    trained = _number(rope, "original_max_position_embeddings")
+    factor, low, high = (number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    trained = number(rope, "original_max_position_embeddings")
     waves = 2 * math.pi / plain
     ramp = np.clip((trained / waves - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - ramp) / factor + ramp)  # type: ignore[no-any-return]
@@ -130,9 +139,9 @@ def _llama3_factors(rope: Mapping[str, Any], plain: NDArray[np.float64]) -> NDAr
 def _yarn(
     config: Any, rope: Mapping[str, Any], plain: NDArray[np.float64]
 ) -> tuple[list[Key], NDArray[np.float64], float]:
-    factor, base = _number(rope, "factor"), _number(rope, "rope_theta")
-    trained = int(_number(rope, "original_max_position_embeddings", config.max_position_embeddings))
-    fast, slow = _number(rope, "beta_fast", YARN_BETA_FAST), _number(rope, "beta_slow", YARN_BETA_SLOW)
+    factor, base = number(rope, "factor"), number(rope, "rope_theta")
+    trained = int(number(rope, "original_max_position_embeddings", config.max_position_embeddings))
+    fast, slow = number(rope, "beta_fast", YARN_BETA_FAST), number(rope, "beta_slow", YARN_BETA_SLOW)
     if rope.get("truncate") is False:
         raise refused("yarn positions whose ramp is not rounded (truncate = false)")
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN section 3.4
@@ -160,22 +169,22 @@ def _yarn(
 def _yarn_attention(rope: Mapping[str, Any], factor: float, usual: float) -> float:
     """The factor on attention that transformers applies: given outright, or by DeepSeek's two mscales, or the usual."""
     if rope.get("attention_factor") is not None:
-        return _number(rope, "attention_factor")
+        return number(rope, "attention_factor")
     mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
     if mscale and of_all:
-        mscale, of_all = _number(rope, "mscale"), _number(rope, "mscale_all_dim")
+        mscale, of_all = number(rope, "mscale"), number(rope, "mscale_all_dim")
         return (0.1 * mscale * math.log(factor) + 1.0) / (0.1 * of_all * math.log(factor) + 1.0)
     return usual
 
 
 def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key], dict[str, NDArray[np.float32]]]:
-    trained = int(_number(rope, "original_max_position_embeddings"))
+    trained = int(number(rope, "original_max_position_embeddings"))
     stretch = config.max_position_embeddings / trained
     attention = rope.get("attention_factor")
     if attention is None:  # LongRoPE as Phi-3 uses it; transformers, _compute_longrope_parameters
         attention = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
     else:
-        attention = _number(rope, "attention_factor")
+        attention = number(rope, "attention_factor")
     tensors = {}
     for name in ("long", "short"):
         factors: Any = rope.get(f"{name}_factor")
@@ -192,7 +201,7 @@ def _longrope(config: Any, rope: Mapping[str, Any], dims: int) -> tuple[list[Key
     return keys, tensors
 
 
-def _compare(frequencies: NDArray[np.float64], attention: float, own: ReferenceRope) -> None:
+def compare(frequencies: NDArray[np.float64], attention: float, own: ReferenceRope) -> None:
     """What llama.cpp will compute with against what the model does. Raises ExportError when they differ."""
     computed = own.frequencies
     if computed.shape != frequencies.shape or not np.allclose(computed, frequencies, rtol=SAME_FREQUENCY, atol=0.0):

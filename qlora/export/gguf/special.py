@@ -41,6 +41,7 @@ _NEVER_STRIPPED = frozenset(("<unk>", "<s>", "<|endoftext|>"))
 _ALWAYS_STRIPPED = "</s>"
 
 _PROBE = "probe 1"
+_OPENING = 500  # characters of a conversation that are looked at for what a tokenizer puts before a text
 
 
 def special_ids(
@@ -68,8 +69,10 @@ def special_ids(
             )
         ids["eos"] = ends[0]
     ids.setdefault("bos", ids["eos"])
-    ids["eot"] = ends[0] if ends else ids["eos"]
     stops = [number for number in _configured(configs[:1], "eos_token_id") if 0 <= number < rows]
+    # A template without an end of its own (GLM-4's: the next turn begins) leaves this place to another end.
+    others = [n for n in stops if n != ids["eos"] and tokenizer.convert_ids_to_tokens(n) not in STOP_TEXTS]
+    ids["eot"] = [*ends, *others, ids["eos"]][0]
     more = [number for number in dict.fromkeys([*ends, *stops]) if number not in (ids["eos"], ids["eot"])]
     more = [number for number in more if tokenizer.convert_ids_to_tokens(number) not in STOP_TEXTS]
     if more:
@@ -101,21 +104,26 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ExportError(f"{file}: cannot be read ({error})", "download the base again") from error
 
 
-def added_bos_eos(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after every text, found by a probe: at most one on either side.
+def added_bos_eos(folder: Path, tokenizer: PreTrainedTokenizerBase, opening: str) -> tuple[list[int], list[int], bool]:
+    """The ids that the tokenizer puts before and after every text, found by a probe: at most one on either side; and
+    whether it puts more before one, which a conversation (its beginning is `opening`) has of its own, as GLM-4's.
 
-    Raises ExportError for more, which llama.cpp cannot add.
+    Raises ExportError for more than llama.cpp can add.
     """
     plain = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(_PROBE)["input_ids"])
     added = len(whole) - len(plain)
     start = next((at for at in range(added + 1) if whole[at : at + len(plain)] == plain), None)
+    if start is not None and start > 1 and added == start:
+        texts = [str(tokenizer.convert_ids_to_tokens(number)) for number in whole[:start]]
+        if opening.startswith("".join(texts)):
+            return [], [], True
     if start is None or start > 1 or added - start > 1:
         raise ExportError(
             f"{folder}: the tokenizer adds {added} tokens around a text, llama.cpp one before and one after at most",
             "change the post_processor in tokenizer.json",
         )
-    return whole[:start], whole[start + len(plain) :]
+    return whole[:start], whole[start + len(plain) :], False
 
 
 def chat_templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -133,10 +141,12 @@ def chat_templates(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 @dataclass(frozen=True)
 class Conversation:
-    """What the chat template in use does: the tokens that end a turn, and whether a special one begins it all."""
+    """What the chat template in use does: the tokens that end a turn, whether a special one begins it all, and the
+    first characters of all."""
 
     turn_ends: tuple[str, ...] = ()
     begins_special: bool = False
+    opening: str = ""
 
 
 def conversation(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str | None) -> Conversation:
@@ -154,7 +164,7 @@ def conversation(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str
     finally:
         tokenizer.chat_template = kept
     added = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
-    return Conversation(tuple(chat.end_tokens) if chat.writes_end else (), text.startswith(added))
+    return Conversation(tuple(chat.end_tokens) if chat.writes_end else (), text.startswith(added), text[:_OPENING])
 
 
 def whitespace_stripping(added: Sequence[Mapping[str, Any]], special: Collection[str]) -> tuple[bool, list[str]]:

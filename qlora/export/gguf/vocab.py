@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 # llama.h, enum llama_token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# Special tokens of Gemma 4 that a reader of its answers looks for: llama.cpp shows no control token in an answer
+# (conversion/gemma.py).
+VISIBLE = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
 PAD_SCORE = -10000.0  # llama.cpp's converter gives it to rows of the embedding without a token
 
 
@@ -100,7 +105,8 @@ def read_vocab(folder: Path, embedding_rows: int, *, pre: str | None = None, tem
     _check_texts(vocab.tokens, folder)
 
     ids, about_ids = special.special_ids(folder, tokenizer, embedding_rows, source.conversation.turn_ends)
-    before, after = special.added_bos_eos(folder, tokenizer)
+    before, after, written = special.added_bos_eos(folder, tokenizer, source.conversation.opening)
+    limits = (*vocab.limits, Limit.OPENING) if written else vocab.limits
     if before:
         ids["bos"] = before[0]
     if after and after != [ids["eos"]]:
@@ -112,13 +118,14 @@ def read_vocab(folder: Path, embedding_rows: int, *, pre: str | None = None, tem
     return replace(
         vocab,
         special_ids=ids,
+        limits=limits,
         add_bos=bool(before),
         add_eos=bool(after),
         chat_template=default,
         named_templates=templates,
         strips_after_specials=strips,
         specials=tuple(dict.fromkeys([vocab.tokens[ids["bos"]], *(str(token["content"]) for token in source.added)])),
-        warnings=(*(limit.value for limit in vocab.limits), *vocab.warnings, *about_ids, *about_tokens, *about_stops),
+        warnings=(*(limit.value for limit in limits), *vocab.warnings, *about_ids, *about_tokens, *about_stops),
     )
 
 
@@ -300,6 +307,8 @@ def _added_token(token: Mapping[str, Any], source: _Source) -> tuple[str, int]:
         return text, UNKNOWN
     looks_special = (text.startswith("<|") and text.endswith("|>")) or (text.startswith("<｜") and text.endswith("｜>"))
     looks_special |= text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or (text[:7] == "<unused" and text[-1:] == ">")
+    if text in VISIBLE:
+        return text, USER_DEFINED
     if token.get("special") or looks_special:
         return text, CONTROL
     return text.replace(spm.SPACE, " "), USER_DEFINED

@@ -7,17 +7,19 @@ no 16-bit model in between, neither on the disk nor in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from qlora.events import Progress, Sink
-from qlora.export.gguf.architectures import GgufTensor, Layout
+from qlora.export.gguf.architectures import Layout
 from qlora.export.gguf.encode import encode
+from qlora.export.gguf.family import GgufTensor
 from qlora.export.gguf.metadata import ALIGNMENT, Entry, header, padded
 from qlora.export.llama_cpp.library import Ggml
 from qlora.export.merge.merge import MergedTensor
@@ -38,12 +40,13 @@ class GgufFile:
     def nbytes(self, layout: Layout) -> int:
         """Bytes of the weights, without the header."""
         sizes = [values.nbytes for values in layout.constants.values()]
-        sizes += [math.prod(gguf.quant_shape_to_byte_shape(t.shape, self.types[t.name])) for t in layout.tensors]
+        stored = layout.stored.items()
+        sizes += [math.prod(gguf.quant_shape_to_byte_shape(shape, self.types[name])) for name, shape in stored]
         return sum(size + -size % ALIGNMENT for size in sizes)
 
     def header(self, layout: Layout) -> bytes:
         tensors = [(name, values.shape, F32) for name, values in layout.constants.items()]
-        tensors += [(tensor.name, tensor.shape, self.types[tensor.name]) for tensor in layout.tensors]
+        tensors += [(name, shape, self.types[name]) for name, shape in layout.stored.items()]
         return header(layout.arch, self.keys, tensors)
 
 
@@ -75,6 +78,8 @@ def write(
     for number, tensor in enumerate(layout.tensors, 1):
         if number > staged.start:
             _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools)
+            if number == len(layout.tensors) or layout.tensors[number].name != tensor.name:
+                _end(tensor, files, staged, tools)
             staged.checkpoint(number)
         done += math.prod(tensor.shape)
         sink.emit(Progress("gguf", done, total, "weights"))
@@ -83,8 +88,7 @@ def write(
 def _write_tensor(
     tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools
 ) -> None:
-    written = dict.fromkeys((file.name for file in files), 0)
-    for block in merged.blocks(tensor.unit):
+    for block in _taken(tensor, merged):
         rows = tensor.to_gguf(block.to(torch.float32)).contiguous()
         encoded: dict[gguf.GGMLQuantizationType, NDArray[np.uint8]] = {}
         for file in files:
@@ -92,7 +96,30 @@ def _write_tensor(
             if kind not in encoded:
                 encoded[kind] = encode(rows, kind, tools.library, tools.importance.get(tensor.name), tensor.name)
             staged.append(file.product, file.name, encoded[kind])
-            written[file.name] += encoded[kind].nbytes
+
+
+def _taken(tensor: GgufTensor, merged: MergedTensor) -> Iterator[Tensor]:
+    """The merged rows that the tensor takes, in blocks."""
+    first, last = tensor.taken
+    start = 0
+    for block in merged.blocks(tensor.unit):
+        if tensor.place is None:
+            yield block
+            continue
+        part = block[max(0, first - start) : max(0, last - start)]
+        start += block.shape[0]
+        if part.shape[0]:
+            yield part
+
+
+def _end(tensor: GgufTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools) -> None:
+    """Rows of zeros that no parameter fills, and bytes up to where the next tensor may begin."""
+    rows = (
+        math.prod(tensor.stored[:-1]) - tensor.at - (tensor.shape[0] if tensor.place else math.prod(tensor.shape[:-1]))
+    )
     for file in files:
-        if missing := -written[file.name] % ALIGNMENT:
+        kind = file.types[tensor.name]
+        if tensor.place and rows:
+            staged.append(file.product, file.name, encode(torch.zeros(rows, tensor.stored[-1]), kind, tools.library))
+        if missing := -math.prod(gguf.quant_shape_to_byte_shape(tensor.stored, kind)) % ALIGNMENT:
             staged.append(file.product, file.name, bytes(missing))

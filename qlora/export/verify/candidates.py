@@ -1,7 +1,8 @@
 """Candidates for an export, computed by transformers: what the merged weights, a folder or a GGUF file predict.
 
 Weights are made when the computation asks for them, a layer at a time (`step.layerwise`): merged on the fly, read from
-a written folder, dequantized from a GGUF file. No candidate is ever loaded whole.
+a written folder, dequantized from a GGUF file. A candidate is in memory whole only where its layers take more than
+what the layer before gives (`model.family_facts`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from qlora.batch import Batch
+from qlora.device import free_bytes
 from qlora.errors import ExportError
-from qlora.export.gguf.architectures import GgufTensor
+from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import MergedTensor
 from qlora.export.merge.parts import VALUES_PER_BLOCK
 from qlora.model.base_folder import BaseFolder
+from qlora.model.family_facts import facts_of
 from qlora.model.meta_model import MetaModel
 from qlora.model.tensors import read_tensor
-from qlora.step.layerwise import WeightHolder, layers_of, trained_hidden_states
+from qlora.step.forward import CausalParts, hidden_states
+from qlora.step.layerwise import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
 from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
 
 Weights = Mapping[str, Callable[[], Tensor]]  # by parameter name of the causal model; a tied head may be missing
@@ -47,7 +51,10 @@ def of_gguf(file: Path, tensors: Iterable[GgufTensor]) -> Weights:
     lost = [tensor.name for tensor in tensors if tensor.name not in stored]
     if lost:
         raise ExportError(f"{file}: has no tensor {lost[0]}", "export again")
-    return {tensor.parameter: partial(_dequantized, stored[tensor.name], tensor) for tensor in tensors}
+    parts: dict[str, list[GgufTensor]] = {}
+    for tensor in sorted(tensors, key=lambda tensor: tensor.taken):
+        parts.setdefault(tensor.parameter, []).append(tensor)
+    return {parameter: partial(_dequantized, stored, pieces) for parameter, pieces in parts.items()}
 
 
 def vocabulary_logprobs(
@@ -56,21 +63,45 @@ def vocabulary_logprobs(
     """Log-probabilities of the whole vocabulary at the trained positions, in order, as fp32 chunks (C, V).
 
     `model` is a meta_model's and its parameters are on `meta` again afterwards; its buffers are moved to `device`.
-    Raises ExportError for a model whose layers are not found, or a weight that `weights` lacks.
+    Raises ExportError for a weight that `weights` lacks, and where a model that must be in memory whole does not fit.
     """
-    try:
-        layers = layers_of(model)
-    except LookupError as error:
-        hint = "export with verify=False, and compare a few answers yourself"
-        raise ExportError(f"{error}, so that it cannot be measured layer by layer", hint) from error
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers() if name in weights]
     holder = WeightHolder(model.eval(), names, partial(_fetch, model, weights), device, dtype)
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    placed = [batch.to(device) for batch in batches]
     with torch.no_grad():
-        hidden_ND = trained_hidden_states(holder, layers, [batch.to(device) for batch in batches])
+        hidden_ND = _hidden_states(holder, placed)
         with holder.holding(holder.names_under(head)):
             yield from head_logprobs(hidden_ND, head, logits_transform(config), chunk_tokens(config.vocab_size))
+
+
+def _hidden_states(holder: WeightHolder, batches: Sequence[Batch]) -> Tensor:
+    """The last hidden states (N, D) of the trained positions, layer by layer where that is what the trunk does."""
+    model = holder.model
+    try:
+        layers = layers_of(model)
+    except LookupError as error:
+        return _whole(holder, batches, str(error))
+    if reason := facts_of(model.config.get_text_config(), type(model).__name__).layerwise:
+        return _whole(holder, batches, reason)
+    return trained_hidden_states(holder, layers, batches)
+
+
+def _whole(holder: WeightHolder, batches: Sequence[Batch], reason: str) -> Tensor:
+    """The last hidden states (N, D) of the trained positions, by the model's own trunk with all of its weights."""
+    model = holder.model
+    needed = sum(parameter.numel() * holder.dtype.itemsize for parameter in model.parameters())
+    free = free_bytes(holder.device)
+    if needed > free:
+        what = f"{reason}: measured whole it takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        raise ExportError(what, "export with verify=False, or on a machine with more memory")
+    move_buffers(model, holder.device)
+    head = {*holder.names_under(model.get_output_embeddings())}
+    embedding = {*holder.names_under(model.get_input_embeddings())}
+    parts = CausalParts.of(model)
+    with holder.holding([name for name in holder.names if name in embedding or name not in head]):
+        return torch.cat([trained_hidden(hidden_states(parts, batch), batch) for batch in batches])
 
 
 def head_logprobs(
@@ -78,16 +109,17 @@ def head_logprobs(
 ) -> Iterator[Tensor]:
     """fp32 log-probabilities (C, V) of the whole vocabulary, `chunk` positions at a time, as the loss computes them."""
     for start in range(0, hidden_ND.shape[0], chunk):
-        logits_CV = head(hidden_ND[start : start + chunk])
+        logits_CV = head(hidden_ND[start : start + chunk].to(head.weight.dtype))  # as in step/loss.py
         if transform is not None:
             logits_CV = transform(logits_CV)
         yield torch.log_softmax(logits_CV.float(), dim=-1)
 
 
 def dequantized_rows(entry: Any, start: int, end: int) -> Tensor:
-    """Rows, as the file says them in fp32, of a tensor that gguf's reader has mapped; a vector is one row."""
+    """Rows, as the file says them in fp32, of a tensor that gguf's reader has mapped; a vector is one row, and of
+    stacked matrices the rows are counted through."""
     flat = len(entry.shape) == 1
-    data = entry.data.reshape(1, -1) if flat else entry.data[start:end]
+    data = entry.data.reshape(1, -1) if flat else entry.data.reshape(-1, entry.data.shape[-1])[start:end]
     # A copy: an F32 tensor would be the mapped file itself, which is read-only.
     block = torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type)))
     return block[0] if flat else block
@@ -108,12 +140,16 @@ def _fetch(model: Any, weights: Weights, name: str, empty: Tensor) -> Tensor:
     return values
 
 
-def _dequantized(entry: Any, tensor: GgufTensor) -> Tensor:
-    """A whole tensor in transformers' order, dequantized a block of rows at a time."""
+def _dequantized(stored: Mapping[str, Any], pieces: Sequence[GgufTensor]) -> Tensor:
+    """A whole parameter in transformers' order, dequantized a block of rows at a time."""
+    return torch.cat([block for piece in pieces for block in _blocks(stored[piece.name], piece)])
+
+
+def _blocks(entry: Any, tensor: GgufTensor) -> Iterator[Tensor]:
     rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
     step = max(1, VALUES_PER_BLOCK // columns // tensor.unit) * tensor.unit if len(tensor.shape) > 1 else rows
-    blocks = (dequantized_rows(entry, start, start + step) for start in range(0, rows, step))
-    return torch.cat([tensor.inverse(block) for block in blocks])
+    for start in range(0, rows, step):
+        yield tensor.inverse(dequantized_rows(entry, tensor.at + start, tensor.at + min(rows, start + step)))
 
 
 def _gather(tensor: MergedTensor) -> Tensor:

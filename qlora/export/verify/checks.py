@@ -67,7 +67,7 @@ def inspect_gguf(
         return Inspection(tuple(checks), line)
     rows = reference.positions.documents()
     texts = tuple(comparable(PROBE_TEXTS, plan.vocab.limits, plan.vocab.specials))
-    add_special = Limit.PLAIN_TEXT not in plan.vocab.limits
+    add_special = not {Limit.PLAIN_TEXT, Limit.OPENING} & set(plan.vocab.limits)
     with runtime.ask(found, file, runtime.Request(texts=texts, add_special=add_special, rows=rows)) as answer:
         checks += weights.check_answer(answer, reference.chat.end_ids, plan.vocab.chat_template)
         checks.append(weights.check_tokens(answer, texts, reference.chat.tokenizer, add_special))

@@ -30,14 +30,14 @@ from qlora.export import child
 from qlora.export.gguf.architectures import Layout, lay_out
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.merge.parts import make_plan
+from qlora.export.verify import plain_open
 from qlora.export.verify.candidates import dequantized_rows
+from qlora.export.verify.plain_open import Result
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
 from qlora.recipe.sections import QuantizationSection
-
-Result = tuple[str, bool, str]  # what was checked, whether it holds, in detail
 
 _ROUNDED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Sums of r products in another order, relative to the largest value of a block.
@@ -57,13 +57,15 @@ _NAMED = 3  # failing tensors that are named
 class _Tally:
     """A written tensor, and what was seen of it. Sums are of squares, but `dot`.
 
-    `rows(start, end)` gives fp32 as the file says it, `change` brings other rows, whole `unit`s, to its order.
+    `rows(start, end)` gives fp32 as the file says it, `change` brings other rows, whole `unit`s, to its order. Of the
+    parameter, the file holds the rows `taken` (from, up to; None: all) there.
     """
 
     kind: str
     rows: Callable[[int, int], Tensor]
     change: Callable[[Tensor], Tensor] = lambda rows: rows
     unit: int = 1
+    taken: tuple[int, int] | None = None
     changed: bool = False  # by the adapter
     values: int = 0
     not_finite: int = 0
@@ -75,6 +77,13 @@ class _Tally:
 
     def see(self, start: int, expected: Tensor, base: Tensor | None) -> None:
         end = start + (expected.shape[0] if expected.ndim else 1)
+        if self.taken is not None:
+            first, last = max(start, self.taken[0]), min(end, self.taken[1])
+            if first >= last:
+                return
+            expected = expected[first - start : last - start]
+            base = None if base is None else base[first - start : last - start]
+            start, end = first - self.taken[0], last - self.taken[0]
         written, expected = self.rows(start, end), self.change(expected)
         self.values += written.numel()
         self.not_finite += int((~torch.isfinite(written)).sum())
@@ -124,21 +133,21 @@ class _Tally:
 
 @dataclass
 class _File:
-    """An artifact to check: what was found before its weights were compared, and its tensors by parameter."""
+    """An artifact to check: what was found before its weights were compared, and its tensors by parameter and name."""
 
     results: list[Result]
-    tallies: dict[str, _Tally] = field(default_factory=dict)
+    tallies: dict[tuple[str, str], _Tally] = field(default_factory=dict)
 
     def conclude(self) -> list[Result]:
         """The results with those over weights."""
         if not self.tallies:
             return self.results
         bad = {name: tally for name, tally in self.tallies.items() if tally.not_finite}
-        counted = [f"{name}: {tally.not_finite} of {tally.values:,}" for name, tally in bad.items()]
+        counted = [f"{name}: {tally.not_finite} of {tally.values:,}" for (name, _), tally in bad.items()]
         self.results.append(("finite", not bad, _summary(counted, f"{len(self.tallies)} tensors")))
         for name, changed in (("deltas", True), ("other weights", False)):
             tallies = {key: tally for key, tally in self.tallies.items() if tally.changed is changed}
-            wrong = [_what_is_wrong(key, tally) for key, tally in tallies.items() if not tally.holds]
+            wrong = [_what_is_wrong(key[0], tally) for key, tally in tallies.items() if not tally.holds]
             shares = [tally.share for tally in tallies.values() if not math.isnan(tally.share)]
             spread = f", {min(shares):.3f} to {max(shares):.3f} of each" if shares else ""
             unseen = sum(math.isnan(tally.share) for tally in tallies.values()) if changed else 0
@@ -177,7 +186,7 @@ def open_folder(folder: Path, merge: Merge, dtype: str) -> _File:
     file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors"))])
     if not wrong:
         for name, tensor in planned.items():
-            file.tallies[tensor.parameter] = _Tally(found[name].dtype, partial(_rows, found[name]))
+            file.tallies[tensor.parameter, name] = _Tally(found[name].dtype, partial(_rows, found[name]))
     return file
 
 
@@ -187,7 +196,7 @@ def open_gguf(path: Path, layout: Layout, types: Mapping[str, str], keys: Mappin
         reader = gguf.GGUFReader(path)
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
         return _File([("opens", False, f"its header cannot be read ({error})")])
-    planned = {tensor.name: (tensor.shape, types[tensor.name]) for tensor in layout.tensors}
+    planned = {name: (shape, types[name]) for name, shape in layout.stored.items()}
     planned |= {name: (values.shape, "F32") for name, values in layout.constants.items()}
     found = {entry.name: entry for entry in reader.tensors}
     shapes = {name: tuple(map(int, reversed(entry.shape))) for name, entry in found.items()}
@@ -200,8 +209,10 @@ def open_gguf(path: Path, layout: Layout, types: Mapping[str, str], keys: Mappin
     file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors")), _keys(reader, keys)])
     if not wrong:
         for tensor in layout.tensors:
-            rows = partial(dequantized_rows, found[tensor.name])
-            file.tallies[tensor.parameter] = _Tally(types[tensor.name], rows, tensor.to_gguf, tensor.unit)
+            rows = partial(_rows_from, found[tensor.name], tensor.at)
+            taken = None if tensor.place is None else tensor.taken
+            tally = _Tally(types[tensor.name], rows, tensor.to_gguf, tensor.unit, taken)
+            file.tallies[tensor.parameter, tensor.name] = tally
     return file
 
 
@@ -230,6 +241,10 @@ def _compare(planned: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
+def _rows_from(entry: Any, first: int, start: int, end: int) -> Tensor:
+    return dequantized_rows(entry, first + start, first + end)
+
+
 def _rows(entry: TensorEntry, start: int, end: int) -> Tensor:
     return read_tensor(entry, (start, end) if entry.shape else None).float()
 
@@ -242,12 +257,16 @@ def compare_weights(merge: Merge, files: list[_File]) -> None:
     opened = [file.tallies for file in files if file.tallies]
     if not opened:
         return
+    by_parameter: dict[str, list[_Tally]] = {}
+    for of_file in opened:
+        for (parameter, _), tally in of_file.items():
+            by_parameter.setdefault(parameter, []).append(tally)
     exact = replace(merge, dtype=torch.float32)
     base = {tensor.parameter: tensor for tensor in exact.base_tensors()}
     changed = frozenset(exact.changed)
     for tensor in exact.tensors():
         name, start = tensor.parameter, 0
-        tallies = [of_file[name] for of_file in opened]
+        tallies = by_parameter[name]
         for tally in tallies:
             tally.changed = name in changed
         unit = math.lcm(*(tally.unit for tally in tallies))
@@ -299,6 +318,7 @@ def _results(request: Mapping[str, Any]) -> list[list[Result]]:
         path = Path(target["path"])
         if target["dtype"]:
             files.append(open_folder(path, merge, target["dtype"]))
+            files[-1].results.append(plain_open.opens(path))
         else:
             layout = lay_out(meta_model.model, {tensor.parameter: tensor.shape for tensor in merge.tensors()})
             files.append(open_gguf(path, layout, target["types"], target["keys"]))

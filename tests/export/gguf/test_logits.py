@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora.export.gguf.family import NOTHING
 from qlora.export.gguf.plan import GgufPlan
 from qlora.export.llama_cpp.runtime import Request
 from tests import tokenizers
@@ -112,7 +113,7 @@ def test_biases_and_wide_heads(tmp_path: Path) -> None:
 
 
 def unpermuted(planned: GgufPlan) -> GgufPlan:
-    tensors = [replace(tensor, change="none", unit=1) for tensor in planned.layout.tensors]
+    tensors = [replace(tensor, change=NOTHING, unit=1) for tensor in planned.layout.tensors]
     return written.with_layout(planned, tensors=tuple(tensors))
 
 

@@ -11,8 +11,10 @@ import pytest
 from qlora.errors import ExportError
 from qlora.export.gguf import pretokenizer
 from qlora.export.gguf.pretokenizer import BYTES, GPT2, KNOWN, LLAMA3, QWEN2, Known, Match, match, spelled
-from qlora.export.gguf.probes import Limit
+from qlora.export.gguf.probes import PROBE_TEXTS, Limit, comparable
+from qlora.export.gguf.vocab import metadata
 from tests import tokenizers
+from tests.export.gguf.asked import changed, differing, read
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart" / "base"
 HERE = Path("base")
@@ -118,3 +120,48 @@ def test_the_byte_level_alone_is_gpt_2() -> None:
     alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     assert match(content(KNOWN[0], pre_tokenizer=alone), HERE).pre == "gpt-2"
     assert KNOWN[0].steps == (GPT2, BYTES)
+
+
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("families", "part", "ignore_merges", "pre"),
+    [
+        ("SmolLM3, LFM2", split(LLAMA3), True, "llama-bpe"),
+        ("OLMo 2 and 3, GLM-4", split(LLAMA3), False, "smaug-bpe"),
+        ("Granite 4, Phi-4", split(CL100K, "Removed", True), False, "smaug-bpe"),
+        (
+            "Granite 3, StarCoder 2, Cohere 2",
+            {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+            False,
+            "smollm",
+        ),
+        ("Phi-2, OLMo 1", BYTE_LEVEL, False, "gpt-2"),
+        ("Phi-4-mini", split(pretokenizer.GPT4O, "Removed", True), False, "gpt-4o"),
+        ("Ministral 3", split(pretokenizer.TEKKEN), True, "tekken"),
+        ("Qwen 3.5", split(pretokenizer.QWEN35), False, "qwen35"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
+)
+def test_structures_of_this_years_families(families: str, part: dict[str, Any], ignore_merges: bool, pre: str) -> None:
+    found = content(KNOWN[0], pre_tokenizer=part)
+    stray = {"a": 0, "b": 1, "ab": 2, "cab": 3}  # "cab" is reached as a whole word only
+    found["model"] |= {"ignore_merges": ignore_merges, "vocab": stray if ignore_merges else found["model"]["vocab"]}
+    assert match(found, HERE).pre == pre
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "pre"),
+    [("Qwen3_5Tokenizer", "qwen35"), ("CohereTokenizer", "smollm"), ("Qwen2Tokenizer", "qwen2")],
+)
+def test_structures_that_transformers_builds_by_class(tmp_path: Path, tokenizer_class: str, pre: str) -> None:
+    """Read is what transformers makes of the folder: these classes bring their own structure, composition first."""
+    folder = changed(tokenizers.byte_level(tmp_path, pre), "tokenizer_config.json", tokenizer_class=tokenizer_class)
+    found = read(folder)
+    assert (found.pre, Limit.COMPOSITION in found.limits) == (pre, True)
+    assert differing(folder, metadata(found), comparable(PROBE_TEXTS, found.limits, found.specials)) == []

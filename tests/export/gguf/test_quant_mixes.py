@@ -188,3 +188,30 @@ def test_file_types_are_llama_cpps_numbers() -> None:
 
 def test_the_recipe_knows_the_same_names() -> None:
     assert tuple(QUANTS) == GGUF_QUANTS
+
+
+def test_values_are_numbered_where_only_some_layers_attend() -> None:
+    """8 layers that attend among 16: llama.cpp counts values, and down projections by layer."""
+    tensors = [(name, shape) for name, shape in layout(16) if "attn_v" not in name or int(name.split(".")[1]) % 2 == 1]
+    types = choose_types("q4_k_m", "granitehybrid", MixHparams(16, 4, 0), tensors).types
+    values = [types[f"blk.{layer}.attn_v.weight"].name for layer in range(1, 16, 2)]
+    assert " ".join(values) == BY_HAND["q4_k_m", 8][0]
+    assert " ".join(types[f"blk.{layer}.ffn_down.weight"].name for layer in range(16)) == BY_HAND["q4_k_m", 16][1]
+    # In a model whose first layer has no heads for keys, nothing counts as grouped.
+    assert by_layer(choose("iq4_xs", 4, heads=8), "attn_v") == " ".join(["Q5_K"] * 4)
+    grouped = choose_types("iq4_xs", "granitehybrid", MixHparams(16, 8, 0), tensors).types
+    assert grouped["blk.1.attn_v.weight"].name == "IQ4_XS"
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_small_matrices_stay_as_kernels_read_them(quant: str) -> None:
+    """Kernels of convolutions and coefficients in F32; what llama.cpp's quantizer leaves alone in 16 bit."""
+    small = ("blk.0.ssm_conv1d.weight", "blk.0.shortconv.conv.weight", "blk.0.altup_predict_coef.weight")
+    kept = ("altup_proj.weight", "blk.0.laurel_l.weight", "per_layer_model_proj.weight")
+    tensors = [*layout(1), *((name, (512, 512)) for name in (*small, *kept))]
+    types = choose_types(quant, "gemma3n", MixHparams(1, 4, 2), tensors).types
+    assert {types[name].name for name in small} == {"F32"}
+    assert {types[name].name for name in kept} == {QUANTS[quant].default.name if quant in NATIVE else "BF16"}
+
+
+NATIVE = ("f32", "f16", "bf16", "q8_0")

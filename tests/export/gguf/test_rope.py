@@ -70,10 +70,10 @@ def test_a_misread_configuration_is_noticed(parameters: dict[str, Any]) -> None:
     """The trap: keys that load, and positions that turn by other angles. The model's own buffer is the reference."""
     config = make_config("llama", overrides={"rope_parameters": dict(parameters)})
     own = rope.reference_ropes(make_model(config))
-    rope.describe(config, 16, own, takes_factors=True)
+    rope.describe(config, 16, own, takes_factors=("llama3", "longrope"))
     config.rope_parameters["factor"] = parameters["factor"] * 1.1
     with pytest.raises(ExportError, match="other angles"):
-        rope.describe(config, 16, own, takes_factors=True)
+        rope.describe(config, 16, own, takes_factors=("llama3", "longrope"))
 
 
 def test_a_misread_factor_on_attention_is_noticed() -> None:
@@ -81,7 +81,7 @@ def test_a_misread_factor_on_attention_is_noticed() -> None:
     own = rope.reference_ropes(make_model(config))
     config.rope_parameters["attention_factor"] = 1.0
     with pytest.raises(ExportError, match=r"scale attention by 1\.0000"):
-        rope.describe(config, 16, own, takes_factors=True)
+        rope.describe(config, 16, own, takes_factors=("llama3", "longrope"))
 
 
 @pytest.mark.parametrize("value", [None, "8", 0, -1, True, [8.0], float("nan"), float("inf")])
@@ -91,4 +91,4 @@ def test_a_factor_that_is_no_number_is_named(kind: str, value: object) -> None:
     given |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = SimpleNamespace(rope_parameters=given, max_position_embeddings=512)
     with pytest.raises(ExportError, match="factor of the rotary positions is no number above 0"):
-        rope.describe(config, 16, {"": rope.ReferenceRope(np.ones(8), 1.0)}, takes_factors=True)
+        rope.describe(config, 16, {"": rope.ReferenceRope(np.ones(8), 1.0)}, takes_factors=("llama3", "longrope"))

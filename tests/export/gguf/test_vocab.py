@@ -163,6 +163,31 @@ def test_trap_two_tokens_of_one_text_abort_llama_cpp(tmp_path: Path) -> None:
         ask(write_vocab_only(tmp_path / "twice.gguf", metadata(twice)), [])
 
 
+def test_a_template_that_writes_what_the_tokenizer_puts_before_a_text(tmp_path: Path) -> None:
+    """GLM-4 puts two tokens before a text, llama.cpp one at most: conversations have them of their own."""
+    folder = tokenizers.glm4(tmp_path)
+    found = read(folder)
+    assert found.limits == (Limit.OPENING,) and not found.add_bos and found.pre == "smaug-bpe"
+    chat = [{"role": "user", "content": "Hello  world"}, {"role": "assistant", "content": "ok"}] * 2
+    text = load(folder).apply_chat_template(chat, tokenize=False)
+    assert load(folder)(text, add_special_tokens=False)["input_ids"][:2] == load(folder)("")["input_ids"]
+    assert differing(folder, metadata(found), [text, *PROBES], add_special=False) == []
+    (folder / "chat_template.jinja").write_text(tokenizers.CHATML)
+    with pytest.raises(ExportError, match="adds 2 tokens"):
+        read(folder)
+
+
+def test_what_a_reader_of_answers_looks_for_is_shown(tmp_path: Path) -> None:
+    """Gemma 4 marks its thoughts and calls by special tokens, which llama.cpp leaves out of an answer."""
+    folder = tokenizers.gemma(tmp_path)
+    top = len(load(folder))
+    names = ("<|channel>", "<channel|>", "<turn|>")
+    with_added(folder, *(tokenizers.added(name, top + number) for number, name in enumerate(names)))
+    found = read(folder)
+    assert [found.types[top + number] for number in range(3)] == [vocab.USER_DEFINED, vocab.USER_DEFINED, vocab.CONTROL]
+    assert differing(folder, metadata(found), ["a<|channel>thought\n<channel|>b<turn|>\n"]) == []
+
+
 # Refused before anything is written.
 
 

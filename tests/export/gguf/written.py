@@ -36,7 +36,12 @@ def write_base(
 ) -> dict[str, Path]:
     """Write the base in `folder` as GGUF, a file for each of `quants`; `change` breaks the plan on purpose."""
     base = resolve(str(folder), "main", Recorder())
-    planned = change(plan(base, None, Tokens(), quants))
+    return write_planned(base, change(plan(base, None, Tokens(), quants)), plain_tensors(base), out)
+
+
+def write_planned(base: BaseFolder, planned: GgufPlan, tensors: Sequence[MergedTensor], out: Path) -> dict[str, Path]:
+    """Write these tensors of the base as `planned`, a file for each quant of the plan."""
+    quants = tuple(planned.choices)
     general = general_keys(About.of(base, "tiny", ["rows"]), "model", planned.vocab.strips_after_specials)
     keys = [*entries([*general, *planned.layout.keys]), *metadata(planned.vocab)]
     files = [
@@ -50,7 +55,7 @@ def write_base(
     ]
     finals = {quant: out / quant for quant in quants}
     with StagedExport.open(finals, {}, 1 << 20) as workshop:
-        write(planned.layout, plain_tensors(base), files, workshop, Tools(planned.library, {}), Recorder())
+        write(planned.layout, tensors, files, workshop, Tools(planned.library, {}), Recorder())
         for quant in quants:
             workshop.publish(quant)
     return {quant: finals[quant] / f"{quant}.gguf" for quant in quants}
