@@ -48,11 +48,14 @@ class ChatTokenizer:
     """A base's tokenizer and chat template, ready to turn conversations into rows and prompts.
 
     `loss_on`: "assistant" trains the answers, "all" every token but the first. `end_token_ids`: what ends an answer.
+    `pad_id` fills what is masked; it is below `embedding_rows`, where these are known.
     Raises TokenizerError when no token ends an answer, when the tokenizer is no fast one (offsets are needed), or
     when the template cannot render even one question and answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, sink: Sink) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, loss_on: str, sink: Sink, embedding_rows: int | None = None
+    ) -> None:
         if not tokenizer.is_fast:
             raise TokenizerError(
                 "the base has no fast tokenizer, so that answers cannot be found exact to the token",
@@ -65,8 +68,10 @@ class ChatTokenizer:
         self._chat_template = ChatTemplate(tokenizer, sink)
         end_ids = tokenizer.convert_tokens_to_ids(self._chat_template.end_tokens)
         self.end_token_ids: tuple[int, ...] = tuple(end_ids)
-        pad = tokenizer.pad_token_id
-        self.pad_id = self.end_token_ids[-1] if pad is None else int(pad)  # pads are masked by place, never by id
+        # Pads are masked by their place, never by their id. A pad token may have no embedding, or one of zeros, where
+        # some norms have no gradient; the token that ends a turn is trained, and stands in every row.
+        known = [token for token in end_ids if embedding_rows is None or token < embedding_rows]
+        self.pad_id = known[0] if known else 0
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
         self._noticed_tools = False

@@ -27,6 +27,7 @@ from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import FoundFiles, SourceFile
 from qlora.data.sources import source_files
+from qlora.data.text_pieces import cut, is_text_file
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
 from qlora.data.unread import count_remarks, notices
 from qlora.errors import DataError
@@ -154,6 +155,9 @@ class _Maker:
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
         for notice in notices(report.remarks, self.data.loss_on):
             self.sink.emit(notice)
+        for file, count in report.pieces.items():
+            message = f"{file}: cut at its paragraphs into {count} rows of up to {self.data.max_length} tokens"
+            self.sink.emit(Notice("text", message, count))
         for rejected in report.rejected.values():
             self.sink.emit(rejected)
         if report.cut:
@@ -221,6 +225,12 @@ class _Tokenization:
         rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
         for (where, item), encoded_row in zip(batch, rows, strict=True):
             row: TokenRow | RowError | None = encoded_row
+            if isinstance(item, Conversation) and is_text_file(where) and self._is_long(row):
+                parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
+                if len(parts) > 1:
+                    self.report.cut_text(where, len(parts))
+                    yield from self._tokenized(source, [(place, Conversation(text=text)) for place, text in parts])
+                    continue
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
             if isinstance(row, RowTooLong):
@@ -238,6 +248,9 @@ class _Tokenization:
                 self.report.tokens += len(row.input_ids)
                 self.report.trained += sum(map(bool, row.loss_weights))
                 yield row, item, where
+
+    def _is_long(self, row: TokenRow | RowError | None) -> bool:
+        return isinstance(row, RowTooLong) or (isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length)
 
     def _shortened(self, source: SourceSection, row: TokenRow, where: str) -> TokenRow | None:
         """What becomes of a row over max_length: None when it is left out."""

@@ -33,6 +33,7 @@ from qlora.data.row_json import (
     reject_constant,
 )
 from qlora.data.source_files import SourceFile
+from qlora.data.text_pieces import blocks
 from qlora.errors import DataError
 
 MAX_COLUMNS = 10_000  # of a table: each row becomes an object with as many keys
@@ -322,9 +323,10 @@ def _parquet(file: SourceFile) -> Iterator[Item]:
 
 
 def _txt(file: SourceFile) -> Iterator[Item]:
-    """The whole file is one row."""
+    """The whole file is one row, a very large one several."""
     if file.size_bytes > MAX_ROW_BYTES:
-        yield Item(1, RowTooLong(f"a text of over {MAX_ROW_BYTES >> 20} MiB"), file.size_bytes)
+        for number, block, read_bytes in blocks(file):
+            yield Item(number, block if isinstance(block, RowError) else {"text": block}, read_bytes)
         return
     with file.open() as raw:
         text = raw.read().decode("utf-8-sig").replace("\r\n", "\n")

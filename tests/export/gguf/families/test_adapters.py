@@ -23,7 +23,7 @@ from tests.export.gguf.families.recurrent_cases import CASES as RECURRENT
 PLAIN = QuantizationSection(type="none")
 # Rows of q and k change places; columns move, and so do the rows of a weight that is several parts.
 FAST = ("granite", "qwen3_5_text")
-# Fused gate and up; windows and one norm; layers under names of their own; norms stored less 1; all that is no plain trunk.
+# Fused gate and up; windows and one norm; own names of layers; norms stored less 1; all that is no plain trunk.
 SLOW = ("glm4", "cohere2", "phi", "nemotron", *(case.model_type for case in (*GEMMA, *RECURRENT)))
 FIRST = {case.model_type: case for case in reversed((*DENSE, *GEMMA, *RECURRENT))}
 # llama.cpp multiplies by these without a look for adapters: alone they would be passed over (KL 1.5e-3 here).
