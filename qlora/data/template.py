@@ -134,6 +134,8 @@ class ChatTemplate:
                 rendered = self.render_marked([QUESTION, answer()], None)
             except RowError as error:
                 errors.append(error.reason)
+                if self._renderer.offences:
+                    break  # it was stopped: trying it otherwise gives it more of the machine
                 continue
             if PLACEHOLDERS[0] in rendered.text:
                 return rendered
