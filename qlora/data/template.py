@@ -151,8 +151,10 @@ class ChatTemplate:
         """
         plain, *others = KINDS
         refused = True
+        # One that does not name the key can write calls only with the message as a whole.
+        shapes = SHAPES if any("tool_calls" in text for text in self.texts.values()) else SHAPES[:1]
         for self._probe_tools in (None, [_TOOL]):
-            shape, written = best_shape(plain, QUESTION, self._try_shapes, SHAPES)
+            shape, written = best_shape(plain, QUESTION, self._try_shapes, shapes)
             if written:
                 alike = [replace(shape, content=content) for content in dict.fromkeys(s.content for s in SHAPES)]
                 found = {kind: best_shape(kind, QUESTION, self._try_shapes, alike)[0] for kind in others}
