@@ -21,6 +21,9 @@ from qlora.data.template import ChatTemplate
 from qlora.data.template_facts import common_length, first_end, split_end
 
 
+_HINT = "give another template (chat_template, a file, under [model]), or end the row after that answer"
+
+
 @dataclass(frozen=True)
 class Turn:
     """A trained turn, in characters of the rendered text. `closed`: its end token is part of it.
@@ -186,7 +189,8 @@ class _Locator:
         if place is None and prompt:
             place = self._start_by_searching(text, number, prompt, previous_start)
         if place is None:
-            raise RowError(f"answer {number} is not found in the rendered text: the chat template rewrites it")
+            what = f"answer {number} is not found in the rendered text: the chat template rewrites it"
+            raise RowError(what, _HINT)
         return place
 
     def _prompt(self, number: int) -> str | None:
@@ -284,7 +288,8 @@ class _Locator:
             return first[1], True
         other = self._with_placeholder(number)
         if other is None or not text.endswith(other[1]):
-            raise RowError(f"the end of answer {number} is not found: the chat template rewrites it")
+            what = f"the end of answer {number} is not found: the chat template rewrites it"
+            raise RowError(what, _HINT)
         return len(text) - len(other[1]), False
 
     def _alone(self, number: int) -> list[tuple[str, str]]:

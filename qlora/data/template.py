@@ -49,6 +49,8 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
+# The way out where the template is what stands in a row's way.
+OTHER_TEMPLATE = "give a template that does (chat_template, a file, under [model]), or leave such rows out"
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
