@@ -20,7 +20,6 @@ from qlora.data.row_json import RowError, json_text
 from qlora.data.template import ChatTemplate
 from qlora.data.template_facts import common_length, first_end, split_end
 
-
 _HINT = "give another template (chat_template, a file, under [model]), or end the row after that answer"
 
 
