@@ -89,7 +89,7 @@ class ChatTemplate:
         if not self.writes_end:
             message = f"the chat template ends no turn with a token: {self.end_tokens[0]} is added to each row's end"
             sink.emit(Notice("template", message))
-        self.facts = find_facts(self._try, self.ends.all or self.end_tokens, marks)
+        self.facts = find_facts(self._try, self.end_tokens, marks)
         self.writes_results, self.writes_tools = self._find_tool_support()
 
     @property
