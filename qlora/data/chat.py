@@ -19,7 +19,7 @@ from qlora.data.formats import Conversation, Message
 from qlora.data.offsets import begins_of, split_at, tokens_of
 from qlora.data.row_json import RowError
 from qlora.data.spans import Located
-from qlora.data.template import ChatTemplate
+from qlora.data.template import OTHER_TEMPLATE, ChatTemplate
 from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink, Sinks
 
@@ -157,9 +157,9 @@ class ChatTokenizer:
             self._sink.emit(Notice("tools", "the chat template does not show the model its tools: they are left out"))
         for message in conversation.messages:
             if "tool_calls" in message and not template.writes_calls:
-                raise RowError("the chat template of this base does not write tool calls")
+                raise RowError("the chat template of this base does not write tool calls", OTHER_TEMPLATE)
             if message["role"] == "tool" and not template.writes_results:
-                raise RowError("the chat template of this base does not write tool results")
+                raise RowError("the chat template of this base does not write tool results", OTHER_TEMPLATE)
             if message["role"] == "assistant" and message.get("train", True):
                 texts = (message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", "")))
                 for token in template.end_tokens:
