@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qlora.training.checkpoint import RunState
 
 Mode = Literal["new", "resume", "fresh"]
+MergeBase = Literal["auto", "nf4", "full"]
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ def train(
 
 def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
-    from qlora.model import tokenizer_files
+    from qlora.model import chat_template, row_packing, tokenizer_files
     from qlora.training import checkpoint, loop
 
+    if mode != "resume":  # which goes on as its run recorded
+        recipe = row_packing.settled(recipe, base.config, sink)
     disk.sweep_leftovers(run_dir)
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
@@ -94,7 +98,10 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     sinks = Sinks(sink, *written)
     try:
         sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
-        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks)
+        choose = partial(chat_template.chosen, section=recipe.model, name=base.name, sink=sinks)
+        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks, choose)
+        if mode == "resume":
+            tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sinks)
         with setup.prepare_job(recipe, run_dir, base, tokenizer, sinks, stop) as job:
             state = loop.run(job, resume_from)
         del job  # an export needs the memory
@@ -115,12 +122,16 @@ class Checked:
 
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
+    from qlora.model import row_packing
+    from qlora.model.chat_template import chosen
     from qlora.model.tokenizer_files import read_files
 
     loaded, _ = _named(recipe, "check")
     shared = _gate(sink)
-    base, _ = setup.preflight(loaded, shared)
-    _, data, memory = setup.prepare(loaded, base, read_files(base.path), shared, PhaseClock(shared))
+    base, loaded = setup.preflight(loaded, shared)
+    loaded = row_packing.settled(loaded, base.config, shared)
+    tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
+    _, data, memory = setup.prepare(loaded, base, tokenizer, shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 
@@ -129,7 +140,8 @@ def merge_and_export(
     *,
     to: str | Sequence[str] = "hf",
     quants: Sequence[str] = (),
-    merge_base: Literal["auto", "nf4", "full"] = "auto",
+    merge_base: MergeBase = "auto",
+    base_model: str | Path | None = None,
     out: str | Path | None = None,
     options: ExportOptions | None = None,
     sink: Sink | None = None,
@@ -138,8 +150,9 @@ def merge_and_export(
 
     `to` is "hf", "gguf" or "adapter-gguf", or several of them; `quants` are the types of the GGUF files ("q8_0" when
     there are none). `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the
-    original weights, "auto" the one that is measured nearer to the trained model (without verification: nf4 where the
-    adapter was trained on a quantized base). `out` is the folder of a single product, the parent of several.
+    original weights, "auto" the one that `choice` takes (without verification: what the adapter was trained on).
+    `base_model` is the base's folder or hub name, where it is not the one that the adapter names; it must be the same
+    base. `out` is the folder of a single product, the parent of several.
     """
     from qlora.export.artifacts import ExportOptions, plan_artifacts
     from qlora.export.pipeline import produce
@@ -156,7 +169,7 @@ def merge_and_export(
         check_place(artifact.folder)
         check_part(artifact.folder)
     with_rows = chosen.verify or chosen.imatrix or any("gguf" in artifact.key for artifact in artifacts)
-    opened = _open_source(adapter_dir, [artifact.folder for artifact in artifacts], with_rows, shared)
+    opened = _open_source(adapter_dir, (base_model, merge_base), [one.folder for one in artifacts], with_rows, shared)
     with fast_matmul(opened.device):
         return produce(opened, artifacts, merge_base, chosen, shared)
 
@@ -168,23 +181,27 @@ def export_options(**chosen: Any) -> ExportOptions:
     return ExportOptions(**chosen)
 
 
-def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, sink: Sink) -> Source:
+def _open_source(
+    adapter_dir: Path, asked: tuple[str | Path | None, MergeBase], folders: Sequence[Path], with_rows: bool, sink: Sink
+) -> Source:
     """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone.
 
-    Raises ExportError where one of `folders`, which are to be written, would be among what they are made of.
+    `asked` are the base and the merge base that the caller named. Raises ExportError where one of `folders`, which are
+    to be written, would be among what they are made of.
     """
-    from qlora.export import base_check
+    from qlora.export import adapter_base, base_check
     from qlora.export.artifacts import RunRows, Source
     from qlora.export.targets import keep_apart
-    from qlora.model import delivered_loss, tokenizer_files
+    from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.adapter_seal import seal
-    from qlora.model.resolve import resolve
 
     sealed = seal(adapter_dir, sink)
     adapter = read_adapter(adapter_dir)
     origin = provenance(adapter_dir, adapter.config)
-    base = resolve(run_folder.relocated(origin.base, adapter_dir.parent), origin.revision, sink)
+    base = adapter_base.open_base(adapter, origin, asked[0], sink)
+    origin = adapter_base.as_trained(origin, base, asked[1])
+    adapter_base.say(adapter, origin, sink)
     source = Source(run_folder.name_of(adapter_dir), adapter, sealed, origin, base, setup.pick_device())
     recipe = run_folder.recipe_of(adapter_dir, sink)
     for folder in folders:
@@ -197,17 +214,20 @@ def _open_source(adapter_dir: Path, folders: Sequence[Path], with_rows: bool, si
     rows = None
     if with_rows:
         try:
-            tokenizer = tokenizer_files.of_run(adapter_dir.parent, sink) or tokenizer_files.read_files(base.path)
+            tokenizer = tokenizer_files.of_run(adapter_dir.parent, sink) or chat_template.chosen(
+                tokenizer_files.read_files(base.path), recipe.model, base.name, Sinks()
+            )
+            tokenizer = chat_template.as_before(tokenizer, base.name, adapter_dir, Sinks())
             chat, data = setup.prepare_rows(recipe, tokenizer, Sinks())
-            rows = RunRows(data, recipe.data, chat)
+            rows = RunRows(data, row_packing.as_measured(recipe.data, base.config, base.name), chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
     if rows is not None and is_older:
-        delivered = _older_loss(adapter_dir, rows, sink)
+        delivered = _older_loss(adapter_dir, rows, recipe.data.packing, sink)
     return replace(source, datasets=datasets, rows=rows, delivered=delivered)
 
 
-def _older_loss(adapter_dir: Path, rows: RunRows, sink: Sink) -> DeliveredLoss | None:
+def _older_loss(adapter_dir: Path, rows: RunRows, packing: bool, sink: Sink) -> DeliveredLoss | None:
     """The loss of an adapter that an older version delivered: its events may say it."""
     from qlora.model import delivered_loss
     from qlora.model.adapter_folder import delivered_step
@@ -218,7 +238,7 @@ def _older_loss(adapter_dir: Path, rows: RunRows, sink: Sink) -> DeliveredLoss |
     found = None
     with suppress(OSError, files.UnsafePathError):  # it is gone, or was never a run's
         known = read_events(events) if step is not None else []
-        found = delivered_loss.of_older_run(known, step or 0, rows.data.eval.trained, rows.section.packing)
+        found = delivered_loss.of_older_run(known, step or 0, rows.data.eval.trained, packing)
     if found is None:
         message = "an older version delivered the adapter, and recorded no loss that could be compared"
         sink.emit(Notice("verify", message))
@@ -259,6 +279,7 @@ def question(
     from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
     from qlora.memory.plan import Question
+    from qlora.model import row_packing
     from qlora.model.meta_model import text_config
     from qlora.model.resolve import resolve_config
 
@@ -269,6 +290,7 @@ def question(
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
+    recipe = row_packing.settled(recipe, config, _gate(sink))
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
 

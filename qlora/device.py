@@ -6,6 +6,7 @@ Functions take the device that they ask about and answer for a CPU as well, so t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +53,26 @@ def card() -> Card | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return Card(torch.cuda.get_device_name(), free, total, torch.cuda.get_device_capability())
+
+
+def available_ram() -> int:
+    """Bytes that a new process can have: what the system says, or less where a control group sets a limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(0, int(most) - used)) if most.isdigit() else free
+
+
+def free_bytes(device: torch.device) -> int:
+    """What the device has left for tensors, or the RAM that a process can have."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_ram()
 
 
 def peak_bytes(device: torch.device) -> int | None:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from qlora import shown
+from qlora import redaction, shown
 
 MAX_CHARACTERS = 1_500  # of a message: the longest path has 4,096 bytes, and is cut in its middle
 
@@ -35,8 +35,12 @@ def one_line(text: str) -> str:
     return shown.one_line(" ".join(part.strip() for part in lines) if len(lines) > 1 else text.rstrip("\r\n"))
 
 
-def _cut(text: str) -> str:
-    """The text, its middle left out where it is longer than anybody reads: it may quote a name of a stranger's."""
+def _told(text: str) -> str:
+    """What a message says, its middle left out where it is longer than anybody reads: it may quote a stranger's name.
+
+    A secret goes before anything is left out: half of one is known by nothing.
+    """
+    text = one_line(redaction.redact(text))
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 500]} … {text[-400:]}"
 
 
@@ -46,8 +50,8 @@ class QloraError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, hint: str) -> None:
-        self.what = _cut(one_line(what))
-        self.hint = _cut(one_line(hint))
+        self.what = _told(what)
+        self.hint = _told(hint)
         super().__init__(self.what)
 
 

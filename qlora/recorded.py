@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from qlora.errors import RecipeError
-from qlora.recipe.pins import COMMIT, parse_hub_rows
+from qlora.recipe.pins import COMMIT, folder_split, parse_hub_rows
 from qlora.recipe.problems import LineIndex
 from qlora.recipe.reading import FREE_SECTIONS, Recipe, cross_checks, read_table, recipe_of_table
 from qlora.recipe.sections import Section, SourceSection
@@ -61,10 +61,24 @@ def differing_keys(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def _without_places(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
+    if values["model"]["chat_template"] not in ("auto", "chatml"):
+        values["model"]["chat_template"] = "local"  # the run has its text
     for place in (values["model"], *values["data"]["train"], *values["data"]["eval"]):
         name = "base" if "base" in place else "path"
         place[name] = "local" if os.path.isabs(place[name]) else place[name]
     return values
+
+
+def whole_folders(recorded: Recipe) -> Recipe:
+    """A recorded recipe whose folders of rows mean what they meant: without a split, all of it."""
+
+    def placed(source: SourceSection) -> SourceSection:
+        bare = not folder_split(source.path)[1] and os.path.isdir(source.path)
+        return source.model_copy(update={"path": f"{source.path}:all"}) if bare else source
+
+    data = recorded.data
+    sides = {"train": tuple(map(placed, data.train)), "eval": tuple(map(placed, data.eval))}
+    return recorded.model_copy(update={"data": data.model_copy(update=sides)})
 
 
 def resumed(recipe: Recipe, recorded: Recipe) -> Recipe:
@@ -96,12 +110,15 @@ def _filled(ours: AnySection, theirs: AnySection) -> AnySection:
 
 
 def _pinned_source(ours: SourceSection, theirs: SourceSection | None) -> SourceSection:
-    """The source with what the run recorded in its place: keys that nobody set, and `hub:NAME@COMMIT` of that name."""
+    """The source with what the run recorded in its place: keys that nobody set, the commit and split of that name."""
     if theirs is None:
         return ours
     ours = _filled(ours, theirs)
     rows, recorded = parse_hub_rows(ours.path), parse_hub_rows(theirs.path)
+    if rows is None and recorded is None and not folder_split(ours.path)[1]:
+        split = folder_split(theirs.path)[1]
+        return ours.model_copy(update={"path": f"{ours.path}:{split}"}) if split else ours
     if rows is None or recorded is None or COMMIT.fullmatch(rows.revision):
         return ours
-    same = (rows.name, rows.split) == (recorded.name, recorded.split)
+    same = rows.name == recorded.name and rows.split in ("", recorded.split)
     return ours.model_copy(update={"path": theirs.path}) if same else ours

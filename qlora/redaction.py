@@ -18,6 +18,7 @@ SHORTEST = 8  # a shorter value would stand in ordinary text by chance
 MAX_TOKEN_FILE_BYTES = 4096
 
 _NAMES = re.compile(r"(TOKEN|API_?KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|PRIVATE_KEY|ACCESS_KEY)", re.IGNORECASE)
+_PLACES = ("_PATH", "_FILE", "_DIR")  # variables that say where a secret lies, as HF_TOKEN_PATH does
 _FORMS = (
     re.compile(r"\bhf_[A-Za-z0-9]{16,}"),  # Hugging Face
     re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"),  # OpenAI and others
@@ -54,7 +55,7 @@ def redact_all(value: Any) -> Any:
 
 def _values() -> tuple[str, ...]:
     """Secret values of this process, longest first: one may be part of another."""
-    values = {value for name, value in os.environ.items() if _NAMES.search(name)}
+    values = {value for name, value in os.environ.items() if _NAMES.search(name) and not name.endswith(_PLACES)}
     values |= set(_stored_token(*map(os.environ.get, ("HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME"))))
     return tuple(sorted((value for value in values if len(value) >= SHORTEST), key=len, reverse=True))
 

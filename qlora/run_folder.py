@@ -15,6 +15,7 @@ from pydantic import Field
 from qlora import disk, files, foreign_json, lock, recorded, shown
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
+from qlora.recipe.pins import folder_split
 from qlora.recipe.reading import Recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
 from qlora.redaction import redact
@@ -223,7 +224,7 @@ def resumed(run_dir: Path, recipe: Recipe, sink: Sink) -> Recipe:
     if unknown:
         message = f"{run_dir / RECIPE_FILE}: keys that this version does not know are not read: {', '.join(unknown)}"
         sink.emit(Notice("recipe", message, len(unknown)))
-    return recorded.resumed(recipe, relocated_recipe(old, run_dir))
+    return recorded.resumed(recipe, recorded.whole_folders(relocated_recipe(old, run_dir)))
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
@@ -298,7 +299,20 @@ def adapter_of(path: Path) -> tuple[Path, Path]:
         return _plain(path), path.parent / "export" if is_run(path.parent) else path.with_name(path.name + "-export")
     if is_run(path):
         raise ExportError(f"{path}: this run has no adapter yet", "train it to its first evaluation or its end")
-    raise ExportError(f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)", "check the path")
+    inside = sorted(path.glob("*/adapter_config.json"), key=lambda file: (_number(file.parent.name), file.parent.name))
+    if inside:
+        what = f"{path}: holds no adapter itself, but {len(inside)} in folders of its own"
+        raise ExportError(what, f"name one of them, such as {inside[-1].parent}")
+    what = f"{path}: neither a run's folder nor an adapter's (no adapter_config.json)"
+    if (path / "config.json").is_file():
+        raise ExportError(f"{what}, but a whole model", "name the adapter, or the run, that is to be merged")
+    raise ExportError(what, "check the path")
+
+
+def _number(name: str) -> int:
+    """The step in the name of another trainer's checkpoint, such as checkpoint-1200."""
+    digits = name.rpartition("-")[2]
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 16 else -1
 
 
 def relocated_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
@@ -307,7 +321,9 @@ def relocated_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
     base = model.model_copy(update={"base": relocated(model.base, run_dir)})
 
     def placed(source: SourceSection) -> SourceSection:
-        return source.model_copy(update={"path": relocated(source.path, run_dir)})
+        folder, split = folder_split(source.path)
+        path = relocated(folder, run_dir)
+        return source.model_copy(update={"path": f"{path}:{split}" if split else path})
 
     rows = {"train": tuple(map(placed, data.train)), "eval": tuple(map(placed, data.eval))}
     return recipe.model_copy(update={"model": base, "data": data.model_copy(update=rows)})
@@ -333,7 +349,7 @@ def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:
     if recipe != old:
         was = recorded_folder(run_dir)
         sink.emit(Notice("moved", f"the run lay in {was}: base and rows are taken from where they are seen from here"))
-    return recipe
+    return recorded.whole_folders(recipe)
 
 
 def name_of(adapter_dir: Path) -> str:

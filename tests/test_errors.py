@@ -108,3 +108,9 @@ def test_a_message_that_quotes_a_name_of_a_hundred_thousand_letters_is_cut_in_it
     error = QloraError(f"index.json: {'x' * 100_000!r} is not a safetensors file", "y" * 100_000)
     assert error.what.startswith("index.json: 'xxx") and error.what.endswith("xxx' is not a safetensors file")
     assert len(error.what) < 1_500 and len(error.hint) < 1_500
+
+
+def test_a_secret_is_hidden_before_a_message_is_cut() -> None:
+    token = "hf_" + "a" * 30
+    for place in range(errors.MAX_CHARACTERS - 540, errors.MAX_CHARACTERS - 470):
+        assert "aaa" not in errors.DataError("x" * place + f" {token} " + "y" * 1000, "hint").what

@@ -9,7 +9,7 @@ import pytest
 from qlora.errors import RecipeError
 from qlora.recipe.reading import Recipe, load_recipe, recipe_toml
 from qlora.recipe.sections import DataSection, ModelSection, SourceSection
-from qlora.recorded import differing_keys, load_recorded, resumed
+from qlora.recorded import differing_keys, load_recorded, resumed, whole_folders
 from tests.recipe.cases import SMALL, other_defaults, write
 
 COMMIT = "a" * 40
@@ -29,6 +29,25 @@ def test_sources_take_the_commit_that_stands_in_their_place() -> None:
     assert resumed(ours, recorded).model.revision == COMMIT
     other = recipe("b" * 40, f"hub:owner/rows@{'b' * 40}")
     assert resumed(other, recorded) == other, "a commit that the recipe names itself is kept"
+
+
+def test_a_folder_means_what_it_meant_when_the_run_began(tmp_path: Path) -> None:
+    """Recorded without a split (older versions trained all of a folder), it is all of it; else the recorded split."""
+    rows, file = tmp_path / "rows", tmp_path / "rows.jsonl"
+    rows.mkdir()
+    file.touch()
+    older = recipe(COMMIT, str(rows), str(file), f"hub:owner/rows@{COMMIT}:train")
+    ours = recipe("main", str(rows), str(file), "hub:owner/rows")
+    merged = resumed(ours, whole_folders(older))
+    paths = [source.path for source in merged.data.train]
+    assert paths == [f"{rows}:all", str(file), f"hub:owner/rows@{COMMIT}:train"]
+    assert differing_keys(merged, older) == []
+    recorded = recipe(COMMIT, f"{rows}:train")
+    evaluated = recorded.data.model_copy(update={"eval": (SourceSection(path=f"{rows}:validation"),)})
+    recorded = recorded.model_copy(update={"data": evaluated})
+    assert whole_folders(recorded) == recorded
+    assert resumed(recipe("main", str(rows)), recorded).data == recorded.data
+    assert resumed(recipe("main", f"{rows}:test"), recorded).data.train[0].path == f"{rows}:test"
 
 
 def run_of(folder: Path, text: str, *overrides: str) -> Recipe:

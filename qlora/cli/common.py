@@ -36,6 +36,7 @@ MAX_SAID = 2_000  # characters of a message that a library made
 OPTIONS = {
     "to='gguf', quants=['q4_k_m']": "--to gguf --quant q4_k_m",
     "merge_base='nf4'": "--base nf4",
+    "`base_model`": "--base-model",
     "vram='12GiB'": "--vram 12GiB",
     "mode='resume'": "--resume",
     "mode='fresh'": "--fresh",
@@ -91,6 +92,8 @@ def run(work: Callable[[], None]) -> None:
     third_party.let_waiting_threads_sleep()
     try:
         work()
+        if isinstance(sys.stdout, surroundings.NoOutput):
+            sys.stdout.lost = False  # what is drawn beside the work is no answer
     except RecipeError as error:
         for problem in error.problems:
             _say(f"{problem.where}: {problem.what}", problem.hint)
@@ -130,6 +133,8 @@ def answering() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+        if isinstance(sys.stdout, surroundings.NoOutput) and sys.stdout.lost:
+            raise OSError(errno.EBADF, "there is none, and the answer is lost", OUTPUT)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -178,6 +183,8 @@ def _system_error(error: OSError) -> tuple[str, str]:
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in DISK_FULL and error.filename == OUTPUT:
         hint = "free some space on the disk that the output goes to, then run it again"
+    elif error.errno == errno.EBADF and error.filename == OUTPUT:
+        hint = "leave it open, or let it go to a file: > FILE"
     elif error.errno in DISK_FULL:
         hint = "free some space (or raise your quota), then go on with --resume; what was saved is intact"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

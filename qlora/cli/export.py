@@ -49,9 +49,19 @@ def export(
         typer.Option(
             "--base",
             help="nf4: merge into the base as training saw it, dequantized. full: into its original weights. "
-            "auto: whichever is measured nearer to the trained model.",
+            "auto: the one with the better loss on your evaluation rows, where they tell the two apart, else the one "
+            "that is nearer to the trained model.",
         ),
     ] = "auto",
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model",
+            help="The base's folder or hub name, where it is not the one that the adapter names.",
+            metavar="PATH_OR_NAME",
+            show_default="as the adapter says",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write.", show_default="<run>/export/<format>")
     ] = None,
@@ -81,6 +91,7 @@ def export(
     options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype, "tokenizer_pre": tokenizer_pre}
     formats, quants = [name.value for name in to or [Format.hf]], [name.value for name in quant or []]
     request: dict[str, Any] = {"to": formats, "quants": quants, "merge_base": base, "out": out}
+    request["base_model"] = base_model
     common.run(lambda: _run(source, request, options, as_json))
 
 
@@ -105,14 +116,21 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
         if product.set_aside:
             size = f"{product.set_aside_bytes / 2**20:,.1f} MiB"
             line = f"kept: {product.set_aside} ({size}), which had been changed since it was exported"
-            print(shown.one_line(redact(line)))
+            common.tell(shown.one_line(redact(line)))
 
 
 def _as_json(report: Report) -> dict[str, Any]:
     products = [{**asdict(product), "folder": str(product.folder)} for product in report.products]
     checks = [dict(zip(("format", "check", "ok", "detail"), check, strict=True)) for check in report.checks]
     fidelity = [asdict(line) for line in report.fidelity]
-    content = {"merge_base": report.merge_base, "products": products, "fidelity": fidelity, "checks": checks}
+    choice = None if report.choice is None else asdict(report.choice)
+    content = {
+        "merge_base": report.merge_base,
+        "choice": choice,
+        "products": products,
+        "fidelity": fidelity,
+        "checks": checks,
+    }
     return {**content, "evaluation": None if report.evaluation is None else asdict(report.evaluation)}
 
 

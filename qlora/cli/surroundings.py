@@ -7,12 +7,14 @@ A stream may be closed (`2>&-`), missing (a process without a console), full, or
 
 from __future__ import annotations
 
+import codecs
 import getpass
 import io
 import os
 import stat
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +30,31 @@ _PLACES = {
 }
 # Variables that name a place, which `~` may begin.
 _NAMED = (*_PLACES, "XDG_CACHE_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HF_DATASETS_CACHE")
+# What our screens draw with, in ASCII: bars, rules, separators.
+_NEAREST = {
+    "█": "#",
+    "─": "-",
+    "━": "-",
+    "│": "|",
+    "·": "-",
+    "…": "~",
+    "→": ">",
+    "–": "-",
+    "—": "-",
+    "•": "*",
+    "×": "x",
+}
+
+
+class NoOutput(io.TextIOBase):
+    """stdout where there is none: what is printed goes nowhere, and `lost` says that something was."""
+
+    encoding = "utf-8"
+    lost = False
+
+    def write(self, text: str) -> int:
+        self.lost = self.lost or bool(text)
+        return len(text)
 
 
 class PlainErrors(io.TextIOBase):
@@ -98,7 +125,8 @@ def _open_streams() -> None:
             # The lowest free number is given: this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDONLY if handle == 0 else os.O_WRONLY), True)
     sys.stdin = sys.stdin or _nowhere("r")
-    sys.stdout, sys.stderr = (_encodable(stream or _nowhere("w")) for stream in (sys.stdout, sys.stderr))
+    sys.stdout = _encodable(sys.stdout or NoOutput())
+    sys.stderr = _encodable(sys.stderr or _nowhere("w"))
     if not isinstance(sys.stderr, PlainErrors):
         sys.stderr = PlainErrors(sys.stderr)
 
@@ -108,10 +136,24 @@ def _nowhere(mode: str) -> IO[str]:
 
 
 def _encodable(stream: Any) -> Any:
-    """What the stream's encoding lacks becomes `?`; and no byte of a name is written as it is."""
+    """What the stream's encoding lacks becomes what is nearest in ASCII; and no byte of a name is written as it is."""
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
+        codecs.register_error("qlora.nearest", _nearest)
+        stream.reconfigure(errors="qlora.nearest")
     return stream
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    """A handler of the codec machinery: one letter for one, so that columns stay where they are."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_NEAREST.get(letter) or _base_letter(letter) for letter in text), error.end
+
+
+def _base_letter(letter: str) -> str:
+    """`e` for `é`, `2` for `²`; `?` where Unicode knows no ASCII letter in it."""
+    return next((part for part in unicodedata.normalize("NFKD", letter) if part.isascii()), "?")
 
 
 def _have_a_size() -> None:

@@ -91,7 +91,7 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
         finally:
             screen.close()
     if last:
-        print(shown.one_line(redact(last)))
+        common.tell(shown.one_line(redact(last)))
 
 
 def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from qlora.errors import TokenizerError, foreign_failures
@@ -10,10 +12,10 @@ from qlora.errors import TokenizerError, foreign_failures
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and the characters of each
 
-def tokens_of(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[Tokens]:
     """Ids and character offsets of each text, without the tokenizer's own BOS and EOS.
 
     Raises TokenizerError where the library gives up on a text: its engine for patterns does so after ten million
@@ -27,3 +29,38 @@ def tokens_of(
         what = f"the base's tokenizer gave up on a row ({failure.reason})"
         raise TokenizerError(what, "use another base, or find the row: halve the data") from failure.error
     yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def begins_of(offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Where each token begins.
+
+    Tokenizers that trim offsets leave a token of spaces no width, at its end: it begins where the last one ended.
+    """
+    ends = [end for _, end in offsets]
+    return [begin if begin < end or not at else ends[at - 1] for at, (begin, end) in enumerate(offsets)]
+
+
+def split_at(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, borders: Sequence[int]) -> Tokens:
+    """The text's tokens, with none that reaches over one of `borders` (characters), so that each part is tokenized as
+    it would be alone: a server's prompt ends there, and the model goes on from its tokens.
+
+    The tokens stay as they are where the parts would read otherwise than the whole (a tokenizer that puts a space
+    before every text).
+    """
+    ids, offsets = tokens
+    begins, ends = begins_of(offsets), [end for _, end in offsets]
+    over = []
+    for border in borders:
+        at = bisect_right(ends, border)
+        if at < len(ids) and begins[at] < border:
+            over.append(border)
+    if not over:
+        return tokens
+    places = [0, *over, len(text)]
+    new_ids: list[int] = []
+    new_offsets: list[tuple[int, int]] = []
+    parts = tokens_of(tokenizer, [text[start:end] for start, end in pairwise(places)])
+    for start, (part_ids, part_offsets) in zip(places, parts, strict=False):
+        new_ids += part_ids
+        new_offsets += [(start + begin, start + end) for begin, end in part_offsets]
+    return (new_ids, new_offsets) if tokenizer.decode(new_ids) == tokenizer.decode(ids) else tokens

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, decoded by a process of its own (`parquet_worker.py`) and bounded as they come."""
+"""Rows of a Parquet or Arrow file, decoded by a process of its own (`parquet_worker.py`, `arrow_worker.py`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from qlora import child_process
-from qlora.data import parquet_worker
+from qlora.data import arrow_worker, parquet_worker
 from qlora.data.limits import MAX_ROW_BYTES
 from qlora.data.render import KEPT_VARIABLES
 from qlora.data.row_json import RowError, RowTooLong, check_value
@@ -43,7 +42,8 @@ def parquet_rows(file: SourceFile) -> Iterator[Item]:
 
     Raises DataError for a file that cannot be read on, or becomes more than its size lets one believe.
     """
-    command = [sys.executable, "-I", str(Path(parquet_worker.__file__)), json.dumps(child_process.import_path())]
+    worker = arrow_worker if file.ending == ".arrow" else parquet_worker
+    command = [sys.executable, "-I", str(worker.__file__), json.dumps(child_process.import_path())]
     most_rows = SMALL_ROWS + MAX_ROWS_PER_BYTE * file.size_bytes
     environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     # pyarrow's own allocator reserves a GiB of addresses, which is all that the process may have.
@@ -115,4 +115,5 @@ def _end_of(code: int) -> str:
 
 
 def _broken(file: SourceFile, number: int, reason: str) -> DataError:
-    return DataError(f"{file.name}:{number + 1}: not a readable Parquet file: {reason}", _HINT)
+    kind = file.ending.removeprefix(".").capitalize()
+    return DataError(f"{file.name}:{number + 1}: not a readable {kind} file: {reason}", _HINT)

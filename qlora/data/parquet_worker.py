@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 MEMORY_BYTES = 1 << 30
 BATCH_SECONDS = 2  # of computing, for the rows of one batch: 256 usual rows take 0.01 s
@@ -47,10 +47,7 @@ def main() -> None:
             raise ValueError(f"{metadata.num_rows:,} rows are too many for a file of its size")
         out.write(f"{metadata.num_rows}\n".encode())
         for batch in table.iter_batches(batch_size=batch_rows(metadata), use_threads=False):
-            for row in rows_of(batch):
-                line = json.dumps(row, ensure_ascii=False, default=marked).encode()
-                out.write((line if len(line) <= max_row_bytes else str(len(line)).encode()) + b"\n")
-            out.flush()
+            write_rows(out, batch, max_row_bytes)
             set_alarm()
         return
     out.write(json.dumps([reason_of(failure.error)]).encode() + b"\n")
@@ -62,6 +59,14 @@ def batch_rows(metadata: Any) -> int:
     size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
     rows: int = BATCH_BYTES * max(metadata.num_rows, 1) // max(size, 1)
     return max(1, min(BATCH_ROWS, rows))
+
+
+def write_rows(out: IO[bytes], batch: Any, max_row_bytes: int) -> None:
+    """A line for each row of a batch: its JSON, or where that is too large its number of bytes."""
+    for row in rows_of(batch):
+        line = json.dumps(row, ensure_ascii=False, default=marked).encode()
+        out.write((line if len(line) <= max_row_bytes else str(len(line)).encode()) + b"\n")
+    out.flush()
 
 
 def rows_of(batch: Any) -> Iterator[dict[str, Any]]:

@@ -17,14 +17,18 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora import disk
+from qlora.data import dropped
 from qlora.data.chat import ChatTokenizer, TokenRow
-from qlora.data.formats import Conversation, detect_format, to_conversation
+from qlora.data.column_words import Reading
+from qlora.data.conversations import bad_row, conversations, file_of, leave_out
+from qlora.data.formats import Conversation
 from qlora.data.limits import rendered_chars, text_limits
 from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import FoundFiles, SourceFile
-from qlora.data.sources import SourceRow, read_rows, source_files
+from qlora.data.sources import source_files
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
+from qlora.data.unread import count_remarks, notices
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
 from qlora.shown import one_line
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
-CODE_VERSION = 1
+CODE_VERSION = 2
 BATCH_ROWS = 256
 BATCH_CHARS = 4 << 20  # of all renderings of a batch
 CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
@@ -59,22 +63,26 @@ class PreparedData:
 def check_files(data: DataSection) -> None:
     """Raise DataError for missing files, sources without rows, and first rows that are broken. Needs no tokenizer."""
     for source in (*data.train, *data.eval):
-        bad = found = too_long = 0
-        for looked_at, (row, conversation) in enumerate(_conversations(source, {}), 1):
-            if isinstance(conversation, RowTooLong):
-                _leave_out(data, conversation, row.where)
+        found = too_long = 0
+        looked_at: list[RowError | None] = []
+        worst: tuple[str, RowError] | None = None  # the first bad row that is one too many
+        for number, (row, conversation) in enumerate(conversations(source, {}), 1):
+            error = conversation if isinstance(conversation, RowError) else None
+            if isinstance(error, RowTooLong):
+                leave_out(data, error, row.where)
                 too_long += 1
-            elif isinstance(conversation, RowError):
-                bad += 1
-                if bad > data.max_bad_rows:
-                    raise _bad_row(row.where, conversation, data.max_bad_rows)
+            else:
+                looked_at.append(error)
+                if error and not worst and sum(map(bool, looked_at)) > data.max_bad_rows:
+                    worst = row.where, error
             found += not isinstance(row.row, RowError)
-            if found == CHECKED_ROWS or looked_at == MAX_LOOKED_AT:
+            if found == CHECKED_ROWS or number == MAX_LOOKED_AT or (worst and number >= CHECKED_ROWS):
                 break
-        else:
-            if not found:
-                what = f"no rows but {too_long} that are too long to be read" if too_long else "no rows"
-                raise DataError(f"{source.path}: {what}", "put at least one row into it")
+        if worst:
+            raise bad_row(*worst, data.max_bad_rows, looked_at)
+        if not found:
+            what = f"no rows but {too_long} that are too long to be read" if too_long else "no rows"
+            raise DataError(f"{source.path}: {what}", "put at least one row into it")
 
 
 def prepare(
@@ -140,14 +148,15 @@ class _Maker:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
+        for notice in notices(report.remarks):
+            self.sink.emit(notice)
         for rejected in report.rejected.values():
             self.sink.emit(rejected)
         if report.cut:
             limit = self.data.max_length
             self.sink.emit(Notice("truncation", f"{report.cut} rows cut to their first {limit} tokens", report.cut))
-        if report.lost_reasoning:
-            message = f"{report.lost_reasoning} answers without their reasoning, which the template drops from history"
-            self.sink.emit(Notice("reasoning", message, report.lost_reasoning))
+        for notice in dropped.notices(report.dropped):
+            self.sink.emit(notice)
         counts = f"{report.rows} rows, {report.tokens} tokens, {report.trained} of them trained"
         self.sink.emit(Notice("rows", counts, report.rows))
 
@@ -166,14 +175,14 @@ class _Tokenization:
         self.bad = 0
 
     def run(self) -> None:
-        reasoning_before = self.chat.lost_reasoning
+        dropped_before = self.chat.dropped.copy()
         with RowWriter(self.folder / ROWS_FILE) as writer:
             for index, source in enumerate(self.sources):
                 for batch in self._batches(source, self.found[index].files):
                     if kept := [(*row, index) for row in self._tokenized(source, batch)]:
                         writer.write(kept)
             self.report.content_sha256 = writer.content_sha256()
-        self.report.lost_reasoning = self.chat.lost_reasoning - reasoning_before
+        self.report.dropped = dict(self.chat.dropped - dropped_before)
         if not self.report.rows:
             raise self._nothing_left()
         self.report.write(self.folder)
@@ -184,36 +193,40 @@ class _Tokenization:
         """Conversations with their places; what is bad stands where it was met, so that the first is reported."""
         *starts_bytes, total_bytes = accumulate((file.size_bytes for file in files), initial=0)
         start_of = dict(zip(files, starts_bytes, strict=True))
-        formats: dict[str, str] = {}
+        readings: dict[str, Reading] = {}
         batch: list[tuple[str, Conversation | RowError]] = []
         chars = 0
-        for row, conversation in _conversations(source, formats, files):
+        for row, conversation in conversations(source, readings, files):
             batch.append((row.where, conversation))
-            chars += rendered_chars(conversation) if isinstance(conversation, Conversation) else 0
+            if isinstance(conversation, Conversation):
+                chars += rendered_chars(conversation)
+                count_remarks(self.report.remarks, file_of(row.where), conversation.remarks)
             if len(batch) >= BATCH_ROWS or chars > BATCH_CHARS:
                 yield batch
                 batch, chars = [], 0
                 self.sink.emit(Progress("tokenize", start_of[row.file] + row.read_bytes, total_bytes, "B"))
         yield batch
         self.sink.emit(Progress("tokenize", total_bytes, total_bytes, "B"))
-        self.report.formats.update(formats)
+        self.report.formats.update({file: str(reading) for file, reading in readings.items()})
 
     def _tokenized(
         self, source: SourceSection, batch: Sequence[tuple[str, Conversation | RowError]]
     ) -> Iterator[tuple[TokenRow, Conversation, str]]:
         good = [item for _, item in batch if isinstance(item, Conversation)]
         encoded = iter(self.chat.encode_many(good, self.limits))
-        for where, item in batch:
-            row: TokenRow | RowError | None = next(encoded) if isinstance(item, Conversation) else item
+        rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
+        for (where, item), encoded_row in zip(batch, rows, strict=True):
+            row: TokenRow | RowError | None = encoded_row
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
             if isinstance(row, RowTooLong):
-                _leave_out(self.data, row, where)
+                leave_out(self.data, row, where)
                 self.report.leave_out(_name(source), row, where)
             elif isinstance(row, RowError):
                 self.bad += 1
                 if self.bad > self.data.max_bad_rows:
-                    raise _bad_row(where, row, self.data.max_bad_rows)
+                    beside = [rows[at] for at, (other, _) in enumerate(batch) if file_of(other) == file_of(where)]
+                    raise bad_row(where, row, self.data.max_bad_rows, beside)
                 self.report.reject(_name(source), row.reason, where)
             elif row is not None:
                 assert isinstance(item, Conversation)
@@ -248,7 +261,9 @@ class _Tokenization:
             what = f"{paths}: no row is left: {self.report.unread} are far over data.max_length = {limit} tokens"
             return DataError(what, "split the rows")
         if not self.report.long_lengths:
-            return DataError(f"{paths}: no row is left to use ({self.bad} are bad)", "add rows, or repair these")
+            most = max(self.report.rejected.values(), key=lambda entry: entry.count, default=None)
+            why = f", {most.count} of them because {most.reason}" if most else ""
+            return DataError(f"{paths}: no row is left to use ({self.bad} are bad{why})", "mend that, or add rows")
         long, limit = self.report.long_lengths, self.data.max_length
         return DataError(
             f"{paths}: no row is left: {len(long)} are over data.max_length = {limit} tokens "
@@ -257,37 +272,6 @@ class _Tokenization:
         )
 
 
-def _conversations(
-    source: SourceSection, formats: dict[str, str], files: Sequence[SourceFile] | None = None
-) -> Iterator[tuple[SourceRow, Conversation | RowError]]:
-    """The source's rows as conversations. Formats known by the first row of a file are put into `formats` by file."""
-    for row in read_rows(source, files):
-        try:
-            if isinstance(row.row, RowError):
-                raise row.row
-            format, name = str(source.format), row.where.rpartition(":")[0]
-            if format == "auto" and name not in formats:
-                formats[name] = detect_format([key for key, value in row.row.items() if value is not None])
-            yield row, to_conversation(row.row, formats.get(name, format))
-        except RowError as error:
-            yield row, error
-
-
 def _name(source: SourceSection) -> str:
     """A source's name in reports, which outlive the place where the project's folder lies."""
     return one_line(Path(source.path).name)
-
-
-def _leave_out(data: DataSection, error: RowTooLong, where: str) -> None:
-    """Raise DataError for a row that is too long to be read, where rows over max_length are errors."""
-    if data.truncation == "error":
-        hint = 'shorten the row, or set data.truncation to "drop"'
-        raise DataError(f"{where}: {error.reason}: that is over data.max_length = {data.max_length} tokens", hint)
-
-
-def _bad_row(where: str, error: RowError, max_bad_rows: int) -> DataError:
-    if max_bad_rows:
-        hint = f"more than data.max_bad_rows = {max_bad_rows} rows are bad: repair them, or raise it"
-    else:
-        hint = "repair the row, or set data.max_bad_rows to leave out that many"
-    return DataError(f"{where}: {error.reason}", hint)

@@ -16,6 +16,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple, TextIO
 
 from qlora.data.limits import MAX_ROW_BYTES
@@ -36,6 +37,7 @@ from qlora.errors import DataError
 MAX_COLUMNS = 10_000  # of a table: each row becomes an object with as many keys
 _CHUNK_CHARS = 1 << 20
 _SIGNS = re.compile(r"\\.|[\"\[\]{},]", re.DOTALL)
+_SEPARATORS = (",", ";", "\t", "|")  # of a table whose first line has several names by one of them
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -74,13 +76,21 @@ def _json_object(line: bytes) -> dict[str, Any] | RowError:
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 text at byte {error.start + 1} of the line")
     except RowError as error:
-        return error
+        hint = "a .jsonl file has one JSON object a line: write it anew, or give it the ending of what it is"
+        return RowError(error.reason, file_hint=hint)
 
 
 def _as_row(value: Any) -> dict[str, Any] | RowError:
     if isinstance(value, dict):
         return value
-    return RowError(f"not a JSON object but {'null' if value is None else kind_of(value)}")
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value)
+    ):
+        return {"messages": value}  # a conversation without an object around it
+    what = f"not a JSON object but {'null' if value is None else kind_of(value)}"
+    return RowError(what, file_hint='each row is an object with names: {"messages": […]}, or {"text": "…"}')
 
 
 def _too_long(place: str) -> RowTooLong:
@@ -233,10 +243,11 @@ def _csv(file: SourceFile) -> Iterator[Item]:
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's default stops at 128 KiB a cell
     with file.open() as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
         lines = _Lines(text)
-        reader = csv.reader(lines, delimiter="\t" if file.ending == ".tsv" else ",", strict=True)
+        separator, head, skipped = _separator(lines, "\t" if file.ending == ".tsv" else ",", file.name)
+        reader = csv.reader(chain(head, lines), delimiter=separator, strict=True)
         header = _csv_header(reader, file.name)
         while True:
-            number, lines.row_chars = reader.line_num + 1, 0
+            number, lines.row_chars = reader.line_num + 1 + skipped, 0
             try:
                 cells = next(reader)
             except StopIteration:
@@ -252,22 +263,47 @@ def _csv(file: SourceFile) -> Iterator[Item]:
                 yield Item(number, _csv_row(header, cells), raw.tell())
 
 
+def _separator(lines: _Lines, usual: str, name: str) -> tuple[str, list[str], int]:
+    """What separates the cells: what makes the most names of the first line, or Excel's own line `sep=;` says.
+
+    With it the first line, which is read by now, and how many lines stood before it.
+    """
+    try:
+        first = next(lines, "")
+        told = re.fullmatch(r"sep=(.)\r?\n", first)
+        if told:
+            return told[1], [], 1
+        counts = {sign: len(next(csv.reader([first], delimiter=sign), [])) for sign in (usual, *_SEPARATORS)}
+    except (csv.Error, RowTooLong) as error:
+        raise _broken_header(name, error) from None
+    return max(counts, key=lambda sign: counts[sign]), [first] if first else [], 0
+
+
+def _broken_header(name: str, error: Exception) -> DataError:
+    return DataError(f"{name}:1: broken header: {error}", "the first line names the columns")
+
+
 def _csv_header(reader: Iterator[list[str]], name: str) -> list[str]:
+    """The names of the columns; one without a name, such as the index that pandas writes, is known by its number."""
     try:
         header = next(reader, [])
     except (csv.Error, RowTooLong) as error:
-        raise DataError(f"{name}:1: broken header: {error}", "the first line names the columns") from None
+        raise _broken_header(name, error) from None
     if len(header) > MAX_COLUMNS:
         hint = "keep the columns that the rows are made of"
         raise DataError(f"{name}:1: {len(header):,} columns are too many (at most {MAX_COLUMNS:,})", hint)
-    if len(set(header)) != len(header) or not all(column.strip() for column in header):
-        raise DataError(f"{name}:1: a column has no name, or two have the same", "give each column its own name")
+    header = [column if column.strip() else f"unnamed column {number}" for number, column in enumerate(header, 1)]
+    if len(set(header)) != len(header):
+        twice = next(column for column in header if header.count(column) > 1)
+        raise DataError(f"{name}:1: two columns have the same name: {twice[:40]}", "give each column its own name")
     return header
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
     if len(cells) != len(header):
-        return RowError(f"{len(cells):,} cells, but the header names {len(header):,} columns")
+        what = f"{len(cells):,} cells, but the header names {len(header):,} columns"
+        hint = "name every column in the first line, and put cells that hold the separator or a line break in quotes"
+        return RowError(what, file_hint=hint)
     if any("\0" in cell for cell in cells):
         return RowError("a text holds a NUL character")
     return dict(zip(header, cells, strict=True))
@@ -295,5 +331,6 @@ READERS: dict[str, Callable[[SourceFile], Iterator[Item]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".arrow": _parquet,
     ".txt": _txt,
 }

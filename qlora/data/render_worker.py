@@ -27,6 +27,9 @@ OUTPUT_BYTES = 8 << 20
 MEMORY_BYTES = 1 << 30
 POWER_BITS = 4096  # largest result of ** in bits: 9 ** 9 ** 9 would take minutes and gigabytes
 FLUSH_SECONDS = 0.05  # a flush a rendering would wake the parent for each: half of the speed
+# The day that templates write which ask for today's (gpt-oss): rows must not depend on the day on which they are
+# tokenized, or a resumed run could see others. It is Llama 3's own default too.
+DAY = datetime(2024, 7, 26)
 OPEN_FILES = 3  # stdin, stdout, stderr
 
 
@@ -76,7 +79,7 @@ def build_environment() -> Any:
     environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(), loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=raise_exception, dict=PlainDict(), namespace=namespace)
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["strftime_now"] = DAY.strftime
     return environment
 
 

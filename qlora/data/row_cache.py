@@ -17,10 +17,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pydantic import Field
+
 from qlora import disk, files
 from qlora.data.row_json import RowTooLong
 from qlora.data.source_files import EXAMPLES
 from qlora.data.token_cache import StoredRows, open_rows
+from qlora.data.unread import Counts
 from qlora.errors import DataError
 from qlora.events import Notice, Rejected, Sink
 from qlora.foreign_json import ForeignFileError, ForeignModel, checked, load_object
@@ -39,8 +42,9 @@ class RowReport:
     tokens: int = 0
     trained: int = 0
     cut: int = 0
-    lost_reasoning: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # by the template, out of trained answers (dropped.py)
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
+    remarks: Counts = field(default_factory=dict)  # what rows bring and nothing reads, by file, kind and name
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length; not stored
     unread: int = 0  # rows that are too long even to be tokenized; not stored
@@ -84,8 +88,9 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    lost_reasoning: int
+    dropped: dict[str, int]
     formats: dict[str, str]
+    remarks: Counts = Field(default_factory=dict)  # older reports have none
     rejected: list[_StoredRejected]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,18 +13,32 @@ from qlora.errors import one_line
 MAX_REASON_CHARS = 600  # a row may have 300,000 columns, and a value millions of characters
 MAX_DEPTH = 64  # of lists and objects in a row; schemas of tools have about ten
 
+# What pandas writes into a CSV for a list of objects: Python's own notation, with single quotes.
+_PYTHON_TEXT = re.compile(r"\s*\[?\s*\{\s*'")
+_PYTHON_HINT = "that is Python's notation, not JSON: write the column with json.dumps, or the file as .jsonl"
+
 
 class RowError(Exception):
-    """A row that cannot be used. `reason` is half a sentence; whoever knows the row adds `file:line`."""
+    """A row that cannot be used. `reason` is half a sentence; whoever knows the row adds `file:line`.
 
-    def __init__(self, reason: str) -> None:
-        reason = one_line(reason[: 4 * MAX_REASON_CHARS])
-        self.reason = reason if len(reason) <= MAX_REASON_CHARS else f"{reason[:MAX_REASON_CHARS]}…"
+    `hint`: the way out where the cause has one of its own. `file_hint`: the way out where most rows of the file fail
+    like this one, so that the file is read in a wrong way; a single broken row is repaired.
+    """
+
+    def __init__(self, reason: str, hint: str = "", file_hint: str = "") -> None:
+        self.reason = _shortened(reason)
+        self.hint = _shortened(hint)
+        self.file_hint = _shortened(file_hint)
         super().__init__(self.reason)
 
 
 class RowTooLong(RowError):
     """A row that is larger than any that could be used; what becomes of it is a matter of `truncation`."""
+
+
+def _shortened(text: str) -> str:
+    text = one_line(text[: 4 * MAX_REASON_CHARS])
+    return text if len(text) <= MAX_REASON_CHARS else f"{text[:MAX_REASON_CHARS]}…"
 
 
 def load_json(text: str) -> Any:
@@ -115,3 +130,52 @@ def kind_of(value: Any) -> str:
         return "true or false"
     kinds = ((str, "text"), (int | float, "a number"), (Mapping, "an object"), (list | tuple, "a list"))
     return next((name for kind, name in kinds if isinstance(value, kind)), f"a {value}")
+
+
+def parsed(value: Any, place: str) -> Any:
+    """JSON text (as in CSV cells and in ShareGPT) parsed, anything else as it is; blank text is null. Raises RowError.
+
+    Text in the text is parsed once more: some exports encode twice.
+    """
+    for _ in range(2):
+        if not isinstance(value, str):
+            break
+        if not value.strip():
+            return None
+        try:
+            value = load_json(value.strip())
+        except RowError as error:
+            hint = _PYTHON_HINT if _PYTHON_TEXT.match(value) else ""
+            raise RowError(f"{place} is text that is not JSON: {error.reason}", file_hint=hint) from None
+    return value
+
+
+def object_of(value: Any) -> Mapping[str, Any] | None:
+    """An object, or the one that a JSON text holds; None for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = load_json(value.strip())
+        except RowError:
+            return None
+    return value if isinstance(value, Mapping) else None
+
+
+def list_of(value: Any, place: str) -> list[Any]:
+    """The items of a list. Raises RowError."""
+    if not isinstance(value, list | tuple):
+        raise RowError(f"{place} is {kind_of(value)}, not a list")
+    return list(value)
+
+
+def text_of(value: Any, place: str) -> str:
+    """A text as it stands. Raises RowError."""
+    if not isinstance(value, str):
+        raise RowError(f"{place} is {kind_of(value)}, not text")
+    return value
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value says nothing: null, an empty list or object, a text of blanks."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
+import json
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -20,13 +22,18 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qlora import files
+from qlora import files, windows_paths
+from qlora.data.saved_sets import without_descriptions
+from qlora.data.splits import by_split, of_split
 from qlora.errors import DataError, UserError
+from qlora.recipe.pins import folder_split
 from qlora.shown import one_line
 
 MAX_FILES = 100_000  # of one source: each takes about 0.5 kB of memory, and is opened and hashed at every start
 MAX_ENTRIES = 200_000  # names looked at below one folder: a second or two; a whole disk has millions
+_OF_LINKS = "a link is followed where a path names it: give each a [[data.train]] of its own, or put the files there"
 EXAMPLES = 5  # names of what was left out
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # OWNER/NAME
 _BUFFER_BYTES = 1 << 20
 _LINKS = "links that end outside of the folder or nowhere"
 _NO_FILES = "pipes, devices or sockets"
@@ -129,12 +136,13 @@ class FoundFiles:
 
 
 def find_files(path: str, endings: Collection[str]) -> FoundFiles:
-    """The files of a source. `path` names a file, a folder, or is a pattern; a name that exists is no pattern.
+    """The files of a source. `path` names a file, a folder (all of it, or `folder:SPLIT`), or is a pattern.
 
-    Raises DataError when there is none, when one that was named is of a kind not in `endings`, and for more than
-    MAX_FILES.
+    A name that exists is no pattern and names no split. Raises DataError when there is none, when one that was named is
+    of a kind not in `endings`, and for more than MAX_FILES.
     """
-    place, pattern = _split(path)
+    whole, split = folder_split(path)
+    place, pattern = _split(whole)
     try:
         root = files.user_path(place, "a source of rows")
         status = root.stat()
@@ -144,6 +152,9 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
         raise _missing(Path(path), pattern, endings) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})", "check its permissions") from error
+    if split and (pattern or not stat.S_ISDIR(status.st_mode)):
+        what = f"{path}: no such file, and {split!r} can be the split of a folder only"
+        raise DataError(what, "write folder:SPLIT, or the path of a file or pattern alone")
     if not stat.S_ISDIR(status.st_mode):
         if pattern:
             raise _missing(Path(path), pattern, endings)
@@ -153,6 +164,11 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
     search = _Search(root, path)
     # A folder is everything below it that has a known ending; a pattern names its files, whatever they are.
     found = search.files(pattern or ("**", "*"), () if pattern else endings)
+    rows = without_descriptions(found, lambda name: found[name][0], search.leave_out)
+    if split and rows and not (rows := set(of_split(sorted(rows, key=Path), split))):
+        what = f"{whole}: has no split {split!r}, but {by_split(found).counted}"
+        raise DataError(what, "name one of its splits, or a file")
+    found = {name: place for name, place in found.items() if name in rows}
     result = FoundFiles(
         tuple(_source_file(name, *found[name], endings, path) for name in sorted(found, key=Path)),
         tuple((what, len(names), tuple(names)[:EXAMPLES]) for what, names in search.left_out.items()),
@@ -161,7 +177,8 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
         raise _missing(Path(path), pattern, endings, result.left_out_text())
     if not found:
         left_out = f" ({result.left_out_text()})" if result.left_out else ""
-        raise DataError(f"{path}: no data file in this folder{left_out}", f"known endings: {', '.join(endings)}")
+        hint = _OF_LINKS if "links" in left_out else f"known endings: {', '.join(endings)}"
+        raise DataError(f"{path}: no data file in this folder{left_out}", hint)
     return result
 
 
@@ -181,14 +198,17 @@ def _split(path: str) -> tuple[Path, tuple[str, ...]]:
 
 def _missing(path: Path, pattern: tuple[str, ...], endings: Collection[str], left_out: str = "") -> DataError:
     if pattern:
+        hint = windows_paths.how_to_write(path) or "check the pattern; it is relative to the recipe's folder"
+        hint = _OF_LINKS if "links" in left_out else hint
         left_out = f" ({left_out})" if left_out else ""
-        hint = "check the pattern; it is relative to the recipe's folder"
         return DataError(f"{path}: no file matches{left_out}", hint)
     near: list[str] = []
     if path.parent.is_dir():
         near = sorted(one_line(p.name) for p in path.parent.glob("*") if p.suffix.lower() in endings)[:EXAMPLES]
     hint = f"data files in that folder: {', '.join(near)}" if near else "check data.train.path in the recipe"
-    return DataError(f"{path}: no such file", hint)
+    if not path.suffix and _HUB_NAME.fullmatch("/".join(path.parts[-2:])) and not path.parent.is_dir():
+        hint = f"a data set of the hub is path = {json.dumps('hub:' + '/'.join(path.parts[-2:]))}; else check the path"
+    return DataError(f"{path}: no such file", windows_paths.how_to_write(path) or hint)
 
 
 def _source_file(name: str, real: Path, status: os.stat_result, endings: Collection[str], path: str) -> SourceFile:
@@ -222,7 +242,7 @@ class _Search:
                 if stat.S_ISREG(status.st_mode):
                     found[child] = real, status
                 elif not stat.S_ISDIR(status.st_mode):
-                    self._leave_out(_NO_FILES, child)
+                    self.leave_out(_NO_FILES, child)
                 if len(found) > MAX_FILES:
                     hint = "join them into fewer files, or name a narrower pattern"
                     raise DataError(f"{self.path}: more than {MAX_FILES:,} data files", hint)
@@ -246,7 +266,7 @@ class _Search:
             try:
                 status = folder.stat()
             except OSError:  # it went away meanwhile
-                self._leave_out(_NOT_READABLE, name or ".")
+                self.leave_out(_NOT_READABLE, name or ".")
                 continue
             if (status.st_dev, status.st_ino) in seen:
                 continue
@@ -264,7 +284,7 @@ class _Search:
         try:
             listed = self._listing(folder)
         except OSError:
-            self._leave_out(_NOT_READABLE, name or ".")
+            self.leave_out(_NOT_READABLE, name or ".")
             return
         for entry in listed:
             if not _matches(entry.name, part) or (endings and Path(entry.name).suffix.lower() not in endings):
@@ -279,7 +299,7 @@ class _Search:
                 yield child, real, os.lstat(real), is_link
             except (files.UnsafePathError, OSError):
                 if not of_folders or is_link:
-                    self._leave_out(_LINKS if is_link else _NO_FILES, child)
+                    self.leave_out(_LINKS if is_link else _NO_FILES, child)
 
     def _listing(self, folder: Path) -> list[os.DirEntry[str]]:
         """What is in a folder, read once however often it is asked for, and bounded while it is read."""
@@ -293,7 +313,8 @@ class _Search:
             self.listed[folder] = sorted(found, key=lambda entry: entry.name)
         return self.listed[folder]
 
-    def _leave_out(self, what: str, name: str) -> None:
+    def leave_out(self, what: str, name: str) -> None:
+        """Count something under what it is."""
         self.left_out.setdefault(what, {})[one_line(name)] = None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora.data.column_words import column_names, nearest_columns
 from qlora.data.readers import READERS, Item
 from qlora.data.row_json import RowError
 from qlora.data.source_files import FoundFiles, SourceFile, find_files
@@ -52,16 +53,18 @@ def read_rows(source: SourceSection, files: Sequence[SourceFile] | None = None) 
     on, and when a column to be renamed is in no row at all.
     """
     unseen = set(source.columns.values())
+    seen: list[str] = []
     for file in source_files(source).files if files is None else files:
         for number, row, read_bytes in _items(file):
             if not isinstance(row, RowError):
                 unseen.difference_update(row)
-                row = _renamed(row, source.columns)
+                seen = seen or list(row)
+                row = renamed(row, source.columns)
             yield SourceRow(row, f"{file.name}:{number}", file, read_bytes)
     if unseen:
         raise DataError(
-            f"{source.path}: no row has the column {' or '.join(sorted(unseen))}",
-            "columns gives your column's name by the format's own: columns = { instruction = 'question' }",
+            f"{source.path}: no row has the column {' or '.join(sorted(unseen))}; there are: {column_names(seen)}",
+            f"write your own column on the right, by its name in the file: {nearest_columns(source.columns, seen)}",
         )
 
 
@@ -82,8 +85,10 @@ def _items(file: SourceFile) -> Iterator[Item]:
         raise DataError(f"{file.name}: not UTF-8 text ({error.reason})", "save it as UTF-8") from error
 
 
-def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """`columns` gives the row's column by the format's own name; what is renamed hides a column of that name."""
-    renamed = {own: row[theirs] for own, theirs in columns.items() if theirs in row}
+def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """`columns` gives the row's column by the format's own name; a column of that name stays, under another."""
+    named = {own: row[theirs] for own, theirs in columns.items() if theirs in row}
     taken = set(columns.values())
-    return {**{key: value for key, value in row.items() if key not in taken}, **renamed}
+    hidden = {f"{own} (replaced by {columns[own]})": row[own] for own in named if own in row and own not in taken}
+    kept = {key: value for key, value in row.items() if key not in taken and key not in named}
+    return {**kept, **named, **hidden}

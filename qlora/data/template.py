@@ -1,19 +1,34 @@
 """The base's chat template: which one it is, what it writes, and conversations rendered by it.
 
 Templates come with the base: a stranger's programs, rendered in a bounded process of their own (`render.py`). What a
-template does is not guessed from its source but seen from small conversations rendered once at the start: which token
-ends a turn, and whether tools, calls and results are written at all (some templates drop them in silence).
+template does is not guessed from its source but seen from small conversations rendered once at the start
+(`template_facts.py`), and in which shape it takes a tool call (`call_shapes.py`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qlora import chatml
+from qlora.data.call_shapes import (
+    KINDS,
+    SHAPES,
+    Reading,
+    Shapes,
+    as_templates_read_it,
+    best_shape,
+)
+from qlora.data.call_shapes import (
+    PLACEHOLDERS as PLACEHOLDERS,  # the export asks for it beside the template
+)
 from qlora.data.formats import Message
 from qlora.data.render import Rendered, Renderer, request_text
+from qlora.data.render_worker import DAY
 from qlora.data.row_json import RowError
+from qlora.data.template_facts import QUESTION, answer, call, find_ends, find_facts, find_inline_thoughts, result
 from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink
 
@@ -22,49 +37,25 @@ if TYPE_CHECKING:
 
 Tools = Sequence[dict[str, Any]]
 
-# ChatML with tools in the Hermes manner, for a base without a template. END is the token that ends a turn.
-FALLBACK_TEMPLATE = """\
-{%- set intro = messages[0].content if messages and messages[0].role == 'system' else '' %}
-{%- if tools %}
-    {{- '<|im_start|>system\\n' + (intro + '\\n\\n' if intro else '') }}
-    {{- 'You may call these tools, one JSON object per line:\\n<tools>' }}
-    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{% endfor %}
-    {{- '\\n</tools>\\nTo call one, answer with <tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call>END\\n' }}
-{%- elif intro %}
-    {{- '<|im_start|>system\\n' + intro + 'END\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>END\\n' }}
-    {%- elif not (loop.first and message.role == 'system') %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '\\n' if message.content or not loop.first }}
-            {{- '<tool_call>\\n{"name": ' + (call.function.name | tojson) + ', "arguments": ' }}
-            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- 'END\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
-"""
-# Llama 3's template writes the day of rendering unless it is given one. Rows must not depend on the day on which they
-# are tokenized, or a resumed run could see others; this is the template's own default.
-DATE_STRING = "26 Jul 2024"
+# Llama 3's template writes the day of rendering unless it is given one; this is the template's own default.
+DATE_STRING = DAY.strftime("%d %b %Y")
 # The largest template known to us has 20 kB (gpt-oss); one that is far larger is no template.
 MAX_TEMPLATE_CHARS = 1 << 20
-# Names that a message's reasoning goes by. Templates read the first one, gpt-oss's read the second.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-# Private-use characters: they stand in no template, survive trimming, and differ from an answer's first character.
-PLACEHOLDERS = ("\ue0a1ANSWER\ue0a1", "\ue0b2ANSWER\ue0b2")
-_QUESTION: Message = {"role": "user", "content": "Question?"}
-_CALL_ID = "call00000"
-_NO_PARAMETERS = {"description": "", "parameters": {"type": "object", "properties": {}}}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": PLACEHOLDERS[1],
+        "description": "",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTemplate:
     """The template in use. `texts`: by whether there are tools. `end_tokens`: the turn's own end first, then EOS.
+
+    `given`: whether the tokenizer has one; without it, rows of plain text can be trained and no conversations.
 
     Raises TokenizerError when there is no such token, or the template cannot render even one question and answer.
     """
@@ -72,7 +63,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sink: Sink) -> None:
         self._special_tokens = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special and str(t)]
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token is not None else []
-        self.texts = _choose(tokenizer, eos, sink)
+        self.given = bool(tokenizer.chat_template)
+        self.texts = _choose(tokenizer, eos)
         if max(map(len, self.texts.values())) > MAX_TEMPLATE_CHARS:
             raise TokenizerError("the base's chat template has more than a million characters", "use another base")
         # A template that stands for both is compiled once.
@@ -80,15 +72,23 @@ class ChatTemplate:
         self._numbers = {tools: distinct.index(text) for tools, text in self.texts.items()}
         self._renderer = Renderer(distinct, {"date_string": DATE_STRING, **tokenizer.special_tokens_map})
         self._marked = {tools: bool(_GENERATION_MARK.search(text)) for tools, text in self.texts.items()}
-        turn_ends = self._find_turn_ends()
-        self.writes_end = bool(turn_ends)
-        self.end_tokens = list(dict.fromkeys(turn_ends + eos))
+        self.reading = Reading()
+        self._probe_tools: Tools | None = None
+        text, marks = self._render_one_answer()
+        self.writes_calls = self._find_shapes()
+        knows_think = any("<think>" in text for text in (*self.texts.values(), *tokenizer.get_added_vocab()))
+        inline_thoughts = find_inline_thoughts(self._try, knows_think)
+        self.reading = replace(self.reading, inline_thoughts=inline_thoughts)
+        self.ends = find_ends(self._try, self._special_tokens, eos[0] if eos else None, text)
+        self.writes_end = bool(self.ends.answer)
+        self.end_tokens = list(dict.fromkeys(self.ends.all + eos))
         if not self.end_tokens:
             raise _no_end_token()
         if not self.writes_end:
             message = f"the chat template ends no turn with a token: {self.end_tokens[0]} is added to each row's end"
             sink.emit(Notice("template", message))
-        self.writes_calls, self.writes_results, self.writes_tools = self._find_tool_support()
+        self.facts = find_facts(self._try, self.ends.all or self.end_tokens, marks)
+        self.writes_results, self.writes_tools = self._find_tool_support()
 
     @property
     def text(self) -> str:
@@ -96,8 +96,11 @@ class ChatTemplate:
         return self.texts[False]
 
     def has_marks(self, tools: Tools | None) -> bool:
-        """Whether the template marks answers with {% generation %}."""
-        return self._marked[bool(tools)]
+        """Whether the template marks answers with {% generation %}, from where the serving prompt ends on.
+
+        Marks that hold the header too (SmolLM3's, some training templates') would train what the server writes.
+        """
+        return self._marked[bool(tools)] and self.facts.marks_begin_answers
 
     def render(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """The conversation as the base reads it. Raises RowError with the template's own message."""
@@ -113,80 +116,82 @@ class ChatTemplate:
 
     def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """What the rendering process is asked: all that the text depends on."""
+        read = as_templates_read_it(messages, self.reading)
         values = {
-            "messages": [_as_templates_read_it(message) for message in messages],
+            "messages": read,
             "tools": list(tools) if tools else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         return request_text(self._numbers[bool(tools)], values)
 
-    def _find_turn_ends(self) -> list[str]:
-        """The special tokens with which this template ends an answer and, where that differs, a tool call."""
-        here = PLACEHOLDERS[0]
-        try:
-            text = self.render([_QUESTION, {"role": "assistant", "content": here}], None)
-        except RowError as error:
-            raise TokenizerError(f"the base's chat template fails: {error.reason}", "use another base") from None
-        after = text.rpartition(here)[2]
-        specials = self._specials_in(after)
-        if not specials or after[: after.index(specials[0])].strip():
-            return []
-        # Llama 3.1 ends some calls with <|eom_id|>. Other special tokens may close the call's parts: the last counts.
-        with_call = self._try([_QUESTION, _call(here)], None) or ""
-        after_call = self._specials_in(with_call.rpartition(here)[2])
-        return specials[:1] if not after_call or specials[0] in after_call else [specials[0], after_call[-1]]
+    def _render_one_answer(self) -> Rendered:
+        """A question and an answer; with content as parts where a template for images takes it no other way."""
+        errors = []
+        for parts in (False, True):
+            self.reading = Reading(parts=parts)
+            try:
+                rendered = self.render_marked([QUESTION, answer()], None)
+            except RowError as error:
+                errors.append(error.reason)
+                continue
+            if not errors or PLACEHOLDERS[0] in rendered.text:
+                return rendered
+        hint = 'give another one: chat_template = "chatml" or a file, under [model]'
+        raise TokenizerError(f"the chat template fails: {errors[0]}", hint)
 
-    def _find_tool_support(self) -> tuple[bool, bool, bool]:
-        """Whether calls, results and tools are written; a refusal counts as yes, since its message meets the row."""
+    def _find_shapes(self) -> bool:
+        """Find the shape in which calls are written, and whether they are in any; a refusal of all counts as yes.
+
+        Its message then meets the row. Some templates write calls only where tools are given.
+        """
+        plain, *others = KINDS
+        refused = True
+        for self._probe_tools in (None, [_TOOL]):
+            shape, written = best_shape(plain, QUESTION, self._try_shapes, SHAPES)
+            if written:
+                alike = [replace(shape, content=content) for content in dict.fromkeys(s.content for s in SHAPES)]
+                found = {kind: best_shape(kind, QUESTION, self._try_shapes, alike)[0] for kind in others}
+                self.reading = replace(self.reading, shapes={plain: shape, **found})
+                return True
+            refused = refused and written is None
+        self._probe_tools = None
+        return refused
+
+    def _try_shapes(self, messages: Sequence[Message], shapes: Shapes) -> str | None:
+        before = self.reading
+        self.reading = replace(before, shapes=shapes)
+        text = self._try(messages)
+        self.reading = before
+        return text
+
+    def _find_tool_support(self) -> tuple[bool, bool]:
+        """Whether results and tools are written; a refusal counts as yes, since its message meets the row."""
         here, there = PLACEHOLDERS
-        result: Message = {"role": "tool", "content": there, "name": here, "tool_call_id": _CALL_ID}
-        with_call = self._try([_QUESTION, _call(here)], None)
-        with_result = self._try([_QUESTION, _call(here), result], None)
-        with_tools = self._try([_QUESTION], [{"type": "function", "function": {"name": there, **_NO_PARAMETERS}}])
-        pairs = ((here, with_call), (there, with_result), (there, with_tools))
-        calls, results, written_tools = (text is None or mark in text for mark, text in pairs)
-        return calls, results, written_tools
+        with_result = self._try([QUESTION, call(here), result(there)])
+        self._probe_tools = [_TOOL]
+        with_tools = self._try([QUESTION])
+        return with_result is None or there in with_result, with_tools is None or there in with_tools
 
-    def _try(self, messages: Sequence[Message], tools: Tools | None) -> str | None:
+    def _try(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str | None:
         try:
-            return self.render(messages, tools)
+            return self.render(messages, self._probe_tools, add_generation_prompt)
         except RowError:
             return None
 
-    def _specials_in(self, text: str) -> list[str]:
-        """The special tokens in `text`, in their order; of two that begin together only the longer."""
-        longest_first = sorted(self._special_tokens, key=len, reverse=True)
-        return re.findall("|".join(map(re.escape, longest_first)), text) if longest_first else []
 
-
-def _as_templates_read_it(message: Message) -> Message:
-    """Without our own key, and with the reasoning under the names that templates read it by (as transformers does)."""
-    plain = {key: value for key, value in message.items() if key != "train"}
-    reasoning = next((plain[name] for name in _REASONING if plain.get(name) is not None), None)
-    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-
-
-def _call(name: str) -> Message:
-    call = {"type": "function", "id": _CALL_ID, "function": {"name": name, "arguments": {}}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
-
-
-def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str], sink: Sink) -> dict[bool, str]:
-    """The template for conversations without and with tools: the tokenizer's own, else ChatML with a notice."""
+def _choose(tokenizer: PreTrainedTokenizerBase, eos: list[str]) -> dict[bool, str]:
+    """The template for conversations without and with tools; ChatML stands in for none, and renders no row."""
     if tokenizer.chat_template:
         try:
             # Of several named templates transformers picks `tool_use`, if there is one, when tools are given.
             return {False: tokenizer.get_chat_template(), True: tokenizer.get_chat_template(tools=[{}])}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise TokenizerError(f"the base's chat template: {error}", "use another base") from None
-    ends = ["<|im_end|>"] if "<|im_end|>" in tokenizer.get_vocab() else eos
+    ends = [chatml.END] if chatml.END in tokenizer.get_vocab() else eos
     if not ends:
         raise _no_end_token()
-    end = ends[0]
-    template = FALLBACK_TEMPLATE.replace("END", end.replace("'", "\\'"))
-    sink.emit(Notice("template", f"the base has no chat template: ChatML is used, its turns end with {end}"))
-    return {False: template, True: template}
+    return dict.fromkeys((False, True), chatml.template(ends[0]))
 
 
 def _no_end_token() -> TokenizerError:

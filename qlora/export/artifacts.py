@@ -125,7 +125,7 @@ class Report:
     """All artifacts, the merge base (None where nothing was merged), and the table of fidelity (empty without
     verification). `checks` are the structural ones: the artifact's key, the check's name, whether it holds, detail.
     `evaluation` is the trained model's loss beside the delivered one (`evaluation.ComparedLoss`), None where it is not
-    known.
+    known; `choice` that of the merge base (`choice.Choice`), None where there was none.
     """
 
     products: tuple[ExportedArtifact, ...]
@@ -133,6 +133,7 @@ class Report:
     fidelity: tuple[Any, ...] = ()
     checks: tuple[tuple[str, str, bool, str], ...] = ()
     evaluation: Any = None
+    choice: Any = None
 
     @property
     def folder(self) -> Path:

@@ -41,7 +41,7 @@ def refuse_another(source: Source, now: BaseIdentity) -> None:
     if difference is not None:
         raise ExportError(
             f"{source.adapter.folder}: was trained on another base than {base.name} is now: {difference}",
-            f"put the base back as it was at training ({origin.revision}), or train again",
+            f"put the base back as it was at training ({origin.revision}), or name that one with `base_model`",
         )
 
 

@@ -29,6 +29,7 @@ from qlora.export.staging import StagedExport
 from qlora.foreign_json import ForeignFileError
 from qlora.model.tensors import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, read_header
 from qlora.model.tokenizer_files import of_export, without_paths
+from qlora.model.weight_names import other_part
 
 MAX_END_IDS = 1_000
 MAX_COPIED_BYTES = 10_000_000
@@ -76,8 +77,19 @@ def fill(merge: Merge, staged: StagedExport, sink: Sink) -> int:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         disk.write_atomic(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     _write_companions(folder, merge, sink)
+    _say_what_is_left_out(merge, sink)
     _reopen(folder, shards)
     return item
+
+
+def _say_what_is_left_out(merge: Merge, sink: Sink) -> None:
+    """Of a multimodal base, whose text model alone is merged and written."""
+    taken = {source.tensor for source in merge.plan.base.values()}
+    rest = [name for name in merge.base.tensors if name not in taken and other_part(name)]
+    if rest:
+        parts = " and ".join(sorted({str(other_part(name)) for name in rest}))
+        message = f"the base's text model alone is written, as {merge.plan.architecture}; its {parts} are left out"
+        sink.emit(Notice("export", message, len(rest)))
 
 
 def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:

@@ -33,7 +33,7 @@ from qlora.export.gguf.write import GgufFile, Tools
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import MergeBase
 from qlora.export.staging import StagedExport, check_disk
-from qlora.export.verify import checks, weights
+from qlora.export.verify import checks, choice, weights
 from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference, trained_reference
@@ -178,15 +178,21 @@ def _check_disk(job: _Job) -> None:
 
 
 def _choose_base(job: _Job, wanted: MergeBase | Literal["auto"]) -> MergeBase:
-    """The merge base: as asked for, else the one that is measured nearer to the trained model."""
+    """The merge base: as asked for, else as `choice` takes it from what both are measured to be."""
+    asked = None if wanted == "auto" else wanted
     trained_on: MergeBase = "full" if job.source.origin.quantization.type == "none" else "nf4"
     if job.reference.predictions is None:
-        return trained_on if wanted == "auto" else wanted
+        return asked or trained_on
     bases: list[MergeBase] = [trained_on]
     if trained_on == "nf4" and not job.source.base.stored_4bit:
         bases.append("full")
-    measured = {base: job.reference.measure_merge(base).kl for base in bases}
-    return min(bases, key=measured.__getitem__) if wanted == "auto" else wanted
+    measured = {base: job.reference.measure_merge(base) for base in bases}
+    if len(bases) == 1:
+        return asked or trained_on
+    chosen = choice.choose(measured, job.reference.positions, asked, job.options.max_kl)
+    job.reference.choice = chosen
+    job.sink.emit(Notice("base", chosen.in_words()))
+    return chosen.merge_base
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -316,7 +322,8 @@ def _publish(job: _Job) -> Report:
     results = tuple(
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
-    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation)
+    chosen = job.reference.choice
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation, chosen)
 
 
 def _made_of(source: Source) -> dict[str, str | None]:
@@ -337,6 +344,10 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     compared = None if loss is None else asdict(loss)
     known = job.reference.base_identity.model_dump()
     more = {"base_identity": known, "tensors": job.tensors[artifact.key], "checks": results, "evaluation": compared}
+    chosen = job.reference.choice
+    more["choice"] = None if chosen is None else asdict(chosen)
+    if chosen is not None and markdown and merge is not None:
+        markdown += f"\nThe merge base: {chosen.in_words()}.\n"
     if loss is not None and markdown:
         markdown += f"\nIts loss on {loss.rows:,} evaluation rows: {loss.here:.4f} nats a token; the run measured "
         markdown += f"{loss.delivered:.4f} when it was delivered.\n"

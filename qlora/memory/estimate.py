@@ -204,7 +204,8 @@ def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator,
     """
     passes = 3 if workload.gradient_checkpointing else 2
     hidden = int(text.hidden_size)
-    width = int(text.num_attention_heads) * int(getattr(text, "head_dim", None) or hidden // text.num_attention_heads)
+    # Gemma 4 has heads of two sizes, and its configuration raises over a question for one of them.
+    width = int(text.num_attention_heads) * int(vars(text).get("head_dim") or hidden // text.num_attention_heads)
     attention = (9 if workload.gradient_checkpointing else 7) * int(text.num_hidden_layers) * workload.length * width
     operations = (
         2 * passes * simulator.values.linear

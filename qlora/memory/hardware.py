@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import psutil
 
 from qlora import device
 from qlora.errors import HardwareError
@@ -127,18 +124,7 @@ def this_machine(limit: str = "auto") -> Machine:
     if (card := device.card()) is not None:
         gpu = _like(card.name, card.total_bytes, card.capability)
         return Machine("cuda", gives or card.free_bytes, "memory.limit" if gives else f"free on {card.name}", gpu)
-    return Machine("cpu", gives or available_ram(), "memory.limit" if gives else "RAM available")
-
-
-def available_ram() -> int:
-    """Bytes that a new process can have: what the system says, or less where a control group sets a limit."""
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        most, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return min(free, max(0, int(most) - used)) if most.isdigit() else free
+    return Machine("cpu", gives or device.available_ram(), "memory.limit" if gives else "RAM available")
 
 
 def _like(name: str, total: int, capability: tuple[int, int]) -> Gpu:

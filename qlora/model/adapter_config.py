@@ -105,7 +105,6 @@ class AdapterConfig(ForeignModel):
     bias: Annotated[Text, Field(max_length=MAX_NAME)] = "none"
     use_rslora: bool = False
     use_dora: bool = False
-    fan_in_fan_out: bool = False
     ensure_weight_tying: bool = False
     init_lora_weights: Annotated[bool | str, BeforeValidator(_start)] = True
     target_modules: Names | None = None

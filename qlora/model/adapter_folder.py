@@ -1,8 +1,8 @@
 """An adapter folder in PEFT's layout, opened and checked: which tensors it holds, and what is done with each.
 
-Names are those that peft 0.21 writes (`get_peft_model_state_dict`), and those with an adapter's name in them that other
-tools leave (`lora_A.default.weight`). A layer's weight may come along whole: trained (`modules_to_save`), or because
-the vocabulary was resized. As `base_layer.weight`, it is what a low-rank adapter beside it sits on.
+Names are those that peft 0.21 writes (`get_peft_model_state_dict`), and all that `weight_names` makes the same of. A
+layer's weight may come along whole: trained (`modules_to_save`), or because the vocabulary was resized. As
+`base_layer.weight`, it is what a low-rank adapter beside it sits on.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora import files, foreign_json
 from qlora.errors import ExportError
 from qlora.foreign_json import ForeignFileError
 from qlora.model import adapter_config
 from qlora.model.adapter_config import AdapterConfig, ProvenanceFile, first_matches, shown
+from qlora.model.adapter_notes import trained_on
+from qlora.model.adapter_tensors import ADAPTER_FILE as ADAPTER_FILE
+from qlora.model.adapter_tensors import read_tensors
 from qlora.model.identity import BaseIdentity
-from qlora.model.tensors import FLOAT_DTYPES, TensorEntry, read_header, read_tensor
+from qlora.model.tensors import TensorEntry, read_tensor
+from qlora.model.weight_names import PREFIX, text_module
 from qlora.recipe.sections import QuantizationSection
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import Tensor
 
-PREFIX = "base_model.model."
-ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 PROVENANCE_FILE = "qlora.json"
 
-# A 405B model with adapters on every layer has 1,764 tensors, whose header takes 0.3 MB.
-MAX_TENSORS = 50_000
-MAX_HEADER_BYTES = 8_000_000
 VALUES_PER_BLOCK = 1 << 22  # 16 MiB of fp32
 
 # adapter_config.json keys that change the arithmetic in ways that a plain merge cannot express.
@@ -53,18 +53,6 @@ UNMERGEABLE = {
 # one, unless it was converted when it was saved (peft then writes init_lora_weights true).
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-# What stands behind a module's name, in peft's files; an adapter's own name may stand where (\.\w+)? does.
-_ROLES = (
-    ("a", re.compile(r"\.lora_A(?:\.\w+)?\.weight$")),
-    ("b", re.compile(r"\.lora_B(?:\.\w+)?\.weight$")),
-    ("embedding_a", re.compile(r"\.lora_embedding_A(?:\.\w+)?$")),
-    ("embedding_b", re.compile(r"\.lora_embedding_B(?:\.\w+)?$")),
-    ("magnitude", re.compile(r"\.lora_magnitude_vector(?:\.\w+)?$")),
-    ("rows", re.compile(r"\.token_adapter\.trainable_tokens_delta(?:\.\w+)?$")),
-)
-_UNDER = re.compile(r"\.(?:token_adapter\.)?(?:base_layer|original_module)(?=\.\w+$)")
-_TRAINED = re.compile(r"\.modules_to_save(?:\.\w+)?(?=\.\w+$)")
-
 
 @dataclass(frozen=True)
 class LoraModule:
@@ -77,8 +65,15 @@ class LoraModule:
     a: TensorEntry
     b: TensorEntry
     magnitude: TensorEntry | None
-    scale: float
+    alpha: float
+    root: bool
     embedding: bool
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) under rsLoRA (`root`)."""
+        rank = self.a.shape[0]
+        return self.alpha / rank**0.5 if self.root else self.alpha / rank
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,6 +99,8 @@ class Adapter:
     under    weights that adapters sit on, saved along; where the base ties its head to the embeddings, the head has
              them too
     rows     single trained token rows
+    tensors  all of them as an adapter on the causal model stores them, by names without `weight_names.PREFIX`
+    idle     modules of other parts of a multimodal model whose low-rank matrices never moved
     """
 
     folder: Path
@@ -112,6 +109,8 @@ class Adapter:
     whole: Mapping[str, TensorEntry]
     under: Mapping[str, TensorEntry]
     rows: Mapping[str, TokenRows]
+    tensors: Mapping[str, TensorEntry]
+    idle: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -130,6 +129,14 @@ def read_adapter(folder: Path) -> Adapter:
     return adapter
 
 
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter in memory, on the CPU, named as peft takes them for an adapter on the causal model.
+
+    Raises ExportError as `read_adapter` does, without a look at the values.
+    """
+    return {PREFIX + name: read_tensor(entry) for name, entry in _open(folder).tensors.items()}
+
+
 def peft_config(folder: Path) -> LoraConfig:
     """The adapter's configuration as peft is to take it: modules, ranks and alphas by the names of its own tensors.
 
@@ -141,8 +148,7 @@ def peft_config(folder: Path) -> LoraConfig:
     adapter = _open(folder)
     config, file = adapter.config, folder / ADAPTER_CONFIG
     modules = {name.removesuffix(".weight"): lora.a.shape[0] for name, lora in adapter.lora.items()}
-    alphas = dict.fromkeys(modules, config.lora_alpha)
-    alphas |= first_matches(config.alpha_pattern, list(modules), f"{file}: alpha_pattern")
+    alphas = {name.removesuffix(".weight"): lora.alpha for name, lora in adapter.lora.items()}
     if not modules and not isinstance(config.target_modules, list):
         raise ExportError(f"{file}: target_modules fits no tensor of the adapter", "save the adapter again")
     usual = Counter(modules.values()).most_common(1)[0][0] if modules else config.r
@@ -152,14 +158,19 @@ def peft_config(folder: Path) -> LoraConfig:
         rank_pattern=_by_value(modules, usual, f"{file}: rank_pattern"),
         alpha_pattern=_by_value(alphas, config.lora_alpha, f"{file}: alpha_pattern"),
         target_modules=list(modules) or config.target_modules,
-        modules_to_save=config.modules_to_save,
-        trainable_token_indices=config.trainable_token_indices,
+        modules_to_save=[text_module(name) for name in config.modules_to_save or ()] or None,
+        trainable_token_indices=_in_the_text(config.trainable_token_indices),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        fan_in_fan_out=config.fan_in_fan_out,
         ensure_weight_tying=config.ensure_weight_tying,
         task_type="CAUSAL_LM",
+        inference_mode=True,
     )
+
+
+def _in_the_text(indices: Any) -> Any:
+    """Trained token rows by the causal model's modules."""
+    return {text_module(name): ids for name, ids in indices.items()} if isinstance(indices, dict) else indices
 
 
 def _by_value(values: Mapping[str, float], usual: float, where: str) -> dict[str, float]:
@@ -197,68 +208,20 @@ def _open(folder: Path) -> Adapter:
     return _sort_tensors(folder, config)
 
 
-def _header(folder: Path) -> dict[str, TensorEntry]:
-    """The tensors by their names in the file, as many as an adapter can have."""
-    file = folder / ADAPTER_FILE
-    try:
-        resolved = files.inside(folder, ADAPTER_FILE)
-        with files.open_to_read(resolved) as stream:
-            size = int.from_bytes(stream.read(8), "little")
-    except files.UnsafePathError as error:
-        raise ExportError(f"{folder}: {error}", "do not use this adapter; get a clean copy of it") from error
-    if MAX_HEADER_BYTES < size <= resolved.stat().st_size:
-        raise ExportError(f"{file}: a header of {size:,} bytes is no adapter's", "get a clean copy of the adapter")
-    entries = read_header(resolved)
-    if len(entries) > MAX_TENSORS:
-        raise ExportError(f"{file}: {len(entries):,} tensors are no adapter's", "get a clean copy of the adapter")
-    if long := next((name for name in entries if len(name) > adapter_config.MAX_NAME), None):
-        what = f"{file}: the tensor {shown(long)} has a name of {len(long):,} characters"
-        raise ExportError(what, "get a clean copy of the adapter")
-    return entries
-
-
 def _sort_tensors(folder: Path, config: AdapterConfig) -> Adapter:
-    file = folder / ADAPTER_FILE
-    roles: dict[str, dict[str, TensorEntry]] = {role: {} for role, _ in _ROLES}
-    whole: dict[str, TensorEntry] = {}
-    copies: dict[str, TensorEntry] = {}
-    under: dict[str, TensorEntry] = {}
-    for stored_name, entry in _header(folder).items():
-        name = stored_name.removeprefix(PREFIX)
-        if entry.dtype not in FLOAT_DTYPES:
-            what = f"{file}: {shown(name)} is stored as {entry.dtype}"
-            raise ExportError(what, "save the adapter from a 16-bit base")
-        found = next(((role, match.start()) for role, pattern in _ROLES if (match := pattern.search(name))), None)
-        if found:
-            kind, key = roles[found[0]], name[: found[1]]
-        elif _UNDER.search(name):
-            kind, key = under, _UNDER.sub("", name)
-        elif _TRAINED.search(name):
-            kind, key = copies, _TRAINED.sub("", name)
-        else:
-            kind, key = whole, name
-        if key in kind:
-            raise ExportError(f"{file}: {shown(key)} is there twice ({shown(name)})", "save one adapter alone")
-        kind[key] = entry
-    modules = {**roles["a"], **roles["embedding_a"]}
-    pairs = (("b", "a"), ("embedding_b", "embedding_a"))
-    for module in (m for second, first in pairs for m in roles[second] if m not in roles[first]):
-        raise ExportError(f"{file}: {shown(module)} has no lora_A", "save the adapter again")
-    for module in (m for m in roles["magnitude"] if m not in modules):
-        raise ExportError(f"{file}: {shown(module)} has no lora_A", "save the adapter again")
-    if both := sorted(roles["a"].keys() & roles["embedding_a"].keys()):
-        raise ExportError(f"{file}: {shown(both[0])} has two kinds of lora_A", "save the adapter again")
-    scales = scales_of({module: entry.shape[0] for module, entry in modules.items() if entry.shape}, config, file)
-    lora = {f"{module}.weight": _module(module, roles, scales, file) for module in modules}
-    whole = {**copies, **whole}  # where both stand in a file, peft loads the plain name
+    file, found = folder / ADAPTER_FILE, read_tensors(folder)
+    modules = {**found.roles["a"], **found.roles["embedding_a"]}
+    ranks = {module: entry.shape[0] for module, entry in modules.items() if entry.shape}
+    alphas = alphas_of(ranks, config, file, found.stored)
+    lora = {f"{module}.weight": _module(module, found.roles, (alphas, config.use_rslora), file) for module in modules}
     if config.use_dora and any(module.magnitude is None for module in lora.values()):
         raise ExportError(f"{file}: use_dora is set but magnitudes are missing", "save the adapter again")
-    rows = {f"{module}.weight": _rows(module, entry, config, file) for module, entry in roles["rows"].items()}
-    return Adapter(folder, config, lora, whole, {n: e for n, e in under.items() if n not in whole}, rows)
+    rows = {f"{module}.weight": _rows(module, entry, config, file) for module, entry in found.roles["rows"].items()}
+    return Adapter(folder, config, lora, found.whole, found.under, rows, found.all, found.idle)
 
 
 def _module(
-    module: str, roles: Mapping[str, Mapping[str, TensorEntry]], scales: Mapping[str, float], file: Path
+    module: str, roles: Mapping[str, Mapping[str, TensorEntry]], scaling: tuple[Mapping[str, float], bool], file: Path
 ) -> LoraModule:
     embedding = module in roles["embedding_a"]
     first, second = ("embedding_a", "embedding_b") if embedding else ("a", "b")
@@ -269,13 +232,13 @@ def _module(
     if magnitude is not None and magnitude.numel != b.shape[0]:
         what = f"{file}: {shown(module)} has {magnitude.numel} magnitudes for {b.shape[0]} rows"
         raise ExportError(what, "save it again")
-    return LoraModule(a, b, magnitude, scales[module], embedding)
+    return LoraModule(a, b, magnitude, scaling[0][module], scaling[1], embedding)
 
 
 def _rows(module: str, values: TensorEntry, config: AdapterConfig, file: Path) -> TokenRows:
     indices = config.trainable_token_indices
     if isinstance(indices, dict):
-        named = [ids for key, ids in indices.items() if module == key or module.endswith(f".{key}")]
+        named = [ids for key, ids in _in_the_text(indices).items() if f".{module}".endswith(f".{key}")]
         # A tied head is written along with the embeddings' ids, and not named by itself.
         indices = named[0] if named else next(iter(indices.values()), None)
     ids = tuple(indices or ())
@@ -286,22 +249,24 @@ def _rows(module: str, values: TensorEntry, config: AdapterConfig, file: Path) -
     return TokenRows(values, ids)
 
 
-def scales_of(ranks: Mapping[str, int], config: AdapterConfig, file: Path) -> dict[str, float]:
-    """alpha / r, or alpha / sqrt(r) under rsLoRA, with each module's own alpha and rank where patterns name it.
+def alphas_of(
+    ranks: Mapping[str, int], config: AdapterConfig, file: Path, stored: Mapping[str, str]
+) -> dict[str, float]:
+    """Each module's alpha: its own where a pattern names it, else the adapter's.
 
-    `ranks` are those of the stored matrices. Raises ExportError where the configuration says another one.
+    `ranks` are those of the stored matrices, `stored` the modules' names in the file: patterns mean those. Raises
+    ExportError where the configuration says another rank.
     """
-    where = file.with_name(ADAPTER_CONFIG)
-    own_ranks = first_matches(config.rank_pattern, list(ranks), f"{where}: rank_pattern")
-    alphas = first_matches(config.alpha_pattern, list(ranks), f"{where}: alpha_pattern")
-    scales = {}
-    for module, rank in ranks.items():
-        if (own_rank := own_ranks.get(module, config.r)) != rank:
+    where, names = file.with_name(ADAPTER_CONFIG), [stored.get(module, module) for module in ranks]
+    own_ranks = first_matches(config.rank_pattern, names, f"{where}: rank_pattern")
+    own_alphas = first_matches(config.alpha_pattern, names, f"{where}: alpha_pattern")
+    alphas = {}
+    for name, (module, rank) in zip(names, ranks.items(), strict=True):
+        if (own_rank := own_ranks.get(name, config.r)) != rank:
             what = f"{file}: {shown(module)} has rank {rank}, adapter_config.json says {own_rank}"
             raise ExportError(what, "save the adapter again")
-        alpha = alphas.get(module, config.lora_alpha)
-        scales[module] = alpha / rank**0.5 if config.use_rslora else alpha / rank
-    return scales
+        alphas[module] = own_alphas.get(name, config.lora_alpha)
+    return alphas
 
 
 def _entries(adapter: Adapter) -> Iterable[tuple[str, TensorEntry]]:
@@ -327,7 +292,8 @@ def _refuse_not_finite(name: str, entry: TensorEntry) -> None:
 class Provenance:
     """What an adapter was trained against.
 
-    `fingerprint` is None where the adapter is not ours, `identity` where an older version made it too.
+    `fingerprint` is None where the adapter is not ours, `identity` where an older version made it too. `foreign`: it
+    has no note of ours, and `why` is what says that the base was in 4 bit.
     """
 
     base: str
@@ -335,10 +301,12 @@ class Provenance:
     fingerprint: str | None
     quantization: QuantizationSection
     identity: BaseIdentity | None = None
+    foreign: bool = False
+    why: str | None = None
 
 
 def provenance(folder: Path, config: AdapterConfig) -> Provenance:
-    """From our own file in the adapter's folder, or from PEFT's config alone for an adapter made elsewhere.
+    """From our own file in the adapter's folder, or what PEFT's config and papers say of an adapter made elsewhere.
 
     Raises ExportError where that file does not say it.
     """
@@ -346,7 +314,9 @@ def provenance(folder: Path, config: AdapterConfig) -> Provenance:
         content = adapter_config.read_file(folder, PROVENANCE_FILE)
         stored = adapter_config.checked(ProvenanceFile, content, folder / PROVENANCE_FILE)
         return Provenance(stored.base, stored.revision, stored.fingerprint, stored.section(), stored.identity)
-    return Provenance(config.base_model_name_or_path, config.revision, None, QuantizationSection())
+    name = config.base_model_name_or_path
+    held = trained_on(folder, name)
+    return Provenance(name, config.revision, None, held.quantization, foreign=True, why=held.why)
 
 
 def delivered_step(run_dir: Path) -> int | None:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
-from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config
+from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config, stored_tensors
 from qlora.model.linear_use import kept_layers
 from qlora.model.meta_model import head_of, linear_layers
+from qlora.model.weight_names import ClassNames
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
 if TYPE_CHECKING:
@@ -79,32 +80,34 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in sorted(model.named_parameters()) if parameter.requires_grad}
 
 
-def save(model: PeftModel, folder: Path, base_name: str, commit: str | None) -> None:
+def save(model: PeftModel, folder: Path, base_name: str, commit: str | None, names: ClassNames | None = None) -> None:
     """Write the adapter into `folder` in PEFT's layout, for `PeftModel.from_pretrained` and for `load_into`.
 
     `base_name` and `commit` are the base's as in the recipe: whoever opens the adapter looks for it under that name.
+    `names` are those of the class that a multimodal base names.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     # save_embedding_layers=True or "auto" would ask the hub for the base's configuration.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+    stored = {names.of_tensor(name) if names else name: tensor for name, tensor in state.items()}
+    tensors = {name: stored[name].detach().cpu().contiguous() for name in sorted(stored)}
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     model.peft_config[ADAPTER].save_pretrained(str(folder))
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     config |= {"base_model_name_or_path": base_name, "revision": commit, "inference_mode": True}
     # peft writes its sets in an order that differs from process to process.
     config["target_modules"] = sorted(config["target_modules"])
+    config = names.of_config(config) if names else config
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_into(model: PeftModel, folder: Path) -> None:
     """Gives attached adapters the weights that `save` wrote. Raises ModelError when they are not of the same shape."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    stored = load_file(folder / ADAPTER_FILE)
+    stored = stored_tensors(folder)
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     ours, theirs = ({(name, tensor.shape) for name, tensor in state.items()} for state in (wanted, stored))
     if differing := sorted({name for name, _ in ours ^ theirs}):
@@ -119,21 +122,20 @@ def load_into(model: PeftModel, folder: Path) -> None:
 def open_saved(model: Any, folder: Path) -> PeftModel:
     """The model with a saved adapter on it, ours or another trainer's, frozen, in the precision that it was saved in.
 
-    Raises ModelError when peft cannot put it on this model.
+    Raises ModelError when peft cannot put it on this model, all of it.
     """
     import_bitsandbytes()
-    from peft import PeftModel
-    from safetensors.torch import load_file
+    from peft import get_peft_model, set_peft_model_state_dict
 
-    saved = load_file(folder / ADAPTER_FILE)
+    saved = stored_tensors(folder)
     _resize_like(model, saved)
     with foreign_failures() as failure, old_names_in_peft():
-        peft_model = PeftModel.from_pretrained(
-            model, str(folder), config=peft_config(folder), autocast_adapter_dtype=False, trust_remote_code=False
-        )
-    if failure.error:
-        what = f"{folder}: does not fit this base ({failure.reason})"
-        raise ModelError(what, "name the base it was trained on") from failure.error
+        peft_model = get_peft_model(model, peft_config(folder), ADAPTER, autocast_adapter_dtype=False)
+        unread = set_peft_model_state_dict(peft_model, saved, adapter_name=ADAPTER).unexpected_keys
+    if failure.error or unread:
+        reason = failure.reason if failure.error else f"{len(unread)} of its tensors have no place, {unread[0]} first"
+        what = f"{folder}: does not fit this base ({reason})"
+        raise ModelError(what, "name the base that it was trained on with `base_model`") from failure.error
     # peft gives every tensor the base's dtype: DoRA's magnitudes would be rounded to bf16 (0.4 % of their size).
     for name, parameter in peft_model.named_parameters():
         stored = saved.get(name.replace(f".{ADAPTER}.weight", "").replace(f".{ADAPTER}", ""))

@@ -49,6 +49,7 @@ IMPLEMENTATION_KEYS = ("attn_implementation", "_attn_implementation", "experts_i
 MAX_SMALL_BYTES = 256_000_000
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.")
+_OF_LINKS = "if the links are yours, put the files themselves there (cp -RL); if not, get the model from its publisher"
 _FROM_ITS_PUBLISHER = "do not use this copy; get the model from its original publisher"
 # What quantized copies add to the name of their original: Qwen3-8B-FP8, Llama-3-8B-GPTQ-Int4, gemma-3-4b-it-quantized.w4a16.
 _QUANTIZED_NAME = re.compile(
@@ -193,7 +194,7 @@ def check_entries(folder: Path) -> None:
         try:
             files.inside(folder, path.relative_to(folder).as_posix())
         except files.UnsafePathError as error:
-            raise ModelError(f"{folder}: {error}", _FROM_ITS_PUBLISHER) from error
+            raise ModelError(f"{folder}: {error}", _OF_LINKS) from error
         if path.is_file() and path.suffix != ".safetensors" and path.stat().st_size > MAX_SMALL_BYTES:
             what = f"{path}: {path.stat().st_size:,} bytes are too many for a file of its kind"
             raise ModelError(what, _FROM_ITS_PUBLISHER)

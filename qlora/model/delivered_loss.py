@@ -36,7 +36,7 @@ class DeliveredLoss(foreign_json.ForeignModel):
     every: _Count
     packs_at_once: _Count
     packing: bool
-    content: str | None = None
+    content: Annotated[str, Field(max_length=64)] | None = None
 
 
 def read(adapter_dir: Path) -> tuple[DeliveredLoss | None, bool]:

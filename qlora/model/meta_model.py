@@ -25,6 +25,7 @@ from qlora.model.config_filter import open_config, with_layers
 from qlora.model.linear_use import kept_layers
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
+from qlora.model.weight_names import text_name
 
 # nn.Linear and subclasses of it that compute the same, so that a 4-bit layer may take their place; and that one.
 PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
@@ -36,14 +37,6 @@ MAX_BUFFER_BYTES = 400 << 20
 MAX_WEIGHTS = 10**13  # the largest open model known to us has 10^12
 # What no model can have none of, as transformers calls it whatever config.json does.
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-
-# How multimodal checkpoints call their text part, from transformers 4.50 on and before.
-_TEXT_PREFIXES = (
-    (re.compile(r"^model\.language_model\.(?:model\.)?"), "model."),
-    (re.compile(r"^language_model\.(?:model\.)?model\."), "model."),
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^model\.text_model\."), "model."),
-)
 
 
 @dataclass(frozen=True)
@@ -240,13 +233,7 @@ def _compute_buffers(model: Any) -> None:
 
 def _text_names(names: Mapping[str, TensorEntry], multimodal: bool) -> dict[str, str]:
     """Name in the text model to name in the checkpoint, before transformers' own renamings."""
-    if not multimodal:
-        return {name: name for name in names}
-    found = {}
-    for name in names:
-        renamed = (pattern.sub(prefix, name) for pattern, prefix in _TEXT_PREFIXES if pattern.match(name))
-        found[next(renamed, name)] = name
-    return found
+    return {text_name(name) if multimodal else name: name for name in names}
 
 
 def _match(base: BaseFolder, model: Any, multimodal: bool) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora import files, hub
+from qlora import files, hub, windows_paths
 from qlora.errors import ModelError
 from qlora.events import Sink
 from qlora.model.base_folder import (
@@ -36,7 +36,8 @@ def resolve(base: str, revision: str, sink: Sink) -> BaseFolder:
     """
     if (folder := _local_folder(base)) is not None:
         if not folder.is_dir():
-            raise ModelError(f"model.base: there is no folder {folder}", "correct model.base, or give a hub name")
+            hint = windows_paths.how_to_write(folder) or "correct model.base, or give a hub name"
+            raise ModelError(f"model.base: there is no folder {folder}", hint)
         return check_folder(folder, base, None, sink)
     snapshot = hub.look_up(hub.Repository(base, revision, "model"), (*SMALL_FILES, *WEIGHT_FILES), sink)
     return check_folder(snapshot.cached or _download(snapshot, sink), base, snapshot.commit, sink)

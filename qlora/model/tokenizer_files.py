@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
+CONFIG, TOKENIZER_CONFIG, TEMPLATE = "config.json", "tokenizer_config.json", "chat_template.jinja"
 # What transformers 5 reads beside them: the model's configuration (it names the tokenizer's class, and the version that
 # wrote it), vocabularies of other names (VOCAB_FILES_NAMES of its tokenizers), and files for its own versions.
 _READ_BESIDE = (
@@ -38,7 +38,7 @@ _READ_BESIDE = (
     *("*.tiktoken", "tokenizer.*.json"),
 )
 FOLDER = "tokenizer"  # in a run's folder
-_TEMPLATES = "additional_chat_templates"  # a folder: one chat template for each name
+NAMED_TEMPLATES = "additional_chat_templates"  # a folder: one chat template for each name
 _MAX_TEMPLATES = 64
 # Where transformers before version 5 noted what a configuration or a tokenizer was loaded from.
 _WHERE_FROM = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
@@ -83,17 +83,12 @@ class TokenizerFiles:
             with files.open_to_write(folder / name, "replace") as file:
                 files.write_all(file, data)
 
-    def deliver(self, folder: Path, template: str | None = None) -> None:
-        """What others need of them, without paths of this machine.
-
-        `template` is the chat template of the training: it goes beside them where they have none of their own.
-        """
+    def deliver(self, folder: Path) -> None:
+        """What others need of them, without paths of this machine."""
         for name in TOKENIZER_FILES:
             if name in self.content:
                 data = self.content[name]
                 (folder / name).write_bytes(_without_paths(data) if name == TOKENIZER_CONFIG else data)
-        if template is not None and not self.has_template:
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
     @contextmanager
     def placed(self) -> Iterator[Path]:
@@ -112,12 +107,13 @@ def read_files(folder: Path) -> TokenizerFiles:
         there = sorted(path.name for path in folder.iterdir())
         wanted = (*TOKENIZER_FILES, *_READ_BESIDE)
         names = [name for name in there if any(fnmatch(name, pattern) for pattern in wanted)]
-        if _TEMPLATES in there:
-            found = sorted(path.name for path in files.inside(folder, _TEMPLATES).glob("*.jinja"))
+        if NAMED_TEMPLATES in there:
+            found = sorted(path.name for path in files.inside(folder, NAMED_TEMPLATES).glob("*.jinja"))
             if len(found) > _MAX_TEMPLATES:
-                what = f"{folder / _TEMPLATES}: {len(found):,} chat templates are too many (at most {_MAX_TEMPLATES})"
+                place = folder / NAMED_TEMPLATES
+                what = f"{place}: {len(found):,} chat templates are too many (at most {_MAX_TEMPLATES})"
                 raise TokenizerError(what, _CLEAN_COPY)
-            names += [f"{_TEMPLATES}/{name}" for name in found]
+            names += [f"{NAMED_TEMPLATES}/{name}" for name in found]
         return TokenizerFiles(_read(folder, names))
     except (OSError, files.UnsafePathError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -144,24 +140,39 @@ def of_run(run_dir: Path, sink: Sink) -> TokenizerFiles | None:
     return None
 
 
-def take(run_dir: Path, base: Path, resumed: bool, sink: Sink) -> TokenizerFiles:
+def take(
+    run_dir: Path, base: Path, resumed: bool, sink: Sink, choose: Callable[[TokenizerFiles], TokenizerFiles]
+) -> TokenizerFiles:
     """The tokenizer that a run works with, read from the base in the folder `base` and kept in the run's.
 
-    A resumed run goes on with what it took when it began, and says so where the base's is another one now. Raises
-    TokenizerError for the base's files, RunFolderError where the copy cannot be written.
+    `choose` gives the files their chat template. A resumed run goes on with what it took when it began, and says so
+    where it would be another one now. Raises TokenizerError for the base's files, RunFolderError where the copy cannot
+    be written, and what `choose` raises.
     """
     found = read_files(base)
     if resumed and (kept := of_run(run_dir, sink)) is not None:
-        if kept.fingerprint != found.fingerprint:
-            message = f"the tokenizer in {base} has changed since this run began; the run goes on with its own copy"
-            sink.emit(Notice("tokenizer", message))
+        goes_on = "the run goes on with its own copy"
+        try:
+            if kept.fingerprint != choose(found).fingerprint:
+                of_what = "chat template" if _but_for_template(kept) == _but_for_template(found) else "tokenizer"
+                message = f"the {of_what} in {base} has changed since this run began; {goes_on}"
+                sink.emit(Notice("tokenizer", message))
+        except TokenizerError as error:
+            sink.emit(Notice("tokenizer", f"{error.what}; {goes_on}"))
         return kept
+    found = choose(found)
     try:
         disk.publish_folder(run_dir / FOLDER, found.write, {"kind": "tokenizer"})
     except OSError as error:
         what = f"{run_dir / FOLDER}: cannot be written ({error.strerror or error})"
         raise RunFolderError(what, "free some space there, or name another folder in output.dir") from error
     return found
+
+
+def _but_for_template(found: TokenizerFiles) -> dict[str, bytes]:
+    """What tokens are made by."""
+    places = (TOKENIZER_CONFIG, TEMPLATE, "chat_template.json", CONFIG)
+    return {name: data for name, data in found.content.items() if name not in places}
 
 
 def of_export(base: Path, adapter: Path) -> TokenizerFiles:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora import windows_paths
 from qlora.errors import Problem
 from qlora.foreign_toml import ForeignTomlError, parse
 
@@ -140,12 +141,11 @@ def _nesting(line: str, depth: int, fence: str) -> tuple[int, str]:
 
 def toml_problem(path: Path, text: str, error: ForeignTomlError) -> Problem:
     """A TOML syntax error with its line (the parser says none for the last one)."""
-    line = error.line or len(text.rstrip("\n").split("\n"))
-    return Problem(
-        f"{path}:{line}",
-        f"not valid TOML: {error}",
-        'strings need quotes, lists need brackets: base = "owner/name", formats = ["hf"]',
-    )
+    lines = text.rstrip("\n").split("\n")
+    line = error.line or len(lines)
+    hint = 'strings need quotes, lists need brackets: base = "owner/name", formats = ["hf"]'
+    hint = windows_paths.in_single_quotes(lines[line - 1] if line <= len(lines) else "") or hint
+    return Problem(f"{path}:{line}", f"not valid TOML: {error}", hint)
 
 
 def short(text: object) -> str:

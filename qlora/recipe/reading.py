@@ -235,24 +235,30 @@ def looks_like_folder(base: str) -> bool:
 def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     """The recipe with the base and the sources that are local as absolute paths, from `folder` on."""
     model, data = recipe.model, recipe.data
-    base = _local(model.base, folder, ("model", "base"), index)
+    problems: list[Problem] = []
+    base = _local(model.base, folder, ("model", "base"), index, problems)
     if looks_like_folder(model.base) or os.path.isdir(base):
         model = model.model_copy(update={"base": str(base.resolve())})
+    if model.chat_template not in ("auto", "chatml"):
+        template = str(_local(model.chat_template, folder, ("model", "chat_template"), index, problems))
+        model = model.model_copy(update={"chat_template": template})
     sources = {side: list(getattr(data, side)) for side in ("train", "eval")}
     for side, entries in sources.items():
         for number, source in enumerate(entries):
             if not source.path.startswith("hub:"):
                 # Not resolve(): a glob's pattern must stay as it is.
-                path = str(_local(source.path, folder, ("data", side, number, "path"), index))
+                path = str(_local(source.path, folder, ("data", side, number, "path"), index, problems))
                 entries[number] = source.model_copy(update={"path": path})
-    _local(recipe.output.dir, Path.cwd(), ("output", "dir"), index)
+    _local(recipe.output.dir, Path.cwd(), ("output", "dir"), index, problems)
+    if problems:
+        raise RecipeError(problems)
     # What the recipe does not set stays so: a resumed run takes it from what it recorded.
     changed = {side: tuple(entries) for side, entries in sources.items() if entries}
     return recipe.model_copy(update={"model": model, "data": data.model_copy(update=changed)})
 
 
-def _local(text: str, folder: Path, key: Location, index: LineIndex) -> Path:
-    """A path of the recipe, from `folder` on. Raises RecipeError for one that no system could open."""
+def _local(text: str, folder: Path, key: Location, index: LineIndex, problems: list[Problem]) -> Path:
+    """A path of the recipe, from `folder` on; one that no system could open is added to `problems`."""
     try:
         place = folder / Path(text).expanduser()
         files.user_path(place)
@@ -266,4 +272,5 @@ def _local(text: str, folder: Path, key: Location, index: LineIndex) -> Path:
     else:
         return place
     what = f"{'.'.join(map(str, key))}: {short(text)}: {reason}"
-    raise RecipeError([Problem(index.where(key), what, "write out the path of a file or folder")])
+    problems.append(Problem(index.where(key), what, "write out the path of a file or folder"))
+    return folder

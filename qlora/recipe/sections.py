@@ -23,6 +23,7 @@ Rows = Annotated[int, Field(ge=1, le=65_536)]
 Minutes = Annotated[float, Field(gt=0, le=1_000_000)]  # two years
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_nul)]
 Names = Annotated[tuple[Text, ...], Field(max_length=4096)]
+Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 MAX_MEMORY = 1 << 50
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
@@ -41,6 +42,10 @@ class ModelSection(Section):
     revision: Text = Field("main", description="Hub branch, tag or commit; the run records the commit")
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto", description="auto is sdpa, but eager where sdpa cannot compute the model (Gemma 2's softcap)"
+    )
+    chat_template: Text = Field("auto", description="auto is the base's own, chatml for a base without one, or a file")
+    template_kwargs: dict[Name, bool | int | float | Text] = Field(
+        default_factory=dict, max_length=100, description="What the template is told, such as {enable_thinking = false}"
     )
 
 
@@ -76,7 +81,7 @@ class SourceSection(Section):
     """One source of rows."""
 
     path: Text = Field(
-        description="File, glob or folder, relative to the recipe, or a data set hub:NAME[@revision][:split]",
+        description="File, glob, folder or folder:SPLIT, relative to the recipe, or hub:NAME[@revision][:split]",
     )
     format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
         "auto", description="How a row is read; auto: the first format whose columns are all there"
@@ -106,7 +111,7 @@ class DataSection(Section):
         "assistant", description="assistant trains the assistant's turns with their end token, all trains every token"
     )
     eval_fraction: Share = Field(
-        0.05, description="Share of the training rows kept for evaluation when there is no [[data.eval]]"
+        0.05, description="Share of the training rows kept to evaluate on, without [[data.eval]] or validation split"
     )
     truncation: Literal["drop", "cut", "error"] = Field(
         "drop", description="Rows over max_length: leave them out, cut them to their first tokens, or end with an error"

@@ -138,15 +138,16 @@ def _forget_after(path: Path, step: int) -> int:
     Returns how many lines are no events. They stay, but for one without an end, which a killed process left.
     """
     written = disk.hidden(path, "tmp")
-    foreign, line = 0, b"\n"
+    foreign, line, begin = 0, b"\n", 0
     try:
         with files.open_to_write(written, "new") as file, BufferedWriter(file) as kept:
-            for line, event in _lines(path):
+            for piece, event in _lines(path):
+                begin, line = kept.tell() if line.endswith(b"\n") else begin, piece
                 foreign += event is None and line.endswith(b"\n")
                 if event is None or not _is_of_later_step(event, step):
                     kept.write(line)
             if not line.endswith(b"\n"):
-                kept.truncate(kept.tell() - len(line))
+                kept.truncate(begin)  # all pieces of it
         disk.put_in_place(written, path)
     finally:
         written.unlink(missing_ok=True)

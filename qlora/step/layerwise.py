@@ -50,7 +50,7 @@ class WeightHolder:
                 place[leaf] = self._fetched(name, place[leaf])
             yield
         finally:
-            for place, leaf, empty in taken:
+            for place, leaf, empty in reversed(taken):  # a shared module is there under several names
                 place[leaf] = empty
 
     def names_under(self, module: nn.Module) -> list[str]:
@@ -96,6 +96,12 @@ def layers_of(model: Any) -> Sequence[nn.Module]:
     raise LookupError(f"{type(model).__name__}: its {wanted} layers are not found")
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Rotary tables and their like, which a model has beside its parameters."""
+    for module in model.modules():
+        module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
+
+
 def trained_hidden(hidden_BSD: Tensor, batch: Batch) -> Tensor:
     """The hidden states (T, D) of a micro-batch's trained positions."""
     return hidden_BSD.flatten(0, 1).index_select(0, batch.trained_T)
@@ -107,8 +113,7 @@ def trained_hidden_states(holder: WeightHolder, layers: Sequence[nn.Module], bat
     Buffers are moved there. Raises what `holder.fetch` raises.
     """
     model, trunk = holder.model, holder.model.base_model
-    for module in model.modules():
-        module._buffers.update({name: b if b is None else b.to(holder.device) for name, b in module._buffers.items()})
+    move_buffers(model, holder.device)
     of_layer = [holder.names_under(layer) for layer in layers]
     embedding = {*holder.names_under(model.get_input_embeddings())}
     elsewhere = {*holder.names_under(model.get_output_embeddings())} - embedding
@@ -144,7 +149,8 @@ def _first_layer(trunk: nn.Module, layers: Sequence[nn.Module], batch: Batch) ->
 
 def _after_layers(trunk: nn.Module, layers: Sequence[nn.Module], one: _Pass) -> Tensor:
     """What the trunk does after its last layer: at least a norm."""
-    return _run(trunk, layers, [one.layer_output] * len(layers), one.batch, inputs_embeds=one.hidden_BSD)
+    assert one.hidden_BSD is not None  # a copy: some models scale what they are given in its own place
+    return _run(trunk, layers, [one.layer_output] * len(layers), one.batch, inputs_embeds=one.hidden_BSD.clone())
 
 
 def _run(

@@ -9,6 +9,7 @@ reduce them in their own way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,26 +33,31 @@ def chunk_tokens(vocabulary: int) -> int:
     return max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
+# Keys that scale or cap the head's output, as transformers calls them: Gemma 2 (cap * tanh(logits / cap), report
+# section 2), RecurrentGemma and xLSTM; Cohere and Falcon-H1 multiply, Granite and MiniCPM 3 divide.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier")
+DIVISOR = "logits_scaling"
+MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # HyperCLOVAXForCausalLM.forward, for the key by which Granite divides
+
+
 def logits_transform(config: Any) -> LogitsTransform | None:
-    """What the model's own forward does to the head's output, read from its config.
-
-    `final_logit_softcapping` (Gemma 2, Gemma 2 report section 2: cap * tanh(logits / cap)), `logits_scaling` (Granite:
-    divides), `logit_scale` (Cohere: multiplies). A transform that is missing here is found by `training.selfcheck`.
-    """
-    cap = getattr(config, "final_logit_softcapping", None)
-    divisor = getattr(config, "logits_scaling", None)
-    factor = getattr(config, "logit_scale", None)
-    if cap:
-        return partial(_softcap, cap=float(cap))
-    if isinstance(divisor, (int, float)) and divisor != 1:
-        return partial(torch.mul, other=1.0 / float(divisor))
-    if isinstance(factor, (int, float)) and factor != 1:
-        return partial(torch.mul, other=float(factor))
-    return None
+    """What the model's own forward does to the head's output, by its config; `model.family_facts` compares the two."""
+    factor = math.prod(_number(config, key) or 1.0 for key in FACTORS)
+    if divisor := _number(config, DIVISOR):
+        factor *= divisor if config.model_type in MULTIPLIES_BY_DIVISOR else 1.0 / divisor
+    if cap := next(filter(None, (_number(config, key) for key in CAPS)), None):
+        return partial(_softcap, cap=cap, factor=factor)
+    return partial(torch.mul, other=factor) if factor != 1 else None
 
 
-def _softcap(logits: Tensor, cap: float) -> Tensor:
-    return torch.tanh(logits / cap) * cap
+def _number(config: Any, key: str) -> float | None:
+    value = getattr(config, key, None)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value else None
+
+
+def _softcap(logits: Tensor, cap: float, factor: float) -> Tensor:
+    return torch.tanh(logits * factor / cap if factor != 1 else logits / cap) * cap
 
 
 def token_logprobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import KEY
 from qlora.model.identity import BaseIdentity
 from qlora.model.tokenizer_files import TokenizerFiles
+from qlora.model.weight_names import ClassNames, class_names
 from qlora.recipe.reading import Recipe
 from qlora.redaction import redact
 from qlora.training.checkpoint import RunState
@@ -30,17 +32,22 @@ class BestAdapter:
     base: BaseFolder
     tokenizer: TokenizerFiles
     recipe: Recipe
-    template: str | None
     train_rows: int
     eval_rows: int
     identity: BaseIdentity
 
+    @cached_property
+    def _names(self) -> ClassNames | None:
+        return class_names(self.base, self.model.get_base_model())
+
     def publish(self, run_dir: Path, state: RunState, sink: Sink) -> None:
         """Write `run_dir/adapter` anew, in one rename."""
 
+        loss = state.delivered if state.delivered and state.delivered.step == state.step else None
+
         def write(folder: Path) -> None:
-            adapters.save(self.model, folder, self.base.name, self.base.commit)
-            self.tokenizer.deliver(folder, self.template)
+            adapters.save(self.model, folder, self.base.name, self.base.commit, self._names)
+            self.tokenizer.deliver(folder)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
             # What the adapter was trained against, for programs: here the base keeps its whole path.
             provenance = {
@@ -51,7 +58,7 @@ class BestAdapter:
                 "identity": self.identity.model_dump(),
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "step": state.step,
-                KEY: state.delivered if state.delivered and state.delivered["step"] == state.step else None,
+                KEY: None if loss is None else loss.model_dump(),
             }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
             if redact(self.base.name) != self.base.name:  # programs find the base by it, and nobody else is to read it

@@ -34,6 +34,7 @@ from qlora.events import Notice, Recovered, Saved, Sink
 from qlora.foreign_json import ForeignFileError, ForeignModel
 from qlora.model import identity
 from qlora.model.base_folder import BaseFolder
+from qlora.model.delivered_loss import DeliveredLoss
 from qlora.model.identity import Fingerprints
 from qlora.model.meta_model import build, taken_tensors
 from qlora.model.tensors import read_file
@@ -80,7 +81,7 @@ class RunState:
     stopped_early: bool = False
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
     gradient_checkpointing: bool | None = None
-    delivered: dict[str, Any] | None = None  # of the best step: `DeliveredLoss`
+    delivered: DeliveredLoss | None = None  # of the best step
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def save(
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
         belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
-        content = {"format": FORMAT, "state": asdict(state), **belongs}
+        loss = None if state.delivered is None else state.delivered.model_dump()
+        content = {"format": FORMAT, "state": {**asdict(state), "delivered": loss}, **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     if (free := disk.free_bytes(run_dir)) < needed:

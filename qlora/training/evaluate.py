@@ -24,6 +24,7 @@ from qlora.data.prepare import PreparedSplit
 from qlora.events import Evaluated, Progress, Sampled
 from qlora.export.verify.evaluation import EvalRows, mean, summed_loss
 from qlora.model import generate
+from qlora.model.delivered_loss import DeliveredLoss
 from qlora.recipe.sections import DataSection, EvalSection
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
@@ -64,7 +65,7 @@ class RunEvaluation:
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
-    delivered: dict[str, Any] | None = None  # what the last measuring says to whoever checks the adapter later
+    delivered: DeliveredLoss | None = None  # what the last measuring says to whoever checks the adapter later
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -121,7 +122,7 @@ class RunEvaluation:
                 losses.append(summed_loss(self.parts, self.objective, batch, self.recovery.device))
                 done += len(batch.input_ids_BS)
                 self.recovery.sink.emit(Progress("evaluate", done, packs))
-        self.delivered = rows.as_json(step, losses)
+        self.delivered = rows.record(step, losses)
         return mean(losses)
 
     def _sample_answers(self, step: int, questions: Sequence[Question], untuned: bool = False) -> list[str]:

@@ -78,7 +78,7 @@ class Training:
         self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
         self._use_rows(recipe.data)
         which = self.causal_lm.base_identity
-        facts = (recipe, job.chat.template, len(job.data.train.lengths), len(job.data.eval.lengths), which)
+        facts = (recipe, len(job.data.train.lengths), len(job.data.eval.lengths), which)
         self.best_adapter = BestAdapter(job.model, job.base, job.tokenizer, *facts)
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, job.data.content_fingerprint)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)

@@ -108,6 +108,8 @@ def prepare(
 
     Raises ExportError where the recipe asks for a GGUF that this base cannot become, DoesNotFit with remedies.
     """
+    from qlora.export.verify.foresight import foresee_measuring
+    from qlora.memory import hardware
     from qlora.training import evaluate, memory_plan
 
     with clock.phase("rows"):
@@ -115,6 +117,7 @@ def prepare(
         _check_tokens(chat, data, base)
     with clock.phase("checks", "plan memory"):
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
+        foresee_measuring(recipe.export, base, hardware.this_machine(recipe.memory.limit).limit_bytes, sink)
         asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
         memory = memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, prompt_tokens), sink)

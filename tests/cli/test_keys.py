@@ -12,7 +12,7 @@ import pytest
 
 from qlora.cli import estimate, export, train
 from qlora.cli.keys import page
-from qlora.data.formats import FORMAT_COLUMNS
+from qlora.data.column_words import FORMAT_COLUMNS
 from qlora.recipe.reading import key_names
 
 ROOT = Path(__file__).parent.parent.parent

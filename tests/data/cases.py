@@ -107,7 +107,7 @@ BROKEN_LINES: list[tuple[str, str | bytes, str]] = [
     ("mixed types", of(USER, 3, None, says("x")), "messages[1] is a number"),
     ("parts of mixed types", of({"role": "user", "content": ["a", 1]}, says("x")), "only text"),
     ("weight a text", of(USER, says("x", weight="1")), "weight is '1'"),
-    ("train a number", of(USER, says("x", train=1)), "train is a number"),
+    ("train a number", of(USER, says("x", train=2)), "train is 2"),
     ("a NUL in a key", '{"a\\u0000b": 1, "messages": []}', "NUL"),
     ("reasoning a list", of(USER, says("x", reasoning_content=[])), "reasoning_content is a list"),
     ("a BOM in the middle", "\ufeff" + GOOD_LINE, "broken JSON"),

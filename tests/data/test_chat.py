@@ -248,7 +248,7 @@ def test_reasoning_lost_from_history_is_counted(inside: bool) -> None:
 
     chat = family_chat("qwen3")
     row = encode(chat, talk(user("a"), thoughtful("why b", "b"), user("c"), thoughtful("why d", "d")))
-    assert chat.lost_reasoning == 1
+    assert chat.dropped["history"] == 1
     assert trained(chat, row) == ["b<|im_end|>", "<think>\nwhy d\n</think>\n\nd<|im_end|>"]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora.data.formats import FORMAT_COLUMNS, Conversation, detect_format, to_conversation
+from qlora.data.formats import Conversation, to_conversation
 from qlora.data.row_json import RowError
 
 CALL = {"type": "function", "id": "call00000", "function": {"name": "add", "arguments": {"a": 1}}}
@@ -16,34 +16,6 @@ ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "o
 
 def roles(conversation: Conversation) -> list[str]:
     return [message["role"] for message in conversation.messages]
-
-
-@pytest.mark.parametrize(
-    ("columns", "format"),
-    [
-        ({"messages"}, "messages"),
-        ({"messages", "tools", "id"}, "messages"),
-        ({"conversations", "system", "tools"}, "sharegpt"),
-        ({"prompt", "completion"}, "prompt-completion"),
-        ({"instruction", "input", "output"}, "alpaca"),
-        ({"instruction", "output", "text"}, "alpaca"),
-        ({"text", "source"}, "text"),
-    ],
-)
-def test_a_format_is_told_by_its_columns(columns: set[str], format: str) -> None:
-    assert detect_format(columns) == format
-
-
-def test_unknown_columns_are_listed_beside_the_known_ones() -> None:
-    with pytest.raises(RowError) as caught:
-        detect_format({"question", "reply"})
-    assert "question, reply" in caught.value.reason
-    assert all(name in caught.value.reason for name in FORMAT_COLUMNS)
-
-
-def test_preference_rows_are_named_as_such() -> None:
-    with pytest.raises(RowError, match="preference"):
-        detect_format({"conversations", "chosen", "rejected"})
 
 
 def test_messages_are_kept_to_the_letter() -> None:
@@ -186,12 +158,10 @@ def test_text_is_trained_whole() -> None:
 @pytest.mark.parametrize(
     ("format", "row", "reason"),
     [
-        ("messages", {"messages": [{"from": "human", "value": "x"}]}, "sharegpt"),
-        ("sharegpt", {"conversations": [{"role": "user", "content": "x"}]}, "messages format"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "only text"),
         ("messages", {"messages": [{"role": "user", "content": "x", "tool_calls": [{"name": "f"}]}]}, "assistant"),
         ("messages", {"messages": [{"role": "assistant", "content": "x", "weight": 2}]}, "weight is 2"),
-        ("messages", {"messages": [{"role": "assistant", "content": "x", "train": "no"}]}, "not true or false"),
+        ("messages", {"messages": [{"role": "assistant", "content": "x", "train": "no"}]}, "known are true and false"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "JSON"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}]}, "list"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": ["f"]}]}, "not a tool call"),
@@ -209,3 +179,107 @@ def test_what_is_wrong_is_said_with_its_place(format: str, row: dict[str, Any], 
     with pytest.raises(RowError) as caught:
         to_conversation(row, format)
     assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+        ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"from": "gpt", "value": "a"}]}),
+        ("prompt-completion", {"prompt": "q", "completion": "a"}),
+        (
+            "prompt-completion",
+            {"prompt": [{"role": "user", "content": "q"}], "completion": {"from": "gpt", "value": "a"}},
+        ),
+        ("prompt-completion", {"prompt": '[{"role": "user", "content": "q"}]', "completion": ["a"]}),
+        (
+            "prompt-completion",
+            {"prompt": {"messages": [{"role": "user", "content": "q"}]}, "completion": {"text": "a"}},
+        ),
+        ("alpaca", {"instruction": "q", "output": "a"}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [
+        ("system", "s"),
+        ("system_prompt", "s"),
+        ("system", [{"type": "text", "text": "s"}]),
+        ("systemInstruction", {"role": "system", "parts": [{"text": "s"}]}),
+    ],
+)
+def test_a_system_prompt_of_a_column_is_read_in_every_format(
+    format: str, row: dict[str, Any], name: str, system: Any
+) -> None:
+    conversation = to_conversation({**row, name: system}, format)
+    assert [message["content"] for message in conversation.messages] == ["s", "q", "a"]
+    assert roles(conversation) == ["system", "user", "assistant"]
+    assert conversation.remarks == ()
+
+
+def test_an_answer_that_is_json_itself_stays_text() -> None:
+    answer = '[{"role": "user", "content": "x"}]'
+    row = {"prompt": "Write a chat as JSON.", "completion": answer}
+    assert to_conversation(row, "prompt-completion").messages[1]["content"] == answer
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["a", "b"]],
+        '[["a", "b"]]',
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [{"user": "a", "assistant": "b"}],
+    ],
+)
+def test_history_in_any_spelling(history: Any) -> None:
+    for row, format in (({"instruction": "c", "output": "d"}, "alpaca"), ({"prompt": "c", "completion": "d"}, "")):
+        conversation = to_conversation({**row, "history": history}, format or "prompt-completion")
+        assert [message["content"] for message in conversation.messages] == ["a", "b", "c", "d"]
+    assert len(to_conversation({"instruction": "c", "output": "d", "history": "[]"}, "alpaca").messages) == 2
+
+
+def test_old_forms_of_a_call_are_read() -> None:
+    row = {
+        "messages": [
+            {"role": "user", "content": "add"},
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}},
+            {"role": "function", "name": "add", "content": "1"},
+            {"role": "assistant", "content": "1"},
+        ],
+        "functions": [ADD["function"]],
+    }
+    conversation = to_conversation(row, "messages")
+    assert conversation.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert conversation.messages[2] == {"role": "tool", "content": "1", "name": "add", "tool_call_id": "call00000"}
+    assert (conversation.tools, conversation.remarks) == ((ADD,), ())
+
+
+def test_thoughts_of_a_column_are_the_answers() -> None:
+    row = {"prompt": "q", "completion": "a", "thinking": "hm"}
+    assert to_conversation(row, "prompt-completion").messages[1]["reasoning_content"] == "hm"
+    switch = to_conversation({"prompt": "q", "completion": "a", "reasoning": "on"}, "prompt-completion")
+    assert "reasoning_content" not in switch.messages[1]
+    assert [remark.name for remark in switch.remarks] == ["reasoning"]
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("alpaca", {"instruction": "q", "output": "a", "images": ["a.png"]}),
+        ("messages", {"messages": [{"role": "user", "content": "<image>q"}], "images": []}),
+        ("text", {"text": "A dog.", "image": "dog.png"}),
+        ("prompt-completion", {"prompt": "q", "completion": "a", "label": False}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "q"}], "chosen": "a", "rejected": "b"}),
+        ("messages", {"messages": [{"role": "assistant", "content": "a"}], "train": False}),
+    ],
+)
+def test_what_changes_the_meaning_of_a_row_is_refused_with_a_way_out(format: str, row: dict[str, Any]) -> None:
+    with pytest.raises(RowError) as caught:
+        to_conversation(row, format)
+    assert caught.value.hint
+
+
+def test_a_label_of_plain_text_is_only_named() -> None:
+    conversation = to_conversation({"text": "A good film.", "label": 0}, "text")
+    assert conversation.text and [remark.name for remark in conversation.remarks] == ["label"]

@@ -164,7 +164,7 @@ def test_no_row_left_says_how_many_and_how_long(tmp_path: Path) -> None:
 
 
 def test_nothing_but_bad_rows_left(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no row is left to use \(2 are bad\)"):
+    with pytest.raises(DataError, match=r"no row is left to use \(2 are bad, 2 of them because messages\[1\]: "):
         run(tmp_path, write(tmp_path / "a.jsonl", [pair("a", ""), pair("b", "")]), max_bad_rows=5)
 
 

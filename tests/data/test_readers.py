@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,53 @@ def test_tsv(tmp_path: Path) -> None:
     file = tmp_path / "a.tsv"
     file.write_text("prompt\tcompletion\na, b\tc\n")
     assert read(file)[0].row == {"prompt": "a, b", "completion": "c"}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_table_is_read_by_the_separator_of_its_first_line(
+    tmp_path: Path, separator: str, ending: str, mark: str
+) -> None:
+    cells = [["prompt", "completion"], ["a, b; c", '"d"'], ["two\nlines", "e|f\tg"]]
+    with (tmp_path / f"a{ending}").open("w", encoding="utf-8", newline="") as file:
+        file.write(mark)
+        csv.writer(file, delimiter=separator).writerows(cells)
+    found = read(tmp_path / f"a{ending}")
+    assert [row.row for row in found] == [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+    assert [row.where for row in found] == [f"a{ending}:2", f"a{ending}:3"]
+
+
+@pytest.mark.parametrize("header", ["text", '"a;b"', '"a,b"', "a b"])
+def test_a_table_of_one_column_has_no_separator(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\nx; y\n")
+    assert read(tmp_path / "a.csv")[0].row == {header.strip('"'): "x; y"}
+
+
+def test_excels_own_line_of_the_separator(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("sep=;\r\nprompt;completion\r\na, b;c\r\n", newline="")
+    (row,) = read(tmp_path / "a.csv")
+    assert (row.row, row.where) == ({"prompt": "a, b", "completion": "c"}, "a.csv:3")
+
+
+@pytest.mark.parametrize(
+    ("head", "row", "left"),
+    [
+        (",prompt,completion", "0,a,b", {"unnamed column 1": "0"}),
+        ("Unnamed: 0,prompt,completion", "0,a,b", {"Unnamed: 0": "0"}),
+        ("prompt,completion,,", "a,b,,x", {"unnamed column 3": "", "unnamed column 4": "x"}),
+        ('"",prompt," "," completion"', "0,a,1,b", None),
+    ],
+)
+def test_a_column_without_a_name_is_known_by_its_number(
+    tmp_path: Path, head: str, row: str, left: dict[str, str] | None
+) -> None:
+    (tmp_path / "a.csv").write_text(f"{head}\n{row}\n")
+    found = read(tmp_path / "a.csv")[0].row
+    if left is None:
+        assert list(found) == ["unnamed column 1", "prompt", "unnamed column 3", " completion"]
+    else:
+        assert found == {"prompt": "a", "completion": "b", **left}
 
 
 def test_parquet_rows_come_without_the_nulls_of_the_schema(tmp_path: Path) -> None:

@@ -35,14 +35,16 @@ def test_a_file_whose_name_looks_like_a_glob_is_itself(tmp_path: Path) -> None:
 def test_columns_are_renamed_to_the_formats_own(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines([{"question": "q", "instruction": "old", "reply": "r", "id": 1}]))
     found = read(tmp_path / "a.jsonl", columns={"instruction": "question", "output": "reply"})
-    assert found[0].row == {"instruction": "q", "output": "r", "id": 1}
+    hidden = {"instruction (replaced by question)": "old"}
+    assert found[0].row == {"instruction": "q", "output": "r", "id": 1, **hidden}
 
 
 def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines([{"question": "q"}]))
     with pytest.raises(DataError, match="no row has the column query") as caught:
         read(tmp_path / "a.jsonl", columns={"instruction": "query"})
-    assert "columns = {" in caught.value.hint
+    assert 'columns = { instruction = "question" }' in caught.value.hint
+    assert "there are: question" in caught.value.what
 
 
 @pytest.mark.parametrize(

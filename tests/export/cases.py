@@ -17,6 +17,7 @@ from qlora.model import adapters, load
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
+from qlora.model.weight_names import class_names
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
 NF4 = QuantizationSection()
@@ -40,7 +41,7 @@ def trained(base_dir: Path, folder: Path, lora: LoraSection, quantization: Quant
             if "lora_A" not in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
     folder.mkdir(parents=True, exist_ok=True)
-    adapters.save(model, folder, base.name, base.commit)
+    adapters.save(model, folder, base.name, base.commit, class_names(base, model.get_base_model()))
     said = {"base": base.name, "revision": "main", "fingerprint": base.fingerprint}
     (folder / "qlora.json").write_text(json.dumps({**said, "quantization": quantization.model_dump()}))
     return model.eval()
@@ -110,7 +111,7 @@ def edit(file: Path, **changes: object) -> None:
 
 def export(source: Path, *to: str, **options: Any) -> Any:
     """What the command does, verification included where it is not switched off."""
-    where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "sink") if key in options}
+    where = {key: options.pop(key) for key in ("quants", "out", "merge_base", "base_model", "sink") if key in options}
     return api.merge_and_export(source, to=to, options=ExportOptions(**options), **where)
 
 

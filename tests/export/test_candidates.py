@@ -18,6 +18,7 @@ from qlora.export.verify.candidates import Weights
 from qlora.export.verify.fidelity import live_logprobs
 from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
+from tests import all_families
 from tests.export.cases import KINDS, NF4, merge_of, trained
 from tests.export.hf_folder import write_hf
 from tests.families import FAMILIES, make_base
@@ -176,9 +177,33 @@ def test_a_resized_vocabulary_is_computed(llama: Path) -> None:
     assert found.shape == (104, 392)
 
 
-def test_a_model_without_its_layers_in_a_list_is_refused(llama: Path) -> None:
+# Layers that take more than what the layer before gives: a first pair of results, another's hidden states, keys of a
+# layer before, a state beside the hidden states.
+@pytest.mark.parametrize("family", ["bamba", "dory", "gemma4_text", "rwkv"])
+def test_a_trunk_that_is_more_than_its_layers_is_computed_whole(family: str, tmp_path: Path) -> None:
+    folder = all_families.make_base(family, tmp_path / "base")
+    base = resolve(str(folder), "main", Recorder())
+    meta_model = build(base)
+    weights = candidates.of_folder(meta_model, base)
+    found = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU, torch.float32))
+    torch.testing.assert_close(found, loaded(folder, torch.float32, meta_model.attention), atol=1e-5, rtol=0)
+    assert all(parameter.is_meta for parameter in meta_model.model.parameters()), "a weight was kept"
+
+
+def test_layers_that_are_in_no_list_are_computed_whole(llama: Path) -> None:
     base = resolve(str(llama), "main", Recorder())
     meta_model = build(base)
+    weights = candidates.of_folder(meta_model, base)
+    by_layers = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU))
     meta_model.model.config.num_hidden_layers = 7
-    with pytest.raises(ExportError, match="its 7 layers are not found"):
+    whole = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU))
+    assert torch.equal(whole, by_layers)
+
+
+def test_a_whole_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolve(str(all_families.make_base("dory", tmp_path / "base")), "main", Recorder())
+    meta_model = build(base)
+    monkeypatch.setattr(candidates, "free_bytes", lambda device: 1 << 10)
+    with pytest.raises(ExportError, match="measured whole it takes 0.00 GiB") as refused:
         list(candidates.vocabulary_logprobs(meta_model.model, {}, BATCHES, CPU))
+    assert "verify=False" in refused.value.hint

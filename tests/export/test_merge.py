@@ -17,7 +17,8 @@ from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
 from qlora.export import hf
 from qlora.model.adapter_config import AdapterConfig
-from qlora.model.adapter_folder import scales_of
+from qlora.model.adapter_folder import LoraModule, alphas_of
+from qlora.model.tensors import TensorEntry
 from qlora.recipe.sections import QuantizationSection
 from tests.export.cases import KINDS, NF4, edit, exported, kl, logits, merge_of, of_peft, opened, trained, whole
 from tests.export.hf_folder import write_hf
@@ -159,12 +160,13 @@ def test_plain_peft_opens_the_adapter_on_plain_transformers(tmp_path: Path, llam
 
 
 def test_an_adapter_made_elsewhere_merges_too(tmp_path: Path, llama: Path) -> None:
-    """Only PEFT's two files, no provenance of ours."""
-    model = trained(llama, tmp_path / "adapter", KINDS["plain"])
-    (tmp_path / "adapter" / "qlora.json").unlink()
-    done = exported(tmp_path / "adapter")
-    assert done.folder == tmp_path / "adapter-export" / "hf"
-    assert kl(logits(model), logits(opened(done.folder))) < 1e-3
+    """Only PEFT's two files, no provenance of ours: trained in 16 bit, unless its owner says that it was not."""
+    for quantization, asked, base in ((QuantizationSection(type="none"), "auto", "full"), (NF4, "nf4", "nf4")):
+        model = trained(llama, tmp_path / "adapter", KINDS["plain"], quantization)
+        (tmp_path / "adapter" / "qlora.json").unlink()
+        done = exported(tmp_path / "adapter", merge_base=asked)
+        assert done.folder == tmp_path / "adapter-export" / "hf" and done.merge_base == base
+        assert kl(logits(model), logits(opened(done.folder))) < 1e-3
 
 
 def zero_b(folder: Path) -> None:
@@ -209,7 +211,7 @@ BROKEN = {
     "replicated layers": lambda folder: edit(folder / "adapter_config.json", layer_replication=[[0, 1]]),
     "has rank 4": lambda folder: edit(folder / "adapter_config.json", r=8),
     "trained on another base": lambda folder: edit(folder / "qlora.json", fingerprint="0" * 64),
-    "there is no folder": lambda folder: edit(folder / "qlora.json", base="/nowhere/at/all"),
+    "is not here": lambda folder: edit(folder / "qlora.json", base="/nowhere/at/all"),
 }
 
 
@@ -252,7 +254,9 @@ def test_scales_follow_the_patterns() -> None:
     patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {r"layers\.0\..*": 2}}
     config = AdapterConfig.model_validate({"peft_type": "LORA", "r": 8, "lora_alpha": 16, **patterns})
     layer = "model.layers.{}.self_attn.{}_proj".format
-    scales = scales_of({layer(1, "v"): 8, layer(1, "q"): 4, layer(0, "v"): 8}, config, Path("x"))
-    assert list(scales.values()) == [2.0, 4.0, 0.25]
-    stabilized = config.model_copy(update={"use_rslora": True})
-    assert list(scales_of({layer(1, "v"): 8}, stabilized, Path("x")).values()) == [16 / 8**0.5]
+    ranks = {layer(1, "v"): 8, layer(1, "q"): 4, layer(0, "v"): 8}
+    alphas = alphas_of(ranks, config, Path("x"), {})
+    assert list(alphas.values()) == [16, 16, 2]
+    matrix = TensorEntry(Path("x"), "F32", (8, 64), 0, 2048, Path("x"))
+    assert LoraModule(matrix, matrix, None, 16, False, False).scale == 2.0
+    assert LoraModule(matrix, matrix, None, 16, True, False).scale == 16 / 8**0.5

@@ -12,7 +12,7 @@ from qlora import disk
 from qlora.errors import RunFolderError, TokenizerError
 from qlora.events import Recorder
 from qlora.model.tokenizer import open_tokenizer
-from qlora.model.tokenizer_files import TOKENIZER_FILES, of_export, of_run, read_files, take
+from qlora.model.tokenizer_files import TOKENIZER_FILES, TokenizerFiles, of_export, of_run, read_files, take
 from tests.families import make_base, make_tokenizer
 
 
@@ -93,18 +93,6 @@ def test_what_is_delivered_names_no_place_of_this_machine(base: Path, tmp_path: 
     assert (out / "tokenizer_config.json").read_bytes() == file.read_bytes()
 
 
-def test_the_template_of_the_training_goes_along_where_the_base_has_none(base: Path, tmp_path: Path) -> None:
-    (base / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (base / "tokenizer_config.json").write_text(json.dumps(config))
-    read_files(base).deliver(tmp_path, "{{ messages }}")
-    assert (tmp_path / "chat_template.jinja").read_text() == "{{ messages }}"
-    (base / "chat_template.jinja").write_text("its own")
-    read_files(base).deliver(tmp_path, "{{ messages }}")
-    assert (tmp_path / "chat_template.jinja").read_text() == "its own"
-
-
 def test_the_tokenizer_of_an_adapter_goes_first_with_the_base_s_configuration(base: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -118,31 +106,44 @@ def test_the_tokenizer_of_an_adapter_goes_first_with_the_base_s_configuration(ba
         assert "<new>" in open_tokenizer(folder, "base").get_vocab()
 
 
+def as_it_is(found: TokenizerFiles) -> TokenizerFiles:
+    return found
+
+
 def test_a_resumed_run_goes_on_with_what_it_took(base: Path, tmp_path: Path) -> None:
     run, sink = tmp_path / "run", Recorder()
-    first = take(run, base, False, sink)
-    assert take(run, base, True, sink) == first == of_run(run, sink) and not sink.events
+    first = take(run, base, False, sink, as_it_is)
+    assert take(run, base, True, sink, as_it_is) == first == of_run(run, sink) and not sink.events
     (base / "chat_template.jinja").write_text("another")
-    assert take(run, base, True, sink) == first
-    assert ["has changed since this run began" in text for text in notices(sink)] == [True]
-    assert take(run, base, False, sink).content["chat_template.jinja"] == b"another", "a new run takes it anew"
+    assert take(run, base, True, sink, as_it_is) == first
+    said = f"the chat template in {base} has changed since this run began; the run goes on with its own copy"
+    assert notices(sink) == [said]
+
+    def gone(_: TokenizerFiles) -> TokenizerFiles:
+        raise TokenizerError("mine.jinja: no chat template (No such file or directory)", "")
+
+    assert take(run, base, True, sink, gone) == first
+    assert notices(sink)[1].startswith("mine.jinja: no chat template")
+    assert take(run, base, False, sink, as_it_is).content["chat_template.jinja"] == b"another", (
+        "a new run takes it anew"
+    )
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "manifest.json", "config.json"])
 def test_a_damaged_copy_is_said_and_made_anew(base: Path, tmp_path: Path, name: str) -> None:
     run, sink = tmp_path / "run", Recorder()
-    first = take(run, base, False, sink)
+    first = take(run, base, False, sink, as_it_is)
     data = bytearray((run / "tokenizer" / name).read_bytes())
     data[len(data) // 2] ^= 4
     (run / "tokenizer" / name).write_bytes(bytes(data))
     assert of_run(run, sink) is None and "is damaged" in notices(sink)[0]
-    assert take(run, base, True, sink) == first == of_run(run, Recorder())
+    assert take(run, base, True, sink, as_it_is) == first == of_run(run, Recorder())
 
 
 def test_a_run_of_an_older_version_gets_its_copy(base: Path, tmp_path: Path) -> None:
     run, sink = tmp_path / "run", Recorder()
     assert of_run(run, sink) is None
-    assert take(run, base, True, sink) == of_run(run, sink) == read_files(base) and not sink.events
+    assert take(run, base, True, sink, as_it_is) == of_run(run, sink) == read_files(base) and not sink.events
 
 
 def test_what_cannot_be_written_or_read_is_said(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_what_cannot_be_written_or_read_is_said(base: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(disk, "publish_folder", full)
     with pytest.raises(RunFolderError, match=r"tokenizer: cannot be written \(No space"):
-        take(tmp_path / "run", base, False, Recorder())
+        take(tmp_path / "run", base, False, Recorder(), as_it_is)
     shutil.rmtree(base)
     with pytest.raises(TokenizerError, match="No such file"):
         read_files(base)

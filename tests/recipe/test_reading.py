@@ -83,3 +83,14 @@ def test_a_side_without_sources_is_not_set(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, SMALL))
     assert recipe.data.model_fields_set == {"train"}
     assert load_recipe(write(tmp_path, SMALL), ["data.eval=[]"]).data.model_fields_set == {"train", "eval"}
+
+
+def test_every_path_that_nobody_could_open_is_named_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        '[model]\nbase = "~no-such-user/base"\n[[data.train]]\npath = "~no-such-user/rows"\n'
+        '[[data.eval]]\npath = "~no-such-user/more"\n[output]\ndir = "~no-such-user"\n'
+    )
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file)
+    assert [problem.where for problem in error.value.problems] == [f"{file}:{line}" for line in (2, 4, 6, 8)]

@@ -116,6 +116,11 @@ def test_a_line_without_an_end_is_read_in_pieces(tmp_path: Path, monkeypatch: py
     assert [event["step"] for event in read_events(path)] == [1, 9]
     JsonLines(path, resume_from_step=1).close()
     assert path.read_bytes() == b'{"event": "step", "step": 1}\n' + endless
+    path.write_bytes(b'{"event": "step", "step": 1}\n' + endless[:-1])
+    lines = JsonLines(path, resume_from_step=1)
+    lines.emit(step(2))
+    lines.close()
+    assert [event["step"] for event in read_events(path)] == [1, 2]  # nothing is written behind a line without an end
 
 
 def test_a_file_beyond_all_events_is_set_aside(tmp_path: Path) -> None:

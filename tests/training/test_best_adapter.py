@@ -27,7 +27,7 @@ def best(llama: Path, monkeypatch: pytest.MonkeyPatch) -> BestAdapter:
     base = resolve(str(llama), "main", Recorder())
     identity, files = at_the_door(base.config, base.tensors), read_files(base.path)
     recipe = recipe_of_base(str(llama))
-    return BestAdapter(None, base, files, recipe, None, train_rows=27, eval_rows=3, identity=identity)
+    return BestAdapter(None, base, files, recipe, train_rows=27, eval_rows=3, identity=identity)
 
 
 def test_the_folder_is_the_adapter_its_tokenizer_and_its_papers(best: BestAdapter, tmp_path: Path) -> None:

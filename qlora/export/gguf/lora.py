@@ -38,7 +38,7 @@ def check(adapter: Adapter) -> None:
 def check_layout(adapter: Adapter, layout: Layout) -> None:
     """Raises ExportError where llama.cpp would not look for the adapter of a weight that this one has."""
     for tensor in layout.tensors:
-        if tensor.parameter in adapter.lora and not tensor.adapts:
+        if tensor.parameter in adapter.lora and not (tensor.adapts and len(tensor.stored) == 2):
             what = f"{adapter.folder}: llama.cpp computes with {tensor.name} without a look for an adapter"
             raise ExportError(what, "merge it instead: to='gguf'")
 

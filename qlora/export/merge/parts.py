@@ -82,7 +82,7 @@ def make_plan(
     if merge_base == "full" and base.stored_4bit:
         raise ExportError(
             f"{base.name}: is stored in 4 bit, there are no original weights in it",
-            "merge with merge_base='nf4', or name the unquantized base",
+            "merge with merge_base='nf4', or name the unquantized base with `base_model`",
         )
     model = meta_model.model
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -165,12 +165,12 @@ def _rows_equal(one: TokenRows | None, other: TokenRows | None) -> bool:
 
 def _check(name: str, adapter: Adapter, base: Mapping[str, ParameterSource], vocabulary: tuple[str, str]) -> None:
     """Every trained tensor has its place in the base, in the right shape, and something was trained at all."""
-    folder, hint = adapter.folder, "name the base it was trained on (adapter_config.json tells which)"
+    folder, hint = adapter.folder, "name the base that it was trained on with `base_model`"
     if not adapter.parameters:
         raise ExportError(f"{folder}: nothing to merge, the adapter holds no tensors", "train it first")
-    for parameter in (*adapter.under, *adapter.parameters):
-        if parameter not in base:
-            raise ExportError(f"{folder}: {shown(parameter)} is not in the base {name}", hint)
+    if lost := [parameter for parameter in (*adapter.under, *adapter.parameters) if parameter not in base]:
+        more = f", and {len(lost) - 1:,} more" if len(lost) > 1 else ""
+        raise ExportError(f"{folder}: {shown(lost[0])} is not in the base {name}{more}", hint)
     owners = tuple(weight.removesuffix("weight") for weight in vocabulary)
     for parameter, entry in (*adapter.whole.items(), *adapter.under.items()):
         shape = base[parameter].shape

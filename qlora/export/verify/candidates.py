@@ -1,7 +1,8 @@
 """Candidates for an export, computed by transformers: what the merged weights, a folder or a GGUF file predict.
 
 Weights are made when the computation asks for them, a layer at a time (`step.layerwise`): merged on the fly, read from
-a written folder, dequantized from a GGUF file. No candidate is ever loaded whole.
+a written folder, dequantized from a GGUF file. A candidate is in memory whole only where its layers take more than
+what the layer before gives (`model.family_facts`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from qlora.batch import Batch
+from qlora.device import free_bytes
 from qlora.errors import ExportError
 from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import MergedTensor
 from qlora.export.merge.parts import VALUES_PER_BLOCK
 from qlora.model.base_folder import BaseFolder
+from qlora.model.family_facts import facts_of
 from qlora.model.meta_model import MetaModel
 from qlora.model.tensors import read_tensor
-from qlora.step.layerwise import WeightHolder, layers_of, trained_hidden_states
+from qlora.step.forward import CausalParts, hidden_states
+from qlora.step.layerwise import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
 from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
 
 Weights = Mapping[str, Callable[[], Tensor]]  # by parameter name of the causal model; a tied head may be missing
@@ -59,21 +63,45 @@ def vocabulary_logprobs(
     """Log-probabilities of the whole vocabulary at the trained positions, in order, as fp32 chunks (C, V).
 
     `model` is a meta_model's and its parameters are on `meta` again afterwards; its buffers are moved to `device`.
-    Raises ExportError for a model whose layers are not found, or a weight that `weights` lacks.
+    Raises ExportError for a weight that `weights` lacks, and where a model that must be in memory whole does not fit.
     """
-    try:
-        layers = layers_of(model)
-    except LookupError as error:
-        hint = "export with verify=False, and compare a few answers yourself"
-        raise ExportError(f"{error}, so that it cannot be measured layer by layer", hint) from error
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in model.named_buffers() if name in weights]
     holder = WeightHolder(model.eval(), names, partial(_fetch, model, weights), device, dtype)
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    placed = [batch.to(device) for batch in batches]
     with torch.no_grad():
-        hidden_ND = trained_hidden_states(holder, layers, [batch.to(device) for batch in batches])
+        hidden_ND = _hidden_states(holder, placed)
         with holder.holding(holder.names_under(head)):
             yield from head_logprobs(hidden_ND, head, logits_transform(config), chunk_tokens(config.vocab_size))
+
+
+def _hidden_states(holder: WeightHolder, batches: Sequence[Batch]) -> Tensor:
+    """The last hidden states (N, D) of the trained positions, layer by layer where that is what the trunk does."""
+    model = holder.model
+    try:
+        layers = layers_of(model)
+    except LookupError as error:
+        return _whole(holder, batches, str(error))
+    if reason := facts_of(model.config.get_text_config(), type(model).__name__).layerwise:
+        return _whole(holder, batches, reason)
+    return trained_hidden_states(holder, layers, batches)
+
+
+def _whole(holder: WeightHolder, batches: Sequence[Batch], reason: str) -> Tensor:
+    """The last hidden states (N, D) of the trained positions, by the model's own trunk with all of its weights."""
+    model = holder.model
+    needed = sum(parameter.numel() * holder.dtype.itemsize for parameter in model.parameters())
+    free = free_bytes(holder.device)
+    if needed > free:
+        what = f"{reason}: measured whole it takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+        raise ExportError(what, "export with verify=False, or on a machine with more memory")
+    move_buffers(model, holder.device)
+    head = {*holder.names_under(model.get_output_embeddings())}
+    embedding = {*holder.names_under(model.get_input_embeddings())}
+    parts = CausalParts.of(model)
+    with holder.holding([name for name in holder.names if name in embedding or name not in head]):
+        return torch.cat([trained_hidden(hidden_states(parts, batch), batch) for batch in batches])
 
 
 def head_logprobs(

@@ -99,11 +99,6 @@ class EvalRows:
             content=self.content_sha256(every),
         )
 
-    def as_json(self, step: int, losses: Sequence[tuple[Tensor, float]]) -> dict[str, Any] | None:
-        """`record` as it stands in a run's state and in qlora.json."""
-        record = self.record(step, losses)
-        return None if record is None else record.model_dump()
-
     def content_sha256(self, every: int) -> str:
         """Of the tokens and weights of the rows in every `every`-th micro-batch, in their order."""
         content = hashlib.sha256()

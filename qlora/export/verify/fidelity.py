@@ -194,11 +194,17 @@ def reference(chunks: Iterable[Tensor], positions: Positions, folder: Path) -> I
 
 
 def measure(
-    reference: Reference, name: str, measured_by: str, chunks: Iterable[Tensor | np.ndarray], size: int | None
+    reference: Reference,
+    name: str,
+    measured_by: str,
+    chunks: Iterable[Tensor | np.ndarray],
+    size: int | None,
+    losses: list[Tensor] | None = None,
 ) -> Fidelity:
     """One line of the table, from the candidate's log-probabilities (C, V) at the reference's positions, in order.
 
-    Raises ExportError when the candidate computes numbers that are not finite, or for another vocabulary.
+    `losses` gets the loss at each position, fp64, in nats. Raises ExportError when the candidate computes numbers that
+    are not finite, or for another vocabulary.
     """
     kl, loss, equal, done = 0.0, 0.0, 0, 0
     width = reference.logprobs_NV.shape[1]
@@ -210,7 +216,10 @@ def measure(
         end = done + chunk_CV.shape[0]
         trained_CV = torch.from_numpy(np.array(reference.logprobs_NV[done:end]))
         kl += float(divergence(trained_CV, chunk_CV).sum())
-        loss -= float(chunk_CV.gather(1, reference.targets_N[done:end, None]).double().sum())
+        losses_C = -chunk_CV.gather(1, reference.targets_N[done:end, None])[:, 0].double()
+        loss += float(losses_C.sum())
+        if losses is not None:
+            losses.append(losses_C)
         equal += int((trained_CV.argmax(dim=1) == chunk_CV.argmax(dim=1)).sum())
         done = end
     total = len(reference.targets_N)

@@ -26,6 +26,7 @@ from qlora.export.artifacts import Source
 from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
 from qlora.export.verify import candidates, evaluation, fidelity
+from qlora.export.verify.choice import Choice, MeasuredBase
 from qlora.export.verify.evaluation import ComparedLoss
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load
@@ -45,7 +46,8 @@ class TrainedReference:
     """What is known of the trained model, and the table of what was measured against it.
 
     `base_identity` is the base's, with its content; `predictions` is None without verification, `imatrix` unless asked
-    for, `evaluation` (the loss of the run's rows beside the one that it delivered) where there is nothing to compare.
+    for, `evaluation` (the loss of the run's rows beside the one that it delivered) where there is nothing to compare,
+    `choice` (of the merge base) where there was none.
     """
 
     source: Source
@@ -54,6 +56,7 @@ class TrainedReference:
     predictions: Reference | None = None
     imatrix: Imatrix | None = None
     evaluation: ComparedLoss | None = None
+    choice: Choice | None = None
     table: list[Fidelity] = field(default_factory=list)
 
     @property
@@ -67,24 +70,38 @@ class TrainedReference:
         assert self.predictions is not None
         return self.predictions.positions
 
-    def measure_merge(self, merge_base: MergeBase) -> Fidelity:
-        """How near the model merged on `merge_base` is, in bf16, its weights merged as they are needed."""
+    def measure_merge(self, merge_base: MergeBase) -> MeasuredBase:
+        """How near and how good the model merged on `merge_base` is, in bf16, its weights merged as they are needed."""
         weights = candidates.of_merge(self.source.merge(merge_base, torch.bfloat16).tensors())
-        return self.measure_weights(f"merged on {merge_base}", weights, None)
+        losses: list[torch.Tensor] = []
+        line = self.measure_weights(f"merged on {merge_base}", weights, None, losses=losses)
+        return MeasuredBase(line.kl, torch.cat(losses))
 
     def measure_weights(
-        self, name: str, weights: candidates.Weights, size: int | None, meta_model: MetaModel | None = None
+        self,
+        name: str,
+        weights: candidates.Weights,
+        size: int | None,
+        meta_model: MetaModel | None = None,
+        losses: list[torch.Tensor] | None = None,
     ) -> Fidelity:
         """How near a model with these weights is, computed by transformers; `meta_model` is the base's by default."""
         # A copy: computing moves the buffers, and some models change them.
         model = copy.deepcopy((meta_model or self.source.meta_model).model)
         chunks = candidates.vocabulary_logprobs(model, weights, self.positions.batches, self.source.device)
-        return self.measure(name, TRANSFORMERS, chunks, size)
+        return self.measure(name, TRANSFORMERS, chunks, size, losses)
 
-    def measure(self, name: str, by: str, chunks: Iterable[torch.Tensor | np.ndarray], size: int | None) -> Fidelity:
-        """Measure log-probabilities against the trained model's, and keep the line."""
+    def measure(
+        self,
+        name: str,
+        by: str,
+        chunks: Iterable[torch.Tensor | np.ndarray],
+        size: int | None,
+        losses: list[torch.Tensor] | None = None,
+    ) -> Fidelity:
+        """Measure log-probabilities against the trained model's, and keep the line; `losses` gets each position's."""
         assert self.predictions is not None
-        line = fidelity.measure(self.predictions, name, by, chunks, size)
+        line = fidelity.measure(self.predictions, name, by, chunks, size, losses)
         self.table.append(line)
         return line
 

@@ -30,14 +30,14 @@ from qlora.export import child
 from qlora.export.gguf.architectures import Layout, lay_out
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.merge.parts import make_plan
+from qlora.export.verify import plain_open
 from qlora.export.verify.candidates import dequantized_rows
+from qlora.export.verify.plain_open import Result
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
 from qlora.recipe.sections import QuantizationSection
-
-Result = tuple[str, bool, str]  # what was checked, whether it holds, in detail
 
 _ROUNDED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Sums of r products in another order, relative to the largest value of a block.
@@ -318,6 +318,7 @@ def _results(request: Mapping[str, Any]) -> list[list[Result]]:
         path = Path(target["path"])
         if target["dtype"]:
             files.append(open_folder(path, merge, target["dtype"]))
+            files[-1].results.append(plain_open.opens(path))
         else:
             layout = lay_out(meta_model.model, {tensor.parameter: tensor.shape for tensor in merge.tensors()})
             files.append(open_gguf(path, layout, target["types"], target["keys"]))
