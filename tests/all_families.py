@@ -53,11 +53,9 @@ DENSE: Mapping[str, Mapping[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, **_WINDOWED},
-    "ctrl": {"dff": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "cwm": {**_WINDOWED},
     "diffllama": {},
     "doge": {"keep_window_size": 64},
-    "dory": {"layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"]},
     "ernie4_5": {},
     "exaone": {},
     "exaone4": {"sliding_window_pattern": 2, **_WINDOWED},
@@ -190,6 +188,8 @@ MIXTURES = (
     ),
     *("olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "sarvam_moe", "solar_open"),
 )
+# Of a type that can be both.
+_OTHERWISE_DENSE = {"jamba_moe": "jamba", "nemotron_h_moe": "nemotron_h"}
 FAMILIES = (*DENSE, *MIXTURES)
 
 
@@ -207,8 +207,6 @@ def make_config(family: str, overrides: Mapping[str, Any] | None = None) -> Any:
     shape = {key: value for key, value in _SHAPE.items() if key in known}
     if getattr(default, "sliding_window", None) is None:
         shape.pop("sliding_window", None)
-    if "num_hidden_layers" in known and family in ("nemotron_h",):
-        shape.pop("num_hidden_layers")
     return kind(**{**shape, **DENSE[family], **(overrides or {})})
 
 

@@ -1,6 +1,6 @@
 """What is asked of every family: loads, same loss as transformers, packs, trains, merges as PEFT does, opens, GGUF.
 
-Each question is a function from a `Trial` to a short answer; what it refuses is the answer too, by the error's own words.
+Each question is a function from a `Trial` to a short answer; a refusal is an answer too, in the error's own words.
 """
 
 from __future__ import annotations

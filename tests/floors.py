@@ -54,8 +54,8 @@ LINES = {
         *("step_batches", "best_adapter", "setup", "loop"),
     ],
     "export": [
-        *("child", "merge", "hashed_file", "targets", "staging", "llama_cpp", "imatrix", "gguf", "hf", "artifacts"),
-        *("adapter_base", "base_check", "verify", "ollama", "cards", "pipeline"),
+        *("child", "merge", "hashed_file", "targets", "staging", "llama_cpp", "imatrix", "gguf", "version4", "hf"),
+        *("artifacts", "adapter_base", "base_check", "verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
     "export.llama_cpp": ["library", "runtime_child", "runtime"],
@@ -123,6 +123,7 @@ LINES = {
             "parquet",
         ),
         *(
+            "text_pieces",
             "readers",
             "sources",
             "conversations",
@@ -138,6 +139,7 @@ LINES = {
             "token_cache",
             "row_cache",
             "prepare",
+            "token_ids",
             "loader",
         ),
     ],

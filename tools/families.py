@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from qlora.model import config_filter  # noqa: E402
 from qlora.third_party import import_bitsandbytes  # noqa: E402
 from tests.all_families import FAMILIES, MIXTURES  # noqa: E402
 from tests.family_checks import CHECKS, answers  # noqa: E402
@@ -71,6 +72,7 @@ def _warm() -> None:
     import peft  # noqa: F401
 
     import_bitsandbytes()
+    config_filter.reduce_config({"model_type": "llama"})  # reads the source that all configurations share
     torch.set_num_threads(1)
 
 

@@ -27,10 +27,10 @@ from qlora.data.offsets import split_at, tokens_of
 from qlora.data.row_json import RowError
 from qlora.data.template import ChatTemplate
 from qlora.errors import TokenizerError
-from qlora.events import Recorder
+from qlora.events import Sinks
 from tests.data.toys import CHATML, WEATHER, assistant, call, encode, result, system, talk, toy_tokenizer, user
 
-MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 SPECIAL = re.compile(
     r"<\|[^|<>\s'\"]{1,40}\|?>|<[^|<>\s'\"]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|</?s>|<bos>|<eos>|<\w+_of_\w+>|\[/?[A-Z_]{3,20}\]"
 )
@@ -147,14 +147,15 @@ def main() -> int:
 
 def compared(template: str) -> Iterator[tuple[str, Outcome]]:
     """Each conversation's name, and how our mask stands to the template's own marks."""
-    plain = MARK.sub("", template)
+    # A block that does nothing, so that the white space around stays as it is.
+    plain = MARK.sub(lambda mark: mark[1] + ("endif" if mark[2] else "if true") + mark[3], template)
     eos = next((token for token in EOS if token in template), "</s>")
     if eos == "<|end|>" and "eos_token" in template:
         eos = "<|endoftext|>"  # Phi 3's stands once, after the conversation
     special = tuple(dict.fromkeys(("<s>", eos, *SPECIAL.findall(template))))
     family = replace(CHATML, special=special, eos=eos, bos="<s>", plain=THINK)
-    ours = ChatTokenizer(toy_tokenizer(family, plain), "assistant", Recorder())
-    theirs = ChatTemplate(toy_tokenizer(family, template), Recorder())
+    ours = ChatTokenizer(toy_tokenizer(family, plain), "assistant", Sinks())
+    theirs = ChatTemplate(toy_tokenizer(family, template), Sinks())
     theirs.reading = ours._chat_template.reading
     for name, conversation in CONVERSATIONS.items():
         yield name, _outcome(ours, theirs, conversation)

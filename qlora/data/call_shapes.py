@@ -71,7 +71,8 @@ def best_shape(
     for shape in shapes:
         text = render([question, message], {kind: shape})
         refused = refused and text is None
-        score = _score(text or "", kind)
+        spelled_none = shape.content == "null" and "None" in (text or "")  # written where words would stand
+        score = 0 if spelled_none else _score(text or "", kind)
         if score > best_score:
             best, best_score = shape, score
         if best_score == 1 + sum(kind):
@@ -87,8 +88,11 @@ def _probe(kind: Kind) -> Message:
 
 
 def _score(text: str, kind: Kind) -> int:
-    """How much of a call is written; 0 without its name and arguments, or with Python's spelling of an object."""
-    if _NAME not in text or _VALUE not in text or repr({"key": _VALUE, "on": True}) in text:
+    """How much of a call is written; 0 without its name and arguments.
+
+    Python's spelling of an object, which is no JSON, escapes these characters: it counts as not written.
+    """
+    if _NAME not in text or _VALUE not in text:
         return 0
     return 1 + (kind[0] and _WORDS in text) + (kind[1] and _THOUGHTS in text)
 

@@ -48,11 +48,14 @@ class ChatTokenizer:
     """A base's tokenizer and chat template, ready to turn conversations into rows and prompts.
 
     `loss_on`: "assistant" trains the answers, "all" every token but the first. `end_token_ids`: what ends an answer.
+    `pad_id` is below `embedding_rows`, where these are known.
     Raises TokenizerError when no token ends an answer, when the tokenizer is no fast one (offsets are needed), or
     when the template cannot render even one question and answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: str, sink: Sink) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, loss_on: str, sink: Sink, embedding_rows: int | None = None
+    ) -> None:
         if not tokenizer.is_fast:
             raise TokenizerError(
                 "the base has no fast tokenizer, so that answers cannot be found exact to the token",
@@ -67,6 +70,8 @@ class ChatTokenizer:
         self.end_token_ids: tuple[int, ...] = tuple(end_ids)
         pad = tokenizer.pad_token_id
         self.pad_id = self.end_token_ids[-1] if pad is None else int(pad)  # pads are masked by place, never by id
+        if embedding_rows is not None and self.pad_id >= embedding_rows:
+            self.pad_id = 0  # every embedding has one
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
         self._noticed_tools = False
@@ -110,6 +115,7 @@ class ChatTokenizer:
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None) -> list[int]:
         """Tokens of a conversation that the assistant is to continue. Raises RowError."""
+        messages = spans.without_shut_thoughts(self._chat_template, messages)
         text = self._chat_template.render(messages, tools, add_generation_prompt=True)
         ids, _ = next(tokens_of(self.tokenizer, [text]))
         return self._with_one_bos(ids, [0.0] * len(ids))[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from qlora.data.role_words import plain_word, role_of
+from qlora.data.role_words import ANSWER_WORDS, QUESTION_WORDS, plain_word, role_of, said_by
 from qlora.data.row_json import RowError, is_blank, kind_of, load_json
 
 # Columns that tell each format, in the order in which they are looked for.
@@ -28,20 +28,16 @@ _TURNS = (
     *("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "contents"),
     *("chat_messages", "message_list", "chat_history"),
 )
-_QUESTIONS = (
-    *("prompt", "question", "query", "instruction", "input", "inputs", "problem", "user", "human", "user_prompt"),
-    *("user_input", "user_message", "input_text", "request"),
-)
-_ANSWERS = (
-    *("completion", "response", "answer", "output", "outputs", "reply", "solution", "target", "targets", "assistant"),
-    *("assistant_response", "model_response", "output_text", "response_text", "bot"),
-)
 # What a question is asked of: dropped, the question would be another.
 _GIVEN = ("context", "passage", "document", "article", "paragraph")
 # Better guesses than the order of the file, for the line that the user is to write.
-_LIKELY_QUESTIONS = (*_QUESTIONS, *_GIVEN, "title", "en", "sentence", "premise")
-_LIKELY_ANSWERS = (*_ANSWERS, "answers", "summary", "highlights", "chosen", "label", "code", "body", "content", "text")
+_LIKELY_QUESTIONS = (*QUESTION_WORDS, *_GIVEN, "title", "en", "sentence", "premise")
+_LIKELY_ANSWERS = (
+    *ANSWER_WORDS,
+    *("answers", "summary", "highlights", "chosen", "label", "code", "body", "content", "text"),
+)
 _ROLE_KEYS = ("role", "from", "sender", "speaker", "author", "type")
+_LIKELY_TEXTS = ("text", "content", "body", "code", "raw_content", "markdown", "chat")
 # Columns that are text and nothing to learn.
 _NO_CONTENT = re.compile(
     r"(^|_)(id|ids|uuid|uid|url|lang|language|source|dataset|category|type|split|model|date)$|^system"
@@ -92,7 +88,7 @@ def _by_other_names(row: Mapping[str, Any]) -> Reading | None:
     found = _columns_of(row, _TURNS)
     if len(found) == 1 and is_turns(row[found[0]]):
         return Reading("messages", {"messages": found[0]})
-    questions, answers = _columns_of(row, _QUESTIONS), _columns_of(row, _ANSWERS)
+    questions, answers = _columns_of(row, QUESTION_WORDS), _columns_of(row, ANSWER_WORDS)
     words = {plain_word(name) for name in questions}
     if len(answers) != 1 or found:
         return None
@@ -135,7 +131,12 @@ def is_turns(value: Any) -> bool:
         return is_turns(value) and bool({"role", "from"} & set(value[0])) and bool({"content", "value"} & set(value[0]))
     if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
         return False
-    return any(role_of(value[0].get(key)) for key in _ROLE_KEYS) or any(map(role_of, value[0]))
+    return any(role_of(value[0].get(key)) for key in _ROLE_KEYS) or _names_its_speakers(value[0])
+
+
+def _names_its_speakers(turn: Mapping[str, Any]) -> bool:
+    by_role = {role_of(key) for key in turn} & {"user", "assistant"}
+    return bool(by_role) or {"user", "assistant"} <= set(map(said_by, turn))
 
 
 def _is_objects(value: Any) -> bool:
@@ -161,7 +162,7 @@ def check_preference(row: Mapping[str, Any]) -> None:
         chosen = row[better]
         what = f"these are preference rows (columns {better} and {worse}), which are not trained on"
         turns = isinstance(chosen, list) and is_turns(chosen) and len(chosen) > 1
-        question = next((names[word] for word in (*_QUESTIONS, *_TURNS) if word in names), None)
+        question = next((names[word] for word in (*QUESTION_WORDS, *_TURNS) if word in names), None)
         if turns and role_of(chosen[0].get("role") or chosen[0].get("from")) != "assistant":
             raise RowError(what, f"to train the better answers: {_line('messages', messages=better)}")
         if question is not None:
@@ -192,7 +193,10 @@ def suggestion(row: Mapping[str, Any]) -> str:
         return f"name the column of the turns: {_line('messages', messages=turns)}"
     texts = [name for name, value in values if isinstance(value, str) and not _NO_CONTENT.search(plain_word(name))]
     lists = [name for name, value in values if isinstance(value, list | tuple | Mapping)]
-    question = _likely(texts, _LIKELY_QUESTIONS) or next(iter(texts), None)
+    question = _likely(texts, _LIKELY_QUESTIONS)
+    if question is None and (text := _likely(texts, _LIKELY_TEXTS)):
+        return f"name the column of the text: {_line('text', text=text)}"
+    question = question or next(iter(texts), None)
     rest = [name for name in texts if name != question]
     if not _likely(rest, _LIKELY_ANSWERS) and (other := _likely(lists, _LIKELY_ANSWERS)):
         return f"{other} is {kind_of(row[other])}: write the text of the answer into a column of its own"

@@ -24,7 +24,7 @@ from qlora.data.unread import Fields, Ledger, Remark
 __all__ = ["Conversation", "Message", "Tools", "to_conversation"]
 
 Row = Mapping[str, Any]
-_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction", "preamble")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _with_system(row: Fields, turns: Turns, messages: tuple[Message, ...], name:
         if any(part.kind != TEXT for part in texts):
             raise RowError("system holds a part that is no text")
         value = "".join(part.value for part in texts)
-    if is_blank(value):
+    if value in (None, ""):
         return messages
     if not isinstance(value, str):
         raise RowError(f"system is {kind_of(value)}, not text")

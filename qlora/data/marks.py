@@ -22,10 +22,11 @@ _RATINGS = (
     *("correct", "is_correct", "approved", "is_approved"),
 )
 _REVERSED = ("rejected", "is_rejected", "disliked", "thumbs_down", "bad", "is_bad", "undesirable")
+_ALL_RATINGS = frozenset((*_RATINGS, *_REVERSED))
 _GOOD = {"true", "1", "good", "chosen", "desirable", "like", "liked", "up", "thumbs_up", "upvote", "accepted", "yes"}
 _BAD = {
     *("false", "0", "_1", "bad", "rejected", "undesirable", "dislike", "disliked", "down", "thumbs_down", "downvote"),
-    *("no", "👎"),
+    *("no", "👎", "falsch", "faux", "falso"),
 }
 # Switches of a turn, by the trainer that reads them: OpenAI `weight`, axolotl `train`, `training`, `train_detail`,
 # ms-swift `loss`, NeMo `mask`, torchtune `masked`.
@@ -34,6 +35,7 @@ _TRAINED_IF_TRUE = (
     *("train_on_turn", "calculate_loss"),
 )
 _TRAINED_IF_FALSE = ("masked", "is_masked", "ignore_loss", "no_loss", "mask_loss")
+_SWITCHES = frozenset((*_TRAINED_IF_TRUE, *_TRAINED_IF_FALSE))
 _UNCLEAR = ("mask", "train_detail", "loss_scale", "training_detail")
 # Switches of a row: what they say here already, so that only the other value changes anything.
 _OURS = {"train_on_inputs": False, "train_on_input": False, "train_on_prompt": False, "mask_history": False}
@@ -50,11 +52,11 @@ def ignoring(key: str) -> str:
 
 def check_rating(fields: Fields) -> None:
     """Raise RowError for an answer that is marked as a bad one. A mark of a good one is read; others stay unread."""
-    for key in (*_RATINGS, *_REVERSED):
+    for key in fields.among(_ALL_RATINGS):
         value = fields.peek(key)
         if is_blank(value) or isinstance(value, list | tuple | dict):
             continue
-        word = plain_word(str(value)) if isinstance(value, str | int | float) else ""
+        word = _word(value)
         bad, good = (_GOOD, _BAD) if key in _REVERSED else (_BAD, _GOOD)
         if key in _REVERSED and not (isinstance(value, bool) or word in ("true", "false", "0", "1")):
             continue  # a rejected answer itself, which is somebody else's matter
@@ -75,9 +77,7 @@ def _rating_hint(fields: Fields, key: str) -> str:
 
 def check_media(fields: Fields, texts: Iterable[str] = ()) -> None:
     """Raise RowError for images, videos or sounds beside the text, and for their places in `texts`."""
-    for key in _MEDIA:
-        if key not in fields.values:
-            continue
+    for key in fields.among(_MEDIA):
         hint = f"train rows of text from a file of their own; to pass over the column: {ignoring(key)}"
         if not is_blank(fields.peek(key)):
             raise RowError(f"{fields.where(key)}: this row brings {key.replace('_', ' ')}, and {ONLY_TEXT}", hint)
@@ -94,10 +94,10 @@ def trained(fields: Fields, role: str, ledger: Ledger) -> bool:
     A turn that is no answer is never trained by itself; a switch that asks for it is a remark.
     """
     found: dict[str, bool] = {}
-    for key in (*_TRAINED_IF_TRUE, *_TRAINED_IF_FALSE):
+    for key in fields.among(_SWITCHES):
         if (value := fields.take(key)) is not None:
             found[key] = _switch(fields, key, value) != (key in _TRAINED_IF_FALSE)
-    for key in _UNCLEAR:
+    for key in fields.among(_UNCLEAR):
         if not is_blank(fields.peek(key)):
             what = f"{fields.where(key)} is {_shown(fields.take(key))}: what it trains is not clear"
             raise RowError(what, "say it with train = true or train = false on each assistant message")
@@ -119,8 +119,8 @@ def _switch(fields: Fields, key: str, value: Any) -> bool:
         return value
     if isinstance(value, int | float) and value in (0, 1) and not isinstance(value, bool):
         return value == 1
-    if isinstance(value, str) and key not in ("weight", "train") and plain_word(value) in ("true", "false"):
-        return plain_word(value) == "true"
+    if isinstance(value, str) and key not in ("weight", "train") and _word(value) in ("true", "false"):
+        return _word(value) == "true"
     known = "0 and 1" if key == "weight" else "true and false"
     what = f"{fields.where(key)} is {_shown(value)} (known are {known})"
     raise RowError(what, f"write {key} as one of {known}, or train = true or false in its place")
@@ -132,15 +132,15 @@ def _shown(value: Any) -> str:
 
 def check_row_switches(row: Fields) -> None:
     """Raise RowError for a row that is not to be trained, or that asks for other turns than the answers."""
-    for key, ours in _OURS.items():
+    for key in row.among(_OURS):
         if (value := _truth(row.peek(key))) is None:
             continue
-        if value != ours:
+        if value != _OURS[key]:
             way = "write train = false on earlier answers" if "history" in key else 'set data.loss_on = "all"'
             what = f"{key} is {row.peek(key)!r}: all answers of a row are trained, and they alone"
             raise RowError(what, f"{way}; to pass over the column: {ignoring(key)}")
         row.take(key)
-    for key in (*_TRAINED_IF_TRUE, *_TRAINED_IF_FALSE, *_UNCLEAR):
+    for key in (*row.among(_SWITCHES), *row.among(_UNCLEAR)):
         value = row.peek(key)
         if isinstance(value, list | tuple) and value:
             raise RowError(f"{key} is a list: it trains some turns of the row and not others", _row_hint(key))
@@ -156,10 +156,16 @@ def check_row_switches(row: Fields) -> None:
             row.take(key)
 
 
+def _word(value: Any) -> str:
+    """A short value as it is compared; "" for a longer text, which is no mark, and for anything else."""
+    if not isinstance(value, str | int | float) or len(str(value)) >= 40:
+        return ""
+    return plain_word(str(value)).removesuffix(".0")  # a table with empty cells makes floats of them
+
+
 def _truth(value: Any) -> bool | None:
     """true, false, 0, 1 and their texts; None for anything else."""
-    word = plain_word(str(value)) if isinstance(value, bool | int | str) else ""
-    return {"true": True, "1": True, "false": False, "0": False}.get(word)
+    return {"true": True, "1": True, "false": False, "0": False}.get(_word(value))
 
 
 def _row_hint(key: str) -> str:

@@ -27,6 +27,7 @@ from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import FoundFiles, SourceFile
 from qlora.data.sources import source_files
+from qlora.data.text_pieces import cut, is_text_file
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
 from qlora.data.unread import count_remarks, notices
 from qlora.errors import DataError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
-CODE_VERSION = 2
+CODE_VERSION, OLDER_CODE_VERSION = 2, 1
 BATCH_ROWS = 256
 BATCH_CHARS = 4 << 20  # of all renderings of a batch
 CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
@@ -52,12 +53,14 @@ class PreparedData:
 
     `content_fingerprint`: sha256 over tokens, weights, sources, their order and the split alone: it stays the same with
     other versions of the libraries, other settings or another place of the files as long as these come out the same.
+    `older_fingerprint`: what older code would call these very tokens; runs of then kept no `content_fingerprint`.
     """
 
     train: PreparedSplit
     eval: PreparedSplit
     fingerprint: str
     content_fingerprint: str
+    older_fingerprint: str
 
 
 def check_files(data: DataSection) -> None:
@@ -92,19 +95,20 @@ def prepare(
     vocab = chat.tokenizer.get_vocab()
     cache = RowCache(cache_dir, max(vocab.values(), default=0), sink)
     maker = _Maker(data, tokenizer_folder_fingerprint, chat, max(map(len, vocab), default=1), cache, sink)
-    stored, key = maker.rows_of(data.train)
+    stored, keys = maker.rows_of(data.train)
     if data.eval:
-        eval_stored, eval_key = maker.rows_of(data.eval)
+        eval_stored, eval_keys = maker.rows_of(data.eval)
         train, evaluation = stored.split(), eval_stored.split()
         content = stored.content_sha256("") + eval_stored.content_sha256("")
     else:
         held_out, kept = stored.hold_out(data.eval_fraction, seed)
-        train, evaluation, eval_key = stored.split(kept), stored.split(held_out), f"{data.eval_fraction} {seed}"
+        train, evaluation, eval_keys = stored.split(kept), stored.split(held_out), [f"{data.eval_fraction} {seed}"] * 2
         content = stored.content_sha256(json.dumps(held_out))
         if held_out:
             message = f"{len(held_out)} of {len(stored.digests)} rows held out for evaluation"
             sink.emit(Notice("split", message, len(held_out)))
-    return PreparedData(train, evaluation, disk.sha256_text(key, eval_key), disk.sha256_text(content))
+    now, older = map(disk.sha256_text, keys, eval_keys)
+    return PreparedData(train, evaluation, now, disk.sha256_text(content), older)
 
 
 @dataclass(frozen=True)
@@ -118,22 +122,23 @@ class _Maker:
     cache: RowCache
     sink: Sink
 
-    def rows_of(self, sources: Sequence[SourceSection]) -> tuple[StoredRows, str]:
-        """Stored rows of all sources, and the sha256 of what they are and what made them."""
+    def rows_of(self, sources: Sequence[SourceSection]) -> tuple[StoredRows, list[str]]:
+        """Stored rows of all sources, and the sha256 of what they are and what made them: this code, and older code."""
         found = [source_files(source) for source in sources]
         for source, files in zip(sources, found, strict=True):
             for what, count, names in files.left_out:
                 message = f"{_name(source)}: {count} {what} left out: {', '.join(names)}"
                 self.sink.emit(Notice("files", message + (", …" if count > len(names) else ""), count))
-        key = self._key(sources, found)
+        key = self._key(sources, found, CODE_VERSION)
         cached = self.cache.rows(key, lambda place: _Tokenization(self, sources, found, place).run())
         self._emit(cached.report, cached.folder)
-        return cached.stored, disk.sha256_text(key, cached.report.content_sha256)
+        made_by = [key, self._key(sources, found, OLDER_CODE_VERSION)]
+        return cached.stored, [disk.sha256_text(code, cached.report.content_sha256) for code in made_by]
 
-    def _key(self, sources: Sequence[SourceSection], found: Sequence[FoundFiles]) -> str:
+    def _key(self, sources: Sequence[SourceSection], found: Sequence[FoundFiles], code: int) -> str:
         files = [[index, file.name, file.sha256()] for index, of_one in enumerate(found) for file in of_one.files]
         made_by = {
-            "code": CODE_VERSION,
+            "code": code,
             "libraries": [version("transformers"), version("tokenizers"), version("jinja2")],
             "tokenizer": self.tokenizer_fingerprint,
             "template": self.chat.templates,
@@ -148,8 +153,11 @@ class _Maker:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
         for file, name in report.formats.items():
             self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
-        for notice in notices(report.remarks):
+        for notice in notices(report.remarks, self.data.loss_on):
             self.sink.emit(notice)
+        for file, count in report.pieces.items():
+            message = f"{file}: cut at its paragraphs into {count} rows of up to {self.data.max_length} tokens"
+            self.sink.emit(Notice("text", message, count))
         for rejected in report.rejected.values():
             self.sink.emit(rejected)
         if report.cut:
@@ -217,6 +225,12 @@ class _Tokenization:
         rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
         for (where, item), encoded_row in zip(batch, rows, strict=True):
             row: TokenRow | RowError | None = encoded_row
+            if isinstance(item, Conversation) and is_text_file(where) and self._is_long(row):
+                parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
+                if len(parts) > 1:
+                    self.report.cut_text(where, len(parts))
+                    yield from self._tokenized(source, [(place, Conversation(text=text)) for place, text in parts])
+                    continue
             if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
             if isinstance(row, RowTooLong):
@@ -234,6 +248,9 @@ class _Tokenization:
                 self.report.tokens += len(row.input_ids)
                 self.report.trained += sum(map(bool, row.loss_weights))
                 yield row, item, where
+
+    def _is_long(self, row: TokenRow | RowError | None) -> bool:
+        return isinstance(row, RowTooLong) or (isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length)
 
     def _shortened(self, source: SourceSection, row: TokenRow, where: str) -> TokenRow | None:
         """What becomes of a row over max_length: None when it is left out."""

@@ -24,6 +24,7 @@ from qlora.data.parquet import parquet_rows
 from qlora.data.row_json import (
     RowError,
     RowTooLong,
+    UniqueKeys,
     check_value,
     finite_number,
     kind_of,
@@ -32,12 +33,14 @@ from qlora.data.row_json import (
     reject_constant,
 )
 from qlora.data.source_files import SourceFile
+from qlora.data.text_pieces import blocks
 from qlora.errors import DataError
 
 MAX_COLUMNS = 10_000  # of a table: each row becomes an object with as many keys
 _CHUNK_CHARS = 1 << 20
 _SIGNS = re.compile(r"\\.|[\"\[\]{},]", re.DOTALL)
 _SEPARATORS = (",", ";", "\t", "|")  # of a table whose first line has several names by one of them
+_ARRAY_IN_OBJECT = re.compile(r'\s*\{\s*"(\w{1,40})"\s*:\s*\[\s*\{')
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -83,14 +86,12 @@ def _json_object(line: bytes) -> dict[str, Any] | RowError:
 def _as_row(value: Any) -> dict[str, Any] | RowError:
     if isinstance(value, dict):
         return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(turn, dict) and {"role", "from"} & set(turn) for turn in value)
-    ):
-        return {"messages": value}  # a conversation without an object around it
-    what = f"not a JSON object but {'null' if value is None else kind_of(value)}"
-    return RowError(what, file_hint='each row is an object with names: {"messages": […]}, or {"text": "…"}')
+    hint = 'each row is an object with names: {"messages": […]}, or {"text": "…"}'
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        if all({"role", "from"} & set(turn) for turn in value):
+            return {"messages": value}  # a conversation without an object around it
+        hint = "an array of rows is a .json file: give it that ending, or write a row a line"
+    return RowError(f"not a JSON object but {'null' if value is None else kind_of(value)}", file_hint=hint)
 
 
 def _too_long(place: str) -> RowTooLong:
@@ -106,7 +107,10 @@ def _json(file: SourceFile) -> Iterator[Item]:
             return
     if head.partition("\n")[0].strip() == "{":
         what = f"{file.name}:1: one object over several lines, not rows"
-        raise DataError(what, "a .json file holds one array of rows, or one row per line")
+        hint = "a .json file holds one array of rows, or one row per line"
+        if inner := _ARRAY_IN_OBJECT.match(head):
+            hint = f"if its rows are the objects in {inner[1]}, write that array alone; {hint}"
+        raise DataError(what, hint)
     yield from _jsonl(file)
 
 
@@ -120,7 +124,10 @@ class _ArrayReader:
         self.at = 0  # place in the window
         self.line = 1  # line of the file at that place
         self.read_chars = len(head)
-        self.decoder = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite_number)
+        self.keys = UniqueKeys()
+        self.decoder = json.JSONDecoder(
+            parse_constant=reject_constant, parse_float=finite_number, object_pairs_hook=self.keys
+        )
 
     def items(self) -> Iterator[Item]:
         self._next_sign()
@@ -148,6 +155,7 @@ class _ArrayReader:
     def _row(self) -> dict[str, Any] | RowError:
         try:
             row = _as_row(self._element())
+            self.keys.check()
             check_value(row)
         except RowTooLong as error:
             self._skip()
@@ -183,6 +191,7 @@ class _ArrayReader:
             try:
                 value, end = self.decoder.raw_decode(self.window, self.at)
             except json.JSONDecodeError as error:
+                self.keys.twice = None
                 if self._fill():
                     continue  # it may only be cut off by the window's edge
                 self.line += self.window.count("\n", self.at, error.pos)
@@ -314,9 +323,10 @@ def _parquet(file: SourceFile) -> Iterator[Item]:
 
 
 def _txt(file: SourceFile) -> Iterator[Item]:
-    """The whole file is one row."""
+    """The whole file is one row, a very large one several."""
     if file.size_bytes > MAX_ROW_BYTES:
-        yield Item(1, RowTooLong(f"a text of over {MAX_ROW_BYTES >> 20} MiB"), file.size_bytes)
+        for number, block, read_bytes in blocks(file):
+            yield Item(number, block if isinstance(block, RowError) else {"text": block}, read_bytes)
         return
     with file.open() as raw:
         text = raw.read().decode("utf-8-sig").replace("\r\n", "\n")

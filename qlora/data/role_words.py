@@ -23,6 +23,15 @@ ROLE_WORDS: dict[str, tuple[str, ...]] = {
         *("tool_output", "function_output", "functionresponse", "toolresponse", "ipython", "environment"),
     ),
 }
+# Columns, and keys of a turn, that are a question or an answer whoever speaks.
+QUESTION_WORDS = (
+    *("prompt", "question", "query", "instruction", "input", "inputs", "problem", "user", "human", "user_prompt"),
+    *("user_input", "user_message", "input_text", "request"),
+)
+ANSWER_WORDS = (
+    *("completion", "response", "answer", "output", "outputs", "reply", "solution", "target", "targets", "assistant"),
+    *("assistant_response", "model_response", "output_text", "response_text", "bot"),
+)
 _ROLES = {word: role for role, words in ROLE_WORDS.items() for word in words}
 _SEPARATORS = re.compile(r"[\s_-]+")
 KNOWN_ROLES = "system, user or human, assistant or gpt, function_call, tool or observation"
@@ -36,3 +45,10 @@ def plain_word(word: str) -> str:
 def role_of(word: Any) -> str | None:
     """system, user, assistant, tool or call; None for what is no word of these."""
     return _ROLES.get(plain_word(word)) if isinstance(word, str) and len(word) < 100 else None
+
+
+def said_by(key: str) -> str | None:
+    """Whose words stand under this key of a turn that names no role: `human`, but also `question` or `output`."""
+    word = plain_word(key)
+    asked = "user" if word in QUESTION_WORDS else None
+    return role_of(key) or ("assistant" if word in ANSWER_WORDS else asked)

@@ -43,6 +43,7 @@ class RowReport:
     trained: int = 0
     cut: int = 0
     dropped: dict[str, int] = field(default_factory=dict)  # by the template, out of trained answers (dropped.py)
+    pieces: dict[str, int] = field(default_factory=dict)  # of each text file that was cut: into so many rows
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
     remarks: Counts = field(default_factory=dict)  # what rows bring and nothing reads, by file, kind and name
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
@@ -55,6 +56,11 @@ class RowReport:
         before = self.rejected.get((source, reason), Rejected(source, reason, 0))
         examples = (*before.examples, where)[:EXAMPLES]
         self.rejected[source, reason] = Rejected(source, reason, before.count + 1, examples)
+
+    def cut_text(self, where: str, rows: int) -> None:
+        """Count the rows that a text file, of which one began at `where`, has become."""
+        file = where.rpartition(":")[0]
+        self.pieces[file] = self.pieces.get(file, 0) + rows
 
     def leave_out(self, source: str, error: RowTooLong, where: str) -> None:
         self.unread += 1
@@ -88,9 +94,10 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    dropped: dict[str, int]
+    dropped: dict[str, int] = Field(default_factory=dict)  # older reports have none
     formats: dict[str, str]
     remarks: Counts = Field(default_factory=dict)  # older reports have none
+    pieces: dict[str, int] = Field(default_factory=dict)
     rejected: list[_StoredRejected]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,10 +42,33 @@ def _shortened(text: str) -> str:
     return text if len(text) <= MAX_REASON_CHARS else f"{text[:MAX_REASON_CHARS]}…"
 
 
+class UniqueKeys:
+    """For json's `object_pairs_hook`: objects, and whether a key stands twice in one of them.
+
+    Python keeps the last of two and says nothing of the first.
+    """
+
+    def __init__(self) -> None:
+        self.twice: str | None = None
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs) and self.twice is None:
+            self.twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return values
+
+    def check(self) -> None:
+        """Raise RowError for a key that stood twice since the last check."""
+        twice, self.twice = self.twice, None
+        if twice is not None:
+            raise RowError(f"the key {twice[:40]!r} stands twice in one object, and only one of its values can be read")
+
+
 def load_json(text: str) -> Any:
-    """Strict JSON: no NaN or Infinity, no NUL, no half of a surrogate pair. Raises RowError with the place."""
+    """Strict JSON: no NaN or Infinity, no NUL, no half of a surrogate pair, no key twice. Raises RowError."""
+    keys = UniqueKeys()
     try:
-        value = json.loads(text, parse_constant=reject_constant, parse_float=finite_number)
+        value = json.loads(text, parse_constant=reject_constant, parse_float=finite_number, object_pairs_hook=keys)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise RowError(f"broken JSON: {error.msg} at {line}column {error.colno}") from None
@@ -52,6 +76,7 @@ def load_json(text: str) -> Any:
         raise RowError("JSON nested too deep to read") from None
     except ValueError as error:
         raise RowError(f"broken JSON: {number_error(error)}") from None
+    keys.check()
     check_value(value, escapes="\\u" in text)
     return value
 
@@ -163,14 +188,16 @@ def object_of(value: Any) -> Mapping[str, Any] | None:
 def list_of(value: Any, place: str) -> list[Any]:
     """The items of a list. Raises RowError."""
     if not isinstance(value, list | tuple):
-        raise RowError(f"{place} is {kind_of(value)}, not a list")
+        hint = "write it as a list in every row, or name the column that is: columns = { … }"
+        raise RowError(f"{place} is {kind_of(value)}, not a list", file_hint=hint)
     return list(value)
 
 
 def text_of(value: Any, place: str) -> str:
     """A text as it stands. Raises RowError."""
     if not isinstance(value, str):
-        raise RowError(f"{place} is {kind_of(value)}, not text")
+        hint = "write it as text in every row, or name the column that is: columns = { … }"
+        raise RowError(f"{place} is {kind_of(value)}, not text", file_hint=hint)
     return value
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 from qlora.data.call_shapes import PLACEHOLDERS, THINK, thoughts_of, without_thoughts, words_of
 from qlora.data.formats import Conversation, Message
@@ -55,7 +56,7 @@ def requests(template: ChatTemplate, conversation: Conversation) -> list[str]:
     if template.has_marks(tools):
         return wanted
     for number, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("train", True):
             wanted.append(template.request(messages[:number], tools, add_generation_prompt=True))
             if not template.facts.first_end_is_the_end and number + 1 < len(messages):
                 wanted.append(template.request(messages[: number + 1], tools))
@@ -71,9 +72,14 @@ def _as_trained(template: ChatTemplate, messages: Sequence[Message]) -> Sequence
     if template.facts.changes_later:
         last = max((number for number, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
         messages = messages[: last + 1]
-    if template.facts.shuts_block():
-        messages = [without_thoughts(message) if message["role"] == "assistant" else message for message in messages]
-    return messages
+    return without_shut_thoughts(template, messages)
+
+
+def without_shut_thoughts(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages without reasoning, where the served prompt shuts the block of thoughts."""
+    if not template.facts.shuts_block():
+        return messages
+    return [without_thoughts(message) if message["role"] == "assistant" else message for message in messages]
 
 
 class _Locator:
@@ -99,6 +105,7 @@ class _Locator:
                 self.answers, self.trained = [self.answers[-1]] * len(marks), [True] * len(marks)
         else:
             text, marks = self._as_served(text), []
+            self.answers, self.trained = list(compress(self.answers, self.trained)), [True] * sum(self.trained)
             starts = self._starts(text)
         limits = [*starts, len(text)][1:]
         if any(start >= limit for start, limit in zip(starts, limits, strict=True)):
@@ -123,6 +130,7 @@ class _Locator:
         return written[:1].isspace() and not own
 
     def _end_token(self) -> str:
+        """What ends the last trained answer."""
         calls = bool(self.answers) and "tool_calls" in self.messages[self.answers[-1]]
         return (calls and self.template.ends.call) or self.ends[0]
 
@@ -168,7 +176,8 @@ class _Locator:
         if prompt:
             if text.startswith(prompt):
                 # After a tool's result some prompts (Gemma 4's) leave out the header that the text has.
-                again = header.strip() and text.startswith(header, len(prompt))
+                after_result = number > 0 and self.messages[number - 1]["role"] == "tool"
+                again = after_result and header.strip() and text.startswith(header, len(prompt))
                 return len(prompt) + (len(header) if again else 0)
             if lead and prompt.endswith(lead) and text.startswith(prompt[: -len(lead)]):
                 self.without_lead.add(number)

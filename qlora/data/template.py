@@ -127,16 +127,18 @@ class ChatTemplate:
 
     def _render_one_answer(self) -> Rendered:
         """A question and an answer; with content as parts where a template for images takes it no other way."""
-        errors = []
-        for parts in (False, True):
-            self.reading = Reading(parts=parts)
+        errors: list[str] = []
+        for reading in (Reading(), Reading(parts=True), Reading()):
+            self.reading = reading
             try:
                 rendered = self.render_marked([QUESTION, answer()], None)
             except RowError as error:
                 errors.append(error.reason)
                 continue
-            if not errors or PLACEHOLDERS[0] in rendered.text:
+            if PLACEHOLDERS[0] in rendered.text:
                 return rendered
+        if not errors:
+            return rendered
         hint = 'give another one: chat_template = "chatml" or a file, under [model]'
         raise TokenizerError(f"the chat template fails: {errors[0]}", hint)
 

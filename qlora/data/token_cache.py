@@ -59,7 +59,9 @@ class PreparedSplit:
             raise DataError(what, "remove that cache (QLORA_CACHE, or qlora in your cache folder)") from error
 
     def first_above(self, highest: int) -> tuple[str, int] | None:
-        """`file:line` of the first row that has a token above `highest`, and the token. Reads every row."""
+        """`file:line` of the first row that has a token above `highest`, and the token."""
+        if isinstance(self.rows, _Chosen) and self.rows.highest("input_ids") <= highest:
+            return None
         for where, row in zip(self.wheres, self.rows, strict=True):
             if (token := max(row.input_ids)) > highest:
                 return where, token
@@ -218,6 +220,13 @@ class _Chosen(Sequence[T]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def highest(self, column: str) -> int:
+        """The highest number in a column of lists, over all rows of the file; -1 where there is none."""
+        from pyarrow import compute
+
+        chunks = self._rows.data.table.column(column).chunks
+        return max((compute.max(chunk.flatten()).as_py() for chunk in chunks if len(chunk)), default=-1)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -12,7 +12,7 @@ from typing import Any
 from qlora.data.calls import Message, Tools, calls_of_text, result_text, tool_calls, tools_of, with_call_ids
 from qlora.data.marks import check_media, check_rating, trained
 from qlora.data.parts import CALL, RESULT, TEXT, THOUGHT, parts_of
-from qlora.data.role_words import KNOWN_ROLES, role_of
+from qlora.data.role_words import KNOWN_ROLES, role_of, said_by
 from qlora.data.row_json import RowError, is_blank, kind_of, list_of, object_of, parsed, text_of
 from qlora.data.unread import Fields, Ledger
 
@@ -40,7 +40,7 @@ class Turns:
             value, name = parsed(wrapper.take("messages"), f"{name}.messages"), f"{name}.messages"
             self.add_tools(wrapper.get("tools"), f"{name}.tools")
         messages: list[Message] = []
-        for number, item in enumerate(list_of(value, name)):
+        for number, item in enumerate(list_of(_transposed(value), name)):
             messages += self.turn(item, f"{name}[{number}]")
         return with_call_ids(messages, name)
 
@@ -48,7 +48,8 @@ class Turns:
         """One turn: a message, or several where results of tools stand in its parts. Raises RowError."""
         values = object_of(item)
         if values is None:
-            raise RowError(f"{place} is {kind_of(item)}, not an object with role and content")
+            hint = 'write each turn as an object: {"role": "user", "content": "…"}'
+            raise RowError(f"{place} is {kind_of(item)}, not an object with role and content", file_hint=hint)
         fields = self.ledger.open(values, place)
         key = next((key for key in ROLE_KEYS if not is_blank(values.get(key))), None)
         if key is None and role_of(values.get("type")) is not None:
@@ -72,8 +73,8 @@ class Turns:
         self.tools = self.tools or tools
 
     def _said_by_key(self, fields: Fields) -> list[Message]:
-        """A turn such as {"user": …, "assistant": …}, in the order of its keys."""
-        said = [(role_of(key), key) for key, text in fields.values.items() if isinstance(text, str)]
+        """A turn such as {"user": …, "assistant": …} or {"question": …, "answer": …}, in the order of its keys."""
+        said = [(said_by(key), key) for key, text in fields.values.items() if isinstance(text, str)]
         found: list[Message] = []
         for role, key in said:
             if role in ("system", "user", "assistant") and not is_blank(text := fields.take(key)):
@@ -153,10 +154,7 @@ class Turns:
 
     def _kept(self, message: Message, fields: Fields) -> list[Message]:
         """The message with its name, id and reasoning, and what its switches say; refused where it is none."""
-        for key, names in (
-            ("name", ("name", "tool_name")),
-            ("tool_call_id", ("tool_call_id", "tool_use_id", "call_id")),
-        ):
+        for key, names in _KEPT.items():
             if key not in message and (value := fields.get(*names)) is not None:
                 message[key] = text_of(value, fields.where(key))
         if message["role"] == "assistant":
@@ -167,6 +165,16 @@ class Turns:
         if not trained(fields, message["role"], self.ledger):
             return [{**message, "train": False}]
         return [answered(message, fields.place)]
+
+
+def _transposed(value: Any) -> Any:
+    """Turns that stand as lists of roles and of contents, as Arrow keeps a sequence of objects, as a list of turns."""
+    if not isinstance(value, Mapping) or not any(isinstance(value.get(key), list) for key in ROLE_KEYS):
+        return value
+    columns = {key: items for key, items in value.items() if isinstance(items, list)}
+    if len(columns) < len(value) or len(set(map(len, columns.values()))) != 1:
+        return value
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
 def _is_result(part: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qlora.data.row_json import is_blank
@@ -31,6 +31,7 @@ _WORDS = {
         "only answers are",
     ),
 }
+_CONTEXT_TOO = ("answers are not to be trained by their", 'data.loss_on = "all" trains them all the same')
 
 Counts = dict[str, dict[str, dict[str, int]]]
 
@@ -92,6 +93,10 @@ class Fields:
         """The value, which does not count as read by that."""
         return self.values.get(name)
 
+    def among(self, names: Collection[str]) -> list[str]:
+        """Which of these names are keys of it."""
+        return [name for name in self.values if name in names]
+
     def where(self, name: str) -> str:
         """The place of a key: `messages[2].content`, or the name of a row's column."""
         return f"{self.place}.{name}" if self.place else name
@@ -113,11 +118,17 @@ def count_remarks(counts: Counts, file: str, remarks: tuple[Remark, ...]) -> Non
         names[name] = names.get(name, 0) + 1
 
 
-def notices(counts: Counts) -> Iterator[Notice]:
-    """One notice for each file and kind of remark, with every name and the rows that have it."""
+def notices(counts: Counts, loss_on: str = "assistant") -> Iterator[Notice]:
+    """One notice for each file and kind of remark, with every name and the rows that have it.
+
+    With `loss_on` "all" every turn is trained, whatever its switches say.
+    """
+    words = _WORDS if loss_on == "assistant" else {**_WORDS, CONTEXT: _CONTEXT_TOO}
     for file, kinds in counts.items():
         for kind, names in kinds.items():
-            before, after = _WORDS.get(kind, (kind, ""))
+            if kind == NOT_ANSWERS and loss_on == "all":
+                continue
+            before, after = words.get(kind, (kind, ""))
             listed = ", ".join(
                 f"{name} ({rows:,} row{'s' * (rows != 1)})" for name, rows in Counter(names).most_common()
             )

@@ -7,6 +7,7 @@ no message here speaks of one.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -35,7 +36,7 @@ def open_base(adapter: Adapter, origin: Provenance, asked: str | Path | None, si
         raise ExportError(f"{folder}: its adapter_config.json names no base", _ELSEWHERE)
     name = run_folder.relocated(origin.base, folder.parent)
     is_path = Path(name).is_absolute() or name.startswith("~")
-    if is_path and not Path(name).expanduser().is_dir():
+    if is_path and not os.path.isdir(os.path.expanduser(name)):  # which leaves the home of an unknown user as it is
         raise ExportError(f"{folder}: the base that it was trained on is not here ({name})", _ELSEWHERE)
     if not is_path and not hub.is_name(name):
         what = f"{folder}: names its base {name!r}, which is neither a hub name nor a folder from its root on"
@@ -61,9 +62,15 @@ def _asked(asked: str | Path) -> str:
 def as_trained(origin: Provenance, base: BaseFolder, merge_base: Literal["auto", "nf4", "full"]) -> Provenance:
     """How training held the base, of an adapter that is not ours: it is measured against that.
 
-    A base that is stored in 4 bit stays so, and who asks for a merge into NF4 says that it was trained on that.
+    A base that is stored in 4 bit stays so, and who asks for a merge into NF4 says that it was trained on that. Raises
+    ExportError for that merge of a run of ours which never had its base in 4 bit.
     """
-    if not origin.foreign or origin.quantization.type != "none":
+    if origin.quantization.type != "none":
+        return origin
+    if not origin.foreign:
+        if merge_base == "nf4":
+            what = "merge_base='nf4' is not possible: the run trained on its base in 16 bit"
+            raise ExportError(what, "leave `merge_base` out")
         return origin
     if base.stored_4bit:
         return replace(origin, quantization=QuantizationSection(), why="its base is stored in 4 bit")

@@ -26,6 +26,7 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Progress, Sink
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.staging import StagedExport
+from qlora.export.version4 import READS_ROPE_THETA
 from qlora.foreign_json import ForeignFileError
 from qlora.model.tensors import INDEX_FILE, MAX_JSON_BYTES, SINGLE_FILE, read_header
 from qlora.model.tokenizer_files import of_export, without_paths
@@ -161,6 +162,11 @@ def _write_companions(folder: Path, merge: Merge, sink: Sink) -> None:
     for name in sorted(path.name for path in base.iterdir()):
         if name == "generation_config.json" or name.startswith(("LICENSE", "NOTICE")):
             _copy(base, name, folder)
+    if (generation := folder / "generation_config.json").is_file():
+        _, values = _read_object(folder, generation.name)
+        rows = merge.text_config().get("vocab_size")
+        if (kept := without_stray_padding(values, rows)) != values:
+            disk.write_atomic(generation, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
     trained_with = merge.adapter.folder
     has_tokenizer = (trained_with / "tokenizer_config.json").is_file()
     if merge.vocabulary_resized and not has_tokenizer:
@@ -184,6 +190,7 @@ def patched_config(merge: Merge) -> str:
     """The base's config.json as text: byte for byte when nothing changed, else with the changed keys alone."""
     original, config = _read_object(merge.base.path, "config.json")
     patched = without_paths(config_for_both(merge.text_config()))
+    patched = without_stray_padding(patched, patched.get("vocab_size"))
     present = [key for key in ("torch_dtype", "dtype") if key in patched] or ["torch_dtype"]
     patched.update(dict.fromkeys(present, DTYPE_NAMES[merge.dtype][1]))
     return original if patched == config else json.dumps(patched, indent=2, ensure_ascii=False) + "\n"
@@ -205,10 +212,23 @@ def _read_object(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
         raise ExportError(f"{folder / name}: cannot be read any more ({error})", _CLEAN_COPY) from error
 
 
+def without_stray_padding(config: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+    """A configuration without a pad_token_id that none of the embedding's `rows` is: transformers opens no such model.
+
+    Community models have one where a pad token was added to the tokenizer alone (torch.nn.Embedding asserts it).
+    """
+    pad = config.get("pad_token_id")
+    stray = type(pad) is int and type(rows) is int and not -rows <= pad < rows
+    return {key: value for key, value in config.items() if key != "pad_token_id" or not stray}
+
+
 def config_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with `rope_theta` and `rope_scaling` beside `rope_parameters`, where these are missing."""
+    """config.json with `rope_theta` and `rope_scaling` beside `rope_parameters`, where these are missing.
+
+    Only of a type that version 4 knows (see `version4`): others have no place for them.
+    """
     rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" in config:
+    if config.get("model_type") not in READS_ROPE_THETA or not isinstance(rope, Mapping) or "rope_theta" in config:
         return dict(config)
     old: dict[str, Any] = {}
     main = rope

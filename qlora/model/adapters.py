@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config, stored_tensors
-from qlora.model.linear_use import kept_layers
+from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.model.weight_names import ClassNames
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
@@ -186,7 +186,7 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
         return suffixes if matched == layers.keys() else sorted(layers)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     head = next((name for name, module in model.named_modules() if module is head_of(model)), "lm_head")
-    kept = kept_layers(model, layers)
+    kept = use_of(model, layers).kept
     for name in names:
         if name == head:
             what = f"lora.target_modules: {name} is the head, which is computed in pieces and takes no adapter"

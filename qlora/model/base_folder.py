@@ -51,10 +51,10 @@ CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.")
 _OF_LINKS = "if the links are yours, put the files themselves there (cp -RL); if not, get the model from its publisher"
 _FROM_ITS_PUBLISHER = "do not use this copy; get the model from its original publisher"
-# What quantized copies add to the name of their original: Qwen3-8B-FP8, Llama-3-8B-GPTQ-Int4, gemma-3-4b-it-quantized.w4a16.
+# What quantized copies add to their original's name: Qwen3-8B-FP8, Llama-3-8B-GPTQ-Int4, gemma-3-4b-quantized.w4a16
 _QUANTIZED_NAME = re.compile(
-    r"([-_.](bnb|gptq|awq|fp8|nvfp4|mxfp4|int[348]|[348]-?bits?|w\d+a\d+|aqlm|hqq|quanto|eetq|higgs|modelopt|fp4|fbgemm"
-    r"|marlin|exl[23]|autoround|auto-?round|dynamic|kv|block|g\d+|\d+g|quantized|quant|sym|mlx|torchao))+$",
+    r"([-_.](bnb|gptq|awq|fp8|nvfp4|mxfp4|int[348]|[348]-?bits?|w\d+a\d+|aqlm|hqq|quanto|eetq|higgs|modelopt"
+    r"|fp4|fbgemm|marlin|exl[23]|autoround|auto-?round|dynamic|kv|block|g\d+|\d+g|quantized|quant|sym|mlx|torchao))+$",
     re.IGNORECASE,
 )
 

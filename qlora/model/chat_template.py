@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import chatml, files, foreign_json
+from qlora import chatml, files
 from qlora.errors import Problem, RecipeError, TokenizerError
 from qlora.events import Notice, Sink
-from qlora.foreign_json import ForeignFileError
 from qlora.model.tokenizer import open_tokenizer
 from qlora.model.tokenizer_check import MAX_TEMPLATE
-from qlora.model.tokenizer_files import CONFIG, NAMED_TEMPLATES, TEMPLATE, TOKENIZER_CONFIG, TokenizerFiles
+from qlora.model.tokenizer_files import NAMED_TEMPLATES, TEMPLATE, TOKENIZER_CONFIG, TokenizerFiles
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import ModelSection
@@ -90,7 +89,7 @@ def with_chatml(found: TokenizerFiles, name: str, sink: Sink) -> TokenizerFiles:
     """
     with found.placed() as folder:
         tokenizer = open_tokenizer(folder, name)
-    vocab, rows = tokenizer.get_vocab(), _embedding_rows(found)
+    vocab, rows = tokenizer.get_vocab(), found.embedding_rows or 1 << 31
     ends = [chatml.END] if vocab.get(chatml.END, rows) < rows else []
     if not (ends := ends or ([str(tokenizer.eos_token)] if tokenizer.eos_token is not None else [])):
         what = f"{name}: the tokenizer has no token that ends an answer: the model could never stop"
@@ -108,7 +107,7 @@ def with_template(found: TokenizerFiles, text: str) -> TokenizerFiles:
     content = {name: data for name, data in found.content.items() if not name.startswith(f"{NAMED_TEMPLATES}/")}
     content.pop(OF_PROCESSOR, None)
     content[TEMPLATE] = text.encode()
-    config = _object(found, TOKENIZER_CONFIG)
+    config = found.json_object(TOKENIZER_CONFIG)
     if "chat_template" in config:
         content[TOKENIZER_CONFIG] = _json({**config, "chat_template": text})
     return TokenizerFiles(content)
@@ -119,7 +118,7 @@ def templates_of(found: TokenizerFiles) -> list[str]:
     named = sorted(name for name in found.content if name.startswith(f"{NAMED_TEMPLATES}/"))
     if TEMPLATE in found.content or named:
         return [found.content[name].decode("utf-8", "replace") for name in (TEMPLATE, *named) if name in found.content]
-    stored = _object(found, TOKENIZER_CONFIG).get("chat_template")
+    stored = found.json_object(TOKENIZER_CONFIG).get("chat_template")
     if isinstance(stored, list):
         return [str(entry.get("template")) for entry in stored if isinstance(entry, dict)]
     if isinstance(stored, dict):
@@ -152,7 +151,7 @@ def _changed(found: TokenizerFiles, change: Callable[[str], str]) -> TokenizerFi
     for name, data in found.content.items():
         if name == TEMPLATE or name.startswith(f"{NAMED_TEMPLATES}/"):
             content[name] = change(data.decode("utf-8", "replace")).encode()
-    config = _object(found, TOKENIZER_CONFIG)
+    config = found.json_object(TOKENIZER_CONFIG)
     stored = config.get("chat_template")
     new: Any = None
     if isinstance(stored, str) and stored:
@@ -168,24 +167,8 @@ def _changed(found: TokenizerFiles, change: Callable[[str], str]) -> TokenizerFi
 
 
 def _of_processor(found: TokenizerFiles) -> str:
-    text = _object(found, OF_PROCESSOR).get("chat_template")
+    text = found.json_object(OF_PROCESSOR).get("chat_template")
     return text if isinstance(text, str) else ""
-
-
-def _embedding_rows(found: TokenizerFiles) -> int:
-    """Rows of the embedding as config.json has them; where it says nothing, more than any token's id."""
-    config = _object(found, CONFIG)
-    text = config.get("text_config")
-    rows = (text if isinstance(text, dict) else config).get("vocab_size")
-    return rows if type(rows) is int else 1 << 31
-
-
-def _object(found: TokenizerFiles, name: str) -> dict[str, Any]:
-    """A JSON file among them; {} where it is none: whoever opens the tokenizer says so."""
-    try:
-        return foreign_json.parse_object(found.content.get(name, b"{}"), name)
-    except ForeignFileError:
-        return {}
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

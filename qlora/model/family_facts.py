@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import head_scaling
-from qlora.model.meta_model import build_unmatched, choose_attention, with_layers
+from qlora.model.config_filter import with_layers
+from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.model.packing_table import LARGEST_LEAK, LEAKS
 from qlora.model.tracing import POSITIONS, TOKENS, Mixing, Trace, row_length
 from qlora.step.forward import CausalParts, hidden_states

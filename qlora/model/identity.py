@@ -92,10 +92,12 @@ class Fingerprints:
     data: str
     base_identity: BaseIdentity | None = None
     data_content: str | None = None
+    older_data: str | None = None  # what older code called the same tokens; not kept
 
     def as_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return {**vars(self), "base_identity": self.base_identity and self.base_identity.model_dump()}
+        kept = {key: value for key, value in vars(self).items() if key != "older_data"}
+        return {**kept, "base_identity": self.base_identity and self.base_identity.model_dump()}
 
     def other_base(self, now: Fingerprints) -> str | None:
         """What makes the base of `now` another one, in words, or None."""
@@ -103,7 +105,7 @@ class Fingerprints:
 
     def other_data(self, now: Fingerprints) -> str | None:
         """What makes the rows of `now` others, in words, or None."""
-        same = self.data == now.data
+        same = self.data in (now.data, now.older_data)
         if None not in (self.data_content, now.data_content):
             same = self.data_content == now.data_content
         return None if same else "its rows, or the tokens that are made of them, have changed"

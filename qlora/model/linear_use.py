@@ -17,6 +17,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora.errors import foreign_failures
 from qlora.events import Notice
 
-_KEPT = "_layers_that_stay"  # the attribute of a model that holds their names
+_KEPT = "_linear_use"  # the attribute of a model that holds what is known of it
 TOKENS = 8  # of the watched forward pass
 # Methods that run before there are weights.
 _NOT_FORWARD = ("__init__", "_init_weights", "init_weights", "reset_parameters", "tie_weights")
@@ -37,8 +38,19 @@ _OF_THE_PLACE = ("shape", "device")  # a 4-bit layer has them too; its dtype is 
 _REFUSED_BY_PEFT = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
-def kept_layers(model: Any, layers: Mapping[str, nn.Module]) -> frozenset[str]:
-    """Names of those linear `layers` of `model` that must stay as they are: read by the model itself, or never called.
+@dataclass(frozen=True)
+class LinearUse:
+    """`kept`: names of linear layers that must stay as they are, read by the model itself or never called.
+
+    `trunk`: why the trunk cannot be computed apart from the head; "" where it can.
+    """
+
+    kept: frozenset[str]
+    trunk: str = ""
+
+
+def use_of(model: Any, layers: Mapping[str, nn.Module]) -> LinearUse:
+    """What `model` does with its linear `layers`.
 
     Found once, best while the model is on meta, and kept with it: what loading, adapters, merges and the estimator take
     for a layer is the same. With weights in place, the source of its classes alone is asked.
@@ -50,26 +62,30 @@ def kept_layers(model: Any, layers: Mapping[str, nn.Module]) -> frozenset[str]:
     return known  # type: ignore[no-any-return]
 
 
-def kept_notice(model: Any) -> Notice | None:
-    """What a reader of the recipe must know of the layers that stay as they are; None where there are none."""
-    names = getattr(model, _KEPT, ())
-    if not names:
-        return None
-    kinds = Counter(name.rpartition(".")[2] for name in names)
-    shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    message = f"layers whose weight the model reads by itself stay in 16 bit and take no adapter: {shown}"
-    return Notice("quantization", message, len(names))
+def notices(model: Any) -> Iterator[Notice]:
+    """What a reader of the recipe must know of a model's layers: which stay as they are, and none is recomputed."""
+    known: LinearUse | None = getattr(model, _KEPT, None)
+    if known and known.kept:
+        kinds = Counter(next(part for part in reversed(name.split(".")) if not part.isdigit()) for name in known.kept)
+        shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        message = f"layers whose weight the model reads by itself stay in 16 bit and take no adapter: {shown}"
+        yield Notice("quantization", message, len(known.kept))
+    if not model.supports_gradient_checkpointing:
+        message = "transformers cannot recompute this model's layers: train.gradient_checkpointing has no effect"
+        yield Notice("memory", message)
 
 
-def _find(model: Any, layers: Mapping[str, nn.Module]) -> frozenset[str]:
+def _find(model: Any, layers: Mapping[str, nn.Module]) -> LinearUse:
     kept = {name for name in layers if _reads(model, name)}
     if model.config.model_type in _REFUSED_BY_PEFT:
         kept |= {name for name in layers if name.rpartition(".")[2] == "out_proj"}
-    watched = _watch(model, layers)
-    if watched is not None:
-        called, read = watched
-        kept |= read | (layers.keys() - called)
-    return frozenset(kept)
+    if model.base_model is model:
+        return LinearUse(frozenset(kept), "it has no trunk apart from its head")
+    watch = _watch(model, layers)
+    if watch is None:
+        return LinearUse(frozenset(kept))
+    kept |= watch.read | (layers.keys() - watch.called)
+    return LinearUse(frozenset(kept), "" if watch.hidden is not None else "its trunk returns no last_hidden_state")
 
 
 def _reads(model: Any, name: str) -> bool:
@@ -131,6 +147,7 @@ class _Watch:
         self.called: set[str] = set()
         self.read: set[str] = set()
         self.inside: list[int] = []
+        self.hidden: Any = None  # what the trunk returned as its hidden states
 
     def class_of(self, kind: type) -> type:
         """A class that computes what `kind` does, and says so here."""
@@ -153,8 +170,8 @@ class _Watch:
         return Watched
 
 
-def _watch(model: Any, layers: Mapping[str, nn.Module]) -> tuple[set[str], set[str]] | None:
-    """Names of layers called, and of those read, in a forward pass on meta; None where it cannot be computed."""
+def _watch(model: Any, layers: Mapping[str, nn.Module]) -> _Watch | None:
+    """What was seen of a forward pass on meta; None where it cannot be computed."""
     if any(not parameter.is_meta for parameter in model.parameters()):
         return None
     watch = _Watch(layers)
@@ -169,11 +186,12 @@ def _watch(model: Any, layers: Mapping[str, nn.Module]) -> tuple[set[str], set[s
         for training in (False, True):
             with _mode(model, training):
                 model(input_ids=ids, use_cache=False)
-    return None if failure.error else (watch.called, watch.read)
+        watch.hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    return None if failure.error else watch
 
 
 class _Answering(TorchDispatchMode):
-    """Answers what a forward pass asks the data of meta tensors: is this row one document, is this mask all ones? Yes."""
+    """Answers what a forward pass asks the data of meta tensors: is this row one document, is this mask ones? Yes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
+from qlora.model import linear_use
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
 from qlora.model.identity import WeightReader
-from qlora.model.linear_use import kept_notice
 from qlora.model.meta_model import MetaModel, build, head_of, linear_layers
 from qlora.model.nf4 import (
     VALUES_PER_BLOCK,
@@ -237,7 +237,7 @@ def _report(
         kept = sum(_is_4bit(module) for module in meta_model.model.modules())
         message = f"the base is stored in 4 bit and stays as it is: {kept} layers, the others in 16 bit"
         sink.emit(Notice("quantization", message, kept))
-    if notice := kept_notice(meta_model.model):
+    for notice in linear_use.notices(meta_model.model):
         sink.emit(notice)
     expected = {*(layer for _, layer in linear_layers(meta_model.model)), head_of(meta_model.model)}
     odd = Counter(

@@ -22,7 +22,7 @@ from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
-from qlora.model.linear_use import kept_layers
+from qlora.model.linear_use import use_of
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 from qlora.model.weight_names import text_name
@@ -97,8 +97,9 @@ def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False)
 
 def _check_shape(text: Any, name: str) -> None:
     """Raises ModelError for counts that are none. An id of padding that no token has is taken for no padding."""
-    known = {key: value for key in COUNTS if type(value := _of_all_layers(text, key)) is int}
+    # Not by their names: Gemma 4's layers differ in heads, and it raises over a question for the number of one.
     stored = getattr(text, "attribute_map", {})
+    known = {key: value for key in COUNTS if type(value := vars(text).get(stored.get(key, key))) is int}
     for key, value in known.items():
         if value < 1:
             what = f"{name}: config.json: {stored.get(key, key)} is {value}, a model has at least 1"
@@ -107,17 +108,13 @@ def _check_shape(text: Any, name: str) -> None:
     if heads % shared:
         what = f"{name}: config.json: num_key_value_heads is {shared}, which does not divide {heads} attention heads"
         raise ModelError(what, "get a clean copy of the model")
-    if hasattr(text, "rope_parameters") and type(width := _of_all_layers(text, "head_dim")) is int and width % 2:
+    width = vars(text).get("head_dim")
+    if hasattr(text, "rope_parameters") and type(width) is int and width % 2:
         what = f"{name}: config.json: head_dim is {width}, but positions turn its values in pairs"
         raise ModelError(what, "get a clean copy of the model")
     padding, tokens = getattr(text, "pad_token_id", None), known.get("vocab_size", 0)
     if padding is not None and not -tokens <= padding < tokens:
         text.pad_token_id = None
-
-
-def _of_all_layers(text: Any, key: str) -> Any:
-    """A value of the configuration; where layers have one each (Gemma 4's heads) what it says for all others."""
-    return vars(text)[key] if key in vars(text) else getattr(text, key, None)
 
 
 def _check_extent(text: Any, name: str) -> None:
@@ -196,7 +193,7 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS
     }
-    kept = kept_layers(model, found)
+    kept = use_of(model, found).kept
     yield from ((name, module) for name, module in found.items() if name not in kept)
 
 
@@ -311,3 +308,5 @@ def check_layers(model: Any, name: str) -> None:
         raise ModelError(what, "use a dense model of the size you need")
     if next(linear_layers(model), None) is None:
         raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", "use another model")
+    if why := use_of(model, {}).trunk:
+        raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", "use another model")

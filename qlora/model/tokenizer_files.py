@@ -59,6 +59,21 @@ class TokenizerFiles:
         return disk.sha256_text(*(part for pair in hashed for part in pair))
 
     @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the model's embedding as its config.json has them; None where it leaves that to its class."""
+        config = self.json_object(CONFIG)
+        text = config.get("text_config")
+        rows = (text if isinstance(text, dict) else config).get("vocab_size")
+        return rows if type(rows) is int else None
+
+    def json_object(self, name: str) -> dict[str, Any]:
+        """A JSON file among them; {} where it is not there or no object: the library that opens it says so."""
+        try:
+            return foreign_json.parse_object(self.content.get(name, b"{}"), name)
+        except ForeignFileError:
+            return {}
+
+    @property
     def has_template(self) -> bool:
         """Whether a chat template stands in one of the three places that transformers reads."""
         if "chat_template.jinja" in self.content or "chat_template.json" in self.content:

@@ -33,27 +33,20 @@ _RESHAPES = {
     *("unsqueeze", "squeeze", "repeat", "movedim", "view_as_real", "view_as_complex", "view_dtype"),
 }
 _ELEMENTWISE = {
+    "stack",
     *("masked_fill_", "copy_", "zero_", "fill_", "native_dropout", "_conj", "complex", "polar", "real", "imag"),
     *("log_sigmoid_forward", "masked_fill", "where", "_neg_view", "isnan", "isinf", "resolve_conj", "exponential_"),
 }
 _FILLS = {
     *("zeros", "ones", "full", "empty", "scalar_tensor", "zeros_like", "ones_like", "full_like", "empty_like"),
-    *(
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "empty_strided",
-        "new_empty_strided",
-        "rand_like",
-        "randn_like",
-    ),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "empty_strided", "new_empty_strided"),
+    *("rand_like", "randn_like"),
 }
 _OVER_DIMENSIONS = {
     *("sum", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "std_mean", "norm", "linalg_vector_norm"),
     *("logsumexp", "_softmax", "_log_softmax", "softmax", "cumsum", "cumprod", "logcumsumexp", "prod", "any", "all"),
     *("argmax", "argmin", "topk", "sort", "glu", "flip", "gather", "scatter", "scatter_", "scatter_add", "unbind"),
-    *("select", "split", "split_with_sizes", "chunk", "repeat_interleave", "cat", "stack", "index_select", "unfold"),
+    *("select", "split", "split_with_sizes", "chunk", "repeat_interleave", "cat", "index_select", "unfold"),
 }
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear"}
 _NORMS = {"native_layer_norm": 1, "_fused_rms_norm": 1, "rms_norm": 1, "layer_norm": 1}  # argument of the shape
@@ -264,19 +257,21 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> bool:
         """Whether an operation over dimensions is one over the dimension of the tokens."""
         packet = func._overloadpacket.__name__
-        if packet in ("slice", "constant_pad_nd", "cat", "repeat_interleave") and outputs:
-            before = {(dim, one.shape[dim]) for one in inputs[:1] for dim in self.token_dims(one)}
-            return {(dim, outputs[0].shape[dim]) for dim in self.token_dims(outputs[0])} != before
+        first = next((one for one in inputs if self.token_dims(one)), inputs[0])
+        along = set(self.token_dims(first))
+        if packet == "constant_pad_nd":  # pads of the last dimension come first; 1 and -1 keep the length
+            return any(any(args[1][2 * at : 2 * at + 2]) for at in range(len(args[1]) // 2) if -1 - at in along)
+        if packet in ("slice", "repeat_interleave") and outputs:
+            return {(dim, outputs[0].shape[dim]) for dim in along} != {(dim, first.shape[dim]) for dim in along}
         values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         chosen = values.get("dim", values.get("dims", values.get("dimension")))
         if chosen is None:
             defaults = {one.name: one.default_value for one in func._schema.arguments if one.has_default_value()}
             chosen = defaults.get("dim")
-        first = inputs[0]
         if chosen is None or chosen == []:
             return True
         dims = {dim if dim < 0 else dim - first.ndim for dim in ([chosen] if isinstance(chosen, int) else chosen)}
-        return bool(dims & set(self.token_dims(first)))
+        return bool(dims & along)
 
     # --- which module -----------------------------------------------------------------------------------------------
 

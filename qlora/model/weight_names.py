@@ -28,7 +28,8 @@ _TEXT_PARTS = (
     (re.compile(r"^(?:model\.)?(?:language_model|text_model)\.lm_head\."), "lm_head."),
     (re.compile(r"^model\.(?:language_model|text_model)\.(?:model\.)?"), "model."),
     (re.compile(r"^(?:language_model|text_model)\.(?:model\.)*"), "model."),
-    (re.compile(r"^(?=(?:layers|embed_tokens|norm)\.)"), "model."),  # of a model that was saved without its head
+    # Of a model that was saved without its head, or inside of another one's `model`.
+    (re.compile(r"^(?:model\.)*(?=(?:layers|embed_tokens|norm)\.)"), "model."),
 )
 _OMNI = "thinker."  # Qwen's omni models: before the names of the part that reads and writes text
 # Parts beside the text model, by the names that transformers' multimodal classes give them.
@@ -39,7 +40,9 @@ _OTHER_PARTS = re.compile(
 # What wrappers of training put into names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # An adapter's own name, which other tools leave in: `lora_A.default.weight`.
-_ADAPTERS_NAME = re.compile(r"(\.lora_[AB])\.\w+(?=\.weight$)|(\.(?:lora_embedding_[AB]|\w+_vector|\w+_delta))\.\w+$")
+_ADAPTERS_NAME = re.compile(
+    r"(\.lora_[AB])\.\w+(?=\.weight$)|(\.(?:lora_embedding_[AB]|\w+_vector|\w+_delta))(?:\.\w+)+$"
+)
 
 _PEFTS_OWN = re.compile(r"\.(?:lora_\w+|base_layer|original_module|modules_to_save|token_adapter)\.")
 

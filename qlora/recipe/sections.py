@@ -222,7 +222,7 @@ class ExportSection(Section):
     )
     base: Literal["auto", "nf4", "full"] = Field(
         "auto",
-        description="Merge into nf4 (dequantized, as trained on), full (the original weights) or auto: the nearer one",
+        description="Merge into nf4 (as trained on), full (original weights) or auto: the better, else the nearer one",
     )
     max_kl: float | None = Field(
         None,

@@ -114,8 +114,10 @@ def set_gradient_checkpointing(causal_lm: Any, enabled: bool, keep_random_state:
     """Recompute each layer in the backward pass, through our own function (where offload will hook in).
 
     `keep_random_state` is needed where a layer draws random numbers (LoRA dropout), so that the second pass draws the
-    same ones.
+    same ones. A model whose layers transformers cannot recompute is left as it is.
     """
+    if not causal_lm.supports_gradient_checkpointing:
+        return
     recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=keep_random_state)
     causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
 

@@ -45,7 +45,7 @@ def logits_transform(config: Any) -> LogitsTransform | None:
     """What the model's own forward does to the head's output, by its config; `model.family_facts` compares the two."""
     factor = math.prod(_number(config, key) or 1.0 for key in FACTORS)
     if divisor := _number(config, DIVISOR):
-        factor *= divisor if config.model_type in MULTIPLIES_BY_DIVISOR else 1.0 / divisor
+        factor *= divisor if getattr(config, "model_type", "") in MULTIPLIES_BY_DIVISOR else 1.0 / divisor
     if cap := next(filter(None, (_number(config, key) for key in CAPS)), None):
         return partial(_softcap, cap=cap, factor=factor)
     return partial(torch.mul, other=factor) if factor != 1 else None

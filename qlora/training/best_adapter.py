@@ -83,4 +83,6 @@ class BestAdapter:
         before, after = state.exact_match_before, state.exact_match_after
         if before is not None and after is not None:
             facts["exact match"] = f"{before:.1%} before, {after:.1%} after"
+        if self._names is not None:  # peft finds no place for it on another class
+            facts["opens on"] = str(self.base.config["architectures"][0])
         return adapter_card(self.base, self.recipe, facts)

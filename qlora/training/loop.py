@@ -80,7 +80,8 @@ class Training:
         which = self.causal_lm.base_identity
         facts = (recipe, len(job.data.train.lengths), len(job.data.eval.lengths), which)
         self.best_adapter = BestAdapter(job.model, job.base, job.tokenizer, *facts)
-        fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, job.data.content_fingerprint)
+        of_data = job.data.content_fingerprint, job.data.older_fingerprint
+        fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, *of_data)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.completed = RunState()  # the last state that may be saved

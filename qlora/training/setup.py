@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import disk
-from qlora.errors import ExportError, HardwareError, Problem, RecipeError, TokenizerError
+from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import ExportSection
@@ -108,34 +108,24 @@ def prepare(
 
     Raises ExportError where the recipe asks for a GGUF that this base cannot become, DoesNotFit with remedies.
     """
+    from qlora.data.token_ids import check_ids, say_stray_padding
     from qlora.export.verify.foresight import foresee_measuring
     from qlora.memory import hardware
+    from qlora.model.meta_model import text_config
     from qlora.training import evaluate, memory_plan
 
     with clock.phase("rows"):
         chat, data = prepare_rows(recipe, tokenizer, sink)
-        _check_tokens(chat, data, base)
+        asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
+        rows = text_config(base.config, base.name)[0].vocab_size
+        check_ids(chat.tokenizer, data, (question.prompt_ids for question in asked), rows, base.name)
+        say_stray_padding(chat.tokenizer, rows, base.name, sink)
     with clock.phase("checks", "plan memory"):
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
         foresee_measuring(recipe.export, base, hardware.this_machine(recipe.memory.limit).limit_bytes, sink)
-        asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
         memory = memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, prompt_tokens), sink)
     return chat, data, memory
-
-
-def _check_tokens(chat: ChatTokenizer, data: PreparedData, base: BaseFolder) -> None:
-    """Raises TokenizerError for a token of a row that the base has no embedding for: its tokenizer may know more."""
-    from qlora.model.base_folder import text_section
-
-    known = text_section(base.config).get("vocab_size")
-    if not isinstance(known, int) or len(chat.tokenizer) <= known:
-        return
-    for split in (data.train, data.eval):
-        if found := split.first_above(known - 1):
-            name = chat.tokenizer.convert_ids_to_tokens(found[1])
-            what = f"{found[0]}: the token {name!r} ({found[1]}) has no embedding in {base.name}, which has {known:,}"
-            raise TokenizerError(what, "take that token out of rows and template, or use a base that was made with it")
 
 
 def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
@@ -147,7 +137,7 @@ def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[Cha
 
     with files.placed() as folder:
         tokenizer = open_tokenizer(folder, recipe.model.base)
-    chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink)
+    chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink, files.embedding_rows)
     sources = localize(recipe.data, sink).local
     data = prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     return chat, data

@@ -39,7 +39,6 @@ WRONG: dict[str, list[Any]] = {
     "bias": ["all", 1, ["none"], {}],
     "use_rslora": ["yes", 1, []],
     "use_dora": ["yes", 1, {}, True],
-    "fan_in_fan_out": ["no", 0],
     "ensure_weight_tying": [[]],
     "init_lora_weights": [5, [], {}, "pissa_niter_16", "loftq"],
     "target_modules": [5, {}, [1], [["q_proj"]], ["x" * 2000], ["a"] * 100_001, True],

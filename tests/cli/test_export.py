@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.cases import expect_two_lines, run
-from tests.export.cases import KINDS, trained
+from tests.export.cases import KINDS, edit, trained
 
 
 def test_export_of_nothing(tmp_path: Path) -> None:
@@ -20,10 +20,14 @@ def test_export_of_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_prints_json(tmp_path: Path, llama: Path) -> None:
     trained(llama, tmp_path / "adapter", KINDS["plain"])
+    edit(tmp_path / "adapter" / "qlora.json", base="/home/anna/models/llama")  # it comes from another machine
     command = [sys.executable, "tools/merge_and_export.py", str(tmp_path / "adapter"), "--to", "gguf", "--quant", "f16"]
     root = Path(__file__).parents[2]
-    done = subprocess.run([*command, "--no-verify", "--json"], capture_output=True, text=True, cwd=root)
+    done = subprocess.run([*command, "--no-verify"], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 2 and "--base-model" in done.stderr and "recipe" not in done.stderr
+    command += ["--no-verify", "--json", "--base-model", str(llama)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    assert said["merge_base"] == "nf4" and said["products"][0]["format"] == "gguf-f16"
+    assert said["merge_base"] == "nf4" and said["choice"] is None and said["products"][0]["format"] == "gguf-f16"
     assert Path(said["products"][0]["folder"]).is_dir()

@@ -108,6 +108,12 @@ BROKEN_LINES: list[tuple[str, str | bytes, str]] = [
     ("parts of mixed types", of({"role": "user", "content": ["a", 1]}, says("x")), "only text"),
     ("weight a text", of(USER, says("x", weight="1")), "weight is '1'"),
     ("train a number", of(USER, says("x", train=2)), "train is 2"),
+    ("a key twice", '{"messages": [], "messages": []}', "the key 'messages' stands twice in one object"),
+    (
+        "a key twice below",
+        of(USER, says("x")).replace('"role": "user"', '"role": "user", "role": "user"'),
+        "'role' stands",
+    ),
     ("a NUL in a key", '{"a\\u0000b": 1, "messages": []}', "NUL"),
     ("reasoning a list", of(USER, says("x", reasoning_content=[])), "reasoning_content is a list"),
     ("a BOM in the middle", "\ufeff" + GOOD_LINE, "broken JSON"),

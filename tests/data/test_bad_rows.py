@@ -65,6 +65,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("a.json", b"[" + GOOD_LINE.encode() + b",\n]", "a.json:2: broken JSON"),
     ("a.json", b"[" + GOOD_LINE.encode() + b"]\n[", "a.json:2: broken JSON: text after the end"),
     ("a.json", b'[{"a": 1,\n"b" 2}]', "a.json:2: broken JSON"),
+    ("a.json", b'[{"text": "x",\n"text": "y"}]', "a.json:1: the key 'text' stands twice in one object"),
     ("a.json", b'[{"a": NaN}]', "a.json:1: broken JSON: NaN"),
     ("a.json", b'[{"a": "\\u0000"}]', "a.json:1: a text holds a NUL"),
     ("a.json", b'{\n "data": []\n}', "a.json:1: one object over several lines"),

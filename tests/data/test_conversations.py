@@ -122,3 +122,20 @@ def test_json_text_stands_wherever_an_object_may(tmp_path: Path) -> None:
     row = {"conversations": json.dumps([USER, SAYS]), "tools": "null"}
     source = SourceSection(path=str(write(tmp_path, [row])))
     assert [item for _, item in conversations(source, {})] == [Conversation((USER, SAYS))]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        ("a.jsonl", '[{"text": "a"}, {"text": "b"}]\n', "an array of rows is a .json file: give it that ending"),
+        ("a.jsonl", '{"prompt": "q", "completion": 4}\n' * 3, "write it as text in every row, or name the column"),
+        ("a.jsonl", '{"conversations": ["q", "a"]}\n' * 3, "write each turn as an object"),
+        ("a.jsonl", "3\n4\n", "each row is an object with names"),
+        ("a.json", '{\n "data": [\n {"text": "a"}]\n}', "if its rows are the objects in data, write that array alone"),
+        ("a.json", '{\n "text": "a"\n}', "a .json file holds one array of rows, or one row per line"),
+        ("a.csv", "prompt,completion\n1,a,b\n2,c,d\n", "name every column in the first line"),
+    ],
+)
+def test_a_file_of_another_kind_is_told_what_it_is(tmp_path: Path, name: str, text: str, hint: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert hint in refusal(tmp_path / name).hint

@@ -15,7 +15,7 @@ RATINGS = ("label", "kto_tag", "rating", "feedback", "is_good", "thumbs_up", "ac
 
 
 @pytest.mark.parametrize(
-    "value", [False, 0, -1, "false", "False", "0", "bad", "rejected", "Undesirable", "thumbs_down"]
+    "value", [False, 0, 0.0, -1, "false", "False", "0", "bad", "rejected", "Undesirable", "thumbs_down"]
 )
 @pytest.mark.parametrize("key", RATINGS)
 def test_a_bad_answer_is_refused_by_its_column_and_the_way_out_is_said(key: str, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
+from qlora import chatml
 from qlora.data.offsets import tokens_of
 from qlora.errors import TokenizerError
 from tests.data.toys import assistant, chat_of, encode, talk, user
@@ -21,7 +22,7 @@ def test_ids_and_where_they_stand() -> None:
 
 def test_a_tokenizer_that_gives_up_on_a_row_is_a_refusal() -> None:
     """The library's panic is no Exception: unseen, it would end the run with a page of Rust's."""
-    chat = chat_of(None)
+    chat = chat_of(chatml.template("<|im_end|>"))
     backend = chat.tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?:.|.)*[xq][yz]"), "isolated")
     with pytest.raises(TokenizerError, match=r"gave up on a row .*retry-limit"):

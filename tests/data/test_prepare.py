@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from qlora import chatml
 from qlora.data import prepare as module
 from qlora.data.chat import ChatTokenizer
 from qlora.data.prepare import PreparedData, check_files, prepare
@@ -251,7 +252,10 @@ def test_everything_that_makes_rows_is_in_the_key(tmp_path: Path, monkeypatch: p
     fresh("first")
     fresh("tokenizer", fingerprint="other")
     fresh("loss_on", using=chat(loss_on="all"), loss_on="all")
-    fresh("template", using=ChatTokenizer(toy_tokenizer(FAMILIES["qwen2"]), "assistant", Recorder()))
+    fresh(
+        "template",
+        using=ChatTokenizer(toy_tokenizer(FAMILIES["qwen2"], chatml.template("<|im_end|>")), "assistant", Recorder()),
+    )
     fresh("max_length", max_length=1024)
     fresh("truncation", truncation="cut")
     fresh("max_bad_rows", max_bad_rows=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora.data.role_words import plain_word, role_of
+from qlora.data.role_words import plain_word, role_of, said_by
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,9 @@ def test_the_role_of_a_word(word: Any, role: str | None) -> None:
 
 def test_capitals_blanks_and_dashes_make_no_difference() -> None:
     assert {plain_word(word) for word in ("System Prompt", "system-prompt", " SYSTEM_PROMPT: ")} == {"system_prompt"}
+
+
+def test_whose_words_stand_under_a_key() -> None:
+    assert [said_by(key) for key in ("Human", "question", "output", "assistant", "content", "score")] == [
+        *("user", "user", "assistant", "assistant", None, None)
+    ]

@@ -262,6 +262,13 @@ def test_a_file_that_grows_while_it_is_read_has_an_end(tmp_path: Path) -> None:
     assert lines == 2_000_000
 
 
+def test_a_path_like_a_name_of_the_hub_is_answered_with_it(tmp_path: Path) -> None:
+    for path, said in (("tatsu-lab/alpaca", True), ("tatsu-lab/alpaca.json", False), ("alpaca", False)):
+        with pytest.raises(DataError) as caught:
+            find_files(str(tmp_path / path), (".jsonl",))
+        assert ('path = "hub:tatsu-lab/alpaca"' in caught.value.hint) == said
+
+
 def test_links_of_ones_own_are_told_how_they_are_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "rows.jsonl").write_text("{}\n")
@@ -272,10 +279,3 @@ def test_links_of_ones_own_are_told_how_they_are_followed(tmp_path: Path) -> Non
             find_files(str(tmp_path / path), [".jsonl"])
         assert error.value.hint.startswith("a link is followed where a path names it")
     assert len(find_files(str(tmp_path / "rows" / "rows.jsonl"), [".jsonl"]).files) == 1
-
-
-def test_a_path_like_a_name_of_the_hub_is_answered_with_it(tmp_path: Path) -> None:
-    for path, said in (("tatsu-lab/alpaca", True), ("tatsu-lab/alpaca.json", False), ("alpaca", False)):
-        with pytest.raises(DataError) as caught:
-            find_files(str(tmp_path / path), (".jsonl",))
-        assert ('path = "hub:tatsu-lab/alpaca"' in caught.value.hint) == said

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from qlora.data.chat import ChatTokenizer
+from qlora.chatml import template as chatml_ending
+from qlora.data.chat import ChatFormat, ChatTokenizer
+from qlora.data.formats import Conversation
 from qlora.errors import TokenizerError
 from qlora.events import Recorder
 from tests.data.toys import (
@@ -19,7 +21,6 @@ from tests.data.toys import (
     chatml,
     encode,
     family_chat,
-    notices,
     talk,
     template_of,
     toy_tokenizer,
@@ -47,20 +48,30 @@ def test_a_named_template_for_tools_is_used_with_tools() -> None:
     assert "get_weather" in tokenizer.decode(chat.prompt_ids([user("a")], [WEATHER]))
 
 
-def test_chatml_is_used_aloud_where_there_is_no_template() -> None:
-    chat = chat_of(None)
+def test_chatml_writes_calls_results_and_tools() -> None:
+    chat = chat_of(chatml_ending("<|im_end|>"))
     conversation = CASES[3].make()
     row = encode(chat, conversation)
     found = trained(chat, row)
     assert found[1] == "It is cold.<|im_end|>"
     assert found[0] == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
     assert '"description": "the weather now"' in chat.tokenizer.decode(row.input_ids)
-    assert notices(chat, "template")[0].message.startswith("the base has no chat template: ChatML")
     assert chat.template and "im_start" in chat.template
 
 
+def test_without_a_template_text_can_be_trained_and_conversations_are_refused() -> None:
+    chat = chat_of(None)
+    assert chat.template is None
+    assert trained(chat, encode(chat, Conversation(text="It is cold.")))
+    with pytest.raises(TokenizerError, match="the base has no chat template, and the rows are conversations") as caught:
+        encode(chat, CASES[3].make())
+    assert caught.value.hint.startswith('add chat_template = "chatml" under [model]')
+    assert ChatFormat.of(chat.tokenizer).template is None
+    assert ChatFormat.of(chat.tokenizer).end_ids == (chat.tokenizer.eos_token_id,)
+
+
 def test_chatml_ends_turns_with_eos_where_the_vocabulary_has_no_end_of_its_own() -> None:
-    chat = chat_of(None, FAMILIES["mistral"])
+    chat = chat_of(chatml_ending("</s>"), FAMILIES["mistral"])
     assert trained(chat, encode(chat, talk(user("a"), assistant("b"))))[0] == "b</s>"
     assert chat.end_token_ids == (chat.tokenizer.eos_token_id,)
 

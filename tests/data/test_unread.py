@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from qlora.data.unread import CONTEXT, MAX_NAMES, OTHERS, UNREAD, Counts, Ledger, Remark, count_remarks, notices
+from qlora.data.unread import (
+    CONTEXT,
+    MAX_NAMES,
+    NOT_ANSWERS,
+    OTHERS,
+    UNREAD,
+    Counts,
+    Ledger,
+    Remark,
+    count_remarks,
+    notices,
+)
 
 
 def test_keys_that_say_something_and_were_not_read_are_remarks_without_numbers() -> None:
@@ -30,6 +41,14 @@ def test_one_notice_a_file_and_kind_with_every_name_and_its_rows() -> None:
     assert first.message == "a.jsonl: nothing reads id (3 rows), odd␛ (2 rows): left out"
     assert (first.topic, first.count) == ("columns", 5)
     assert "b.jsonl: answers are context and not trained, by their messages[].train (1 row)" in second.message
+
+
+def test_switches_of_turns_are_said_in_other_words_where_every_token_is_trained() -> None:
+    counts: Counts = {}
+    count_remarks(counts, "a.jsonl", (Remark(CONTEXT, "messages[].train"), Remark(NOT_ANSWERS, "messages[].weight")))
+    assert "only answers are" in list(notices(counts))[1].message
+    (notice,) = notices(counts, "all")
+    assert notice.message.endswith('messages[].train (1 row): data.loss_on = "all" trains them all the same')
 
 
 def test_a_million_names_are_a_few_and_others() -> None:

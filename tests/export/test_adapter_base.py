@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from qlora.cli.common import as_options
 from qlora.errors import ExportError, UserError
 from qlora.events import Recorder
 from qlora.export.adapter_base import open_base
-from qlora.model import adapters, load
 from qlora.model.adapter_folder import provenance, read_adapter
 from qlora.model.resolve import resolve
-from qlora.recipe.sections import QuantizationSection
 from tests.export.cases import KINDS, edit, export, exported, line, name_the_base, of_peft, trained
 from tests.families import make_base, make_tokenizer
 
@@ -112,6 +108,7 @@ def test_a_strangers_adapter_was_trained_in_16_bit(llama: Path, tmp_path: Path) 
     assert any("trained on 16 bit" in message and "merge_base='nf4'" in message for message in said)
 
 
+@pytest.mark.slow
 def test_a_card_or_its_owner_says_that_it_was_4_bit(llama: Path, tmp_path: Path) -> None:
     of_peft(llama, tmp_path / "adapter")
     name_the_base(tmp_path / "adapter", llama)
@@ -136,13 +133,3 @@ def test_a_base_that_is_stored_in_4_bit_stays_so(llama: Path, tmp_path: Path) ->
     make_tokenizer().save_pretrained(stored)
     report = exported(tmp_path / "adapter", base_model=stored, out=tmp_path / "out")
     assert report.merge_base == "nf4"
-
-
-def test_the_adapter_is_measured_on_the_base_that_was_named(llama: Path, tmp_path: Path) -> None:
-    """A copy of the base under another name, and the export opens it with the adapter as trained."""
-    adapter = moved(llama, tmp_path)
-    copy = shutil.copytree(llama, tmp_path / "copy")
-    found = resolve(str(copy), "main", Recorder())
-    model = load.load_base(found, QuantizationSection(), "auto", torch.device("cpu"), Recorder())
-    assert adapters.open_saved(model, adapter)
-    assert export(adapter, "hf", base_model=copy, out=tmp_path / "out").fidelity[0].kl == 0

@@ -185,8 +185,8 @@ def test_a_trunk_that_is_more_than_its_layers_is_computed_whole(family: str, tmp
     base = resolve(str(folder), "main", Recorder())
     meta_model = build(base)
     weights = candidates.of_folder(meta_model, base)
-    found = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU, torch.float32))
-    torch.testing.assert_close(found, loaded(folder, torch.float32, meta_model.attention), atol=1e-5, rtol=0)
+    found = gathered(candidates.vocabulary_logprobs(meta_model.model, weights, BATCHES, CPU))
+    assert torch.equal(found, loaded(folder, torch.bfloat16, meta_model.attention))
     assert all(parameter.is_meta for parameter in meta_model.model.parameters()), "a weight was kept"
 
 
@@ -204,6 +204,6 @@ def test_a_whole_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch:
     base = resolve(str(all_families.make_base("dory", tmp_path / "base")), "main", Recorder())
     meta_model = build(base)
     monkeypatch.setattr(candidates, "free_bytes", lambda device: 1 << 10)
-    with pytest.raises(ExportError, match="measured whole it takes 0.00 GiB") as refused:
+    with pytest.raises(ExportError, match="measured whole it takes 0") as refused:
         list(candidates.vocabulary_logprobs(meta_model.model, {}, BATCHES, CPU))
     assert "verify=False" in refused.value.hint

@@ -16,7 +16,9 @@ from qlora import run_folder
 from qlora.errors import ExportError, QloraError
 from qlora.events import Recorder
 from qlora.export.merge.merge import Merge
+from qlora.model import adapters, load
 from qlora.model.adapter_folder import peft_config
+from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.cases import KINDS, edit, exported, kl, logits, merge_of, name_the_base, of_peft, opened, trained
 from tests.families import make_base
@@ -155,7 +157,15 @@ def merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 def test_peft_s_own_kinds_are_merged_as_peft_merges_them(
     settings: dict[str, object], llama: Path, tmp_path: Path
 ) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     model = of_peft(llama, tmp_path / "adapter", **settings)
+    base = load.load_base(resolve(str(llama), "main", Recorder()), PLAIN, "auto", torch.device("cpu"), Recorder())
+    plain = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    plain = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"), autocast_adapter_dtype=False).eval()
+    if not settings.get("use_dora"):  # whose magnitudes peft rounds to bf16
+        assert torch.equal(logits(adapters.open_saved(base, tmp_path / "adapter")), logits(plain))
     ours = merged(llama, tmp_path / "adapter")
     for name, wanted in model.merge_and_unload().state_dict().items():
         torch.testing.assert_close(ours[name], wanted, atol=2e-5, rtol=1e-5, msg=name)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
+from safetensors.torch import load_file, save_file
 
 from qlora.batch import Batch
 from qlora.errors import ModelError
-from qlora.model.adapters import attach, load_into, save, trainable
+from qlora.model.adapters import attach, load_into, open_saved, save, trainable
 from qlora.model.base_folder import BaseFolder
 from qlora.recipe.sections import LoraSection
 from tests.families import FAMILIES
@@ -131,6 +132,18 @@ def test_saved_files_are_the_same_bytes_and_load_again(base_of: BaseOf, tmp_path
     smaller = attach(load(base_of("llama")), LoraSection(r=2), seed=2)
     with pytest.raises(ModelError, match="do not fit"):
         load_into(smaller, tmp_path / "one")
+
+
+def test_a_tensor_without_a_place_is_refused(base_of: BaseOf, tmp_path: Path) -> None:
+    """peft leaves it out, and says nothing."""
+    model = attach(load(base_of("llama")), LoraSection(r=4), seed=1)
+    move(model)
+    save(model, tmp_path, "x", None)
+    assert torch.equal(logits(open_saved(load(base_of("llama")), tmp_path), INPUT_IDS), logits(model, INPUT_IDS))
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.model.layers.0.mlp.gate.weight": torch.ones(2, 2)}, file)
+    with pytest.raises(ModelError, match="1 of its tensors have no place"):
+        open_saved(load(base_of("llama")), tmp_path)
 
 
 def test_names_choose_layers(base_of: BaseOf) -> None:

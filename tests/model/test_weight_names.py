@@ -35,6 +35,7 @@ LAYER = "model.layers.0.self_attn.q_proj"
         "model.text_model.layers.0.self_attn.q_proj",
         "thinker.model.layers.0.self_attn.q_proj",
         "layers.0.self_attn.q_proj",
+        "model.model.layers.0.self_attn.q_proj",
         "_orig_mod.model.layers.0._checkpoint_wrapped_module.self_attn.q_proj",
     ],
 )
@@ -87,6 +88,10 @@ def test_an_adapter_on_a_multimodal_base_is_what_peft_opens(kind: str, tmp_path:
             assert not torch.equal(logits(opened), logits(model))
         again = load.load_base(base, PLAIN, "auto", torch.device("cpu"), Recorder())
         assert torch.equal(logits(adapters.open_saved(again, tmp_path / name)), logits(model))
+        fresh = load.load_base(base, PLAIN, "auto", torch.device("cpu"), Recorder())
+        fresh = adapters.attach(fresh, LORAS["plain"] if name == "plain" else lora, seed=2)
+        adapters.load_into(fresh, tmp_path / name)
+        assert torch.equal(logits(fresh.eval()), logits(model))
 
 
 def test_other_parts_get_no_adapters(tmp_path: Path) -> None:

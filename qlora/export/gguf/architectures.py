@@ -55,10 +55,8 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     config = model.config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is None:
-        known = ", ".join(sorted({name.removesuffix("_text") for name in FAMILIES}))
-        raise ExportError(
-            f"{config.model_type!r} models cannot be written as GGUF here (these can: {known})", "export with to='hf'"
-        )
+        what = f"{config.model_type!r} models cannot be written as GGUF here"
+        raise ExportError(what, "export with to='hf'; recipes/MODELS.md lists the families that can")
     head_dim = int(of_all_layers(config, "head_dim") or config.hidden_size // config.num_attention_heads)
     dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor") or 1.0))
     facts = Facts(config, shapes, head_dim, dims, "lm_head.weight" not in shapes)
@@ -97,7 +95,7 @@ def _shape_keys(facts: Facts, family: Family) -> list[Key]:
         ("attention.head_count_kv", facts.value("num_key_value_heads")),
         ("attention.key_length", facts.head_dim),
         ("attention.value_length", facts.head_dim),
-        (epsilon_key, float(getattr(config, epsilon))),
+        (epsilon_key, float(getattr(config, epsilon)) if epsilon else None),
         ("rope.dimension_count", facts.rotated),
     ]
 

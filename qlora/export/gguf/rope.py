@@ -79,6 +79,12 @@ def describe(
     return Rope((*whole.keys, ("rope.freq_base_swa", base)), whole.tensors)
 
 
+def plain(base: float, dims: int, own: ReferenceRope) -> Rope:
+    """Positions that turn `dims` from `base` and nothing else."""
+    compare(frequencies(base, dims), 1.0, own)
+    return Rope((("rope.freq_base", base),), {})
+
+
 def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: Collection[str]) -> Rope:
     kind = str(rope.get("rope_type", "default"))
     base = number(rope, "rope_theta")

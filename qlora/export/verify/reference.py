@@ -175,5 +175,6 @@ def _positions(source: Source, tokenizer: Any, model: Any, sink: Sink) -> Positi
     if max(max(row.input_ids) for row in split.rows) >= vocabulary:
         what = f"{source.adapter.folder}: its tokenizer has tokens beyond the model's {vocabulary:,} rows"
         raise ExportError(what, "save the adapter with the tokenizer that it was trained with")
-    pad_id = tokenizer.pad_token_id or 0  # pads are masked by place, never by id
+    pad = tokenizer.pad_token_id or 0  # pads are masked by place, never by id
+    pad_id = pad if pad < vocabulary else 0
     return fidelity.choose_positions(split, (PROBE_LENGTH, False), pad_id, vocabulary, fidelity.PROBE_ROWS)

@@ -92,7 +92,6 @@ def test_settings_that_its_graph_ignores_are_refused(family: str, overrides: dic
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(
-        ExportError, match=r"'gpt_neox' models cannot be written as GGUF here .*gemma2, gemma3, .*granite"
-    ):
+    with pytest.raises(ExportError, match="'gpt_neox' models cannot be written as GGUF here") as caught:
         layout("gpt_neox")
+    assert "to='hf'" in caught.value.hint

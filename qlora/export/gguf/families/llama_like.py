@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import gguf
 
-from qlora.export.gguf.family import OTHERS, QKV, Facts, Family, interleaved, vocabulary, whole_width
-from qlora.export.gguf.rope import Key, refused
+from qlora.export.gguf import rope
+from qlora.export.gguf.family import OTHERS, QKV, Facts, Family, interleaved, no_changes, vocabulary, whole_width
+from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
 
 FACTORS = ("llama3", "longrope")
 
@@ -48,16 +50,32 @@ def _temperature(facts: Facts) -> Sequence[Key]:
     return [*vocabulary(facts), ("attention.temperature_scale", float(beta) if beta else None)]
 
 
+def _alpha_rope(facts: Facts, own: Mapping[str, ReferenceRope]) -> Rope:
+    """Hunyuan's checkpoints call a larger base "dynamic": base * alpha^(d / (d - 2)), whatever the text's length
+    (transformers, HunYuanDenseV1RotaryEmbedding)."""
+    config, dims = facts.config, facts.head_dim
+    said = config.rope_parameters
+    if said.get("rope_type") == "dynamic" and said.get("alpha"):
+        base = float(said["rope_theta"]) * float(said["alpha"]) ** (dims / (dims - 2))
+        return rope.plain(base, dims, own[""])
+    return rope.describe(config, dims, own, ())
+
+
+_LLAMA = Family(
+    gguf.MODEL_ARCH.LLAMA,
+    "silu",
+    changes=interleaved,
+    takes_rope_factors=FACTORS,
+    biases=(*QKV, *OTHERS),
+    keys=vocabulary,
+)
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        gguf.MODEL_ARCH.LLAMA,
-        "silu",
-        changes=interleaved,
-        takes_rope_factors=FACTORS,
-        biases=(*QKV, *OTHERS),
-        keys=vocabulary,
-    ),
-    "mistral": Family(gguf.MODEL_ARCH.LLAMA, "silu", changes=interleaved, takes_rope_factors=FACTORS, keys=vocabulary),
+    "llama": _LLAMA,
+    # transformers runs these by its Llama class.
+    "exaone": _LLAMA,
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
+    "mistral": replace(_LLAMA, biases=()),
     "qwen2": Family(gguf.MODEL_ARCH.QWEN2, "silu", partial_rope=True, biases=QKV, check=whole_width),
     "qwen3": Family(gguf.MODEL_ARCH.QWEN3, "silu", partial_rope=True),
     "phi3": Family(gguf.MODEL_ARCH.PHI3, "silu", takes_rope_factors=("longrope",), partial_rope=True, keys=_no_window),
@@ -81,4 +99,15 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "ministral3": Family(gguf.MODEL_ARCH.MISTRAL3, "silu", changes=interleaved, keys=_temperature),
     "glm4": Family(gguf.MODEL_ARCH.GLM4, "silu", partial_rope=True, biases=QKV),
+    "arcee": Family(
+        gguf.MODEL_ARCH.ARCEE, "relu2", changes=interleaved, takes_rope_factors=("llama3",), keys=vocabulary
+    ),
+    "seed_oss": Family(gguf.MODEL_ARCH.SEED_OSS, "silu", biases=QKV, keys=vocabulary),
+    # Like Cohere and GLM, these two turn neighbours in transformers too.
+    "ernie4_5": Family(gguf.MODEL_ARCH.ERNIE4_5, "silu", keys=vocabulary),
+    "helium": replace(_LLAMA, changes=no_changes),
+    "hunyuan_v1_dense": Family(
+        gguf.MODEL_ARCH.HUNYUAN_DENSE, "silu", rope=_alpha_rope, keys=vocabulary, reads=frozenset(("eod_token_id",))
+    ),
+    "ministral": replace(_LLAMA, biases=()),
 }

@@ -165,6 +165,9 @@ def sharpen(model: Any) -> None:
     while entropy(torch.cat([written.logprobs(model, row) for row in rows()])) > 0.9 * SHARP:
         hooked *= 1.25
     handle.remove()
+    if getattr(norm, "weight", None) is None:  # OLMo's: the head instead
+        model.lm_head.weight.data.mul_(hooked)
+        return
     before = norm.weight.detach().clone()
     with torch.no_grad():
         probe = torch.randn(1, 4, norm.weight.shape[0], generator=torch.Generator().manual_seed(0))

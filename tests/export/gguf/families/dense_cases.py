@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.export.gguf.cases import LLAMA3
+from tests.export.gguf.cases import LINEAR, LLAMA3, LONGROPE
 from tests.export.gguf.families.cases import (
     Case,
     Fault,
@@ -32,7 +32,72 @@ PERMUTED: Mapping[str, Fault] = {"permutation": unchanged_weights("interleave")}
 HALF = {**ROPE, "partial_rotary_factor": 0.5}
 HALF_ROPE: Mapping[str, Fault] = {"rotated dims": with_key("rope.dimension_count", 16)}
 
+GEMMA: Mapping[str, Any] = {
+    "num_hidden_layers": 3,
+    "tie_word_embeddings": True,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+}
 CASES = (
+    Case(
+        "llama",
+        {"tie_word_embeddings": False, "rope_parameters": LLAMA3},
+        {**BASE, **PERMUTED, "rope scaling": without_factors},
+    ),
+    Case("mistral", {"sliding_window": None, "head_dim": 32, "rope_parameters": ROPE}, {**BASE, **PERMUTED}),
+    Case(
+        "qwen2",
+        {"tie_word_embeddings": True, "rope_parameters": ROPE},
+        {**BASE, "biases": neutral_tensors("attn_q.bias")},
+    ),
+    Case(
+        "qwen3",
+        {"head_dim": 32, "rope_parameters": YARN},
+        {**BASE, "rope scaling": without("rope.scaling.type"), "qk-norm": neutral_tensors("attn_q_norm")},
+    ),
+    Case(
+        "phi3",
+        {
+            "sliding_window": None,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 512,
+            "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 512},
+        },
+        {**BASE, "rope scaling": without_factors, "attention factor": without("rope.scaling.attn_factor")},
+    ),
+    Case(
+        "gemma2",
+        {
+            **GEMMA,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 20.0,
+            "rope_parameters": ROPE,
+        },
+        {
+            **BASE,
+            "norm + 1": unchanged_weights("plus one"),
+            "window": with_key("attention.sliding_window", 64),
+            "attention softcap": with_key("attn_logit_softcapping", 50.0),
+            "softcap": without("final_logit_softcapping"),
+        },
+    ),
+    Case(
+        "gemma3_text",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"full_attention": {**LINEAR, "rope_theta": 1e6}, "sliding_attention": ROPE},
+        },
+        {
+            **BASE,
+            "norm + 1": unchanged_weights("plus one"),
+            "window": with_key("attention.sliding_window", 64),
+            "pattern": without("attention.sliding_window_pattern"),
+            "rope base of windows": without("rope.freq_base_swa"),
+            "rope scaling": without("rope.scaling.type", "rope.scaling.factor"),
+            "qk-norm": neutral_tensors("attn_q_norm"),
+        },
+    ),
     Case(
         "smollm3",
         {**FOUR, "tie_word_embeddings": True, "rope_parameters": ROPE, "head_dim": 16},
@@ -178,5 +243,65 @@ CASES = (
             "norm + 1": unchanged_weights("plus one"),
             "norm biases": neutral_tensors("attn_norm.bias"),
         },
+    ),
+    Case("exaone", {"rope_parameters": LLAMA3}, {**BASE, **PERMUTED, "rope scaling": without_factors}),
+    Case("internlm3", {"rope_parameters": ROPE, "head_dim": 32}, {**BASE, **PERMUTED}),
+    Case("iquestcoder", {"rope_parameters": ROPE, "head_dim": 16}, {**BASE, **PERMUTED}),
+    Case(
+        "arcee",
+        {"tie_word_embeddings": False, "rope_parameters": LLAMA3},
+        {**BASE, **PERMUTED, "rope scaling": without_factors},
+    ),
+    Case(
+        "seed_oss",
+        {"tie_word_embeddings": False, "head_dim": 32, "attention_bias": True, "rope_parameters": ROPE},
+        {**BASE, "biases": neutral_tensors("attn_q.bias"), "norms": neutral_tensors("post_attention_norm")},
+    ),
+    Case("ernie4_5", {"tie_word_embeddings": True, "head_dim": 16, "rope_parameters": ROPE}, BASE),
+    Case("helium", {"head_dim": 16, "rope_parameters": ROPE}, BASE),
+    Case(
+        "hunyuan_v1_dense",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0},
+        },
+        {"rope scaling": with_key("rope.freq_base", 1e4), "qk-norm": neutral_tensors("attn_q_norm")},
+    ),
+    Case(
+        "ministral",
+        {"head_dim": 16, "sliding_window": 128, "rope_parameters": ROPE},
+        {**BASE, **PERMUTED},
+    ),
+    Case(
+        "stablelm",
+        {"tie_word_embeddings": False, "use_qkv_bias": True, "use_parallel_residual": False, "rope_parameters": HALF},
+        {
+            **BASE,
+            **HALF_ROPE,
+            "biases": neutral_tensors("attn_q.bias"),
+            "norm biases": neutral_tensors("attn_norm.bias"),
+        },
+    ),
+    Case(
+        "stablelm",
+        {"tie_word_embeddings": False, "use_parallel_residual": True, "rope_parameters": HALF},
+        {**BASE, **HALF_ROPE},
+        note="parallel",
+    ),
+    Case(
+        "cohere",
+        {"tie_word_embeddings": True, "logit_scale": 0.25, "rope_parameters": ROPE},
+        {**BASE, "logit scale": with_key("logit_scale", 1.0)},
+    ),
+    Case(
+        "olmo",
+        {"tie_word_embeddings": False, "clip_qkv": 0.8, "rope_parameters": ROPE},
+        {**BASE, **PERMUTED, "clamp": without("attention.clamp_kqv")},
+    ),
+    Case(
+        "jais2",
+        {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_parameters": ROPE},
+        {**BASE, "biases": neutral_tensors("ffn_up.bias"), "norm biases": neutral_tensors("attn_norm.bias")},
     ),
 )

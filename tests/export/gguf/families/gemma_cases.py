@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def as_llama_cpp_spreads(model: Any) -> None:
 
     for module in model.modules():
         if hasattr(module, "_gaussian_topk"):
-            module._gaussian_topk = top.__get__(module)
+            module._gaussian_topk = MethodType(top, module)
 
 
 GEMMA_4: Mapping[str, Any] = {
