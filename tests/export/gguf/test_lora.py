@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,30 @@ def test_an_adapter_file_on_a_base_file_is_the_adapter_in_peft(tmp_path: Path, f
     assert float((found - reference).abs().max()) <= 1e-4
     bare = written.ask(file, runtime.Request(rows=rows))
     assert float((bare - reference).abs().max()) > 1e-2
+
+
+def test_a_weight_that_llama_cpp_looks_for_no_adapter_of_is_named() -> None:
+    """Gemma 4 and 3n multiply by some weights directly, and Gemma 3n's streams are three weights in one tensor."""
+    from types import SimpleNamespace
+
+    from qlora.export.gguf import lora
+    from qlora.export.gguf.architectures import lay_out
+    from tests.export.gguf.cases import shapes_of
+    from tests.export.gguf.families.cases import tiny
+    from tests.export.gguf.families.gemma_cases import CASES
+
+    adapter: Any = SimpleNamespace(folder="adapter", lora={})
+    for case, parameter in (
+        (CASES[1], "model.altup_projections.0.weight"),
+        (CASES[2], "model.per_layer_model_projection.weight"),
+    ):
+        model = tiny(case)
+        layout = lay_out(model, shapes_of(model))
+        adapter.lora = {"model.layers.0.self_attn.q_proj.weight": None}
+        lora.check_layout(adapter, layout)
+        adapter.lora = {parameter: None}
+        with pytest.raises(ExportError, match="without a look for an adapter"):
+            lora.check_layout(adapter, layout)
 
 
 @pytest.mark.parametrize(("kind", "message"), [("dora", "DoRA's magnitudes"), ("whole", "trained whole")])

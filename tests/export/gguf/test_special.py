@@ -28,6 +28,16 @@ def test_every_end_of_the_generation_config_is_told(tmp_path: Path) -> None:
     assert any("'<|user|>'" in warning for warning in read(folder).warnings)
 
 
+def test_a_template_without_an_end_of_its_own_leaves_its_place_to_another(tmp_path: Path) -> None:
+    """GLM-4 stops where the next turn would begin: three ends, none of them written by its template."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp's ends are asked")
+    folder = tokenizers.glm4(tmp_path)
+    found = read(folder)
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert [found.special_ids[name] for name in ("eos", "eot", "eom")] == stops
+    assert set(stops) <= set(ask(write_vocab_only(folder / "vocab.gguf", metadata(found)), [])["ends"])
+
+
 def test_the_turns_end_comes_from_the_template(tmp_path: Path) -> None:
     found = read(tokenizers.gemma(tmp_path))
     ends = {name: found.tokens[found.special_ids[name]] for name in ("bos", "eos", "eot", "unknown", "padding")}

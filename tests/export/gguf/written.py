@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qlora.export.staging import StagedExport
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
-from qlora.model.tensors import read_tensor
+from qlora.model.tensors import TensorEntry, read_tensor
 
 Change = Callable[[GgufPlan], GgufPlan]
 
@@ -66,9 +67,13 @@ def plain_tensors(base: BaseFolder) -> list[MergedTensor]:
     meta_model = build(base)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.model.state_dict().items()}
     return [
-        MergedTensor(source, name, shapes[name], lambda unit, entry=base.tensors[source]: iter((read_tensor(entry),)))
+        MergedTensor(source, name, shapes[name], partial(_whole, base.tensors[source]))
         for name, source in meta_model.sources.items()
     ]
+
+
+def _whole(entry: TensorEntry, unit: int) -> Iterator[torch.Tensor]:
+    yield read_tensor(entry)
 
 
 def ask(file: Path, request: runtime.Request) -> torch.Tensor:

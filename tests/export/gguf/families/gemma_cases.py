@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from statistics import NormalDist
+from types import MethodType
 from typing import Any
 
 import torch
@@ -71,12 +73,12 @@ def as_llama_cpp_spreads(model: Any) -> None:
     3e-3), of 1,024 a twentieth of a percent (5e-6), of the 8,192 and 16,384 of the real models 0.006 % and less."""
 
     def top(self: Any, gate: torch.Tensor) -> torch.Tensor:
-        share = torch.distributions.Normal(0, 1).icdf(torch.tensor(self.activation_sparsity))
+        share = NormalDist().inv_cdf(float(self.activation_sparsity))
         return torch.relu(gate - gate.mean(-1, keepdim=True) - share * gate.std(-1, keepdim=True, unbiased=True))
 
     for module in model.modules():
         if hasattr(module, "_gaussian_topk"):
-            module._gaussian_topk = top.__get__(module)
+            module._gaussian_topk = MethodType(top, module)
 
 
 GEMMA_4: Mapping[str, Any] = {

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from qlora.events import Recorder
+from qlora.export.gguf.architectures import lay_out
 from qlora.export.gguf.families.gemma import FAMILIES
 from qlora.export.gguf.plan import Tokens, plan
 from qlora.model.resolve import resolve
 from tests.export.gguf import written
-from tests.export.gguf.families.cases import VOCAB, Case, check, make_base, marked, refused
+from tests.export.gguf.cases import shapes_of
+from tests.export.gguf.families.cases import VOCAB, Case, check, make_base, marked, refused, tiny
 from tests.export.gguf.families.gemma_cases import CASES
 
 FAST = ("gemma", "gemma4_text")  # norms less 1; shared keys, embeddings by layer, heads of two sizes
@@ -44,6 +46,13 @@ def test_several_weights_are_one_tensor_and_rows_without_one_are_zeros(tmp_path:
             assert np.abs(values["altup_proj.weight"][number] - expected).max() <= tolerance
         by_layer = values["per_layer_token_embd.weight"]
         assert by_layer.shape[0] == VOCAB and not by_layer[VOCAB - 4 :].any() and by_layer[VOCAB - 5].any()
+
+
+def test_no_cap_is_said() -> None:
+    """llama.cpp caps the logits of a Gemma 4 at 30 where the file says nothing."""
+    model = tiny(next(case for case in CASES if case.note == "keys as values"))
+    assert model.config.final_logit_softcapping is None
+    assert dict(lay_out(model, shapes_of(model)).keys)["gemma4.final_logit_softcapping"] == 0.0
 
 
 @pytest.mark.parametrize(
