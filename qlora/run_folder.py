@@ -359,7 +359,7 @@ def name_of(adapter_dir: Path) -> str:
 
 def dataset_name(path: str) -> str:
     """How a published file may name a source of rows: a hub dataset's name, or a file's without its folders."""
-    name = path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(path).name
+    name = path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(folder_split(path)[0]).name
     return shown.one_line(redact(name))
 
 

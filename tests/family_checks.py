@@ -84,9 +84,14 @@ class Trial:
 
     def plain(self) -> Any:
         """The base as transformers alone opens it, in fp32."""
-        from transformers import AutoModelForCausalLM
+        return _plain(self.base)
 
-        return AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32, trust_remote_code=False).eval()
+    @cached_property
+    def exported(self) -> Path:
+        """The run's model merged onto the original weights, in fp32."""
+        options = ExportOptions(verify=False, dtype="f32")
+        out = self.folder / "hf"
+        return api.merge_and_export(self.run, to="hf", merge_base="full", out=out, options=options).folder
 
     @cached_property
     def merged_by_peft(self) -> Any:
@@ -149,13 +154,11 @@ def trains(trial: Trial) -> Answer:
 
 def merges(trial: Trial) -> Answer:
     """The adapter merged onto the original weights in fp32, by us and by PEFT."""
-    opened = api._open_source(trial.run / "adapter", [], False, Recorder())
-    merge = opened.merge("full", torch.float32)
-    ours = {tensor.parameter: _whole(list(tensor.blocks(1))) for tensor in merge.tensors()}
-    theirs = trial.merged_by_peft.state_dict()
-    before = trial.plain().state_dict()
-    if missing := sorted(name for name in ours if name not in theirs):
-        return Answer(False, f"PEFT's merge has no {missing[0]}")
+    ours, theirs, before = (
+        model.state_dict() for model in (_plain(trial.exported), trial.merged_by_peft, trial.plain())
+    )
+    if ours.keys() != theirs.keys():
+        return Answer(False, f"another model than PEFT's: {sorted(ours.keys() ^ theirs.keys())[0]}")
     off = max(float((ours[name] - theirs[name].float()).abs().max()) for name in ours)
     moved = sum(bool((ours[name] - before[name]).abs().max() > 1e-4) for name in ours)
     return Answer(off <= MERGE_TOLERANCE and moved > 0, f"{off:.1e}, {moved} tensors")
@@ -163,9 +166,7 @@ def merges(trial: Trial) -> Answer:
 
 def opens(trial: Trial) -> Answer:
     """The exported folder, opened by plain transformers in a process of its own: the loss of PEFT's merge."""
-    options = ExportOptions(verify=False, dtype="f32")
-    report = api.merge_and_export(trial.run, to="hf", merge_base="full", out=trial.folder / "hf", options=options)
-    found, wanted = _opened_apart(report.folder), _loss(trial.merged_by_peft, report.folder)
+    found, wanted = _opened_apart(trial.exported), _loss(trial.merged_by_peft, trial.exported)
     if isinstance(found, str):
         return Answer(False, f"does not open: {found}")
     return Answer(abs(found - wanted) <= LOSS_TOLERANCE, f"loss {found:.4f}, PEFT's {wanted:.4f}")
@@ -217,17 +218,13 @@ def _asked(check: Callable[[Trial], Answer], trial: Trial) -> Answer:
         return Answer(False, f"internal error: {type(error).__name__}: {str(error)[:200]}")
 
 
-def _whole(blocks: list[Tensor]) -> Tensor:
-    return torch.cat(blocks) if blocks[0].ndim else blocks[0]
-
-
 def _opened_apart(folder: Path) -> float | str:
     """The loss of a text with a folder opened by transformers alone, in a forked child; or what went wrong."""
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
         os.close(read)
         try:
-            said = str(_plain_loss(folder))
+            said = str(_loss(_plain(folder), folder))
         except Exception as error:  # for the table
             said = f"{type(error).__name__}: {str(error)[:150]}"
         os.write(write, said.encode())
@@ -241,10 +238,11 @@ def _opened_apart(folder: Path) -> float | str:
     return said
 
 
-def _plain_loss(folder: Path) -> float:
+def _plain(folder: Path) -> Any:
+    """A folder as transformers alone opens it, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return _loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False), folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def _loss(model: Any, folder: Path) -> float:
@@ -253,7 +251,7 @@ def _loss(model: Any, folder: Path) -> float:
 
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(TEXT).input_ids])
     with torch.no_grad():
-        return float(model.eval()(ids, labels=ids, use_cache=False).loss)
+        return float(model(ids, labels=ids, use_cache=False).loss)
 
 
 def _packs(trial: Trial) -> bool:

@@ -178,3 +178,14 @@ def test_versions_that_have_changed_since_a_checkpoint_was_made(tmp_path: Path) 
         manifest.write_text(json.dumps({"versions": wrong}))
         with pytest.raises(ForeignFileError, match=r"manifest\.json: versions"):
             run_folder.made_with(tmp_path)
+
+
+def test_a_folder_of_rows_is_published_by_its_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    names = {
+        f"{tmp_path}/rows:train": "rows",
+        f"{tmp_path}/rows.jsonl": "rows.jsonl",
+        f"{tmp_path}/a:b": "a:b",
+        "hub:owner/rows@main:test": "owner/rows@main",
+    }
+    assert {path: run_folder.dataset_name(path) for path in names} == names

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -32,11 +33,22 @@ import torch  # noqa: E402
 
 from qlora.model import config_filter  # noqa: E402
 from qlora.third_party import import_bitsandbytes  # noqa: E402
-from tests.all_families import FAMILIES, MIXTURES  # noqa: E402
+from tests.all_families import DENSE, FAMILIES, MIXTURES  # noqa: E402
 from tests.family_checks import CHECKS, answers  # noqa: E402
 
 RESULTS = ROOT / "build" / "families.json"
 TABLE = ROOT / "recipes" / "MODELS.md"
+TITLES = {
+    "loads": "loads in 4 bit",
+    "loss": "loss",
+    "packing": "packing",
+    "trains": "trains",
+    "merge": "merge",
+    "opens": "export",
+    "measured": "measured",
+    "gguf": "as GGUF",
+}
+BOTH = ("jamba_moe", "nemotron_h_moe")  # types that are dense as well
 BEGIN, END = "<!-- families: drawn by tools/families.py -->", "<!-- end of families -->"
 
 
@@ -120,15 +132,38 @@ def _line(family: str, found: dict[str, list[object]]) -> str:
     )
 
 
-def _draw(answers: dict[str, dict[str, list[object]]]) -> None:
-    """The table between the markers of MODELS.md."""
-    text = TABLE.read_text(encoding="utf-8")
-    if BEGIN not in text:
-        return
-    head, _, rest = text.partition(BEGIN)
-    from tests.family_table import rows
+def table(known: dict[str, dict[str, list[object]]]) -> str:
+    """The answers as a table, a row a dense family, and a line that names the mixtures."""
+    lines = ["| `model_type` | " + " | ".join(TITLES.values()) + " |", "| --- |" + " --- |" * len(TITLES)]
+    for family in (name for name in DENSE if name in known):
+        found = known[family]
+        cells = [_cell(column, *found[column]) if column in found else "not asked" for column in TITLES]
+        if not found.get("loads", [True])[0]:
+            cells = [cells[0], *("–" for _ in cells[1:])]
+        lines.append(f"| `{family}` | {' | '.join(cells)} |")
+    refused = [family for family in MIXTURES if known.get(family, {}).get("loads", [False])[0]]
+    kinds = ", ".join(f"`{name.removesuffix('_moe') if name in BOTH else name}`" for name in refused)
+    lines += ["", f"Mixtures of experts, refused by their configuration ({len(refused)} of {len(MIXTURES)}): {kinds}."]
+    return "\n".join(lines)
 
-    TABLE.write_text(f"{head}{BEGIN}\n\n{rows(answers)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+def _cell(column: str, right: object, text: object) -> str:
+    """What stands in the table: a word where all is well, else the reason."""
+    words = str(text).replace("|", "/").replace("\n", " ")
+    words = re.sub(r"/\S+/base: (config\.json: )?", "", words)
+    if not right:
+        return f"**no**: {words}"
+    if column == "gguf":
+        return words.partition(" (")[0].replace("refused: ", "no: ")
+    if column == "packing":
+        return "safe" if words.startswith("safe") and words.endswith("on") else "off"
+    return "yes"
+
+
+def _draw(known: dict[str, dict[str, list[object]]]) -> None:
+    """The table between the markers of MODELS.md."""
+    head, _, rest = TABLE.read_text(encoding="utf-8").partition(BEGIN)
+    TABLE.write_text(f"{head}{BEGIN}\n\n{table(known)}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

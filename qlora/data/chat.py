@@ -19,7 +19,7 @@ from qlora.data.formats import Conversation, Message
 from qlora.data.offsets import begins_of, split_at, tokens_of
 from qlora.data.row_json import RowError
 from qlora.data.spans import Located
-from qlora.data.template import ChatTemplate
+from qlora.data.template import OTHER_TEMPLATE, ChatTemplate
 from qlora.errors import TokenizerError
 from qlora.events import Notice, Sink, Sinks
 
@@ -48,7 +48,7 @@ class ChatTokenizer:
     """A base's tokenizer and chat template, ready to turn conversations into rows and prompts.
 
     `loss_on`: "assistant" trains the answers, "all" every token but the first. `end_token_ids`: what ends an answer.
-    `pad_id` is below `embedding_rows`, where these are known.
+    `pad_id` fills what is masked; it is below `embedding_rows`, where these are known.
     Raises TokenizerError when no token ends an answer, when the tokenizer is no fast one (offsets are needed), or
     when the template cannot render even one question and answer.
     """
@@ -68,10 +68,10 @@ class ChatTokenizer:
         self._chat_template = ChatTemplate(tokenizer, sink)
         end_ids = tokenizer.convert_tokens_to_ids(self._chat_template.end_tokens)
         self.end_token_ids: tuple[int, ...] = tuple(end_ids)
-        pad = tokenizer.pad_token_id
-        self.pad_id = self.end_token_ids[-1] if pad is None else int(pad)  # pads are masked by place, never by id
-        if embedding_rows is not None and self.pad_id >= embedding_rows:
-            self.pad_id = 0  # every embedding has one
+        # Pads are masked by their place, never by their id. A pad token may have no embedding, or one of zeros, where
+        # some norms have no gradient; the token that ends a turn is trained, and stands in every row.
+        known = [token for token in end_ids if embedding_rows is None or token < embedding_rows]
+        self.pad_id = known[0] if known else 0
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
         self._noticed_tools = False
@@ -157,9 +157,9 @@ class ChatTokenizer:
             self._sink.emit(Notice("tools", "the chat template does not show the model its tools: they are left out"))
         for message in conversation.messages:
             if "tool_calls" in message and not template.writes_calls:
-                raise RowError("the chat template of this base does not write tool calls")
+                raise RowError("the chat template of this base does not write tool calls", OTHER_TEMPLATE)
             if message["role"] == "tool" and not template.writes_results:
-                raise RowError("the chat template of this base does not write tool results")
+                raise RowError("the chat template of this base does not write tool results", OTHER_TEMPLATE)
             if message["role"] == "assistant" and message.get("train", True):
                 texts = (message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", "")))
                 for token in template.end_tokens:

@@ -56,7 +56,7 @@ def bad_row(where: str, error: RowError, max_bad_rows: int, looked_at: Sequence[
     elif of_file:
         hint = f"{failed} of {len(looked_at)} rows looked at fail: {error.file_hint or _OTHER_WAY}"
     elif error.file_hint and len(looked_at) == 1:
-        hint = error.file_hint
+        hint = f"repair the row; where all are like it: {error.file_hint}"
     elif 2 * failed > len(looked_at) > 1:
         hint = f"{failed} of {len(looked_at)} rows looked at are bad: repair them, or raise data.max_bad_rows"
     elif max_bad_rows:

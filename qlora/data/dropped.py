@@ -23,7 +23,7 @@ _SAID = {
     ),
     "empty block": (
         "reasoning",
-        "answers have no reasoning: trained with an empty block of thoughts, since the prompt that is served opens one",
+        "answers have no reasoning: trained with an empty block of thoughts, as the template or the prompt begins it",
     ),
     "no block": (
         "reasoning",

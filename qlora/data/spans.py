@@ -18,7 +18,9 @@ from qlora.data.call_shapes import PLACEHOLDERS, THINK, thoughts_of, without_tho
 from qlora.data.formats import Conversation, Message
 from qlora.data.row_json import RowError, json_text
 from qlora.data.template import ChatTemplate
-from qlora.data.template_facts import common_length, first_end, split_end
+from qlora.data.template_facts import begins_with_empty_block, common_length, first_end, split_end
+
+_HINT = "give another template (chat_template, a file, under [model]), or end the row after that answer"
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class _Locator:
         if place is None and prompt:
             place = self._start_by_searching(text, number, prompt, previous_start)
         if place is None:
-            raise RowError(f"answer {number} is not found in the rendered text: the chat template rewrites it")
+            what = f"answer {number} is not found in the rendered text: the chat template rewrites it"
+            raise RowError(what, _HINT)
         return place
 
     def _prompt(self, number: int) -> str | None:
@@ -284,7 +287,8 @@ class _Locator:
             return first[1], True
         other = self._with_placeholder(number)
         if other is None or not text.endswith(other[1]):
-            raise RowError(f"the end of answer {number} is not found: the chat template rewrites it")
+            what = f"the end of answer {number} is not found: the chat template rewrites it"
+            raise RowError(what, _HINT)
         return len(text) - len(other[1]), False
 
     def _alone(self, number: int) -> list[tuple[str, str]]:
@@ -315,10 +319,10 @@ class _Locator:
             written_last = opens or (facts.writes_thoughts if keyed else facts.writes_inline_thoughts)
             kept = written_last and number + 1 < len(self.messages)
             self.dropped["shut" if facts.shuts_block() else "history" if kept else "thoughts"] += 1
-        elif opens and not thoughts:
-            closing = (facts.block() or ("", ""))[1]
-            self.dropped["empty block"] += written.lstrip().startswith(closing)
-            self.dropped["no block"] += number in self.without_lead and closing not in written
+        elif not thoughts:
+            empty = begins_with_empty_block(written, facts.block() if opens else None)
+            self.dropped["empty block"] += empty
+            self.dropped["no block"] += opens and number in self.without_lead and not empty
         elif thoughts and self.template.reading.inline_thoughts and message.get("reasoning_content"):
             self.dropped["inlined"] += 1
         if words and not _stands_in(words, written):

@@ -49,6 +49,8 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
+# The way out where the template is what stands in a row's way.
+OTHER_TEMPLATE = "give a template that does (chat_template, a file, under [model]), or leave such rows out"
 _GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -87,7 +89,7 @@ class ChatTemplate:
         if not self.writes_end:
             message = f"the chat template ends no turn with a token: {self.end_tokens[0]} is added to each row's end"
             sink.emit(Notice("template", message))
-        self.facts = find_facts(self._try, self.ends.all or self.end_tokens, marks)
+        self.facts = find_facts(self._try, self.end_tokens, marks)
         self.writes_results, self.writes_tools = self._find_tool_support()
 
     @property
@@ -134,6 +136,8 @@ class ChatTemplate:
                 rendered = self.render_marked([QUESTION, answer()], None)
             except RowError as error:
                 errors.append(error.reason)
+                if self._renderer.offences:
+                    break  # it was stopped: trying it otherwise gives it more of the machine
                 continue
             if PLACEHOLDERS[0] in rendered.text:
                 return rendered
@@ -149,8 +153,10 @@ class ChatTemplate:
         """
         plain, *others = KINDS
         refused = True
+        # One that does not name the key can write calls only with the message as a whole.
+        shapes = SHAPES if any("tool_calls" in text for text in self.texts.values()) else SHAPES[:1]
         for self._probe_tools in (None, [_TOOL]):
-            shape, written = best_shape(plain, QUESTION, self._try_shapes, SHAPES)
+            shape, written = best_shape(plain, QUESTION, self._try_shapes, shapes)
             if written:
                 alike = [replace(shape, content=content) for content in dict.fromkeys(s.content for s in SHAPES)]
                 found = {kind: best_shape(kind, QUESTION, self._try_shapes, alike)[0] for kind in others}

@@ -229,6 +229,14 @@ def split_end(text: str, ends: Sequence[str]) -> tuple[str, str]:
     return text[:place], end
 
 
+def begins_with_empty_block(text: str, opened: tuple[str, str] | None) -> bool:
+    """Whether a text begins with a block of thoughts without any; `opened`: the block that stands open before it."""
+    rest = text.lstrip()
+    if opened and rest.startswith(opened[1]):
+        return True
+    return any(rest.startswith(start) and rest[len(start) :].lstrip().startswith(end) for start, end in BLOCKS)
+
+
 def common_length(one: str, other: str) -> int:
     """How many characters the beginnings of two texts share."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -14,6 +14,7 @@ from pathlib import Path
 from qlora import disk, files, hub, manifest
 from qlora.errors import ExportError, TargetTaken
 from qlora.manifest import Standing
+from qlora.recipe.pins import folder_split
 from qlora.recipe.reading import Recipe
 from qlora.run_record import is_run
 
@@ -73,11 +74,11 @@ def keep_apart(folder: Path, adapter_dir: Path, base: Path, recipe: Recipe | Non
 def _rows(recipe: Recipe | None) -> Iterator[tuple[str, Path, bool]]:
     """Where the rows of a run lie; True for a folder all of which is read."""
     for source in (*recipe.data.train, *recipe.data.eval) if recipe else ():
-        place = source.path
+        whole = place = folder_split(source.path)[0]
         while glob.has_magic(place) and not os.path.lexists(place):
             place = os.path.dirname(place)
         if os.path.isabs(place):
-            yield "the rows", Path(place), place == source.path
+            yield "the rows", Path(place), place == whole
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

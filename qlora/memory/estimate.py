@@ -11,6 +11,7 @@ from qlora.memory import calibration, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
+from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.recipe.reading import Recipe
 
@@ -95,7 +96,7 @@ class Estimator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
             spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline)
-            self._simulators[made_of] = Simulator(spec)
+            self._simulators[made_of] = Simulator(spec, whole=_by_whole_model(self.text, self.name))
         return self._complete(recipe, workload_of(recipe, facts), self._simulators[made_of])
 
     def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator) -> Estimate:
@@ -161,6 +162,12 @@ class Estimator:
         if workload.samples:
             notes.append(f"samples: prompts of {workload.prompt_tokens} tokens, answers of {workload.new_tokens}")
         return tuple(notes)
+
+
+def _by_whole_model(text: Any, name: str) -> bool:
+    """Whether a few layers say nothing of the rest: no list has their kinds, or they share more than hidden states."""
+    facts = facts_of(text, name)
+    return bool(facts.layerwise or (facts.mixing and not getattr(text, "layer_types", None)))
 
 
 def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:

@@ -194,7 +194,7 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
         if not _named(name, layers):
             what = f"lora.target_modules: the model has no linear layer {name!r}"
             if _named(name, kept):
-                what = f"lora.target_modules: the model reads the weight of {name} by itself, which takes no adapter"
+                what = f"lora.target_modules: the model reads or shares {name} by itself: it takes no adapter"
             raise ModelError(what, f'use "all-linear" or some of: {", ".join(suffixes)}')
     if any(_named(name, kept) for name in names):
         return sorted({layer for name in names for layer in _named(name, layers)})

@@ -38,6 +38,8 @@ def greedy(
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens")
+    if name_of_cache(model) == "state":
+        batch_size = 1  # padding would be read into it: RWKV takes no mask
     answers: list[list[int]] = [[] for _ in prompts]
     total = len(prompts) * max_new_tokens
     by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
@@ -84,7 +86,7 @@ def _answer(
             **{cache_name: cache},
             **last_only,
         )
-        cache = output[cache_name]
+        cache = output.get(cache_name)
         next_B: Tensor = output.logits[:, -1].argmax(dim=-1)
         for row, token in enumerate(next_B.tolist()):
             running[row] = running[row] and token not in ends
@@ -92,15 +94,17 @@ def _answer(
                 answers[row].append(token)
         if not any(running):
             break
-        ids_BS = next_B[:, None]
+        ids_BS = next_B[:, None] if cache is not None else torch.cat((ids_BS, next_B[:, None]), dim=1)
         mask_BS = torch.cat((mask_BS, mask_BS.new_ones(len(prompts), 1)), dim=1)
-        position_ids_BS = position_ids_BS[:, -1:] + 1
+        following_B1 = position_ids_BS[:, -1:] + 1
+        position_ids_BS = following_B1 if cache is not None else torch.cat((position_ids_BS, following_B1), dim=1)
     return answers
 
 
 def name_of_cache(model: Any) -> str:
-    """What the model calls its keys and values: `cache` from transformers 5.24 on, `past_key_values` before."""
-    return "cache" if "cache" in _forward_parameters(model) else "past_key_values"
+    """What the model calls what it keeps between tokens: `cache` from transformers 5.24 on, RWKV `state`."""
+    known = _forward_parameters(model)
+    return next((name for name in ("cache", "past_key_values", "state") if name in known), "cache")
 
 
 def _forward_parameters(model: Any) -> Collection[str]:

@@ -40,7 +40,7 @@ _REFUSED_BY_PEFT = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"
 
 @dataclass(frozen=True)
 class LinearUse:
-    """`kept`: names of linear layers that must stay as they are, read by the model itself or never called.
+    """`kept`: names of linear layers that must stay as they are: read by the model itself, shared, or never called.
 
     `trunk`: why the trunk cannot be computed apart from the head; "" where it can.
     """
@@ -68,7 +68,7 @@ def notices(model: Any) -> Iterator[Notice]:
     if known and known.kept:
         kinds = Counter(next(part for part in reversed(name.split(".")) if not part.isdigit()) for name in known.kept)
         shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        message = f"layers whose weight the model reads by itself stay in 16 bit and take no adapter: {shown}"
+        message = f"layers whose weight the model reads or shares by itself stay in 16 bit, without adapters: {shown}"
         yield Notice("quantization", message, len(known.kept))
     if not model.supports_gradient_checkpointing:
         message = "transformers cannot recompute this model's layers: train.gradient_checkpointing has no effect"
@@ -77,6 +77,9 @@ def notices(model: Any) -> Iterator[Notice]:
 
 def _find(model: Any, layers: Mapping[str, nn.Module]) -> LinearUse:
     kept = {name for name in layers if _reads(model, name)}
+    # Zamba's blocks stand in several places: an adapter beside one of them would not be in the merged weight of all.
+    shared = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    kept |= {name for name in layers if f"{name}.weight" in shared}
     if model.config.model_type in _REFUSED_BY_PEFT:
         kept |= {name for name in layers if name.rpartition(".")[2] == "out_proj"}
     if model.base_model is model:
@@ -92,7 +95,7 @@ def _reads(model: Any, name: str) -> bool:
     """Whether the source of a module around the layer names its weight."""
     owner, _, own = name.rpartition(".")
     while own.count(".") < 3:
-        if own in _weights_read(type(model.get_submodule(owner))):
+        if own in _weights_read(type(model.get_submodule(owner))):  # type: ignore[arg-type]
             return True
         if not owner:
             return False
@@ -102,7 +105,7 @@ def _reads(model: Any, name: str) -> bool:
 
 
 @lru_cache(256)
-def _weights_read(kind: type) -> frozenset[str]:
+def _weights_read(kind: Any) -> frozenset[str]:
     """Paths `a.b` of every `self.a.b.weight` in the methods of a class that transformers brings."""
     found: set[str] = set()
     for base in kind.__mro__:
@@ -181,7 +184,7 @@ def _watch(model: Any, layers: Mapping[str, nn.Module]) -> _Watch | None:
         _as_watched(watch, layers),
         _buffers_on_meta(model),
         torch.no_grad(),
-        _Answering(),
+        _Answering(),  # type: ignore[no-untyped-call]
     ):
         for training in (False, True):
             with _mode(model, training):
@@ -190,7 +193,7 @@ def _watch(model: Any, layers: Mapping[str, nn.Module]) -> _Watch | None:
     return None if failure.error else watch
 
 
-class _Answering(TorchDispatchMode):
+class _Answering(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Answers what a forward pass asks the data of meta tensors: is this row one document, is this mask ones? Yes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,14 +217,25 @@ def _as_watched(watch: _Watch, layers: Mapping[str, nn.Module]) -> Iterator[None
 
 @contextmanager
 def _buffers_on_meta(model: Any) -> Iterator[None]:
-    own = [(module, dict(module._buffers)) for module in model.modules()]
+    """Buffers on meta for the time of the block; whatever a forward pass leaves in a module is taken out after it.
+
+    Rotary positions are such: for a longer text a module gives itself other frequencies, and keeps them.
+    """
+    own = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    stored = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
     try:
-        for module, buffers in own:
+        for module, _, buffers in own:
             module._buffers.update({name: None if b is None else b.to("meta") for name, b in buffers.items()})
         yield
     finally:
-        for module, buffers in own:
+        for module, attributes, buffers in own:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
             module._buffers.update(buffers)
+        for module, names in stored:
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(names)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ from qlora.model.weight_names import text_name
 PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
 # Models whose layers look attention up by class, not by registered function: they know "sdpa" and no other name.
 OWN_ATTENTION = ("falcon",)
+# Models whose own code multiplies fp32 states by bf16 ones, which torch refuses (modeling_xlstm.py, chunkwise kernel).
+ONLY_FLOAT32 = ("xlstm",)
 
 # Real, unlike the weights: tables of positions, masks. The largest known to us (XGLM's positions) has 58 MB.
 MAX_BUFFER_BYTES = 400 << 20
@@ -308,5 +310,8 @@ def check_layers(model: Any, name: str) -> None:
         raise ModelError(what, "use a dense model of the size you need")
     if next(linear_layers(model), None) is None:
         raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", "use another model")
+    if model.config.model_type in ONLY_FLOAT32:
+        what = f"{name}: {type(model).__name__} is computed by transformers in float32 only, which training here is not"
+        raise ModelError(what, "use another model")
     if why := use_of(model, {}).trunk:
         raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", "use another model")

@@ -116,11 +116,12 @@ class ClassNames:
 def class_names(base: BaseFolder, model: Any) -> ClassNames | None:
     """How the class in the config.json of `base` calls the weights of `model`, its causal model.
 
-    `model` may have adapters already. None where that is the causal model itself, or where transformers has no class
+    `model` may be peft's around it. None where that is the causal model itself, or where transformers has no class
     that holds it in one place. The class is built without weights.
     """
     if not isinstance(base.config.get("text_config"), Mapping):
         return None
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     with foreign_failures() as failure:
         whole = _whole_model(base)
     if failure.error or whole is None:

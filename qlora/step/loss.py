@@ -77,7 +77,7 @@ def token_logprobs(
 
 
 def _chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, transform: LogitsTransform | None) -> Tensor:
-    logits_CV: Tensor = head(hidden_CD.to(head.weight.dtype))  # Mamba's layers hand on fp32, and it does so too
+    logits_CV: Tensor = head(hidden_CD.to(next(head.parameters()).dtype))  # Mamba's layers hand on fp32
     if transform is not None:
         logits_CV = transform(logits_CV)
     logits_CV = logits_CV.float()

@@ -38,7 +38,7 @@ class BestAdapter:
 
     @cached_property
     def _names(self) -> ClassNames | None:
-        return class_names(self.base, self.model.get_base_model())
+        return class_names(self.base, self.model)
 
     def publish(self, run_dir: Path, state: RunState, sink: Sink) -> None:
         """Write `run_dir/adapter` anew, in one rename."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qlora
-from qlora.data import readers
+from qlora.data import readers, text_pieces
 from qlora.data.prepare import check_files
 from qlora.data.row_json import RowTooLong
 from qlora.data.sources import read_rows
@@ -101,7 +101,8 @@ def test_a_parquet_file_brings_no_types_of_its_own(tmp_path: Path) -> None:
 
 
 def test_rows_without_an_end_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1 << 20)
+    for module in (readers, text_pieces):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1 << 20)
     long = b'{"text": "' + b"x" * 3_000_000 + b'"}'
     good = b'{"text": "good"}'
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, long, good]))
@@ -117,7 +118,7 @@ def test_rows_without_an_end_are_not_held(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "b.csv").write_bytes(b"text\n" + b'"' + b"x\n" * 1_500_000 + b'"\ngood\n')
     too_long = [
         ("a.json", ["good", "over 1 MiB in one row", "good"]),
-        ("a.txt", ["a text of over 1 MiB"]),
+        ("a.txt", ["over 1 MiB in one line"]),
         ("a.csv", ["over 1 MiB in one row", "good"]),
         ("b.csv", ["over 1 MiB in one row"]),  # and then its other lines, until the quote closes
     ]

@@ -94,7 +94,7 @@ def test_a_row_that_is_a_list_of_turns_is_a_conversation(tmp_path: Path) -> None
         (9, 1, 3, "more than data.max_bad_rows = 3 rows are bad"),
         (4, 6, 0, "6 of 10 rows looked at are bad: repair them"),
         (0, 10, 0, "10 of 10 rows looked at fail: the way of the file"),
-        (0, 1, 0, "the way of the file"),
+        (0, 1, 0, "repair the row; where all are like it: the way of the file"),
     ],
 )
 def test_the_hint_follows_from_how_many_fail(good: int, bad: int, max_bad_rows: int, hint: str) -> None:

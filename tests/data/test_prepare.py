@@ -58,6 +58,18 @@ def of(sink: Recorder, topic: str) -> list[Notice]:
     return [event for event in sink.events if isinstance(event, Notice) and event.topic == topic]
 
 
+def test_what_the_template_leaves_out_is_said_and_said_again_from_the_cache(tmp_path: Path) -> None:
+    thoughtful = pair("What is 1?", "It is 1.")
+    thoughtful["messages"][1]["reasoning_content"] = "One is one."
+    path = write(tmp_path / "a.jsonl", [thoughtful, *numbered(3, 2)])
+    for _ in range(2):
+        sink = Recorder()
+        run(tmp_path, path, sink=sink, eval_fraction=0)
+        (notice,) = of(sink, "reasoning")
+        assert notice.count == 1 and notice.message.startswith("1 answers are trained without their reasoning")
+    assert of(sink, "cache")
+
+
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 

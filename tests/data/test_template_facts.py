@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from qlora.data.template_facts import Ends, first_end, specials_in, split_end
-from tests.data.shapes import SHAPES, shape_chat
-from tests.data.toys import chat_of, chatml
+from tests.data import shapes
+from tests.data.shapes import SHAPES
+from tests.data.toys import chat_of, chatml, family_chat
 
+shape_chat = cache(shapes.shape_chat)  # each one starts a process that renders
 ENDS = {
     "qwen35": Ends("<|im_end|>", "<|im_end|>"),
     "deepseek_v3": Ends("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
@@ -65,3 +69,14 @@ def test_the_turns_own_end_among_several() -> None:
     assert first_end("a<eos><end>", ends, 2) == (6, 11)
     assert first_end("a<eos>", ends, 0, 3) is None
     assert specials_in("a<eos><eos_2>", ["<eos>", "<eos_2>"]) == ["<eos>", "<eos_2>"]
+
+
+@pytest.mark.parametrize("name", ["qwen35", "llama31", "gemma2", "mistral_v03", "command_r7b", "granite4", "gemma4"])
+def test_most_templates_end_each_turn_by_itself_and_need_no_further_rendering(name: str) -> None:
+    assert shape_chat(name)._chat_template.facts.first_end_is_the_end
+
+
+def test_an_eos_after_the_whole_conversation_is_no_turns_end() -> None:
+    chat = family_chat("phi3")
+    assert chat._chat_template.facts.first_end_is_the_end
+    assert chat._chat_template.ends == Ends("<|end|>", "<|end|>")

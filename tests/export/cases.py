@@ -41,7 +41,7 @@ def trained(base_dir: Path, folder: Path, lora: LoraSection, quantization: Quant
             if "lora_A" not in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02)
     folder.mkdir(parents=True, exist_ok=True)
-    adapters.save(model, folder, base.name, base.commit, class_names(base, model.get_base_model()))
+    adapters.save(model, folder, base.name, base.commit, class_names(base, model))
     said = {"base": base.name, "revision": "main", "fingerprint": base.fingerprint}
     (folder / "qlora.json").write_text(json.dumps({**said, "quantization": quantization.model_dump()}))
     return model.eval()

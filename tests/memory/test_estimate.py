@@ -9,9 +9,11 @@ import pytest
 from qlora import api
 from qlora.errors import DoesNotFit
 from qlora.memory import hardware
+from qlora.memory.estimate import Estimator
 from qlora.memory.plan import changed, gib
 from qlora.memory.trace import CATEGORIES
-from qlora.recipe.reading import load_recipe
+from qlora.recipe.reading import load_recipe, recipe_of_base
+from tests import all_families
 from tests.memory.cases import ask
 from tests.memory.shapes import SHAPES, config_folder
 
@@ -50,3 +52,19 @@ def test_more_tokens_than_any_memory_holds(tmp_path: Path) -> None:
     """They would be simulated for minutes, and overflow what a tensor may have."""
     with pytest.raises(DoesNotFit, match=r"= 65,536 with data\.max_length = 2,048: 134,217,728 tokens in one pass"):
         ask(tmp_path, 8, "train.micro_batch_size=65536", "train.batch_size=65536", vram="24GiB")
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "sizes"),
+    [
+        ("bamba", {"num_hidden_layers": 8, "attn_layer_indices": [1]}, [8]),  # no list says which layers attend
+        ("llama", {"num_hidden_layers": 8}, [3, 4]),
+    ],
+)
+def test_layers_that_a_few_do_not_show_are_all_simulated(
+    family: str, overrides: dict[str, object], sizes: list[int]
+) -> None:
+    text = all_families.make_config(family, overrides)
+    estimator = Estimator(text, family, hardware.asked_for(None, "8GiB", "auto"))
+    assert estimator.estimate(recipe_of_base("some/base")).peak_bytes > 0
+    assert [simulator.sizes for simulator in estimator._simulators.values()] == [sizes]

@@ -32,7 +32,7 @@ KEPT = [
     ("nemotron_h", {"out_proj": 1}),
     ("bamba", {"out_proj": 2}),
     ("rwkv", {"output": 4, "value": 4}),
-    ("zamba2", {"out_proj": 4, "0": 2, "1": 2}),  # layers of a shared block that another of its places calls
+    ("zamba", {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": 2, "gate_proj": 2, "up_proj": 2, "down_proj": 2}),
 ]
 
 
@@ -56,6 +56,20 @@ def test_what_is_kept(family: str, kept: dict[str, int]) -> None:
     assert {name for name, _ in linear_layers(model)} == layers.keys() - found.kept
     assert all(type(layer) is torch.nn.Linear for layer in layers.values()), "a watch was left behind"
     assert not any(buffer.is_meta for buffer in model.buffers()), "a buffer was left behind"
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_nothing_of_the_watched_pass_stays_in_the_model(kind: str) -> None:
+    """Rotary modules give themselves other frequencies during a pass, on the device of the pass."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 4}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **(factors if kind == "longrope" else {"factor": 4.0})}
+    config = make_config("phi3" if kind == "longrope" else "llama", {"rope_parameters": rope})
+    model = meta_model(config)
+    before = [(sorted(vars(module)), sorted(module._buffers)) for module in model.modules()]
+    check_layers(model, "tiny")
+    del model._linear_use
+    assert [(sorted(vars(module)), sorted(module._buffers)) for module in model.modules()] == before
+    assert not any(buffer.is_meta for buffer in model.buffers())
 
 
 def test_the_source_alone_knows_what_is_read_where_the_pass_cannot_be_watched(tmp_path: Path) -> None:
@@ -95,7 +109,7 @@ def test_a_name_that_means_kept_layers_alone_is_refused_and_one_of_both_kinds_me
     model = meta_model(make_config("jamba"))
     with pytest.raises(ModelError) as refusal:
         adapters.attach(model, LoraSection(target_modules=("dt_proj", "in_proj")), 0)
-    assert "weight of dt_proj by itself" in refusal.value.what and "in_proj" in refusal.value.hint
+    assert "reads or shares dt_proj by itself" in refusal.value.what and "in_proj" in refusal.value.hint
     model = meta_model(make_config("rwkv"))
     trained = adapters.trainable(adapters.attach(model, LoraSection(target_modules=("value", "receptance")), 0))
     adapted = {".".join(name.partition(".lora_")[0].split(".")[-2:]) for name in trained}

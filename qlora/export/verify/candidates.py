@@ -109,7 +109,7 @@ def head_logprobs(
 ) -> Iterator[Tensor]:
     """fp32 log-probabilities (C, V) of the whole vocabulary, `chunk` positions at a time, as the loss computes them."""
     for start in range(0, hidden_ND.shape[0], chunk):
-        logits_CV = head(hidden_ND[start : start + chunk].to(head.weight.dtype))  # as in step/loss.py
+        logits_CV = head(hidden_ND[start : start + chunk].to(next(head.parameters()).dtype))  # as in step/loss.py
         if transform is not None:
             logits_CV = transform(logits_CV)
         yield torch.log_softmax(logits_CV.float(), dim=-1)

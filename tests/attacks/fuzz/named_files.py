@@ -306,7 +306,7 @@ ROWS: Named = {
     "Latin-1": rows("rows.jsonl", b'{"text": "caf\xe9"}\n'),
     "a line that is cut off": rows("rows.jsonl", GOOD_LINE + "\n" + GOOD_LINE[:40] + "\n"),
     "a list in a line": rows("rows.jsonl", "[1, 2]\n"),
-    "no format fits": rows("rows.jsonl", '{"question": "x", "reply": "y"}\n'),
+    "no format fits": rows("rows.jsonl", '{"title": "x", "body": "y"}\n'),
     "a role that nobody has": rows("rows.jsonl", GOOD_LINE.replace('"user"', '"\\u001b[2Juser"') + "\n"),
     "nested 5,000 deep": rows("rows.jsonl", '{"text": ' + DEEP + "}\n"),
     "a number of 10,000 digits": rows("rows.jsonl", '{"text": "a", "n": ' + LONG + "}\n"),

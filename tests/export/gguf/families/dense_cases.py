@@ -174,7 +174,7 @@ CASES = (
         {
             "tie_word_embeddings": False,
             "head_dim": 32,
-            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
         },
         {
             **BASE,
@@ -182,7 +182,7 @@ CASES = (
             "temperature": without("attention.temperature_scale"),
             "rope scaling": without("rope.scaling.type"),
             "attention factor": without("rope.scaling.attn_factor"),
-            "head size": with_key("rope.scaling.original_context_length", 512),
+            "trained length": with_key("rope.scaling.original_context_length", 512),
         },
     ),
     Case(
