@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora.errors import ModelError
 from qlora.events import Notice, Recorder
+from qlora.model import base_folder
 from qlora.model.resolve import resolve
 from tests.families import make_base
 from tests.model.conftest import at, change_config, load, refused
@@ -92,3 +94,21 @@ def test_weights_that_are_refused(folder: Path, name: str, tensor: torch.Tensor,
     tensors = load_file(folder / "model.safetensors") | {name: tensor}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert what in refused(str(folder)).what
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Qwen/Qwen3-8B-FP8", "(Qwen3-8B)"),
+        ("/models/Llama-3-8B-GPTQ-Int4", "(Llama-3-8B)"),
+        ("RedHatAI/gemma-3-4b-it-quantized.w4a16", "(gemma-3-4b-it)"),
+        ("nvidia/Llama-3.1-8B-Instruct-FP8-KV", "(Llama-3.1-8B-Instruct)"),
+        ("mistralai/Ministral-3-8B-Instruct-2512", "Ministral-3-8B-Instruct-2512-BF16"),
+    ],
+)
+def test_a_quantized_copy_names_the_16_bit_one(name: str, told: str) -> None:
+    for method in ("fp8", "compressed-tensors", "modelopt", "gptq", "awq", "fbgemm_fp8", "mxfp4"):
+        config = {"model_type": "llama", "quantization_config": {"quant_method": method}}
+        with pytest.raises(ModelError) as refusal:
+            base_folder.check_config(config, name)
+        assert f"({method})" in refusal.value.what and told in refusal.value.hint

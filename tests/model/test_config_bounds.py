@@ -24,7 +24,7 @@ GOOD = {"model_type": "llama", "num_hidden_layers": 2, "rope_theta": 10_000_000_
         ({"text_config": {"model_type": "x", "num_layers": 10**9}}, "text_config.num_layers is"),
         ({"vision_config": {"depth": 10**9}}, "vision_config.depth is"),
         ({"audio_config": {"parts": [{"encoder_layers": 10**9}]}}, "audio_config.parts.encoder_layers is"),
-        ({"num_experts": 10**6}, "num_experts is 1,000,000; at most 4,096 parts"),
+        ({"num_experts": 10**6}, "num_experts is 1,000,000; at most 16,384 parts"),
         ({"vocab_size": 10**12}, "vocab_size is 1,000,000,000,000; at most 4,194,304 tokens"),
         ({"hidden_size": -(10**9)}, "hidden_size is -1000000000, a model has at least 1"),
         ({"ffn_hidden_size": -(10**9)}, "ffn_hidden_size is -1,000,000,000; at most 1,048,576 values"),
