@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -67,6 +69,24 @@ class _Value:
     origins: int = 0
 
 
+@dataclass
+class _Call:
+    """One operation: what it was given, as it is on meta, and the values of its tensors."""
+
+    func: Any
+    args: Any
+    kwargs: dict[str, Any]
+    inputs: Sequence[Tensor]
+    numbers: Sequence[int]
+    origins: Sequence[int]
+    outputs: Sequence[Tensor] = ()
+
+    @property
+    def packet(self) -> str:
+        """The operation's name, whatever its overload."""
+        return str(self.func._overloadpacket.__name__)
+
+
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows what is computed while it is entered. `length` is the size of the dimension of the tokens.
 
@@ -80,7 +100,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.mixings: list[Mixing] = []
         self.modules: list[tuple[str, nn.Module]] = []
         self._known: dict[tuple[Any, ...], _Value] = {}
-        self._writes: dict[int, int] = {}
+        self._writes: dict[int, int] = {}  # of a storage: what was written into it, as a number
+        self._stains: dict[int, int] = {}  # and of which origins
         self._kept: list[Any] = []  # so that no storage's address is used again
         self._scales: dict[int, tuple[int, float]] = {}  # of a scaled number: what was scaled, and by what
         self._unseen: dict[str, int] = {}
@@ -102,7 +123,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return number if writes is None else hash((number, writes))
 
     def origins(self, tensor: Tensor) -> int:
-        return self._value(tensor).origins
+        return self._value(tensor).origins | self._stains.get(tensor.untyped_storage()._cdata, 0)
 
     def _know(self, tensor: Tensor, value: _Value) -> None:
         self._kept.append(tensor)
@@ -124,25 +145,22 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         inputs = [item for item in tree_flatten((args, kwargs))[0] if isinstance(item, Tensor)]
-        known = [(self.number(tensor), self._value(tensor).origins) for tensor in inputs]
-        packet = func._overloadpacket.__name__
+        numbers, of_each = [self.number(one) for one in inputs], [self.origins(one) for one in inputs]
         if any(tensor.is_meta for tensor in inputs):
             args, kwargs = tree_map_only(Tensor, self._on_meta, (args, kwargs))
             if kwargs.get("device") is not None:
                 kwargs["device"] = META
-        origins = 0
-        for _, of_one in known:
-            origins |= of_one
+        call = _Call(func, args, kwargs, inputs, numbers, of_each)
         result = func(*args, **kwargs)
-        outputs = [item for item in tree_flatten(result)[0] if isinstance(item, Tensor)]
+        call.outputs = [item for item in tree_flatten(result)[0] if isinstance(item, Tensor)]
+        origins = reduce(or_, of_each, 0)
         if origins & TOKENS:
-            self._judge(func, packet, inputs, [one for _, one in known], outputs, args, kwargs)
-        elif not origins and packet not in _FILLS and any(map(self.token_dims, outputs)):
-            along = packet in _OVER_DIMENSIONS and self._reaches_tokens(func, inputs, args, kwargs)
-            born = not any(map(self.token_dims, inputs)) and packet not in _RESHAPES
+            self._judge(call)
+        elif not origins and call.packet not in _FILLS and any(map(self.token_dims, call.outputs)):
+            along = call.packet in _OVER_DIMENSIONS and self._reaches_tokens(call)
+            born = not any(map(self.token_dims, inputs)) and call.packet not in _RESHAPES
             origins = PLACES if along or born else 0
-        number = self._expression(func, packet, args, kwargs, inputs, outputs, [one for one, _ in known])
-        self._keep(func, inputs, outputs, number, origins)
+        self._keep(call, self._expression(call), origins)
         return result
 
     def _on_meta(self, tensor: Tensor) -> Tensor:
@@ -152,14 +170,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._know(empty, _Value(self.number(tensor), self.origins(tensor)))
         return empty
 
-    def _expression(
-        self, func: Any, packet: str, args: Any, kwargs: Any, inputs: Sequence[Tensor], outputs: Any, known: Any
-    ) -> int:
+    def _expression(self, call: _Call) -> int:
         """The number of an operation's result; conversions, whole slices and factors have their own form."""
-        shapes = {tuple(tensor.shape) for tensor in (*inputs[:1], *outputs)}
+        packet, known = call.packet, call.numbers
+        shapes = {tuple(tensor.shape) for tensor in (*call.inputs[:1], *call.outputs)}
         same_shape = len(shapes) == 1 and packet in {"view", "_unsafe_view", "expand", "slice", "reshape"}
-        if inputs and outputs and (packet in _SAME_VALUE or same_shape):
-            return int(known[0])
+        if known and call.outputs and (packet in _SAME_VALUE or same_shape):
+            return known[0]
         numbers = iter(known)
 
         def plain(item: Any) -> Any:
@@ -167,19 +184,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return next(numbers)
             return item if isinstance(item, (int, float, str, bool, type(None))) else str(item)
 
-        kept = {key: value for key, value in kwargs.items() if key not in ("device", "layout", "pin_memory")}
-        factor = _factor(packet, args)
-        if factor == 1.0 and inputs and not kept:
-            return int(known[0])
-        if factor is not None and inputs and not kept:
+        kept = {key: value for key, value in call.kwargs.items() if key not in ("device", "layout", "pin_memory")}
+        factor = _factor(packet, call.args)
+        if factor is not None and known and not kept:
             return self._scaled(known[0], factor)
         scale = 1.0
-        if (
-            packet in _RESHAPES | {"mm", "bmm"} and known and known[0] in self._scales
-        ):  # a factor of the inputs is one of the product
-            base, scale = self._scales[known[0]]
+        if packet in _RESHAPES | {"mm", "bmm"} and known and known[0] in self._scales:
+            base, scale = self._scales[known[0]]  # a factor of the inputs is one of the product
             numbers = iter((base, *known[1:]))
-        number = hash((str(func), tuple(plain(item) for item in tree_flatten((args, kept))[0])))
+        number = hash((str(call.func), tuple(plain(item) for item in tree_flatten((call.args, kept))[0])))
         return number if scale == 1.0 else self._scaled(number, scale)
 
     def _scaled(self, number: int, factor: float) -> int:
@@ -191,16 +204,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scales[scaled] = (base, total)
         return scaled
 
-    def _keep(self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], number: int, origins: int) -> None:
-        if func._schema.is_mutable:
-            for tensor in inputs[:1]:
-                storage = tensor.untyped_storage()._cdata
-                self._writes[storage] = hash((self._writes.get(storage, 0), number))
-                self._know(tensor, _Value(self._value(tensor).number, origins | self._value(tensor).origins))
+    def _keep(self, call: _Call, number: int, origins: int) -> None:
+        if call.func._schema.is_mutable:
+            storage = call.inputs[0].untyped_storage()._cdata
+            self._writes[storage] = hash((self._writes.get(storage, 0), number))
+            self._stains[storage] = self._stains.get(storage, 0) | origins
             return
-        for at, tensor in enumerate(outputs):
+        for at, tensor in enumerate(call.outputs):
             if _place(tensor) not in self._known:  # a view may lead back to what it came from
-                self._know(tensor, _Value(number if len(outputs) == 1 else hash((number, at)), origins))
+                self._know(tensor, _Value(number if len(call.outputs) == 1 else hash((number, at)), origins))
 
     # --- where tokens meet ------------------------------------------------------------------------------------------
 
@@ -214,14 +226,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         path, module = own[-1] if own else ("", None)
         self.mixings.append(Mixing(path, type(module).__name__ if module is not None else "", what))
 
-    def _judge(self, func: Any, packet: str, inputs: Any, origins: Any, outputs: Any, args: Any, kwargs: Any) -> None:
+    def _judge(self, call: _Call) -> None:
         """Writes down what an operation on tokens does that is not each token's own affair."""
+        packet, inputs, origins, outputs = call.packet, call.inputs, call.origins, call.outputs
         tokens = [tensor for tensor, of_one in zip(inputs, origins, strict=True) if of_one & TOKENS]
         if not any(map(self.token_dims, tokens)) or packet in _SAME_VALUE | _RESHAPES | _FILLS:
             return
         if packet == "slice" and tuple(outputs[0].shape) == tuple(inputs[0].shape):
             return
-        if torch.Tag.pointwise in func.tags or packet in _ELEMENTWISE:
+        if torch.Tag.pointwise in call.func.tags or packet in _ELEMENTWISE:
             dims = [set(self.token_dims(tensor)) for tensor in inputs]
             if len(set().union(*dims)) > max(map(len, dims)):
                 self.note("compares tokens with each other in code of its own")
@@ -237,7 +250,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet == "embedding":  # ids of tokens choose rows of a table
             return
         if packet in _NORMS:
-            normalized = len(args[_NORMS[packet]])
+            normalized = len(call.args[_NORMS[packet]])
             if any(dim >= -normalized for dim in self.token_dims(inputs[0])):
                 self.note("normalizes over tokens")
             return
@@ -247,26 +260,25 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.note("convolves over tokens")
             return
         if packet in _OVER_DIMENSIONS | {"slice", "constant_pad_nd", "roll"}:
-            if self._reaches_tokens(func, inputs, args, kwargs, outputs):
+            if self._reaches_tokens(call):
                 self.note("goes from token to token" if packet in ("select", "slice", "unbind") else _words(packet))
             return
         self.note(f"does what is not known here ({packet})")
 
-    def _reaches_tokens(
-        self, func: Any, inputs: Sequence[Tensor], args: Any, kwargs: Any, outputs: Sequence[Tensor] = ()
-    ) -> bool:
+    def _reaches_tokens(self, call: _Call) -> bool:
         """Whether an operation over dimensions is one over the dimension of the tokens."""
-        packet = func._overloadpacket.__name__
+        packet, inputs, outputs, args = call.packet, call.inputs, call.outputs, call.args
         first = next((one for one in inputs if self.token_dims(one)), inputs[0])
         along = set(self.token_dims(first))
         if packet == "constant_pad_nd":  # pads of the last dimension come first; 1 and -1 keep the length
             return any(any(args[1][2 * at : 2 * at + 2]) for at in range(len(args[1]) // 2) if -1 - at in along)
         if packet in ("slice", "repeat_interleave") and outputs:
             return {(dim, outputs[0].shape[dim]) for dim in along} != {(dim, first.shape[dim]) for dim in along}
-        values = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        declared = call.func._schema.arguments
+        values = dict(zip((argument.name for argument in declared), args, strict=False)) | call.kwargs
         chosen = values.get("dim", values.get("dims", values.get("dimension")))
         if chosen is None:
-            defaults = {one.name: one.default_value for one in func._schema.arguments if one.has_default_value()}
+            defaults = {one.name: one.default_value for one in declared if one.has_default_value()}
             chosen = defaults.get("dim")
         if chosen is None or chosen == []:
             return True

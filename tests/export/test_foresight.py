@@ -17,8 +17,8 @@ ASKED = ExportSection(formats=("hf",))
 
 
 @pytest.fixture(scope="module")
-def dory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return all_families.make_base("dory", tmp_path_factory.mktemp("dory") / "base")
+def bamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return all_families.make_base("bamba", tmp_path_factory.mktemp("bamba") / "base")
 
 
 def foreseen(folder: Path, section: ExportSection, limit_bytes: int) -> list[str]:
@@ -31,12 +31,12 @@ def test_a_plain_trunk_needs_no_word(llama: Path) -> None:
     assert foreseen(llama, ASKED, 1) == []
 
 
-def test_a_model_that_is_measured_whole_is_named_before(dory: Path) -> None:
-    reason = "DoryForCausalLM's layers take more than what the layer before gives"
+def test_a_model_that_is_measured_whole_is_named_before(bamba: Path) -> None:
+    reason = "BambaForCausalLM's layers take more than what the layer before gives"
     takes = f"takes 0.00 GiB, not a layer at a time ({reason})"
-    assert foreseen(dory, ASKED, 1 << 30) == [f"measuring an export of this base {takes}"]
-    (message,) = foreseen(dory, ExportSection(), 1 << 10)
+    assert foreseen(bamba, ASKED, 1 << 30) == [f"measuring an export of this base {takes}"]
+    (message,) = foreseen(bamba, ExportSection(), 1 << 10)
     assert message.endswith("0.00 GiB are there: export with verify=False")
     with pytest.raises(ExportError, match="measuring an export of it takes 0") as refused:
-        foreseen(dory, ASKED, 1 << 10)
+        foreseen(bamba, ASKED, 1 << 10)
     assert "leave out export.formats" in refused.value.hint

@@ -46,6 +46,13 @@ def scan(layer: Layer, x: Tensor, _: Tensor) -> Tensor:
     return state
 
 
+def written(layer: Layer, x: Tensor, _: Tensor) -> Tensor:
+    """Tokens that come into other memory in place are tokens there."""
+    room = torch.zeros(1, LENGTH, 2 * WIDTH, device="meta")
+    room[..., :WIDTH] = x
+    return room.cumsum(1)
+
+
 EACH_BY_ITSELF: dict[str, Callable[[Layer, Tensor, Tensor], Tensor]] = {
     "linear": lambda layer, x, _: layer.linear(x),
     "norm": lambda layer, x, _: F.layer_norm(x, (WIDTH,)),
@@ -72,6 +79,7 @@ MEETING: dict[str, tuple[Callable[[Layer, Tensor, Tensor], Tensor], str]] = {
     "roll": (lambda layer, x, _: x.roll(1, 1), "shifts or pads tokens"),
     "state": (lambda layer, x, _: torch.cat((torch.zeros(1, 2, WIDTH), x), dim=1), "shifts or pads tokens"),
     "pairs": (lambda layer, x, _: x[:, 1:] - x[:, :-1], "goes from token to token"),
+    "written": (written, "sums over tokens (cumsum)"),
     "scan": (scan, "goes from token to token"),
     "norm over tokens": (lambda layer, x, _: F.layer_norm(x.transpose(1, 2), (LENGTH,)), "normalizes over tokens"),
     "places": (lambda layer, x, _: x + layer.table(torch.arange(LENGTH)), "counts positions by the place in the row"),

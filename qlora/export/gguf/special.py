@@ -69,10 +69,8 @@ def special_ids(
             )
         ids["eos"] = ends[0]
     ids.setdefault("bos", ids["eos"])
+    ids["eot"] = ends[0] if ends else ids["eos"]
     stops = [number for number in _configured(configs[:1], "eos_token_id") if 0 <= number < rows]
-    # A template without an end of its own (GLM-4's: the next turn begins) leaves this place to another end.
-    others = [n for n in stops if n != ids["eos"] and tokenizer.convert_ids_to_tokens(n) not in STOP_TEXTS]
-    ids["eot"] = [*ends, *others, ids["eos"]][0]
     more = [number for number in dict.fromkeys([*ends, *stops]) if number not in (ids["eos"], ids["eot"])]
     more = [number for number in more if tokenizer.convert_ids_to_tokens(number) not in STOP_TEXTS]
     if more:

@@ -191,16 +191,16 @@ def test_the_recipe_knows_the_same_names() -> None:
 
 
 def test_values_are_numbered_where_only_some_layers_attend() -> None:
-    """8 layers that attend among 16: llama.cpp counts values, and down projections by layer."""
-    tensors = [(name, shape) for name, shape in layout(16) if "attn_v" not in name or int(name.split(".")[1]) % 2 == 1]
+    """The last 8 layers of 16 attend: llama.cpp counts values, and down projections by layer."""
+    tensors = [(name, shape) for name, shape in layout(16) if "attn_v" not in name or int(name.split(".")[1]) >= 8]
     types = choose_types("q4_k_m", "granitehybrid", MixHparams(16, 4, 0), tensors).types
-    values = [types[f"blk.{layer}.attn_v.weight"].name for layer in range(1, 16, 2)]
+    values = [types[f"blk.{layer}.attn_v.weight"].name for layer in range(8, 16)]
     assert " ".join(values) == BY_HAND["q4_k_m", 8][0]
     assert " ".join(types[f"blk.{layer}.ffn_down.weight"].name for layer in range(16)) == BY_HAND["q4_k_m", 16][1]
     # In a model whose first layer has no heads for keys, nothing counts as grouped.
     assert by_layer(choose("iq4_xs", 4, heads=8), "attn_v") == " ".join(["Q5_K"] * 4)
     grouped = choose_types("iq4_xs", "granitehybrid", MixHparams(16, 8, 0), tensors).types
-    assert grouped["blk.1.attn_v.weight"].name == "IQ4_XS"
+    assert grouped["blk.8.attn_v.weight"].name == "IQ4_XS"
 
 
 @pytest.mark.parametrize("quant", QUANTS)

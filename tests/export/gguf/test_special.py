@@ -28,8 +28,8 @@ def test_every_end_of_the_generation_config_is_told(tmp_path: Path) -> None:
     assert any("'<|user|>'" in warning for warning in read(folder).warnings)
 
 
-def test_a_template_without_an_end_of_its_own_leaves_its_place_to_another(tmp_path: Path) -> None:
-    """GLM-4 stops where the next turn would begin: three ends, none of them written by its template."""
+def test_a_turn_may_end_where_the_next_begins(tmp_path: Path) -> None:
+    """GLM-4 has three ends, none of them written at the end of its answers."""
     pytest.importorskip("xllamacpp", reason="llama.cpp's ends are asked")
     folder = tokenizers.glm4(tmp_path)
     found = read(folder)
