@@ -18,12 +18,12 @@ from tests.runs import train, write_recipe, write_rows
 
 
 def test_a_base_that_cannot_become_gguf_is_told_before_training(tmp_path: Path, llama: Path) -> None:
-    base = make_base("granite", tmp_path / "granite")
+    base = make_base("apertus", tmp_path / "apertus")
     recipe = write_recipe(tmp_path, base)
     recorder = train(recipe, "train.max_steps=1")
     notices = [event.as_dict()["message"] for event in recorder.of("notice")]
-    assert any("cannot be exported as GGUF: 'granite' models" in message for message in notices)
-    with pytest.raises(ExportError, match="granite"):
+    assert any("cannot be exported as GGUF: 'apertus' models" in message for message in notices)
+    with pytest.raises(ExportError, match="apertus"):
         train(recipe, "train.max_steps=1", 'export.formats=["gguf:q8_0"]', mode="fresh")
 
 
