@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from qlora.export.gguf.families import FAMILIES as GGUF_FAMILIES  # noqa: E402
 from qlora.model import config_filter  # noqa: E402
 from qlora.third_party import import_bitsandbytes  # noqa: E402
 from tests.all_families import DENSE, FAMILIES, MIXTURES  # noqa: E402
@@ -137,7 +138,7 @@ def table(known: dict[str, dict[str, list[object]]]) -> str:
     lines = ["| `model_type` | " + " | ".join(TITLES.values()) + " |", "| --- |" + " --- |" * len(TITLES)]
     for family in (name for name in DENSE if name in known):
         found = known[family]
-        cells = [_cell(column, *found[column]) if column in found else "not asked" for column in TITLES]
+        cells = [_cell(family, column, *found[column]) if column in found else "not asked" for column in TITLES]
         if not found.get("loads", [True])[0]:
             cells = [cells[0], *("–" for _ in cells[1:])]
         lines.append(f"| `{family}` | {' | '.join(cells)} |")
@@ -147,14 +148,17 @@ def table(known: dict[str, dict[str, list[object]]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(column: str, right: object, text: object) -> str:
+def _cell(family: str, column: str, right: object, text: object) -> str:
     """What stands in the table: a word where all is well, else the reason."""
     words = str(text).replace("|", "/").replace("\n", " ")
     words = re.sub(r"/\S+/base: (config\.json: )?", "", words)
     if not right:
         return f"**no**: {words}"
     if column == "gguf":
-        return words.partition(" (")[0].replace("refused: ", "no: ")
+        if words.startswith("yes"):
+            return "yes, `" + words.removeprefix("yes, ").partition(",")[0] + "`"
+        reason = words.partition(" (")[0].removeprefix("refused: ")
+        return f"yes, but for this one: {reason}" if family in GGUF_FAMILIES else "no"
     if column == "packing":
         return "safe" if words.startswith("safe") and words.endswith("on") else "off"
     return "yes"
