@@ -191,7 +191,7 @@ def _choose_base(job: _Job, wanted: MergeBase | Literal["auto"]) -> MergeBase:
         return asked or trained_on
     chosen = choice.choose(measured, job.reference.positions, asked, job.options.max_kl)
     job.reference.choice = chosen
-    job.sink.emit(Notice("base", chosen.in_words()))
+    job.sink.emit(Notice("merge", chosen.in_words()))
     return chosen.merge_base
 
 

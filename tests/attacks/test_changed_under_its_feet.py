@@ -214,7 +214,7 @@ class Meanwhile:
 @pytest.mark.parametrize(
     ("change", "seen", "refused"),
     [
-        (gone, "its folder is gone", "there is no folder"),
+        (gone, "its folder is gone", "the base that it was trained on is not here"),
         (other_config, "its config.json is another one", "another base"),
         (other_weights, "model.safetensors was written to", "not the one that was trained|another base"),
         (other_tokenizer, "its tokenizer is another one", None),
