@@ -19,7 +19,7 @@ from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
 from qlora.model.config_bounds import check_config_values, check_generation_values, check_layers_exist
-from qlora.model.mixtures import refuse_mixture
+from qlora.model.mixtures import refuse_mixture, speaks_of_experts
 from qlora.model.tensors import (
     FLOAT_DTYPES,
     INDEX_FILE,
@@ -164,7 +164,8 @@ def _check_quantization(config: Mapping[str, Any], where: str) -> None:
         if details.get("load_in_4bit"):
             return
         method = "bitsandbytes 8-bit"
-    refuse_mixture(config, where)  # whose 16-bit copy would be refused as well, once it is downloaded
+    if speaks_of_experts(config):  # its 16-bit copy would be refused as well, once it is downloaded
+        refuse_mixture(config, where)
     raise ModelError(f"{where}: its weights are already quantized ({method[:60]})", original_of(where))
 
 

@@ -30,7 +30,7 @@ def refuse_mixture(config: Mapping[str, Any], where: str) -> None:
     if failure.error:
         return  # what is wrong with it, whoever builds it will say
     values = opened.to_dict()
-    if not any(_ABOUT.search(key) for key, _ in _entries(values)):
+    if not speaks_of_experts(values):
         return
     text = opened.get_text_config(decoder=True)
     if not isinstance(text, dict) and not _has_experts(text):
@@ -40,6 +40,11 @@ def refuse_mixture(config: Mapping[str, Any], where: str) -> None:
     number = f" of {of_several[1]:,} experts ({of_several[0]})" if of_several else " of experts"
     what = f"{where}: {config.get('model_type')} is a mixture{number}, which cannot be held in 4 bit yet"
     raise ModelError(what, "use a dense model of the size you need")
+
+
+def speaks_of_experts(values: Mapping[str, Any]) -> bool:
+    """Whether any key of a configuration is about experts."""
+    return any(_ABOUT.search(key) for key, _ in _entries(values))
 
 
 def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

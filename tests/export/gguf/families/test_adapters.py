@@ -27,7 +27,7 @@ FAST = ("granite", "qwen3_5_text")
 SLOW = ("glm4", "cohere2", "phi", "nemotron", *(case.model_type for case in (*GEMMA, *RECURRENT)))
 FIRST = {case.model_type: case for case in reversed((*DENSE, *GEMMA, *RECURRENT))}
 # llama.cpp multiplies by these without a look for adapters: alone they would be passed over (KL 1.5e-3 here).
-NOT_ALONE = {"gemma3n_text": "altup_router", "gemma4_text": "per_layer_model_proj"}
+NOT_ALONE = {"gemma3n_text": "altup_(?:router|proj)", "gemma4_text": "per_layer_model_proj"}
 # Its reference keeps the multipliers of the mixer's rows, a buffer, as bf16 trained with them.
 ROUNDED = {"falcon_h1": 1e-5}
 
