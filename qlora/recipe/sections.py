@@ -84,7 +84,8 @@ class SourceSection(Section):
         description="File, glob, folder or folder:SPLIT, relative to the recipe, or hub:NAME[@revision][:split]",
     )
     format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
-        "auto", description="How a row is read; auto: the first format whose columns are all there"
+        "auto",
+        description="How a row is read; auto: the format whose columns are all there, also under usual other names",
     )
     weight: float = Field(1.0, gt=0, le=100, description="Times each row is seen in an epoch; 0.5 draws half of them")
     columns: dict[Text, Text] = Field(
