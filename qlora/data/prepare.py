@@ -29,7 +29,7 @@ from qlora.data.source_files import FoundFiles, SourceFile
 from qlora.data.sources import source_files
 from qlora.data.text_pieces import cut, is_text_file
 from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
-from qlora.data.unread import count_remarks, notices
+from qlora.data.unread import count_remarks, first_of, notices
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
 from qlora.shown import one_line
@@ -151,15 +151,16 @@ class _Maker:
     def _emit(self, report: RowReport, cached_in: Path | None) -> None:
         if cached_in:
             self.sink.emit(Notice("cache", f"rows were tokenized before: read from {cached_in}", report.rows))
-        for file, name in report.formats.items():
-            self.sink.emit(Notice("format", f"{file}: {name}, told by its columns"))
-        for notice in notices(report.remarks, self.data.loss_on):
-            self.sink.emit(notice)
-        for file, count in report.pieces.items():
-            message = f"{file}: cut at its paragraphs into {count} rows of up to {self.data.max_length} tokens"
-            self.sink.emit(Notice("text", message, count))
-        for rejected in report.rejected.values():
-            self.sink.emit(rejected)
+        up_to = f"rows of up to {self.data.max_length} tokens"
+        formats = (Notice("format", f"{file}: {name}, told by its columns") for file, name in report.formats.items())
+        pieces = (
+            Notice("text", f"{file}: cut at its paragraphs into {count} {up_to}", count)
+            for file, count in report.pieces.items()
+        )
+        remarks = notices(report.remarks, self.data.loss_on)
+        for said in (formats, remarks, pieces, report.rejected.values()):
+            for event in first_of(said):
+                self.sink.emit(event)
         if report.cut:
             limit = self.data.max_length
             self.sink.emit(Notice("truncation", f"{report.cut} rows cut to their first {limit} tokens", report.cut))

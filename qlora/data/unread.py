@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qlora.data.row_json import is_blank
-from qlora.events import Notice
+from qlora.events import Event, Notice
 from qlora.shown import one_line
 
 MAX_NAMES = 30  # of one file and kind; a stranger's rows may each have other keys
+MAX_SAID = 20  # files that one thing is said of, each by its name
 OTHERS = "other keys"
 _NUMBERS = re.compile(r"\[\d+\]")
 _MAX_NAME_CHARS = 80
@@ -118,6 +119,18 @@ def count_remarks(counts: Counts, file: str, remarks: tuple[Remark, ...]) -> Non
         names[name] = names.get(name, 0) + 1
 
 
+def first_of(events: Iterable[Event]) -> Iterator[Event]:
+    """The first of events that speak of a file each, and how many more there are: a source may have 100,000 files."""
+    more = 0
+    for number, event in enumerate(events):
+        if number < MAX_SAID:
+            yield event
+        else:
+            more += 1
+    if more:
+        yield Notice("rows", f"the same is to be said of {more:,} more files", more)
+
+
 def notices(counts: Counts, loss_on: str = "assistant") -> Iterator[Notice]:
     """One notice for each file and kind of remark, with every name and the rows that have it.
 
@@ -130,7 +143,7 @@ def notices(counts: Counts, loss_on: str = "assistant") -> Iterator[Notice]:
                 continue
             before, after = words.get(kind, (kind, ""))
             listed = ", ".join(
-                f"{name} ({rows:,} row{'s' * (rows != 1)})" for name, rows in Counter(names).most_common()
+                f"{name} ({rows:,} row{'s' * (rows != 1)})" for name, rows in Counter(names).most_common(MAX_NAMES + 1)
             )
             message = f"{file}: {before} {listed}" + (f": {after}" if after else "")
             yield Notice("columns", message, sum(names.values()))

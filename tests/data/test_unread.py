@@ -5,6 +5,7 @@ from __future__ import annotations
 from qlora.data.unread import (
     CONTEXT,
     MAX_NAMES,
+    MAX_SAID,
     NOT_ANSWERS,
     OTHERS,
     UNREAD,
@@ -12,8 +13,10 @@ from qlora.data.unread import (
     Ledger,
     Remark,
     count_remarks,
+    first_of,
     notices,
 )
+from qlora.events import Notice
 
 
 def test_keys_that_say_something_and_were_not_read_are_remarks_without_numbers() -> None:
@@ -58,3 +61,15 @@ def test_a_million_names_are_a_few_and_others() -> None:
     names = counts["a.jsonl"][UNREAD]
     assert len(names) == MAX_NAMES + 1 and names[OTHERS] == 1000 - MAX_NAMES
     assert max(map(len, names)) < 100
+
+
+def test_of_very_many_files_the_first_are_named() -> None:
+    said = list(first_of(Notice("format", f"{number}.jsonl") for number in range(100_000)))
+    assert len(said) == MAX_SAID + 1
+    assert said[-1] == Notice("rows", "the same is to be said of 99,980 more files", 99_980)
+    assert list(first_of([])) == []
+
+
+def test_a_report_of_a_stranger_names_few_keys() -> None:
+    (notice,) = notices({"rows.jsonl": {UNREAD: {f"key{number}": 1 for number in range(100_000)}}})
+    assert notice.message.count("key") <= MAX_NAMES + 1
