@@ -48,18 +48,16 @@ def export(
         Literal["auto", "nf4", "full"],
         typer.Option(
             "--base",
-            help="nf4: merge into the base as training saw it, dequantized. full: into its original weights. "
-            "auto: the one with the better loss on your evaluation rows, where they tell the two apart, else the one "
-            "that is nearer to the trained model.",
+            help="nf4: merge into the base as training saw it, dequantized. full: into its original weights. auto: the "
+            "one with the better loss on your evaluation rows, where they tell; else the nearer to the trained model.",
         ),
     ] = "auto",
     base_model: Annotated[
         str | None,
         typer.Option(
             "--base-model",
-            help="The base's folder or hub name, where it is not the one that the adapter names.",
+            help="The base's folder or hub name, where the adapter names another place.",
             metavar="PATH_OR_NAME",
-            show_default="as the adapter says",
         ),
     ] = None,
     out: Annotated[
@@ -90,8 +88,7 @@ def export(
     """
     options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype, "tokenizer_pre": tokenizer_pre}
     formats, quants = [name.value for name in to or [Format.hf]], [name.value for name in quant or []]
-    request: dict[str, Any] = {"to": formats, "quants": quants, "merge_base": base, "out": out}
-    request["base_model"] = base_model
+    request = {"to": formats, "quants": quants, "merge_base": base, "base_model": base_model, "out": out}
     common.run(lambda: _run(source, request, options, as_json))
 
 

@@ -17,7 +17,7 @@ from qlora.events import Event, Notice
 from qlora.shown import one_line
 
 MAX_NAMES = 30  # of one file and kind; a stranger's rows may each have other keys
-MAX_SAID = 20  # files that one thing is said of, each by its name
+MAX_SAID = 20  # of one kind, each with its file
 OTHERS = "other keys"
 _NUMBERS = re.compile(r"\[\d+\]")
 _MAX_NAME_CHARS = 80
@@ -120,7 +120,7 @@ def count_remarks(counts: Counts, file: str, remarks: tuple[Remark, ...]) -> Non
 
 
 def first_of(events: Iterable[Event]) -> Iterator[Event]:
-    """The first of events that speak of a file each, and how many more there are: a source may have 100,000 files."""
+    """The first of events of one kind, and how many more there are: a source may have 100,000 files."""
     more = 0
     for number, event in enumerate(events):
         if number < MAX_SAID:
@@ -128,7 +128,7 @@ def first_of(events: Iterable[Event]) -> Iterator[Event]:
         else:
             more += 1
     if more:
-        yield Notice("rows", f"the same is to be said of {more:,} more files", more)
+        yield Notice("rows", f"{more:,} more like these are not listed", more)
 
 
 def notices(counts: Counts, loss_on: str = "assistant") -> Iterator[Notice]:

@@ -16,7 +16,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -80,14 +80,8 @@ class _Config:
     """A configuration that is the same as another of the same text."""
 
     key: str
-    text: Any
-    name: str
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config) and self.key == other.key
+    text: Any = field(compare=False)
+    name: str = field(compare=False)
 
 
 @lru_cache(16)

@@ -66,7 +66,7 @@ def test_a_million_names_are_a_few_and_others() -> None:
 def test_of_very_many_files_the_first_are_named() -> None:
     said = list(first_of(Notice("format", f"{number}.jsonl") for number in range(100_000)))
     assert len(said) == MAX_SAID + 1
-    assert said[-1] == Notice("rows", "the same is to be said of 99,980 more files", 99_980)
+    assert said[-1] == Notice("rows", "99,980 more like these are not listed", 99_980)
     assert list(first_of([])) == []
 
 
