@@ -5,6 +5,8 @@ Functions take the device that they ask about and answer for a CPU as well, so t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,6 +93,31 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """For bitsandbytes, whose kernels take no stream and run on the default one: after what the current stream was
+    asked to do before, and before what it is asked to do next. Nothing happens where the two are one.
+    """
+    import torch
+
+    if device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device):
+        yield
+        return
+    current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        yield
+    current.wait_stream(default)
 
 
 def with_own_random_state(device: torch.device) -> list[torch.device]:

@@ -42,12 +42,25 @@ FLOORS = {
     "version": 1,
     "windows_paths": 1,
     "device": 1,
+    "flat": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on.
-    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock"],
+    "": [
+        "shown",
+        "redaction",
+        "errors",
+        "files",
+        "foreign_json",
+        "foreign_toml",
+        "manifest",
+        "lock",
+        "third_party",
+        "device",
+        "flat",
+    ],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -86,6 +99,7 @@ LINES = {
         "allocator",
         "trace",
         "baselines",
+        "plain_optimizer",
         "simulate",
         "hardware",
         "overheads",
@@ -93,6 +107,7 @@ LINES = {
         "estimate",
         "plan",
     ],
+    "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
             "split_patterns",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import accelerate
@@ -59,3 +61,44 @@ def test_memory_is_given_back_with_what_refers_to_itself(monkeypatch: pytest.Mon
 
 def test_a_gpus_random_state_is_kept_with_the_cpus() -> None:
     assert device.with_own_random_state(CUDA) == [CUDA]
+
+
+def test_a_side_stream_waits_for_the_default_one_and_it_for_the_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bitsandbytes launches on the default stream stands in order with what was asked of the current one."""
+    order: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+    default, side = Stream("default"), Stream("side")
+    current = [default]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: current[0])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda place: default)
+
+    @contextmanager
+    def stream(chosen: Stream) -> Iterator[None]:
+        order.append(f"on {chosen.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    for place in (CUDA, CPU):
+        with device.on_default_stream(place):
+            order.append("work")
+    assert order == ["work", "work"]
+    order.clear()
+    current[0] = side
+    with device.on_default_stream(CUDA):
+        order.append("work")
+    assert order == ["default waits for side", "on default", "work", "side waits for default"]
+
+
+def test_a_gpu_is_waited_for_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device.synchronize(CPU)
+    device.synchronize(CUDA)
+    assert waited == [CUDA]
