@@ -7,11 +7,14 @@ whose tensors stay on the CPU, and what asks a type would not take part.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qlora import shown
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +81,52 @@ def card() -> Card | None:
         return None
     free, total = accelerator.mem_get_info()
     return Card(accelerator.get_device_name(), free, total, accelerator.get_device_capability())
+
+
+def facts() -> tuple[str, tuple[int, int], list[str]] | None:
+    """Name and compute capability of the GPU, and the architectures that torch has kernels for; None without a GPU.
+
+    AMD's cards have no compute capability: None as well.
+    """
+    import torch
+
+    if torch.version.hip is not None or trouble_in_sight():
+        return None
+    with warnings.catch_warnings(), suppress(RuntimeError):  # `trouble` says what it is
+        warnings.simplefilter("ignore")  # torch's own word on an architecture that it lacks
+        return accelerator.get_device_name(), accelerator.get_device_capability(), accelerator.get_arch_list()
+    return None
+
+
+def trouble_in_sight() -> str:
+    """Why torch finds no GPU, in its own words; "" where it finds one."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if accelerator.is_available():
+            return ""
+    words = (str(one.message).partition(" (Triggered internally")[0] for one in said)
+    return "; ".join(words) or "it finds none"
+
+
+def trouble() -> str | None:
+    """Why the GPU does not compute, in the words of torch and CUDA; None where it has added two numbers."""
+    import torch
+
+    if said := trouble_in_sight():
+        return shown.one_line(said)[:300]
+    try:
+        torch.ones(1, device=current()).add_(1)
+        accelerator.synchronize()
+    except RuntimeError as error:  # torch's and CUDA's errors are
+        return shown.one_line(str(error).partition("\n")[0])[:300]
+    return None
+
+
+def has_xpu() -> bool:
+    """Whether torch finds a GPU of Intel's."""
+    import torch
+
+    return bool(torch.xpu.is_available())
 
 
 def available_ram() -> int:

@@ -41,14 +41,21 @@ FLOORS = {
     "third_party": 1,
     "version": 1,
     "windows_paths": 1,
+    "processes": 1,
+    "torch_build": 1,
+    "nvidia": 1,
+    "nvidia_child": 1,
     "device": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on.
-    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock"],
-    "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
+    "": [
+        *("shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock"),
+        *("child_process", "processes", "torch_build", "nvidia", "device"),
+    ],
+    "cli": ["surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
         *("step_batches", "best_adapter", "setup", "loop"),

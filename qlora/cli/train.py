@@ -102,12 +102,14 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
     files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
     from qlora import api
+    from qlora.cli import cards
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
 
     if wanted in ("check", "verify-resume") or "console" in loaded.report.sinks:
         screen.inner = ConsoleSink()
     sink = Sinks(screen)
+    cards.settle(sink)
     if wanted == "check":
         _report(api.check(loaded, sink=sink))
     elif wanted == "verify-resume":
