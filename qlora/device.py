@@ -5,6 +5,8 @@ Functions take the device that they ask about and answer for a CPU as well, so t
 
 from __future__ import annotations
 
+import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +15,17 @@ if TYPE_CHECKING:
     import torch
 
 
+# Of a card's free memory, left alone where the driver spills: the desktop takes more and less of it while a run lasts.
+SPILL_SHARE = 0.05
+SPILL_MARGIN_BYTES = 300 << 20
+
+
 @dataclass(frozen=True)
 class Card:
-    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9)."""
+    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9).
+
+    `free_bytes` is what may be taken: less than the driver calls free where it would spill rather than fail.
+    """
 
     name: str
     free_bytes: int
@@ -52,7 +62,7 @@ def card() -> Card | None:
     if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
         return None
     free, total = torch.cuda.mem_get_info()
-    return Card(torch.cuda.get_device_name(), free, total, torch.cuda.get_device_capability())
+    return Card(torch.cuda.get_device_name(), usable(free), total, torch.cuda.get_device_capability())
 
 
 def available_ram() -> int:
@@ -91,6 +101,50 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def release(device: torch.device) -> None:
+    """After a run, and before another model is loaded: nothing is held, and the peak is counted from here."""
+    import torch
+
+    release_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def may_spill() -> bool:
+    """Whether the driver moves to RAM what a card has no room for, and says nothing: Windows' display drivers do.
+
+    Under WSL too, where the driver's own switch against it has no effect (microsoft/WSL#11050).
+    """
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def is_full(device: torch.device) -> bool:
+    """Whether the card is so full that a driver which may spill does so: less than SPILL_MARGIN is free."""
+    return device.type == "cuda" and free_bytes(device) < SPILL_MARGIN_BYTES
+
+
+def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
+    """Have torch's allocator raise its OutOfMemoryError at a limit of the whole process, or of what is free now.
+
+    The context, which no allocator counts, is taken as `context_bytes`, or as what the card holds where that is less.
+    Without `limit_bytes` all that is free may be used, less a share where the driver would spill. A CPU has no limit.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device)
+    taken = min(context_bytes, max(0, total - free - ours))
+    most = usable(free) + ours if limit_bytes is None else limit_bytes - taken
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
+
+
+def usable(free: int) -> int:
+    """Of what the driver calls free: on systems that spill, not the last of it."""
+    return int(free * (1 - SPILL_SHARE)) if may_spill() else free
 
 
 def with_own_random_state(device: torch.device) -> list[torch.device]:

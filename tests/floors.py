@@ -27,7 +27,9 @@ FLOORS = {
     "events": 2,
     "disk": 2,
     "stop": 2,
+    "out_of_memory": 1,
     "errors": 1,
+    "guarded": 1,
     "files": 1,
     "foreign_json": 1,
     "manifest": 1,
@@ -47,7 +49,10 @@ FLOORS = {
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on.
-    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock"],
+    "": [
+        *("out_of_memory", "shown", "redaction", "errors", "guarded"),
+        *("files", "foreign_json", "foreign_toml", "manifest", "lock"),
+    ],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),

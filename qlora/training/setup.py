@@ -165,10 +165,15 @@ def foresee_gguf(
 
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
     """The quantized base with fresh adapters."""
+    from qlora import device as hardware
+    from qlora.memory.hardware import parse_limit
+    from qlora.memory.overheads import CUDA_CONTEXT_BYTES
     from qlora.model import adapters, load
 
     device = pick_device()
-    with clock.phase("load"):
+    hardware.release(device)  # an earlier run's model may still be held by what refers to itself
+    hardware.limit_memory(device, parse_limit(recipe.memory.limit), CUDA_CONTEXT_BYTES)
+    with clock.phase("load"), Guarded("loading the base", _HINT):
         model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
     with clock.phase("load", "attach adapters"):
         batches = _eva_batches(recipe, data, chat.pad_id, device) if recipe.lora.init == "eva" else None
