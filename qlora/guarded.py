@@ -28,7 +28,9 @@ class Guarded:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
+    ) -> None:
         if error is None or isinstance(error, QloraError):
             return
         if out_of_memory.is_out_of_memory(error):
@@ -54,7 +56,9 @@ class Attempt:
     def __enter__(self) -> Attempt:
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None) -> bool:
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _at: TracebackType | None
+    ) -> bool:
         if error is None or isinstance(error, QloraError) or not out_of_memory.is_out_of_memory(error):
             return False
         self.reason = out_of_memory.reason(error)

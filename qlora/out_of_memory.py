@@ -1,4 +1,4 @@
-"""How memory that ran out is reported, and how a GPU that failed: by Python, torch, CUDA and its libraries, ROCm, Triton.
+"""How memory that ran out is reported, and how a GPU that failed: by Python, torch, CUDA, its libraries, ROCm, Triton.
 
 Only torch's own allocator has a class for it. Whatever else asks the driver for memory (a kernel that is loaded when it
 is first used, pinned host memory, the workspace of a library) reports by a text in a RuntimeError. Nothing here imports
@@ -29,6 +29,7 @@ _TEXTS = (
     r"DefaultCPUAllocator: (?:can't allocate|not enough) memory",  # c10/core/impl/alloc_cpu.cpp
     r"\bcannot allocate memory\b",  # strerror(ENOMEM), in torch's "unable to mmap … bytes"
     r"\bstd::bad_alloc\b|\bbad allocation\b",
+    r"failed to allocate (?:\w+ )?buffer|insufficient memory \(attempted",  # llama.cpp's ggml
     r"\bos error (?:12|1455)\b",  # safetensors' words for ENOMEM, and for Windows' page file that is too small
 )
 _RAN_OUT = re.compile("|".join(_TEXTS), re.IGNORECASE | re.DOTALL)
@@ -43,7 +44,9 @@ _GPU_FAILED = re.compile(
     r"|Triton Error \[(?:CUDA|HIP)\]: (?P<triton>[^\n]*)"
     r"|(?P<library>\b(?:CUBLAS|CUSOLVER|CUDNN|CUSPARSE|HIPBLAS)_STATUS_\w+)"
 )
-_LOST = r"device is lost|fallen off the bus|unspecified launch failure|launch timed out|device.* not ready|unknown error"
+_LOST = (
+    r"device is lost|fallen off the bus|unspecified launch failure|launch timed out|device.* not ready|unknown error"
+)
 # What to do about a GPU that failed, by its text; the first that is found.
 _CURES = (
     (r"\bECC\b", "its memory is damaged: nvidia-smi -q -d ECC shows where; restart the machine, then have it replaced"),

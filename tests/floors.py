@@ -97,6 +97,7 @@ LINES = {
         "calibration",
         "estimate",
         "plan",
+        "spilling",
     ],
     "model": [
         *(
@@ -112,7 +113,7 @@ LINES = {
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "adapters", "generate"),
+        *("family_facts", "row_packing", "load", "adapters", "generate", "full_logits"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
@@ -145,6 +146,7 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "short_rows",
             "loader",
         ),
     ],

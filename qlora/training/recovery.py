@@ -2,8 +2,8 @@
 
 The handler is left first, because an exception keeps the frames it came through, and with them every tensor of the
 failed step. What is redone has the same rows and the same normalization, so that the gradient is the same where dropout
-and NEFTune are 0. Every report that memory ran out is handled like this (`qlora/out_of_memory.py`): none of them ends the
-GPU's context. After any other error of a GPU it may be dead, and the run ends.
+and NEFTune are 0. Every report that memory ran out (`qlora/out_of_memory.py`) is handled like this: none ends the GPU's
+context. After any other error of a GPU the context may be dead, and the run ends.
 """
 
 from __future__ import annotations
