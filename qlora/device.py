@@ -45,6 +45,25 @@ def computes_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def sums_in_any_order(device: torch.device) -> bool:
+    """Whether its kernels may sum in another order each time, unless they are asked not to: a GPU's atomics do."""
+    return device.type == "cuda"
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, such as (8, 9)."""
+    import torch
+
+    return torch.cuda.get_device_capability(device)
+
+
+def has_started() -> bool:
+    """Whether this process uses the GPU already: what CUDA's libraries read from the environment, they have read."""
+    import torch
+
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def card() -> Card | None:
     """The GPU that a run would use; None where there is none, or none with bf16."""
     import torch

@@ -22,6 +22,8 @@ FLOORS = {
     "report": 3,
     "run_record": 3,
     "recorded": 3,
+    "run_numerics": 5,
+    "determinism": 3,
     "step": 2,
     "recipe": 2,
     "events": 2,
@@ -42,12 +44,13 @@ FLOORS = {
     "version": 1,
     "windows_paths": 1,
     "device": 1,
+    "numerics": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on.
-    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock"],
+    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock", "numerics"],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
