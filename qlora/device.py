@@ -1,16 +1,40 @@
 """The device that computes: every call of `torch.cuda`, every stream, event and pinned buffer (a test holds it).
 
 Functions take the device that they ask about and answer for a CPU as well, so that callers need no case of their own.
+Who does need one asks `is_card`, never a device's type: tests rehearse the whole CUDA path on a stand-in for the card
+whose tensors stay on the CPU, and what asks a type would not take part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+class Cuda:
+    """`torch.cuda` by its own names, and which tensors are its own. The one object that a stand-in replaces."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch.cuda, name)
+
+    def owns(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def device(self, index: int) -> torch.device:
+        import torch
+
+        return torch.device("cuda", index)
+
+
+accelerator: Any = Cuda()
 
 
 @dataclass(frozen=True)
@@ -23,26 +47,29 @@ class Card:
     capability: tuple[int, int]
 
 
-def current() -> torch.device:
-    """Where this process computes: its GPU, or the CPU."""
-    import torch
-    from accelerate import PartialState
+def is_card(device: torch.device) -> bool:
+    """Whether what lies there lies in a GPU's memory."""
+    return bool(accelerator.owns(device))
 
-    device = PartialState().device
-    return device if device.type in ("cuda", "xpu") else torch.device("cpu")
+
+def current() -> torch.device:
+    """Where this process computes: the GPU that torch has chosen, or the CPU."""
+    import torch
+
+    if accelerator.is_available():
+        return accelerator.device(accelerator.current_device())  # type: ignore[no-any-return]
+    return torch.device("cpu")
 
 
 def name_of(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if is_card(device):
+        return str(accelerator.get_device_name(device))
+    return device.type
 
 
 def computes_bf16(device: torch.device) -> bool:
     """Whether it has bf16 arithmetic: GPUs have since Ampere (compute capability 8.0), CPUs compute it somehow."""
-    import torch
-
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return not is_card(device) or bool(accelerator.is_bf16_supported(including_emulation=False))
 
 
 def sums_in_any_order(device: torch.device) -> bool:
@@ -66,12 +93,10 @@ def has_started() -> bool:
 
 def card() -> Card | None:
     """The GPU that a run would use; None where there is none, or none with bf16."""
-    import torch
-
-    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
+    if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):
         return None
-    free, total = torch.cuda.mem_get_info()
-    return Card(torch.cuda.get_device_name(), free, total, torch.cuda.get_device_capability())
+    free, total = accelerator.mem_get_info()
+    return Card(accelerator.get_device_name(), free, total, accelerator.get_device_capability())
 
 
 def available_ram() -> int:
@@ -89,29 +114,38 @@ def available_ram() -> int:
 
 def free_bytes(device: torch.device) -> int:
     """What the device has left for tensors, or the RAM that a process can have."""
-    import torch
-
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_ram()
+    if is_card(device):
+        return int(accelerator.mem_get_info(device)[0])
+    return available_ram()
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """The allocator's peak of live tensors; None where the device has no allocator that counts."""
-    import torch
-
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+    if is_card(device):
+        return int(accelerator.max_memory_allocated(device))
+    return None
 
 
 def release_memory(device: torch.device) -> None:
     """Give back what nothing refers to any more: cycles first, then the allocator's empty blocks."""
     import gc
 
+    gc.collect()
+    if is_card(device):
+        accelerator.empty_cache()
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, on the host or on `device`, is as if it had not been drawn."""
     import torch
 
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def with_own_random_state(device: torch.device) -> list[torch.device]:
-    """For `torch.random.fork_rng(devices=...)`: the CPU's state is always kept, a GPU's when it is named."""
-    return [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=[]):
+        if not is_card(device):
+            yield
+            return
+        state = accelerator.get_rng_state(device)
+        try:
+            yield
+        finally:
+            accelerator.set_rng_state(state, device)

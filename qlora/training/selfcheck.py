@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlora.data.loader import collate
 from qlora.data.prepare import PreparedSplit
-from qlora.device import with_own_random_state
+from qlora.device import random_state_kept
 from qlora.errors import ModelError
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.optimizer import AdapterOptimizer
@@ -73,7 +73,7 @@ def restoring_state(optimizer: AdapterOptimizer, device: torch.device, work: Cal
     tensors, counters = optimizer.state()
     rounded = {key: parameter.detach().to("cpu", copy=True) for key, parameter in optimizer.parameters.items()}
     try:
-        with torch.random.fork_rng(devices=with_own_random_state(device)):
+        with random_state_kept(device):
             work()
     finally:
         optimizer.zero_gradients()
