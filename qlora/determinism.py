@@ -47,7 +47,7 @@ def promise(device: torch.device) -> str | None:
     numbers = numerics.of_run()
     if numbers is None or numbers.deterministic is not False:
         return None
-    if hardware.sums_in_any_order(device):
+    if hardware.is_card(device):
         return TO_ROUNDING
     return "bit for bit: on a CPU train.deterministic = false changes nothing (on a GPU it would be to rounding)"
 
@@ -74,7 +74,7 @@ def for_run(asked: bool, sink: Sink) -> Iterator[None]:
     fills, benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     try:
         with warnings.catch_warnings():
-            if hardware.sums_in_any_order(hardware.current()):
+            if hardware.is_card(hardware.current()):
                 if late:
                     message = f"CUDA was in use before the run and {WORKSPACE} was not set: products may not repeat"
                     sink.emit(Notice("deterministic", f"{message}; set it to {FIXED_WORKSPACE} as the process starts"))
@@ -99,7 +99,7 @@ def exactly(work: Callable[[], T], undo: Callable[[], None], device: torch.devic
     """
     import torch
 
-    if not (hardware.sums_in_any_order(device) and torch.are_deterministic_algorithms_enabled()):
+    if not (hardware.is_card(device) and torch.are_deterministic_algorithms_enabled()):
         return work()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)

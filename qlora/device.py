@@ -72,23 +72,15 @@ def computes_bf16(device: torch.device) -> bool:
     return not is_card(device) or bool(accelerator.is_bf16_supported(including_emulation=False))
 
 
-def sums_in_any_order(device: torch.device) -> bool:
-    """Whether its kernels may sum in another order each time, unless they are asked not to: a GPU's atomics do."""
-    return device.type == "cuda"
-
-
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU, such as (8, 9)."""
-    import torch
-
-    return torch.cuda.get_device_capability(device)
+    major, minor = accelerator.get_device_capability(device)
+    return major, minor
 
 
 def has_started() -> bool:
     """Whether this process uses the GPU already: what CUDA's libraries read from the environment, they have read."""
-    import torch
-
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return bool(accelerator.is_initialized())
 
 
 def card() -> Card | None:

@@ -43,7 +43,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
     from qlora.model.cpu_matmul import has_bf16_products
 
-    if hardware.sums_in_any_order(device):
+    if hardware.is_card(device):
         return {
             "device": hardware.name_of(device),
             "capability": ".".join(map(str, hardware.capability(device))),
