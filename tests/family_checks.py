@@ -107,7 +107,7 @@ class Trial:
         """Of the two rows: transformers' alone, ours alone and ours in one pack, all in fp32."""
         base = resolve(str(self.base), "main", Recorder())
         ours = load_base(base, QuantizationSection(type="none"), "auto", CPU, Recorder()).float()
-        # Both are opened in bf16 first: tables that a class computes (XGLM's sinusoids) are rounded in both, or in none.
+        # Both are opened in bf16 first, which rounds the tables that a class computes (XGLM's sinusoids).
         parts, theirs = CausalParts.of(ours), _plain(self.base, torch.bfloat16).float()
         rows = [_row(length) for length in ROW_LENGTHS]
         with torch.no_grad():
