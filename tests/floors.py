@@ -87,6 +87,8 @@ LINES = {
         "trace",
         "baselines",
         "simulate",
+        "cards",
+        "card_names",
         "hardware",
         "overheads",
         "calibration",
@@ -145,5 +147,5 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "console"],
+    "report": ["files", "figures", "memory", "picture", "console"],
 }
