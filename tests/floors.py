@@ -96,6 +96,8 @@ LINES = {
         "trace",
         "baselines",
         "simulate",
+        "cards",
+        "card_names",
         "hardware",
         "overheads",
         "calibration",
@@ -156,5 +158,5 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "console"],
+    "report": ["files", "figures", "memory", "picture", "console"],
 }
