@@ -7,12 +7,9 @@ whose tensors stay on the CPU, and what asks a type would not take part.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-import warnings
-=======
 import platform
 import sys
->>>>>>> int
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,7 +49,7 @@ SPILL_MARGIN_BYTES = 300 << 20
 
 @dataclass(frozen=True)
 class Card:
-    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9).
+    """A GPU as its driver describes it. `capability` is CUDA's compute capability, such as (8, 9); AMD's have (0, 0).
 
     `free_bytes` is what may be taken: less than the driver calls free where it would spill rather than fail.
     """
@@ -89,7 +86,14 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU, such as (8, 9)."""
+    """Compute capability of a GPU, such as (8, 9). AMD's have none: they answer (0, 0).
+
+    torch gives the number of their own architecture there, (11, 0) for gfx1100, which reads as a newer card than any.
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        return 0, 0
     major, minor = accelerator.get_device_capability(device)
     return major, minor
 
@@ -104,7 +108,7 @@ def card() -> Card | None:
     if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):
         return None
     free, total = accelerator.mem_get_info()
-    return Card(accelerator.get_device_name(), usable(free), total, accelerator.get_device_capability())
+    return Card(accelerator.get_device_name(), usable(free), total, capability(current()))
 
 
 def facts() -> tuple[str, tuple[int, int], list[str]] | None:

@@ -10,7 +10,7 @@ import platform
 import re
 import sys
 
-from qlora import device, nvidia, processes, torch_build
+from qlora import device, nvidia, processes, third_party, torch_build
 from qlora.cli import card_trouble
 from qlora.cli.card_trouble import Found, cannot_be_used, cannot_compute, hide
 from qlora.errors import HardwareError
@@ -125,6 +125,8 @@ def _described(card: Card, held: list[str]) -> str:
 
 def _try(build: TorchBuild, signs: nvidia.Signs, answer: Answer) -> None:
     """Have torch compute something on its card. Raises HardwareError where it can't."""
+    if not device.may_spill():  # neither Windows nor WSL
+        third_party.let_segments_grow()
     facts = device.facts()
     if facts is not None and (error := cannot_compute(*facts, build)):
         raise error

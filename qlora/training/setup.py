@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk
+from qlora import disk, processes
 from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
 from qlora.guarded import Guarded
@@ -78,6 +78,7 @@ def pick_device() -> torch.device:
     """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
     from qlora import device as hardware
 
+    processes.refuse_several()
     device = hardware.current()
     if not hardware.computes_bf16(device):
         raise HardwareError(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora import device, nvidia, torch_build
+from qlora import device, nvidia, third_party, torch_build
 from qlora.cli import cards
 from qlora.errors import HardwareError
 from qlora.events import Recorder
@@ -175,6 +175,24 @@ def test_amds_intels_and_apples_are_told_by_name(system: System, monkeypatch: py
     monkeypatch.setattr(cards.sys, "platform", "darwin")
     monkeypatch.setattr(cards.platform, "machine", lambda: "arm64")
     assert "Apple's GPU is not used" in told()
+
+
+@pytest.mark.parametrize(
+    ("spills", "own", "value"),
+    [(False, None, "expandable_segments:True"), (True, None, None), (False, "max_split_size_mb:128", None)],
+)
+def test_the_allocator_is_set_before_torch_on_linux_alone(
+    spills: bool, own: str | None, value: str | None, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in third_party.ALLOCATORS:
+        monkeypatch.setenv(name, "")
+    if own:
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", own)
+    monkeypatch.setattr(device, "may_spill", lambda: spills)
+    system.signs = SMI
+    told()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == (value or "")
+    assert third_party.allocator_settings() == (own or value)
 
 
 def test_several_processes_are_refused_first(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
