@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,9 @@ def prepare(
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
         foresee_measuring(recipe.export, base, hardware.this_machine(recipe.memory.limit).limit_bytes, sink)
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
-        memory = memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, prompt_tokens), sink)
+        exact = evaluate.answer_tokens(asked[: recipe.eval.exact_match_rows], chat)
+        facts = replace(memory_plan.data_facts(recipe, data, prompt_tokens), answer_tokens=exact)
+        memory = memory_plan.plan_run(recipe, base, facts, sink)
     return chat, data, memory
 
 
