@@ -1,7 +1,7 @@
 """Each way in which memory that ran out is reported is known as one, and no other error is taken for it.
 
-The texts are what the libraries write: torch's C++ (c10/core/impl, aten/src/ATen/cuda, c10/cuda), CUDA's and HIP's error
-strings, Triton's driver, safetensors' and Windows' words.
+The texts are what the libraries write: torch's C++ (c10/core/impl, aten/src/ATen/cuda, c10/cuda), CUDA's and HIP's
+error strings, Triton's driver, safetensors' and Windows' words.
 """
 
 from __future__ import annotations

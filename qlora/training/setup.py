@@ -8,7 +8,7 @@ to be good and the run is known to fit.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,15 +91,19 @@ def pick_device() -> torch.device:
 def prepare_job(
     recipe: Recipe, run_dir: Path, base: BaseFolder, tokenizer: TokenizerFiles, sink: Sink, stop: StopRequest
 ) -> Iterator[Job]:
-    """Everything up to the first step. Inside the block the CPU multiplies as training needs it."""
+    """Everything up to the first step. Inside the block the CPU multiplies as training needs it; behind it the job's
+    model is empty.
+    """
+    from qlora.model import emptied
     from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
 
     clock, watch = PhaseClock(sink), BaseWatch.begin(base)
     chat, data, memory = prepare(recipe, base, tokenizer, sink, clock)
     device = pick_device()
-    with fast_matmul(device):
+    with fast_matmul(device), ExitStack() as stack:
         model = load_model(recipe, base, data, chat, clock)
+        stack.callback(emptied.empty, model)
         yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch)
 
 
