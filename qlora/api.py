@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import disk, files, run_folder
+from qlora import determinism, disk, files, numerics, run_folder
 from qlora.device import release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
     from qlora.model.delivered_loss import DeliveredLoss
-    from qlora.training.checkpoint import RunState
+    from qlora.numerics import Numerics
+    from qlora.training.checkpoint import Checkpoint, RunState
 
 Mode = Literal["new", "resume", "fresh"]
 MergeBase = Literal["auto", "nf4", "full"]
@@ -84,8 +85,8 @@ def train(
 
 def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
-    from qlora.model import chat_template, row_packing, tokenizer_files
-    from qlora.training import checkpoint, loop
+    from qlora.model import row_packing
+    from qlora.training import checkpoint
 
     if mode != "resume":  # which goes on as its run recorded
         recipe = row_packing.settled(recipe, base.config, sink)
@@ -101,21 +102,51 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     written = open_sinks(recipe.report, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
     try:
-        sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
-        choose = partial(chat_template.chosen, section=recipe.model, name=base.name, sink=sinks)
-        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks, choose)
-        if mode == "resume":
-            tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sinks)
-        with setup.prepare_job(recipe, run_dir, base, tokenizer, sinks, stop) as job:
-            device = job.device
-            state = loop.run(job, resume_from)
-        del job
-        release(device)  # an export needs the memory
+        with determinism.for_run(recipe.train.deterministic, sinks):
+            numbers = _begin(recipe, run_dir, base, resume_from, sinks)
+            with numerics.in_force(numbers):
+                state = _run(recipe, run_dir, base, (mode == "resume", resume_from), sinks, stop)
+        release(setup.pick_device())  # an export needs the memory
         exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
         for file in written:
             file.close()
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
+
+
+def _begin(recipe: Recipe, run_dir: Path, base: BaseFolder, resume_from: Checkpoint | None, sink: Sink) -> Numerics:
+    """Say what will run, and what its numbers depend on; of a resumed run also what of that is another now."""
+    from qlora import run_numerics
+
+    device = setup.pick_device()
+    recorded = resume_from.state.numerics if resume_from else None
+    numbers = run_numerics.decide(recipe, base, device, recorded)
+    step = resume_from.state.step if resume_from else None
+    sink.emit(run_folder.start_event(recipe, run_dir, base.commit, str(device), numbers, step))
+    if resume_from is not None:
+        run_numerics.say_what_differs(resume_from.path, recorded, numbers, sink)
+    return numbers
+
+
+def _run(
+    recipe: Recipe,
+    run_dir: Path,
+    base: BaseFolder,
+    resumed: tuple[bool, Checkpoint | None],
+    sink: Sink,
+    stop: StopRequest,
+) -> RunState:
+    """Load and train; `resumed` is whether the run goes on, and from which checkpoint if it has one."""
+    from qlora.model import chat_template, tokenizer_files
+    from qlora.training import loop
+
+    goes_on, resume_from = resumed
+    choose = partial(chat_template.chosen, section=recipe.model, name=base.name, sink=sink)
+    tokenizer = tokenizer_files.take(run_dir, base.path, goes_on, sink, choose)
+    if goes_on:
+        tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sink)
+    with setup.prepare_job(recipe, run_dir, base, tokenizer, sink, stop) as job:
+        return loop.run(job, resume_from)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,17 @@ def computes_bf16(device: torch.device) -> bool:
     return not is_card(device) or bool(accelerator.is_bf16_supported(including_emulation=False))
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, such as (8, 9)."""
+    major, minor = accelerator.get_device_capability(device)
+    return major, minor
+
+
+def has_started() -> bool:
+    """Whether this process uses the GPU already: what CUDA's libraries read from the environment, they have read."""
+    return bool(accelerator.is_initialized())
+
+
 def card() -> Card | None:
     """The GPU that a run would use; None where there is none, or none with bf16."""
     if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):

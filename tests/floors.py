@@ -12,6 +12,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 FLOORS = {
     "cli": 8,
     "api": 7,
+    "prove": 7,
     "training": 6,
     "export": 5,
     "memory": 5,
@@ -22,6 +23,8 @@ FLOORS = {
     "report": 3,
     "run_record": 3,
     "recorded": 3,
+    "run_numerics": 5,
+    "determinism": 3,
     "step": 2,
     "recipe": 2,
     "events": 2,
@@ -44,14 +47,15 @@ FLOORS = {
     "version": 1,
     "windows_paths": 1,
     "device": 1,
+    "numerics": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
-    # Of the ground floor, which others may stand on.
+    # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
-        *("files", "foreign_json", "foreign_toml", "manifest", "lock"),
+        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "numerics", "api", "prove"),
     ],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
@@ -92,6 +96,8 @@ LINES = {
         "trace",
         "baselines",
         "simulate",
+        "cards",
+        "card_names",
         "hardware",
         "overheads",
         "calibration",
@@ -113,7 +119,7 @@ LINES = {
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "adapters", "generate", "full_logits", "emptied"),
+        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
@@ -152,5 +158,5 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "console"],
+    "report": ["files", "figures", "memory", "picture", "console"],
 }

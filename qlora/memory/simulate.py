@@ -26,7 +26,7 @@ from qlora.model import adapters, full_logits
 from qlora.model.attention import OnMeta
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
-from qlora.model.load import load_nothing
+from qlora.model.made_up import load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, batch_logprobs

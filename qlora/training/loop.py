@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 
+from qlora import determinism
 from qlora.batch import Batch
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
@@ -132,7 +133,8 @@ class Training:
             message = f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"
             self.sink.emit(Notice("optimizer", message))
         counts = self.job.model.get_nb_trainable_parameters()
-        self.sink.emit(self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts))
+        plan = self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts)
+        self.sink.emit(replace(plan, resume=determinism.promise(self.job.device)))
         if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:
@@ -240,6 +242,10 @@ class Training:
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         """Forward and backward of each micro-batch; each one's summed loss, still on the device."""
+        work = partial(self._micro_steps, state, batches, step_weight)
+        return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
+
+    def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):
