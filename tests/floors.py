@@ -124,7 +124,7 @@ LINES = {
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits"),
+        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
