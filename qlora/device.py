@@ -7,6 +7,8 @@ whose tensors stay on the CPU, and what asks a type would not take part.
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,9 +39,17 @@ class Cuda:
 accelerator: Any = Cuda()
 
 
+# Of a card's free memory, left alone where the driver spills: the desktop takes more and less of it while a run lasts.
+SPILL_SHARE = 0.05
+SPILL_MARGIN_BYTES = 300 << 20
+
+
 @dataclass(frozen=True)
 class Card:
-    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9)."""
+    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9).
+
+    `free_bytes` is what may be taken: less than the driver calls free where it would spill rather than fail.
+    """
 
     name: str
     free_bytes: int
@@ -88,7 +98,7 @@ def card() -> Card | None:
     if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):
         return None
     free, total = accelerator.mem_get_info()
-    return Card(accelerator.get_device_name(), free, total, accelerator.get_device_capability())
+    return Card(accelerator.get_device_name(), usable(free), total, accelerator.get_device_capability())
 
 
 def available_ram() -> int:
@@ -125,6 +135,45 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if is_card(device):
         accelerator.empty_cache()
+
+
+def release(device: torch.device) -> None:
+    """After a run, and before another model is loaded: nothing is held, and the peak is counted from here."""
+    release_memory(device)
+    if is_card(device):
+        accelerator.reset_peak_memory_stats(device)
+
+
+def may_spill() -> bool:
+    """Whether the driver moves to RAM what a card has no room for, and says nothing: Windows' display drivers do.
+
+    Under WSL too, where the driver's own switch against it has no effect (microsoft/WSL#11050).
+    """
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def usable(free: int) -> int:
+    """Of what the driver calls free: not the last of it where the driver would spill."""
+    return int(free * (1 - SPILL_SHARE)) if may_spill() else free
+
+
+def is_full(device: torch.device) -> bool:
+    """Whether so little is free that a driver which may spill does so."""
+    return free_bytes(device) < SPILL_MARGIN_BYTES
+
+
+def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
+    """Have torch's allocator raise its OutOfMemoryError at a limit of the whole process, or of what is free now.
+
+    The context, which no allocator counts, is taken as `context_bytes`, or as what the card holds where that is less.
+    Without `limit_bytes`, all that is usable of what is free may be taken. A CPU has no limit.
+    """
+    if is_card(device):
+        free, total = accelerator.mem_get_info(device)
+        ours = accelerator.memory_reserved(device)
+        taken = min(context_bytes, max(0, total - free - ours))
+        most = usable(free) + ours if limit_bytes is None else limit_bytes - taken
+        accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
 
 
 @contextmanager

@@ -30,7 +30,9 @@ FLOORS = {
     "events": 2,
     "disk": 2,
     "stop": 2,
+    "out_of_memory": 1,
     "errors": 1,
+    "guarded": 1,
     "files": 1,
     "foreign_json": 1,
     "manifest": 1,
@@ -51,7 +53,11 @@ FLOORS = {
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
-    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock", "numerics", "api", "prove"],
+    "": [
+        *("out_of_memory", "shown", "redaction", "errors", "guarded"),
+        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "numerics"),
+        *("api", "prove"),
+    ],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -96,6 +102,7 @@ LINES = {
         "calibration",
         "estimate",
         "plan",
+        "spilling",
     ],
     "model": [
         *(
@@ -111,7 +118,7 @@ LINES = {
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate"),
+        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
@@ -144,6 +151,7 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "short_rows",
             "loader",
         ),
     ],

@@ -149,7 +149,7 @@ class TrainSection(Section):
         1.0, ge=0, le=1_000_000, description="Longer gradients are scaled down to this norm; 0 is off"
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        True,
+        "auto",
         description="Recompute activations, not keep them: much less memory, a third more time; auto: only if needed",
     )
     neftune_alpha: float = Field(

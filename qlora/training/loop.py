@@ -20,6 +20,8 @@ from qlora import determinism
 from qlora.batch import Batch
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
+from qlora.guarded import Guarded
+from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
@@ -41,8 +43,11 @@ from qlora.training.step_batches import Pack, StepBatches
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
     """Train to the end. Raises StoppedBySignal and TrainingStopped with the last completed step saved."""
-    training = Training(job)
-    with job.stop.being_read():
+    with Guarded("setting up the optimizer", 'lower lora.r, or set train.optimizer = "paged_adamw_8bit"'):
+        training = Training(job)
+    # Not all that needs memory can be done in smaller pieces: the rest ends the run here.
+    hint = "lower data.max_length or lora.r, or use a smaller base"
+    with Guarded("training", hint, training.saved), job.stop.being_read():
         try:
             state = training.begin(resume_from)
             training.dry_run(state)
@@ -85,6 +90,7 @@ class Training:
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, *of_data)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
+        self.spills = SpillWatch(job.device, job.sink)
         self.completed = RunState()  # the last state that may be saved
 
     def _use_rows(self, section: DataSection) -> None:
@@ -105,6 +111,11 @@ class Training:
                 clock=job.clock,
                 check_stop=job.stop.check,
             )
+
+    def saved(self) -> str:
+        """What of this run is on the disk, for an error."""
+        step = self.checkpointer.saved_step
+        return f"step {step} is saved, mode='resume' goes on from it" if step > 0 else "nothing was saved yet"
 
     # --- before the first step -----------------------------------------------------------------------------------
 
@@ -219,6 +230,7 @@ class Training:
             peak_bytes=peak_bytes(self.job.device),
             seconds=seconds,
         )
+        self.spills.after_step(done)
         state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
         self.completed = state
         if state.skipped_in_a_row >= health.SKIPS_BEFORE_STOPPING:

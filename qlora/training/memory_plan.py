@@ -179,7 +179,11 @@ def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str,
     pairs = {"peak": {"predicted": predicted_peak, "measured": measured.peak_bytes}}
     for part in ("weights", "adapters", "optimizer"):
         pairs[part] = {"predicted": estimate.components[part], "measured": getattr(measured, f"{part}_bytes")}
-    unchanged = settings.plan.recipe.train.micro_batch_size == settings.micro_batch_size
+    planned = settings.plan.recipe.train
+    unchanged = (planned.micro_batch_size, planned.gradient_checkpointing) == (
+        settings.micro_batch_size,
+        settings.gradient_checkpointing,
+    )
     if on_gpu and machine.gpu is not None and unchanged:
         factor = settings.planner.estimator.correction.factor
         predicted = round(estimate.tensor_bytes / factor)
