@@ -108,11 +108,13 @@ class AdapterOptimizer:
         self._norms = None
 
     def detach(self) -> None:
-        """At the end: leave the parameters alone, and give back the memory that the driver manages."""
+        """At the end: leave the parameters alone, and give back all buffers, whoever still refers to this object."""
         for hook in self._hooks:
             hook.remove()
         self.zero_gradients()
         self.moments.free()
+        self._gradient, self._gradients, self.masters = None, {}, {}
+        self._master = self._layout.zeros(torch.device("meta"))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next update depends on: tensors by name, on the host, and the update counters.
