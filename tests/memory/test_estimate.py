@@ -77,14 +77,14 @@ def test_the_check_before_a_run_and_long_answers_are_counted(tmp_path: Path) -> 
     facts = DataFacts(longest=512, batch_size=4, prompt_tokens=64, has_eval=True, typical=64)
     base = config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path)
     recipe = recipe_of_base(str(base), ["data.max_length=512", "eval.exact_match_rows=4", "lora.r=4"])
-    estimator = api.question(recipe, gpu="RTX 3060").estimator
+    estimator = api.question(recipe, gpu="RTX 4090").estimator
     short, long = (estimator.estimate(recipe, replace(facts, answer_tokens=tokens)) for tokens in (32, 4096))
     logits = 256 * 49_152 * (2 + 4 + 4)  # bf16, fp32, and their log-softmax
-    assert short.phases["selfcheck"] - short.phases["resume"] == pytest.approx(logits, rel=0.35)
-    assert long.phases["selfcheck"] == short.phases["selfcheck"] < long.phases["generate"]
+    checks = [one.phases["selfcheck"] - one.phases["resume"] for one in (short, long)]
+    assert checks[0] == checks[1] == pytest.approx(logits, rel=0.35)
     assert workload_of(recipe, facts).new_tokens == SAMPLE_TOKENS
     assert workload_of(recipe, replace(facts, answer_tokens=900)).new_tokens == 900
     assert workload_of(recipe).new_tokens == 256  # the half of a row that is no prompt
-    # Three layers of keys and values of 4 rows for 3,968 more tokens, as the sketch has them, and more.
+    # Keys and values of 3 heads of 64 in 30 layers, in bf16, for 4 rows.
     cache = 4 * (4096 - SAMPLE_TOKENS) * 2 * 3 * 64 * 2 * 30
     assert long.phases["generate"] - short.phases["generate"] >= cache
