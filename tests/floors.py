@@ -58,7 +58,7 @@ LINES = {
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "numerics"),
         *("api", "prove"),
     ],
-    "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
+    "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train", "prove"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
         *("step_batches", "best_adapter", "setup", "loop"),
@@ -157,5 +157,11 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "console"],
+    "report": ["files", "figures", "memory", "console", "proofs"],
+    "prove": [
+        *("shapes", "proof", "model", "trained"),
+        *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
+        *("resume", "export", "peak", "speed", "limit", "spill"),
+        *("suite", "report", "__main__"),
+    ],
 }
