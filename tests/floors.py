@@ -132,6 +132,7 @@ LINES = {
             "template_facts",
             "template",
             "spans",
+            "served_rows",
             "dropped",
             "offsets",
             "chat",
