@@ -152,6 +152,7 @@ LINES = {
             "template_facts",
             "template",
             "spans",
+            "served_rows",
             "dropped",
             "offsets",
             "chat",
