@@ -38,6 +38,8 @@ class Start(Event):
     device: str
     versions: Mapping[str, str]
     resumed_from_step: int | None
+    numerics: Mapping[str, Any] = field(default_factory=dict)  # what its numbers depend on (`numerics.Numerics`)
+    allocator: str | None = None  # settings of torch's allocator (PYTORCH_ALLOC_CONF); None where torch's own hold
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Plan(Event):
     max_length: int
     arithmetic: str
     memory: Mapping[str, Any] | None = None  # predicted peak, limit, parts and settings; None where not estimated
+    resume: str | None = None  # what a resumed run equals; None: the uninterrupted one, bit for bit
 
 
 @dataclass(frozen=True)

@@ -101,23 +101,23 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
     last = None
     files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
-    from qlora import api
+    from qlora import api, determinism
+    from qlora.cli import cards
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
 
     if wanted in ("check", "verify-resume") or "console" in loaded.report.sinks:
         screen.inner = ConsoleSink()
     sink = Sinks(screen)
+    if loaded.train.deterministic:
+        determinism.fix_workspace()
+    cards.settle(sink)
     if wanted == "check":
         _report(api.check(loaded, sink=sink))
     elif wanted == "verify-resume":
         from qlora.cli.verify_resume import verify_resume
 
-        proof = verify_resume(loaded, path.stem, sink)
-        common.tell(
-            f"resume is exact: {proof.tensors} tensors of adapter and optimizer are equal bit for bit after step",
-            f"{proof.steps}, uninterrupted and resumed from step {proof.resumed_from} in a new process",
-        )
+        common.tell(str(verify_resume(loaded, path.stem, sink)))
     else:
         mode: api.Mode = "resume" if wanted == "resume" else "fresh" if wanted == "fresh" else "new"
         result = api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)

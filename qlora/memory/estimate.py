@@ -23,6 +23,7 @@ PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows ar
 class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
+    `answer_tokens` is the longest answer of exact match, 0 without one.
     Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
     """
 
@@ -31,6 +32,7 @@ class DataFacts:
     prompt_tokens: int
     has_eval: bool
     typical: int = 0
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Estimate:
 
     `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
 
-    `phases` are the peaks of load, train, evaluate, generate, resume and merge. `tokens_per_second` is what the
-    hardware could do at best; it ranks plans and promises nothing.
+    `phases` are the peaks of load, train, self-check, evaluate, generate, resume and merge. `tokens_per_second` is what
+    the hardware could do at best; it ranks plans and promises nothing.
     """
 
     peak_bytes: int
@@ -120,6 +122,7 @@ class Estimator:
         phases = {
             "load": simulation.phases["load"].total,
             "train": simulation.peak_of(TRAIN_PHASES).total,
+            "selfcheck": simulation.phases["selfcheck"].total,
             "evaluate": simulation.peak_of(("evaluate", "update")).total,
             "generate": simulation.peak_of(("generate", "update")).total,
             "resume": sum(simulation.kept.values()),
@@ -207,6 +210,8 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         )
         raise DoesNotFit(what, f"no memory holds more than {MOST_TOKENS:,}: lower train.micro_batch_size")
     prompt = facts.prompt_tokens if facts else max(1, int(length * PROMPT_SHARE))
+    exact = evaluates and recipe.eval.exact_match_rows > 0
+    answer = facts.answer_tokens if facts else (length - prompt if exact else 0)  # the rest of the row
     return Workload(
         rows=rows,
         length=length,
@@ -217,7 +222,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         evaluates=evaluates,
         samples=samples if prompt else 0,
         prompt_tokens=prompt,
-        new_tokens=SAMPLE_TOKENS,
+        new_tokens=max(SAMPLE_TOKENS, answer),
     )
 
 

@@ -16,9 +16,12 @@ from functools import partial
 
 import torch
 
+from qlora import determinism
 from qlora.batch import Batch
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
+from qlora.guarded import Guarded
+from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
@@ -40,8 +43,11 @@ from qlora.training.step_batches import Pack, StepBatches
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
     """Train to the end. Raises StoppedBySignal and TrainingStopped with the last completed step saved."""
-    training = Training(job)
-    with job.stop.being_read():
+    with Guarded("setting up the optimizer", 'lower lora.r, or set train.optimizer = "paged_adamw_8bit"'):
+        training = Training(job)
+    # Not all that needs memory can be done in smaller pieces: the rest ends the run here.
+    hint = "lower data.max_length or lora.r, or use a smaller base"
+    with Guarded("training", hint, training.saved), job.stop.being_read():
         try:
             state = training.begin(resume_from)
             training.dry_run(state)
@@ -84,6 +90,7 @@ class Training:
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, *of_data)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
+        self.spills = SpillWatch(job.device, job.sink)
         self.completed = RunState()  # the last state that may be saved
 
     def _use_rows(self, section: DataSection) -> None:
@@ -105,6 +112,11 @@ class Training:
                 check_stop=job.stop.check,
             )
 
+    def saved(self) -> str:
+        """What of this run is on the disk, for an error."""
+        step = self.checkpointer.saved_step
+        return f"step {step} is saved, mode='resume' goes on from it" if step > 0 else "nothing was saved yet"
+
     # --- before the first step -----------------------------------------------------------------------------------
 
     def begin(self, resume_from: Checkpoint | None) -> RunState:
@@ -121,7 +133,8 @@ class Training:
             message = f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"
             self.sink.emit(Notice("optimizer", message))
         counts = self.job.model.get_nb_trainable_parameters()
-        self.sink.emit(self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts))
+        plan = self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts)
+        self.sink.emit(replace(plan, resume=determinism.promise(self.job.device)))
         if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:
@@ -217,6 +230,7 @@ class Training:
             peak_bytes=peak_bytes(self.job.device),
             seconds=seconds,
         )
+        self.spills.after_step(done)
         state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
         self.completed = state
         if state.skipped_in_a_row >= health.SKIPS_BEFORE_STOPPING:
@@ -228,6 +242,10 @@ class Training:
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         """Forward and backward of each micro-batch; each one's summed loss, still on the device."""
+        work = partial(self._micro_steps, state, batches, step_weight)
+        return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
+
+    def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):
