@@ -55,6 +55,11 @@ class AdapterOptimizer:
         return int(self._master.nbytes + self.moments.buffer.nbytes)
 
     @property
+    def buffer_sizes(self) -> list[int]:
+        """Bytes of each buffer: masters, moments, and gradients from the first one on."""
+        return [flat.nbytes for flat in (self._master, self.moments.buffer, self._gradient) if flat is not None]
+
+    @property
     def gradients(self) -> dict[str, Tensor]:
         """The fp32 gradients added up since the last update, of parameters that have one."""
         return {key: gradient for key, gradient in self._gradients.items() if key in self._complete}
