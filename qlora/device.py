@@ -267,12 +267,6 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
             accelerator.set_rng_state(state, device)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
-    if is_card(device):
-        accelerator.synchronize(device)
-
-
 @contextmanager
 def on_default_stream(device: torch.device) -> Iterator[None]:
     """For bitsandbytes, whose kernels take no stream and run on the default one: after what the current stream was
