@@ -52,6 +52,7 @@ FLOORS = {
     "nvidia_child": 1,
     "device": 1,
     "numerics": 1,
+    "flat": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
@@ -60,7 +61,7 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("nvidia", "device", "numerics", "api", "prove"),
+        *("third_party", "nvidia", "device", "flat", "numerics", "api", "prove"),
     ],
     "cli": ["surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
@@ -100,6 +101,7 @@ LINES = {
         "allocator",
         "trace",
         "baselines",
+        "plain_optimizer",
         "simulate",
         "cards",
         "card_names",
@@ -110,6 +112,7 @@ LINES = {
         "plan",
         "spilling",
     ],
+    "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
             "split_patterns",

@@ -54,11 +54,11 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode()
 
 
-class OnCuda(TorchDispatchMode):
+class OnCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations on CUDA's tensors go to `fake`, all others are computed."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = fake
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,7 +78,7 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
-class FakeCard(Card):
+class FakeCard(Card):  # type: ignore[no-untyped-call]
     """What the device answers, beside its tensors: those are CUDA's here."""
 
     def owns(self, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 
 from qlora.batch import Batch
 from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.plain_optimizer import PlainOptimizer
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
 from qlora.model import adapters, full_logits
 from qlora.model.attention import OnMeta
@@ -33,7 +34,6 @@ from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
-PAGED_FROM_VALUES = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller state is never paged
 # From three layers on every phase grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
 # none between the first and the last layer of the backward pass.
 FEWEST_LAYERS = 3
@@ -228,9 +228,9 @@ class _MetaModel:
         spec.baseline.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
-                masters = spec.baseline.masters
-                optimizer = AdapterOptimizer(self.parameters, workload.optimizer, 0.0, masters=masters)
-                self._settle_optimizer(optimizer)
+                optimizer = self._optimizer(workload.optimizer)
+                self._give_gradients(optimizer)
+                optimizer.step(0.0)  # other stacks' moments exist from the first update on: before anything is counted
             gc.collect()
             kept = live.live
             batch = _batch(workload)
@@ -253,23 +253,26 @@ class _MetaModel:
                     live.begin("generate")
                     self._answer(workload)
             live.begin("end")
-            paged = _paged_bytes(optimizer, workload.optimizer, spec.target)
+            paged = self._paged_bytes(optimizer, workload.optimizer)
             optimizer.detach()
             del optimizer, batch
         return Simulation({name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}, kept, paged)
 
-    def _settle_optimizer(self, optimizer: AdapterOptimizer) -> None:
-        """Its moments exist from the first update on: make them before anything is counted."""
-        if self.spec.target == "cuda" and isinstance(optimizer.inner, torch.optim.AdamW):
-            for group in optimizer.inner.param_groups:
-                group["foreach"] = True  # what torch chooses by itself on a GPU
-        self._give_gradients(optimizer)
-        optimizer.step(0.0)
+    def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
+        if self.spec.baseline.masters:
+            return AdapterOptimizer(self.parameters, name, 0.0)
+        return PlainOptimizer(self.parameters, name, self.spec.target == "cuda")
 
-    def _give_gradients(self, optimizer: AdapterOptimizer) -> None:
+    def _paged_bytes(self, optimizer: AdapterOptimizer | PlainOptimizer, name: str) -> int:
+        if isinstance(optimizer, PlainOptimizer):
+            return optimizer.paged_bytes
+        return optimizer.moments.buffer.nbytes if self.spec.target == "cuda" and name.startswith("paged_") else 0
+
+    def _give_gradients(self, optimizer: AdapterOptimizer | PlainOptimizer) -> None:
         with self.live.region("gradients"):
-            for master in optimizer.masters.values():
-                master.grad = torch.zeros_like(master)
+            for key, parameter in self.parameters.items():
+                zero = torch.zeros((), dtype=parameter.dtype, device=META)
+                optimizer.add_gradient(key, zero.expand(parameter.shape))
 
     @contextmanager
     def _marks(self) -> Iterator[None]:
@@ -316,17 +319,6 @@ def _batch(workload: Workload) -> Batch:
     weights = torch.empty(shape, dtype=torch.float32, device=META)
     trained = torch.empty(workload.rows * workload.length, dtype=torch.int64, device=META)
     return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained)
-
-
-def _paged_bytes(optimizer: AdapterOptimizer, name: str, target: str) -> int:
-    if target != "cuda" or not name.startswith("paged_"):
-        return 0
-    return sum(
-        value.nbytes
-        for state in optimizer.inner.state.values()
-        for slot, value in state.items()
-        if slot in ("state1", "state2") and value.numel() >= PAGED_FROM_VALUES
-    )
 
 
 def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, nn.Parameter]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import psutil
@@ -130,14 +129,11 @@ def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Me
     trained = list(optimizer.parameters.values())
     known = {id(parameter) for parameter in trained}
     frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
-    masters = [master for key, master in optimizer.masters.items() if master is not optimizer.parameters[key]]
-    kept = chain.from_iterable(state.values() for state in optimizer.inner.state.values())
-    moments = {id(value): value for value in kept if isinstance(value, Tensor)}
     return Measured(
         peak_bytes=peak_bytes(device),
         weights_bytes=_total(frozen.values()),
         adapters_bytes=_total(trained),
-        optimizer_bytes=_total(masters) + _total(moments.values()),
+        optimizer_bytes=optimizer.kept_bytes,
         torch_version=torch.__version__,
     )
 
