@@ -184,6 +184,13 @@ def peak_bytes(device: torch.device) -> int | None:
     return None
 
 
+def live_bytes(device: torch.device) -> int | None:
+    """Bytes of the allocator's live tensors now; None where the device has no allocator that counts."""
+    if is_card(device):
+        return int(accelerator.memory_allocated(device))
+    return None
+
+
 def release_memory(device: torch.device) -> None:
     """Give back what nothing refers to any more: cycles first, then the allocator's empty blocks."""
     import gc
@@ -232,6 +239,18 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: i
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
 
 
+def lift_limit(device: torch.device) -> None:
+    """Take back what `limit_memory` has set."""
+    if is_card(device):
+        accelerator.set_per_process_memory_fraction(1.0, device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for; a CPU has."""
+    if is_card(device):
+        accelerator.synchronize(device)
+
+
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside, on the host or on `device`, is as if it had not been drawn."""
@@ -246,12 +265,6 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
             yield
         finally:
             accelerator.set_rng_state(state, device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
-    if is_card(device):
-        accelerator.synchronize(device)
 
 
 @contextmanager

@@ -63,7 +63,10 @@ LINES = {
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
         *("third_party", "nvidia", "device", "flat", "numerics", "api", "prove"),
     ],
-    "cli": ["surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "export", "estimate", "train"],
+    "cli": [
+        *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
+        *("export", "estimate", "train", "prove"),
+    ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
         *("step_batches", "best_adapter", "setup", "loop"),
@@ -127,7 +130,7 @@ LINES = {
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits"),
+        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
@@ -152,6 +155,7 @@ LINES = {
             "template_facts",
             "template",
             "spans",
+            "served_rows",
             "dropped",
             "offsets",
             "chat",
@@ -166,5 +170,11 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "console"],
+    "report": ["files", "figures", "memory", "picture", "console", "proofs"],
+    "prove": [
+        *("shapes", "proof", "model", "trained"),
+        *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
+        *("resume", "export", "peak", "speed", "limit", "spill"),
+        *("suite", "report", "__main__"),
+    ],
 }

@@ -180,3 +180,49 @@ def test_it_counts_live_bytes_and_raises_at_its_limit(monkeypatch: pytest.Monkey
         assert stand_in.live == 0 and stand_in.highest == 8 * MIB
         torch.empty(16 * MIB, dtype=torch.uint8)
     assert not device.is_card(CPU)
+
+
+def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of the process, less its context; without one, what is free: 5 % of it less where the driver spills."""
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (700, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 100)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, *_: fractions.append(part))
+    monkeypatch.setattr(device, "may_spill", lambda: False)
+    device.limit_memory(CUDA, 600, 40)
+    device.limit_memory(CUDA, 600, 400)  # the context takes no more than is gone: 1000 - 700 - 100
+    device.limit_memory(CUDA, None, 40)
+    device.limit_memory(CUDA, 5000, 40)
+    device.limit_memory(CUDA, 10, 40)
+    assert fractions == [0.56, 0.4, 0.8, 1.0, 0.0]
+    monkeypatch.setattr(device, "may_spill", lambda: True)
+    device.limit_memory(CUDA, None, 40)
+    assert fractions[-1] == 0.765
+    device.limit_memory(CPU, 600, 40)
+    assert len(fractions) == 6
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "spills"),
+    [
+        ("linux", "6.8.0-45-generic", False),
+        ("linux", "5.15.167.4-microsoft-standard-WSL2", True),
+        ("linux", "4.4.0-19041-Microsoft", True),
+        ("win32", "10", True),
+    ],
+)
+def test_which_drivers_spill(system: str, release: str, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.sys, "platform", system)
+    monkeypatch.setattr(device.platform, "release", lambda: release)
+    assert device.may_spill() is spills
+    assert device.usable(1000) == (950 if spills else 1000)
+
+
+def test_a_run_leaves_nothing_and_the_next_ones_peak_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("reset"))
+    device.release(CPU)
+    assert done == []
+    device.release(CUDA)
+    assert done == ["empty", "reset"]

@@ -49,7 +49,7 @@ class ManagedMemory:
 
 def why_not(device: torch.device, count: int) -> str:
     """Why the driver cannot manage `count` bytes of a device, and where they are then; "" where it can."""
-    if device.type != "cuda":
+    if not hardware.is_card(device):
         return "paging needs a CUDA GPU; its state stays in RAM"
     if not _is_concurrent(device):
         return "this system's driver cannot page while the GPU computes (Windows, WSL); its state stays on the GPU"
