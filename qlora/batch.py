@@ -6,8 +6,11 @@ positions of the N, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +27,10 @@ class Batch:
     loss_weights_BS    float32, weight of the target's loss; 0.0 where it is not trained
     trained_T          int64, places in the flattened N whose weight is not 0. Made on the host with the rest, so
                        that the step asks the device nothing; only these positions ever go through the head.
+    cu_seqlens         int32, where documents begin in the flattened N, and N itself (the name that attention kernels
+                       give it): padding belongs to the last document of its row. None: not known
+    document_lengths   the same on the host, as lengths
+    single             whether each row is one document by its positions, so that no mask has to keep documents apart
     """
 
     input_ids_BS: torch.Tensor
@@ -32,6 +39,13 @@ class Batch:
     targets_BS: torch.Tensor
     loss_weights_BS: torch.Tensor
     trained_T: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    document_lengths: tuple[int, ...] = ()
+    single: bool = False
+
+    @property
+    def max_document(self) -> int:
+        return max(self.document_lengths, default=0)
 
     @property
     def rows(self) -> int:
@@ -43,4 +57,30 @@ class Batch:
         return int(self.input_ids_BS.numel())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        moved = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(value.to(device, non_blocking=True) if hasattr(value, "to") else value for value in moved))
+
+
+_IN_FORWARD: ContextVar[Batch | None] = ContextVar("micro-batch of the forward pass", default=None)
+
+
+@contextmanager
+def in_forward(batch: Batch) -> Iterator[None]:
+    """While a trunk computes `batch`: whoever makes its masks asks `of_forward`, and not the device."""
+    token = _IN_FORWARD.set(batch if batch.cu_seqlens is not None else None)
+    try:
+        yield
+    finally:
+        _IN_FORWARD.reset(token)
+
+
+def of_forward(position_ids: Any = None) -> Batch | None:
+    """The micro-batch whose forward pass this thread is in; None where it is in none, or `position_ids` is another's.
+
+    A backward pass that computes layers anew is in none (on a GPU it is even in another thread): what a layer needs
+    must be handed to it.
+    """
+    batch = _IN_FORWARD.get()
+    return (
+        None if batch is not None and position_ids is not None and position_ids is not batch.position_ids_BS else batch
+    )

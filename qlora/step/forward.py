@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora.batch import Batch
+from qlora.batch import Batch, in_forward
 from qlora.step.loss import LogitsTransform, Objective, chunk_tokens, logits_transform, token_logprobs
 
 
@@ -49,11 +49,12 @@ class CausalParts:
 def hidden_states(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
     """The trunk's last hidden states (B, S, D), documents isolated from each other."""
     common = {"position_ids": batch.position_ids_BS, "attention_mask": None, "use_cache": False}
-    if neftune_alpha > 0:
-        embeds_BSD = parts.embedding(batch.input_ids_BS)
-        output = parts.trunk(inputs_embeds=embeds_BSD + neftune_noise(embeds_BSD, batch, neftune_alpha), **common)
-    else:
-        output = parts.trunk(input_ids=batch.input_ids_BS, **common)
+    with in_forward(batch):
+        if neftune_alpha > 0:
+            embeds_BSD = parts.embedding(batch.input_ids_BS)
+            output = parts.trunk(inputs_embeds=embeds_BSD + neftune_noise(embeds_BSD, batch, neftune_alpha), **common)
+        else:
+            output = parts.trunk(input_ids=batch.input_ids_BS, **common)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
