@@ -6,11 +6,8 @@ positions of the N, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -59,28 +56,3 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved = (getattr(self, field.name) for field in fields(self))
         return Batch(*(value.to(device, non_blocking=True) if hasattr(value, "to") else value for value in moved))
-
-
-_IN_FORWARD: ContextVar[Batch | None] = ContextVar("micro-batch of the forward pass", default=None)
-
-
-@contextmanager
-def in_forward(batch: Batch) -> Iterator[None]:
-    """While a trunk computes `batch`: whoever makes its masks asks `of_forward`, and not the device."""
-    token = _IN_FORWARD.set(batch if batch.cu_seqlens is not None else None)
-    try:
-        yield
-    finally:
-        _IN_FORWARD.reset(token)
-
-
-def of_forward(position_ids: Any = None) -> Batch | None:
-    """The micro-batch whose forward pass this thread is in; None where it is in none, or `position_ids` is another's.
-
-    A backward pass that computes layers anew is in none (on a GPU it is even in another thread): what a layer needs
-    must be handed to it.
-    """
-    batch = _IN_FORWARD.get()
-    return (
-        None if batch is not None and position_ids is not None and position_ids is not batch.position_ids_BS else batch
-    )

@@ -5,6 +5,7 @@ Functions take the device that they ask about and answer for a CPU as well, so t
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,3 +97,16 @@ def release_memory(device: torch.device) -> None:
 def with_own_random_state(device: torch.device) -> list[torch.device]:
     """For `torch.random.fork_rng(devices=...)`: the CPU's state is always kept, a GPU's when it is named."""
     return [device] if device.type == "cuda" else []
+
+
+def host_block(words: int, device: torch.device) -> torch.Tensor:
+    """So many int64 values on the host, uninitialized; pinned, so that a copy to a GPU `device` waits for nothing.
+
+    Pageable where the system pins no more (WSL gives little): then the copy waits, and is right.
+    """
+    import torch
+
+    if device.type == "cuda":
+        with suppress(RuntimeError):
+            return torch.empty(words, dtype=torch.int64, pin_memory=True)
+    return torch.empty(words, dtype=torch.int64)

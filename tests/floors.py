@@ -33,6 +33,7 @@ FLOORS = {
     "manifest": 1,
     "foreign_toml": 1,
     "batch": 1,
+    "forward_facts": 1,
     "chatml": 1,
     "child_process": 1,
     "lock": 1,
@@ -47,7 +48,7 @@ FLOORS = {
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
 LINES = {
     # Of the ground floor, which others may stand on.
-    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock"],
+    "": ["shown", "redaction", "errors", "files", "foreign_json", "foreign_toml", "manifest", "lock", "batch"],
     "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -141,7 +142,9 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "layout",
             "loader",
+            "ahead",
         ),
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],

@@ -11,14 +11,13 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from qlora.batch import Batch
+from qlora.data.layout import ON_CPU, Layout, documents_of
 from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PAD_TO_MULTIPLE = 8  # a row of tokens is padded to a multiple of it, which keeps tensor cores busy
-# On a GPU: SDPA copies a mask whose rows are no multiple of 16 (aten, transformers/attention.cpp, pad_bias).
-GPU_MULTIPLE = 16
 _KEPT_EPOCHS = 2  # packs of this many epochs stay in memory: of the one that runs, and of one that a caller asks about
 
 
@@ -110,29 +106,8 @@ def eval_packs(split: PreparedSplit, data: DataSection) -> list[tuple[int, ...]]
     return [(row,) for row in sorted(range(len(split.lengths)), key=lambda row: (-split.lengths[row], row))]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How packs are laid out in rows. The default is the CPU's, whose numbers depend on it to the last bit.
-
-    multiple   rows are padded to a multiple of it
-    continues  padding goes on with the positions of the document before it. That document's tokens, which look back
-               only, don't see it, and a row of one document needs no mask: only so do kernels without one take it
-    width      rows are at least so long, and
-    rows       a micro-batch has so many, the last of them padding alone: one shape for every step
-    """
-
-    multiple: int = PAD_TO_MULTIPLE
-    continues: bool = False
-    width: int = 0
-    rows: int = 0
-
-    @classmethod
-    def on(cls, device_type: str) -> Layout:
-        return cls() if device_type == "cpu" else cls(GPU_MULTIPLE, continues=True)
-
-
 def collate(
-    split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int, max_length: int, layout: Layout = Layout()
+    split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int, max_length: int, layout: Layout = ON_CPU
 ) -> Batch:
     """One micro-batch: a row of tensors for each pack, padded to the longest, rounded up as `layout` says.
 
@@ -147,30 +122,24 @@ def collate(
     ids_BS = torch.full((len(packs), width), pad_id, dtype=torch.int64)
     positions_BS, documents_BS, targets_BS = (torch.zeros_like(ids_BS) for _ in range(3))
     weights_BS = torch.zeros(ids_BS.shape, dtype=torch.float32)
-    lengths: list[int] = []
-    single = True
     for number, members in enumerate(packs):
-        start = before = 0
+        start = 0
         for document, row in enumerate(members):
             tokens = split.rows[row]
-            before, end = start, start + len(tokens.input_ids)
+            end = start + len(tokens.input_ids)
             ids_S = torch.tensor(tokens.input_ids, dtype=torch.int64)
             ids_BS[number, start:end] = ids_S
             positions_BS[number, start:end] = torch.arange(end - start)
             documents_BS[number, start:end] = document
             targets_BS[number, start : end - 1] = ids_S[1:]
             weights_BS[number, start : end - 1] = torch.tensor(tokens.loss_weights[1:], dtype=torch.float32)
-            lengths.append(end - start)
             start = end
-        first = start - before if layout.continues else 0
+        first = split.lengths[members[-1]] if members and layout.continues else 0
         documents_BS[number, start:] = len(members)
         positions_BS[number, start:] = torch.arange(first, first + width - start)
-        lengths[-1 if members else len(lengths) :] = [width - before]
-        single = single and len(members) < 2 and (start in (0, width) or layout.continues)
     trained_T = weights_BS.flatten().nonzero().squeeze(1)
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     made = (ids_BS, positions_BS, documents_BS, targets_BS, weights_BS, trained_T)
-    return Batch(*made, cu_seqlens, tuple(lengths), single)
+    return Batch(*made, *documents_of([[split.lengths[row] for row in members] for members in packs], width, layout))
 
 
 def _shuffled(items: list[T], seed: int, epoch: int, purpose: str) -> list[T]:

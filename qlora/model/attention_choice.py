@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.batch import Batch, in_forward
+from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
 from qlora.events import Notice, Sink
+from qlora.forward_facts import in_forward
 from qlora.model.attention import NAME, name_of
 from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM
 from qlora.model.document_mask import DocumentMask

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qlora.batch import Batch, of_forward
+from qlora.batch import Batch
+from qlora.forward_facts import of_forward
 
 
 @dataclass(frozen=True, eq=False)

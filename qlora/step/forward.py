@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora.batch import Batch, in_forward
+from qlora.batch import Batch
+from qlora.forward_facts import in_forward
 from qlora.step.loss import LogitsTransform, Objective, chunk_tokens, logits_transform, token_logprobs
 
 
@@ -34,15 +35,18 @@ class CausalParts:
     chunk_tokens: int
 
     @classmethod
-    def of(cls, causal_lm: Any) -> CausalParts:
-        """Take a transformers causal LM apart (the model inside a PEFT wrapper: `peft_model.get_base_model()`)."""
+    def of(cls, causal_lm: Any, device_type: str | None = None) -> CausalParts:
+        """Take a transformers causal LM apart (the model inside a PEFT wrapper: `peft_model.get_base_model()`).
+
+        `device_type` is what computes, for weights on meta; None: where the weights are.
+        """
         config = causal_lm.config.get_text_config()
         return cls(
             trunk=causal_lm.base_model,
             embedding=causal_lm.get_input_embeddings(),
             head=causal_lm.get_output_embeddings(),
             transform=logits_transform(config),
-            chunk_tokens=chunk_tokens(config.vocab_size),
+            chunk_tokens=chunk_tokens(config.vocab_size, device_type or causal_lm.device.type),
         )
 
 

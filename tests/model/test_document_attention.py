@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
-from qlora.data.loader import Layout, collate
+from qlora.data.layout import Layout
+from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.model import attention
 from qlora.model.attention_choice import KERNEL_TOLERANCE, Heads, trial_batch, tried

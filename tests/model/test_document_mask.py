@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.batch import Batch, in_forward, of_forward
-from qlora.data.loader import Layout, collate
+from qlora.batch import Batch
+from qlora.data.layout import Layout
+from qlora.data.loader import collate
+from qlora.forward_facts import in_forward, of_forward
 from qlora.model.base_folder import BaseFolder
 from qlora.model.document_mask import DocumentMask, by_documents
 from qlora.step.forward import CausalParts, forward_backward, hidden_states, set_gradient_checkpointing
