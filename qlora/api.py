@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import disk, files, run_folder
-from qlora.errors import ExportError, Problem, RecipeError, UserError
+from qlora import determinism, disk, files, numerics, run_folder
+from qlora.device import release
+from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
+from qlora.guarded import Guarded, forget_frames
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
 from qlora.report.files import open_sinks, read_events
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
     from qlora.model.delivered_loss import DeliveredLoss
-    from qlora.training.checkpoint import RunState
+    from qlora.numerics import Numerics
+    from qlora.training.checkpoint import Checkpoint, RunState
 
 Mode = Literal["new", "resume", "fresh"]
 MergeBase = Literal["auto", "nf4", "full"]
@@ -65,23 +69,24 @@ def train(
     shared = _gate(sink)
     run_dir = run_folder.path_of(loaded, run_name)
     run_folder.check_claim(run_dir, loaded, mode)
-    if mode == "resume":
-        loaded = run_folder.resumed(run_dir, loaded, shared)
-    base, loaded = setup.preflight(loaded, shared)
-    claim = run_folder.claim(run_dir, mode)
-    try:
-        if claim.aside is not None:
-            shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
-        result = _train(loaded, run_dir, base, mode, shared, stop or StopRequest())
-        return replace(result, set_aside=claim.aside)
-    finally:
-        claim.release()
+    with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
+        if mode == "resume":
+            loaded = run_folder.resumed(run_dir, loaded, shared)
+        base, loaded = setup.preflight(loaded, shared)
+        claim = run_folder.claim(run_dir, mode)
+        try:
+            if claim.aside is not None:
+                shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
+            result = _train(loaded, run_dir, base, mode, shared, stop or StopRequest())
+            return replace(result, set_aside=claim.aside)
+        finally:
+            claim.release()
 
 
 def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
-    from qlora.model import chat_template, row_packing, tokenizer_files
-    from qlora.training import checkpoint, loop
+    from qlora.model import row_packing
+    from qlora.training import checkpoint
 
     if mode != "resume":  # which goes on as its run recorded
         recipe = row_packing.settled(recipe, base.config, sink)
@@ -97,19 +102,51 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     written = open_sinks(recipe.report, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
     try:
-        sinks.emit(run_folder.start_event(recipe, run_dir, base.commit, str(setup.pick_device()), step))
-        choose = partial(chat_template.chosen, section=recipe.model, name=base.name, sink=sinks)
-        tokenizer = tokenizer_files.take(run_dir, base.path, mode == "resume", sinks, choose)
-        if mode == "resume":
-            tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sinks)
-        with setup.prepare_job(recipe, run_dir, base, tokenizer, sinks, stop) as job:
-            state = loop.run(job, resume_from)
-        del job  # an export needs the memory
+        with determinism.for_run(recipe.train.deterministic, sinks):
+            numbers = _begin(recipe, run_dir, base, resume_from, sinks)
+            with numerics.in_force(numbers):
+                state = _run(recipe, run_dir, base, (mode == "resume", resume_from), sinks, stop)
+        release(setup.pick_device())  # an export needs the memory
         exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
         for file in written:
             file.close()
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
+
+
+def _begin(recipe: Recipe, run_dir: Path, base: BaseFolder, resume_from: Checkpoint | None, sink: Sink) -> Numerics:
+    """Say what will run, and what its numbers depend on; of a resumed run also what of that is another now."""
+    from qlora import run_numerics
+
+    device = setup.pick_device()
+    recorded = resume_from.state.numerics if resume_from else None
+    numbers = run_numerics.decide(recipe, base, device, recorded)
+    step = resume_from.state.step if resume_from else None
+    sink.emit(run_folder.start_event(recipe, run_dir, base.commit, str(device), numbers, step))
+    if resume_from is not None:
+        run_numerics.say_what_differs(resume_from.path, recorded, numbers, sink)
+    return numbers
+
+
+def _run(
+    recipe: Recipe,
+    run_dir: Path,
+    base: BaseFolder,
+    resumed: tuple[bool, Checkpoint | None],
+    sink: Sink,
+    stop: StopRequest,
+) -> RunState:
+    """Load and train; `resumed` is whether the run goes on, and from which checkpoint if it has one."""
+    from qlora.model import chat_template, tokenizer_files
+    from qlora.training import loop
+
+    goes_on, resume_from = resumed
+    choose = partial(chat_template.chosen, section=recipe.model, name=base.name, sink=sink)
+    tokenizer = tokenizer_files.take(run_dir, base.path, goes_on, sink, choose)
+    if goes_on:
+        tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sink)
+    with setup.prepare_job(recipe, run_dir, base, tokenizer, sink, stop) as job:
+        return loop.run(job, resume_from)
 
 
 @dataclass(frozen=True)
@@ -128,10 +165,11 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
 
     loaded, _ = _named(recipe, "check")
     shared = _gate(sink)
-    base, loaded = setup.preflight(loaded, shared)
-    loaded = row_packing.settled(loaded, base.config, shared)
-    tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
-    _, data, memory = setup.prepare(loaded, base, tokenizer, shared, PhaseClock(shared))
+    with _guarded("checking the recipe", "end other programs that hold memory"):
+        base, loaded = setup.preflight(loaded, shared)
+        loaded = row_packing.settled(loaded, base.config, shared)
+        tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
+        _, data, memory = setup.prepare(loaded, base, tokenizer, shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 
@@ -168,10 +206,12 @@ def merge_and_export(
     for artifact in artifacts:
         check_place(artifact.folder)
         check_part(artifact.folder)
-    with_rows = chosen.verify or chosen.imatrix or any("gguf" in artifact.key for artifact in artifacts)
-    opened = _open_source(adapter_dir, (base_model, merge_base), [one.folder for one in artifacts], with_rows, shared)
-    with fast_matmul(opened.device):
-        return produce(opened, artifacts, merge_base, chosen, shared)
+    with_rows, asked = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts), base_model
+    hint = "end other programs that hold memory"
+    with _guarded("exporting", f"{hint}; verify=False leaves out what takes most" if chosen.verify else hint):
+        opened = _open_source(adapter_dir, (asked, merge_base), [one.folder for one in artifacts], with_rows, shared)
+        with fast_matmul(opened.device):
+            return produce(opened, artifacts, merge_base, chosen, shared)
 
 
 def export_options(**chosen: Any) -> ExportOptions:
@@ -257,8 +297,9 @@ def estimate_memory(
 
     Needs no data and no weights: `config.json` is enough. Raises the errors of `qlora.errors`.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else recipe_or_model(str(recipe))
-    return question(loaded, gpu=gpu, vram=vram, stack=stack, sink=sink).estimate()
+    with _guarded("estimating", "end other programs that hold memory"):
+        loaded = recipe if isinstance(recipe, Recipe) else recipe_or_model(str(recipe))
+        return question(loaded, gpu=gpu, vram=vram, stack=stack, sink=sink).estimate()
 
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -309,9 +350,21 @@ def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[
     """`_export`; what it refuses does not undo the training, whose result is named last."""
     try:
         return _export(run_dir, section, sink)
-    except UserError as error:
-        done = f"the training itself is done, its adapter is {run_dir / 'adapter'}"
-        raise ExportError(error.what, f"{error.hint}; {done}") from error
+    except (UserError, DoesNotFit, TrainingStopped) as error:
+        done = f"{error.hint}; the training itself is done, its adapter is {run_dir / 'adapter'}"
+        kind = ExportError if isinstance(error, UserError) else type(error)
+        raise kind(error.what, done) from error
+
+
+@contextmanager
+def _guarded(doing: str, hint: str) -> Iterator[None]:
+    """Memory that runs out inside, and a GPU that fails, end it with an error of ours that holds on to no model."""
+    handled = sys.exception()
+    with Guarded(doing, hint):
+        try:
+            yield
+        finally:
+            forget_frames(sys.exception(), handled)
 
 
 def _gate(sink: Sink | None) -> Sinks:

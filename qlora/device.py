@@ -1,22 +1,55 @@
 """The device that computes: every call of `torch.cuda`, every stream, event and pinned buffer (a test holds it).
 
 Functions take the device that they ask about and answer for a CPU as well, so that callers need no case of their own.
+Who does need one asks `is_card`, never a device's type: tests rehearse the whole CUDA path on a stand-in for the card
+whose tensors stay on the CPU, and what asks a type would not take part.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 
+class Cuda:
+    """`torch.cuda` by its own names, and which tensors are its own. The one object that a stand-in replaces."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch.cuda, name)
+
+    def owns(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def device(self, index: int) -> torch.device:
+        import torch
+
+        return torch.device("cuda", index)
+
+
+accelerator: Any = Cuda()
+
+
+# Of a card's free memory, left alone where the driver spills: the desktop takes more and less of it while a run lasts.
+SPILL_SHARE = 0.05
+SPILL_MARGIN_BYTES = 300 << 20
+
+
 @dataclass(frozen=True)
 class Card:
-    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9)."""
+    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9).
+
+    `free_bytes` is what may be taken: less than the driver calls free where it would spill rather than fail.
+    """
 
     name: str
     free_bytes: int
@@ -24,36 +57,48 @@ class Card:
     capability: tuple[int, int]
 
 
-def current() -> torch.device:
-    """Where this process computes: its GPU, or the CPU."""
-    import torch
-    from accelerate import PartialState
+def is_card(device: torch.device) -> bool:
+    """Whether what lies there lies in a GPU's memory."""
+    return bool(accelerator.owns(device))
 
-    device = PartialState().device
-    return device if device.type in ("cuda", "xpu") else torch.device("cpu")
+
+def current() -> torch.device:
+    """Where this process computes: the GPU that torch has chosen, or the CPU."""
+    import torch
+
+    if accelerator.is_available():
+        return accelerator.device(accelerator.current_device())  # type: ignore[no-any-return]
+    return torch.device("cpu")
 
 
 def name_of(device: torch.device) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if is_card(device):
+        return str(accelerator.get_device_name(device))
+    return device.type
 
 
 def computes_bf16(device: torch.device) -> bool:
     """Whether it has bf16 arithmetic: GPUs have since Ampere (compute capability 8.0), CPUs compute it somehow."""
-    import torch
+    return not is_card(device) or bool(accelerator.is_bf16_supported(including_emulation=False))
 
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU, such as (8, 9)."""
+    major, minor = accelerator.get_device_capability(device)
+    return major, minor
+
+
+def has_started() -> bool:
+    """Whether this process uses the GPU already: what CUDA's libraries read from the environment, they have read."""
+    return bool(accelerator.is_initialized())
 
 
 def card() -> Card | None:
     """The GPU that a run would use; None where there is none, or none with bf16."""
-    import torch
-
-    if not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
+    if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):
         return None
-    free, total = torch.cuda.mem_get_info()
-    return Card(torch.cuda.get_device_name(), free, total, torch.cuda.get_device_capability())
+    free, total = accelerator.mem_get_info()
+    return Card(accelerator.get_device_name(), usable(free), total, accelerator.get_device_capability())
 
 
 def available_ram() -> int:
@@ -71,32 +116,80 @@ def available_ram() -> int:
 
 def free_bytes(device: torch.device) -> int:
     """What the device has left for tensors, or the RAM that a process can have."""
-    import torch
-
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_ram()
+    if is_card(device):
+        return int(accelerator.mem_get_info(device)[0])
+    return available_ram()
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """The allocator's peak of live tensors; None where the device has no allocator that counts."""
-    import torch
-
-    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+    if is_card(device):
+        return int(accelerator.max_memory_allocated(device))
+    return None
 
 
 def release_memory(device: torch.device) -> None:
     """Give back what nothing refers to any more: cycles first, then the allocator's empty blocks."""
     import gc
 
+    gc.collect()
+    if is_card(device):
+        accelerator.empty_cache()
+
+
+def release(device: torch.device) -> None:
+    """After a run, and before another model is loaded: nothing is held, and the peak is counted from here."""
+    release_memory(device)
+    if is_card(device):
+        accelerator.reset_peak_memory_stats(device)
+
+
+def may_spill() -> bool:
+    """Whether the driver moves to RAM what a card has no room for, and says nothing: Windows' display drivers do.
+
+    Under WSL too, where the driver's own switch against it has no effect (microsoft/WSL#11050).
+    """
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+
+
+def usable(free: int) -> int:
+    """Of what the driver calls free: not the last of it where the driver would spill."""
+    return int(free * (1 - SPILL_SHARE)) if may_spill() else free
+
+
+def is_full(device: torch.device) -> bool:
+    """Whether so little is free that a driver which may spill does so."""
+    return free_bytes(device) < SPILL_MARGIN_BYTES
+
+
+def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
+    """Have torch's allocator raise its OutOfMemoryError at a limit of the whole process, or of what is free now.
+
+    The context, which no allocator counts, is taken as `context_bytes`, or as what the card holds where that is less.
+    Without `limit_bytes`, all that is usable of what is free may be taken. A CPU has no limit.
+    """
+    if is_card(device):
+        free, total = accelerator.mem_get_info(device)
+        ours = accelerator.memory_reserved(device)
+        taken = min(context_bytes, max(0, total - free - ours))
+        most = usable(free) + ours if limit_bytes is None else limit_bytes - taken
+        accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
+
+
+@contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, on the host or on `device`, is as if it had not been drawn."""
     import torch
 
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def with_own_random_state(device: torch.device) -> list[torch.device]:
-    """For `torch.random.fork_rng(devices=...)`: the CPU's state is always kept, a GPU's when it is named."""
-    return [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=[]):
+        if not is_card(device):
+            yield
+            return
+        state = accelerator.get_rng_state(device)
+        try:
+            yield
+        finally:
+            accelerator.set_rng_state(state, device)
 
 
 def host_block(words: int, device: torch.device) -> torch.Tensor:
@@ -106,7 +199,8 @@ def host_block(words: int, device: torch.device) -> torch.Tensor:
     """
     import torch
 
-    if device.type == "cuda":
+    block = torch.empty(words, dtype=torch.int64)
+    if is_card(device):
         with suppress(RuntimeError):
-            return torch.empty(words, dtype=torch.int64, pin_memory=True)
-    return torch.empty(words, dtype=torch.int64)
+            return block.pin_memory()
+    return block

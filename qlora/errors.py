@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from qlora import redaction, shown
+from qlora import out_of_memory, redaction, shown
 
 MAX_CHARACTERS = 1_500  # of a message: the longest path has 4,096 bytes, and is cut in its middle
 
@@ -138,13 +138,14 @@ class ForeignFailure:
 
 
 @contextmanager
-def foreign_failures() -> Iterator[ForeignFailure]:
+def foreign_failures(memory_too: bool = False) -> Iterator[ForeignFailure]:
     """Catch whatever a library raises over a stranger's file inside the block; the caller looks at `error` behind it.
 
     A broad except, the one beside the command line's: transformers, tokenizers, bitsandbytes and jinja2 have no error
     of their own for a file that is wrong, and raise what their code stumbles on (tokenizers even a bare Exception), so
     that no list of classes is complete. A panic of a native library is among them. Our own errors pass, and so does
-    what asks the process to end.
+    what asks the process to end, a GPU that failed, and memory that ran out: none of them is the file's fault. It is
+    with `memory_too`, in a process that has a limit of its own for one file.
     """
     failure = ForeignFailure()
     try:
@@ -152,6 +153,8 @@ def foreign_failures() -> Iterator[ForeignFailure]:
     except QloraError:
         raise
     except Exception as error:
+        if not memory_too and (out_of_memory.is_out_of_memory(error) or out_of_memory.gpu_fault(error)):
+            raise
         failure.error = error
     except BaseException as error:
         if not _is_panic(error):

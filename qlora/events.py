@@ -38,6 +38,7 @@ class Start(Event):
     device: str
     versions: Mapping[str, str]
     resumed_from_step: int | None
+    numerics: Mapping[str, Any] = field(default_factory=dict)  # what its numbers depend on (`numerics.Numerics`)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Plan(Event):
     arithmetic: str
     memory: Mapping[str, Any] | None = None  # predicted peak, limit, parts and settings; None where not estimated
     attention: str = ""  # what attends: sdpa or eager with a mask, or a kernel that takes documents
+    resume: str | None = None  # what a resumed run equals; None: the uninterrupted one, bit for bit
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pydantic import Field
 from qlora import disk, files, foreign_json, lock, recorded, shown
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
+from qlora.numerics import Numerics
 from qlora.recipe.pins import folder_split
 from qlora.recipe.reading import Recipe, recipe_toml
 from qlora.recipe.sections import SourceSection
@@ -246,8 +247,11 @@ def write_recipe(run_dir: Path, recipe: Recipe, commit: str | None) -> bool:
     return is_private
 
 
-def start_event(recipe: Recipe, run_dir: Path, commit: str | None, device: str, step: int | None) -> Start:
-    return Start(run_dir.name, str(run_dir), recipe.model.base, commit, device, versions(), resumed_from_step=step)
+def start_event(
+    recipe: Recipe, run_dir: Path, commit: str | None, device: str, numbers: Numerics, step: int | None
+) -> Start:
+    facts = numbers.model_dump(exclude_none=True)
+    return Start(run_dir.name, str(run_dir), recipe.model.base, commit, device, versions(), step, facts)
 
 
 def versions() -> dict[str, str]:
@@ -272,11 +276,11 @@ def made_with(checkpoint: Path) -> Mapping[str, str]:
     return foreign_json.checked(_Manifest, foreign_json.load(file), str(file)).versions
 
 
-def other_versions(checkpoint: Path) -> str:
-    """Packages that were of another version when the checkpoint was made: "torch 2.10 (now 2.11)"; "" for none."""
+def other_versions(checkpoint: Path) -> list[str]:
+    """Packages that were of another version when the checkpoint was made: "torch 2.10 (now 2.11)"."""
     before, now = made_with(checkpoint), sorted(versions().items())
     changed = ((name, before[name], version) for name, version in now if before.get(name, version) != version)
-    return ", ".join(f"{name} {old} (now {new})" for name, old, new in changed)
+    return [f"{name} {old} (now {new})" for name, old, new in changed]
 
 
 def package_version(name: str) -> str:

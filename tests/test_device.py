@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from types import SimpleNamespace
 
-import accelerate
 import pytest
 import torch
 
@@ -18,12 +16,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 def test_a_cpu_answers_everything() -> None:
     assert device.name_of(CPU) == "cpu" and device.computes_bf16(CPU)
     assert device.peak_bytes(CPU) is None
-    assert device.with_own_random_state(CPU) == []
+    assert not device.is_card(CPU) and device.is_card(CUDA)
 
 
-@pytest.mark.parametrize(("found", "used"), [("cpu", "cpu"), ("cuda:0", "cuda:0"), ("xpu:0", "xpu:0"), ("mps", "cpu")])
-def test_what_cannot_train_is_passed_over(found: str, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(device=torch.device(found)))
+@pytest.mark.parametrize(("is_there", "used"), [(False, "cpu"), (True, "cuda:1")])
+def test_torchs_own_gpu_computes_where_there_is_one(is_there: bool, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert device.current() == torch.device(used)
 
 
@@ -57,5 +56,13 @@ def test_memory_is_given_back_with_what_refers_to_itself(monkeypatch: pytest.Mon
     assert emptied
 
 
-def test_a_gpus_random_state_is_kept_with_the_cpus() -> None:
-    assert device.with_own_random_state(CUDA) == [CUDA]
+def test_random_numbers_drawn_inside_are_as_if_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"card": torch.tensor([1])}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda place: states["card"].clone())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, place: states.update(card=state))
+    before = torch.get_rng_state()
+    for place in (CPU, CUDA):
+        with device.random_state_kept(place):
+            torch.rand(3)
+            states["card"] += 1 if place == CUDA else 0
+        assert torch.equal(torch.get_rng_state(), before) and states["card"].tolist() == [1]

@@ -171,9 +171,9 @@ def test_versions_that_have_changed_since_a_checkpoint_was_made(tmp_path: Path) 
     now = run_folder.versions()
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps({"versions": now | {"torch": "2.1.0", "gone": "1"}}))
-    assert run_folder.other_versions(tmp_path) == f"torch 2.1.0 (now {now['torch']})"
+    assert run_folder.other_versions(tmp_path) == [f"torch 2.1.0 (now {now['torch']})"]
     manifest.write_text(json.dumps({"versions": now}))
-    assert run_folder.other_versions(tmp_path) == ""
+    assert run_folder.other_versions(tmp_path) == []
     for wrong in ({"torch": 2}, ["torch"], {"torch": "1" * 1000}):
         manifest.write_text(json.dumps({"versions": wrong}))
         with pytest.raises(ForeignFileError, match=r"manifest\.json: versions"):

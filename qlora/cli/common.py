@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from qlora import files, shown, third_party
+from qlora import files, out_of_memory, shown, third_party
 from qlora.cli import surroundings
 from qlora.cli.surroundings import drop_output
 from qlora.disk import DISK_FULL, cache_dir
@@ -105,16 +105,31 @@ def run(work: Callable[[], None]) -> None:
         _say("stopped by SIGINT", "run it again; nothing that existed was changed")
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        sys.exit(_lost(error))
-    except MemoryError:
-        _say("the machine has no memory left for this", "end other programs, or choose smaller settings or files")
-        sys.exit(DoesNotFit.exit_code)
+        sys.exit(_no_memory(error) or _lost(error))
     # The one broad except: a fault of ours must not look like the user's. Not Exception alone: a panic of a library
     # in Rust is none, and a library that calls sys.exit() would choose our exit code.
     except BaseException as error:
+        if code := _no_memory(error) or _gpu_failed(error):
+            sys.exit(code)
         what = f"internal error: {type(error).__name__}: {error}"
         _say(what[:MAX_SAID], f"please report it with {_keep_traceback()}")
         sys.exit(INTERNAL_ERROR)
+
+
+def _no_memory(error: BaseException) -> int | None:
+    """Say that memory ran out, where that is what the error reports; the exit code."""
+    if not out_of_memory.is_out_of_memory(error):
+        return None
+    _say(f"out of memory: {out_of_memory.reason(error)}", "end other programs, or choose smaller settings or files")
+    return DoesNotFit.exit_code
+
+
+def _gpu_failed(error: BaseException) -> int | None:
+    """Say how a GPU failed, where that is what the error reports; the exit code."""
+    if (fault := out_of_memory.gpu_fault(error)) is None:
+        return None
+    _say(f"the GPU failed: {fault[0]}", fault[1])
+    return TrainingStopped.exit_code
 
 
 def _lost(error: OSError) -> int:

@@ -113,11 +113,7 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
     elif wanted == "verify-resume":
         from qlora.cli.verify_resume import verify_resume
 
-        proof = verify_resume(loaded, path.stem, sink)
-        common.tell(
-            f"resume is exact: {proof.tensors} tensors of adapter and optimizer are equal bit for bit after step",
-            f"{proof.steps}, uninterrupted and resumed from step {proof.resumed_from} in a new process",
-        )
+        common.tell(str(verify_resume(loaded, path.stem, sink)))
     else:
         mode: api.Mode = "resume" if wanted == "resume" else "fresh" if wanted == "fresh" else "new"
         result = api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)

@@ -29,7 +29,7 @@ def main() -> None:
 
     parquet_worker.confine()
     out, file = sys.stdout.buffer, os.fdopen(0, "rb")
-    with foreign_failures() as failure:
+    with foreign_failures(memory_too=True) as failure:
         count = 0
         for batch in batches(pyarrow, file):
             parquet_worker.set_alarm()

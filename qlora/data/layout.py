@@ -8,6 +8,8 @@ from itertools import accumulate
 
 import torch
 
+from qlora.device import is_card
+
 PAD_TO_MULTIPLE = 8  # a row of tokens is padded to a multiple of it, which keeps tensor cores busy
 # On a GPU: SDPA copies a mask whose rows are no multiple of 16 (aten, transformers/attention.cpp, pad_bias).
 GPU_MULTIPLE = 16
@@ -48,8 +50,8 @@ class Layout:
         return replace(self, rows=rows) if self.width and of_step % rows == 0 else self
 
     @classmethod
-    def on(cls, device_type: str) -> Layout:
-        return ON_CPU if device_type == "cpu" else cls(GPU_MULTIPLE, continues=True)
+    def on(cls, device: torch.device) -> Layout:
+        return cls(GPU_MULTIPLE, continues=True) if is_card(device) else ON_CPU
 
 
 ON_CPU = Layout()

@@ -36,7 +36,7 @@ def main() -> None:
 
     confine()
     out = sys.stdout.buffer
-    with foreign_failures() as failure:
+    with foreign_failures(memory_too=True) as failure:
         set_alarm()
         # A small buffer: without one, a whole column of a row group is read at once, by sizes that the file claims.
         table = pyarrow.parquet.ParquetFile(os.fdopen(0, "rb"), buffer_size=1 << 20, pre_buffer=False)
@@ -73,7 +73,7 @@ def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
     """The rows of a batch, without the nulls that the schema put where a row had no key."""
     from qlora.errors import foreign_failures
 
-    with foreign_failures() as failure:
+    with foreign_failures(memory_too=True) as failure:
         rows = batch.to_pylist(maps_as_pydicts="lossy")
     if isinstance(failure.error, MemoryError):
         raise failure.error
@@ -83,7 +83,7 @@ def rows_of(batch: Any) -> Iterator[dict[str, Any]]:
     for number in range(batch.num_rows):  # text that is no UTF-8, a date beyond Python's: only the one value is lost
         row: dict[str, Any] = {}
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            with foreign_failures() as failure:
+            with foreign_failures(memory_too=True) as failure:
                 row[name] = column[number].as_py(maps_as_pydicts="lossy")
             if failure.error:
                 text = isinstance(failure.error, UnicodeDecodeError)

@@ -151,7 +151,9 @@ class Renderer:
 
         blocks: list[str] = []
         size = 0
-        with foreign_failures() as failure:  # jinja2's errors, and Python's from the template's own operations
+        with foreign_failures(
+            memory_too=True
+        ) as failure:  # jinja2's errors, and Python's from the template's own operations
             template = self.compiled(self.templates[number])
             marks = self.environment.mark_in(blocks)
             for block in template.generate({**self.values, **values}):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora import child_process
+from qlora import child_process, out_of_memory
 
 _REQUEST, _ANSWER, _LOG = "request.json", "answer.json", "log.txt"
 _LOG_BYTES = 1 << 16  # of the log's end, in which an error is looked for
 _LINE_CHARACTERS = 300
+_REPORT_LINES = 12  # torch explains an error of CUDA in six lines
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Outcome:
     answer: Mapping[str, Any]
     code: int | None
     log: tuple[str, ...]
+
+    @property
+    def ran_out_of_memory(self) -> bool:
+        """By what it said last; or by its end: with SIGKILL the system ends the process that takes most."""
+        killed = self.code == -getattr(signal, "SIGKILL", 9)
+        return killed or any(map(out_of_memory.is_report, self.log[-_REPORT_LINES:]))
 
     def last_line(self, *words: str) -> str:
         """The log's last line, of those that hold one of `words` where there are any; "" without one."""

@@ -16,7 +16,7 @@ import gguf
 import torch
 
 from qlora import disk
-from qlora.errors import ExportError
+from qlora.errors import DoesNotFit, ExportError
 from qlora.events import Exported, Notice, Sink
 from qlora.events import Fidelity as FidelityEvent
 from qlora.export import base_check, cards, hf
@@ -63,7 +63,7 @@ class _Job:
     staged: dict[str, StagedExport] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     inspections: dict[str, Inspection] = field(default_factory=dict)
-    failures: dict[str, ExportError] = field(default_factory=dict)
+    failures: dict[str, ExportError | DoesNotFit] = field(default_factory=dict)
 
     @property
     def planned(self) -> GgufPlan:
@@ -271,7 +271,7 @@ def _verify(job: _Job) -> None:
                 found = checks.inspect_gguf(job.reference, job.planned, file, artifact.key, of_weights[artifact.key])
             job.inspections[artifact.key] = found
             _refuse_far(found.fidelity, job.options.max_kl)
-        except ExportError as error:
+        except (ExportError, DoesNotFit) as error:
             job.failures[artifact.key] = error
 
 

@@ -37,8 +37,8 @@ class DataFacts:
 class Estimate:
     """Bytes. `components` add up to `peak_bytes`; `terms` are the parts of it that no tensor shows, by name.
 
-    `phases` are the peaks of load, train, evaluate, generate, resume and merge. `tokens_per_second` is what the
-    hardware could do at best; it ranks plans and promises nothing.
+    `phases` are the peaks of load, train, self-check, evaluate, generate, resume and merge. `tokens_per_second` is what
+    the hardware could do at best; it ranks plans and promises nothing.
     """
 
     peak_bytes: int
@@ -112,6 +112,7 @@ class Estimator:
         phases = {
             "load": simulation.phases["load"].total,
             "train": simulation.peak_of(TRAIN_PHASES).total,
+            "selfcheck": simulation.phases["selfcheck"].total,
             "evaluate": simulation.peak_of(("evaluate", "update")).total,
             "generate": simulation.peak_of(("generate", "update")).total,
             "resume": sum(simulation.kept.values()),

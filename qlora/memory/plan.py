@@ -92,7 +92,10 @@ class Planner:
             yield changed(recipe, {"lora.r": rank})
 
     def _plans(self, recipe: Recipe) -> list[Plan]:
-        """Each value of checkpointing with the largest micro-batch that fits it, or with the smallest."""
+        """Each value of checkpointing with the largest micro-batch that fits it, or with the smallest.
+
+        Layers are recomputed where that is needed: with a given micro-batch, not where it fits without.
+        """
         train = recipe.train
         choices = (False, True) if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,)
         plans = []
@@ -100,6 +103,8 @@ class Planner:
             fixed = changed(recipe, {"train.gradient_checkpointing": recompute})
             best = self._largest_rows(fixed) if train.micro_batch_size == "auto" else fixed
             plans.append(Plan(best, differences(recipe, best), self.ask(best)))
+            if train.micro_batch_size != "auto" and plans[-1].estimate.fits:
+                break
         return plans
 
     def _largest_rows(self, recipe: Recipe) -> Recipe:

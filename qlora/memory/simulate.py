@@ -22,14 +22,14 @@ from torch import nn
 from qlora.batch import Batch
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
-from qlora.model import adapters
+from qlora.model import adapters, full_logits
 from qlora.model.attention import OnMeta
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
-from qlora.model.load import load_nothing
+from qlora.model.made_up import load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts
+from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
@@ -244,6 +244,8 @@ class _MetaModel:
             optimizer.step(1e-4)
             self.model.eval()
             with torch.no_grad():
+                live.begin("selfcheck")
+                self._check_itself(batch)
                 if workload.evaluates:
                     live.begin("evaluate")
                     spec.baseline.evaluate(parts, batch)
@@ -286,6 +288,12 @@ class _MetaModel:
                 hooks.enter_context(top.register_post_accumulate_grad_hook(lambda _: begin("backward")))  # type: ignore[no-untyped-call]
                 hooks.enter_context(second.register_post_accumulate_grad_hook(lambda _: begin("backward end")))  # type: ignore[no-untyped-call]
             yield
+
+    def _check_itself(self, batch: Batch) -> None:
+        """What a run does before its first step, in the order that `training/selfcheck.py` does it."""
+        tokens = min(full_logits.TOKENS, batch.input_ids_BS.shape[1])
+        kept = [full_logits.logprobs(self.causal_lm, batch.input_ids_BS[0, :tokens]) for _ in range(2)]
+        kept.append(batch_logprobs(self.parts, _batch(Workload(1, 2 * tokens))))
 
     def _answer(self, workload: Workload) -> None:
         """Prompts read with a cache, and the last of the new tokens."""

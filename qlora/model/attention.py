@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from qlora.device import is_card
 from qlora.model.document_attention import (
     CAPPED,
     HEAD_DIM_MULTIPLE,
@@ -101,7 +102,7 @@ def attention(
 
     on_meta = OnMeta(target) if query.is_meta and target is not None else None
     groups = getattr(module, "num_key_value_groups", 1)
-    with on_meta or _kernel_order(query.device.type):
+    with on_meta or _kernel_order(query.device):
         if groups > 1 and attention_mask is not None and _shares_keys(query, target if on_meta else None, settings):
             # transformers repeats keys and values for each query head as soon as there is a mask: CUDA's fused kernels
             # take masks or shared keys, not both. The CPU's takes both (forward and backward 1.7 times as fast).
@@ -122,16 +123,14 @@ def _takes(kernel: str, query: Tensor, key: Tensor, value: Tensor, settings: dic
     return plain and fits and (kernel in CAPPED or settings.get("softcap") is None)
 
 
-def _kernel_order(device_type: str) -> AbstractContextManager[Any]:
+def _kernel_order(device: torch.device) -> AbstractContextManager[Any]:
     """On a GPU the order in which SDPA tries its kernels: the one that the estimator assumes.
 
     Left alone, cuDNN comes first on Hopper and Blackwell (aten, transformers/cuda/sdp_utils.cpp), with other scratch
     and other last digits than on the card before. Of AMD's cards the same names mean AOTriton's kernels.
     """
-    if device_type != "cuda":
-        return nullcontext()
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(order, set_priority=True)
+    return sdpa_kernel(order, set_priority=True) if is_card(device) else nullcontext()
 
 
 def _shares_keys(query: Tensor, target: str | None, settings: dict[str, Any]) -> bool:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora import numerics
 from qlora.batch import Batch
+from qlora.device import is_card
 from qlora.errors import ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.forward_facts import in_forward
@@ -44,40 +46,60 @@ class Heads:
     softcap: float | None
 
 
-def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
-    """Gives a loaded model, on `device`, the kernel that `wanted` (`model.attention`) means there.
+def choose(
+    config: Any, name: str, wanted: str, device: torch.device, recorded: str | None = None
+) -> tuple[str | None, str]:
+    """The kernel with which a model of `config` attends on `device`; or None, for the mask, and why.
 
-    Raises ModelError where "varlen" is asked for and nothing passes its trial.
+    `name` is under which it attends with its mask, `wanted` is `model.attention`, and `recorded` the name under which
+    a run that goes on has attended: it does so again if that passes its trial. Raises ModelError where "varlen" is
+    asked for and nothing passes.
     """
-    on_gpu, lack = device.type == "cuda", ""
-    if wanted == "varlen" or (wanted == "auto" and on_gpu):
-        kernel, lack = _first_right(model, wanted, device)
-        if kernel is not None:
-            model.config._attn_implementation = name_of(kernel)
-            return
+    if wanted not in ("auto", "varlen") or (wanted == "auto" and not is_card(device)):
+        return None, ""
+    lack = lack_of(config, name)
+    found = () if lack else candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
+    before = [kernel for kernel in found if name_of(kernel) == recorded]
+    if wanted == "auto" and recorded == name:
+        return None, ""
+    lacks = [lack] if lack else []
+    for kernel in dict.fromkeys([*before, *found]):
+        if not (lack := tried(kernel, heads_of(config), device)):
+            return kernel, ""
+        lacks.append(lack)
     if wanted == "varlen":
-        what = f'model.attention = "varlen" is not possible for {model.config.name_or_path}: {lack}'
-        raise ModelError(what, 'use "auto" or "eager"')
-    if wanted == "auto" and on_gpu:
+        raise _impossible("; ".join(lacks))
+    return None, "; ".join(lacks)
+
+
+def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
+    """Gives a loaded model, on `device`, the kernel that `choose` names, if the model is right with it.
+
+    A run takes what was decided when it began. Raises ModelError where "varlen" is asked for and cannot be had.
+    """
+    run, name = numerics.of_run(), today(model)
+    kernel, lack = choose(model.config.get_text_config(), name, wanted, device, run.attention if run else None)
+    if kernel is not None:
+        lack = _differs(model, kernel, device)
+        if not lack:
+            model.config._attn_implementation = name_of(kernel)
+        elif wanted == "varlen":
+            raise _impossible(lack)
+    if run is not None:
+        numerics.correct(run.model_copy(update={"attention": today(model)}))
+    if lack:
         sink.emit(Notice("attention", f"packed documents are kept apart by a mask of S × S: {lack}"))
     if wanted == "auto" and today(model) == "eager":
         sink.emit(Notice("attention", "eager attention is used: sdpa cannot compute this model's attention"))
 
 
-def _first_right(model: Any, wanted: str, device: torch.device) -> tuple[str | None, str]:
-    """The first kernel that passes its trials, or None and why none did."""
-    config = model.config.get_text_config()
-    lack = lack_of(config, today(model))
-    if lack:
-        return None, lack
-    has_none = torch.empty(0, device=device).device.type == "cpu"
-    lacks = []
-    for kernel in candidates(config, one_by_one=has_none and wanted == "varlen"):
-        lack = tried(kernel, heads_of(config), device) or _differs(model, kernel, device)
-        if not lack:
-            return kernel, ""
-        lacks.append(lack)
-    return None, "; ".join(lacks)
+def _impossible(lack: str) -> ModelError:
+    return ModelError(f'model.attention = "varlen" is not possible here: {lack}', 'use "auto" or "eager"')
+
+
+def _has_no_kernels(device: torch.device) -> bool:
+    """Whether what lies on `device` is computed by the CPU: it is one, or stands in for a card."""
+    return torch.empty(0, device=device).is_cpu
 
 
 def today(model: Any) -> str:

@@ -123,10 +123,9 @@ def flex(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:
     """torch's flex_attention, compiled (on a CPU as it is: its reference there computes S × S scores)."""
-    on_cpu = query.device.type == "cpu"
-    attend = _flex_attention(compiled=not on_cpu)
+    attend = _flex_attention(compiled=not query.is_cpu)
     capped = None if softcap is None else partial(_capped, softcap=softcap)
-    output = attend(query, key, value, capped, _block_mask(mask, compiled=not on_cpu), scale, enable_gqa=True)
+    output = attend(query, key, value, capped, _block_mask(mask, compiled=not query.is_cpu), scale, enable_gqa=True)
     return output.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
 
 

@@ -8,9 +8,7 @@ costs 2.5 GB on an 8B model and changes no result that we could measure.)
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,12 +56,12 @@ def load_base(
         for name, linear in list(linear_layers(model)):
             # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
             if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
-                _swap_linear(model, name, linear, quantization)
+                swap_linear(model, name, linear, quantization)
     _report(meta_model, base, quantization, sink)
     reader = WeightReader(base.config, base.tensors)
     _stream(meta_model, reader, base, device, sink)
     model.tie_weights()
-    _freeze(model, device)
+    freeze(model, device)
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if lost:
         what = f"{base.name}: {lost[0]} got no value while loading"
@@ -75,31 +73,7 @@ def load_base(
     return model  # type: ignore[no-any-return]
 
 
-def load_nothing(model: Any, quantization: QuantizationSection) -> None:
-    """Give a model on `meta` the final form that `load_base` gives it, without a byte of weights: for the estimator.
-
-    The same functions quantize, so that a dispatch mode sees the same storages as loading makes.
-    """
-    meta = torch.device("meta")
-    # bitsandbytes keeps its 8-bit code table from the first quantization on, on that one's device: never on meta.
-    functional = import_bitsandbytes().functional
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
-    if quantization.type != "none":
-        kind = _params_on_meta()
-        for name, linear in list(linear_layers(model)):
-            layer = _swap_linear(model, name, linear, quantization)
-            read = partial(_meta_rows, width=linear.in_features)
-            shape = (linear.out_features, linear.in_features)
-            quantized = quantize_rows(read, shape, quantization.type, quantization.double_quant, meta)
-            _set_4bit(layer, quantized, kind)
-    _freeze(model, meta)
-
-
-def _meta_rows(start: int, end: int, width: int) -> Tensor:
-    return torch.empty(end - start, width, dtype=torch.bfloat16, device="meta")
-
-
-def _freeze(model: Any, device: torch.device) -> None:
+def freeze(model: Any, device: torch.device) -> None:
     """Buffers to the device, no gradients; and the flag without which peft attaches its plain layers in silence."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -108,25 +82,7 @@ def _freeze(model: Any, device: torch.device) -> None:
     model.is_loaded_in_4bit = any(_is_4bit(module) for module in model.modules())
 
 
-def _params_on_meta() -> Any:
-    """bitsandbytes' parameter, which DoRA copies when it starts: its own copy begins on the CPU and cannot go to meta.
-
-    peft knows the class by its name.
-    """
-    params = import_bitsandbytes().nn.Params4bit
-
-    class Params4bit(params):  # type: ignore[misc, valid-type]
-        def __deepcopy__(self, memo: Any) -> Any:
-            kept = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-            settings = {name: getattr(self, name) for name in kept}
-            twin = type(self)(self.data.clone(), requires_grad=False, bnb_quantized=True, **settings)
-            twin.quant_state = copy.deepcopy(self.quant_state, memo)
-            return twin
-
-    return Params4bit
-
-
-def _swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:
+def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:
     """Puts a 4-bit layer, still without weights, in the place of a linear layer, and returns it."""
     layer = import_bitsandbytes().nn.Linear4bit(
         linear.in_features,
@@ -155,7 +111,7 @@ def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, devic
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if _is_4bit(module) and leaf == "weight":
-            _set_4bit(module, _quantized(reader, base, source, module, device))
+            set_4bit(module, _quantized(reader, base, source, module, device))
         elif leaf in module._buffers:
             module._buffers[leaf] = _read_as(reader, source, module._buffers[leaf].dtype, device)
         elif is_stored_4bit(base, source):  # the head, stored in 4 bit
@@ -190,7 +146,7 @@ def _in_4bit(
     return stored
 
 
-def _set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
+def set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
     """Gives a 4-bit layer its weight, as bitsandbytes does it itself (as a parameter of class `kind`)."""
     layer.weight = (kind or import_bitsandbytes().nn.Params4bit)(
         quantized.data,

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlora.device import is_card
 from qlora.errors import ModelError, foreign_failures
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import read_tensor
@@ -64,7 +65,7 @@ def quantize_rows(
     step = rows_in_block(columns, values_per_block)
     data = torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=device)
-    encode = _encode_on_cpu if device.type == "cpu" else _encode_by_kernel
+    encode = _encode_by_kernel if is_card(device) or device.type != "cpu" else _encode_on_cpu
     dtype = None
     for start in range(0, rows, step):
         block = read_rows(start, min(rows, start + step)).to(device).contiguous()

@@ -151,13 +151,16 @@ class TrainSection(Section):
         1.0, ge=0, le=1_000_000, description="Longer gradients are scaled down to this norm; 0 is off"
     )
     gradient_checkpointing: bool | Literal["auto"] = Field(
-        True,
+        "auto",
         description="Recompute activations, not keep them: much less memory, a third more time; auto: only if needed",
     )
     neftune_alpha: float = Field(
         0.0, ge=0, le=1_000_000, description="Noise on the embeddings while training (5 is usual); 0 is off"
     )
     seed: int = Field(42, ge=0, lt=1 << 32, description="Decides order, split, initial adapters and dropout")
+    deterministic: bool = Field(
+        True, description="On a GPU, sum in one order only: a resumed run is the same bit for bit; false is faster"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:

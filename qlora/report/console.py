@@ -264,6 +264,8 @@ def plan_table(plan: events.Plan) -> Table:
         chosen = ", ".join(f"{key} = {value}" for key, value in plan.memory["changes"].items())
         why = f"; chosen to fit: {chosen}" if chosen else ""
         table.add_row("memory", f"{human_bytes(peak)} predicted at the peak, {human_bytes(limit)} allowed{why}")
+    if plan.resume is not None:
+        table.add_row("resume", plan.resume)
     return table
 
 

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora import numerics
 from qlora.batch import Batch
+from qlora.device import is_card
 from qlora.forward_facts import in_forward
 from qlora.step.loss import LogitsTransform, Objective, chunk_tokens, logits_transform, token_logprobs
 
@@ -35,18 +37,19 @@ class CausalParts:
     chunk_tokens: int
 
     @classmethod
-    def of(cls, causal_lm: Any, device_type: str | None = None) -> CausalParts:
+    def of(cls, causal_lm: Any, on_card: bool | None = None) -> CausalParts:
         """Take a transformers causal LM apart (the model inside a PEFT wrapper: `peft_model.get_base_model()`).
 
-        `device_type` is what computes, for weights on meta; None: where the weights are.
+        `on_card`: a GPU computes; None: where the weights are. A run keeps the chunks of the head that it began with.
         """
+        on_card, run = is_card(causal_lm.device) if on_card is None else on_card, numerics.of_run()
         config = causal_lm.config.get_text_config()
         return cls(
             trunk=causal_lm.base_model,
             embedding=causal_lm.get_input_embeddings(),
             head=causal_lm.get_output_embeddings(),
             transform=logits_transform(config),
-            chunk_tokens=chunk_tokens(config.vocab_size, device_type or causal_lm.device.type),
+            chunk_tokens=(run and run.head_chunk) or chunk_tokens(config.vocab_size, on_card),
         )
 
 

@@ -32,10 +32,10 @@ LogitsTransform = Callable[[Tensor], Tensor]
 TILE_ROWS, SMALLEST_TILE_ROWS = 128, 64
 
 
-def chunk_tokens(vocabulary: int, device_type: str = "cpu") -> int:
+def chunk_tokens(vocabulary: int, on_card: bool = False) -> int:
     """Tokens a chunk for a head of `vocabulary` rows: CHUNK_BYTES of fp32 logits, 16 at least; whole tiles on a GPU."""
     tokens = max(16, CHUNK_BYTES // (4 * vocabulary))
-    return tokens if device_type == "cpu" else max(SMALLEST_TILE_ROWS, tokens // TILE_ROWS * TILE_ROWS)
+    return max(SMALLEST_TILE_ROWS, tokens // TILE_ROWS * TILE_ROWS) if on_card else tokens
 
 
 # Keys that scale or cap the head's output, as transformers calls them: Gemma 2 (cap * tanh(logits / cap), report

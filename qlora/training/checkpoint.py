@@ -38,6 +38,7 @@ from qlora.model.delivered_loss import DeliveredLoss
 from qlora.model.identity import Fingerprints
 from qlora.model.meta_model import build, taken_tensors
 from qlora.model.tensors import read_file
+from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopRequest
@@ -82,6 +83,7 @@ class RunState:
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
     gradient_checkpointing: bool | None = None
     delivered: DeliveredLoss | None = None  # of the best step
+    numerics: Numerics | None = None  # what its numbers depend on; None where an older version saved it
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,9 @@ def save(
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
         belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
-        loss = None if state.delivered is None else state.delivered.model_dump()
-        content = {"format": FORMAT, "state": {**asdict(state), "delivered": loss}, **belongs}
+        models = {"delivered": state.delivered, "numerics": state.numerics}
+        as_values = {name: None if model is None else model.model_dump() for name, model in models.items()}
+        content = {"format": FORMAT, "state": {**asdict(state), **as_values}, **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
     if (free := disk.free_bytes(run_dir)) < needed:
@@ -244,8 +247,6 @@ class Checkpointer:
         restore(checkpoint, self.optimizer, self.fingerprints)
         if _read(checkpoint.path)[1].base_identity is None:
             self.sink.emit(Notice("base", f"{checkpoint.path.name} {identity.NOT_COMPARED}"))
-        if changed := run_folder.other_versions(checkpoint.path):
-            self.sink.emit(Notice("versions", f"the checkpoint was made with {changed}: last digits may differ"))
         self.saved_step = checkpoint.state.step
         return checkpoint.state
 

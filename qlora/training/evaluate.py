@@ -112,11 +112,11 @@ class RunEvaluation:
             self.recovery.sink.emit(Sampled(step, question.asked, question.expected, before, after))
 
     def _batch(self, packs: Sequence[tuple[int, ...]]) -> Batch:
-        layout = Layout.on(self.recovery.device.type)
+        layout = Layout.on(self.recovery.device)
         return collate(self.split, packs, self.chat.pad_id, self.data.max_length, layout)
 
     def _loss(self, step: int) -> float:
-        at_once, layout = self.recovery.settings.micro_batch_size, Layout.on(self.recovery.device.type)
+        at_once, layout = self.recovery.settings.micro_batch_size, Layout.on(self.recovery.device)
         rows = EvalRows(self.split, self.data, self.chat.pad_id, at_once, layout)
         losses, done, packs = [], 0, sum(map(len, rows.micro_batches))
         with evaluating(self.model):

@@ -16,10 +16,14 @@ from functools import partial
 
 import torch
 
+from qlora import determinism
 from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
+from qlora.data.layout import Layout
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
+from qlora.guarded import Guarded
+from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
@@ -41,8 +45,11 @@ from qlora.training.step_batches import Pack, StepBatches
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
     """Train to the end. Raises StoppedBySignal and TrainingStopped with the last completed step saved."""
-    training = Training(job)
-    with job.stop.being_read(), training.ahead:
+    with Guarded("setting up the optimizer", 'lower lora.r, or set train.optimizer = "paged_adamw_8bit"'):
+        training = Training(job)
+    # Not all that needs memory can be done in smaller pieces: the rest ends the run here.
+    hint = "lower data.max_length or lora.r, or use a smaller base"
+    with Guarded("training", hint, training.saved), job.stop.being_read(), training.ahead:
         try:
             state = training.begin(resume_from)
             training.dry_run(state)
@@ -86,12 +93,13 @@ class Training:
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, *of_data)
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
+        self.spills = SpillWatch(job.device, job.sink)
         self.completed = RunState()  # the last state that may be saved
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, job.device.type)
+        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.on(job.device))
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -106,6 +114,11 @@ class Training:
                 clock=job.clock,
                 check_stop=job.stop.check,
             )
+
+    def saved(self) -> str:
+        """What of this run is on the disk, for an error."""
+        step = self.checkpointer.saved_step
+        return f"step {step} is saved, mode='resume' goes on from it" if step > 0 else "nothing was saved yet"
 
     # --- before the first step -----------------------------------------------------------------------------------
 
@@ -123,8 +136,9 @@ class Training:
             message = f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"
             self.sink.emit(Notice("optimizer", message))
         counts = self.job.model.get_nb_trainable_parameters()
-        rows, attends = len(self.job.data.eval.lengths), attention.shown(self.causal_lm)
-        self.sink.emit(replace(self.batches.plan(self.recovery.settings, rows, *counts), attention=attends))
+        plan = self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts)
+        promise, attends = determinism.promise(self.job.device), attention.shown(self.causal_lm)
+        self.sink.emit(replace(plan, resume=promise, attention=attends))
         if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:
@@ -223,6 +237,7 @@ class Training:
             peak_bytes=peak_bytes(self.job.device),
             seconds=seconds,
         )
+        self.spills.after_step(done)
         state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
         self.completed = state
         if state.skipped_in_a_row >= health.SKIPS_BEFORE_STOPPING:
@@ -238,6 +253,10 @@ class Training:
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         """Forward and backward of each micro-batch; each one's summed loss, still on the device."""
+        work = partial(self._micro_steps, state, batches, step_weight)
+        return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
+
+    def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from qlora import numerics
 from qlora.data.layout import GPU_MULTIPLE
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
@@ -58,7 +59,8 @@ class MemorySettings:
     def kept_in(self, state: RunState) -> RunState:
         """The state from which a resumed run goes on with these settings."""
         rows, recompute = self.micro_batch_size, self.gradient_checkpointing
-        return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute)
+        numbers = numerics.of_run()
+        return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute, numerics=numbers)
 
     def fewer_answers(self) -> MemorySettings | None:
         return replace(self, answers_at_once=self.answers_at_once // 2) if self.answers_at_once > 1 else None
@@ -178,7 +180,11 @@ def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str,
     pairs = {"peak": {"predicted": predicted_peak, "measured": measured.peak_bytes}}
     for part in ("weights", "adapters", "optimizer"):
         pairs[part] = {"predicted": estimate.components[part], "measured": getattr(measured, f"{part}_bytes")}
-    unchanged = settings.plan.recipe.train.micro_batch_size == settings.micro_batch_size
+    planned = settings.plan.recipe.train
+    unchanged = (planned.micro_batch_size, planned.gradient_checkpointing) == (
+        settings.micro_batch_size,
+        settings.gradient_checkpointing,
+    )
     if on_gpu and machine.gpu is not None and unchanged:
         factor = settings.planner.estimator.correction.factor
         predicted = round(estimate.tensor_bytes / factor)

@@ -2,8 +2,8 @@
 
 The handler is left first, because an exception keeps the frames it came through, and with them every tensor of the
 failed step. What is redone has the same rows and the same normalization, so that the gradient is the same where dropout
-and NEFTune are 0. Only torch's own out-of-memory error is handled like this: after any other CUDA error the context may
-be dead, and the run ends.
+and NEFTune are 0. Every report that memory ran out (`qlora/out_of_memory.py`) is handled like this: none ends the GPU's
+context. After any other error of a GPU the context may be dead, and the run ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from qlora.device import release_memory
 from qlora.errors import DoesNotFit
 from qlora.events import Recovered, Sink
+from qlora.guarded import Attempt
 from qlora.memory.plan import changed, does_not_fit
 from qlora.training.memory_plan import MemorySettings
 
@@ -82,11 +83,9 @@ class OomRecovery:
 
 def attempt(work: Callable[[], T]) -> tuple[tuple[T] | None, str]:
     """The result in a tuple, or None and why memory ran out. Returned after the handler is left."""
-    try:
+    with Attempt() as memory:
         return (work(),), ""
-    except torch.OutOfMemoryError as error:
-        reason = "out of memory: " + (str(error).split(".")[1].strip() if "." in str(error) else str(error))
-    return None, reason
+    return None, f"out of memory: {memory.reason}"
 
 
 def _describe(before: MemorySettings, after: MemorySettings) -> str:

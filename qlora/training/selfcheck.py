@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +19,20 @@ from torch import Tensor
 
 from qlora.data.loader import collate
 from qlora.data.prepare import PreparedSplit
-from qlora.device import with_own_random_state
-from qlora.errors import ModelError
+from qlora.data.short_rows import two_short_rows
+from qlora.device import random_state_kept, release_memory
+from qlora.errors import DoesNotFit, ModelError
+from qlora.model import full_logits
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.optimizer import AdapterOptimizer
+from qlora.training.recovery import attempt
 
 # Mean absolute difference of log-probabilities, nats. 4-bit weights and bf16 kernels of different shapes differ by
 # 0.003 to 0.02 on tiny and real models; two and a half times that is no noise. Recurrent layers leak 0.004 to 0.046, a
 # cap may change 0.011: none of that is found here, which is why it is known before.
 TOLERANCE = 0.05
-TOKENS_PER_ROW = 256
+# Of a row: the beginning of a row is a row. Where even its logits have no room, fewer are asked about.
+TOKENS_PER_ROW = (full_logits.TOKENS, full_logits.TOKENS // 4, full_logits.TOKENS // 16)
 
 
 @dataclass(frozen=True)
@@ -49,16 +54,27 @@ class SelfCheck:
 
 
 def run(causal_lm: Any, parts: CausalParts, split: PreparedSplit, device: torch.device) -> SelfCheck | None:
-    """Compare on two short rows; None when there are not two rows with trained tokens. Raises ModelError."""
-    rows = [i for i in sorted(range(len(split.lengths)), key=lambda i: split.lengths[i]) if split.trained[i]]
-    rows = [i for i in rows if split.lengths[i] <= TOKENS_PER_ROW][-2:] or rows[:2]
-    if len(rows) < 2:
-        return None
+    """Compare on two short rows; None where there are not two with trained tokens. Raises ModelError, DoesNotFit."""
+    reason = ""
+    for tokens in TOKENS_PER_ROW:
+        if (rows := two_short_rows(split, tokens)) is None:
+            return None
+        compared, reason = attempt(partial(_compare, causal_lm, parts, rows, device))
+        if compared is not None:
+            return _checked(compared[0])
+        release_memory(device)
+    raise DoesNotFit(f"{reason}, in the forward pass of a row of {tokens} tokens", "use a smaller base")
+
+
+def _compare(causal_lm: Any, parts: CausalParts, rows: PreparedSplit, device: torch.device) -> SelfCheck:
     with evaluating(causal_lm):
-        reference = torch.cat([_own_logprobs(causal_lm, split, row, device) for row in rows])
-        alone = torch.cat([_ours(parts, split, (row,), device) for row in rows])
-        packed = _ours(parts, split, tuple(rows), device)
-    check = SelfCheck(head=float((alone - reference).abs().mean()), leak=float((packed - reference).abs().mean()))
+        reference = torch.cat([_own_logprobs(causal_lm, rows, row, device) for row in (0, 1)])
+        alone = torch.cat([_ours(parts, rows, (row,), device) for row in (0, 1)])
+        packed = _ours(parts, rows, (0, 1), device)
+    return SelfCheck(head=float((alone - reference).abs().mean()), leak=float((packed - reference).abs().mean()))
+
+
+def _checked(check: SelfCheck) -> SelfCheck:
     if not check.head <= TOLERANCE:
         raise ModelError(
             f"this architecture's loss cannot be computed in chunks: it differs from the model's own by "
@@ -73,7 +89,7 @@ def restoring_state(optimizer: AdapterOptimizer, device: torch.device, work: Cal
     tensors, counters = optimizer.state()
     rounded = {key: parameter.detach().to("cpu", copy=True) for key, parameter in optimizer.parameters.items()}
     try:
-        with torch.random.fork_rng(devices=with_own_random_state(device)):
+        with random_state_kept(device):
             work()
     finally:
         optimizer.zero_gradients()
@@ -94,8 +110,6 @@ def _ours(parts: CausalParts, split: PreparedSplit, pack: tuple[int, ...], devic
 def _own_logprobs(causal_lm: Any, split: PreparedSplit, row: int, device: torch.device) -> Tensor:
     """The model's full forward on one row: log-probabilities of its trained tokens."""
     tokens = split.rows[row]
-    ids_S = torch.tensor(tokens.input_ids, device=device)
-    logits_SV = causal_lm(input_ids=ids_S.unsqueeze(0), use_cache=False).logits[0].float()
-    logprobs_S = torch.log_softmax(logits_SV[:-1], dim=-1).gather(1, ids_S[1:, None]).squeeze(1)
+    logprobs_S = full_logits.logprobs(causal_lm, torch.tensor(tokens.input_ids, device=device))
     trained = [i for i, weight in enumerate(tokens.loss_weights[1:]) if weight]
     return logprobs_S[torch.tensor(trained, device=device)].double()

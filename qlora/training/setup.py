@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from qlora import disk
 from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
+from qlora.guarded import Guarded
 from qlora.recipe.reading import Recipe
-from qlora.recipe.sections import ExportSection
+from qlora.recipe.sections import ExportSection, parse_bytes
 from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from qlora.stop import StopRequest
     from qlora.training.memory_plan import MemorySettings
 
+_HINT = "end other programs that hold memory"
 EVA_BATCHES = 64  # micro-batches that EVA looks at; its components settle long before (Paischer et al. 2024, section 4)
 
 
@@ -165,13 +167,19 @@ def foresee_gguf(
 
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
     """The quantized base with fresh adapters."""
+    from qlora import device as hardware
+    from qlora.memory.overheads import CUDA_CONTEXT_BYTES
     from qlora.model import adapters, load
 
     device = pick_device()
-    with clock.phase("load"):
+    hardware.release(device)  # an earlier run's model may still be held by what refers to itself
+    hardware.limit_memory(device, parse_bytes(recipe.memory.limit), CUDA_CONTEXT_BYTES)
+    with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
         model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
-    with clock.phase("load", "attach adapters"):
-        batches = _eva_batches(recipe, data, chat.pad_id, device) if recipe.lora.init == "eva" else None
+    eva = recipe.lora.init == "eva"
+    hint = f'{_HINT}, lower data.max_length, or set lora.init = "default"' if eva else f"{_HINT}, or lower lora.r"
+    with clock.phase("load", "attach adapters"), Guarded("attaching the adapters", hint):
+        batches = _eva_batches(recipe, data, chat.pad_id, device) if eva else None
         return adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
 
 

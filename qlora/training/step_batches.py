@@ -36,14 +36,14 @@ class StepBatches:
 
     @classmethod
     def of(
-        cls, split: PreparedSplit, data: DataSection, train: TrainSection, pad_id: int, device_type: str = "cpu"
+        cls, split: PreparedSplit, data: DataSection, train: TrainSection, pad_id: int, layout: Layout = ON_CPU
     ) -> StepBatches:
         """The batch size may depend on how many packs there are, so the order is made twice."""
         trial = TrainOrder(split, data, train.seed, 1)
         batch_size = schedule.auto_batch_size(len(trial.epoch_packs(0)), train)
         order = TrainOrder(split, data, train.seed, batch_size)
         steps = train.max_steps or order.steps(train.epochs or schedule.DEFAULT_EPOCHS)
-        layout = Layout.on(device_type).steady([sum(split.lengths[i] for i in pack) for pack in order.epoch_packs(0)])
+        layout = layout.steady([sum(split.lengths[i] for i in pack) for pack in order.epoch_packs(0)])
         return cls(split, data, pad_id, batch_size, order, steps, layout)
 
     def plan(self, now: MemorySettings, eval_rows: int, trainable_parameters: int, total_parameters: int) -> Plan:

@@ -12,9 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from qlora.cli import verify_resume
 from qlora.errors import TrainingStopped
-from qlora.recipe.reading import load_recipe, recipe_toml
+from qlora.events import Recorder
+from qlora.model.identity import Fingerprints
+from qlora.numerics import Numerics
+from qlora.recipe.reading import Recipe, load_recipe, recipe_toml
+from qlora.training import checkpoint
 from tests.cli.cases import run
 from tests.runs import EVERYTHING, write_recipe
+from tests.training.cases import ABOUT, optimizer
 
 
 def test_the_short_recipe_keeps_all_that_decides_a_step(tmp_path: Path, llama: Path) -> None:
@@ -48,6 +53,49 @@ def test_a_difference_in_one_bit_is_said(tmp_path: Path) -> None:
     save_file(changed, tmp_path / "two" / "adapter.safetensors")
     with pytest.raises(TrainingStopped, match="1 of 4 tensors differ, a first, by at most inf"):
         verify_resume._compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_is_exact_to_rounding_is_compared_within_a_tolerance_that_is_named(tmp_path: Path) -> None:
+    began = {"master/a": torch.zeros(100), "state1/a": torch.zeros(100, dtype=torch.uint8)}
+    ended = {"master/a": torch.full((100,), 1e-3), "state1/a": torch.ones(100, dtype=torch.uint8)}
+    for side in ("half", "one", "two"):
+        (tmp_path / side).mkdir()
+    folders = tmp_path / "half", tmp_path / "one", tmp_path / "two"
+    save_file(began, folders[0] / "optimizer.safetensors")
+    save_file(ended, folders[1] / "optimizer.safetensors")
+    save_file({**ended, "master/a": ended["master/a"] * 1.04}, folders[2] / "optimizer.safetensors")
+    proof = verify_resume._compare_to_rounding(*folders)
+    assert proof.apart == pytest.approx(0.04, rel=1e-3)
+    assert "right to rounding" in str(proof) and "4.00% of what they moved since, 5% are allowed" in str(proof)
+    save_file({**ended, "master/a": ended["master/a"] * 1.06}, folders[2] / "optimizer.safetensors")
+    with pytest.raises(TrainingStopped, match=r"differ by 6\.00% .*5% are allowed"):
+        verify_resume._compare_to_rounding(*folders)
+    save_file(began, folders[1] / "optimizer.safetensors")  # nothing moved, and the ends differ
+    with pytest.raises(TrainingStopped, match="differ by inf%"):
+        verify_resume._compare_to_rounding(*folders)
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_what_the_run_recorded_decides_what_is_compared(
+    asked: bool | None, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operation without an exact form makes a run exact to rounding as well, whatever its recipe says."""
+    made, of_base = optimizer(), Fingerprints("base", "data")
+
+    def trained(recipe: Recipe, out: Path, name: str, *flags: str) -> None:
+        (out / name).mkdir(parents=True, exist_ok=True)
+        (out / name / "recipe.toml").touch()
+        numbers = None if asked is None else Numerics(deterministic=asked)
+        for step in (verify_resume.HALF, verify_resume.STEPS):
+            if not checkpoint.folder_of(out / name, step).exists():
+                state = checkpoint.RunState(step=step, numerics=numbers)
+                checkpoint.save(out / name, state, made, of_base, 2, ABOUT)
+
+    monkeypatch.setattr(verify_resume, "_train", trained)
+    recipe = load_recipe(write_recipe(tmp_path, llama))
+    proof = verify_resume.verify_resume(recipe, "tiny", Recorder())
+    assert proof.apart == (0.0 if asked is False else None)
+    assert f"{proof}".startswith("resume is right to rounding" if asked is False else "resume is exact: ")
 
 
 @pytest.mark.slow

@@ -7,14 +7,20 @@ import torch
 
 from qlora.data.layout import GPU_MULTIPLE, ON_CPU, Layout
 from qlora.data.loader import collate
+from tests.card import MIB, Card, rehearsal
 from tests.data.cases import split_of
 
-ON_GPU = Layout.on("cuda")
+ON_GPU = Layout(GPU_MULTIPLE, continues=True)
 
 
 def test_a_cpu_has_the_layout_that_its_numbers_depend_on() -> None:
-    assert Layout.on("cpu") == ON_CPU == Layout(8, continues=False, width=0, rows=0)
+    assert Layout.on(torch.device("cpu")) == ON_CPU == Layout(8, continues=False, width=0, rows=0)
     assert ON_CPU.steady([40, 41]) == ON_CPU and ON_CPU.of_rows(2, 4) == ON_CPU
+
+
+def test_a_card_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rehearsal(monkeypatch, Card(total=64 * MIB)):
+        assert Layout.on(torch.device("cpu")) == ON_GPU
 
 
 def test_padding_goes_on_with_the_last_document() -> None:

@@ -13,20 +13,15 @@ from qlora.events import Recorder
 from qlora.model import attention, attention_choice, document_attention
 from qlora.model.attention_choice import Heads, assumed, lack_of, settle, tried
 from qlora.model.base_folder import BaseFolder
+from tests.card import Card, rehearsal
 from tests.families import make_config
 from tests.model.conftest import CPU, load
 
 HEADS = Heads(4, 2, 16, windowed=True, softcap=None)
 
 
-class Gpu(str):
-    """Stands for a device that says it is a GPU and keeps its tensors on the CPU."""
-
-    type = "cuda"
-
-
 def settled(model: Any, wanted: str, kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """`settle` on a GPU that has these kernels and no others."""
+    """`settle` on a card that has these kernels and no others; its tensors stay on the CPU."""
 
     def absent(*_: Any) -> Any:
         raise RuntimeError("no kernel image is available")
@@ -35,7 +30,8 @@ def settled(model: Any, wanted: str, kernels: dict[str, Any], monkeypatch: pytes
         monkeypatch.setitem(document_attention.KERNELS, name, kernels.get(name, absent))
     tried.cache_clear()
     recorder = Recorder()
-    settle(model, wanted, Gpu("cpu"), recorder)  # type: ignore[arg-type]
+    with rehearsal(monkeypatch, Card(total=1 << 30)):
+        settle(model, wanted, CPU, recorder)
     tried.cache_clear()
     return recorder
 

@@ -66,7 +66,7 @@ def test_a_4bit_layer_computes_with_the_same_rounded_weight(without_kernels: Non
     layer = import_bitsandbytes().nn.Linear4bit(128, 64, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.support_avx512bf16_for_cpu = False
     quantized = quantize(weight, "nf4", nested, CPU)
-    load._set_4bit(layer, quantized)
+    load.set_4bit(layer, quantized)
     layer.bias = torch.nn.Parameter(torch.randn(64, generator=generator).bfloat16())
     inputs = torch.randn(9, 128, generator=generator).bfloat16().requires_grad_()
     with cpu_matmul.fast_matmul(CPU):

@@ -101,12 +101,6 @@ def test_only_plain_masks_of_the_batch_are_by_documents() -> None:
     assert of_forward() is None
 
 
-def test_whose_positions_are_asked_about() -> None:
-    batch = collate(split_of([3]), [(0,)], 0, 24)
-    with in_forward(batch):
-        assert of_forward(batch.position_ids_BS) is batch and of_forward(batch.position_ids_BS.clone()) is None
-
-
 @pytest.mark.parametrize("layout", [Layout(), Layout(16, continues=True)])
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_tensor_is_what_transformers_makes(layout: Layout, window: int | None) -> None:

@@ -14,7 +14,8 @@ from qlora.errors import ModelError
 from qlora.events import Recorder
 from qlora.memory.simulate import META
 from qlora.model import adapters, linear_use
-from qlora.model.load import load_base, load_nothing
+from qlora.model.load import load_base
+from qlora.model.made_up import load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection

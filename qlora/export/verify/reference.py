@@ -18,7 +18,7 @@ import torch
 
 from qlora.data.chat import ChatFormat
 from qlora.data.loader import collate
-from qlora.device import release_memory
+from qlora.device import release
 from qlora.errors import ExportError
 from qlora.events import Notice, Sink
 from qlora.export import base_check
@@ -120,6 +120,7 @@ def trained_reference(
     if imatrix and rows is None:
         raise ExportError("`imatrix` needs the rows of a run", "name a run's folder whose data files are still there")
     import_bitsandbytes()
+    release(source.device)  # a run's model may still be held by what refers to itself
     model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
     base_check.refuse_another(source, model.base_identity)
     reference = TrainedReference(source, chat, model.base_identity)
@@ -131,6 +132,7 @@ def trained_reference(
         reference.imatrix = collect(model, batches, sink)
     if not verify:
         del model
+        release(source.device)
         yield reference
         return
     reference.evaluation = _compare_loss(source, model, sink)
@@ -138,7 +140,7 @@ def trained_reference(
     chunks = fidelity.live_logprobs(model, positions.batches, source.device)
     with fidelity.reference(chunks, positions, scratch) as predictions:
         del model, chunks
-        release_memory(source.device)
+        release(source.device)
         reference.predictions = predictions
         quantization = source.origin.quantization.type
         name = "trained" if quantization == "none" else f"trained, adapter on {quantization}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qlora.errors import ExportError
+from qlora.errors import DoesNotFit, ExportError
 from qlora.export import child
 from qlora.export.gguf.metadata import Entry
 from qlora.export.hf import DTYPE_NAMES, patched_config, patched_tokenizer_config
@@ -25,6 +25,7 @@ from qlora.model.tensors import load_json, total_bytes
 from qlora.model.tokenizer_files import TOKENIZER_FILES, read_files
 
 _CHILD = "qlora.export.verify.weights_child"
+_MEMORY_HINT = "end other programs that hold memory, or use verify=False to keep the files"
 _HINT = "export again; if it happens again, report it with this line, and use verify=False to keep the files"
 # The child imports torch and transformers, then reads, quantizes and compares at 10 MB/s or better on a slow laptop.
 _START_SECONDS = 300.0
@@ -80,7 +81,8 @@ def gguf_target(file: Path, types: Mapping[str, Any], entries: Sequence[Entry]) 
 def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | None = None) -> dict[str, list[Check]]:
     """Compare every weight of `targets` with what `merge` says must stand in them, in a child process.
 
-    Raises ExportError when the child dies, or takes longer than `limit_seconds` (by default by the size of the base).
+    Raises ExportError when the child dies, or takes longer than `limit_seconds` (by default by the size of the base);
+    DoesNotFit where it had no memory.
     """
     request = {
         "base": str(merge.base.path),
@@ -95,6 +97,8 @@ def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | N
         done = child.run(_CHILD, request, Path(name), seconds)
     if done.code is None:
         raise ExportError(f"verification did not end within {seconds:.0f} s", _HINT)
+    if "results" not in done.answer and done.ran_out_of_memory:
+        raise DoesNotFit("out of memory while verifying the export's weights", _MEMORY_HINT)
     if "results" not in done.answer:
         reason = done.answer.get("failed") or done.last_line() or "no message"
         raise ExportError(f"verification failed: {reason} (exit code {done.code})", _HINT)

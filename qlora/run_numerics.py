@@ -1,0 +1,73 @@
+"""What a run's numbers depend on, decided as it starts; for a resumed run as recorded, where that exists here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora import device as hardware
+from qlora import numerics, run_folder
+from qlora.events import Notice, Sink
+from qlora.numerics import Numerics
+from qlora.recipe.reading import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora.model.base_folder import BaseFolder
+
+
+def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Numerics | None) -> Numerics:
+    """The facts of a run of `recipe` on `base` here; `recorded` is what its checkpoint says, None for a new run.
+
+    Where something can be chosen, what was recorded is chosen again if it exists here: those are the fields that this
+    function takes from `recorded`. All else is as it is.
+    """
+    from qlora.model.attention import name_of
+    from qlora.model.attention_choice import choose
+    from qlora.model.meta_model import choose_attention, text_config
+    from qlora.step.loss import chunk_tokens
+
+    text, _ = text_config(base.config, base.name)
+    named, wanted = choose_attention(text, recipe.model.attention, base.name), recipe.model.attention
+    kernel, _ = choose(text, named, wanted, device, recorded.attention if recorded else None)
+    chunk = chunk_tokens(text.vocab_size, hardware.is_card(device))
+    exact = recipe.train.deterministic and (recorded is None or recorded.deterministic is not False)
+    return Numerics(
+        **_machine(device),
+        deterministic=exact,
+        attention=named if kernel is None else name_of(kernel),
+        head_chunk=(recorded.head_chunk if recorded else None) or chunk,
+        functions="peft",  # its LoRA layers around bitsandbytes' Linear4bit
+        compiled=False,
+    )
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from qlora.model.cpu_matmul import has_bf16_products
+
+    if hardware.is_card(device):
+        return {
+            "device": hardware.name_of(device),
+            "capability": ".".join(map(str, hardware.capability(device))),
+            "kernels": "bitsandbytes on the GPU",
+        }
+    return {
+        "device": device.type,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "kernels": "bf16" if has_bf16_products() else "fp32",
+    }
+
+
+def say_what_differs(checkpoint: Path, recorded: Numerics | None, now: Numerics, sink: Sink) -> None:
+    """One notice that names each difference between what a checkpoint was made with and what is here.
+
+    A checkpoint of a version that recorded nothing but packages is compared by them alone.
+    """
+    changed = [*(numerics.differences(recorded, now) if recorded else ()), *run_folder.other_versions(checkpoint)]
+    if changed:
+        message = f"the rest of the run is not bit for bit what it would have been: {', '.join(changed)}"
+        sink.emit(Notice("resume", message, len(changed)))
