@@ -47,6 +47,10 @@ FLOORS = {
     "third_party": 1,
     "version": 1,
     "windows_paths": 1,
+    "processes": 1,
+    "torch_build": 1,
+    "nvidia": 1,
+    "nvidia_child": 1,
     "device": 1,
     "numerics": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
@@ -56,20 +60,10 @@ LINES = {
     # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
-        *(
-            "files",
-            "foreign_json",
-            "foreign_toml",
-            "manifest",
-            "lock",
-            "numerics",
-            "batch",
-            "forward_facts",
-            "api",
-            "prove",
-        ),
+        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
+        *("nvidia", "device", "numerics", "batch", "forward_facts", "api", "prove"),
     ],
-    "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
+    "cli": ["surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "export", "estimate", "train"],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
         *("step_batches", "best_adapter", "setup", "loop"),
@@ -132,7 +126,7 @@ LINES = {
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "linear_use"),
         *("meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits"),
+        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
