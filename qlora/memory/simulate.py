@@ -22,6 +22,7 @@ from torch import nn
 
 from qlora.batch import Batch
 from qlora.memory import tape
+from qlora.memory.allocator import rounded
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.plain_optimizer import PlainOptimizer
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
@@ -154,9 +155,10 @@ class Simulator:
             with _collecting():
                 runs.append(model.run(workload, chunk))
         short, long = (played for _, played in (runs[0], runs[-1]))
-        each = tuple((Counter(long.start) - Counter(short.start)).elements())
-        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         line = _Line(self.sizes[0], self.sizes[-1], self.spec.layers)
+        each = tuple((Counter(long.start) - Counter(short.start)).elements())
+        long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
+        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         return replace(line.simulation(runs[0][0], runs[-1][0]), reserved=reserved)
 
     def _whole(self, short: int, long: int) -> int:
@@ -256,6 +258,7 @@ class _MetaModel:
             self.model.train()
             live.begin("forward")
             recorded = live.record(self.replaced)
+            recorded.set_apart([rounded(nbytes) for nbytes in optimizer.buffer_sizes])
             recorded.mark("forward")
             spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
             live.begin("update")
