@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk
+from qlora import disk, processes
 from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
 from qlora.guarded import Guarded
@@ -78,6 +78,7 @@ def pick_device() -> torch.device:
     """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
     from qlora import device as hardware
 
+    processes.refuse_several()
     device = hardware.current()
     if not hardware.computes_bf16(device):
         raise HardwareError(
@@ -173,13 +174,13 @@ def foresee_gguf(
 
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
     """The quantized base with fresh adapters."""
-    from qlora import device as hardware
-    from qlora.memory.overheads import CUDA_CONTEXT_BYTES
+    from qlora import device as cards
+    from qlora.memory import hardware, overheads
     from qlora.model import adapters, load
 
-    device = pick_device()
-    hardware.release(device)  # an earlier run's model may still be held by what refers to itself
-    hardware.limit_memory(device, parse_bytes(recipe.memory.limit), CUDA_CONTEXT_BYTES)
+    device, context = pick_device(), overheads.context_bytes(hardware.this_machine(recipe.memory.limit).gpu)[0]
+    cards.release(device)  # an earlier run's model may still be held by what refers to itself
+    cards.limit_memory(device, parse_bytes(recipe.memory.limit), context)
     with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
         model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
     eva = recipe.lora.init == "eva"
