@@ -8,8 +8,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
 
+# The name since torch 2.9, and the two before it.
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 WAITING_THREADS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
@@ -41,6 +44,21 @@ def let_waiting_threads_sleep() -> None:
         os.environ.update(WAITING_THREADS)
 
 
+def let_segments_grow() -> None:
+    """Have torch's CUDA allocator map memory where it is needed, so that shapes of every step leave no holes.
+
+    Before torch is imported. Linux alone: Windows' drivers lack the calls, and under WSL they have not been tried.
+    Whoever has set the allocator decides (CUDA semantics, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
+    """
+    if allocator_settings() is None:
+        os.environ[ALLOCATORS[0]] = "expandable_segments:True"
+
+
+def allocator_settings() -> str | None:
+    """What the environment tells torch's CUDA allocator; None where it tells nothing."""
+    return next((os.environ[name] for name in ALLOCATORS if os.environ.get(name)), None)
+
+
 @contextmanager
 def unprinted_panics() -> Iterator[None]:
     """A native library that gives up prints so by itself, with a stranger's text in it, past every stream of Python's.
@@ -63,15 +81,40 @@ def unprinted_panics() -> Iterator[None]:
 
 
 def import_bitsandbytes() -> Any:
-    """The library, without its advice on import to install `kernels`, which would fetch native code at run time."""
+    """The library, without its advice on import to install `kernels`, which would fetch native code at run time.
+
+    It marks a dozen functions for torch.compile as it is imported, which loads the compiler: a third of what a command
+    imports, for functions that few runs call. They are compiled when they are called.
+    """
+    if (known := sys.modules.get("bitsandbytes")) is not None:
+        return known
+    import torch
+
     advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = advice.level
+    level, compile_now = advice.level, torch.compile
     advice.setLevel(logging.ERROR)
+    torch.compile = partial(_compile_when_called, compile_now)
     try:
         import bitsandbytes
     finally:
+        torch.compile = compile_now
         advice.setLevel(level)
     return bitsandbytes
+
+
+def _compile_when_called(compile_now: Any, function: Any = None, **settings: Any) -> Any:
+    """torch.compile as a function or a decorator, whose work is done at the first call."""
+    if function is None:
+        return partial(_compile_when_called, compile_now, **settings)
+    compiled: list[Any] = []
+
+    @wraps(function)
+    def call(*values: Any, **named: Any) -> Any:
+        if not compiled:
+            compiled.append(compile_now(function, **settings))
+        return compiled[0](*values, **named)
+
+    return call
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def test_the_longest_test_files_are_there() -> None:
 
 
 # Whole commands of a shell, which a message or a written file may quote wherever it is made.
-SHELL = re.compile(r"qlora-train --schema|llama-cli |ollama show |pip install|--upgrade")
+SHELL = re.compile(r"qlora-train --schema|llama-cli |ollama show |pip install|--upgrade|--query-|--format=csv")
 
 
 def test_messages_below_the_commands_name_no_option() -> None:

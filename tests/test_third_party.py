@@ -1,4 +1,4 @@
-"""Other libraries inside our commands: how their threads wait."""
+"""Other libraries inside our commands: how their threads wait, and what they load before anybody needs it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from qlora.third_party import WAITING_THREADS, draw_no_bars, unprinted_panics
+from qlora.third_party import WAITING_THREADS, _compile_when_called, draw_no_bars, unprinted_panics
 
 # A command that has ended: what it left in the environment, and whether torch had been imported by then.
 COMMAND = """
@@ -74,3 +75,31 @@ def test_a_process_without_a_second_descriptor(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("os.dup", refuse)
     with unprinted_panics():
         pass
+
+
+def test_bitsandbytes_is_imported_without_the_compiler_and_torch_is_as_it_was() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = torch.compile\n"
+        "from qlora.third_party import import_bitsandbytes\n"
+        "assert import_bitsandbytes() is import_bitsandbytes() is sys.modules['bitsandbytes']\n"
+        "assert torch.compile is before\n"
+        "assert 'torch._inductor' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_marked_for_compiling_is_compiled_once_when_it_is_called() -> None:
+    asked: list[object] = []
+
+    def compile_now(function: Callable[[int], int], **settings: object) -> Callable[[int], int]:
+        asked.append(settings)
+        return lambda value: function(value) + 1
+
+    def double(value: int) -> int:
+        return 2 * value
+
+    marked = (_compile_when_called(compile_now, double), _compile_when_called(compile_now, dynamic=False)(double))
+    assert asked == []
+    assert [function(3) for function in (*marked, *marked)] == [7, 7, 7, 7]
+    assert asked == [{}, {"dynamic": False}]

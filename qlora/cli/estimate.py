@@ -44,6 +44,7 @@ def estimate(
 
 
 def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot: Path | None, as_json: bool) -> None:
+    _refuse_early(asked, plot)
     from qlora import api
 
     question = api.question(api.recipe_or_model(what, overrides), **asked)
@@ -51,16 +52,28 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot
         _plot(question, plot)
     plans = question.search() if fit else []
     estimate = plans[0].estimate if plans else question.estimate()
-    answer = estimate.as_dict()
+    answer = {**estimate.as_dict(), "limit_source": question.machine.source}
     if fit:
         answer["plans"] = [_as_dict(plan) for plan in plans]
     if as_json:
         common.answer(answer)
     else:
         with common.answering():
-            _show(answer, question.machine.source)
+            _show(answer)
     if not estimate.fits:
         raise question.does_not_fit()
+
+
+def _refuse_early(asked: dict[str, Any], plot: Path | None) -> None:
+    """What needs no model to be wrong is refused before anything slow is imported."""
+    from qlora.memory import hardware
+
+    if asked["gpu"] is not None or asked["vram"] is not None:
+        hardware.asked_for(asked["gpu"], asked["vram"], "auto")
+    if plot is not None:
+        from qlora.report.picture import check_place
+
+        check_place(plot)
 
 
 def _as_dict(plan: Any) -> dict[str, Any]:
@@ -70,13 +83,13 @@ def _as_dict(plan: Any) -> dict[str, Any]:
     return {"changes": dict(plan.changes), "lines": lines, "estimate": plan.estimate.as_dict()}
 
 
-def _show(answer: dict[str, Any], source: str) -> None:
+def _show(answer: dict[str, Any]) -> None:
     from qlora.report.console import Terminal
     from qlora.report.memory import estimate_view, plans_view
 
     console = Terminal()
-    answer, source = shown.plain_values(redact_all((answer, source)))
-    console.print(estimate_view(answer, source))
+    answer = shown.plain_values(redact_all(answer))
+    console.print(estimate_view(answer))
     if plans := answer.get("plans"):
         console.print("\nsettings that fit, the fastest first")
         console.print(plans_view(plans))
@@ -97,7 +110,7 @@ def _toml(lines: list[str]) -> list[str]:
 
 def _plot(question: Any, file: Path) -> None:
     from qlora.memory.hardware import common_cards
-    from qlora.report.memory import draw_lengths
+    from qlora.report.picture import draw_lengths
 
     peaks = {length: question.estimate({"data.max_length": length}).peak_bytes for length in PLOT_LENGTHS}
     limits = {name: limit for name, limit in common_cards().items() if limit < 1.2 * max(peaks.values())}

@@ -1,18 +1,13 @@
-"""How an estimate is drawn: a table with bars, plans that fit, and a picture of the peak against sequence length."""
+"""How an estimate is drawn: a table with bars, and plans that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-
-from qlora import shown
-from qlora.errors import UserError
-from qlora.redaction import redact
 
 GIB = 1 << 30
 BAR_WIDTH = 24
@@ -35,8 +30,8 @@ def bar(value: float, full: float, width: int = BAR_WIDTH) -> str:
     return FULL * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
-def estimate_view(estimate: Mapping[str, Any], source: str) -> RenderableType:
-    """`estimate` is what `--json` prints; `source` says where the limit comes from."""
+def estimate_view(estimate: Mapping[str, Any]) -> RenderableType:
+    """`estimate` is what `--json` prints; the first line says what the limit is, and where it comes from."""
     peak, limit = estimate["peak_bytes"], estimate["limit_bytes"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True, min_width=11)
@@ -46,8 +41,9 @@ def estimate_view(estimate: Mapping[str, Any], source: str) -> RenderableType:
     for name, count in estimate["components"].items():
         table.add_row(Text(name), _gib(count), bar(count, max(peak, limit)), MEANINGS.get(name, ""))
     table.add_row("peak", Text(_gib(peak), style="bold"), Text(bar(peak, max(peak, limit)), style="bold"))
-    table.add_row("limit", _gib(limit), bar(limit, max(peak, limit)), Text(source))
-    return Group(table, Text(""), verdict(peak, limit), *_details(estimate))
+    table.add_row("limit", _gib(limit), bar(limit, max(peak, limit)), "")
+    first = Text(f"limit {_gib(limit)}: {estimate['limit_source']}", style="bold")
+    return Group(first, Text(""), table, Text(""), verdict(peak, limit), *_details(estimate))
 
 
 def verdict(peak: int, limit: int) -> Text:
@@ -80,33 +76,6 @@ def plans_view(plans: Sequence[Mapping[str, Any]]) -> RenderableType:
         lines = ", ".join(plan["lines"]) or "none: it fits as it is"
         table.add_row(str(number), _gib(estimate["peak_bytes"]), f"{speed:,.0f} tokens/s" if speed else "", Text(lines))
     return table
-
-
-def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str, file: Path) -> None:
-    """A PNG of the peak (bytes) by sequence length, with the limits of cards as lines. Raises UserError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("`plot`: matplotlib is not installed", 'pip install "qlora[plot]"') from None
-    figure = Figure(figsize=(8, 5), dpi=150)
-    axes = figure.subplots()
-    lengths = list(peaks)
-    axes.plot(lengths, [peaks[length] / GIB for length in lengths], marker="o", color="#157f3b", label="predicted peak")
-    for name, limit in limits.items():
-        axes.axhline(limit / GIB, linestyle="--", linewidth=0.8, color="#888888")
-        axes.annotate(name, (lengths[0], limit / GIB), fontsize=8, ha="left", va="bottom", color="#555555")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of a row")
-    axes.set_ylabel("GiB")
-    axes.set_title(shown.one_line(redact(title)), parse_math=False)  # a `$` in a name begins no formula
-    axes.legend(loc="lower right")
-    figure.tight_layout()
-    try:
-        figure.savefig(file, format="png")
-    except OSError as error:
-        raise UserError(f"`plot`: {file} cannot be written: {error.strerror}", "name another file") from None
 
 
 def _gib(count: float) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.device import is_card
 from qlora.third_party import import_bitsandbytes
 
 bnb = import_bitsandbytes()
@@ -37,7 +36,7 @@ class AdapterOptimizer:
             key: nn.Parameter(parameter.detach().float()) if masters and parameter.dtype != torch.float32 else parameter
             for key, parameter in parameters.items()
         }
-        on_gpu = any(is_card(parameter.device) for parameter in self.parameters.values())
+        on_gpu = any(parameter.is_cuda for parameter in self.parameters.values())
         self.paged = name.startswith("paged_") and on_gpu
         self.inner = _make(name, list(self.masters.values()), weight_decay, self.paged)
         # The largest norm that each parameter's gradient ever had: zero at the end of a run means it never learned.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qlora.cli import estimate
+from tests.floors import HEAVY
 from tests.memory.shapes import config_folder
 
 ROOT = Path(__file__).parent.parent.parent
@@ -89,11 +90,38 @@ def test_the_table_the_search_and_the_exit_code(run: Run, tmp_path: Path) -> Non
     folder = str(config_folder("meta-llama/Llama-3.2-1B-Instruct", tmp_path))
     fitting = run(folder, "--vram", "6GiB", "--fit")
     assert fitting.returncode == 0, fitting.stderr
+    assert fitting.stdout.startswith("limit 5.66 GiB: a card sold with 6 GB, less what its driver keeps")
     for word in ("weights", "activations", "peak", "limit", "it fits", "the fastest first", "[train]"):
         assert word in fitting.stdout, fitting.stdout
     too_large = run(folder, "--vram", "1GiB")
     assert too_large.returncode == 3 and "it does not fit" in too_large.stdout
     assert too_large.stderr.startswith("error: needs ") and "Traceback" not in too_large.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--gpu", "RTX 9999"),
+        ("--gpu", "RTX 4060 Ti"),
+        ("--gpu", "T4"),
+        ("--gpu", "Arc A770"),
+        ("--vram", "lots"),
+        ("--plot", "/nowhere/at/all.png"),
+    ],
+)
+def test_what_needs_no_model_to_be_wrong_is_refused_before_imports(arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['qlora-estimate', 'owner/name', *{arguments!r}]\n"
+        "from qlora.cli.estimate import app\n"
+        "try:\n    app()\n"
+        "except SystemExit as end:\n    assert end.code == 2, end.code\n"
+        f"heavy = {HEAVY | {'matplotlib'}} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 2 and done.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -6,28 +6,39 @@ import pytest
 
 from qlora.errors import HardwareError, RecipeError
 from qlora.memory import hardware
-from qlora.memory.hardware import GIB, GPUS
+from qlora.memory.card_names import GIB
 from qlora.recipe.reading import recipe_of_base
 from qlora.recipe.sections import parse_bytes
 
 
-@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090", "geforce-rtx-4090"])
-def test_a_card_is_found_by_any_spelling(name: str) -> None:
-    assert hardware.find(name).name == "RTX 4090"
+@pytest.mark.parametrize("gigabytes", hardware.SOLD_GIGABYTES)
+def test_a_size_that_cards_are_sold_in_means_what_the_driver_leaves(gigabytes: int) -> None:
+    machines = [
+        hardware.asked_for(None, text, "auto")
+        for text in (f"{gigabytes}GB", f"{gigabytes} GiB", f"{gigabytes}", f"{gigabytes}g", f" {gigabytes}.0 gb ")
+    ]
+    assert len({machine.limit_bytes for machine in machines}) == 1
+    assert 0.93 * gigabytes * GIB < machines[0].limit_bytes < gigabytes * GIB
+    assert f"sold with {gigabytes} GB, less what its driver keeps" in machines[0].source
 
 
-def test_an_unknown_card_is_refused_with_the_nearest() -> None:
-    with pytest.raises(HardwareError, match="not in the table") as caught:
-        hardware.find("RTX 40")
-    assert "RTX 4060" in caught.value.hint and "vram=" in caught.value.hint
+def test_an_8_gb_card_has_what_such_cards_have() -> None:
+    assert 7.6 * GIB - 1 <= hardware.asked_for(None, "8GB", "auto").limit_bytes < 7.8 * GIB
 
 
-def test_the_table_is_plausible() -> None:
-    assert len({gpu.name for gpu in GPUS}) == len(GPUS)
-    for gpu in GPUS:
-        assert 0.9 * gpu.gigabytes * GIB < gpu.usable_bytes < gpu.gigabytes * GIB, gpu.name
-        assert gpu.capability >= 80, gpu.name  # older ones compute no bf16
-    assert set(hardware.CARD_OF_GIGABYTES.values()) <= {gpu.name for gpu in GPUS}
+@pytest.mark.parametrize(
+    ("text", "count"), [("7.5GiB", int(7.5 * GIB)), ("40GB", 40 * 10**9), ("8192MiB", 8 * GIB), ("13 gib", 13 * GIB)]
+)
+def test_any_other_size_and_the_limit_of_a_recipe_mean_just_that(text: str, count: int) -> None:
+    machine = hardware.asked_for(None, text, "auto")
+    assert (machine.limit_bytes, machine.source) == (count, "as given")
+    assert hardware.asked_for(None, None, text).limit_bytes == count
+    assert hardware.asked_for(None, None, "8GiB").limit_bytes == 8 * GIB
+
+
+def test_cards_that_stand_for_a_size_are_in_the_table() -> None:
+    assert [hardware.find(name).gigabytes for name in hardware.CARD_OF_GIGABYTES.values()] == [6, 8, 12, 16, 24]
+    assert list(hardware.common_cards()) == ["6 GB", "8 GB", "12 GB", "16 GB", "24 GB"]
 
 
 @pytest.mark.parametrize(

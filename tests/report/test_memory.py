@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
-from qlora.errors import UserError
-from qlora.report.memory import bar, draw_lengths, estimate_view, plans_view, verdict
+from qlora.report.memory import bar, estimate_view, plans_view, verdict
 
 GIB = 1 << 30
 ESTIMATE: dict[str, Any] = {
     "peak_bytes": 6 * GIB,
     "limit_bytes": 8 * GIB,
+    "limit_source": "RTX 4060, 8 GB",
     "components": {"weights": 5 * GIB, "context": GIB},
     "phases": {"load": 5 * GIB, "train": 6 * GIB},
     "settings": {"lora.r": 8},
@@ -41,9 +40,10 @@ def test_a_bar_is_exact_to_an_eighth(value: float, full: float, text: str) -> No
 
 
 def test_each_part_the_limit_and_where_it_comes_from() -> None:
-    text = drawn(estimate_view(ESTIMATE, "RTX 4060, 8 GB"))
+    text = drawn(estimate_view(ESTIMATE))
     for words in ("weights", "5.00 GiB", "the frozen base", "RTX 4060, 8 GB", "it fits: 2.00 GiB are left"):
         assert words in text
+    assert text.startswith("limit 8.00 GiB: RTX 4060, 8 GB")
     assert "at most 736 tokens/s" in text and "it depends" in text and "lora.r = 8" in text
 
 
@@ -55,9 +55,3 @@ def test_plans_stand_with_their_lines() -> None:
     plans = [{"estimate": ESTIMATE, "lines": ["data.max_length = 1024"]}, {"estimate": ESTIMATE, "lines": []}]
     text = drawn(plans_view(plans))
     assert "data.max_length = 1024" in text and "none: it fits as it is" in text
-
-
-def test_a_picture_that_cannot_be_written_is_two_lines(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match="cannot be written"):
-        draw_lengths({512: GIB, 1024: 2 * GIB}, {"8 GB": 8 * GIB}, "a model", tmp_path / "none" / "peak.png")

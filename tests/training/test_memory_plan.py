@@ -12,7 +12,8 @@ from qlora import api
 from qlora.errors import DoesNotFit
 from qlora.events import Recorder
 from qlora.memory import calibration, hardware
-from qlora.memory.hardware import GIB, Machine
+from qlora.memory.card_names import GIB
+from qlora.memory.hardware import Machine
 from qlora.model import load
 from qlora.recipe.reading import load_recipe
 from qlora.training import memory_plan
@@ -105,7 +106,7 @@ def test_a_model_that_meta_cannot_run_is_trained_without_a_plan(
 def test_a_run_on_a_gpu_is_remembered(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pair of a GPU goes into the file, and the next estimate for that card says that it was corrected."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    card = hardware.find("RTX 3060")
+    card = hardware.find("RTX 3060 12GB")
     monkeypatch.setattr(hardware, "this_machine", lambda limit: Machine("cuda", 8 * GIB, "test", card))
     from qlora.model.resolve import resolve
 
@@ -118,7 +119,7 @@ def test_a_run_on_a_gpu_is_remembered(tmp_path: Path, llama: Path, monkeypatch: 
     measured = Measured(round(tensors * 1.1), 1, 1, 1, "2.13")
     pairs = memory_plan.compare(planned, measured)
     assert pairs is not None and pairs["peak"] == {"predicted": tensors, "measured": round(tensors * 1.1)}
-    assert calibration.correction("RTX 3060").factor == pytest.approx(1.1, rel=1e-3)
+    assert calibration.correction("RTX 3060 12GB").factor == pytest.approx(1.1, rel=1e-3)
     again = memory_plan.plan_run(recipe, base, facts, Recorder())
     assert again.plan is not None and again.plan.estimate.calibrated_by == 1
     assert again.plan.estimate.components["weights"] == pytest.approx(

@@ -1,0 +1,67 @@
+"""A picture of an estimate: the peak against the length of rows, with limits as lines."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from qlora import shown
+from qlora.errors import UserError
+from qlora.redaction import redact
+
+GIB = 1 << 30
+
+
+def check_place(file: Path) -> None:
+    """Before anything is computed: whether a picture can be drawn at all, and written there. Raises UserError."""
+    if find_spec("matplotlib") is None:
+        raise _not_installed()
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        is_new = not file.exists()
+        if is_new or file.is_file():  # to open a pipe would wait for its reader
+            file.open("ab").close()
+        if is_new:
+            file.unlink()
+    except (OSError, ValueError) as error:  # ValueError: the name holds a NUL character
+        raise _unwritable(file, error) from None
+
+
+def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str, file: Path) -> None:
+    """A PNG of the peak (bytes) by sequence length, with the limits of cards as lines. Raises UserError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise _not_installed() from None
+    figure = Figure(figsize=(8, 5), dpi=150)
+    axes = figure.subplots()
+    lengths = list(peaks)
+    axes.plot(lengths, [peaks[length] / GIB for length in lengths], marker="o", color="#157f3b", label="predicted peak")
+    for name, limit in limits.items():
+        axes.axhline(limit / GIB, linestyle="--", linewidth=0.8, color="#888888")
+        axes.annotate(name, (lengths[0], limit / GIB), fontsize=8, ha="left", va="bottom", color="#555555")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of a row")
+    axes.set_ylabel("GiB")
+    axes.set_title(shown.one_line(redact(title)), parse_math=False)  # a `$` in a name begins no formula
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def _not_installed() -> UserError:
+    return UserError("`plot`: matplotlib is not installed", 'pip install "qlora[plot]"')
+
+
+def _unwritable(file: Path, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UserError(f"`plot`: {file} cannot be written: {reason}", "name another file")

@@ -1,0 +1,255 @@
+"""One run on the stand-in for a card: no line that only a GPU would reach is left unrun.
+
+A recipe is trained, memory runs out in the middle, the run is stopped, resumed, evaluated and exported. `coverage` then
+says which lines of the CUDA path that didn't reach. The path is found in the code itself: all of `device.py`, and each
+branch that asks `is_card` or a planned machine's `device_type`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora import api
+from qlora.errors import HardwareError, StoppedBySignal
+from qlora.events import Event, Recorder, Sinks
+from qlora.export.verify import weights
+from qlora.recipe.reading import load_recipe
+from qlora.stop import StopRequest
+from qlora.training import setup
+from tests.card import MIB, Card, rehearsal
+from tests.floors import MODULES, PACKAGE
+from tests.runs import EVERYTHING, StopAfter, run_dir, train, values, write_recipe
+
+SETTINGS = (*EVERYTHING, "train.max_steps=5", "lora.r=64", "export.formats=['hf']")
+
+# Lines of the CUDA path that the stand-in cannot reach, by function, with the reason.
+NOT_REHEARSED = {
+    "device.py::Cuda.__getattr__": "torch.cuda itself",
+    "device.py::Cuda.owns": "torch.cuda itself",
+    "device.py::Cuda.device": "torch.cuda itself",
+    "device.py::available_ram": "asks the host, and nothing of a card",
+    **dict.fromkeys(
+        (f"device.py::{name}" for name in ("facts", "trouble", "trouble_in_sight", "has_xpu")),
+        "a command's questions before a run; tests/test_device.py asks them of the stand-in",
+    ),
+    "device.py::free_bytes": "asked where an export measures a family whole, which no family of the tests needs",
+}
+# Code that asks a tensor's type and means the CPU's own kernels, which compute on the stand-in too.
+CPU_KERNELS = {
+    "model/cpu_matmul.py": "the CPU's products; on a card there are none to replace",
+    "model/nf4.py": "meta tensors take bitsandbytes' kernel, as a card's do",
+    "model/attention.py": "which fused kernel takes a mask with shared keys",
+}
+
+
+class PinchAfter:
+    """A sink that lets the card have less memory than its last steps took, once a step is done."""
+
+    def __init__(self, step: int, card: Card) -> None:
+        self.step, self.card = step, card
+
+    def emit(self, event: Event) -> None:
+        if event.kind != "step":
+            return
+        if event.as_dict()["step"] == self.step:
+            self.card.limit = self.card.live + (self.card.highest - self.card.live) * 3 // 4
+        else:
+            self.card.highest = self.card.live
+
+    def close(self) -> None:
+        pass
+
+
+def rehearse(recipe: Path, short: Path, card: Card) -> list[Recorder]:
+    """A short run; then one that is pinched after step 2, stopped after 4, resumed to its end and exported."""
+    train(short, *SETTINGS[:-1], "train.max_steps=1")
+    first, stop = Recorder(), StopRequest()
+    sinks = Sinks(first, PinchAfter(2, card), StopAfter(4, stop))
+    with pytest.raises(StoppedBySignal):
+        api.train(load_recipe(recipe, SETTINGS), name=recipe.stem, sink=sinks, stop=stop)
+    card.limit = card.total
+    card.capability = (7, 5)
+    with pytest.raises(HardwareError, match="bf16"):
+        setup.pick_device()
+    card.capability = (8, 6)
+    return [first, train(recipe, *SETTINGS, mode="resume")]
+
+
+@pytest.fixture(scope="module")
+def reached(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, set[int]]:
+    """The lines that the rehearsal ran, by module. What it did is asserted here."""
+    coverage = pytest.importorskip("coverage")
+    recipe, short = (write_recipe(tmp_path_factory.mktemp(name), llama) for name in ("rehearsal", "short"))
+    watch = coverage.Coverage(data_file=None, include=[str(PACKAGE / "**" / "*.py")])
+    with pytest.MonkeyPatch.context() as patch, rehearsal(patch, Card(total=256 * MIB)) as card:
+        # Another process, in which there is no stand-in: it compares the written weights with what they should be.
+        patch.setattr(weights, "reopen", lambda merge, targets: {key: [] for key in targets})
+        watch.start()
+        try:
+            first, second = rehearse(recipe, short, card)
+        finally:
+            watch.stop()
+    assert card.out_of_memory and [event.as_dict()["step"] for event in first.of("recovered")] == [3]
+    assert values(first, "step", "step") == [1, 2, 3, 4] and values(second, "step", "step") == [5]
+    assert values(second, "end", "reason") == ["finished"]
+    assert list((run_dir(recipe) / "export" / "hf").glob("*.safetensors"))
+    data = watch.get_data()
+    return {path: set(data.lines(str(path)) or ()) for path in MODULES}
+
+
+@pytest.mark.slow
+def test_the_rehearsal_reaches_every_line_of_the_cuda_path(reached: dict[Path, set[int]]) -> None:
+    missed = [
+        f"{path.relative_to(PACKAGE)}:{statement.lineno}: {ast.unparse(statement).splitlines()[0]}"
+        for path in MODULES
+        for where, statement in cuda_path(path)
+        if where not in NOT_REHEARSED and not reached[path] & header(statement)
+    ]
+    assert not missed, "\n".join(missed)
+
+
+def test_nothing_asks_a_tensor_for_its_kind_of_device() -> None:
+    """`is_card` is asked instead: what asks a type is no part of the rehearsal."""
+    found = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            asks = isinstance(node, ast.Compare) and any(
+                isinstance(side, ast.Constant) and side.value in ("cuda", "cpu", "xpu", "mps")
+                for one in node.comparators
+                for side in ast.walk(one)
+            )
+            if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "is_xpu"):
+                found.add(str(path.relative_to(PACKAGE)))
+            if asks and not any(word in ast.unparse(node) for word in ("device_type", "target")):
+                found.add(str(path.relative_to(PACKAGE)))
+    assert found - {"device.py"} == set(CPU_KERNELS) - {"model/attention.py"}
+
+
+def test_the_path_is_found_in_the_code() -> None:
+    """The search itself: a branch on a card, its opposite, and a name that holds the answer."""
+    source = """
+def one(device):
+    if is_card(device):
+        return 1
+    return 2
+
+def two(device):
+    if not is_card(device):
+        return 3
+    value = 4
+    return value
+
+class Three:
+    def __init__(self, places):
+        self.on_card = any(is_card(place) for place in places)
+        later = 5 if self.on_card else 6
+
+    def use(self):
+        if self.on_card and self.more:
+            self.seven()
+        else:
+            self.eight()
+"""
+    found = [ast.unparse(statement) for _, statement in branches(ast.parse(source))]
+    assert found == ["return 1", "value = 4", "return value", "later = 5 if self.on_card else 6", "self.seven()"]
+
+
+# --- the CUDA path, by the syntax tree -------------------------------------------------------------------------------
+
+
+def header(statement: ast.stmt) -> set[int]:
+    """Lines of a statement, of a compound one those before its body."""
+    body = getattr(statement, "body", None)
+    last = body[0].lineno - 1 if body else statement.end_lineno or statement.lineno
+    return set(range(statement.lineno, max(last, statement.lineno) + 1))
+
+
+def cuda_path(path: Path) -> Iterator[tuple[str, ast.stmt]]:
+    """Statements that only a card reaches, each with `module::function`."""
+    tree, module = ast.parse(path.read_text(encoding="utf-8")), str(path.relative_to(PACKAGE))
+    found = everything(tree) if module == "device.py" else branches(tree)
+    for where, statement in found:
+        yield f"{module}::{where}", statement
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{one.name}", one) for one in node.body if isinstance(one, ast.FunctionDef))
+
+
+def everything(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
+    """Each statement of each function, without the arms that only a CPU takes."""
+    for name, function in functions(tree):
+        host = set().union(*(set(inside(arm)) for arm in arms(function, set(), of_card=False)))
+        yield from ((name, one) for one in inside(function.body) if one not in host)
+
+
+def branches(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
+    """What stands in a branch that a card decides, and each statement that decides within itself."""
+    answers = names_of_answers(tree)
+    for name, function in functions(tree):
+        found = dict.fromkeys(one for arm in arms(function, answers, of_card=True) for one in inside(arm))
+        for one in inside(function.body):
+            own = [node for node in parts(one) if isinstance(node, ast.IfExp) and asks_a_card(node.test, answers)]
+            if one in found or own:
+                yield name, one
+
+
+def names_of_answers(tree: ast.Module) -> set[str]:
+    """Names and attributes that hold the answer to `is_card`."""
+    return {
+        ast.unparse(node.targets[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.IfExp) and asks_a_card(node.value, set())
+    }
+
+
+def asks_a_card(test: ast.expr, answers: set[str]) -> bool:
+    text = ast.unparse(test)
+    named = any(isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node) in answers for node in ast.walk(test))
+    return named or "is_card(" in text or "is_available(" in text or ("device_type" in text and "'cuda'" in text)
+
+
+def arms(function: ast.FunctionDef, answers: set[str], of_card: bool) -> Iterator[list[ast.stmt]]:
+    """Blocks that are run on a card alone, or (`of_card` False) on a CPU alone."""
+    for node in ast.walk(function):
+        for block in blocks(node):
+            for place, one in enumerate(block):
+                if isinstance(one, ast.If) and asks_a_card(one.test, answers):
+                    negated = isinstance(one.test, ast.UnaryOp) or "!= 'cuda'" in ast.unparse(one.test)
+                    ends = isinstance(one.body[-1], ast.Return | ast.Raise | ast.Continue)
+                    yield (one.orelse or (block[place + 1 :] if ends else [])) if negated == of_card else one.body
+
+
+def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    for name in ("body", "orelse", "finalbody"):
+        if isinstance(block := getattr(node, name, None), list) and block:
+            yield block
+
+
+def inside(block: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a block and of the blocks in it, in order, without texts and definitions."""
+    for one in block:
+        if isinstance(one, ast.FunctionDef | ast.ClassDef):
+            yield from inside(one.body)
+            continue
+        if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)) and not isinstance(one, ast.Pass):
+            yield one
+        for inner in blocks(one):
+            yield from inside(inner)
+        for handler in getattr(one, "handlers", []):
+            yield from inside(handler.body)
+
+
+def parts(statement: ast.stmt) -> Iterator[ast.AST]:
+    """The expressions of a statement itself, not of the statements in it."""
+    for child in ast.iter_child_nodes(statement):
+        if isinstance(child, ast.expr):
+            yield from ast.walk(child)
