@@ -38,6 +38,7 @@ FLOORS = {
     "manifest": 1,
     "foreign_toml": 1,
     "batch": 1,
+    "forward_facts": 1,
     "chatml": 1,
     "child_process": 1,
     "lock": 1,
@@ -60,7 +61,7 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("nvidia", "device", "numerics", "api", "prove"),
+        *("nvidia", "device", "numerics", "batch", "forward_facts", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
@@ -126,7 +127,8 @@ LINES = {
         ),
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
-        *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
+        *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "linear_use"),
+        *("meta_model", "head_scaling", "packing_table", "tracing"),
         *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
@@ -162,7 +164,9 @@ LINES = {
             "prepare",
             "token_ids",
             "short_rows",
+            "layout",
             "loader",
+            "ahead",
         ),
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],

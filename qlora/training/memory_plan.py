@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora import numerics
-from qlora.data.loader import PAD_TO_MULTIPLE, TrainOrder
+from qlora.data.layout import GPU_MULTIPLE
+from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
 from qlora.errors import foreign_failures
@@ -73,7 +74,7 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
     lengths = data.train.lengths
     longest = min(sum(lengths), recipe.data.max_length) if recipe.data.packing else max(lengths, default=1)
     longest = max([longest, *data.eval.lengths])
-    padded = min(recipe.data.max_length, -(-longest // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE)
+    padded = min(recipe.data.max_length, -(-longest // GPU_MULTIPLE) * GPU_MULTIPLE)
     order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1)
     return DataFacts(
         longest=padded,
