@@ -106,7 +106,6 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
             numbers = _begin(recipe, run_dir, base, resume_from, sinks)
             with numerics.in_force(numbers):
                 state = _run(recipe, run_dir, base, (mode == "resume", resume_from), sinks, stop)
-        release(setup.pick_device())  # an export needs the memory
         exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
         for file in written:
@@ -146,7 +145,11 @@ def _run(
     if goes_on:
         tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sink)
     with setup.prepare_job(recipe, run_dir, base, tokenizer, sink, stop) as job:
-        return loop.run(job, resume_from)
+        device = job.device
+        state = loop.run(job, resume_from)
+    del job
+    release(device)  # an export needs the memory
+    return state
 
 
 @dataclass(frozen=True)

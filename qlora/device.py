@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from qlora import shown
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +49,7 @@ SPILL_MARGIN_BYTES = 300 << 20
 
 @dataclass(frozen=True)
 class Card:
-    """A CUDA GPU as its driver describes it. `capability` is the compute capability, such as (8, 9).
+    """A GPU as its driver describes it. `capability` is CUDA's compute capability, such as (8, 9); AMD's have (0, 0).
 
     `free_bytes` is what may be taken: less than the driver calls free where it would spill rather than fail.
     """
@@ -83,7 +86,14 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU, such as (8, 9)."""
+    """Compute capability of a GPU, such as (8, 9). AMD's have none: they answer (0, 0).
+
+    torch gives the number of their own architecture there, (11, 0) for gfx1100, which reads as a newer card than any.
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        return 0, 0
     major, minor = accelerator.get_device_capability(device)
     return major, minor
 
@@ -98,7 +108,53 @@ def card() -> Card | None:
     if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):
         return None
     free, total = accelerator.mem_get_info()
-    return Card(accelerator.get_device_name(), usable(free), total, accelerator.get_device_capability())
+    return Card(accelerator.get_device_name(), usable(free), total, capability(current()))
+
+
+def facts() -> tuple[str, tuple[int, int], list[str]] | None:
+    """Name and compute capability of the GPU, and the architectures that torch has kernels for; None without a GPU.
+
+    AMD's cards have no compute capability: None as well.
+    """
+    import torch
+
+    if torch.version.hip is not None or trouble_in_sight():
+        return None
+    with warnings.catch_warnings(), suppress(RuntimeError):  # `trouble` says what it is
+        warnings.simplefilter("ignore")  # torch's own word on an architecture that it lacks
+        return accelerator.get_device_name(), accelerator.get_device_capability(), accelerator.get_arch_list()
+    return None
+
+
+def trouble_in_sight() -> str:
+    """Why torch finds no GPU, in its own words; "" where it finds one."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if accelerator.is_available():
+            return ""
+    words = (str(one.message).partition(" (Triggered internally")[0] for one in said)
+    return "; ".join(words) or "it finds none"
+
+
+def trouble() -> str | None:
+    """Why the GPU does not compute, in the words of torch and CUDA; None where it has added two numbers."""
+    import torch
+
+    if said := trouble_in_sight():
+        return shown.one_line(said)[:300]
+    try:
+        torch.ones(1, device=current()).add_(1)
+        accelerator.synchronize()
+    except RuntimeError as error:  # torch's and CUDA's errors are
+        return shown.one_line(str(error).partition("\n")[0])[:300]
+    return None
+
+
+def has_xpu() -> bool:
+    """Whether torch finds a GPU of Intel's."""
+    import torch
+
+    return bool(torch.xpu.is_available())
 
 
 def available_ram() -> int:
@@ -125,6 +181,13 @@ def peak_bytes(device: torch.device) -> int | None:
     """The allocator's peak of live tensors; None where the device has no allocator that counts."""
     if is_card(device):
         return int(accelerator.max_memory_allocated(device))
+    return None
+
+
+def live_bytes(device: torch.device) -> int | None:
+    """Bytes of the allocator's live tensors now; None where the device has no allocator that counts."""
+    if is_card(device):
+        return int(accelerator.memory_allocated(device))
     return None
 
 
@@ -174,6 +237,18 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: i
         taken = min(context_bytes, max(0, total - free - ours))
         most = usable(free) + ours if limit_bytes is None else limit_bytes - taken
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
+
+
+def lift_limit(device: torch.device) -> None:
+    """Take back what `limit_memory` has set."""
+    if is_card(device):
+        accelerator.set_per_process_memory_fraction(1.0, device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for; a CPU has."""
+    if is_card(device):
+        accelerator.synchronize(device)
 
 
 @contextmanager

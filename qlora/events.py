@@ -39,6 +39,7 @@ class Start(Event):
     versions: Mapping[str, str]
     resumed_from_step: int | None
     numerics: Mapping[str, Any] = field(default_factory=dict)  # what its numbers depend on (`numerics.Numerics`)
+    allocator: str | None = None  # settings of torch's allocator (PYTORCH_ALLOC_CONF); None where torch's own hold
 
 
 @dataclass(frozen=True)

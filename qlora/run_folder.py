@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qlora import disk, files, foreign_json, lock, recorded, shown
+from qlora import disk, files, foreign_json, lock, recorded, shown, third_party
 from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopped
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.numerics import Numerics
@@ -251,7 +251,8 @@ def start_event(
     recipe: Recipe, run_dir: Path, commit: str | None, device: str, numbers: Numerics, step: int | None
 ) -> Start:
     facts = numbers.model_dump(exclude_none=True)
-    return Start(run_dir.name, str(run_dir), recipe.model.base, commit, device, versions(), step, facts)
+    allocator = third_party.allocator_settings()
+    return Start(run_dir.name, str(run_dir), recipe.model.base, commit, device, versions(), step, facts, allocator)
 
 
 def versions() -> dict[str, str]:

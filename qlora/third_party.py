@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
+# The name since torch 2.9, and the two before it.
+ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 WAITING_THREADS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
@@ -40,6 +42,21 @@ def let_waiting_threads_sleep() -> None:
     """
     if not any(name in os.environ for name in (*WAITING_THREADS, "OMP_WAIT_POLICY")):
         os.environ.update(WAITING_THREADS)
+
+
+def let_segments_grow() -> None:
+    """Have torch's CUDA allocator map memory where it is needed, so that shapes of every step leave no holes.
+
+    Before torch is imported. Linux alone: Windows' drivers lack the calls, and under WSL they have not been tried.
+    Whoever has set the allocator decides (CUDA semantics, "Optimizing memory usage with PYTORCH_ALLOC_CONF").
+    """
+    if allocator_settings() is None:
+        os.environ[ALLOCATORS[0]] = "expandable_segments:True"
+
+
+def allocator_settings() -> str | None:
+    """What the environment tells torch's CUDA allocator; None where it tells nothing."""
+    return next((os.environ[name] for name in ALLOCATORS if os.environ.get(name)), None)
 
 
 @contextmanager

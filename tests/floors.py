@@ -46,6 +46,10 @@ FLOORS = {
     "third_party": 1,
     "version": 1,
     "windows_paths": 1,
+    "processes": 1,
+    "torch_build": 1,
+    "nvidia": 1,
+    "nvidia_child": 1,
     "device": 1,
     "numerics": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
@@ -55,9 +59,13 @@ LINES = {
     # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
-        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "numerics", "api", "prove"),
+        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
+        *("nvidia", "device", "numerics", "api", "prove"),
     ],
-    "cli": ["surroundings", "common", "keys", "verify_resume", "export", "estimate", "train"],
+    "cli": [
+        *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
+        *("export", "estimate", "train", "prove"),
+    ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
         *("step_batches", "best_adapter", "setup", "loop"),
@@ -119,7 +127,7 @@ LINES = {
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits"),
+        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
@@ -144,6 +152,7 @@ LINES = {
             "template_facts",
             "template",
             "spans",
+            "served_rows",
             "dropped",
             "offsets",
             "chat",
@@ -158,5 +167,11 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "console"],
+    "report": ["files", "figures", "memory", "picture", "console", "proofs"],
+    "prove": [
+        *("shapes", "proof", "model", "trained"),
+        *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
+        *("resume", "export", "peak", "speed", "limit", "spill"),
+        *("suite", "report", "__main__"),
+    ],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from qlora import device
 from qlora.device import Card
+from tests.card import MIB, rehearsal
+from tests.card import Card as StandIn
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -37,7 +40,8 @@ def test_a_card_needs_bf16_that_is_not_emulated(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 8))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "RTX 3070")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert device.card() == (Card("RTX 3070", 5, 8, (8, 6)) if is_there and has_bf16 else None)
     assert device.computes_bf16(CUDA) is has_bf16
 
@@ -66,3 +70,116 @@ def test_random_numbers_drawn_inside_are_as_if_never_drawn(monkeypatch: pytest.M
             torch.rand(3)
             states["card"] += 1 if place == CUDA else 0
         assert torch.equal(torch.get_rng_state(), before) and states["card"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "answer"), [((8, 9), None, (8, 9)), ((11, 0), "6.4", (0, 0))], ids=["nvidia", "amd"]
+)
+def test_amds_architectures_are_no_compute_capability(
+    capability: tuple[int, int], hip: str | None, answer: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert device.capability(CUDA) == answer
+
+
+def test_a_card_says_what_it_is_and_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rehearsal(monkeypatch, StandIn(capability=(8, 9))) as stand_in:
+        assert device.facts() == (stand_in.name, (8, 9), ["sm_89"])
+        assert device.trouble() is None and stand_in.calls["synchronize"] == 1
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+        assert device.facts() is None and device.trouble() is None
+
+
+def test_trouble_is_told_in_torchs_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_available() -> bool:
+        warnings.warn("CUDA initialization: CUDA unknown error (Triggered internally at /src/c10.cpp:1)", stacklevel=1)
+        return False
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    with rehearsal(monkeypatch, StandIn()) as stand_in:
+        monkeypatch.setattr(stand_in, "synchronize", lost)
+        assert device.trouble() == "CUDA error: unspecified launch failure"
+        monkeypatch.setattr(stand_in, "get_device_capability", lost)
+        assert device.facts() is None
+        monkeypatch.setattr(stand_in, "is_available", lambda: False)
+        assert device.trouble() == "it finds none"
+        monkeypatch.setattr(stand_in, "is_available", is_available)
+        assert device.trouble() == "CUDA initialization: CUDA unknown error" and device.facts() is None
+
+
+def test_intels_gpus_are_asked_by_their_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert device.has_xpu()
+
+
+def test_free_memory_is_the_cards_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rehearsal(monkeypatch, StandIn(total=64 * MIB)) as stand_in:
+        assert device.free_bytes(CPU) == stand_in.mem_get_info()[0]
+
+
+# --- the stand-in itself ---------------------------------------------------------------------------------------------
+
+
+def test_it_counts_live_bytes_and_raises_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rehearsal(monkeypatch, StandIn(total=64 * MIB)) as stand_in:
+        first = torch.empty(8 * MIB, dtype=torch.uint8)
+        second = first[: 4 * MIB]  # the same storage
+        assert stand_in.live == stand_in.highest == 8 * MIB
+        stand_in.set_per_process_memory_fraction(0.25)
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 16.00 MiB\. GPU 0 has"):
+            torch.empty(16 * MIB, dtype=torch.uint8)
+        del first
+        assert stand_in.live == 8 * MIB
+        del second
+        assert stand_in.live == 0 and stand_in.highest == 8 * MIB
+        torch.empty(16 * MIB, dtype=torch.uint8)
+    assert not device.is_card(CPU)
+
+
+def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of the process, less its context; without one, what is free: 5 % of it less where the driver spills."""
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (700, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 100)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, *_: fractions.append(part))
+    monkeypatch.setattr(device, "may_spill", lambda: False)
+    device.limit_memory(CUDA, 600, 40)
+    device.limit_memory(CUDA, 600, 400)  # the context takes no more than is gone: 1000 - 700 - 100
+    device.limit_memory(CUDA, None, 40)
+    device.limit_memory(CUDA, 5000, 40)
+    device.limit_memory(CUDA, 10, 40)
+    assert fractions == [0.56, 0.4, 0.8, 1.0, 0.0]
+    monkeypatch.setattr(device, "may_spill", lambda: True)
+    device.limit_memory(CUDA, None, 40)
+    assert fractions[-1] == 0.765
+    device.limit_memory(CPU, 600, 40)
+    assert len(fractions) == 6
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "spills"),
+    [
+        ("linux", "6.8.0-45-generic", False),
+        ("linux", "5.15.167.4-microsoft-standard-WSL2", True),
+        ("linux", "4.4.0-19041-Microsoft", True),
+        ("win32", "10", True),
+    ],
+)
+def test_which_drivers_spill(system: str, release: str, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.sys, "platform", system)
+    monkeypatch.setattr(device.platform, "release", lambda: release)
+    assert device.may_spill() is spills
+    assert device.usable(1000) == (950 if spills else 1000)
+
+
+def test_a_run_leaves_nothing_and_the_next_ones_peak_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("reset"))
+    device.release(CPU)
+    assert done == []
+    device.release(CUDA)
+    assert done == ["empty", "reset"]

@@ -73,6 +73,16 @@ def test_our_own_errors_and_interrupts_pass() -> None:
             raise error
 
 
+def test_memory_that_ran_out_and_a_gpu_that_failed_pass() -> None:
+    """They are no fault of the file that was read, except where the process has a limit of its own for it."""
+    for error in (MemoryError(), RuntimeError("CUDA error: an illegal memory access was encountered")):
+        with pytest.raises(type(error)), foreign_failures():
+            raise error
+        with foreign_failures(memory_too=True) as failure:
+            raise error
+        assert failure.error is error
+
+
 class PanicException(BaseException):
     """As pyo3 makes one in each library: its own class, that nobody can import."""
 

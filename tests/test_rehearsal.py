@@ -32,6 +32,10 @@ NOT_REHEARSED = {
     "device.py::Cuda.owns": "torch.cuda itself",
     "device.py::Cuda.device": "torch.cuda itself",
     "device.py::available_ram": "asks the host, and nothing of a card",
+    **dict.fromkeys(
+        (f"device.py::{name}" for name in ("facts", "trouble", "trouble_in_sight", "has_xpu")),
+        "a command's questions before a run; tests/test_device.py asks them of the stand-in",
+    ),
     "device.py::free_bytes": "asked where an export measures a family whole, which no family of the tests needs",
 }
 # Code that asks a tensor's type and means the CPU's own kernels, which compute on the stand-in too.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.errors import DoesNotFit
-from qlora.memory import calibration, overheads
+from qlora.memory import calibration, margins, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
@@ -23,6 +23,7 @@ PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows ar
 class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
+    `answer_tokens` is the longest answer of exact match, 0 without one.
     Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
     """
 
@@ -31,17 +32,21 @@ class DataFacts:
     prompt_tokens: int
     has_eval: bool
     typical: int = 0
+    answer_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes. `components` add up to `peak_bytes`; `terms` are the parts of it that no tensor shows, by name.
 
+    `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
+
     `phases` are the peaks of load, train, self-check, evaluate, generate, resume and merge. `tokens_per_second` is what
     the hardware could do at best; it ranks plans and promises nothing.
     """
 
     peak_bytes: int
+    error_bytes: int
     limit_bytes: int
     host_peak_bytes: int
     disk_bytes: int
@@ -57,12 +62,17 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.limit_bytes
+        return self.needed_bytes <= self.limit_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.peak_bytes + self.error_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """The answer of `qlora-estimate --json`."""
         return {
             "peak_bytes": self.peak_bytes,
+            "error_bytes": self.error_bytes,
             "limit_bytes": self.limit_bytes,
             "fits": self.fits,
             "host_peak_bytes": self.host_peak_bytes,
@@ -104,7 +114,7 @@ class Estimator:
         terms = self._terms()
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
-        fragmentation = slack + self._fragmentation(worst.total - simulation.paged, worst.parts["weights"])
+        fragmentation = slack + self._fragmentation(simulation)
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -126,6 +136,7 @@ class Estimator:
         host = overheads.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
+            error_bytes=self._error(simulation, simulator),
             limit_bytes=machine.limit_bytes,
             host_peak_bytes=host if machine.device_type == "cuda" else peak,
             disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
@@ -144,12 +155,23 @@ class Estimator:
         if self.machine.device_type != "cuda":
             return {"context": overheads.host_base_bytes("cpu")}
         capability = self.machine.gpu.capability if self.machine.gpu else 86
-        return {"context": overheads.CUDA_CONTEXT_BYTES, **overheads.workspace_terms(capability)}
+        return {"context": overheads.context_bytes(self.machine.gpu)[0], **overheads.workspace_terms(capability)}
 
-    def _fragmentation(self, total: int, weights: int) -> int:
+    def _fragmentation(self, simulation: Simulation) -> int:
+        """What the allocator keeps beyond live tensors."""
         if self.machine.device_type != "cuda":
-            return round(total * overheads.HOST_FRAGMENTATION_SHARE)
-        return overheads.FRAGMENTATION_BASE_BYTES + round((total - weights) * overheads.FRAGMENTATION_SHARE)
+            return round((simulation.worst.total - simulation.paged) * overheads.HOST_FRAGMENTATION_SHARE)
+        return simulation.reserved.beyond
+
+    def _error(self, simulation: Simulation, simulator: Simulator) -> int:
+        factor, worst = self.correction.factor, simulation.worst
+        tensors = round(worst.total * factor)
+        if self.machine.device_type != "cuda":
+            return margins.on_host(tensors)
+        weights = round(worst.parts["weights"] * factor)
+        of_context = overheads.context_bytes(self.machine.gpu)[1]
+        gaps = margins.Gaps(weights, simulator.cast_bytes, simulator.eager)
+        return margins.of_tensors(tensors, self.correction) + margins.of_gaps(tensors, gaps) + of_context
 
     def _notes(self, simulation: Simulation, workload: Workload) -> tuple[str, ...]:
         notes = []
@@ -188,6 +210,8 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         )
         raise DoesNotFit(what, f"no memory holds more than {MOST_TOKENS:,}: lower train.micro_batch_size")
     prompt = facts.prompt_tokens if facts else max(1, int(length * PROMPT_SHARE))
+    exact = evaluates and recipe.eval.exact_match_rows > 0
+    answer = facts.answer_tokens if facts else (length - prompt if exact else 0)  # the rest of the row
     return Workload(
         rows=rows,
         length=length,
@@ -198,7 +222,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         evaluates=evaluates,
         samples=samples if prompt else 0,
         prompt_tokens=prompt,
-        new_tokens=SAMPLE_TOKENS,
+        new_tokens=max(SAMPLE_TOKENS, answer),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch import nn
 
 from qlora.batch import Batch
 from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory import tape
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
 from qlora.model import adapters, full_logits
 from qlora.model.attention import OnMeta
@@ -87,12 +89,13 @@ class Simulation:
     """Bytes of every phase at its peak, and of what is kept from the first step to the last.
 
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
-    allocator's counters don't show them.
+    allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step.
     """
 
     phases: Mapping[str, Peak]
     kept: Mapping[str, int]
     paged: int
+    reserved: tape.Reserved
 
     @property
     def worst(self) -> Peak:
@@ -118,7 +121,7 @@ class Simulator:
 
     def __init__(self, spec: ModelSpec, whole: bool = False) -> None:
         self.spec = spec
-        period = _period(spec.text)
+        self._period = period = _period(spec.text)
         first = -(-FEWEST_LAYERS // period) * period
         sizes = [first, first + period]
         self.sizes = sizes if not whole and spec.layers > sizes[-1] else [spec.layers]
@@ -126,6 +129,16 @@ class Simulator:
             self._models = [_MetaModel(spec, size) for size in self.sizes]
         self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
         self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
+
+    @property
+    def eager(self) -> bool:
+        """Whether the scores of attention are tensors."""
+        return bool(self._models[0].causal_lm.config.get_text_config()._attn_implementation == "eager")
+
+    @property
+    def cast_bytes(self) -> int:
+        """Of what a baseline held in another dtype before."""
+        return self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -146,7 +159,11 @@ class Simulator:
         for model in self._models:
             with _collecting():
                 runs.append(model.run(workload, chunk))
-        return _Line(self.sizes[0], self.sizes[-1], self.spec.layers).simulation(runs[0], runs[-1])
+        short, long = (played for _, played in (runs[0], runs[-1]))
+        each = tuple((Counter(long.start) - Counter(short.start)).elements())
+        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
+        line = _Line(self.sizes[0], self.sizes[-1], self.spec.layers)
+        return replace(line.simulation(runs[0][0], runs[-1][0]), reserved=reserved)
 
     def _whole(self, short: int, long: int) -> int:
         """What the whole model has, by what its two sizes have: each layer adds the same."""
@@ -174,7 +191,7 @@ class _Line:
             reserved = max(peak.reserved, self.at(other.reserved, peak.reserved))
             phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
         kept = self._all_categories(first.kept, second.kept)
-        return Simulation(phases, kept, self.at(first.paged, second.paged))
+        return Simulation(phases, kept, self.at(first.paged, second.paged), second.reserved)
 
     def _all_categories(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
         return {key: max(0, self.at(first[key], second[key])) for key in CATEGORIES}
@@ -210,7 +227,7 @@ class _MetaModel:
             self.live.begin("load")
             with self.live.region("weights"):
                 load_nothing(model, spec.quantization)
-                spec.baseline.settle(model)
+                self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
                 for tensor in (*model.parameters(), *model.buffers()):
                     self.live.adopt(tensor, "weights")
             with self.live.region("adapters"):
@@ -224,8 +241,8 @@ class _MetaModel:
         self.causal_lm = self.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
 
-    def run(self, workload: Workload, chunk: int) -> Simulation:
-        """A run whose loss takes `chunk` tokens at a time."""
+    def run(self, workload: Workload, chunk: int) -> tuple[Simulation, tape.Tape]:
+        """A run whose loss takes `chunk` tokens at a time, and the tape of its step."""
         live, spec, parts = self.live, self.spec, replace(self.parts, chunk_tokens=chunk)
         live.packed = workload.packed
         live.peaks = {"load": live.peaks["load"]}
@@ -244,10 +261,14 @@ class _MetaModel:
                 self._give_gradients(optimizer)
             self.model.train()
             live.begin("forward")
+            recorded = live.record(self.replaced)
+            recorded.mark("forward")
             spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
             live.begin("update")
+            recorded.mark("update")
             optimizer.clip(optimizer.gradient_norm(), 1.0)
             optimizer.step(1e-4)
+            live.tape = None
             self.model.eval()
             with torch.no_grad():
                 live.begin("selfcheck")
@@ -262,7 +283,8 @@ class _MetaModel:
             paged = _paged_bytes(optimizer, workload.optimizer, spec.target)
             optimizer.detach()
             del optimizer, batch
-        return Simulation({name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}, kept, paged)
+        phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
+        return Simulation(phases, kept, paged, tape.play(recorded, 0, 1, 0)), recorded
 
     def _settle_optimizer(self, optimizer: AdapterOptimizer) -> None:
         """Its moments exist from the first update on: make them before anything is counted."""
@@ -280,19 +302,32 @@ class _MetaModel:
     @contextmanager
     def _marks(self) -> Iterator[None]:
         """Where the phases of a step begin: at the trunk's end, and when the gradients of a layer are complete."""
-        begin = self.live.begin
+        live = self.live
+        of_layer = _first_of_each_layer(self.parameters)
+        phase_at = {max(of_layer): "backward", sorted(of_layer)[1]: "backward end"} if len(of_layer) > 1 else {}
+
+        def into_layer(layer: int, *_: Any) -> None:
+            if live.tape is not None and live.phase == "forward":  # not when it is computed once more
+                live.tape.mark(tape.FORWARD, layer)
 
         def trunk_done(*_: Any) -> None:
-            if self.model.training:
-                begin("loss")
+            if live.tape is not None:
+                live.tape.mark("loss")
+                live.begin("loss")
+
+        def gradients_of(layer: int, *_: Any) -> None:
+            if live.tape is not None:
+                live.tape.mark(tape.BACKWARD, layer)
+            if layer in phase_at:
+                live.begin(phase_at[layer])
 
         with ExitStack() as hooks:
             hooks.enter_context(self.parts.trunk.register_forward_hook(trunk_done))
-            of_layer = _first_of_each_layer(self.parameters)
-            if len(of_layer) > 1:
-                top, second = of_layer[max(of_layer)], of_layer[sorted(of_layer)[1]]
-                hooks.enter_context(top.register_post_accumulate_grad_hook(lambda _: begin("backward")))  # type: ignore[no-untyped-call]
-                hooks.enter_context(second.register_post_accumulate_grad_hook(lambda _: begin("backward end")))  # type: ignore[no-untyped-call]
+            for layer, (name, parameter) in of_layer.items():
+                module = self.model.get_submodule(name[: re.search(r"\.\d+\.", name).end() - 1])  # type: ignore[union-attr]
+                hooks.enter_context(module.register_forward_pre_hook(partial(into_layer, layer)))
+                done = parameter.register_post_accumulate_grad_hook(partial(gradients_of, layer))  # type: ignore[no-untyped-call]
+                hooks.enter_context(done)
             yield
 
     def _check_itself(self, batch: Batch) -> None:
@@ -335,11 +370,11 @@ def _paged_bytes(optimizer: AdapterOptimizer, name: str, target: str) -> int:
     )
 
 
-def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, nn.Parameter]:
-    found: dict[int, nn.Parameter] = {}
+def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, tuple[str, nn.Parameter]]:
+    found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if match := re.search(r"\.(\d+)\.", name):
-            found.setdefault(int(match[1]), parameter)
+            found.setdefault(int(match[1]), (name, parameter))
     return found
 
 

@@ -22,6 +22,7 @@ from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config
 from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.model.weight_names import ClassNames
+from qlora.step.forward import CausalParts, hidden_states
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
 if TYPE_CHECKING:
@@ -231,15 +232,15 @@ def _start_from_inputs(model: PeftModel, batches: list[Batch]) -> None:
     """EVA (arXiv:2410.07170): A becomes the main directions of each layer's inputs at trained positions."""
     from peft import initialize_lora_eva_weights
 
-    forwards = 0
+    forwards, parts = 0, CausalParts.of(model.get_base_model())
 
-    def forward(network: Any, batch: Batch) -> None:
+    def forward(_: Any, batch: Batch) -> None:
         nonlocal forwards
         forwards += 1
         if forwards > EVA_MAX_FORWARDS:
             what = f'lora.init = "eva" has not converged after {EVA_MAX_FORWARDS} passes over the first rows'
             raise ModelError(what, 'use more or longer rows, a smaller lora.r, or lora.init = "default"')
-        network(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, attention_mask=None, use_cache=False)
+        hidden_states(parts, batch)  # and no head: the logits of all positions are gigabytes, and no adapter's inputs
 
     def trained_positions(batch: Batch, _: Any) -> Tensor:
         return (batch.loss_weights_BS > 0).nonzero()

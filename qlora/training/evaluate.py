@@ -138,9 +138,7 @@ class RunEvaluation:
             self.check_stop()
             self.recovery.sink.emit(Progress("answer", done, total, "tokens"))
 
-        tokenizer = self.chat.tokenizer
-        longest = max(len(tokenizer.encode(q.expected, add_special_tokens=False)) for q in questions)
-        count = longest + EXTRA_TOKENS
+        tokenizer, count = self.chat.tokenizer, answer_tokens(questions, self.chat)
         with evaluating(self.model), self.model.disable_adapter() if untuned else nullcontext():
             produced = generate.greedy(
                 self.model,
@@ -175,6 +173,12 @@ def questions_of(split: PreparedSplit, chat: ChatTokenizer, limit: int) -> list[
         asked = next((m["content"] for m in reversed(messages) if m.get("role") == "user"), "")
         found.append(Question(chat.prompt_ids(messages, tools), str(asked or ""), expected))
     return found
+
+
+def answer_tokens(questions: Sequence[Question], chat: ChatTokenizer) -> int:
+    """How long an answer to one of the questions may be for exact match; 0 without a question."""
+    lengths = [len(chat.tokenizer.encode(q.expected, add_special_tokens=False)) for q in questions]
+    return max(lengths) + EXTRA_TOKENS if lengths else 0
 
 
 def same_answer(given: str, expected: str) -> bool:

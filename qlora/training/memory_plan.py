@@ -90,7 +90,7 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     if recipe.memory.limit == "auto":
         # What is left does not count what this process has taken already (its CUDA context too); the estimate does.
         resident = int(psutil.Process().memory_info().rss)
-        taken = resident if machine.device_type == "cpu" else overheads.CUDA_CONTEXT_BYTES
+        taken = resident if machine.device_type == "cpu" else overheads.context_bytes(machine.gpu)[0]
         machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
     text, _ = text_config(base.config, base.name)
     estimator = Estimator(text, base.name, machine)
@@ -110,7 +110,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
 def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
-    keys = ("peak_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes", "components", "settings", "notes")
+    keys = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes", "components")
+    keys += ("settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 

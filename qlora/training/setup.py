@@ -8,12 +8,12 @@ to be good and the run is known to fit.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk
+from qlora import disk, processes
 from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
 from qlora.guarded import Guarded
@@ -78,6 +78,7 @@ def pick_device() -> torch.device:
     """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
     from qlora import device as hardware
 
+    processes.refuse_several()
     device = hardware.current()
     if not hardware.computes_bf16(device):
         raise HardwareError(
@@ -91,15 +92,19 @@ def pick_device() -> torch.device:
 def prepare_job(
     recipe: Recipe, run_dir: Path, base: BaseFolder, tokenizer: TokenizerFiles, sink: Sink, stop: StopRequest
 ) -> Iterator[Job]:
-    """Everything up to the first step. Inside the block the CPU multiplies as training needs it."""
+    """Everything up to the first step. Inside the block the CPU multiplies as training needs it; behind it the job's
+    model is empty.
+    """
+    from qlora.model import emptied
     from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
 
     clock, watch = PhaseClock(sink), BaseWatch.begin(base)
     chat, data, memory = prepare(recipe, base, tokenizer, sink, clock)
     device = pick_device()
-    with fast_matmul(device):
+    with fast_matmul(device), ExitStack() as stack:
         model = load_model(recipe, base, data, chat, clock)
+        stack.callback(emptied.empty, model)
         yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch)
 
 
@@ -126,7 +131,9 @@ def prepare(
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
         foresee_measuring(recipe.export, base, hardware.this_machine(recipe.memory.limit).limit_bytes, sink)
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
-        memory = memory_plan.plan_run(recipe, base, memory_plan.data_facts(recipe, data, prompt_tokens), sink)
+        exact = evaluate.answer_tokens(asked[: recipe.eval.exact_match_rows], chat)
+        facts = replace(memory_plan.data_facts(recipe, data, prompt_tokens), answer_tokens=exact)
+        memory = memory_plan.plan_run(recipe, base, facts, sink)
     return chat, data, memory
 
 

@@ -144,6 +144,23 @@ def test_no_memory_left_is_exit_3(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no memory left" in capsys.readouterr().err.splitlines()[0]
 
 
+def test_memory_that_ran_out_in_another_words_is_exit_3_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    assert ended(work) == 3
+    assert "internal error" not in capsys.readouterr().err
+
+
+def test_a_gpu_that_failed_is_no_fault_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be")
+
+    assert ended(work) == 4
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].endswith("the GPU failed: an illegal memory access was encountered")
+
+
 def test_a_message_of_any_length_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise ValueError("x" * 10_000_000)

@@ -117,7 +117,7 @@ def test_the_new_size_is_kept_and_a_resumed_run_goes_on_with_it(
         fail_at(patch, 0)
         train(recipe, *RUN, "train.micro_batch_size=4", stop_after=2)
     state = json.loads((run_dir(recipe) / "checkpoints/step-000002/state.json").read_text())["state"]
-    assert (state["micro_batch_size"], state["gradient_checkpointing"]) == (2, True)
+    assert (state["micro_batch_size"], state["gradient_checkpointing"]) == (2, False)
     recorder = train(recipe, *RUN, "train.micro_batch_size=4", mode="resume")
     assert values(recorder, "plan", "micro_batch_size") == [2]
 
@@ -269,4 +269,4 @@ def test_the_reason_is_told_without_the_whole_message() -> None:
     def work() -> None:
         raise out_of_memory()
 
-    assert attempt(work) == (None, "out of memory: Tried to allocate 2")
+    assert attempt(work) == (None, "out of memory: Tried to allocate 2.00 GiB")

@@ -1,0 +1,194 @@
+"""Memory that runs out where nothing can be made smaller: exit 3 and what to change; and what a run leaves behind.
+
+Its error is injected in the words of another library than torch, since a CPU has none of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef  # type: ignore[attr-defined]
+
+from qlora import api, run_folder
+from qlora.errors import DoesNotFit, ExportError, StoppedBySignal, TrainingStopped
+from qlora.events import Recorder, Sinks
+from qlora.export.child import Outcome
+from qlora.model import adapters, load
+from qlora.recipe.reading import load_recipe, recipe_of_base
+from qlora.stop import StopRequest
+from qlora.training import loop, memory_plan, selfcheck, setup
+from qlora.training.memory_plan import MemorySettings
+from qlora.training.phases import PhaseClock
+from tests.card import GIB, MIB, Card, rehearsal
+from tests.runs import StopAfter, write_recipe
+
+CPU = torch.device("cpu")
+
+
+def runs_out(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def load_model(*overrides: str) -> Any:
+    nothing: Any = SimpleNamespace(pad_id=0)
+    return setup.load_model(recipe_of_base("a/b", overrides), nothing, nothing, nothing, PhaseClock(Recorder()))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "overrides", "doing", "cure"),
+    [
+        (load, "load_base", (), "loading the base", "use a smaller base"),
+        (adapters, "attach", (), "attaching the adapters", r"lower lora\.r"),
+        (setup, "_eva_batches", ('lora.init="eva"',), "attaching the adapters", 'lora.init = "default"'),
+    ],
+)
+def test_before_a_run(
+    place: Any, name: str, overrides: tuple[str, ...], doing: str, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "load_base", lambda *_: None)
+    monkeypatch.setattr(place, name, runs_out)
+    with pytest.raises(DoesNotFit, match=f"out of memory while {doing}: CUDA error: CUBLAS") as caught:
+        load_model(*overrides)
+    assert cure.replace("\\", "") in caught.value.hint
+
+
+class _Training:
+    """A run as `loop.run` sees it, saved after step 4."""
+
+    checkpointer = SimpleNamespace(saved_step=4)
+    saved = loop.Training.saved
+
+    def __init__(self, begin: Callable[..., Any]) -> None:
+        self.begin = begin
+
+
+def test_within_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    job: Any = SimpleNamespace(stop=StopRequest(), sink=Recorder())
+    monkeypatch.setattr(loop, "Training", runs_out)
+    with pytest.raises(DoesNotFit, match="out of memory while setting up the optimizer"):
+        loop.run(job, None)
+    monkeypatch.setattr(loop, "Training", lambda _: _Training(runs_out))
+    with pytest.raises(DoesNotFit, match="out of memory while training") as caught:
+        loop.run(job, None)
+    assert caught.value.hint.endswith("step 4 is saved, mode='resume' goes on from it")
+    monkeypatch.setattr(loop, "Training", lambda _: _Training(fails))
+    with pytest.raises(TrainingStopped, match="the GPU failed while training: an illegal memory") as stopped:
+        loop.run(job, None)
+    assert stopped.value.exit_code == 4 and "step 4 is saved" in stopped.value.hint
+
+
+def test_in_every_call_of_the_api(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    for place, name in ((setup, "preflight"), (api, "_open_source"), (api, "question")):
+        monkeypatch.setattr(place, name, runs_out)
+    monkeypatch.setattr(run_folder, "adapter_of", lambda _: (tmp_path / "adapter", tmp_path / "export"))
+    calls: list[Callable[[], Any]] = [lambda: api.train(recipe), lambda: api.check(recipe)]
+    calls += [lambda: api.merge_and_export(tmp_path), lambda: api.estimate_memory(recipe)]
+    for call in calls:
+        with pytest.raises(DoesNotFit, match="out of memory while"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (DoesNotFit("a", "b"), DoesNotFit),
+        (TrainingStopped("a", "b"), TrainingStopped),
+        (ExportError("a", "b"), ExportError),
+    ],
+)
+def test_an_export_that_fails_undoes_no_training(
+    error: Exception, raised: type[DoesNotFit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(api, "_export", fail)
+    with pytest.raises(raised) as caught:
+        api._export_trained(tmp_path, recipe_of_base("a/b").export, Recorder())
+    assert caught.value.hint == f"b; the training itself is done, its adapter is {tmp_path / 'adapter'}"
+
+
+def test_the_self_check_asks_about_shorter_rows_and_then_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    most = 20
+
+    def compare(causal_lm: Any, parts: Any, rows: Any, device: Any) -> selfcheck.SelfCheck:
+        asked.append(tuple(rows.lengths))
+        return runs_out() if max(rows.lengths) > most else selfcheck.SelfCheck(0.01, 0.02)
+
+    from tests.data.test_short_rows import split
+
+    nothing: Any = None
+    monkeypatch.setattr(selfcheck, "_compare", compare)
+    check = selfcheck.run(nothing, nothing, split((8192, 9), (2048, 9)), CPU)
+    assert asked == [(256, 256), (64, 64), (16, 16)] and check == selfcheck.SelfCheck(0.01, 0.02)
+    most = 2
+    with pytest.raises(DoesNotFit, match=r"out of memory: CUDA error.*of a row of 16 tokens"):
+        selfcheck.run(nothing, nothing, split((8192, 9), (2048, 9)), CPU)
+
+
+def test_a_child_that_had_no_memory() -> None:
+    traceback = "torch.AcceleratorError: CUDA error: out of memory"
+    for log, code in (((), -9), (("MemoryError",), 1), ((traceback, *["For debugging consider"] * 5), 1)):
+        assert Outcome({}, code, log).ran_out_of_memory
+    for log, code in (((), 1), (("ValueError: x",), 1), (("MemoryError", *["much later"] * 20), 1)):
+        assert not Outcome({}, code, log).ran_out_of_memory
+
+
+def test_the_limit_is_the_cards_before_a_weight_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 MiB of the stand-in are the driver's: they count against `memory.limit`, and are not free without one."""
+    limits: list[int] = []
+    with rehearsal(monkeypatch, Card(total=GIB)) as card:
+        monkeypatch.setattr(load, "load_base", lambda *_: limits.append(card.limit))
+        monkeypatch.setattr(adapters, "attach", lambda *_, **__: None)
+        for overrides in (('memory.limit="512MiB"',), ()):
+            load_model(*overrides)
+    assert [round(limit / MIB) for limit in limits] == [508, 1020]
+    assert card.calls["reset_peak_memory_stats"] == 2
+
+
+def test_no_tensor_of_a_run_is_alive_when_another_model_is_loaded(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the export that follows a training, in the next run, and after a run whose error somebody keeps."""
+    known: list[list[StorageWeakRef]] = []
+    alive: list[list[int]] = []
+    load_base, train = load.load_base, loop.run
+
+    def loading(*arguments: Any) -> Any:
+        alive.append([sum(not one.expired() for one in of_run) for of_run in known])
+        if len(alive) == 2:  # the export's
+            raise ExportError("enough is known", "go on")
+        return load_base(*arguments)
+
+    def running(job: Any, resume_from: Any) -> Any:
+        model = job.model
+        states = [getattr(one, "quant_state", None) for one in model.parameters()]
+        constants = [state.absmax for state in states if state is not None]
+        tensors = [*model.parameters(), *model.buffers(), *constants]
+        known.append([StorageWeakRef(tensor.untyped_storage()) for tensor in tensors])
+        return train(job, resume_from)
+
+    monkeypatch.setattr(load, "load_base", loading)
+    monkeypatch.setattr(loop, "run", running)
+    monkeypatch.setattr(memory_plan, "plan_run", lambda *_: MemorySettings(1, False))
+    settings = ("train.max_steps=2", "train.batch_size=1", "data.max_length=96", "eval.samples=0")
+    recipe = load_recipe(write_recipe(tmp_path, llama), (*settings, 'export.formats=["hf"]'))
+    with pytest.raises(ExportError, match="enough is known"):
+        api.train(recipe)
+    stop = StopRequest()
+    with pytest.raises(StoppedBySignal) as kept:
+        api.train(recipe, mode="fresh", sink=Sinks(Recorder(), StopAfter(1, stop)), stop=stop)
+    api.train(recipe.model_copy(update={"export": recipe_of_base("a/b").export}), mode="fresh")
+    assert kept.value.exit_code == 130 and [len(of_run) > 30 for of_run in known] == [True] * 3
+    assert alive == [[], [0], [0], [0, 0]]
