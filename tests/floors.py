@@ -120,6 +120,7 @@ LINES = {
     "model": [
         *(
             "split_patterns",
+            "alternatives",
             "tokenizer_check",
             "tokenizer",
             "config_bounds",

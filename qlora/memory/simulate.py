@@ -129,6 +129,7 @@ class Simulator:
         with _collecting():
             self._models = [_MetaModel(spec, size) for size in self.sizes]
         self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
+        self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
 
     @property
     def eager(self) -> bool:
@@ -142,6 +143,11 @@ class Simulator:
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
+        if workload not in self._known:
+            self._known[workload] = self._simulated(workload)
+        return self._known[workload]
+
+    def _simulated(self, workload: Workload) -> Simulation:
         tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
         if tokens <= MOST_CHUNKS * chunk:
             return self._run(workload, chunk)
