@@ -98,6 +98,7 @@ LINES = {
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "memory": [
         "allocator",
+        "tape",
         "trace",
         "baselines",
         "simulate",
@@ -106,6 +107,7 @@ LINES = {
         "hardware",
         "overheads",
         "calibration",
+        "margins",
         "estimate",
         "plan",
         "spilling",
