@@ -184,6 +184,13 @@ def peak_bytes(device: torch.device) -> int | None:
     return None
 
 
+def live_bytes(device: torch.device) -> int | None:
+    """Bytes of the allocator's live tensors now; None where the device has no allocator that counts."""
+    if is_card(device):
+        return int(accelerator.memory_allocated(device))
+    return None
+
+
 def release_memory(device: torch.device) -> None:
     """Give back what nothing refers to any more: cycles first, then the allocator's empty blocks."""
     import gc
@@ -230,6 +237,18 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: i
         taken = min(context_bytes, max(0, total - free - ours))
         most = usable(free) + ours if limit_bytes is None else limit_bytes - taken
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
+
+
+def lift_limit(device: torch.device) -> None:
+    """Take back what `limit_memory` has set."""
+    if is_card(device):
+        accelerator.set_per_process_memory_fraction(1.0, device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for; a CPU has."""
+    if is_card(device):
+        accelerator.synchronize(device)
 
 
 @contextmanager

@@ -62,7 +62,10 @@ LINES = {
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
         *("nvidia", "device", "numerics", "api", "prove"),
     ],
-    "cli": ["surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "export", "estimate", "train"],
+    "cli": [
+        *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
+        *("export", "estimate", "train", "prove"),
+    ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
         *("step_batches", "best_adapter", "setup", "loop"),
@@ -151,6 +154,7 @@ LINES = {
             "template_facts",
             "template",
             "spans",
+            "served_rows",
             "dropped",
             "offsets",
             "chat",
@@ -165,5 +169,11 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "console"],
+    "report": ["files", "figures", "memory", "picture", "console", "proofs"],
+    "prove": [
+        *("shapes", "proof", "model", "trained"),
+        *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
+        *("resume", "export", "peak", "speed", "limit", "spill"),
+        *("suite", "report", "__main__"),
+    ],
 }

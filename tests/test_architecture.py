@@ -107,7 +107,7 @@ FOREIGN = [
     *("export/gguf/vocab.py", "export/verify/plain_open.py", "memory/plan.py"),
     *("model/adapters.py", "model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),
     *("model/meta_model.py", "model/meta_model.py", "model/mixtures.py", "model/mixtures.py", "model/nf4.py"),
-    *("model/tokenizer.py", "model/weight_names.py", "training/memory_plan.py"),
+    *("model/tokenizer.py", "model/weight_names.py", "prove/suite.py", "training/memory_plan.py"),
 ]
 
 

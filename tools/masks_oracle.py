@@ -54,6 +54,8 @@ EXPLAINED = {
     "cut": "what follows the last answer is left out: the template would write that answer otherwise for it",
     "joined": "a line break that begins the answer is one token with the prompt's: it is left to the prompt",
     "behind the result": "words that the template writes behind the tool's result, where the model does not write them",
+    "served history": "before the answer stands what its prompt has: harmony's text drops the analysis before a call",
+    "own row": "an answer that the template writes otherwise later is compared where it ends a row of its own",
     "second call": "refused: DeepSeek's templates write a conversation's second call without the header that is served",
     "call": "the call is given in a shape that the template writes, or refused, where the plain one is lost",
 }
@@ -158,7 +160,11 @@ def compared(template: str) -> Iterator[tuple[str, Outcome]]:
     theirs = ChatTemplate(toy_tokenizer(family, template), Sinks())
     theirs.reading = ours._chat_template.reading
     for name, conversation in CONVERSATIONS.items():
-        yield name, _outcome(ours, theirs, conversation)
+        (rows,) = ours.rows_of([conversation])
+        outcomes = [_outcome(ours, theirs, row) for row in rows]
+        kinds = frozenset[str]().union(*(outcome.kinds for outcome in outcomes))
+        unexplained = "; ".join(outcome.unexplained for outcome in outcomes if outcome.unexplained)
+        yield name, Outcome(kinds | {"own row"} if len(rows) > 1 else kinds, unexplained)
 
 
 def _outcome(ours: ChatTokenizer, theirs: ChatTemplate, conversation: Conversation) -> Outcome:
@@ -210,6 +216,11 @@ def _other_text(
         return replace(outcome, kinds=outcome.kinds | {"border"})
     if facts.lead and facts.lead in decode(row.input_ids):
         return Outcome(frozenset(["as served"]))
+    answers = [number for number, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+    prompt = ours._chat_template.render(conversation.messages[: answers[-1]], conversation.tools, True)
+    own = decode(row.input_ids)
+    if own.startswith(prompt) and decode(ids).endswith(own[len(prompt) :]):
+        return Outcome(frozenset(["served history"]))
     return Outcome(unexplained=f"other text:\n  ours   {decode(row.input_ids)!r}\n  theirs {decode(ids)!r}")
 
 

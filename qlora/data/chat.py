@@ -18,6 +18,7 @@ from qlora.data import limits, spans
 from qlora.data.formats import Conversation, Message
 from qlora.data.offsets import begins_of, split_at, tokens_of
 from qlora.data.row_json import RowError
+from qlora.data.served_rows import ServedRows
 from qlora.data.spans import Located
 from qlora.data.template import OTHER_TEMPLATE, ChatTemplate
 from qlora.errors import TokenizerError
@@ -75,6 +76,7 @@ class ChatTokenizer:
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
         self._noticed_tools = False
+        self._served_rows = ServedRows(self._chat_template, self._check, self.dropped)
 
     @property
     def template(self) -> str | None:
@@ -85,6 +87,14 @@ class ChatTokenizer:
     def templates(self) -> tuple[str, str]:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
+
+    def rows_of(
+        self, conversations: Sequence[Conversation], bounds: limits.TextLimits = _LIMITS
+    ) -> Iterator[tuple[Conversation, ...]]:
+        """Each conversation as the rows in which its answers stand as they are served."""
+        if self.loss_on == "all":
+            return ((item,) for item in conversations)
+        return self._served_rows.split(conversations, bounds)
 
     def encode_many(
         self, conversations: Sequence[Conversation], bounds: limits.TextLimits = _LIMITS

@@ -43,6 +43,11 @@ _SAID = {
         "answers are trained otherwise than they stand in the rows: the chat template alters them",
     ),
     "system": ("template", "system prompts are left out by the chat template, which has no place for them"),
+    "long": (
+        "template",
+        "answers of very long conversations are not trained: each would need a row of its own, and one conversation is "
+        "made into rows of 4 million characters in all",
+    ),
     "unended": (
         "template",
         "answers are trained without an end: what the chat template writes after them in a conversation is not it",

@@ -109,6 +109,8 @@ class _Locator:
             text, marks = self._as_served(text), []
             self.answers, self.trained = list(compress(self.answers, self.trained)), [True] * sum(self.trained)
             starts = self._starts(text)
+            if len(starts) == 1 and self.answers[0] == len(self.messages) - 1:
+                text, starts = self._after_served_history(text, starts[0])
         limits = [*starts, len(text)][1:]
         if any(start >= limit for start, limit in zip(starts, limits, strict=True)):
             raise RowError("the answers cannot be told apart in the rendered text")
@@ -163,6 +165,14 @@ class _Locator:
         thoughts = thoughts_of(self.messages[number])
         line = "\n" if lead.endswith("\n") else ""
         return f"{prompt}{thoughts}{line}{closing}\n\n{body.lstrip(chr(10))}"
+
+    def _after_served_history(self, text: str, start: int) -> tuple[str, list[int]]:
+        """The text and where its only trained answer begins, after the history that is served: harmony drops the
+        analysis before a call from a text that has a final answer, and not from the prompt for that answer."""
+        prompt = self._prompt(self.answers[0]) or ""
+        if text.startswith(prompt.removesuffix(self.facts.header)):
+            return text, [start]
+        return prompt + text[start:], [len(prompt)]
 
     # --- where answers begin ------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import json
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -140,20 +141,35 @@ class StoredRows:
         return hashlib.sha256(f"{self.tokens_sha256} {sources} {held_out}".encode("utf-8", "surrogatepass")).hexdigest()
 
     def hold_out(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-        """Indices (held out, kept). Rows of equal tokens stay together, in the order of a hash of seed and tokens."""
-        digests = self.digests
+        """Indices (held out, kept). Rows of equal tokens stay together, and those of one conversation, in the order of
+        a hash of seed and tokens."""
+        digests, conversations = self.digests, self._conversations()
         wanted = min(len(digests) - 1, max(1, round(fraction * len(digests)))) if fraction else 0
-        groups: dict[bytes, list[int]] = {}
-        for index, digest in enumerate(digests):
-            groups.setdefault(digest, []).append(index)
+        groups = _together(digests, conversations)
         held_out: list[int] = []
-        for digest in sorted(groups, key=lambda digest: hashlib.sha256(seed.to_bytes(8, "little") + digest).digest()):
-            if len(held_out) + len(groups[digest]) <= wanted:
-                held_out += groups[digest]
+        for rows in sorted(
+            groups, key=lambda rows: hashlib.sha256(seed.to_bytes(8, "little") + digests[rows[0]]).digest()
+        ):
+            if len(held_out) + len(rows) <= wanted:
+                held_out += rows
         if wanted > 0 and not held_out:  # every row has more copies than are wanted
-            smallest = min(groups.values(), key=len)
-            held_out = smallest if len(groups) > 1 else smallest[:1]
+            smallest = min(groups, key=len)
+            first = [row for row in smallest if conversations[row] == conversations[smallest[0]]]
+            held_out = smallest if len(groups) > 1 else first if len(first) < len(smallest) else []
         return sorted(held_out), sorted(set(range(len(digests))).difference(held_out))
+
+    def _conversations(self) -> Sequence[int]:
+        """A number for each row, which the rows of one conversation share: they stand together, at one place."""
+        from pyarrow import compute
+
+        table = self.dataset.data.table
+        if len(self.digests) < 2:
+            return range(len(self.digests))
+        same = [
+            compute.equal(column.slice(1), column.slice(0, len(column) - 1)).to_pylist()
+            for column in (table["where"].combine_chunks(), table["source"].combine_chunks())
+        ]
+        return [*accumulate((not (where and source) for where, source in zip(*same, strict=True)), initial=0)]
 
     def split(self, chosen: Sequence[int] | None = None) -> PreparedSplit:
         """All rows, or the chosen ones in the order given."""
@@ -172,6 +188,25 @@ class StoredRows:
             sources=numbers("source"),
             prompts=_Chosen(self.dataset, ["prompt"], indices, str),
         )
+
+
+def _together(digests: Sequence[bytes], conversations: Sequence[int]) -> list[list[int]]:
+    """Indices of rows that no split may part, in groups; groups and rows in the order of the file."""
+    groups: list[list[int]] = []
+    at: dict[bytes | int, int] = {}  # the group of a digest, and of a conversation
+    for row, keys in enumerate(zip(digests, conversations, strict=True)):
+        found = sorted({at[key] for key in keys if key in at})
+        group = found[0] if found else len(groups)
+        if not found:
+            groups.append([])
+        for other in found[1:]:  # this row joins two groups
+            groups[group] += groups[other]
+            for member in groups[other]:
+                at[digests[member]] = at[conversations[member]] = group
+            groups[other] = []
+        groups[group].append(row)
+        at.update(dict.fromkeys(keys, group))
+    return [sorted(rows) for rows in groups if rows]
 
 
 def open_rows(path: Path, tokens_sha256: str, highest_id: int | None = None) -> StoredRows:

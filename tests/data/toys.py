@@ -143,6 +143,12 @@ def encode(chat: ChatTokenizer, conversation: Conversation) -> TokenRow:
     return row
 
 
+def encode_all(chat: ChatTokenizer, conversation: Conversation) -> list[TokenRow]:
+    """Tokens and masks of each row that a conversation becomes. Raises RowError."""
+    (rows,) = chat.rows_of([conversation])
+    return [encode(chat, row) for row in rows]
+
+
 def chat_of(template: str | None, family: Family = CHATML, loss_on: str = "assistant") -> ChatTokenizer:
     return ChatTokenizer(toy_tokenizer(family, template), loss_on, Recorder())
 

@@ -99,6 +99,18 @@ def test_auto_is_the_fastest_that_fits(limit_gib: float, rows: int, recomputes: 
     assert plan.estimate.fits is (limit_gib >= 3)
 
 
+@pytest.mark.parametrize(("limit_gib", "recomputes", "asked"), [(6.0, False, 1), (5.9, True, 2), (2.5, True, 2)])
+def test_layers_are_recomputed_only_where_that_is_needed(
+    limit_gib: float, recomputes: bool, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default, with the default's micro-batch: what fits without is not simulated with."""
+    questions: list[Any] = []
+    estimate = ByHand.estimate
+    monkeypatch.setattr(ByHand, "estimate", lambda self, *about: questions.append(about) or estimate(self, *about))
+    plan = planner(limit_gib).decide(recipe())
+    assert plan.changes == {"train.gradient_checkpointing": recomputes} and len(questions) == asked
+
+
 def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_data() -> None:
     facts = DataFacts(longest=128, batch_size=3, prompt_tokens=8, has_eval=False)
     assert planner(70, facts).decide(recipe(*AUTO)).recipe.train.micro_batch_size == 2
@@ -109,7 +121,7 @@ def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_
 def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
     found = planner(6.5).search(recipe("train.micro_batch_size=16"))
     assert [plan.changes for plan in found] == [
-        {"train.micro_batch_size": 4},
+        {"train.micro_batch_size": 4, "train.gradient_checkpointing": True},
         {"train.micro_batch_size": 1, "train.gradient_checkpointing": False},
     ]
     shorter = planner(2.6).search(recipe("train.micro_batch_size=16"))
