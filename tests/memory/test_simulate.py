@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora.errors import ModelError
 from qlora.memory import simulate, trace
 from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.model.meta_model import text_config
@@ -129,6 +130,17 @@ def test_many_chunks_of_the_head_are_drawn_from_larger_ones(monkeypatch: pytest.
     for phase, peak in every.phases.items():
         assert drawn.phases[phase].total == pytest.approx(peak.total, rel=0.005), phase
     assert drawn.kept == every.kept and drawn.paged == every.paged
+
+
+def test_experts_that_are_refused_are_those_of_all_layers() -> None:
+    """The message tells what a user has to hold, not what the few layers that are drawn have."""
+    overrides = {"num_hidden_layers": 12, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
+    text = make_config(
+        "qwen3_moe", overrides={**overrides, "hidden_size": 1024, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    )
+    gib = 12 * 8 * 3 * 1024 * 1024 * 2 / 2**30
+    with pytest.raises(ModelError, match=rf"its fused experts \({gib:.2f} GiB in 16 bit\)"):
+        Simulator(ModelSpec(text, "tiny", LORA, QuantizationSection()))
 
 
 def test_a_step_that_never_ends_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
