@@ -280,3 +280,17 @@ def on_default_stream(device: torch.device) -> Iterator[None]:
     with accelerator.stream(default):
         yield
     current.wait_stream(default)
+
+
+def host_block(words: int, device: torch.device) -> torch.Tensor:
+    """So many int64 values on the host, uninitialized; pinned, so that a copy to a GPU `device` waits for nothing.
+
+    Pageable where the system pins no more (WSL gives little): then the copy waits, and is right.
+    """
+    import torch
+
+    block = torch.empty(words, dtype=torch.int64)
+    if is_card(device):
+        with suppress(RuntimeError):
+            return block.pin_memory()
+    return block

@@ -66,7 +66,8 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding.
+    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding. `trained` of a
+    row's tokens have a loss at most; 0 is all of them.
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none.
@@ -83,6 +84,7 @@ class Workload:
     samples: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Simulator:
         with _collecting():
             self._models = [_MetaModel(spec, size) for size in self.sizes]
         self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
+        self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
 
     @property
     def eager(self) -> bool:
@@ -142,6 +145,11 @@ class Simulator:
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
+        if workload not in self._known:
+            self._known[workload] = self._simulated(workload)
+        return self._known[workload]
+
+    def _simulated(self, workload: Workload) -> Simulation:
         tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
         if tokens <= MOST_CHUNKS * chunk:
             return self._run(workload, chunk)
@@ -216,7 +224,7 @@ class _MetaModel:
         self.live.vocabulary = int(spec.text.vocab_size)
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
-        check_layers(model, spec.name)
+        check_layers(model, spec.name, spec.text if layers < spec.layers else None)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
         everything = sum(parameter.numel() for parameter in model.parameters())
         with self.live, OnMeta(spec.target):
@@ -351,11 +359,11 @@ class _MetaModel:
 
 
 def _batch(workload: Workload) -> Batch:
-    """Rows of which every token is trained: nothing that real rows hold takes more."""
+    """Rows with as many trained tokens as rows may have: nothing that real ones hold takes more."""
     shape = (workload.rows, workload.length)
     ids = [torch.empty(shape, dtype=torch.int64, device=META) for _ in range(4)]
     weights = torch.empty(shape, dtype=torch.float32, device=META)
-    trained = torch.empty(workload.rows * workload.length, dtype=torch.int64, device=META)
+    trained = torch.empty(workload.rows * (workload.trained or workload.length), dtype=torch.int64, device=META)
     return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained)
 
 
