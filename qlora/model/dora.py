@@ -1,8 +1,8 @@
 """DoRA's norms without a matrix that peft makes for them: the same numbers, bit for bit.
 
 The norm of a row of W + s B A needs the product B A. peft computes it by sending the identity through both adapters
-(tuners/lora/dora.py, get_lora_weight), because their weights may be shards elsewhere: 411 MB for the input of a layer of
-14,336 in bf16, in every forward pass and again where it is recomputed. What the identity gives is A itself, transposed.
+(tuners/lora/dora.py, get_lora_weight), because their weights may be shards elsewhere: 411 MB for a layer whose input is
+14,336 wide, in bf16, in every forward pass and again where it is recomputed. What the identity gives is A, transposed.
 """
 
 from __future__ import annotations
