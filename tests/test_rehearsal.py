@@ -45,7 +45,11 @@ NOT_REHEARSED = {
     'flat/managed.py::why_not: return "this system': "Windows and WSL; tests/flat/test_managed.py",
     "flat/managed.py::why_not: needed": "without room in RAM; tests/flat/test_managed.py",
     "flat/managed.py::why_not: return f'paging needs": "without room in RAM; tests/flat/test_managed.py",
-    "model/attention_choice.py::choose: return (None, '')": "a resume of a run with a mask; tests/model",
+    "memory/spilling.py": "Windows and WSL; tests/memory/test_spilling.py",
+    **dict.fromkeys(
+        (f"model/attention_choice.py::choose: {one}" for one in ("return (kernel", "raise _imp", "return (None, '')")),
+        "CUDA's own kernels pass no trial on a CPU; tests/model/test_attention_choice.py",
+    ),
 }
 # Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.
 ASKS_A_TYPE = {
