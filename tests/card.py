@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora import device
+from qlora.flat import managed
 
 GIB, MIB = 2**30, 2**20
 CONTEXT_BYTES = 4 * MIB  # what the driver keeps for itself
@@ -241,8 +242,6 @@ def _flat(result: Any) -> Iterator[Any]:
 def rehearsal(monkeypatch: pytest.MonkeyPatch, card: Card) -> Iterator[Card]:
     """Inside, this process has that card and no other."""
     import bitsandbytes.functional as functional
-
-    from qlora.flat import managed
 
     def pinned(tensor: Tensor, *place: Any) -> Tensor:
         card.calls["pin_memory"] += 1

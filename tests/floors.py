@@ -103,6 +103,7 @@ LINES = {
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "memory": [
         "allocator",
+        "tape",
         "trace",
         "baselines",
         "plain_optimizer",
@@ -112,6 +113,7 @@ LINES = {
         "hardware",
         "overheads",
         "calibration",
+        "margins",
         "estimate",
         "plan",
         "spilling",
@@ -120,6 +122,7 @@ LINES = {
     "model": [
         *(
             "split_patterns",
+            "alternatives",
             "tokenizer_check",
             "tokenizer",
             "config_bounds",

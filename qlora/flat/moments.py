@@ -100,8 +100,8 @@ class Moments:
         self.buffer.copy_(buffer)
 
     def free(self) -> None:
-        """Give back what the driver manages, at the end of a run; there are no moments afterwards."""
+        """Give the memory back, at the end of a run; there are no moments afterwards."""
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.views = MomentViews(self.layout, {}, {}, {})
         if self.memory is not None:
-            self.buffer = torch.empty(0, dtype=torch.uint8)
-            self.views = MomentViews(self.layout, {}, {}, {})
             self.memory.free()

@@ -20,6 +20,8 @@ class PlainOptimizer:
         self.parameters, self.paged = dict(parameters), on_gpu and name.startswith("paged_")
         self.inner = _make(name, [*parameters.values()], on_gpu)
 
+    buffer_sizes: tuple[int, ...] = ()  # it has none that holds more than one tensor
+
     def add_gradient(self, key: str, gradient: Tensor) -> None:
         self.parameters[key].grad = gradient.contiguous()
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from qlora.batch import Batch
 from qlora.memory import tape
+from qlora.memory.allocator import rounded
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.plain_optimizer import PlainOptimizer
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
@@ -65,7 +66,8 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding.
+    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding. `trained` of a
+    row's tokens have a loss at most; 0 is all of them.
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none.
@@ -82,6 +84,7 @@ class Workload:
     samples: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Simulator:
         with _collecting():
             self._models = [_MetaModel(spec, size) for size in self.sizes]
         self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
+        self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
 
     @property
     def eager(self) -> bool:
@@ -141,6 +145,11 @@ class Simulator:
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
+        if workload not in self._known:
+            self._known[workload] = self._simulated(workload)
+        return self._known[workload]
+
+    def _simulated(self, workload: Workload) -> Simulation:
         tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
         if tokens <= MOST_CHUNKS * chunk:
             return self._run(workload, chunk)
@@ -154,9 +163,10 @@ class Simulator:
             with _collecting():
                 runs.append(model.run(workload, chunk))
         short, long = (played for _, played in (runs[0], runs[-1]))
-        each = tuple((Counter(long.start) - Counter(short.start)).elements())
-        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         line = _Line(self.sizes[0], self.sizes[-1], self.spec.layers)
+        each = tuple((Counter(long.start) - Counter(short.start)).elements())
+        long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
+        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         return replace(line.simulation(runs[0][0], runs[-1][0]), reserved=reserved)
 
     def _whole(self, short: int, long: int) -> int:
@@ -214,7 +224,7 @@ class _MetaModel:
         self.live.vocabulary = int(spec.text.vocab_size)
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
-        check_layers(model, spec.name)
+        check_layers(model, spec.name, spec.text if layers < spec.layers else None)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
         everything = sum(parameter.numel() for parameter in model.parameters())
         with self.live, OnMeta(spec.target):
@@ -256,6 +266,7 @@ class _MetaModel:
             self.model.train()
             live.begin("forward")
             recorded = live.record(self.replaced)
+            recorded.set_apart([rounded(nbytes) for nbytes in optimizer.buffer_sizes])
             recorded.mark("forward")
             spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
             live.begin("update")
@@ -348,11 +359,11 @@ class _MetaModel:
 
 
 def _batch(workload: Workload) -> Batch:
-    """Rows of which every token is trained: nothing that real rows hold takes more."""
+    """Rows with as many trained tokens as rows may have: nothing that real ones hold takes more."""
     shape = (workload.rows, workload.length)
     ids = [torch.empty(shape, dtype=torch.int64, device=META) for _ in range(4)]
     weights = torch.empty(shape, dtype=torch.float32, device=META)
-    trained = torch.empty(workload.rows * workload.length, dtype=torch.int64, device=META)
+    trained = torch.empty(workload.rows * (workload.trained or workload.length), dtype=torch.int64, device=META)
     return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained)
 
 

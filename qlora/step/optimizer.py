@@ -55,6 +55,11 @@ class AdapterOptimizer:
         return int(self._master.nbytes + self.moments.buffer.nbytes)
 
     @property
+    def buffer_sizes(self) -> list[int]:
+        """Bytes of each buffer: masters, moments, and gradients from the first one on."""
+        return [flat.nbytes for flat in (self._master, self.moments.buffer, self._gradient) if flat is not None]
+
+    @property
     def gradients(self) -> dict[str, Tensor]:
         """The fp32 gradients added up since the last update, of parameters that have one."""
         return {key: gradient for key, gradient in self._gradients.items() if key in self._complete}
@@ -108,11 +113,13 @@ class AdapterOptimizer:
         self._norms = None
 
     def detach(self) -> None:
-        """At the end: leave the parameters alone, and give back the memory that the driver manages."""
+        """At the end: leave the parameters alone, and give back all buffers, whoever still refers to this object."""
         for hook in self._hooks:
             hook.remove()
         self.zero_gradients()
         self.moments.free()
+        self._gradient, self._gradients, self.masters = None, {}, {}
+        self._master = self._layout.zeros(torch.device("meta"))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that the next update depends on: tensors by name, on the host, and the update counters.
