@@ -24,7 +24,8 @@ class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
     `answer_tokens` is the longest answer of exact match, 0 without one.
-    Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
+    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have). Half of the documents are no
+    longer than `typical`: no plan asks for shorter rows than that.
     """
 
     longest: int
@@ -32,6 +33,7 @@ class DataFacts:
     prompt_tokens: int
     has_eval: bool
     typical: int = 0
+    trained: int = 0
     answer_tokens: int = 0
 
 
@@ -111,7 +113,7 @@ class Estimator:
 
     def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator) -> Estimate:
         machine, factor, simulation = self.machine, self.correction.factor, simulator.run(workload)
-        terms = self._terms()
+        terms = self._terms(recipe.train.deterministic)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
         fragmentation = slack + self._fragmentation(simulation)
@@ -151,11 +153,14 @@ class Estimator:
             notes=self._notes(simulation, workload),
         )
 
-    def _terms(self) -> dict[str, int]:
+    def _terms(self, deterministic: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
             return {"context": overheads.host_base_bytes("cpu")}
         capability = self.machine.gpu.capability if self.machine.gpu else 86
-        return {"context": overheads.context_bytes(self.machine.gpu)[0], **overheads.workspace_terms(capability)}
+        return {
+            "context": overheads.context_bytes(self.machine.gpu)[0],
+            **overheads.workspace_terms(capability, deterministic),
+        }
 
     def _fragmentation(self, simulation: Simulation) -> int:
         """What the allocator keeps beyond live tensors."""
@@ -217,12 +222,14 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         length=length,
         gradient_checkpointing=train.gradient_checkpointing in (True, "auto"),
         optimizer=train.optimizer,
+        packed=recipe.data.packing,
         accumulates=batch is None or batch > rows,
         neftune_alpha=train.neftune_alpha,
         evaluates=evaluates,
         samples=samples if prompt else 0,
         prompt_tokens=prompt,
         new_tokens=max(SAMPLE_TOKENS, answer),
+        trained=min(facts.trained, length) if facts else 0,
     )
 
 
