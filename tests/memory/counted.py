@@ -117,7 +117,7 @@ def _tensors(model: Any, optimizer: AdapterOptimizer, batch: Batch) -> list[torc
         found += [master] if master.grad is None else [master, master.grad]
     for moments in optimizer.inner.state.values():
         found += [value for value in moments.values() if isinstance(value, torch.Tensor)]
-    return found + [getattr(batch, name) for name in Batch.__dataclass_fields__]
+    return found + [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
 
 
 def _storages(model: Any, optimizer: AdapterOptimizer, batch: Batch) -> dict[int, int]:
