@@ -29,8 +29,8 @@ class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
     `answer_tokens` is the longest answer of exact match, 0 without one.
-    Half of the documents are no longer than `typical`: no plan asks for shorter rows than that. No row of the first
-    epoch has more than `documents`.
+    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
+    than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
     """
 
     longest: int
@@ -39,6 +39,7 @@ class DataFacts:
     has_eval: bool
     typical: int = 0
     documents: int = 0
+    trained: int = 0
     answer_tokens: int = 0
 
 
@@ -131,7 +132,7 @@ class Estimator:
 
     def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator) -> Estimate:
         machine, factor, simulation = self.machine, self.correction.factor, simulator.run(workload)
-        terms = self._terms()
+        terms = self._terms(recipe.train.deterministic)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
         fragmentation = slack + self._fragmentation(simulation)
@@ -171,11 +172,14 @@ class Estimator:
             notes=self._notes(simulation, workload),
         )
 
-    def _terms(self) -> dict[str, int]:
+    def _terms(self, deterministic: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
             return {"context": overheads.host_base_bytes("cpu")}
         capability = self.machine.gpu.capability if self.machine.gpu else 86
-        return {"context": overheads.context_bytes(self.machine.gpu)[0], **overheads.workspace_terms(capability)}
+        return {
+            "context": overheads.context_bytes(self.machine.gpu)[0],
+            **overheads.workspace_terms(capability, deterministic),
+        }
 
     def _fragmentation(self, simulation: Simulation) -> int:
         """What the allocator keeps beyond live tensors."""
@@ -237,6 +241,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         length=length,
         gradient_checkpointing=train.gradient_checkpointing in (True, "auto"),
         optimizer=train.optimizer,
+        packed=recipe.data.packing,
         accumulates=batch is None or batch > rows,
         neftune_alpha=train.neftune_alpha,
         evaluates=evaluates,
@@ -244,6 +249,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         prompt_tokens=prompt,
         new_tokens=max(SAMPLE_TOKENS, answer),
         documents=facts.documents if facts else 0,
+        trained=min(facts.trained, length) if facts else 0,
     )
 
 
