@@ -106,7 +106,7 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
             numbers = _begin(recipe, run_dir, base, resume_from, sinks)
             with numerics.in_force(numbers):
                 state = _run(recipe, run_dir, base, (mode == "resume", resume_from), sinks, stop)
-        release(setup.pick_device())  # an export needs the memory
+        exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
         for file in written:
             file.close()

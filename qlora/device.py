@@ -184,6 +184,13 @@ def peak_bytes(device: torch.device) -> int | None:
     return None
 
 
+def live_bytes(device: torch.device) -> int | None:
+    """Bytes of the allocator's live tensors now; None where the device has no allocator that counts."""
+    if is_card(device):
+        return int(accelerator.memory_allocated(device))
+    return None
+
+
 def release_memory(device: torch.device) -> None:
     """Give back what nothing refers to any more: cycles first, then the allocator's empty blocks."""
     import gc
@@ -232,6 +239,18 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: i
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
 
 
+def lift_limit(device: torch.device) -> None:
+    """Take back what `limit_memory` has set."""
+    if is_card(device):
+        accelerator.set_per_process_memory_fraction(1.0, device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for; a CPU has."""
+    if is_card(device):
+        accelerator.synchronize(device)
+
+
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Whatever is drawn inside, on the host or on `device`, is as if it had not been drawn."""
@@ -246,3 +265,32 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
             yield
         finally:
             accelerator.set_rng_state(state, device)
+
+
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """For bitsandbytes, whose kernels take no stream and run on the default one: after what the current stream was
+    asked to do before, and before what it is asked to do next. Nothing happens where the two are one.
+    """
+    if not is_card(device) or accelerator.current_stream(device) == accelerator.default_stream(device):
+        yield
+        return
+    current, default = accelerator.current_stream(device), accelerator.default_stream(device)
+    default.wait_stream(current)
+    with accelerator.stream(default):
+        yield
+    current.wait_stream(default)
+
+
+def host_block(words: int, device: torch.device) -> torch.Tensor:
+    """So many int64 values on the host, uninitialized; pinned, so that a copy to a GPU `device` waits for nothing.
+
+    Pageable where the system pins no more (WSL gives little): then the copy waits, and is right.
+    """
+    import torch
+
+    block = torch.empty(words, dtype=torch.int64)
+    if is_card(device):
+        with suppress(RuntimeError):
+            return block.pin_memory()
+    return block

@@ -53,6 +53,8 @@ OPTIONS = {
     "`vram`": "--vram",
     "`plot`": "--plot",
     "`gpu`": "--gpu",
+    "`model`": "--model",
+    "`json`": "--json",
     "`out`": "--out",
 }
 

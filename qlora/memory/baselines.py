@@ -26,22 +26,32 @@ from qlora.step.loss import SupervisedObjective
 
 @dataclass(frozen=True)
 class Baseline:
-    """What differs: dtypes of what is not in 4 bit, master copies, the loss."""
+    """What differs: dtypes of what is not in 4 bit, master copies, the loss.
+
+    `keeps_logits`: the program's own variable holds the model's output, logits among it, until the backward pass ends.
+    """
 
     name: str
-    dtype: torch.dtype = torch.bfloat16  # of embeddings, norms and head
+    dtype: torch.dtype = torch.bfloat16  # of embeddings, norms and head, where the layers are quantized
     adapter_dtype: torch.dtype = torch.bfloat16
     masters: bool = True
     chunked_loss: bool = True
+    keeps_logits: bool = False
     autocast: bool = False
 
-    def settle(self, model: Any) -> None:
-        """Everything that is not in 4 bit in `dtype`."""
-        for module in model.modules():
+    def settle(self, model: Any, quantized: bool) -> list[int]:
+        """Everything that is not in 4 bit in `dtype`; a base in 16 bit stays as it is (peft prepares quantized ones).
+
+        Returns the bytes of what was there before: the allocator keeps their blocks.
+        """
+        before = []
+        for module in model.modules() if quantized else ():
             for name, parameter in module._parameters.items():
                 if parameter is not None and type(module).__name__ != "Linear4bit" and parameter.dtype != self.dtype:
+                    before.append(parameter.nbytes)
                     module._parameters[name] = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
         model.tie_weights()
+        return before
 
     def computing(self) -> AbstractContextManager[Any]:
         return _Autocast() if self.autocast else nullcontext()
@@ -49,8 +59,8 @@ class Baseline:
     def set_checkpointing(self, causal_lm: Any, enabled: bool) -> None:
         """As the step does it. A mode is off inside `backward`, so that layers recomputed there enter it again."""
         set_gradient_checkpointing(causal_lm, enabled, keep_random_state=False)
-        if self.autocast:
-            again = lambda: (nullcontext(), _Autocast())  # noqa: E731
+        if self.name != "qlora" and causal_lm.supports_gradient_checkpointing:
+            again = lambda: (nullcontext(), self.computing())  # noqa: E731
             recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=again)
             causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
 
@@ -58,27 +68,45 @@ class Baseline:
         if self.chunked_loss:
             forward_backward(parts, batch, SupervisedObjective(), 1.0, neftune_alpha)
         else:
-            _whole_loss(parts, batch, neftune_alpha).backward()  # type: ignore[no-untyped-call]
+            loss, logits = self._whole_loss(parts, batch, neftune_alpha)
+            held = logits if self.keeps_logits else None
+            del logits
+            loss.backward()  # type: ignore[no-untyped-call]
+            del held
 
     def evaluate(self, parts: CausalParts, batch: Batch) -> None:
-        batch_loss(parts, batch, SupervisedObjective()) if self.chunked_loss else _whole_loss(parts, batch, 0.0)
+        if self.chunked_loss:
+            batch_loss(parts, batch, SupervisedObjective())
+        else:
+            self._whole_loss(parts, batch, 0.0)
+
+    def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        """transformers/loss/loss_utils.py, ForCausalLMLoss: all logits, once more in float32, through cross_entropy."""
+        return nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+
+    def _whole_loss(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> tuple[Tensor, Tensor]:
+        logits_BSV = self.logits(parts, hidden_states(parts, batch, neftune_alpha))
+        return self.loss_of(logits_BSV.flatten(0, 1), batch.targets_BS.flatten()), logits_BSV
+
+    def logits(self, parts: CausalParts, hidden_BSD: Tensor) -> Tensor:
+        """What the model's own forward gives."""
+        logits_BSV: Tensor = parts.head(hidden_BSD)
+        return logits_BSV if parts.transform is None else parts.transform(logits_BSV)
 
 
 BASELINES: dict[str, Baseline] = {
     "qlora": Baseline("qlora"),
     "plain": Baseline(
-        "plain", dtype=torch.float32, adapter_dtype=torch.float32, masters=False, chunked_loss=False, autocast=True
+        "plain",
+        dtype=torch.float32,
+        adapter_dtype=torch.float32,
+        masters=False,
+        chunked_loss=False,
+        keeps_logits=True,
+        autocast=True,
     ),
     "torchtune": Baseline("torchtune", masters=False),
 }
-
-
-def _whole_loss(parts: CausalParts, batch: Batch, neftune_alpha: float) -> Tensor:
-    """transformers/loss/loss_utils.py, ForCausalLMLoss: all logits, once more in float32, through cross_entropy."""
-    logits_BSV = parts.head(hidden_states(parts, batch, neftune_alpha))
-    if parts.transform is not None:
-        logits_BSV = parts.transform(logits_BSV)
-    return nn.functional.cross_entropy(logits_BSV.float().flatten(0, 1), batch.targets_BS.flatten(), reduction="sum")
 
 
 class _Autocast(TorchFunctionMode):

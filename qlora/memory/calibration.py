@@ -37,10 +37,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Correction:
-    """Factor for the bytes of tensors, from `runs` pairs; 1.0 from none."""
+    """Factor for the bytes of tensors, from `runs` pairs; 1.0 from none.
+
+    `spread` is the share by which the worst of those runs took more than the factor says.
+    """
 
     factor: float = 1.0
     runs: int = 0
+    spread: float = 0.0
 
 
 def path() -> Path:
@@ -56,10 +60,13 @@ def add(pair: Pair) -> None:
 
 
 def correction(gpu: str) -> Correction:
-    """The median ratio of the most recent runs on cards of that name."""
+    """The median ratio of the most recent runs on cards of that name, and how far the worst of them was above it."""
     ratios = [pair.measured_bytes / pair.predicted_bytes for pair in _read() if pair.gpu == gpu]
     believed = [ratio for ratio in ratios[-RECENT_PAIRS:] if PLAUSIBLE[0] <= ratio <= PLAUSIBLE[1]]
-    return Correction(statistics.median(believed), len(believed)) if believed else Correction()
+    if not believed:
+        return Correction()
+    factor = statistics.median(believed)
+    return Correction(factor, len(believed), max(believed) / factor - 1)
 
 
 def _read() -> list[Pair]:

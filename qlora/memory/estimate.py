@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.errors import DoesNotFit
-from qlora.memory import calibration, overheads
+from qlora.memory import calibration, margins, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
@@ -24,7 +24,8 @@ class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
     `answer_tokens` is the longest answer of exact match, 0 without one.
-    Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
+    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have). Half of the documents are no
+    longer than `typical`: no plan asks for shorter rows than that.
     """
 
     longest: int
@@ -32,6 +33,7 @@ class DataFacts:
     prompt_tokens: int
     has_eval: bool
     typical: int = 0
+    trained: int = 0
     answer_tokens: int = 0
 
 
@@ -39,11 +41,14 @@ class DataFacts:
 class Estimate:
     """Bytes. `components` add up to `peak_bytes`; `terms` are the parts of it that no tensor shows, by name.
 
+    `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
+
     `phases` are the peaks of load, train, self-check, evaluate, generate, resume and merge. `tokens_per_second` is what
     the hardware could do at best; it ranks plans and promises nothing.
     """
 
     peak_bytes: int
+    error_bytes: int
     limit_bytes: int
     host_peak_bytes: int
     disk_bytes: int
@@ -59,12 +64,17 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.peak_bytes <= self.limit_bytes
+        return self.needed_bytes <= self.limit_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.peak_bytes + self.error_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """The answer of `qlora-estimate --json`."""
         return {
             "peak_bytes": self.peak_bytes,
+            "error_bytes": self.error_bytes,
             "limit_bytes": self.limit_bytes,
             "fits": self.fits,
             "host_peak_bytes": self.host_peak_bytes,
@@ -103,10 +113,10 @@ class Estimator:
 
     def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator) -> Estimate:
         machine, factor, simulation = self.machine, self.correction.factor, simulator.run(workload)
-        terms = self._terms()
+        terms = self._terms(recipe.train.deterministic)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
-        fragmentation = slack + self._fragmentation(worst.total - simulation.paged, worst.parts["weights"])
+        fragmentation = slack + self._fragmentation(simulation)
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -128,6 +138,7 @@ class Estimator:
         host = overheads.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
+            error_bytes=self._error(simulation, simulator),
             limit_bytes=machine.limit_bytes,
             host_peak_bytes=host if machine.device_type == "cuda" else peak,
             disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
@@ -142,16 +153,30 @@ class Estimator:
             notes=self._notes(simulation, workload),
         )
 
-    def _terms(self) -> dict[str, int]:
+    def _terms(self, deterministic: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
             return {"context": overheads.host_base_bytes("cpu")}
         capability = self.machine.gpu.capability if self.machine.gpu else 86
-        return {"context": overheads.CUDA_CONTEXT_BYTES, **overheads.workspace_terms(capability)}
+        return {
+            "context": overheads.context_bytes(self.machine.gpu)[0],
+            **overheads.workspace_terms(capability, deterministic),
+        }
 
-    def _fragmentation(self, total: int, weights: int) -> int:
+    def _fragmentation(self, simulation: Simulation) -> int:
+        """What the allocator keeps beyond live tensors."""
         if self.machine.device_type != "cuda":
-            return round(total * overheads.HOST_FRAGMENTATION_SHARE)
-        return overheads.FRAGMENTATION_BASE_BYTES + round((total - weights) * overheads.FRAGMENTATION_SHARE)
+            return round((simulation.worst.total - simulation.paged) * overheads.HOST_FRAGMENTATION_SHARE)
+        return simulation.reserved.beyond
+
+    def _error(self, simulation: Simulation, simulator: Simulator) -> int:
+        factor, worst = self.correction.factor, simulation.worst
+        tensors = round(worst.total * factor)
+        if self.machine.device_type != "cuda":
+            return margins.on_host(tensors)
+        weights = round(worst.parts["weights"] * factor)
+        of_context = overheads.context_bytes(self.machine.gpu)[1]
+        gaps = margins.Gaps(weights, simulator.cast_bytes, simulator.eager)
+        return margins.of_tensors(tensors, self.correction) + margins.of_gaps(tensors, gaps) + of_context
 
     def _notes(self, simulation: Simulation, workload: Workload) -> tuple[str, ...]:
         notes = []
@@ -197,12 +222,14 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         length=length,
         gradient_checkpointing=train.gradient_checkpointing in (True, "auto"),
         optimizer=train.optimizer,
+        packed=recipe.data.packing,
         accumulates=batch is None or batch > rows,
         neftune_alpha=train.neftune_alpha,
         evaluates=evaluates,
         samples=samples if prompt else 0,
         prompt_tokens=prompt,
         new_tokens=max(SAMPLE_TOKENS, answer),
+        trained=min(facts.trained, length) if facts else 0,
     )
 
 

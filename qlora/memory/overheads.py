@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from qlora.memory.hardware import MIB
+from qlora.memory.hardware import MIB, Gpu
 
-# The CUDA context with lazily loaded kernels: "around 400MB" on CUDA >= 11.7 (pytorch/pytorch#109888, a maintainer);
-# 300 MB on another card (#107667). A calibrated estimate replaces it by what this machine measured.
-CUDA_CONTEXT_BYTES = 400 * MIB
+# The CUDA context with lazily loaded kernels, after a step: 140.9 MiB on a T4 (40 multiprocessors) in each of 69
+# published runs (PyPI fitcheck-llm 0.3.1, data/measurements); "around 400MB" on CUDA >= 11.7 (pytorch/pytorch#109888,
+# a maintainer, of data centre cards with 108), 300 MB on another card (#107667). It grows with the multiprocessors: by
+# the line through T4 and the former, cards of up to 12 GB (24 to 70 of them) have 140 to 255 MiB, larger ones 220 to
+# 490.
+CUDA_CONTEXT_TURING = (141 * MIB, 16 * MIB)
+CUDA_CONTEXT_SMALL, SMALL_CARD_BYTES = (200 * MIB, 60 * MIB), 12 << 30
+CUDA_CONTEXT_LARGE = (370 * MIB, 120 * MIB)
 
 # cuBLAS takes its workspace from torch's allocator, once for the forward and once for the backward thread: 8.125 MiB
 # each, 32 MiB from Hopper on (aten/src/ATen/cuda/CUDABlas.cpp, parseChosenWorkspaceSize); cublasLt's is as large from
@@ -17,12 +22,6 @@ CUDA_CONTEXT_BYTES = 400 * MIB
 CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = (4096 * 2 + 16 * 8) * 1024, 4096 * 8 * 1024
 CUBLASLT_BYTES, CUBLASLT_BYTES_HOPPER = 1 * MIB, 4096 * 8 * 1024
 THREADS_WITH_CUBLAS = 2
-
-# What the caching allocator reserves beyond what is live at the peak: a base and a share of all that is not weights.
-# Fitted to the replayed allocator over whole steps of 1B, 3B and 8B shapes at 512, 2,048 and 8,192 tokens, with and
-# without checkpointing (python tools/bench/fragmentation.py): 130 to 1,760 MiB; the fit is off by -8 to +6 % of peaks.
-FRAGMENTATION_BASE_BYTES = 180 * MIB
-FRAGMENTATION_SHARE = 0.05
 
 # Without a GPU what is freed stays in the C library's pools (python tools/bench/host.py).
 HOST_FRAGMENTATION_SHARE = 0.10
@@ -35,11 +34,20 @@ LIBRARIES_BYTES = 550 * MIB
 CUDA_HOST_BYTES = 1536 * MIB
 
 
-def workspace_terms(capability: int) -> Mapping[str, int]:
-    """What libraries take on a GPU of `capability`, by name."""
-    hopper = capability >= 90
-    one = (CUBLAS_BYTES_HOPPER if hopper else CUBLAS_BYTES) + (CUBLASLT_BYTES_HOPPER if hopper else CUBLASLT_BYTES)
-    return {"cublas_workspace": THREADS_WITH_CUBLAS * one}
+def context_bytes(gpu: Gpu | None) -> tuple[int, int]:
+    """What the driver keeps for a process on that card, and by how much it may be more."""
+    if gpu is not None and gpu.capability < 80:
+        return CUDA_CONTEXT_TURING
+    small = gpu is not None and gpu.usable_bytes <= SMALL_CARD_BYTES
+    return CUDA_CONTEXT_SMALL if small else CUDA_CONTEXT_LARGE
+
+
+def workspace_terms(capability: int, deterministic: bool = False) -> Mapping[str, int]:
+    """What libraries take on a GPU of `capability`, by name; deterministic runs fix cuBLAS' workspace at 8 x 4 MiB."""
+    hopper = capability // 10 in (9, 10)  # not 12: consumer Blackwell has the workspace of Ampere and Ada
+    cublas = CUBLAS_BYTES_HOPPER if hopper or deterministic else CUBLAS_BYTES
+    cublaslt = CUBLASLT_BYTES_HOPPER if hopper else CUBLASLT_BYTES
+    return {"cublas_workspace": THREADS_WITH_CUBLAS * (cublas + cublaslt)}
 
 
 def host_base_bytes(device_type: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,10 @@ import torch
 from torch import nn
 
 from qlora.batch import Batch
+from qlora.memory import tape
+from qlora.memory.allocator import rounded
 from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.plain_optimizer import PlainOptimizer
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
 from qlora.model import adapters, full_logits
 from qlora.model.attention import OnMeta
@@ -33,7 +37,6 @@ from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
-PAGED_FROM_VALUES = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller state is never paged
 # From three layers on every phase grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
 # none between the first and the last layer of the backward pass.
 FEWEST_LAYERS = 3
@@ -63,7 +66,8 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding.
+    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding. `trained` of a
+    row's tokens have a loss at most; 0 is all of them.
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none.
@@ -80,6 +84,7 @@ class Workload:
     samples: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,13 @@ class Simulation:
     """Bytes of every phase at its peak, and of what is kept from the first step to the last.
 
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
-    allocator's counters don't show them.
+    allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step.
     """
 
     phases: Mapping[str, Peak]
     kept: Mapping[str, int]
     paged: int
+    reserved: tape.Reserved
 
     @property
     def worst(self) -> Peak:
@@ -118,16 +124,32 @@ class Simulator:
 
     def __init__(self, spec: ModelSpec, whole: bool = False) -> None:
         self.spec = spec
-        period = _period(spec.text)
+        self._period = period = _period(spec.text)
         first = -(-FEWEST_LAYERS // period) * period
         sizes = [first, first + period]
         self.sizes = sizes if not whole and spec.layers > sizes[-1] else [spec.layers]
         with _collecting():
             self._models = [_MetaModel(spec, size) for size in self.sizes]
         self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
+        self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
+
+    @property
+    def eager(self) -> bool:
+        """Whether the scores of attention are tensors."""
+        return bool(self._models[0].causal_lm.config.get_text_config()._attn_implementation == "eager")
+
+    @property
+    def cast_bytes(self) -> int:
+        """Of what a baseline held in another dtype before."""
+        return self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
+        if workload not in self._known:
+            self._known[workload] = self._simulated(workload)
+        return self._known[workload]
+
+    def _simulated(self, workload: Workload) -> Simulation:
         tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
         if tokens <= MOST_CHUNKS * chunk:
             return self._run(workload, chunk)
@@ -140,7 +162,12 @@ class Simulator:
         for model in self._models:
             with _collecting():
                 runs.append(model.run(workload, chunk))
-        return _Line(self.sizes[0], self.sizes[-1], self.spec.layers).simulation(runs[0], runs[-1])
+        short, long = (played for _, played in (runs[0], runs[-1]))
+        line = _Line(self.sizes[0], self.sizes[-1], self.spec.layers)
+        each = tuple((Counter(long.start) - Counter(short.start)).elements())
+        long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
+        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
+        return replace(line.simulation(runs[0][0], runs[-1][0]), reserved=reserved)
 
     def _whole(self, short: int, long: int) -> int:
         """What the whole model has, by what its two sizes have: each layer adds the same."""
@@ -168,7 +195,7 @@ class _Line:
             reserved = max(peak.reserved, self.at(other.reserved, peak.reserved))
             phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
         kept = self._all_categories(first.kept, second.kept)
-        return Simulation(phases, kept, self.at(first.paged, second.paged))
+        return Simulation(phases, kept, self.at(first.paged, second.paged), second.reserved)
 
     def _all_categories(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
         return {key: max(0, self.at(first[key], second[key])) for key in CATEGORIES}
@@ -197,14 +224,14 @@ class _MetaModel:
         self.live.vocabulary = int(spec.text.vocab_size)
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
-        check_layers(model, spec.name)
+        check_layers(model, spec.name, spec.text if layers < spec.layers else None)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
         everything = sum(parameter.numel() for parameter in model.parameters())
         with self.live, OnMeta(spec.target):
             self.live.begin("load")
             with self.live.region("weights"):
                 load_nothing(model, spec.quantization)
-                spec.baseline.settle(model)
+                self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
                 for tensor in (*model.parameters(), *model.buffers()):
                     self.live.adopt(tensor, "weights")
             with self.live.region("adapters"):
@@ -218,8 +245,8 @@ class _MetaModel:
         self.causal_lm = self.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
 
-    def run(self, workload: Workload, chunk: int) -> Simulation:
-        """A run whose loss takes `chunk` tokens at a time."""
+    def run(self, workload: Workload, chunk: int) -> tuple[Simulation, tape.Tape]:
+        """A run whose loss takes `chunk` tokens at a time, and the tape of its step."""
         live, spec, parts = self.live, self.spec, replace(self.parts, chunk_tokens=chunk)
         live.packed = workload.packed
         live.peaks = {"load": live.peaks["load"]}
@@ -228,9 +255,9 @@ class _MetaModel:
         spec.baseline.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
-                masters = spec.baseline.masters
-                optimizer = AdapterOptimizer(self.parameters, workload.optimizer, 0.0, masters=masters)
-                self._settle_optimizer(optimizer)
+                optimizer = self._optimizer(workload.optimizer)
+                self._give_gradients(optimizer)
+                optimizer.step(0.0)  # other stacks' moments exist from the first update on: before anything is counted
             gc.collect()
             kept = live.live
             batch = _batch(workload)
@@ -238,10 +265,15 @@ class _MetaModel:
                 self._give_gradients(optimizer)
             self.model.train()
             live.begin("forward")
+            recorded = live.record(self.replaced)
+            recorded.set_apart([rounded(nbytes) for nbytes in optimizer.buffer_sizes])
+            recorded.mark("forward")
             spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
             live.begin("update")
+            recorded.mark("update")
             optimizer.clip(optimizer.gradient_norm(), 1.0)
             optimizer.step(1e-4)
+            live.tape = None
             self.model.eval()
             with torch.no_grad():
                 live.begin("selfcheck")
@@ -253,40 +285,57 @@ class _MetaModel:
                     live.begin("generate")
                     self._answer(workload)
             live.begin("end")
-            paged = _paged_bytes(optimizer, workload.optimizer, spec.target)
+            paged = self._paged_bytes(optimizer, workload.optimizer)
             optimizer.detach()
             del optimizer, batch
-        return Simulation({name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}, kept, paged)
+        phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
+        return Simulation(phases, kept, paged, tape.play(recorded, 0, 1, 0)), recorded
 
-    def _settle_optimizer(self, optimizer: AdapterOptimizer) -> None:
-        """Its moments exist from the first update on: make them before anything is counted."""
-        if self.spec.target == "cuda" and isinstance(optimizer.inner, torch.optim.AdamW):
-            for group in optimizer.inner.param_groups:
-                group["foreach"] = True  # what torch chooses by itself on a GPU
-        self._give_gradients(optimizer)
-        optimizer.step(0.0)
+    def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
+        if self.spec.baseline.masters:
+            return AdapterOptimizer(self.parameters, name, 0.0)
+        return PlainOptimizer(self.parameters, name, self.spec.target == "cuda")
 
-    def _give_gradients(self, optimizer: AdapterOptimizer) -> None:
+    def _paged_bytes(self, optimizer: AdapterOptimizer | PlainOptimizer, name: str) -> int:
+        if isinstance(optimizer, PlainOptimizer):
+            return optimizer.paged_bytes
+        return optimizer.moments.buffer.nbytes if self.spec.target == "cuda" and name.startswith("paged_") else 0
+
+    def _give_gradients(self, optimizer: AdapterOptimizer | PlainOptimizer) -> None:
         with self.live.region("gradients"):
-            for master in optimizer.masters.values():
-                master.grad = torch.zeros_like(master)
+            for key, parameter in self.parameters.items():
+                zero = torch.zeros((), dtype=parameter.dtype, device=META)
+                optimizer.add_gradient(key, zero.expand(parameter.shape))
 
     @contextmanager
     def _marks(self) -> Iterator[None]:
         """Where the phases of a step begin: at the trunk's end, and when the gradients of a layer are complete."""
-        begin = self.live.begin
+        live = self.live
+        of_layer = _first_of_each_layer(self.parameters)
+        phase_at = {max(of_layer): "backward", sorted(of_layer)[1]: "backward end"} if len(of_layer) > 1 else {}
+
+        def into_layer(layer: int, *_: Any) -> None:
+            if live.tape is not None and live.phase == "forward":  # not when it is computed once more
+                live.tape.mark(tape.FORWARD, layer)
 
         def trunk_done(*_: Any) -> None:
-            if self.model.training:
-                begin("loss")
+            if live.tape is not None:
+                live.tape.mark("loss")
+                live.begin("loss")
+
+        def gradients_of(layer: int, *_: Any) -> None:
+            if live.tape is not None:
+                live.tape.mark(tape.BACKWARD, layer)
+            if layer in phase_at:
+                live.begin(phase_at[layer])
 
         with ExitStack() as hooks:
             hooks.enter_context(self.parts.trunk.register_forward_hook(trunk_done))
-            of_layer = _first_of_each_layer(self.parameters)
-            if len(of_layer) > 1:
-                top, second = of_layer[max(of_layer)], of_layer[sorted(of_layer)[1]]
-                hooks.enter_context(top.register_post_accumulate_grad_hook(lambda _: begin("backward")))  # type: ignore[no-untyped-call]
-                hooks.enter_context(second.register_post_accumulate_grad_hook(lambda _: begin("backward end")))  # type: ignore[no-untyped-call]
+            for layer, (name, parameter) in of_layer.items():
+                module = self.model.get_submodule(name[: re.search(r"\.\d+\.", name).end() - 1])  # type: ignore[union-attr]
+                hooks.enter_context(module.register_forward_pre_hook(partial(into_layer, layer)))
+                done = parameter.register_post_accumulate_grad_hook(partial(gradients_of, layer))  # type: ignore[no-untyped-call]
+                hooks.enter_context(done)
             yield
 
     def _check_itself(self, batch: Batch) -> None:
@@ -310,30 +359,19 @@ class _MetaModel:
 
 
 def _batch(workload: Workload) -> Batch:
-    """Rows of which every token is trained: nothing that real rows hold takes more."""
+    """Rows with as many trained tokens as rows may have: nothing that real ones hold takes more."""
     shape = (workload.rows, workload.length)
     ids = [torch.empty(shape, dtype=torch.int64, device=META) for _ in range(4)]
     weights = torch.empty(shape, dtype=torch.float32, device=META)
-    trained = torch.empty(workload.rows * workload.length, dtype=torch.int64, device=META)
+    trained = torch.empty(workload.rows * (workload.trained or workload.length), dtype=torch.int64, device=META)
     return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained)
 
 
-def _paged_bytes(optimizer: AdapterOptimizer, name: str, target: str) -> int:
-    if target != "cuda" or not name.startswith("paged_"):
-        return 0
-    return sum(
-        value.nbytes
-        for state in optimizer.inner.state.values()
-        for slot, value in state.items()
-        if slot in ("state1", "state2") and value.numel() >= PAGED_FROM_VALUES
-    )
-
-
-def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, nn.Parameter]:
-    found: dict[int, nn.Parameter] = {}
+def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, tuple[str, nn.Parameter]]:
+    found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if match := re.search(r"\.(\d+)\.", name):
-            found.setdefault(int(match[1]), parameter)
+            found.setdefault(int(match[1]), (name, parameter))
     return found
 
 

@@ -8,7 +8,7 @@ kept by category, and its peak by phase of the run, so that phases can be extend
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.memory.allocator import Block, CachingAllocator, rounded
+from qlora.memory.tape import Tape
 from qlora.model.nf4 import product_4bit
 
 aten = torch.ops.aten
@@ -61,6 +62,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.gradient_shapes: set[tuple[int, ...]] = set()
         self.vocabulary = 0
         self.allocator = CachingAllocator()
+        self.tape: Tape | None = None
         self.peaks: dict[str, Peak] = {}
         self._now = dict.fromkeys(CATEGORIES, 0)
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -93,6 +95,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.allocator = CachingAllocator()
         laid_out = {key: self.allocator.allocate(block.wanted) for key, block in self._blocks.items()}
         self._blocks = {key: block for key, block in laid_out.items() if block is not None}
+
+    def record(self, before: Sequence[int] = ()) -> Tape:
+        """From now on requests and releases are written down, after the sizes of what lives already, and lived before."""
+        self.tape = Tape(before, [block.wanted for block in self._blocks.values()])
+        return self.tape
+
+    @property
+    def phase(self) -> str:
+        return self._phase
 
     @property
     def live(self) -> Mapping[str, int]:
@@ -148,10 +159,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def died(_: Any) -> None:
             del self._known[key]
             self._add(category, -taken)
+            if self.tape is not None:
+                self.tape.give(key)
             self.allocator.release(self._blocks.pop(key))
 
         self._known[key] = weakref.ref(storage, died)
         self._blocks[key] = block
+        if self.tape is not None:
+            self.tape.take(key, taken)
         self._add(category, taken)
         self._record()
 
@@ -162,6 +177,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _use_for_a_moment(self, sizes: tuple[int, ...]) -> None:
         blocks = [block for size in sizes if (block := self.allocator.allocate(size)) is not None]
         taken = sum(map(rounded, sizes))
+        if self.tape is not None:
+            for at, size in enumerate(filter(None, sizes)):
+                self.tape.take(-at - 1, rounded(size))
+            for at in range(len(sizes)):
+                self.tape.give(-at - 1)
         self._add("workspace", taken)
         self._record()
         self._add("workspace", -taken)
@@ -194,8 +214,14 @@ def _flash_backward(_grad: Tensor, query: Tensor, key: Tensor, *_rest: Any, **_s
     return (rows * heads * padded * 4, rows * padded * heads * wide * 4, expanded)
 
 
+def _softmax_backward(grad: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
+    """aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out: grad * output, beside the result."""
+    return (grad.nbytes,)
+
+
 # Bytes that CUDA kernels allocate inside themselves, while their results exist already.
 SCRATCH: dict[Any, Callable[..., tuple[int, ...]]] = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._softmax_backward_data.default: _softmax_backward,
 }

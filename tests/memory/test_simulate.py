@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora.errors import ModelError
 from qlora.memory import simulate, trace
 from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.model.meta_model import text_config
@@ -100,8 +101,8 @@ def test_a_workload_can_be_asked_again() -> None:
     workload = Workload(2, 128, samples=2, prompt_tokens=16, new_tokens=4)
     first = simulator.run(workload)
     simulator.run(Workload(4, 256, gradient_checkpointing=False, optimizer="adamw"))
-    again = simulator.run(workload)
-    assert again == first
+    assert simulator.run(workload) is first  # kept: a search and its answer ask for the same
+    assert simulator._simulated(workload) == first
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"dropout": 0.1}, {"modules_to_save": ("lm_head",)}])
@@ -129,6 +130,17 @@ def test_many_chunks_of_the_head_are_drawn_from_larger_ones(monkeypatch: pytest.
     for phase, peak in every.phases.items():
         assert drawn.phases[phase].total == pytest.approx(peak.total, rel=0.005), phase
     assert drawn.kept == every.kept and drawn.paged == every.paged
+
+
+def test_experts_that_are_refused_are_those_of_all_layers() -> None:
+    """The message tells what a user has to hold, not what the few layers that are drawn have."""
+    overrides = {"num_hidden_layers": 12, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
+    text = make_config(
+        "qwen3_moe", overrides={**overrides, "hidden_size": 1024, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    )
+    gib = 12 * 8 * 3 * 1024 * 1024 * 2 / 2**30
+    with pytest.raises(ModelError, match=rf"its fused experts \({gib:.2f} GiB in 16 bit\)"):
+        Simulator(ModelSpec(text, "tiny", LORA, QuantizationSection()))
 
 
 def test_a_step_that_never_ends_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,3 +79,16 @@ def test_scratch_of_a_gpus_kernels_is_in_the_peak_alone() -> None:
         assert mode.live["workspace"] == 0
     # delta in float32, and dQ's accumulator: 64 positions padded to 128, 32 columns to 64.
     assert peaks == {"cuda": 2 * 64 * 4 + 2 * 128 * 64 * 4, "cpu": 0}
+
+
+def test_the_softmaxs_backward_has_a_temporary_of_its_own_on_a_gpu() -> None:
+    """SoftMax.cu multiplies gradient and output before it sums: a third tensor of that size beside its result."""
+    peaks = {}
+    for target in ("cuda", "cpu"):
+        mode = LiveBytes(target)
+        mode.begin("backward")
+        with mode:
+            scores = torch.empty(4, 64, 64, device="meta")
+            torch.ops.aten._softmax_backward_data(scores, scores, -1, torch.float32)
+        peaks[target] = mode.peaks["backward"].parts["workspace"]
+    assert peaks == {"cuda": 4 * 64 * 64 * 4, "cpu": 0}

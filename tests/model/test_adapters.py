@@ -197,7 +197,11 @@ def test_eva_starts_from_the_inputs_of_trained_positions(base_of: BaseOf) -> Non
     model = load(base_of("llama"))
     before = logits(model, INPUT_IDS)
     lora = LoraSection(r=2, init="eva", target_modules=("q_proj", "down_proj"))
+    asked_head: list[Any] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda *_: asked_head.append(1))
     model = attach(model, lora, seed=1, eva_batches=[batch])
+    handle.remove()
+    assert not asked_head  # all positions' logits: more than a step takes
     assert torch.equal(logits(model, INPUT_IDS), before)
     for name, parameter in trainable(model).items():
         assert parameter.dtype == torch.bfloat16 and parameter.shape[0 if "lora_A" in name else 1] == 2

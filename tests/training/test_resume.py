@@ -46,7 +46,7 @@ def test_evaluation_changes_nothing(tmp_path: Path, llama: Path, straight: dict[
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, llama: Path, straight: dict[str, str]) -> None:
     recipe = write_recipe(tmp_path, llama)
-    train(recipe, *EVERYTHING, "train.gradient_checkpointing=false", "train.max_steps=12")
+    train(recipe, *EVERYTHING, "train.gradient_checkpointing=true", "train.max_steps=12")
     assert hashes(recipe, 12) == straight
 
 

@@ -1,0 +1,92 @@
+"""`python -m qlora.prove`: each promise of this program, tried on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qlora import files
+from qlora.cli import common
+
+if TYPE_CHECKING:
+    from qlora.prove.proof import Proof
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(cls=common.Command)
+def prove(
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option("--device", help="Where to try it; without it, a GPU if there is one."),
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write hardware, versions and figures there as JSON.")
+    ] = None,
+    model: Annotated[
+        Literal["8b", "3b", "1b", "small"] | None,
+        typer.Option("--model", help="Shape of the random model; without it, the largest that fits (a CPU: small)."),
+    ] = None,
+) -> None:
+    """Try on this machine what this program promises, in under ten minutes, with a random model made on the spot.
+
+    Memory said against memory measured, tokens a second, a killed run that goes on bit for bit, each way to compute
+    attention and updates against the plain one, exports. Exit code 0 when all is as promised, 4 when something is not.
+    """
+    common.run(lambda: _run(device, as_json, model))
+
+
+def _run(device: str | None, file: Path | None, model: str | None) -> None:
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: runs take the GPU that they see
+    from qlora import disk
+    from qlora.errors import UserError
+    from qlora.prove import report, suite
+    from qlora.stop import StopRequest
+
+    target = None if file is None else files.user_path(file, "`json`")
+    if target is not None:  # before ten minutes of work
+        if not target.parent.is_dir():
+            raise UserError(f"`json`: {target.parent}: no such folder", "make it, or name a file in another one")
+        disk.check_writable(target.parent)
+    stop = StopRequest()
+    with common.Signals(stop, common.Screen(None, stop)), suite.place_for(device, model) as place:
+        found = report.as_dict(place, suite.run_all(place, begin=_begin))
+    with common.answering():
+        _show(found)
+    if target is not None:
+        with disk.open_to_write(target, "replace") as stream:
+            stream.write((json.dumps(found, indent=1) + "\n").encode())
+    _refuse_broken(found)
+
+
+def _refuse_broken(found: dict[str, Any]) -> None:
+    """Raises TrainingStopped, exit code 4, where something is not as promised."""
+    from qlora.errors import TrainingStopped
+    from qlora.prove.report import BROKEN
+
+    broken = [proof["name"] for proof in found["proofs"] if proof["outcome"] == BROKEN]
+    if broken:
+        raise TrainingStopped(
+            f"not as promised on {found['hardware']['device']}: {', '.join(broken)}",
+            "please report it with the file that --json FILE writes: it names nobody",
+        )
+
+
+def _begin(proof: Proof) -> None:
+    common.tell(f"{proof.name}: {proof.promise}")
+
+
+def _show(found: dict[str, Any]) -> None:
+    from qlora.report.console import Terminal
+    from qlora.report.proofs import proofs_view
+
+    Terminal().print(proofs_view(found))
+
+
+if __name__ == "__main__":
+    app()

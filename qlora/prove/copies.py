@@ -1,0 +1,44 @@
+"""Micro-batches reach the device whole, while it computes and while the host makes the next ones."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from qlora.batch import Batch
+from qlora.prove.model import packed
+from qlora.prove.proof import Outcome, Place, Proof, all_equal
+
+COUNT = 32
+
+
+def run(place: Place) -> Outcome:
+    busy = torch.randn(2048 if place.on_card else 64, 2048 if place.on_card else 64, device=place.device)
+    wrong, placed = [], list[tuple[int, Batch]]()
+    for number in range(COUNT):
+        placed.append((number, _batch(place, number).to(place.device)))  # the host's copy is gone at once
+        busy = (busy @ busy).clamp_(-1, 1)
+    for number, there in placed:
+        if not all_equal(_tensors(there), _tensors(_batch(place, number))):
+            wrong.append(number)
+    said = f"{COUNT} micro-batches of {placed[0][1].tokens:,} tokens" + (f", wrong: {wrong}" if wrong else "")
+    return Outcome(not wrong, said, {"micro_batches": COUNT, "wrong": len(wrong), "sum": float(busy.abs().mean())})
+
+
+def _batch(place: Place, number: int) -> Batch:
+    return packed(place.rows, place.length, place.shape.vocabulary, seed=number)
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    values = [getattr(batch, field.name) for field in fields(batch)]
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+PROOF = Proof(
+    name="copies",
+    promise="what a step computes with is what the host made, though copies do not wait",
+    tolerance="0: every value",
+    source="batch.py; CUDA's programming guide, asynchronous copies from pinned and pageable memory",
+    run=run,
+)

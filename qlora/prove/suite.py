@@ -1,0 +1,111 @@
+"""All proofs in order, each in the same temporary folder, and what one process must set before the first."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qlora import determinism
+from qlora import device as hardware
+from qlora.errors import DoesNotFit, HardwareError, QloraError, foreign_failures
+from qlora.guarded import Guarded
+from qlora.prove import (
+    copies,
+    exactness,
+    export,
+    four_bit,
+    generator,
+    limit,
+    optimizers,
+    paths,
+    peak,
+    release,
+    resume,
+    speed,
+    spill,
+)
+from qlora.prove.proof import Outcome, Place, Proof
+from qlora.prove.shapes import GIB, SHAPES, largest
+
+# What is cheap first; what fills the card last, so that nothing else finds it full.
+PROOFS: tuple[Proof, ...] = (
+    *(generator.PROOF, four_bit.PROOF, optimizers.PROOF, copies.PROOF, paths.PROOF, exactness.PROOF, release.PROOF),
+    *(resume.PROOF, export.PROOF, peak.PROOF, speed.PROOF, limit.PROOF, spill.PROOF),
+)
+ROWS, LENGTH = 4, 2048  # of the micro-batches on a GPU: several blocks of keys, as real packs have
+ROWS_ON_CPU, LENGTH_ON_CPU = 2, 256
+
+
+@dataclass(frozen=True)
+class Result:
+    """A proof with what it found, and how long it took."""
+
+    proof: Proof
+    outcome: Outcome
+    seconds: float
+
+
+@contextmanager
+def place_for(device: str | None, model: str | None) -> Iterator[Place]:
+    """Where proofs run. Raises HardwareError for a device that is not there; the folder is removed whatever happens.
+
+    Nothing is written anywhere else: caches are in the folder too.
+    """
+    import torch
+
+    found = hardware.current() if device is None else torch.device(device)
+    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and not hardware.is_card(hardware.current())):
+        here = hardware.name_of(hardware.current())
+        raise HardwareError(f"{device}: no such device here", f"leave it out to take what there is: {here}")
+    on_card = hardware.is_card(found)
+    shape = SHAPES[model] if model else largest(hardware.free_bytes(found)) if on_card else SHAPES["small"]
+    free = hardware.free_bytes(found)
+    if model and shape.needs_bytes > free:
+        what = f"a random {model} model needs about {shape.needs_bytes / GIB:.1f} GiB, {free / GIB:.1f} are free"
+        raise DoesNotFit(what, "leave `model` out to take the largest that fits, or end other programs")
+    rows, length = (ROWS, LENGTH) if on_card else (ROWS_ON_CPU, LENGTH_ON_CPU)
+    with TemporaryDirectory(prefix="qlora-prove-") as folder, _cache_in(Path(folder) / "cache"):
+        determinism.fix_workspace()
+        yield Place(found, shape, Path(folder), rows, length)
+
+
+def run_all(
+    place: Place, proofs: Sequence[Proof] = PROOFS, begin: Callable[[Proof], None] = lambda _: None
+) -> list[Result]:
+    """Every proof's outcome; `begin` is told before each. A proof that ends by an error is broken, the others go on."""
+    results = []
+    for proof in proofs:
+        begin(proof)
+        began = time.monotonic()
+        outcome = tried(proof, place)
+        results.append(Result(proof, outcome, time.monotonic() - began))
+        hardware.release(place.device)
+    return results
+
+
+def tried(proof: Proof, place: Place) -> Outcome:
+    """What the proof found; whatever a driver, a kernel or an allocator raises in it is the finding."""
+    try:
+        with Guarded(f"trying {proof.name}", "end other programs on this device"), foreign_failures() as failure:
+            return proof.run(place)
+    except QloraError as error:
+        return Outcome(False, f"{error.what} ({error.hint})")
+    return Outcome(False, f"{type(failure.error).__name__}: {failure.reason}")
+
+
+@contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    before = os.environ.get("QLORA_CACHE")
+    os.environ["QLORA_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["QLORA_CACHE"]
+        else:
+            os.environ["QLORA_CACHE"] = before

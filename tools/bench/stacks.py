@@ -1,0 +1,113 @@
+"""What other stacks do, switch by switch, so that published peaks of theirs can be predicted by our own simulation.
+
+Each switch is one thing in which programs differ; `STACKS` says how the programs of the published runs set them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from qlora.memory.baselines import Baseline
+from qlora.step.forward import CausalParts
+
+
+def shifted(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """transformers up to 4.48: the float32 logits without the last token are a copy, beside all of them."""
+    float_TV = logits_TV.float()
+    return cross_entropy(float_TV[:-1].clone(), targets_T[:-1], reduction="sum")
+
+
+def shifted_as_they_are(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """A copy of the logits without the last token, in their own type."""
+    return cross_entropy(logits_TV[:-1].clone(), targets_T[:-1], reduction="sum")
+
+
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "shifted": shifted,
+    "shifted as they are": shifted_as_they_are,
+}
+
+
+@dataclass(frozen=True)
+class Stack(Baseline):
+    """A baseline with the rest of what programs differ in.
+
+    `kernel` is "flash", "efficient" (of torch's sdpa, keys repeated for each query head), or None for what our own
+    attention chooses. `half`: computes in float16, and a base that is not quantized is held in it. `loss` is one of
+    `LOSSES` where it is not transformers' own; `float_logits`: the model itself gives them in float32.
+    """
+
+    chunked_loss: bool = False
+    kernel: str | None = None
+    half: bool = False
+    loss: str | None = None
+    float_logits: bool = False
+
+    def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        return LOSSES[self.loss](logits_TV, targets_T) if self.loss else super().loss_of(logits_TV, targets_T)
+
+    def logits(self, parts: CausalParts, hidden_BSD: Tensor) -> Tensor:
+        given = super().logits(parts, hidden_BSD)
+        return given.float() if self.float_logits else given
+
+    def settle(self, model: Any, quantized: bool) -> list[int]:
+        before = super().settle(model, quantized)
+        if self.half and not quantized:
+            model.half()
+        if self.kernel is not None:
+            model.set_attn_implementation("sdpa")
+        return before
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        with ExitStack() as modes:
+            modes.enter_context(super().computing())
+            if self.kernel is not None:
+                modes.enter_context(_Kernel(self.kernel))
+            if self.half:
+                modes.enter_context(_HalfSoftmax())
+            yield
+
+
+class _Kernel(TorchFunctionMode):
+    """Causal attention without a mask, by the kernel of that name."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key, value = args[:3]
+        scale = (kwargs or {}).get("scale")
+        if self.kernel == "flash":
+            flash = torch.ops.aten._scaled_dot_product_flash_attention
+            return flash(query, key, value, 0.0, True, False, scale=scale)[0]
+        needs_gradient = torch.is_grad_enabled() and query.requires_grad
+        key, value = _for_each_head(key, query), _for_each_head(value, query)
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, None, needs_gradient, 0.0, True, scale=scale)[0]
+
+
+class _HalfSoftmax(TorchFunctionMode):
+    """CUDA's softmax takes float16 in and gives float32 out at once (aten/src/ATen/native/SoftMax.cpp)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.softmax and args[0].dtype == torch.float16 and kwargs.get("dtype"):
+            return torch._softmax(args[0], kwargs.get("dim", -1), True)
+        return func(*args, **kwargs)
+
+
+def _for_each_head(shared: Tensor, query: Tensor) -> Tensor:
+    groups = query.shape[1] // shared.shape[1]
+    return shared.repeat_interleave(groups, dim=1) if groups > 1 else shared
