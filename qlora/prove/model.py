@@ -13,7 +13,9 @@ from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.device import random_state_kept
+from qlora.events import Sinks
 from qlora.model import adapters
+from qlora.model.attention_choice import settle
 from qlora.model.made_up import load_random
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.prove.shapes import Shape, config_of
@@ -67,6 +69,7 @@ def make(
     with random_state_kept(device):
         torch.manual_seed(SEED)
         load_random(model, QuantizationSection(), device)
+        settle(model, attention, device, Sinks())
         peft_model = adapters.attach(model, LoraSection(), SEED)
         trained = adapters.trainable(peft_model)
         with torch.no_grad():

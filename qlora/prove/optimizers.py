@@ -30,11 +30,9 @@ def run(place: Place) -> Outcome:
         for one in (own, again):
             _update(one, UPDATES)
         lost = not all_equal(list(own.state()[0].values()), list(again.state()[0].values()))
-        measured |= {
-            f"{name} is the library's": not apart,
-            f"{name} comes back": not lost,
-            f"{name} paged": own.moments.memory is not None,
-        }
+        paged = [one.moments.memory is not None for one in (own, again)]
+        measured |= {f"{name} is the library's": not apart, f"{name} comes back": not lost, f"{name} paged": paged[0]}
+        wrong += [f"{name} comes back to another memory"] * (paged[0] != paged[1])
         wrong += [f"{name} is not the library's"] * apart + [f"{name} does not come back"] * lost
     return Outcome(not wrong, "; ".join(wrong) or f"{len(NAMES)} optimizers, {len(SHAPES)} sizes of tensors", measured)
 

@@ -81,6 +81,7 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
         batch_size=schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train),
         prompt_tokens=prompt_tokens,
         has_eval=bool(data.eval.lengths),
+        documents=max(map(len, order.epoch_packs(0)), default=1),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
         trained=_most_trained(recipe, data, padded),
     )
@@ -128,8 +129,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
 def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
-    keys = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes", "components")
-    keys += ("settings", "notes")
+    of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
+    keys = (*of_bytes, "fits", "components", "settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 
