@@ -190,6 +190,7 @@ def test_modules_to_save_are_trained_whole(base_of: BaseOf) -> None:
 
 def test_a_cards_random_state_is_seeded_and_given_back(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """EVA's decomposition draws on the device of the layers."""
+    model = load(base_of("llama"))
     monkeypatch.setattr(device, "accelerator", Card())
     states, seeds = {"now": torch.tensor([5])}, []
     monkeypatch.setattr(Card, "get_rng_state", lambda self, place: states["now"].clone())
@@ -202,7 +203,7 @@ def test_a_cards_random_state_is_seeded_and_given_back(base_of: BaseOf, monkeypa
         return real(seed)
 
     monkeypatch.setattr(torch, "manual_seed", seed_everything)
-    attach(load(base_of("llama")), LoraSection(r=4), seed=1)
+    attach(model, LoraSection(r=4), seed=1)
     assert 1 in seeds and states["now"].tolist() == [5]
 
 
