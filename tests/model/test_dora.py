@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.model import adapters, dora
+from qlora.model.base_folder import BaseFolder
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.recipe.sections import LoraSection
 from tests.model.conftest import CPU, load
-from tests.model.test_adapters import BaseOf
 
+BaseOf = Callable[[str], BaseFolder]
 LORA = LoraSection(r=6, use_dora=True, use_rslora=True)
 IDS = torch.arange(4, 44).view(2, 20)
 
