@@ -112,9 +112,17 @@ def _plot(question: Any, file: Path) -> None:
     from qlora.memory.hardware import common_cards
     from qlora.report.picture import draw_lengths
 
-    peaks = {length: question.estimate({"data.max_length": length}).peak_bytes for length in PLOT_LENGTHS}
-    limits = {name: limit for name, limit in common_cards().items() if limit < 1.2 * max(peaks.values())}
-    draw_lengths(peaks, limits, question.title, file)
+    estimates = {length: question.estimate({"data.max_length": length}) for length in PLOT_LENGTHS}
+    peaks = {length: (estimate.peak_bytes, estimate.error_bytes) for length, estimate in estimates.items()}
+    machine, most = question.machine, 1.2 * max(map(sum, peaks.values()))
+    near = 0.03 * most  # where two lines' names would lie on each other
+    others = {
+        name: limit
+        for name, limit in common_cards().items()
+        if limit < most and abs(limit - machine.limit_bytes) > near
+    }
+    asked = (f"{machine.source} ({machine.limit_bytes / 2**30:.2f} GiB)", machine.limit_bytes)
+    draw_lengths(peaks, asked, others, question.title, file)
 
 
 if __name__ == "__main__":
