@@ -64,9 +64,8 @@ def quantize_rows(
     rows, columns = shape[0], math.prod(shape[1:])
     step = rows_in_block(columns, values_per_block)
     data = torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8, device=device)
-    absmax = torch.empty(
-        -(-rows * columns // BLOCK), dtype=torch.float32
-    )  # on the host, where its own constants are made
+    host = torch.device("cpu") if device.type != "meta" else device  # where its own constants are made
+    absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=host)
     encode = _encode_on_card if is_card(device) or device.type != "cpu" else _encode_on_cpu
     dtype = None
     for start in range(0, rows, step):
