@@ -129,8 +129,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
 def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
-    keys = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes", "components")
-    keys += ("settings", "notes")
+    of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
+    keys = (*of_bytes, "fits", "components", "settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 
