@@ -267,6 +267,21 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
             accelerator.set_rng_state(state, device)
 
 
+@contextmanager
+def on_default_stream(device: torch.device) -> Iterator[None]:
+    """For bitsandbytes, whose kernels take no stream and run on the default one: after what the current stream was
+    asked to do before, and before what it is asked to do next. Nothing happens where the two are one.
+    """
+    if not is_card(device) or accelerator.current_stream(device) == accelerator.default_stream(device):
+        yield
+        return
+    current, default = accelerator.current_stream(device), accelerator.default_stream(device)
+    default.wait_stream(current)
+    with accelerator.stream(default):
+        yield
+    current.wait_stream(default)
+
+
 def host_block(words: int, device: torch.device) -> torch.Tensor:
     """So many int64 values on the host, uninitialized; pinned, so that a copy to a GPU `device` waits for nothing.
 

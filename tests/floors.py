@@ -53,6 +53,7 @@ FLOORS = {
     "nvidia_child": 1,
     "device": 1,
     "numerics": 1,
+    "flat": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
@@ -61,7 +62,7 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("nvidia", "device", "numerics", "batch", "forward_facts", "api", "prove"),
+        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
@@ -102,21 +103,26 @@ LINES = {
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "memory": [
         "allocator",
+        "tape",
         "trace",
         "baselines",
+        "plain_optimizer",
         "simulate",
         "cards",
         "card_names",
         "hardware",
         "overheads",
         "calibration",
+        "margins",
         "estimate",
         "plan",
         "spilling",
     ],
+    "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
             "split_patterns",
+            "alternatives",
             "tokenizer_check",
             "tokenizer",
             "config_bounds",

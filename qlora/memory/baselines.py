@@ -9,7 +9,6 @@ predicted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,16 +28,15 @@ from qlora.step.loss import SupervisedObjective
 class Baseline:
     """What differs: dtypes of what is not in 4 bit, master copies, the loss.
 
-    `loss` is "chunked" as ours is, or one of `LOSSES`. `keeps_logits`: the program's own variable holds the model's output, logits among it, until the backward pass ends. `float_logits`: the model itself gives them in float32.
+    `keeps_logits`: the program's own variable holds the model's output, logits among it, until the backward pass ends.
     """
 
     name: str
     dtype: torch.dtype = torch.bfloat16  # of embeddings, norms and head, where the layers are quantized
     adapter_dtype: torch.dtype = torch.bfloat16
     masters: bool = True
-    loss: str = "chunked"
+    chunked_loss: bool = True
     keeps_logits: bool = False
-    float_logits: bool = False
     autocast: bool = False
 
     def settle(self, model: Any, quantized: bool) -> list[int]:
@@ -67,7 +65,7 @@ class Baseline:
             causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
 
     def forward_backward(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> None:
-        if self.loss == "chunked":
+        if self.chunked_loss:
             forward_backward(parts, batch, SupervisedObjective(), 1.0, neftune_alpha)
         else:
             loss, logits = self._whole_loss(parts, batch, neftune_alpha)
@@ -77,57 +75,24 @@ class Baseline:
             del held
 
     def evaluate(self, parts: CausalParts, batch: Batch) -> None:
-        if self.loss == "chunked":
+        if self.chunked_loss:
             batch_loss(parts, batch, SupervisedObjective())
         else:
             self._whole_loss(parts, batch, 0.0)
 
+    def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        """transformers/loss/loss_utils.py, ForCausalLMLoss: all logits, once more in float32, through cross_entropy."""
+        return nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+
     def _whole_loss(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> tuple[Tensor, Tensor]:
-        logits_BSV = parts.head(hidden_states(parts, batch, neftune_alpha))
-        if parts.transform is not None:
-            logits_BSV = parts.transform(logits_BSV)
-        if self.float_logits:
-            logits_BSV = logits_BSV.float()
-        return LOSSES[self.loss](logits_BSV.flatten(0, 1), batch.targets_BS.flatten()), logits_BSV
+        logits_BSV = self.logits(parts, hidden_states(parts, batch, neftune_alpha))
+        return self.loss_of(logits_BSV.flatten(0, 1), batch.targets_BS.flatten()), logits_BSV
 
+    def logits(self, parts: CausalParts, hidden_BSD: Tensor) -> Tensor:
+        """What the model's own forward gives."""
+        logits_BSV: Tensor = parts.head(hidden_BSD)
+        return logits_BSV if parts.transform is None else parts.transform(logits_BSV)
 
-def _whole(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """transformers/loss/loss_utils.py, ForCausalLMLoss: all logits, once more in float32, through cross_entropy."""
-    return nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
-
-
-def _shifted(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """transformers up to 4.48: the float32 logits without the last token are a copy, beside all of them."""
-    float_TV = logits_TV.float()
-    return nn.functional.cross_entropy(float_TV[:-1].clone(), targets_T[:-1], reduction="sum")
-
-
-def _shifted_in_16_bit(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """A copy of the logits without the last token, in their own type."""
-    return nn.functional.cross_entropy(logits_TV[:-1].clone(), targets_T[:-1], reduction="sum")
-
-
-def _whole_in_16_bit(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """torchtune's CEWithChunkedOutputLoss: float32 for an eighth of the tokens at a time, kept for the backward pass."""
-    pieces = zip(logits_TV.chunk(8), targets_T.chunk(8), strict=True)
-    return torch.stack(
-        [nn.functional.cross_entropy(one.float(), targets, reduction="sum") for one, targets in pieces]
-    ).sum()
-
-
-def _16_bit(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """litgpt's chunked_cross_entropy: 128 tokens at a time, in the logits' own type."""
-    pieces = zip(logits_TV.split(128), targets_T.split(128), strict=True)
-    return torch.cat([nn.functional.cross_entropy(one, targets, reduction="none") for one, targets in pieces]).sum()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "whole": _whole,
-    "shifted": _shifted,
-    "shifted in 16 bit": _shifted_in_16_bit,
-    "whole in 16 bit": _whole_in_16_bit,
-    "16 bit": _16_bit,
-}
 
 BASELINES: dict[str, Baseline] = {
     "qlora": Baseline("qlora"),
@@ -136,11 +101,11 @@ BASELINES: dict[str, Baseline] = {
         dtype=torch.float32,
         adapter_dtype=torch.float32,
         masters=False,
-        loss="whole",
+        chunked_loss=False,
         keeps_logits=True,
         autocast=True,
     ),
-    "torchtune": Baseline("torchtune", masters=False, loss="whole in 16 bit"),
+    "torchtune": Baseline("torchtune", masters=False),
 }
 
 

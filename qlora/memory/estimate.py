@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora import numerics
 from qlora.errors import DoesNotFit
 from qlora.memory import calibration, margins, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
+from qlora.memory.trace import most_multiprocessors
+from qlora.model.attention import kernel_of
+from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
+from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
@@ -24,7 +29,8 @@ class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
     `answer_tokens` is the longest answer of exact match, 0 without one.
-    Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
+    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
+    than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
     """
 
     longest: int
@@ -32,6 +38,8 @@ class DataFacts:
     prompt_tokens: int
     has_eval: bool
     typical: int = 0
+    documents: int = 0
+    trained: int = 0
     answer_tokens: int = 0
 
 
@@ -105,13 +113,26 @@ class Estimator:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
-            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline)
+            kernel = self._kernel(recipe.model.attention)
+            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel)
             self._simulators[made_of] = Simulator(spec, whole=_by_whole_model(self.text, self.name))
-        return self._complete(recipe, workload_of(recipe, facts), self._simulators[made_of])
+        workload = workload_of(recipe, facts)
+        if recipe.train.deterministic and self.machine.gpu is not None:
+            workload = replace(workload, multiprocessors=most_multiprocessors(self.machine.gpu.gigabytes))
+        return self._complete(recipe, workload, self._simulators[made_of])
+
+    def _kernel(self, wanted: str) -> str | None:
+        """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
+        if self.machine.device_type != "cuda" or self.baseline != BASELINES["qlora"]:
+            return None
+        named, gpu, run = choose_attention(self.text, wanted, self.name), self.machine.gpu, numerics.of_run()
+        if run is not None and run.attention is not None:
+            return kernel_of(run.attention)
+        return assumed(self.text, named, wanted, gpu.capability if gpu else 86)
 
     def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator) -> Estimate:
         machine, factor, simulation = self.machine, self.correction.factor, simulator.run(workload)
-        terms = self._terms()
+        terms = self._terms(recipe.train.deterministic)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
         fragmentation = slack + self._fragmentation(simulation)
@@ -151,11 +172,14 @@ class Estimator:
             notes=self._notes(simulation, workload),
         )
 
-    def _terms(self) -> dict[str, int]:
+    def _terms(self, deterministic: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
             return {"context": overheads.host_base_bytes("cpu")}
         capability = self.machine.gpu.capability if self.machine.gpu else 86
-        return {"context": overheads.context_bytes(self.machine.gpu)[0], **overheads.workspace_terms(capability)}
+        return {
+            "context": overheads.context_bytes(self.machine.gpu)[0],
+            **overheads.workspace_terms(capability, deterministic),
+        }
 
     def _fragmentation(self, simulation: Simulation) -> int:
         """What the allocator keeps beyond live tensors."""
@@ -217,12 +241,15 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         length=length,
         gradient_checkpointing=train.gradient_checkpointing in (True, "auto"),
         optimizer=train.optimizer,
+        packed=recipe.data.packing,
         accumulates=batch is None or batch > rows,
         neftune_alpha=train.neftune_alpha,
         evaluates=evaluates,
         samples=samples if prompt else 0,
         prompt_tokens=prompt,
         new_tokens=max(SAMPLE_TOKENS, answer),
+        documents=facts.documents if facts else 0,
+        trained=min(facts.trained, length) if facts else 0,
     )
 
 

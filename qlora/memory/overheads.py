@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from qlora.memory.hardware import MIB, Gpu
 
 # The CUDA context with lazily loaded kernels, after a step: 140.9 MiB on a T4 (40 multiprocessors) in each of 69
-# published runs (PyPI fitcheck-llm 0.3.1, data/measurements); "around 400MB" on CUDA >= 11.7 (pytorch/pytorch#109888, a
-# maintainer, of data centre cards with 108), 300 MB on another card (#107667). It grows with the multiprocessors: by the
-# line through T4 and the former, cards of up to 12 GB (24 to 70 of them) have 140 to 255 MiB, larger ones 220 to 490.
+# published runs (PyPI fitcheck-llm 0.3.1, data/measurements); "around 400MB" on CUDA >= 11.7 (pytorch/pytorch#109888,
+# a maintainer, of data centre cards with 108), 300 MB on another card (#107667). It grows with the multiprocessors: by
+# the line through T4 and the former, cards of up to 12 GB (24 to 70 of them) have 140 to 255 MiB, larger ones 220 to
+# 490.
 CUDA_CONTEXT_TURING = (141 * MIB, 16 * MIB)
 CUDA_CONTEXT_SMALL, SMALL_CARD_BYTES = (200 * MIB, 60 * MIB), 12 << 30
 CUDA_CONTEXT_LARGE = (370 * MIB, 120 * MIB)
@@ -41,11 +42,12 @@ def context_bytes(gpu: Gpu | None) -> tuple[int, int]:
     return CUDA_CONTEXT_SMALL if small else CUDA_CONTEXT_LARGE
 
 
-def workspace_terms(capability: int) -> Mapping[str, int]:
-    """What libraries take on a GPU of `capability`, by name."""
+def workspace_terms(capability: int, deterministic: bool = False) -> Mapping[str, int]:
+    """What libraries take on a GPU of `capability`, by name; deterministic runs fix cuBLAS' workspace at 8 x 4 MiB."""
     hopper = capability // 10 in (9, 10)  # not 12: consumer Blackwell has the workspace of Ampere and Ada
-    one = (CUBLAS_BYTES_HOPPER if hopper else CUBLAS_BYTES) + (CUBLASLT_BYTES_HOPPER if hopper else CUBLASLT_BYTES)
-    return {"cublas_workspace": THREADS_WITH_CUBLAS * one}
+    cublas = CUBLAS_BYTES_HOPPER if hopper or deterministic else CUBLAS_BYTES
+    cublaslt = CUBLASLT_BYTES_HOPPER if hopper else CUBLASLT_BYTES
+    return {"cublas_workspace": THREADS_WITH_CUBLAS * (cublas + cublaslt)}
 
 
 def host_base_bytes(device_type: str) -> int:

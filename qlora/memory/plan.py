@@ -6,6 +6,7 @@ formula (bytes grow by the same amount a row) only guesses where to look.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,13 +178,18 @@ class Question:
         return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
 
     def estimate(self, changes: Changes | None = None) -> Estimate:
-        """With "auto" keys decided, and `changes` made first. Raises ModelError where it cannot be simulated."""
+        """With "auto" keys decided as a run does, and `changes` made first.
+
+        Raises ModelError where it cannot be simulated.
+        """
         with self._simulating():
-            return Planner(self.estimator).decide(changed(self.recipe, changes or {})).estimate
+            return _decided(self.estimator, changed(self.recipe, changes or {}), None).estimate
 
     def search(self) -> list[Plan]:
+        """Plans that fit with the reserve that a run keeps for what it decides itself, the fastest first."""
         with self._simulating():
-            return Planner(self.estimator).search(self.recipe)
+            plans = Planner(_with_reserve(self.estimator)).search(self.recipe)
+        return [_of_limit(plan, self.machine.limit_bytes) for plan in plans]
 
     def does_not_fit(self) -> DoesNotFit:
         planner = Planner(self.estimator)
@@ -204,18 +210,34 @@ class Question:
 
 def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
     """The plan of a run. Keeps a reserve for what it decides itself. Raises DoesNotFit, with remedies."""
+    plan = _decided(estimator, recipe, facts)
+    if not plan.estimate.fits:
+        raise does_not_fit(Planner(estimator, facts), plan.recipe)
+    return plan
+
+
+def _decided(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
+    """The "auto" keys as a run decides them: with a reserve, or as the smallest values where nothing leaves one."""
+    changes: Changes = {}
     if "auto" in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
-        machine = estimator.machine
-        reserved = replace(machine, limit_bytes=int(machine.limit_bytes * (1 - RESERVE_SHARE)))
-        plan = Planner(Estimator(estimator.text, estimator.name, reserved), facts).decide(recipe)
+        plan = Planner(_with_reserve(estimator), facts).decide(recipe)
         if plan.estimate.fits:
-            return plan
-        recipe = plan.recipe
-    planner = Planner(estimator, facts)
-    estimate = planner.ask(recipe)
-    if not estimate.fits:
-        raise does_not_fit(planner, recipe)
-    return Plan(recipe, {}, estimate)
+            return _of_limit(plan, estimator.machine.limit_bytes)
+        recipe, changes = plan.recipe, plan.changes
+    return Plan(recipe, changes, Planner(estimator, facts).ask(recipe))
+
+
+def _with_reserve(estimator: Estimator) -> Estimator:
+    """The same one, with the same models on meta, for a machine with a part of its memory kept free."""
+    reserved = copy.copy(estimator)
+    machine = estimator.machine
+    reserved.machine = replace(machine, limit_bytes=int(machine.limit_bytes * (1 - RESERVE_SHARE)))
+    return reserved
+
+
+def _of_limit(plan: Plan, limit_bytes: int) -> Plan:
+    """With the whole limit, of which the plan left a reserve."""
+    return replace(plan, estimate=replace(plan.estimate, limit_bytes=limit_bytes))
 
 
 def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> DoesNotFit:

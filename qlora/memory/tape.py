@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from qlora.memory.allocator import Block, CachingAllocator
 
-
 FORWARD, BACKWARD = "forward", "backward"  # layers go up, and down
 
 
@@ -57,16 +56,23 @@ class Reserved(NamedTuple):
 class Tape:
     """`start` are the sizes of what lived when it began, `before` of what had made room for it and was freed.
 
-    Marks of one pass go up, or down, by one layer.
+    `flat` are the sizes of buffers that hold something of every layer. Marks of one pass go up, or down, by one layer.
     """
 
     before: Sequence[int]
-    start: Sequence[int]
+    start: list[int]
     events: list[Event] = field(default_factory=list)
+    flat: list[int] = field(default_factory=list)
     _place: Place = Place("", None)
     _made: dict[int, Tensor] = field(default_factory=dict)
     _count: int = 0
     _stretches: int = 0
+
+    def set_apart(self, sizes: Sequence[int]) -> None:
+        """Of what lived when it began, these grow with the model, in place of becoming more."""
+        for nbytes in sizes:
+            self.start.remove(nbytes)
+        self.flat += sizes
 
     def mark(self, kind: str, layer: int | None = None) -> None:
         self._stretches += 1
@@ -93,7 +99,7 @@ def play(tape: Tape, layers: int, period: int, wanted: int, each: Sequence[int] 
     copies = (wanted - layers) // period if wanted > layers else 0
     allocator = CachingAllocator()
     before = [allocator.allocate(nbytes) for nbytes in tape.before]
-    for nbytes in (*tape.start, *(tuple(each) * copies)):
+    for nbytes in (*tape.start, *tape.flat, *(tuple(each) * copies)):
         allocator.allocate(nbytes)
     for block in filter(None, before):
         allocator.release(block)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
+from qlora.model.alternatives import text_model_like
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
 from qlora.model.linear_use import use_of
@@ -60,14 +61,18 @@ def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
     Raises ModelError when transformers cannot build the model, when a parameter has no tensor of its shape, or when the
     weights are of a kind that 4-bit layers cannot hold.
     """
-    head_stored = "lm_head.weight" in _text_names(base.tensors, multimodal=True)
-    text, multimodal = text_config(base.config, base.name, head_stored)
+    text, multimodal = text_config(base.config, base.name, has_head(base))
     chosen = choose_attention(text, attention, base.name)
     model = build_unmatched(text, chosen, base.name)
     _untie_if_stored_apart(base, text, model)
     check_layers(model, base.name)
     sources, skipped = _match(base, model, multimodal)
     return MetaModel(model, sources, skipped, chosen)
+
+
+def has_head(base: BaseFolder) -> bool:
+    """Whether its weights hold an output layer apart from the embeddings."""
+    return "lm_head.weight" in _text_names(base.tensors, multimodal=True)
 
 
 def taken_tensors(base: BaseFolder, meta_model: MetaModel) -> dict[str, TensorEntry]:
@@ -80,21 +85,39 @@ def taken_tensors(base: BaseFolder, meta_model: MetaModel) -> dict[str, TensorEn
     }
 
 
-def text_config(stored: Mapping[str, Any], name: str, head_stored: bool = False) -> tuple[Any, bool]:
+def text_config(stored: Mapping[str, Any], name: str, head_stored: bool | None = None) -> tuple[Any, bool]:
     """transformers' configuration of the causal (text) model of a config.json, and whether that is a part of a larger
-    one. Raises ModelError when transformers cannot read it.
+    one. `head_stored` says whether the weights hold a head of their own; None is not known.
+
+    Raises ModelError when transformers cannot read it.
     """
     with _refusing(name):
         config = open_config(stored)
         text = config.get_text_config(decoder=True)
-        if not isinstance(text, dict) and config.tie_word_embeddings and not head_stored:
-            text.tie_word_embeddings = True
+        if not isinstance(text, dict) and text is not config:
+            _take_from_outside(stored, config, text, head_stored)
     if isinstance(text, dict):  # under a name that this kind of model gives no meaning
         what = f"{name}: config.json: text_config is there, but a {config.model_type} has no text part"
         raise ModelError(what, "get a clean copy of the model")
     _check_shape(text, name)
     _check_extent(text, name)
     return text, text is not config
+
+
+def _take_from_outside(stored: Mapping[str, Any], config: Any, text: Any, head_stored: bool | None) -> None:
+    """What a larger model's config.json says beside its text part about it: sizes, and whether the head is tied.
+
+    Its class ties by default, also where the text part's does not (Mistral 3, whose weights have a head of 1.25 GiB
+    apart): as long as the weights are not known, only what the file says counts.
+    """
+    inner = stored.get("text_config")
+    said = inner if isinstance(inner, Mapping) else {}
+    for key in ("vocab_size", "head_dim"):
+        if type(value := stored.get(key)) is int and key not in said:
+            setattr(text, key, value)
+    outside = config.tie_word_embeddings if head_stored is not None else stored.get("tie_word_embeddings")
+    if outside and not head_stored:
+        text.tie_word_embeddings = True
 
 
 def _check_shape(text: Any, name: str) -> None:
@@ -294,24 +317,36 @@ def _untie_if_stored_apart(base: BaseFolder, text: Any, model: Any) -> None:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def check_layers(model: Any, name: str) -> None:
-    """Refuses models whose weights lie where 4-bit layers and adapters do not reach."""
+def _experts(stacked: Iterable[str]) -> list[str]:
+    return [key for key in stacked if re.search("expert|moe", key)]
+
+
+def check_layers(model: Any, name: str, text: Any = None) -> None:
+    """Refuses models whose weights lie where 4-bit layers and adapters do not reach.
+
+    `text` is the configuration of the whole model where `model` has a few of its layers.
+    """
     from transformers.pytorch_utils import Conv1D
 
+    another = f"use another model, such as {text_model_like(model.config.model_type, name)}"
     if head_of(model) is None:
-        raise ModelError(f"{name}: {type(model).__name__} has no output layer", "use a causal language model")
+        raise ModelError(f"{name}: {type(model).__name__} has no output layer", another)
     if any(isinstance(module, Conv1D) for module in model.modules()):
         what = f"{name}: {type(model).__name__} keeps its layers transposed (Conv1D), which 4-bit layers do not"
-        raise ModelError(what, "use a model of this decade, such as SmolLM2-135M")
+        raise ModelError(what, another)
     stacked = {key: parameter for key, parameter in model.named_parameters() if parameter.ndim == 3}
-    if experts := [key for key in stacked if re.search("expert|moe", key)]:
-        gib = sum(stacked[key].numel() for key in experts) * 2 / 2**30
+    if _experts(stacked):
+        if text is not None:  # a few layers say nothing of the others, which need not have as many experts
+            with torch.device("meta"):
+                whole = _from_config(copy.deepcopy(text), None, include_buffers=True)
+            stacked = {key: parameter for key, parameter in whole.named_parameters() if parameter.ndim == 3}
+        gib = sum(stacked[key].numel() for key in _experts(stacked)) * 2 / 2**30
         what = f"{name}: its fused experts ({gib:.2f} GiB in 16 bit) cannot be held in 4 bit yet"
-        raise ModelError(what, "use a dense model of the size you need")
+        raise ModelError(what, another)
     if next(linear_layers(model), None) is None:
-        raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", "use another model")
+        raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", another)
     if model.config.model_type in ONLY_FLOAT32:
         what = f"{name}: {type(model).__name__} is computed by transformers in float32 only, which training here is not"
-        raise ModelError(what, "use another model")
+        raise ModelError(what, another)
     if why := use_of(model, {}).trunk:
-        raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", "use another model")
+        raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", another)

@@ -42,8 +42,8 @@ class Made:
         weight = sum(SupervisedObjective().weight(batch) for batch in batches)
         for batch in batches:
             forward_backward(self.parts, batch.to(self.device), SupervisedObjective(), weight)
-        found = [(master, master.grad) for master in self.optimizer.masters.values()]
-        gradient = [(torch.zeros_like(master) if one is None else one).detach().cpu().clone() for master, one in found]
+        found, masters = self.optimizer.gradients, self.optimizer.masters
+        gradient = [found.get(key, torch.zeros_like(master)).cpu().clone() for key, master in masters.items()]
         self.optimizer.zero_gradients()
         return gradient
 

@@ -68,6 +68,8 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
         except TrainingStopped:
             job.sink.emit(training.end("stopped by itself"))
             raise
+        finally:
+            training.optimizer.detach()
 
 
 class Training:
@@ -132,9 +134,8 @@ class Training:
         if check is not None and self.batches.data.packing and check.leak_message:
             self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
             self._use_rows(self.batches.data.model_copy(update={"packing": False}))
-        if self.train.optimizer.startswith("paged_") and not self.optimizer.paged:
-            message = f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"
-            self.sink.emit(Notice("optimizer", message))
+        if why := self.optimizer.moments.not_paged:
+            self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: {why}"))
         counts = self.job.model.get_nb_trainable_parameters()
         plan = self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts)
         promise, attends = determinism.promise(self.job.device), attention.shown(self.causal_lm)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import psutil
@@ -24,7 +24,7 @@ from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.plan import Plan, Planner, choose
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import ANSWERS_AT_ONCE
-from qlora.model.meta_model import text_config
+from qlora.model.meta_model import has_head, text_config
 from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import schedule
@@ -81,8 +81,26 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
         batch_size=schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train),
         prompt_tokens=prompt_tokens,
         has_eval=bool(data.eval.lengths),
+        documents=max(map(len, order.epoch_packs(0)), default=1),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
+        trained=_most_trained(recipe, data, padded),
     )
+
+
+def _most_trained(recipe: Recipe, data: PreparedData, longest: int) -> int:
+    """Of a row's tokens with a loss, the most that a row may have: a pack of any epoch, or a row alone.
+
+    A pack of `longest` tokens has no more of them than the rows that have most for their length, the last one cut.
+    """
+    alone = max([*data.train.trained, *data.eval.trained], default=1)
+    if not recipe.data.packing:
+        return min(longest, alone)
+    rows = sorted(zip(data.train.trained, data.train.lengths, strict=True), key=lambda row: -row[0] / max(row[1], 1))
+    room, found = longest, 0.0
+    for trained, length in rows:
+        found += trained * min(1.0, room / max(length, 1))
+        room -= min(room, length)
+    return min(longest, max(alone, math.ceil(found)))
 
 
 def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> MemorySettings:
@@ -93,7 +111,7 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         resident = int(psutil.Process().memory_info().rss)
         taken = resident if machine.device_type == "cpu" else overheads.context_bytes(machine.gpu)[0]
         machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
-    text, _ = text_config(base.config, base.name)
+    text, _ = text_config(base.config, base.name, has_head(base))
     estimator = Estimator(text, base.name, machine)
     with foreign_failures() as failure:  # a model that does what meta tensors cannot: reads a value, calls a kernel
         plan = choose(estimator, recipe, facts)
@@ -111,8 +129,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
 def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
-    keys = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes", "components")
-    keys += ("settings", "notes")
+    of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
+    keys = (*of_bytes, "fits", "components", "settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 
@@ -132,14 +150,11 @@ def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Me
     trained = list(optimizer.parameters.values())
     known = {id(parameter) for parameter in trained}
     frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
-    masters = [master for key, master in optimizer.masters.items() if master is not optimizer.parameters[key]]
-    kept = chain.from_iterable(state.values() for state in optimizer.inner.state.values())
-    moments = {id(value): value for value in kept if isinstance(value, Tensor)}
     return Measured(
         peak_bytes=peak_bytes(device),
         weights_bytes=_total(frozen.values()),
         adapters_bytes=_total(trained),
-        optimizer_bytes=_total(masters) + _total(moments.values()),
+        optimizer_bytes=optimizer.kept_bytes,
         torch_version=torch.__version__,
     )
 

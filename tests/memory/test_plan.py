@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from qlora import api
-from qlora.errors import ModelError
+from qlora.errors import DoesNotFit, ModelError
 from qlora.memory import plan as memory_plan
 from qlora.memory.estimate import DataFacts, Estimate
 from qlora.memory.hardware import Machine
-from qlora.memory.plan import Planner, changed
+from qlora.memory.plan import Planner, Question, changed
 from qlora.recipe.reading import Recipe, recipe_of_base
 from tests.memory.cases import GIB, NAMES
 from tests.memory.shapes import config_folder
@@ -119,12 +119,13 @@ def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_
 
 
 def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
-    found = planner(6.5).search(recipe("train.micro_batch_size=16"))
+    many = recipe("train.micro_batch_size=16", "train.gradient_checkpointing=true")
+    found = planner(6.5).search(many)
     assert [plan.changes for plan in found] == [
         {"train.micro_batch_size": 4, "train.gradient_checkpointing": True},
         {"train.micro_batch_size": 1, "train.gradient_checkpointing": False},
     ]
-    shorter = planner(2.6).search(recipe("train.micro_batch_size=16"))
+    shorter = planner(2.6).search(many)
     assert {plan.recipe.data.max_length for plan in shorter} == {512}
     assert planner(2.0).search(recipe()) == []
 
@@ -138,12 +139,26 @@ def test_a_remedy_says_what_it_changes_and_saves() -> None:
     assert " and train.gradient_checkpointing = true and " in str(only)
 
 
-def test_a_run_keeps_a_reserve_for_what_it_decides_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_a_reserve_for_what_it_decides_itself() -> None:
     """6.2 GiB hold 4 rows, and 95 % of it do not."""
     by_hand: Any = ByHand(6.2)
-    monkeypatch.setattr(memory_plan, "Estimator", lambda text, name, machine: ByHand(machine.limit_bytes / GIB))
-    assert memory_plan.choose(by_hand, recipe(*AUTO), None).recipe.train.micro_batch_size == 2
+    plan = memory_plan.choose(by_hand, recipe(*AUTO), None)
+    assert plan.recipe.train.micro_batch_size == 2 and plan.estimate.limit_bytes == int(6.2 * GIB)
     assert memory_plan.choose(by_hand, recipe("train.micro_batch_size=4"), None).estimate.fits
+    smallest = memory_plan.choose(cast(Any, ByHand(3.05)), recipe(*AUTO), None)  # which leaves no reserve
+    assert smallest.changes == {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
+    with pytest.raises(DoesNotFit):
+        memory_plan.choose(cast(Any, ByHand(2.5)), recipe(*AUTO), None)
+
+
+def test_a_question_is_answered_as_a_run_would_decide() -> None:
+    """The search, and the estimate of "auto" keys, keep the reserve; the limit that they say is the whole one."""
+    asked = recipe("train.micro_batch_size=16", "train.gradient_checkpointing=true")
+    question = Question(asked, cast(Any, ByHand(6.2)))
+    assert [plan.changes for plan in question.search()] == [{"train.micro_batch_size": 2}]
+    assert {plan.estimate.limit_bytes for plan in question.search()} == {int(6.2 * GIB)}
+    estimate = Question(recipe(*AUTO), cast(Any, ByHand(6.2))).estimate()
+    assert (estimate.settings["train.micro_batch_size"], estimate.limit_bytes) == (2, int(6.2 * GIB))
 
 
 def test_the_mildest_step_is_found_by_halving() -> None:

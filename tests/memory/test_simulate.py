@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora.errors import ModelError
 from qlora.memory import simulate, trace
 from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.model.meta_model import text_config
@@ -100,8 +101,8 @@ def test_a_workload_can_be_asked_again() -> None:
     workload = Workload(2, 128, samples=2, prompt_tokens=16, new_tokens=4)
     first = simulator.run(workload)
     simulator.run(Workload(4, 256, gradient_checkpointing=False, optimizer="adamw"))
-    again = simulator.run(workload)
-    assert again == first
+    assert simulator.run(workload) is first  # kept: a search and its answer ask for the same
+    assert simulator._simulated(workload) == first
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"dropout": 0.1}, {"modules_to_save": ("lm_head",)}])
@@ -131,6 +132,17 @@ def test_many_chunks_of_the_head_are_drawn_from_larger_ones(monkeypatch: pytest.
     assert drawn.kept == every.kept and drawn.paged == every.paged
 
 
+def test_experts_that_are_refused_are_those_of_all_layers() -> None:
+    """The message tells what a user has to hold, not what the few layers that are drawn have."""
+    overrides = {"num_hidden_layers": 12, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
+    text = make_config(
+        "qwen3_moe", overrides={**overrides, "hidden_size": 1024, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    )
+    gib = 12 * 8 * 3 * 1024 * 1024 * 2 / 2**30
+    with pytest.raises(ModelError, match=rf"its fused experts \({gib:.2f} GiB in 16 bit\)"):
+        Simulator(ModelSpec(text, "tiny", LORA, QuantizationSection()))
+
+
 def test_a_step_that_never_ends_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that computes its tokens one by one takes minutes, and is told so at a number of operations."""
     simulator = Simulator(ModelSpec(make_config("llama"), "tiny", LORA, QuantizationSection()))
@@ -138,3 +150,19 @@ def test_a_step_that_never_ends_is_not_simulated(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trace, "MOST_OPERATIONS", 500)
     with pytest.raises(RuntimeError, match="more than 500 operations"):
         simulator.run(Workload(1, 64))
+
+
+@pytest.mark.parametrize(("family", "kernel"), [("mistral", "varlen"), ("gemma3", "efficient"), ("gemma2", "flex")])
+def test_attention_over_documents_has_no_mask(family: str, kernel: str) -> None:
+    """Neither one of S × S, nor scores of it: what a token takes does not grow with the length of its row."""
+    text = make_config(family, overrides={"max_position_embeddings": 8192})
+    simulator = Simulator(ModelSpec(text, family, LORA, QuantizationSection(), kernel=kernel))
+    short, long = (simulator.run(Workload(1, length, documents=4)).phases["forward"] for length in (1024, 4096))
+    assert long.parts["activations"] < 1.05 * 4 * short.parts["activations"]
+
+
+def test_documents_of_a_workload_fill_its_rows() -> None:
+    assert Workload(2, 2048, packed=False).document_lengths == (2048, 2048)
+    assert Workload(1, 2048).document_lengths == (256,) * 8 and Workload(1, 100).document_lengths == (50, 50)
+    assert Workload(2, 100, documents=3).document_lengths == (33, 33, 34) * 2
+    assert sum(Workload(1, 5, documents=9).document_lengths) == 5

@@ -98,3 +98,34 @@ def test_a_model_whose_first_layers_are_none_is_looked_at_as_a_whole(monkeypatch
     with pytest.raises(ModelError, match="100,000,000,000,000 weights"):
         text_config({"model_type": "llama", "num_hidden_layers": 5}, "base")
     assert seen == [1, 5]
+
+
+@pytest.mark.parametrize(
+    ("outside", "inside", "head_stored", "tied"),
+    [
+        ({}, {}, None, False),  # the larger model's class ties by default, and its published weights do not
+        ({}, {}, False, True),
+        ({}, {}, True, False),
+        ({"tie_word_embeddings": True}, {}, None, True),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, None, True),
+    ],
+)
+def test_a_head_of_a_larger_model_is_tied_where_its_file_says_so(
+    outside: dict[str, object], inside: dict[str, object], head_stored: bool | None, tied: bool
+) -> None:
+    text, part = text_config(_larger(outside, inside), "base", head_stored)
+    assert part and text.tie_word_embeddings is tied
+
+
+def test_sizes_beside_the_text_part_are_its_own_where_it_has_none() -> None:
+    text, _ = text_config(_larger({"vocab_size": 4096, "head_dim": 32}, {}), "base")
+    assert (text.vocab_size, text.head_dim) == (4096, 32)
+    text, _ = text_config(_larger({"vocab_size": 4096}, {"vocab_size": 512}), "base")
+    assert text.vocab_size == 512
+
+
+def _larger(outside: dict[str, object], inside: dict[str, object]) -> dict[str, object]:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "mistral", "num_key_value_heads": 2, **small, **inside}
+    return {"model_type": "mistral3", "text_config": text, "vision_config": vision, **outside}

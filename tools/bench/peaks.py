@@ -1,10 +1,10 @@
 """Published peaks of training runs beside what our simulation predicts for the same settings.
 
-    python tools/bench/peaks.py            # simulates every row (three minutes), prints the table and keeps what was simulated
+    python tools/bench/peaks.py            # simulates every row (four minutes), keeps that, prints the table
     python tools/bench/peaks.py --kept     # the table from what was simulated before
 
-`results/peaks.json` holds the published rows (address, settings, what was measured) and the sources' roles: margins were
-set by those called "fitting", and nothing was fitted to a source called "held out". A row is there only if each of its
+`results/peaks.json` holds the published rows (address, settings, what was measured) and the sources' roles: margins
+were set by those called "fitting", and nothing was fitted to a source called "held out". A row is there only if each of its
 settings that matters is stated and can be expressed; what is measured is `allocated` (torch's live tensors), `reserved`
 (what torch took from the driver) or `process` (that and the context).
 """
@@ -33,17 +33,22 @@ from tools.bench.stacks import Stack
 
 FILE = Path(__file__).resolve().parent / "results/peaks.json"
 TARGETS: Mapping[str, tuple[str, ...]] = {
-    "qv": ("q_proj", "v_proj"),
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "torchtune": ("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 # Compute capability and memory of the cards that rows name: what workspaces and the context depend on.
-CARDS = {"T4": (75, 16), "A100": (80, 40), "A100 80GB": (80, 80), "RTX 4090": (89, 24), "H100": (90, 80)}
+CARDS = {
+    "T4": (75, 16),
+    "A100": (80, 40),
+    "A100 80GB": (80, 80),
+    "RTX 4090": (89, 24),
+    "H100": (90, 80),
+    "RTX PRO 6000": (120, 96),
+}
 F32, BF16 = torch.float32, torch.bfloat16
 STACKS: Mapping[str, Mapping[str, Any]] = {
     # a loop of one's own over peft: prepare_model_for_kbit_training, float16, no autocast, the output kept
-    "peft loop": {"dtype": F32, "adapter_dtype": F32, "loss": "whole", "keeps_logits": True, "half": True},
+    "peft loop": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True, "half": True},
     # transformers' Trainer (4.48): adapters in float32, the base as it was loaded; autocast where bf16 is asked for
     "trainer, 16 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted"},
     "trainer, 4 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted", "autocast": True},
@@ -59,9 +64,9 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
     # everything in bf16; logits of all tokens in bf16, and in float32 a chunk at a time
     "torchtune": {"dtype": BF16, "adapter_dtype": BF16, "loss": "whole in 16 bit"},
     # a loop of one's own over peft: a bf16 base, adapters in float32, the loss of bf16 logits
-    "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted in 16 bit"},
+    "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted as they are"},
     # and over a quantized base that peft prepared: all that is not in 4 bit in float32
-    "bf16 loop, kbit": {"dtype": F32, "adapter_dtype": F32, "loss": "shifted in 16 bit"},
+    "bf16 loop, kbit": {"dtype": F32, "adapter_dtype": F32, "loss": "shifted as they are"},
     # everything in bf16, norms as well; logits and their loss in bf16
     "litgpt": {"dtype": BF16, "adapter_dtype": BF16, "loss": "16 bit", "norms": "16 bit"},
 }

@@ -5,40 +5,63 @@ Each switch is one thing in which programs differ; `STACKS` says how the program
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from qlora.memory.baselines import Baseline
+from qlora.step.forward import CausalParts
+
+
+def shifted(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """transformers up to 4.48: the float32 logits without the last token are a copy, beside all of them."""
+    float_TV = logits_TV.float()
+    return cross_entropy(float_TV[:-1].clone(), targets_T[:-1], reduction="sum")
+
+
+def shifted_as_they_are(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """A copy of the logits without the last token, in their own type."""
+    return cross_entropy(logits_TV[:-1].clone(), targets_T[:-1], reduction="sum")
+
+
+LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "shifted": shifted,
+    "shifted as they are": shifted_as_they_are,
+}
 
 
 @dataclass(frozen=True)
 class Stack(Baseline):
-    """A baseline whose attention is of a kernel that the program chose.
+    """A baseline with the rest of what programs differ in.
 
     `kernel` is "flash", "efficient" (of torch's sdpa, keys repeated for each query head), or None for what our own
-    attention chooses. `half`: computes in float16, and a base that is not quantized is held in it.
-    `norms` is what they are computed in, "float32" as transformers does or "16 bit".
+    attention chooses. `half`: computes in float16, and a base that is not quantized is held in it. `loss` is one of
+    `LOSSES` where it is not transformers' own; `float_logits`: the model itself gives them in float32.
     """
 
+    chunked_loss: bool = False
     kernel: str | None = None
     half: bool = False
-    norms: str = "float32"
+    loss: str | None = None
+    float_logits: bool = False
+
+    def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        return LOSSES[self.loss](logits_TV, targets_T) if self.loss else super().loss_of(logits_TV, targets_T)
+
+    def logits(self, parts: CausalParts, hidden_BSD: Tensor) -> Tensor:
+        given = super().logits(parts, hidden_BSD)
+        return given.float() if self.float_logits else given
 
     def settle(self, model: Any, quantized: bool) -> list[int]:
         before = super().settle(model, quantized)
         if self.half and not quantized:
             model.half()
-        for module in model.modules() if self.norms == "16 bit" else ():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = partial(_norm_in_16_bit, module)
         if self.kernel is not None:
             model.set_attn_implementation("sdpa")
         return before
@@ -52,13 +75,6 @@ class Stack(Baseline):
             if self.half:
                 modes.enter_context(_HalfSoftmax())
             yield
-
-
-def _norm_in_16_bit(norm: Any, hidden_BSD: Tensor) -> Tensor:
-    """lit_gpt/rmsnorm.py of October 2023, RMSNorm.forward: no step of it leaves the type of its input."""
-    mean_BS1 = torch.mean(hidden_BSD * hidden_BSD, dim=-1, keepdim=True)
-    normed_BSD = hidden_BSD * torch.rsqrt(mean_BS1 + norm.variance_epsilon)
-    return norm.weight * normed_BSD  # type: ignore[no-any-return]
 
 
 class _Kernel(TorchFunctionMode):
