@@ -111,6 +111,7 @@ LINES = {
         "overheads",
         "calibration",
         "margins",
+        "host",
         "estimate",
         "plan",
         "spilling",

@@ -175,12 +175,13 @@ def foresee_gguf(
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
     """The quantized base with fresh adapters."""
     from qlora import device as hardware
-    from qlora.memory.overheads import CUDA_CONTEXT_BYTES
+    from qlora.memory.hardware import this_machine
+    from qlora.memory.overheads import context_bytes
     from qlora.model import adapters, load
 
     device = pick_device()
     hardware.release(device)  # an earlier run's model may still be held by what refers to itself
-    hardware.limit_memory(device, parse_bytes(recipe.memory.limit), CUDA_CONTEXT_BYTES)
+    hardware.limit_memory(device, parse_bytes(recipe.memory.limit), context_bytes(this_machine().gpu)[0])
     with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
         model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
     eva = recipe.lora.init == "eva"
