@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora import numerics
-from qlora.data.loader import PAD_TO_MULTIPLE
+from qlora.data.layout import PAD_TO_MULTIPLE
 from qlora.errors import DoesNotFit
 from qlora.memory import calibration, host, margins, overheads
 from qlora.memory.baselines import BASELINES, Baseline

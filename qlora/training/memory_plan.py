@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora import numerics
-from qlora.data.layout import GPU_MULTIPLE
+from qlora.data.layout import GPU_MULTIPLE, PAD_TO_MULTIPLE
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
