@@ -56,7 +56,6 @@ NOT_REHEARSED = {
 # Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.
 ASKS_A_TYPE = {
     "model/cpu_matmul.py": "the CPU's products; on a card there are none to replace",
-    "model/nf4.py": "meta tensors take bitsandbytes' kernel, as a card's do",
     "flat/moments.py": "meta tensors are updated in one run, as a card's are",
     "prove/suite.py": "a person names it",
     "cli/prove.py": "a person names it",
