@@ -114,6 +114,7 @@ LINES = {
         "overheads",
         "calibration",
         "margins",
+        "host",
         "estimate",
         "plan",
         "spilling",
