@@ -120,7 +120,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._blocks = {key: block for key, block in laid_out.items() if block is not None}
 
     def record(self, before: Sequence[int] = ()) -> Tape:
-        """From now on requests and releases are written down, after the sizes of what lives already, and lived before."""
+        """From now on requests and releases are written down, after the sizes of what lives and lived before."""
         self.tape = Tape(before, [block.wanted for block in self._blocks.values()])
         return self.tape
 
