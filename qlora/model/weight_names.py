@@ -19,6 +19,7 @@ from qlora.model.config_filter import open_config
 
 if TYPE_CHECKING:
     from qlora.model.base_folder import BaseFolder
+    from qlora.model.tensors import TensorEntry
 
 PREFIX = "base_model.model."  # peft's, before every name in an adapter
 
@@ -43,6 +44,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 _ADAPTERS_NAME = re.compile(
     r"(\.lora_[AB])\.\w+(?=\.weight$)|(\.(?:lora_embedding_[AB]|\w+_vector|\w+_delta))(?:\.\w+)+$"
 )
+
+# The embedding of tokens: in Llama's line, BLOOM's and Falcon's, GPT-2's, GPT-NeoX', Mamba's.
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|wte|embed_in|embeddings)\.weight$")
 
 _PEFTS_OWN = re.compile(r"\.(?:lora_\w+|base_layer|original_module|modules_to_save|token_adapter)\.")
 
@@ -77,6 +81,19 @@ def other_part(name: str) -> str | None:
     """The part of a multimodal model beside its text model to which `name` belongs, such as vision_tower, or None."""
     found = _OTHER_PARTS.match(name)
     return found[1] if found else None
+
+
+def embedding_rows(tensors: Mapping[str, TensorEntry]) -> int | None:
+    """Rows of the embedding of tokens as it is stored, by names of a checkpoint; None where none is known by its name.
+
+    A config.json may say less (Mllama's 8 tokens beyond vocab_size), or be another model's.
+    """
+    rows = {
+        entry.shape[0]
+        for name, entry in tensors.items()
+        if _EMBEDDING.search(text_name(name)) and len(entry.shape) == 2 and other_part(name) is None
+    }
+    return rows.pop() if len(rows) == 1 else None
 
 
 @dataclass(frozen=True)

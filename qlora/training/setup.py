@@ -119,12 +119,13 @@ def prepare(
     from qlora.export.verify.foresight import foresee_measuring
     from qlora.memory import hardware
     from qlora.model.meta_model import text_config
+    from qlora.model.weight_names import embedding_rows
     from qlora.training import evaluate, memory_plan
 
     with clock.phase("rows"):
         chat, data = prepare_rows(recipe, tokenizer, sink)
         asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
-        rows = text_config(base.config, base.name)[0].vocab_size
+        rows = embedding_rows(base.tensors) or text_config(base.config, base.name)[0].vocab_size
         check_ids(chat.tokenizer, data, (question.prompt_ids for question in asked), rows, base.name)
         say_stray_padding(chat.tokenizer, rows, base.name, sink)
     with clock.phase("checks", "plan memory"):
@@ -174,13 +175,14 @@ def foresee_gguf(
 
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
     """The quantized base with fresh adapters."""
-    from qlora import device as cards
-    from qlora.memory import hardware, overheads
+    from qlora import device as hardware
+    from qlora.memory.hardware import this_machine
+    from qlora.memory.overheads import context_bytes
     from qlora.model import adapters, load
 
-    device, context = pick_device(), overheads.context_bytes(hardware.this_machine(recipe.memory.limit).gpu)[0]
-    cards.release(device)  # an earlier run's model may still be held by what refers to itself
-    cards.limit_memory(device, parse_bytes(recipe.memory.limit), context)
+    device = pick_device()
+    hardware.release(device)  # an earlier run's model may still be held by what refers to itself
+    hardware.limit_memory(device, parse_bytes(recipe.memory.limit), context_bytes(this_machine().gpu)[0])
     with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
         model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
     eva = recipe.lora.init == "eva"

@@ -14,7 +14,7 @@ from qlora.events import Recorder
 from qlora.model import adapters, load
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.resolve import resolve
-from qlora.model.weight_names import adapter_name, class_names, other_part, text_module, text_name
+from qlora.model.weight_names import adapter_name, class_names, embedding_rows, other_part, text_module, text_name
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.cases import KINDS as LORAS
 from tests.export.cases import logits, trained
@@ -140,8 +140,21 @@ def test_a_class_that_cannot_be_built_leaves_the_causal_models_names(
         assert message.startswith("written for LlamaForCausalLM alone, not for the class that") and reason in message
 
 
+def test_the_embeddings_rows_are_those_that_are_stored(tmp_path: Path) -> None:
+    from tests.families import make_base
+
+    base = resolve(str(make_base("llama", tmp_path / "base")), "main", Recorder())
+    rows = base.config["vocab_size"]
+    assert embedding_rows(base.tensors) == rows
+    beside = {"model.embed_tokens_per_layer.weight": base.tensors["model.norm.weight"]}
+    assert embedding_rows(base.tensors | beside) == rows
+    multimodal = resolve(str(make_multimodal("gemma3", tmp_path / "whole")), "main", Recorder())
+    assert embedding_rows(multimodal.tensors) == multimodal.config["text_config"]["vocab_size"]
+    assert embedding_rows({name: entry for name, entry in base.tensors.items() if "embed" not in name}) is None
+
+
 def test_an_adapter_is_written_for_the_first_of_the_architectures(tmp_path: Path) -> None:
-    """Qwen 3.5 opens as either of two classes, and peft finds no key on the other one: what config.json names counts."""
+    """Qwen 3.5 opens as either of two classes, and peft finds no key on the other: config.json names one."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
