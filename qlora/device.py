@@ -42,6 +42,7 @@ class Cuda:
 accelerator: Any = Cuda()
 
 
+FINDS_NONE = "it finds none"  # what `trouble` says where torch says nothing itself
 # Of a card's free memory, left alone where the driver spills: the desktop takes more and less of it while a run lasts.
 SPILL_SHARE = 0.05
 SPILL_MARGIN_BYTES = 300 << 20
@@ -133,7 +134,7 @@ def trouble_in_sight() -> str:
         if accelerator.is_available():
             return ""
     words = (str(one.message).partition(" (Triggered internally")[0] for one in said)
-    return "; ".join(words) or "it finds none"
+    return "; ".join(words) or FINDS_NONE
 
 
 def trouble() -> str | None:

@@ -58,10 +58,15 @@ class Card:
     index: int
     uuid: str
     name: str
-    driver: tuple[int, ...]
+    driver_version: str  # "535.183.01"
     total_bytes: int
     free_bytes: int
     capability: tuple[int, int] | None
+
+    @property
+    def driver(self) -> tuple[int, ...]:
+        """Its version to be compared: (535, 183, 1)."""
+        return tuple(int(part) for part in self.driver_version.split("."))
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,9 @@ def _ask_smi(smi: Path) -> Answer:
         if "not a valid field" not in text:
             break
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = shown.one_line(lines[0])[:160] if lines else "it said nothing"
+    said = lines[0][:160] if lines else "it said nothing"
+    if not (said.isascii() and said.isprintable()):
+        said = "what it said cannot be read"
     return Answer(failure=said, has_no_card="no devices were found" in text.lower())
 
 
@@ -224,7 +231,7 @@ def _card(row: dict[str, str], fields: Sequence[str]) -> Card | None:
         index=index,
         uuid=row["uuid"],
         name=shown.one_line(row["name"])[:80],
-        driver=tuple(int(part) for part in row["driver_version"].split(".")),
+        driver_version=row["driver_version"],
         total_bytes=total << 20,
         free_bytes=free << 20,
         capability=(int(capability[1]), int(capability[2])) if capability else None,

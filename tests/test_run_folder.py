@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora import disk, run_folder, run_record
+from qlora import disk, run_folder, run_record, third_party
 from qlora.errors import ExportError, RunFolderError, TrainingStopped
 from qlora.events import Recorder
 from qlora.foreign_json import ForeignFileError
+from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe, load_recipe
 
 COMMIT, OTHER = "a" * 40, "b" * 40
@@ -189,3 +190,13 @@ def test_a_folder_of_rows_is_published_by_its_name_alone(tmp_path: Path) -> None
         "hub:owner/rows@main:test": "owner/rows@main",
     }
     assert {path: run_folder.dataset_name(path) for path in names} == names
+
+
+def test_a_start_says_how_the_allocator_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.model_validate({"model": {"base": "b"}})
+    for name in third_party.ALLOCATORS:
+        monkeypatch.delenv(name, raising=False)
+    said = [run_folder.start_event(recipe, tmp_path, None, "cuda:0", Numerics(), None).allocator]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    said.append(run_folder.start_event(recipe, tmp_path, None, "cuda:0", Numerics(), None).allocator)
+    assert said == [None, "expandable_segments:True"]

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 
+from qlora.device import FINDS_NONE
 from qlora.errors import HardwareError
 from qlora.nvidia import Answer, Signs
 from qlora.torch_build import TorchBuild
@@ -50,21 +51,23 @@ def _cause(found: Found) -> tuple[str, str]:
     """What is wrong and how it is mended: the first thing that stands in the way, from the driver up to torch."""
     build, answer, name = found.build, found.answer, found.answer.names
     if not (found.signs.smi or found.signs.library or found.signs.has_driver):
-        return "an NVIDIA card is on the bus, and its driver is not installed", _driver(13)
+        return "an NVIDIA card is on the bus, and its driver is not installed", _driver(13, is_there=False)
     needs = DRIVERS.get(build.cuda_major or 0)
     if needs is not None and (too_old := _too_old(answer, build.cuda_major or 0)):
         least = ".".join(str(part) for part in needs[sys.platform == "win32"])
         what = f"{name}: its driver ({too_old}) is too old for torch {build.version}, which needs {least} or newer"
         older = _cuda_for(answer)
         other = f", or take torch's build for that driver: {_pip(build, older)}" if older else ""
-        return what, f"{_driver(build.cuda_major or 13)}{other}"
-    if answer.failure:
+        return what, f"{_driver(build.cuda_major or 13, is_there=True)}{other}"
+    if answer.failure and (build.cuda is not None or _is_lost(answer.failure)):
         return f"an NVIDIA card is here, and its driver does not serve it: {answer.failure}", _revive(answer.failure)
     if build.cuda is None:
         kind = "AMD's GPUs (ROCm)" if build.hip else "Intel's GPUs" if build.xpu else "CPUs"
         what = f"{name} is here, and the torch that is installed ({build.version}) is built for {kind}"
         return what, _pip(build, _cuda_for(answer) or "cu130")
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and _is_lost(found.said) is None:
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and (
+        found.said == FINDS_NONE or _is_lost(found.said) is None
+    ):
         what = f"CUDA_VISIBLE_DEVICES={chosen[:60]} names no card that torch {build.version} finds ({name} is here)"
         return what, "name one that nvidia-smi -L lists, or unset it"
     return f"{name} is here, and torch {build.version} can't use it: {found.said}", _revive(found.said)
@@ -100,7 +103,7 @@ def _runs(architecture: str, capability: tuple[int, int]) -> bool:
 def _too_old(answer: Answer, major: int) -> str:
     """The driver's version for people where it is too old for that CUDA; "" where it isn't, or isn't known."""
     if (driver := answer.driver) is not None:
-        return ".".join(map(str, driver)) if driver < DRIVERS[major][sys.platform == "win32"] else ""
+        return answer.cards[0].driver_version if driver < DRIVERS[major][sys.platform == "win32"] else ""
     if answer.cuda is not None and answer.cuda // 1000 < major:
         return f"it has CUDA {answer.cuda // 1000}.{answer.cuda % 1000 // 10}"
     return ""
@@ -125,7 +128,7 @@ def _pip(build: TorchBuild, cuda: str) -> str:
     return f"pip install --force-reinstall torch=={build.release} --index-url {_WHEELS}/{cuda}"
 
 
-def _driver(major: int) -> str:
+def _driver(major: int, is_there: bool) -> str:
     """Installing a driver, where this system takes one from."""
     least = DRIVERS[major][sys.platform == "win32"][0]
     if sys.platform == "win32":
@@ -133,6 +136,8 @@ def _driver(major: int) -> str:
     if _is_wsl():
         return f"install NVIDIA's driver {least} or newer in Windows, not in Linux (https://www.nvidia.com/drivers)"
     if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
+        if is_there:
+            return f"install NVIDIA's driver {least} or newer on the container's host"
         return f"start the container with --gpus all, on a host with NVIDIA's driver {least} or newer"
     return f"install NVIDIA's driver {least} or newer (Ubuntu: sudo ubuntu-drivers install; then restart)"
 
@@ -147,6 +152,7 @@ _LOST = (
     ("forward compatibility", "restart the machine: the driver was updated while its older module is loaded"),
     ("couldn't communicate", "load the driver (sudo modprobe nvidia), or install it again for this kernel"),
     ("no driver is loaded", "load the driver (sudo modprobe nvidia), or install it again for this kernel"),
+    (FINDS_NONE, "let torch find libcuda.so.1 (a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"),
     ("not yet initialized", "start the fabric manager (sudo systemctl start nvidia-fabricmanager)"),
     ("gpu is lost", "restart the machine: the card has fallen off the bus (dmesg | grep Xid says why)"),
     ("device handle", "restart the machine: the card has fallen off the bus (dmesg | grep Xid says why)"),

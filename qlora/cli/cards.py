@@ -133,7 +133,7 @@ def _try(build: TorchBuild, signs: nvidia.Signs, answer: Answer) -> None:
     said = device.trouble()
     if said is None:
         return
-    answer = answer if answer.cards else nvidia.ask(signs)
+    answer = answer if answer.cards or answer.failure else nvidia.ask(signs)
     if answer.has_no_card and not signs.on_bus:
         return
     raise cannot_be_used(Found(build, signs, answer, said))

@@ -43,8 +43,10 @@ def prove(
 def _run(device: str | None, file: Path | None, model: str | None) -> None:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: runs take the GPU that they see
-    from qlora import disk
+    from qlora import determinism, disk
+    from qlora.cli import cards
     from qlora.errors import UserError
+    from qlora.events import Sinks
     from qlora.prove import report, suite
     from qlora.stop import StopRequest
 
@@ -53,6 +55,9 @@ def _run(device: str | None, file: Path | None, model: str | None) -> None:
         if not target.parent.is_dir():
             raise UserError(f"`json`: {target.parent}: no such folder", "make it, or name a file in another one")
         disk.check_writable(target.parent)
+    if device != "cpu":
+        determinism.fix_workspace()
+        cards.settle(Sinks())
     stop = StopRequest()
     with common.Signals(stop, common.Screen(None, stop)), suite.place_for(device, model) as place:
         found = report.as_dict(place, suite.run_all(place, begin=_begin))

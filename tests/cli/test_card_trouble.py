@@ -15,9 +15,9 @@ from qlora.nvidia import Answer, Card, Signs
 from qlora.torch_build import TorchBuild
 
 GIB = 2**30
-CARD = Card(0, "GPU-1", "NVIDIA GeForce RTX 3090", (535, 183, 1), 24 * GIB, 23 * GIB, (8, 6))
-NEW, OLD = replace(CARD, driver=(580, 95, 5)), replace(CARD, driver=(470, 256, 2))
-BLACKWELL = replace(CARD, name="NVIDIA GeForce RTX 5090", driver=(570, 86), capability=(12, 0))
+CARD = Card(0, "GPU-1", "NVIDIA GeForce RTX 3090", "535.183.01", 24 * GIB, 23 * GIB, (8, 6))
+NEW, OLD = replace(CARD, driver_version="580.95.05"), replace(CARD, driver_version="470.256.02")
+BLACKWELL = replace(CARD, name="NVIDIA GeForce RTX 5090", driver_version="570.86", capability=(12, 0))
 SMI = Signs(Path("/usr/bin/nvidia-smi"), None, True, 1)
 CPU, CU130 = TorchBuild("2.13.0+cpu"), TorchBuild("2.13.0+cu130", cuda="13.0")
 CU126, ROCM = TorchBuild("2.13.0+cu126", cuda="12.6"), TorchBuild("2.13.0+rocm6.4", hip="6.4")
@@ -33,10 +33,10 @@ CAUSES = {
     "a build for AMD": (Found(ROCM, SMI, Answer((NEW,))), "built for AMD's GPUs", "/whl/cu130"),
     "driver too old, an older torch would do": (
         Found(CU130, SMI, Answer((CARD,)), "too old"),
-        r"driver \(535.183.1\) is too old for torch 2.13.0.cu130, which needs 580",
+        r"driver \(535.183.01\) is too old for torch 2.13.0.cu130, which needs 580",
         "driver 580.*or take torch's build for that driver: pip install.*/whl/cu126",
     ),
-    "driver too old for any": (Found(CU126, SMI, Answer((OLD,))), r"\(470.256.2\) is too old.*525.60", "driver 525"),
+    "driver too old for any": (Found(CU126, SMI, Answer((OLD,))), r"\(470.256.02\) is too old.*525.60", "driver 525"),
     "driver too old, by its library": (
         Found(CU130, replace(SMI, smi=None), Answer(cuda=12040)),
         r"\(it has CUDA 12.4\) is too old",
@@ -60,8 +60,18 @@ CAUSES = {
         "device handle",
         "Xid",
     ),
-    "program hangs": (
+    "a build for the CPU, and a program that hangs": (
         Found(CPU, SMI, Answer(failure="it did not answer within 10 s")),
+        "an NVIDIA card is here.*built for CPUs",
+        "pip install",
+    ),
+    "torch finds none where the driver lists one": (
+        Found(CU130, SMI, Answer((NEW,)), "it finds none"),
+        "3090 is here, and torch 2.13.0.cu130 can't use it: it finds none",
+        "libcuda",
+    ),
+    "program hangs": (
+        Found(CU130, SMI, Answer(failure="it did not answer within 10 s")),
         "did not answer",
         "nvidia-smi.*restart",
     ),
@@ -84,6 +94,11 @@ def test_each_cause_is_named_with_what_mends_it(cause: str, monkeypatch: pytest.
     assert re.search(what, error.what), error.what
     assert re.search(hint, error.hint), error.hint
     assert error.hint.endswith("set CUDA_VISIBLE_DEVICES= to train on the CPU on purpose") and error.exit_code == 2
+
+
+def test_an_old_driver_of_a_container_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card_trouble.os.path, "exists", lambda path: path == "/.dockerenv")
+    assert "580 or newer on the container's host" in cannot_be_used(Found(CU130, SMI, Answer((CARD,)))).hint
 
 
 def test_a_card_that_is_not_there_is_named_by_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

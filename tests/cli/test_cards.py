@@ -25,7 +25,7 @@ CPU, CU130 = TorchBuild("2.13.0+cpu"), TorchBuild("2.13.0+cu130", cuda="13.0")
 
 
 def card(index: int, free: int, name: str = "RTX 3090", capability: tuple[int, int] | None = (8, 6)) -> Card:
-    return Card(index, f"GPU-{index}{index}", name, (580, 95), 24 * GIB, free * GIB, capability)
+    return Card(index, f"GPU-{index}{index}", name, "580.95", 24 * GIB, free * GIB, capability)
 
 
 @dataclass
