@@ -64,9 +64,9 @@ def quantize_rows(
     rows, columns = shape[0], math.prod(shape[1:])
     step = rows_in_block(columns, values_per_block)
     data = torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8, device=device)
-    absmax = torch.empty(
-        -(-rows * columns // BLOCK), dtype=torch.float32
-    )  # on the host, where its own constants are made
+    # On the host, where its own constants are made; of a model without bytes there is nothing to make them of.
+    host = device if device.type == "meta" else torch.device("cpu")
+    absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=host)
     encode = _encode_on_card if is_card(device) or device.type != "cpu" else _encode_on_cpu
     dtype = None
     for start in range(0, rows, step):
@@ -83,7 +83,7 @@ def quantize_rows(
         shape=torch.Size(shape),
         dtype=dtype,
         blocksize=BLOCK,
-        code=bnb.get_4bit_type(quant_type, device="cpu"),
+        code=bnb.get_4bit_type(quant_type, device=host),
         quant_type=quant_type,
     )
     if double_quant:
