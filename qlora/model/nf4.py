@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.device import is_card
+from qlora.device import is_card, on_default_stream
 from qlora.errors import ModelError, foreign_failures
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import read_tensor
@@ -64,8 +64,7 @@ def quantize_rows(
     rows, columns = shape[0], math.prod(shape[1:])
     step = rows_in_block(columns, values_per_block)
     data = torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8, device=device)
-    # On the host, where its own constants are made; of a model without bytes there is nothing to make them of.
-    host = device if device.type == "meta" else torch.device("cpu")
+    host = torch.device("cpu") if device.type != "meta" else device  # where its own constants are made
     absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=host)
     encode = _encode_on_card if is_card(device) or device.type != "cpu" else _encode_on_cpu
     dtype = None
@@ -83,7 +82,7 @@ def quantize_rows(
         shape=torch.Size(shape),
         dtype=dtype,
         blocksize=BLOCK,
-        code=bnb.get_4bit_type(quant_type, device=host),
+        code=bnb.get_4bit_type(quant_type, device="cpu"),
         quant_type=quant_type,
     )
     if double_quant:
@@ -115,7 +114,8 @@ def _encode_on_card(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 def _encode_by_kernel(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
-    codes, state = import_bitsandbytes().functional.quantize_4bit(block, blocksize=BLOCK, quant_type=quant_type)
+    with on_default_stream(block.device):
+        codes, state = import_bitsandbytes().functional.quantize_4bit(block, blocksize=BLOCK, quant_type=quant_type)
     return codes, state.absmax
 
 
