@@ -28,7 +28,7 @@ def prove(
         Path | None, typer.Option("--json", metavar="FILE", help="Write hardware, versions and figures there as JSON.")
     ] = None,
     model: Annotated[
-        Literal["8b", "3b", "1b", "small"] | None,
+        Literal["8b", "3b", "1b", "small", "mini"] | None,
         typer.Option("--model", help="Shape of the random model; without it, the largest that fits (a CPU: small)."),
     ] = None,
 ) -> None:

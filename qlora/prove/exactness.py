@@ -14,14 +14,13 @@ LAYERS = 2  # a layer and one above it: what is summed in another order in one i
 
 def run(place: Place) -> Outcome:
     shape, recorder = with_layers(place.shape, LAYERS), Recorder()
-    made = make(shape, place.device)
     batch = packed(place.rows, place.length, shape.vocabulary)
-    with determinism.for_run(True, recorder), fast_matmul(place.device):
-        one, other = (
-            determinism.exactly(lambda: made.gradient(batch), made.optimizer.zero_gradients, place.device, recorder)
-            for _ in range(2)
-        )
-    with fast_matmul(place.device):
+    with make(shape, place.device) as made, fast_matmul(place.device):
+        with determinism.for_run(True, recorder):
+            one, other = (
+                determinism.exactly(lambda: made.gradient(batch), made.optimizer.zero_gradients, place.device, recorder)
+                for _ in range(2)
+            )
         loose = [made.gradient(batch) for _ in range(2)]
     missing = [str(event.as_dict()["message"]) for event in recorder.of("notice")]
     holds = all_equal(one, other) and not missing

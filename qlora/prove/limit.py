@@ -25,19 +25,19 @@ def run(place: Place) -> Outcome:
         return not_here("a CPU has no allocator with a limit")
     shape, recorder = with_layers(place.shape, 2), Recorder()
     hardware.release(place.device)
-    made = make(shape, place.device)
-    wanted, many = _peak_of(made, _batches(place, ROWS))
-    _, few = _peak_of(made, _batches(place, 1))
     recovery = OomRecovery(MemorySettings(ROWS, True), place.device, recorder, lambda _: None)
-
-    def work() -> list[Tensor]:
-        return made.gradient(*_batches(place, recovery.settings.micro_batch_size))
-
-    hardware.limit_memory(place.device, (few + many) // 2, 0)
-    try:
-        found = recovery.run(1, work, made.optimizer.zero_gradients)
-    finally:
-        hardware.lift_limit(place.device)
+    with make(shape, place.device) as made:
+        wanted, many = _peak_of(made, _batches(place, ROWS))
+        _, few = _peak_of(made, _batches(place, 1))
+        hardware.limit_memory(place.device, (few + many) // 2, 0)
+        try:
+            found = recovery.run(
+                1,
+                lambda: made.gradient(*_batches(place, recovery.settings.micro_batch_size)),
+                made.optimizer.zero_gradients,
+            )
+        finally:
+            hardware.lift_limit(place.device)
     apart = distance(found, wanted)
     measured: dict[str, Figure] = {"rows_at_once": recovery.settings.micro_batch_size, "apart": apart}
     measured |= {"recovered": len(recorder.of("recovered")), "bytes_of_one_row": few, "bytes_of_all": many}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,14 +58,15 @@ class Made:
         self.optimizer.step(1e-4)
 
 
+@contextmanager
 def make(
     shape: Shape,
     device: torch.device,
     attention: str = "auto",
     optimizer: str = "adamw_8bit",
     recompute: bool = True,
-) -> Made:
-    """The same numbers for the same arguments, whatever was drawn before."""
+) -> Iterator[Made]:
+    """The same numbers for the same arguments, whatever was drawn before; nothing holds the model after the block."""
     text = config_of(shape)
     model = build_unmatched(text, choose_attention(text, attention, shape.name), shape.name)
     with random_state_kept(device):
@@ -80,7 +83,10 @@ def make(
     set_gradient_checkpointing(causal_lm, recompute, keep_random_state=False)
     peft_model.train()
     own = AdapterOptimizer(trained, optimizer, 0.0)
-    return Made(peft_model, CausalParts.of(causal_lm), own, device)
+    try:
+        yield Made(peft_model, CausalParts.of(causal_lm), own, device)
+    finally:
+        own.detach()  # parameters hold their hooks, and those the optimizer: no collector sees through torch's side
 
 
 def documents(count: int, lengths: tuple[int, ...], vocabulary: int, seed: int = SEED) -> PreparedSplit:

@@ -27,14 +27,15 @@ def run(place: Place) -> Outcome:
     measured: dict[str, Figure] = {f"{kernel} is not here": lack for kernel, lack in lacks.items() if lack}
     worst = 0.0
     with fast_matmul(device):
-        plain = make(shape, device, "eager").gradient(*alone)
+        with make(shape, device, "eager") as made:
+            plain = made.gradient(*alone)
         for way, name in ways.items():
-            made = make(shape, device, "sdpa")
-            made.model.get_base_model().config._attn_implementation = name
-            for rows, batches in (("packed", [together]), ("one document a row", alone)):
-                apart = distance(made.gradient(*batches), plain)
-                measured[f"{way}, {rows}"] = apart
-                worst = max(worst, apart)
+            with make(shape, device, "sdpa") as made:
+                made.model.get_base_model().config._attn_implementation = name
+                for rows, batches in (("packed", [together]), ("one document a row", alone)):
+                    apart = distance(made.gradient(*batches), plain)
+                    measured[f"{way}, {rows}"] = apart
+                    worst = max(worst, apart)
     measured["chosen"] = choose(text, NAME, "auto", device)[0] or "a mask"
     said = f"{', '.join(ways)}: at most {worst:.2%} from eager attention, document by document"
     return Outcome(worst <= TOLERANCE, said, measured)

@@ -65,23 +65,21 @@ def run(place: Place) -> Outcome:
 
 def _measured(place: Place, setting: Setting, estimate: Estimate) -> Outcome:
     free, resident = hardware.free_bytes(place.device), psutil.Process().memory_info().rss
-    made = make(place.shape, place.device, optimizer=setting.optimizer, recompute=setting.recompute)
-    batch = packed(setting.rows, int(place.length * setting.part), place.shape.vocabulary)
-    with fast_matmul(place.device), _highest_resident() as highest:
+    making = make(place.shape, place.device, optimizer=setting.optimizer, recompute=setting.recompute)
+    with making as made, fast_matmul(place.device), _highest_resident() as highest:
+        batch = packed(setting.rows, int(place.length * setting.part), place.shape.vocabulary)
         for _ in range(STEPS):
             made.step(*[batch] * MICRO_STEPS)
         hardware.synchronize(place.device)
-    counted = hardware.peak_bytes(place.device)
-    if counted is None:
-        return _on_cpu(estimate, highest[0] - resident)
-    return _on_card(estimate, counted, free - hardware.free_bytes(place.device))
+        counted, taken = hardware.peak_bytes(place.device), free - hardware.free_bytes(place.device)
+    return _on_cpu(estimate, highest[0] - resident) if counted is None else _on_card(estimate, counted, taken)
 
 
 def _warm_up(place: Place) -> None:
     """A step of one layer: what libraries import and set up for the first one is not the run's."""
     shape = with_layers(place.shape, 1)
-    with fast_matmul(place.device):
-        make(shape, place.device).step(packed(1, 32, shape.vocabulary))
+    with make(shape, place.device) as made, fast_matmul(place.device):
+        made.step(packed(1, 32, shape.vocabulary))
 
 
 def predicted(place: Place, setting: Setting) -> Estimate:

@@ -15,11 +15,10 @@ def run(place: Place) -> Outcome:
     shape = with_layers(place.shape, 2)
     hardware.release(place.device)
     before = hardware.live_bytes(place.device) or 0
-    made = make(shape, place.device)
-    with fast_matmul(place.device):
+    with make(shape, place.device) as made, fast_matmul(place.device):
         made.step(packed(1, place.length, shape.vocabulary))
-    watched = [weakref.ref(parameter) for parameter in made.model.parameters()]
-    during = hardware.live_bytes(place.device) or 0
+        watched = [weakref.ref(parameter) for parameter in made.model.parameters()]
+        during = hardware.live_bytes(place.device) or 0
     del made
     hardware.release(place.device)
     alive, left = sum(one() is not None for one in watched), (hardware.live_bytes(place.device) or 0) - before

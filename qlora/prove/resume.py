@@ -44,7 +44,7 @@ def run(place: Place) -> Outcome:
 def _killed(file: Path, folder: Path) -> bool:
     """Train in another process and kill it after a few checkpoints; whether it was killed, and had not ended before."""
     events = folder / EVENTS_FILE
-    command = child_process.command("qlora.cli.train", str(file), "--set", f"output.dir={folder.parent}")
+    command = child_process.command("qlora.cli.train", str(file))
     with child_process.life_line() as line:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen(command, stdin=line, **quiet) as child:  # type: ignore[call-overload]

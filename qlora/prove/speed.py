@@ -27,9 +27,8 @@ def run(place: Place) -> Outcome:
     teraflops, bandwidth = _teraflops(place), _gigabytes_per_second(place)
     ideal = _ideal(place, teraflops, bandwidth)
     hardware.release(place.device)
-    made = make(place.shape, place.device)
     batch = packed(1, place.length, place.shape.vocabulary)
-    with fast_matmul(place.device):
+    with make(place.shape, place.device) as made, fast_matmul(place.device):
         seconds = [_timed(place.device, lambda: made.step(batch)) for _ in range(STEPS + 1)][1:]
     tokens = batch.tokens / statistics.median(seconds)
     measured: dict[str, Figure] = {

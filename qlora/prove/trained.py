@@ -52,7 +52,7 @@ keep = {STEPS}
 every_steps = 100
 samples = 0
 [output]
-dir = "runs"
+dir = {json.dumps(str(place.folder / "runs"))}
 """,
         encoding="utf-8",
     )
@@ -60,8 +60,7 @@ dir = "runs"
 
 
 def recipe_of(file: Path) -> Recipe:
-    """The recipe with its run beside it, wherever this process stands."""
-    return load_recipe(file, [f"output.dir={json.dumps(str(file.parent / 'runs'))}"])
+    return load_recipe(file, [])
 
 
 def run_dir(place: Place, name: str) -> Path:

@@ -60,7 +60,7 @@ def test_this_machine_is_as_promised(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     file = tmp_path / "found.json"
-    command = [sys.executable, "-m", "qlora.prove", "--device", "cpu", "--json", str(file)]
+    command = [sys.executable, "-m", "qlora.prove", "--device", "cpu", "--model", "mini", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     text = file.read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ def test_it_holds_and_a_model_that_is_kept_breaks_it(tmp_path: Path, monkeypatch
     assert int(outcome.measured["bytes_during"] or 0) > 0 and outcome.measured["bytes_left"] == 0
     honest, kept = release.make, []
 
-    def keeping(*arguments: Any) -> Any:
-        kept.append(honest(*arguments))
-        return kept[-1]
+    @contextmanager
+    def keeping(*arguments: Any) -> Iterator[Any]:
+        with honest(*arguments) as made:
+            kept.append(made)
+            yield made
 
     monkeypatch.setattr(release, "make", keeping)
     outcome = broken(release.PROOF, tmp_path)
