@@ -95,14 +95,14 @@ def play(tape: Tape, layers: int, period: int, wanted: int, each: Sequence[int] 
     before = [allocator.allocate(nbytes) for nbytes in tape.before]
     for nbytes in (*tape.start, *(tuple(each) * copies)):
         allocator.allocate(nbytes)
-    for block in filter(None, before):
-        allocator.release(block)
+    for freed in filter(None, before):
+        allocator.release(freed)
     live: dict[Tensor, Block | None] = {}
     allocated = allocator.allocated
     for tensor, nbytes in _whole(tape.events, layers, period, copies):
         if nbytes:
-            if (before := live.pop(tensor, None)) is not None:
-                allocator.release(before)
+            if (older := live.pop(tensor, None)) is not None:
+                allocator.release(older)
             live[tensor] = allocator.allocate(nbytes)
             allocated = max(allocated, allocator.allocated)
         elif (block := live.pop(tensor, None)) is not None:

@@ -136,8 +136,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
 def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
-    keys = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes", "components")
-    keys += ("settings", "notes")
+    sizes = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes")
+    keys = (*sizes, "components", "settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 

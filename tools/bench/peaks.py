@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
 
 import torch
+from stacks import Stack
 
 from qlora.memory import margins, overheads
 from qlora.memory.baselines import Baseline
@@ -29,9 +31,8 @@ from qlora.memory.calibration import Correction
 from qlora.memory.hardware import Gpu
 from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from tools.bench.stacks import Stack
 
-FILE = Path(__file__).resolve().parent / "results/peaks.json"
+FILE = HERE / "results/peaks.json"
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
