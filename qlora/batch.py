@@ -24,6 +24,10 @@ class Batch:
     loss_weights_BS    float32, weight of the target's loss; 0.0 where it is not trained
     trained_T          int64, places in the flattened N whose weight is not 0. Made on the host with the rest, so
                        that the step asks the device nothing; only these positions ever go through the head.
+    cu_seqlens         int32, where documents begin in the flattened N, and N itself (the name that attention kernels
+                       give it): padding belongs to the last document of its row. None: not known
+    document_lengths   the same on the host, as lengths
+    single             whether each row is one document by its positions, so that no mask has to keep documents apart
     """
 
     input_ids_BS: torch.Tensor
@@ -32,6 +36,13 @@ class Batch:
     targets_BS: torch.Tensor
     loss_weights_BS: torch.Tensor
     trained_T: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    document_lengths: tuple[int, ...] = ()
+    single: bool = False
+
+    @property
+    def max_document(self) -> int:
+        return max(self.document_lengths, default=0)
 
     @property
     def rows(self) -> int:
@@ -43,4 +54,5 @@ class Batch:
         return int(self.input_ids_BS.numel())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        moved = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(value.to(device, non_blocking=True) if hasattr(value, "to") else value for value in moved))

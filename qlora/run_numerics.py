@@ -23,16 +23,21 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     Where something can be chosen, what was recorded is chosen again if it exists here: those are the fields that this
     function takes from `recorded`. All else is as it is.
     """
+    from qlora.model.attention import name_of
+    from qlora.model.attention_choice import choose
     from qlora.model.meta_model import choose_attention, text_config
     from qlora.step.loss import chunk_tokens
 
     text, _ = text_config(base.config, base.name)
+    named, wanted = choose_attention(text, recipe.model.attention, base.name), recipe.model.attention
+    kernel, _ = choose(text, named, wanted, device, recorded.attention if recorded else None)
+    chunk = chunk_tokens(text.vocab_size, hardware.is_card(device))
     exact = recipe.train.deterministic and (recorded is None or recorded.deterministic is not False)
     return Numerics(
         **_machine(device),
         deterministic=exact,
-        attention=choose_attention(text, recipe.model.attention, base.name),
-        head_chunk=(recorded.head_chunk if recorded else None) or chunk_tokens(text.vocab_size),
+        attention=named if kernel is None else name_of(kernel),
+        head_chunk=(recorded.head_chunk if recorded else None) or chunk,
         functions="peft",  # its LoRA layers around bitsandbytes' Linear4bit
         compiled=False,
     )

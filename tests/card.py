@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora import device
+from qlora.flat import managed
 
 GIB, MIB = 2**30, 2**20
 CONTEXT_BYTES = 4 * MIB  # what the driver keeps for itself
-PAGED_VALUES = 100_000  # smaller buffers are never managed memory (bitsandbytes/optim/optimizer.py, get_state_buffer)
 
 
 class Event:
@@ -242,18 +242,27 @@ def _flat(result: Any) -> Iterator[Any]:
 def rehearsal(monkeypatch: pytest.MonkeyPatch, card: Card) -> Iterator[Card]:
     """Inside, this process has that card and no other."""
     import bitsandbytes.functional as functional
-    from bitsandbytes.optim import optimizer as optimizers
 
     def pinned(tensor: Tensor, *place: Any) -> Tensor:
         card.calls["pin_memory"] += 1
         return tensor.clone()
 
-    def state_buffer(optimizer: Any, parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        made = torch.zeros_like(parameter, dtype=dtype)
-        if optimizer.is_paged and parameter.numel() >= PAGED_VALUES:
-            card.calls["get_paged"] += 1
-            made.is_paged, made.page_deviceid = True, 0  # type: ignore[attr-defined]
+    def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        card.calls["get_paged"] += 1
+        made = torch.zeros(*shape, dtype=dtype)
+        made.is_paged = True  # type: ignore[attr-defined]
         return made
+
+    def runtime(name: str) -> Any:
+        """Functions of CUDA's runtime: the driver can page, and takes its memory back."""
+
+        def called(place: Any, *_: Any) -> int:
+            card.calls[name] += 1
+            if name == "cudaDeviceGetAttribute":
+                place._obj.value = 1
+            return 0
+
+        return called
 
     def prefetch(tensor: Tensor, to_cpu: bool = False) -> None:
         assert tensor.is_paged, "Only paged tensors can be prefetched!"  # type: ignore[attr-defined]
@@ -263,7 +272,8 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch, card: Card) -> Iterator[Card]:
         patch.setattr(device, "accelerator", card)
         patch.setattr(Tensor, "pin_memory", pinned)
         patch.setattr(Tensor, "record_stream", lambda tensor, stream: card.calls.update(["record_stream"]))
-        patch.setattr(optimizers.Optimizer8bit, "get_state_buffer", state_buffer)
-        patch.setattr(optimizers, "sync_gpu", lambda tensor: card.synchronize())
+        patch.setattr(functional, "get_paged", paged)
+        patch.setattr(functional, "fill", lambda tensor, value, *_: tensor.fill_(value))
+        patch.setattr(managed, "_runtime", runtime)
         patch.setattr(functional, "prefetch_tensor", prefetch)
         yield card

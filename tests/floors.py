@@ -38,6 +38,7 @@ FLOORS = {
     "manifest": 1,
     "foreign_toml": 1,
     "batch": 1,
+    "forward_facts": 1,
     "chatml": 1,
     "child_process": 1,
     "lock": 1,
@@ -52,6 +53,7 @@ FLOORS = {
     "nvidia_child": 1,
     "device": 1,
     "numerics": 1,
+    "flat": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerate", "pyarrow"}
@@ -60,7 +62,7 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("nvidia", "device", "numerics", "api", "prove"),
+        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
@@ -104,6 +106,7 @@ LINES = {
         "tape",
         "trace",
         "baselines",
+        "plain_optimizer",
         "simulate",
         "cards",
         "card_names",
@@ -116,9 +119,11 @@ LINES = {
         "plan",
         "spilling",
     ],
+    "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
             "split_patterns",
+            "alternatives",
             "tokenizer_check",
             "tokenizer",
             "config_bounds",
@@ -129,8 +134,9 @@ LINES = {
         ),
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
-        *("cpu_matmul", "attention", "linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
+        *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "linear_use"),
+        *("meta_model", "head_scaling", "packing_table", "tracing"),
+        *("family_facts", "row_packing", "load", "made_up", "dora", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
         *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
@@ -165,7 +171,9 @@ LINES = {
             "prepare",
             "token_ids",
             "short_rows",
+            "layout",
             "loader",
+            "ahead",
         ),
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -120,6 +122,47 @@ def test_free_memory_is_the_cards_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.free_bytes(CPU) == stand_in.mem_get_info()[0]
 
 
+def test_a_side_stream_waits_for_the_default_one_and_it_for_the_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bitsandbytes launches on the default stream stands in order with what was asked of the current one."""
+    order: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            order.append(f"{self.name} waits for {other.name}")
+
+    default, side = Stream("default"), Stream("side")
+    current = [default]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: current[0])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda place: default)
+
+    @contextmanager
+    def stream(chosen: Stream) -> Iterator[None]:
+        order.append(f"on {chosen.name}")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    for place in (CUDA, CPU):
+        with device.on_default_stream(place):
+            order.append("work")
+    assert order == ["work", "work"]
+    order.clear()
+    current[0] = side
+    with device.on_default_stream(CUDA):
+        order.append("work")
+    assert order == ["default waits for side", "on default", "work", "side waits for default"]
+
+
+def test_a_gpu_is_waited_for_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device.synchronize(CPU)
+    device.synchronize(CUDA)
+    assert waited == [CUDA]
+
+
 # --- the stand-in itself ---------------------------------------------------------------------------------------------
 
 
@@ -183,3 +226,13 @@ def test_a_run_leaves_nothing_and_the_next_ones_peak_is_its_own(monkeypatch: pyt
     assert done == []
     device.release(CUDA)
     assert done == ["empty", "reset"]
+
+
+def test_long_sums_are_fp32_on_a_card_and_settings_are_put_back() -> None:
+    settings = torch.backends.cuda.matmul
+    with device.full_sums(CPU):
+        assert settings.allow_bf16_reduced_precision_reduction
+    with device.full_sums(CUDA):
+        assert not settings.allow_bf16_reduced_precision_reduction
+        assert not settings.allow_fp16_reduced_precision_reduction
+    assert settings.allow_bf16_reduced_precision_reduction and settings.allow_fp16_reduced_precision_reduction

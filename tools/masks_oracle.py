@@ -28,7 +28,7 @@ from qlora.data.row_json import RowError
 from qlora.data.template import ChatTemplate
 from qlora.errors import TokenizerError
 from qlora.events import Sinks
-from tests.data.toys import CHATML, WEATHER, assistant, call, encode, result, system, talk, toy_tokenizer, user
+from tests.data.toys import CHATML, WEATHER, assistant, call, encode, result, rows_of, system, talk, toy_tokenizer, user
 
 MARK = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 SPECIAL = re.compile(
@@ -160,7 +160,7 @@ def compared(template: str) -> Iterator[tuple[str, Outcome]]:
     theirs = ChatTemplate(toy_tokenizer(family, template), Sinks())
     theirs.reading = ours._chat_template.reading
     for name, conversation in CONVERSATIONS.items():
-        (rows,) = ours.rows_of([conversation])
+        rows = rows_of(ours, conversation)
         outcomes = [_outcome(ours, theirs, row) for row in rows]
         kinds = frozenset[str]().union(*(outcome.kinds for outcome in outcomes))
         unexplained = "; ".join(outcome.unexplained for outcome in outcomes if outcome.unexplained)

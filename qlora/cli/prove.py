@@ -28,8 +28,8 @@ def prove(
         Path | None, typer.Option("--json", metavar="FILE", help="Write hardware, versions and figures there as JSON.")
     ] = None,
     model: Annotated[
-        Literal["8b", "3b", "1b", "mini"] | None,
-        typer.Option("--model", help="Shape of the random model; without it, the largest that fits (a CPU: mini)."),
+        Literal["8b", "3b", "1b", "small"] | None,
+        typer.Option("--model", help="Shape of the random model; without it, the largest that fits (a CPU: small)."),
     ] = None,
 ) -> None:
     """Try on this machine what this program promises, in under ten minutes, with a random model made on the spot.
@@ -44,12 +44,15 @@ def _run(device: str | None, file: Path | None, model: str | None) -> None:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: runs take the GPU that they see
     from qlora import disk
+    from qlora.errors import UserError
     from qlora.prove import report, suite
     from qlora.stop import StopRequest
 
     target = None if file is None else files.user_path(file, "`json`")
-    if target is not None:
-        disk.check_writable(target.parent)  # before ten minutes of work
+    if target is not None:  # before ten minutes of work
+        if not target.parent.is_dir():
+            raise UserError(f"`json`: {target.parent}: no such folder", "make it, or name a file in another one")
+        disk.check_writable(target.parent)
     stop = StopRequest()
     with common.Signals(stop, common.Screen(None, stop)), suite.place_for(device, model) as place:
         found = report.as_dict(place, suite.run_all(place, begin=_begin))

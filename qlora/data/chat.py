@@ -18,7 +18,7 @@ from qlora.data import limits, spans
 from qlora.data.formats import Conversation, Message
 from qlora.data.offsets import begins_of, split_at, tokens_of
 from qlora.data.row_json import RowError
-from qlora.data.served_rows import ServedRows
+from qlora.data.served_rows import Batch, ServedRows
 from qlora.data.spans import Located
 from qlora.data.template import OTHER_TEMPLATE, ChatTemplate
 from qlora.errors import TokenizerError
@@ -88,13 +88,9 @@ class ChatTokenizer:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
 
-    def rows_of(
-        self, conversations: Sequence[Conversation], bounds: limits.TextLimits = _LIMITS
-    ) -> Iterator[tuple[Conversation, ...]]:
-        """Each conversation as the rows in which its answers stand as they are served."""
-        if self.loss_on == "all":
-            return ((item,) for item in conversations)
-        return self._served_rows.split(conversations, bounds)
+    def as_served(self, batch: Batch, bounds: limits.TextLimits = _LIMITS) -> Batch:
+        """The batch with several rows for a conversation of which the template writes an answer otherwise later."""
+        return batch if self.loss_on == "all" else self._served_rows.in_batch(batch, bounds)
 
     def encode_many(
         self, conversations: Sequence[Conversation], bounds: limits.TextLimits = _LIMITS

@@ -1,4 +1,4 @@
-"""What a chat template leaves out of the answers that are trained, by kind, and how it is said: once, with counts."""
+"""What a chat template makes of the answers that are trained, by kind, and how it is said: once, with counts."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ _SAID = {
 
 def notices(counts: Mapping[str, int]) -> Iterator[Notice]:
     """A notice for each kind that was met, in a fixed order."""
+    if split := counts.get("split"):
+        made = f"{split} conversations became {counts.get('split rows', 0)} rows"
+        why = "the chat template writes earlier answers otherwise than the model writes them when it is served"
+        yield Notice("turns", f"{made}: {why}", split)
     for kind, (topic, words) in _SAID.items():
         if counts.get(kind):
             yield Notice(topic, f"{counts[kind]} {words}", counts[kind])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from qlora.batch import Batch
+from qlora.data.layout import ON_CPU, Layout, documents_of
 from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PAD_TO_MULTIPLE = 8  # a row of tokens is padded to a multiple of it, which keeps tensor cores busy
 _KEPT_EPOCHS = 2  # packs of this many epochs stay in memory: of the one that runs, and of one that a caller asks about
 
 
@@ -106,8 +106,10 @@ def eval_packs(split: PreparedSplit, data: DataSection) -> list[tuple[int, ...]]
     return [(row,) for row in sorted(range(len(split.lengths)), key=lambda row: (-split.lengths[row], row))]
 
 
-def collate(split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int, max_length: int) -> Batch:
-    """One micro-batch: a row of tensors for each pack, padded to the longest, rounded up to PAD_TO_MULTIPLE.
+def collate(
+    split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int, max_length: int, layout: Layout = ON_CPU
+) -> Batch:
+    """One micro-batch: a row of tensors for each pack, padded to the longest, rounded up as `layout` says.
 
     Padding is known by its place, never by its id: it is a document of its own and its weights are 0.
     Raises ValueError when a pack is over max_length.
@@ -115,7 +117,8 @@ def collate(split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int,
     longest = max(sum(split.lengths[row] for row in members) for members in packs)
     if longest > max_length:
         raise ValueError(f"a pack has {longest} tokens, over max_length = {max_length}")
-    width = min(max_length, math.ceil(longest / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE)
+    width = min(max_length, math.ceil(max(longest, layout.width) / layout.multiple) * layout.multiple)
+    packs = [*packs, *[()] * (layout.rows - len(packs))]
     ids_BS = torch.full((len(packs), width), pad_id, dtype=torch.int64)
     positions_BS, documents_BS, targets_BS = (torch.zeros_like(ids_BS) for _ in range(3))
     weights_BS = torch.zeros(ids_BS.shape, dtype=torch.float32)
@@ -131,10 +134,12 @@ def collate(split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_id: int,
             targets_BS[number, start : end - 1] = ids_S[1:]
             weights_BS[number, start : end - 1] = torch.tensor(tokens.loss_weights[1:], dtype=torch.float32)
             start = end
+        first = split.lengths[members[-1]] if members and layout.continues else 0
         documents_BS[number, start:] = len(members)
-        positions_BS[number, start:] = torch.arange(width - start)
+        positions_BS[number, start:] = torch.arange(first, first + width - start)
     trained_T = weights_BS.flatten().nonzero().squeeze(1)
-    return Batch(ids_BS, positions_BS, documents_BS, targets_BS, weights_BS, trained_T)
+    made = (ids_BS, positions_BS, documents_BS, targets_BS, weights_BS, trained_T)
+    return Batch(*made, *documents_of([[split.lengths[row] for row in members] for members in packs], width, layout))
 
 
 def _shuffled(items: list[T], seed: int, epoch: int, purpose: str) -> list[T]:

@@ -164,10 +164,6 @@ class _Maker:
         if report.cut:
             limit = self.data.max_length
             self.sink.emit(Notice("truncation", f"{report.cut} rows cut to their first {limit} tokens", report.cut))
-        if report.split:
-            made = f"{report.split} conversations became {report.split_rows} rows"
-            why = "the chat template writes earlier answers otherwise than they are served"
-            self.sink.emit(Notice("turns", f"{made}: {why}", report.split))
         for notice in dropped.notices(report.dropped):
             self.sink.emit(notice)
         counts = f"{report.rows} rows, {report.tokens} tokens, {report.trained} of them trained"
@@ -225,7 +221,7 @@ class _Tokenization:
     def _tokenized(
         self, source: SourceSection, batch: Sequence[tuple[str, Conversation | RowError]]
     ) -> Iterator[tuple[TokenRow, Conversation, str]]:
-        batch = self._as_served(batch)
+        batch = self.chat.as_served(batch, self.limits)
         good = [item for _, item in batch if isinstance(item, Conversation)]
         encoded = iter(self.chat.encode_many(good, self.limits))
         rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
@@ -254,18 +250,6 @@ class _Tokenization:
                 self.report.tokens += len(row.input_ids)
                 self.report.trained += sum(map(bool, row.loss_weights))
                 yield row, item, where
-
-    def _as_served(
-        self, batch: Sequence[tuple[str, Conversation | RowError]]
-    ) -> list[tuple[str, Conversation | RowError]]:
-        """The batch with several rows for a conversation whose answers the template writes otherwise later."""
-        split = self.chat.rows_of([item for _, item in batch if isinstance(item, Conversation)], self.limits)
-        made: list[tuple[str, Conversation | RowError]] = []
-        for where, item in batch:
-            rows = next(split) if isinstance(item, Conversation) else (item,)
-            self.report.made_rows(len(rows))
-            made += [(where, row) for row in rows]
-        return made
 
     def _is_long(self, row: TokenRow | RowError | None) -> bool:
         return isinstance(row, RowTooLong) or (isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length)

@@ -42,8 +42,6 @@ class RowReport:
     tokens: int = 0
     trained: int = 0
     cut: int = 0
-    split: int = 0  # conversations that became several rows (served_rows.py)
-    split_rows: int = 0  # and those rows
     dropped: dict[str, int] = field(default_factory=dict)  # by the template, out of trained answers (dropped.py)
     pieces: dict[str, int] = field(default_factory=dict)  # of each text file that was cut: into so many rows
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
@@ -63,12 +61,6 @@ class RowReport:
         """Count the rows that a text file, of which one began at `where`, has become."""
         file = where.rpartition(":")[0]
         self.pieces[file] = self.pieces.get(file, 0) + rows
-
-    def made_rows(self, rows: int) -> None:
-        """Count a conversation that became so many rows."""
-        if rows > 1:
-            self.split += 1
-            self.split_rows += rows
 
     def leave_out(self, source: str, error: RowTooLong, where: str) -> None:
         self.unread += 1
@@ -102,9 +94,7 @@ class _StoredReport(ForeignModel):
     tokens: int
     trained: int
     cut: int
-    split: int = 0  # older reports have none of the next three
-    split_rows: int = 0
-    dropped: dict[str, int] = Field(default_factory=dict)
+    dropped: dict[str, int] = Field(default_factory=dict)  # older reports have none
     formats: dict[str, str]
     remarks: Counts = Field(default_factory=dict)  # older reports have none
     pieces: dict[str, int] = Field(default_factory=dict)

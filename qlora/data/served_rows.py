@@ -42,6 +42,8 @@ _TALKS: tuple[tuple[Message, ...], ...] = (
     (QUESTION, call("name"), result(), answer("Words."), _NEXT, answer("More.")),
     (QUESTION, {**call("name"), "content": "Words.", **_THOUGHTS}, result(), answer("Words."), _NEXT, answer("More.")),
 )
+# Rows with their places, what is bad among them.
+Batch = Sequence[tuple[str, Conversation | RowError]]
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class ServedRows:
     """Splits conversations for one template.
 
     `check` raises RowError for a conversation that is refused. Such a one is given back as it is, and so is one over
-    the limits of size: both meet their error where they are tokenized. Into `dropped` goes what is left untrained.
+    the limits of size: both meet their error where they are tokenized. Into `dropped` goes what is left untrained,
+    and how many conversations became how many rows.
     """
 
     def __init__(self, template: ChatTemplate, check: Callable[[Conversation], None], dropped: Counter[str]) -> None:
@@ -69,16 +72,28 @@ class ServedRows:
         self._template.render_ahead([text for talk in talks for text in self._wanted(talk)])
         return any(len(self._rows(talk)) > 1 for talk in talks)
 
-    def split(
+    def in_batch(self, batch: Batch, bounds: limits.TextLimits) -> Batch:
+        """The batch with the rows of each conversation in its place, the shortest first."""
+        if not self._needed:
+            return batch
+        rows = self._of_each([item for _, item in batch if isinstance(item, Conversation)], bounds)
+        made: list[tuple[str, Conversation | RowError]] = []
+        for where, item in batch:
+            made += [(where, row) for row in next(rows)] if isinstance(item, Conversation) else [(where, item)]
+        return made
+
+    def _of_each(
         self, conversations: Sequence[Conversation], bounds: limits.TextLimits
     ) -> Iterator[tuple[Conversation, ...]]:
-        """The rows of each conversation, the shortest first; one whose answers all stand as served is its own row."""
         for chunk in limits.chunks(conversations, _CHUNK_ROWS):
-            followed = [self._needed and _is_followed(item) for item in chunk]
+            followed = [_is_followed(item) for item in chunk]
             if len(chunk) > 1 or limits.rendered_chars(chunk[0]) <= limits.CHUNK_CHARS:
                 self._template.render_ahead([text for item in compress(chunk, followed) for text in self._wanted(item)])
             for item, may_change in zip(chunk, followed, strict=True):
-                yield self._checked_rows(item, bounds) if may_change else (item,)
+                rows = self._checked_rows(item, bounds) if may_change else (item,)
+                if len(rows) > 1:
+                    self._dropped.update({"split": 1, "split rows": len(rows)})
+                yield rows
 
     def _checked_rows(self, conversation: Conversation, bounds: limits.TextLimits) -> tuple[Conversation, ...]:
         try:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora.data.loader import PAD_TO_MULTIPLE
+from qlora import numerics
+from qlora.data.layout import PAD_TO_MULTIPLE
 from qlora.errors import DoesNotFit
 from qlora.memory import calibration, host, margins, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
+from qlora.memory.trace import most_multiprocessors
+from qlora.model.attention import kernel_of
+from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
+from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
@@ -25,8 +30,9 @@ class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
     `answer_tokens` is the longest answer of exact match, 0 without one.
-    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have). Half of the documents are no
-    longer than `typical`: no plan asks for shorter rows than that. Batches have `widths` different widths at most.
+    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
+    than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
+    Batches have `widths` different widths at most.
     """
 
     longest: int
@@ -34,6 +40,7 @@ class DataFacts:
     prompt_tokens: int
     has_eval: bool
     typical: int = 0
+    documents: int = 0
     trained: int = 0
     widths: int = 1
     answer_tokens: int = 0
@@ -110,13 +117,25 @@ class Estimator:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
-            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline)
+            kernel = self._kernel(recipe.model.attention)
+            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel)
             self._simulators[made_of] = Simulator(spec, whole=_by_whole_model(self.text, self.name))
         return self._complete(recipe, facts, self._simulators[made_of])
 
+    def _kernel(self, wanted: str) -> str | None:
+        """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
+        if self.machine.device_type != "cuda" or self.baseline != BASELINES["qlora"]:
+            return None
+        named, gpu, run = choose_attention(self.text, wanted, self.name), self.machine.gpu, numerics.of_run()
+        if run is not None and run.attention is not None:
+            return kernel_of(run.attention)
+        return assumed(self.text, named, wanted, gpu.capability if gpu else 86)
+
     def _complete(self, recipe: Recipe, facts: DataFacts | None, simulator: Simulator) -> Estimate:
-        workload = workload_of(recipe, facts)
-        machine, factor, simulation = self.machine, self.correction.factor, simulator.run(workload)
+        machine, factor, workload = self.machine, self.correction.factor, workload_of(recipe, facts)
+        if recipe.train.deterministic and machine.gpu is not None:
+            workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
+        simulation = simulator.run(workload)
         terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
@@ -234,6 +253,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         samples=samples if prompt else 0,
         prompt_tokens=prompt,
         new_tokens=max(SAMPLE_TOKENS, answer),
+        documents=facts.documents if facts else 0,
         trained=min(facts.trained, length) if facts else 0,
     )
 

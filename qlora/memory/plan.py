@@ -6,6 +6,7 @@ formula (bytes grow by the same amount a row) only guesses where to look.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ class Planner:
         """The "auto" keys as the fastest values that fit; as the smallest ones where nothing does."""
         plans = self._plans(recipe)
         fitting = [plan for plan in plans if plan.estimate.fits]
-        return max(fitting, key=_speed) if fitting else min(plans, key=lambda plan: plan.estimate.peak_bytes)
+        return max(fitting, key=_speed) if fitting else min(plans, key=lambda plan: plan.estimate.needed_bytes)
 
     def search(self, recipe: Recipe) -> list[Plan]:
         """Plans that fit, the fastest first: of micro-batch and checkpointing, and only where those are not enough, of
@@ -115,10 +116,10 @@ class Planner:
         small = self.ask(one)
         if most == 1 or not small.fits:
             return one
-        a_row = max(1, self.ask(changed(recipe, {"train.micro_batch_size": 2})).peak_bytes - small.peak_bytes)
+        a_row = max(1, self.ask(changed(recipe, {"train.micro_batch_size": 2})).needed_bytes - small.needed_bytes)
         for rows in _halved(2 * LARGEST_MICRO_BATCH, 2):
             candidate = changed(recipe, {"train.micro_batch_size": rows})
-            likely = rows <= most and small.peak_bytes + (rows - 1) * a_row <= small.limit_bytes
+            likely = rows <= most and small.needed_bytes + (rows - 1) * a_row <= small.limit_bytes
             if likely and self.ask(candidate).fits:
                 return candidate
         return one
@@ -156,7 +157,7 @@ class Planner:
 
     def _remedy(self, recipe: Recipe, changes: Changes, before: Estimate) -> Remedy:
         estimate = self.ask(changed(recipe, changes))
-        return Remedy(dict(changes), before.peak_bytes - estimate.peak_bytes, estimate)
+        return Remedy(dict(changes), before.needed_bytes - estimate.needed_bytes, estimate)
 
 
 @dataclass(frozen=True)
@@ -177,13 +178,18 @@ class Question:
         return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
 
     def estimate(self, changes: Changes | None = None) -> Estimate:
-        """With "auto" keys decided, and `changes` made first. Raises ModelError where it cannot be simulated."""
+        """With "auto" keys decided as a run does, and `changes` made first.
+
+        Raises ModelError where it cannot be simulated.
+        """
         with self._simulating():
-            return Planner(self.estimator).decide(changed(self.recipe, changes or {})).estimate
+            return _decided(self.estimator, changed(self.recipe, changes or {}), None).estimate
 
     def search(self) -> list[Plan]:
+        """Plans that fit with the reserve that a run keeps for what it decides itself, the fastest first."""
         with self._simulating():
-            return Planner(self.estimator).search(self.recipe)
+            plans = Planner(_with_reserve(self.estimator)).search(self.recipe)
+        return [_of_limit(plan, self.machine.limit_bytes) for plan in plans]
 
     def does_not_fit(self) -> DoesNotFit:
         planner = Planner(self.estimator)
@@ -204,26 +210,43 @@ class Question:
 
 def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
     """The plan of a run. Keeps a reserve for what it decides itself. Raises DoesNotFit, with remedies."""
+    plan = _decided(estimator, recipe, facts)
+    if not plan.estimate.fits:
+        raise does_not_fit(Planner(estimator, facts), plan.recipe)
+    return plan
+
+
+def _decided(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
+    """The "auto" keys as a run decides them: with a reserve, or as the smallest values where nothing leaves one."""
+    changes: Changes = {}
     if "auto" in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
-        machine = estimator.machine
-        reserved = replace(machine, limit_bytes=int(machine.limit_bytes * (1 - RESERVE_SHARE)))
-        plan = Planner(Estimator(estimator.text, estimator.name, reserved), facts).decide(recipe)
+        plan = Planner(_with_reserve(estimator), facts).decide(recipe)
         if plan.estimate.fits:
-            return plan
-        recipe = plan.recipe
-    planner = Planner(estimator, facts)
-    estimate = planner.ask(recipe)
-    if not estimate.fits:
-        raise does_not_fit(planner, recipe)
-    return Plan(recipe, {}, estimate)
+            return _of_limit(plan, estimator.machine.limit_bytes)
+        recipe, changes = plan.recipe, plan.changes
+    return Plan(recipe, changes, Planner(estimator, facts).ask(recipe))
+
+
+def _with_reserve(estimator: Estimator) -> Estimator:
+    """The same one, with the same models on meta, for a machine with a part of its memory kept free."""
+    reserved = copy.copy(estimator)
+    machine = estimator.machine
+    reserved.machine = replace(machine, limit_bytes=int(machine.limit_bytes * (1 - RESERVE_SHARE)))
+    return reserved
+
+
+def _of_limit(plan: Plan, limit_bytes: int) -> Plan:
+    """With the whole limit, of which the plan left a reserve."""
+    return replace(plan, estimate=replace(plan.estimate, limit_bytes=limit_bytes))
 
 
 def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> DoesNotFit:
     """The error for settings that need more than there is, with what to change and what that saves."""
     estimate = planner.ask(recipe)
     source = planner.estimator.machine.source
+    margin = f" (a margin of {gib(estimate.error_bytes)} included)" if estimate.error_bytes else ""
     what = why or (
-        f"needs {gib(estimate.peak_bytes)} of memory, the limit is {gib(estimate.limit_bytes)} ({source}); "
+        f"needs {gib(estimate.needed_bytes)} of memory{margin}, the limit is {gib(estimate.limit_bytes)} ({source}); "
         f"{gib(estimate.components['weights'])} of it are the base's weights"
     )
     alone = estimate.components["weights"] + estimate.components["context"]

@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from qlora.batch import Batch
-from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory import tape
-from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
+from qlora.memory.allocator import rounded
+from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.plain_optimizer import PlainOptimizer
+from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
 from qlora.model import adapters, full_logits
-from qlora.model.attention import OnMeta
+from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing
@@ -35,13 +37,13 @@ from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
-PAGED_FROM_VALUES = 100_000  # bitsandbytes/optim/optimizer.py, get_state_buffer: smaller state is never paged
 # From three layers on every phase grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
 # none between the first and the last layer of the backward pass.
 FEWEST_LAYERS = 3
 # Chunks of the head's loss that are run one by one (14 ms each); of more, the peak is drawn from larger chunks.
 MOST_CHUNKS = 256
 DRAWN_CHUNKS = (8, 16)
+DOCUMENT_TOKENS = 256  # of a document, where no rows are known
 OUTSIDE = ("start", "end")  # what the simulation itself does before and after
 TRAIN_PHASES = ("forward", "loss", "backward", "backward end", "update")
 
@@ -57,6 +59,7 @@ class ModelSpec:
     attention: str = "auto"
     target: str = "cuda"  # the device that the meta tensors stand for
     baseline: Baseline = BASELINES["qlora"]
+    kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
 
     @property
     def layers(self) -> int:
@@ -67,6 +70,9 @@ class ModelSpec:
 class Workload:
     """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding. `trained` of a
     row's tokens have a loss at most; 0 is all of them.
+
+    `documents` are the most of a row (0: as many as have DOCUMENT_TOKENS); `multiprocessors` of the card, where sums
+    are done in one order only (`trace.Sums`).
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none.
@@ -84,6 +90,14 @@ class Workload:
     prompt_tokens: int = 0
     new_tokens: int = 0
     trained: int = 0
+    documents: int = 0
+    multiprocessors: int = 0
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        count = max(1, min(self.length, self.documents or max(2, self.length // DOCUMENT_TOKENS))) if self.packed else 1
+        first = [self.length // count] * (count - 1)
+        return (*first, self.length - sum(first)) * self.rows
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,7 @@ class Simulator:
         with _collecting():
             self._models = [_MetaModel(spec, size) for size in self.sizes]
         self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
+        self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
 
     @property
     def eager(self) -> bool:
@@ -143,6 +158,11 @@ class Simulator:
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
+        if workload not in self._known:
+            self._known[workload] = self._simulated(workload)
+        return self._known[workload]
+
+    def _simulated(self, workload: Workload) -> Simulation:
         tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
         if tokens <= MOST_CHUNKS * chunk:
             return self._run(workload, chunk)
@@ -156,9 +176,10 @@ class Simulator:
             with _collecting():
                 runs.append(model.run(workload, chunk))
         short, long = (played for _, played in (runs[0], runs[-1]))
-        each = tuple((Counter(long.start) - Counter(short.start)).elements())
-        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         line = _Line(self.sizes[0], self.sizes[-1], self.spec.layers)
+        each = tuple((Counter(long.start) - Counter(short.start)).elements())
+        long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
+        reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         return replace(line.simulation(runs[0][0], runs[-1][0]), reserved=reserved)
 
     def _whole(self, short: int, long: int) -> int:
@@ -217,6 +238,8 @@ class _MetaModel:
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
         check_layers(model, spec.name, spec.text if layers < spec.layers else None)
+        if spec.kernel is not None:
+            model.config._attn_implementation = name_of(spec.kernel)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
         everything = sum(parameter.numel() for parameter in model.parameters())
         with self.live, OnMeta(spec.target):
@@ -235,21 +258,21 @@ class _MetaModel:
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)
         self.live.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
         self.causal_lm = self.model.get_base_model()
-        self.parts = CausalParts.of(self.causal_lm)
+        self.parts = CausalParts.of(self.causal_lm, on_card=spec.target == "cuda")
 
     def run(self, workload: Workload, chunk: int) -> tuple[Simulation, tape.Tape]:
         """A run whose loss takes `chunk` tokens at a time, and the tape of its step."""
         live, spec, parts = self.live, self.spec, replace(self.parts, chunk_tokens=chunk)
-        live.packed = workload.packed
+        live.packed, live.sums = workload.packed, Sums(workload.rows, workload.multiprocessors)
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
         live.begin("start")
         spec.baseline.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
-                masters = spec.baseline.masters
-                optimizer = AdapterOptimizer(self.parameters, workload.optimizer, 0.0, masters=masters)
-                self._settle_optimizer(optimizer)
+                optimizer = self._optimizer(workload.optimizer)
+                self._give_gradients(optimizer)
+                optimizer.step(0.0)  # other stacks' moments exist from the first update on: before anything is counted
             gc.collect()
             kept = live.live
             batch = _batch(workload)
@@ -258,6 +281,7 @@ class _MetaModel:
             self.model.train()
             live.begin("forward")
             recorded = live.record(self.replaced)
+            recorded.set_apart([rounded(nbytes) for nbytes in optimizer.buffer_sizes])
             recorded.mark("forward")
             spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
             live.begin("update")
@@ -276,24 +300,27 @@ class _MetaModel:
                     live.begin("generate")
                     self._answer(workload)
             live.begin("end")
-            paged = _paged_bytes(optimizer, workload.optimizer, spec.target)
+            paged = self._paged_bytes(optimizer, workload.optimizer)
             optimizer.detach()
             del optimizer, batch
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
         return Simulation(phases, kept, paged, tape.play(recorded, 0, 1, 0)), recorded
 
-    def _settle_optimizer(self, optimizer: AdapterOptimizer) -> None:
-        """Its moments exist from the first update on: make them before anything is counted."""
-        if self.spec.target == "cuda" and isinstance(optimizer.inner, torch.optim.AdamW):
-            for group in optimizer.inner.param_groups:
-                group["foreach"] = True  # what torch chooses by itself on a GPU
-        self._give_gradients(optimizer)
-        optimizer.step(0.0)
+    def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
+        if self.spec.baseline.masters:
+            return AdapterOptimizer(self.parameters, name, 0.0)
+        return PlainOptimizer(self.parameters, name, self.spec.target == "cuda")
 
-    def _give_gradients(self, optimizer: AdapterOptimizer) -> None:
+    def _paged_bytes(self, optimizer: AdapterOptimizer | PlainOptimizer, name: str) -> int:
+        if isinstance(optimizer, PlainOptimizer):
+            return optimizer.paged_bytes
+        return optimizer.moments.buffer.nbytes if self.spec.target == "cuda" and name.startswith("paged_") else 0
+
+    def _give_gradients(self, optimizer: AdapterOptimizer | PlainOptimizer) -> None:
         with self.live.region("gradients"):
-            for master in optimizer.masters.values():
-                master.grad = torch.zeros_like(master)
+            for key, parameter in self.parameters.items():
+                zero = torch.zeros((), dtype=parameter.dtype, device=META)
+                optimizer.add_gradient(key, zero.expand(parameter.shape))
 
     @contextmanager
     def _marks(self) -> Iterator[None]:
@@ -352,18 +379,9 @@ def _batch(workload: Workload) -> Batch:
     ids = [torch.empty(shape, dtype=torch.int64, device=META) for _ in range(4)]
     weights = torch.empty(shape, dtype=torch.float32, device=META)
     trained = torch.empty(workload.rows * (workload.trained or workload.length), dtype=torch.int64, device=META)
-    return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained)
-
-
-def _paged_bytes(optimizer: AdapterOptimizer, name: str, target: str) -> int:
-    if target != "cuda" or not name.startswith("paged_"):
-        return 0
-    return sum(
-        value.nbytes
-        for state in optimizer.inner.state.values()
-        for slot, value in state.items()
-        if slot in ("state1", "state2") and value.numel() >= PAGED_FROM_VALUES
-    )
+    lengths = workload.document_lengths
+    starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=META)
+    return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained, starts, lengths, not workload.packed)
 
 
 def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, tuple[str, nn.Parameter]]:

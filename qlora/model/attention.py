@@ -1,42 +1,93 @@
 """Attention through our own registered function, so that there is one place to change it.
 
-It is transformers' sdpa with one addition. Documents packed into a row are kept apart by a mask that transformers makes
-from `position_ids` (they restart at 0 with each document); sliding windows are part of the same mask. Three things must
-hold for that, and the model's caller sees to them:
+It is transformers' sdpa with two additions. Documents packed into a row are kept apart by a mask that transformers
+makes from `position_ids` (they restart at 0 with each document); sliding windows are part of the same mask. Where a
+kernel is chosen that takes the documents themselves (`attention_choice`), the function is registered under that
+kernel's name, and what reaches it in a training forward is a `DocumentMask`. Three things must hold, and the model's
+caller sees to them:
 
 * `attention_mask` is None. A 2-D mask switches the making of document masks off; a 4-D one drops sliding windows.
 * `use_cache` is False. A cache switches it off as well, and a cache is the default, in training too. Gradient
   checkpointing hides that: while training it sets `use_cache=False` by itself, so that a run with it is right, and
   its evaluation, or the same run without it, is not.
-* padding restarts at position 0, so that it is a document of its own.
+* padding restarts at position 0, so that it is a document of its own, or goes on with the positions of the one before
+  it, whose tokens don't look ahead.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from qlora.device import is_card
+from qlora.model.document_attention import (
+    CAPPED,
+    HEAD_DIM_MULTIPLE,
+    KERNELS,
+    MOST_HEAD_DIM,
+    by_scores,
+    causal_band,
+)
+from qlora.model.document_mask import DocumentMask, answer_from_the_batch, by_documents
 
 NAME = "qlora_sdpa"
 
 
 def register(target: str | None = None) -> str:
-    """Makes the function known to transformers (as often as one likes) and returns its name.
+    """Makes the functions known to transformers (as often as one likes) and returns the name of the one with a mask.
 
     `target` ("cuda" or "cpu") is for meta tensors: attention then is the operation that this device would run.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    answer_from_the_batch()
+    for kernel in KERNELS:
+        AttentionInterface.register(name_of(kernel), partial(by_kernel, kernel=kernel))
+        AttentionMaskInterface.register(name_of(kernel), by_documents)
     name = NAME if target is None else f"{NAME}_for_{target}"
     AttentionInterface.register(name, attention if target is None else partial(attention, target=target))
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
+
+
+def name_of(kernel: str) -> str:
+    """The name under which attention by that kernel is registered."""
+    return f"qlora_{kernel.replace(' ', '_')}"
+
+
+def kernel_of(name: str) -> str | None:
+    """The kernel that is registered under a name; None where the name is of attention with a mask."""
+    return next((kernel for kernel in KERNELS if name == name_of(kernel)), None)
+
+
+def shown(model: Any) -> str:
+    """What a model attends with, for people: "sdpa", "eager", or a kernel of `document_attention`."""
+    name = str(getattr(model.config, "_attn_implementation", None))
+    return kernel_of(name) or ("sdpa" if name.startswith(NAME) else name)
+
+
+def by_kernel(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, kernel: str, **settings: Any
+) -> tuple[Tensor, None]:
+    """As `attention`, where documents are told by a DocumentMask: by `kernel`, if it has what the layer asks for."""
+    scale, softcap = settings.get("scaling"), settings.get("softcap")
+    if isinstance(attention_mask, DocumentMask):
+        if _takes(kernel, query, key, value, settings):
+            return KERNELS[kernel](query, key, value, attention_mask, scale, softcap), None
+        attention_mask = attention_mask.as_tensor()
+    if softcap is None:
+        return attention(module, query, key, value, attention_mask, **settings)
+    if attention_mask is None:  # answers of a capped model, which have a cache
+        attention_mask = causal_band(key.shape[2], key.shape[2], query.device)[-query.shape[2] :]
+    return by_scores(query, key, value, attention_mask, scale, softcap).transpose(1, 2).contiguous(), None
 
 
 def attention(
@@ -56,7 +107,7 @@ def attention(
 
     on_meta = OnMeta(target) if query.is_meta and target is not None else None
     groups = getattr(module, "num_key_value_groups", 1)
-    with on_meta or nullcontext():
+    with on_meta or _kernel_order(query.device):
         if groups > 1 and attention_mask is not None and _shares_keys(query, target if on_meta else None, settings):
             # transformers repeats keys and values for each query head as soon as there is a mask: CUDA's fused kernels
             # take masks or shared keys, not both. The CPU's takes both (forward and backward 1.7 times as fast).
@@ -66,6 +117,25 @@ def attention(
             )
             return output.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)[0], None
+
+
+def _takes(kernel: str, query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> bool:
+    """Whether the kernel computes what this call asks for."""
+    asks = [settings.get(name) for name in ("position_bias", "cache", "s_aux", "head_mask")]
+    plain = not settings.get("dropout") and settings.get("is_causal") is not False and asks == [None] * len(asks)
+    widths = {query.shape[-1], key.shape[-1], value.shape[-1]}
+    fits = len(widths) == 1 and query.shape[-1] <= MOST_HEAD_DIM and query.shape[-1] % HEAD_DIM_MULTIPLE == 0
+    return plain and fits and (kernel in CAPPED or settings.get("softcap") is None)
+
+
+def _kernel_order(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU the order in which SDPA tries its kernels: the one that the estimator assumes.
+
+    Left alone, cuDNN comes first on Hopper and Blackwell (aten, transformers/cuda/sdp_utils.cpp), with other scratch
+    and other last digits than on the card before. Of AMD's cards the same names mean AOTriton's kernels.
+    """
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True) if is_card(device) else nullcontext()
 
 
 def _shares_keys(query: Tensor, target: str | None, settings: dict[str, Any]) -> bool:

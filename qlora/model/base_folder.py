@@ -18,6 +18,7 @@ from qlora import files
 from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
+from qlora.model.alternatives import text_model_like
 from qlora.model.config_bounds import check_config_values, check_generation_values, check_layers_exist
 from qlora.model.mixtures import refuse_mixture, speaks_of_experts
 from qlora.model.tensors import (
@@ -137,20 +138,21 @@ def check_model_type(config: Mapping[str, Any], where: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
+    like = text_model_like(model_type, where)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         own_code = "; the code in its folder (auto_map) is never run" if "auto_map" in config else ""
         what = f"{where}: model_type {model_type!r} is not known to the installed transformers{own_code}"
-        raise ModelError(what, "use a model that transformers supports by itself, or a newer transformers")
+        raise ModelError(what, f"use a newer transformers, or a model that it supports by itself, such as {like}")
     text = text_section(config)
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
         what = f"{where}: {model_type} is an encoder-decoder, not a causal language model"
-        raise ModelError(what, "use a decoder-only model, such as Llama, Qwen, Gemma or Mistral")
+        raise ModelError(what, f"use a decoder-only model, such as {like}")
     named = config.get("architectures") or ()
     kinds = [str(kind) for kind in named] if isinstance(named, list | tuple) else [str(named)]
     causal = not kinds or any(kind.endswith(CAUSAL_ENDINGS) for kind in kinds)
     if not causal or str(text.get("model_type", model_type)) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         what = f"{where}: {kinds[0][:100] if kinds else model_type} is not a causal language model"
-        raise ModelError(what, "use a model that predicts the next token (…ForCausalLM)")
+        raise ModelError(what, f"use a model that predicts the next token (…ForCausalLM), such as {like}")
     refuse_mixture(config, where)
 
 
@@ -244,7 +246,7 @@ def _check_tensors(tensors: Mapping[str, TensorEntry], where: str) -> None:
 
 def _experts_error(where: str, size: str) -> ModelError:
     what = f"{where}: a mixture of experts; its fused experts ({size}) cannot be held in 4 bit yet"
-    return ModelError(what, "use a dense model of the size you need")
+    return ModelError(what, f"use a dense model, such as {text_model_like(None, where)}")
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -108,7 +108,7 @@ class Fingerprints:
         same = self.data in (now.data, now.older_data)
         if None not in (self.data_content, now.data_content):
             same = self.data_content == now.data_content
-        return None if same else "its rows, or the tokens that are made of them, have changed"
+        return None if same else "its rows have changed, or this version makes other tokens of them (CHANGES.md)"
 
 
 def at_the_door(config: Mapping[str, Any], taken: Mapping[str, TensorEntry]) -> BaseIdentity:

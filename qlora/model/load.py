@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
-from qlora.model import linear_use
+from qlora.model import attention_choice, linear_use
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
 from qlora.model.identity import WeightReader
@@ -57,7 +57,7 @@ def load_base(
             # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
             if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
                 swap_linear(model, name, linear, quantization)
-    _report(meta_model, base, attention, quantization, sink)
+    _report(meta_model, base, quantization, sink)
     reader = WeightReader(base.config, base.tensors)
     _stream(meta_model, reader, base, device, sink)
     model.tie_weights()
@@ -69,7 +69,8 @@ def load_base(
     model.config.name_or_path = base.name
     model.name_or_path = base.name
     model.base_identity = reader.identity()
-    return model.eval()  # type: ignore[no-any-return]
+    attention_choice.settle(model.eval(), attention, device, sink)
+    return model  # type: ignore[no-any-return]
 
 
 def freeze(model: Any, device: torch.device) -> None:
@@ -175,9 +176,7 @@ def _read_as(reader: WeightReader, source: str, dtype: torch.dtype, device: torc
     return whole
 
 
-def _report(
-    meta_model: MetaModel, base: BaseFolder, attention: str, quantization: QuantizationSection, sink: Sink
-) -> None:
+def _report(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection, sink: Sink) -> None:
     """Emit what differs from what a reader of the recipe would expect."""
     if dropped := reduce_config(base.config).dropped:
         some = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
@@ -187,8 +186,6 @@ def _report(
         mib = total_bytes(base.tensors[name] for name in meta_model.skipped) / 2**20
         message = f"{len(meta_model.skipped)} tensors ({mib:.1f} MiB) that the text model does not use are skipped"
         sink.emit(Notice("model", f"{message}, {meta_model.skipped[0]} among them", len(meta_model.skipped)))
-    if meta_model.attention == "eager" and attention == "auto":
-        sink.emit(Notice("attention", "eager attention is used: sdpa cannot compute this model's attention"))
     if base.stored_4bit:
         kept = sum(_is_4bit(module) for module in meta_model.model.modules())
         message = f"the base is stored in 4 bit and stays as it is: {kept} layers, the others in 16 bit"

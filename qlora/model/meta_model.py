@@ -20,6 +20,7 @@ from torch import nn
 
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
+from qlora.model.alternatives import text_model_like
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
 from qlora.model.linear_use import use_of
@@ -327,11 +328,12 @@ def check_layers(model: Any, name: str, text: Any = None) -> None:
     """
     from transformers.pytorch_utils import Conv1D
 
+    another = f"use another model, such as {text_model_like(model.config.model_type, name)}"
     if head_of(model) is None:
-        raise ModelError(f"{name}: {type(model).__name__} has no output layer", "use a causal language model")
+        raise ModelError(f"{name}: {type(model).__name__} has no output layer", another)
     if any(isinstance(module, Conv1D) for module in model.modules()):
         what = f"{name}: {type(model).__name__} keeps its layers transposed (Conv1D), which 4-bit layers do not"
-        raise ModelError(what, "use a model of this decade, such as SmolLM2-135M")
+        raise ModelError(what, another)
     stacked = {key: parameter for key, parameter in model.named_parameters() if parameter.ndim == 3}
     if _experts(stacked):
         if text is not None:  # a few layers say nothing of the others, which need not have as many experts
@@ -340,11 +342,11 @@ def check_layers(model: Any, name: str, text: Any = None) -> None:
             stacked = {key: parameter for key, parameter in whole.named_parameters() if parameter.ndim == 3}
         gib = sum(stacked[key].numel() for key in _experts(stacked)) * 2 / 2**30
         what = f"{name}: its fused experts ({gib:.2f} GiB in 16 bit) cannot be held in 4 bit yet"
-        raise ModelError(what, "use a dense model of the size you need")
+        raise ModelError(what, another)
     if next(linear_layers(model), None) is None:
-        raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", "use another model")
+        raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", another)
     if model.config.model_type in ONLY_FLOAT32:
         what = f"{name}: {type(model).__name__} is computed by transformers in float32 only, which training here is not"
-        raise ModelError(what, "use another model")
+        raise ModelError(what, another)
     if why := use_of(model, {}).trunk:
-        raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", "use another model")
+        raise ModelError(f"{name}: {type(model).__name__} cannot be trained here: {why}", another)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora.errors import ModelError, foreign_failures
+from qlora.model.alternatives import text_model_like
 from qlora.model.config_filter import open_config, with_layers
 
 # Of counts of experts: what is chosen a token, shared by all tokens or left without weights is none.
@@ -39,7 +40,7 @@ def refuse_mixture(config: Mapping[str, Any], where: str) -> None:
     of_several = next(((key, value) for key, value in counts if isinstance(value, int) and value > 1), None)
     number = f" of {of_several[1]:,} experts ({of_several[0]})" if of_several else " of experts"
     what = f"{where}: {config.get('model_type')} is a mixture{number}, which cannot be held in 4 bit yet"
-    raise ModelError(what, "use a dense model of the size you need")
+    raise ModelError(what, f"use a dense model, such as {text_model_like(config.get('model_type'), where)}")
 
 
 def speaks_of_experts(values: Mapping[str, Any]) -> bool:

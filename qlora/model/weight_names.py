@@ -10,7 +10,7 @@ out in silence what it finds no place for.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from qlora.model.config_filter import open_config
 
 if TYPE_CHECKING:
     from qlora.model.base_folder import BaseFolder
+    from qlora.model.tensors import TensorEntry
 
 PREFIX = "base_model.model."  # peft's, before every name in an adapter
 
@@ -43,6 +44,9 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 _ADAPTERS_NAME = re.compile(
     r"(\.lora_[AB])\.\w+(?=\.weight$)|(\.(?:lora_embedding_[AB]|\w+_vector|\w+_delta))(?:\.\w+)+$"
 )
+
+# The embedding of tokens: in Llama's line, BLOOM's and Falcon's, GPT-2's, GPT-NeoX', Mamba's.
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|word_embeddings|wte|embed_in|embeddings)\.weight$")
 
 _PEFTS_OWN = re.compile(r"\.(?:lora_\w+|base_layer|original_module|modules_to_save|token_adapter)\.")
 
@@ -79,15 +83,30 @@ def other_part(name: str) -> str | None:
     return found[1] if found else None
 
 
+def embedding_rows(tensors: Mapping[str, TensorEntry]) -> int | None:
+    """Rows of the embedding of tokens as it is stored, by names of a checkpoint; None where none is known by its name.
+
+    A config.json may say less (Mllama's 8 tokens beyond vocab_size), or be another model's.
+    """
+    rows = {
+        entry.shape[0]
+        for name, entry in tensors.items()
+        if _EMBEDDING.search(text_name(name)) and len(entry.shape) == 2 and other_part(name) is None
+    }
+    return rows.pop() if len(rows) == 1 else None
+
+
 @dataclass(frozen=True)
 class ClassNames:
     """How the class that a multimodal base names calls its text model.
 
-    `places` are (the causal model's module, the same one in the class), `others` the parts beside it.
+    `places` are (the causal model's module, the same one in the class), `others` the parts beside it; `opens_on` is
+    the class's own name.
     """
 
     places: tuple[tuple[str, str], ...]
     others: tuple[str, ...]
+    opens_on: str
 
     def of(self, name: str) -> str:
         """A module's or parameter's name in the class."""
@@ -113,34 +132,52 @@ class ClassNames:
         return {**config, **renamed, "exclude_modules": rf"(?:.*\.)?(?:{'|'.join(self.others)})(?:\..*)?"}
 
 
-def class_names(base: BaseFolder, model: Any) -> ClassNames | None:
+def class_names(base: BaseFolder, model: Any, say: Callable[[str], None] = lambda _: None) -> ClassNames | None:
     """How the class in the config.json of `base` calls the weights of `model`, its causal model.
 
     `model` may be peft's around it. None where that is the causal model itself, or where transformers has no class
-    that holds it in one place. The class is built without weights.
+    that holds it in one place; `say` gets why, and on which class peft finds the adapter. The class is built without
+    weights.
     """
     if not isinstance(base.config.get("text_config"), Mapping):
         return None
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: ClassNames | str | None = None
     with foreign_failures() as failure:
-        whole = _whole_model(base)
-    if failure.error or whole is None:
-        return None
+        found = _names_in_class(base, model)
+    if isinstance(found, ClassNames):
+        if found.opens_on != type(model).__name__:
+            say(f"written for {found.opens_on}: on {type(model).__name__} peft finds no place for it")
+        return found
+    if named := failure.reason if failure.error else found:
+        say(f"written for {type(model).__name__} alone, not for the class that config.json names ({named})")
+    return None
+
+
+def _names_in_class(base: BaseFolder, model: Any) -> ClassNames | str:
+    """The names; or why there are none, "" where config.json names the causal model itself."""
+    whole = _whole_model(base)
+    if whole is None:
+        return "transformers has none that reads images beside text"
+    if type(whole) is type(model):
+        return ""
     modules = dict(whole.named_modules())
     roots = [name for name, module in modules.items() if type(module) is type(model.base_model)]
     heads = [name for name, module in modules.items() if module is whole.get_output_embeddings()]
+    several = "the text model stands in it in no one place"
     if len(roots) != 1 or not roots[0] or len(heads) != 1:
-        return None
+        return several
     own_heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     places = ((model.base_model_prefix, roots[0]), (own_heads[0], heads[0]))
     above = ["", *(roots[0][:at] for at, letter in enumerate(roots[0]) if letter == ".")]
     kept = {*above, *roots, *heads}
     others = {name for name in modules if name.rpartition(".")[0] in above and name not in kept}
-    names = ClassNames(places, tuple(sorted(re.escape(name.rpartition(".")[2]) for name in others)))
+    names = tuple(sorted(re.escape(name.rpartition(".")[2]) for name in others))
+    found = ClassNames(places, names, type(whole).__name__)
     there = {name for name, _ in whole.named_parameters(remove_duplicate=False)}
     own = [name for name, _ in model.named_parameters(remove_duplicate=False) if not _PEFTS_OWN.search(name)]
-    fits = all(text_name(names.of(name)) == name for name in own)
-    return names if others and fits and there.issuperset(map(names.of, own)) else None
+    fits = all(text_name(found.of(name)) == name for name in own)
+    return found if others and fits and there.issuperset(map(found.of, own)) else several
 
 
 def _whole_model(base: BaseFolder) -> Any:
@@ -153,8 +190,11 @@ def _whole_model(base: BaseFolder) -> Any:
     mapping = transformers.AutoModelForImageTextToText._model_mapping
     named = (base.config.get("architectures") or [""])[0]
     known = {kind.__name__: kind for kind in mapping.values()}
-    kind = known.get(named) or mapping.get(type(config), None)
+    of_text = {kind.__name__: kind for kind in transformers.AutoModelForCausalLM._model_mapping.values()}
+    kind = known.get(named) or of_text.get(named) or mapping.get(type(config), None)
     if kind is None:
         return None
+    if named not in known and named in of_text:
+        config = config.get_text_config()
     with init_empty_weights(), torch.random.fork_rng(devices=[]):
         return kind(config)

@@ -21,7 +21,7 @@ from qlora.redaction import redact_all
 FORMAT = 1
 HELD, BROKEN, NOT_HERE = "held", "broken", "not here"
 _PROCESSOR = re.compile(r"^model name\s*:\s*(.{1,100})$", re.MULTILINE)
-_PATH = re.compile(r"(?:(?<![\w/])/|[A-Za-z]:\\)[\w.@+~ -]+(?:[/\\][\w.@+~-]+)+")
+_PATH = re.compile(r"[A-Za-z]:\\[^\s,;:]+|(?<![\w.…])/[\w.@+~-]+(?:/[\w.@+~-]*)+")
 
 
 def outcome_of(result: Result) -> str:
@@ -76,9 +76,10 @@ def hardware_facts(place: Place) -> dict[str, Any]:
 
 def anonymous(text: str) -> str:
     """The text without paths, and without the names of this user, machine and home."""
+    text = _PATH.sub("…", text)
     for word in _names():
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", "…", text)
-    return _PATH.sub("…", text)
+    return text
 
 
 def _names() -> Iterator[str]:

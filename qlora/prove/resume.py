@@ -12,7 +12,7 @@ from qlora.prove import trained
 from qlora.prove.proof import Figure, Outcome, Place, Proof
 from qlora.training.checkpoint import folder_of
 
-KILL_AFTER = 2  # checkpoints
+KILL_AFTER = 1  # checkpoint
 SECONDS = 240  # a run of a few small steps that has not saved by then hangs
 FILES = ("adapter.safetensors", "optimizer.safetensors")
 MEMORY = 1.01  # of the uninterrupted run's peak: bitsandbytes' own loading would move paged state to the GPU for good

@@ -24,14 +24,15 @@ class Shape:
     needs_bytes: int
 
 
-# The shapes of Llama 3.1 8B, Llama 3.2 3B and 1B (their config.json), and one for CPUs. What they need: the estimate of
-# 1 x 2,048 tokens at rank 16 (6.8, 3.4 and 2.2 GiB), with as much again of the context and of fragments as it allows.
+# The shapes of Llama 3.1 8B, Llama 3.2 3B and 1B (their config.json), one for CPUs, and one for whole runs. What they
+# need: the estimate of 1 x 2,048 tokens at rank 16 (6.8, 3.4 and 2.2 GiB), and room for the context and for fragments.
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("8b", 4096, 14336, 32, 32, 8, 128, 128256, False, int(7.6 * GIB)),
         Shape("3b", 3072, 8192, 28, 24, 8, 128, 128256, True, int(4.4 * GIB)),
         Shape("1b", 2048, 8192, 16, 32, 8, 64, 128256, True, int(3.0 * GIB)),
+        Shape("small", 512, 1536, 4, 8, 4, 64, 4096, False, GIB),
         Shape("mini", 128, 256, 2, 4, 2, 32, 512, False, GIB),
     )
 }
@@ -41,7 +42,7 @@ NAMES = tuple(SHAPES)
 def largest(free_bytes: int) -> Shape:
     """The largest that `free_bytes` have room for; the smallest where none has."""
     fitting = [shape for shape in SHAPES.values() if shape.needs_bytes <= free_bytes]
-    return fitting[0] if fitting else SHAPES["mini"]
+    return fitting[0] if fitting else SHAPES["small"]
 
 
 def with_layers(shape: Shape, layers: int) -> Shape:

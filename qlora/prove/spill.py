@@ -28,9 +28,7 @@ def run(place: Place) -> Outcome:
         hardware.release(place.device)
         hardware.lift_limit(place.device)
     measured: dict[str, Figure] = {"free_bytes": free, "taken_bytes": taken, "may_spill": hardware.may_spill()}
-    said = f"{taken >> 20:,} MiB of {free >> 20:,} free were given, then " + (
-        "refused" if refused else "more than that"
-    )
+    said = f"{taken >> 20:,} MiB of {free >> 20:,} free were given, then " + ("refused" if refused else "even more")
     return Outcome(refused and taken <= free, said, measured)
 
 

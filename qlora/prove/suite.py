@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qlora import determinism, out_of_memory
+from qlora import determinism
 from qlora import device as hardware
 from qlora.errors import DoesNotFit, HardwareError, QloraError, foreign_failures
+from qlora.guarded import Guarded
 from qlora.prove import (
     copies,
     exactness,
@@ -37,7 +38,7 @@ PROOFS: tuple[Proof, ...] = (
     *(resume.PROOF, export.PROOF, peak.PROOF, speed.PROOF, limit.PROOF, spill.PROOF),
 )
 ROWS, LENGTH = 4, 2048  # of the micro-batches on a GPU: several blocks of keys, as real packs have
-ROWS_ON_CPU, LENGTH_ON_CPU = 2, 128
+ROWS_ON_CPU, LENGTH_ON_CPU = 2, 256
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def place_for(device: str | None, model: str | None) -> Iterator[Place]:
         here = hardware.name_of(hardware.current())
         raise HardwareError(f"{device}: no such device here", f"leave it out to take what there is: {here}")
     on_card = hardware.is_card(found)
-    shape = SHAPES[model] if model else largest(hardware.free_bytes(found)) if on_card else SHAPES["mini"]
+    shape = SHAPES[model] if model else largest(hardware.free_bytes(found)) if on_card else SHAPES["small"]
     free = hardware.free_bytes(found)
     if model and shape.needs_bytes > free:
         what = f"a random {model} model needs about {shape.needs_bytes / GIB:.1f} GiB, {free / GIB:.1f} are free"
@@ -88,14 +89,12 @@ def run_all(
 
 
 def tried(proof: Proof, place: Place) -> Outcome:
+    """What the proof found; whatever a driver, a kernel or an allocator raises in it is the finding."""
     try:
-        with foreign_failures() as failure:  # a driver, a kernel, an allocator: whatever they raise is the finding
+        with Guarded(f"trying {proof.name}", "end other programs on this device"), foreign_failures() as failure:
             return proof.run(place)
     except QloraError as error:
         return Outcome(False, f"{error.what} ({error.hint})")
-    assert failure.error is not None
-    if out_of_memory.is_out_of_memory(failure.error):
-        return Outcome(False, f"out of memory: {out_of_memory.reason(failure.error)}")
     return Outcome(False, f"{type(failure.error).__name__}: {failure.reason}")
 
 

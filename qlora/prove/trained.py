@@ -11,7 +11,7 @@ from qlora.prove.proof import Place
 from qlora.prove.shapes import SHAPES, config_of
 from qlora.recipe.reading import Recipe, load_recipe
 
-STEPS = 5
+STEPS = 4
 SPECIAL = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ROWS_OF_A_PACK = 3
 
@@ -49,7 +49,7 @@ dropout = 0.05
 every_steps = 1
 keep = {STEPS}
 [eval]
-every_steps = {STEPS}
+every_steps = 100
 samples = 0
 [output]
 dir = "runs"

@@ -40,8 +40,10 @@ class ModelSection(Section):
 
     base: Text = Field(description="Hub name (owner/name) or folder of the base model, relative to the recipe")
     revision: Text = Field("main", description="Hub branch, tag or commit; the run records the commit")
-    attention: Literal["auto", "sdpa", "eager"] = Field(
-        "auto", description="auto is sdpa, but eager where sdpa cannot compute the model (Gemma 2's softcap)"
+    attention: Literal["auto", "sdpa", "varlen", "eager"] = Field(
+        "auto",
+        description="varlen: packed documents without a mask of S x S; auto: that on a GPU where a trial of it passes, "
+        "else sdpa, or eager where sdpa cannot compute the model (Gemma 2's softcap)",
     )
     chat_template: Text = Field("auto", description="auto is the base's own, chatml for a base without one, or a file")
     template_kwargs: dict[Name, bool | int | float | Text] = Field(

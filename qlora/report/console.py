@@ -257,6 +257,9 @@ def plan_table(plan: events.Plan) -> Table:
     recompute = ", layers recomputed in the backward pass" if plan.gradient_checkpointing else ", no layer recomputed"
     parameters = f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({part:.2%})"
     table.add_row("trained", parameters + recompute)
+    if plan.attention not in ("", "sdpa"):
+        masked = " with a mask" if plan.attention == "eager" else ", documents without a mask of S × S"
+        table.add_row("attention", plan.attention + masked)
     if plan.memory is not None:
         peak, limit = plan.memory["peak_bytes"], plan.memory["limit_bytes"]
         chosen = ", ".join(f"{key} = {json.dumps(value)}" for key, value in plan.memory["changes"].items())

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora import numerics
 from qlora.batch import Batch
+from qlora.device import is_card
+from qlora.forward_facts import in_forward
 from qlora.step.loss import LogitsTransform, Objective, chunk_tokens, logits_transform, token_logprobs
 
 
@@ -34,26 +37,31 @@ class CausalParts:
     chunk_tokens: int
 
     @classmethod
-    def of(cls, causal_lm: Any) -> CausalParts:
-        """Take a transformers causal LM apart (the model inside a PEFT wrapper: `peft_model.get_base_model()`)."""
+    def of(cls, causal_lm: Any, on_card: bool | None = None) -> CausalParts:
+        """Take a transformers causal LM apart (the model inside a PEFT wrapper: `peft_model.get_base_model()`).
+
+        `on_card`: a GPU computes; None: where the weights are. A run keeps the chunks of the head that it began with.
+        """
+        on_card, run = is_card(causal_lm.device) if on_card is None else on_card, numerics.of_run()
         config = causal_lm.config.get_text_config()
         return cls(
             trunk=causal_lm.base_model,
             embedding=causal_lm.get_input_embeddings(),
             head=causal_lm.get_output_embeddings(),
             transform=logits_transform(config),
-            chunk_tokens=chunk_tokens(config.vocab_size),
+            chunk_tokens=(run and run.head_chunk) or chunk_tokens(config.vocab_size, on_card),
         )
 
 
 def hidden_states(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
     """The trunk's last hidden states (B, S, D), documents isolated from each other."""
     common = {"position_ids": batch.position_ids_BS, "attention_mask": None, "use_cache": False}
-    if neftune_alpha > 0:
-        embeds_BSD = parts.embedding(batch.input_ids_BS)
-        output = parts.trunk(inputs_embeds=embeds_BSD + neftune_noise(embeds_BSD, batch, neftune_alpha), **common)
-    else:
-        output = parts.trunk(input_ids=batch.input_ids_BS, **common)
+    with in_forward(batch):
+        if neftune_alpha > 0:
+            embeds_BSD = parts.embedding(batch.input_ids_BS)
+            output = parts.trunk(inputs_embeds=embeds_BSD + neftune_noise(embeds_BSD, batch, neftune_alpha), **common)
+        else:
+            output = parts.trunk(input_ids=batch.input_ids_BS, **common)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

@@ -28,9 +28,14 @@ CHUNK_BYTES = 64 << 20
 LogitsTransform = Callable[[Tensor], Tensor]
 
 
-def chunk_tokens(vocabulary: int) -> int:
-    """Tokens per chunk for a head of `vocabulary` rows: CHUNK_BYTES of fp32 logits, at least 16."""
-    return max(16, CHUNK_BYTES // (4 * vocabulary))
+# A GPU multiplies in tiles of 128 rows (cuBLAS; 64 are a tile too): 130 tokens cost what 256 do.
+TILE_ROWS, SMALLEST_TILE_ROWS = 128, 64
+
+
+def chunk_tokens(vocabulary: int, on_card: bool = False) -> int:
+    """Tokens a chunk for a head of `vocabulary` rows: CHUNK_BYTES of fp32 logits, 16 at least; whole tiles on a GPU."""
+    tokens = max(16, CHUNK_BYTES // (4 * vocabulary))
+    return max(SMALLEST_TILE_ROWS, tokens // TILE_ROWS * TILE_ROWS) if on_card else tokens
 
 
 # Keys that scale or cap the head's output, as transformers calls them: Gemma 2 (cap * tanh(logits / cap), report

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora import disk, run_folder
-from qlora.events import Saved, Sink
+from qlora.events import Notice, Saved, Sink
 from qlora.export.cards import adapter_card
 from qlora.model import adapters
 from qlora.model.adapter_folder import ADAPTER_CONFIG, PROVENANCE_FILE
@@ -37,16 +37,20 @@ class BestAdapter:
     identity: BaseIdentity
 
     @cached_property
-    def _names(self) -> ClassNames | None:
-        return class_names(self.base, self.model)
+    def _names(self) -> tuple[ClassNames | None, list[str]]:
+        """The names in the class that the base names; and what there is to say of them, once."""
+        said: list[str] = []
+        return class_names(self.base, self.model, said.append), said
 
     def publish(self, run_dir: Path, state: RunState, sink: Sink) -> None:
         """Write `run_dir/adapter` anew, in one rename."""
-
+        names, said = self._names
+        while said:
+            sink.emit(Notice("adapter", f"the adapter is {said.pop()}"))
         loss = state.delivered if state.delivered and state.delivered.step == state.step else None
 
         def write(folder: Path) -> None:
-            adapters.save(self.model, folder, self.base.name, self.base.commit, self._names)
+            adapters.save(self.model, folder, self.base.name, self.base.commit, names)
             self.tokenizer.deliver(folder)
             (folder / "README.md").write_text(self.card(state), encoding="utf-8")
             # What the adapter was trained against, for programs: here the base keeps its whole path.
@@ -83,6 +87,6 @@ class BestAdapter:
         before, after = state.exact_match_before, state.exact_match_after
         if before is not None and after is not None:
             facts["exact match"] = f"{before:.1%} before, {after:.1%} after"
-        if self._names is not None:  # peft finds no place for it on another class
-            facts["opens on"] = str(self.base.config["architectures"][0])
+        if (names := self._names[0]) is not None:  # peft finds no place for it on another class
+            facts["opens on"] = names.opens_on
         return adapter_card(self.base, self.recipe, facts)

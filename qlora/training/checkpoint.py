@@ -198,7 +198,7 @@ def _refuse(checkpoint: Checkpoint, what: str, difference: str | None) -> None:
     if difference is not None:
         raise RunFolderError(
             f"{checkpoint.path}: was made with another {what}: {difference}",
-            f"put the {what} back as it was, or start anew with mode='fresh'",
+            f"put the {what} back as it was, or start anew with mode='fresh', which keeps this run and its adapter",
         )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from qlora.batch import Batch
 from qlora.data.chat import ChatTokenizer
+from qlora.data.layout import Layout
 from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Evaluated, Progress, Sampled
@@ -111,10 +112,12 @@ class RunEvaluation:
             self.recovery.sink.emit(Sampled(step, question.asked, question.expected, before, after))
 
     def _batch(self, packs: Sequence[tuple[int, ...]]) -> Batch:
-        return collate(self.split, packs, self.chat.pad_id, self.data.max_length)
+        layout = Layout.on(self.recovery.device)
+        return collate(self.split, packs, self.chat.pad_id, self.data.max_length, layout)
 
     def _loss(self, step: int) -> float:
-        rows = EvalRows(self.split, self.data, self.chat.pad_id, self.recovery.settings.micro_batch_size)
+        at_once, layout = self.recovery.settings.micro_batch_size, Layout.on(self.recovery.device)
+        rows = EvalRows(self.split, self.data, self.chat.pad_id, at_once, layout)
         losses, done, packs = [], 0, sum(map(len, rows.micro_batches))
         with evaluating(self.model):
             for batch in rows.batches():

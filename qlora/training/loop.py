@@ -18,11 +18,13 @@ import torch
 
 from qlora import determinism
 from qlora.batch import Batch
+from qlora.data.ahead import Ahead, in_one_block
+from qlora.data.layout import Layout
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
 from qlora.memory.spilling import SpillWatch
-from qlora.model import adapters
+from qlora.model import adapters, attention
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
@@ -47,7 +49,7 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
         training = Training(job)
     # Not all that needs memory can be done in smaller pieces: the rest ends the run here.
     hint = "lower data.max_length or lora.r, or use a smaller base"
-    with Guarded("training", hint, training.saved), job.stop.being_read():
+    with Guarded("training", hint, training.saved), job.stop.being_read(), training.ahead:
         try:
             state = training.begin(resume_from)
             training.dry_run(state)
@@ -66,6 +68,8 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
         except TrainingStopped:
             job.sink.emit(training.end("stopped by itself"))
             raise
+        finally:
+            training.optimizer.detach()
 
 
 class Training:
@@ -83,6 +87,7 @@ class Training:
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
         self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
         self._use_rows(recipe.data)
+        self.ahead = Ahead(self._micro_batches)
         which = self.causal_lm.base_identity
         facts = (recipe, len(job.data.train.lengths), len(job.data.eval.lengths), which)
         self.best_adapter = BestAdapter(job.model, job.base, job.tokenizer, *facts)
@@ -96,7 +101,7 @@ class Training:
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id)
+        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.on(job.device))
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -129,12 +134,12 @@ class Training:
         if check is not None and self.batches.data.packing and check.leak_message:
             self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
             self._use_rows(self.batches.data.model_copy(update={"packing": False}))
-        if self.train.optimizer.startswith("paged_") and not self.optimizer.paged:
-            message = f"{self.train.optimizer}: paging needs a CUDA GPU; its state stays in RAM"
-            self.sink.emit(Notice("optimizer", message))
+        if why := self.optimizer.moments.not_paged:
+            self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: {why}"))
         counts = self.job.model.get_nb_trainable_parameters()
         plan = self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts)
-        self.sink.emit(replace(plan, resume=determinism.promise(self.job.device)))
+        promise, attends = determinism.promise(self.job.device), attention.shown(self.causal_lm)
+        self.sink.emit(replace(plan, resume=promise, attention=attends))
         if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:
@@ -195,15 +200,18 @@ class Training:
         started = time.monotonic()
         packs = self.batches.order.packs_of_step(state.step)
         micro = self.recovery.settings.micro_batch_size
-        batches = self.batches.micro_batches(packs, micro)
+        batches = self.ahead.take((tuple(packs), micro))
         step_weight = sum(self.objective.weight(batch) for batch in batches)
 
         def gather() -> list[torch.Tensor]:
             now = self.recovery.settings.micro_batch_size
-            fitting = batches if now == micro else self.batches.micro_batches(packs, now)
+            fitting = batches if now == micro else self._micro_batches((packs, now))
             return self._gather_gradient(state, fitting, step_weight)
 
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
+        if state.step + 1 < self.batches.steps:  # a GPU is still at this one
+            following = tuple(self.batches.order.packs_of_step(state.step + 1))
+            self.ahead.prepare((following, self.recovery.settings.micro_batch_size))
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
         mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
@@ -239,6 +247,10 @@ class Training:
         if is_finite:
             self.sink.emit(done)
         return state
+
+    def _micro_batches(self, wanted: tuple[Sequence[Pack], int]) -> list[Batch]:
+        """Packs in micro-batches of so many rows."""
+        return [in_one_block(batch, self.job.device) for batch in self.batches.micro_batches(*wanted)]
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         """Forward and backward of each micro-batch; each one's summed loss, still on the device."""

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import psutil
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora import numerics
-from qlora.data.loader import PAD_TO_MULTIPLE, TrainOrder
+from qlora.data.layout import GPU_MULTIPLE, PAD_TO_MULTIPLE
+from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
 from qlora.errors import foreign_failures
@@ -74,13 +74,14 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
     lengths = data.train.lengths
     longest = min(sum(lengths), recipe.data.max_length) if recipe.data.packing else max(lengths, default=1)
     longest = max([longest, *data.eval.lengths])
-    padded = min(recipe.data.max_length, -(-longest // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE)
+    padded = min(recipe.data.max_length, -(-longest // GPU_MULTIPLE) * GPU_MULTIPLE)
     order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1)
     return DataFacts(
         longest=padded,
         batch_size=schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train),
         prompt_tokens=prompt_tokens,
         has_eval=bool(data.eval.lengths),
+        documents=max(map(len, order.epoch_packs(0)), default=1),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
         trained=_most_trained(recipe, data, padded),
         widths=_widths(recipe, data, padded),
@@ -136,8 +137,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
 def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
-    sizes = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes")
-    keys = (*sizes, "components", "settings", "notes")
+    of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
+    keys = (*of_bytes, "fits", "components", "settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 
@@ -157,14 +158,11 @@ def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Me
     trained = list(optimizer.parameters.values())
     known = {id(parameter) for parameter in trained}
     frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
-    masters = [master for key, master in optimizer.masters.items() if master is not optimizer.parameters[key]]
-    kept = chain.from_iterable(state.values() for state in optimizer.inner.state.values())
-    moments = {id(value): value for value in kept if isinstance(value, Tensor)}
     return Measured(
         peak_bytes=peak_bytes(device),
         weights_bytes=_total(frozen.values()),
         adapters_bytes=_total(trained),
-        optimizer_bytes=_total(masters) + _total(moments.values()),
+        optimizer_bytes=optimizer.kept_bytes,
         torch_version=torch.__version__,
     )
 

@@ -93,7 +93,6 @@ def restoring_state(optimizer: AdapterOptimizer, device: torch.device, work: Cal
             work()
     finally:
         optimizer.zero_gradients()
-        optimizer.inner.state.clear()
         optimizer.load_state(tensors, counters)
         with torch.no_grad():
             for key, parameter in optimizer.parameters.items():

@@ -119,12 +119,13 @@ def prepare(
     from qlora.export.verify.foresight import foresee_measuring
     from qlora.memory import hardware
     from qlora.model.meta_model import text_config
+    from qlora.model.weight_names import embedding_rows
     from qlora.training import evaluate, memory_plan
 
     with clock.phase("rows"):
         chat, data = prepare_rows(recipe, tokenizer, sink)
         asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
-        rows = text_config(base.config, base.name)[0].vocab_size
+        rows = embedding_rows(base.tensors) or text_config(base.config, base.name)[0].vocab_size
         check_ids(chat.tokenizer, data, (question.prompt_ids for question in asked), rows, base.name)
         say_stray_padding(chat.tokenizer, rows, base.name, sink)
     with clock.phase("checks", "plan memory"):

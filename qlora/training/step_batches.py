@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora.batch import Batch
+from qlora.data.layout import ON_CPU, Layout
 from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Plan
@@ -31,15 +32,19 @@ class StepBatches:
     batch_size: int  # packs of a step
     order: TrainOrder
     steps: int
+    layout: Layout = ON_CPU
 
     @classmethod
-    def of(cls, split: PreparedSplit, data: DataSection, train: TrainSection, pad_id: int) -> StepBatches:
+    def of(
+        cls, split: PreparedSplit, data: DataSection, train: TrainSection, pad_id: int, layout: Layout = ON_CPU
+    ) -> StepBatches:
         """The batch size may depend on how many packs there are, so the order is made twice."""
         trial = TrainOrder(split, data, train.seed, 1)
         batch_size = schedule.auto_batch_size(len(trial.epoch_packs(0)), train)
         order = TrainOrder(split, data, train.seed, batch_size)
         steps = train.max_steps or order.steps(train.epochs or schedule.DEFAULT_EPOCHS)
-        return cls(split, data, pad_id, batch_size, order, steps)
+        layout = layout.steady([sum(split.lengths[i] for i in pack) for pack in order.epoch_packs(0)])
+        return cls(split, data, pad_id, batch_size, order, steps, layout)
 
     def plan(self, now: MemorySettings, eval_rows: int, trainable_parameters: int, total_parameters: int) -> Plan:
         """What will happen, with the arithmetic."""
@@ -73,7 +78,7 @@ class StepBatches:
     def longest(self, micro_batch_size: int) -> Batch:
         """The micro-batch of the first epoch's packs with the most tokens."""
         packs = sorted(self.order.epoch_packs(0), key=lambda pack: (-self.tokens([pack]), pack))
-        return self.micro_batch(packs[:micro_batch_size])
+        return self.micro_batch(packs[:micro_batch_size], micro_batch_size)
 
     def tokens(self, packs: Sequence[Pack]) -> int:
         return sum(self.split.lengths[row] for pack in packs for row in pack)
@@ -82,7 +87,10 @@ class StepBatches:
         return [packs[start : start + micro_batch_size] for start in range(0, len(packs), micro_batch_size)]
 
     def micro_batches(self, packs: Sequence[Pack], micro_batch_size: int) -> list[Batch]:
-        return [self.micro_batch(chosen) for chosen in self.in_micro_batches(packs, micro_batch_size)]
+        chosen = self.in_micro_batches(packs, micro_batch_size)
+        return [self.micro_batch(few, micro_batch_size) for few in chosen]
 
-    def micro_batch(self, packs: Sequence[Pack]) -> Batch:
-        return collate(self.split, packs, self.pad_id, self.data.max_length)
+    def micro_batch(self, packs: Sequence[Pack], rows: int) -> Batch:
+        """The packs as rows of tensors, of a step whose micro-batches have `rows`."""
+        layout = self.layout.of_rows(rows, self.batch_size)
+        return collate(self.split, packs, self.pad_id, self.data.max_length, layout)

@@ -24,6 +24,7 @@ from tests.data.toys import (
     encode,
     encode_all,
     result,
+    rows_of,
     system,
     talk,
     template_of,
@@ -55,7 +56,7 @@ def test_each_answer_is_trained_once_and_as_it_is_served(name: str) -> None:
     chat = shape_chat(name)
     seen = 0
     for case, conversation in (TALKS | LONGER).items():
-        (rows,) = chat.rows_of([conversation])
+        rows = rows_of(chat, conversation)
         assert sorted(at for row in rows for at in answers(row)) == answers(conversation), case
         for row in rows:
             try:
@@ -76,7 +77,7 @@ def test_each_answer_is_trained_once_and_as_it_is_served(name: str) -> None:
 def test_a_row_is_the_served_prompt_and_its_last_answer(name: str) -> None:
     chat = shape_chat(name)
     for case, conversation in (TALKS | LONGER).items():
-        (rows,) = chat.rows_of([conversation])
+        rows = rows_of(chat, conversation)
         for row in rows if len(rows) > 1 and name != "gemma4" else ():
             last = answers(row)[-1]
             if row.messages[last - 1]["role"] == "assistant":
@@ -90,13 +91,13 @@ def test_a_row_is_the_served_prompt_and_its_last_answer(name: str) -> None:
 def test_what_stands_as_it_is_served_shares_a_row() -> None:
     """Qwen 3 keeps the thoughts since the last question: a call and the answer to its result are one row."""
     chat = shape_chat("qwen3")
-    (rows,) = chat.rows_of([LONGER["two questions with calls"]])
+    rows = rows_of(chat, LONGER["two questions with calls"])
     assert [answers(row) for row in rows] == [[1, 3], [5, 7]]
     assert [len(row.messages) for row in rows] == [4, 8]
     for row in rows:
         assert [text.count("<think>") for text in trained(chat, encode(chat, row))] == [1, 1]
     gemma = shape_chat("gemma4")
-    (rows,) = gemma.rows_of([LONGER["thoughts here and there"]])
+    rows = rows_of(gemma, LONGER["thoughts here and there"])
     assert [answers(row) for row in rows] == [[1, 3], [5, 7]]
 
 
@@ -108,7 +109,8 @@ def test_a_template_that_rewrites_nothing_leaves_each_conversation_one_row(
     talks = [*TALKS.values(), *LONGER.values()]
     assert not chat._served_rows._needed
     monkeypatch.setattr(chat._chat_template, "render", lambda *_, **__: pytest.fail("nothing needs to be rendered"))
-    assert all(row is item for (row,), item in zip(chat.rows_of(talks), talks, strict=True))
+    assert all(row is item for item in talks for row in rows_of(chat, item))
+    assert all(len(rows_of(chat, item)) == 1 for item in talks)
 
 
 def test_a_conversation_that_is_right_as_it_is_stays_the_same_row() -> None:
@@ -119,7 +121,7 @@ def test_a_conversation_that_is_right_as_it_is_stays_the_same_row() -> None:
         ("qwen3", talk(*LOOKED_UP, tools=(WEATHER,))),
         ("qwen3", TALKS["ends with a question"]),
     ):
-        ((row,),) = shape_chat(name).rows_of([conversation])
+        (row,) = rows_of(shape_chat(name), conversation)
         assert row is conversation, name
 
 
@@ -156,7 +158,7 @@ def test_generation_marks_are_followed_in_each_row() -> None:
 def test_a_refused_conversation_is_refused_once() -> None:
     chat = shape_chat("qwen3")
     bad = talk(*PLAIN, user("B?"), assistant("It ends <|im_end|> here."), user("C?"), assistant("Four."))
-    ((row,),) = chat.rows_of([bad])
+    (row,) = rows_of(chat, bad)
     assert row is bad
 
 
@@ -164,7 +166,7 @@ def test_a_thousand_turns_are_bounded_and_said(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(served_rows, "MAX_CHARS", 2000)
     chat = shape_chat("qwen3")
     long = talk(*(message for number in range(40) for message in (user(f"What is {number}?"), assistant("Light."))))
-    (rows,) = chat.rows_of([long])
+    rows = rows_of(chat, long)
     counts = [len(row.messages) for row in rows]
     assert counts[:-1] == list(range(2, 2 * len(rows), 2)) and counts[-1] == 80
     assert sum(len(chat._chat_template.render(row.messages, None)) for row in rows[:-1]) <= 2000

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora import api
-from qlora.errors import TokenizerError
+from qlora.errors import ModelError, TokenizerError
 from qlora.events import Recorder
 from qlora.recipe.reading import load_recipe
 from tests.families import make_base
@@ -53,6 +53,15 @@ def test_a_token_of_a_row_is_named_with_its_line_before_a_weight_is_read(base: P
         with pytest.raises(TokenizerError) as caught:
             api.check(load_recipe(recipe))
         assert caught.value.what == what
+
+
+def test_the_stored_embedding_counts_and_not_what_config_json_says(base: Path, tmp_path: Path) -> None:
+    """A config.json of another model is refused as such, not by a row's token."""
+    recipe = write_recipe(tmp_path, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(ModelError, match=r"is \[384, 64\], but the configuration makes .* \[300, 64\]"):
+        api.check(load_recipe(recipe))
 
 
 def test_a_token_of_the_rows_to_evaluate_on_is_named_too(base: Path, tmp_path: Path) -> None:

@@ -145,8 +145,12 @@ def encode(chat: ChatTokenizer, conversation: Conversation) -> TokenRow:
 
 def encode_all(chat: ChatTokenizer, conversation: Conversation) -> list[TokenRow]:
     """Tokens and masks of each row that a conversation becomes. Raises RowError."""
-    (rows,) = chat.rows_of([conversation])
-    return [encode(chat, row) for row in rows]
+    return [encode(chat, row) for row in rows_of(chat, conversation)]
+
+
+def rows_of(chat: ChatTokenizer, conversation: Conversation) -> list[Conversation]:
+    """The rows that a conversation becomes."""
+    return [row for _, row in chat.as_served([("a.jsonl:1", conversation)]) if isinstance(row, Conversation)]
 
 
 def chat_of(template: str | None, family: Family = CHATML, loss_on: str = "assistant") -> ChatTokenizer:

@@ -94,10 +94,11 @@ def merge_of(base: Path, adapter: Path, **settings) -> Merge:  # type: ignore[no
         "merge_base": "full",
         "quantization": QuantizationSection(type="none"),
         "dtype": torch.float32,
+        "device": torch.device("cpu"),
         **settings,
     }
     plan = make_plan(found, build(found), own, values["merge_base"], values["quantization"])
-    return Merge(found, own, device=torch.device("cpu"), plan=plan, **values)
+    return Merge(found, own, plan=plan, **values)
 
 
 def whole(tensor, unit: int = 1) -> torch.Tensor:  # type: ignore[no-untyped-def]

@@ -10,9 +10,10 @@ import pytest
 from qlora.cli.common import as_options
 from qlora.errors import ExportError, UserError
 from qlora.events import Recorder
-from qlora.export.adapter_base import open_base
-from qlora.model.adapter_folder import provenance, read_adapter
+from qlora.export.adapter_base import as_trained, open_base
+from qlora.model.adapter_folder import Provenance, provenance, read_adapter
 from qlora.model.resolve import resolve
+from qlora.recipe.sections import QuantizationSection
 from tests.export.cases import KINDS, edit, export, exported, line, name_the_base, of_peft, trained
 from tests.families import make_base, make_tokenizer
 
@@ -106,6 +107,17 @@ def test_a_strangers_adapter_was_trained_in_16_bit(llama: Path, tmp_path: Path) 
     assert line(report, "trained").kl == 0 and line(report, "hf").kl < 1e-3
     said = [event.as_dict()["message"] for event in recorder.of("notice")]
     assert any("trained on 16 bit" in message and "merge_base='nf4'" in message for message in said)
+
+
+def test_a_run_on_16_bit_is_merged_on_no_4_bit_base(llama: Path) -> None:
+    """Nothing was measured against such a base, and the run says itself how it held its own."""
+    base = resolve(str(llama), "main", Recorder())
+    ours = Provenance(base.name, "main", base.fingerprint, QuantizationSection(type="none"))
+    with pytest.raises(ExportError) as caught:
+        as_trained(ours, base, "nf4")
+    assert as_options(caught.value.what) == "--base nf4 is not possible: the run trained on its base in 16 bit"
+    assert as_options(caught.value.hint) == "leave --base out"
+    assert as_trained(ours, base, "full") is as_trained(ours, base, "auto") is ours
 
 
 @pytest.mark.slow

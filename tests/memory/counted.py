@@ -77,8 +77,8 @@ def real_batch(workload: Workload, vocabulary: int) -> Batch:
 
 
 def _give_gradients(optimizer: AdapterOptimizer) -> None:
-    for master in optimizer.masters.values():
-        master.grad = torch.zeros_like(master)
+    for key, master in optimizer.masters.items():
+        optimizer.add_gradient(key, torch.zeros(()).expand(master.shape))
 
 
 def _peak_above(work: Callable[[], None]) -> int:
@@ -113,11 +113,8 @@ def _tensors(model: Any, optimizer: AdapterOptimizer, batch: Batch) -> list[torc
         for one in (state, getattr(state, "state2", None)):
             values = (getattr(one, name, None) for name in ("absmax", "code", "offset"))
             found += [value for value in values if isinstance(value, torch.Tensor)]
-    for master in optimizer.masters.values():
-        found += [master] if master.grad is None else [master, master.grad]
-    for moments in optimizer.inner.state.values():
-        found += [value for value in moments.values() if isinstance(value, torch.Tensor)]
-    return found + [getattr(batch, name) for name in Batch.__dataclass_fields__]
+    found += [*optimizer.masters.values(), *optimizer.gradients.values(), optimizer.moments.buffer]
+    return found + [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
 
 
 def _storages(model: Any, optimizer: AdapterOptimizer, batch: Batch) -> dict[int, int]:

@@ -14,7 +14,7 @@ from qlora.events import Recorder
 from qlora.model import adapters, load
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.resolve import resolve
-from qlora.model.weight_names import adapter_name, class_names, other_part, text_module, text_name
+from qlora.model.weight_names import adapter_name, class_names, embedding_rows, other_part, text_module, text_name
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.cases import KINDS as LORAS
 from tests.export.cases import logits, trained
@@ -125,5 +125,55 @@ def test_a_class_that_cannot_be_built_leaves_the_causal_models_names(
     model = build(base).model
     names = class_names(base, model)
     assert names is not None and names.of(LAYER) == "model.language_model.layers.0.self_attn.q_proj"
-    monkeypatch.setattr(weight_names, "_whole_model", lambda base: None)
-    assert class_names(base, model) is None
+    said: list[str] = []
+    assert class_names(base, model, said.append) is not None
+    assert said == ["written for LlavaForConditionalGeneration: on LlamaForCausalLM peft finds no place for it"]
+
+    def unknown(base: object) -> None:
+        raise KeyError("vision")
+
+    for whole, reason in ((lambda base: None, "transformers has none that reads images"), (unknown, "vision")):
+        monkeypatch.setattr(weight_names, "_whole_model", whole)
+        said.clear()
+        assert class_names(base, model, said.append) is None
+        (message,) = said
+        assert message.startswith("written for LlamaForCausalLM alone, not for the class that") and reason in message
+
+
+def test_the_embeddings_rows_are_those_that_are_stored(tmp_path: Path) -> None:
+    from tests.families import make_base
+
+    base = resolve(str(make_base("llama", tmp_path / "base")), "main", Recorder())
+    rows = base.config["vocab_size"]
+    assert embedding_rows(base.tensors) == rows
+    beside = {"model.embed_tokens_per_layer.weight": base.tensors["model.norm.weight"]}
+    assert embedding_rows(base.tensors | beside) == rows
+    multimodal = resolve(str(make_multimodal("gemma3", tmp_path / "whole")), "main", Recorder())
+    assert embedding_rows(multimodal.tensors) == multimodal.config["text_config"]["vocab_size"]
+    assert embedding_rows({name: entry for name, entry in base.tensors.items() if "embed" not in name}) is None
+
+
+def test_an_adapter_is_written_for_the_first_of_the_architectures(tmp_path: Path) -> None:
+    """Qwen 3.5 opens as either of two classes, and peft finds no key on the other: config.json names one."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = make_multimodal("qwen3_5", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    base = resolve(str(folder), "main", Recorder())
+    said: list[str] = []
+    model = trained(folder, tmp_path / "whole", LORAS["plain"], PLAIN)
+    names = class_names(base, model, said.append)
+    assert names is not None and names.opens_on == "Qwen3_5ForConditionalGeneration"
+    assert said == ["written for Qwen3_5ForConditionalGeneration: on Qwen3_5ForCausalLM peft finds no place for it"]
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3_5ForCausalLM"]}))
+    model = trained(folder, tmp_path / "text", LORAS["plain"], PLAIN)
+    said.clear()
+    assert class_names(resolve(str(folder), "main", Recorder()), model, said.append) is None and not said
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        opened = PeftModel.from_pretrained(plain, str(tmp_path / "text"), autocast_adapter_dtype=False).eval()
+    assert not [warning for warning in warned if "adapter keys" in str(warning.message)]
+    assert torch.equal(logits(opened), logits(model))

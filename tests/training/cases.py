@@ -18,8 +18,8 @@ def optimizer() -> AdapterOptimizer:
         for m in "AB"
     }
     made = AdapterOptimizer(parameters, "adamw", 0.0)
-    for parameter in made.masters.values():
-        parameter.grad = torch.randn_like(parameter)
+    for key, master in made.masters.items():
+        made.add_gradient(key, torch.randn_like(master))
     made.gradient_norm()
     made.step(1e-3)
     return made

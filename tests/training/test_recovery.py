@@ -60,7 +60,7 @@ def in_fp32(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     norm = loop.AdapterOptimizer.gradient_norm
 
     def gradient_norm(self: Any) -> torch.Tensor:
-        seen.append({key: master.grad.clone() for key, master in self.masters.items() if master.grad is not None})
+        seen.append({key: gradient.clone() for key, gradient in self.gradients.items()})
         return norm(self)
 
     monkeypatch.setattr(loop.AdapterOptimizer, "gradient_norm", gradient_norm)

@@ -26,7 +26,7 @@ def test_micro_batches_of_any_size_are_the_same_rows(packing: bool, micro_batch_
     assert [pack for part in parts for pack in part] == packs
     batches = rows.micro_batches(packs, micro_batch_size)
     assert [batch.rows for batch in batches] == [len(part) for part in parts]
-    whole = rows.micro_batch(packs)
+    whole = rows.micro_batch(packs, 4)
     kept = [batch.input_ids_BS.flatten()[batch.trained_T] for batch in batches]
     assert torch.equal(torch.cat(kept), whole.input_ids_BS.flatten()[whole.trained_T])
     assert rows.tokens(packs) == sum(LENGTHS[row] for pack in packs for row in pack)

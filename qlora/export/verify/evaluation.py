@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora.batch import Batch
+from qlora.data.layout import ON_CPU, Layout
 from qlora.data.loader import collate, eval_packs
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
@@ -57,6 +58,7 @@ class EvalRows:
     section: DataSection
     pad_id: int
     packs_at_once: int
+    layout: Layout = ON_CPU
 
     @cached_property
     def micro_batches(self) -> list[list[tuple[int, ...]]]:
@@ -66,12 +68,12 @@ class EvalRows:
 
     def batches(self) -> Iterator[Batch]:
         for packs in self.micro_batches:
-            yield collate(self.split, packs, self.pad_id, self.section.max_length)
+            yield collate(self.split, packs, self.pad_id, self.section.max_length, self.layout)
 
     def sample(self, every: int) -> Iterator[Batch]:
         """The rows of every `every`-th micro-batch, each pack alone: memory may be scarcer here."""
         for pack in chain(*self.micro_batches[::every]):
-            yield collate(self.split, [pack], self.pad_id, self.section.max_length)
+            yield collate(self.split, [pack], self.pad_id, self.section.max_length, self.layout)
 
     def record(self, step: int, losses: Sequence[tuple[Tensor, float]]) -> DeliveredLoss | None:
         """What is delivered with the adapter of a step; `losses` are those of all micro-batches, in order.

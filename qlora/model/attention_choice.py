@@ -1,0 +1,225 @@
+"""Which kernel a model attends with: chosen once, by a small trial on the device that will compute.
+
+By default a GPU takes the first of `varlen` and `efficient` (`flex` for a model that caps its scores) that passes: a
+forward and a backward pass over three short documents with the model's own heads and, where it has windows, a window,
+against the documents one by one on the CPU; then the whole model's hidden states against those with today's mask.
+What passes none keeps the mask. A CPU keeps it too, and takes the documents one by one where it is asked to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora import numerics
+from qlora.batch import Batch
+from qlora.device import is_card
+from qlora.errors import ModelError, foreign_failures
+from qlora.events import Notice, Sink
+from qlora.forward_facts import in_forward
+from qlora.model.attention import NAME, name_of
+from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM
+from qlora.model.document_mask import DocumentMask
+
+LENGTHS = (40, 17, 7)  # documents of the trial: of more and of less than a block of 32, and shorter than WINDOW
+WINDOW = 16
+# Relative to the norm of what is right. bf16 has 8 bits: one product of 64 tokens is off by 0.004, a model's hidden
+# states by 0.01 to 0.03; a token too many or too few in a window, or of another document, by 0.1 to 1.
+KERNEL_TOLERANCE, MODEL_TOLERANCE = 0.03, 0.1
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What of a model decides whether a kernel takes it."""
+
+    query: int
+    key: int
+    width: int
+    windowed: bool
+    softcap: float | None
+
+
+def choose(
+    config: Any, name: str, wanted: str, device: torch.device, recorded: str | None = None
+) -> tuple[str | None, str]:
+    """The kernel with which a model of `config` attends on `device`; or None, for the mask, and why.
+
+    `name` is under which it attends with its mask, `wanted` is `model.attention`, and `recorded` the name under which
+    a run that goes on has attended: it does so again if that passes its trial. Raises ModelError where "varlen" is
+    asked for and nothing passes.
+    """
+    if wanted not in ("auto", "varlen") or (wanted == "auto" and not is_card(device)):
+        return None, ""
+    lack = lack_of(config, name)
+    found = () if lack else candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
+    before = [kernel for kernel in found if name_of(kernel) == recorded]
+    if wanted == "auto" and recorded == name:
+        return None, ""
+    lacks = [lack] if lack else []
+    for kernel in dict.fromkeys([*before, *found]):
+        if not (lack := tried(kernel, heads_of(config), device)):
+            return kernel, ""
+        lacks.append(lack)
+    if wanted == "varlen":
+        raise _impossible("; ".join(lacks))
+    return None, "; ".join(lacks)
+
+
+def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
+    """Gives a loaded model, on `device`, the kernel that `choose` names, if the model is right with it.
+
+    A run takes what was decided when it began. Raises ModelError where "varlen" is asked for and cannot be had.
+    """
+    run, name = numerics.of_run(), today(model)
+    kernel, lack = choose(model.config.get_text_config(), name, wanted, device, run.attention if run else None)
+    if kernel is not None:
+        lack = _differs(model, kernel, device)
+        if not lack:
+            model.config._attn_implementation = name_of(kernel)
+        elif wanted == "varlen":
+            raise _impossible(lack)
+    if run is not None:
+        numerics.correct(run.model_copy(update={"attention": today(model)}))
+    if lack:
+        sink.emit(Notice("attention", f"packed documents are kept apart by a mask of S × S: {lack}"))
+    if wanted == "auto" and today(model) == "eager":
+        sink.emit(Notice("attention", "eager attention is used: sdpa cannot compute this model's attention"))
+
+
+def _impossible(lack: str) -> ModelError:
+    return ModelError(f'model.attention = "varlen" is not possible here: {lack}', 'use "auto" or "eager"')
+
+
+def _has_no_kernels(device: torch.device) -> bool:
+    """Whether what lies on `device` is computed by the CPU: it is one, or stands in for a card."""
+    return torch.empty(0, device=device).is_cpu
+
+
+def today(model: Any) -> str:
+    return str(model.config._attn_implementation)
+
+
+def assumed(
+    config: Any, name: str, wanted: str, capability: int, windows: bool = sys.platform == "win32"
+) -> str | None:
+    """The kernel that a GPU of that compute capability (86 is 8.6) takes, before it is tried; None: the mask.
+
+    `name` is under which the model attends now, `windows` whether it computes under native Windows.
+    """
+    if wanted not in ("auto", "varlen") or lack_of(config, name):
+        return None
+    found = candidates(config, one_by_one=False)
+    has_flash = capability >= 80 and not windows
+    return next((kernel for kernel in found if kernel != "varlen" or has_flash), None)
+
+
+def lack_of(config: Any, name: str) -> str:
+    """Why a model that attends under that name keeps its mask; "" where a kernel may be tried."""
+    if not getattr(config, "num_attention_heads", None):
+        return "it has no heads that attend"
+    heads = heads_of(config)
+    if not name.startswith(NAME) and (name != "eager" or heads.softcap is None):
+        return f"transformers computes its attention by {name} alone"
+    if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "is_causal", True) is False:
+        return "its mask is more than documents and windows"
+    if getattr(config, "attention_dropout", 0.0) or getattr(config, "attention_probs_dropout_prob", 0.0):
+        return "it drops attention while training"
+    if heads.width > MOST_HEAD_DIM or heads.width % HEAD_DIM_MULTIPLE:
+        return f"its heads are {heads.width} wide"
+    return ""
+
+
+def heads_of(config: Any) -> Heads:
+    known = vars(config)
+    query = int(config.num_attention_heads)
+    key = known.get("num_key_value_heads") or query
+    width = known.get("head_dim") or int(config.hidden_size) // query
+    windowed = known.get("sliding_window") is not None
+    return Heads(query, int(key), int(width), windowed, known.get("attn_logit_softcapping"))
+
+
+def candidates(config: Any, one_by_one: bool) -> Sequence[str]:
+    """Kernels to try, the best first; `one_by_one` is for a device that has none of its own."""
+    if one_by_one:
+        return ("one by one",)
+    return ("varlen", "efficient") if heads_of(config).softcap is None else ("flex",)
+
+
+@lru_cache(64)
+def tried(kernel: str, heads: Heads, device: torch.device) -> str:
+    """Why a kernel is not taken on the device; "" where its output and gradients are right."""
+    batch = trial_batch(vocabulary=2)
+    generator = torch.Generator().manual_seed(0)
+    counts = (heads.query, heads.key, heads.key, heads.query)
+    drawn = [torch.randn(1, count, sum(LENGTHS), heads.width, generator=generator) for count in counts]
+    for window in (None, WINDOW) if heads.windowed else (None,):
+        with foreign_failures() as failure:
+            right = _pass("one by one", drawn, DocumentMask(batch, window), heads.softcap)
+            found = _pass(
+                kernel,
+                [one.bfloat16().to(device) for one in drawn],
+                DocumentMask(batch.to(device), window),
+                heads.softcap,
+            )
+            worst = max(_relative(one, other) for one, other in zip(found, right, strict=True))
+        if failure.error:
+            return f"{kernel}: {failure.reason[:120]}"
+        if not worst <= KERNEL_TOLERANCE:
+            return f"{kernel}: off by {worst:.2f} in a trial"
+    return ""
+
+
+def _pass(kernel: str, drawn: Sequence[Tensor], mask: DocumentMask, softcap: float | None) -> list[Tensor]:
+    """Output and gradients of query, key and value, for a gradient of the output that is drawn too."""
+    query, key, value = (one.detach().requires_grad_() for one in drawn[:3])
+    with torch.enable_grad():
+        output = KERNELS[kernel](query, key, value, mask, None, softcap)
+        gradients = torch.autograd.grad(output, (query, key, value), drawn[3].transpose(1, 2))
+    return [output.detach(), *gradients]
+
+
+def _relative(found: Tensor, right: Tensor) -> float:
+    right = right.double().cpu()
+    return float((found.double().cpu() - right).norm() / right.norm())
+
+
+def trial_batch(vocabulary: int) -> Batch:
+    """One row of three documents whose last tokens are not trained."""
+    ids_BS = (torch.arange(sum(LENGTHS)) * 7 % vocabulary)[None]
+    positions_BS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    documents_BS = torch.cat([torch.full((length,), number) for number, length in enumerate(LENGTHS)])[None]
+    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    weights_BS = torch.ones(ids_BS.shape)
+    trained_T = torch.arange(ids_BS.numel())
+    return Batch(ids_BS, positions_BS, documents_BS, ids_BS.roll(-1, 1), weights_BS, trained_T, starts, LENGTHS)
+
+
+def _differs(model: Any, kernel: str, device: torch.device) -> str:
+    """Why the model's hidden states with a kernel are not those with its mask; "" where they are."""
+    batch = trial_batch(int(model.config.get_text_config().vocab_size)).to(device)
+    named = {"position_ids": batch.position_ids_BS, "attention_mask": None, "use_cache": False}
+    with foreign_failures() as failure, torch.no_grad(), in_forward(batch):
+        right = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
+        with _attending(model, name_of(kernel)):
+            found = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
+        worst = _relative(found, right)
+    if failure.error:
+        return f"{kernel}: its layers don't hand documents on ({failure.reason[:120]})"
+    return "" if worst <= MODEL_TOLERANCE else f"{kernel}: the model's hidden states differ by {worst:.2f}"
+
+
+@contextmanager
+def _attending(model: Any, name: str) -> Iterator[None]:
+    before = today(model)
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before

@@ -1,0 +1,190 @@
+"""Attention over documents that lie one behind the other, without an S × S mask: one function a kernel.
+
+Each takes query (B, heads, S, D), key and value (B, kv heads, S, D), a `DocumentMask`, the scale of the scores (None:
+1/sqrt(D)) and their cap (Gemma 2 report, section 2; None: none), and returns (B, S, heads, D). Padding is computed as
+part of the document before it. None of them asks the device anything.
+
+`varlen` is torch's flash attention by `cu_seqlens` (Dao 2023; aten/native/transformers/cuda/flash_attn): Ampere and
+later, and not in builds for native Windows. `efficient` is the memory-efficient kernel (Rabe & Staats 2021;
+mem_eff_attention), which every card and system has, with keys repeated for the heads that share them. `flex` compiles
+the cap into its kernel and skips blocks of other documents. `one_by_one` says what all of them compute, in plain
+products of each document alone: the reference, and what a CPU computes where it is asked to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from qlora.model.document_mask import DocumentMask
+
+Kernel = Callable[[Tensor, Tensor, Tensor, DocumentMask, float | None, float | None], Tensor]
+
+# Of the flash kernels: flash_attn/flash_api.cpp, mha_varlen_fwd ("at most 256", "a multiple of 8").
+MOST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8
+_CAUSAL = 1  # mem_eff_attention/kernel_forward.h, CustomMaskType::CausalFromTopLeft
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
+) -> Tensor:
+    """torch.nn.attention.varlen. Raises NotImplementedError for a cap, or where torch has no such function."""
+    attend = _varlen_attn()
+    if attend is None or softcap is not None:
+        raise NotImplementedError("this torch has no varlen_attn with windows, shared keys and a scale")
+    batch = mask.batch
+    left = -1 if _sees_all(mask) else _window(mask) - 1
+    most, starts = batch.max_document, batch.cu_seqlens
+    q, k, v = (_flat(one) for one in (query, key, value))
+    output = attend(q, k, v, starts, starts, most, most, window_size=(left, 0), enable_gqa=True, scale=scale)
+    return output.view(*_output_shape(query))  # type: ignore[no-any-return]
+
+
+@cache
+def _varlen_attn() -> Any:
+    """torch 2.10's takes neither windows nor shared keys; None where it is so, or there is none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    taken = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"window_size", "enable_gqa", "scale"} <= taken.keys() else None
+
+
+def varlen_backward() -> Any:
+    """torch's operation for the backward pass of `varlen`; None where there is none."""
+    return None if _varlen_attn() is None else torch.ops.torch_attn._varlen_attn_backward.default
+
+
+def efficient(
+    query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
+) -> Tensor:
+    """aten's memory-efficient kernel over `cu_seqlens`. Raises NotImplementedError for a cap."""
+    if softcap is not None:
+        raise NotImplementedError("the memory-efficient kernel has no cap")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    aten = torch.ops.aten
+    if query.is_meta:  # its own backward pass has no form for meta tensors: these are the same tensors
+        output = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True, scale=scale)[0]
+        return output.transpose(1, 2)  # type: ignore[no-any-return]
+    q, k, v = (_flat(one).unsqueeze(0) for one in (query, key, value))
+    most, starts = mask.batch.max_document, mask.batch.cu_seqlens
+    window = None if _sees_all(mask) else _window(mask)
+    output = aten._efficient_attention_forward(
+        q, k, v, None, starts, starts, most, most, 0.0, _CAUSAL, True, scale=scale, window_size=window
+    )[0]
+    return output.view(*_output_shape(query))  # type: ignore[no-any-return]
+
+
+def one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Each document by itself, by sdpa, or by its scores where they are capped."""
+    lengths, window = mask.batch.document_lengths, mask.window
+    parts = []
+    for q, k, v in zip(*(torch.split(_flat(one), list(lengths)) for one in (query, key, value)), strict=True):
+        alone = (q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        band = None if window is None or len(q) <= window else causal_band(len(q), window, q.device)
+        if softcap is not None:
+            seen = causal_band(len(q), len(q), q.device) if band is None else band
+            output = by_scores(*alone, seen, scale, softcap)
+        else:
+            shared = q.shape[1] != k.shape[1]
+            output = scaled_dot_product_attention(*alone, band, is_causal=band is None, scale=scale, enable_gqa=shared)
+        parts.append(output[0].transpose(0, 1))
+    return torch.cat(parts).view(*_output_shape(query))
+
+
+def causal_band(length: int, window: int, device: torch.device) -> Tensor:
+    """(S, S): true where key j is among the `window` tokens up to query i."""
+    places_S = torch.arange(length, device=device)
+    behind_SS = places_S[:, None] - places_S
+    return (behind_SS >= 0) & (behind_SS < window)
+
+
+def by_scores(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    """Attention by its definition, (B, heads, S, D): capped scores where `seen`, softmax in fp32, weighted sum."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    lowest = torch.finfo(scores.dtype).min
+    weights = scores.masked_fill(~seen, lowest).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
+) -> Tensor:
+    """torch's flex_attention, compiled (on a CPU as it is: its reference there computes S × S scores)."""
+    if query.is_meta:  # it knows none; flash attention keeps the same tensors, and its scratch is the larger
+        output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]
+        return output.transpose(1, 2)  # type: ignore[no-any-return]
+    attend = _flex_attention(compiled=not query.is_cpu)
+    capped = None if softcap is None else partial(_capped, softcap=softcap)
+    output = attend(query, key, value, capped, _block_mask(mask, compiled=not query.is_cpu), scale, enable_gqa=True)
+    return output.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+
+
+@cache
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def _block_mask(mask: DocumentMask, compiled: bool) -> Any:
+    """Which blocks of queries and keys meet at all: made for the first layer, kept with the mask for the others."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    known = vars(mask).get("blocks")
+    if known is None:
+        batch, window = mask.batch, mask.window
+        positions_BS, documents_BS = batch.position_ids_BS, batch.document_ids_BS
+
+        def seen(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            together = (documents_BS[b, q] == documents_BS[b, k]) & (q >= k)
+            return together if window is None else together & (positions_BS[b, k] > positions_BS[b, q] - window)
+
+        rows, length = batch.input_ids_BS.shape
+        device = str(batch.input_ids_BS.device)
+        known = vars(mask)["blocks"] = create_block_mask(seen, rows, None, length, length, device, _compile=compiled)
+    return known
+
+
+def _capped(score: Tensor, *_: Tensor, softcap: float) -> Tensor:
+    return torch.tanh(score / softcap) * softcap
+
+
+def _sees_all(mask: DocumentMask) -> bool:
+    return mask.window is None or mask.window >= mask.batch.max_document
+
+
+def _window(mask: DocumentMask) -> int:
+    assert mask.window is not None
+    return mask.window
+
+
+def _flat(states: Tensor) -> Tensor:
+    """(B, heads, S, D) as (N, heads, D)."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+def _output_shape(query: Tensor) -> tuple[int, int, int, int]:
+    rows, heads, length, width = query.shape
+    return rows, length, heads, width
+
+
+KERNELS: dict[str, Kernel] = {"varlen": varlen, "efficient": efficient, "flex": flex, "one by one": one_by_one}
+CAPPED = ("flex", "one by one")  # those that cap scores

@@ -1,0 +1,174 @@
+"""Which kernel is taken: by trial, by the card's facts before it, and what is said where none passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qlora.errors import ModelError
+from qlora.events import Recorder
+from qlora.model import attention, attention_choice, document_attention
+from qlora.model.attention_choice import Heads, assumed, lack_of, settle, tried
+from qlora.model.base_folder import BaseFolder
+from tests import all_families
+from tests.card import Card, rehearsal
+from tests.families import make_config
+from tests.model.conftest import CPU, load
+
+HEADS = Heads(4, 2, 16, windowed=True, softcap=None)
+
+
+def settled(model: Any, wanted: str, kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """`settle` on a card that has these kernels and no others; its tensors stay on the CPU."""
+
+    def absent(*_: Any) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    for name in ("varlen", "efficient", "flex"):
+        monkeypatch.setitem(document_attention.KERNELS, name, kernels.get(name, absent))
+    tried.cache_clear()
+    recorder = Recorder()
+    with rehearsal(monkeypatch, Card(total=1 << 30)):
+        settle(model, wanted, CPU, recorder)
+    tried.cache_clear()
+    return recorder
+
+
+def shifted(*arguments: Any) -> Any:
+    """A kernel whose windows are a token too wide."""
+    query, key, value, mask, scale, cap = arguments
+    window = None if mask.window is None else mask.window + 1
+    return document_attention.one_by_one(query, key, value, type(mask)(mask.batch, window), scale, cap)
+
+
+def leaking(*arguments: Any) -> Any:
+    query, key, value, mask, scale, cap = arguments
+    batch = attention_choice.trial_batch(9)
+    whole = type(batch)(*[getattr(batch, name) for name in list(vars(batch))[:7]], (64,))
+    return document_attention.one_by_one(query, key, value, type(mask)(whole, mask.window), scale, cap)
+
+
+@pytest.mark.parametrize(
+    ("family", "kernels", "chosen"),
+    [
+        ("llama", ("varlen", "efficient"), "varlen"),
+        ("llama", ("efficient",), "efficient"),
+        ("llama", (), "sdpa"),
+        ("gemma2", ("flex",), "flex"),
+        ("gemma2", ("varlen",), "eager"),
+        ("gemma3", ("varlen",), "varlen"),
+    ],
+)
+def test_the_first_that_passes_is_taken(
+    base_of: Callable[[str], BaseFolder], family: str, kernels: tuple[str, ...], chosen: str, monkeypatch: Any
+) -> None:
+    model = load(base_of(family), "none")
+    working = dict.fromkeys(kernels, document_attention.one_by_one)
+    said = [event.as_dict()["message"] for event in settled(model, "auto", working, monkeypatch).of("notice")]
+    assert attention.shown(model) == chosen
+    masked = chosen in ("sdpa", "eager")
+    assert any("S × S" in message and "no kernel image" in message for message in said) == masked
+
+
+@pytest.mark.parametrize("wrong", [shifted, leaking])
+def test_a_kernel_that_is_wrong_is_not_taken(
+    base_of: Callable[[str], BaseFolder], wrong: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(base_of("mistral"), "none")
+    recorder = settled(model, "auto", {"varlen": wrong, "efficient": document_attention.one_by_one}, monkeypatch)
+    assert attention.shown(model) == "efficient" and not recorder.of("notice")
+    model = load(base_of("mistral"), "none")
+    said = str(settled(model, "auto", {"varlen": wrong}, monkeypatch).of("notice")[0])
+    assert attention.shown(model) == "sdpa" and "varlen: off by" in said and "efficient: no kernel image" in said
+
+
+def test_documents_that_were_asked_for_are_refused_where_they_cannot_be(
+    base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(base_of("mistral"), "none")
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ModelError, match="it drops attention while training") as error:
+        settle(model, "varlen", CPU, Recorder())
+    assert error.value.hint == 'use "auto" or "eager"'
+
+
+def test_a_model_whose_layers_do_not_hand_documents_on_keeps_its_mask(
+    base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(base_of("llama"), "none")
+    layer = model.model.layers[0]
+    real = layer.forward
+
+    def looks(hidden: Any, attention_mask: Any = None, **named: Any) -> Any:
+        return real(hidden, attention_mask=None if attention_mask is None else attention_mask[:, :, :, :], **named)
+
+    layer.forward = looks
+    said = settled(model, "auto", {"varlen": document_attention.one_by_one}, monkeypatch).of("notice")
+    assert attention.shown(model) == "sdpa" and "hand documents on" in str(said[0])
+
+    def loses(hidden: Any, attention_mask: Any = None, **named: Any) -> Any:
+        kept = None if not isinstance(attention_mask, torch.Tensor) else attention_mask
+        return real(hidden, attention_mask=kept, **named)
+
+    layer.forward = loses
+    said = settled(model, "auto", {"varlen": document_attention.one_by_one}, monkeypatch).of("notice")
+    assert attention.shown(model) == "sdpa" and "differ" in str(said[0])
+
+
+def test_a_cpu_keeps_its_mask_unless_it_is_asked(base_of: Callable[[str], BaseFolder]) -> None:
+    for wanted, chosen in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager"), ("varlen", "one by one")):
+        assert attention.shown(load(base_of("qwen3"), "none", wanted)) == chosen
+    model = load(base_of("gemma2"), "none")
+    recorder = Recorder()
+    settle(model, "auto", CPU, recorder)
+    assert "eager attention is used" in str(recorder.of("notice")[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("llama", {}, ""),
+        ("gemma2", {}, ""),
+        ("llama", {"attention_dropout": 0.1}, "drops attention"),
+        ("llama", {"head_dim": 320}, "320 wide"),
+        ("llama", {"head_dim": 12}, "12 wide"),
+        ("llama", {"attention_chunk_size": 8}, "more than documents"),
+        ("llama", {"is_causal": False}, "more than documents"),
+    ],
+)
+def test_what_keeps_the_mask(family: str, change: dict[str, Any], reason: str) -> None:
+    config = make_config(family, overrides=change)
+    name = "eager" if family == "gemma2" else attention.NAME
+    found = lack_of(config, name)
+    assert reason in found and bool(found) == bool(reason)
+    assert (assumed(config, name, "auto", 89, windows=False) is None) == bool(reason)
+
+
+def test_attention_of_a_models_own_keeps_it() -> None:
+    assert "eager alone" in lack_of(make_config("llama"), "eager")
+    assert "sdpa alone" in lack_of(make_config("llama"), "sdpa")
+    assert "no heads" in lack_of(all_families.make_config("mamba"), attention.NAME)
+
+
+def test_what_is_assumed_of_a_card_before_it_is_tried() -> None:
+    config, name = make_config("llama"), attention.NAME
+    assert assumed(config, name, "auto", 86, windows=False) == "varlen"
+    assert assumed(config, name, "auto", 86, windows=True) == "efficient", "builds for Windows have no flash attention"
+    assert assumed(config, name, "varlen", 75, windows=False) == "efficient", "nor has Turing"
+    assert assumed(config, name, "sdpa", 86, windows=False) is None
+    assert assumed(make_config("gemma2"), "eager", "auto", 86, windows=True) == "flex"
+    assert assumed(make_config("gemma2"), "eager", "eager", 86, windows=False) is None
+
+
+def test_a_trial_looks_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward_only(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        return document_attention.one_by_one(query, key, value.detach() + 0 * value, *rest)
+
+    monkeypatch.setitem(document_attention.KERNELS, "varlen", forward_only)
+    tried.cache_clear()
+    assert "off by 1.00" in tried("varlen", HEADS, CPU)
+    tried.cache_clear()
+    assert tried("one by one", HEADS, CPU) == ""
