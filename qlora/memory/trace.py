@@ -120,7 +120,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._blocks = {key: block for key, block in laid_out.items() if block is not None}
 
     def record(self, before: Sequence[int] = ()) -> Tape:
-        """Write down requests and releases from now on, after the sizes of what lives already, and of what did before."""
+        """Write down requests and releases from now on, after the sizes of what lives and of what did before."""
         self.tape = Tape(before, [block.wanted for block in self._blocks.values()])
         return self.tape
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent.parent), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 from stacks import Stack
@@ -32,7 +32,7 @@ from qlora.memory.hardware import Gpu
 from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
-FILE = HERE / "results/peaks.json"
+FILE = Path(__file__).resolve().parent / "results/peaks.json"
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
