@@ -17,7 +17,7 @@ READING_BYTES = 160 * MIB
 # By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects: 92 to
 # 98 MiB beside live tensors and the kernels below, with bases of 3 and of 107 MiB.
 RUNNING_BYTES = 103 * MIB
-# oneDNN compiles a kernel for each shape of a product and keeps the last 1,024 (its ONEDNN_PRIMITIVE_CACHE_CAPACITY): of
+# oneDNN compiles a kernel for each shape of a product and keeps the last 1,024 (ONEDNN_PRIMITIVE_CACHE_CAPACITY): of
 # 40 steps of different widths with a cache of 8, the peak was 61 MiB lower. A width has about 20 shapes.
 KERNEL_BYTES = 110 << 10
 MOST_KERNELS = 1024
@@ -32,6 +32,6 @@ def held_bytes() -> int:
 
 
 def added_bytes(live: int, widths: int) -> int:
-    """What a run with `live` bytes of tensors at its peak, and batches of so many different widths, adds beside them."""
+    """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors."""
     kernels = min(MOST_KERNELS, KERNELS_OF_WIDTH * widths) * KERNEL_BYTES
     return RUNNING_BYTES + kernels + round(live * FRAGMENTATION_SHARE)

@@ -4,9 +4,9 @@
     python tools/bench/peaks.py --kept     # the table from what was simulated before
 
 `results/peaks.json` holds the published rows (address, settings, what was measured) and the sources' roles: margins
-were set by those called "fitting", and nothing was fitted to a source called "held out". A row is there only if each of its
-settings that matters is stated and can be expressed; what is measured is `allocated` (torch's live tensors), `reserved`
-(what torch took from the driver) or `process` (that and the context).
+were set by those called "fitting", and nothing was fitted to a source called "held out". A row is there only if each of
+its settings that matters is stated and can be expressed. What is measured is `allocated` (torch's live tensors),
+`reserved` (what torch took from the driver) or `process` (that and the context).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
+from stacks import Stack
 
 from qlora.memory import margins, overheads
 from qlora.memory.baselines import Baseline
@@ -29,7 +31,6 @@ from qlora.memory.calibration import Correction
 from qlora.memory.hardware import Gpu
 from qlora.memory.simulate import ModelSpec, Simulator, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from tools.bench.stacks import Stack
 
 FILE = Path(__file__).resolve().parent / "results/peaks.json"
 TARGETS: Mapping[str, tuple[str, ...]] = {
