@@ -31,6 +31,7 @@ def test_the_search_finds_the_fastest_that_fits_and_its_changes_fit(tmp_path: Pa
     assert again.fits and again.peak_bytes == plans[0].estimate.peak_bytes
 
 
+@pytest.mark.slow
 def test_room_is_used_for_speed(tmp_path: Path) -> None:
     recipe = api.recipe_or_model(str(config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path)))
     best = api.question(recipe, vram="24GiB").search()[0]
