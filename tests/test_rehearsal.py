@@ -27,6 +27,8 @@ from tests.runs import EVERYTHING, StopAfter, run_dir, train, values, write_reci
 
 SETTINGS = (*EVERYTHING, "train.max_steps=5", "lora.r=64", "export.formats=['hf']")
 
+SHORT = ("data.max_length=96", "train.max_steps=1", "train.deterministic=false", "data.eval_fraction=0")
+
 # Lines of the CUDA path that this run does not reach, by how `module::function: statement` begins, with the reason.
 NOT_REHEARSED = {
     "device.py::Cuda.": "torch.cuda itself",
@@ -81,7 +83,7 @@ class PinchAfter:
 
 def rehearse(recipe: Path, short: Path, card: Card) -> list[Recorder]:
     """A short run; then one that is pinched after step 2, stopped after 4, resumed to its end and exported."""
-    train(short, *SETTINGS[:-1], "train.max_steps=1", "train.deterministic=false")
+    train(short, *SHORT)
     first, stop = Recorder(), StopRequest()
     sinks = Sinks(first, PinchAfter(2, card), StopAfter(4, stop))
     with pytest.raises(StoppedBySignal):

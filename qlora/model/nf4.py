@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.device import is_card
+from qlora.device import is_card, on_default_stream
 from qlora.errors import ModelError, foreign_failures
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import read_tensor
@@ -114,7 +114,8 @@ def _encode_on_card(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
 
 
 def _encode_by_kernel(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
-    codes, state = import_bitsandbytes().functional.quantize_4bit(block, blocksize=BLOCK, quant_type=quant_type)
+    with on_default_stream(block.device):
+        codes, state = import_bitsandbytes().functional.quantize_4bit(block, blocksize=BLOCK, quant_type=quant_type)
     return codes, state.absmax
 
 

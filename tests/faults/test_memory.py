@@ -6,6 +6,7 @@ Its error is injected in the words of another library than torch, since a CPU ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,8 @@ class _Training:
     """A run as `loop.run` sees it, saved after step 4."""
 
     checkpointer = SimpleNamespace(saved_step=4)
+    optimizer = SimpleNamespace(detach=lambda: None)
+    ahead = nullcontext()
     saved = loop.Training.saved
 
     def __init__(self, begin: Callable[..., Any]) -> None:

@@ -76,7 +76,9 @@ class ByHand:
         settings = {"train.micro_batch_size": rows, "train.gradient_checkpointing": recomputes}
         weights = {"weights": 2 * GIB, "context": 0}
         speed = rows * (1.0 if recomputes else 1.5)
-        return Estimate(peak, self.error_bytes, self.machine.limit_bytes, 0, 0, weights, {}, {}, peak, 0, speed, settings)
+        return Estimate(
+            peak, self.error_bytes, self.machine.limit_bytes, 0, 0, weights, {}, {}, peak, 0, speed, settings
+        )
 
 
 def planner(limit_gib: float, facts: DataFacts | None = None) -> Planner:

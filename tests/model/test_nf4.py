@@ -18,6 +18,7 @@ from qlora.model.nf4 import (
     row_unit,
     rows_in_block,
 )
+from tests.card import Card, Stream, rehearsal
 from tests.model.conftest import CPU
 from tests.model.nf4_reference import quantize, reference_dequantize, reference_quantize, unpack, values_of
 
@@ -156,12 +157,21 @@ def test_a_card_gives_the_bytes_that_the_cpu_gives(
         assert torch.equal(dequantize(card, torch.bfloat16), dequantize(cpu, torch.bfloat16))
 
 
+def test_a_card_quantizes_on_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' kernel takes no stream: under another one it would read a block before it is there."""
+    with rehearsal(monkeypatch, Card()) as card, card.stream(Stream(card)):
+        quantize(weight_of((64, 64)), "nf4", True, CPU)
+        assert card.calls["Stream.wait_stream"] == 2
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's CUDA build; no GPU")
 @pytest.mark.parametrize("double", [True, False])
-def test_cuda_tensors_without_a_card_are_quantized(double: bool) -> None:
+def test_cuda_tensors_without_a_card_are_quantized(double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Devices, shapes and types: codes and constants end on the card, the constants are made on the host."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    for stream in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, stream, lambda device: None)
     quantize(weight_of((64, 64)), "nf4", True, CPU)  # the table of midpoints is real
     with FakeTensorMode(allow_non_fake_inputs=True):  # bitsandbytes keeps its table
         cuda = torch.device("cuda", 0)
