@@ -226,6 +226,17 @@ def is_full(device: torch.device) -> bool:
     return free_bytes(device) < SPILL_MARGIN_BYTES
 
 
+def context_taken(device: torch.device, expected: int) -> int:
+    """What this process's context holds of the device now: `expected` bytes, or all that is gone where that is less.
+
+    Before the first kernel it is smaller than it will be. What other programs hold cannot be told from it.
+    """
+    if not is_card(device):
+        return 0
+    free, total = accelerator.mem_get_info(device)
+    return min(expected, max(0, total - free - accelerator.memory_reserved(device)))
+
+
 def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
     """Have torch's allocator raise its OutOfMemoryError at a limit of the whole process, or of what is free now.
 
@@ -235,8 +246,7 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: i
     if is_card(device):
         free, total = accelerator.mem_get_info(device)
         ours = accelerator.memory_reserved(device)
-        taken = min(context_bytes, max(0, total - free - ours))
-        most = usable(free) + ours if limit_bytes is None else limit_bytes - taken
+        most = usable(free) + ours if limit_bytes is None else limit_bytes - context_taken(device, context_bytes)
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
 
 

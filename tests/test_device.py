@@ -189,6 +189,8 @@ def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 100)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, *_: fractions.append(part))
     monkeypatch.setattr(device, "may_spill", lambda: False)
+    assert [device.context_taken(CUDA, expected) for expected in (40, 400)] == [40, 200]
+    assert device.context_taken(CPU, 40) == 0
     device.limit_memory(CUDA, 600, 40)
     device.limit_memory(CUDA, 600, 400)  # the context takes no more than is gone: 1000 - 700 - 100
     device.limit_memory(CUDA, None, 40)

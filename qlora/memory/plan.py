@@ -183,7 +183,8 @@ class Question:
         Raises ModelError where it cannot be simulated.
         """
         with self._simulating():
-            return _decided(self.estimator, changed(self.recipe, changes or {}), None).estimate
+            plan = _decided(self.estimator, changed(self.recipe, changes or {}), None)
+        return _of_limit(plan, self.machine.limit_bytes).estimate
 
     def search(self) -> list[Plan]:
         """Plans that fit with the reserve that a run keeps for what it decides itself, the fastest first."""
@@ -222,7 +223,7 @@ def _decided(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> P
     if "auto" in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
         plan = Planner(_with_reserve(estimator), facts).decide(recipe)
         if plan.estimate.fits:
-            return _of_limit(plan, estimator.machine.limit_bytes)
+            return plan
         recipe, changes = plan.recipe, plan.changes
     return Plan(recipe, changes, Planner(estimator, facts).ask(recipe))
 

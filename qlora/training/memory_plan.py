@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from qlora import device as device_now
 from qlora import numerics
 from qlora.data.layout import GPU_MULTIPLE, PAD_TO_MULTIPLE
 from qlora.data.loader import TrainOrder
@@ -117,7 +118,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     if recipe.memory.limit == "auto":
         # What is left does not count what this process has taken already (its CUDA context too); the estimate does.
         resident = int(psutil.Process().memory_info().rss)
-        taken = resident if machine.device_type == "cpu" else overheads.context_bytes(machine.gpu)[0]
+        expected = overheads.context_bytes(machine.gpu)[0]
+        taken = resident if machine.device_type == "cpu" else device_now.context_taken(device_now.current(), expected)
         machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
     text, _ = text_config(base.config, base.name, has_head(base))
     estimator = Estimator(text, base.name, machine)

@@ -158,6 +158,7 @@ def test_a_picture_or_the_line_that_says_what_is_missing(run: Run, tmp_path: Pat
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_line_of_a_picture_goes_up_with_the_length_of_rows(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
