@@ -268,6 +268,26 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def full_sums(device: torch.device) -> Iterator[None]:
+    """Inside, the parts of a long sum are added in fp32 on a card; torch's settings are put back.
+
+    By default cuBLAS may split a product along the summed dimension and add the parts in the inputs' 16 bits (CUDA
+    semantics in torch's notes, "Reduced Precision Reduction"): the gradients of a low-rank adapter, sums over all
+    tokens for few columns, are what it splits.
+    """
+    import torch
+
+    settings: Any = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
+    if is_card(device):
+        settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = before
+
+
+@contextmanager
 def on_default_stream(device: torch.device) -> Iterator[None]:
     """For bitsandbytes, whose kernels take no stream and run on the default one: after what the current stream was
     asked to do before, and before what it is asked to do next. Nothing happens where the two are one.

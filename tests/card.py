@@ -242,24 +242,27 @@ def _flat(result: Any) -> Iterator[Any]:
 def rehearsal(monkeypatch: pytest.MonkeyPatch, card: Card) -> Iterator[Card]:
     """Inside, this process has that card and no other."""
     import bitsandbytes.functional as functional
-    from bitsandbytes.optim import optimizer as optimizers
 
     def pinned(tensor: Tensor, *place: Any) -> Tensor:
         card.calls["pin_memory"] += 1
         return tensor.clone()
 
-    def get_paged(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
         card.calls["get_paged"] += 1
-        made = torch.empty(*shape, dtype=dtype)
-        made.is_paged, made.page_deviceid = True, 0  # type: ignore[attr-defined]
+        made = torch.zeros(*shape, dtype=dtype)
+        made.is_paged = True  # type: ignore[attr-defined]
         return made
 
     def runtime(name: str) -> Any:
-        def ask(answer: Any, attribute: Any, place: Any) -> int:
-            answer._obj.value = 1
+        """Functions of CUDA's runtime: the driver can page, and takes its memory back."""
+
+        def called(place: Any, *_: Any) -> int:
+            card.calls[name] += 1
+            if name == "cudaDeviceGetAttribute":
+                place._obj.value = 1
             return 0
 
-        return {"cudaDeviceGetAttribute": ask, "cudaFree": lambda address: card.calls.update(["cudaFree"])}[name]
+        return called
 
     def prefetch(tensor: Tensor, to_cpu: bool = False) -> None:
         assert tensor.is_paged, "Only paged tensors can be prefetched!"  # type: ignore[attr-defined]
@@ -269,9 +272,8 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch, card: Card) -> Iterator[Card]:
         patch.setattr(device, "accelerator", card)
         patch.setattr(Tensor, "pin_memory", pinned)
         patch.setattr(Tensor, "record_stream", lambda tensor, stream: card.calls.update(["record_stream"]))
-        patch.setattr(functional, "get_paged", get_paged)
-        patch.setattr(functional, "fill", lambda tensor, value: tensor.fill_(value))
+        patch.setattr(functional, "get_paged", paged)
+        patch.setattr(functional, "fill", lambda tensor, value, *_: tensor.fill_(value))
         patch.setattr(managed, "_runtime", runtime)
-        patch.setattr(optimizers, "sync_gpu", lambda tensor: card.synchronize())
         patch.setattr(functional, "prefetch_tensor", prefetch)
         yield card

@@ -114,6 +114,7 @@ LINES = {
         "overheads",
         "calibration",
         "margins",
+        "host",
         "estimate",
         "plan",
         "spilling",
@@ -135,7 +136,7 @@ LINES = {
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "linear_use"),
         *("meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "adapters", "generate", "full_logits", "emptied"),
+        *("family_facts", "row_packing", "load", "made_up", "dora", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
         *(

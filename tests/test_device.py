@@ -226,3 +226,13 @@ def test_a_run_leaves_nothing_and_the_next_ones_peak_is_its_own(monkeypatch: pyt
     assert done == []
     device.release(CUDA)
     assert done == ["empty", "reset"]
+
+
+def test_long_sums_are_fp32_on_a_card_and_settings_are_put_back() -> None:
+    settings = torch.backends.cuda.matmul
+    with device.full_sums(CPU):
+        assert settings.allow_bf16_reduced_precision_reduction
+    with device.full_sums(CUDA):
+        assert not settings.allow_bf16_reduced_precision_reduction
+        assert not settings.allow_fp16_reduced_precision_reduction
+    assert settings.allow_bf16_reduced_precision_reduction and settings.allow_fp16_reduced_precision_reduction

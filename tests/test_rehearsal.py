@@ -8,6 +8,7 @@ branch that asks `is_card` or a planned machine's `device_type`.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,23 +27,39 @@ from tests.runs import EVERYTHING, StopAfter, run_dir, train, values, write_reci
 
 SETTINGS = (*EVERYTHING, "train.max_steps=5", "lora.r=64", "export.formats=['hf']")
 
-# Lines of the CUDA path that the stand-in cannot reach, by function, with the reason.
+SHORT = ("data.max_length=96", "train.max_steps=1", "train.deterministic=false", "data.eval_fraction=0")
+
+# Lines of the CUDA path that this run does not reach, by how `module::function: statement` begins, with the reason.
 NOT_REHEARSED = {
-    "device.py::Cuda.__getattr__": "torch.cuda itself",
-    "device.py::Cuda.owns": "torch.cuda itself",
-    "device.py::Cuda.device": "torch.cuda itself",
+    "device.py::Cuda.": "torch.cuda itself",
     "device.py::available_ram": "asks the host, and nothing of a card",
+    "device.py::free_bytes": "asked where an export measures a family whole, which no family of the tests needs",
+    "device.py::capability: return (0, 0)": "an AMD card; tests/test_device.py",
+    "device.py::is_full": "asked where the driver may spill, Windows and WSL; tests/memory/test_spilling.py",
+    "device.py::host_block: return block": "where the system pins no more; tests/test_device.py",
+    "device.py::on_default_stream": "nothing computes beside the default stream yet; tests/test_device.py",
     **dict.fromkeys(
         (f"device.py::{name}" for name in ("facts", "trouble", "trouble_in_sight", "has_xpu")),
         "a command's questions before a run; tests/test_device.py asks them of the stand-in",
     ),
-    "device.py::free_bytes": "asked where an export measures a family whole, which no family of the tests needs",
+    **dict.fromkeys(("device.py::live_bytes", "device.py::lift_limit", "prove/"), "a proof's own; tests/prove"),
+    "determinism.py::exactly": "an operation without an exact form, which no CPU has; tests/test_determinism.py",
+    'flat/managed.py::why_not: return "this system': "Windows and WSL; tests/flat/test_managed.py",
+    "flat/managed.py::why_not: needed": "without room in RAM; tests/flat/test_managed.py",
+    "flat/managed.py::why_not: return f'paging needs": "without room in RAM; tests/flat/test_managed.py",
+    "memory/spilling.py": "Windows and WSL; tests/memory/test_spilling.py",
+    **dict.fromkeys(
+        (f"model/attention_choice.py::choose: {one}" for one in ("return (kernel", "raise _imp", "return (None, '')")),
+        "CUDA's own kernels pass no trial on a CPU; tests/model/test_attention_choice.py",
+    ),
 }
-# Code that asks a tensor's type and means the CPU's own kernels, which compute on the stand-in too.
-CPU_KERNELS = {
+# Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.
+ASKS_A_TYPE = {
     "model/cpu_matmul.py": "the CPU's products; on a card there are none to replace",
     "model/nf4.py": "meta tensors take bitsandbytes' kernel, as a card's do",
-    "model/attention.py": "which fused kernel takes a mask with shared keys",
+    "flat/moments.py": "meta tensors are updated in one run, as a card's are",
+    "prove/suite.py": "a person names it",
+    "cli/prove.py": "a person names it",
 }
 
 
@@ -66,7 +83,7 @@ class PinchAfter:
 
 def rehearse(recipe: Path, short: Path, card: Card) -> list[Recorder]:
     """A short run; then one that is pinched after step 2, stopped after 4, resumed to its end and exported."""
-    train(short, *SETTINGS[:-1], "train.max_steps=1")
+    train(short, *SHORT)
     first, stop = Recorder(), StopRequest()
     sinks = Sinks(first, PinchAfter(2, card), StopAfter(4, stop))
     with pytest.raises(StoppedBySignal):
@@ -107,9 +124,13 @@ def test_the_rehearsal_reaches_every_line_of_the_cuda_path(reached: dict[Path, s
         f"{path.relative_to(PACKAGE)}:{statement.lineno}: {ast.unparse(statement).splitlines()[0]}"
         for path in MODULES
         for where, statement in cuda_path(path)
-        if where not in NOT_REHEARSED and not reached[path] & header(statement)
+        if not reached[path] & header(statement) and not is_excepted(where, statement)
     ]
     assert not missed, "\n".join(missed)
+
+
+def is_excepted(where: str, statement: ast.stmt) -> bool:
+    return any(f"{where}: {ast.unparse(statement)}".startswith(one) for one in NOT_REHEARSED)
 
 
 def test_nothing_asks_a_tensor_for_its_kind_of_device() -> None:
@@ -126,7 +147,7 @@ def test_nothing_asks_a_tensor_for_its_kind_of_device() -> None:
                 found.add(str(path.relative_to(PACKAGE)))
             if asks and not any(word in ast.unparse(node) for word in ("device_type", "target")):
                 found.add(str(path.relative_to(PACKAGE)))
-    assert found - {"device.py"} == set(CPU_KERNELS) - {"model/attention.py"}
+    assert found == {"device.py", *ASKS_A_TYPE}
 
 
 def test_the_path_is_found_in_the_code() -> None:
@@ -138,7 +159,7 @@ def one(device):
     return 2
 
 def two(device):
-    if not is_card(device):
+    if device.type == "cpu" and not hardware.is_card(device):
         return 3
     value = 4
     return value
@@ -223,7 +244,8 @@ def arms(function: ast.FunctionDef, answers: set[str], of_card: bool) -> Iterato
         for block in blocks(node):
             for place, one in enumerate(block):
                 if isinstance(one, ast.If) and asks_a_card(one.test, answers):
-                    negated = isinstance(one.test, ast.UnaryOp) or "!= 'cuda'" in ast.unparse(one.test)
+                    text = ast.unparse(one.test)
+                    negated = re.search(r"not [\w.]*(is_card|is_available)\(|!= 'cuda'|^not ", text) is not None
                     ends = isinstance(one.body[-1], ast.Return | ast.Raise | ast.Continue)
                     yield (one.orelse or (block[place + 1 :] if ends else [])) if negated == of_card else one.body
 

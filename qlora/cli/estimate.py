@@ -112,9 +112,22 @@ def _plot(question: Any, file: Path) -> None:
     from qlora.memory.hardware import common_cards
     from qlora.report.picture import draw_lengths
 
-    peaks = {length: question.estimate({"data.max_length": length}).peak_bytes for length in PLOT_LENGTHS}
-    limits = {name: limit for name, limit in common_cards().items() if limit < 1.2 * max(peaks.values())}
-    draw_lengths(peaks, limits, question.title, file)
+    # One setting for all lengths: where "auto" recomputes only some of them, the line would fall at the next length.
+    train = question.recipe.train
+    least = {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}
+    fixed = {key: value for key, value in least.items() if getattr(train, key.partition(".")[2]) == "auto"}
+    estimates = {length: question.estimate({"data.max_length": length, **fixed}) for length in PLOT_LENGTHS}
+    title = f"{question.title}, layers recomputed" if "train.gradient_checkpointing" in fixed else question.title
+    peaks = {length: (estimate.peak_bytes, estimate.error_bytes) for length, estimate in estimates.items()}
+    machine, most = question.machine, 1.2 * max(map(sum, peaks.values()))
+    near = 0.03 * most  # where two lines' names would lie on each other
+    others = {
+        name: limit
+        for name, limit in common_cards().items()
+        if limit < most and abs(limit - machine.limit_bytes) > near
+    }
+    asked = (f"{machine.source} ({machine.limit_bytes / 2**30:.2f} GiB)", machine.limit_bytes)
+    draw_lengths(peaks, asked, others, title, file)
 
 
 if __name__ == "__main__":

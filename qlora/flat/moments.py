@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora.device import on_default_stream, synchronize
+from qlora.device import is_card, on_default_stream, synchronize
 from qlora.flat.layout import BLOCK, Layout, Run
 from qlora.flat.managed import ManagedMemory, why_not
 from qlora.flat.methods import Method, Values, codes, update
@@ -72,7 +72,7 @@ class Moments:
                 update(self.method, values, run.step, learning_rate, weight_decay)
 
     def _runs(self, steps: Mapping[str, int]) -> Iterator[Run]:
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not is_card(self.device):
             return self.layout.runs_on_cpu(steps)
         return self.layout.runs(steps, self.method.most_values)
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora import numerics
+from qlora.data.layout import PAD_TO_MULTIPLE
 from qlora.errors import DoesNotFit
-from qlora.memory import calibration, margins, overheads
+from qlora.memory import calibration, host, margins, overheads
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
+from qlora.memory.trace import most_multiprocessors
+from qlora.model.attention import kernel_of
+from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
+from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
@@ -24,8 +30,9 @@ class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
     `answer_tokens` is the longest answer of exact match, 0 without one.
-    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have). Half of the documents are no
-    longer than `typical`: no plan asks for shorter rows than that.
+    No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
+    than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
+    Batches have `widths` different widths at most.
     """
 
     longest: int
@@ -33,7 +40,9 @@ class DataFacts:
     prompt_tokens: int
     has_eval: bool
     typical: int = 0
+    documents: int = 0
     trained: int = 0
+    widths: int = 1
     answer_tokens: int = 0
 
 
@@ -101,22 +110,37 @@ class Estimator:
         self.baseline = baseline
         gpu = machine.gpu
         self.correction = calibration.correction(gpu.name) if gpu is not None else calibration.Correction()
+        self.held = host.held_bytes()
         self._simulators: dict[Any, Simulator] = {}
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
-            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline)
+            kernel = self._kernel(recipe.model.attention)
+            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel)
             self._simulators[made_of] = Simulator(spec, whole=_by_whole_model(self.text, self.name))
-        return self._complete(recipe, workload_of(recipe, facts), self._simulators[made_of])
+        return self._complete(recipe, facts, self._simulators[made_of])
 
-    def _complete(self, recipe: Recipe, workload: Workload, simulator: Simulator) -> Estimate:
-        machine, factor, simulation = self.machine, self.correction.factor, simulator.run(workload)
-        terms = self._terms(recipe.train.deterministic)
+    def _kernel(self, wanted: str) -> str | None:
+        """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
+        if self.machine.device_type != "cuda" or self.baseline != BASELINES["qlora"]:
+            return None
+        named, gpu, run = choose_attention(self.text, wanted, self.name), self.machine.gpu, numerics.of_run()
+        if run is not None and run.attention is not None:
+            return kernel_of(run.attention)
+        return assumed(self.text, named, wanted, gpu.capability if gpu else 86)
+
+    def _complete(self, recipe: Recipe, facts: DataFacts | None, simulator: Simulator) -> Estimate:
+        machine, factor, workload = self.machine, self.correction.factor, workload_of(recipe, facts)
+        if recipe.train.deterministic and machine.gpu is not None:
+            workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
+        simulation = simulator.run(workload)
+        terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
-        fragmentation = slack + self._fragmentation(simulation)
+        widths = facts.widths if facts else workload.length // PAD_TO_MULTIPLE
+        fragmentation = slack + self._beside_tensors(simulation, widths)
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -135,12 +159,12 @@ class Estimator:
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
         merged = 2 * (simulator.values.linear + simulator.values.other) * len(recipe.export.formats)
         peak, gpu = sum(components.values()), machine.gpu
-        host = overheads.host_base_bytes("cuda") + simulation.paged + adapter + optimizer
+        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + adapter + optimizer
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
             error_bytes=self._error(simulation, simulator),
             limit_bytes=machine.limit_bytes,
-            host_peak_bytes=host if machine.device_type == "cuda" else peak,
+            host_peak_bytes=of_host if machine.device_type == "cuda" else peak,
             disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
             components=components,
             phases=phases,
@@ -153,19 +177,19 @@ class Estimator:
             notes=self._notes(simulation, workload),
         )
 
-    def _terms(self, deterministic: bool) -> dict[str, int]:
+    def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
-            return {"context": overheads.host_base_bytes("cpu")}
+            return {"context": self.held + (0 if rows_are_read else host.READING_BYTES)}
         capability = self.machine.gpu.capability if self.machine.gpu else 86
         return {
             "context": overheads.context_bytes(self.machine.gpu)[0],
             **overheads.workspace_terms(capability, deterministic),
         }
 
-    def _fragmentation(self, simulation: Simulation) -> int:
-        """What the allocator keeps beyond live tensors."""
+    def _beside_tensors(self, simulation: Simulation, widths: int) -> int:
+        """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
         if self.machine.device_type != "cuda":
-            return round((simulation.worst.total - simulation.paged) * overheads.HOST_FRAGMENTATION_SHARE)
+            return host.added_bytes(simulation.worst.total, widths)
         return simulation.reserved.beyond
 
     def _error(self, simulation: Simulation, simulator: Simulator) -> int:
@@ -229,6 +253,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         samples=samples if prompt else 0,
         prompt_tokens=prompt,
         new_tokens=max(SAMPLE_TOKENS, answer),
+        documents=facts.documents if facts else 0,
         trained=min(facts.trained, length) if facts else 0,
     )
 

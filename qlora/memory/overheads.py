@@ -23,15 +23,10 @@ CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = (4096 * 2 + 16 * 8) * 1024, 4096 * 8 * 1024
 CUBLASLT_BYTES, CUBLASLT_BYTES_HOPPER = 1 * MIB, 4096 * 8 * 1024
 THREADS_WITH_CUBLAS = 2
 
-# Without a GPU what is freed stays in the C library's pools (python tools/bench/host.py).
-HOST_FRAGMENTATION_SHARE = 0.10
-
-# Resident memory of a process that has imported torch (CPU build), transformers, peft and bitsandbytes and opened a
-# tokenizer: 401 MiB (python tools/bench/host.py); a run takes 150 MiB more by its first step, for rows, kernels and
-# their pools (the quickstart: 610 MiB at its peak, 60 of them tensors). The CUDA build maps its libraries and the
-# driver's host side on top: about 1.5 GiB in pytorch/pytorch#113326 and #12873, not measured by us.
-LIBRARIES_BYTES = 550 * MIB
-CUDA_HOST_BYTES = 1536 * MIB
+# Resident memory of a process that trains on a GPU: 400 MiB of imports with the CPU build (python tools/bench/host.py)
+# and 150 by its first step; the CUDA build maps its libraries and the driver's host side on top: about 1.5 GiB in
+# pytorch/pytorch#113326 and #12873, not measured by us.
+CUDA_HOST_BYTES = (550 + 1536) * MIB
 
 
 def context_bytes(gpu: Gpu | None) -> tuple[int, int]:
@@ -48,11 +43,6 @@ def workspace_terms(capability: int, deterministic: bool = False) -> Mapping[str
     cublas = CUBLAS_BYTES_HOPPER if hopper or deterministic else CUBLAS_BYTES
     cublaslt = CUBLASLT_BYTES_HOPPER if hopper else CUBLASLT_BYTES
     return {"cublas_workspace": THREADS_WITH_CUBLAS * (cublas + cublaslt)}
-
-
-def host_base_bytes(device_type: str) -> int:
-    """Resident memory of a training process before it holds anything of the run."""
-    return LIBRARIES_BYTES + (CUDA_HOST_BYTES if device_type == "cuda" else 0)
 
 
 def disk_bytes(adapter: int, optimizer: int, kept: int, merged: int) -> int:

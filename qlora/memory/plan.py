@@ -73,7 +73,7 @@ class Planner:
         """The "auto" keys as the fastest values that fit; as the smallest ones where nothing does."""
         plans = self._plans(recipe)
         fitting = [plan for plan in plans if plan.estimate.fits]
-        return max(fitting, key=_speed) if fitting else min(plans, key=lambda plan: plan.estimate.peak_bytes)
+        return max(fitting, key=_speed) if fitting else min(plans, key=lambda plan: plan.estimate.needed_bytes)
 
     def search(self, recipe: Recipe) -> list[Plan]:
         """Plans that fit, the fastest first: of micro-batch and checkpointing, and only where those are not enough, of
@@ -116,10 +116,10 @@ class Planner:
         small = self.ask(one)
         if most == 1 or not small.fits:
             return one
-        a_row = max(1, self.ask(changed(recipe, {"train.micro_batch_size": 2})).peak_bytes - small.peak_bytes)
+        a_row = max(1, self.ask(changed(recipe, {"train.micro_batch_size": 2})).needed_bytes - small.needed_bytes)
         for rows in _halved(2 * LARGEST_MICRO_BATCH, 2):
             candidate = changed(recipe, {"train.micro_batch_size": rows})
-            likely = rows <= most and small.peak_bytes + (rows - 1) * a_row <= small.limit_bytes
+            likely = rows <= most and small.needed_bytes + (rows - 1) * a_row <= small.limit_bytes
             if likely and self.ask(candidate).fits:
                 return candidate
         return one
@@ -157,7 +157,7 @@ class Planner:
 
     def _remedy(self, recipe: Recipe, changes: Changes, before: Estimate) -> Remedy:
         estimate = self.ask(changed(recipe, changes))
-        return Remedy(dict(changes), before.peak_bytes - estimate.peak_bytes, estimate)
+        return Remedy(dict(changes), before.needed_bytes - estimate.needed_bytes, estimate)
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,9 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
     """The error for settings that need more than there is, with what to change and what that saves."""
     estimate = planner.ask(recipe)
     source = planner.estimator.machine.source
+    margin = f" (a margin of {gib(estimate.error_bytes)} included)" if estimate.error_bytes else ""
     what = why or (
-        f"needs {gib(estimate.peak_bytes)} of memory, the limit is {gib(estimate.limit_bytes)} ({source}); "
+        f"needs {gib(estimate.needed_bytes)} of memory{margin}, the limit is {gib(estimate.limit_bytes)} ({source}); "
         f"{gib(estimate.components['weights'])} of it are the base's weights"
     )
     alone = estimate.components["weights"] + estimate.components["context"]

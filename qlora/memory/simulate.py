@@ -25,9 +25,9 @@ from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.plain_optimizer import PlainOptimizer
-from qlora.memory.trace import CATEGORIES, LiveBytes, Peak
+from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
 from qlora.model import adapters, full_logits
-from qlora.model.attention import OnMeta
+from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing
@@ -43,6 +43,7 @@ FEWEST_LAYERS = 3
 # Chunks of the head's loss that are run one by one (14 ms each); of more, the peak is drawn from larger chunks.
 MOST_CHUNKS = 256
 DRAWN_CHUNKS = (8, 16)
+DOCUMENT_TOKENS = 256  # of a document, where no rows are known
 OUTSIDE = ("start", "end")  # what the simulation itself does before and after
 TRAIN_PHASES = ("forward", "loss", "backward", "backward end", "update")
 
@@ -58,6 +59,7 @@ class ModelSpec:
     attention: str = "auto"
     target: str = "cuda"  # the device that the meta tensors stand for
     baseline: Baseline = BASELINES["qlora"]
+    kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
 
     @property
     def layers(self) -> int:
@@ -68,6 +70,9 @@ class ModelSpec:
 class Workload:
     """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding. `trained` of a
     row's tokens have a loss at most; 0 is all of them.
+
+    `documents` are the most of a row (0: as many as have DOCUMENT_TOKENS); `multiprocessors` of the card, where sums
+    are done in one order only (`trace.Sums`).
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none.
@@ -85,6 +90,14 @@ class Workload:
     prompt_tokens: int = 0
     new_tokens: int = 0
     trained: int = 0
+    documents: int = 0
+    multiprocessors: int = 0
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        count = max(1, min(self.length, self.documents or max(2, self.length // DOCUMENT_TOKENS))) if self.packed else 1
+        first = [self.length // count] * (count - 1)
+        return (*first, self.length - sum(first)) * self.rows
 
 
 @dataclass(frozen=True)
@@ -225,6 +238,8 @@ class _MetaModel:
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
         check_layers(model, spec.name, spec.text if layers < spec.layers else None)
+        if spec.kernel is not None:
+            model.config._attn_implementation = name_of(spec.kernel)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
         everything = sum(parameter.numel() for parameter in model.parameters())
         with self.live, OnMeta(spec.target):
@@ -243,12 +258,12 @@ class _MetaModel:
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)
         self.live.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
         self.causal_lm = self.model.get_base_model()
-        self.parts = CausalParts.of(self.causal_lm)
+        self.parts = CausalParts.of(self.causal_lm, on_card=spec.target == "cuda")
 
     def run(self, workload: Workload, chunk: int) -> tuple[Simulation, tape.Tape]:
         """A run whose loss takes `chunk` tokens at a time, and the tape of its step."""
         live, spec, parts = self.live, self.spec, replace(self.parts, chunk_tokens=chunk)
-        live.packed = workload.packed
+        live.packed, live.sums = workload.packed, Sums(workload.rows, workload.multiprocessors)
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
         live.begin("start")
@@ -364,7 +379,9 @@ def _batch(workload: Workload) -> Batch:
     ids = [torch.empty(shape, dtype=torch.int64, device=META) for _ in range(4)]
     weights = torch.empty(shape, dtype=torch.float32, device=META)
     trained = torch.empty(workload.rows * (workload.trained or workload.length), dtype=torch.int64, device=META)
-    return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained)
+    lengths = workload.document_lengths
+    starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=META)
+    return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained, starts, lengths, not workload.packed)
 
 
 def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, tuple[str, nn.Parameter]]:

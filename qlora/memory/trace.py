@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.memory.allocator import Block, CachingAllocator, rounded
 from qlora.memory.tape import Tape
+from qlora.model.document_attention import varlen_backward
 from qlora.model.nf4 import product_4bit
 
 aten = torch.ops.aten
@@ -43,6 +44,27 @@ class Peak:
         return sum(self.parts.values())
 
 
+def most_multiprocessors(gigabytes: int) -> int:
+    """Of NVIDIA's cards of up to so much memory, the largest (RTX 3070 Ti, RTX 3080 Ti, RTX 5080, RTX PRO 6000)."""
+    return next((count for size, count in ((8, 48), (12, 80), (16, 84)) if gigabytes <= size), 188)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How attention's backward pass sums the gradient of its queries, over a micro-batch of `rows`.
+
+    In one order only, on a card of `multiprocessors`, each of them that would share a head's sum has a copy of its own
+    (flash_attn/flash_api.cpp, nsplits). 0: in any order, into one.
+    """
+
+    rows: int = 1
+    multiprocessors: int = 0
+
+    def copies(self, heads: int) -> int:
+        """Copies that are summed at the end, for so many heads of all documents."""
+        return max(1, -(-self.multiprocessors // heads))
+
+
 # Of one simulated run, at 30 µs each: 4 layers and 256 chunks of the head take 20,000, and a model that computes its
 # tokens one by one (RWKV without its kernel) would take minutes.
 MOST_OPERATIONS = 150_000
@@ -59,6 +81,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.target = target
         self.packed = packed
+        self.sums = Sums()
         self.gradient_shapes: set[tuple[int, ...]] = set()
         self.vocabulary = 0
         self.allocator = CachingAllocator()
@@ -131,7 +154,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.adopt(value, self._region or workspace or self._category(value))
         scratch = SCRATCH.get(func) if self.target == "cuda" else None
         if scratch is not None:
-            self._use_for_a_moment(scratch(*args, **kwargs))
+            self._use_for_a_moment(scratch(self.sums, *args, **kwargs))
         return result
 
     def _answer(self, asked: Tensor) -> Any:
@@ -197,7 +220,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.peaks[self._phase] = replace(self.peaks[self._phase], reserved=self.allocator.reserved)
 
 
-def _efficient_backward(_grad: Tensor, query: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
+def _efficient_backward(_sums: Sums, _grad: Tensor, query: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
     """aten/src/ATen/native/transformers/cuda/attention_backward.cu: delta, and a float32 accumulator for dQ, whose rows
     and columns are aligned to blocks of 128 and 64 (mem_eff_attention/kernel_backward.h, workspace_elements_gq)."""
     rows, heads, length, width = query.shape
@@ -205,16 +228,32 @@ def _efficient_backward(_grad: Tensor, query: Tensor, *_rest: Any, **_settings: 
     return (rows * heads * length * 4, accumulator)
 
 
-def _flash_backward(_grad: Tensor, query: Tensor, key: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
+def _flash_backward(
+    sums: Sums, _grad: Tensor, query: Tensor, key: Tensor, *_rest: Any, **_settings: Any
+) -> tuple[int, ...]:
     """flash_attn/flash_api.cpp, mha_bwd: softmax_d and dq_accum in float32; dK and dV of every query head where heads
     share their keys."""
     rows, heads, length, width = query.shape
     padded, wide = rounded(length, 128), rounded(width, 32)
     expanded = 2 * rows * length * heads * width * 2 if key.shape[1] != heads else 0
-    return (rows * heads * padded * 4, rows * padded * heads * wide * 4, expanded)
+    accumulated = sums.copies(rows * heads) * rows * padded * heads * wide * 4
+    return (rows * heads * padded * 4, accumulated, expanded)
 
 
-def _softmax_backward(grad: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
+def _varlen_backward(sums: Sums, *operands: Any, **_settings: Any) -> tuple[int, ...]:
+    """flash_attn/flash_api.cpp, mha_varlen_bwd: as mha_bwd, each document's rows 128 apart from the next one's.
+
+    A micro-batch may have any number of documents between one a row and what is simulated: the most that this makes.
+    """
+    _grad, query, key, _value, _output, _sums, starts = operands[:7]
+    tokens, heads, width = query.shape
+    expanded = 2 * tokens * heads * width * query.element_size() if key.shape[1] != heads else 0
+    counts = (sums.rows, starts.numel() - 1)
+    accumulated = max(sums.copies(count * heads) * (tokens + 128 * count) for count in counts)
+    return (heads * (tokens + 128 * counts[1]) * 4, accumulated * heads * rounded(width, 32) * 4, expanded)
+
+
+def _softmax_backward(_sums: Sums, grad: Tensor, *_rest: Any, **_settings: Any) -> tuple[int, ...]:
     """aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out: grad * output, beside the result."""
     return (grad.nbytes,)
 
@@ -224,4 +263,5 @@ SCRATCH: dict[Any, Callable[..., tuple[int, ...]]] = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._softmax_backward_data.default: _softmax_backward,
+    **({varlen_backward(): _varlen_backward} if varlen_backward() is not None else {}),
 }

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora.batch import Batch
+from qlora.device import random_state_kept
 from qlora.errors import ModelError, foreign_failures
+from qlora.model import dora
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config, stored_tensors
 from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
@@ -57,8 +59,8 @@ def attach(
         what = 'lora.init = "eva" needs rows to start from'
         raise ModelError(what, 'add training rows, or set lora.init = "default"')
     training = model.training
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with random_state_kept(next(model.parameters()).device):  # EVA draws where its layers are
+        torch.manual_seed(seed)
         try:
             with old_names_in_peft():
                 peft_model = get_peft_model(model, _config(lora, targets, whole), autocast_adapter_dtype=False)
@@ -70,6 +72,7 @@ def attach(
                 parameter.data = parameter.data.to(dtype)
         if lora.init == "eva":
             _start_from_inputs(peft_model, batches)
+    dora.without_identity(peft_model)
     _restart_magnitudes(peft_model)
     _check_layers(peft_model)
     peft_model.train(training)
@@ -142,6 +145,7 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
         stored = saved.get(name.replace(f".{ADAPTER}.weight", "").replace(f".{ADAPTER}", ""))
         if "lora_magnitude_vector" in name and stored is not None:
             parameter.data = stored.to(parameter.device)
+    dora.without_identity(peft_model)
     _check_layers(peft_model)
     return peft_model.eval()
 

@@ -63,10 +63,15 @@ def name_of(kernel: str) -> str:
     return f"qlora_{kernel.replace(' ', '_')}"
 
 
+def kernel_of(name: str) -> str | None:
+    """The kernel that is registered under a name; None where the name is of attention with a mask."""
+    return next((kernel for kernel in KERNELS if name == name_of(kernel)), None)
+
+
 def shown(model: Any) -> str:
     """What a model attends with, for people: "sdpa", "eager", or a kernel of `document_attention`."""
     name = str(getattr(model.config, "_attn_implementation", None))
-    return next((kernel for kernel in KERNELS if name == name_of(kernel)), "sdpa" if name.startswith(NAME) else name)
+    return kernel_of(name) or ("sdpa" if name.startswith(NAME) else name)
 
 
 def by_kernel(

@@ -122,6 +122,8 @@ def assumed(
 
 def lack_of(config: Any, name: str) -> str:
     """Why a model that attends under that name keeps its mask; "" where a kernel may be tried."""
+    if not getattr(config, "num_attention_heads", None):
+        return "it has no heads that attend"
     heads = heads_of(config)
     if not name.startswith(NAME) and (name != "eager" or heads.softcap is None):
         return f"transformers computes its attention by {name} alone"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora.device import full_sums
 from qlora.model.nf4 import product_4bit
 
 _ATEN = torch.ops.aten
@@ -29,12 +30,13 @@ _PRODUCTS = {
 
 @contextmanager
 def fast_matmul(device: torch.device) -> Iterator[None]:
-    """Inside the block, bf16 products on the CPU run in fp32 where that is faster; on a GPU nothing changes."""
-    if device.type != "cpu" or has_bf16_products():
-        yield
-        return
-    with _InFp32():  # type: ignore[no-untyped-call]
-        yield
+    """Inside the block, bf16 products on the CPU run in fp32 where that is faster; a GPU adds up in fp32 throughout."""
+    with full_sums(device):
+        if device.type != "cpu" or has_bf16_products():
+            yield
+            return
+        with _InFp32():  # type: ignore[no-untyped-call]
+            yield
 
 
 def has_bf16_products() -> bool:

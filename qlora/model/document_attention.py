@@ -57,6 +57,11 @@ def _varlen_attn() -> Any:
     return varlen_attn if {"window_size", "enable_gqa", "scale"} <= taken.keys() else None
 
 
+def varlen_backward() -> Any:
+    """torch's operation for the backward pass of `varlen`; None where there is none."""
+    return None if _varlen_attn() is None else torch.ops.torch_attn._varlen_attn_backward.default
+
+
 def efficient(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:
@@ -123,6 +128,9 @@ def flex(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:
     """torch's flex_attention, compiled (on a CPU as it is: its reference there computes S × S scores)."""
+    if query.is_meta:  # it knows none; flash attention keeps the same tensors, and its scratch is the larger
+        output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]
+        return output.transpose(1, 2)  # type: ignore[no-any-return]
     attend = _flex_attention(compiled=not query.is_cpu)
     capped = None if softcap is None else partial(_capped, softcap=softcap)
     output = attend(query, key, value, capped, _block_mask(mask, compiled=not query.is_cpu), scale, enable_gqa=True)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora.device import is_card
+from qlora.device import is_card, on_default_stream
 from qlora.errors import ModelError, foreign_failures
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import read_tensor
@@ -64,8 +64,9 @@ def quantize_rows(
     rows, columns = shape[0], math.prod(shape[1:])
     step = rows_in_block(columns, values_per_block)
     data = torch.empty((rows * columns + 1) // 2, 1, dtype=torch.uint8, device=device)
-    absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=device)
-    encode = _encode_by_kernel if is_card(device) or device.type != "cpu" else _encode_on_cpu
+    host = torch.device("cpu") if device.type != "meta" else device  # where its own constants are made
+    absmax = torch.empty(-(-rows * columns // BLOCK), dtype=torch.float32, device=host)
+    encode = _encode_on_card if is_card(device) or device.type != "cpu" else _encode_on_cpu
     dtype = None
     for start in range(0, rows, step):
         block = read_rows(start, min(rows, start + step)).to(device).contiguous()
@@ -81,18 +82,40 @@ def quantize_rows(
         shape=torch.Size(shape),
         dtype=dtype,
         blocksize=BLOCK,
-        code=bnb.get_4bit_type(quant_type, device=device),
+        code=bnb.get_4bit_type(quant_type, device="cpu"),
         quant_type=quant_type,
     )
     if double_quant:
+        # By the CPU for every device: a GPU sums the mean in another order, which moves codes of the constants, and a
+        # base would have other bytes there (0.9 M constants of an 8B model's largest layer: 20 ms).
         state.offset = absmax.mean()
         state.absmax, state.state2 = bnb.quantize_blockwise(absmax - state.offset, blocksize=NESTED_BLOCK)
         state.nested = True
+    state.to(device)
     return Quantized(data, state)
 
 
+def _encode_on_card(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """What the kernel gives, but for blocks whose largest magnitude it cannot divide by: those as on the CPU.
+
+    It multiplies by 1 / absmax, and where that is infinite every code is that of -1: with double quantization, whose
+    constants are rounded, no zero would be one any more.
+    """
+    codes, absmax = _encode_by_kernel(block, quant_type)
+    codes, values = codes.view(-1), block.reshape(-1)
+    whole = values.numel() // BLOCK
+    nothing = absmax == 0
+    zero = int(_pack(np.zeros(2, np.float32), quant_type, np.empty((2, 2), np.uint8))[0])
+    codes[: whole * BLOCK // 2].view(-1, BLOCK // 2).masked_fill_(nothing[:whole, None], zero)
+    if whole < len(absmax):  # the last block is not full
+        codes[whole * BLOCK // 2 :].masked_fill_(nothing[-1], zero)
+        absmax[-1].clamp_(min=float(_SMALLEST))
+    return codes, absmax
+
+
 def _encode_by_kernel(block: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
-    codes, state = import_bitsandbytes().functional.quantize_4bit(block, blocksize=BLOCK, quant_type=quant_type)
+    with on_default_stream(block.device):
+        codes, state = import_bitsandbytes().functional.quantize_4bit(block, blocksize=BLOCK, quant_type=quant_type)
     return codes, state.absmax
 
 

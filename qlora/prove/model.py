@@ -13,7 +13,9 @@ from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.device import random_state_kept
+from qlora.events import Sinks
 from qlora.model import adapters
+from qlora.model.attention_choice import settle
 from qlora.model.made_up import load_random
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.prove.shapes import Shape, config_of
@@ -40,8 +42,8 @@ class Made:
         weight = sum(SupervisedObjective().weight(batch) for batch in batches)
         for batch in batches:
             forward_backward(self.parts, batch.to(self.device), SupervisedObjective(), weight)
-        found = [(master, master.grad) for master in self.optimizer.masters.values()]
-        gradient = [(torch.zeros_like(master) if one is None else one).detach().cpu().clone() for master, one in found]
+        found, masters = self.optimizer.gradients, self.optimizer.masters
+        gradient = [found.get(key, torch.zeros_like(master)).cpu().clone() for key, master in masters.items()]
         self.optimizer.zero_gradients()
         return gradient
 
@@ -67,6 +69,7 @@ def make(
     with random_state_kept(device):
         torch.manual_seed(SEED)
         load_random(model, QuantizationSection(), device)
+        settle(model, attention, device, Sinks())
         peft_model = adapters.attach(model, LoraSection(), SEED)
         trained = adapters.trainable(peft_model)
         with torch.no_grad():

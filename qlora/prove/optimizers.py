@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.flat.methods import BETAS, EPSILON, LION_BETAS
 from qlora.prove.proof import Figure, Outcome, Place, Proof, all_equal
-from qlora.step.optimizer import BETAS, EPSILON, LION_BETAS, AdapterOptimizer
+from qlora.step.optimizer import AdapterOptimizer
 from qlora.third_party import import_bitsandbytes
 
 NAMES = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw", "lion_8bit")
@@ -29,7 +30,9 @@ def run(place: Place) -> Outcome:
         for one in (own, again):
             _update(one, UPDATES)
         lost = not all_equal(list(own.state()[0].values()), list(again.state()[0].values()))
-        measured |= {f"{name} is the library's": not apart, f"{name} comes back": not lost, f"{name} paged": own.paged}
+        paged = [one.moments.memory is not None for one in (own, again)]
+        measured |= {f"{name} is the library's": not apart, f"{name} comes back": not lost, f"{name} paged": paged[0]}
+        wrong += [f"{name} comes back to another memory"] * (paged[0] != paged[1])
         wrong += [f"{name} is not the library's"] * apart + [f"{name} does not come back"] * lost
     return Outcome(not wrong, "; ".join(wrong) or f"{len(NAMES)} optimizers, {len(SHAPES)} sizes of tensors", measured)
 
@@ -45,14 +48,9 @@ def _values(seed: int, device: torch.device) -> dict[str, Tensor]:
 
 
 def _update(own: AdapterOptimizer, number: int) -> None:
-    for parameter, gradient in zip(
-        own.masters.values(), _values(number + 1, torch.device("cpu")).values(), strict=True
-    ):
-        wanted = gradient.float().to(parameter.device)
-        if parameter.grad is None:
-            parameter.grad = wanted
-        else:
-            parameter.grad.copy_(wanted)
+    gradients = _values(number + 1, torch.device("cpu")).values()
+    for key, gradient in zip(own.masters, gradients, strict=True):
+        own.add_gradient(key, gradient.to(own.device))
     own.gradient_norm()
     own.step(RATE)
 
@@ -64,7 +62,7 @@ def _by_library(name: str, device: torch.device) -> list[Tensor]:
     adam: dict[str, Any] = {"lr": RATE, "betas": BETAS, "eps": EPSILON, "weight_decay": 0.0}
     inner: Any
     if name == "adamw":
-        inner = torch.optim.AdamW(masters, **adam)
+        inner = torch.optim.AdamW(masters, **adam, foreach=False)
     elif name == "lion_8bit":
         inner = bnb.Lion8bit(masters, lr=RATE, betas=LION_BETAS, weight_decay=0.0)
     else:

@@ -32,24 +32,27 @@ def bar(value: float, full: float, width: int = BAR_WIDTH) -> str:
 
 def estimate_view(estimate: Mapping[str, Any]) -> RenderableType:
     """`estimate` is what `--json` prints; the first line says what the limit is, and where it comes from."""
-    peak, limit = estimate["peak_bytes"], estimate["limit_bytes"]
+    peak, error, limit = estimate["peak_bytes"], estimate["error_bytes"], estimate["limit_bytes"]
+    full = max(peak + error, limit)
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True, min_width=11)
     table.add_column(no_wrap=True, min_width=10, justify="right")
     table.add_column(style="green", no_wrap=True, min_width=BAR_WIDTH)
     table.add_column(style="dim")
     for name, count in estimate["components"].items():
-        table.add_row(Text(name), _gib(count), bar(count, max(peak, limit)), MEANINGS.get(name, ""))
-    table.add_row("peak", Text(_gib(peak), style="bold"), Text(bar(peak, max(peak, limit)), style="bold"))
-    table.add_row("limit", _gib(limit), bar(limit, max(peak, limit)), "")
+        table.add_row(Text(name), _gib(count), bar(count, full), MEANINGS.get(name, ""))
+    table.add_row("peak", Text(_gib(peak), style="bold"), Text(bar(peak, full), style="bold"), "the best guess")
+    table.add_row("margin", _gib(error), bar(error, full), "what past errors earned")
+    table.add_row("limit", _gib(limit), bar(limit, full), "")
     first = Text(f"limit {_gib(limit)}: {estimate['limit_source']}", style="bold")
-    return Group(first, Text(""), table, Text(""), verdict(peak, limit), *_details(estimate))
+    return Group(first, Text(""), table, Text(""), verdict(peak + error, limit), *_details(estimate))
 
 
-def verdict(peak: int, limit: int) -> Text:
-    if peak <= limit:
-        return Text(f"it fits: {_gib(limit - peak)} are left", style="bold green")
-    return Text(f"it does not fit: {_gib(peak - limit)} are missing", style="bold red")
+def verdict(needed: int, limit: int) -> Text:
+    """`needed` is the peak with its margin."""
+    if needed <= limit:
+        return Text(f"it fits: {_gib(limit - needed)} are left", style="bold green")
+    return Text(f"it does not fit: {_gib(needed - limit)} are missing", style="bold red")
 
 
 def _details(estimate: Mapping[str, Any]) -> list[Text]:
@@ -69,12 +72,13 @@ def _details(estimate: Mapping[str, Any]) -> list[Text]:
 def plans_view(plans: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Plans that fit, the fastest first, and the lines of the recipe that the first one changes."""
     table = Table.grid(padding=(0, 2))
-    table.add_row(*(Text(title, style="dim") for title in ("", "peak", "at most", "recipe change")))
+    table.add_row(*(Text(title, style="dim") for title in ("", "peak", "margin", "at most", "recipe change")))
     for number, plan in enumerate(plans, 1):
         estimate = plan["estimate"]
         speed = estimate["tokens_per_second_ideal"]
         lines = ", ".join(plan["lines"]) or "none: it fits as it is"
-        table.add_row(str(number), _gib(estimate["peak_bytes"]), f"{speed:,.0f} tokens/s" if speed else "", Text(lines))
+        peak, margin = _gib(estimate["peak_bytes"]), _gib(estimate["error_bytes"])
+        table.add_row(str(number), peak, margin, f"{speed:,.0f} tokens/s" if speed else "", Text(lines))
     return table
 
 

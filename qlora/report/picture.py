@@ -31,8 +31,13 @@ def check_place(file: Path) -> None:
         raise _unwritable(file, error) from None
 
 
-def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str, file: Path) -> None:
-    """A PNG of the peak (bytes) by sequence length, with the limits of cards as lines. Raises UserError."""
+def draw_lengths(
+    peaks: Mapping[int, tuple[int, int]], asked: tuple[str, int], others: Mapping[str, int], title: str, file: Path
+) -> None:
+    """A PNG of the peak and, as a band, its margin (bytes) by sequence length. Raises UserError.
+
+    `asked` is the limit that the question is about, with its name; `others` are limits of common cards.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -40,10 +45,15 @@ def draw_lengths(peaks: Mapping[int, int], limits: Mapping[str, int], title: str
     figure = Figure(figsize=(8, 5), dpi=150)
     axes = figure.subplots()
     lengths = list(peaks)
-    axes.plot(lengths, [peaks[length] / GIB for length in lengths], marker="o", color="#157f3b", label="predicted peak")
-    for name, limit in limits.items():
-        axes.axhline(limit / GIB, linestyle="--", linewidth=0.8, color="#888888")
-        axes.annotate(name, (lengths[0], limit / GIB), fontsize=8, ha="left", va="bottom", color="#555555")
+    low = [peak / GIB for peak, _ in peaks.values()]
+    high = [(peak + error) / GIB for peak, error in peaks.values()]
+    axes.plot(lengths, low, marker="o", color="#157f3b", label="predicted peak")
+    axes.fill_between(lengths, low, high, color="#157f3b", alpha=0.2, linewidth=0, label="its margin")
+    limits = [(name, limit, "#888888", 0.8) for name, limit in others.items()]
+    for name, limit, colour, width in [*limits, (*asked, "#b00020", 1.4)]:
+        axes.axhline(limit / GIB, linestyle="--", linewidth=width, color=colour)
+        label, place = shown.one_line(redact(name)), (lengths[0], limit / GIB)
+        axes.annotate(label, place, fontsize=8, ha="left", va="bottom", color=colour, parse_math=False)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_ylim(bottom=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora import numerics
-from qlora.data.layout import GPU_MULTIPLE
+from qlora.data.layout import GPU_MULTIPLE, PAD_TO_MULTIPLE
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
@@ -81,9 +81,18 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
         batch_size=schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train),
         prompt_tokens=prompt_tokens,
         has_eval=bool(data.eval.lengths),
+        documents=max(map(len, order.epoch_packs(0)), default=1),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
         trained=_most_trained(recipe, data, padded),
+        widths=_widths(recipe, data, padded),
     )
+
+
+def _widths(recipe: Recipe, data: PreparedData, longest: int) -> int:
+    """Of how many widths batches may be: rows are padded to a multiple, packs are as wide as what lies in them."""
+    lengths = data.eval.lengths if recipe.data.packing else [*data.train.lengths, *data.eval.lengths]
+    packs = longest // PAD_TO_MULTIPLE if recipe.data.packing else 0
+    return max(1, packs + len({-(-length // PAD_TO_MULTIPLE) for length in lengths}))
 
 
 def _most_trained(recipe: Recipe, data: PreparedData, longest: int) -> int:
@@ -128,8 +137,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
 def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
-    keys = ("peak_bytes", "error_bytes", "limit_bytes", "fits", "host_peak_bytes", "disk_bytes", "components")
-    keys += ("settings", "notes")
+    of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
+    keys = (*of_bytes, "fits", "components", "settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 

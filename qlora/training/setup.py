@@ -175,13 +175,14 @@ def foresee_gguf(
 
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
     """The quantized base with fresh adapters."""
-    from qlora import device as cards
-    from qlora.memory import hardware, overheads
+    from qlora import device as hardware
+    from qlora.memory.hardware import this_machine
+    from qlora.memory.overheads import context_bytes
     from qlora.model import adapters, load
 
-    device, context = pick_device(), overheads.context_bytes(hardware.this_machine(recipe.memory.limit).gpu)[0]
-    cards.release(device)  # an earlier run's model may still be held by what refers to itself
-    cards.limit_memory(device, parse_bytes(recipe.memory.limit), context)
+    device = pick_device()
+    hardware.release(device)  # an earlier run's model may still be held by what refers to itself
+    hardware.limit_memory(device, parse_bytes(recipe.memory.limit), context_bytes(this_machine().gpu)[0])
     with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
         model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
     eva = recipe.lora.init == "eva"

@@ -156,3 +156,26 @@ def test_a_picture_or_the_line_that_says_what_is_missing(run: Run, tmp_path: Pat
     else:
         assert done.returncode == 0, done.stderr
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_line_of_a_picture_goes_up_with_the_length_of_rows(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where "auto" recomputes only long rows, their peak would be lower than that of shorter ones."""
+    drawn: list[dict[int, tuple[int, int]]] = []
+    limits: list[tuple[str, int]] = []
+
+    def draw(peaks: dict[int, tuple[int, int]], asked: tuple[str, int], *_: object) -> None:
+        drawn.append(peaks)
+        limits.append(asked)
+
+    monkeypatch.setattr("qlora.report.picture.draw_lengths", draw)
+    monkeypatch.setattr("qlora.report.picture.find_spec", lambda _: "as if installed")
+    monkeypatch.setattr(estimate, "PLOT_LENGTHS", (512, 4096))
+    folder = str(config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path))
+    done = run(folder, "--vram", "4GB", "--plot", str(tmp_path / "peak.png"), "--json")
+    assert done.returncode == 0, done.stderr
+    (short, long) = drawn[0].values()
+    assert short[0] < long[0] and limits == [
+        ("a card sold with 4 GB, less what its driver keeps (3.81 GiB)", json.loads(done.stdout)["limit_bytes"])
+    ]

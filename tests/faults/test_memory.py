@@ -6,6 +6,7 @@ Its error is injected in the words of another library than torch, since a CPU ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef  # type: ignore[attr
 from qlora import api, run_folder
 from qlora.errors import DoesNotFit, ExportError, StoppedBySignal, TrainingStopped
 from qlora.events import Recorder, Sinks
+from qlora.export import child, pipeline
+from qlora.export.artifacts import Artifact, ExportOptions
 from qlora.export.child import Outcome
+from qlora.export.llama_cpp import runtime
+from qlora.export.verify import weights
+from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, load
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.stop import StopRequest
@@ -65,6 +71,8 @@ class _Training:
     """A run as `loop.run` sees it, saved after step 4."""
 
     checkpointer = SimpleNamespace(saved_step=4)
+    optimizer = SimpleNamespace(detach=lambda: None)
+    ahead = nullcontext()
     saved = loop.Training.saved
 
     def __init__(self, begin: Callable[..., Any]) -> None:
@@ -145,6 +153,36 @@ def test_a_child_that_had_no_memory() -> None:
         assert not Outcome({}, code, log).ran_out_of_memory
 
 
+def test_an_export_whose_check_had_no_memory_is_exit_3_and_keeps_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are checked in one child for all artifacts, a GGUF file in one of its own."""
+    monkeypatch.setattr(child, "run", lambda *_: Outcome({}, -9, ()))
+    nothing: Any = SimpleNamespace(path="base", folder="adapter", tensors={}, model_dump=lambda mode: {})
+    merge: Any = SimpleNamespace(base=nothing, adapter=nothing, merge_base="nf4", quantization=nothing, device=CPU)
+    with pytest.raises(DoesNotFit, match="out of memory while verifying") as caught:
+        weights.reopen(merge, {})
+    assert "verify=False" in caught.value.hint
+    with pytest.raises(DoesNotFit, match=r"a\.gguf: out of memory while llama.cpp read it"):
+        runtime._answer_of_child(Path("a.gguf"), Outcome({}, 1, ("std::bad_alloc",)), 9.0)
+
+    def inspect(reference: Any, planned: Any, file: Path, key: str, found: Any) -> Any:
+        if key == "gguf-q8_0":
+            raise DoesNotFit("a", "b")
+        return SimpleNamespace(fidelity=None)
+
+    keys = ("gguf-q8_0", "gguf-q4_k_m")
+    job: Any = SimpleNamespace(
+        artifacts=[Artifact(key, Path(key), key[5:]) for key in keys], failures={}, inspections={}
+    )
+    job.folder = job.file_name = job.merge = lambda *_: Path("x")
+    job.reference = job.planned = nothing
+    job.options, job.sink = ExportOptions(), Recorder()
+    monkeypatch.setattr(pipeline, "_target", lambda *_: None)
+    monkeypatch.setattr(pipeline.weights, "reopen", lambda *_: {key: [] for key in keys})
+    monkeypatch.setattr(pipeline.checks, "inspect_gguf", inspect)
+    pipeline._verify(job)
+    assert list(job.failures) == ["gguf-q8_0"] and list(job.inspections) == ["gguf-q4_k_m"]
+
+
 def test_the_limit_is_the_cards_before_a_weight_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 MiB of the stand-in are the driver's: they count against `memory.limit`, and are not free without one."""
     limits: list[int] = []
@@ -160,7 +198,12 @@ def test_the_limit_is_the_cards_before_a_weight_is_loaded(monkeypatch: pytest.Mo
 def test_no_tensor_of_a_run_is_alive_when_another_model_is_loaded(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the export that follows a training, in the next run, and after a run whose error somebody keeps."""
+    """Before the export that follows a training, in the next run, and after a run whose error somebody keeps.
+
+    And each step of a run is looked at: does its driver spill?
+    """
+    looked_at: list[int] = []
+    monkeypatch.setattr(SpillWatch, "after_step", lambda self, done: looked_at.append(done.step))
     known: list[list[StorageWeakRef]] = []
     alive: list[list[int]] = []
     load_base, train = load.load_base, loop.run
@@ -192,3 +235,4 @@ def test_no_tensor_of_a_run_is_alive_when_another_model_is_loaded(
     api.train(recipe.model_copy(update={"export": recipe_of_base("a/b").export}), mode="fresh")
     assert kept.value.exit_code == 130 and [len(of_run) > 30 for of_run in known] == [True] * 3
     assert alive == [[], [0], [0], [0, 0]]
+    assert looked_at == [1, 2, 1, 1, 2]

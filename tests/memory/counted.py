@@ -114,7 +114,7 @@ def _tensors(model: Any, optimizer: AdapterOptimizer, batch: Batch) -> list[torc
             values = (getattr(one, name, None) for name in ("absmax", "code", "offset"))
             found += [value for value in values if isinstance(value, torch.Tensor)]
     found += [*optimizer.masters.values(), *optimizer.gradients.values(), optimizer.moments.buffer]
-    return found + [getattr(batch, name) for name in Batch.__dataclass_fields__]
+    return found + [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
 
 
 def _storages(model: Any, optimizer: AdapterOptimizer, batch: Batch) -> dict[int, int]:

@@ -63,8 +63,8 @@ class ByHand:
     """Stands in for the estimator: 2 GiB of weights, and for each token of a micro-batch 1 MiB, 4 without recomputing,
     which is faster."""
 
-    def __init__(self, limit_gib: float) -> None:
-        self.text, self.name = None, "by hand"
+    def __init__(self, limit_gib: float, error_gib: float = 0) -> None:
+        self.text, self.name, self.error_bytes = None, "by hand", int(error_gib * GIB)
         self.machine = Machine("cuda", int(limit_gib * GIB), "as given")
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
@@ -75,7 +75,9 @@ class ByHand:
         settings = {"train.micro_batch_size": rows, "train.gradient_checkpointing": recomputes}
         weights = {"weights": 2 * GIB, "context": 0}
         speed = rows * (1.0 if recomputes else 1.5)
-        return Estimate(peak, self.machine.limit_bytes, 0, 0, weights, {}, {}, peak, 0, speed, settings)
+        return Estimate(
+            peak, self.error_bytes, self.machine.limit_bytes, 0, 0, weights, {}, {}, peak, 0, speed, settings
+        )
 
 
 def planner(limit_gib: float, facts: DataFacts | None = None) -> Planner:
@@ -119,7 +121,7 @@ def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_
 
 
 def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
-    many = recipe("train.micro_batch_size=16", "train.gradient_checkpointing=true")
+    many = recipe("train.micro_batch_size=16")
     found = planner(6.5).search(many)
     assert [plan.changes for plan in found] == [
         {"train.micro_batch_size": 4, "train.gradient_checkpointing": True},
@@ -159,6 +161,16 @@ def test_a_question_is_answered_as_a_run_would_decide() -> None:
     assert {plan.estimate.limit_bytes for plan in question.search()} == {int(6.2 * GIB)}
     estimate = Question(recipe(*AUTO), cast(Any, ByHand(6.2))).estimate()
     assert (estimate.settings["train.micro_batch_size"], estimate.limit_bytes) == (2, int(6.2 * GIB))
+
+
+def test_the_margin_counts_wherever_something_must_fit() -> None:
+    """6 GiB are 4 rows, and with a margin of half a GiB they are not."""
+    asked = recipe("train.micro_batch_size=auto", "train.gradient_checkpointing=true")
+    for margin, rows in ((0, 4), (0.5, 2)):
+        by_hand: Any = ByHand(6.2, margin)
+        assert Planner(by_hand).decide(asked).recipe.train.micro_batch_size == rows
+    error = memory_plan.does_not_fit(Planner(cast(Any, ByHand(6.2, 0.5))), recipe("train.micro_batch_size=4"))
+    assert "needs 6.50 GiB of memory (a margin of 0.50 GiB included)" in error.what
 
 
 def test_the_mildest_step_is_found_by_halving() -> None:

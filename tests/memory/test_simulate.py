@@ -150,3 +150,19 @@ def test_a_step_that_never_ends_is_not_simulated(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trace, "MOST_OPERATIONS", 500)
     with pytest.raises(RuntimeError, match="more than 500 operations"):
         simulator.run(Workload(1, 64))
+
+
+@pytest.mark.parametrize(("family", "kernel"), [("mistral", "varlen"), ("gemma3", "efficient"), ("gemma2", "flex")])
+def test_attention_over_documents_has_no_mask(family: str, kernel: str) -> None:
+    """Neither one of S × S, nor scores of it: what a token takes does not grow with the length of its row."""
+    text = make_config(family, overrides={"max_position_embeddings": 8192})
+    simulator = Simulator(ModelSpec(text, family, LORA, QuantizationSection(), kernel=kernel))
+    short, long = (simulator.run(Workload(1, length, documents=4)).phases["forward"] for length in (1024, 4096))
+    assert long.parts["activations"] < 1.05 * 4 * short.parts["activations"]
+
+
+def test_documents_of_a_workload_fill_its_rows() -> None:
+    assert Workload(2, 2048, packed=False).document_lengths == (2048, 2048)
+    assert Workload(1, 2048).document_lengths == (256,) * 8 and Workload(1, 100).document_lengths == (50, 50)
+    assert Workload(2, 100, documents=3).document_lengths == (33, 33, 34) * 2
+    assert sum(Workload(1, 5, documents=9).document_lengths) == 5

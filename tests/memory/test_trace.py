@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora.memory.trace import LiveBytes
+from qlora.memory.trace import LiveBytes, Sums, most_multiprocessors
+from qlora.model import document_attention
 
 
 @pytest.fixture
@@ -92,3 +93,49 @@ def test_the_softmaxs_backward_has_a_temporary_of_its_own_on_a_gpu() -> None:
             torch.ops.aten._softmax_backward_data(scores, scores, -1, torch.float32)
         peaks[target] = mode.peaks["backward"].parts["workspace"]
     assert peaks == {"cuda": 4 * 64 * 64 * 4, "cpu": 0}
+
+
+def varlen_backward(lengths: list[int], sums: Sums, heads: int = 32, shared: int = 8) -> int:
+    """Bytes beyond its results that the backward pass of attention over documents takes on a GPU."""
+    mode, width, tokens = LiveBytes("cuda"), 128, sum(lengths)
+    mode.sums = sums
+    mode.begin("backward")
+    states = [torch.empty(tokens, count, width, dtype=torch.bfloat16, device="meta") for count in (heads, heads)]
+    keys = [torch.empty(tokens, shared, width, dtype=torch.bfloat16, device="meta") for _ in range(2)]
+    lse = torch.empty(heads, tokens, device="meta")
+    starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
+    seed = torch.empty(2, dtype=torch.uint64, device="meta")
+    with mode:
+        document_attention.varlen_backward()(
+            states[0], states[1], *keys, states[0], lse, starts, starts, max(lengths), max(lengths), True, seed
+        )
+    return mode.peaks["backward"].parts["workspace"]
+
+
+def test_scratch_of_attention_over_documents_grows_with_them() -> None:
+    """mha_varlen_bwd: float32 sums of dQ, 128 rows more for each document; keys' gradients for every query head."""
+    tokens, heads, width = 2048, 32, 128
+    shared = 2 * tokens * heads * width * 2
+    for count in (1, 64):
+        rows = tokens + 128 * count
+        found = varlen_backward([tokens // count] * count, Sums())
+        assert found == heads * rows * 4 + rows * heads * width * 4 + shared
+    assert varlen_backward([tokens], Sums(), shared=32) == found_alone(tokens, heads, width)
+
+
+def found_alone(tokens: int, heads: int, width: int) -> int:
+    return heads * (tokens + 128) * 4 + (tokens + 128) * heads * width * 4
+
+
+def test_sums_in_one_order_have_a_copy_for_each_multiprocessor_of_a_head() -> None:
+    """nsplits: 128 multiprocessors on 32 heads of one document are 4 to a head; on 64 documents they are 1."""
+    alone, in_order = (varlen_backward([2048], Sums(1, count)) for count in (0, 128))
+    assert in_order - alone == 3 * (2048 + 128) * 32 * 128 * 4
+    # What is simulated has many short documents; the next micro-batch may be one long one.
+    assert (
+        varlen_backward([32] * 64, Sums(1, 128))
+        >= varlen_backward([32] * 64, Sums())
+        == varlen_backward([32] * 64, Sums(64, 128))
+    )
+    counts = [most_multiprocessors(size) for size in (6, 8, 12, 16, 24, 80)]
+    assert counts == [48, 48, 80, 84, 188, 188]

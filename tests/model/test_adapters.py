@@ -13,11 +13,13 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from safetensors.torch import load_file, save_file
 
+from qlora import device
 from qlora.batch import Batch
 from qlora.errors import ModelError
 from qlora.model.adapters import attach, load_into, open_saved, save, trainable
 from qlora.model.base_folder import BaseFolder
 from qlora.recipe.sections import LoraSection
+from tests.card import Card
 from tests.families import FAMILIES
 from tests.model.conftest import load, logits, plain
 
@@ -184,6 +186,25 @@ def test_modules_to_save_are_trained_whole(base_of: BaseOf) -> None:
     whole = {name: parameter.dtype for name, parameter in trainable(model).items() if "modules_to_save" in name}
     assert set(whole.values()) == {torch.bfloat16} and len(whole) == 2
     assert torch.equal(logits(model, INPUT_IDS), before)
+
+
+def test_a_cards_random_state_is_seeded_and_given_back(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EVA's decomposition draws on the device of the layers."""
+    model = load(base_of("llama"))
+    monkeypatch.setattr(device, "accelerator", Card())
+    states, seeds = {"now": torch.tensor([5])}, []
+    monkeypatch.setattr(Card, "get_rng_state", lambda self, place: states["now"].clone())
+    monkeypatch.setattr(Card, "set_rng_state", lambda self, state, place: states.update(now=state))
+    real = torch.manual_seed
+
+    def seed_everything(seed: int) -> torch.Generator:
+        states["now"] = torch.tensor([seed])
+        seeds.append(seed)
+        return real(seed)
+
+    monkeypatch.setattr(torch, "manual_seed", seed_everything)
+    attach(model, LoraSection(r=4), seed=1)
+    assert 1 in seeds and states["now"].tolist() == [5]
 
 
 def test_eva_starts_from_the_inputs_of_trained_positions(base_of: BaseOf) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
 from qlora.errors import ModelError
 from qlora.model import attention
 from qlora.model.base_folder import BaseFolder
+from tests.card import Card, rehearsal
 from tests.families import FAMILIES, PAD_ID, WINDOW
 from tests.model.conftest import load
 
@@ -120,3 +122,21 @@ def test_shared_keys_equal_repeated_keys(masked: bool) -> None:
 def test_sdpa_is_refused_where_it_cannot_compute_the_model(base_of: Callable[[str], BaseFolder]) -> None:
     with pytest.raises(ModelError, match="caps attention scores"):
         load(base_of("gemma2"), "none", "sdpa")
+
+
+def test_a_gpu_tries_its_kernels_in_the_order_that_the_estimate_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN, which comes first on Hopper if it is let, never computes; a CPU's choice is left alone."""
+    orders: list[list[int]] = []
+
+    def sees(*arguments: Any, **_: Any) -> torch.Tensor:
+        orders.append(torch._C._get_sdp_priority_order())
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (len(orders) == 1)
+        return arguments[0]
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", sees)
+    states = [torch.randn(1, 2, 5, 8) for _ in range(3)]
+    attention.attention(torch.nn.Module(), *states, None)
+    with rehearsal(monkeypatch, Card(total=1 << 30)):
+        attention.attention(torch.nn.Module(), *states, None)
+    wanted = [int(kernel) for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)]
+    assert orders[1][:3] == wanted and torch._C._get_sdp_priority_order() == orders[0]

@@ -13,6 +13,7 @@ from qlora.events import Recorder
 from qlora.model import attention, attention_choice, document_attention
 from qlora.model.attention_choice import Heads, assumed, lack_of, settle, tried
 from qlora.model.base_folder import BaseFolder
+from tests import all_families
 from tests.card import Card, rehearsal
 from tests.families import make_config
 from tests.model.conftest import CPU, load
@@ -149,6 +150,7 @@ def test_what_keeps_the_mask(family: str, change: dict[str, Any], reason: str) -
 def test_attention_of_a_models_own_keeps_it() -> None:
     assert "eager alone" in lack_of(make_config("llama"), "eager")
     assert "sdpa alone" in lack_of(make_config("llama"), "sdpa")
+    assert "no heads" in lack_of(all_families.make_config("mamba"), attention.NAME)
 
 
 def test_what_is_assumed_of_a_card_before_it_is_tried() -> None:

@@ -91,3 +91,9 @@ def test_other_dtypes_are_left_alone(without_kernels: None) -> None:
     with cpu_matmul.fast_matmul(CPU):
         assert torch.equal(a @ b, torch.mm(a, b))
         assert (a.double() @ b.double()).dtype == torch.float64
+
+
+def test_a_card_adds_up_in_fp32_while_a_run_lasts() -> None:
+    with cpu_matmul.fast_matmul(torch.device("cuda", 0)):
+        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

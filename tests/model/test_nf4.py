@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from qlora.model import nf4
 from qlora.model.nf4 import (
     BLOCK,
     dequantize,
@@ -16,6 +18,7 @@ from qlora.model.nf4 import (
     row_unit,
     rows_in_block,
 )
+from tests.card import Card, Stream, rehearsal
 from tests.model.conftest import CPU
 from tests.model.nf4_reference import quantize, reference_dequantize, reference_quantize, unpack, values_of
 
@@ -118,6 +121,80 @@ def test_what_is_no_number_is_left_to_bitsandbytes(value: float) -> None:
     data, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=BLOCK)
     ours = quantize(weight, "nf4", False, CPU)
     assert torch.equal(ours.data, data) and torch.equal(ours.state.absmax, state.absmax) is not (value != value)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 65), (7, 3), (1, 1), (301, 255)], ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_card_gives_the_bytes_that_the_cpu_gives(
+    shape: tuple[int, int], quant_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of zeros too, for which its kernel multiplies by 1 / 0 (kernels.cu, kQuantizeBlockwise): code 0 each, and
+    an absmax of 0 in a last block that is not full as well.
+    """
+    weight = weight_of(shape)
+    flat = weight.view(-1)
+    flat[-(len(flat) % BLOCK or BLOCK) :] = 0.0
+    flat[128:320] = -0.0
+    expected = {double: quantize(weight, quant_type, double, CPU) for double in (True, False)}
+    real_quantize = bnb.quantize_4bit
+
+    def kernel(block: torch.Tensor, blocksize: int, quant_type: str) -> tuple[torch.Tensor, SimpleNamespace]:
+        codes, _ = real_quantize(block, blocksize=blocksize, quant_type=quant_type)
+        blocks = torch.nn.functional.pad(block.reshape(-1), (0, -block.numel() % BLOCK)).view(-1, BLOCK).abs().amax(1)
+        (zeros,) = (blocks == 0).nonzero(as_tuple=True)
+        for at in zeros.tolist():
+            codes.view(-1)[at * BLOCK // 2 : (at + 1) * BLOCK // 2] = 0
+        return codes, SimpleNamespace(absmax=blocks.float())
+
+    monkeypatch.setattr(bnb, "quantize_4bit", kernel)
+    monkeypatch.setattr(nf4, "is_card", lambda device: True)
+    for double, cpu in expected.items():
+        card = quantize(weight, quant_type, double, CPU)
+        assert torch.equal(card.data, cpu.data) and torch.equal(card.state.absmax, cpu.state.absmax)
+        if double:
+            assert torch.equal(card.state.offset, cpu.state.offset)
+            assert torch.equal(card.state.state2.absmax, cpu.state.state2.absmax)
+        assert torch.equal(dequantize(card, torch.bfloat16), dequantize(cpu, torch.bfloat16))
+
+
+def test_a_card_quantizes_on_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' kernel takes no stream: under another one it would read a block before it is there."""
+    with rehearsal(monkeypatch, Card()) as card, card.stream(Stream(card)):
+        quantize(weight_of((64, 64)), "nf4", True, CPU)
+        assert card.calls["Stream.wait_stream"] == 2
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's CUDA build; no GPU")
+@pytest.mark.parametrize("double", [True, False])
+def test_cuda_tensors_without_a_card_are_quantized(double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices, shapes and types: codes and constants end on the card, the constants are made on the host."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for stream in ("current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, stream, lambda device: None)
+    quantize(weight_of((64, 64)), "nf4", True, CPU)  # the table of midpoints is real
+    with FakeTensorMode(allow_non_fake_inputs=True):  # bitsandbytes keeps its table
+        cuda = torch.device("cuda", 0)
+        weight = torch.empty(33, 65, dtype=torch.bfloat16)
+        held = quantize_rows(lambda a, b: weight[a:b], (33, 65), "nf4", double, cuda)
+        state = held.state
+        seen = [str(tensor.device) for tensor in (held.data, state.absmax, state.code)]
+        shapes = (held.data.shape, state.absmax.shape, state.absmax.dtype)
+        if double:
+            seen += [str(tensor.device) for tensor in (state.offset, state.state2.absmax, state.state2.code)]
+    assert {*seen} == {"cuda:0"}
+    assert shapes == ((1073, 1), (34,), torch.uint8 if double else torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_real_card_gives_the_bytes_that_the_cpu_gives(quant_type: str) -> None:
+    weight = weight_of((301, 255))
+    weight.view(-1)[128:320] = 0.0
+    for double in (True, False):
+        cpu, card = (quantize(weight, quant_type, double, torch.device(name)) for name in ("cpu", "cuda"))
+        assert torch.equal(card.data.cpu(), cpu.data) and torch.equal(card.state.absmax.cpu(), cpu.state.absmax)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -12,7 +12,7 @@ from qlora.prove.shapes import Shape
 TINY = Shape("tiny", 64, 128, 2, 4, 2, 16, 256, False, 0)
 
 
-def place(folder: Path, rows: int = 2, length: int = 48) -> Place:
+def place(folder: Path, rows: int = 2, length: int = 64) -> Place:
     return Place(torch.device("cpu"), TINY, folder, rows, length)
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from qlora.memory.estimate import Estimate
 from qlora.prove import peak
-from qlora.prove.shapes import SHAPES
-from tests.prove.cases import TINY, broken, holds, place
+from qlora.prove.proof import Outcome, Place
+from tests.card import GIB, Card, rehearsal
+from tests.prove.cases import broken, holds, place
 
 
 def test_it_holds_on_a_cpu_and_is_broken_by_an_estimate_that_is_under(
@@ -21,12 +23,28 @@ def test_it_holds_on_a_cpu_and_is_broken_by_an_estimate_that_is_under(
 
 
 def test_a_card_is_held_to_both_of_its_figures(tmp_path: Path) -> None:
-    estimate = peak.predicted(replace(place(tmp_path), shape=replace(TINY, name="tiny")))
-    estimate = replace(estimate, tensor_bytes=1000, peak_bytes=3000, components={"context": 1000})
-    assert peak._on_card(estimate, counted=1000, taken=2000).holds
-    assert peak._on_card(estimate, counted=960, taken=2000).holds
-    for counted, taken in ((1030, 2000), (940, 2000), (1000, 2050)):  # under, far over, fragments under
+    estimate = peak.predicted(place(tmp_path), peak.SETTINGS[0])
+    parts = {"context": 1000}
+    estimate = replace(estimate, tensor_bytes=1000, peak_bytes=3000, error_bytes=100, components=parts)
+    for counted, taken in ((1000, 2000), (960, 2000), (1000, 2100), (1000, 1740)):
+        assert peak._on_card(estimate, counted, taken).holds, (counted, taken)
+    for counted, taken in ((1030, 2000), (940, 2000), (1000, 2101), (1000, 1730)):  # each under, each far over
         assert peak._on_card(estimate, counted, taken).holds is False
+
+
+def test_on_a_card_each_setting_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, bool, str]] = []
+
+    def measured(where: Place, setting: peak.Setting, estimate: Estimate) -> Outcome:
+        found = estimate.settings
+        asked.append((found["data.max_length"], found["train.gradient_checkpointing"], found["train.optimizer"]))
+        return Outcome(len(asked) != 2, "as measured", {"x": len(asked)})
+
+    monkeypatch.setattr(peak, "_measured", measured)
+    with rehearsal(monkeypatch, Card(total=4 * GIB)):
+        outcome = broken(peak.PROOF, tmp_path)
+    assert asked == [(64, True, "adamw_8bit"), (32, True, "adamw"), (16, False, "paged_adamw_8bit")]
+    assert set(outcome.measured.values()) == {1, 2, 3}
 
 
 def test_the_highest_moment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,4 +57,3 @@ def test_the_highest_moment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
                 break
             sum(block[:5000])
     assert highest[0] >= before + (60 << 20)
-    assert SHAPES["small"].needs_bytes > 0

@@ -13,6 +13,7 @@ from qlora.report.memory import bar, estimate_view, plans_view, verdict
 GIB = 1 << 30
 ESTIMATE: dict[str, Any] = {
     "peak_bytes": 6 * GIB,
+    "error_bytes": GIB // 2,
     "limit_bytes": 8 * GIB,
     "limit_source": "RTX 4060, 8 GB",
     "components": {"weights": 5 * GIB, "context": GIB},
@@ -41,7 +42,7 @@ def test_a_bar_is_exact_to_an_eighth(value: float, full: float, text: str) -> No
 
 def test_each_part_the_limit_and_where_it_comes_from() -> None:
     text = drawn(estimate_view(ESTIMATE))
-    for words in ("weights", "5.00 GiB", "the frozen base", "RTX 4060, 8 GB", "it fits: 2.00 GiB are left"):
+    for words in ("weights", "5.00 GiB", "the frozen base", "RTX 4060, 8 GB", "it fits: 1.50 GiB are left"):
         assert words in text
     assert text.startswith("limit 8.00 GiB: RTX 4060, 8 GB")
     assert "at most 736 tokens/s" in text and "it depends" in text and "lora.r = 8" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,25 @@ GIB = 1 << 30
 
 def test_a_picture_that_cannot_be_written_is_two_lines(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    peaks = {512: (GIB, GIB // 8), 1024: (2 * GIB, GIB // 4)}
     with pytest.raises(UserError, match="cannot be written"):
-        picture.draw_lengths({512: GIB, 1024: 2 * GIB}, {"8 GB": 8 * GIB}, "a model", tmp_path / "none" / "peak.png")
+        picture.draw_lengths(peaks, ("a card", 3 * GIB), {"8 GB": 8 * GIB}, "a model", tmp_path / "none" / "peak.png")
+
+
+def test_the_picture_has_the_peak_its_margin_and_the_limit_that_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    kept: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    peaks = {512: (GIB, GIB // 8), 1024: (2 * GIB, GIB // 4)}
+    picture.draw_lengths(peaks, ("$asked$", 3 * GIB), {"8 GB": 8 * GIB}, "a model", tmp_path / "peak.png")
+    (axes,) = kept[0].axes
+    peak, *limits = [list(line.get_ydata()) for line in axes.lines]
+    assert peak == [1, 2] and limits == [[8, 8], [3, 3]]
+    (band,) = axes.collections
+    assert band.get_paths()[0].get_extents().y1 == 2.25
+    assert [text.get_text() for text in axes.texts] == ["8 GB", "$asked$"]
 
 
 @pytest.mark.parametrize("name", ["none/peak.png", "", "folder", "a\0b.png", "n" * 300 + ".png"])

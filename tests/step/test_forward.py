@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora import numerics
 from qlora.batch import Batch
 from qlora.events import Recorder
 from qlora.recipe.sections import LoraSection, QuantizationSection
@@ -18,7 +19,8 @@ from qlora.step.forward import (
     neftune_noise,
     seed_micro_batch,
 )
-from qlora.step.loss import Objective, SupervisedObjective
+from qlora.step.loss import Objective, SupervisedObjective, chunk_tokens
+from tests.card import Card, rehearsal
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +137,13 @@ def test_noise_has_each_documents_own_magnitude() -> None:
     noise = neftune_noise(torch.zeros(1, 20, 64), batch, alpha=8.0)
     assert noise[0, :4].abs().max() == pytest.approx(8.0 / (4 * 64) ** 0.5, rel=0.02)
     assert noise[0, 4:].abs().max() == pytest.approx(8.0 / (16 * 64) ** 0.5, rel=0.02)
+
+
+def test_a_run_goes_on_with_the_chunks_that_it_began_with(model, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    causal_lm = model.get_base_model()
+    assert CausalParts.of(causal_lm).chunk_tokens == chunk_tokens(384) != chunk_tokens(384, on_card=True)
+    assert CausalParts.of(causal_lm, on_card=True).chunk_tokens == chunk_tokens(384, on_card=True)
+    with rehearsal(monkeypatch, Card(total=1 << 30)):
+        assert CausalParts.of(causal_lm).chunk_tokens == chunk_tokens(384, on_card=True)
+    with numerics.in_force(numerics.Numerics(head_chunk=77)):
+        assert CausalParts.of(causal_lm).chunk_tokens == 77

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlora.batch import Batch
-from qlora.step.loss import SupervisedObjective, logits_transform, token_logprobs
+from qlora.step.loss import SupervisedObjective, chunk_tokens, logits_transform, token_logprobs
 
 
 def case(tokens: int = 23, hidden: int = 16, vocabulary: int = 50) -> tuple[torch.Tensor, torch.Tensor, nn.Linear]:
@@ -86,3 +86,12 @@ def test_transforms_of_known_families(config: dict[str, float], expected: torch.
 
 def test_a_plain_model_has_no_transform() -> None:
     assert logits_transform(SimpleNamespace(final_logit_softcapping=None, logits_scaling=1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "on_cpu", "on_card"),
+    [(32_000, 524, 512), (128_256, 130, 128), (151_936, 110, 64), (262_144, 64, 64), (1_100_000, 16, 64)],
+)
+def test_chunks_on_a_gpu_are_whole_tiles(vocabulary: int, on_cpu: int, on_card: int) -> None:
+    """130 tokens are two tiles of 128 rows, the second of which is wasted; a CPU's numbers depend on what it had."""
+    assert (chunk_tokens(vocabulary), chunk_tokens(vocabulary, on_card=True)) == (on_cpu, on_card)

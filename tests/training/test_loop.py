@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,36 @@ def test_the_run_folder_tells_the_whole_story(tmp_path: Path, llama: Path) -> No
         path.name for path in (folder / "adapter").iterdir()
     }
     assert recorder.of("sample") and (folder / "export" / "hf" / "model.safetensors").is_file()
+
+
+def test_the_next_steps_batches_are_made_meanwhile_and_change_nothing(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a thread from the second step on, which ends with the run; bit for bit as without it."""
+    makers: list[str] = []
+    real = loop.in_one_block
+
+    def in_one_block(*arguments):  # type: ignore[no-untyped-def]
+        makers.append(threading.current_thread().name)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "in_one_block", in_one_block)
+    settings = (*SHORT, "train.micro_batch_size=1", "train.max_steps=3", "checkpoint.every_steps=1")
+    ahead, at_once = (write_recipe(tmp_path / name, llama) for name in ("ahead", "at_once"))
+    stopped = train(ahead, *settings, stop_after=2)
+    here = threading.current_thread().name
+    assert [name == here for name in makers[:4]] == [True, True, False, False], "two micro-batches a step"
+    assert values(stopped, "step", "step") == [1, 2]
+    assert not [one for one in threading.enumerate() if one.name.startswith("qlora-ahead")]
+    train(ahead, *settings, mode="resume")
+    monkeypatch.setattr(loop.Ahead, "prepare", lambda self, key: None)
+    train(at_once, *settings)
+    assert hashes(ahead, 3) == hashes(at_once, 3)
+
+
+def test_attention_by_documents_is_told_and_trains_the_same(tmp_path: Path, llama: Path) -> None:
+    masked, by_documents = (write_recipe(tmp_path / name, llama) for name in ("masked", "documents"))
+    one = train(masked, *SHORT, "train.max_steps=3")
+    other = train(by_documents, *SHORT, "train.max_steps=3", 'model.attention="varlen"')
+    assert (values(one, "plan", "attention"), values(other, "plan", "attention")) == (["sdpa"], ["one by one"])
+    assert values(other, "step", "loss") == pytest.approx(values(one, "step", "loss"), abs=2e-3)

@@ -31,7 +31,7 @@ HUGE = (
 @pytest.fixture
 def long_rows(tmp_path: Path, llama: Path) -> Path:
     recipe = write_recipe(tmp_path, llama)
-    row = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "Yes."}]}\n'
+    row = '{"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "%s"}]}\n'
     (recipe.parent / "rows.jsonl").write_text((row % ("lamp " * 900)) * 80)
     return recipe
 

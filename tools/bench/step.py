@@ -5,8 +5,9 @@
 
 Each stack works in a process of its own, and the processes take turns (ours, theirs, ours, theirs, …), so that a
 machine that grows warm or is shared weighs on both alike. Both read the same base from the same folder, train the same
-rows of random tokens, every token trained, with the same adapters and optimizer. The figures go into a table and, with
-hardware, versions and commit, into a JSON file in tools/bench/results/.
+rows of random tokens, every token trained, with the same adapters and optimizer. Ours is measured a second time with
+several documents a row (--documents), as real packs have them: other kernels keep them apart. The figures go into a
+table and, with hardware, versions and commit, into a JSON file in tools/bench/results/.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
     "8b": (4096, 14336, 32, 32, 8, 128256, False),
     "14b": (5120, 17408, 40, 40, 8, 151936, False),
 }
+PACKED = "qlora, packed"  # ours with several documents a row, beside ours with one
 MARK = "BENCH-RESULT "
 FIGURES = ("trained_tokens_per_second", "peak_bytes")
 
@@ -58,13 +60,15 @@ def main() -> None:
             gradient_checkpointing=not arguments.no_checkpointing,
             threads=arguments.threads,
         )
-        stacks = ["qlora", *([arguments.vs] if arguments.vs else [])]
+        packed = [PACKED] if arguments.documents > 1 else []
+        stacks = ["qlora", *packed, *([arguments.vs] if arguments.vs else [])]
         found: dict[str, list[dict[str, Any]]] = {stack: [] for stack in stacks}
         for turn in range(arguments.repeats):
             for stack in stacks:
                 print(f"turn {turn + 1} of {arguments.repeats}: {stack}", file=sys.stderr)
                 python = arguments.trl_python if stack == "trl" else sys.executable
-                found[stack].append(run_worker(stack, python, settings))
+                asked = replace(settings, documents=arguments.documents) if stack == PACKED else settings
+                found[stack].append(run_worker(stack, python, asked))
         report = summary(settings, found, arguments.shape if not arguments.base else Path(base).name)
     show(report)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -79,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
     parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--documents", type=int, default=4, help=f"of a row in the runs called {PACKED!r}; 1: none")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=5, help="timed steps, after one that is not")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each stack")
@@ -90,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trl-python", default=sys.executable, help="python of an environment with trl")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="name of the results file")
-    parser.add_argument("--worker", choices=["qlora", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["qlora", PACKED, "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -110,7 +115,7 @@ def run_worker(stack: str, python: str, settings: Settings) -> dict[str, Any]:
 def work(stack: str, settings: Settings) -> dict[str, Any]:
     """In a process of its own: the figures of a stack, none of whose packages has been imported before."""
     sys.path.insert(0, str(ROOT))
-    if stack == "qlora":
+    if stack in ("qlora", PACKED):
         import step_qlora
 
         return step_qlora.run(settings)
@@ -174,7 +179,7 @@ def summary(settings: Settings, found: Mapping[str, list[dict[str, Any]]], name:
         "ratio": {
             stack: {key: round(ours[key] / value, 3) for key, value in other.items()}
             for stack, other in medians.items()
-            if stack != "qlora"
+            if stack not in ("qlora", PACKED)
         },
         "share_of_ideal": ideal_share(settings, found["qlora"][0]["device"], ours["trained_tokens_per_second"]),
         "turns": dict(found),
@@ -225,9 +230,9 @@ def default_name(report: Mapping[str, Any]) -> str:
 def show(report: Mapping[str, Any]) -> None:
     print(f"{report['base']}: {report['settings']['rows']} × {report['settings']['length']} tokens, ", end="")
     print(f"r {report['settings']['r']}, {report['settings']['optimizer']}, on {report['hardware']['device']}")
-    print(f"{'':10}{'trained tokens/s':>18}{'peak MiB':>12}")
+    print(f"{'':14}{'trained tokens/s':>18}{'peak MiB':>12}")
     for stack, figures in report["medians"].items():
-        print(f"{stack:10}{figures['trained_tokens_per_second']:>18,.1f}{figures['peak_bytes'] / 2**20:>12,.1f}")
+        print(f"{stack:14}{figures['trained_tokens_per_second']:>18,.1f}{figures['peak_bytes'] / 2**20:>12,.1f}")
     for stack, ratio in report["ratio"].items():
         told = f"{ratio['trained_tokens_per_second']:.2f}× as fast, {ratio['peak_bytes']:.2f}× the peak"
         print(f"ours against {stack}: {told}")

@@ -29,6 +29,7 @@ class Settings:
     optimizer: str
     gradient_checkpointing: bool
     threads: int
+    documents: int = 1  # that share a row: real packs hold several, and take other kernels than one document does
 
 
 def token_rows(settings: Settings, vocabulary: int) -> list[list[list[int]]]:
@@ -59,7 +60,7 @@ def figures_of(
 
     import torch
 
-    trained = settings.rows * (settings.length - 1) * settings.accumulation
+    trained = settings.rows * (settings.length - settings.documents) * settings.accumulation
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     on_gpu = device_type == "cuda"
     return {

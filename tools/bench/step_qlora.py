@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-import torch
 from step_measure import Settings, figures_of, resident_bytes, synchronize, token_rows
 
 from qlora.batch import Batch
+from qlora.data.chat import TokenRow
+from qlora.data.loader import collate
+from qlora.data.token_cache import PreparedSplit
+from qlora.device import release
 from qlora.events import Sinks
 from qlora.model import adapters, load
 from qlora.model.cpu_matmul import fast_matmul
@@ -31,15 +36,9 @@ def run(settings: Settings) -> dict[str, Any]:
     set_gradient_checkpointing(causal_lm, settings.gradient_checkpointing, keep_random_state=False)
     parts = CausalParts.of(causal_lm)
     optimizer = AdapterOptimizer(adapters.trainable(peft_model), settings.optimizer, 0.0)
-    micro_batches = []
-    for ids in token_rows(settings, causal_lm.config.get_text_config().vocab_size):
-        ids_BS = torch.tensor(ids)
-        weights = torch.ones(ids_BS.shape)
-        weights[:, -1] = 0
-        positions = torch.arange(settings.length).repeat(settings.rows, 1)
-        zeros, targets = torch.zeros_like(ids_BS), torch.roll(ids_BS, -1, 1)
-        trained = weights.flatten().nonzero().squeeze(1)
-        micro_batches.append(Batch(ids_BS, positions, zeros, targets, weights, trained).to(device))
+    vocabulary = causal_lm.config.get_text_config().vocab_size
+    micro_batches = [micro_batch(rows, settings.documents).to(device) for rows in token_rows(settings, vocabulary)]
+    release(device)  # and its peak is counted from here
     objective = SupervisedObjective()
     step_weight = sum(objective.weight(batch) for batch in micro_batches)
     seconds = []
@@ -54,3 +53,19 @@ def run(settings: Settings) -> dict[str, Any]:
             synchronize(device.type)
             seconds.append(time.perf_counter() - began)
     return figures_of(settings, seconds[1:], float(loss) / step_weight, before, device.type)
+
+
+def micro_batch(rows: Sequence[Sequence[int]], documents: int) -> Batch:
+    """The rows as the trainer's own packs, each of as many documents, every token trained but the first of each."""
+    parts = [list(part) for row in rows for part in split_evenly(row, documents)]
+    tokens = [TokenRow(part, [0.0, *[1.0] * (len(part) - 1)]) for part in parts]
+    lengths = [len(part) for part in parts]
+    trained = [length - 1 for length in lengths]
+    split = PreparedSplit(tokens, lengths, trained, [""] * len(parts), [0] * len(parts))
+    packs = [tuple(range(first, first + documents)) for first in range(0, len(parts), documents)]
+    return collate(split, packs, 0, len(rows[0]))
+
+
+def split_evenly(row: Sequence[int], count: int) -> list[Sequence[int]]:
+    bounds = [len(row) * number // count for number in range(count + 1)]
+    return [row[begin:end] for begin, end in pairwise(bounds)]

@@ -30,6 +30,10 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         synchronize(self.device_type)
         self.began = time.perf_counter()
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self.device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what loading took is no step's
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         synchronize(self.device_type)
         self.seconds.append(time.perf_counter() - self.began)

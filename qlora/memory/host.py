@@ -1,0 +1,37 @@
+"""Memory of a process that trains without a GPU: what it holds before the base is loaded, and what a run adds.
+
+What the imports take differs by a factor of two between builds of torch and versions of Python (490 MiB for the CPU
+build on Python 3.11, 0.8 GiB for the CUDA build on 3.13), so the process is asked. A run adds its live tensors, and
+three things that no tensor shows; the figures are of two bases on a Linux with glibc (`python tools/bench/host.py`).
+"""
+
+from __future__ import annotations
+
+import psutil
+
+MIB = 1 << 20
+
+# What reading rows adds to a process that has only estimated: tokenizers, Arrow and its threads, the template's child
+# (131 to 175 MiB between a simulation's end and the first weight that is read).
+READING_BYTES = 160 * MIB
+# By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects: 92 to
+# 98 MiB beside live tensors and the kernels below, with bases of 3 and of 107 MiB.
+RUNNING_BYTES = 103 * MIB
+# oneDNN compiles a kernel for each shape of a product and keeps the last 1,024 (its ONEDNN_PRIMITIVE_CACHE_CAPACITY): of
+# 40 steps of different widths with a cache of 8, the peak was 61 MiB lower. A width has about 20 shapes.
+KERNEL_BYTES = 110 << 10
+MOST_KERNELS = 1024
+KERNELS_OF_WIDTH = 20
+# Blocks that the C library cannot give back.
+FRAGMENTATION_SHARE = 0.02
+
+
+def held_bytes() -> int:
+    """Resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def added_bytes(live: int, widths: int) -> int:
+    """What a run with `live` bytes of tensors at its peak, and batches of so many different widths, adds beside them."""
+    kernels = min(MOST_KERNELS, KERNELS_OF_WIDTH * widths) * KERNEL_BYTES
+    return RUNNING_BYTES + kernels + round(live * FRAGMENTATION_SHARE)

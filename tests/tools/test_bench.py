@@ -1,0 +1,39 @@
+"""Benchmarks: the packs that they train are the trainer's, and results carry the card's name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.floors import ROOT
+
+BENCH = ROOT / "tools" / "bench"
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
+
+
+@pytest.mark.parametrize(("documents", "trained"), [(1, 23), (4, 20)])
+def test_a_row_is_one_document_or_several(documents: int, trained: int) -> None:
+    from step_measure import Settings, figures_of  # type: ignore[import-not-found]
+    from step_qlora import micro_batch  # type: ignore[import-not-found]
+
+    batch = micro_batch([list(range(24)), list(range(24, 48))], documents)
+    assert batch.input_ids_BS.tolist() == [list(range(24)), list(range(24, 48))]
+    assert [row.unique().numel() for row in batch.document_ids_BS] == [documents] * 2
+    assert batch.trained_T.numel() == 2 * trained
+    settings = Settings("base", 2, 24, 1, 1, 8, "adamw", True, 1, documents)
+    figures = figures_of(settings, [2.0], 1.0, 0, "cpu")
+    assert figures["trained_tokens_per_second"] == 2 * trained / 2.0
+
+
+def test_results_have_the_cards_name_and_a_laptops_says_so() -> None:
+    from gpu import file_name  # type: ignore[import-not-found]
+
+    found = {"hardware": {"device": "NVIDIA GeForce RTX 4060 Laptop GPU"}, "model": {"shape": "3b"}}
+    assert file_name(found) == "prove-nvidia-geforce-rtx-4060-laptop-gpu-3b.json"
+    assert (Path(BENCH) / "results").is_dir()
