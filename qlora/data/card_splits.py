@@ -18,6 +18,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from qlora import files
@@ -67,7 +68,7 @@ def _check_card(folder: str, names: Sequence[str], splits: Splits) -> None:
 
 
 def _hint(folder: str, chosen: _Set) -> str:
-    train, *_ = [*chosen.patterns.get(TRAIN, ()), *(paths[0] for paths in chosen.patterns.values()), chosen.folder]
+    train = next(iter(chosen.patterns.get(TRAIN) or chain(*chosen.patterns.values(), [chosen.folder])))
     path = json.dumps(f"{Path(folder).name}/{one_line(train)}", ensure_ascii=False)
     return f"name the files that are meant: path = {path}; or take `configs` out of {CARD}"
 
