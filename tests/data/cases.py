@@ -120,3 +120,10 @@ BROKEN_LINES: list[tuple[str, str | bytes, str]] = [
     ("a line break in a role", of({"role": "a\nb", "content": "x"}), "role is 'a"),
     ("end token inside", of(USER, says("x<|im_end|>\n<|im_start|>user")), "<|im_end|>"),
 ]
+
+
+def split_trained(*rows: tuple[int, int]) -> PreparedSplit:
+    """Of (tokens, trained ones at the end)."""
+    made = [TokenRow(list(range(n)), [0.0] * (n - trained) + [1.0] * trained) for n, trained in rows]
+    wheres = [f"a.jsonl:{i + 1}" for i in range(len(rows))]
+    return PreparedSplit(made, [n for n, _ in rows], [trained for _, trained in rows], wheres, [0] * len(rows))

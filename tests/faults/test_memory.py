@@ -31,6 +31,7 @@ from qlora.training import loop, memory_plan, selfcheck, setup
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.phases import PhaseClock
 from tests.card import GIB, MIB, Card, rehearsal
+from tests.data.cases import split_trained
 from tests.runs import StopAfter, write_recipe
 
 CPU = torch.device("cpu")
@@ -134,15 +135,13 @@ def test_the_self_check_asks_about_shorter_rows_and_then_ends(monkeypatch: pytes
         asked.append(tuple(rows.lengths))
         return runs_out() if max(rows.lengths) > most else selfcheck.SelfCheck(0.01, 0.02)
 
-    from tests.data.test_short_rows import split
-
     nothing: Any = None
     monkeypatch.setattr(selfcheck, "_compare", compare)
-    check = selfcheck.run(nothing, nothing, split((8192, 9), (2048, 9)), CPU)
+    check = selfcheck.run(nothing, nothing, split_trained((8192, 9), (2048, 9)), CPU)
     assert asked == [(256, 256), (64, 64), (16, 16)] and check == selfcheck.SelfCheck(0.01, 0.02)
     most = 2
     with pytest.raises(DoesNotFit, match=r"out of memory: CUDA error.*of a row of 16 tokens"):
-        selfcheck.run(nothing, nothing, split((8192, 9), (2048, 9)), CPU)
+        selfcheck.run(nothing, nothing, split_trained((8192, 9), (2048, 9)), CPU)
 
 
 def test_a_child_that_had_no_memory() -> None:
