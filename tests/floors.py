@@ -139,7 +139,18 @@ LINES = {
         *("family_facts", "row_packing", "load", "made_up", "dora", "adapters", "generate", "full_logits", "emptied"),
     ],
     "data": [
-        *("splits", "saved_sets", "source_files", "row_json", "unread", "role_words", "column_words", "marks", "calls"),
+        *(
+            "splits",
+            "card_splits",
+            "saved_sets",
+            "source_files",
+            "row_json",
+            "unread",
+            "role_words",
+            "column_words",
+            "marks",
+            "calls",
+        ),
         *(
             "parts",
             "turns",

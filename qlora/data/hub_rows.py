@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora import hub
+from qlora.data.card_splits import splits_of_names
+from qlora.data.saved_sets import dictionary
 from qlora.data.sources import source_files
 from qlora.data.splits import ALL, TEST, TRAIN, VALIDATION, Splits, by_split, counted, evaluated, of_split
 from qlora.data.splits import without_training as no_training
@@ -83,10 +85,10 @@ def _to_train(path: str, wants_validation: bool, sink: Sink) -> _Meant:
         return _hub_to_train(path, wants_validation, sink)
     if not _is_bare_folder(path):
         return _Meant(_Place(path, path))
-    splits = by_split(file.name for file in source_files(SourceSection(path=path)).files)
+    splits, name = _splits_of(path), one_line(Path(path).name)
     if not splits.named:
+        _say_unnamed(path, name, sink)
         return _Meant(_Place(path, path))
-    name = one_line(Path(path).name)
     if not splits.to_train:
         raise no_training(path, splits, name)
     _say(name, splits, wants_validation, sink)
@@ -105,7 +107,9 @@ def _to_evaluate(path: str, sink: Sink) -> _Place:
         return _fetched(snapshot, rows, split, sink)
     if not _is_bare_folder(path):
         return _Place(path, path)
-    splits = by_split(file.name for file in source_files(SourceSection(path=path)).files)
+    splits = _splits_of(path)
+    if not splits.named:
+        _say_unnamed(path, one_line(Path(path).name), sink)
     split = evaluated(splits, lambda what, hint: DataError(f"{path}: {what}", hint), one_line(Path(path).name))
     meant = f"{path}:{split}" if split else path
     return _Place(meant, meant)
@@ -114,6 +118,19 @@ def _to_evaluate(path: str, sink: Sink) -> _Place:
 def _is_bare_folder(path: str) -> bool:
     """Whether a path names a folder as a whole."""
     return not folder_split(path)[1] and os.path.isdir(path)
+
+
+def _splits_of(path: str) -> Splits:
+    """The files of a folder by their splits. Raises DataError where its card says otherwise than their names."""
+    return splits_of_names(path, [file.name for file in source_files(SourceSection(path=path)).files])
+
+
+def _say_unnamed(path: str, name: str, sink: Sink) -> None:
+    """A notice that a saved dictionary of sets, none of which is called like a split, is taken whole."""
+    if len(sets := dictionary(Path(path))) > 1:
+        listed = ", ".join(map(one_line, sets[:3])) + (", …" if len(sets) > 3 else "")
+        message = f"{name}: {len(sets)} sets of rows, none of which is called train, are all taken: {listed}"
+        sink.emit(Notice("split", f'{message} (path = "{name}:{one_line(sets[0])}" names one)', len(sets)))
 
 
 def _say(name: str, splits: Splits, wants_validation: bool, sink: Sink) -> None:

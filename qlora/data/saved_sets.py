@@ -35,6 +35,18 @@ class _State(ForeignModel):
     indices: list[_File] | None = Field(None, alias="_indices_data_files")
 
 
+class _Dictionary(ForeignModel):
+    splits: Annotated[list[Name], Field(max_length=100_000)]
+
+
+def dictionary(folder: Path) -> list[str]:
+    """The splits of a saved DatasetDict, as its dataset_dict.json names them; none where it is no such folder."""
+    try:
+        return checked(_Dictionary, load_object(folder / _SPLITS, _MAX_BYTES, Path(_SPLITS)), _SPLITS).splits
+    except (OSError, ForeignFileError):
+        return []
+
+
 def without_descriptions(
     names: Collection[str], real_path: Callable[[str], Path], leave_out: Callable[[str, str], None]
 ) -> set[str]:

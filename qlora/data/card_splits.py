@@ -1,0 +1,159 @@
+"""Which files are which split by the README.md of a folder, as data sets of the hub say it (`configs:` in its header).
+
+    configs:
+    - config_name: default
+      data_files:
+      - split: train
+        path: data/*.csv
+
+Splits are told here by the files' names (`splits.py`). Where a card says something else, neither is taken in silence:
+the folder is refused, and the files are named by their path. Only this part of the header is read, line by line; what
+is written in another way of YAML's is not understood and says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path, PurePosixPath
+
+from qlora import files
+from qlora.data.splits import TRAIN, VALIDATION, Splits, by_split, kind_of_word
+from qlora.errors import DataError
+from qlora.shown import one_line
+
+CARD = "README.md"
+MAX_CARD_BYTES = 1 << 20
+MAX_LINES = 10_000  # of the header: a set of the hub with a config for each of 1,000 languages has 6,000
+_LINE = re.compile(r"^(?P<indent> *)(?P<item>(?:- +)*)(?:(?P<key>[a-z_]+):(?: +|$))?(?P<value>.*)$")
+_SHOWN = 3
+
+
+@dataclass
+class _Set:
+    """One of `configs`: patterns of files by split."""
+
+    name: str = "default"
+    is_default: bool = False
+    patterns: dict[str, list[str]] = field(default_factory=dict)
+    folder: str = ""  # in which the names tell the splits
+
+
+def splits_of_names(folder: str, names: Sequence[str]) -> Splits:
+    """`by_split` of a folder's files. Raises DataError where the folder's card says otherwise."""
+    splits = by_split(names)
+    _check_card(folder, names, splits)
+    return splits
+
+
+def _check_card(folder: str, names: Sequence[str], splits: Splits) -> None:
+    sets = [one for one in _sets(_header(Path(folder))) if one.patterns or one.folder]
+    chosen = [one for one in sets if one.is_default] or [one for one in sets if one.name == "default"] or sets
+    if not chosen:
+        return
+    if len(chosen) > 1:
+        listed = ", ".join(one_line(one.name) for one in chosen[:_SHOWN]) + (", …" if len(chosen) > _SHOWN else "")
+        what = f"{folder}: {CARD} says that the files are {len(chosen)} sets: {listed}"
+        raise DataError(what, _hint(folder, chosen[0]))
+    meant = _by_kind(chosen[0], names)
+    validation = set(splits.validation) if splits.named else set()
+    if any(meant.values()) and (meant[TRAIN], meant[VALIDATION]) != (set(splits.to_train), validation):
+        first = ", ".join(f"{one_line(name)} is {one_line(paths[0])}" for name, paths in chosen[0].patterns.items())
+        what = f"{folder}: {CARD} says which files are which split, and otherwise than their names do: {first}"
+        raise DataError(what, _hint(folder, chosen[0]))
+
+
+def _hint(folder: str, chosen: _Set) -> str:
+    train = next(iter(chosen.patterns.get(TRAIN) or chain(*chosen.patterns.values(), [chosen.folder])))
+    path = json.dumps(f"{Path(folder).name}/{one_line(train)}", ensure_ascii=False)
+    return f"name the files that are meant: path = {path}; or take `configs` out of {CARD}"
+
+
+def _by_kind(chosen: _Set, names: Sequence[str]) -> dict[str, set[str]]:
+    """The files of the training and the validation split, and of all others."""
+    kinds: dict[str, set[str]] = {TRAIN: set(), VALIDATION: set(), "": set()}
+    for split, patterns in chosen.patterns.items():
+        kind = kind_of_word(split) or ""
+        found = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
+        kinds[kind if kind in kinds else ""].update(found)
+    if not kinds[TRAIN] and not kinds[VALIDATION]:
+        # A name that is no known word ("full"): what is trained is what is called train, or nothing is.
+        kinds[TRAIN] = kinds[""] if len(chosen.patterns) == 1 else set()
+    return kinds
+
+
+def _matches(name: str, pattern: str) -> bool:
+    pattern = pattern.removeprefix("./").rstrip("/")
+    if "**" in pattern:
+        return fnmatchcase(name, pattern.replace("**/", "*")) or fnmatchcase(name, pattern)
+    parts, wanted = PurePosixPath(name).parts, PurePosixPath(pattern).parts
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _header(folder: Path) -> list[str]:
+    """The lines of the card's header; none where there is no card, or a link out of the folder, or too large a file."""
+    try:
+        text = files.read_bytes(files.inside(folder.resolve(), CARD), MAX_CARD_BYTES).decode("utf-8", "replace")
+    except (OSError, files.UnsafePathError):
+        return []
+    lines = text.replace("\r\n", "\n").removeprefix("\ufeff").split("\n", MAX_LINES)[:MAX_LINES]
+    if lines[0].rstrip() != "---":
+        return []
+    end = next((at for at, line in enumerate(lines) if at and line.rstrip() == "---"), 0)
+    return lines[1:end]
+
+
+def _sets(header: Sequence[str]) -> list[_Set]:
+    """What stands under `configs:`."""
+    sets: list[_Set] = []
+    within, split, wants = False, TRAIN, ""
+    for line in header:
+        found = _LINE.match(line)
+        if found is None or not line.strip() or line.lstrip().startswith("#"):
+            continue
+        key, value, indent = found["key"], _plain(found["value"]), len(found["indent"])
+        if indent == 0 and not found["item"]:
+            within = key == "configs" and not value
+            continue
+        if not within:
+            continue
+        if found["item"] and (indent == 0 or not sets or key in ("config_name", "default")):
+            sets.append(_Set())
+            split, wants = TRAIN, ""
+        if not sets:
+            continue
+        if key == "config_name":
+            sets[-1].name = value
+        elif key == "default":
+            sets[-1].is_default = value == "true"
+        elif key == "data_dir":
+            sets[-1].folder = value
+        elif key == "split":
+            split, wants = value, ""
+        elif key in ("data_files", "path"):
+            wants = "" if value else "paths"
+            split = TRAIN if key == "data_files" else split
+            _add(sets[-1], split, value)
+        elif key is None and found["item"] and wants:
+            _add(sets[-1], split, value)
+        else:
+            wants = ""
+    return sets
+
+
+def _add(chosen: _Set, split: str, value: str) -> None:
+    inner = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
+    if paths := [_plain(part) for part in inner if part.strip() and not part.strip().startswith(("{", "&", "*&", "|"))]:
+        chosen.patterns.setdefault(split, []).extend(paths)
+
+
+def _plain(value: str) -> str:
+    """A scalar without its quotes or the comment behind it."""
+    value = value.strip()
+    if value[:1] in ("'", '"'):
+        return value[1:].partition(value[0])[0]
+    return value.partition(" #")[0].strip()
