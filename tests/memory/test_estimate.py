@@ -60,7 +60,7 @@ def test_packs_are_simulated_as_packs_and_rows_alone_as_single_documents(packing
 
 
 def test_scores_of_eager_attention_are_tensors_and_so_is_what_its_backward_needs(tmp_path: Path) -> None:
-    """Of 32 heads and 2,048 tokens in float32 they are 512 MiB; a softmax's backward holds more than three of that size."""
+    """Of 32 heads and 2,048 tokens in float32 they are 512 MiB; a softmax's backward holds more than three of them."""
     settings = ("data.max_length=2048", ALONE, "model.attention=eager")
     eager, fused = ask(tmp_path, 8, *settings, vram="24GiB"), ask(tmp_path, 8, *settings[:2], vram="24GiB")
     assert eager.tensor_bytes - fused.tensor_bytes > 3 * (512 << 20)
