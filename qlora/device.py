@@ -234,7 +234,7 @@ def context_taken(device: torch.device, expected: int) -> int:
     if not is_card(device):
         return 0
     free, total = accelerator.mem_get_info(device)
-    return min(expected, max(0, total - free - accelerator.memory_reserved(device)))
+    return min(expected, max(0, int(total) - int(free) - int(accelerator.memory_reserved(device))))
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
