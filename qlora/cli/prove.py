@@ -42,7 +42,8 @@ def prove(
 
 def _run(device: str | None, file: Path | None, model: str | None) -> None:
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: runs take the GPU that they see
+        # Before torch is imported: runs take the GPU that they see. On Windows an empty value would unset it.
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     from qlora import determinism, disk
     from qlora.cli import cards
     from qlora.errors import UserError

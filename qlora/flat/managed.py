@@ -51,7 +51,9 @@ def why_not(device: torch.device, count: int) -> str:
     """Why the driver cannot manage `count` bytes of a device, and where they are then; "" where it can."""
     if not hardware.is_card(device):
         return "paging needs a CUDA GPU; its state stays in RAM"
-    if not _is_concurrent(device):
+    if (concurrent := _is_concurrent(device)) is None:
+        return "bitsandbytes' library gives no way to ask the driver whether it can page; its state stays on the GPU"
+    if not concurrent:
         return "this system's driver cannot page while the GPU computes (Windows, WSL); its state stays on the GPU"
     if (free := hardware.available_ram()) < ROOM * count:
         needed = f"{ROOM * count / 2**20:.0f} MiB of RAM, of which {free / 2**20:.0f} MiB are free"
@@ -59,13 +61,16 @@ def why_not(device: torch.device, count: int) -> str:
     return ""
 
 
-def _is_concurrent(device: torch.device) -> bool:
-    """Whether host and GPU may use managed memory at the same time: the attribute that bitsandbytes itself asks."""
+def _is_concurrent(device: torch.device) -> bool | None:
+    """Whether host and GPU may use managed memory at the same time: the attribute that bitsandbytes itself asks.
+
+    None where it cannot be asked: a library with CUDA's runtime inside it does not give its functions away.
+    """
     ask, value = _runtime("cudaDeviceGetAttribute"), ctypes.c_int(0)
-    if ask is None:
-        return False
-    failed = ask(ctypes.byref(value), ctypes.c_int(CONCURRENT_MANAGED_ACCESS), ctypes.c_int(device.index or 0))
-    return not failed and bool(value.value)
+    of_device = (ctypes.c_int(CONCURRENT_MANAGED_ACCESS), ctypes.c_int(device.index or 0))
+    if ask is None or ask(ctypes.byref(value), *of_device):
+        return None
+    return bool(value.value)
 
 
 def _runtime(name: str) -> Any:

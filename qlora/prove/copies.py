@@ -7,6 +7,7 @@ from dataclasses import fields
 import torch
 
 from qlora.batch import Batch
+from qlora.data.ahead import in_one_block
 from qlora.prove.model import packed
 from qlora.prove.proof import Outcome, Place, Proof, all_equal
 
@@ -17,7 +18,8 @@ def run(place: Place) -> Outcome:
     busy = torch.randn(2048 if place.on_card else 64, 2048 if place.on_card else 64, device=place.device)
     wrong, placed = [], list[tuple[int, Batch]]()
     for number in range(COUNT):
-        placed.append((number, _batch(place, number).to(place.device)))  # the host's copy is gone at once
+        # As a step's: one block, pinned on a GPU's host, which is gone at once and whose memory the next one may get.
+        placed.append((number, in_one_block(_batch(place, number), place.device).to(place.device)))
         busy = (busy @ busy).clamp_(-1, 1)
     for number, there in placed:
         if not all_equal(_tensors(there), _tensors(_batch(place, number))):

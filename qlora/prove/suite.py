@@ -58,9 +58,9 @@ def place_for(device: str | None, model: str | None) -> Iterator[Place]:
     """
     import torch
 
-    found = hardware.current() if device is None else torch.device(device)
-    if found.type not in ("cpu", "cuda") or (found.type == "cuda" and not hardware.is_card(hardware.current())):
-        here = hardware.name_of(hardware.current())
+    found = torch.device("cpu") if device == "cpu" else hardware.current()  # a card has an index, which limits ask for
+    if device not in (None, "cpu", "cuda") or (device == "cuda" and not hardware.is_card(found)):
+        here = hardware.name_of(found)
         raise HardwareError(f"{device}: no such device here", f"leave it out to take what there is: {here}")
     on_card = hardware.is_card(found)
     shape = SHAPES[model] if model else largest(hardware.free_bytes(found)) if on_card else SHAPES["small"]

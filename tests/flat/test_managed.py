@@ -56,7 +56,7 @@ def test_without_the_runtimes_function_it_stays(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("ask", "reason"),
-    [(answering(1), ""), (answering(0), "WSL"), (answering(1, error=101), "WSL"), (None, "WSL")],
+    [(answering(1), ""), (answering(0), "WSL"), (answering(1, error=101), "no way to ask"), (None, "no way to ask")],
     ids=["it can", "it cannot", "an error", "no runtime"],
 )
 def test_a_driver_that_cannot_page_while_it_computes_is_not_asked_to(

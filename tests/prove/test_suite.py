@@ -59,6 +59,14 @@ def test_what_is_not_there_or_does_not_fit_is_refused(monkeypatch: pytest.Monkey
         pass
 
 
+@pytest.mark.parametrize("named", ["cuda", None])
+def test_a_card_has_its_index_which_limits_ask_for(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite.hardware, "current", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(suite.hardware, "free_bytes", lambda _: 2**40)
+    with suite.place_for(named, None) as place:
+        assert place.device == torch.device("cuda", 0) and place.on_card
+
+
 def test_names_are_unique_and_everything_is_said() -> None:
     assert len({proof.name for proof in suite.PROOFS}) == len(suite.PROOFS)
     assert all(proof.promise and proof.tolerance and proof.source for proof in suite.PROOFS)
