@@ -35,6 +35,7 @@ NOT_REHEARSED = {
     "device.py::available_ram": "asks the host, and nothing of a card",
     "device.py::free_bytes": "asked where an export measures a family whole, which no family of the tests needs",
     "device.py::capability: return (0, 0)": "an AMD card; tests/test_device.py",
+    "device.py::_memory: free = max(": "a card that shares the RAM; tests/test_device.py",
     "device.py::is_full": "asked where the driver may spill, Windows and WSL; tests/memory/test_spilling.py",
     "device.py::host_block: return block": "where the system pins no more; tests/test_device.py",
     "device.py::on_default_stream": "nothing computes beside the default stream yet; tests/test_device.py",
