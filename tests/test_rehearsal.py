@@ -103,7 +103,7 @@ def reached(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path,
     coverage = pytest.importorskip("coverage")
     recipe, short = (write_recipe(tmp_path_factory.mktemp(name), llama) for name in ("rehearsal", "short"))
     watch = coverage.Coverage(data_file=None, include=[str(PACKAGE / "**" / "*.py")])
-    with pytest.MonkeyPatch.context() as patch, rehearsal(patch, Card(total=256 * MIB)) as card:
+    with pytest.MonkeyPatch.context() as patch, rehearsal(patch, Card(total=384 * MIB)) as card:
         # Another process, in which there is no stand-in: it compares the written weights with what they should be.
         patch.setattr(weights, "reopen", lambda merge, targets: {key: [] for key in targets})
         watch.start()
