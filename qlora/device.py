@@ -108,7 +108,7 @@ def card() -> Card | None:
     """The GPU that a run would use; None where there is none, or none with bf16."""
     if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):
         return None
-    free, total = accelerator.mem_get_info()
+    free, total = _memory(current())
     return Card(accelerator.get_device_name(), usable(free), total, capability(current()))
 
 
@@ -174,8 +174,23 @@ def available_ram() -> int:
 def free_bytes(device: torch.device) -> int:
     """What the device has left for tensors, or the RAM that a process can have."""
     if is_card(device):
-        return int(accelerator.mem_get_info(device)[0])
+        return _memory(device)[0]
     return available_ram()
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Free and total bytes of a card.
+
+    One of NVIDIA's that shares the RAM (GB10, Jetson) calls taken what the system keeps of files in its page cache, and
+    gives back as soon as somebody needs it: what the system calls available is free there. AMD's keep a part of the RAM
+    for themselves.
+    """
+    import torch
+
+    free, total = accelerator.mem_get_info(device)
+    if torch.version.hip is None and accelerator.get_device_properties(device).is_integrated:
+        free = max(free, min(available_ram(), total))
+    return int(free), int(total)
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -233,8 +248,8 @@ def context_taken(device: torch.device, expected: int) -> int:
     """
     if not is_card(device):
         return 0
-    free, total = accelerator.mem_get_info(device)
-    return min(expected, max(0, int(total) - int(free) - int(accelerator.memory_reserved(device))))
+    free, total = _memory(device)
+    return min(expected, max(0, total - free - int(accelerator.memory_reserved(device))))
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
@@ -244,7 +259,7 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: i
     Without `limit_bytes`, all that is usable of what is free may be taken. A CPU has no limit.
     """
     if is_card(device):
-        free, total = accelerator.mem_get_info(device)
+        free, total = _memory(device)
         ours = accelerator.memory_reserved(device)
         most = usable(free) + ours if limit_bytes is None else limit_bytes - context_taken(device, context_bytes)
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)

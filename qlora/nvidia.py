@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -35,16 +36,27 @@ _LIBRARY_FOLDERS = (
 )
 _FIELDS = ("index", "uuid", "driver_version", "memory.total", "memory.free", "compute_cap", "name")
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE (cuda.h): the driver is well and has no card
+# What only a kernel module that is loaded brings its programs to say, or to hang for.
+_OF_A_MODULE = ("version mismatch", "device handle", "is lost", "did not answer")
 
 
 @dataclass(frozen=True)
 class Signs:
-    """What of NVIDIA's lies in this system. `on_bus` counts cards on the PCI bus, with or without a driver."""
+    """What of NVIDIA's lies in this system. `on_bus` counts cards on the PCI bus, with or without a driver.
+
+    `tells_bus`: every card that this system can have would stand on a bus that it lists.
+    """
 
     smi: Path | None
     library: Path | None
     has_driver: bool
     on_bus: int
+    tells_bus: bool = False
+
+    @property
+    def proves_none(self) -> bool:
+        """Whether no card is here, whatever of a driver was left behind: none on the bus, and no module is loaded."""
+        return self.tells_bus and not self.on_bus and not self.has_driver
 
     @property
     def of_a_card(self) -> bool:
@@ -78,6 +90,14 @@ class Answer:
     cuda: int | None = None  # the newest CUDA that the driver's library has: 12040 is 12.4 (cuDriverGetVersion)
     has_no_card: bool = False
 
+    def means_no_card(self, found: Signs) -> bool:
+        """Whether no card is here: by the driver's word, or by the bus where its programs reach no driver.
+
+        Images of machines and of CI keep `nvidia-smi` and the libraries where they are started without a GPU.
+        """
+        left_behind = self.failure != "" and not any(words in self.failure.lower() for words in _OF_A_MODULE)
+        return (left_behind and found.proves_none) or (self.has_no_card and not found.on_bus)
+
     @property
     def driver(self) -> tuple[int, ...] | None:
         return self.cards[0].driver if self.cards else None
@@ -93,7 +113,8 @@ class Answer:
 def signs() -> Signs:
     """What lies in this system. Starts nothing, imports nothing."""
     has_driver = (ROOT / "proc/driver/nvidia/version").exists() or (ROOT / "dev/nvidiactl").exists()
-    return Signs(smi=_smi(), library=_library(), has_driver=has_driver, on_bus=sum(_on_bus(_MAKER)))
+    on_bus = sum(_on_bus(_MAKER))
+    return Signs(smi=_smi(), library=_library(), has_driver=has_driver, on_bus=on_bus, tells_bus=_tells_bus())
 
 
 def listed_by_driver() -> int | None:
@@ -163,6 +184,17 @@ def _on_bus(maker: str) -> Iterator[int]:
     for device in _listed(ROOT / "sys/bus/pci/devices", "*"):
         if _text(device / "vendor").strip() == maker and _text(device / "class").strip()[:6] in _DISPLAYS:
             yield 1
+
+
+def _tells_bus() -> bool:
+    """Whether a card would be on the listed bus. WSL's is a device of Windows' (dev/dxg), Jetson's a part of the chip
+    (dev/nvmap, L4T's memory manager); sandboxes list an empty bus.
+    """
+    if not sys.platform.startswith("linux") or "microsoft" in platform.release().lower():
+        return False
+    if (ROOT / "dev/dxg").exists() or (ROOT / "dev/nvmap").exists():
+        return False
+    return bool(_listed(ROOT / "sys/bus/pci/devices", "*"))
 
 
 def _listed(folder: Path, pattern: str) -> list[Path]:

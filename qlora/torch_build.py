@@ -22,11 +22,6 @@ class TorchBuild:
     xpu: str | None = None
 
     @property
-    def release(self) -> str:
-        """The version that package indexes know: "2.13.0"."""
-        return self.version.partition("+")[0]
-
-    @property
     def cuda_major(self) -> int | None:
         major = (self.cuda or "").partition(".")[0]
         return int(major) if major.isascii() and major.isdecimal() else None

@@ -15,6 +15,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,7 @@ class Card(TorchDispatchMode):
     def __init__(self, total: int = GIB, name: str = "NVIDIA GeForce RTX 3070", capability: tuple[int, int] = (8, 6)):
         super().__init__()
         self.total, self.name, self.capability = total, name, capability
+        self.is_integrated = 0  # 1: its memory is the RAM
         self.limit = total - CONTEXT_BYTES
         self.live = self.highest = 0
         self.calls: Counter[str] = Counter()
@@ -119,6 +121,9 @@ class Card(TorchDispatchMode):
 
     def get_device_capability(self, device: Any = None) -> tuple[int, int]:
         return self.capability
+
+    def get_device_properties(self, device: Any = None) -> Any:
+        return SimpleNamespace(is_integrated=self.is_integrated)
 
     def get_arch_list(self) -> list[str]:
         return ["sm_{}{}".format(*self.capability)]

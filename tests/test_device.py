@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_a_card_needs_bf16_that_is_not_emulated(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 8))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (5, 8))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(is_integrated=0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "RTX 3070")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -122,6 +124,27 @@ def test_free_memory_is_the_cards_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.free_bytes(CPU) == stand_in.mem_get_info()[0]
 
 
+@pytest.mark.parametrize(
+    ("shares", "hip", "available", "free"),
+    [(1, None, 30, 30), (1, None, 90, 60), (1, None, 10, 20), (0, None, 30, 20), (1, "6.4", 30, 20)],
+)
+def test_what_the_page_cache_holds_is_free_on_a_card_that_shares_the_ram(
+    shares: int, hip: str | None, available: int, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than there is, nor less than the driver says; AMD's have a part of the RAM of their own."""
+    monkeypatch.setattr(device, "available_ram", lambda: available * MIB)
+    monkeypatch.setattr(device, "may_spill", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with rehearsal(monkeypatch, StandIn(total=60 * MIB)) as stand_in:
+        stand_in.is_integrated = shares
+        monkeypatch.setattr(stand_in, "mem_get_info", lambda *_: (20 * MIB, 60 * MIB))
+        found = device.card()
+        assert found is not None and found.free_bytes == device.free_bytes(CPU) == free * MIB
+        assert device.context_taken(CPU, 99 * MIB) == (60 - free) * MIB
+        device.limit_memory(CPU, None, 0)
+        assert abs(stand_in.limit - free * MIB) <= 1
+
+
 def test_a_side_stream_waits_for_the_default_one_and_it_for_the_side_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bitsandbytes launches on the default stream stands in order with what was asked of the current one."""
     order: list[str] = []
@@ -186,6 +209,7 @@ def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit of the process, less its context; without one, what is free: 5 % of it less where the driver spills."""
     fractions: list[float] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (700, 1000))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(is_integrated=0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 100)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, *_: fractions.append(part))
     monkeypatch.setattr(device, "may_spill", lambda: False)

@@ -47,7 +47,7 @@ def test_a_system_without_nvidia_has_no_sign_and_starts_nothing(system: Path, mo
     write(system / "sys/bus/pci/devices/0000:00:02.0/vendor", "0x8086\n")
     write(system / "sys/bus/pci/devices/0000:00:02.0/class", "0x030000\n")
     monkeypatch.setattr(nvidia.subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
-    assert nvidia.signs() == Signs(None, None, False, 0) and not nvidia.signs().of_a_card
+    assert nvidia.signs() == Signs(None, None, False, 0, tells_bus=True) and not nvidia.signs().of_a_card
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,32 @@ def test_one_that_never_stops_writing_is_cut(system: Path, monkeypatch: pytest.M
     monkeypatch.setattr(nvidia, "SECONDS", 5.0)
     smi(system, "while :; do echo 0, GPU-, 535.1; done")
     assert nvidia.ask(nvidia.signs()).failure
+
+
+@pytest.mark.parametrize(
+    ("more", "release", "proves"),
+    [
+        ({}, "6.8.0-45-generic", True),
+        ({"dev/nvidiactl": ""}, "6.8.0-45-generic", False),
+        ({"sys/bus/pci/devices/1/vendor": "0x10de\n", "sys/bus/pci/devices/1/class": "0x030200\n"}, "6.8.0", False),
+        ({}, "5.15.167.4-microsoft-standard-WSL2", False),
+        ({"dev/dxg": ""}, "6.8.0-45-generic", False),
+        ({"dev/nvmap": ""}, "5.15.148-tegra", False),
+        (None, "4.4.0", False),
+    ],
+)
+def test_a_bus_without_a_card_proves_that_there_is_none(
+    more: dict[str, str] | None, release: str, proves: bool, system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not under WSL, on a Jetson, in a sandbox that lists no bus, nor where a driver is loaded."""
+    monkeypatch.setattr(nvidia.platform, "release", lambda: release)
+    monkeypatch.setattr(nvidia.sys, "platform", "linux")
+    smi(system, "exit 9")
+    if more is not None:
+        write(system / "sys/bus/pci/devices/0/vendor", "0x8086\n")
+        for file, text in more.items():
+            write(system / file, text)
+    assert nvidia.signs().of_a_card and nvidia.signs().proves_none is proves
 
 
 def test_who_holds_memory_is_named_by_program_and_not_by_path(system: Path) -> None:

@@ -23,16 +23,22 @@ DRIVERS = {
 BLACKWELL_DRIVER = (570,)
 BF16 = (8, 0)
 _WHEELS = "https://download.pytorch.org/whl"
+# The torch that this package takes (pyproject.toml). An index of wheels need not have the release that is installed.
+RANGE = "torch>=2.10,<2.14"
 
 
 @dataclass(frozen=True)
 class Found:
-    """All that is known of this system when it is refused. `said` are torch's own words, "" if it wasn't asked."""
+    """All that is known of this system when it is refused. `said` are torch's own words, "" if it wasn't asked.
+
+    `visible` is what the user has set CUDA_VISIBLE_DEVICES to: by then it may name the card that was chosen.
+    """
 
     build: TorchBuild
     signs: Signs
     answer: Answer
     said: str = ""
+    visible: str | None = None
 
 
 def hide() -> str:
@@ -52,23 +58,26 @@ def _cause(found: Found) -> tuple[str, str]:
     build, answer, name = found.build, found.answer, found.answer.names
     if not (found.signs.smi or found.signs.library or found.signs.has_driver):
         return "an NVIDIA card is on the bus, and its driver is not installed", _driver(13, is_there=False)
+    if answer.cards and all(card.capability is not None and card.capability < BF16 for card in answer.cards):
+        best = max(answer.cards, key=lambda card: card.capability or BF16)
+        return _no_bf16(best.name, best.capability or BF16)
     needs = DRIVERS.get(build.cuda_major or 0)
     if needs is not None and (too_old := _too_old(answer, build.cuda_major or 0)):
         least = ".".join(str(part) for part in needs[sys.platform == "win32"])
         what = f"{name}: its driver ({too_old}) is too old for torch {build.version}, which needs {least} or newer"
         older = _cuda_for(answer)
-        other = f", or take torch's build for that driver: {_pip(build, older)}" if older else ""
+        other = f", or take torch's build for that driver: {_pip(older)}" if older else ""
         return what, f"{_driver(build.cuda_major or 13, is_there=True)}{other}"
     if answer.failure and (build.cuda is not None or _is_lost(answer.failure)):
         return f"an NVIDIA card is here, and its driver does not serve it: {answer.failure}", _revive(answer.failure)
     if build.cuda is None:
         kind = "AMD's GPUs (ROCm)" if build.hip else "Intel's GPUs" if build.xpu else "CPUs"
         what = f"{name} is here, and the torch that is installed ({build.version}) is built for {kind}"
-        return what, _pip(build, _cuda_for(answer) or "cu130")
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and (
-        found.said == FINDS_NONE or _is_lost(found.said) is None
-    ):
-        what = f"CUDA_VISIBLE_DEVICES={chosen[:60]} names no card that torch {build.version} finds ({name} is here)"
+        return what, _pip(_cuda_for(answer) or "cu130")
+    if found.visible is not None and (found.said == FINDS_NONE or _is_lost(found.said) is None):
+        what = (
+            f"CUDA_VISIBLE_DEVICES={found.visible[:60]} names no card that torch {build.version} finds ({name} is here)"
+        )
         return what, "name one that nvidia-smi -L lists, or unset it"
     return f"{name} is here, and torch {build.version} can't use it: {found.said}", _revive(found.said)
 
@@ -82,14 +91,21 @@ def cannot_compute(
     """
     number = "{}.{}".format(*capability)
     if capability < BF16:
-        what = f"{name} (compute capability {number}): computes no bf16, which came with Ampere (8.0, RTX 30)"
-        return HardwareError(what, f"use a newer GPU; or {hide()}")
+        what, mend = _no_bf16(name, capability)
+        return HardwareError(what, f"{mend}; or {hide()}")
     if not compiled or any(_runs(one, capability) for one in compiled):
         return None
     what = (
         f"torch {build.version} has no kernels for {name} (compute capability {number}; it has {', '.join(compiled)})"
     )
-    return HardwareError(what, f"{_pip(build, 'cu130')}; or {hide()}")
+    return HardwareError(what, f"{_pip('cu130')}; or {hide()}")
+
+
+def _no_bf16(name: str, capability: tuple[int, int]) -> tuple[str, str]:
+    """What no driver and no other torch mends."""
+    number = "{}.{}".format(*capability)
+    what = f"{name} (compute capability {number}): computes no bf16, which came with Ampere (8.0, RTX 30)"
+    return what, "use a newer GPU"
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
@@ -123,9 +139,9 @@ def _cuda_for(answer: Answer) -> str | None:
     return "cu126"
 
 
-def _pip(build: TorchBuild, cuda: str) -> str:
-    """Installing the same torch for CUDA. Windows' package on PyPI is a build for the CPU: the index is named."""
-    return f"pip install --force-reinstall torch=={build.release} --index-url {_WHEELS}/{cuda}"
+def _pip(cuda: str) -> str:
+    """Installing torch for that CUDA. Windows' package on PyPI is a build for the CPU: the index is named."""
+    return f'pip install --force-reinstall "{RANGE}" --index-url {_WHEELS}/{cuda}'
 
 
 def _driver(major: int, is_there: bool) -> str:

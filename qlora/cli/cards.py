@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import replace
 
 from qlora import device, nvidia, processes, third_party, torch_build
 from qlora.cli import card_trouble
@@ -19,6 +20,7 @@ from qlora.nvidia import Answer, Card
 from qlora.torch_build import TorchBuild
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+AMDS = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 TOPIC = "device"
 
 
@@ -35,19 +37,19 @@ def settle(sink: Sink) -> None:
         return
     if build is None:
         return
-    if not signs.of_a_card:
+    if not signs.of_a_card or (build.hip is not None and nvidia.amd_on_bus()):
         _without_nvidia(build, sink)
         return
-    answer = Answer()
+    answer, visible = Answer(), os.environ.get(VISIBLE)  # the user's own, before one card is chosen
     if build.cuda is None or _several(signs):
         answer = nvidia.ask(signs)
-        if answer.has_no_card and not signs.on_bus:
+        if answer.means_no_card(signs):
             _without_nvidia(build, sink)
             return
         if build.cuda is None:
             raise cannot_be_used(Found(build, signs, answer))
         _choose(signs, answer, sink)
-    _try(build, signs, answer)
+    _try(Found(build, signs, answer, visible=visible), sink)
 
 
 def _hidden() -> bool:
@@ -64,14 +66,15 @@ def _without_nvidia(build: TorchBuild, sink: Sink) -> None:
         what = f"an Intel GPU is here, and torch {build.version} is built for it: only NVIDIA's and AMD's can train yet"
         raise HardwareError(what, hide())
     if build.hip is not None and nvidia.amd_on_bus():
+        if hides := next((name for name in AMDS if os.environ.get(name, "all").strip() in ("", "-1")), None):
+            sink.emit(Notice(TOPIC, f"{hides} hides every GPU: the CPU trains, on purpose"))
+            return
         if said := device.trouble():
             what = f"an AMD card is here, and torch {build.version} (ROCm {build.hip}) can't use it: {said}"
             raise HardwareError(what, f"see what rocminfo says, and whether you may open /dev/kfd; or {hide()}")
         sink.emit(Notice(TOPIC, "an AMD card, under ROCm: the plan's figures are those of NVIDIA's cards"))
     elif build.hip is None and nvidia.amd_on_bus():
-        how = (
-            f"pip install --force-reinstall torch=={build.release} --index-url https://download.pytorch.org/whl/rocm6.4"
-        )
+        how = "https://pytorch.org/get-started/locally names its builds for ROCm"
         sink.emit(Notice(TOPIC, f"an AMD card is here, and torch {build.version} is not built for it ({how})"))
     elif sys.platform == "darwin" and platform.machine() == "arm64":
         sink.emit(Notice(TOPIC, "Apple's GPU is not used: 4-bit training on it is not built, and the CPU trains"))
@@ -123,17 +126,18 @@ def _described(card: Card, held: list[str]) -> str:
     return f"{card.index} ({card.name}), {card.free_bytes / 2**30:.1f} of {card.total_bytes / 2**30:.1f} GiB free{by}"
 
 
-def _try(build: TorchBuild, signs: nvidia.Signs, answer: Answer) -> None:
+def _try(found: Found, sink: Sink) -> None:
     """Have torch compute something on its card. Raises HardwareError where it can't."""
     if not device.may_spill():  # neither Windows nor WSL
         third_party.let_segments_grow()
+    said = device.trouble()  # asked first: CUDA's reason is told once in a process
     facts = device.facts()
-    if facts is not None and (error := cannot_compute(*facts, build)):
+    if facts is not None and (error := cannot_compute(*facts, found.build)):
         raise error
-    said = device.trouble()
     if said is None:
         return
-    answer = answer if answer.cards or answer.failure else nvidia.ask(signs)
-    if answer.has_no_card and not signs.on_bus:
+    answer = found.answer if found.answer.cards or found.answer.failure else nvidia.ask(found.signs)
+    if answer.means_no_card(found.signs):
+        _without_nvidia(found.build, sink)
         return
-    raise cannot_be_used(Found(build, signs, answer, said))
+    raise cannot_be_used(replace(found, answer=answer, said=said))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +27,24 @@ CAUSES = {
     "a build for the CPU, new driver": (
         Found(CPU, SMI, Answer((NEW,))),
         "3090 is here.*built for CPUs",
-        "2.13.0.*/cu130",
+        "torch>=2.*/cu130",
     ),
     "a build for the CPU, driver of CUDA 12": (Found(CPU, SMI, Answer((CARD,))), "2.13.0.cpu", "/whl/cu126"),
     "a build for the CPU, new card, driver of CUDA 12.8": (Found(CPU, SMI, Answer((BLACKWELL,))), "5090", "/whl/cu128"),
+    "a build for the CPU, cards without bf16": (
+        Found(
+            CPU,
+            SMI,
+            Answer((replace(NEW, name="GT 1030", capability=(6, 1)), replace(NEW, name="T4", capability=(7, 5)))),
+        ),
+        r"^T4 \(compute capability 7.5\): computes no bf16",
+        "^use a newer GPU; or",
+    ),
+    "an old driver, a card without bf16": (
+        Found(CU130, SMI, Answer((replace(OLD, name="GTX 1080", capability=(6, 1)),))),
+        "1080.*no bf16",
+        "^use a newer GPU; or",
+    ),
     "a build for AMD": (Found(ROCM, SMI, Answer((NEW,))), "built for AMD's GPUs", "/whl/cu130"),
     "driver too old, an older torch would do": (
         Found(CU130, SMI, Answer((CARD,)), "too old"),
@@ -96,14 +111,22 @@ def test_each_cause_is_named_with_what_mends_it(cause: str, monkeypatch: pytest.
     assert error.hint.endswith("set CUDA_VISIBLE_DEVICES= to train on the CPU on purpose") and error.exit_code == 2
 
 
+def test_torch_is_offered_in_the_range_that_this_package_takes() -> None:
+    """An index for an older CUDA need not have the release that is installed."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert card_trouble.RANGE in project["dependencies"]
+    hint = cannot_be_used(Found(CPU, SMI, Answer((BLACKWELL,)))).hint
+    assert f'"{card_trouble.RANGE}" --index-url https://download.pytorch.org/whl/cu128' in hint and "==" not in hint
+
+
 def test_an_old_driver_of_a_container_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card_trouble.os.path, "exists", lambda path: path == "/.dockerenv")
     assert "580 or newer on the container's host" in cannot_be_used(Found(CU130, SMI, Answer((CARD,)))).hint
 
 
 def test_a_card_that_is_not_there_is_named_by_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    error = cannot_be_used(Found(CU130, SMI, Answer((NEW,)), "it finds none"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")  # chosen since
+    error = cannot_be_used(Found(CU130, SMI, Answer((NEW,)), "it finds none", visible="7"))
     assert "CUDA_VISIBLE_DEVICES=7 names no card" in error.what and "nvidia-smi -L" in error.hint
 
 

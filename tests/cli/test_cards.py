@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,96 @@ def test_a_driver_that_has_no_card_is_none(system: System) -> None:
     assert told() == ""
 
 
+SILENT = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+
+
+@pytest.mark.parametrize("build", [CPU, CU130])
+@pytest.mark.parametrize("listed", [None, 1])  # with several or without a list it is asked before torch
+@pytest.mark.parametrize(
+    ("signs", "answer", "is_none"),
+    [
+        (Signs(SMI.smi, None, False, 0, tells_bus=True), Answer(failure=SILENT), True),
+        (Signs(None, Path("libcuda.so.1"), False, 0, tells_bus=True), Answer(failure="CUDA error 999"), True),
+        (Signs(SMI.smi, None, False, 0, tells_bus=False), Answer(failure=SILENT), False),
+        (Signs(SMI.smi, None, False, 1, tells_bus=True), Answer(failure=SILENT), False),
+        (Signs(SMI.smi, None, True, 0, tells_bus=True), Answer(failure=SILENT), False),
+        (Signs(SMI.smi, None, False, 0, tells_bus=True), Answer((card(0, 20),)), False),
+        (Signs(SMI.smi, None, False, 0, tells_bus=True), Answer(failure="Driver/library version mismatch"), False),
+    ],
+)
+def test_a_driver_left_behind_where_no_card_is_on_the_bus_is_none(
+    build: TorchBuild, listed: int | None, signs: Signs, answer: Answer, is_none: bool, system: System
+) -> None:
+    system.build, system.signs, system.answer, system.listed = build, signs, answer, listed
+    system.trouble = "it finds none"
+    if is_none:
+        assert told() == ""
+        return
+    with pytest.raises(HardwareError, match=r"NVIDIA|RTX"):
+        told()
+
+
+def test_torchs_reason_is_kept_though_it_is_told_once(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA counts its devices once in a process, and says only then why it finds none."""
+    reasons = ["CUDA initialization: CUDA unknown error"]
+
+    def is_available() -> bool:
+        while reasons:
+            warnings.warn(reasons.pop(), stacklevel=1)
+        return False
+
+    monkeypatch.undo()
+    for name in ("CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "x")
+    monkeypatch.setattr(nvidia, "signs", lambda: SMI)
+    monkeypatch.setattr(nvidia, "ask", lambda signs: Answer((card(0, 20),)))
+    monkeypatch.setattr(nvidia, "listed_by_driver", lambda: 1)
+    monkeypatch.setattr(torch_build, "installed", lambda: CU130)
+    monkeypatch.setattr(device.accelerator, "is_available", is_available, raising=False)
+    with pytest.raises(HardwareError, match="can't use it: CUDA initialization: CUDA unknown error") as caught:
+        told()
+    assert "nvidia_uvm" in caught.value.hint
+
+
+@pytest.mark.parametrize(("own", "words"), [(None, "can't use it: it finds none"), ("0,1", "=0,1 names no card")])
+def test_a_card_that_was_chosen_here_is_not_said_to_be_the_users_choice(
+    own: str | None, words: str, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
+    system.signs, system.listed, system.trouble = SMI, 2, "it finds none"
+    system.answer = Answer((card(0, 2), card(1, 23)))
+    with pytest.raises(HardwareError, match=words):
+        told()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-11"
+
+
+def test_amds_card_computes_beside_one_of_nvidias(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "amd_on_bus", lambda: True)
+    system.signs, system.build = SMI, TorchBuild("2.13.0+rocm6.4", hip="6.4")
+    system.answer = Answer((card(0, 2, "GT 1030", (6, 1)),))
+    assert "under ROCm" in told() and system.asked == 0
+    monkeypatch.setattr(nvidia, "amd_on_bus", lambda: False)
+    with pytest.raises(HardwareError, match="GT 1030"):
+        told()
+
+
+@pytest.mark.parametrize("name", ["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"])
+@pytest.mark.parametrize(("value", "hides"), [("", True), ("-1", True), ("0", False)])
+def test_an_amd_card_is_hidden_by_its_own_words(
+    name: str, value: str, hides: bool, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvidia, "amd_on_bus", lambda: True)
+    system.build, system.trouble = TorchBuild("2.13.0+rocm6.4", hip="6.4"), None if not hides else "it finds none"
+    monkeypatch.setenv(name, value)
+    assert (f"{name} hides every GPU: the CPU trains, on purpose" in told()) is hides
+
+
 def test_amds_intels_and_apples_are_told_by_name(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "amd_on_bus", lambda: True)
     system.build = CPU
-    assert "AMD card is here" in told() and "rocm" in told()
+    assert "AMD card is here" in told() and "pytorch.org" in told() and "torch==" not in told()
     system.build = TorchBuild("2.13.0+rocm6.4", hip="6.4")
     assert "under ROCm" in told()
     system.trouble = "HIP error"
