@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from qlora import files
-from qlora.data.splits import TRAIN, VALIDATION, Splits, by_split, kind_of_word
+from qlora.data.splits import TRAIN, Splits, by_split
 from qlora.errors import DataError
 from qlora.shown import one_line
 
@@ -59,9 +59,9 @@ def _check_card(folder: str, names: Sequence[str], splits: Splits) -> None:
         listed = ", ".join(one_line(one.name) for one in chosen[:_SHOWN]) + (", …" if len(chosen) > _SHOWN else "")
         what = f"{folder}: {CARD} says that the files are {len(chosen)} sets: {listed}"
         raise DataError(what, _hint(folder, chosen[0]))
-    meant = _by_kind(chosen[0], names)
-    validation = set(splits.validation) if splits.named else set()
-    if any(meant.values()) and (meant[TRAIN], meant[VALIDATION]) != (set(splits.to_train), validation):
+    train, validation = _meant(chosen[0], names)
+    says = any(found for _, found in _found(chosen[0], names))
+    if says and (train, validation) != (set(splits.to_train), set(splits.validation)):
         first = ", ".join(f"{one_line(name)} is {one_line(paths[0])}" for name, paths in chosen[0].patterns.items())
         what = f"{folder}: {CARD} says which files are which split, and otherwise than their names do: {first}"
         raise DataError(what, _hint(folder, chosen[0]))
@@ -73,17 +73,25 @@ def _hint(folder: str, chosen: _Set) -> str:
     return f"name the files that are meant: path = {path}; or take `configs` out of {CARD}"
 
 
-def _by_kind(chosen: _Set, names: Sequence[str]) -> dict[str, set[str]]:
-    """The files of the training and the validation split, and of all others."""
-    kinds: dict[str, set[str]] = {TRAIN: set(), VALIDATION: set(), "": set()}
-    for split, patterns in chosen.patterns.items():
-        kind = kind_of_word(split) or ""
-        found = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
-        kinds[kind if kind in kinds else ""].update(found)
-    if not kinds[TRAIN] and not kinds[VALIDATION]:
-        # A name that is no known word ("full"): what is trained is what is called train, or nothing is.
-        kinds[TRAIN] = kinds[""] if len(chosen.patterns) == 1 else set()
-    return kinds
+def _found(chosen: _Set, names: Sequence[str]) -> list[tuple[str, set[str]]]:
+    """Each split of a set, and the files that are here of it."""
+    return [
+        (split, {name for name in names if any(_matches(name, pattern) for pattern in patterns)})
+        for split, patterns in chosen.patterns.items()
+    ]
+
+
+def _meant(chosen: _Set, names: Sequence[str]) -> tuple[set[str], set[str]]:
+    """The files of the training and of the validation split, whose words are those of files and folders.
+
+    A name that is no known word ("full") is a training split where it is the only one of that kind, and none is called
+    train: of several nobody knows.
+    """
+    kinds = by_split(f"{split}/_" for split in chosen.patterns)
+    trained = kinds.train or (kinds.other if len(kinds.other) == 1 else ())
+    found = {f"{split}/_": files_of for split, files_of in _found(chosen, names)}
+    train = {name for split in trained for name in found[split]}
+    return train, {name for split in kinds.validation for name in found[split]}
 
 
 def _matches(name: str, pattern: str) -> bool:

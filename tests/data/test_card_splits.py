@@ -42,6 +42,15 @@ def trained(folder: Path) -> list[str]:
             "configs:\n- config_name: x\n  data_files:\n  - split: full\n    path: [a.jsonl, b.jsonl]\n",
             ["a.jsonl", "b.jsonl"],
         ),
+        (
+            f"{SPLIT.format('train.jsonl', 'dev.jsonl')}  - split: eval\n    path: eval.jsonl\n".replace("test", "dev"),
+            ["dev.jsonl", "eval.jsonl", "train.jsonl"],
+        ),
+        (SPLIT.format("full.jsonl", "test.jsonl").replace("train", "full"), ["full.jsonl", "test.jsonl"]),
+        (
+            SPLIT.format("train_sft-*", "test_sft-*").replace("train\n", "train_sft\n").replace("test\n", "test_sft\n"),
+            ["test_sft-0.jsonl", "train_sft-0.jsonl"],
+        ),
         ("license: mit\n", ["a.jsonl", "test.jsonl"]),
         ("configs: &a [*a, *a]\n", ["a.jsonl"]),
         ("dataset_info:\n- config_name: en\n  splits:\n  - name: train\n- config_name: de\n", ["a.jsonl"]),
@@ -50,13 +59,15 @@ def trained(folder: Path) -> list[str]:
 )
 def test_a_card_that_says_what_the_names_say(card: str, names: list[str], tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "rows", f"---\n{card}---\n# Rows\n", *names)
-    assert trained(folder) == [name for name in names if "test" not in name]
+    held_back = ("test", "dev", "eval")
+    assert trained(folder) == [name for name in names if not any(word in name for word in held_back)]
 
 
 @pytest.mark.parametrize(
     ("card", "what", "hint"),
     [
         (SPLIT.format("a.jsonl", "b.jsonl"), "train is a.jsonl, test is b.jsonl", 'path = "rows/a.jsonl"'),
+        (SPLIT.format("a.jsonl", "b.jsonl").replace("train", "eng"), "eng is a.jsonl", 'path = "rows/a.jsonl"'),
         (SPLIT.format("test/*.jsonl", "*.jsonl"), "train is test/*.jsonl", 'path = "rows/test/*.jsonl"'),
         (
             "configs:\n- config_name: en\n  data_files: a.jsonl\n- config_name: de\n  data_files: b.jsonl\n",
@@ -86,6 +97,13 @@ def test_a_card_that_says_otherwise_is_refused(card: str, what: str, hint: str, 
             localize(DataSection(**sources), Recorder())
         assert what in caught.value.what and hint in caught.value.hint
     assert len(list(read_rows(SourceSection(path=f"{folder}/*.jsonl")))) == 2
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "eval", "test_sft"])
+def test_what_the_card_calls_a_test_is_not_trained(split: str, tmp_path: Path) -> None:
+    card = f"---\nconfigs:\n- data_files:\n  - split: {split}\n    path: '*.jsonl'\n---\n"
+    with pytest.raises(DataError, match=rf"otherwise than their names do: {split} is \*\.jsonl"):
+        trained(folder_of(tmp_path / "rows", card, "a.jsonl", "b.jsonl"))
 
 
 def test_a_card_is_bounded_and_no_link(tmp_path: Path) -> None:
