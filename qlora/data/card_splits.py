@@ -31,6 +31,8 @@ MAX_CARD_BYTES = 1 << 20
 MAX_LINES = 10_000  # of the header: a set of the hub with a config for each of 1,000 languages has 6,000
 _LINE = re.compile(r"^(?P<indent> *)(?P<item>(?:- +)*)(?:(?P<key>[a-z_]+):(?: +|$))?(?P<value>.*)$")
 _SHOWN = 3
+_QUOTES = ("'", '"')
+_LISTED = re.compile(r"""\s*(?:"[^"]*"|'[^']*'|[^,]+)""")
 
 
 @dataclass
@@ -115,53 +117,75 @@ def _header(folder: Path) -> list[str]:
     return lines[1:end]
 
 
+class _Reading:
+    """The lines under `configs:`, one after another. An item of `data_files` counts at its end: YAML's keys have no
+    order, and a writer that sorts them puts `path` before `split`."""
+
+    def __init__(self) -> None:
+        self.sets: list[_Set] = []
+        self.indent: int | None = None  # of the sets' own lines
+        self.split, self.paths = TRAIN, list[str]()
+        self.wants = False  # paths, one a line
+
+    def read(self, indent: int, item: bool, key: str | None, value: str) -> None:
+        if item and self.indent in (None, indent):
+            self.end_item()
+            self.indent = indent
+            self.sets.append(_Set())
+        if not self.sets:
+            return
+        if (item and key is not None) or key not in ("split", "path", None):
+            self.end_item()
+        plain = _plain(value)
+        if key == "config_name":
+            self.sets[-1].name = plain
+        elif key == "default":
+            self.sets[-1].is_default = plain == "true"
+        elif key == "data_dir":
+            self.sets[-1].folder = plain
+        elif key == "split":
+            self.split = plain
+        if key in ("data_files", "path"):
+            self.wants = not plain
+            self.paths += _paths(value)
+        elif key is None and item and self.wants:
+            self.paths += _paths(value)
+        else:
+            self.wants = False
+
+    def end_item(self) -> None:
+        """Files its paths under its split: `train` where it names none."""
+        if self.paths:
+            self.sets[-1].patterns.setdefault(self.split, []).extend(self.paths)
+        self.split, self.paths = TRAIN, []
+
+
 def _sets(header: Sequence[str]) -> list[_Set]:
     """What stands under `configs:`."""
-    sets: list[_Set] = []
-    within, split, wants = False, TRAIN, ""
+    reading, within = _Reading(), False
     for line in header:
         found = _LINE.match(line)
         if found is None or not line.strip() or line.lstrip().startswith("#"):
             continue
-        key, value, indent = found["key"], _plain(found["value"]), len(found["indent"])
-        if indent == 0 and not found["item"]:
-            within = key == "configs" and not value
-            continue
-        if not within:
-            continue
-        if found["item"] and (indent == 0 or not sets or key in ("config_name", "default")):
-            sets.append(_Set())
-            split, wants = TRAIN, ""
-        if not sets:
-            continue
-        if key == "config_name":
-            sets[-1].name = value
-        elif key == "default":
-            sets[-1].is_default = value == "true"
-        elif key == "data_dir":
-            sets[-1].folder = value
-        elif key == "split":
-            split, wants = value, ""
-        elif key in ("data_files", "path"):
-            wants = "" if value else "paths"
-            split = TRAIN if key == "data_files" else split
-            _add(sets[-1], split, value)
-        elif key is None and found["item"] and wants:
-            _add(sets[-1], split, value)
-        else:
-            wants = ""
-    return sets
+        if not found["indent"] and not found["item"]:
+            within = found["key"] == "configs" and not _plain(found["value"])
+        elif within:
+            reading.read(len(found["indent"]), bool(found["item"]), found["key"], found["value"])
+    reading.end_item()
+    return reading.sets
 
 
-def _add(chosen: _Set, split: str, value: str) -> None:
-    inner = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]
-    if paths := [_plain(part) for part in inner if part.strip() and not part.strip().startswith(("{", "&", "*&", "|"))]:
-        chosen.patterns.setdefault(split, []).extend(paths)
+def _paths(value: str) -> list[str]:
+    """The pattern or the list of patterns that stands behind a key or in a line of its own."""
+    value = value.strip()
+    listed = _plain(value) if value[:1] not in _QUOTES else ""
+    inner = _LISTED.findall(listed[1:-1]) if listed.startswith("[") and listed.endswith("]") else [value]
+    return [_plain(part) for part in inner if part.strip() and not part.strip().startswith(("{", "&", "*&", "|"))]
 
 
 def _plain(value: str) -> str:
     """A scalar without its quotes or the comment behind it."""
     value = value.strip()
-    if value[:1] in ("'", '"'):
+    if value[:1] in _QUOTES:
         return value[1:].partition(value[0])[0]
     return value.partition(" #")[0].strip()

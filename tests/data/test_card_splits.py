@@ -16,6 +16,10 @@ from tests.data.cases import lines
 SPLIT = (
     "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n  - split: test\n    path: {}\n"
 )
+SORTED = (  # as a writer that sorts the keys has it
+    "configs:\n  - data_files:\n      - path:\n          - {}\n        split: train\n"
+    "      - path: {}\n        split: test\n    config_name: default\n  - data_files: gone.jsonl\n    config_name: a\n"
+)
 
 
 def folder_of(folder: Path, card: str, *names: str) -> Path:
@@ -51,6 +55,7 @@ def trained(folder: Path) -> list[str]:
             SPLIT.format("train_sft-*", "test_sft-*").replace("train\n", "train_sft\n").replace("test\n", "test_sft\n"),
             ["test_sft-0.jsonl", "train_sft-0.jsonl"],
         ),
+        (SORTED.format("train.jsonl", "test.jsonl"), ["test.jsonl", "train.jsonl"]),
         ("license: mit\n", ["a.jsonl", "test.jsonl"]),
         ("configs: &a [*a, *a]\n", ["a.jsonl"]),
         ("dataset_info:\n- config_name: en\n  splits:\n  - name: train\n- config_name: de\n", ["a.jsonl"]),
@@ -74,6 +79,7 @@ def test_a_card_that_says_what_the_names_say(card: str, names: list[str], tmp_pa
             "the files are 2 sets: en, de",
             'path = "rows/a.jsonl"',
         ),
+        (SORTED.format("a.jsonl", "b.jsonl"), "train is a.jsonl, test is b.jsonl", 'path = "rows/a.jsonl"'),
         (
             "configs:\n- config_name: en\n  data_dir: en\n- config_name: de\n  data_dir: de\n",
             "2 sets",
