@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from qlora import files
-from qlora.data.splits import TRAIN, Splits, by_split
+from qlora.data.splits import TEST, TRAIN, VALIDATION, Splits, by_split
 from qlora.errors import DataError
 from qlora.shown import one_line
 
@@ -30,7 +30,11 @@ CARD = "README.md"
 MAX_CARD_BYTES = 1 << 20
 MAX_LINES = 10_000  # of the header: a set of the hub with a config for each of 1,000 languages has 6,000
 _LINE = re.compile(r"^(?P<indent> *)(?P<item>(?:- +)*)(?:(?P<key>[a-z_]+):(?: +|$))?(?P<value>.*)$")
+_BRACES = re.compile(r"\{([^{},]*(?:,[^{},]*)+)\}")
+_MAX_ALTERNATIVES = 100  # of one pattern: {a,b}{a,b}… would double with every pair
+_MAX_PATTERN = 4096  # characters: Linux takes no longer path
 _SHOWN = 3
+_TRUE = ("true", "yes", "on")  # YAML 1.1, which the hub reads: in any case
 _QUOTES = ("'", '"')
 _LISTED = re.compile(r"""\s*(?:"[^"]*"|'[^']*'|[^,]+)""")
 
@@ -53,47 +57,53 @@ def splits_of_names(folder: str, names: Sequence[str]) -> Splits:
 
 
 def _check_card(folder: str, names: Sequence[str], splits: Splits) -> None:
-    sets = [one for one in _sets(_header(Path(folder))) if one.patterns or one.folder]
-    chosen = [one for one in sets if one.is_default] or [one for one in sets if one.name == "default"] or sets
+    sets = [(one, _found(one, names)) for one in _sets(_header(Path(folder))) if one.patterns or one.folder]
+    here = [(one, found) for one, found in sets if any(found.values())]  # of others no file is among these
+    chosen = [one for one in here if one[0].is_default] or [one for one in here if one[0].name == "default"] or here
     if not chosen:
         return
+    said, found = chosen[0]
     if len(chosen) > 1:
-        listed = ", ".join(one_line(one.name) for one in chosen[:_SHOWN]) + (", …" if len(chosen) > _SHOWN else "")
+        listed = ", ".join(one_line(one.name) for one, _ in chosen[:_SHOWN]) + (", …" if len(chosen) > _SHOWN else "")
         what = f"{folder}: {CARD} says that the files are {len(chosen)} sets: {listed}"
-        raise DataError(what, _hint(folder, chosen[0]))
-    train, validation = _meant(chosen[0], names)
-    says = any(found for _, found in _found(chosen[0], names))
-    if says and (train, validation) != (set(splits.to_train), set(splits.validation)):
-        first = ", ".join(f"{one_line(name)} is {one_line(paths[0])}" for name, paths in chosen[0].patterns.items())
+        raise DataError(what, _hint(folder, said))
+    if _meant(found) != (set(splits.to_train), set(splits.validation)):
+        first = ", ".join(f"{one_line(split)} is {one_line(paths[0])}" for split, paths in said.patterns.items())
+        first = first or f"they are those in {one_line(said.folder)}"
         what = f"{folder}: {CARD} says which files are which split, and otherwise than their names do: {first}"
-        raise DataError(what, _hint(folder, chosen[0]))
+        raise DataError(what, _hint(folder, said))
 
 
-def _hint(folder: str, chosen: _Set) -> str:
-    train = next(iter(chosen.patterns.get(TRAIN) or chain(*chosen.patterns.values(), [chosen.folder])))
-    path = json.dumps(f"{Path(folder).name}/{one_line(train)}", ensure_ascii=False)
+def _hint(folder: str, said: _Set) -> str:
+    train = next(iter(said.patterns.get(TRAIN) or chain(*said.patterns.values(), [""])))
+    path = json.dumps(f"{Path(folder).name}/{one_line(str(PurePosixPath(said.folder, train)))}", ensure_ascii=False)
     return f"name the files that are meant: path = {path}; or take `configs` out of {CARD}"
 
 
-def _found(chosen: _Set, names: Sequence[str]) -> list[tuple[str, set[str]]]:
-    """Each split of a set, and the files that are here of it."""
-    return [
-        (split, {name for name in names if any(_matches(name, pattern) for pattern in patterns)})
-        for split, patterns in chosen.patterns.items()
-    ]
+def _found(said: _Set, names: Sequence[str]) -> dict[str, set[str]]:
+    """The files that are here of each split of a set. Patterns are of names below its folder."""
+    paths = [path for path in map(PurePosixPath, names) if path.is_relative_to(said.folder)]
+    below = {str(path.relative_to(said.folder)): str(path) for path in paths}
+    if said.patterns:
+        return {
+            split: {name for part, name in below.items() if any(_matches(part, pattern) for pattern in patterns)}
+            for split, patterns in said.patterns.items()
+        }
+    splits = by_split(below)
+    parts = {TRAIN: splits.to_train, VALIDATION: splits.validation, TEST: splits.test}
+    return {split: {below[part] for part in files_of} for split, files_of in parts.items()}
 
 
-def _meant(chosen: _Set, names: Sequence[str]) -> tuple[set[str], set[str]]:
+def _meant(found: Mapping[str, set[str]]) -> tuple[set[str], set[str]]:
     """The files of the training and of the validation split, whose words are those of files and folders.
 
     A name that is no known word ("full") is a training split where it is the only one of that kind, and none is called
     train: of several nobody knows.
     """
-    kinds = by_split(f"{split}/_" for split in chosen.patterns)
+    of_word = {f"{split}/_": files_of for split, files_of in found.items()}
+    kinds = by_split(of_word)
     trained = kinds.train or (kinds.other if len(kinds.other) == 1 else ())
-    found = {f"{split}/_": files_of for split, files_of in _found(chosen, names)}
-    train = {name for split in trained for name in found[split]}
-    return train, {name for split in kinds.validation for name in found[split]}
+    return set(chain(*map(of_word.__getitem__, trained))), set(chain(*map(of_word.__getitem__, kinds.validation)))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -140,7 +150,7 @@ class _Reading:
         if key == "config_name":
             self.sets[-1].name = plain
         elif key == "default":
-            self.sets[-1].is_default = plain == "true"
+            self.sets[-1].is_default = plain.lower() in _TRUE
         elif key == "data_dir":
             self.sets[-1].folder = plain
         elif key == "split":
@@ -180,7 +190,23 @@ def _paths(value: str) -> list[str]:
     value = value.strip()
     listed = _plain(value) if value[:1] not in _QUOTES else ""
     inner = _LISTED.findall(listed[1:-1]) if listed.startswith("[") and listed.endswith("]") else [value]
-    return [_plain(part) for part in inner if part.strip() and not part.strip().startswith(("{", "&", "*&", "|"))]
+    parts = [part.strip() for part in inner if part.strip() and not part.strip().startswith(("{", "&", "*&", "|"))]
+    return [path for part in parts for path in _alternatives(_plain(part))]
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The patterns that one with braces stands for, as a shell has it: `{a,b}.csv`. With too many it stays one."""
+    found, left = list[str](), [pattern]
+    while left:
+        one = left.pop()
+        braces = _BRACES.search(one) if len(one) <= _MAX_PATTERN else None
+        if braces is None:
+            found.append(one)
+        else:
+            left += [one[: braces.start()] + word + one[braces.end() :] for word in reversed(braces[1].split(","))]
+        if len(found) + len(left) > _MAX_ALTERNATIVES:
+            return [pattern]
+    return found
 
 
 def _plain(value: str) -> str:

@@ -56,6 +56,17 @@ def trained(folder: Path) -> list[str]:
             ["test_sft-0.jsonl", "train_sft-0.jsonl"],
         ),
         (SORTED.format("train.jsonl", "test.jsonl"), ["test.jsonl", "train.jsonl"]),
+        ("configs:\n- config_name: en\n  data_files: x.jsonl\n- config_name: de\n  data_files: b.jsonl\n", ["b.jsonl"]),
+        ("configs:\n- config_name: en\n  data_dir: en\n- config_name: de\n  data_dir: de\n", ["en/a.jsonl"]),
+        (
+            SPLIT.format("train*", "test*").replace("  data_files", "  data_dir: ./data/\n  data_files"),
+            ["data/test.jsonl", "data/train.jsonl"],
+        ),
+        (
+            "configs:\n- config_name: en\n  data_files: a.jsonl\n- config_name: all\n  default: True\n"
+            '  data_files: "{a,{b,c}}.{json,json}{l,}"\n',
+            ["a.jsonl", "b.jsonl", "c.jsonl"],
+        ),
         ("license: mit\n", ["a.jsonl", "test.jsonl"]),
         ("configs: &a [*a, *a]\n", ["a.jsonl"]),
         ("dataset_info:\n- config_name: en\n  splits:\n  - name: train\n- config_name: de\n", ["a.jsonl"]),
@@ -79,6 +90,10 @@ def test_a_card_that_says_what_the_names_say(card: str, names: list[str], tmp_pa
             "the files are 2 sets: en, de",
             'path = "rows/a.jsonl"',
         ),
+        ("configs:\n- data_files: '{a,c}.jsonl'\n", "train is a.jsonl", 'path = "rows/a.jsonl"'),
+        ("configs:\n- data_files: ['{a,c}.jsonl', x]\n", "train is a.jsonl", 'path = "rows/a.jsonl"'),
+        ("configs:\n- data_dir: test\n  data_files: c.*\n", "train is c.*", 'path = "rows/test/c.*"'),
+        ("configs:\n- data_dir: test\n", "they are those in test", 'path = "rows/test"'),
         (SORTED.format("a.jsonl", "b.jsonl"), "train is a.jsonl, test is b.jsonl", 'path = "rows/a.jsonl"'),
         (
             "configs:\n- config_name: en\n  data_dir: en\n- config_name: de\n  data_dir: de\n",
@@ -93,7 +108,9 @@ def test_a_card_that_says_what_the_names_say(card: str, names: list[str], tmp_pa
     ],
 )
 def test_a_card_that_says_otherwise_is_refused(card: str, what: str, hint: str, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "rows", f"---\n{card}---\n", "a.jsonl", "b.jsonl", "test/c.jsonl")
+    folder = folder_of(
+        tmp_path / "rows", f"---\n{card}---\n", "a.jsonl", "b.jsonl", "test/c.jsonl", "en/d.jsonl", "de/e.jsonl"
+    )
     for section in ("train", "eval"):
         sources = {
             "train": (SourceSection(path=str(tmp_path / "x.jsonl")),),
@@ -113,6 +130,8 @@ def test_what_the_card_calls_a_test_is_not_trained(split: str, tmp_path: Path) -
 
 
 def test_a_card_is_bounded_and_no_link(tmp_path: Path) -> None:
+    braces = f"---\nconfigs:\n- data_files: '{'{a,b}' * 1_000}'\n---\n"
+    assert trained(folder_of(tmp_path / "braces", braces, "a.jsonl")) == ["a.jsonl"]
     card = f"---\n{SPLIT.format('a.jsonl', 'b.jsonl')}---\n"
     folder = folder_of(tmp_path / "rows", card + "x" * (1 << 20), "a.jsonl", "b.jsonl")
     assert trained(folder) == ["a.jsonl", "b.jsonl"]
