@@ -288,10 +288,9 @@ class _Locator:
             if first and not (mark_end < first[0] and text[mark_end : first[0]].strip()):
                 return first[1], True
             return start + len(text[start:mark_end].rstrip()), False
-        if self._writes_nothing(text, number, start):
-            return start, False  # the next end token is that of another's turn
         if self.facts.first_end_is_the_end and first:
-            return first[1], True
+            another = text[start : first[0]].strip() and self._writes_nothing(text, number, start)
+            return (start, False) if another else (first[1], True)  # `another`: it ends somebody else's turn
         if number == len(self.messages) - 1:
             body, end = split_end(text[start:limit], self.ends)
             return start + len(body) + len(end), bool(end)

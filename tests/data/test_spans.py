@@ -170,6 +170,8 @@ def test_the_last_answer_left_open_gets_the_end_that_others_have() -> None:
     chat = chat_of(chatml("{{ m.content }}{{ '<|im_end|>\n' if not loop.last }}"))
     row = encode(chat, talk(user("What?"), assistant("Light."), user("Who?"), assistant("A model.")))
     assert trained(chat, row) == ["Light.<|im_end|>", "A model.<|im_end|>"]
+    empty = encode(chat, talk(user("What?"), assistant(""), user("Who?"), assistant("A model.")))
+    assert trained(chat, empty) == ["<|im_end|>", "A model.<|im_end|>"]
 
 
 def test_an_answer_that_quotes_prompt_and_end() -> None:
