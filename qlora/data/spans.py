@@ -60,7 +60,8 @@ def requests(template: ChatTemplate, conversation: Conversation) -> list[str]:
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("train", True):
             wanted.append(template.request(messages[:number], tools, add_generation_prompt=True))
-            if not template.facts.first_end_is_the_end and number + 1 < len(messages):
+            compared = not template.facts.first_end_is_the_end or _may_be_unwritten(message)
+            if compared and number + 1 < len(messages):
                 wanted.append(template.request(messages[: number + 1], tools))
     return wanted
 
@@ -82,6 +83,11 @@ def without_shut_thoughts(template: ChatTemplate, messages: Sequence[Message]) -
     if not template.facts.shuts_block():
         return messages
     return [without_thoughts(message) if message["role"] == "assistant" else message for message in messages]
+
+
+def _may_be_unwritten(message: Message) -> bool:
+    """Whether an answer has neither words nor calls: some templates write no turn at all of it."""
+    return not words_of(message) and "tool_calls" not in message
 
 
 class _Locator:
@@ -283,7 +289,8 @@ class _Locator:
                 return first[1], True
             return start + len(text[start:mark_end].rstrip()), False
         if self.facts.first_end_is_the_end and first:
-            return first[1], True
+            another = text[start : first[0]].strip() and self._writes_nothing(text, number, start)
+            return (start, False) if another else (first[1], True)  # `another`: it ends somebody else's turn
         if number == len(self.messages) - 1:
             body, end = split_end(text[start:limit], self.ends)
             return start + len(body) + len(end), bool(end)
@@ -300,6 +307,14 @@ class _Locator:
             what = f"the end of answer {number} is not found: the chat template rewrites it"
             raise RowError(what, _HINT)
         return len(text) - len(other[1]), False
+
+    def _writes_nothing(self, text: str, number: int, start: int) -> bool:
+        """Whether the template writes nothing of an answer that others follow, not even its end."""
+        if number + 1 == len(self.messages) or not _may_be_unwritten(self.messages[number]):
+            return False
+        alone = [body + end for body, end in self._alone(number)]
+        written = any(turn.strip() and text.startswith(turn, start) for turn in alone)
+        return not written and any(not turn.strip() for turn in alone)
 
     def _alone(self, number: int) -> list[tuple[str, str]]:
         """What the template writes of an answer when nothing follows it, and its end token: with and without reasoning.

@@ -108,12 +108,6 @@ def evaluated(splits: Splits, error: Callable[[str, str], Exception], name: str)
     return ALL if splits.named else ""
 
 
-def kind_of_word(word: str) -> str | None:
-    """Of which split a word speaks, as a name of one: `dev` of the validation; None of no known one."""
-    kind = _KIND_OF_WORD.get(word.lower())
-    return VALIDATION if kind == _EVAL else kind
-
-
 def without_training(place: str, splits: Splits, name: str) -> DataError:
     """What is said of a folder or data set none of whose files is to be trained."""
     named = VALIDATION if splits.validation else TEST

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qlora.data.formats import Message
 from qlora.data.row_json import RowError
 from tests.data.shapes import CALLED, SHAPES, TALKS, shape_chat, thoughtful
 from tests.data.toys import (
@@ -169,6 +170,8 @@ def test_the_last_answer_left_open_gets_the_end_that_others_have() -> None:
     chat = chat_of(chatml("{{ m.content }}{{ '<|im_end|>\n' if not loop.last }}"))
     row = encode(chat, talk(user("What?"), assistant("Light."), user("Who?"), assistant("A model.")))
     assert trained(chat, row) == ["Light.<|im_end|>", "A model.<|im_end|>"]
+    empty = encode(chat, talk(user("What?"), assistant(""), user("Who?"), assistant("A model.")))
+    assert trained(chat, empty) == ["<|im_end|>", "A model.<|im_end|>"]
 
 
 def test_an_answer_that_quotes_prompt_and_end() -> None:
@@ -187,3 +190,21 @@ def test_a_token_that_reaches_from_the_prompt_into_the_answer_is_split() -> None
     prompt = chat.prompt_ids(TALKS["one turn"].messages[:1], None)
     assert row.input_ids[: len(prompt)] == prompt
     assert trained(chat, row) == ["\n</think>\n\nIt is cold.<|im_end|>"]
+
+
+_INST = (  # the answer's header ends the question's turn
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.content | trim %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("unwritten", [assistant(""), assistant(" \n"), thoughtful(assistant(""), "Look up.")])
+def test_after_an_answer_that_the_template_does_not_write_the_users_turn_is_not_trained(unwritten: Message) -> None:
+    chat = chat_of(_INST)
+    assert chat._chat_template.facts.first_end_is_the_end
+    messages = (user("What?"), unwritten, user("Who?"))
+    for both in (False, True):
+        row = encode(chat, talk(*messages, {**assistant("A model."), "train": both}, user("Now?"), assistant("No.")))
+        assert trained(chat, row) == ["A model.<|im_end|>"] * both + ["No.<|im_end|>"]
+    with pytest.raises(RowError, match="no token of it would be trained"):
+        encode(chat, talk(*messages, {**assistant("A model."), "train": False}))
