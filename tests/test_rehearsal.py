@@ -42,7 +42,7 @@ NOT_REHEARSED = {
         (f"device.py::{name}" for name in ("facts", "trouble", "trouble_in_sight", "has_xpu")),
         "a command's questions before a run; tests/test_device.py asks them of the stand-in",
     ),
-    **dict.fromkeys(("device.py::live_bytes", "device.py::lift_limit", "prove/"), "a proof's own; tests/prove"),
+    **dict.fromkeys(("device.py::live_bytes", "prove/"), "a proof's own; tests/prove"),
     "determinism.py::exactly": "an operation without an exact form, which no CPU has; tests/test_determinism.py",
     'flat/managed.py::why_not: return "this system': "Windows and WSL; tests/flat/test_managed.py",
     "flat/managed.py::why_not: needed": "without room in RAM; tests/flat/test_managed.py",
