@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import determinism, disk, files, numerics, run_folder
-from qlora.device import release
+from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
 from qlora.guarded import Guarded, forget_frames
@@ -110,6 +110,9 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
     finally:
         for file in written:
             file.close()
+        # The limit was the run's and its export's. Of a GPU that was lost, the error that ends the run says so.
+        with suppress(RuntimeError):
+            lift_limit(current())
     return TrainResult(run_dir, state, run_dir / "adapter", exported)
 
 

@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora import device as hardware
@@ -58,14 +58,30 @@ def for_run(asked: bool, sink: Sink) -> Iterator[None]:
 
     On a CPU nothing is set: its kernels sum in one order by themselves.
     """
-    import torch
-
     before = os.environ.get(WORKSPACE)
     if not asked:
         yield
         return
     late = before is None and hardware.has_started()
     fix_workspace()
+    try:
+        with ExitStack() as stack:
+            if hardware.is_card(hardware.current()):
+                if late:
+                    message = f"CUDA was in use before the run and {WORKSPACE} was not set: products may not repeat"
+                    sink.emit(Notice("deterministic", f"{message}; set it to {FIXED_WORKSPACE} as the process starts"))
+                stack.enter_context(_exact_kernels())
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(WORKSPACE, None)
+
+
+@contextmanager
+def _exact_kernels() -> Iterator[None]:
+    """torch's mode that warns. For a GPU's runs alone: to set it, and to put it back, imports the whole of inductor."""
+    import torch
+
     mode, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -74,21 +90,15 @@ def for_run(asked: bool, sink: Sink) -> Iterator[None]:
     fills, benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     try:
         with warnings.catch_warnings():
-            if hardware.is_card(hardware.current()):
-                if late:
-                    message = f"CUDA was in use before the run and {WORKSPACE} was not set: products may not repeat"
-                    sink.emit(Notice("deterministic", f"{message}; set it to {FIXED_WORKSPACE} as the process starts"))
-                warnings.filterwarnings("ignore", message="(?s).*deterministic", category=UserWarning)
-                torch.use_deterministic_algorithms(True, warn_only=True)
-                memory.fill_uninitialized_memory = False  # or each `empty` would be filled
-                torch.backends.cudnn.benchmark = False
+            warnings.filterwarnings("ignore", message="(?s).*deterministic", category=UserWarning)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            memory.fill_uninitialized_memory = False  # or each `empty` would be filled
+            torch.backends.cudnn.benchmark = False
             yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
         memory.fill_uninitialized_memory = fills
         torch.backends.cudnn.benchmark = benchmark
-        if before is None:
-            os.environ.pop(WORKSPACE, None)
 
 
 def exactly(work: Callable[[], T], undo: Callable[[], None], device: torch.device, sink: Sink) -> T:

@@ -256,12 +256,14 @@ def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: i
     """Have torch's allocator raise its OutOfMemoryError at a limit of the whole process, or of what is free now.
 
     The context, which no allocator counts, is taken as `context_bytes`, or as what the card holds where that is less.
-    Without `limit_bytes`, all that is usable of what is free may be taken. A CPU has no limit.
+    Never more may be taken than is usable of what is free now. A CPU has no limit.
     """
     if is_card(device):
         free, total = _memory(device)
         ours = accelerator.memory_reserved(device)
-        most = usable(free) + ours if limit_bytes is None else limit_bytes - context_taken(device, context_bytes)
+        most = usable(free) + ours
+        if limit_bytes is not None:
+            most = min(most, limit_bytes - context_taken(device, context_bytes))
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
 
 

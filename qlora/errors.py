@@ -138,14 +138,15 @@ class ForeignFailure:
 
 
 @contextmanager
-def foreign_failures(memory_too: bool = False) -> Iterator[ForeignFailure]:
+def foreign_failures(memory_too: bool = False, trial: bool = False) -> Iterator[ForeignFailure]:
     """Catch whatever a library raises over a stranger's file inside the block; the caller looks at `error` behind it.
 
     A broad except, the one beside the command line's: transformers, tokenizers, bitsandbytes and jinja2 have no error
     of their own for a file that is wrong, and raise what their code stumbles on (tokenizers even a bare Exception), so
     that no list of classes is complete. A panic of a native library is among them. Our own errors pass, and so does
     what asks the process to end, a GPU that failed, and memory that ran out: none of them is the file's fault. It is
-    with `memory_too`, in a process that has a limit of its own for one file.
+    with `memory_too`, in a process that has a limit of its own for one file. In a `trial`, of a kernel that another can
+    stand in for, they are answers too: only a GPU that is lost passes.
     """
     failure = ForeignFailure()
     try:
@@ -153,7 +154,9 @@ def foreign_failures(memory_too: bool = False) -> Iterator[ForeignFailure]:
     except QloraError:
         raise
     except Exception as error:
-        if not memory_too and (out_of_memory.is_out_of_memory(error) or out_of_memory.gpu_fault(error)):
+        ran_out = not trial and out_of_memory.is_out_of_memory(error)
+        failed = out_of_memory.gpu_is_lost(error) if trial else out_of_memory.gpu_fault(error)
+        if not memory_too and (ran_out or failed):
             raise
         failure.error = error
     except BaseException as error:

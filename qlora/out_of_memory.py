@@ -47,6 +47,14 @@ _GPU_FAILED = re.compile(
 _LOST = (
     r"device is lost|fallen off the bus|unspecified launch failure|launch timed out|device.* not ready|unknown error"
 )
+# Texts of cudaGetErrorString after which each later call of the process fails too (CUDA Runtime API, cudaError_t: 214,
+# 220, 700 to 719), and of the driver where the card itself is gone. After any other, such as of a launch that was
+# refused, CUDA goes on.
+_LASTS = (
+    r"uncorrectable|illegal (?:memory access|address|instruction)|misaligned address|invalid program counter"
+    r"|on global/shared address space|device-side assert|hardware stack error|is lost|busy or unavailable"
+)
+_FOR_GOOD = re.compile(f"{_LASTS}|{_LOST}", re.IGNORECASE)
 # What to do about a GPU that failed, by its text; the first that is found.
 _CURES = (
     (r"\bECC\b", "its memory is damaged: nvidia-smi -q -d ECC shows where; restart the machine, then have it replaced"),
@@ -92,6 +100,12 @@ def gpu_fault(error: BaseException) -> tuple[str, str] | None:
             cure = next((cure for pattern, cure in _CURES if re.search(pattern, text, re.IGNORECASE)), _OTHER_CURE)
             return " ".join(text.split())[:_REASON_CHARACTERS] or "no reason given", cure
     return None
+
+
+def gpu_is_lost(error: BaseException) -> bool:
+    """Whether the GPU, or this process's context on it, computes nothing any more; not where one kernel was refused."""
+    fault = gpu_fault(error)
+    return fault is not None and _FOR_GOOD.search(fault[0]) is not None
 
 
 def _source(error: BaseException) -> BaseException | None:

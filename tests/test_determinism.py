@@ -45,11 +45,14 @@ def test_a_run_on_a_gpu_is_asked_to_be_exact_and_all_is_put_back(card: None) -> 
 
 @pytest.mark.parametrize(("asked", "where"), [(False, CARD), (True, CPU)])
 def test_else_nothing_is_set(asked: bool, where: torch.device, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is torch asked to: that imports the whole of inductor, a second of each run on a CPU."""
     monkeypatch.setattr(device, "current", lambda: where)
-    before = settings()
+    before, asks = settings(), []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: asks.append(where))
     with determinism.for_run(asked, Recorder()):
         assert settings() == before
         assert determinism.exactly(settings, lambda: None, where, Recorder()) == before
+    assert not asks and determinism.WORKSPACE not in os.environ
 
 
 def test_what_the_user_has_set_for_cublas_stays(card: None, monkeypatch: pytest.MonkeyPatch) -> None:

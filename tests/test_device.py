@@ -206,7 +206,7 @@ def test_it_counts_live_bytes_and_raises_at_its_limit(monkeypatch: pytest.Monkey
 
 
 def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit of the process, less its context; without one, what is free: 5 % of it less where the driver spills."""
+    """A limit of the process, less its context, and never more than is free: 5 % of it less where the driver spills."""
     fractions: list[float] = []
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (700, 1000))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(is_integrated=0))
@@ -220,12 +220,13 @@ def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     device.limit_memory(CUDA, None, 40)
     device.limit_memory(CUDA, 5000, 40)
     device.limit_memory(CUDA, 10, 40)
-    assert fractions == [0.56, 0.4, 0.8, 1.0, 0.0]
+    assert fractions == [0.56, 0.4, 0.8, 0.8, 0.0]
     monkeypatch.setattr(device, "may_spill", lambda: True)
-    device.limit_memory(CUDA, None, 40)
-    assert fractions[-1] == 0.765
+    for limit in (None, 5000, 820):
+        device.limit_memory(CUDA, limit, 40)
+    assert fractions[5:] == [0.765] * 3
     device.limit_memory(CPU, 600, 40)
-    assert len(fractions) == 6
+    assert len(fractions) == 8
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,36 @@ def test_memory_that_ran_out_and_a_gpu_that_failed_pass() -> None:
         assert failure.error is error
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: invalid configuration argument",
+        "CUDA error: invalid argument",
+        "CUDA error: invalid device function",
+        "CUDA error: operation not supported",
+        "CUDA error: too many resources requested for launch",
+        "CUDA error: the provided PTX was compiled with an unsupported toolchain.",
+        "HIP error: invalid device function",
+        "Triton Error [CUDA]: device kernel image is invalid",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+    ],
+)
+def test_a_kernel_that_is_refused_is_an_answer_of_its_trial(text: str) -> None:
+    with foreign_failures(trial=True) as failure:
+        raise RuntimeError(text)
+    assert failure.reason == text
+    with pytest.raises(RuntimeError), foreign_failures():
+        raise RuntimeError(text)
+
+
+def test_a_gpu_that_is_lost_ends_a_trial_too() -> None:
+    for text in ("CUDA error: an illegal memory access was encountered", "CUDA error: unspecified launch failure"):
+        with pytest.raises(RuntimeError, match=text), foreign_failures(trial=True):
+            raise RuntimeError(text)
+
+
 class PanicException(BaseException):
     """As pyo3 makes one in each library: its own class, that nobody can import."""
 

@@ -159,6 +159,26 @@ def test_a_gpu_that_failed_says_how_and_what_to_do(error: BaseException, text: s
     assert fault is not None and text in fault[0] and cure in fault[1] and "\n" not in fault[0]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "an illegal memory access was encountered",
+        "misaligned address",
+        "operation not supported on global/shared address space",
+        "unspecified launch failure",
+        "the launch timed out and was terminated",
+        "uncorrectable ECC error encountered",
+        "device-side assert triggered",
+        "GPU is lost",
+        "unknown error",
+    ],
+)
+def test_a_gpu_that_is_lost_computes_nothing_more(text: str) -> None:
+    assert oom.gpu_is_lost(torch.AcceleratorError(f"CUDA error: {text}"))
+    assert oom.gpu_is_lost(RuntimeError(f"Triton Error [CUDA]: {text}"))
+    assert not oom.gpu_is_lost(RuntimeError(text)), "nobody says that it is a GPU's"
+
+
 def test_no_other_error_is_a_gpus() -> None:
     assert oom.gpu_fault(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert oom.gpu_fault(ValueError("CUDA error: x")) is None

@@ -25,7 +25,7 @@ from qlora.errors import ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.forward_facts import in_forward
 from qlora.model.attention import NAME, name_of
-from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM
+from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM, Kernel, one_by_one
 from qlora.model.document_mask import DocumentMask
 
 LENGTHS = (40, 17, 7)  # documents of the trial: of more and of less than a block of 32, and shorter than WINDOW
@@ -152,35 +152,36 @@ def candidates(config: Any, one_by_one: bool) -> Sequence[str]:
     return ("varlen", "efficient") if heads_of(config).softcap is None else ("flex",)
 
 
-@lru_cache(64)
 def tried(kernel: str, heads: Heads, device: torch.device) -> str:
     """Why a kernel is not taken on the device; "" where its output and gradients are right."""
+    with foreign_failures(trial=True) as failure:
+        worst = _worst(KERNELS[kernel], heads, device)
+    if failure.error:
+        return f"{kernel}: {failure.reason[:120]}"
+    return "" if worst <= KERNEL_TOLERANCE else f"{kernel}: off by {worst:.2f} in a trial"
+
+
+@lru_cache(64)  # which keeps no error: memory that ran out may be there again at the next run
+def _worst(attend: Kernel, heads: Heads, device: torch.device) -> float:
+    """How far output and gradients are from what is right, at most; not a number where one of them is none."""
     batch = trial_batch(vocabulary=2)
     generator = torch.Generator().manual_seed(0)
     counts = (heads.query, heads.key, heads.key, heads.query)
     drawn = [torch.randn(1, count, sum(LENGTHS), heads.width, generator=generator) for count in counts]
+    there = [one.bfloat16().to(device) for one in drawn]
+    apart = []
     for window in (None, WINDOW) if heads.windowed else (None,):
-        with foreign_failures() as failure:
-            right = _pass("one by one", drawn, DocumentMask(batch, window), heads.softcap)
-            found = _pass(
-                kernel,
-                [one.bfloat16().to(device) for one in drawn],
-                DocumentMask(batch.to(device), window),
-                heads.softcap,
-            )
-            worst = max(_relative(one, other) for one, other in zip(found, right, strict=True))
-        if failure.error:
-            return f"{kernel}: {failure.reason[:120]}"
-        if not worst <= KERNEL_TOLERANCE:
-            return f"{kernel}: off by {worst:.2f} in a trial"
-    return ""
+        right = _pass(one_by_one, drawn, DocumentMask(batch, window), heads.softcap)
+        found = _pass(attend, there, DocumentMask(batch.to(device), window), heads.softcap)
+        apart += [_relative(one, other) for one, other in zip(found, right, strict=True)]
+    return float(torch.tensor(apart).max())  # Python's `max` passes over what is not a number
 
 
-def _pass(kernel: str, drawn: Sequence[Tensor], mask: DocumentMask, softcap: float | None) -> list[Tensor]:
+def _pass(attend: Kernel, drawn: Sequence[Tensor], mask: DocumentMask, softcap: float | None) -> list[Tensor]:
     """Output and gradients of query, key and value, for a gradient of the output that is drawn too."""
     query, key, value = (one.detach().requires_grad_() for one in drawn[:3])
     with torch.enable_grad():
-        output = KERNELS[kernel](query, key, value, mask, None, softcap)
+        output = attend(query, key, value, mask, None, softcap)
         gradients = torch.autograd.grad(output, (query, key, value), drawn[3].transpose(1, 2))
     return [output.detach(), *gradients]
 
@@ -205,7 +206,7 @@ def _differs(model: Any, kernel: str, device: torch.device) -> str:
     """Why the model's hidden states with a kernel are not those with its mask; "" where they are."""
     batch = trial_batch(int(model.config.get_text_config().vocab_size)).to(device)
     named = {"position_ids": batch.position_ids_BS, "attention_mask": None, "use_cache": False}
-    with foreign_failures() as failure, torch.no_grad(), in_forward(batch):
+    with foreign_failures(trial=True) as failure, torch.no_grad(), in_forward(batch):
         right = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
         with _attending(model, name_of(kernel)):
             found = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state

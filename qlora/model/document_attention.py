@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -28,6 +29,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, DocumentMask, float | None, float | N
 
 # Of the flash kernels: flash_attn/flash_api.cpp, mha_varlen_fwd ("at most 256", "a multiple of 8").
 MOST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8
+MOST_FORMS = 4096  # of a compiled function: 512 widths of rows of 8,192 tokens, in 8 modes
 _CAUSAL = 1  # mem_eff_attention/kernel_forward.h, CustomMaskType::CausalFromTopLeft
 
 
@@ -131,9 +133,11 @@ def flex(
     if query.is_meta:  # it knows none; flash attention keeps the same tensors, and its scratch is the larger
         output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]
         return output.transpose(1, 2)  # type: ignore[no-any-return]
-    attend = _flex_attention(compiled=not query.is_cpu)
+    compiled = not query.is_cpu
     capped = None if softcap is None else partial(_capped, softcap=softcap)
-    output = attend(query, key, value, capped, _block_mask(mask, compiled=not query.is_cpu), scale, enable_gqa=True)
+    with _many_forms() if compiled else nullcontext():
+        blocks = _block_mask(mask, compiled)
+        output = _flex_attention(compiled)(query, key, value, capped, blocks, scale, enable_gqa=True)
     return output.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
 
 
@@ -142,6 +146,21 @@ def _flex_attention(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def _many_forms() -> AbstractContextManager[None]:
+    """Inside, dynamo compiles a function for as many widths and modes as a run has.
+
+    After `recompile_limit` forms, 8 by default, it computes the next ones uncompiled and only logs it: S × S scores.
+    A run has one for each width of its rows, a multiple of 16, in up to four modes (with and without gradients, exact
+    kernels in torch's strict mode and in the one that warns), with and without a window.
+    """
+    import torch._dynamo.config as dynamo
+
+    patched: AbstractContextManager[None] = dynamo.patch(
+        recompile_limit=MOST_FORMS, accumulated_recompile_limit=MOST_FORMS
+    )
+    return patched
 
 
 def _block_mask(mask: DocumentMask, compiled: bool) -> Any:

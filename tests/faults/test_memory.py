@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef  # type: ignore[attr-defined]
 
-from qlora import api, run_folder
-from qlora.errors import DoesNotFit, ExportError, StoppedBySignal, TrainingStopped
+from qlora import api, device, run_folder
+from qlora.errors import DoesNotFit, ExportError, QloraError, StoppedBySignal, TrainingStopped
 from qlora.events import Recorder, Sinks
 from qlora.export import child, pipeline
 from qlora.export.artifacts import Artifact, ExportOptions
@@ -192,6 +192,38 @@ def test_the_limit_is_the_cards_before_a_weight_is_loaded(monkeypatch: pytest.Mo
             load_model(*overrides)
     assert [round(limit / MIB) for limit in limits] == [508, 1020]
     assert card.calls["reset_peak_memory_stats"] == 2
+
+
+@pytest.mark.parametrize("end", ["exported", "refused", "lost"])
+def test_a_limit_ends_with_the_run_and_its_export(
+    end: str, tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that called `api.train` has the whole card again."""
+    limits: list[int] = []
+
+    def run(*_: Any) -> Any:
+        device.limit_memory(CPU, 100 * MIB, 0)
+        if end == "refused":
+            raise ExportError("the run's", "own")
+
+    def export(*_: Any) -> tuple[()]:
+        limits.append(card.limit)
+        if end == "lost":  # each call of CUDA fails from here on
+            monkeypatch.setattr(card, "set_per_process_memory_fraction", fails)
+            fails()
+        return ()
+
+    monkeypatch.setattr(api, "_run", run)
+    monkeypatch.setattr(api, "_export_trained", export)
+    recipe = write_recipe(tmp_path, llama)
+    ends = nullcontext() if end == "exported" else pytest.raises(QloraError)
+    with rehearsal(monkeypatch, Card(total=GIB)) as card, ends as error:
+        api.train(recipe)
+    if end == "exported":
+        assert limits == [100 * MIB]
+    assert (card.limit == GIB) is (end != "lost")
+    if error is not None:
+        assert ("illegal memory access" if end == "lost" else "the run's") in str(error.value)
 
 
 def test_no_tensor_of_a_run_is_alive_when_another_model_is_loaded(

@@ -29,12 +29,51 @@ def settled(model: Any, wanted: str, kernels: dict[str, Any], monkeypatch: pytes
 
     for name in ("varlen", "efficient", "flex"):
         monkeypatch.setitem(document_attention.KERNELS, name, kernels.get(name, absent))
-    tried.cache_clear()
     recorder = Recorder()
     with rehearsal(monkeypatch, Card(total=1 << 30)):
         settle(model, wanted, CPU, recorder)
-    tried.cache_clear()
     return recorder
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: invalid configuration argument",
+        "Triton Error [CUDA]: device kernel image is invalid",
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+    ],
+)
+def test_a_kernel_that_cuda_refuses_ends_no_run(
+    base_of: Callable[[str], BaseFolder], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether in its own trial or in the model's: the next one is taken. What is asked for again is tried again."""
+    refuses_from = [0]
+    asked: list[int] = []
+
+    def refused(*arguments: Any) -> Any:
+        asked.append(1)
+        if len(asked) > refuses_from[0]:
+            raise RuntimeError(text)
+        return document_attention.one_by_one(*arguments)
+
+    model = load(base_of("llama"), "none")
+    settled(model, "auto", {"varlen": refused, "efficient": document_attention.one_by_one}, monkeypatch)
+    assert attention.shown(model) == "efficient"
+    assert text[:100] in tried("varlen", HEADS, CPU) and len(asked) == 2
+    model, refuses_from[0] = load(base_of("llama"), "none"), len(asked) + 1
+    said = settled(model, "auto", {"varlen": refused}, monkeypatch).of("notice")
+    assert attention.shown(model) == "sdpa" and text[:100] in str(said[0])
+
+
+def test_a_gpu_that_is_lost_in_a_trial_ends_the_run(
+    base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        settled(load(base_of("llama"), "none"), "auto", {"varlen": lost}, monkeypatch)
 
 
 def shifted(*arguments: Any) -> Any:
@@ -167,8 +206,11 @@ def test_a_trial_looks_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward_only(query: Any, key: Any, value: Any, *rest: Any) -> Any:
         return document_attention.one_by_one(query, key, value.detach() + 0 * value, *rest)
 
+    def no_number(query: Any, key: Any, value: Any, *rest: Any) -> Any:
+        return document_attention.one_by_one(query, key + 0 * key.detach().sub(key).sqrt(), value, *rest)
+
     monkeypatch.setitem(document_attention.KERNELS, "varlen", forward_only)
-    tried.cache_clear()
     assert "off by 1.00" in tried("varlen", HEADS, CPU)
-    tried.cache_clear()
+    monkeypatch.setitem(document_attention.KERNELS, "varlen", no_number)
+    assert "off by nan" in tried("varlen", HEADS, CPU)
     assert tried("one by one", HEADS, CPU) == ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from qlora.data.chat import TokenRow
 from qlora.data.layout import Layout
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
-from qlora.model import attention
+from qlora.model import attention, document_attention
 from qlora.model.attention_choice import KERNEL_TOLERANCE, Heads, trial_batch, tried
 from qlora.model.base_folder import BaseFolder
 from qlora.model.document_attention import KERNELS, flex, one_by_one
@@ -122,6 +124,27 @@ def test_kernels_that_a_cpu_has_equal_the_textbook(kernel: Any, window: int | No
     if kernel is one_by_one:
         ours, theirs = (torch.autograd.grad(sum(pair[at].square().sum() for pair in pairs), states) for at in (0, 1))
         assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_compiled_kernel_stays_compiled_at_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dynamo's own limit is eight forms of a function: what comes after them is computed uncompiled."""
+    import torch._dynamo.config as dynamo
+    from torch.nn.attention import flex_attention
+
+    def attend(query: Any, key: Tensor, *_: Any, **__: Any) -> Tensor:
+        return key + (1 if torch.compiler.is_compiling() else -1)
+
+    limits: list[int] = []
+    monkeypatch.setattr(flex_attention, "flex_attention", attend)
+    monkeypatch.setattr(flex_attention, "create_block_mask", lambda *_, **__: limits.append(dynamo.recompile_limit))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    document_attention._flex_attention.cache_clear()
+    query: Any = SimpleNamespace(is_meta=False, is_cpu=False)  # of a card
+    mask, before = DocumentMask(batch_of(Layout())), dynamo.recompile_limit
+    found = [flex(query, torch.zeros(1, 1, width, 2), query, mask, None, None).mean() for width in range(2, 14)]
+    document_attention._flex_attention.cache_clear()
+    assert found == [1] * 12, "all compiled"
+    assert min(limits) > before == dynamo.recompile_limit
 
 
 def test_a_call_that_a_kernel_lacks_is_computed_with_the_mask() -> None:
