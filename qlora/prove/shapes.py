@@ -36,7 +36,6 @@ SHAPES = {
         Shape("mini", 128, 256, 2, 4, 2, 32, 512, False, GIB),
     )
 }
-NAMES = tuple(SHAPES)
 
 
 def largest(free_bytes: int) -> Shape:
