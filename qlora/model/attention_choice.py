@@ -25,7 +25,7 @@ from qlora.errors import ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.forward_facts import in_forward
 from qlora.model.attention import NAME, name_of
-from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM
+from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM, has_varlen
 from qlora.model.document_mask import DocumentMask
 
 LENGTHS = (40, 17, 7)  # documents of the trial: of more and of less than a block of 32, and shorter than WINDOW
@@ -116,7 +116,7 @@ def assumed(
     if wanted not in ("auto", "varlen") or lack_of(config, name):
         return None
     found = candidates(config, one_by_one=False)
-    has_flash = capability >= 80 and not windows
+    has_flash = capability >= 80 and not windows and has_varlen()
     return next((kernel for kernel in found if kernel != "varlen" or has_flash), None)
 
 

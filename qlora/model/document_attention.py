@@ -57,9 +57,14 @@ def _varlen_attn() -> Any:
     return varlen_attn if {"window_size", "enable_gqa", "scale"} <= taken.keys() else None
 
 
+def has_varlen() -> bool:
+    """Whether this torch has what `varlen` calls (its build may still have no kernel behind it)."""
+    return _varlen_attn() is not None
+
+
 def varlen_backward() -> Any:
     """torch's operation for the backward pass of `varlen`; None where there is none."""
-    return None if _varlen_attn() is None else torch.ops.torch_attn._varlen_attn_backward.default
+    return None if not has_varlen() else torch.ops.torch_attn._varlen_attn_backward.default
 
 
 def efficient(

@@ -163,6 +163,13 @@ def test_what_is_assumed_of_a_card_before_it_is_tried() -> None:
     assert assumed(make_config("gemma2"), "eager", "eager", 86, windows=False) is None
 
 
+def test_a_torch_without_varlen_attn_is_assumed_to_take_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.10's varlen_attn takes no windows: nothing may be estimated with it, not even on meta."""
+    monkeypatch.setattr(document_attention, "_varlen_attn", lambda: None)
+    assert assumed(make_config("llama"), attention.NAME, "auto", 86, windows=False) == "efficient"
+    assert assumed(make_config("gemma2"), "eager", "auto", 86, windows=False) == "flex"
+
+
 def test_a_trial_looks_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward_only(query: Any, key: Any, value: Any, *rest: Any) -> Any:
         return document_attention.one_by_one(query, key, value.detach() + 0 * value, *rest)
