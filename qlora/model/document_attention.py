@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from qlora.model.document_mask import DocumentMask
 
@@ -28,6 +29,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, DocumentMask, float | None, float | N
 
 # Of the flash kernels: flash_attn/flash_api.cpp, mha_varlen_fwd ("at most 256", "a multiple of 8").
 MOST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8
+FLEX_BLOCK = 128  # rows of flex_attention's blocks; fewer queries are computed by another kernel (flex_decoding)
+MOST_VARIANTS = 64
 _CAUSAL = 1  # mem_eff_attention/kernel_forward.h, CustomMaskType::CausalFromTopLeft
 
 
@@ -132,39 +135,67 @@ def by_scores(
 def flex(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """torch's flex_attention, compiled (on a CPU as it is: its reference there computes S × S scores)."""
+    """torch's flex_attention, compiled (on a CPU as it is: its reference there computes S × S scores).
+
+    Raises torch's FailOnRecompileLimitHit where it would go on uncompiled, with S × S scores.
+    """
+    length = query.shape[2]
+    over = -length % FLEX_BLOCK
+    query, key, value = (pad(one, (0, 0, 0, over)) if over else one for one in (query, key, value))
     if query.is_meta:  # it knows none; flash attention keeps the same tensors, and its scratch is the larger
         output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]
-        return output.transpose(1, 2)  # type: ignore[no-any-return]
-    attend = _flex_attention(compiled=not query.is_cpu)
+        return output.transpose(1, 2)[:, :length]  # type: ignore[no-any-return]
     capped = None if softcap is None else partial(_capped, softcap=softcap)
-    output = attend(query, key, value, capped, _block_mask(mask, compiled=not query.is_cpu), scale, enable_gqa=True)
-    return output.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+    with _many_variants():
+        blocks = _block_mask(mask, over, _compiles(query))
+        output = _flex_attention(_compiles(query))(query, key, value, capped, blocks, scale, enable_gqa=True)
+    return output[:, :, :length].transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+
+
+def _compiles(states: Tensor) -> bool:
+    return not states.is_cpu
+
+
+def _many_variants() -> AbstractContextManager[Any]:
+    """Compiled once for each kind of window, mode of gradients and of exactness, and shape class: more than the 8 after
+    which torch says a line and goes on uncompiled. Past MOST_VARIANTS it fails instead."""
+    config = torch._dynamo.config
+    wanted: dict[str, Any] = {"recompile_limit": MOST_VARIANTS, "fail_on_recompile_limit_hit": True}
+    return config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)})  # type: ignore[no-any-return]
 
 
 @cache
 def _flex_attention(compiled: bool) -> Any:
+    """Sizes are left to torch: the first is compiled as it is, the second for all."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
-def _block_mask(mask: DocumentMask, compiled: bool) -> Any:
-    """Which blocks of queries and keys meet at all: made for the first layer, kept with the mask for the others."""
+@cache
+def _create_block_mask(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    return torch.compile(create_block_mask) if compiled else create_block_mask
+
+
+def _block_mask(mask: DocumentMask, over: int, compiled: bool) -> Any:
+    """Which blocks of queries and keys meet at all: made for the first layer, kept with the mask for the others.
+
+    `over` are positions behind a row's end: a document of their own.
+    """
     known = vars(mask).get("blocks")
     if known is None:
         batch, window = mask.batch, mask.window
-        positions_BS, documents_BS = batch.position_ids_BS, batch.document_ids_BS
+        documents_BS = pad(batch.document_ids_BS, (0, over), value=-1)
 
         def seen(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
             together = (documents_BS[b, q] == documents_BS[b, k]) & (q >= k)
-            return together if window is None else together & (positions_BS[b, k] > positions_BS[b, q] - window)
+            return together if window is None else together & (q - k < window)
 
-        rows, length = batch.input_ids_BS.shape
-        device = str(batch.input_ids_BS.device)
-        known = vars(mask)["blocks"] = create_block_mask(seen, rows, None, length, length, device, _compile=compiled)
+        rows, length = documents_BS.shape
+        device = str(documents_BS.device)
+        known = vars(mask)["blocks"] = _create_block_mask(compiled)(seen, rows, None, length, length, device)
     return known
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
 from qlora.data.layout import Layout
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
-from qlora.model import attention
+from qlora.model import attention, document_attention
 from qlora.model.attention_choice import KERNEL_TOLERANCE, Heads, trial_batch, tried
 from qlora.model.base_folder import BaseFolder
 from qlora.model.document_attention import KERNELS, flex, one_by_one
 from qlora.model.document_mask import DocumentMask
 from qlora.step.forward import CausalParts, hidden_states, set_gradient_checkpointing
+from tests.data.cases import split_of
 from tests.families import FAMILIES, WINDOW
 from tests.model.conftest import load
 
@@ -122,6 +125,49 @@ def test_kernels_that_a_cpu_has_equal_the_textbook(kernel: Any, window: int | No
     if kernel is one_by_one:
         ours, theirs = (torch.autograd.grad(sum(pair[at].square().sum() for pair in pairs), states) for at in (0, 1))
         assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("windows", [(None,), pytest.param((None, 48), marks=pytest.mark.slow)])
+def test_flex_is_compiled_a_few_times_for_all_widths(
+    windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the form that a GPU compiles: past 8 variants torch would go on uncompiled, with S × S scores."""
+    compiled = []
+
+    def counting(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(document_attention, "_compiles", lambda states: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    document_attention._flex_attention.cache_clear()
+    masks = document_attention._create_block_mask
+    masks.cache_clear()
+    if len(windows) == 1:  # the mask's compilation takes most of the time
+        monkeypatch.setattr(document_attention, "_create_block_mask", lambda compiled: masks(False))
+    try:
+        for width in (40, 120, 250, 380, 500, 630, 760, 890, 1020, 1150):
+            batch = collate(split_of([width - 20, 9, width - 5]), [(0, 1), (2,)], 0, 4096, Layout(16, continues=True))
+            states = [one.detach() for one in states_of(batch, 2, 1, 16)]
+            for window in windows:
+                found, right = (
+                    kernel(*states, DocumentMask(batch, window), None, 30.0) for kernel in (flex, one_by_one)
+                )
+                assert torch.allclose(found[0, : width - 11], right[0, : width - 11], atol=1e-5)
+                assert torch.allclose(found[1, : width - 5], right[1, : width - 5], atol=1e-5)
+        assert 1 <= len(compiled) <= (3 if len(windows) == 1 else 12)
+    finally:
+        document_attention._flex_attention.cache_clear()
+        masks.cache_clear()
+
+
+def test_too_many_variants_fail_instead_of_going_on_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_attention, "MOST_VARIANTS", 10)
+    doubled = torch.compile(lambda tensor: tensor * 2, backend=lambda graph, _: graph)
+    with document_attention._many_variants(), pytest.raises(FailOnRecompileLimitHit):
+        for rank in range(1, 12):
+            doubled(torch.ones([1] * rank))
 
 
 def test_a_call_that_a_kernel_lacks_is_computed_with_the_mask() -> None:
