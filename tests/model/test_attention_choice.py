@@ -47,7 +47,7 @@ def shifted(*arguments: Any) -> Any:
 def leaking(*arguments: Any) -> Any:
     query, key, value, mask, scale, cap = arguments
     batch = attention_choice.trial_batch(9)
-    whole = type(batch)(*[getattr(batch, name) for name in list(vars(batch))[:7]], (64,))
+    whole = type(batch)(*[getattr(batch, name) for name in list(vars(batch))[:7]], (sum(attention_choice.LENGTHS),))
     return document_attention.one_by_one(query, key, value, type(mask)(whole, mask.window), scale, cap)
 
 
@@ -168,6 +168,14 @@ def test_a_torch_without_varlen_attn_is_assumed_to_take_the_next(monkeypatch: py
     monkeypatch.setattr(document_attention, "_varlen_attn", lambda: None)
     assert assumed(make_config("llama"), attention.NAME, "auto", 86, windows=False) == "efficient"
     assert assumed(make_config("gemma2"), "eager", "auto", 86, windows=False) == "flex"
+
+
+def test_a_trial_crosses_the_blocks_of_the_kernels_that_train() -> None:
+    """Fewer queries than a block are computed by flex_decoding; and one document is shorter than the window."""
+    lengths, window = attention_choice.LENGTHS, attention_choice.WINDOW
+    assert sum(lengths) == 2 * document_attention.FLEX_BLOCK < 2 * lengths[0], "the first ends in the second block"
+    assert min(lengths) < window < lengths[1]
+    assert attention_choice.trial_batch(300).input_ids_BS.shape == (1, sum(lengths))
 
 
 def test_a_trial_looks_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,9 +197,9 @@ def test_kernels_of_a_gpu_take_these_tensors(kernel: str, window: int | None) ->
     with FakeTensorMode(), torch.no_grad():
         cuda = torch.device("cuda")
         batch = trial_batch(300).to(cuda)
-        states = [torch.empty(1, count, 64, 64, dtype=torch.bfloat16, device=cuda) for count in (8, 2, 2)]
+        states = [torch.empty(1, count, batch.tokens, 64, dtype=torch.bfloat16, device=cuda) for count in (8, 2, 2)]
         output = KERNELS[kernel](*states, DocumentMask(batch, window), None, None)
-    assert output.shape == (1, 64, 8, 64) and output.device.type == "cuda" and output.dtype == torch.bfloat16
+    assert output.shape == (1, batch.tokens, 8, 64) and output.device.type == "cuda" and output.dtype == torch.bfloat16
 
 
 @pytest.mark.gpu
