@@ -118,6 +118,26 @@ def test_a_model_whose_layers_do_not_hand_documents_on_keeps_its_mask(
     assert attention.shown(model) == "sdpa" and "differ" in str(said[0])
 
 
+def test_a_kernel_that_the_model_does_not_take_leaves_the_next_one(
+    base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right in its trial, wrong in the model: here, because it fails where nobody asks for gradients."""
+
+    def trains_only(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("no kernel without gradients")
+        return document_attention.one_by_one(*arguments)
+
+    model = load(base_of("llama"), "none")
+    both = {"varlen": trains_only, "efficient": document_attention.one_by_one}
+    assert not settled(model, "auto", both, monkeypatch).of("notice")
+    assert attention.shown(model) == "efficient"
+    model = load(base_of("llama"), "none")
+    said = str(settled(model, "auto", {"varlen": trains_only}, monkeypatch).of("notice")[0])
+    assert attention.shown(model) == "sdpa"
+    assert "no kernel without gradients" in said and "efficient: no kernel image" in said
+
+
 def test_a_cpu_keeps_its_mask_unless_it_is_asked(base_of: Callable[[str], BaseFolder]) -> None:
     for wanted, chosen in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager"), ("varlen", "one by one")):
         assert attention.shown(load(base_of("qwen3"), "none", wanted)) == chosen
