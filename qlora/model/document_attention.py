@@ -16,7 +16,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, DocumentMask, float | None, float | N
 
 # Of the flash kernels: flash_attn/flash_api.cpp, mha_varlen_fwd ("at most 256", "a multiple of 8").
 MOST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8
+EFFICIENT_ROWS = 128  # of the float32 sums of its backward pass (attention_backward.cu), for each document
 FLEX_BLOCK = 128  # rows of flex_attention's blocks; fewer queries are computed by another kernel (flex_decoding)
 MOST_VARIANTS = 64
 _CAUSAL = 1  # mem_eff_attention/kernel_forward.h, CustomMaskType::CausalFromTopLeft
@@ -73,23 +76,80 @@ def varlen_backward() -> Any:
 def efficient(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """aten's memory-efficient kernel over `cu_seqlens`. Raises NotImplementedError for a cap."""
+    """aten's memory-efficient kernel over `cu_seqlens`. Raises NotImplementedError for a cap.
+
+    It keeps and takes as much for each document as for the longest of a call: documents of like length share a call.
+    """
     if softcap is not None:
         raise NotImplementedError("the memory-efficient kernel has no cap")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    aten = torch.ops.aten
-    if query.is_meta:  # its own backward pass has no form for meta tensors: these are the same tensors
-        output = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True, scale=scale)[0]
-        return output.transpose(1, 2)  # type: ignore[no-any-return]
-    q, k, v = (_flat(one).unsqueeze(0) for one in (query, key, value))
-    most, starts = mask.batch.max_document, mask.batch.cu_seqlens
-    window = None if _sees_all(mask) else _window(mask)
-    output = aten._efficient_attention_forward(
-        q, k, v, None, starts, starts, most, most, 0.0, _CAUSAL, True, scale=scale, window_size=window
+    q, k, v = (_flat(one) for one in (query, key, value))
+    lengths, classes = mask.batch.document_lengths, _length_classes(mask)
+    if not classes:
+        assert mask.batch.cu_seqlens is not None
+        return _by_starts(q, k, v, mask, mask.batch.cu_seqlens, max(lengths), scale).view(*_output_shape(query))
+    pieces = [torch.split(one, list(lengths)) for one in (q, k, v)]
+    outputs: list[Tensor] = [q] * len(lengths)
+    for one in classes:
+        q, k, v = (torch.cat([documents[at] for at in one.members]) for documents in pieces)
+        output = _by_starts(q, k, v, mask, one.starts, one.longest, scale)
+        for at, part in zip(one.members, torch.split(output, [lengths[at] for at in one.members]), strict=True):
+            outputs[at] = part
+    return torch.cat(outputs).view(*_output_shape(query))
+
+
+def _by_starts(
+    q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, starts: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    window = mask.window if mask.window is not None and mask.window < longest else None
+    if q.is_meta:  # whose form of the backward pass takes neither; the tensors are the same
+        window = scale = None
+    states = (one.unsqueeze(0) for one in (q, k, v))
+    output = torch.ops.aten._efficient_attention_forward(
+        *states, None, starts, starts, longest, longest, 0.0, _CAUSAL, True, scale=scale, window_size=window
     )[0]
-    return output.view(*_output_shape(query))  # type: ignore[no-any-return]
+    return output.squeeze(0)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _LengthClass:
+    """Documents of a micro-batch, by number, of which none is twice as long as another, or all are short."""
+
+    members: tuple[int, ...]
+    starts: Tensor
+    longest: int
+
+
+def _length_classes(mask: DocumentMask) -> tuple[_LengthClass, ...]:
+    """Classes with an end at each power of 2 from EFFICIENT_ROWS; () where all are of one. From facts of the host.
+
+    So what the kernel counts in is 2 N positions at most and EFFICIENT_ROWS for each document. On meta, where
+    documents stand for any of so many tokens, it is that.
+    """
+    known = vars(mask).get("classes")
+    if known is None:
+        batch, by_end = mask.batch, dict[int, list[int]]()
+        for number, length in enumerate(batch.document_lengths):
+            by_end.setdefault(max(EFFICIENT_ROWS, 1 << (length - 1).bit_length()), []).append(number)
+        device = batch.input_ids_BS.device
+        if device.type == "meta" and not batch.single:
+            everyone = tuple(range(len(batch.document_lengths)))
+            count = 2 * -(-batch.tokens // EFFICIENT_ROWS) + len(everyone)
+            starts = torch.empty(count + 1, dtype=torch.int32, device=device)
+            known = (_LengthClass(everyone, starts, EFFICIENT_ROWS),)
+        else:
+            found = by_end.values() if len(by_end) > 1 else ()
+            known = tuple(_length_class(members, batch.document_lengths, device) for members in found)
+        vars(mask)["classes"] = known
+    return known  # type: ignore[no-any-return]
+
+
+def _length_class(members: list[int], lengths: tuple[int, ...], device: torch.device) -> _LengthClass:
+    own = [lengths[at] for at in members]
+    starts = torch.tensor([0, *accumulate(own)], dtype=torch.int32).to(device, non_blocking=True)
+    return _LengthClass(tuple(members), starts, max(own))
 
 
 def one_by_one(

@@ -127,6 +127,41 @@ def test_kernels_that_a_cpu_has_equal_the_textbook(kernel: Any, window: int | No
         assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_documents_of_like_length_share_a_call_of_the_efficient_kernel(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of their order into classes of length and back, gradients too; the kernel itself is a GPU's."""
+    calls: list[tuple[int, ...]] = []
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, starts: Tensor, longest: int, _: Any) -> Tensor:
+        lengths = tuple(starts.diff().tolist())
+        assert sum(lengths) == len(q) == int(starts[-1]) and starts.dtype is torch.int32 and longest == max(lengths)
+        calls.append(lengths)
+        fields = [getattr(mask.batch, name) for name in BATCH_TENSORS]
+        own = DocumentMask(Batch(*fields, starts, lengths), mask.window)
+        return one_by_one(*(one.transpose(0, 1)[None] for one in (q, k, v)), own, None, None)[0]
+
+    monkeypatch.setattr(document_attention, "_by_starts", plain)
+    split = split_of([300, 9, 140, 129, 20, 256, 600])
+    batch = collate(split, [(0, 1, 2, 3, 4), (5, 6)], 0, 4096, Layout(16, continues=True))
+    assert batch.document_lengths == (300, 9, 140, 129, 286, 256, 608)
+    mask, states = DocumentMask(batch, window), states_of(batch, 4, 2, 16)
+    found, right = (kernel(*states, mask, None, None) for kernel in (KERNELS["efficient"], one_by_one))
+    assert calls == [(300, 286), (9,), (140, 129, 256), (608,)]
+    assert torch.allclose(found, right, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(one.square().sum(), states) for one in (found, right))
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, theirs, strict=True))
+    KERNELS["efficient"](*states, DocumentMask(trial_of_one_class(batch)), None, None)
+    assert calls[4:] == [(batch.tokens // 2,) * 2], "of one class: one call, in order"
+
+
+def trial_of_one_class(batch: Batch) -> Batch:
+    half = batch.tokens // 2
+    starts = torch.tensor([0, half, 2 * half], dtype=torch.int32)
+    return Batch(*[getattr(batch, name) for name in BATCH_TENSORS], starts, (half, half))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("windows", [(None,), pytest.param((None, 48), marks=pytest.mark.slow)])
 def test_flex_is_compiled_a_few_times_for_all_widths(
