@@ -22,7 +22,9 @@ class Layout:
 
     multiple   rows are padded to a multiple of it
     continues  padding goes on with the positions of the document before it. That document's tokens, which look back
-               only, don't see it, and a row of one document needs no mask: only so do kernels without one take it
+               only, don't see it, and a row of one document needs no mask: only so do kernels without one take it.
+               It ends at the longest document's last position: some models choose their rotary frequencies by the
+               highest position of a micro-batch (transformers, modeling_rope_utils: longrope, dynamic)
     width      rows are at least so long, and
     rows       a micro-batch has so many, the last of them padding alone: one shape for every step
     """

@@ -117,6 +117,7 @@ def collate(
     longest = max(sum(split.lengths[row] for row in members) for members in packs)
     if longest > max_length:
         raise ValueError(f"a pack has {longest} tokens, over max_length = {max_length}")
+    longest_document = max((split.lengths[row] for members in packs for row in members), default=1)
     width = min(max_length, math.ceil(max(longest, layout.width) / layout.multiple) * layout.multiple)
     packs = [*packs, *[()] * (layout.rows - len(packs))]
     ids_BS = torch.full((len(packs), width), pad_id, dtype=torch.int64)
@@ -136,7 +137,8 @@ def collate(
             start = end
         first = split.lengths[members[-1]] if members and layout.continues else 0
         documents_BS[number, start:] = len(members)
-        positions_BS[number, start:] = torch.arange(first, first + width - start)
+        padding_S = torch.arange(first, first + width - start)
+        positions_BS[number, start:] = padding_S.clamp_(max=longest_document - 1) if layout.continues else padding_S
     trained_T = weights_BS.flatten().nonzero().squeeze(1)
     made = (ids_BS, positions_BS, documents_BS, targets_BS, weights_BS, trained_T)
     return Batch(*made, *documents_of([[split.lengths[row] for row in members] for members in packs], width, layout))

@@ -228,6 +228,15 @@ def _efficient_backward(_sums: Sums, _grad: Tensor, query: Tensor, *_rest: Any, 
     return (rows * heads * length * 4, accumulator)
 
 
+def _efficient_documents_backward(_sums: Sums, *operands: Any, **_settings: Any) -> tuple[int, ...]:
+    """As `_efficient_backward`, over documents: attention_backward.cu lays each out as long as the call's longest."""
+    query, starts, longest = operands[1], operands[6], operands[8]
+    tokens, heads, width = query.shape[1:]
+    laid_out = (starts.numel() - 1) * rounded(longest, 128) * heads
+    accumulator = laid_out * rounded(width, 64) * 4 if query.dtype != torch.float32 else 0
+    return (max(tokens * heads, laid_out) * 4, accumulator)
+
+
 def _flash_backward(
     sums: Sums, _grad: Tensor, query: Tensor, key: Tensor, *_rest: Any, **_settings: Any
 ) -> tuple[int, ...]:
@@ -261,6 +270,7 @@ def _softmax_backward(_sums: Sums, grad: Tensor, *_rest: Any, **_settings: Any) 
 # Bytes that CUDA kernels allocate inside themselves, while their results exist already.
 SCRATCH: dict[Any, Callable[..., tuple[int, ...]]] = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    aten._efficient_attention_backward.default: _efficient_documents_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._softmax_backward_data.default: _softmax_backward,
     **({varlen_backward(): _varlen_backward} if varlen_backward() is not None else {}),

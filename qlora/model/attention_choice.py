@@ -25,12 +25,14 @@ from qlora.errors import ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.forward_facts import in_forward
 from qlora.model.attention import NAME, name_of
-from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM, Kernel, one_by_one
+from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM, Kernel, has_varlen, one_by_one
 from qlora.model.document_mask import DocumentMask
 
-LENGTHS = (40, 17, 7)  # documents of the trial: of more and of less than a block of 32, and shorter than WINDOW
-WINDOW = 16
-# Relative to the norm of what is right. bf16 has 8 bits: one product of 64 tokens is off by 0.004, a model's hidden
+# Documents of the trial: of more and of less than a block of 128, and shorter than WINDOW. Together two such blocks:
+# with fewer than 128 queries flex_attention takes another kernel (flex_decoding) than the one that trains.
+LENGTHS = (150, 90, 16)
+WINDOW = 48
+# Relative to the norm of what is right. bf16 has 8 bits: one product of 256 tokens is off by 0.004, a model's hidden
 # states by 0.01 to 0.03; a token too many or too few in a window, or of another document, by 0.1 to 1.
 KERNEL_TOLERANCE, MODEL_TOLERANCE = 0.03, 0.1
 
@@ -55,40 +57,52 @@ def choose(
     a run that goes on has attended: it does so again if that passes its trial. Raises ModelError where "varlen" is
     asked for and nothing passes.
     """
-    if wanted not in ("auto", "varlen") or (wanted == "auto" and not is_card(device)):
-        return None, ""
-    lack = lack_of(config, name)
-    found = () if lack else candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
-    before = [kernel for kernel in found if name_of(kernel) == recorded]
-    if wanted == "auto" and recorded == name:
-        return None, ""
-    lacks = [lack] if lack else []
-    for kernel in dict.fromkeys([*before, *found]):
-        if not (lack := tried(kernel, heads_of(config), device)):
-            return kernel, ""
-        lacks.append(lack)
+    lacks: list[str] = []
+    for kernel in passing(config, name, wanted, device, recorded, lacks):
+        return kernel, ""
     if wanted == "varlen":
         raise _impossible("; ".join(lacks))
     return None, "; ".join(lacks)
 
 
+def passing(
+    config: Any, name: str, wanted: str, device: torch.device, recorded: str | None, lacks: list[str]
+) -> Iterator[str]:
+    """The kernels that pass their trial, the first that `choose` names first; why the others don't goes to `lacks`."""
+    if wanted not in ("auto", "varlen") or (wanted == "auto" and (not is_card(device) or recorded == name)):
+        return
+    if lack := lack_of(config, name):
+        lacks.append(lack)
+        return
+    found = candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
+    before = [kernel for kernel in found if name_of(kernel) == recorded]
+    for kernel in dict.fromkeys([*before, *found]):
+        if lack := tried(kernel, heads_of(config), device):
+            lacks.append(lack)
+        else:
+            yield kernel
+
+
 def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
-    """Gives a loaded model, on `device`, the kernel that `choose` names, if the model is right with it.
+    """Gives a loaded model, on `device`, the first kernel that passes its trial and with which the model is right.
 
     A run takes what was decided when it began. Raises ModelError where "varlen" is asked for and cannot be had.
     """
     run, name = numerics.of_run(), today(model)
-    kernel, lack = choose(model.config.get_text_config(), name, wanted, device, run.attention if run else None)
-    if kernel is not None:
+    lacks: list[str] = []
+    recorded, taken = run.attention if run else None, False
+    for kernel in passing(model.config.get_text_config(), name, wanted, device, recorded, lacks):
         lack = _differs(model, kernel, device)
         if not lack:
-            model.config._attn_implementation = name_of(kernel)
-        elif wanted == "varlen":
-            raise _impossible(lack)
+            model.config._attn_implementation, taken = name_of(kernel), True
+            break
+        lacks.append(lack)
+    if wanted == "varlen" and not taken:
+        raise _impossible("; ".join(lacks))
     if run is not None:
         numerics.correct(run.model_copy(update={"attention": today(model)}))
-    if lack:
-        sink.emit(Notice("attention", f"packed documents are kept apart by a mask of S × S: {lack}"))
+    if lacks and not taken:
+        sink.emit(Notice("attention", f"packed documents are kept apart by a mask of S × S: {'; '.join(lacks)}"))
     if wanted == "auto" and today(model) == "eager":
         sink.emit(Notice("attention", "eager attention is used: sdpa cannot compute this model's attention"))
 
@@ -116,7 +130,7 @@ def assumed(
     if wanted not in ("auto", "varlen") or lack_of(config, name):
         return None
     found = candidates(config, one_by_one=False)
-    has_flash = capability >= 80 and not windows
+    has_flash = capability >= 80 and not windows and has_varlen()
     return next((kernel for kernel in found if kernel != "varlen" or has_flash), None)
 
 

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from qlora.model.document_mask import DocumentMask
 
@@ -29,7 +31,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, DocumentMask, float | None, float | N
 
 # Of the flash kernels: flash_attn/flash_api.cpp, mha_varlen_fwd ("at most 256", "a multiple of 8").
 MOST_HEAD_DIM, HEAD_DIM_MULTIPLE = 256, 8
-MOST_FORMS = 4096  # of a compiled function: 512 widths of rows of 8,192 tokens, in 8 modes
+EFFICIENT_ROWS = 128  # of the float32 sums of its backward pass (attention_backward.cu), for each document
+FLEX_BLOCK = 128  # rows of flex_attention's blocks; fewer queries are computed by another kernel (flex_decoding)
+MOST_VARIANTS = 64
 _CAUSAL = 1  # mem_eff_attention/kernel_forward.h, CustomMaskType::CausalFromTopLeft
 
 
@@ -59,31 +63,93 @@ def _varlen_attn() -> Any:
     return varlen_attn if {"window_size", "enable_gqa", "scale"} <= taken.keys() else None
 
 
+def has_varlen() -> bool:
+    """Whether this torch has what `varlen` calls (its build may still have no kernel behind it)."""
+    return _varlen_attn() is not None
+
+
 def varlen_backward() -> Any:
     """torch's operation for the backward pass of `varlen`; None where there is none."""
-    return None if _varlen_attn() is None else torch.ops.torch_attn._varlen_attn_backward.default
+    return None if not has_varlen() else torch.ops.torch_attn._varlen_attn_backward.default
 
 
 def efficient(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """aten's memory-efficient kernel over `cu_seqlens`. Raises NotImplementedError for a cap."""
+    """aten's memory-efficient kernel over `cu_seqlens`. Raises NotImplementedError for a cap.
+
+    It keeps and takes as much for each document as for the longest of a call: documents of like length share a call.
+    """
     if softcap is not None:
         raise NotImplementedError("the memory-efficient kernel has no cap")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    aten = torch.ops.aten
-    if query.is_meta:  # its own backward pass has no form for meta tensors: these are the same tensors
-        output = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, True, scale=scale)[0]
-        return output.transpose(1, 2)  # type: ignore[no-any-return]
-    q, k, v = (_flat(one).unsqueeze(0) for one in (query, key, value))
-    most, starts = mask.batch.max_document, mask.batch.cu_seqlens
-    window = None if _sees_all(mask) else _window(mask)
-    output = aten._efficient_attention_forward(
-        q, k, v, None, starts, starts, most, most, 0.0, _CAUSAL, True, scale=scale, window_size=window
+    q, k, v = (_flat(one) for one in (query, key, value))
+    lengths, classes = mask.batch.document_lengths, _length_classes(mask)
+    if not classes:
+        assert mask.batch.cu_seqlens is not None
+        return _by_starts(q, k, v, mask, mask.batch.cu_seqlens, max(lengths), scale).view(*_output_shape(query))
+    pieces = [torch.split(one, list(lengths)) for one in (q, k, v)]
+    outputs: list[Tensor] = [q] * len(lengths)
+    for one in classes:
+        q, k, v = (torch.cat([documents[at] for at in one.members]) for documents in pieces)
+        output = _by_starts(q, k, v, mask, one.starts, one.longest, scale)
+        for at, part in zip(one.members, torch.split(output, [lengths[at] for at in one.members]), strict=True):
+            outputs[at] = part
+    return torch.cat(outputs).view(*_output_shape(query))
+
+
+def _by_starts(
+    q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, starts: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    window = mask.window if mask.window is not None and mask.window < longest else None
+    if q.is_meta:  # whose form of the backward pass takes neither; the tensors are the same
+        window = scale = None
+    states = (one.unsqueeze(0) for one in (q, k, v))
+    output = torch.ops.aten._efficient_attention_forward(
+        *states, None, starts, starts, longest, longest, 0.0, _CAUSAL, True, scale=scale, window_size=window
     )[0]
-    return output.view(*_output_shape(query))  # type: ignore[no-any-return]
+    return output.squeeze(0)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _LengthClass:
+    """Documents of a micro-batch, by number, of which none is twice as long as another, or all are short."""
+
+    members: tuple[int, ...]
+    starts: Tensor
+    longest: int
+
+
+def _length_classes(mask: DocumentMask) -> tuple[_LengthClass, ...]:
+    """Classes with an end at each power of 2 from EFFICIENT_ROWS; () where all are of one. From facts of the host.
+
+    So what the kernel counts in is 2 N positions at most and EFFICIENT_ROWS for each document. On meta, where
+    documents stand for any of so many tokens, it is that.
+    """
+    known = vars(mask).get("classes")
+    if known is None:
+        batch, by_end = mask.batch, dict[int, list[int]]()
+        for number, length in enumerate(batch.document_lengths):
+            by_end.setdefault(max(EFFICIENT_ROWS, 1 << (length - 1).bit_length()), []).append(number)
+        device = batch.input_ids_BS.device
+        if device.type == "meta" and not batch.single:
+            everyone = tuple(range(len(batch.document_lengths)))
+            count = 2 * -(-batch.tokens // EFFICIENT_ROWS) + len(everyone)
+            starts = torch.empty(count + 1, dtype=torch.int32, device=device)
+            known = (_LengthClass(everyone, starts, EFFICIENT_ROWS),)
+        else:
+            found = by_end.values() if len(by_end) > 1 else ()
+            known = tuple(_length_class(members, batch.document_lengths, device) for members in found)
+        vars(mask)["classes"] = known
+    return known  # type: ignore[no-any-return]
+
+
+def _length_class(members: list[int], lengths: tuple[int, ...], device: torch.device) -> _LengthClass:
+    own = [lengths[at] for at in members]
+    starts = torch.tensor([0, *accumulate(own)], dtype=torch.int32).to(device, non_blocking=True)
+    return _LengthClass(tuple(members), starts, max(own))
 
 
 def one_by_one(
@@ -129,56 +195,67 @@ def by_scores(
 def flex(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:
-    """torch's flex_attention, compiled (on a CPU as it is: its reference there computes S × S scores)."""
+    """torch's flex_attention, compiled (on a CPU as it is: its reference there computes S × S scores).
+
+    Raises torch's FailOnRecompileLimitHit where it would go on uncompiled, with S × S scores.
+    """
+    length = query.shape[2]
+    over = -length % FLEX_BLOCK
+    query, key, value = (pad(one, (0, 0, 0, over)) if over else one for one in (query, key, value))
     if query.is_meta:  # it knows none; flash attention keeps the same tensors, and its scratch is the larger
         output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]
-        return output.transpose(1, 2)  # type: ignore[no-any-return]
-    compiled = not query.is_cpu
+        return output.transpose(1, 2)[:, :length]  # type: ignore[no-any-return]
     capped = None if softcap is None else partial(_capped, softcap=softcap)
-    with _many_forms() if compiled else nullcontext():
-        blocks = _block_mask(mask, compiled)
-        output = _flex_attention(compiled)(query, key, value, capped, blocks, scale, enable_gqa=True)
-    return output.transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+    with _many_variants():
+        blocks = _block_mask(mask, over, _compiles(query))
+        output = _flex_attention(_compiles(query))(query, key, value, capped, blocks, scale, enable_gqa=True)
+    return output[:, :, :length].transpose(1, 2).contiguous()  # type: ignore[no-any-return]
+
+
+def _compiles(states: Tensor) -> bool:
+    return not states.is_cpu
+
+
+def _many_variants() -> AbstractContextManager[Any]:
+    """Compiled once for each kind of window, mode of gradients and of exactness, and shape class: more than the 8 after
+    which torch says a line and goes on uncompiled. Past MOST_VARIANTS it fails instead."""
+    config = torch._dynamo.config
+    wanted: dict[str, Any] = {"recompile_limit": MOST_VARIANTS, "fail_on_recompile_limit_hit": True}
+    return config.patch(**{name: value for name, value in wanted.items() if hasattr(config, name)})  # type: ignore[no-any-return]
 
 
 @cache
 def _flex_attention(compiled: bool) -> Any:
+    """Sizes are left to torch: the first is compiled as it is, the second for all."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
-def _many_forms() -> AbstractContextManager[None]:
-    """Inside, dynamo compiles a function for as many widths and modes as a run has.
-
-    After `recompile_limit` forms, 8 by default, it computes the next ones uncompiled and only logs it: S × S scores.
-    A run has one for each width of its rows, a multiple of 16, in up to four modes (with and without gradients, exact
-    kernels in torch's strict mode and in the one that warns), with and without a window.
-    """
-    import torch._dynamo.config as dynamo
-
-    patched: AbstractContextManager[None] = dynamo.patch(
-        recompile_limit=MOST_FORMS, accumulated_recompile_limit=MOST_FORMS
-    )
-    return patched
-
-
-def _block_mask(mask: DocumentMask, compiled: bool) -> Any:
-    """Which blocks of queries and keys meet at all: made for the first layer, kept with the mask for the others."""
+@cache
+def _create_block_mask(compiled: bool) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
+    return torch.compile(create_block_mask) if compiled else create_block_mask
+
+
+def _block_mask(mask: DocumentMask, over: int, compiled: bool) -> Any:
+    """Which blocks of queries and keys meet at all: made for the first layer, kept with the mask for the others.
+
+    `over` are positions behind a row's end: a document of their own.
+    """
     known = vars(mask).get("blocks")
     if known is None:
         batch, window = mask.batch, mask.window
-        positions_BS, documents_BS = batch.position_ids_BS, batch.document_ids_BS
+        documents_BS = pad(batch.document_ids_BS, (0, over), value=-1)
 
         def seen(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
             together = (documents_BS[b, q] == documents_BS[b, k]) & (q >= k)
-            return together if window is None else together & (positions_BS[b, k] > positions_BS[b, q] - window)
+            return together if window is None else together & (q - k < window)
 
-        rows, length = batch.input_ids_BS.shape
-        device = str(batch.input_ids_BS.device)
-        known = vars(mask)["blocks"] = create_block_mask(seen, rows, None, length, length, device, _compile=compiled)
+        rows, length = documents_BS.shape
+        device = str(documents_BS.device)
+        known = vars(mask)["blocks"] = _create_block_mask(compiled)(seen, rows, None, length, length, device)
     return known
 
 

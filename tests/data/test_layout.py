@@ -26,7 +26,7 @@ def test_a_card_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_padding_goes_on_with_the_last_document() -> None:
     split = split_of([3, 2, 4])
     batch = collate(split, [(0, 1), (2,)], 9, 64, ON_GPU)
-    assert batch.position_ids_BS.tolist() == [[0, 1, 2, *range(14 - 1)], [*range(16)]]
+    assert batch.position_ids_BS.tolist() == [[0, 1, 2, 0, 1, 2, *[3] * 10], [0, 1, 2, *[3] * 13]]
     assert batch.document_lengths == (3, 13, 16) and batch.max_document == 16
     assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [0, 3, 16, 32]
     assert batch.cu_seqlens.dtype is torch.int32
@@ -54,15 +54,24 @@ def test_a_row_is_single_by_its_positions(
 ) -> None:
     batch = collate(split_of(lengths), packs, 0, 16, layout)
     width = batch.input_ids_BS.shape[1]
-    assert batch.single == single == bool((batch.position_ids_BS == torch.arange(width)).all())
+    goes_on = torch.arange(width).clamp(max=max(lengths) - 1 if layout.continues else width)
+    assert batch.single == single == bool((batch.position_ids_BS == goes_on).all())
     assert sum(batch.document_lengths) == batch.tokens
+
+
+@pytest.mark.parametrize("packs", [[(0, 1, 2)], [(0,), (1, 2)], [(2,)]])
+def test_padding_has_no_position_beyond_the_longest_document(packs: list[tuple[int, ...]]) -> None:
+    """Nor have rows of nothing: Phi-3 takes its factors for long rows by the highest position of a micro-batch."""
+    split = split_of([3, 7, 5])
+    batch = collate(split, packs, 0, 64, Layout(GPU_MULTIPLE, continues=True, width=48, rows=3))
+    assert batch.input_ids_BS.shape == (3, 48)
+    assert int(batch.position_ids_BS.max()) == max(split.lengths[row] for members in packs for row in members) - 1
 
 
 @pytest.mark.parametrize(("max_length", "width"), [(64, 16), (12, 12), (16, 16)])
 def test_a_gpus_row_is_whole_sixteens_within_max_length(max_length: int, width: int) -> None:
-    """Positions stay below max_length too: a table of positions may have no more."""
     batch = collate(split_of([9]), [(0,)], 0, max_length, ON_GPU)
-    assert batch.input_ids_BS.shape == (1, width) and int(batch.position_ids_BS.max()) == width - 1 < max_length
+    assert batch.input_ids_BS.shape == (1, width) and int(batch.position_ids_BS.max()) == 9 - 1
 
 
 def test_one_width_where_it_adds_little() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qlora.batch import Batch
 from qlora.memory.trace import LiveBytes, Sums, most_multiprocessors
 from qlora.model import document_attention
+from qlora.model.document_mask import DocumentMask
 
 
 @pytest.fixture
@@ -139,3 +141,43 @@ def test_sums_in_one_order_have_a_copy_for_each_multiprocessor_of_a_head() -> No
     )
     counts = [most_multiprocessors(size) for size in (6, 8, 12, 16, 24, 80)]
     assert counts == [48, 48, 80, 84, 188, 188]
+
+
+@pytest.mark.parametrize("lengths", [(2100, *[66] * 30), (1,) * 300, (512, 512), (4096,), (129, 3000, 128)])
+def test_scratch_and_sums_of_the_efficient_kernel_over_documents_are_never_above_the_simulated(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated documents are of equal length; real ones of the same number and tokens may be of any."""
+    heads, width, tokens = 4, 128, sum(lengths)
+    simulated = efficient_on_meta(lengths, heads, width)
+    laid_out = [count * -(-longest // 128) * 128 for count, longest in real_calls(lengths)]
+    assert max(laid_out) * heads * (width + 1) * 4 <= simulated
+    assert simulated <= (2 * (tokens + 128) + 128 * len(lengths)) * heads * (width + 1) * 4
+    if len(lengths) == 31:
+        assert max(laid_out) * 10 < 31 * 2176, "documents times the longest"
+
+
+def real_calls(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Documents and the longest of each call of the kernel, for a micro-batch of such documents."""
+    mask = document_mask(lengths, "cpu")
+    classes = document_attention._length_classes(mask)
+    return [(len(one.members), one.longest) for one in classes] or [(len(lengths), max(lengths))]
+
+
+def document_mask(lengths: tuple[int, ...], device: str) -> DocumentMask:
+    ids = torch.empty(1, sum(lengths), dtype=torch.int64, device=device)
+    starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
+    return DocumentMask(Batch(ids, ids, ids, ids, ids, ids, starts, lengths))
+
+
+def efficient_on_meta(lengths: tuple[int, ...], heads: int, width: int) -> int:
+    """Bytes of scratch that are counted for a backward pass."""
+    mode = LiveBytes("cuda")
+    mode.begin("backward")
+    shape = (1, heads, sum(lengths), width)
+    query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3))
+    with mode:
+        output = document_attention.efficient(query, key, value, document_mask(lengths, "meta"), None, None)
+        mode.begin("backward")
+        torch.autograd.grad(output.sum(), (query, key, value))
+    return mode.peaks["backward"].parts["workspace"]

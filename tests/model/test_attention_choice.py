@@ -86,7 +86,7 @@ def shifted(*arguments: Any) -> Any:
 def leaking(*arguments: Any) -> Any:
     query, key, value, mask, scale, cap = arguments
     batch = attention_choice.trial_batch(9)
-    whole = type(batch)(*[getattr(batch, name) for name in list(vars(batch))[:7]], (64,))
+    whole = type(batch)(*[getattr(batch, name) for name in list(vars(batch))[:7]], (sum(attention_choice.LENGTHS),))
     return document_attention.one_by_one(query, key, value, type(mask)(whole, mask.window), scale, cap)
 
 
@@ -157,6 +157,26 @@ def test_a_model_whose_layers_do_not_hand_documents_on_keeps_its_mask(
     assert attention.shown(model) == "sdpa" and "differ" in str(said[0])
 
 
+def test_a_kernel_that_the_model_does_not_take_leaves_the_next_one(
+    base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right in its trial, wrong in the model: here, because it fails where nobody asks for gradients."""
+
+    def trains_only(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("no kernel without gradients")
+        return document_attention.one_by_one(*arguments)
+
+    model = load(base_of("llama"), "none")
+    both = {"varlen": trains_only, "efficient": document_attention.one_by_one}
+    assert not settled(model, "auto", both, monkeypatch).of("notice")
+    assert attention.shown(model) == "efficient"
+    model = load(base_of("llama"), "none")
+    said = str(settled(model, "auto", {"varlen": trains_only}, monkeypatch).of("notice")[0])
+    assert attention.shown(model) == "sdpa"
+    assert "no kernel without gradients" in said and "efficient: no kernel image" in said
+
+
 def test_a_cpu_keeps_its_mask_unless_it_is_asked(base_of: Callable[[str], BaseFolder]) -> None:
     for wanted, chosen in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager"), ("varlen", "one by one")):
         assert attention.shown(load(base_of("qwen3"), "none", wanted)) == chosen
@@ -200,6 +220,21 @@ def test_what_is_assumed_of_a_card_before_it_is_tried() -> None:
     assert assumed(config, name, "sdpa", 86, windows=False) is None
     assert assumed(make_config("gemma2"), "eager", "auto", 86, windows=True) == "flex"
     assert assumed(make_config("gemma2"), "eager", "eager", 86, windows=False) is None
+
+
+def test_a_torch_without_varlen_attn_is_assumed_to_take_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.10's varlen_attn takes no windows: nothing may be estimated with it, not even on meta."""
+    monkeypatch.setattr(document_attention, "_varlen_attn", lambda: None)
+    assert assumed(make_config("llama"), attention.NAME, "auto", 86, windows=False) == "efficient"
+    assert assumed(make_config("gemma2"), "eager", "auto", 86, windows=False) == "flex"
+
+
+def test_a_trial_crosses_the_blocks_of_the_kernels_that_train() -> None:
+    """Fewer queries than a block are computed by flex_decoding; and one document is shorter than the window."""
+    lengths, window = attention_choice.LENGTHS, attention_choice.WINDOW
+    assert sum(lengths) == 2 * document_attention.FLEX_BLOCK < 2 * lengths[0], "the first ends in the second block"
+    assert min(lengths) < window < lengths[1]
+    assert attention_choice.trial_batch(300).input_ids_BS.shape == (1, sum(lengths))
 
 
 def test_a_trial_looks_at_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
@@ -23,6 +23,7 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.document_attention import KERNELS, flex, one_by_one
 from qlora.model.document_mask import DocumentMask
 from qlora.step.forward import CausalParts, hidden_states, set_gradient_checkpointing
+from tests.data.cases import split_of
 from tests.families import FAMILIES, WINDOW
 from tests.model.conftest import load
 
@@ -126,25 +127,82 @@ def test_kernels_that_a_cpu_has_equal_the_textbook(kernel: Any, window: int | No
         assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, theirs, strict=True))
 
 
-def test_a_compiled_kernel_stays_compiled_at_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """dynamo's own limit is eight forms of a function: what comes after them is computed uncompiled."""
-    import torch._dynamo.config as dynamo
-    from torch.nn.attention import flex_attention
+@pytest.mark.parametrize("window", [None, 100])
+def test_documents_of_like_length_share_a_call_of_the_efficient_kernel(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of their order into classes of length and back, gradients too; the kernel itself is a GPU's."""
+    calls: list[tuple[int, ...]] = []
 
-    def attend(query: Any, key: Tensor, *_: Any, **__: Any) -> Tensor:
-        return key + (1 if torch.compiler.is_compiling() else -1)
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: DocumentMask, starts: Tensor, longest: int, _: Any) -> Tensor:
+        lengths = tuple(starts.diff().tolist())
+        assert sum(lengths) == len(q) == int(starts[-1]) and starts.dtype is torch.int32 and longest == max(lengths)
+        calls.append(lengths)
+        fields = [getattr(mask.batch, name) for name in BATCH_TENSORS]
+        own = DocumentMask(Batch(*fields, starts, lengths), mask.window)
+        return one_by_one(*(one.transpose(0, 1)[None] for one in (q, k, v)), own, None, None)[0]
 
-    limits: list[int] = []
-    monkeypatch.setattr(flex_attention, "flex_attention", attend)
-    monkeypatch.setattr(flex_attention, "create_block_mask", lambda *_, **__: limits.append(dynamo.recompile_limit))
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(document_attention, "_by_starts", plain)
+    split = split_of([300, 9, 140, 129, 20, 256, 600])
+    batch = collate(split, [(0, 1, 2, 3, 4), (5, 6)], 0, 4096, Layout(16, continues=True))
+    assert batch.document_lengths == (300, 9, 140, 129, 286, 256, 608)
+    mask, states = DocumentMask(batch, window), states_of(batch, 4, 2, 16)
+    found, right = (kernel(*states, mask, None, None) for kernel in (KERNELS["efficient"], one_by_one))
+    assert calls == [(300, 286), (9,), (140, 129, 256), (608,)]
+    assert torch.allclose(found, right, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(one.square().sum(), states) for one in (found, right))
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(ours, theirs, strict=True))
+    KERNELS["efficient"](*states, DocumentMask(trial_of_one_class(batch)), None, None)
+    assert calls[4:] == [(batch.tokens // 2,) * 2], "of one class: one call, in order"
+
+
+def trial_of_one_class(batch: Batch) -> Batch:
+    half = batch.tokens // 2
+    starts = torch.tensor([0, half, 2 * half], dtype=torch.int32)
+    return Batch(*[getattr(batch, name) for name in BATCH_TENSORS], starts, (half, half))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("windows", [(None,), pytest.param((None, 48), marks=pytest.mark.slow)])
+def test_flex_is_compiled_a_few_times_for_all_widths(
+    windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the form that a GPU compiles: past 8 variants torch would go on uncompiled, with S × S scores."""
+    compiled = []
+
+    def counting(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(document_attention, "_compiles", lambda states: True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
     document_attention._flex_attention.cache_clear()
-    query: Any = SimpleNamespace(is_meta=False, is_cpu=False)  # of a card
-    mask, before = DocumentMask(batch_of(Layout())), dynamo.recompile_limit
-    found = [flex(query, torch.zeros(1, 1, width, 2), query, mask, None, None).mean() for width in range(2, 14)]
-    document_attention._flex_attention.cache_clear()
-    assert found == [1] * 12, "all compiled"
-    assert min(limits) > before == dynamo.recompile_limit
+    masks = document_attention._create_block_mask
+    masks.cache_clear()
+    if len(windows) == 1:  # the mask's compilation takes most of the time
+        monkeypatch.setattr(document_attention, "_create_block_mask", lambda compiled: masks(False))
+    try:
+        for width in (40, 120, 250, 380, 500, 630, 760, 890, 1020, 1150):
+            batch = collate(split_of([width - 20, 9, width - 5]), [(0, 1), (2,)], 0, 4096, Layout(16, continues=True))
+            states = [one.detach() for one in states_of(batch, 2, 1, 16)]
+            for window in windows:
+                found, right = (
+                    kernel(*states, DocumentMask(batch, window), None, 30.0) for kernel in (flex, one_by_one)
+                )
+                assert torch.allclose(found[0, : width - 11], right[0, : width - 11], atol=1e-5)
+                assert torch.allclose(found[1, : width - 5], right[1, : width - 5], atol=1e-5)
+        assert 1 <= len(compiled) <= (3 if len(windows) == 1 else 12)
+    finally:
+        document_attention._flex_attention.cache_clear()
+        masks.cache_clear()
+
+
+def test_too_many_variants_fail_instead_of_going_on_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_attention, "MOST_VARIANTS", 10)
+    doubled = torch.compile(lambda tensor: tensor * 2, backend=lambda graph, _: graph)
+    with document_attention._many_variants(), pytest.raises(FailOnRecompileLimitHit):
+        for rank in range(1, 12):
+            doubled(torch.ones([1] * rank))
 
 
 def test_a_call_that_a_kernel_lacks_is_computed_with_the_mask() -> None:
@@ -174,9 +232,9 @@ def test_kernels_of_a_gpu_take_these_tensors(kernel: str, window: int | None) ->
     with FakeTensorMode(), torch.no_grad():
         cuda = torch.device("cuda")
         batch = trial_batch(300).to(cuda)
-        states = [torch.empty(1, count, 64, 64, dtype=torch.bfloat16, device=cuda) for count in (8, 2, 2)]
+        states = [torch.empty(1, count, batch.tokens, 64, dtype=torch.bfloat16, device=cuda) for count in (8, 2, 2)]
         output = KERNELS[kernel](*states, DocumentMask(batch, window), None, None)
-    assert output.shape == (1, 64, 8, 64) and output.device.type == "cuda" and output.dtype == torch.bfloat16
+    assert output.shape == (1, batch.tokens, 8, 64) and output.device.type == "cuda" and output.dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

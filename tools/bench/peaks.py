@@ -5,7 +5,7 @@
 
 `results/peaks.json` holds the published rows (address, settings, what was measured) and the sources' roles: margins
 were set by those called "fitting", and looked at beside those called "held out" (README.md says how far). A row is
-there only if each of its settings that matters is stated and can be expressed; what is measured is `allocated` (torch's live
+there only if each of its settings that matters is stated and can be expressed; measured is `allocated` (torch's live
 tensors), `reserved` (what torch took from the driver) or `process` (that and the context).
 """
 
