@@ -60,6 +60,7 @@ NOT_REHEARSED = {
         (f"model/attention_choice.py::choose: {one}" for one in ("return (kernel", "raise _imp", "return (None, '')")),
         "CUDA's own kernels pass no trial on a CPU; tests/model/test_attention_choice.py",
     ),
+    "model/attention_choice.py::passing: yield kernel": "nor here",
 }
 # Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.
 ASKS_A_TYPE = {

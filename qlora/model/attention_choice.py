@@ -71,10 +71,9 @@ def passing(
     """The kernels that pass their trial, the first that `choose` names first; why the others don't goes to `lacks`."""
     if wanted not in ("auto", "varlen") or (wanted == "auto" and (not is_card(device) or recorded == name)):
         return
-    if lack := lack_of(config, name):
-        lacks.append(lack)
-        return
-    found = candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
+    lack = lack_of(config, name)
+    lacks += [lack] if lack else []
+    found = () if lack else candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
     before = [kernel for kernel in found if name_of(kernel) == recorded]
     for kernel in dict.fromkeys([*before, *found]):
         if lack := tried(kernel, heads_of(config), device):
