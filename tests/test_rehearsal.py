@@ -52,6 +52,7 @@ NOT_REHEARSED = {
     **dict.fromkeys(("device.py::live_bytes", "prove/"), "a proof's own; tests/prove"),
     "determinism.py::exactly": "an operation without an exact form, which no CPU has; tests/test_determinism.py",
     'flat/managed.py::why_not: return "this system': "Windows and WSL; tests/flat/test_managed.py",
+    'flat/managed.py::why_not: return "bitsandbytes': "another build of it; tests/flat/test_managed.py",
     "flat/managed.py::why_not: needed": "without room in RAM; tests/flat/test_managed.py",
     "flat/managed.py::why_not: return f'paging needs": "without room in RAM; tests/flat/test_managed.py",
     "memory/estimate.py::Estimator._kernel: return assumed": "asked of a card before a run; tests/memory",
