@@ -34,10 +34,10 @@ INTERNAL = 70  # exit code of a child that met an error of ours
 
 
 def settings_of(recipe: Recipe) -> MemorySettings:
-    """The recipe's own settings, without a plan."""
+    """The recipe's own settings, without a plan; "auto" recomputes nothing, as for any base that is so small."""
     micro, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
-    assert micro != "auto" and recompute != "auto"
-    return MemorySettings(micro, recompute)
+    assert micro != "auto"
+    return MemorySettings(micro, recompute is True)
 
 
 @dataclass
