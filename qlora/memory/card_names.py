@@ -76,6 +76,8 @@ _WORD = re.compile(_LONGEST_FIRST)
 _SIZE = re.compile(
     r"(\d+)(?:[.,]0+)? ?(gi?b|gigs?|gigabytes?|go|гб|mi?b)(?![a-z0-9])|(?<![a-z0-9])(\d+) ?g(?![a-z0-9])"
 )
+# The last number of "4060 ti 16", behind a model of three digits or more: "30 80" is one model.
+_BARE_SIZE = re.compile(r"(.*\d{3}.*) (\d{1,3})")
 # What narrows nothing down, and would leave digits in the model's name: kinds of memory, of AMD's generations, slots.
 _WITH_DIGITS = re.compile(r"g?ddr ?\d[a-z]?|hbm ?\d?e?|[rc]dna ?\d|sxm ?[2-6]?(?!\d)|\d+ ?bit|\bmig .*")
 # Other words for a model, each by what its letters and digits are without blanks.
@@ -161,7 +163,8 @@ def _size(text: str) -> tuple[str, int | None]:
     """The text without its gigabytes, and them. Digits that stand together are parted: 306012gb is 3060 and 12."""
     match = _SIZE.search(text)
     if match is None:
-        return text, None
+        bare = _BARE_SIZE.fullmatch(text)
+        return (bare[1], int(bare[2])) if bare and int(bare[2]) in _SOLD else (text, None)
     digits, rest = match[1] or match[3], ""
     if match[2] in ("mib", "mb"):
         digits = str(round(int(digits) / 1024)) if len(digits) < 8 else digits

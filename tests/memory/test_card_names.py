@@ -10,6 +10,9 @@ from qlora.memory.card_names import GIB, GPUS
 
 MEANT = {
     # as people write them
+    "4060ti 16": "RTX 4060 Ti 16GB",
+    "a100 80": "A100 80GB",
+    "rtx 30 80 12gb": "RTX 3080 12GB",
     "4070 ti super": "RTX 4070 Ti SUPER",
     "4070TiSuper": "RTX 4070 Ti SUPER",
     "4070 tis": "RTX 4070 Ti SUPER",
