@@ -46,6 +46,7 @@ FINDS_NONE = "it finds none"  # what `trouble` says where torch says nothing its
 # Of a card's free memory, left alone where the driver spills: the desktop takes more and less of it while a run lasts.
 SPILL_SHARE = 0.05
 SPILL_MARGIN_BYTES = 300 << 20
+_REDUCED_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 
 @dataclass(frozen=True)
@@ -306,13 +307,20 @@ def full_sums(device: torch.device) -> Iterator[None]:
     import torch
 
     settings: Any = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction
-    if is_card(device):
-        settings.allow_bf16_reduced_precision_reduction = settings.allow_fp16_reduced_precision_reduction = False
+    before = {name: getattr(settings, name) for name in _REDUCED_SUMS} if is_card(device) else {}
+    # Beside it newer versions of torch have whether a sum may be split at all, which stays as it is.
+    split = {name: getattr(settings, f"{name}_split_k", None) for name in before}
+
+    def put(name: str, reduced: bool) -> None:
+        setattr(settings, name, reduced if split[name] is None else (reduced, split[name]))
+
+    for name in before:
+        put(name, False)
     try:
         yield
     finally:
-        settings.allow_bf16_reduced_precision_reduction, settings.allow_fp16_reduced_precision_reduction = before
+        for name, reduced in before.items():
+            put(name, reduced)
 
 
 @contextmanager

@@ -263,3 +263,17 @@ def test_long_sums_are_fp32_on_a_card_and_settings_are_put_back() -> None:
         assert not settings.allow_bf16_reduced_precision_reduction
         assert not settings.allow_fp16_reduced_precision_reduction
     assert settings.allow_bf16_reduced_precision_reduction and settings.allow_fp16_reduced_precision_reduction
+
+
+def test_whether_a_sum_may_be_split_stays_the_users_choice() -> None:
+    settings = torch.backends.cuda.matmul
+    if not hasattr(settings, "allow_bf16_reduced_precision_reduction_split_k"):
+        pytest.skip("this torch has no such setting")
+    try:  # torch takes no other pair whose second is False
+        settings.allow_bf16_reduced_precision_reduction = (False, False)
+        with device.full_sums(CUDA):
+            assert not settings.allow_bf16_reduced_precision_reduction_split_k
+        assert not settings.allow_bf16_reduced_precision_reduction
+        assert not settings.allow_bf16_reduced_precision_reduction_split_k
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = True
