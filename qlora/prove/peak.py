@@ -11,6 +11,7 @@ import psutil
 
 from qlora import device as hardware
 from qlora.memory import hardware as machines
+from qlora.memory import host
 from qlora.memory.estimate import Estimate, Estimator
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.prove.model import make, packed
@@ -64,7 +65,7 @@ def run(place: Place) -> Outcome:
 
 
 def _measured(place: Place, setting: Setting, estimate: Estimate) -> Outcome:
-    free, resident = hardware.free_bytes(place.device), psutil.Process().memory_info().rss
+    free, resident = hardware.free_bytes(place.device), host.held_bytes()
     making = make(place.shape, place.device, optimizer=setting.optimizer, recompute=setting.recompute)
     with making as made, fast_matmul(place.device), _highest_resident() as highest:
         batch = packed(setting.rows, int(place.length * setting.part), place.shape.vocabulary)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
 from qlora.errors import foreign_failures
 from qlora.events import Notice, Sink
-from qlora.memory import calibration, hardware, overheads
+from qlora.memory import calibration, hardware, host, overheads
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.plan import Plan, Planner, choose
 from qlora.model.base_folder import BaseFolder
@@ -117,9 +116,12 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     machine = hardware.this_machine(recipe.memory.limit)
     if recipe.memory.limit == "auto":
         # What is left does not count what this process has taken already (its CUDA context too); the estimate does.
-        resident = int(psutil.Process().memory_info().rss)
         expected = overheads.context_bytes(machine.gpu)[0]
-        taken = resident if machine.device_type == "cpu" else device_now.context_taken(device_now.current(), expected)
+        taken = (
+            host.held_bytes()
+            if machine.device_type == "cpu"
+            else device_now.context_taken(device_now.current(), expected)
+        )
         machine = replace(machine, limit_bytes=machine.limit_bytes + taken)
     text, _ = text_config(base.config, base.name, has_head(base))
     estimator = Estimator(text, base.name, machine)
