@@ -7,6 +7,7 @@ of an `article` or of `main` belong to the text. How many words that were is tol
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from qlora.data.documents.decoding import decoded
 from qlora.data.documents.parsed import Parsed
 
 if TYPE_CHECKING:
-    from bs4 import Tag
+    from bs4 import BeautifulSoup, Tag
 
 BOILERPLATE = "words of navigation, page header, footer and aside"
 _UNSEEN = {
@@ -39,24 +40,31 @@ _FOOTNOTE = re.compile(r"\[?\(?[\d*†‡]{1,4}\)?\]?")
 
 
 def parse(data: bytes) -> Parsed:
-    """Blocks of an HTML page."""
+    """Blocks of an HTML page; its title heads it where it has no heading of the first level."""
     text, told = decoded(data, is_html=True)
-    blocks, words = html_blocks(text)
+    tree = soup(text)
+    blocks, words = walked(tree)
+    title = one_line(tree.title.get_text()) if tree.title else ""
+    if title and blocks and not any(block.kind == "heading" and block.level == 1 for block in blocks):
+        blocks.insert(0, Block("heading", title, 1))
     return Parsed(blocks, left_out=told + (((BOILERPLATE, words),) if words else ()))
 
 
-def html_blocks(markup: str) -> tuple[list[Block], int]:
-    """Blocks of a page or of a piece of one, and how many words of boilerplate were left out."""
+def soup(markup: str) -> BeautifulSoup:
+    """The tree of a page; XML is read as HTML on purpose, since no entity that it declares is expanded then."""
     import bs4
 
-    soup = bs4.BeautifulSoup(markup, "html.parser")
-    walk = _Walk(lonely_heading=_lonely_heading(soup))
-    walk.element(soup, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", bs4.XMLParsedAsHTMLWarning)
+        warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
+        return bs4.BeautifulSoup(markup, "html.parser")
+
+
+def walked(tree: BeautifulSoup) -> tuple[list[Block], int]:
+    """Blocks of a page or of a piece of one, and how many words of boilerplate were left out."""
+    walk = _Walk(lonely_heading=_lonely_heading(tree))
+    walk.element(tree, 0)
     walk.flush()
-    # What a page is called, where nothing in it says so.
-    title = one_line(soup.title.get_text()) if soup.title else ""
-    if title and walk.blocks and not any(block.kind == "heading" and block.level == 1 for block in walk.blocks):
-        walk.blocks.insert(0, Block("heading", title, 1))
     return walk.blocks, walk.boilerplate
 
 
