@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 
 from qlora.data.documents.blocks import Block, one_line, table
@@ -117,7 +118,7 @@ def blocks_of_lines(lines: Sequence[Line], outline: dict[str, int]) -> list[Bloc
         sizes[line.size, line.bold] += len(line.text)
     body, body_bold = sizes.most_common(1)[0][0]
     gaps: dict[float, list[float]] = defaultdict(list)
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         if before.page == line.page and before.size == line.size and 0 < before.y - line.y < 2.5 * max(line.size, 1):
             gaps[line.size].append(before.y - line.y)
     layout = _Layout(lines, body, body_bold, {size: median(found) for size, found in gaps.items()})
