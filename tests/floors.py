@@ -14,6 +14,7 @@ FLOORS = {
     "api": 7,
     "prove": 7,
     "training": 6,
+    "study": 5,
     "export": 5,
     "memory": 5,
     "model": 4,
@@ -101,6 +102,7 @@ LINES = {
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
+    "study": ["records", "prompts", "labels", "generation", "teacher", "probe", "ask", "answer", "study"],
     "memory": [
         "allocator",
         "tape",
