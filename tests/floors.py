@@ -184,6 +184,7 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "label_rows",
             "short_rows",
             "layout",
             "loader",
@@ -195,7 +196,7 @@ LINES = {
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
         *("sentences", "chunks", "record"),
     ],
-    "step": ["loss", "forward", "layerwise", "optimizer"],
+    "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": ["files", "figures", "memory", "picture", "console", "proofs"],
     "prove": [
