@@ -102,7 +102,10 @@ LINES = {
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
-    "study": ["records", "prompts", "labels", "generation", "teacher", "probe", "ask", "answer", "study"],
+    "study": [
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
+        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+    ],
     "memory": [
         "allocator",
         "tape",
