@@ -102,7 +102,7 @@ LINES = {
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
-    "study": ["records", "prompts", "labels", "generation", "teacher", "probe", "ask", "answer", "study"],
+    "study": ["records", "prompts", "store", "labels", "generation", "teacher", "probe", "ask", "answer", "study"],
     "memory": [
         "allocator",
         "tape",
