@@ -102,7 +102,10 @@ LINES = {
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
-    "study": ["records", "prompts", "store", "labels", "generation", "teacher", "probe", "ask", "answer", "study"],
+    "study": [
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions", "generation"),
+        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
+    ],
     "memory": [
         "allocator",
         "tape",
