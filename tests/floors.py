@@ -102,7 +102,10 @@ LINES = {
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
-    "study": ["records", "prompts", "labels", "generation", "teacher", "probe", "ask", "answer", "study"],
+    "study": [
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
+        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+    ],
     "memory": [
         "allocator",
         "tape",
@@ -163,6 +166,7 @@ LINES = {
             "parquet_worker",
             "arrow_worker",
             "parquet",
+            "documents",
         ),
         *(
             "text_pieces",
@@ -189,6 +193,11 @@ LINES = {
             "loader",
             "ahead",
         ),
+    ],
+    "data.documents": [
+        *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
+        *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
+        *("sentences", "chunks", "record"),
     ],
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
