@@ -103,8 +103,9 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
-        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "labels", "generation"),
+        *("teacher", "probe", "ask", "answer", "exam_questions", "exam_asking", "exam", "study"),
+        *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
     ],
     "memory": [
         "allocator",

@@ -39,6 +39,9 @@ class DocumentSource(Protocol):
     @property
     def about(self) -> str: ...
 
+    @property
+    def language(self) -> str: ...
+
 
 def read_documents(sources: Sequence[DocumentSource], sink: Sink) -> Documents:
     """All documents of `sources`; what is left out is a notice, with its count.
