@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,13 @@ from qlora import disk, run_folder
 from qlora.data.chat import ChatTokenizer
 from qlora.data.documents.chunks import Passage, passages
 from qlora.data.prepare import PreparedData, PreparedSplit
-from qlora.errors import DataError, TokenizerError, TrainingStopped
+from qlora.errors import DataError, TokenizerError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import SourceSection
-from qlora.stop import StopAsked
 from qlora.study import bm25, defaults, hold, rows
 from qlora.study.labels import labels_of
-from qlora.study.material import FOLDER, Material
+from qlora.study.material import FOLDER, Material, keeping
 from qlora.study.prompts import Frame, prompt_ids, prompts_for
 from qlora.study.records import Candidate, key_of
 from qlora.study.run_exam import RunExam
@@ -107,14 +106,14 @@ class Lesson:
         disk.make_folder(folder)
         weights = teacher.model.get_base_model().base_identity.model_dump()
         name = key_of(weights, self.recipe.quantization.model_dump(mode="json"))
-        with _kept(teacher, run_dir), phase("study"):
+        with keeping(stop, folder), phase("study"):
             studied = study(teacher, self.passages, self._settings(name), folder, sink, stop)
             made = self._rows(studied, teacher, name)
             rows.write(folder, made)
         sink.emit(Notice("rows", f"{len(made):,} rows of the study: {folder / rows.ROWS_FILE}", len(made)))
         recipe = self._of_length(studied, run_dir, base.commit, sink)
-        exam = RunExam.of(folder, self.passages, recipe, self.frame, teacher)
-        with _kept(teacher, run_dir), phase("exam"):
+        exam = RunExam.of(folder, self.passages, recipe, (teacher, self.frame, name))
+        with keeping(stop, folder), phase("exam"):
             exam.before()
         soft, source = recipe.study.labels == "soft", len(recipe.data.train)
         data = rows.with_rows_of(data, made, source, soft)
@@ -210,19 +209,3 @@ class Lesson:
             if found is not None and len(found.token_ids) > 1:
                 answer = self.chat.tokenizer.decode(found.token_ids[:-1].tolist(), skip_special_tokens=True).strip()
                 yield rows.StudyRow(asked, tuple(prompt_ids(self.chat, self.frame, text)), answer, found)
-
-
-@contextmanager
-def _kept(teacher: Teacher, run_dir: Path) -> Iterator[None]:
-    """A stop, and a disk that is full, leave what was asked so far to go on with."""
-    hint = "continue with mode='resume'"
-    try:
-        with teacher.stop.being_read():
-            yield
-    except StopAsked:
-        raise teacher.stop.error(f"what was asked and answered so far is kept in {run_dir / FOLDER}", hint) from None
-    except OSError as error:
-        if error.errno not in disk.DISK_FULL:
-            raise
-        what = f"{run_dir / FOLDER}: the disk is full ({error.strerror}); what was asked and answered so far is kept"
-        raise TrainingStopped(what, f"free some space there, then {hint}") from error

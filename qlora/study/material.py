@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -9,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from qlora import disk, files
 from qlora.data.documents.document import Documents
 from qlora.data.documents.read import read_documents
-from qlora.errors import Problem, RecipeError
+from qlora.errors import Problem, RecipeError, TrainingStopped
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
+from qlora.stop import StopAsked, StopRequest
 from qlora.study import defaults, exam_questions
 
 if TYPE_CHECKING:
@@ -83,3 +86,19 @@ def take_over(before: Path, run_dir: Path, sink: Sink) -> None:
             taken += 1
     if taken:
         sink.emit(Notice("study", f"what {before / FOLDER} holds of unchanged passages is not asked again"))
+
+
+@contextmanager
+def keeping(stop: StopRequest, folder: Path) -> Iterator[None]:
+    """A stop inside, and a disk that is full, end the run with what was asked so far in the study's `folder`."""
+    hint = "continue with mode='resume'"
+    try:
+        with stop.being_read():
+            yield
+    except StopAsked:
+        raise stop.error(f"what was asked and answered so far is kept in {folder}", hint) from None
+    except OSError as error:
+        if error.errno not in disk.DISK_FULL:
+            raise
+        what = f"{folder}: the disk is full ({error.strerror}); what was asked and answered so far is kept"
+        raise TrainingStopped(what, f"free some space there, then {hint}") from error

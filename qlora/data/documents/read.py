@@ -79,7 +79,7 @@ class _Reading:
             self.sink.emit(Progress("read documents", number, len(found.files), "files"))
             shown = f"{folder}{file.name}"
             try:
-                self.file(file, shown, source.about, opened)
+                self.file(file, shown, source, opened)
             except NotReadable as error:
                 if named:
                     raise DataError(f"{shown}: {error.reason}", error.hint) from None
@@ -91,9 +91,9 @@ class _Reading:
             what = f"{source.path}: none of its {len(failed):,} documents can be read; {first}: {error.reason}"
             raise DataError(what, error.hint)
 
-    def file(self, file: SourceFile, shown: str, about: str, opened: Parser) -> None:
+    def file(self, file: SourceFile, shown: str, source: DocumentSource, opened: Parser) -> None:
         """Read one file. Raises NotReadable."""
-        data = _bytes_of(file)
+        data, about = _bytes_of(file), source.about
         sha256 = hashlib.sha256(data).hexdigest()
         if self.by_content.setdefault(sha256, about) == about and any(
             document.sha256 == sha256 for document in self.documents
@@ -109,7 +109,7 @@ class _Reading:
             what = f"{shown}: with it the documents have more than {MAX_CHARACTERS:,} characters"
             raise DataError(what, "give fewer documents, or only the ones that matter")
         pages = parsed.pages or max(1, -(-count_words(text) // WORDS_PER_PAGE))
-        language = language_of(text)
+        language = language_of(text) if source.language == "auto" else source.language
         self.documents.append(Document(shown, sha256, pages, about, language, document.blocks, left_out))
 
     def tell(self) -> None:
