@@ -198,7 +198,7 @@ LINES = {
     "data.documents": [
         *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
-        *("sentences", "chunks", "record"),
+        *("sentences", "chunks"),
     ],
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],

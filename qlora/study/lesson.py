@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from qlora import disk, run_folder
 from qlora.data.chat import ChatTokenizer
-from qlora.data.documents.chunks import Passage, passages
+from qlora.data.documents.chunks import Passage, unique_passages
 from qlora.data.prepare import PreparedData, PreparedSplit
 from qlora.errors import DataError, TokenizerError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import SourceSection
-from qlora.study import bm25, defaults, hold, rows
+from qlora.study import bm25, defaults, exam_questions, hold, rows
 from qlora.study.labels import labels_of
 from qlora.study.material import FOLDER, Material, keeping
 from qlora.study.prompts import Frame, prompt_ids, prompts_for
@@ -57,16 +56,15 @@ class Lesson:
             return len(chat.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
         limit = recipe.study.passage_tokens
-        found = [passage for one in material.documents.documents for passage in passages(one, count, limit)]
-        unlike = tuple({passage.key: passage for passage in found}.values())
+        unlike, twice = unique_passages(material.documents.documents, count, limit)
         if not any(passage.sentences for passage in unlike):
             raise DataError("the documents hold no sentence to ask about", "add documents with text in them")
         sentences = sum(len(passage.sentences) for passage in unlike)
         message = f"{len(unlike):,} passages of up to {limit} tokens, {sentences:,} sentences"
-        if twice := len(found) - len(unlike):
+        if twice:
             message += f"; {twice:,} passages stand twice and are asked about once"
         sink.emit(Notice("passages", message, len(unlike)))
-        return cls(recipe, chat, unlike, "chat" if has_template else "lines", material.decides_length)
+        return cls(recipe, chat, tuple(unlike), "chat" if has_template else "lines", material.decides_length)
 
     @property
     def questions(self) -> int:
@@ -110,6 +108,7 @@ class Lesson:
             studied = study(teacher, self.passages, self._settings(name), folder, sink, stop)
             made = self._rows(studied, teacher, name)
             rows.write(folder, made)
+            exam_questions.save_passages(folder, self.passages)
         sink.emit(Notice("rows", f"{len(made):,} rows of the study: {folder / rows.ROWS_FILE}", len(made)))
         recipe = self._of_length(studied, run_dir, base.commit, sink)
         exam = RunExam.of(folder, self.passages, recipe, (teacher, self.frame, name))
@@ -160,8 +159,8 @@ class Lesson:
         shown, held = rows.Shares(section.with_passage, section.hold).counts(len(fresh))
         made = [self._closed(candidate, studied) for candidate in fresh]
         order = rows.in_drawn_order([candidate.question.key for candidate in fresh], seed, "with_passage")
-        index = bm25.index_of(self.passages)
-        made += [self._shown(fresh[at], studied, index) for at in sorted(order[:shown])]
+        search = bm25.Search(self.passages)
+        made += [self._shown(fresh[at], studied, search) for at in sorted(order[:shown])]
         # What the base knows without a passage is as good to hold it by as anything else.
         order = rows.in_drawn_order([candidate.question.key for candidate in known], seed, "hold")
         made += [self._closed(known[at], studied) for at in sorted(order[:held])]
@@ -178,10 +177,10 @@ class Lesson:
         asked = candidate.question.text
         return self._row(candidate, prompts_for(candidate.passage.language).closed(self.frame, asked), asked, studied)
 
-    def _shown(self, candidate: Candidate, studied: Studied, index: bm25.Index) -> rows.StudyRow:
+    def _shown(self, candidate: Candidate, studied: Studied, search: bm25.Search) -> rows.StudyRow:
         """With the passage beside those that a search gives for the question."""
         own, asked = candidate.passage, candidate.question.text
-        found = [self.passages[at] for at in index.best(asked, own.language, 1 + rows.DISTRACTORS)]
+        found = search.best(asked, own.language, 1 + rows.DISTRACTORS)
         shown = rows.among_others(own, found, self.recipe.train.seed, candidate.question.key)
         text = prompts_for(own.language).answer_from(self.frame, shown, asked)
         return self._row(candidate, text, text, studied)
@@ -194,7 +193,7 @@ class Lesson:
 
     def _held(self, count: int, studied: Studied, teacher: Teacher, base: str) -> Iterator[rows.StudyRow]:
         """Prompts on other things as the base answers them."""
-        language = Counter(passage.language for passage in self.passages).most_common(1)[0][0]
+        language = exam_questions.language_of(self.passages)
         wanted = hold.prompts(language, count, self.recipe.train.seed)
         texts = [prompts_for(language).closed(self.frame, asked) for asked in wanted]
         keys = [key_of("hold", base, self.frame, text, HOLD_TOKENS) for text in texts]

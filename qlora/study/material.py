@@ -49,7 +49,7 @@ def read(recipe: Recipe, decides_length: bool, sink: Sink) -> tuple[Recipe, Mate
     if not recipe.data.documents:
         return recipe, None
     _check(recipe)
-    exam_questions.read_yours(recipe.exam.own)
+    exam_questions.read_yours(recipe.exam.own, "en")  # for what is wrong with them
     documents = read_documents(recipe.data.documents, sink)
     recipe, derived = defaults.of_corpus(recipe, documents.pages)
     count = len(documents.documents)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,7 @@ class RunExam:
     @classmethod
     def of(cls, folder: Path, passages: Sequence[Passage], recipe: Recipe, asker: tuple[Teacher, Frame, str]) -> RunExam:
         """Of the questions that the study kept apart in `folder`, and of the user's own."""
-        language = Counter(passage.language for passage in passages).most_common(1)[0][0]
-        questions = exam_questions.all_questions(folder, recipe.exam.own, passages, language)
+        questions = exam_questions.all_questions(folder, recipe.exam.own, passages)
         return cls(exam.Exam(folder, passages, questions, recipe.train.seed), *asker)
 
     def before(self) -> None:
