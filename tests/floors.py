@@ -103,8 +103,11 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
+    "study": [
         *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions", "generation"),
         *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
+        *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
+    ],
     ],
     "memory": [
         "allocator",
@@ -166,6 +169,7 @@ LINES = {
             "parquet_worker",
             "arrow_worker",
             "parquet",
+            "documents",
         ),
         *(
             "text_pieces",
@@ -186,13 +190,19 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "label_rows",
             "short_rows",
             "layout",
             "loader",
             "ahead",
         ),
     ],
-    "step": ["loss", "forward", "layerwise", "optimizer"],
+    "data.documents": [
+        *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
+        *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
+        *("sentences", "chunks"),
+    ],
+    "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": ["files", "figures", "memory", "picture", "console", "proofs"],
     "prove": [
