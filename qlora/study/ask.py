@@ -47,7 +47,7 @@ class Unasked:
 
 @dataclass(frozen=True)
 class Asked:
-    """A line of questions.jsonl: what was asked of one passage in one round. `key` is a hash of what it follows from."""
+    """A line of questions.jsonl: what was asked of one passage in one round. `key`: a hash of what it follows from."""
 
     key: Key
     passage: str
@@ -57,11 +57,11 @@ class Asked:
 
 
 def tasks_of(
-    passage: Passage, left_out: Collection[int], count: int, kinds: Sequence[str], exam: int
+    passage: Passage, left_out: Collection[int], count: int, kinds: Sequence[str], exam: Sequence[int]
 ) -> tuple[Task, ...]:
     """The first round: `count` questions over the sentences that are studied, each met once before any is met twice.
 
-    `exam`: questions for the exam of each sentence, in other words; those of `left_out` are asked nothing else.
+    `exam`: questions for the exam about each sentence, in other words; about those of `left_out` nothing else is asked.
     """
     studied = [place for place in range(len(passage.sentences)) if place not in left_out]
     spread = [
@@ -70,7 +70,7 @@ def tasks_of(
     ]
     for place in range(len(passage.sentences)):
         purpose: Purpose = "left_out" if place in left_out else "exam"
-        spread += [Task(place, kinds[at % len(kinds)], purpose) for at in range(exam)]
+        spread += [Task(place, kinds[at % len(kinds)], purpose) for at in range(exam[place])]
     return tuple(spread)
 
 

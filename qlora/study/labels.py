@@ -75,6 +75,11 @@ class LabelStore:
             found = self._record(file)
         return found[1] if found and found[0] == key else None
 
+    def holds(self, key: str, labels: Labels) -> bool:
+        """Whether these very labels are there: what a killed process wrote is not written twice."""
+        found = self.get(key)
+        return found is not None and _packed(key, found) == _packed(key, labels)
+
     def cut_torn(self) -> None:
         """Cuts off what follows the last whole record, so that what is appended can be found again."""
         if self.path.exists() and self.path.stat().st_size > self.bytes:
