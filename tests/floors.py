@@ -103,8 +103,8 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
-        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions"),
+        *("labels", "generation", "teacher", "exam_report", "exam", "exam_asking", "probe", "ask", "answer", "study"),
     ],
     "memory": [
         "allocator",
@@ -194,7 +194,7 @@ LINES = {
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "console", "proofs"],
+    "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs"],
     "prove": [
         *("shapes", "proof", "model", "trained"),
         *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
