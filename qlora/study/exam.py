@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qlora.events import Examined, Progress, Sink
 from qlora.study import bm25, exam_report
-from qlora.study.exam_questions import ExamQuestion, Part
+from qlora.study.exam_questions import ExamQuestion, Part, neutral_prompts
 from qlora.study.prompts import Frame, prompts_for
 from qlora.study.records import key_of
 from qlora.study.store import Store
