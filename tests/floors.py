@@ -166,6 +166,7 @@ LINES = {
             "parquet_worker",
             "arrow_worker",
             "parquet",
+            "documents",
         ),
         *(
             "text_pieces",
@@ -186,13 +187,19 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "label_rows",
             "short_rows",
             "layout",
             "loader",
             "ahead",
         ),
     ],
-    "step": ["loss", "forward", "layerwise", "optimizer"],
+    "data.documents": [
+        *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
+        *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
+        *("sentences", "chunks", "record"),
+    ],
+    "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs"],
     "prove": [
