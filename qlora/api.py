@@ -86,7 +86,9 @@ def train(
             claim.release()
 
 
-def _train(recipe: Recipe, run_dir: Path, found: material.Found, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
+def _train(
+    recipe: Recipe, run_dir: Path, found: material.Found, mode: Mode, sink: Sink, stop: StopRequest
+) -> TrainResult:
     """Train and export in a folder that is ours."""
     from qlora.model import row_packing
     from qlora.training import checkpoint

@@ -172,6 +172,7 @@ LINES = {
         *(
             "text_pieces",
             "readers",
+            "document_rows",
             "sources",
             "conversations",
             "hub_rows",

@@ -134,7 +134,9 @@ class Lesson:
         section = self.recipe.train.model_copy(update={"epochs": epochs, "max_steps": None})
         recipe = self.recipe.model_copy(update={"train": section})
         run_folder.write_recipe(run_dir, recipe, commit)
-        message = f"train.epochs = {epochs:g}: each of {len(sentences):,} sentences is met about {defaults.MEETINGS} times"
+        message = (
+            f"train.epochs = {epochs:g}: each of {len(sentences):,} sentences is met about {defaults.MEETINGS} times"
+        )
         sink.emit(Notice("documents", message))
         return recipe
 

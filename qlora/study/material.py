@@ -46,6 +46,9 @@ def read(recipe: Recipe, decides_length: bool, sink: Sink) -> tuple[Recipe, Mate
 
     `decides_length`: nobody has said how long to train. Raises RecipeError for keys that documents forbid, DataError for files that cannot be read.
     """
+    if plain := sum(source.format == "documents" for source in recipe.data.train):
+        message = "documents as plain text teach their style and words, hardly their facts: [[data.documents]] does"
+        sink.emit(Notice("documents", message, plain))
     if not recipe.data.documents:
         return recipe, None
     _check(recipe)
@@ -62,7 +65,9 @@ def _check(recipe: Recipe) -> None:
     study = recipe.study
     problems = []
     if recipe.lora.init == "eva":
-        what = 'lora.init = "eva" starts from rows, and those of [[data.documents]] are made by the model that it starts'
+        what = (
+            'lora.init = "eva" starts from rows, and those of [[data.documents]] are made by the model that it starts'
+        )
         problems.append(Problem("recipe", what, 'set lora.init = "default"'))
     if study.with_passage + study.hold > MOST_EXTRA:
         what = f"study.with_passage + study.hold are {study.with_passage + study.hold:g}, over {MOST_EXTRA}"

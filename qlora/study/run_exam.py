@@ -34,7 +34,9 @@ class RunExam:
     base: str
 
     @classmethod
-    def of(cls, folder: Path, passages: Sequence[Passage], recipe: Recipe, asker: tuple[Teacher, Frame, str]) -> RunExam:
+    def of(
+        cls, folder: Path, passages: Sequence[Passage], recipe: Recipe, asker: tuple[Teacher, Frame, str]
+    ) -> RunExam:
         """Of the questions that the study kept apart in `folder`, and of the user's own."""
         questions = exam_questions.all_questions(folder, recipe.exam.own, passages)
         return cls(exam.Exam(folder, passages, questions, recipe.train.seed), *asker)
