@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from qlora import disk, files
 from qlora.errors import RunFolderError
+from qlora.study.generation import TOP as COLUMNS
+from qlora.study.generation import Written
 from qlora.study.store import append_synced
 
-COLUMNS = 64
 MAX_BYTES = 64 << 30
 MAX_TOKENS = 4096  # of an answer
 _MAGIC = b"QLS1"
@@ -41,6 +42,11 @@ class Labels:
     token_ids: NDArray[np.int32]
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float16]
+
+    def beginning(self) -> Labels:
+        """Without what ends it; the end alone where there is nothing else."""
+        last = max(1, len(self.token_ids) - 1)
+        return Labels(self.token_ids[:last], self.ids[:last], self.logprobs[:last])
 
 
 class LabelStore:
@@ -73,6 +79,11 @@ class LabelStore:
             file.seek(self._offsets[key])
             found = self._record(file)
         return found[1] if found and found[0] == key else None
+
+    def holds(self, key: str, labels: Labels) -> bool:
+        """Whether these very labels are there: what a killed process wrote is not written twice."""
+        found = self.get(key)
+        return found is not None and _packed(key, found) == _packed(key, labels)
 
     def cut_torn(self) -> None:
         """Cuts off what follows the last whole record, so that what is appended can be found again."""
@@ -127,6 +138,21 @@ def _packed(key: str, labels: Labels) -> bytes:
     payload = b"".join(part.tobytes() for part in parts)
     head = _HEADER.pack(_MAGIC, len(labels.token_ids), COLUMNS, zlib.crc32(payload), bytes.fromhex(key))
     return head + payload
+
+
+def labels_of(written: Written, end_id: int) -> Labels:
+    """The labels of an answer as it was written; `end_id` is the token that ends an answer in training.
+
+    What ended it for the base counts where it is that token. Where it is another (a line's end), or the limit ended
+    it, the end is certain.
+    """
+    tokens = len(written.token_ids)
+    own = np.array([*written.token_ids, end_id], dtype=np.int32)
+    ids, logprobs = written.top_ids, written.top_logprobs
+    if len(ids) == tokens or ids[tokens, 0] != end_id:
+        last_ids, last_logprobs = one_token(end_id)
+        ids, logprobs = np.vstack((ids[:tokens], last_ids)), np.vstack((logprobs[:tokens], last_logprobs))
+    return Labels(own, ids, logprobs)
 
 
 def one_token(token: int) -> tuple[NDArray[np.int32], NDArray[np.float16]]:

@@ -203,10 +203,12 @@ class Lesson:
         for start in range(0, len(missing), teacher.at_once):
             batch = missing[start : start + teacher.at_once]
             answers = teacher.greedy(self.frame, [texts[at] for at in batch], HOLD_TOKENS)
-            ends = teacher.chat.end_token_ids
-            studied.labels.append([(keys[at], labels_of(one, ends[0])) for at, one in zip(batch, answers, strict=True)])
+            given = [labels_of(written, teacher.chat.end_token_ids[0]) for written in answers]
+            # What the limit ended does not end there.
+            given = [one if written.ended else one.beginning() for one, written in zip(given, answers, strict=True)]
+            studied.labels.append([(keys[at], one) for at, one in zip(batch, given, strict=True)])
         for asked, text, key in zip(wanted, texts, keys, strict=True):
             found = studied.labels.get(key)
             if found is not None and len(found.token_ids) > 1:
-                answer = self.chat.tokenizer.decode(found.token_ids[:-1].tolist(), skip_special_tokens=True).strip()
+                answer = self.chat.tokenizer.decode(found.token_ids.tolist(), skip_special_tokens=True).strip()
                 yield rows.StudyRow(asked, tuple(prompt_ids(self.chat, self.frame, text)), answer, found)

@@ -50,7 +50,7 @@ class Store(Generic[R]):
     def append(self, record: R) -> None:
         """Writes a record as a line and has it on the disk before it returns."""
         plain = asdict(record)  # type: ignore[call-overload]
-        line = json.dumps(plain, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        line = json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         append_synced(self.path, line)
         self.records[record.key] = record
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from qlora.data.chat import ChatTokenizer
 from qlora.data.documents.chunks import Passage
 from qlora.events import Recorder
 from qlora.stop import StopRequest
-from qlora.study.generation import TOP, Written
-from qlora.study.prompts import Frame
 from qlora.study.teacher import Teacher
 from tests.families import make_config, make_model, make_tokenizer
 

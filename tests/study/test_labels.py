@@ -76,8 +76,10 @@ def _forged(**change: int) -> bytes:
 
 @pytest.mark.parametrize(
     "change",
-    [{"id": VOCABULARY}, {"id": -2}, {"own": VOCABULARY}, {"own": -1}, {"nan": 1}, {"likely": 1}]
-    + [{"tokens": 65535}, {"tokens": 0}, {"columns": 2}],
+    [
+        *({"id": VOCABULARY}, {"id": -2}, {"own": VOCABULARY}, {"own": -1}, {"nan": 1}, {"likely": 1}),
+        *({"tokens": 65535}, {"tokens": 0}, {"columns": 2}),
+    ],
 )
 def test_a_stranger_s_record_names_nothing_outside(tmp_path: Path, change: dict[str, int]) -> None:
     path = tmp_path / "labels.bin"
