@@ -103,11 +103,9 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-    "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "generation", "labels"),
-        *("teacher", "probe", "ask", "answer", "exam_questions", "exam_report", "exam_asking", "exam", "study"),
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions", "generation"),
+        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
         *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
-    ],
     ],
     "memory": [
         "allocator",
