@@ -163,6 +163,7 @@ LINES = {
             "parquet_worker",
             "arrow_worker",
             "parquet",
+            "documents",
         ),
         *(
             "text_pieces",
@@ -188,6 +189,11 @@ LINES = {
             "loader",
             "ahead",
         ),
+    ],
+    "data.documents": [
+        *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
+        *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
+        *("sentences", "chunks", "record"),
     ],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
