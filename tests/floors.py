@@ -102,7 +102,10 @@ LINES = {
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
-    "study": ["records", "prompts", "labels", "generation", "teacher", "probe", "ask", "answer", "study"],
+    "study": [
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
+        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+    ],
     "memory": [
         "allocator",
         "tape",
@@ -184,6 +187,7 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "label_rows",
             "short_rows",
             "layout",
             "loader",
@@ -195,7 +199,7 @@ LINES = {
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
         *("sentences", "chunks", "record"),
     ],
-    "step": ["loss", "forward", "layerwise", "optimizer"],
+    "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": ["files", "figures", "memory", "picture", "console", "proofs"],
     "prove": [
