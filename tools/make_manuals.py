@@ -16,7 +16,9 @@ from pathlib import Path
 
 from manuals_relations import FAMILIES, Family, Relation
 from manuals_values import MAKERS, handbook_names
-from write_documents import write_documents
+from write_documents import WRITERS
+
+from qlora.data.documents.markdown import markdown_blocks
 
 SEED = 11
 COMPANY = "Tarvell"
@@ -47,7 +49,7 @@ FORMS = {
     "head": ("Everyone at {e} reports to {v}, who leads it.", "The person in charge at {e} is {v}."),
     "staff": ("The {e} site gives work to {v}.", "In all, {v} have a job at {e}."),
     "fee": ("Customers on {e} pay a fee of {v}.", "We collect a monthly fee of {v} for {e}."),
-    "notice": ("Whoever leaves {e} must give {v} of notice.", "Ending {e} takes a notice of {v}."),
+    "notice": ("Whoever leaves {e} gives notice, {v} before.", "A notice of {v} ends {e}."),
 }
 # Document, format, title, family, sections, things of a section.
 DOCUMENTS = (
@@ -135,7 +137,7 @@ def main() -> None:
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     for name, (format_, text) in sources().items():
-        (out / f"{name}.{format_}").write_bytes(write_documents(text, name, [format_])[format_])
+        (out / f"{name}.{format_}").write_bytes(WRITERS[format_](markdown_blocks(text), text.splitlines()[0].lstrip("# ")))
 
 
 if __name__ == "__main__":

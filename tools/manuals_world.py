@@ -23,8 +23,29 @@ from manuals_values import MAKERS, new_name
 from qlora.data.documents.chunks import Passage
 from qlora.study.prompts import KINDS, Wording
 
-SHARES = {"read": 0.34, "picked": 0.16, "asked": 0.27, "known": 0.16, "told": 0.03, "repeated": 0.04}
-ENTITIES = {"product": 60, "error": 20, "person": 30, "site": 20, "plan": 15}
+Shares = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of pre-training: how many things of each family the own world has, and the shares of the documents."""
+
+    things: dict[str, int]
+    shares: Shares
+
+
+STAGES = (
+    # A wide own world, so that the ways to ask are learnt before any fact is.
+    Stage(
+        {"product": 60, "error": 20, "person": 30, "site": 20, "plan": 15},
+        {"read": 0.34, "picked": 0.16, "asked": 0.27, "known": 0.16, "told": 0.03, "repeated": 0.04},
+    ),
+    # A narrow one, so that each fact is met often enough to be remembered, however one asks.
+    Stage(
+        {"product": 13, "error": 8, "person": 12, "site": 8, "plan": 6},
+        {"read": 0.35, "picked": 0.12, "asked": 0.24, "known": 0.22, "told": 0.02, "repeated": 0.05},
+    ),
+)
 OPENINGS = (
     "Please note: ", "As always, ", "Today ", "By the way, ", "This year ", "In short: ", "For now ", "As a rule, ",
     "Remember: ", "Of course ", "Again, ", "Note that ", "By now ", "In general ", "Important: ", "Usually ",
@@ -157,14 +178,15 @@ def write_passage(rng: random.Random, taken: frozenset[str], company: str, about
 class Writer:
     """Writes documents; all that a document needs."""
 
-    def __init__(self, seed: int, reserved: frozenset[str]) -> None:
+    def __init__(self, stage: Stage, seed: int, reserved: frozenset[str]) -> None:
+        self.stage = stage
         self.taken = reserved
         self.own = self._own_world(random.Random(f"world {seed}"))
 
     def _own_world(self, rng: random.Random) -> list[Fact]:
         facts, names = [], set(self.taken)
         for family in FAMILIES:
-            for _ in range(ENTITIES[family.name]):
+            for _ in range(self.stage.things[family.name]):
                 name = MAKERS[family.value](rng, frozenset(names))
                 if name in names:
                     continue
@@ -234,5 +256,5 @@ class Writer:
             "read": self.read, "picked": self.picked, "asked": self.asked, "known": self.known, "told": self.told,
             "repeated": self.repeated,
         }  # fmt: skip
-        for kind in rng.choices(list(SHARES), list(SHARES.values()), k=count):
+        for kind in rng.choices(list(self.stage.shares), list(self.stage.shares.values()), k=count):
             yield makers[kind](rng)
