@@ -23,29 +23,9 @@ from manuals_values import MAKERS, new_name
 from qlora.data.documents.chunks import Passage
 from qlora.study.prompts import KINDS, Wording
 
-Shares = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of pre-training: how many things of each family the own world has, and the shares of the documents."""
-
-    things: dict[str, int]
-    shares: Shares
-
-
-STAGES = (
-    # A wide own world, so that the ways to ask are learnt before any fact is.
-    Stage(
-        {"product": 60, "error": 20, "person": 30, "site": 20, "plan": 15},
-        {"read": 0.34, "picked": 0.16, "asked": 0.27, "known": 0.16, "told": 0.03, "repeated": 0.04},
-    ),
-    # A narrow one, so that each fact is met often enough to be remembered, however one asks.
-    Stage(
-        {"product": 13, "error": 8, "person": 12, "site": 8, "plan": 6},
-        {"read": 0.35, "picked": 0.12, "asked": 0.24, "known": 0.22, "told": 0.02, "repeated": 0.05},
-    ),
-)
+SHARES = {"read": 0.36, "picked": 0.13, "asked": 0.24, "known": 0.22, "told": 0.02, "repeated": 0.03}
+# Few things of its own, so that each fact is met often enough to be remembered, however one asks.
+THINGS = {"product": 13, "error": 8, "person": 12, "site": 8, "plan": 6}
 OPENINGS = (
     "Please note: ", "As always, ", "Today ", "By the way, ", "This year ", "In short: ", "For now ", "As a rule, ",
     "Remember: ", "Of course ", "Again, ", "Note that ", "By now ", "In general ", "Important: ", "Usually ",
@@ -120,15 +100,18 @@ def split_wordings(wordings: tuple[str, ...], wording: Wording | None) -> list[s
     return [text for place, text in enumerate(wordings) if (place % 3 == 1) == (wording == "ask_exam")]
 
 
-def fact_wordings(relation: Relation) -> tuple[str, ...]:
-    """Every way to ask for the value, whole questions as often as framed ones."""
-    nouns = [
+def fact_wordings(rng: random.Random, relation: Relation) -> tuple[str, ...]:
+    """Ways to ask for the value: whole questions in half of the cases, else a phrase in a frame."""
+    way = rng.random()
+    if way < 0.5:
+        return relation.asked
+    if way < 0.7 and relation.clauses:
+        return tuple(frame.replace("{x}", clause) for clause in relation.clauses for frame in CLAUSE_FRAMES)
+    return tuple(
         frame.replace("{x}", noun).replace("{X}", noun[0].upper() + noun[1:])
         for noun in relation.nouns
         for frame in NOUN_FRAMES
-    ]
-    clauses = [frame.replace("{x}", clause) for clause in relation.clauses for frame in CLAUSE_FRAMES]
-    return (*(relation.asked * 2), *nouns, *clauses)
+    )
 
 
 def case_wordings(relation: Relation) -> tuple[str, ...]:
@@ -144,7 +127,7 @@ def question_of(rng: random.Random, fact: Fact, kind: str, wording: Wording | No
     """(question, answer) of the kind; a fact that has no such side is asked for plainly."""
     if kind == "backward" and fact.relation.backward:
         return fill(rng.choice(split_wordings(fact.relation.backward, wording)), "", fact.value), fact.entity
-    made = case_wordings(fact.relation) if kind == "case" and fact.relation.case else fact_wordings(fact.relation)
+    made = case_wordings(fact.relation) if kind == "case" and fact.relation.case else fact_wordings(rng, fact.relation)
     return fill(rng.choice(split_wordings(made, wording)), fact.entity), fact.value
 
 
@@ -178,15 +161,14 @@ def write_passage(rng: random.Random, taken: frozenset[str], company: str, about
 class Writer:
     """Writes documents; all that a document needs."""
 
-    def __init__(self, stage: Stage, seed: int, reserved: frozenset[str]) -> None:
-        self.stage = stage
+    def __init__(self, seed: int, reserved: frozenset[str]) -> None:
         self.taken = reserved
         self.own = self._own_world(random.Random(f"world {seed}"))
 
     def _own_world(self, rng: random.Random) -> list[Fact]:
         facts, names = [], set(self.taken)
         for family in FAMILIES:
-            for _ in range(self.stage.things[family.name]):
+            for _ in range(THINGS[family.name]):
                 name = MAKERS[family.value](rng, frozenset(names))
                 if name in names:
                     continue
@@ -249,12 +231,20 @@ class Writer:
             words.append(make(rng, self.taken))
         return " ".join(words) + "\n" + " ".join(words) + "<|endoftext|>"
 
+    def makers(self) -> dict[str, Callable[[random.Random], str]]:
+        """What writes a document of each kind."""
+        return {
+            "read": self.read,
+            "picked": self.picked,
+            "asked": self.asked,
+            "known": self.known,
+            "told": self.told,
+            "repeated": self.repeated,
+        }
+
     def documents(self, count: int, seed: int) -> Iterator[str]:
         """The pre-training text, document after document."""
         rng = random.Random(f"documents {seed}")
-        makers: dict[str, Callable[[random.Random], str]] = {
-            "read": self.read, "picked": self.picked, "asked": self.asked, "known": self.known, "told": self.told,
-            "repeated": self.repeated,
-        }  # fmt: skip
-        for kind in rng.choices(list(self.stage.shares), list(self.stage.shares.values()), k=count):
+        makers = self.makers()
+        for kind in rng.choices(list(SHARES), list(SHARES.values()), k=count):
             yield makers[kind](rng)
