@@ -103,8 +103,11 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
-        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+    "study": [
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions", "generation"),
+        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
+        *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
+    ],
     ],
     "memory": [
         "allocator",
@@ -197,7 +200,7 @@ LINES = {
     "data.documents": [
         *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
-        *("sentences", "chunks", "record"),
+        *("sentences", "chunks"),
     ],
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],

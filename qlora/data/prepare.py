@@ -37,7 +37,7 @@ from qlora.shown import one_line
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection, SourceSection
 
-__all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
+__all__ = ["NO_ROWS", "PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
 CODE_VERSION, OLDER_CODE_VERSION = 3, 1
@@ -61,6 +61,11 @@ class PreparedData:
     fingerprint: str
     content_fingerprint: str
     older_fingerprint: str
+
+
+# Of a recipe without sources of rows, whose documents are studied.
+_NONE = PreparedSplit([], [], [], [], [])
+NO_ROWS = PreparedData(_NONE, _NONE, "", "", "")
 
 
 def check_files(data: DataSection) -> None:

@@ -92,6 +92,15 @@ class Index:
         return [int(place) for place in hits[order][:count]]
 
 
-def index_of(passages: Sequence[Passage]) -> Index:
-    """An index over passages: what a model reads of each."""
-    return Index((passage.text, passage.language) for passage in passages)
+class Search:
+    """Passages, found by question."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self.passages = passages
+        self.index = Index((passage.text, passage.language) for passage in passages)
+
+    def best(self, question: str, language: str, count: int) -> list[Passage]:
+        """The passages that answer best, best first; of passages that say the same, one."""
+        places = self.index.best(question, language, 2 * count)
+        found = list({self.passages[place].key: self.passages[place] for place in places}.values())
+        return found[:count]

@@ -1,8 +1,8 @@
 """Words of questions and answers: how a text becomes tokens that can be compared, in five languages.
 
 Numbers are kept exact: 3.5 stays one token, 1,200 and 1 200 are 1200 (1.200 in German, French and Spanish), a number
-word is its number ("seven years" is "7 years"), and a unit beside a number is a token of its own ("7kW" is "7 kW", "€49"
-is "49 €"). Languages without blanks are taken by characters. Data stands in `words.toml`.
+word is its number ("seven years" is "7 years"), and a unit beside a number is a token of its own ("7kW" is "7 kW",
+"€49" is "49 €"). Languages without blanks are taken by characters. Data stands in `words.toml`.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class _Walk:
                     self.tag(child, depth + 1)
                 else:
                     self.parts.append(f" {one_line(' '.join(_seen_text(child)))} ")
-            elif type(child) is bs4.NavigableString:
+            elif type(child) is bs4.element.NavigableString:
                 self.parts.append(_blanks(child))
 
     def tag(self, tag: Tag, depth: int) -> None:
@@ -287,7 +287,7 @@ def _seen_text(tag: Tag) -> Iterator[str]:
                 yield "\n"
             elif child.name not in _UNSEEN and not _is_hidden(child):
                 ahead.append(iter(child.children))
-        elif type(child) is bs4.NavigableString:
+        elif type(child) is bs4.element.NavigableString:
             yield _blanks(child)
 
 
@@ -308,7 +308,7 @@ def _inline_text(tag: Tag, depth: int = 0) -> Iterator[str]:
                 yield border
                 yield from _inline_text(child, depth + 1)
                 yield border
-        elif type(child) is bs4.NavigableString:
+        elif type(child) is bs4.element.NavigableString:
             yield _blanks(child)
 
 
@@ -331,6 +331,6 @@ def _code(tag: Tag) -> str:
     for child in tag.descendants:
         if isinstance(child, bs4.Tag):
             parts.append("\n" if child.name == "br" else "")
-        elif type(child) is bs4.NavigableString:
+        elif type(child) is bs4.element.NavigableString:
             parts.append(str(child))
     return "".join(parts)
