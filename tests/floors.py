@@ -104,8 +104,8 @@ LINES = {
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
     "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions", "generation"),
-        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "generation", "labels"),
+        *("teacher", "probe", "ask", "answer", "exam_questions", "exam_report", "exam_asking", "exam", "study"),
         *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
     ],
     ],
@@ -174,6 +174,7 @@ LINES = {
         *(
             "text_pieces",
             "readers",
+            "document_rows",
             "sources",
             "conversations",
             "hub_rows",
@@ -204,7 +205,7 @@ LINES = {
     ],
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "console", "proofs"],
+    "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs"],
     "prove": [
         *("shapes", "proof", "model", "trained"),
         *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),

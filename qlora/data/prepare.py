@@ -232,7 +232,8 @@ class _Tokenization:
         rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
         for (where, item), encoded_row in zip(batch, rows, strict=True):
             row: TokenRow | RowError | None = encoded_row
-            if isinstance(item, Conversation) and is_text_file(where) and self._is_long(row):
+            in_pieces = source.format == "documents" or is_text_file(where)
+            if isinstance(item, Conversation) and in_pieces and self._is_long(row):
                 parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
                 if len(parts) > 1:
                     self.report.cut_text(where, len(parts))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qlora.events import Examined, Progress, Sink
 from qlora.study import bm25, exam_report
-from qlora.study.exam_questions import ExamQuestion, Part, neutral_prompts
-from qlora.study.prompts import Frame, Prompts, prompts_for
+from qlora.study.exam_questions import ExamQuestion, Part
+from qlora.study.prompts import Frame, prompts_for
 from qlora.study.records import key_of
 from qlora.study.store import Store
 
@@ -65,8 +65,7 @@ class Asker(Protocol):
 
 @dataclass(frozen=True)
 class Exam:
-    """What is asked, and where the answers are kept: `folder` is the run's `study/`. `own_base`: whether the columns
-    of the base are asked too."""
+    """What is asked, and where the answers are kept: `folder` is the run's `study/`."""
 
     folder: Path
     passages: Sequence[Passage]
@@ -92,7 +91,7 @@ class Exam:
 
     def prompt(self, question: ExamQuestion, column: str, frame: Frame) -> str:
         """What is asked in a column, as text."""
-        prompts, view = _prompts(question.language), COLUMNS[column][1]
+        prompts, view = prompts_for(question.language), COLUMNS[column][1]
         if view == "own" and question.passage is not None:
             return prompts.answer(frame, self.by_key[question.passage], question.text)
         found = self.search.best(question.text, question.language, RETRIEVED) if view == "retrieved" else []
@@ -156,7 +155,7 @@ def ask(exam: Exam, column: str, asker: Asker, sink: Sink) -> dict[str, str]:
 def _nats(exam: Exam, asker: Asker, sink: Sink) -> list[float]:
     """KL to the base at the neutral prompts that could be measured."""
     store = Store(exam.folder / NATS_FILE, NeutralNats)
-    texts = [_prompts("en").closed(asker.frame, prompt) for prompt in neutral_prompts()]
+    texts = [prompts_for("en").closed(asker.frame, prompt) for prompt in neutral_prompts()]
     keys = [key_of("nats", asker.base_id, asker.tuned_id, asker.frame, text) for text in texts]
     left = [at for at, key in enumerate(keys) if store.get(key) is None]
     for start in range(0, len(left), AT_ONCE):
@@ -166,7 +165,3 @@ def _nats(exam: Exam, asker: Asker, sink: Sink) -> list[float]:
         for at, value in zip(chosen, measured, strict=False):
             store.append(NeutralNats(keys[at], texts[at], value))
     return [found.nats for key in keys if (found := store.get(key)) is not None]
-
-
-def _prompts(language: str) -> Prompts:
-    return prompts_for(language)

@@ -110,7 +110,9 @@ def _write(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _read(file: Path, checked: Callable[[Any, str], T]) -> list[T]:
     if not file.exists():
-        raise RunFolderError(f"{file}: is not there", "this run has no exam: it learnt no documents, or was not finished")
+        raise RunFolderError(
+            f"{file}: is not there", "this run has no exam: it learnt no documents, or was not finished"
+        )
     found: list[T] = []
     try:
         with files.open_to_read(file, _MAX_BYTES) as lines:
