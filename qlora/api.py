@@ -87,9 +87,7 @@ def train(
             claim.release()
 
 
-def _train(
-    recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, stop: StopRequest
-) -> TrainResult:
+def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
     from qlora.model import row_packing
     from qlora.training import checkpoint

@@ -12,6 +12,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 FLOORS = {
     "cli": 8,
     "api": 7,
+    "examine": 7,
     "prove": 7,
     "training": 6,
     "study": 5,
@@ -63,11 +64,11 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "api", "prove"),
+        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "examine", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "train", "prove"),
+        *("export", "estimate", "exam", "train", "prove"),
     ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -103,11 +104,20 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-    "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "generation", "labels"),
-        *("teacher", "probe", "ask", "answer", "exam_questions", "exam_report", "exam_asking", "exam", "study"),
+        *(
+            "records",
+            "prompts",
+            "words",
+            "metrics",
+            "bm25",
+            "filters",
+            "split",
+            "store",
+            "exam_questions",
+            "generation",
+        ),
+        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
         *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
-    ],
     ],
     "memory": [
         "allocator",

@@ -50,12 +50,14 @@ OPTIONS = {
     "`quants`": "--quant",
     "`max_kl`": "--max-kl",
     "`dtype`": "--dtype",
+    "`questions`": "--questions",
     "`vram`": "--vram",
     "`plot`": "--plot",
     "`gpu`": "--gpu",
     "`model`": "--model",
     "`json`": "--json",
     "`out`": "--out",
+    "`of`": "--of",
 }
 
 

@@ -15,6 +15,7 @@ from qlora.study.generation import Written
 from qlora.study.prompts import Frame
 from qlora.study.teacher import Teacher
 
+AT_ONCE = 16  # answers: what a killed exam has to ask again
 NATS_TOKENS = 32  # of the base's answer along which two models are compared
 
 
@@ -26,6 +27,7 @@ class TeacherAsker:
     frame: Frame
     base_id: str
     tuned_id: str
+    at_once: int = AT_ONCE
 
     def base(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         return [self._text(written) for written in self.teacher.greedy(self.frame, texts, max_new_tokens)]

@@ -97,7 +97,7 @@ def markdown(found: Mapping[str, Any], questions: Sequence[ExamQuestion], answer
         if content["untaught"]:
             text += [
                 "",
-                f"{content['untaught']:,} of them the base fails with its own passage in view: none of it can be taught.",
+                f"{content['untaught']:,} the base fails with its own passage in view: these cannot be taught.",
             ]
         text.append("")
     wrong = [question for question in questions if question.answers and _is_wrong(question, answers.get("tuned", {}))]

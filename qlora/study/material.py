@@ -66,9 +66,7 @@ def _check(recipe: Recipe) -> None:
     study = recipe.study
     problems = []
     if recipe.lora.init == "eva":
-        what = (
-            'lora.init = "eva" starts from rows, and documents have theirs from the model that it starts'
-        )
+        what = 'lora.init = "eva" starts from rows, and documents have theirs from the model that it starts'
         problems.append(Problem("recipe", what, 'set lora.init = "default"'))
     if study.with_passage + study.hold > MOST_EXTRA:
         what = f"study.with_passage + study.hold are {study.with_passage + study.hold:g}, over {MOST_EXTRA}"
