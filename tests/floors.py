@@ -12,6 +12,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 FLOORS = {
     "cli": 8,
     "api": 7,
+    "look": 7,
     "prove": 7,
     "training": 6,
     "export": 5,
@@ -62,11 +63,11 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "api", "prove"),
+        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "look", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "train", "prove"),
+        *("export", "estimate", "data", "train", "prove"),
     ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -185,11 +186,13 @@ LINES = {
             "layout",
             "loader",
             "ahead",
+            "xray",
         ),
     ],
+    "data.xray": ["tokens", "alike", "leaks", "drawing", "lengths", "serving", "look", "warnings"],
     "step": ["loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "console", "proofs"],
+    "report": ["files", "figures", "memory", "picture", "console", "proofs", "page", "xray", "xray_page"],
     "prove": [
         *("shapes", "proof", "model", "trained"),
         *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),

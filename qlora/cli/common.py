@@ -55,6 +55,7 @@ OPTIONS = {
     "`gpu`": "--gpu",
     "`model`": "--model",
     "`json`": "--json",
+    "`html`": "--html",
     "`out`": "--out",
 }
 

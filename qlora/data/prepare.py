@@ -98,10 +98,10 @@ def prepare(
     cache = RowCache(cache_dir, max(vocab.values(), default=0), sink)
     maker = _Maker(data, tokenizer_folder_fingerprint, chat, max(map(len, vocab), default=1), cache, sink)
     made, keys = maker.rows_of(data.train)
-    stored, reports = made.stored, (made.report,)
+    stored, reports = made.stored, [made.report]
     if data.eval:
         eval_made, eval_keys = maker.rows_of(data.eval)
-        eval_stored, reports = eval_made.stored, (made.report, eval_made.report)
+        eval_stored, reports = eval_made.stored, [*reports, eval_made.report]
         train, evaluation = stored.split(), eval_stored.split()
         content = stored.content_sha256("") + eval_stored.content_sha256("")
     else:
@@ -112,7 +112,7 @@ def prepare(
             message = f"{len(held_out)} of {len(stored.digests)} rows held out for evaluation"
             sink.emit(Notice("split", message, len(held_out)))
     now, older = map(disk.sha256_text, keys, eval_keys)
-    return PreparedData(train, evaluation, now, disk.sha256_text(content), older, reports)
+    return PreparedData(train, evaluation, now, disk.sha256_text(content), older, tuple(reports))
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _Tokenization:
                 for batch in self._batches(source, self.found[index].files):
                     if kept := [(*row, index) for row in self._tokenized(source, batch)]:
                         writer.write(kept)
-                self.report.end_source()
+                self.report.end_source(self.data.max_length)
             self.report.content_sha256 = writer.content_sha256()
         self.report.dropped = dict(self.chat.dropped - dropped_before)
         if not self.report.rows:

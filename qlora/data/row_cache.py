@@ -31,6 +31,7 @@ from qlora.foreign_json import ForeignFileError, ForeignModel, checked, load_obj
 
 ROWS_FILE, REPORT_FILE = "rows.arrow", "report.json"
 MAX_REASONS = 100  # of one report: a reason quotes the row, so that a million bad rows may have a million of them
+OVER = (1.5, 2, 4)
 _MAX_BYTES = 64 << 20  # older reports list the length of each row that was left out
 
 
@@ -38,7 +39,9 @@ _MAX_BYTES = 64 << 20  # older reports list the length of each row that was left
 class SourceCounts:
     """What became of one source's rows: `rows` are used, `cut` of them shortened.
 
-    `dropped` are over max_length, `rejected` are bad; `reasons` counts both.
+    `dropped` are over max_length, `rejected` are bad; `reasons` counts both. `over` counts the rows that are over
+    max_length, cut or dropped, by how often it goes into them: up to OVER[0] times, OVER[1], … and more. `longest` is
+    the longest of these in tokens; rows that are too long even to be tokenized are in neither.
     """
 
     rows: int = 0
@@ -48,6 +51,8 @@ class SourceCounts:
     dropped: int = 0
     rejected: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    over: list[int] = field(default_factory=lambda: [0] * (len(OVER) + 1))
+    longest: int = 0
 
 
 @dataclass
@@ -84,21 +89,25 @@ class RowReport:
         self.unread += 1
         self.reject(source, error.reason, where)
 
-    def end_source(self) -> None:
+    def end_source(self, max_length: int) -> None:
         """All that was counted since the last source ended is the next one's."""
-        done, reasons = self.by_source, Counter({key: entry.count for key, entry in self.rejected.items()})
-        left = sum(reasons.values()) - sum(one.dropped + one.rejected for one in done)
-        of_one = Counter[str]()
-        for (_, reason), count in reasons.items():
-            of_one[reason] += count
+        done, reasons = self.by_source, Counter[str]()
+        for (_, reason), entry in self.rejected.items():
+            reasons[reason] += entry.count
         for one in done:
-            of_one.subtract(one.reasons)
+            reasons.subtract(one.reasons)
         rows, tokens, trained, cut = (
             getattr(self, name) - sum(getattr(one, name) for one in done)
             for name in ("rows", "tokens", "trained", "cut")
         )
+        lengths = self.long_lengths[sum(sum(one.over) for one in done) :]
+        over = [0] * (len(OVER) + 1)
+        for length in lengths:
+            over[sum(length > times * max_length for times in OVER)] += 1
+        left_out = +reasons
         dropped = len(self.long_lengths) - self.cut + self.unread - sum(one.dropped for one in done)
-        self.by_source.append(SourceCounts(rows, tokens, trained, cut, dropped, left - dropped, dict(+of_one)))
+        counts = (rows, tokens, trained, cut, dropped, left_out.total() - dropped)
+        self.by_source.append(SourceCounts(*counts, dict(left_out), over, max(lengths, default=0)))
 
     def write(self, folder: Path) -> None:
         values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
@@ -132,6 +141,8 @@ class _StoredCounts(ForeignModel):
     dropped: int
     rejected: int
     reasons: dict[str, int]
+    over: list[int]
+    longest: int
 
 
 class _StoredReport(ForeignModel):
