@@ -1,6 +1,6 @@
 """A look at rows on the terminal: tokens in their colours, counts as tables, warnings with what mends them.
 
-Readable without colours: what is trained stands between brackets there. Takes what `Seen.as_dict` gives.
+Readable without colours: what is trained stands between « and » there. Takes what `Seen.as_dict` gives.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BAR = 40
 
 def tokens_view(drawn: Sequence[Mapping[str, Any]], max_length: int, coloured: bool) -> RenderableType:
     """The packs that are drawn, a rule between them, and a line before each row in them."""
-    key = Text.assemble(("trained", TRAINED), "  ", ("only read", MASKED)) if coloured else Text("[trained]  only read")
+    key = Text.assemble(("trained", TRAINED), "  ", ("only read", MASKED)) if coloured else Text("«trained»  only read")
     parts: list[RenderableType] = [key]
     for pack in drawn:
         if pack["documents"] > 1:
@@ -48,9 +48,9 @@ def _row(row: Mapping[str, Any], coloured: bool) -> Text:
             text.append(words, TRAINED if piece["trained"] else MASKED)
             continue
         before = number > 0 and pieces[number - 1]["trained"]
-        text.append("[" * (piece["trained"] and not before) + "]" * (before and not piece["trained"]) + words)
+        text.append("«" * (piece["trained"] and not before) + "»" * (before and not piece["trained"]) + words)
     if not coloured and pieces and pieces[-1]["trained"]:
-        text.append("]")
+        text.append("»")
     left = row["tokens"] - sum(len(piece["ids"]) for piece in pieces)
     if left > 0:
         text.append(f" … {left:,} more tokens", "cyan")
@@ -59,7 +59,7 @@ def _row(row: Mapping[str, Any], coloured: bool) -> Text:
 
 def readable(text: str) -> str:
     """A token's text with its control characters as symbols, a line break as a symbol and a line break."""
-    return shown.block(text).replace("\t", "\u2409\t").replace("\n", "\u240a\n")
+    return shown.block(text).replace("\t", "\u2409\t").replace("\n", "\u21b5\n")
 
 
 def sources_view(sources: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -157,7 +157,7 @@ def warnings_view(warnings: Sequence[Mapping[str, Any]]) -> RenderableType:
         parts.append(Text.assemble((f"{one['level']:<5} ", LEVELS[one["level"]]), one["what"]))
         parts.append(Text(f"      {one['fix']}", style="dim"))
         if one["examples"]:
-            parts.append(Text("      " + ", ".join(" = ".join(places) for places in one["examples"]), style="dim"))
+            parts.append(Text("      " + ", ".join(" like ".join(places) for places in one["examples"]), style="dim"))
     return Group(*parts)
 
 

@@ -20,7 +20,7 @@ def page_of(seen: Mapping[str, Any]) -> str:
     head = element(
         "section",
         element("h1", f"What {seen['recipe']} shows the model"),
-        classed("p", "dim", f"base {named}, rows of up to {seen['max_length']:,} tokens"),
+        classed("p", "dim", f"base: {named}; rows of up to {seen['max_length']:,} tokens"),
         classed("div", "cards", *_cards(seen)),
     )
     return page(
@@ -53,10 +53,9 @@ def _warnings(warnings: Sequence[Mapping[str, Any]]) -> Iterator[Element]:
     if not warnings:
         yield element("p", "Nothing.")
     for one in warnings:
-        examples = ", ".join(" = ".join(places) for places in one["examples"])
-        shown = [element("p", element("code", examples))] if examples else []
+        examples = [element("p", element("code", " like ".join(places))) for places in one["examples"]]
         what = element("p", classed("span", "tag", LEVELS[one["level"]]), one["what"])
-        yield classed("div", f"said {one['level']}", what, classed("p", "dim", one["fix"]), *shown)
+        yield classed("div", f"said {one['level']}", what, classed("p", "dim", one["fix"]), *examples)
 
 
 def _rows(drawn: Sequence[Mapping[str, Any]], max_length: int) -> Iterator[Element]:
