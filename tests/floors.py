@@ -15,6 +15,7 @@ FLOORS = {
     "look": 7,
     "prove": 7,
     "training": 6,
+    "study": 5,
     "export": 5,
     "memory": 5,
     "model": 4,
@@ -102,6 +103,10 @@ LINES = {
         *("encode", "quant_mixes", "plan", "write", "lora"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
+    "study": [
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
+        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+    ],
     "memory": [
         "allocator",
         "tape",
@@ -162,6 +167,7 @@ LINES = {
             "parquet_worker",
             "arrow_worker",
             "parquet",
+            "documents",
         ),
         *(
             "text_pieces",
@@ -182,6 +188,7 @@ LINES = {
             "row_cache",
             "prepare",
             "token_ids",
+            "label_rows",
             "short_rows",
             "layout",
             "loader",
@@ -190,7 +197,12 @@ LINES = {
         ),
     ],
     "data.xray": ["tokens", "alike", "leaks", "drawing", "lengths", "serving", "look", "warnings"],
-    "step": ["loss", "forward", "layerwise", "optimizer"],
+    "data.documents": [
+        *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
+        *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
+        *("sentences", "chunks", "record"),
+    ],
+    "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": ["files", "figures", "memory", "picture", "console", "proofs", "page", "xray", "xray_page"],
     "prove": [

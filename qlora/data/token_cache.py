@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
 from qlora.errors import DataError, foreign_failures
+
+if TYPE_CHECKING:
+    import numpy
 
 T = TypeVar("T")
 _DIGEST_BYTES = 16
@@ -40,6 +43,17 @@ class FlatRows(NamedTuple):
     starts: Any  # int64, one more than there are rows
 
 
+class RowLabels(NamedTuple):
+    """Of A trained tokens: the likeliest tokens, int32 (A, K), -1 where there are fewer, and their log-probabilities,
+    float16 (A, K), -inf there."""
+
+    ids: numpy.ndarray
+    logprobs: numpy.ndarray
+
+
+LabelsOf = Callable[[int], RowLabels | None]  # of a row of a split; None for one that is trained on its tokens
+
+
 @dataclass(frozen=True)
 class PreparedSplit:
     """Rows to train on or to evaluate on.
@@ -50,6 +64,7 @@ class PreparedSplit:
     wheres    `file:line` of each row
     sources   index of the row's source in [[data.train]] or [[data.eval]]
     prompts   JSON of each row's Prompt, "" for a row without a last answer in words
+    labels    the labels of each row that are probabilities; None: every row is trained on its tokens
     """
 
     rows: Sequence[TokenRow]
@@ -58,6 +73,7 @@ class PreparedSplit:
     wheres: Sequence[str]
     sources: Sequence[int]
     prompts: Sequence[str] = ()
+    labels: LabelsOf | None = None
 
     def prompt(self, index: int) -> Prompt | None:
         """The row's last answer and what comes before it; None where there is none in words."""
