@@ -74,6 +74,7 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
         "keeps_logits": True,
         "float_logits": True,
         "loss": "mean",
+        "keeps_inputs": True,
     },
 }
 
