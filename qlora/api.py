@@ -21,6 +21,7 @@ from qlora.recipe.sections import ExportSection
 from qlora.report.files import open_sinks, read_events
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
+from qlora.study.material import Found
 from qlora.training import setup
 from qlora.training.phases import PhaseClock
 
@@ -80,13 +81,13 @@ def train(
             if claim.aside is not None:
                 shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
                 material.take_over(claim.aside.folder, run_dir, shared)
-            result = _train(loaded, run_dir, material.Found(base, documents), mode, shared, stop or StopRequest())
+            result = _train(loaded, run_dir, Found(base, documents), mode, shared, stop or StopRequest())
             return replace(result, set_aside=claim.aside)
         finally:
             claim.release()
 
 
-def _train(recipe: Recipe, run_dir: Path, found: material.Found, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
+def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
     from qlora.model import row_packing
     from qlora.training import checkpoint
@@ -137,7 +138,7 @@ def _begin(recipe: Recipe, run_dir: Path, base: BaseFolder, resume_from: Checkpo
 def _run(
     recipe: Recipe,
     run_dir: Path,
-    found: material.Found,
+    found: Found,
     resumed: tuple[bool, Checkpoint | None],
     sink: Sink,
     stop: StopRequest,
@@ -182,7 +183,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
         base, loaded = setup.preflight(loaded, shared)
         loaded = row_packing.settled(loaded, base.config, shared)
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
-        found = material.Found(base, documents)
+        found = Found(base, documents)
         _, data, memory, _ = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 

@@ -72,11 +72,12 @@ class Index:
         self._weights_P = weights_P.astype(np.float32)
 
     def scores(self, query: str, language: str) -> NDArray[np.float64]:
-        """The score of every passage (N,)."""
-        total_N = np.zeros(self.size)
+        """The score of every passage (N,). Words that say nothing by themselves are not looked for: in a few passages
+        "does" and "it" would find one as well as another."""
+        total_N, stop = np.zeros(self.size), words.words_of(language).stop
         for term, count in sorted(Counter(terms(query, language)).items()):
             at = self._ids.get(term)
-            if at is not None:
+            if at is not None and term not in stop:
                 chosen = slice(self._starts[at], self._starts[at + 1])
                 total_N[self._places_P[chosen]] += count * self._weights_P[chosen]
         return total_N

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qlora.events import Examined, Progress, Sink
 from qlora.study import bm25, exam_report
-from qlora.study.exam_questions import ExamQuestion, Part, neutral_prompts
-from qlora.study.prompts import Frame, Prompts, prompts_for
+from qlora.study.exam_questions import ExamQuestion, Part, neutral_prompts, save_yours
+from qlora.study.prompts import Frame, prompts_for
 from qlora.study.records import key_of
 from qlora.study.store import Store
 
@@ -27,7 +27,6 @@ ANSWERS_FILE = "exam_answers.jsonl"
 NATS_FILE = "exam_nats.jsonl"
 MAX_TOKENS = 64  # of an answer: the study's own are short, and a chatty one says its fact within two sentences
 RETRIEVED = 3
-AT_ONCE = 16  # answers between two writes to the disk
 View = Literal["nothing", "retrieved", "own"]
 # By column: whether the tuned model answers, and what it sees.
 COLUMNS: Mapping[str, tuple[bool, View]] = {
@@ -46,11 +45,13 @@ _OF_PART: Mapping[Part, tuple[str, ...]] = {
 
 
 class Asker(Protocol):
-    """Who answers. `base_id` and `tuned_id` say what the answers follow from: they change when the weights do."""
+    """Who answers. `base_id` and `tuned_id` say what the answers follow from: they change when the weights do.
+    `at_once`: how many answers are asked for between two writes to the disk."""
 
     frame: Frame
     base_id: str
     tuned_id: str
+    at_once: int
 
     def base(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         """The base's greedy answer to each prompt (of `prompts.Prompts`, in `frame`)."""
@@ -65,8 +66,7 @@ class Asker(Protocol):
 
 @dataclass(frozen=True)
 class Exam:
-    """What is asked, and where the answers are kept: `folder` is the run's `study/`. `own_base`: whether the columns
-    of the base are asked too."""
+    """What is asked, and where the answers are kept: `folder` is the run's `study/`."""
 
     folder: Path
     passages: Sequence[Passage]
@@ -92,7 +92,7 @@ class Exam:
 
     def prompt(self, question: ExamQuestion, column: str, frame: Frame) -> str:
         """What is asked in a column, as text."""
-        prompts, view = _prompts(question.language), COLUMNS[column][1]
+        prompts, view = prompts_for(question.language), COLUMNS[column][1]
         if view == "own" and question.passage is not None:
             return prompts.answer(frame, self.by_key[question.passage], question.text)
         found = self.search.best(question.text, question.language, RETRIEVED) if view == "retrieved" else []
@@ -121,6 +121,7 @@ class NeutralNats:
 
 def before(exam: Exam, asker: Asker, sink: Sink) -> None:
     """Ask the base, before anything is learnt: what `after` needs of it is then on the disk."""
+    save_yours(exam.folder, exam.questions)
     for column, (is_tuned, _) in COLUMNS.items():
         if not is_tuned:
             ask(exam, column, asker, sink)
@@ -128,12 +129,17 @@ def before(exam: Exam, asker: Asker, sink: Sink) -> None:
 
 def after(exam: Exam, asker: Asker, sink: Sink) -> dict[str, Any]:
     """Ask the tuned model, score all columns, write exam.json and exam.md. Returns the figures: see `exam_report`."""
-    answers = {column: ask(exam, column, asker, sink) for column in COLUMNS}
-    figures = exam_report.figures(exam.questions, answers, _nats(exam, asker, sink), exam.seed)
-    figures = exam_report.with_study(figures, exam.folder)
+    figures, answers = measure(exam, asker, sink)
     exam_report.write(exam.folder, figures, exam.questions, answers)
     sink.emit(Examined(figures))
     return figures
+
+
+def measure(exam: Exam, asker: Asker, sink: Sink) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """Ask what was not asked yet. Returns the figures, and the answers by column and question; writes no figures."""
+    answers = {column: ask(exam, column, asker, sink) for column in COLUMNS}
+    figures = exam_report.figures(exam.questions, answers, _nats(exam, asker, sink), exam.seed)
+    return exam_report.with_study(figures, exam.folder), answers
 
 
 def ask(exam: Exam, column: str, asker: Asker, sink: Sink) -> dict[str, str]:
@@ -145,9 +151,9 @@ def ask(exam: Exam, column: str, asker: Asker, sink: Sink) -> dict[str, str]:
     texts = {question.key: exam.prompt(question, column, asker.frame) for question in questions}
     keys = {key: key_of("exam", who, asker.frame, text, MAX_TOKENS) for key, text in texts.items()}
     left = [question.key for question in questions if store.get(keys[question.key]) is None]
-    for start in range(0, len(left), AT_ONCE):
+    for start in range(0, len(left), asker.at_once):
         sink.emit(Progress("exam", start, len(left), "answers"))
-        chosen = left[start : start + AT_ONCE]
+        chosen = left[start : start + asker.at_once]
         for key, text in zip(chosen, answering([texts[key] for key in chosen], MAX_TOKENS), strict=True):
             store.append(ExamAnswer(keys[key], column, key, text))
     return {key: found.text for key, own in keys.items() if (found := store.get(own)) is not None}
@@ -156,17 +162,13 @@ def ask(exam: Exam, column: str, asker: Asker, sink: Sink) -> dict[str, str]:
 def _nats(exam: Exam, asker: Asker, sink: Sink) -> list[float]:
     """KL to the base at the neutral prompts that could be measured."""
     store = Store(exam.folder / NATS_FILE, NeutralNats)
-    texts = [_prompts("en").closed(asker.frame, prompt) for prompt in neutral_prompts()]
+    texts = [prompts_for("en").closed(asker.frame, prompt) for prompt in neutral_prompts()]
     keys = [key_of("nats", asker.base_id, asker.tuned_id, asker.frame, text) for text in texts]
     left = [at for at, key in enumerate(keys) if store.get(key) is None]
-    for start in range(0, len(left), AT_ONCE):
+    for start in range(0, len(left), asker.at_once):
         sink.emit(Progress("exam", start, len(left), "other prompts"))
-        chosen = left[start : start + AT_ONCE]
+        chosen = left[start : start + asker.at_once]
         measured = asker.nats([texts[at] for at in chosen])
         for at, value in zip(chosen, measured, strict=False):
             store.append(NeutralNats(keys[at], texts[at], value))
     return [found.nats for key in keys if (found := store.get(key)) is not None]
-
-
-def _prompts(language: str) -> Prompts:
-    return prompts_for(language)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qlora.study.split import Split
 
 EXAM_FILE = "exam.jsonl"
+YOURS_FILE = "exam_yours.jsonl"  # the user's questions as they were when the run began
 PASSAGES_FILE = "chunks.jsonl"
 # What a question is of: asked in other words of a studied fact, of a sentence left out, the user's, of no document.
 Part = Literal["words", "left_out", "yours", "unanswerable"]
@@ -75,14 +76,30 @@ def save(folder: Path, split: Split) -> None:
 
 def load(folder: Path) -> list[ExamQuestion]:
     """The questions of exam.jsonl. Raises RunFolderError where there is none, and for what is no question, by line."""
+    return _load(folder / EXAM_FILE, ("words", "left_out"))
 
+
+def save_yours(folder: Path, questions: Sequence[ExamQuestion]) -> None:
+    """Write the user's own of `questions`, where there are any: a run is examined again by its folder alone."""
+    own = [asdict(question) for question in questions if question.part == "yours"]
+    if own:
+        _write(folder / YOURS_FILE, own)
+
+
+def load_yours(folder: Path) -> list[ExamQuestion]:
+    """What `save_yours` has written; none where it did not. Raises RunFolderError for what is no question."""
+    file = folder / YOURS_FILE
+    return _load(file, ("yours",)) if file.exists() or files.is_link(file) else []
+
+
+def _load(file: Path, parts: tuple[Part, ...]) -> list[ExamQuestion]:
     def checked(value: Any, where: str) -> ExamQuestion:
         found = foreign_json.checked_dataclass(ExamQuestion, _with_tuple(value, "answers"), where)
-        if found.part not in ("words", "left_out") or not found.answers or not found.text.strip():
-            raise foreign_json.ForeignFileError(f"{where}: no question of a study with its answer")
+        if found.part not in parts or not found.text.strip() or not any(map(str.strip, found.answers)):
+            raise foreign_json.ForeignFileError(f"{where}: no question with its answer")
         return found
 
-    return _read(folder / EXAM_FILE, checked)
+    return _read(file, checked)
 
 
 def save_passages(folder: Path, passages: Sequence[Passage]) -> None:
@@ -110,7 +127,9 @@ def _write(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _read(file: Path, checked: Callable[[Any, str], T]) -> list[T]:
     if not file.exists():
-        raise RunFolderError(f"{file}: is not there", "this run has no exam: it learnt no documents, or was not finished")
+        raise RunFolderError(
+            f"{file}: is not there", "this run has no exam: it learnt no documents, or was not finished"
+        )
     found: list[T] = []
     try:
         with files.open_to_read(file, _MAX_BYTES) as lines:
@@ -199,6 +218,11 @@ def all_questions(folder: Path, yours: Sequence[OwnQuestions], passages: Sequenc
     """The user's questions first, then the study's, then those that cannot be answered."""
     language = language_of(passages)
     return [*read_yours(yours, language), *load(folder), *unanswerable(passages, language)]
+
+
+def asked_before(folder: Path, passages: Sequence[Passage]) -> list[ExamQuestion]:
+    """The same questions again, from a run's folder alone. Raises RunFolderError as `load` does."""
+    return [*load_yours(folder), *load(folder), *unanswerable(passages, language_of(passages))]
 
 
 def language_of(passages: Sequence[Passage]) -> str:

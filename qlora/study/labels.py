@@ -43,6 +43,11 @@ class Labels:
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float16]
 
+    def beginning(self) -> Labels:
+        """Without what ends it; the end alone where there is nothing else."""
+        last = max(1, len(self.token_ids) - 1)
+        return Labels(self.token_ids[:last], self.ids[:last], self.logprobs[:last])
+
 
 class LabelStore:
     """The labels in a file, by the key of their question; of two with one key the later counts."""

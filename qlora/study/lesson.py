@@ -1,4 +1,4 @@
-"""The documents of a run as its base reads them: passages, the rows to expect of them, and the study that makes them."""
+"""The documents of a run as its base reads them: passages, the rows to expect, and the study that makes these."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Lesson:
 
     @classmethod
     def of(cls, material: Material, recipe: Recipe, chat: ChatTokenizer, sink: Sink) -> Lesson:
-        """Raises TokenizerError for hard labels without a chat template, DataError where there is nothing to ask about."""
+        """Raises TokenizerError for hard labels without a chat template, DataError where nothing can be asked about."""
         has_template = chat.template is not None
         if not has_template and recipe.study.labels == "hard":
             what = 'the base has no chat template, and study.labels = "hard" makes rows of chats'
@@ -125,7 +125,7 @@ class Lesson:
         return self.recipe.model_copy(update={"data": data.model_copy(update={"train": (*data.train, source)})})
 
     def _of_length(self, studied: Studied, run_dir: Path, commit: str | None, sink: Sink) -> Recipe:
-        """The recipe with its epochs by how often a sentence is asked about; once it trains, they are what they were."""
+        """The recipe with its epochs by how often a sentence is asked about; once it trains, they stay."""
         if not self.decides_length or any((run_dir / "checkpoints").glob("step-*")):
             return self.recipe
         train = studied.split.train
@@ -135,7 +135,7 @@ class Lesson:
         recipe = self.recipe.model_copy(update={"train": section})
         run_folder.write_recipe(run_dir, recipe, commit)
         message = (
-            f"train.epochs = {epochs:g}: each of {len(sentences):,} sentences is met about {defaults.MEETINGS} times"
+            f"train.epochs = {epochs:g}: {len(sentences):,} sentences are met about {defaults.MEETINGS} times each"
         )
         sink.emit(Notice("documents", message))
         return recipe
@@ -203,10 +203,12 @@ class Lesson:
         for start in range(0, len(missing), teacher.at_once):
             batch = missing[start : start + teacher.at_once]
             answers = teacher.greedy(self.frame, [texts[at] for at in batch], HOLD_TOKENS)
-            ends = teacher.chat.end_token_ids
-            studied.labels.append([(keys[at], labels_of(one, ends[0])) for at, one in zip(batch, answers, strict=True)])
+            given = [labels_of(written, teacher.chat.end_token_ids[0]) for written in answers]
+            # What the limit ended does not end there.
+            given = [one if written.ended else one.beginning() for one, written in zip(given, answers, strict=True)]
+            studied.labels.append([(keys[at], one) for at, one in zip(batch, given, strict=True)])
         for asked, text, key in zip(wanted, texts, keys, strict=True):
             found = studied.labels.get(key)
             if found is not None and len(found.token_ids) > 1:
-                answer = self.chat.tokenizer.decode(found.token_ids[:-1].tolist(), skip_special_tokens=True).strip()
+                answer = self.chat.tokenizer.decode(found.token_ids.tolist(), skip_special_tokens=True).strip()
                 yield rows.StudyRow(asked, tuple(prompt_ids(self.chat, self.frame, text)), answer, found)

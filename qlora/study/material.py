@@ -28,7 +28,7 @@ MOST_EXTRA = 0.8  # share of rows that are no questions alone
 
 @dataclass(frozen=True)
 class Material:
-    """What is to be learnt. `decides_length`: whether the study says how many epochs there are, as the recipe does not."""
+    """What is to be learnt. `decides_length`: the study says how many epochs there are, the recipe does not."""
 
     documents: Documents
     decides_length: bool
@@ -44,8 +44,12 @@ class Found(NamedTuple):
 def read(recipe: Recipe, decides_length: bool, sink: Sink) -> tuple[Recipe, Material | None]:
     """The recipe's documents, and the recipe with what it does not set as they ask for; None without documents.
 
-    `decides_length`: nobody has said how long to train. Raises RecipeError for keys that documents forbid, DataError for files that cannot be read.
+    `decides_length`: nobody has said how long to train. Raises RecipeError for keys that documents forbid, DataError
+    for files that cannot be read.
     """
+    if plain := sum(source.format == "documents" for source in recipe.data.train):
+        message = "documents as plain text teach their style and words, hardly their facts: [[data.documents]] does"
+        sink.emit(Notice("documents", message, plain))
     if not recipe.data.documents:
         return recipe, None
     _check(recipe)
@@ -62,9 +66,7 @@ def _check(recipe: Recipe) -> None:
     study = recipe.study
     problems = []
     if recipe.lora.init == "eva":
-        what = (
-            'lora.init = "eva" starts from rows, and those of [[data.documents]] are made by the model that it starts'
-        )
+        what = 'lora.init = "eva" starts from rows, and documents have theirs from the model that it starts'
         problems.append(Problem("recipe", what, 'set lora.init = "default"'))
     if study.with_passage + study.hold > MOST_EXTRA:
         what = f"study.with_passage + study.hold are {study.with_passage + study.hold:g}, over {MOST_EXTRA}"

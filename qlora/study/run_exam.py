@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora import files, run_folder
+from qlora.run_record import id_of
 from qlora.data.documents.chunks import Passage
 from qlora.disk import MANIFEST
 from qlora.model.adapter_folder import delivered_step
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qlora.study.teacher import Teacher
 
 CARD = "README.md"
+MAX_CARD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class RunExam:
     def after(self, run_dir: Path) -> None:
         """Ask the model with its delivered adapter, and put what came of it into the adapter's card."""
         with keeping(self.teacher.stop, self.asked.folder):
-            tuned = f"{self.base} {run_folder.id_of(run_dir)} {delivered_step(run_dir)}"
+            tuned = f"{self.base} {id_of(run_dir)} {delivered_step(run_dir)}"
             figures = exam.after(self.asked, self._asker(tuned), self.teacher.sink)
         section = exam_report.card_section(figures)
         adapter = run_dir / "adapter"
-        card = files.read_text(adapter / CARD) if (adapter / CARD).is_file() else ""
+        card = files.read_bytes(adapter / CARD, MAX_CARD_BYTES).decode() if (adapter / CARD).is_file() else ""
         if section.strip() in card:
             return
 

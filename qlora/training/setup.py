@@ -121,7 +121,9 @@ def prepare_job(
         model = load_model(recipe, base, data, chat, clock)
         stack.callback(emptied.empty, model)
         if lesson is not None:
-            recipe, data, exam = lesson.learn(Teacher(model, chat, device, sink, stop), run_dir, base, data, clock.phase)
+            recipe, data, exam = lesson.learn(
+                Teacher(model, chat, device, sink, stop), run_dir, base, data, clock.phase
+            )
         yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch, exam)
 
 
