@@ -116,7 +116,7 @@ def checked_line(kind: type[Data], line: bytes, where: str) -> Data:
     """
     parse_object(line, where)
     try:
-        read: Data = _adapter_of(kind).validate_json(line, strict=True)
+        read: Data = _adapter_of(kind).validate_json(line, strict=True)  # type: ignore[arg-type]
         return read
     except ValidationError as error:
         raise _wrong(error, where) from error

@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qlora.errors import RunFolderError
-from qlora.study.generation import TOP as COLUMNS
-from qlora.study.labels import Labels, LabelStore, one_token
+from qlora.study.labels import COLUMNS, Labels, LabelStore, one_token
 
 VOCABULARY = 300
 
