@@ -13,6 +13,7 @@ FLOORS = {
     "cli": 8,
     "api": 7,
     "examine": 7,
+    "look": 7,
     "prove": 7,
     "training": 6,
     "study": 5,
@@ -64,11 +65,11 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "examine", "api", "prove"),
+        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "examine", "look", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "exam", "train", "prove"),
+        *("export", "estimate", "data", "exam", "train", "prove"),
     ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -104,18 +105,7 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *(
-            "records",
-            "prompts",
-            "words",
-            "metrics",
-            "bm25",
-            "filters",
-            "split",
-            "store",
-            "exam_questions",
-            "generation",
-        ),
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions", "generation"),
         *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
         *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
     ],
@@ -206,8 +196,10 @@ LINES = {
             "layout",
             "loader",
             "ahead",
+            "xray",
         ),
     ],
+    "data.xray": ["tokens", "alike", "leaks", "drawing", "lengths", "serving", "look", "warnings"],
     "data.documents": [
         *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
@@ -215,7 +207,7 @@ LINES = {
     ],
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs"],
+    "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs", "page", "xray", "xray_page"],
     "prove": [
         *("shapes", "proof", "model", "trained"),
         *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),

@@ -56,6 +56,7 @@ OPTIONS = {
     "`gpu`": "--gpu",
     "`model`": "--model",
     "`json`": "--json",
+    "`html`": "--html",
     "`out`": "--out",
     "`of`": "--of",
 }

@@ -17,7 +17,7 @@ from qlora import files
 from qlora.data.documents.blocks import as_text
 from qlora.data.documents.document import WORDS_PER_PAGE, Document, Documents, LeftOut
 from qlora.data.documents.kinds import KINDS
-from qlora.data.documents.language import language_of
+from qlora.data.documents.language import LANGUAGES, language_of
 from qlora.data.documents.parsed import NotReadable
 from qlora.data.documents.parser import Parser, parser
 from qlora.data.documents.words import count_words
@@ -110,7 +110,8 @@ class _Reading:
             what = f"{shown}: with it the documents have more than {MAX_CHARACTERS:,} characters"
             raise DataError(what, "give fewer documents, or only the ones that matter")
         pages = parsed.pages or max(1, -(-count_words(text) // WORDS_PER_PAGE))
-        language = language_of(text) if source.language == "auto" else source.language
+        told = source.language if source.language in LANGUAGES else "other"
+        language = language_of(text) if source.language == "auto" else told
         blocks = tuple(parsed.blocks)
         self.documents.append(Document(shown, sha256, pages, source.about, language, blocks, left_out))
         self.seen.add((sha256, source.about))
@@ -121,6 +122,12 @@ class _Reading:
         count = len(self.documents)
         told = f"{count:,} document{'s' * (count != 1)} read, {pages:,} page{'s' * (pages != 1)}"
         self.sink.emit(Notice(TOPIC, told, count))
+        others = [document.path for document in self.documents if document.language == "other"]
+        if others:
+            names = ", ".join(others[:EXAMPLES]) + ", …" * (len(others) > EXAMPLES)
+            known = ", ".join(name for name in LANGUAGES if name != "other")
+            message = f"in another language than {known}, or with too little text to tell: {len(others):,} ({names})"
+            self.sink.emit(Notice(TOPIC, message, len(others)))
         parts = [part for document in self.documents for part in document.left_out]
         for found, of in ((self.left_out, "left out"), (parts, "of documents left out")):
             reasons: dict[str, list[LeftOut]] = defaultdict(list)
