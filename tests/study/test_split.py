@@ -10,24 +10,7 @@ import pytest
 from qlora.study import split, words
 from qlora.study.filters import Judged
 from qlora.study.records import Candidate
-from tests.study.passages import CODES, PASSAGES, PUMP, candidate, passage
-
-ROWS = [
-    candidate(PUMP, 0, "How long is the warranty of the Tarvell TX200?", "seven years"),
-    candidate(PUMP, 0, "How many years of warranty does Tarvell give on the TX200?", "7"),
-    candidate(PUMP, 1, "What is the weight of the TX200's outdoor unit?", "84 kg"),
-    candidate(PUMP, 2, "Which refrigerant is in the Tarvell TX200?", "Propane"),
-    candidate(CODES, 0, "What does error code E41 mean on a TX200?", "The water pressure is below 0.8 bar."),
-    candidate(CODES, 1, "What does error code E52 mean on a TX200?", "The outdoor fan is blocked by ice."),
-]
-EXAM = [
-    candidate(PUMP, 0, "How long is the warranty for the Tarvell TX200?", "seven years", purpose="exam"),
-    candidate(PUMP, 1, "A courier must lift the TX200's unit for outdoors. How heavy is it?", "84 kg", purpose="exam"),
-    candidate(PUMP, 2, "The TX200 is filled with which gas?", "propane", purpose="exam"),
-    candidate(PUMP, 3, "A TX200 wants care how often?", "every 24 months", purpose="exam"),
-    candidate(CODES, 0, "Water is short in a TX200: which code is shown?", "E41", purpose="exam"),
-    candidate(CODES, 1, "Ice blocks the TX200: what is it that stands still?", "the outdoor fan", purpose="exam"),
-]
+from tests.study.passages import EXAM, PASSAGES, PUMP, ROWS, candidate, passage
 
 
 def texts(rows: list[Candidate]) -> list[str]:
