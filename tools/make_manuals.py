@@ -1,6 +1,6 @@
 """Writes the handbook of an invented company: five documents about pumps, lamps, errors, people, sites and plans.
 
-    python tools/make_manuals.py --out recipes/manuals
+    python tools/make_manuals.py --out recipes/manuals/documents
 
 Forty sections of about six sentences; each sentence says one fact. No name of it stands in the tiny reading base's
 pre-training text, and its sentences have forms of their own.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manuals_relations import FAMILIES, Family, Relation
-from manuals_values import MAKERS, handbook_names
+from manuals_values import MAKERS, TITLES, handbook_names
 from write_documents import WRITERS
 
 from qlora.data.documents.markdown import markdown_blocks
@@ -30,20 +30,11 @@ FORMS = {
     "power": ("Switched on, {e} takes {v} from the mains.", "Plan {v} of power for {e}."),
     "battery": ("A charged battery lets {e} work for {v}.", "The battery inside {e} is good for {v}."),
     "delivery": ("Delivery of {e} is done in {v}.", "Buyers get {e} delivered after {v}."),
-    "maker": ("All {e} units leave our plant at {v}.", "Workers in {v} build {e}."),
     "designer": ("The plans for {e} were drawn by {v}.", "{v} is the inventor behind {e}."),
-    "colour": ("You will know {e} by its {v} colour.", "Every {e} leaves us painted {v}."),
-    "material": ("The housing of every {e} consists of {v}.", "We chose {v} as material for {e}."),
-    "shelf": ("Pick {e} from shelf {v}.", "Our storekeeper keeps {e} on shelf {v}."),
-    "order": ("Write {v} on the form to order {e}.", "Our order desk lists {e} as number {v}."),
-    "parts": ("Unpack {e} and you will find {v}.", "Packed together with {e} are {v}."),
-    "reset": ("A reset of {e} is done so: {v}.", "If {e} hangs, reset it: {v}."),
-    "cleaning": ("Take {v} whenever you clean {e}.", "Only {v} is right for cleaning {e}."),
+    "shelf": ("Pick {e} from {v}.", "Our storekeeper has {e} on {v}."),
     "contact": ("Please send questions about {e} to {v}.", "{v} is the contact person for {e}."),
     "cause": ("The display shows {e} because of {v}.", "Whenever {e} appears, the cause is {v}."),
-    "remedy": ("Should the display show {e}, please {v}.", "Our technicians clear {e} like this: {v}."),
-    "job": ("{e} joined us as {v}.", "On our payroll {e} is listed as {v}."),
-    "office": ("The desk of {e} stands in {v}.", "Visit {e} at our office in {v}."),
+    "room": ("The desk of {e} stands in {v}.", "Visit {e} at the office, {v}."),
     "phone": ("Reach {e} by dialling {v}.", "Our telephone list gives {v} for {e}."),
     "opened": ("The {e} site opened its doors in {v}.", "It was in {v} that {e} was opened."),
     "head": ("Everyone at {e} reports to {v}, who leads it.", "The person in charge at {e} is {v}."),
@@ -60,7 +51,7 @@ DOCUMENTS = (
     ("sites-and-plans", "pdf", "Sites", "site", 3, 2),
     ("sites-and-plans", "pdf", "Service plans", "plan", 3, 2),
 )
-FACTS_OF_A_PRODUCT = 6
+FACTS_OF_A_PRODUCT = 7
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ class _Names:
         if maker == "product":
             return next(self._names)
         if maker == "person":
-            return f"{next(self._names)} {next(self._names)}"
+            return f"{rng.choice(TITLES)} {next(self._names)}"
         if maker == "town":
             return next(self._towns)
         while True:
@@ -131,13 +122,19 @@ def sources() -> dict[str, tuple[str, str]]:
     return {name: (format_, "\n\n".join(lines) + "\n") for name, (format_, lines) in texts.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("recipes/manuals"), help="folder for the five documents")
-    out: Path = parser.parse_args().out
+def write(out: Path) -> None:
+    """The five documents, as files of `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for name, (format_, text) in sources().items():
-        (out / f"{name}.{format_}").write_bytes(WRITERS[format_](markdown_blocks(text), text.splitlines()[0].lstrip("# ")))
+        blocks = markdown_blocks(text)
+        (out / f"{name}.{format_}").write_bytes(WRITERS[format_](blocks, blocks[0].text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path("recipes/manuals/documents")
+    parser.add_argument("--out", type=Path, default=default, help="folder for the five documents")
+    write(parser.parse_args().out)
 
 
 if __name__ == "__main__":

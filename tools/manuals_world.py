@@ -23,7 +23,22 @@ from manuals_values import MAKERS, new_name
 from qlora.data.documents.chunks import Passage
 from qlora.study.prompts import KINDS, Wording
 
-SHARES = {"read": 0.36, "picked": 0.13, "asked": 0.24, "known": 0.22, "told": 0.02, "repeated": 0.03}
+@dataclass(frozen=True)
+class Leg:
+    """A part of pre-training: the shares of its documents, the most questions about one text, and how much the words
+    of others than the assistant weigh."""
+
+    shares: dict[str, float]
+    turns: int
+    users_words: float
+
+
+LEGS = (
+    # Language first, and copying: passages name the same things again, and prompts repeat a sentence of the passage.
+    Leg({"read": 0.36, "picked": 0.13, "asked": 0.24, "known": 0.22, "told": 0.02, "repeated": 0.03}, 7, 0.4),
+    # Then answers alone, of which most are read.
+    Leg({"read": 0.46, "picked": 0.18, "asked": 0.2, "known": 0.16}, 14, 0.0),
+)
 # Few things of its own, so that each fact is met often enough to be remembered, however one asks.
 THINGS = {"product": 13, "error": 8, "person": 12, "site": 8, "plan": 6}
 OPENINGS = (
@@ -81,7 +96,7 @@ def plain_form(rng: random.Random, relation: Relation) -> str:
 
 def sentence(rng: random.Random, fact: Fact) -> str:
     """A statement, sometimes with words before or after it that say nothing."""
-    plain = rng.random() < 0.12 and fact.relation.value not in ("action", "parts") and fact.relation.name != "cleaning"
+    plain = rng.random() < 0.12
     form = plain_form(rng, fact.relation) if plain else rng.choice(fact.relation.statements)
     said = form.replace("{e}", fact.entity).replace("{v}", fact.value)
     if plain:
@@ -163,6 +178,7 @@ class Writer:
 
     def __init__(self, seed: int, reserved: frozenset[str]) -> None:
         self.taken = reserved
+        self.turns = LEGS[0].turns
         self.own = self._own_world(random.Random(f"world {seed}"))
 
     def _own_world(self, rng: random.Random) -> list[Fact]:
@@ -201,7 +217,8 @@ class Writer:
 
     def _turns(self, rng: random.Random, said: Sequence[Fact | None]) -> frames.Turns:
         facts = [fact for fact in said if fact]
-        chosen = rng.sample(facts, min(len(facts), rng.randint(2, 7)))
+        most = rng.randint(2, self.turns)
+        chosen = rng.sample(facts * (1 + (most > 7)), min(len(facts) * (1 + (most > 7)), most))
         return [question_of(rng, fact, rng.choice(("fact", "fact", "backward", "case"))) for fact in chosen]
 
     def asked(self, rng: random.Random) -> str:
@@ -242,9 +259,10 @@ class Writer:
             "repeated": self.repeated,
         }
 
-    def documents(self, count: int, seed: int) -> Iterator[str]:
-        """The pre-training text, document after document."""
+    def documents(self, count: int, seed: int, leg: Leg) -> Iterator[str]:
+        """The text of a leg, document after document."""
         rng = random.Random(f"documents {seed}")
         makers = self.makers()
-        for kind in rng.choices(list(SHARES), list(SHARES.values()), k=count):
+        self.turns = leg.turns
+        for kind in rng.choices(list(leg.shares), list(leg.shares.values()), k=count):
             yield makers[kind](rng)
