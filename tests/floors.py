@@ -51,6 +51,9 @@ FLOORS = {
     "version": 1,
     "windows_paths": 1,
     "processes": 1,
+    "wsl": 1,
+    "units": 1,
+    "heap": 1,
     "torch_build": 1,
     "nvidia": 1,
     "nvidia_child": 1,
@@ -64,8 +67,10 @@ LINES = {
     # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
-        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "examine", "look", "api", "prove"),
+        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes"),
+        *("torch_build", "wsl", "heap", "units"),
+        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "examine", "look"),
+        *("api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
