@@ -1,8 +1,8 @@
-"""Writes the handbook of an invented company: five documents about pumps, lamps, errors, people, sites and plans.
+"""Writes the handbook of an invented company: five documents about products, people, sites and plans.
 
     python tools/make_manuals.py --out recipes/manuals/documents
 
-Forty sections of about six sentences; each sentence says one fact. No name of it stands in the tiny reading base's
+Forty sections, each about one thing; each sentence says one fact. No name of it stands in the tiny reading base's
 pre-training text, and its sentences have forms of their own.
 """
 
@@ -42,16 +42,15 @@ FORMS = {
     "fee": ("Customers on {e} pay a fee of {v}.", "We collect a monthly fee of {v} for {e}."),
     "notice": ("Whoever leaves {e} gives notice, {v} before.", "A notice of {v} ends {e}."),
 }
-# Document, format, title, family, sections, things of a section.
+# Document, format, title, family, sections: each is about one thing.
 DOCUMENTS = (
-    ("pumps", "md", "Pumps", "product", 10, 1),
-    ("lamps", "docx", "Lamps", "product", 10, 1),
-    ("service", "html", "Error codes", "error", 8, 3),
-    ("people", "md", "People", "person", 6, 2),
-    ("sites-and-plans", "pdf", "Sites", "site", 3, 2),
-    ("sites-and-plans", "pdf", "Service plans", "plan", 3, 2),
+    ("pumps", "md", "Pumps", "product", 8),
+    ("lamps", "docx", "Lamps", "product", 8),
+    ("heaters", "html", "Heaters", "product", 8),
+    ("people", "md", "People", "person", 6),
+    ("sites-and-plans", "pdf", "Sites", "site", 5),
+    ("sites-and-plans", "pdf", "Service plans", "plan", 5),
 )
-FACTS_OF_A_PRODUCT = 7
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class _Names:
         if maker == "town":
             return next(self._towns)
         while True:
-            value = f"G{rng.randint(10, 999)}" if maker == "error" else MAKERS[maker](rng, ())
+            value = MAKERS[maker](rng, ())
             if (maker, value) not in self.given:
                 self.given.add((maker, value))
                 return value
@@ -92,23 +91,20 @@ def handbook() -> Iterator[tuple[str, str, str, list[tuple[str, list[Said]]]]]:
     rng = random.Random(f"handbook {SEED}")
     names = _Names()
     families = {family.name: family for family in FAMILIES}
-    for document, format_, title, family, sections, things in DOCUMENTS:
-        made = [_section(rng, names, families[family], number, things) for number in range(1, sections + 1)]
+    for document, format_, title, family, sections in DOCUMENTS:
+        made = [_section(rng, names, families[family]) for _ in range(sections)]
         yield document, format_, title, made
 
 
-def _section(rng: random.Random, names: _Names, family: Family, number: int, things: int) -> tuple[str, list[Said]]:
-    entities = [names.of(family.value, rng) for _ in range(things)]
+def _section(rng: random.Random, names: _Names, family: Family) -> tuple[str, list[Said]]:
+    """One thing, and all that is known of it, in any order."""
+    entity = names.of(family.value, rng)
     said = []
-    for entity in entities:
-        relations = family.relations
-        if len(relations) > FACTS_OF_A_PRODUCT:
-            relations = tuple(rng.sample(relations, FACTS_OF_A_PRODUCT))
-        for relation in relations:
-            value = names.of(relation.value, rng)
-            sentence = rng.choice(FORMS[relation.name]).replace("{e}", entity).replace("{v}", value)
-            said.append(Said(entity, relation, value, sentence[0].upper() + sentence[1:]))
-    return entities[0] if things == 1 else f"Part {number}", said
+    for relation in rng.sample(family.relations, len(family.relations)):
+        value = names.of(relation.value, rng)
+        sentence = rng.choice(FORMS[relation.name]).replace("{e}", entity).replace("{v}", value)
+        said.append(Said(entity, relation, value, sentence[0].upper() + sentence[1:]))
+    return entity, said
 
 
 def sources() -> dict[str, tuple[str, str]]:

@@ -67,7 +67,7 @@ class PreparedData:
 
 # Of a recipe without sources of rows, whose documents are studied.
 _NONE = PreparedSplit([], [], [], [], [])
-NO_ROWS = PreparedData(_NONE, _NONE, "", "", "")
+NO_ROWS = PreparedData(_NONE, _NONE, "", "", "", ())
 
 
 def check_files(data: DataSection) -> None:
