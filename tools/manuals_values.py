@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
-ONSETS = "B C D F G H J K L M N P R S T V W Z Br Cl Dr Fr Gr Kr Pl St Tr Sk Vl Ch Sh Th".split()
-VOWELS = "a e i o u ai ea ou".split()
-CODAS = "l m n r s t k p x sh nd rt st lk".split()
-ENDS = "o a is en um el ar ix on et us in or ay".split()
-TOWN_ENDS = "ham ford ley wick burg ton stead mouth field gate".split()
-PARTS = (
-    "cable hose bolt spring filter brush key manual bag lamp screw belt lid tray sieve plug fuse strap clip ring wrench "
-    "nozzle handle hook charger needle pad tube cup sensor"
-).split()
-WRONG = "worn loose wet cold hot broken blocked missing dirty wrong dusty bent torn frozen".split()
+from quickstart_relations import words
+
+ONSETS = words("B C D F G H J K L M N P R S T V W Z Br Cl Dr Fr Gr Kr Pl St Tr Sk Vl Ch Sh Th")
+VOWELS = words("a e i o u ai ea ou")
+CODAS = words("l m n r s t k p x sh nd rt st lk")
+ENDS = words("o a is en um el ar ix on et us in or ay")
+TOWN_ENDS = words("ham ford ley wick burg ton stead mouth field gate")
+PARTS = words(
+    "cable hose bolt spring filter brush key manual bag lamp screw belt lid tray sieve plug fuse strap clip ring "
+    "wrench nozzle handle hook charger needle pad tube cup sensor"
+)
+WRONG = words("worn loose wet cold hot broken blocked missing dirty wrong dusty bent torn frozen")
 LETTERS = "ABCDEFGHKLMNPRSTVWXZ"
 
 TITLES = ("Mr", "Ms", "Dr")
@@ -22,15 +24,15 @@ TITLES = ("Mr", "Ms", "Dr")
 Taken = Container[str]
 
 
-def invented(rng: random.Random, ends: list[str], syllables: int) -> str:
+def invented(rng: random.Random, ends: Sequence[str], syllables: int) -> str:
     """A name of one or two syllables and an ending: "Trouvix", "Kelmarton"."""
-    parts = [rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS)]
+    syllable = [rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS)]
     for _ in range(syllables - 1):
-        parts += [rng.choice(ONSETS).lower(), rng.choice(VOWELS)]
-    return "".join(parts) + rng.choice(ends)
+        syllable += [rng.choice(ONSETS).lower(), rng.choice(VOWELS)]
+    return "".join(syllable) + rng.choice(ends)
 
 
-def new_name(rng: random.Random, taken: Taken, ends: list[str] = ENDS) -> str:
+def new_name(rng: random.Random, taken: Taken, ends: Sequence[str] = ENDS) -> str:
     while True:
         name = invented(rng, ends, 1 if rng.random() < 0.7 else 2)
         if name not in taken:

@@ -23,30 +23,17 @@ from manuals_values import MAKERS, new_name
 from qlora.data.documents.chunks import Passage
 from qlora.study.prompts import KINDS, Wording
 
-@dataclass(frozen=True)
-class Leg:
-    """A part of pre-training: the shares of its documents, the most questions about one text, and how much the words
-    of others than the assistant weigh."""
-
-    shares: dict[str, float]
-    turns: int
-    users_words: float
-
-
-LEGS = (
-    # Language first, and copying: passages name the same things again, and prompts repeat a sentence of the passage.
-    Leg({"read": 0.36, "picked": 0.13, "asked": 0.24, "known": 0.22, "told": 0.02, "repeated": 0.03}, 7, 0.4),
-    # Then answers alone, of which most are read.
-    Leg({"read": 0.58, "picked": 0.07, "asked": 0.23, "known": 0.12}, 14, 0.0),
-)
+SHARES = {"read": 0.5, "picked": 0.07, "asked": 0.24, "known": 0.15, "told": 0.02, "repeated": 0.02}
+MOST_TURNS = 14
 # Few things of its own, so that each fact is met often enough to be remembered, however one asks.
-THINGS = {"product": 13, "error": 8, "person": 12, "site": 8, "plan": 6}
+THINGS = {"product": 24, "error": 10, "person": 16, "site": 12, "plan": 10}
 OPENINGS = (
     "Please note: ", "As always, ", "Today ", "By the way, ", "This year ", "In short: ", "For now ", "As a rule, ",
     "Remember: ", "Of course ", "Again, ", "Note that ", "By now ", "In general ", "Important: ", "Usually ",
 )  # fmt: skip
 ENDINGS = (
-    ", as always", " this year", ", says the list", " at present", ", no more and no less", " everywhere", " by default",
+    ", as always", " this year", ", says the list", " at present", ", no more and no less", " everywhere",
+    " by default",
     ", as agreed", " for now", " today", " as a rule", ", and that is final", " in all shops", " since spring",
 )  # fmt: skip
 FILLERS = (
@@ -165,7 +152,7 @@ def write_passage(rng: random.Random, taken: frozenset[str], company: str, about
     if rng.random() < 0.4:
         facts.insert(rng.randint(0, len(facts)), None)
     sentences = tuple(rng.choice(FILLERS) if fact is None else sentence(rng, fact) for fact in facts)
-    headings = (f"{company} {rng.choice(ABOUTS)}", rng.choice(family.headings))
+    headings: tuple[str, ...] = (f"{company} {rng.choice(ABOUTS)}", rng.choice(family.headings))
     if things == 1 and rng.random() < 0.6:
         headings += (names[0],)
     headings = headings[rng.choice((0, 0, 0, 1)) :]
@@ -178,7 +165,6 @@ class Writer:
 
     def __init__(self, seed: int, reserved: frozenset[str]) -> None:
         self.taken = reserved
-        self.turns = LEGS[0].turns
         self.own = self._own_world(random.Random(f"world {seed}"))
 
     def _own_world(self, rng: random.Random) -> list[Fact]:
@@ -217,7 +203,7 @@ class Writer:
 
     def _turns(self, rng: random.Random, said: Sequence[Fact | None]) -> frames.Turns:
         facts = [fact for fact in said if fact]
-        most = rng.randint(2, self.turns)
+        most = rng.randint(2, MOST_TURNS)
         chosen = rng.sample(facts * (1 + (most > 7)), min(len(facts) * (1 + (most > 7)), most))
         return [question_of(rng, fact, rng.choice(("fact", "fact", "backward", "case"))) for fact in chosen]
 
@@ -259,10 +245,9 @@ class Writer:
             "repeated": self.repeated,
         }
 
-    def documents(self, count: int, seed: int, leg: Leg) -> Iterator[str]:
-        """The text of a leg, document after document."""
+    def documents(self, count: int, seed: int) -> Iterator[str]:
+        """The pre-training text, document after document."""
         rng = random.Random(f"documents {seed}")
         makers = self.makers()
-        self.turns = leg.turns
-        for kind in rng.choices(list(leg.shares), list(leg.shares.values()), k=count):
+        for kind in rng.choices(list(SHARES), list(SHARES.values()), k=count):
             yield makers[kind](rng)
