@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from qlora.errors import RecipeError
 from qlora.recipe.pins import COMMIT, folder_split, parse_hub_rows
 from qlora.recipe.problems import LineIndex
-from qlora.recipe.reading import FREE_SECTIONS, Recipe, cross_checks, read_table, recipe_of_table
+from qlora.recipe.reading import FREE_SECTIONS, TABLES, Recipe, cross_checks, read_table, recipe_of_table
 from qlora.recipe.sections import Section, SourceSection
 
 _LENGTHS = {"epochs", "max_steps"}  # each is None where the other is given
@@ -63,7 +63,8 @@ def _without_places(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     if values["model"]["chat_template"] not in ("auto", "chatml"):
         values["model"]["chat_template"] = "local"  # the run has its text
-    for place in (values["model"], *values["data"]["train"], *values["data"]["eval"]):
+    tables = (values[table][key] for table, _, key in (name.partition(".") for name in TABLES))
+    for place in (values["model"], *chain.from_iterable(tables)):
         name = "base" if "base" in place else "path"
         place[name] = "local" if os.path.isabs(place[name]) else place[name]
     return values

@@ -17,8 +17,7 @@ from qlora.errors import ExportError, RecipeError, RunFolderError, TrainingStopp
 from qlora.events import EVENTS_FILE, Notice, Sink, Start
 from qlora.numerics import Numerics
 from qlora.recipe.pins import folder_split
-from qlora.recipe.reading import Recipe, recipe_toml
-from qlora.recipe.sections import SourceSection
+from qlora.recipe.reading import Recipe, recipe_toml, with_paths
 from qlora.redaction import redact
 from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, has_id, id_of, is_run, recorded_folder
 from qlora.run_record import LOCK_FILE as LOCK_FILE
@@ -322,16 +321,14 @@ def _number(name: str) -> int:
 
 def relocated_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
     """A recipe that the run in `run_dir` recorded, with its base and its rows where they lie today: see `relocated`."""
-    model, data = recipe.model, recipe.data
-    base = model.model_copy(update={"base": relocated(model.base, run_dir)})
+    base = recipe.model.model_copy(update={"base": relocated(recipe.model.base, run_dir)})
 
-    def placed(source: SourceSection) -> SourceSection:
-        folder, split = folder_split(source.path)
-        path = relocated(folder, run_dir)
-        return source.model_copy(update={"path": f"{path}:{split}" if split else path})
+    def placed(path: str, _: object) -> str:
+        folder, split = folder_split(path)
+        place = relocated(folder, run_dir)
+        return f"{place}:{split}" if split else place
 
-    rows = {"train": tuple(map(placed, data.train)), "eval": tuple(map(placed, data.eval))}
-    return recipe.model_copy(update={"model": base, "data": data.model_copy(update=rows)})
+    return with_paths(recipe.model_copy(update={"model": base}), placed)
 
 
 def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:

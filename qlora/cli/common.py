@@ -50,12 +50,15 @@ OPTIONS = {
     "`quants`": "--quant",
     "`max_kl`": "--max-kl",
     "`dtype`": "--dtype",
+    "`questions`": "--questions",
     "`vram`": "--vram",
     "`plot`": "--plot",
     "`gpu`": "--gpu",
     "`model`": "--model",
     "`json`": "--json",
+    "`html`": "--html",
     "`out`": "--out",
+    "`of`": "--of",
 }
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 from typer.models import OptionInfo
 
-from qlora.recipe.reading import FREE_SECTIONS, Recipe
-from qlora.recipe.sections import GGUF_QUANTS, Section, SourceSection
+from qlora.recipe.reading import FREE_SECTIONS, TABLES, Recipe
+from qlora.recipe.sections import GGUF_QUANTS, DocumentsSection, QuestionsSection, Section, SourceSection
 
 PROSE = Path(__file__).with_name("keys.md")
 METAVARS = {Path: "PATH", float: "NUMBER", str: "NAME"}
@@ -43,13 +43,16 @@ def _sections() -> Iterator[str]:
         yield _section(f"`[{name}]`", section)
         if name == "data":
             yield _section("`[[data.train]]`, `[[data.eval]]`", SourceSection)
+            yield _section("`[[data.documents]]`", DocumentsSection)
+        if name == "exam":
+            yield _section("`[[exam.questions]]`", QuestionsSection)
 
 
 def _section(title: str, section: type[Section]) -> str:
     rows = [
         (f"`{key}`", _default(field), _means(field.description or "", field.annotation))
         for key, field in section.model_fields.items()
-        if not (section.__name__ == "DataSection" and key in ("train", "eval"))  # a table of their own
+        if f"{section.__name__.removesuffix('Section').lower()}.{key}" not in TABLES  # those have a table of their own
     ]
     return f"### {title}\n\n{_text(cleandoc(section.__doc__ or ''))}\n\n{_table('key', rows)}"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from qlora.batch import Batch
+from qlora.data import label_rows
 from qlora.data.layout import ON_CPU, Layout, documents_of
 from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
@@ -141,7 +142,8 @@ def collate(
         positions_BS[number, start:] = padding_S.clamp_(max=longest_document - 1) if layout.continues else padding_S
     trained_T = weights_BS.flatten().nonzero().squeeze(1)
     made = (ids_BS, positions_BS, documents_BS, targets_BS, weights_BS, trained_T)
-    return Batch(*made, *documents_of([[split.lengths[row] for row in members] for members in packs], width, layout))
+    documents = documents_of([[split.lengths[row] for row in members] for members in packs], width, layout)
+    return Batch(*made, *documents, **label_rows.collated(split, packs, targets_BS.flatten()[trained_T]))
 
 
 def _shuffled(items: list[T], seed: int, epoch: int, purpose: str) -> list[T]:

@@ -23,12 +23,12 @@ from qlora.data.column_words import Reading
 from qlora.data.conversations import bad_row, conversations, file_of, leave_out
 from qlora.data.formats import Conversation
 from qlora.data.limits import rendered_chars, text_limits
-from qlora.data.row_cache import ROWS_FILE, RowCache, RowReport
+from qlora.data.row_cache import ROWS_FILE, CachedRows, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import FoundFiles, SourceFile
 from qlora.data.sources import source_files
 from qlora.data.text_pieces import cut, is_text_file
-from qlora.data.token_cache import PreparedSplit, RowWriter, StoredRows
+from qlora.data.token_cache import PreparedSplit, RowWriter
 from qlora.data.unread import count_remarks, first_of, notices
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
@@ -37,7 +37,7 @@ from qlora.shown import one_line
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection, SourceSection
 
-__all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
+__all__ = ["NO_ROWS", "PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
 CODE_VERSION, OLDER_CODE_VERSION = 3, 1
@@ -54,6 +54,7 @@ class PreparedData:
     `content_fingerprint`: sha256 over tokens, weights, sources, their order and the split alone: it stays the same with
     other versions of the libraries, other settings or another place of the files as long as these come out the same.
     `older_fingerprint`: what older code would call these very tokens; runs of then kept no `content_fingerprint`.
+    `reports`: what became of the rows of [[data.train]], and of those of [[data.eval]] where there are any.
     """
 
     train: PreparedSplit
@@ -61,6 +62,12 @@ class PreparedData:
     fingerprint: str
     content_fingerprint: str
     older_fingerprint: str
+    reports: tuple[RowReport, ...]
+
+
+# Of a recipe without sources of rows, whose documents are studied.
+_NONE = PreparedSplit([], [], [], [], [])
+NO_ROWS = PreparedData(_NONE, _NONE, "", "", "")
 
 
 def check_files(data: DataSection) -> None:
@@ -95,9 +102,11 @@ def prepare(
     vocab = chat.tokenizer.get_vocab()
     cache = RowCache(cache_dir, max(vocab.values(), default=0), sink)
     maker = _Maker(data, tokenizer_folder_fingerprint, chat, max(map(len, vocab), default=1), cache, sink)
-    stored, keys = maker.rows_of(data.train)
+    made, keys = maker.rows_of(data.train)
+    stored, reports = made.stored, [made.report]
     if data.eval:
-        eval_stored, eval_keys = maker.rows_of(data.eval)
+        eval_made, eval_keys = maker.rows_of(data.eval)
+        eval_stored, reports = eval_made.stored, [*reports, eval_made.report]
         train, evaluation = stored.split(), eval_stored.split()
         content = stored.content_sha256("") + eval_stored.content_sha256("")
     else:
@@ -108,7 +117,7 @@ def prepare(
             message = f"{len(held_out)} of {len(stored.digests)} rows held out for evaluation"
             sink.emit(Notice("split", message, len(held_out)))
     now, older = map(disk.sha256_text, keys, eval_keys)
-    return PreparedData(train, evaluation, now, disk.sha256_text(content), older)
+    return PreparedData(train, evaluation, now, disk.sha256_text(content), older, tuple(reports))
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,8 @@ class _Maker:
     cache: RowCache
     sink: Sink
 
-    def rows_of(self, sources: Sequence[SourceSection]) -> tuple[StoredRows, list[str]]:
-        """Stored rows of all sources, and the sha256 of what they are and what made them: this code, and older code."""
+    def rows_of(self, sources: Sequence[SourceSection]) -> tuple[CachedRows, list[str]]:
+        """Rows of all sources, and the sha256 of what they are and what made them: this code, and older code."""
         found = [source_files(source) for source in sources]
         for source, files in zip(sources, found, strict=True):
             for what, count, names in files.left_out:
@@ -133,7 +142,7 @@ class _Maker:
         cached = self.cache.rows(key, lambda place: _Tokenization(self, sources, found, place).run())
         self._emit(cached.report, cached.folder)
         made_by = [key, self._key(sources, found, OLDER_CODE_VERSION)]
-        return cached.stored, [disk.sha256_text(code, cached.report.content_sha256) for code in made_by]
+        return cached, [disk.sha256_text(code, cached.report.content_sha256) for code in made_by]
 
     def _key(self, sources: Sequence[SourceSection], found: Sequence[FoundFiles], code: int) -> str:
         files = [[index, file.name, file.sha256()] for index, of_one in enumerate(found) for file in of_one.files]
@@ -190,6 +199,7 @@ class _Tokenization:
                 for batch in self._batches(source, self.found[index].files):
                     if kept := [(*row, index) for row in self._tokenized(source, batch)]:
                         writer.write(kept)
+                self.report.end_source(self.data.max_length)
             self.report.content_sha256 = writer.content_sha256()
         self.report.dropped = dict(self.chat.dropped - dropped_before)
         if not self.report.rows:
@@ -227,7 +237,8 @@ class _Tokenization:
         rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
         for (where, item), encoded_row in zip(batch, rows, strict=True):
             row: TokenRow | RowError | None = encoded_row
-            if isinstance(item, Conversation) and is_text_file(where) and self._is_long(row):
+            in_pieces = source.format == "documents" or is_text_file(where)
+            if isinstance(item, Conversation) and in_pieces and self._is_long(row):
                 parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
                 if len(parts) > 1:
                     self.report.cut_text(where, len(parts))

@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +31,28 @@ from qlora.foreign_json import ForeignFileError, ForeignModel, checked, load_obj
 
 ROWS_FILE, REPORT_FILE = "rows.arrow", "report.json"
 MAX_REASONS = 100  # of one report: a reason quotes the row, so that a million bad rows may have a million of them
+OVER = (1.5, 2, 4)
 _MAX_BYTES = 64 << 20  # older reports list the length of each row that was left out
+
+
+@dataclass
+class SourceCounts:
+    """What became of one source's rows: `rows` are used, `cut` of them shortened.
+
+    `dropped` are over max_length, `rejected` are bad; `reasons` counts both. `over` counts the rows that are over
+    max_length, cut or dropped, by how often it goes into them: up to OVER[0] times, OVER[1], … and more. `longest` is
+    the longest of these in tokens; rows that are too long even to be tokenized are in neither.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    cut: int = 0
+    dropped: int = 0
+    rejected: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    over: list[int] = field(default_factory=lambda: [0] * (len(OVER) + 1))
+    longest: int = 0
 
 
 @dataclass
@@ -47,6 +69,7 @@ class RowReport:
     formats: dict[str, str] = field(default_factory=dict)  # of each file whose format is known by its columns
     remarks: Counts = field(default_factory=dict)  # what rows bring and nothing reads, by file, kind and name
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
+    by_source: list[SourceCounts] = field(default_factory=list)  # in the recipe's order; older reports have none
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length; not stored
     unread: int = 0  # rows that are too long even to be tokenized; not stored
 
@@ -66,6 +89,26 @@ class RowReport:
         self.unread += 1
         self.reject(source, error.reason, where)
 
+    def end_source(self, max_length: int) -> None:
+        """All that was counted since the last source ended is the next one's."""
+        done, reasons = self.by_source, Counter[str]()
+        for (_, reason), entry in self.rejected.items():
+            reasons[reason] += entry.count
+        for one in done:
+            reasons.subtract(one.reasons)
+        rows, tokens, trained, cut = (
+            getattr(self, name) - sum(getattr(one, name) for one in done)
+            for name in ("rows", "tokens", "trained", "cut")
+        )
+        lengths = self.long_lengths[sum(sum(one.over) for one in done) :]
+        over = [0] * (len(OVER) + 1)
+        for length in lengths:
+            over[sum(length > times * max_length for times in OVER)] += 1
+        left_out = +reasons
+        dropped = len(self.long_lengths) - self.cut + self.unread - sum(one.dropped for one in done)
+        counts = (rows, tokens, trained, cut, dropped, left_out.total() - dropped)
+        self.by_source.append(SourceCounts(*counts, dict(left_out), over, max(lengths, default=0)))
+
     def write(self, folder: Path) -> None:
         values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
         del values["long_lengths"], values["unread"]
@@ -78,7 +121,9 @@ class RowReport:
         file = folder / REPORT_FILE
         stored = checked(_StoredReport, load_object(file, _MAX_BYTES), str(file))
         entries = [Rejected(row.source, row.reason, row.count, tuple(row.examples)) for row in stored.rejected]
-        return cls(**dict(stored) | {"rejected": {(entry.source, entry.reason): entry for entry in entries}})
+        rejected = {(entry.source, entry.reason): entry for entry in entries}
+        counts = [SourceCounts(**dict(one)) for one in stored.by_source]
+        return cls(**dict(stored) | {"rejected": rejected, "by_source": counts})
 
 
 class _StoredRejected(ForeignModel):
@@ -86,6 +131,18 @@ class _StoredRejected(ForeignModel):
     reason: str
     count: int
     examples: list[str]
+
+
+class _StoredCounts(ForeignModel):
+    rows: int
+    tokens: int
+    trained: int
+    cut: int
+    dropped: int
+    rejected: int
+    reasons: dict[str, int]
+    over: list[int]
+    longest: int
 
 
 class _StoredReport(ForeignModel):
@@ -99,6 +156,7 @@ class _StoredReport(ForeignModel):
     remarks: Counts = Field(default_factory=dict)  # older reports have none
     pieces: dict[str, int] = Field(default_factory=dict)
     rejected: list[_StoredRejected]
+    by_source: list[_StoredCounts] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,15 @@ from qlora.shown import one_line
 
 MAX_FILES = 100_000  # of one source: each takes about 0.5 kB of memory, and is opened and hashed at every start
 MAX_ENTRIES = 200_000  # names looked at below one folder: a second or two; a whole disk has millions
-_OF_LINKS = "a link is followed where a path names it: give each a [[data.train]] of its own, or put the files there"
+_OF_LINKS = (
+    "a link is followed where a path names it: give each a table of its own in the recipe, or put the files there"
+)
 EXAMPLES = 5  # names of what was left out
 _HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)  # OWNER/NAME
 _BUFFER_BYTES = 1 << 20
 _LINKS = "links that end outside of the folder or nowhere"
 _NO_FILES = "pipes, devices or sockets"
+_OTHER_KINDS = "files of other kinds"
 _NOT_READABLE = "folders that cannot be read"
 
 
@@ -135,11 +138,12 @@ class FoundFiles:
         return "; ".join(parts)
 
 
-def find_files(path: str, endings: Collection[str]) -> FoundFiles:
+def find_files(path: str, endings: Collection[str], count_others: bool = False) -> FoundFiles:
     """The files of a source. `path` names a file, a folder (all of it, or `folder:SPLIT`), or is a pattern.
 
-    A name that exists is no pattern and names no split. Raises DataError when there is none, when one that was named is
-    of a kind not in `endings`, and for more than MAX_FILES.
+    A name that exists is no pattern and names no split. With `count_others` files of other endings, also those of a
+    pattern, are left out by name. Raises DataError when there is none, when one that was named is of a kind not in
+    `endings`, and for more than MAX_FILES.
     """
     whole, split = folder_split(path)
     place, pattern = _split(whole)
@@ -163,7 +167,9 @@ def find_files(path: str, endings: Collection[str]) -> FoundFiles:
         return FoundFiles((_source_file(place.name, root, status, endings, path),))
     search = _Search(root, path)
     # A folder is everything below it that has a known ending; a pattern names its files, whatever they are.
-    found = search.files(pattern or ("**", "*"), () if pattern else endings)
+    found = search.files(pattern or ("**", "*"), () if pattern or count_others else endings)
+    if count_others:
+        found = search.of_endings(found, endings)
     rows = without_descriptions(found, lambda name: found[name][0], search.leave_out)
     if split and rows and not (rows := set(of_split(sorted(rows, key=Path), split))):
         what = f"{whole}: has no split {split!r}, but {by_split(found).counted}"
@@ -205,7 +211,7 @@ def _missing(path: Path, pattern: tuple[str, ...], endings: Collection[str], lef
     near: list[str] = []
     if path.parent.is_dir():
         near = sorted(one_line(p.name) for p in path.parent.glob("*") if p.suffix.lower() in endings)[:EXAMPLES]
-    hint = f"data files in that folder: {', '.join(near)}" if near else "check data.train.path in the recipe"
+    hint = f"data files in that folder: {', '.join(near)}" if near else "check the path in the recipe"
     if not path.suffix and _HUB_NAME.fullmatch("/".join(path.parts[-2:])) and not path.parent.is_dir():
         hint = f"a data set of the hub is path = {json.dumps('hub:' + '/'.join(path.parts[-2:]))}; else check the path"
     return DataError(f"{path}: no such file", windows_paths.how_to_write(path) or hint)
@@ -247,6 +253,14 @@ class _Search:
                     hint = "join them into fewer files, or name a narrower pattern"
                     raise DataError(f"{self.path}: more than {MAX_FILES:,} data files", hint)
         return found
+
+    def of_endings(
+        self, found: dict[str, tuple[Path, os.stat_result]], endings: Collection[str]
+    ) -> dict[str, tuple[Path, os.stat_result]]:
+        """Those of these files; the others are left out by name."""
+        for name in sorted(name for name in found if Path(name).suffix.lower() not in endings):
+            self.leave_out(_OTHER_KINDS, name)
+        return {name: place for name, place in found.items() if Path(name).suffix.lower() in endings}
 
     def _folders(self, folders: dict[str, Path], part: str) -> dict[str, Path]:
         return {

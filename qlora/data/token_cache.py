@@ -9,15 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
 from qlora.errors import DataError, foreign_failures
+
+if TYPE_CHECKING:
+    import numpy
 
 T = TypeVar("T")
 _DIGEST_BYTES = 16
@@ -31,6 +34,26 @@ class Prompt(NamedTuple):
     expected: str
 
 
+class FlatRows(NamedTuple):
+    """Rows of a split one behind the other: row `first + r` is `ids[starts[r]:starts[r + 1]]`, and so its weights."""
+
+    first: int
+    ids: Any  # int32 numpy array of all tokens
+    weights: Any  # float32, as a target; 0 is not trained
+    starts: Any  # int64, one more than there are rows
+
+
+class RowLabels(NamedTuple):
+    """Of A trained tokens: the likeliest tokens, int32 (A, K), -1 where there are fewer, and their log-probabilities,
+    float16 (A, K), -inf there."""
+
+    ids: numpy.ndarray
+    logprobs: numpy.ndarray
+
+
+LabelsOf = Callable[[int], RowLabels | None]  # of a row of a split; None for one that is trained on its tokens
+
+
 @dataclass(frozen=True)
 class PreparedSplit:
     """Rows to train on or to evaluate on.
@@ -41,6 +64,7 @@ class PreparedSplit:
     wheres    `file:line` of each row
     sources   index of the row's source in [[data.train]] or [[data.eval]]
     prompts   JSON of each row's Prompt, "" for a row without a last answer in words
+    labels    the labels of each row that are probabilities; None: every row is trained on its tokens
     """
 
     rows: Sequence[TokenRow]
@@ -49,6 +73,7 @@ class PreparedSplit:
     wheres: Sequence[str]
     sources: Sequence[int]
     prompts: Sequence[str] = ()
+    labels: LabelsOf | None = None
 
     def prompt(self, index: int) -> Prompt | None:
         """The row's last answer and what comes before it; None where there is none in words."""
@@ -58,6 +83,12 @@ class PreparedSplit:
         except (ValueError, TypeError, RecursionError) as error:  # too many to be looked at when the file is opened
             what = f"{self.wheres[index]}: its prompt in the cache of tokenized rows cannot be read"
             raise DataError(what, "remove that cache (QLORA_CACHE, or qlora in your cache folder)") from error
+
+    def flat(self, rows: int) -> Iterator[FlatRows]:
+        """All rows in their order, `rows` at a time: for what looks at every token."""
+        assert isinstance(self.rows, _Chosen)  # rows of a file
+        for start in range(0, len(self.rows), rows):
+            yield self.rows.flat(start, min(start + rows, len(self.rows)))
 
     def first_above(self, highest: int) -> tuple[str, int] | None:
         """`file:line` of the first row that has a token above `highest`, and the token."""
@@ -255,6 +286,18 @@ class _Chosen(Sequence[T]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def flat(self, start: int, stop: int) -> FlatRows:
+        """Rows `start` to `stop` (of TokenRow) as they lie in the file, without a Python number a token."""
+        import numpy
+        from pyarrow import compute
+
+        wanted = numpy.asarray(self._indices[start:stop], dtype=numpy.int64)
+        first = int(wanted.min())
+        few = self._rows.data.table.slice(first, int(wanted.max()) - first + 1).take(wanted - first)
+        ids, weights = (compute.list_flatten(few.column(name)).to_numpy() for name in ("input_ids", "loss_weights"))
+        lengths = compute.list_value_length(few.column("input_ids")).to_numpy()
+        return FlatRows(start, ids, weights, numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)]))
 
     def highest(self, column: str) -> int:
         """The highest number in a column of lists, over all rows of the file; -1 where there is none."""

@@ -16,6 +16,7 @@ from qlora.errors import ExportError, TargetTaken
 from qlora.manifest import Standing
 from qlora.recipe.pins import folder_split
 from qlora.recipe.reading import Recipe
+from qlora.recipe.sections import DataSection
 from qlora.run_record import is_run
 
 _ELSEWHERE = "name another folder with `out`"
@@ -73,8 +74,10 @@ def keep_apart(folder: Path, adapter_dir: Path, base: Path, recipe: Recipe | Non
 
 def _rows(recipe: Recipe | None) -> Iterator[tuple[str, Path, bool]]:
     """Where the rows of a run lie; True for a folder all of which is read."""
-    for source in (*recipe.data.train, *recipe.data.eval) if recipe else ():
-        whole = place = folder_split(source.path)[0]
+    data = recipe.data if recipe else DataSection()
+    sources = (source.path for source in (*data.train, *data.eval))
+    for path in (*sources, *(source.path for source in data.documents)):
+        whole = place = folder_split(path)[0]
         while glob.has_magic(place) and not os.path.lexists(place):
             place = os.path.dirname(place)
         if os.path.isabs(place):

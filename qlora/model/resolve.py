@@ -48,10 +48,19 @@ def resolve_config(base: str, revision: str, sink: Sink) -> dict[str, Any]:
 
     Raises ModelError for whatever keeps a model of that configuration from being trained.
     """
-    folder = _local_folder(base)
-    if folder is None:
-        repository = hub.Repository(base, revision, "model")
-        folder = hub.look_up(repository, (CONFIG_FILE,), sink).fetch((CONFIG_FILE,))
+    return config_in(small_files(base, revision, sink, (CONFIG_FILE,)), base)
+
+
+def small_files(base: str, revision: str, sink: Sink, wanted: tuple[str, ...] = SMALL_FILES) -> Path:
+    """The folder with those of the base's files that match `wanted`; of the hub, nothing else is downloaded."""
+    if (folder := _local_folder(base)) is not None:
+        return folder
+    snapshot = hub.look_up(hub.Repository(base, revision, "model"), wanted, sink)
+    return snapshot.fetch(_matching(snapshot.files, wanted) or [CONFIG_FILE])
+
+
+def config_in(folder: Path, base: str) -> dict[str, Any]:
+    """The `config.json` of the base in a folder. Raises ModelError as `resolve_config` does."""
     if not (folder / CONFIG_FILE).is_file():
         raise ModelError(f"{base}: there is no config.json in it", "name a folder or hub model that has one")
     config = load_config(folder / CONFIG_FILE)

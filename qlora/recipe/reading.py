@@ -7,7 +7,7 @@ nearest valid key (see `problems.py`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from qlora.recipe.problems import LineIndex, Location, apply_override, explain_u
 
 
 class Recipe(sections.Section):
-    """A whole recipe. `[model]` alone is enough to look at memory; training needs `[[data.train]]` too."""
+    """A whole recipe. `[model]` alone is enough to look at memory; training needs rows or documents too."""
 
     model: sections.ModelSection
     quantization: sections.QuantizationSection = sections.QuantizationSection()
     lora: sections.LoraSection = sections.LoraSection()
     data: sections.DataSection = sections.DataSection()
+    study: sections.StudySection = sections.StudySection()
+    exam: sections.ExamSection = sections.ExamSection()
     train: sections.TrainSection = sections.TrainSection()
     memory: sections.MemorySection = sections.MemorySection()
     checkpoint: sections.CheckpointSection = sections.CheckpointSection()
@@ -48,6 +50,13 @@ class Recipe(sections.Section):
 MOST_PROBLEMS = 20  # of one recipe, in messages
 # Sections that cannot change what is learned: a resumed run may differ in them.
 FREE_SECTIONS = ("report", "output", "checkpoint", "export", "memory")
+# Keys that are tables of their own, each of which names files by its `path`.
+TABLES: dict[str, type[sections.SourceSection | sections.DocumentsSection | sections.QuestionsSection]] = {
+    "data.train": sections.SourceSection,
+    "data.eval": sections.SourceSection,
+    "data.documents": sections.DocumentsSection,
+    "exam.own": sections.QuestionsSection,
+}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -76,6 +85,11 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) ->
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(problems + _problems(error, raw, index)) from None
+    for table in ("study", "exam"):
+        if table in raw and not recipe.data.documents:
+            what = f"[{table}] without [[data.documents]]: there is nothing to study"
+            hint = 'add [[data.documents]] with path = "manuals", or take it out'
+            problems.append(Problem(index.where((table,)), what, hint))
     if problems := problems + cross_checks(recipe, index):
         raise RecipeError(problems)
     return recipe
@@ -83,7 +97,8 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) ->
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:
     """The recipe with every default written out, as TOML that reads back to an equal recipe."""
-    return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+    idle = set() if recipe.data.documents else {"study", "exam"}  # without documents they would be refused
+    return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, exclude=idle))
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -97,14 +112,14 @@ def key_names() -> list[str]:
 
 
 def _fields() -> dict[str, FieldInfo]:
-    """The keys by their names; those of a source as `data.train.key` and `data.eval.key`."""
+    """The keys by their names; those of a source as `data.train.key`, `data.eval.key` and so on."""
     found: dict[str, FieldInfo] = {}
     for table, field in Recipe.model_fields.items():
         section = field.annotation
         assert isinstance(section, type) and issubclass(section, sections.Section)
         for key, entry in section.model_fields.items():
-            if table == "data" and key in ("train", "eval"):
-                found |= {f"data.{key}.{name}": inner for name, inner in sections.SourceSection.model_fields.items()}
+            if inner := TABLES.get(f"{table}.{key}"):
+                found |= {f"{table}.{key}.{name}": field for name, field in inner.model_fields.items()}
             else:
                 found[f"{table}.{key}"] = entry
     return found
@@ -152,6 +167,8 @@ def _problems(error: ValidationError, raw: Mapping[str, Any], index: LineIndex) 
 def _real_location(location: tuple[int | str, ...], raw: Mapping[str, Any]) -> tuple[int | str, ...]:
     place: Any = raw
     kept: list[int | str] = []
+    if location[:2] == ("exam", "own") and "own" not in raw["exam"]:
+        location = "exam", "questions", *location[2:]
     for part in location:
         if isinstance(place, Mapping) and isinstance(part, str):
             kept.append(part)
@@ -234,7 +251,7 @@ def looks_like_folder(base: str) -> bool:
 
 def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     """The recipe with the base and the sources that are local as absolute paths, from `folder` on."""
-    model, data = recipe.model, recipe.data
+    model = recipe.model
     problems: list[Problem] = []
     base = _local(model.base, folder, ("model", "base"), index, problems)
     if looks_like_folder(model.base) or os.path.isdir(base):
@@ -242,19 +259,29 @@ def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     if model.chat_template not in ("auto", "chatml"):
         template = str(_local(model.chat_template, folder, ("model", "chat_template"), index, problems))
         model = model.model_copy(update={"chat_template": template})
-    sources = {side: list(getattr(data, side)) for side in ("train", "eval")}
-    for side, entries in sources.items():
-        for number, source in enumerate(entries):
-            if not source.path.startswith("hub:"):
-                # Not resolve(): a glob's pattern must stay as it is.
-                path = str(_local(source.path, folder, ("data", side, number, "path"), index, problems))
-                entries[number] = source.model_copy(update={"path": path})
+
+    def absolute(path: str, key: Location) -> str:
+        # Not resolve(): a glob's pattern must stay as it is.
+        return path if path.startswith("hub:") else str(_local(path, folder, key, index, problems))
+
+    placed = with_paths(recipe, absolute)
     _local(recipe.output.dir, Path.cwd(), ("output", "dir"), index, problems)
     if problems:
         raise RecipeError(problems)
-    # What the recipe does not set stays so: a resumed run takes it from what it recorded.
-    changed = {side: tuple(entries) for side, entries in sources.items() if entries}
-    return recipe.model_copy(update={"model": model, "data": data.model_copy(update=changed)})
+    return placed.model_copy(update={"model": model})
+
+
+def with_paths(recipe: Recipe, placed: Callable[[str, Location], str]) -> Recipe:
+    """The recipe with each source's path as `placed(path, key)`; what the recipe does not set stays unset."""
+    changed: dict[str, dict[str, Any]] = {"data": {}, "exam": {}}
+    for table, _, key in (name.partition(".") for name in TABLES):
+        entries = getattr(getattr(recipe, table), key)
+        paths = (placed(entry.path, (table, key, number, "path")) for number, entry in enumerate(entries))
+        if entries:
+            pairs = zip(entries, paths, strict=True)
+            changed[table][key] = tuple(entry.model_copy(update={"path": path}) for entry, path in pairs)
+    tables = {table: getattr(recipe, table).model_copy(update=new) for table, new in changed.items() if new}
+    return recipe.model_copy(update=tables)
 
 
 def _local(text: str, folder: Path, key: Location, index: LineIndex, problems: list[Problem]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 from qlora.events import Progress
@@ -57,3 +58,16 @@ def sparkline(values: list[float], width: int = SPARK_WIDTH) -> str:
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(SPARK[min(len(SPARK) - 1, int((m - low) / span * len(SPARK)))] for m in means)
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of paths that tell them apart: names alone, with their folders where two have one name."""
+    parts = [path.replace("\\", "/").rstrip("/").split("/") for path in paths]
+    names = []
+    for one in parts:
+        others = [other for other in parts if other != one]
+        taken = 1
+        while taken < len(one) and any(other[-taken:] == one[-taken:] for other in others):
+            taken += 1
+        names.append("/".join(one[-taken:]))
+    return names

@@ -80,10 +80,13 @@ def neftune_noise(embeds_BSD: Tensor, batch: Batch, alpha: float) -> Tensor:
 
 
 def batch_logprobs(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
-    """Log-probabilities (T,) of the trained targets of a micro-batch, in the order of `batch.trained_T`."""
+    """Log-probabilities (T,) of the trained targets of a micro-batch, in the order of `batch.trained_T`; (T, K) of the
+    tokens of its labels where it has some."""
     hidden_BSD = hidden_states(parts, batch, neftune_alpha)
     hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, batch.trained_T)
-    targets_T = batch.targets_BS.flatten().index_select(0, batch.trained_T)
+    targets_T = batch.label_ids_TK
+    if targets_T is None:
+        targets_T = batch.targets_BS.flatten().index_select(0, batch.trained_T)
     return token_logprobs(hidden_TD, targets_T, parts.head, parts.transform, parts.chunk_tokens)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
+from qlora.step.soft_labels import divergence
 
 # fp32 logits of one chunk. Four copies of it live at the chunk's peak (logits in bf16 and fp32, log-softmax, its
 # gradient); 64 MiB keeps them under a quarter GiB and a chunk's matmul large enough to fill a small GPU.
@@ -68,7 +69,10 @@ def _softcap(logits: Tensor, cap: float, factor: float) -> Tensor:
 def token_logprobs(
     hidden_TD: Tensor, targets_T: Tensor, head: nn.Module, transform: LogitsTransform | None, chunk: int
 ) -> Tensor:
-    """Log-probability of each target, fp32, shape (T,); differentiable with respect to hidden states and head."""
+    """Log-probability of each target, fp32, of their shape; differentiable with respect to hidden states and head.
+
+    `targets_T` are one token a position, or (T, K) of them: K columns of a chunk's logits are gathered as one is.
+    """
     pieces = []
     for start in range(0, hidden_TD.shape[0], chunk):
         hidden_CD, targets_C = hidden_TD[start : start + chunk], targets_T[start : start + chunk]
@@ -78,7 +82,7 @@ def token_logprobs(
             pieces.append(checkpoint(run, hidden_CD, targets_C, use_reentrant=False, preserve_rng_state=False))
         else:
             pieces.append(run(hidden_CD, targets_C))
-    return torch.cat(pieces) if pieces else hidden_TD.new_zeros(0, dtype=torch.float32)
+    return torch.cat(pieces) if pieces else hidden_TD.new_zeros(targets_T.shape, dtype=torch.float32)
 
 
 def _chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, transform: LogitsTransform | None) -> Tensor:
@@ -86,8 +90,8 @@ def _chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor, head: nn.Module, trans
     if transform is not None:
         logits_CV = transform(logits_CV)
     logits_CV = logits_CV.float()
-    chosen_C = logits_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1)
-    return chosen_C - logits_CV.logsumexp(dim=-1)
+    chosen = logits_CV.gather(-1, targets_C.view(len(targets_C), -1)).view(targets_C.shape)
+    return chosen - logits_CV.logsumexp(dim=-1, keepdim=targets_C.dim() > 1)
 
 
 class Objective(Protocol):
@@ -102,17 +106,19 @@ class Objective(Protocol):
         ...
 
     def loss(self, logprobs_T: Tensor, batch: Batch) -> Tensor:
-        """The micro-batch's summed loss, a scalar, from the log-probabilities of `batch.trained_T`."""
+        """The micro-batch's summed loss, a scalar, from the log-probabilities of `batch.trained_T` (see `forward`)."""
         ...
 
 
 @dataclass(frozen=True)
 class SupervisedObjective:
-    """Negative log-likelihood of the trained tokens, in nats, each times its loss weight."""
+    """Negative log-likelihood of the trained tokens, or KL from their labels, in nats, each times its loss weight."""
 
     def weight(self, batch: Batch) -> float:
         return float(batch.loss_weights_BS.sum())
 
     def loss(self, logprobs_T: Tensor, batch: Batch) -> Tensor:
+        if batch.label_logprobs_TK is not None:
+            logprobs_T = -divergence(logprobs_T, batch.label_logprobs_TK)
         weights_T = batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)
         return -(logprobs_T * weights_T).sum()

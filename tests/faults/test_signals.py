@@ -26,7 +26,7 @@ from tests.runs import write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 
-MOMENTS = 20
+MOMENTS = 8
 STEPS = 8
 RUN = (
     *(setting for setting in SETTINGS if not setting.startswith(("report", "eval.samples", "eval.every"))),
@@ -148,7 +148,7 @@ def test_sigterm_at_random_moments(tmp_path: Path, llama: Path, straight: tuple[
         ]
         assert steps == list(range(1, STEPS + 1))
     print(f"{codes.count(143)} of {MOMENTS} left with 143; last words before the signal: {phases}")
-    assert codes.count(143) >= MOMENTS - 3
+    assert codes.count(143) >= MOMENTS - 2
 
 
 PHASES = ("progress tokenize", "progress load", "progress evaluate", "step  2", "saved checkpoint", "progress merge")

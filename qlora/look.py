@@ -1,0 +1,75 @@
+"""A look at a recipe's rows before anything is trained: what the model will see, counted and drawn.
+
+The same preparation as a run's, with the same cache of tokens; of the base its configuration and tokenizer alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora import files
+from qlora.errors import Problem, RecipeError
+from qlora.events import Notice, Sink, Sinks
+from qlora.guarded import Guarded
+from qlora.recipe.reading import Recipe
+
+if TYPE_CHECKING:
+    from qlora.data.xray.look import Seen
+    from qlora.model.tokenizer_files import TokenizerFiles
+
+DRAWN_ROWS = 3
+
+
+def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: Sink | None = None) -> Seen:
+    """Read, tokenize and look at the rows of a recipe; `rows` of them are taken apart token by token.
+
+    Needs no GPU and no weights. What preparation left out or chose is emitted to `sink`. Raises the errors of
+    `qlora.errors`.
+    """
+    from qlora.data.hub_rows import localize
+    from qlora.data.prepare import check_files
+    from qlora.model import row_packing
+    from qlora.model.base_folder import check_entries, check_tokenizer_config
+    from qlora.model.chat_template import chosen
+    from qlora.model.resolve import config_in, small_files
+    from qlora.model.tokenizer_files import read_files
+
+    if not isinstance(recipe, Recipe):
+        files.user_path(recipe, "the recipe")
+        recipe = Recipe.from_file(Path(recipe).expanduser())
+    shared = Sinks(sink) if sink is not None else Sinks()
+    if not recipe.data.train:
+        hint = 'add [[data.train]] with path = "rows.jsonl"'
+        raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
+    with Guarded("looking at the rows", "end other programs that hold memory"):
+        found = localize(recipe.data, shared)
+        check_files(found.local)
+        folder = small_files(recipe.model.base, recipe.model.revision, shared)
+        if folder.is_dir():
+            check_entries(folder)
+        config = config_in(folder, recipe.model.base)
+        check_tokenizer_config(folder)
+        recipe = recipe.model_copy(update={"data": found.pinned})
+        recipe = row_packing.settled(recipe, config, shared)
+        tokenizer = chosen(read_files(folder), recipe.model, recipe.model.base, shared)
+        return _look(recipe, tokenizer, rows, shared)
+
+
+def _look(recipe: Recipe, tokenizer: TokenizerFiles, rows: int, sink: Sink) -> Seen:
+    from qlora.data.hub_rows import localize
+    from qlora.data.loader import TrainOrder
+    from qlora.data.prepare import prepare
+    from qlora.data.xray.look import look
+    from qlora.training.setup import prepare_rows
+
+    with tempfile.TemporaryDirectory(prefix="qlora-rows-", ignore_cleanup_errors=True) as place:
+        chat, prepared = prepare_rows(recipe, tokenizer, sink)
+        if not all(report.by_source for report in prepared.reports):
+            sink.emit(Notice("cache", "an older version tokenized these rows and counted less: they are read again"))
+            seed = recipe.train.seed
+            local = localize(recipe.data, Sinks()).local
+            prepared = prepare(local, tokenizer.fingerprint, chat, seed, Path(place), Sinks())
+        packs = TrainOrder(prepared.train, recipe.data, recipe.train.seed, 1).epoch_packs(0)
+        return look(recipe.model.base, recipe.data, chat, prepared, packs, rows)

@@ -1,0 +1,196 @@
+"""Self-contained pages: a tree of elements that escapes by construction, in a frame with one style for light and dark.
+
+A page opens from a mail or a USB stick: it loads nothing, sends nothing and runs nothing, and says so itself (its
+content security policy allows its own style by hash, and else nothing). Text of strangers is text: it passes through
+`shown`, then through `html.escape`, and there is no way to put markup into a page but by an element.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import html
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora import files, shown
+from qlora.errors import UserError
+from qlora.redaction import redact
+
+_PHRASING = frozenset(("span", "code", "strong", "small"))
+_FLOW = _PHRASING | {"section", "h1", "h2", "h3", "p", "div", "table", "ul", "details", "pre", "svg"}
+_DRAWN = frozenset(("g", "rect", "line", "text", "title"))
+# What a page is made of, and which elements each may hold (HTML's content models, narrowed). `style`, `script`, `a`,
+# `img` and whatever else could reach out are not among them.
+CHILDREN = {
+    **dict.fromkeys(("section", "div", "td", "li"), _FLOW),
+    **dict.fromkeys(("h1", "h2", "h3", "p", "pre", "span", "code", "strong", "small", "summary", "th"), _PHRASING),
+    "details": _FLOW | {"summary"},
+    "table": frozenset(("thead", "tbody")),
+    **dict.fromkeys(("thead", "tbody"), frozenset(("tr",))),
+    "tr": frozenset(("th", "td")),
+    "ul": frozenset(("li",)),
+    **dict.fromkeys(("svg", "g"), _DRAWN),
+    **dict.fromkeys(("rect", "line"), frozenset(("title",))),
+    **dict.fromkeys(("text", "title"), frozenset[str]()),
+}
+_WITHOUT_WORDS = frozenset(("table", "thead", "tbody", "tr", "ul", "svg", "g", "rect", "line"))
+ATTRIBUTES = frozenset(
+    (
+        *("class", "id", "title", "role", "aria-label", "aria-hidden", "scope", "colspan", "open", "dir", "tabindex"),
+        *("viewBox", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "text-anchor"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Element:
+    """An element of a page; made by `element`, which checks it."""
+
+    tag: str
+    attributes: tuple[tuple[str, str], ...]
+    children: tuple[Element | str, ...]
+
+    def write(self, out: list[str]) -> None:
+        """Append the element as HTML."""
+        out.append(f"<{self.tag}")
+        out += [f' {name}="{_escaped(value)}"' for name, value in self.attributes]
+        out.append(">")
+        for child in self.children:
+            if isinstance(child, Element):
+                child.write(out)
+            else:
+                out.append(_escaped(child))
+        out.append(f"</{self.tag}>")
+
+
+def element(tag: str, *children: Element | str, attributes: Mapping[str, str | int | float] | None = None) -> Element:
+    """An element with text and elements in it. Raises ValueError for what no page may hold, or may not hold there."""
+    values = tuple((name, str(value)) for name, value in (attributes or {}).items())
+    if tag not in CHILDREN or any(name not in ATTRIBUTES for name, _ in values):
+        raise ValueError(f"<{tag}> with {[name for name, _ in values]} is nothing that a page may hold")
+    for child in children:
+        if isinstance(child, Element) and child.tag not in CHILDREN[tag]:
+            raise ValueError(f"<{tag}> holds no <{child.tag}>")
+        if isinstance(child, str) and tag in _WITHOUT_WORDS:
+            raise ValueError(f"<{tag}> holds no words")
+    return Element(tag, values, children)
+
+
+def classed(tag: str, name: str, *children: Element | str, **attributes: str | int | float) -> Element:
+    """An element of a class, or of several. `aria_label` stands for aria-label."""
+    named = {key.replace("_", "-"): value for key, value in attributes.items()}
+    return element(tag, *children, attributes={"class": name, **named})
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Element | str]]) -> Element:
+    """A table that scrolls by itself where it is wider than the screen. Cells that are figures stand to the right."""
+    head = element("tr", *(element("th", name, attributes={"scope": "col"}) for name in heads))
+    body = [element("tr", *(_cell(cell) for cell in row)) for row in rows]
+    made = element("table", element("thead", head), element("tbody", *body))
+    return classed("div", "wide", made, tabindex=0)
+
+
+def _cell(value: Element | str) -> Element:
+    is_figure = isinstance(value, str) and re.fullmatch(r"[\d,.]+( ?%)?", value) is not None
+    return classed("td", "figure", value) if is_figure else element("td", value)
+
+
+def page(title: str, *sections: Element) -> str:
+    """The whole page, with its frame. `title` is a stranger's text as any other."""
+    body: list[str] = []
+    for section in sections:
+        section.write(body)
+    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
+        f'<link rel="icon" href="data:,">\n<title>{_escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
+        f"<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(shown.block(redact(text)))
+
+
+MARK = b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy"'
+
+
+def check_place(file: Path) -> Path:
+    """Before anything is computed: where a page named so by the user can be written. Raises UserError for a link, and
+    for what is there and is no page of ours.
+    """
+    files.user_path(file, "`html`")
+    file = file.expanduser().absolute()
+    try:
+        if files.is_link(file):
+            raise files.UnsafePathError("a link, and nothing is written through one")
+        if not file.parent.is_dir():
+            raise UserError(f"`html`: {file.parent}: no such folder", "make it, or name a file in another one")
+        if not os.access(file.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not file.exists():
+            return file
+        with files.open_to_read(file) as there:
+            ours = there.read(len(MARK)) == MARK
+    except (OSError, files.UnsafePathError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"`html`: {file}: {reason}", "name another file") from error
+    if not ours:
+        raise UserError(f"`html`: {file} is there, and is no page of ours", "name another file, or remove it")
+    return file
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d1f21; --dim: #6b7076; --line: #dcdcd6; --soft: #f2f2ec;
+  --good: #0f6b34; --good-soft: #d9f2e0; --bad: #a3152a; --bad-soft: #fbe3e4; --warn: #8a5300; --warn-soft: #fdf0d5; }
+@media (prefers-color-scheme: dark) { :root { --paper: #16181a; --ink: #e6e6e3; --dim: #9aa0a6; --line: #34383c;
+  --soft: #1f2225; --good: #7ddb9b; --good-soft: #17402a; --bad: #ff9aa5; --bad-soft: #4a1c23; --warn: #f3c672;
+  --warn-soft: #43320f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere; }
+p { margin: .4rem 0; overflow-wrap: anywhere; }
+.dim, small { color: var(--dim); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; width: 100%; }
+th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--dim); font-weight: 500; white-space: nowrap; }
+td.figure { font-variant-numeric: tabular-nums; white-space: nowrap; }
+code { font: .86em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
+.card { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; }
+.card strong { display: block; font-size: 1.25rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.card small { display: block; line-height: 1.35; }
+.said { border-left: .25rem solid var(--line); padding: .15rem .8rem; margin: .7rem 0; }
+.said.wrong { border-color: var(--bad); } .said.harm { border-color: var(--warn); }
+.tag { font-size: .78rem; border-radius: .3rem; padding: .05rem .4rem; margin-right: .5rem; background: var(--soft);
+  white-space: nowrap; }
+.wrong .tag { background: var(--bad-soft); color: var(--bad); }
+.harm .tag { background: var(--warn-soft); color: var(--warn); }
+.row { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; margin: .5rem 0; }
+.tokens { font: .86rem/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  margin: .3rem 0 0; }
+.token { color: var(--dim); border-right: 1px solid var(--line); }
+.token.on { color: var(--good); background: var(--good-soft); border-radius: .15rem; }
+.key { display: inline-block; margin-right: 1rem; }
+.border { border-top: 2px dashed var(--line); margin: 1.4rem 0 .4rem; padding-top: .5rem; }
+svg { display: block; width: 100%; height: auto; max-width: 44rem; }
+svg text { fill: var(--dim); font: 11px system-ui, sans-serif; }
+.bar { fill: var(--good); } .bar.over { fill: var(--bad); } .limit { stroke: var(--bad); stroke-dasharray: 4 3; }
+.axis { stroke: var(--line); }
+details summary { cursor: pointer; color: var(--dim); }
+@media (max-width: 36rem) { main { padding: 1rem .75rem 3rem; } body { font-size: 15px; } }
+@media print { .row, .card { break-inside: avoid; } }
+"""

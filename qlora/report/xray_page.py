@@ -1,0 +1,133 @@
+"""A look at rows as a page: the figures first, then what is wrong, then the rows themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qlora.report.figures import names_of
+from qlora.report.page import Element, classed, element, page, table
+from qlora.report.xray import facts, readable
+
+LEVELS = {"wrong": "spoils the run", "harm": "makes it worse", "note": "good to know"}
+_BAR_HEIGHT, _GAP, _LEFT, _WIDE, _RIGHT = 16, 5, 92, 420, 66  # of the histogram, in its own units
+
+
+def page_of(seen: Mapping[str, Any]) -> str:
+    """The whole page of what `Seen.as_dict` gives, with its `warnings` and the `recipe`'s name."""
+    base = seen["base"].replace("\\", "/").rstrip("/")
+    named = base if base.count("/") == 1 else base.rpartition("/")[2]
+    head = element(
+        "section",
+        element("h1", f"What {seen['recipe']} shows the model"),
+        classed("p", "dim", f"base: {named}; rows of up to {seen['max_length']:,} tokens"),
+        classed("div", "cards", *_cards(seen)),
+    )
+    return page(
+        f"{seen['recipe']}: rows",
+        head,
+        element("section", element("h2", "What to mend"), *_warnings(seen["warnings"])),
+        element("section", element("h2", "Rows, token by token"), *_rows(seen["drawn"], seen["max_length"])),
+        element("section", element("h2", "Sources"), *_sources(seen["sources"])),
+        element("section", element("h2", "Lengths"), _histogram(seen["lengths"], seen["max_length"])),
+        element("section", element("h2", "Counted over all rows"), table(("", ""), list(facts(seen)))),
+    )
+
+
+def _cards(seen: Mapping[str, Any]) -> Iterator[Element]:
+    train = seen["train"]
+    yield _card(f"{train['rows']:,}", "rows to train on")
+    yield _card(f"{seen['eval']['rows'] if seen['eval'] else 0:,}", "rows to evaluate")
+    yield _card(f"{train['tokens']:,}", "tokens")
+    yield _card(f"{train['trained'] / train['tokens']:.1%}", "of them trained")
+    if seen["packing"]["on"]:
+        yield _card(f"{seen['packing']['share']:.1%}", f"full: {seen['packing']['packs']:,} packs")
+    yield _card(f"{sum(one['dropped'] + one['rejected'] for one in seen['sources']):,}", "rows left out")
+
+
+def _card(figure: str, what: str) -> Element:
+    return classed("div", "card", element("strong", figure), element("small", what))
+
+
+def _warnings(warnings: Sequence[Mapping[str, Any]]) -> Iterator[Element]:
+    if not warnings:
+        yield element("p", "Nothing.")
+    for one in warnings:
+        examples = [element("p", element("code", " like ".join(places))) for places in one["examples"]]
+        what = element("p", classed("span", "tag", LEVELS[one["level"]]), one["what"])
+        yield classed("div", f"said {one['level']}", what, classed("p", "dim", one["fix"]), *examples)
+
+
+def _rows(drawn: Sequence[Mapping[str, Any]], max_length: int) -> Iterator[Element]:
+    trained, read = classed("span", "token on", "trained"), classed("span", "token", "only read")
+    yield element("p", classed("span", "key", trained), classed("span", "key", read))
+    for pack in drawn:
+        if pack["documents"] > 1:
+            said = f"pack {pack['number']:,}: {pack['documents']:,} rows, {pack['tokens']:,} of {max_length:,} tokens"
+            yield classed("p", "border dim", said)
+        for row in pack["rows"]:
+            title = f"{row['where']}: {row['tokens']:,} tokens, {row['trained']:,} trained"
+            yield classed("div", "row", element("small", title), classed("pre", "tokens", *_tokens(row), dir="auto"))
+
+
+def _tokens(row: Mapping[str, Any]) -> Iterator[Element | str]:
+    for piece in row["pieces"]:
+        ids = " ".join(map(str, piece["ids"]))
+        name = "token on" if piece["trained"] else "token"
+        yield classed("span", name, readable(piece["text"]), title=ids)
+    left = row["tokens"] - sum(len(piece["ids"]) for piece in row["pieces"])
+    if left > 0:
+        yield f" … {left:,} more tokens"
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> Iterator[Element]:
+    keys = ("rows", "cut", "dropped", "rejected", "tokens", "trained")
+    names = names_of([one["path"] for one in sources])
+    rows = [[name, one["side"], *(f"{one[key]:,}" for key in keys)] for name, one in zip(names, sources, strict=True)]
+    yield table(("source", "for", "rows used", *keys[1:]), rows)
+    reasons = [
+        [name, f"{reason['count']:,}", reason["reason"], element("code", ", ".join(reason["examples"]))]
+        for name, one in zip(names, sources, strict=True)
+        for reason in one["reasons"]
+    ]
+    if reasons:
+        yield element("h3", "Left out")
+        yield table(("source", "rows", "because", "for example"), reasons)
+
+
+def _histogram(bars: Sequence[Mapping[str, Any]], max_length: int) -> Element:
+    shown = [bar for bar in bars if bar["rows"] or not bar["over"]]
+    most = max((bar["rows"] for bar in shown), default=0) or 1
+    step, drawn, over, y = _BAR_HEIGHT + _GAP, [], False, 4
+    for bar in [*shown, None]:
+        if not over and (bar is None or bar["over"]):
+            over = True
+            drawn += _limit(y, max_length)
+            y += step
+        if bar is not None:
+            drawn += _bar(bar, y, most)
+            y += step
+    size = {"viewBox": f"0 0 {_LEFT + _WIDE + _RIGHT} {y}", "role": "img", "aria-label": "rows by their tokens"}
+    return element("svg", *drawn, attributes=size)
+
+
+def _bar(bar: Mapping[str, Any], y: int, most: int) -> list[Element]:
+    upto = f"{bar['least']:,}–{bar['most']:,}" if bar["most"] else f"over {bar['least'] - 1:,}"
+    width = max(_WIDE * bar["rows"] / most, 1.5 * bool(bar["rows"]))
+    place = {"x": _LEFT, "y": y, "width": round(width, 1), "height": _BAR_HEIGHT}
+    base = y + _BAR_HEIGHT - 4
+    return [
+        element("text", upto, attributes={"x": _LEFT - 8, "y": base, "text-anchor": "end"}),
+        element("rect", attributes={"class": "bar over" if bar["over"] else "bar", **place}),
+        element("text", f"{bar['rows']:,}", attributes={"x": round(_LEFT + width + 6, 1), "y": base}),
+    ]
+
+
+def _limit(y: int, max_length: int) -> list[Element]:
+    middle = y + _BAR_HEIGHT // 2
+    said = f"data.max_length = {max_length:,}"
+    ends = {"x1": _LEFT, "x2": _LEFT + _WIDE - 130, "y1": middle, "y2": middle}
+    return [
+        element("line", attributes={"class": "limit", **ends}),
+        element("text", said, attributes={"x": _LEFT + _WIDE - 124, "y": middle + 4}),
+    ]

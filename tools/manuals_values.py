@@ -1,0 +1,117 @@
+"""Invented names and values of the tiny reading base's world, from endless sets: only copying can give them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Container
+
+ONSETS = "B C D F G H J K L M N P R S T V W Z Br Cl Dr Fr Gr Kr Pl St Tr Sk Vl Ch Sh Th".split()
+VOWELS = "a e i o u ai ea ou".split()
+CODAS = "l m n r s t k p x sh nd rt st lk".split()
+ENDS = "o a is en um el ar ix on et us in or ay".split()
+TOWN_ENDS = "ham ford ley wick burg ton stead mouth field gate".split()
+COLOURS = (
+    "red blue green yellow orange purple white black grey brown pink silver gold crimson turquoise violet ivory beige "
+    "olive navy teal amber indigo bronze copper cream lilac ruby"
+).split()
+MATERIALS = (
+    "oak pine birch walnut cedar bamboo steel iron brass tin zinc glass clay stone marble granite slate cotton linen "
+    "wool silk leather felt cork rubber paper wax soap vinegar alcohol oil water sand chalk soda foam"
+).split()
+PARTS = (
+    "cable hose bolt spring filter brush key manual bag lamp screw belt lid tray sieve plug fuse strap clip ring wrench "
+    "nozzle handle hook charger needle pad tube cup sensor"
+).split()
+JOBS = (
+    "cook driver clerk buyer nurse guard planner welder painter tester trainer lawyer printer fitter packer porter "
+    "cleaner gardener engineer bookkeeper chemist translator"
+).split()
+VERBS = "clean turn press pull open close lift shake warm cool dry oil check swap empty fill tap push".split()
+LETTERS = "ABCDEFGHKLMNPRSTVWXZ"
+
+Taken = Container[str]
+
+
+def invented(rng: random.Random, ends: list[str], syllables: int) -> str:
+    """A name of one or two syllables and an ending: "Trouvix", "Kelmarton"."""
+    parts = [rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS)]
+    for _ in range(syllables - 1):
+        parts += [rng.choice(ONSETS).lower(), rng.choice(VOWELS)]
+    return "".join(parts) + rng.choice(ends)
+
+
+def new_name(rng: random.Random, taken: Taken, ends: list[str] = ENDS) -> str:
+    while True:
+        name = invented(rng, ends, 1 if rng.random() < 0.7 else 2)
+        if name not in taken:
+            return name
+
+
+def person(rng: random.Random, taken: Taken) -> str:
+    return f"{new_name(rng, taken)} {new_name(rng, taken)}"
+
+
+def town(rng: random.Random, taken: Taken) -> str:
+    return new_name(rng, taken, TOWN_ENDS)
+
+
+def action(rng: random.Random, taken: Taken) -> str:
+    return f"{rng.choice(VERBS)} the {rng.choice([*COLOURS, *MATERIALS])} {rng.choice(PARTS)}"
+
+
+def parts(rng: random.Random, taken: Taken) -> str:
+    *first, last = rng.sample(PARTS, rng.choice((2, 2, 3)))
+    return f"{', '.join(first)} and {last}"
+
+
+def trouble(rng: random.Random, taken: Taken) -> str:
+    return f"a {rng.choice(WRONG)} {rng.choice(PARTS)}"
+
+
+WRONG = "worn loose wet cold hot broken blocked missing dirty wrong dusty bent torn frozen".split()
+
+
+def counted(unit: str, least: int, most: int) -> Callable[[random.Random, Taken], str]:
+    return lambda rng, taken: f"{rng.randint(least, most)} {unit}"
+
+
+def one_of(words: list[str]) -> Callable[[random.Random, Taken], str]:
+    return lambda rng, taken: rng.choice(words)
+
+
+MAKERS: dict[str, Callable[[random.Random, Taken], str]] = {
+    "product": new_name,
+    "person": person,
+    "town": town,
+    "error": lambda rng, taken: f"{rng.choice('EFHW')}{rng.randint(10, 999)}",
+    "code": lambda rng, taken: f"{rng.choice(LETTERS)}{rng.choice(LETTERS)}-{rng.randint(10, 999)}",
+    "shelf": lambda rng, taken: f"{rng.choice(LETTERS)}{rng.randint(10, 99)}",
+    "number": lambda rng, taken: str(rng.randint(100, 9999)),
+    "year": lambda rng, taken: str(rng.randint(1901, 2025)),
+    "action": action,
+    "parts": parts,
+    "trouble": trouble,
+    "colour": one_of(COLOURS),
+    "material": one_of(MATERIALS),
+    "job": one_of(JOBS),
+    "crowns": counted("crowns", 11, 990),
+    "months": counted("months", 5, 99),
+    "kilograms": counted("kilograms", 2, 399),
+    "watts": counted("watts", 12, 990),
+    "hours": counted("hours", 2, 99),
+    "days": counted("days", 2, 99),
+    "weeks": counted("weeks", 2, 60),
+    "people": counted("people", 12, 900),
+}
+
+
+def handbook_names() -> tuple[list[str], list[str]]:
+    """Names and towns of the handbook, which the pre-training text must not use."""
+    rng = random.Random("handbook names")
+    names: list[str] = []
+    while len(names) < 260:
+        names.append(new_name(rng, names))
+    towns: list[str] = []
+    while len(towns) < 40:
+        towns.append(new_name(rng, towns, TOWN_ENDS))
+    return names, towns
