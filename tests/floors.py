@@ -51,6 +51,9 @@ FLOORS = {
     "version": 1,
     "windows_paths": 1,
     "processes": 1,
+    "wsl": 1,
+    "units": 1,
+    "heap": 1,
     "torch_build": 1,
     "nvidia": 1,
     "nvidia_child": 1,
@@ -65,7 +68,8 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "examine", "look", "api", "prove"),
+        *("wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device", "flat", "numerics", "batch"),
+        *("forward_facts", "examine", "look", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
@@ -105,8 +109,8 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions", "generation"),
-        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store", "exam_questions"),
+        *("generation", "labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
         *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
     ],
     "memory": [
