@@ -266,9 +266,7 @@ def _open_source(
     delivered, is_older = delivered_loss.read(adapter_dir)
     if recipe is None:
         return replace(source, delivered=delivered)
-    datasets = tuple(
-        dict.fromkeys(run_folder.dataset_name(source.path) for source in (*recipe.data.train, *recipe.data.documents))
-    )
+    datasets = run_folder.dataset_names(recipe)
     rows = None
     if with_rows:
         try:
@@ -277,9 +275,8 @@ def _open_source(
             )
             tokenizer = chat_template.as_before(tokenizer, base.name, adapter_dir, Sinks())
             chat, data = setup.prepare_rows(as_exported(recipe, adapter_dir.parent), tokenizer, Sinks())
-            rows = RunRows(
-                measured_on(recipe, data), row_packing.as_measured(recipe.data, base.config, base.name), chat
-            )
+            section = row_packing.as_measured(recipe.data, base.config, base.name)
+            rows = RunRows(measured_on(recipe, data), section, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
     if rows is not None and is_older:

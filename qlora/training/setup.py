@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora import disk, processes
+from qlora import disk, heap, processes
 from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
 from qlora.guarded import Guarded
@@ -108,15 +108,17 @@ def prepare_job(
     """Everything up to the first step. Inside the block the CPU multiplies as training needs it; behind it the job's
     model is empty.
     """
+    from qlora import device as hardware
     from qlora.model import emptied
     from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
     from qlora.study.teacher import Teacher
 
-    base = found.base
+    base, device, exam = found.base, pick_device(), None
     clock, watch = PhaseClock(sink), BaseWatch.begin(base)
+    if not hardware.is_card(device):
+        heap.settle()  # as the estimate takes for granted
     chat, data, memory, lesson = prepare(recipe, found, tokenizer, sink, clock)
-    device, exam = pick_device(), None
     with fast_matmul(device), ExitStack() as stack:
         model = load_model(recipe, base, data, chat, clock)
         stack.callback(emptied.empty, model)
