@@ -250,6 +250,7 @@ def _open_source(
     from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.model.adapter_seal import seal
+    from qlora.study.rows import as_exported, measured_on
 
     sealed = seal(adapter_dir, sink)
     adapter = read_adapter(adapter_dir)
@@ -265,7 +266,7 @@ def _open_source(
     delivered, is_older = delivered_loss.read(adapter_dir)
     if recipe is None:
         return replace(source, delivered=delivered)
-    datasets = tuple(dict.fromkeys(run_folder.dataset_name(source.path) for source in recipe.data.train))
+    datasets = run_folder.dataset_names(recipe)
     rows = None
     if with_rows:
         try:
@@ -273,8 +274,9 @@ def _open_source(
                 tokenizer_files.read_files(base.path), recipe.model, base.name, Sinks()
             )
             tokenizer = chat_template.as_before(tokenizer, base.name, adapter_dir, Sinks())
-            chat, data = setup.prepare_rows(recipe, tokenizer, Sinks())
-            rows = RunRows(data, row_packing.as_measured(recipe.data, base.config, base.name), chat)
+            chat, data = setup.prepare_rows(as_exported(recipe, adapter_dir.parent), tokenizer, Sinks())
+            section = row_packing.as_measured(recipe.data, base.config, base.name)
+            rows = RunRows(measured_on(recipe, data), section, chat)
         except UserError as error:
             sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
     if rows is not None and is_older:

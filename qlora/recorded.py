@@ -13,7 +13,8 @@ from qlora.errors import RecipeError
 from qlora.recipe.pins import COMMIT, folder_split, parse_hub_rows
 from qlora.recipe.problems import LineIndex
 from qlora.recipe.reading import FREE_SECTIONS, TABLES, Recipe, cross_checks, read_table, recipe_of_table
-from qlora.recipe.sections import Section, SourceSection
+from qlora.recipe.sections import SourceSection
+from qlora.recipe_values import Section
 
 _LENGTHS = {"epochs", "max_steps"}  # each is None where the other is given
 

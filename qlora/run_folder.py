@@ -359,6 +359,12 @@ def name_of(adapter_dir: Path) -> str:
     return adapter_dir.parent.name if is_run(adapter_dir.parent) else adapter_dir.name
 
 
+def dataset_names(recipe: Recipe) -> tuple[str, ...]:
+    """How a published file may name what a run was trained on: each source of rows or documents once."""
+    paths = [*(source.path for source in recipe.data.train), *(source.path for source in recipe.data.documents)]
+    return tuple(dict.fromkeys(map(dataset_name, paths)))
+
+
 def dataset_name(path: str) -> str:
     """How a published file may name a source of rows: a hub dataset's name, or a file's without its folders."""
     name = path.removeprefix("hub:").split(":")[0] if path.startswith("hub:") else Path(folder_split(path)[0]).name

@@ -41,6 +41,8 @@ FLOORS = {
     "manifest": 1,
     "foreign_toml": 1,
     "batch": 1,
+    "recipe_values": 1,
+    "document_keys": 1,
     "forward_facts": 1,
     "chatml": 1,
     "child_process": 1,
@@ -68,8 +70,8 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device", "flat", "numerics", "batch"),
-        *("forward_facts", "examine", "look", "api", "prove"),
+        *("wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device", "flat", "numerics"),
+        *("recipe_values", "document_keys", "batch", "forward_facts", "examine", "look", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),

@@ -17,8 +17,10 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 from typer.models import OptionInfo
 
+from qlora.document_keys import DocumentsSection, QuestionsSection
 from qlora.recipe.reading import FREE_SECTIONS, TABLES, Recipe
-from qlora.recipe.sections import GGUF_QUANTS, DocumentsSection, QuestionsSection, Section, SourceSection
+from qlora.recipe.sections import GGUF_QUANTS, SourceSection
+from qlora.recipe_values import Section
 
 PROSE = Path(__file__).with_name("keys.md")
 METAVARS = {Path: "PATH", float: "NUMBER", str: "NAME"}

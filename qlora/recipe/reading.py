@@ -15,21 +15,22 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora import files, foreign_json, foreign_toml
+from qlora import document_keys, files, foreign_json, foreign_toml
 from qlora.errors import Problem, RecipeError, UserError
 from qlora.recipe import sections
 from qlora.recipe.problems import LineIndex, Location, apply_override, explain_unknown_key, short, toml_problem
+from qlora.recipe_values import Section
 
 
-class Recipe(sections.Section):
+class Recipe(Section):
     """A whole recipe. `[model]` alone is enough to look at memory; training needs rows or documents too."""
 
     model: sections.ModelSection
     quantization: sections.QuantizationSection = sections.QuantizationSection()
     lora: sections.LoraSection = sections.LoraSection()
     data: sections.DataSection = sections.DataSection()
-    study: sections.StudySection = sections.StudySection()
-    exam: sections.ExamSection = sections.ExamSection()
+    study: document_keys.StudySection = document_keys.StudySection()
+    exam: document_keys.ExamSection = document_keys.ExamSection()
     train: sections.TrainSection = sections.TrainSection()
     memory: sections.MemorySection = sections.MemorySection()
     checkpoint: sections.CheckpointSection = sections.CheckpointSection()
@@ -51,11 +52,11 @@ MOST_PROBLEMS = 20  # of one recipe, in messages
 # Sections that cannot change what is learned: a resumed run may differ in them.
 FREE_SECTIONS = ("report", "output", "checkpoint", "export", "memory")
 # Keys that are tables of their own, each of which names files by its `path`.
-TABLES: dict[str, type[sections.SourceSection | sections.DocumentsSection | sections.QuestionsSection]] = {
+TABLES: dict[str, type[sections.SourceSection | document_keys.DocumentsSection | document_keys.QuestionsSection]] = {
     "data.train": sections.SourceSection,
     "data.eval": sections.SourceSection,
-    "data.documents": sections.DocumentsSection,
-    "exam.own": sections.QuestionsSection,
+    "data.documents": document_keys.DocumentsSection,
+    "exam.own": document_keys.QuestionsSection,
 }
 
 
@@ -116,7 +117,7 @@ def _fields() -> dict[str, FieldInfo]:
     found: dict[str, FieldInfo] = {}
     for table, field in Recipe.model_fields.items():
         section = field.annotation
-        assert isinstance(section, type) and issubclass(section, sections.Section)
+        assert isinstance(section, type) and issubclass(section, Section)
         for key, entry in section.model_fields.items():
             if inner := TABLES.get(f"{table}.{key}"):
                 found |= {f"{table}.{key}.{name}": field for name, field in inner.model_fields.items()}

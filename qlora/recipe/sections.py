@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("holds a NUL character")
-    return text
-
-
-# Bounds are far beyond any use: they keep what a recipe can ask for from filling the memory before it is refused.
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
-Rows = Annotated[int, Field(ge=1, le=65_536)]
-Minutes = Annotated[float, Field(gt=0, le=1_000_000)]  # two years
-Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_without_nul)]
-Names = Annotated[tuple[Text, ...], Field(max_length=4096)]
-Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-MAX_MEMORY = 1 << 50
+from qlora.document_keys import DocumentsSection
+from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Text
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
 EXPORT_FORMATS = ("hf", "adapter-gguf", *(f"gguf:{quant}" for quant in GGUF_QUANTS))
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -98,18 +79,6 @@ class SourceSection(Section):
     )
 
 
-class DocumentsSection(Section):
-    """Documents that the base asks itself about: it learns to answer without them."""
-
-    path: Text = Field(description="File, glob or folder of md, html, txt, pdf, docx and epub, relative to the recipe")
-    about: Annotated[str, Field(max_length=500), AfterValidator(_without_nul)] = Field(
-        "", description="One line said before each passage: whose documents these are, and of what"
-    )
-    language: Annotated[str, Field(pattern=r"^(auto|[a-z]{2,3})$")] = Field(
-        "auto", description="Language of the documents, such as en or de; auto is told by their words"
-    )
-
-
 class DataSection(Section):
     """What the model learns from."""
 
@@ -136,63 +105,6 @@ class DataSection(Section):
         "drop", description="Rows over max_length: leave them out, cut them to their first tokens, or end with an error"
     )
     max_bad_rows: Count = Field(0, description="Broken rows to leave out, counted and listed, before giving up")
-
-
-class StudySection(Section):
-    """How the base asks itself about [[data.documents]]."""
-
-    questions: Annotated[int, Field(ge=1, le=1000)] = Field(
-        24, description="Questions asked of each passage, spread over its sentences"
-    )
-    kinds: Annotated[tuple[Literal["fact", "backward", "how", "list", "compare", "case"], ...], Field(min_length=1)] = (
-        Field(("fact", "backward", "how", "list", "compare", "case"), max_length=6, description="Kinds of questions")
-    )
-    labels: Literal["soft", "hard"] = Field(
-        "soft", description="What is learnt: the base's probabilities as it read the passage, or its words alone"
-    )
-    sure: float = Field(0.5, ge=0, le=1, description="Answers of a lower mean probability a token are left out")
-    with_passage: Share = Field(
-        0.1, description="Share of rows that show the passage beside two others: retrieval helps the tuned model too"
-    )
-    hold: Share = Field(
-        0.1, description="Share of rows on other things, answered by the base: the rest stays as it was"
-    )
-    probe: bool = Field(True, description="Ask 20 questions first, and stop where the base cannot read the answers")
-    passage_tokens: int = Field(400, ge=64, le=8192, description="Longest passage, in tokens of the base")
-    max_minutes: Minutes | None = Field(None, description="Time limit of asking; then it goes on with what there is")
-
-
-class QuestionsSection(Section):
-    """Questions of your own for the exam."""
-
-    path: Text = Field(description="JSON, JSONL or CSV of question and answer, relative to the recipe")
-    columns: dict[Text, Text] = Field(
-        default_factory=dict, max_length=10, description="Your column's name by ours: {question = 'frage'}"
-    )
-
-
-class ExamSection(Section):
-    """What the model is asked before and after it has learnt documents."""
-
-    questions: Annotated[int, Field(ge=0, le=100_000)] = Field(
-        200, description="Facts of the study asked in other words, which are never trained"
-    )
-    left_out: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        0.05, description="Share of sentences that are never studied: the control"
-    )
-    own: tuple[QuestionsSection, ...] = Field(
-        (),
-        max_length=100,
-        description="Your own questions, as [[exam.questions]] tables ([[exam.own]] beside a number)",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tables_of_questions(cls, given: Any) -> Any:
-        """TOML has one key of a name: [[exam.questions]] are those of `own`, with the usual number beside them."""
-        if isinstance(given, dict) and isinstance(given.get("questions"), list | tuple) and "own" not in given:
-            return {("own" if key == "questions" else key): value for key, value in given.items()}
-        return given
 
 
 class TrainSection(Section):

@@ -20,10 +20,14 @@ from qlora import disk
 from qlora.data.chat import TokenRow
 from qlora.data.prepare import PreparedData, PreparedSplit
 from qlora.data.token_cache import Prompt, RowLabels
+from qlora.recipe.reading import Recipe
+from qlora.recipe.sections import SourceSection
 from qlora.study.labels import Labels
+from qlora.study.material import FOLDER
 
 T = TypeVar("T")
 ROWS_FILE = "rows.jsonl"
+MEASURED_ROWS = 200  # of a study, on which an export is compared with the trained model
 DISTRACTORS = 2  # passages beside a question's own; RAFT found 1 to 3 of use (2403.10131, section 5)
 
 
@@ -110,11 +114,23 @@ def with_rows_of(data: PreparedData, rows: Sequence[StudyRow], source: int, soft
     return PreparedData(_joined(data.train, study), data.eval, prints[0], prints[1], prints[2], data.reports)
 
 
-def measured_on(data: PreparedData, most: int) -> PreparedData:
-    """The data with its first rows to evaluate on, where it has none: an export is compared on rows of its run."""
-    if any(data.eval.trained):
+def as_exported(recipe: Recipe, run_dir: Path) -> Recipe:
+    """The recipe of a run with its study's rows as one more source, for an export to measure with.
+
+    Not where rows of files are evaluated: these are what the run delivered the loss of.
+    """
+    file, data = run_dir / FOLDER / ROWS_FILE, recipe.data
+    if not data.documents or (data.train and (data.eval or data.eval_fraction)) or not file.is_file():
+        return recipe
+    train = (*data.train, SourceSection(path=str(file), format="messages"))
+    return recipe.model_copy(update={"data": data.model_copy(update={"train": train, "eval_fraction": 0.0})})
+
+
+def measured_on(recipe: Recipe, data: PreparedData) -> PreparedData:
+    """The data of a run with documents with its first rows to evaluate on, where it has none."""
+    if any(data.eval.trained) or not recipe.data.documents:
         return data
-    few = range(min(most, len(data.train.lengths)))
+    few = range(min(MEASURED_ROWS, len(data.train.lengths)))
     return replace(data, eval=_chosen(data.train, few))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from qlora.errors import RecipeError
 from qlora.recipe.reading import Recipe, load_recipe
-from qlora.recipe.sections import Section
+from qlora.recipe_values import Section
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = '[model]\nbase = "owner/name"\n[[data.train]]\npath = "rows.jsonl"\n'

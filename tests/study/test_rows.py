@@ -11,6 +11,7 @@ import pytest
 from qlora.data.conversations import conversations
 from qlora.data.formats import Conversation
 from qlora.data.prepare import NO_ROWS, PreparedData
+from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import SourceSection
 from qlora.study import rows
 from qlora.study.labels import COLUMNS, Labels, one_token
@@ -95,10 +96,18 @@ def test_other_labels_are_other_data() -> None:
     assert len(prints) == 4
 
 
-def test_an_export_is_measured_on_rows_of_its_study() -> None:
+def test_an_export_is_measured_on_rows_of_its_study(tmp_path: Path) -> None:
+    documents = {"model": {"base": "a/b"}, "data": {"documents": [{"path": "manuals"}], "eval_fraction": 0.0}}
+    recipe = Recipe.model_validate(documents)
+    assert rows.as_exported(recipe, tmp_path) is recipe  # its rows are gone
+    (tmp_path / "study").mkdir()
+    rows.write(tmp_path / "study", [row(1)])
+    (source,) = rows.as_exported(recipe, tmp_path).data.train
+    assert source.path == str(tmp_path / "study" / "rows.jsonl")
     data = rows.with_rows_of(NO_ROWS, [row(number) for number in range(5)], 0, soft=True)
-    measured = rows.measured_on(data, 3)
-    assert list(measured.eval.lengths) == [6] * 3 and measured.eval.rows[2].input_ids[-1] == 202
-    assert len(measured.train.lengths) == 5
+    measured = rows.measured_on(recipe, data)
+    assert list(measured.eval.lengths) == [6] * 5 and measured.eval.rows[2].input_ids[-1] == 202
     own = PreparedData(data.train, split_of([4]), "", "", "", ())
-    assert rows.measured_on(own, 3).eval is own.eval
+    assert rows.measured_on(recipe, own).eval is own.eval
+    plain = Recipe.model_validate({"model": {"base": "a/b"}, "data": {"train": [{"path": "x.jsonl"}]}})
+    assert rows.measured_on(plain, data) is data and rows.as_exported(plain, tmp_path) is plain

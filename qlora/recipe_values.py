@@ -1,0 +1,32 @@
+"""What every table of a recipe is made of: the base class of its sections, and kinds of values with their bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def without_nul(text: str) -> str:
+    """The text. Raises ValueError for one that no path or prompt may hold."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+# Bounds are far beyond any use: they keep what a recipe can ask for from filling the memory before it is refused.
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Rows = Annotated[int, Field(ge=1, le=65_536)]
+Minutes = Annotated[float, Field(gt=0, le=1_000_000)]  # two years
+Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(without_nul)]
+Names = Annotated[tuple[Text, ...], Field(max_length=4096)]
+Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+MAX_MEMORY = 1 << 50
+
+
+class Section(BaseModel):
+    """A table: frozen, and of no other keys than its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
