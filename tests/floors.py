@@ -67,10 +67,9 @@ LINES = {
     # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
-        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes"),
-        *("torch_build", "wsl", "heap", "units"),
-        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "examine", "look"),
-        *("api", "prove"),
+        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
+        *("wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device", "flat", "numerics", "batch"),
+        *("forward_facts", "examine", "look", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),

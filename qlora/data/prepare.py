@@ -281,7 +281,7 @@ class _Tokenization:
                 self.report.cut += 1
                 return cut
             reason = f"nothing trained is left of it within max_length = {limit} tokens"
-        self.report.reject(_name(source), reason, where)
+        self.report.drop(_name(source), reason, where)
         return None
 
     def _nothing_left(self) -> DataError:

@@ -114,12 +114,11 @@ def prepare_job(
     from qlora.model.cpu_matmul import fast_matmul
     from qlora.study.teacher import Teacher
 
-    base = found.base
-    clock, watch, device = PhaseClock(sink), BaseWatch.begin(base), pick_device()
+    base, device, exam = found.base, pick_device(), None
+    clock, watch = PhaseClock(sink), BaseWatch.begin(base)
     if not hardware.is_card(device):
         heap.settle()  # as the estimate takes for granted
     chat, data, memory, lesson = prepare(recipe, found, tokenizer, sink, clock)
-    exam = None
     with fast_matmul(device), ExitStack() as stack:
         model = load_model(recipe, base, data, chat, clock)
         stack.callback(emptied.empty, model)
