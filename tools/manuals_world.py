@@ -76,8 +76,7 @@ def make_fact(rng: random.Random, family: Family, entity: str, relation: Relatio
 
 def plain_form(rng: random.Random, relation: Relation) -> str:
     """A statement without a verb, as lists and tables have them."""
-    noun = rng.choice(relation.nouns).removeprefix("the ")
-    head = re.sub(r" (of|for|on|to|at) \{e\}| to reset \{e\}| to clean \{e\}", "", noun)
+    head = re.sub(r"^the |^\{e\}'s | (of|for|on) \{e\}$", "", rng.choice(relation.nouns))
     return rng.choice(PLAIN).replace("{h}", head).replace("{H}", head[0].upper() + head[1:])
 
 
