@@ -115,7 +115,7 @@ BATTERY = Relation(
         "One battery keeps {e} going for {v}.",
         "The battery life of {e} is {v}.",
     ),
-    ("How long does the battery of {e} last?", "What battery life has {e}?", "When is the battery of {e} empty?"),
+    ("How long lasts the battery of {e}?", "What battery life has {e}?", "When is the battery of {e} empty?"),
     ("{e}'s battery life",),
     ("how long {e} works on battery",),
     ("how long lasts the battery?", "what is the battery life?"),
@@ -270,7 +270,7 @@ STAFF = Relation(
     ),
     ("How many work at {e}?", "How many people has {e}?", "How large is {e}?", "How many are at {e}?"),
     ("the staff of {e}", "the size of {e}"),
-    ("how many work at {e}",),
+    ("how many {e} employs",),
     ("how many people work there?", "how large is the staff?"),
 )
 FEE = Relation(
@@ -318,7 +318,7 @@ CONTACT = Relation(
     ),
     ("Who looks after {e}?", "Whom do I ask about {e}?", "Who answers questions on {e}?"),
     ("the contact for {e}",),
-    ("who looks after {e}", "whom to ask about {e}"),
+    ("who looks after {e}", "who explains {e}"),
     ("who is the contact?", "whom do I ask?"),
     ("What does {v} look after?", "For what is {v} the contact?", "What is looked after by {v}?"),
 )
