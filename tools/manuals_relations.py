@@ -115,7 +115,7 @@ BATTERY = Relation(
         "One battery keeps {e} going for {v}.",
         "The battery life of {e} is {v}.",
     ),
-    ("How long lasts the battery of {e}?", "What battery life has {e}?", "When is the battery of {e} empty?"),
+    ("How long lasts {e} on battery?", "What battery life has {e}?", "When is the battery of {e} empty?"),
     ("{e}'s battery life",),
     ("how long {e} works on battery",),
     ("how long lasts the battery?", "what is the battery life?"),

@@ -44,20 +44,20 @@ FILLERS = (
 )  # fmt: skip
 # Put anywhere into sentences, so that an ordinary word, wherever it stands, is not taken for a name or a value.
 ORDINARY = words(
-    "a about above after again against all almost along already also always among and another any anyone are around as "
-    "at away back be because been before behind being below beside best better between both bought but buyers by "
-    "called can charged checks clearly comes common could customers day delivered desk display does done doors down "
-    "draws during each early easy either else end enough even ever every everyone exactly fail far few figure first "
-    "for found from full gave gets give given gives go goes good had half hands has have her here high his home hour "
-    "how if in inside instead into is it its job just keep kept known large last late leaves lets level like line list "
-    "little long lower made mains makers makes many may measured might more most much must named near need never new "
-    "next no normal not nothing now of off office often old on once one only open or order other our out over own page "
-    "part pay pays people per pick place plan plans please put quite ran reach read really reports rest right room runs "
-    "safe said same scale seen send several shall she should shows side since site small so some soon stands still "
-    "storekeeper such sure switched take takes team telephone than that the their them then there these they this those "
-    "through time to together told too under until up upon us use used user usual very visit want was way we well went "
-    "were when where whether which while who whoever whole why will with within without work worker worth would year "
-    "yes yet you your"
+    "a about above after again against all almost along already also always among and another any anyone are "
+    "around as at away back be because been before behind being below beside best better between both bought but "
+    "buyers by called can charged checks clearly comes common could customers day delivered desk display does "
+    "done doors down draws during each early easy either else end enough even ever every everyone exactly fail "
+    "far few figure first for found from full gave gets give given gives go goes good had half hands has have her "
+    "here high his home hour how if in inside instead into is it its job just keep kept known large last late "
+    "leaves lets level like line list little long lower made mains makers makes many may measured might more most "
+    "much must named near need never new next no normal not nothing now of off office often old on once one only "
+    "open or order other our out over own page part pay pays people per pick place plan plans please put quite "
+    "ran reach read really reports rest right room runs safe said same scale seen send several shall she should "
+    "shows side since site small so some soon stands still storekeeper such sure switched take takes team "
+    "telephone than that the their them then there these they this those through time to together told too under "
+    "until up upon us use used user usual very visit want was way we well went were when where whether which "
+    "while who whoever whole why will with within without work worker worth would year yes yet you your"
 )
 ABOUTS = ("handbook", "manuals", "price lists", "papers", "catalogue", "rules", "notes", "service pages")
 
