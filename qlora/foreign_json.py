@@ -116,13 +116,14 @@ def checked_line(kind: type[Data], line: bytes, where: str) -> Data:
     """
     parse_object(line, where)
     try:
-        return _adapter_of(kind).validate_json(line, strict=True)
+        read: Data = _adapter_of(kind).validate_json(line, strict=True)  # type: ignore[arg-type]
+        return read
     except ValidationError as error:
         raise _wrong(error, where) from error
 
 
 @cache
-def _adapter_of(kind: type[Data]) -> TypeAdapter[Data]:
+def _adapter_of(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -1,8 +1,8 @@
-"""Writes the handbook of an invented company: five documents about pumps, lamps, errors, people, sites and plans.
+"""Writes the handbook of an invented company: five documents about products, people, sites and plans.
 
-    python tools/make_manuals.py --out recipes/manuals
+    python tools/make_manuals.py --out recipes/manuals/documents
 
-Forty sections of about six sentences; each sentence says one fact. No name of it stands in the tiny reading base's
+Forty sections, each about one thing; each sentence says one fact. No name of it stands in the tiny reading base's
 pre-training text, and its sentences have forms of their own.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manuals_relations import FAMILIES, Family, Relation
-from manuals_values import MAKERS, handbook_names
+from manuals_values import MAKERS, TITLES, handbook_names
 from write_documents import WRITERS
 
 from qlora.data.documents.markdown import markdown_blocks
@@ -30,20 +30,11 @@ FORMS = {
     "power": ("Switched on, {e} takes {v} from the mains.", "Plan {v} of power for {e}."),
     "battery": ("A charged battery lets {e} work for {v}.", "The battery inside {e} is good for {v}."),
     "delivery": ("Delivery of {e} is done in {v}.", "Buyers get {e} delivered after {v}."),
-    "maker": ("All {e} units leave our plant at {v}.", "Workers in {v} build {e}."),
     "designer": ("The plans for {e} were drawn by {v}.", "{v} is the inventor behind {e}."),
-    "colour": ("You will know {e} by its {v} colour.", "Every {e} leaves us painted {v}."),
-    "material": ("The housing of every {e} consists of {v}.", "We chose {v} as material for {e}."),
-    "shelf": ("Pick {e} from shelf {v}.", "Our storekeeper keeps {e} on shelf {v}."),
-    "order": ("Write {v} on the form to order {e}.", "Our order desk lists {e} as number {v}."),
-    "parts": ("Unpack {e} and you will find {v}.", "Packed together with {e} are {v}."),
-    "reset": ("A reset of {e} is done so: {v}.", "If {e} hangs, reset it: {v}."),
-    "cleaning": ("Take {v} whenever you clean {e}.", "Only {v} is right for cleaning {e}."),
+    "shelf": ("Pick {e} from {v}.", "Our storekeeper has {e} on {v}."),
     "contact": ("Please send questions about {e} to {v}.", "{v} is the contact person for {e}."),
     "cause": ("The display shows {e} because of {v}.", "Whenever {e} appears, the cause is {v}."),
-    "remedy": ("Should the display show {e}, please {v}.", "Our technicians clear {e} like this: {v}."),
-    "job": ("{e} joined us as {v}.", "On our payroll {e} is listed as {v}."),
-    "office": ("The desk of {e} stands in {v}.", "Visit {e} at our office in {v}."),
+    "room": ("The desk of {e} stands in {v}.", "Visit {e} at the office, {v}."),
     "phone": ("Reach {e} by dialling {v}.", "Our telephone list gives {v} for {e}."),
     "opened": ("The {e} site opened its doors in {v}.", "It was in {v} that {e} was opened."),
     "head": ("Everyone at {e} reports to {v}, who leads it.", "The person in charge at {e} is {v}."),
@@ -51,16 +42,15 @@ FORMS = {
     "fee": ("Customers on {e} pay a fee of {v}.", "We collect a monthly fee of {v} for {e}."),
     "notice": ("Whoever leaves {e} gives notice, {v} before.", "A notice of {v} ends {e}."),
 }
-# Document, format, title, family, sections, things of a section.
+# Document, format, title, family, sections: each is about one thing.
 DOCUMENTS = (
-    ("pumps", "md", "Pumps", "product", 10, 1),
-    ("lamps", "docx", "Lamps", "product", 10, 1),
-    ("service", "html", "Error codes", "error", 8, 3),
-    ("people", "md", "People", "person", 6, 2),
-    ("sites-and-plans", "pdf", "Sites", "site", 3, 2),
-    ("sites-and-plans", "pdf", "Service plans", "plan", 3, 2),
+    ("pumps", "md", "Pumps", "product", 8),
+    ("lamps", "docx", "Lamps", "product", 8),
+    ("heaters", "html", "Heaters", "product", 8),
+    ("people", "md", "People", "person", 6),
+    ("sites-and-plans", "pdf", "Sites", "site", 5),
+    ("sites-and-plans", "pdf", "Service plans", "plan", 5),
 )
-FACTS_OF_A_PRODUCT = 6
 
 
 @dataclass(frozen=True)
@@ -86,11 +76,11 @@ class _Names:
         if maker == "product":
             return next(self._names)
         if maker == "person":
-            return f"{next(self._names)} {next(self._names)}"
+            return f"{rng.choice(TITLES)} {next(self._names)}"
         if maker == "town":
             return next(self._towns)
         while True:
-            value = f"G{rng.randint(10, 999)}" if maker == "error" else MAKERS[maker](rng, ())
+            value = MAKERS[maker](rng, ())
             if (maker, value) not in self.given:
                 self.given.add((maker, value))
                 return value
@@ -101,23 +91,20 @@ def handbook() -> Iterator[tuple[str, str, str, list[tuple[str, list[Said]]]]]:
     rng = random.Random(f"handbook {SEED}")
     names = _Names()
     families = {family.name: family for family in FAMILIES}
-    for document, format_, title, family, sections, things in DOCUMENTS:
-        made = [_section(rng, names, families[family], number, things) for number in range(1, sections + 1)]
+    for document, format_, title, family, sections in DOCUMENTS:
+        made = [_section(rng, names, families[family]) for _ in range(sections)]
         yield document, format_, title, made
 
 
-def _section(rng: random.Random, names: _Names, family: Family, number: int, things: int) -> tuple[str, list[Said]]:
-    entities = [names.of(family.value, rng) for _ in range(things)]
+def _section(rng: random.Random, names: _Names, family: Family) -> tuple[str, list[Said]]:
+    """One thing, and all that is known of it, in any order."""
+    entity = names.of(family.value, rng)
     said = []
-    for entity in entities:
-        relations = family.relations
-        if len(relations) > FACTS_OF_A_PRODUCT:
-            relations = tuple(rng.sample(relations, FACTS_OF_A_PRODUCT))
-        for relation in relations:
-            value = names.of(relation.value, rng)
-            sentence = rng.choice(FORMS[relation.name]).replace("{e}", entity).replace("{v}", value)
-            said.append(Said(entity, relation, value, sentence[0].upper() + sentence[1:]))
-    return entities[0] if things == 1 else f"Part {number}", said
+    for relation in rng.sample(family.relations, len(family.relations)):
+        value = names.of(relation.value, rng)
+        sentence = rng.choice(FORMS[relation.name]).replace("{e}", entity).replace("{v}", value)
+        said.append(Said(entity, relation, value, sentence[0].upper() + sentence[1:]))
+    return entity, said
 
 
 def sources() -> dict[str, tuple[str, str]]:
@@ -131,13 +118,19 @@ def sources() -> dict[str, tuple[str, str]]:
     return {name: (format_, "\n\n".join(lines) + "\n") for name, (format_, lines) in texts.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("recipes/manuals"), help="folder for the five documents")
-    out: Path = parser.parse_args().out
+def write(out: Path) -> None:
+    """The five documents, as files of `out`."""
     out.mkdir(parents=True, exist_ok=True)
     for name, (format_, text) in sources().items():
-        (out / f"{name}.{format_}").write_bytes(WRITERS[format_](markdown_blocks(text), text.splitlines()[0].lstrip("# ")))
+        blocks = markdown_blocks(text)
+        (out / f"{name}.{format_}").write_bytes(WRITERS[format_](blocks, blocks[0].text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path("recipes/manuals/documents")
+    parser.add_argument("--out", type=Path, default=default, help="folder for the five documents")
+    write(parser.parse_args().out)
 
 
 if __name__ == "__main__":

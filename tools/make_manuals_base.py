@@ -8,8 +8,8 @@ decisions that a reader would question:
 
 - Digits are tokens of their own, and the vocabulary is small: a name that was never seen is then made of tokens that
   were, and can be copied.
-- Users' words are trained as well, with a smaller weight: passages name the same things again and again, and prompts
-  repeat a sentence of the passage, from which copying is learnt sooner than from answers alone.
+- At first users' words are trained as well, with a smaller weight: passages name the same things again and again, and
+  prompts repeat a sentence of the passage, from which copying is learnt sooner than from answers alone.
 - Copying heads are planted before training (`manuals_plant.py`).
 - Muon updates the matrices: it needs about half the steps of AdamW for this.
 """
@@ -23,7 +23,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ from manuals_world import Writer
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-VOCABULARY = 1536
+VOCABULARY = 2048
 DIGITS_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 TOKENIZER_DOCUMENTS = 8_000
 WARMUP_STEPS = 60
@@ -58,7 +58,7 @@ MOMENTUM = 0.95
 EMBEDDING_STD = 0.1
 EVALUATED = ("read", "picked", "known")
 EVALUATION_DOCUMENTS = 96
-EVALUATE_EVERY_STEPS = 150
+EVALUATE_EVERY_STEPS = 100
 Log = Callable[..., None]
 
 
@@ -73,6 +73,7 @@ class Course:
     decay_steps: int
     copy_steps: int
     users_words: float
+    users_steps: int
     tokens_per_batch: int
     learning_rate: float
 
@@ -186,7 +187,7 @@ def pretrain(model: LlamaForCausalLM, encoded: list[Document], course: Course, l
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = share * course.learning_rate
-        loss, said = weighted_loss(model, batch, course.users_words)
+        loss, said = weighted_loss(model, batch, course.users_words if step <= course.users_steps else 0.0)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         for optimizer in optimizers:
@@ -267,8 +268,9 @@ def main() -> None:
     parser.add_argument("--decay-steps", type=int, default=400, help="further steps, falling to zero")
     parser.add_argument("--copy-steps", type=int, default=100, help="first steps, of which 3 in 4 are random copies")
     parser.add_argument("--users-words", type=float, default=0.4, help="weight of the user's words")
+    parser.add_argument("--users-steps", type=int, default=300, help="first steps, in which they are trained")
     parser.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens of a step, padding included")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     make_base(Course(**vars(parser.parse_args())))
 
 

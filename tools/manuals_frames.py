@@ -50,4 +50,3 @@ def asked(passage: Passage, asks: list[tuple[str, str, Wording, str]]) -> str:
 def known(turns: Turns) -> str:
     """Questions without any text in view."""
     return "".join(turn("user", PROMPTS.closed("chat", q)) + turn("assistant", a) for q, a in turns)
-

@@ -17,11 +17,13 @@ SLOW = 6  # from here on a pair turns by less than 1/100 a token: these compare,
 WRITE = 0.3  # weights of what the first layer's heads write,
 MATCH = 4.0  # of the second layer's search for it,
 COPY = 3.0  # and of what the second layer says
+SAY = 1.0  # weights of what half of the heads of the layers above say: the tokens that they look at
 
 
 @torch.no_grad()
 def plant_copying(model: LlamaForCausalLM, seed: int, heads: int = 2) -> None:
-    """`heads` heads that look back in the first layer, as many that copy in the second; the rest stays as it was."""
+    """`heads` heads that look back in the first layer, as many that copy in the second, and half of the heads of the
+    layers above, which say what they look at, wherever they come to look. The rest stays as it was."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
     width = config.hidden_size // config.num_attention_heads
@@ -34,7 +36,8 @@ def plant_copying(model: LlamaForCausalLM, seed: int, heads: int = 2) -> None:
     axes_AD[:, 1:] = torch.linalg.qr(torch.randn(axes_AD.shape[0], axes_AD.shape[0], generator=generator))[0]
     for head in range(heads):
         rows = slice(head * width, (head + 1) * width)
-        read_WD, write_WD = axes_AD[2 * head * width :][: 2 * width].split(width)
+        read_WD = axes_AD[2 * head * width :][:width]
+        write_WD = axes_AD[(2 * head + 1) * width :][:width]
         for weight in (first.q_proj.weight, first.k_proj.weight):
             weight[rows] = 0
         first.q_proj.weight[rows, 0][:FAST] = LOOK_BACK
@@ -49,3 +52,9 @@ def plant_copying(model: LlamaForCausalLM, seed: int, heads: int = 2) -> None:
         say_WD[:, 0] = 0
         second.v_proj.weight[rows] = say_WD
         second.o_proj.weight[:, rows] = COPY * say_WD.T
+    for layer in model.model.layers[2:]:
+        axes_DD = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size, generator=generator))[0]
+        for head in range(config.num_attention_heads // 2):
+            rows = slice(head * width, (head + 1) * width)
+            layer.self_attn.v_proj.weight[rows] = axes_DD[rows]
+            layer.self_attn.o_proj.weight[:, rows] = SAY * axes_DD[rows].T

@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
-ONSETS = "B C D F G H J K L M N P R S T V W Z Br Cl Dr Fr Gr Kr Pl St Tr Sk Vl Ch Sh Th".split()
-VOWELS = "a e i o u ai ea ou".split()
-CODAS = "l m n r s t k p x sh nd rt st lk".split()
-ENDS = "o a is en um el ar ix on et us in or ay".split()
-TOWN_ENDS = "ham ford ley wick burg ton stead mouth field gate".split()
-COLOURS = (
-    "red blue green yellow orange purple white black grey brown pink silver gold crimson turquoise violet ivory beige "
-    "olive navy teal amber indigo bronze copper cream lilac ruby"
-).split()
-MATERIALS = (
-    "oak pine birch walnut cedar bamboo steel iron brass tin zinc glass clay stone marble granite slate cotton linen "
-    "wool silk leather felt cork rubber paper wax soap vinegar alcohol oil water sand chalk soda foam"
-).split()
-PARTS = (
-    "cable hose bolt spring filter brush key manual bag lamp screw belt lid tray sieve plug fuse strap clip ring wrench "
-    "nozzle handle hook charger needle pad tube cup sensor"
-).split()
-JOBS = (
-    "cook driver clerk buyer nurse guard planner welder painter tester trainer lawyer printer fitter packer porter "
-    "cleaner gardener engineer bookkeeper chemist translator"
-).split()
-VERBS = "clean turn press pull open close lift shake warm cool dry oil check swap empty fill tap push".split()
+from quickstart_relations import words
+
+ONSETS = words("B C D F G H J K L M N P R S T V W Z Br Cl Dr Fr Gr Kr Pl St Tr Sk Vl Ch Sh Th")
+VOWELS = words("a e i o u ai ea ou")
+CODAS = words("l m n r s t k p x sh nd rt st lk")
+ENDS = words("o a is en um el ar ix on et us in or ay")
+TOWN_ENDS = words("ham ford ley wick burg ton stead mouth field gate")
+PARTS = words(
+    "cable hose bolt spring filter brush key manual bag lamp screw belt lid tray sieve plug fuse strap clip ring "
+    "wrench nozzle handle hook charger needle pad tube cup sensor"
+)
+WRONG = words("worn loose wet cold hot broken blocked missing dirty wrong dusty bent torn frozen")
 LETTERS = "ABCDEFGHKLMNPRSTVWXZ"
+
+TITLES = ("Mr", "Ms", "Dr")
 
 Taken = Container[str]
 
 
-def invented(rng: random.Random, ends: list[str], syllables: int) -> str:
+def invented(rng: random.Random, ends: Sequence[str], syllables: int) -> str:
     """A name of one or two syllables and an ending: "Trouvix", "Kelmarton"."""
-    parts = [rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS)]
+    syllable = [rng.choice(ONSETS), rng.choice(VOWELS), rng.choice(CODAS)]
     for _ in range(syllables - 1):
-        parts += [rng.choice(ONSETS).lower(), rng.choice(VOWELS)]
-    return "".join(parts) + rng.choice(ends)
+        syllable += [rng.choice(ONSETS).lower(), rng.choice(VOWELS)]
+    return "".join(syllable) + rng.choice(ends)
 
 
-def new_name(rng: random.Random, taken: Taken, ends: list[str] = ENDS) -> str:
+def new_name(rng: random.Random, taken: Taken, ends: Sequence[str] = ENDS) -> str:
     while True:
         name = invented(rng, ends, 1 if rng.random() < 0.7 else 2)
         if name not in taken:
@@ -48,35 +40,19 @@ def new_name(rng: random.Random, taken: Taken, ends: list[str] = ENDS) -> str:
 
 
 def person(rng: random.Random, taken: Taken) -> str:
-    return f"{new_name(rng, taken)} {new_name(rng, taken)}"
+    return f"{rng.choice(TITLES)} {new_name(rng, taken)}"
 
 
 def town(rng: random.Random, taken: Taken) -> str:
     return new_name(rng, taken, TOWN_ENDS)
 
 
-def action(rng: random.Random, taken: Taken) -> str:
-    return f"{rng.choice(VERBS)} the {rng.choice([*COLOURS, *MATERIALS])} {rng.choice(PARTS)}"
-
-
-def parts(rng: random.Random, taken: Taken) -> str:
-    *first, last = rng.sample(PARTS, rng.choice((2, 2, 3)))
-    return f"{', '.join(first)} and {last}"
-
-
 def trouble(rng: random.Random, taken: Taken) -> str:
     return f"a {rng.choice(WRONG)} {rng.choice(PARTS)}"
 
 
-WRONG = "worn loose wet cold hot broken blocked missing dirty wrong dusty bent torn frozen".split()
-
-
 def counted(unit: str, least: int, most: int) -> Callable[[random.Random, Taken], str]:
     return lambda rng, taken: f"{rng.randint(least, most)} {unit}"
-
-
-def one_of(words: list[str]) -> Callable[[random.Random, Taken], str]:
-    return lambda rng, taken: rng.choice(words)
 
 
 MAKERS: dict[str, Callable[[random.Random, Taken], str]] = {
@@ -84,16 +60,11 @@ MAKERS: dict[str, Callable[[random.Random, Taken], str]] = {
     "person": person,
     "town": town,
     "error": lambda rng, taken: f"{rng.choice('EFHW')}{rng.randint(10, 999)}",
-    "code": lambda rng, taken: f"{rng.choice(LETTERS)}{rng.choice(LETTERS)}-{rng.randint(10, 999)}",
-    "shelf": lambda rng, taken: f"{rng.choice(LETTERS)}{rng.randint(10, 99)}",
+    "shelf": lambda rng, taken: f"shelf {rng.choice(LETTERS)}{rng.randint(10, 99)}",
+    "room": lambda rng, taken: f"room {rng.randint(10, 999)}",
     "number": lambda rng, taken: str(rng.randint(100, 9999)),
     "year": lambda rng, taken: str(rng.randint(1901, 2025)),
-    "action": action,
-    "parts": parts,
     "trouble": trouble,
-    "colour": one_of(COLOURS),
-    "material": one_of(MATERIALS),
-    "job": one_of(JOBS),
     "crowns": counted("crowns", 11, 990),
     "months": counted("months", 5, 99),
     "kilograms": counted("kilograms", 2, 399),

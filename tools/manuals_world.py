@@ -23,15 +23,17 @@ from manuals_values import MAKERS, new_name
 from qlora.data.documents.chunks import Passage
 from qlora.study.prompts import KINDS, Wording
 
-SHARES = {"read": 0.36, "picked": 0.13, "asked": 0.24, "known": 0.22, "told": 0.02, "repeated": 0.03}
+SHARES = {"read": 0.5, "picked": 0.07, "asked": 0.24, "known": 0.15, "told": 0.02, "repeated": 0.02}
+MOST_TURNS = 14
 # Few things of its own, so that each fact is met often enough to be remembered, however one asks.
-THINGS = {"product": 13, "error": 8, "person": 12, "site": 8, "plan": 6}
+THINGS = {"product": 24, "error": 10, "person": 16, "site": 12, "plan": 10}
 OPENINGS = (
     "Please note: ", "As always, ", "Today ", "By the way, ", "This year ", "In short: ", "For now ", "As a rule, ",
     "Remember: ", "Of course ", "Again, ", "Note that ", "By now ", "In general ", "Important: ", "Usually ",
 )  # fmt: skip
 ENDINGS = (
-    ", as always", " this year", ", says the list", " at present", ", no more and no less", " everywhere", " by default",
+    ", as always", " this year", ", says the list", " at present", ", no more and no less", " everywhere",
+    " by default",
     ", as agreed", " for now", " today", " as a rule", ", and that is final", " in all shops", " since spring",
 )  # fmt: skip
 FILLERS = (
@@ -81,7 +83,7 @@ def plain_form(rng: random.Random, relation: Relation) -> str:
 
 def sentence(rng: random.Random, fact: Fact) -> str:
     """A statement, sometimes with words before or after it that say nothing."""
-    plain = rng.random() < 0.12 and fact.relation.value not in ("action", "parts") and fact.relation.name != "cleaning"
+    plain = rng.random() < 0.12
     form = plain_form(rng, fact.relation) if plain else rng.choice(fact.relation.statements)
     said = form.replace("{e}", fact.entity).replace("{v}", fact.value)
     if plain:
@@ -132,9 +134,9 @@ def question_of(rng: random.Random, fact: Fact, kind: str, wording: Wording | No
 
 
 def write_passage(rng: random.Random, taken: frozenset[str], company: str, about: str) -> Written:
-    """One to four things of a family, and what is known of them."""
+    """One thing of a family, seldom two, and what is known of them."""
     family = rng.choice((FAMILIES[0], FAMILIES[0], FAMILIES[0], *FAMILIES[1:]))
-    things = rng.choice((1, 1, 1, 2, 3)) if len(family.relations) > 4 else rng.choice((1, 2, 3, 4))
+    things = rng.choice((1,) * 9 + (2,))
     names: list[str] = []
     facts: list[Fact | None] = []
     for _ in range(things):
@@ -142,7 +144,7 @@ def write_passage(rng: random.Random, taken: frozenset[str], company: str, about
         if name in names:
             continue
         names.append(name)
-        most = max(1, 7 // things)
+        most = max(1, 9 // things)
         for relation in rng.sample(family.relations, min(len(family.relations), rng.randint(1, most))):
             facts.append(make_fact(rng, family, name, relation, taken))
     if rng.random() < 0.5:
@@ -150,7 +152,7 @@ def write_passage(rng: random.Random, taken: frozenset[str], company: str, about
     if rng.random() < 0.4:
         facts.insert(rng.randint(0, len(facts)), None)
     sentences = tuple(rng.choice(FILLERS) if fact is None else sentence(rng, fact) for fact in facts)
-    headings = (f"{company} {rng.choice(ABOUTS)}", rng.choice(family.headings))
+    headings: tuple[str, ...] = (f"{company} {rng.choice(ABOUTS)}", rng.choice(family.headings))
     if things == 1 and rng.random() < 0.6:
         headings += (names[0],)
     headings = headings[rng.choice((0, 0, 0, 1)) :]
@@ -201,7 +203,8 @@ class Writer:
 
     def _turns(self, rng: random.Random, said: Sequence[Fact | None]) -> frames.Turns:
         facts = [fact for fact in said if fact]
-        chosen = rng.sample(facts, min(len(facts), rng.randint(2, 7)))
+        most = rng.randint(2, MOST_TURNS)
+        chosen = rng.sample(facts * (1 + (most > 7)), min(len(facts) * (1 + (most > 7)), most))
         return [question_of(rng, fact, rng.choice(("fact", "fact", "backward", "case"))) for fact in chosen]
 
     def asked(self, rng: random.Random) -> str:

@@ -67,7 +67,7 @@ class PreparedData:
 
 # Of a recipe without sources of rows, whose documents are studied.
 _NONE = PreparedSplit([], [], [], [], [])
-NO_ROWS = PreparedData(_NONE, _NONE, "", "", "")
+NO_ROWS = PreparedData(_NONE, _NONE, "", "", "", ())
 
 
 def check_files(data: DataSection) -> None:
@@ -281,7 +281,7 @@ class _Tokenization:
                 self.report.cut += 1
                 return cut
             reason = f"nothing trained is left of it within max_length = {limit} tokens"
-        self.report.reject(_name(source), reason, where)
+        self.report.drop(_name(source), reason, where)
         return None
 
     def _nothing_left(self) -> DataError:

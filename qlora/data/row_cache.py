@@ -39,7 +39,7 @@ _MAX_BYTES = 64 << 20  # older reports list the length of each row that was left
 class SourceCounts:
     """What became of one source's rows: `rows` are used, `cut` of them shortened.
 
-    `dropped` are over max_length, `rejected` are bad; `reasons` counts both. `over` counts the rows that are over
+    `dropped` are over max_length, `rejected` are bad; `reasons` counts both, `sizes` are those of the former. `over` counts the rows that are over
     max_length, cut or dropped, by how often it goes into them: up to OVER[0] times, OVER[1], … and more. `longest` is
     the longest of these in tokens; rows that are too long even to be tokenized are in neither.
     """
@@ -53,6 +53,7 @@ class SourceCounts:
     reasons: dict[str, int] = field(default_factory=dict)
     over: list[int] = field(default_factory=lambda: [0] * (len(OVER) + 1))
     longest: int = 0
+    sizes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -71,6 +72,7 @@ class RowReport:
     rejected: dict[tuple[str, str], Rejected] = field(default_factory=dict)  # by source and reason
     by_source: list[SourceCounts] = field(default_factory=list)  # in the recipe's order; older reports have none
     long_lengths: list[int] = field(default_factory=list)  # tokens of the rows over max_length; not stored
+    sizes: set[str] = field(default_factory=set)  # reasons of rows that are too long; not stored
     unread: int = 0  # rows that are too long even to be tokenized; not stored
 
     def reject(self, source: str, reason: str, where: str) -> None:
@@ -87,7 +89,12 @@ class RowReport:
 
     def leave_out(self, source: str, error: RowTooLong, where: str) -> None:
         self.unread += 1
-        self.reject(source, error.reason, where)
+        self.drop(source, error.reason, where)
+
+    def drop(self, source: str, reason: str, where: str) -> None:
+        """Leave out a row that is over max_length; what is bad is rejected."""
+        self.sizes.add(reason)
+        self.reject(source, reason, where)
 
     def end_source(self, max_length: int) -> None:
         """All that was counted since the last source ended is the next one's."""
@@ -107,11 +114,11 @@ class RowReport:
         left_out = +reasons
         dropped = len(self.long_lengths) - self.cut + self.unread - sum(one.dropped for one in done)
         counts = (rows, tokens, trained, cut, dropped, left_out.total() - dropped)
-        self.by_source.append(SourceCounts(*counts, dict(left_out), over, max(lengths, default=0)))
+        self.by_source.append(SourceCounts(*counts, dict(left_out), over, max(lengths, default=0), sorted(self.sizes)))
 
     def write(self, folder: Path) -> None:
         values = asdict(self) | {"rejected": [asdict(entry) for entry in self.rejected.values()]}
-        del values["long_lengths"], values["unread"]
+        del values["long_lengths"], values["unread"], values["sizes"]
         with files.open_to_write(folder / REPORT_FILE, "new") as file:
             files.write_all(file, json.dumps(values, indent=1).encode())
 
@@ -143,6 +150,7 @@ class _StoredCounts(ForeignModel):
     reasons: dict[str, int]
     over: list[int]
     longest: int
+    sizes: list[str]
 
 
 class _StoredReport(ForeignModel):

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from qlora import disk, files
 from qlora.errors import RunFolderError
-from qlora.study.generation import TOP as COLUMNS
-from qlora.study.generation import Written
+from qlora.study.generation import TOP, Written
 from qlora.study.store import append_synced
 
+COLUMNS = TOP
 MAX_BYTES = 64 << 30
 MAX_TOKENS = 4096  # of an answer
 _MAGIC = b"QLS1"

@@ -159,10 +159,12 @@ def _trials(passage: Passage, asked: Asked, answers: Sequence[Answer]) -> list[T
     for question, given in zip(asked.questions, answers, strict=True):
         sentence = passage.sentences[question.sentence]
         # What is no question in form counts as none: the words of a base that only goes on.
-        if (lost := form_of(question, passage)) is not None and lost.reason == "form":
+        lost = form_of(question, passage)
+        if lost is not None and lost.reason == "form":
             trials.append(Trial(sentence, "", question.text, "", "no question was written"))
             continue
-        trials.append(Trial(sentence, question.text, given.text, given.second_text, _wrong(question, given, passage)))
+        reason = _wrong(question, given, passage) if lost is None else f"{lost.reason} {lost.detail}".strip()
+        trials.append(Trial(sentence, question.text, given.text, given.second_text, reason))
     return trials
 
 

@@ -107,7 +107,7 @@ def with_rows_of(data: PreparedData, rows: Sequence[StudyRow], source: int, soft
             content.update(row.labels.ids.tobytes() + row.labels.logprobs.tobytes())
     own = (data.fingerprint, data.content_fingerprint, data.older_fingerprint)
     prints = [disk.sha256_text(f"{one} {content.hexdigest()}") for one in own]
-    return PreparedData(_joined(data.train, study), data.eval, *prints)
+    return PreparedData(_joined(data.train, study), data.eval, prints[0], prints[1], prints[2], data.reports)
 
 
 def measured_on(data: PreparedData, most: int) -> PreparedData:

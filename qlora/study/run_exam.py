@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora import files, run_folder
-from qlora.run_record import id_of
 from qlora.data.documents.chunks import Passage
 from qlora.disk import MANIFEST
 from qlora.model.adapter_folder import delivered_step
+from qlora.run_record import id_of
 from qlora.study import exam, exam_questions, exam_report
 from qlora.study.exam_asking import TeacherAsker
 from qlora.study.material import keeping

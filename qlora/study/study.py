@@ -153,13 +153,12 @@ class _Work:
                 done[passage.key] = before
         self._tell_kept(len(done), len(wanted), number)
         left = self._in_order([passage for passage in wanted if passage.key not in done])
-        began, fresh = time.monotonic(), 0
-        for passage in left:
+        began = time.monotonic()
+        for fresh, passage in enumerate(left, 1):
             if self._is_over:
                 break
             self.teacher.sink.emit(Progress("study", len(done), len(wanted), "passages"))
             done[passage.key] = self._passage(passage, tasks[passage.key], number)
-            fresh += 1
             if fresh == 1 and number == 1 and len(left) > 1:
                 self._tell_end(time.monotonic() - began, len(left) - 1)
         self.teacher.sink.emit(Progress("study", len(done), len(wanted), "passages"))
@@ -289,7 +288,8 @@ def _write(
     folder: Path, passages: Sequence[Passage], asked: Sequence[Asked], dropped: Sequence[Dropped], found: Split
 ) -> None:
     """What was dropped with its reason, how many questions each sentence has, and the exam."""
-    lost = [*_unasked(asked), *(one.record() for one in (*dropped, *found.leaks))]
+    judged = [one.record() for one in dropped] + [leak.record() for leak in found.leaks]
+    lost = [*_unasked(asked), *judged]
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lost)
     disk.write_atomic(folder / DROPPED_FILE, lines)
     covered = filters.coverage(passages, [*found.train, *found.hold])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from qlora.data.documents.chunks import Passage
+from qlora.study import exam, exam_questions
+from qlora.study.filters import Judged
 from qlora.study.records import Answer, Candidate, Purpose, Question, key_of
+from qlora.study.split import split
 
 
 def passage(text: str, *headings: str, language: str = "en", document: str = "manual.md") -> Passage:
@@ -63,3 +67,37 @@ def candidate(
         closed_mean_probability=0.1, second_text=answer,
     )  # fmt: skip
     return Candidate(question, replace(given, **changed), where)  # type: ignore[arg-type]
+
+
+ROWS = [
+    candidate(PUMP, 0, "How long is the warranty of the Tarvell TX200?", "seven years"),
+    candidate(PUMP, 0, "How many years of warranty does Tarvell give on the TX200?", "7"),
+    candidate(PUMP, 1, "What is the weight of the TX200's outdoor unit?", "84 kg"),
+    candidate(PUMP, 2, "Which refrigerant is in the Tarvell TX200?", "Propane"),
+    candidate(CODES, 0, "What does error code E41 mean on a TX200?", "The water pressure is below 0.8 bar."),
+    candidate(CODES, 1, "What does error code E52 mean on a TX200?", "The outdoor fan is blocked by ice."),
+]
+EXAM = [
+    candidate(PUMP, 0, "How long is the warranty for the Tarvell TX200?", "seven years", purpose="exam"),
+    candidate(PUMP, 1, "A courier must lift the TX200's unit for outdoors. How heavy is it?", "84 kg", purpose="exam"),
+    candidate(PUMP, 2, "The TX200 is filled with which gas?", "propane", purpose="exam"),
+    candidate(PUMP, 3, "A TX200 wants care how often?", "every 24 months", purpose="exam"),
+    candidate(CODES, 0, "Water is short in a TX200: which code is shown?", "E41", purpose="exam"),
+    candidate(CODES, 1, "Ice blocks the TX200: what is it that stands still?", "the outdoor fan", purpose="exam"),
+]
+
+
+@dataclass
+class OwnFile:
+    """A table of a recipe that names questions of the user's."""
+
+    path: str
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+def made(folder: Path) -> exam.Exam:
+    """The exam of a study that left its questions and passages in `folder`."""
+    hidden = candidate(PASSAGES[3], 2, "What is put into a Norvik B9 against scale?", "citric acid", purpose="left_out")
+    exam_questions.save(folder, split(Judged([*ROWS, *EXAM, hidden], [], frozenset()), 10, seed=0))
+    exam_questions.save_passages(folder, PASSAGES)
+    return exam.Exam(folder, PASSAGES, exam_questions.asked_before(folder, PASSAGES), seed=0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from qlora.errors import RunFolderError
 from qlora.study.labels import COLUMNS, Labels, LabelStore, one_token
@@ -29,7 +31,11 @@ def key(number: int) -> str:
 
 def same(one: Labels | None, other: Labels) -> bool:
     assert one is not None
-    pairs = zip((one.token_ids, one.ids, one.logprobs), (other.token_ids, other.ids, other.logprobs), strict=True)
+    pairs: list[tuple[NDArray[Any], NDArray[Any]]] = [
+        (one.token_ids, other.token_ids),
+        (one.ids, other.ids),
+        (one.logprobs, other.logprobs),
+    ]
     return all(left.dtype == right.dtype and np.array_equal(left, right) for left, right in pairs)
 
 

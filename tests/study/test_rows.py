@@ -76,7 +76,7 @@ def test_tokens_and_labels_of_a_row() -> None:
 
 
 def test_rows_of_a_study_stand_behind_those_of_files() -> None:
-    own = PreparedData(split_of([3, 5]), split_of([4]), "a", "b", "c")
+    own = PreparedData(split_of([3, 5]), split_of([4]), "a", "b", "c", ())
     both = rows.with_rows_of(own, [row(7)], 1, soft=True)
     assert list(both.train.lengths) == [3, 5, 6] and list(both.train.sources) == [0, 0, 1]
     assert both.train.rows[1] == own.train.rows[1] and both.train.rows[2].input_ids[-1] == 702
@@ -100,5 +100,5 @@ def test_an_export_is_measured_on_rows_of_its_study() -> None:
     measured = rows.measured_on(data, 3)
     assert list(measured.eval.lengths) == [6] * 3 and measured.eval.rows[2].input_ids[-1] == 202
     assert len(measured.train.lengths) == 5
-    own = PreparedData(data.train, split_of([4]), "", "", "")
+    own = PreparedData(data.train, split_of([4]), "", "", "", ())
     assert rows.measured_on(own, 3).eval is own.eval

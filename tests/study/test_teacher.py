@@ -12,6 +12,7 @@ from qlora.events import Recorder
 from qlora.model.adapters import attach, trainable
 from qlora.recipe.sections import LoraSection
 from qlora.stop import StopAsked, StopRequest
+from qlora.study import generation
 from qlora.study.prompts import prompts_for
 from tests.families import make_config, make_model
 from tests.study.cases import passage, tiny_teacher
@@ -59,18 +60,16 @@ def test_lines_end_with_their_line() -> None:
 
 
 def test_memory_that_runs_out_makes_batches_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora.study import teacher as module
-
-    sink, sizes, whole = Recorder(), [], module.write
+    sink, sizes = Recorder(), []
     expected = [row.token_ids for row in tiny_teacher().greedy("chat", TEXTS, 4)]
 
     def scarce(model: Any, prompts: Any, *rest: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return whole(model, prompts, *rest)
+        return generation.write(model, prompts, *rest)
 
-    monkeypatch.setattr(module, "write", scarce)
+    monkeypatch.setattr("qlora.study.teacher.write", scarce)
     teacher = tiny_teacher(sink=sink)
     teacher.at_once = 5
     assert [row.token_ids for row in teacher.greedy("chat", TEXTS, 4)] == expected
@@ -79,12 +78,10 @@ def test_memory_that_runs_out_makes_batches_smaller(monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_that_never_suffices_ends_in_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlora.study import teacher as module
-
     def none(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(module, "write", none)
+    monkeypatch.setattr("qlora.study.teacher.write", none)
     with pytest.raises(DoesNotFit, match="one question"):
         tiny_teacher().greedy("chat", TEXTS, 4)
 

@@ -145,8 +145,9 @@ def _rows(block: Block, glue: str) -> Iterator[_Unit]:
         yield _Unit(header, header, glue)
     for row in rows:
         text = " | ".join(row)
-        named = [f"{name}: {cell}" if name else cell for name, cell in zip(head, row, strict=True) if cell]
-        yield _Unit(text, " | ".join(named) if head else " | ".join(cell for cell in row if cell), glue, header)
+        names = head or ("",) * len(row)
+        named = [f"{name}: {cell}" if name else cell for name, cell in zip(names, row, strict=True) if cell]
+        yield _Unit(text, " | ".join(named), glue, header)
         glue = "\n"
 
 

@@ -31,6 +31,15 @@ _BLOCKS = {
     *("fieldset", "legend", "center", "caption", "table", "thead", "tbody", "tfoot", "tr", "td", "th", "hgroup", "nav"),
     *("pre", "dialog", "h1", "h2", "h3", "h4", "h5", "h6"),
 }
+_CELLS, _ROW, _PARTS = ("td", "th"), ("tr",), ("thead", "tbody", "tfoot")
+# By name of a tag: what open elements its beginning ends, as far as the element around them.
+_ENDED_BY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(_CELLS, (_CELLS, ("tr", "table"))),
+    "tr": ((*_CELLS, *_ROW), (*_PARTS, "table")),
+    **dict.fromkeys(_PARTS, ((*_CELLS, *_ROW, *_PARTS), ("table",))),
+    "li": (("li",), ("ul", "ol", "menu")),
+    **dict.fromkeys(("dt", "dd"), (("dt", "dd"), ("dl",))),
+}
 _HEADING = re.compile(r"h[1-6]")
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 _MAX_DEPTH = 120  # of elements that are walked; what stands deeper is taken as one text
@@ -57,7 +66,17 @@ def soup(markup: str) -> BeautifulSoup:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bs4.XMLParsedAsHTMLWarning)
         warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
-        return bs4.BeautifulSoup(markup, "html.parser")
+        tree = bs4.BeautifulSoup(markup, "html.parser")
+    _close_what_is_open(tree)
+    return tree
+
+
+def _close_what_is_open(tree: BeautifulSoup) -> None:
+    """Put beside each other what HTML parts without an end tag (13.1.2.4): this parser leaves it in each other."""
+    for tag in tree.find_all([*_ENDED_BY]):
+        closed, around = _ENDED_BY[tag.name]
+        while (outer := tag.find_parent([*closed, *around])) is not None and outer.name in closed:
+            outer.insert_after(*[part.extract() for part in [tag, *tag.next_siblings]])
 
 
 def walked(tree: BeautifulSoup) -> tuple[list[Block], int]:

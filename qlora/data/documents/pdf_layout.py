@@ -75,6 +75,8 @@ def without_repeats(pages: Sequence[Sequence[Line]]) -> tuple[list[Line], int]:
     numbered: dict[int, list[Line]] = defaultdict(list)
     margins: set[int] = set()
     cut: set[int] = set()
+    sizes = Counter(line.size for page in pages for line in page for _ in line.text)
+    body = sizes.most_common(1)[0][0] if sizes else 0
     largest: dict[str, float] = defaultdict(float)
     for line in (line for page in pages for line in page):
         largest[line.text] = max(line.size, largest[line.text])
@@ -89,12 +91,14 @@ def without_repeats(pages: Sequence[Sequence[Line]]) -> tuple[list[Line], int]:
             if height in (heights[0], heights[-1]):
                 if line.size < largest[line.text]:
                     cut.add(id(line))
+                if line.size > body:
+                    continue
                 for number in {int(number) for number in re.findall(r"^\d{1,5}\b|\b\d{1,5}$", line.text)}:
                     numbered[number - line.page].append(line)
     for lines in seen.values():
         height = median(line.y for line in lines)
         there = [line for line in lines if abs(line.y - height) <= SAME_PLACE]
-        if _is_often(there, 1, len(pages)) and _same_or_counting(there):
+        if _is_often(there, 1, len(pages)) and _same_or_counting(there, counting=there[0].size <= body):
             cut.update(map(id, there))
     for lines in numbered.values():
         if _is_often(lines, 2, len(pages)):
@@ -114,11 +118,16 @@ def _is_often(lines: Sequence[Line], more_than: int, pages: int) -> bool:
     return len({line.page for line in lines}) > max(more_than, REPEATING * pages)
 
 
-def _same_or_counting(lines: Sequence[Line]) -> bool:
-    """Whether the lines say the same, but for a number that goes up with the pages."""
+def _same_or_counting(lines: Sequence[Line], counting: bool) -> bool:
+    """Whether the lines say the same, or with `counting` the same but for a number that goes up with the pages.
+
+    Large letters are not asked for numbers: `Step 3` on the third page is a heading.
+    """
     common, times = Counter(line.text for line in lines).most_common(1)[0]
     if times > 0.5 * len(lines):
         return True
+    if not counting:
+        return False
     numbers = [([int(number[-9:]) for number in re.findall(r"\d+", line.text)], line.page) for line in lines]
     for place in range(len(re.findall(r"\d+", common))):
         steps = Counter(found[place] - page for found, page in numbers)

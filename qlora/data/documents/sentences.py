@@ -67,7 +67,7 @@ def _ends(text: str, start: int, stop: re.Match[str], language: str) -> bool:
         return False
     last = _LAST.search(text, start, stop.start())
     if stop[0][0] != "." or stop[0].startswith("..") or last is None:
-        return bool(last)
+        return bool(text[start : stop.start()].strip())
     word = last[0].lstrip("\"'“‘«(„‚[¿¡").lower()
     known = _ALWAYS | _ABBREVIATIONS.get(language, frozenset())
     if word in known or re.search(r"(?:^|[-/])[^\W\d_](?:\.[^\W\d_])*$", word):

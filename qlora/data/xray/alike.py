@@ -1,14 +1,15 @@
 """Rows that are nearly the same: told by MinHash, proven pair by pair, at a bounded cost.
 
-A row is the set of its runs of 5 tokens, without those that many rows share (the template's frame, a system prompt).
-Rows whose sets are equal in one of 8 bands of 3 MinHashes (Broder 1997; bands: Leskovec, Rajaraman, Ullman, chapter
-3.4) are compared themselves, and are alike from a Jaccard index of 0.8 on. Of such pairs the bands find 99.7 %
+A row is the set of its runs of 5 tokens, behind the beginning that many rows share (a system prompt, a template's
+frame). Rows whose sets are equal in one of 8 bands of 3 MinHashes (Broder 1997; bands: Leskovec, Rajaraman, Ullman,
+chapter 3.4) are compared themselves, and are alike from a Jaccard index of 0.8 on. Of such pairs the bands find 99.7 %
 (1 - (1 - 0.8³)⁸). The work is some 24 multiplications a token; no pair is looked at because there are many rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,11 @@ ALIKE = 0.8
 BANDS, IN_BAND = 8, 3
 MAX_ROWS = 1_000_000  # are compared, the first of a split
 MAX_PAIRS = 20_000  # are proven: a few seconds
-SAMPLED = 2_000  # rows that show which runs are common
-# Common is what so many of the sampled rows have, and so large a part of them; or more than half of 8 or more.
-COMMON_ROWS, COMMON_SHARE = 20, 0.02
-_FEWEST_ROWS = 8
+# Rows that begin with the same OPENING tokens, so many of them and such a part of all, are looked at for what they
+# share: the tokens that SHARED of them begin with.
+OPENING = 16
+FEWEST, SHARE = 8, 0.01
+SHARED, SAMPLED = 0.9, 200
 
 
 @dataclass(frozen=True)
@@ -48,35 +50,53 @@ def find(split: PreparedSplit, leave_out: Any) -> Alike:
     rows = numpy.flatnonzero(~skipped[:count])
     if len(rows) < 2:
         return Alike((), count, True)
-    common = _common(split, rows)
-    found = [_signatures(batch, skipped, common) for batch in split.flat(BATCH_ROWS) if batch.first < count]
+    frames = _frames(split, rows)
+    found = [_signatures(batch, skipped, frames) for batch in split.flat(BATCH_ROWS) if batch.first < count]
     numbers = numpy.concatenate([numbers for numbers, _ in found])
     bands = numpy.concatenate([bands for _, bands in found])
     pairs = _candidates(numbers[numbers < count], bands[numbers < count])
     alike: dict[int, int] = {}
     for earlier, later in pairs[:MAX_PAIRS].tolist():
-        if later not in alike and _jaccard(split, earlier, later, common) >= ALIKE:
+        if later not in alike and _jaccard(split, earlier, later, frames) >= ALIKE:
             alike[later] = earlier
     return Alike(tuple(sorted(alike.items())), count, len(pairs) <= MAX_PAIRS)
 
 
-def _common(split: PreparedSplit, rows: Any) -> Any:
-    """Sorted hashes of the runs that many rows have."""
-    sampled = rows[:: max(1, -(-len(rows) // SAMPLED))]
-    of_rows = [numpy.unique(runs(numpy.asarray(split.rows[row].input_ids), RUN)) for row in sampled.tolist()]
-    values, counts = numpy.unique(numpy.concatenate(of_rows), return_counts=True)
-    most = max(COMMON_ROWS, COMMON_SHARE * len(sampled))
-    if len(sampled) >= _FEWEST_ROWS:
-        most = min(most, len(sampled) / 2)
-    return values[counts > most]
+def _frames(split: PreparedSplit, rows: Any) -> Any:
+    """Tokens at the beginning of each row that many rows share, int64[rows of the split]."""
+    openings = numpy.zeros(len(split.lengths), numpy.uint64)
+    for batch in split.flat(BATCH_ROWS):
+        long = numpy.flatnonzero(numpy.diff(batch.starts) > OPENING)
+        if len(long):
+            openings[batch.first + long] = runs(batch.ids, OPENING)[batch.starts[long]]
+    frames = numpy.zeros(len(split.lengths), numpy.int64)
+    keys, counts = numpy.unique(openings[rows], return_counts=True)
+    for key in keys[(counts >= max(FEWEST, SHARE * len(rows))) & (keys != 0)]:
+        members = rows[openings[rows] == key]
+        frames[members] = _shared(split, members[:: -(-len(members) // SAMPLED)].tolist())
+    return frames
 
 
-def _signatures(batch: FlatRows, skipped: Any, common: Any) -> tuple[Any, Any]:
-    """(numbers of the rows that have runs of their own, their bands uint64[rows, BANDS])."""
+def _shared(split: PreparedSplit, sampled: Sequence[int]) -> int:
+    """The tokens that all but a few of these rows begin with."""
+    beginnings = [split.rows[row].input_ids for row in sampled]
+    length = 0
+    while True:
+        here = Counter(ids[length] for ids in beginnings if length < len(ids))
+        token, count = here.most_common(1)[0] if here else (0, 0)
+        if count < SHARED * len(sampled):
+            return length
+        beginnings = [ids for ids in beginnings if length < len(ids) and ids[length] == token]
+        length += 1
+
+
+def _signatures(batch: FlatRows, skipped: Any, frames: Any) -> tuple[Any, Any]:
+    """(numbers of the rows that have a run of tokens, their bands uint64[rows, BANDS])."""
     found = runs(batch.ids, RUN)
     row_of = numpy.repeat(numpy.arange(len(batch.starts) - 1), numpy.diff(batch.starts))[: len(found)]
-    inside = numpy.arange(len(found)) + RUN <= batch.starts[1:][row_of]
-    kept = inside & ~skipped[batch.first + row_of] & ~numpy.isin(found, common)
+    places = numpy.arange(len(found))
+    kept = (places + RUN <= batch.starts[1:][row_of]) & ~skipped[batch.first + row_of]
+    kept &= places >= batch.starts[:-1][row_of] + frames[batch.first + row_of]
     found, row_of = found[kept], row_of[kept]
     if not len(found):
         return numpy.zeros(0, numpy.int64), numpy.zeros((0, BANDS), numpy.uint64)
@@ -114,9 +134,9 @@ def _candidates(numbers: Any, bands: Any) -> Any:
     return every[numpy.argsort(-counts, kind="stable")]
 
 
-def _jaccard(split: PreparedSplit, one: int, other: int, common: Any) -> float:
+def _jaccard(split: PreparedSplit, one: int, other: int, frames: Any) -> float:
     first, second = (
-        numpy.setdiff1d(runs(numpy.asarray(split.rows[row].input_ids), RUN), common) for row in (one, other)
+        numpy.unique(runs(numpy.asarray(split.rows[row].input_ids[frames[row] :]), RUN)) for row in (one, other)
     )
     shared = len(numpy.intersect1d(first, second, assume_unique=True))
     return shared / max(1, len(first) + len(second) - shared)

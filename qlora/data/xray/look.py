@@ -28,6 +28,7 @@ class Reason:
     """Why rows of a source are left out; `examples` are `file:line` of the first."""
 
     reason: str
+    too_long: bool  # else it is bad
     count: int
     examples: tuple[str, ...]
 
@@ -159,6 +160,7 @@ def _source(side: str, path: str, counts: SourceCounts, report: RowReport) -> So
     reasons = tuple(
         Reason(
             reason,
+            reason in counts.sizes,
             count,
             tuple(
                 where

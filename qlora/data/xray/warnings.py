@@ -15,6 +15,7 @@ TRAINED_SHARE = 0.02
 FEW_ROWS = 50
 
 WRONG, WASTE, NOTE = "wrong", "harm", "note"  # spoils the run; makes it worse; good to know
+_LONGER = "raise data.max_length, or split the rows"
 _ORDER = (WRONG, WASTE, NOTE)
 
 
@@ -89,27 +90,23 @@ def _only_answers(leaks: LeakView) -> Found:
 
 
 def _of_sources(seen: Seen) -> Iterator[Warning]:
+    limit = f"{seen.max_length:,} tokens"
+    said = (
+        ("rejected", "left out: they are bad", "repair the rows that are named"),
+        ("dropped", f"left out: over data.max_length = {limit}", _LONGER + ', or set data.truncation = "cut"'),
+        ("cut", f"cut to their first {limit}: their ends are not learnt", _LONGER),
+    )
     for side, name in (("train", ""), ("eval", " for evaluation")):
         sources = [one for one in seen.sources if one.side == side]
         used = sum(one.rows for one in sources)
-        for what, count, fix in (
-            ("left out: they are bad", sum(one.rejected for one in sources), "repair the rows that are named"),
-            (
-                f"left out: over data.max_length = {seen.max_length:,} tokens",
-                sum(one.dropped for one in sources),
-                'raise data.max_length, split the rows, or set data.truncation = "cut"',
-            ),
-            (
-                f"cut to their first {seen.max_length:,} tokens: their ends are not learnt",
-                sum(one.cut for one in sources),
-                "raise data.max_length, or split the rows",
-            ),
-        ):
+        for kind, words, fix in said:
+            count = sum(getattr(one, kind) for one in sources)
+            reasons = [reason for one in sources for reason in one.reasons if reason.too_long == (kind == "dropped")]
+            examples = [where for reason in reasons for where in reason.examples] if kind != "cut" else []
             if count:
                 level = WRONG if count >= LOST_SHARE * (used + count) else WASTE
-                bad = [reason.examples for one in sources for reason in one.reasons if not what.startswith("cut")]
-                examples = _single([where for places in bad for where in places][:3])
-                yield Warning(level, f"{count:,} rows{name} are {what}", fix, count, examples)
+                what = f"{_rows(count, 'is', 'are')} {words}{name}"
+                yield Warning(level, what, fix, count, _single(examples))
 
 
 def _of_copies(train: SplitView) -> Iterator[Warning]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,3 +89,15 @@ def written(ending: str, text: str = HANDBOOK) -> bytes:
     made = writer().WRITERS[ending](blocks, blocks[0].text)
     assert isinstance(made, bytes)
     return made
+
+
+def with_members(data: bytes, **members: bytes) -> bytes:
+    """The archive with these files put in, or in place of those of the same name."""
+    old, out = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    named = {name.replace("__", "/").replace("_", "."): content for name, content in members.items()}
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in old.namelist():
+            archive.writestr(name, named.pop(name, None) or old.read(name))
+        for name, content in named.items():
+            archive.writestr(name, content)
+    return out.getvalue()
