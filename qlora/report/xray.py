@@ -64,13 +64,14 @@ def readable(text: str) -> str:
 
 def sources_view(sources: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A line a source, and below it why rows of it are left out."""
-    heads = ("", "rows used", "cut", "dropped", "rejected", "tokens", "trained")
-    table = Table(Column("source", overflow="fold", ratio=1), box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in heads[1:]:
-        table.add_column(head, justify="right")
+    keys = ("rows", "cut", "dropped", "rejected", "tokens", "trained")
+    table = Table(Column("source", overflow="fold", min_width=8), box=None, pad_edge=False, header_style="dim")
+    for key in keys:
+        figures = max((len(f"{source[key]:,}") for source in sources), default=0)
+        table.add_column("rows used" if key == "rows" else key, justify="right", min_width=max(4, figures))
     reasons = []
     for name, source in zip(names_of([one["path"] for one in sources]), sources, strict=True):
-        counts = (f"{source[key]:,}" for key in ("rows", "cut", "dropped", "rejected", "tokens", "trained"))
+        counts = (f"{source[key]:,}" for key in keys)
         table.add_row(Text(f"{name} ({source['side']})"), *counts)
         for reason in source["reasons"]:
             where = f": {', '.join(reason['examples'])}" if reason["examples"] else ""

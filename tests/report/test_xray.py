@@ -58,6 +58,8 @@ def test_sources_of_one_name_are_told_apart() -> None:
     sources = [{**SOURCE, "path": f"/d/{name}/rows.jsonl", "side": "train", "reasons": [REASON]} for name in ("a", "b")]
     text = drawn(100, False, sources_view(sources))
     assert "a/rows.jsonl (train)" in text and "b/rows.jsonl (train)" in text and "[bold]bad" in text
+    many = [{**sources[0], "tokens": 123_456_789, "trained": 12_345_678}]
+    assert "123,456,789" in drawn(60, False, sources_view(many))
 
 
 def test_the_limit_stands_among_the_lengths() -> None:
