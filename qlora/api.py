@@ -20,6 +20,8 @@ from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
 from qlora.report.files import open_sinks, read_events
 from qlora.stop import StopRequest
+from qlora.study import defaults, material
+from qlora.study.material import Found
 from qlora.training import setup
 from qlora.training.phases import PhaseClock
 
@@ -67,27 +69,30 @@ def train(
     """
     loaded, run_name = _named(recipe, name)
     shared = _gate(sink)
-    run_dir = run_folder.path_of(loaded, run_name)
+    run_dir, open_length = run_folder.path_of(loaded, run_name), not defaults.has_length(loaded)
     run_folder.check_claim(run_dir, loaded, mode)
     with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
             loaded = run_folder.resumed(run_dir, loaded, shared)
+        loaded, documents = material.read(loaded, open_length, shared)
         base, loaded = setup.preflight(loaded, shared)
         claim = run_folder.claim(run_dir, mode)
         try:
             if claim.aside is not None:
                 shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
-            result = _train(loaded, run_dir, base, mode, shared, stop or StopRequest())
+                material.take_over(claim.aside.folder, run_dir, shared)
+            result = _train(loaded, run_dir, Found(base, documents), mode, shared, stop or StopRequest())
             return replace(result, set_aside=claim.aside)
         finally:
             claim.release()
 
 
-def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
+def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, stop: StopRequest) -> TrainResult:
     """Train and export in a folder that is ours."""
     from qlora.model import row_packing
     from qlora.training import checkpoint
 
+    base = found.base
     if mode != "resume":  # which goes on as its run recorded
         recipe = row_packing.settled(recipe, base.config, sink)
     disk.sweep_leftovers(run_dir)
@@ -105,7 +110,7 @@ def _train(recipe: Recipe, run_dir: Path, base: BaseFolder, mode: Mode, sink: Si
         with determinism.for_run(recipe.train.deterministic, sinks):
             numbers = _begin(recipe, run_dir, base, resume_from, sinks)
             with numerics.in_force(numbers):
-                state = _run(recipe, run_dir, base, (mode == "resume", resume_from), sinks, stop)
+                state = _run(recipe, run_dir, found, (mode == "resume", resume_from), sinks, stop)
         exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
         for file in written:
@@ -133,7 +138,7 @@ def _begin(recipe: Recipe, run_dir: Path, base: BaseFolder, resume_from: Checkpo
 def _run(
     recipe: Recipe,
     run_dir: Path,
-    base: BaseFolder,
+    found: Found,
     resumed: tuple[bool, Checkpoint | None],
     sink: Sink,
     stop: StopRequest,
@@ -142,14 +147,16 @@ def _run(
     from qlora.model import chat_template, tokenizer_files
     from qlora.training import loop
 
-    goes_on, resume_from = resumed
+    base, (goes_on, resume_from) = found.base, resumed
     choose = partial(chat_template.chosen, section=recipe.model, name=base.name, sink=sink)
     tokenizer = tokenizer_files.take(run_dir, base.path, goes_on, sink, choose)
     if goes_on:
         tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sink)
-    with setup.prepare_job(recipe, run_dir, base, tokenizer, sink, stop) as job:
+    with setup.prepare_job(recipe, run_dir, found, tokenizer, sink, stop) as job:
         device = job.device
         state = loop.run(job, resume_from)
+        if job.exam is not None:
+            job.exam.after(run_dir)
     del job
     release(device)  # an export needs the memory
     return state
@@ -172,10 +179,12 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     loaded, _ = _named(recipe, "check")
     shared = _gate(sink)
     with _guarded("checking the recipe", "end other programs that hold memory"):
+        loaded, documents = material.read(loaded, not defaults.has_length(loaded), shared)
         base, loaded = setup.preflight(loaded, shared)
         loaded = row_packing.settled(loaded, base.config, shared)
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
-        _, data, memory = setup.prepare(loaded, base, tokenizer, shared, PhaseClock(shared))
+        found = Found(base, documents)
+        _, data, memory, _ = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 

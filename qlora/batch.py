@@ -27,8 +27,8 @@ class Batch:
     cu_seqlens         int32, where documents begin in the flattened N, and N itself (the name that attention kernels
                        give it): padding belongs to the last document of its row. None: not known
     document_lengths   the same on the host, as lengths
-    label_ids_TK       int64, and label_logprobs_TK, fp32: for each trained place its likeliest tokens and what they are
-                       to have, -inf where there are fewer than K (`data/label_rows.py`). None: the targets are the labels
+    label_ids_TK       int64, and label_logprobs_TK, fp32: for each trained place the likeliest tokens and what they are
+                       to have, -inf where there are fewer than K (`data/label_rows.py`). None: its target alone
     single             whether each row is one document by its positions, so that no mask has to keep documents apart
     """
 

@@ -7,7 +7,6 @@ whose tensors stay on the CPU, and what asks a type would not take part.
 
 from __future__ import annotations
 
-import platform
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import shown
+from qlora.wsl import is_wsl
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +229,7 @@ def may_spill() -> bool:
 
     Under WSL too, where the driver's own switch against it has no effect (microsoft/WSL#11050).
     """
-    return sys.platform == "win32" or "microsoft" in platform.release().lower()
+    return sys.platform == "win32" or is_wsl()
 
 
 def usable(free: int) -> int:

@@ -190,6 +190,14 @@ class Exported(Event):
 
 
 @dataclass(frozen=True)
+class Examined(Event):
+    """What a model knows of its documents: the figures of exam.json (`study/exam_report.py` says which)."""
+
+    kind: ClassVar[str] = "exam"
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class End(Event):
     """The last event of the training: why it ended and its totals. What [export] asks for follows.
 

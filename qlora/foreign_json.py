@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
 from qlora import files
 
@@ -92,17 +92,39 @@ def checked(model: type[Model], value: Any, where: str) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
-        reason = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "model_type":  # it names our class
-            reason = "Input should be a JSON object"
-        raise ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}") from error
+        raise _wrong(error, where) from error
+
+
+def _wrong(error: ValidationError, where: str) -> ForeignFileError:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
+    reason = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "model_type":  # it names our class
+        reason = "Input should be a JSON object"
+    return ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}")
 
 
 def checked_dataclass(kind: type[Data], value: Any, where: str) -> Data:
     """The value as an instance of a dataclass, its types and bounds checked as `checked` does."""
     return kind(**dict(checked(_model_of(kind), value, where)))  # type: ignore[arg-type]
+
+
+def checked_line(kind: type[Data], line: bytes, where: str) -> Data:
+    """The JSON object of a line as an instance of a dataclass of plain values, tuples and dataclasses of them.
+
+    Bounded as `parse` bounds it, types and bounds checked as `checked` does.
+    """
+    parse_object(line, where)
+    try:
+        read: Data = _adapter_of(kind).validate_json(line, strict=True)  # type: ignore[arg-type]
+        return read
+    except ValidationError as error:
+        raise _wrong(error, where) from error
+
+
+@cache
+def _adapter_of(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 @cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora import child_process, files, shown
+from qlora.wsl import is_wsl
 
 ROOT = Path("/")  # of the file system that is looked at
 SECONDS = 10.0  # without persistence mode a driver wakes its cards up first: two to three seconds a card
@@ -190,7 +190,7 @@ def _tells_bus() -> bool:
     """Whether a card would be on the listed bus. WSL's is a device of Windows' (dev/dxg), Jetson's a part of the chip
     (dev/nvmap, L4T's memory manager); sandboxes list an empty bus.
     """
-    if not sys.platform.startswith("linux") or "microsoft" in platform.release().lower():
+    if not sys.platform.startswith("linux") or is_wsl():
         return False
     if (ROOT / "dev/dxg").exists() or (ROOT / "dev/nvmap").exists():
         return False

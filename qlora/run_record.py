@@ -16,7 +16,7 @@ from qlora.events import EVENTS_FILE
 RECIPE_FILE = "recipe.toml"
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
-RESULTS = {"adapter", "checkpoints", "export"}  # what a run leaves once it has trained
+RESULTS = {"adapter", "checkpoints", "export", "study"}  # what a run leaves once it has worked
 HEADING = "# written by qlora "
 _START_LINE = b'{"event": "start"'  # how a line of events.jsonl with a Start event begins
 _MAX_START_BYTES = 1 << 20  # of that line

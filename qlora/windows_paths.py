@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from qlora.wsl import is_wsl
+
 # TOML's double quotes read these as one letter each (toml.io/en/v1.0.0#string): C:\temp is no path then.
 _ESCAPES = {"\t": "t", "\n": "n", "\r": "r", "\b": "b", "\f": "f", "\x1b": "e"}
 _DRIVE = re.compile(r"(?:^|(?<=[/\\]))[A-Za-z]:(?=[\\\t\n\r\b\f\x1b])")
@@ -28,5 +30,5 @@ def how_to_write(path: Path) -> str:
         return f"in double quotes a backslash begins an escape; write '{plain}'"
     if found and os.name == "posix":
         seen = f"/mnt/{meant[0].lower()}/{meant[3:]}".replace("\\", "/")
-        return f"it is a path of Windows; WSL has it as {seen}"
+        return f"it is a path of Windows; {f'WSL has it as {seen}' if is_wsl() else 'write it as this system has it'}"
     return ""

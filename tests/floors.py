@@ -12,6 +12,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 FLOORS = {
     "cli": 8,
     "api": 7,
+    "examine": 7,
     "look": 7,
     "prove": 7,
     "training": 6,
@@ -50,6 +51,9 @@ FLOORS = {
     "version": 1,
     "windows_paths": 1,
     "processes": 1,
+    "wsl": 1,
+    "units": 1,
+    "heap": 1,
     "torch_build": 1,
     "nvidia": 1,
     "nvidia_child": 1,
@@ -64,11 +68,12 @@ LINES = {
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
-        *("third_party", "nvidia", "device", "flat", "numerics", "batch", "forward_facts", "look", "api", "prove"),
+        *("wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device", "flat", "numerics", "batch"),
+        *("forward_facts", "examine", "look", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "data", "train", "prove"),
+        *("export", "estimate", "data", "exam", "train", "prove"),
     ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -104,8 +109,20 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split"),
-        *("labels", "generation", "teacher", "probe", "ask", "answer", "study"),
+        *(
+            "records",
+            "prompts",
+            "words",
+            "metrics",
+            "bm25",
+            "filters",
+            "split",
+            "store",
+            "exam_questions",
+            "generation",
+        ),
+        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
+        *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
     ],
     "memory": [
         "allocator",
@@ -172,6 +189,7 @@ LINES = {
         *(
             "text_pieces",
             "readers",
+            "document_rows",
             "sources",
             "conversations",
             "hub_rows",
@@ -200,11 +218,11 @@ LINES = {
     "data.documents": [
         *("words", "language", "blocks", "parsed", "document", "decoding", "tags", "text", "markdown", "html"),
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
-        *("sentences", "chunks", "record"),
+        *("sentences", "chunks"),
     ],
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "console", "proofs", "page", "xray", "xray_page"],
+    "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs", "page", "xray", "xray_page"],
     "prove": [
         *("shapes", "proof", "model", "trained"),
         *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora import device
+from qlora import device, wsl
 from qlora.device import Card
 from tests.card import MIB, rehearsal
 from tests.card import Card as StandIn
@@ -240,7 +240,7 @@ def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_which_drivers_spill(system: str, release: str, spills: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device.sys, "platform", system)
-    monkeypatch.setattr(device.platform, "release", lambda: release)
+    monkeypatch.setattr(wsl.platform, "release", lambda: release)
     assert device.may_spill() is spills
     assert device.usable(1000) == (950 if spills else 1000)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qlora import nvidia
+from qlora import nvidia, wsl
 from qlora.nvidia import Signs
 
 ROW = "0, GPU-5b1f3e2a-0c4d-11ee-be56-0242ac120002, 535.183.01, 24576, 24000, 8.6, NVIDIA GeForce RTX 3090"
@@ -172,7 +172,7 @@ def test_a_bus_without_a_card_proves_that_there_is_none(
     more: dict[str, str] | None, release: str, proves: bool, system: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not under WSL, on a Jetson, in a sandbox that lists no bus, nor where a driver is loaded."""
-    monkeypatch.setattr(nvidia.platform, "release", lambda: release)
+    monkeypatch.setattr(wsl.platform, "release", lambda: release)
     monkeypatch.setattr(nvidia.sys, "platform", "linux")
     smi(system, "exit 9")
     if more is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora import wsl
 from qlora.data.sources import source_files
 from qlora.errors import QloraError, RecipeError
 from qlora.events import Recorder
@@ -37,7 +38,10 @@ def test_a_path_that_lost_letters_to_escapes_is_written_out(tmp_path: Path, path
     assert hint == f"in double quotes a backslash begins an escape; write '{path}'"
 
 
-def test_a_path_of_windows_is_named_as_wsl_has_it(tmp_path: Path) -> None:
+def test_a_path_of_windows_is_named_as_wsl_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wsl.platform, "release", lambda: "6.8.0-48-generic")
+    assert "WSL" not in how_to_write(Path(r"C:\Users\me\x"))
+    monkeypatch.setattr(wsl.platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
     seen = "it is a path of Windows; WSL has it as /mnt/c/Users/me/x"
     assert how_to_write(tmp_path / r"C:\Users\me\x") == how_to_write(Path(r"C:\Users\me\x")) == seen
     with pytest.raises(QloraError) as error:

@@ -11,6 +11,7 @@ from qlora.device import FINDS_NONE
 from qlora.errors import HardwareError
 from qlora.nvidia import Answer, Signs
 from qlora.torch_build import TorchBuild
+from qlora.wsl import is_wsl
 
 # The oldest driver of each major version of CUDA, as (Linux, Windows): within one, a newer toolkit runs on an older
 # driver (CUDA Toolkit Release Notes, table "Minimum Required Driver Version for CUDA Minor Version Compatibility").
@@ -149,17 +150,13 @@ def _driver(major: int, is_there: bool) -> str:
     least = DRIVERS[major][sys.platform == "win32"][0]
     if sys.platform == "win32":
         return f"install NVIDIA's driver {least} or newer (https://www.nvidia.com/drivers)"
-    if _is_wsl():
+    if is_wsl():
         return f"install NVIDIA's driver {least} or newer in Windows, not in Linux (https://www.nvidia.com/drivers)"
     if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
         if is_there:
             return f"install NVIDIA's driver {least} or newer on the container's host"
         return f"start the container with --gpus all, on a host with NVIDIA's driver {least} or newer"
     return f"install NVIDIA's driver {least} or newer (Ubuntu: sudo ubuntu-drivers install; then restart)"
-
-
-def _is_wsl() -> bool:
-    return os.path.exists("/usr/lib/wsl/lib")
 
 
 # Words by which driver, CUDA and torch tell what has happened to a card, and what helps.

@@ -21,6 +21,8 @@ from qlora.torch_build import TorchBuild
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 AMDS = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+# Without it torch's ROCm builds take fused attention for Instinct alone (aten, transformers/hip/sdp_utils.cpp).
+AOTRITON = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 TOPIC = "device"
 
 
@@ -73,6 +75,8 @@ def _without_nvidia(build: TorchBuild, sink: Sink) -> None:
             what = f"an AMD card is here, and torch {build.version} (ROCm {build.hip}) can't use it: {said}"
             raise HardwareError(what, f"see what rocminfo says, and whether you may open /dev/kfd; or {hide()}")
         sink.emit(Notice(TOPIC, "an AMD card, under ROCm: the plan's figures are those of NVIDIA's cards"))
+        if AOTRITON not in os.environ:
+            sink.emit(Notice(TOPIC, f"on RX cards torch's attention writes out all scores (S × S) unless {AOTRITON}=1"))
     elif build.hip is None and nvidia.amd_on_bus():
         how = "https://pytorch.org/get-started/locally names its builds for ROCm"
         sink.emit(Notice(TOPIC, f"an AMD card is here, and torch {build.version} is not built for it ({how})"))

@@ -50,6 +50,7 @@ OPTIONS = {
     "`quants`": "--quant",
     "`max_kl`": "--max-kl",
     "`dtype`": "--dtype",
+    "`questions`": "--questions",
     "`vram`": "--vram",
     "`plot`": "--plot",
     "`gpu`": "--gpu",
@@ -57,6 +58,7 @@ OPTIONS = {
     "`json`": "--json",
     "`html`": "--html",
     "`out`": "--out",
+    "`of`": "--of",
 }
 
 

@@ -45,6 +45,7 @@ def estimate(
 
 def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot: Path | None, as_json: bool) -> None:
     _refuse_early(asked, plot)
+    unusable = _unusable_card() if asked["gpu"] is None and asked["vram"] is None else None
     from qlora import api
 
     question = api.question(api.recipe_or_model(what, overrides), **asked)
@@ -53,6 +54,8 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot
     plans = question.search() if fit else []
     estimate = plans[0].estimate if plans else question.estimate()
     answer = {**estimate.as_dict(), "limit_source": question.machine.source}
+    if unusable:
+        answer["notes"].append(f"{unusable}: this is the estimate of a run on the CPU")
     if fit:
         answer["plans"] = [_as_dict(plan) for plan in plans]
     if as_json:
@@ -74,6 +77,19 @@ def _refuse_early(asked: dict[str, Any], plot: Path | None) -> None:
         from qlora.report.picture import check_place
 
         check_place(plot)
+
+
+def _unusable_card() -> str | None:
+    """What is wrong with this machine's GPU, which a run would refuse to start on."""
+    from qlora.cli import cards
+    from qlora.errors import HardwareError
+    from qlora.events import Recorder
+
+    try:
+        cards.settle(Recorder())
+    except HardwareError as error:
+        return error.what
+    return None
 
 
 def _as_dict(plan: Any) -> dict[str, Any]:

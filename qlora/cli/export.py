@@ -94,6 +94,7 @@ def export(
 
 def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json: bool) -> None:
     from qlora import api
+    from qlora.cli import cards
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
     from qlora.stop import StopRequest
@@ -103,6 +104,7 @@ def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json:
     screen = common.Screen(None if as_json else ConsoleSink(), stop)
     with common.Signals(stop, screen):
         try:
+            cards.settle(Sinks(screen))
             report = api.merge_and_export(source, options=options, sink=Sinks(screen), **request)
         finally:
             screen.close()

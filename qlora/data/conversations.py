@@ -31,7 +31,7 @@ def conversations(
         try:
             if isinstance(row.row, RowError):
                 raise row.row
-            reading, name = Reading(str(source.format)), file_of(row.where)
+            reading, name = Reading(source.format.replace("documents", "text")), file_of(row.where)
             if source.format == "auto":
                 reading = readings.get(name) or detect(row.row)
             conversation = to_conversation(renamed(row.row, reading.columns), reading.format)

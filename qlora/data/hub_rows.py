@@ -59,8 +59,8 @@ def localize(data: DataSection, sink: Sink) -> LocalRows:
 
     Raises DataError for a source that has no rows to train or to evaluate on, or several that could be meant.
     """
-    train = [(section, _to_train(section.path, not data.eval, sink)) for section in data.train]
-    evaluation = [(section, _to_evaluate(section.path, sink)) for section in data.eval]
+    train = [(section, _to_train(section, not data.eval, sink)) for section in data.train]
+    evaluation = [(section, _to_evaluate(section, sink)) for section in data.eval]
     if not data.eval:
         found = [(section.model_copy(update={"weight": 1.0}), meant.validation) for section, meant in train]
         evaluation = [(section, place) for section, place in found if place is not None]
@@ -79,11 +79,12 @@ def localize(data: DataSection, sink: Sink) -> LocalRows:
     return LocalRows(with_paths("local"), with_paths("pinned"))
 
 
-def _to_train(path: str, wants_validation: bool, sink: Sink) -> _Meant:
+def _to_train(section: SourceSection, wants_validation: bool, sink: Sink) -> _Meant:
     """What a source of [[data.train]] means, with a notice where its files are of several splits."""
+    path = section.path
     if path.startswith("hub:"):
         return _hub_to_train(path, wants_validation, sink)
-    if not _is_bare_folder(path):
+    if section.format == "documents" or not _is_bare_folder(path):
         return _Meant(_Place(path, path))
     splits, name = _splits_of(path), one_line(Path(path).name)
     if not splits.named:
@@ -96,8 +97,9 @@ def _to_train(path: str, wants_validation: bool, sink: Sink) -> _Meant:
     return _Meant(rows, validation if splits.validation and wants_validation else None)
 
 
-def _to_evaluate(path: str, sink: Sink) -> _Place:
+def _to_evaluate(section: SourceSection, sink: Sink) -> _Place:
     """What a source of [[data.eval]] means."""
+    path = section.path
     if path.startswith("hub:"):
         rows, snapshot = _looked_up(path, VALIDATION, sink)
         splits = by_split(_row_files(snapshot.files))
@@ -105,7 +107,7 @@ def _to_evaluate(path: str, sink: Sink) -> _Place:
         if split in ("", ALL):
             split = rows.split or (TRAIN if splits.to_train else TEST)
         return _fetched(snapshot, rows, split, sink)
-    if not _is_bare_folder(path):
+    if section.format == "documents" or not _is_bare_folder(path):
         return _Place(path, path)
     splits = _splits_of(path)
     if not splits.named:

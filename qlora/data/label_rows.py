@@ -40,8 +40,8 @@ def collated(split: PreparedSplit, packs: Sequence[tuple[int, ...]], targets_T: 
         if labels is not None:
             if len(labels.ids) != end - start:
                 raise ValueError(f"{split.wheres[row]}: labels of {len(labels.ids)} tokens for {end - start}")
-            ids = torch.from_numpy(labels.ids).long()
-            logprobs = torch.from_numpy(labels.logprobs).float()
+            ids = torch.tensor(labels.ids, dtype=torch.int64)
+            logprobs = torch.tensor(labels.logprobs, dtype=torch.float32)
             known = (ids >= 0) & logprobs.isfinite()
             wide = ids.shape[1]
             ids_TK[start:end, :wide] = torch.where(known, ids, ids_TK[start:end, :wide])

@@ -37,7 +37,7 @@ from qlora.shown import one_line
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection, SourceSection
 
-__all__ = ["PreparedData", "PreparedSplit", "check_files", "prepare"]
+__all__ = ["NO_ROWS", "PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
 CODE_VERSION, OLDER_CODE_VERSION = 3, 1
@@ -63,6 +63,11 @@ class PreparedData:
     content_fingerprint: str
     older_fingerprint: str
     reports: tuple[RowReport, ...]
+
+
+# Of a recipe without sources of rows, whose documents are studied.
+_NONE = PreparedSplit([], [], [], [], [])
+NO_ROWS = PreparedData(_NONE, _NONE, "", "", "", ())
 
 
 def check_files(data: DataSection) -> None:
@@ -232,7 +237,8 @@ class _Tokenization:
         rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
         for (where, item), encoded_row in zip(batch, rows, strict=True):
             row: TokenRow | RowError | None = encoded_row
-            if isinstance(item, Conversation) and is_text_file(where) and self._is_long(row):
+            in_pieces = source.format == "documents" or is_text_file(where)
+            if isinstance(item, Conversation) and in_pieces and self._is_long(row):
                 parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
                 if len(parts) > 1:
                     self.report.cut_text(where, len(parts))

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora.data import document_rows
 from qlora.data.column_words import column_names, nearest_columns
+from qlora.data.documents.kinds import KINDS
 from qlora.data.readers import READERS, Item
 from qlora.data.row_json import RowError
 from qlora.data.source_files import FoundFiles, SourceFile, find_files
@@ -43,7 +45,7 @@ class SourceRow:
 
 def source_files(source: SourceSection) -> FoundFiles:
     """The local files of a source, sorted. Raises DataError when there are none or one is of an unknown kind."""
-    return find_files(source.path, READERS)
+    return find_files(source.path, KINDS if source.format == "documents" else READERS)
 
 
 def read_rows(source: SourceSection, files: Sequence[SourceFile] | None = None) -> Iterator[SourceRow]:
@@ -55,7 +57,7 @@ def read_rows(source: SourceSection, files: Sequence[SourceFile] | None = None) 
     unseen = set(source.columns.values())
     seen: list[str] = []
     for file in source_files(source).files if files is None else files:
-        for number, row, read_bytes in _items(file):
+        for number, row, read_bytes in document_rows.items(file) if source.format == "documents" else _items(file):
             if not isinstance(row, RowError):
                 unseen.difference_update(row)
                 seen = seen or list(row)

@@ -17,8 +17,8 @@ from itertools import chain
 
 from qlora.errors import HardwareError
 from qlora.memory import cards
+from qlora.units import GIB
 
-GIB = 1 << 30
 NVIDIA, AMD = "nvidia", "amd"
 BF16_FROM = 80  # compute capability; ROCm builds of torch say of every AMD card that it has bf16
 MOST_CHARACTERS = 120  # of a name: the longest that a driver gives has 60

@@ -122,6 +122,11 @@ class Estimator:
             self._simulators[made_of] = Simulator(spec, whole=_by_whole_model(self.text, self.name))
         return self._complete(recipe, facts, self._simulators[made_of])
 
+    def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
+        """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
+        self.estimate(recipe, facts)
+        self.held = host.held_bytes()
+
     def _kernel(self, wanted: str) -> str | None:
         """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
         if self.machine.device_type != "cuda" or self.baseline != BASELINES["qlora"]:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from qlora import device
 from qlora.errors import HardwareError
 from qlora.memory import cards
-from qlora.memory.card_names import GIB, find, of_this_machine
 from qlora.memory.card_names import Gpu as Gpu
+from qlora.memory.card_names import find, of_this_machine
 from qlora.recipe.sections import parse_bytes
-
-MIB = 1 << 20
+from qlora.units import GIB
 
 # The card that stands for a size of memory where a recipe or `--vram` names a size only.
 CARD_OF_GIGABYTES = {6: "RTX 3060 Laptop", 8: "RTX 3070", 12: "RTX 3060 12GB", 16: "RTX 4060 Ti 16GB", 24: "RTX 3090"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import psutil
 
-MIB = 1 << 20
+from qlora.units import MIB
 
 # What reading rows adds to a process that has only estimated: tokenizers, Arrow and its threads, the template's child
 # (131 to 175 MiB between a simulation's end and the first weight that is read).

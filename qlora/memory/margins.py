@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora.memory.calibration import Correction
-from qlora.memory.hardware import MIB
+from qlora.units import MIB
 
 # Live tensors: of 59 fitting runs the worst was under by 1.1 %; a constant, because what loading leaves
 # behind in the allocator differs by 20 MiB from one load of the same base to the next.

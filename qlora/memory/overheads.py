@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from qlora.memory.hardware import MIB, Gpu
+from qlora.memory.hardware import Gpu
+from qlora.units import MIB
 
 # The CUDA context with lazily loaded kernels, after a step: 140.9 MiB on a T4 (40 multiprocessors) in each of 69
 # published runs (PyPI fitcheck-llm 0.3.1, data/measurements); "around 400MB" on CUDA >= 11.7 (pytorch/pytorch#109888,

@@ -69,9 +69,12 @@ def passing(
     config: Any, name: str, wanted: str, device: torch.device, recorded: str | None, lacks: list[str]
 ) -> Iterator[str]:
     """The kernels that pass their trial, the first that `choose` names first; why the others don't goes to `lacks`."""
-    if wanted not in ("auto", "varlen") or (wanted == "auto" and (not is_card(device) or recorded == name)):
+    if wanted not in ("auto", "varlen") or (wanted == "auto" and not is_card(device)):
         return
     lack = lack_of(config, name)
+    if wanted == "auto" and recorded == name:
+        lacks.append(lack or "no kernel passed its trial when this run began")
+        return
     lacks += [lack] if lack else []
     found = () if lack else candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
     before = [kernel for kernel in found if name_of(kernel) == recorded]

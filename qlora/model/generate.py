@@ -69,7 +69,7 @@ def _answer(
     ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     position_ids_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
-    forward = _forward_parameters(model)
+    forward = forward_parameters(model)
     # Where the model can, it is asked for the last position's logits: all of a long prompt's would be gigabytes.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
     cache_name = name_of_cache(model)
@@ -103,10 +103,10 @@ def _answer(
 
 def name_of_cache(model: Any) -> str:
     """What the model calls what it keeps between tokens: `cache` from transformers 5.24 on, RWKV `state`."""
-    known = _forward_parameters(model)
+    known = forward_parameters(model)
     return next((name for name in ("cache", "past_key_values", "state") if name in known), "cache")
 
 
-def _forward_parameters(model: Any) -> Collection[str]:
+def forward_parameters(model: Any) -> Collection[str]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(inner.forward).parameters

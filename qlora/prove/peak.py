@@ -18,13 +18,13 @@ from qlora.prove.model import make, packed
 from qlora.prove.proof import Figure, Outcome, Place, Proof
 from qlora.prove.shapes import config_of, with_layers
 from qlora.recipe.reading import Recipe
+from qlora.units import MIB
 
 STEPS, MICRO_STEPS = 3, 2  # the second update finds the moments in place, the third changes nothing
 TENSORS = (0.98, 1.05)  # predicted over counted: what tensors take is a sum, and no guess
 OVER = 1.15  # predicted over measured, fragments included
 HOST_SLACK_BYTES = 64 << 20  # what threads' arenas of a CPU's allocator take, which no tensor shows
 LOOK_SECONDS = 0.005
-MIB = 1 << 20
 
 
 @dataclass(frozen=True)

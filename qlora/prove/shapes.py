@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-GIB = 1 << 30
+from qlora.units import GIB
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from qlora.prove import (
     spill,
 )
 from qlora.prove.proof import Outcome, Place, Proof
-from qlora.prove.shapes import GIB, SHAPES, largest
+from qlora.prove.shapes import SHAPES, largest
+from qlora.units import GIB
 
 # What is cheap first; what fills the card last, so that nothing else finds it full.
 PROOFS: tuple[Proof, ...] = (

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora import events
+from qlora.report import exam
 from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline
 
 PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
@@ -75,6 +76,7 @@ class ConsoleSink:
             events.Rejected: self._rejected,
             events.Fidelity: self._fidelity,
             events.Exported: self._exported,
+            events.Examined: self._examined,
             events.End: self._end,
         }
 
@@ -168,6 +170,10 @@ class ConsoleSink:
     def _fidelity(self, event: events.Fidelity) -> None:
         self.close()
         self._print(fidelity_table(event))
+
+    def _examined(self, event: events.Examined) -> None:
+        self.close()
+        self._print(Text("\n".join(exam.lines(event.figures))))
 
     def _exported(self, event: events.Exported) -> None:
         self.close()

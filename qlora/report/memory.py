@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-GIB = 1 << 30
+from qlora.units import GIB
+
 BAR_WIDTH = 24
 FULL, EIGHTHS = "█", " ▏▎▍▌▋▊▉"
 MEANINGS = {

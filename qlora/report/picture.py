@@ -11,8 +11,7 @@ from pathlib import Path
 from qlora import shown
 from qlora.errors import UserError
 from qlora.redaction import redact
-
-GIB = 1 << 30
+from qlora.units import GIB
 
 
 def check_place(file: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Column, Table
@@ -77,6 +76,26 @@ def sources_view(sources: Sequence[Mapping[str, Any]]) -> RenderableType:
             where = f": {', '.join(reason['examples'])}" if reason["examples"] else ""
             reasons.append(Text(f"{name}: {reason['count']:,} left out, {reason['reason']}{where}"))
     return Group(table, *reasons)
+
+
+def documents_view(documents: Mapping[str, Any]) -> RenderableType:
+    """A line a file, what was left out, and how many questions will be asked."""
+    table = Table(Column("document", overflow="fold", min_width=8), box=None, pad_edge=False, header_style="dim")
+    for key in ("pages", "language", "passages"):
+        table.add_column(key, justify="right", min_width=len(key))
+    for one in documents["files"]:
+        table.add_row(Text(one["path"]), f"{one['pages']:,}", Text(one["language"]), f"{one['passages']:,}")
+    return Group(table, *(Text(f"left out: {line}") for line in _left_out(documents)), Text(asked(documents)))
+
+
+def _left_out(documents: Mapping[str, Any]) -> list[str]:
+    return [*documents["left_out"], *(line for one in documents["files"] for line in one["left_out"])]
+
+
+def asked(documents: Mapping[str, Any]) -> str:
+    """What will be asked of the documents, for screen and page."""
+    found = f"{len(documents['files']):,} documents, {documents['pages']:,} pages, {documents['passages']:,} passages"
+    return f"{found}, {documents['sentences']:,} sentences: up to {documents['questions']:,} questions will be asked"
 
 
 def lengths_view(bars: Sequence[Mapping[str, Any]], max_length: int) -> RenderableType:

@@ -72,11 +72,12 @@ class Index:
         self._weights_P = weights_P.astype(np.float32)
 
     def scores(self, query: str, language: str) -> NDArray[np.float64]:
-        """The score of every passage (N,)."""
-        total_N = np.zeros(self.size)
+        """The score of every passage (N,). Words that say nothing by themselves are not looked for: in a few passages
+        "does" and "it" would find one as well as another."""
+        total_N, stop = np.zeros(self.size), words.words_of(language).stop
         for term, count in sorted(Counter(terms(query, language)).items()):
             at = self._ids.get(term)
-            if at is not None:
+            if at is not None and term not in stop:
                 chosen = slice(self._starts[at], self._starts[at + 1])
                 total_N[self._places_P[chosen]] += count * self._weights_P[chosen]
         return total_N
@@ -92,6 +93,15 @@ class Index:
         return [int(place) for place in hits[order][:count]]
 
 
-def index_of(passages: Sequence[Passage]) -> Index:
-    """An index over passages: what a model reads of each."""
-    return Index((passage.text, passage.language) for passage in passages)
+class Search:
+    """Passages, found by question."""
+
+    def __init__(self, passages: Sequence[Passage]) -> None:
+        self.passages = passages
+        self.index = Index((passage.text, passage.language) for passage in passages)
+
+    def best(self, question: str, language: str, count: int) -> list[Passage]:
+        """The passages that answer best, best first; of passages that say the same, one."""
+        places = self.index.best(question, language, 2 * count)
+        found = list({self.passages[place].key: self.passages[place] for place in places}.values())
+        return found[:count]

@@ -157,7 +157,7 @@ class _Search:
     """All passages, searched by question."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
-        self.index = bm25.index_of(passages)
+        self.index = bm25.Search(passages).index
         self.places: dict[str, list[int]] = defaultdict(list)
         for place, passage in enumerate(passages):
             self.places[passage.key].append(place)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 if TYPE_CHECKING:
     from qlora.data.documents.chunks import Passage
@@ -15,17 +17,21 @@ if TYPE_CHECKING:
 # `left_out`: about a sentence that is never studied, by the exam's prompt.
 Purpose = Literal["train", "exam", "left_out"]
 
+Key = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+
 
 @dataclass(frozen=True)
 class Question:
     """A question that the base asked about a sentence. `key` names it in every later file."""
 
-    key: str
+    key: Key
     passage: str  # Passage.key
-    sentence: int  # its place in Passage.sentences
+    sentence: Count  # its place in Passage.sentences
     kind: str
     purpose: Purpose
-    round: int  # 2: asked again, because no question of the first round stood for its sentence
+    round: Count  # 2: asked again, because no question of the first round stood for its sentence
     text: str
 
 
@@ -36,14 +42,14 @@ class Answer:
     Probabilities are of the answer's own tokens, at temperature 1; of an empty answer they are 0.
     """
 
-    question: str  # Question.key
+    question: Key  # Question.key
     text: str
     token_ids: tuple[int, ...]  # without what ended it
     ended: bool  # by itself, not by the limit
-    mean_probability: float  # geometric mean: exp of the mean log-probability
-    min_probability: float
+    mean_probability: Share  # geometric mean: exp of the mean log-probability
+    min_probability: Share
     closed_text: str  # what it answers without the passage
-    closed_mean_probability: float  # of `token_ids` (not of closed_text), without the passage: geometric mean too
+    closed_mean_probability: Share  # of `token_ids` (not of closed_text), without the passage: geometric mean too
     second_text: str  # read a second time, in the other frame or from the sentence alone
 
     @property

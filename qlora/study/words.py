@@ -1,8 +1,8 @@
 """Words of questions and answers: how a text becomes tokens that can be compared, in five languages.
 
 Numbers are kept exact: 3.5 stays one token, 1,200 and 1 200 are 1200 (1.200 in German, French and Spanish), a number
-word is its number ("seven years" is "7 years"), and a unit beside a number is a token of its own ("7kW" is "7 kW", "€49"
-is "49 €"). Languages without blanks are taken by characters. Data stands in `words.toml`.
+word is its number ("seven years" is "7 years"), and a unit beside a number is a token of its own ("7kW" is "7 kW",
+"€49" is "49 €"). Languages without blanks are taken by characters. Data stands in `words.toml`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _SIGN = r"[%‰€$£¥₹]|°[a-z]?"
 _TOKEN = re.compile(
     rf"[{UNSPACED}]|[^\W\d_{UNSPACED}]+(?:[-./]?\d[^\W_{UNSPACED}]*)+|{_NUMBER}|{_SIGN}|[^\W\d_{UNSPACED}]+(?:['’][^\W\d_{UNSPACED}]+)*"
 )
+_POSSESSIVE = re.compile(r"(?<=\w)['’]s\b")
 _CURRENCY_FIRST = re.compile(r"([€$£¥₹])\s?(\d[\d.,  ]*\d|\d)")
 _GROUPED = re.compile(r"(?<![\w.,])(\d{1,3})((?:[ \u00a0\u202f']\d{3})+)(?!\d)")
 _CHINESE_COUNT = re.compile("([零一二两三四五六七八九十])(?=[年月日天周个小时分钟度元米公千斤克吨升次层台件倍岁号页])")
@@ -66,6 +67,7 @@ def tokens(text: str, language: str) -> list[str]:
     """The text as comparable tokens: casefolded, without punctuation, numbers and units exact, articles kept."""
     words = words_of(language)
     plain = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
+    plain = _POSSESSIVE.sub("", plain)
     if words.language == "zh":
         plain = _CHINESE_COUNT.sub(lambda sign: str(words.numbers[sign[1]]), plain)
     plain = _GROUPED.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), plain)
@@ -108,8 +110,8 @@ def names(text: str, language: str) -> list[str]:
     """
     found = []
     opening = True
-    for match in re.finditer(r"[^\W_]+(?:[-'’][^\W_]+)*|[.!?:;¿¡\n„“\"(]", text):
-        word = match[0]
+    for match in re.finditer(r"[^\W_]+(?:[-'’][^\W_]+)*|[.!?:;¿¡\n„“\"(]", _UNSPACED.sub(" ", text)):
+        word = _POSSESSIVE.sub("", match[0])
         if not word[0].isalnum():
             opening = True
             continue
@@ -150,7 +152,7 @@ def length(text: str) -> int:
 def in_language(text: str, language: str) -> bool:
     """Whether a text may be of a language: by its script, and by words that only one language has.
 
-    A text with too few words to tell is let pass, and so is any in a language that we have no words of, where only
+    A text without such a word is let pass, and so is any in a language that we have no words of, where only
     the script is looked at.
     """
     letters = sum(map(str.isalpha, text))
@@ -165,7 +167,7 @@ def in_language(text: str, language: str) -> bool:
     found = set(re.findall(r"[^\W\d_]+", text.casefold()))
     hits = {name: len(found & own) for name, own in _telling().items()}
     strongest = max(hits.values())
-    return hits[code] * 2 >= strongest or strongest < 2
+    return hits[code] * 2 >= strongest
 
 
 def refuses(text: str, language: str) -> bool:
@@ -203,7 +205,9 @@ def _with_numbers(found: Sequence[str], words: Words) -> list[str]:
         else:
             if value >= 20 and value % 10 == 0:
                 skip = 2 if at + 1 < len(found) and found[at + 1] in words.joined else 1
-                unit = words.numbers.get(found[at + skip], 0) if at + skip < len(found) else 0
+                following = found[at + skip] if at + skip < len(found) else ""
+                one = skip == 2 and following in words.articles and following.startswith("un")  # vingt et un, y una
+                unit = 1 if one else words.numbers.get(following, 0)
                 if 0 < unit < 10:
                     value, at = value + unit, at + skip
             result.append(str(value))
@@ -231,7 +235,7 @@ def _all() -> dict[str, Words]:
 def _words(language: str, table: dict[str, object]) -> Words:
     def listed(name: str) -> list[str]:
         value = table[name]
-        return value.split() if isinstance(value, str) else list(value)  # type: ignore[call-overload, no-any-return]
+        return [word.casefold() for word in (value.split() if isinstance(value, str) else value)]  # type: ignore[attr-defined]
 
     units: dict[str, str] = table["units"]  # type: ignore[assignment]
     parted = {tuple(word) if language == "zh" else tuple(word.split()): sign for word, sign in units.items()}
@@ -240,7 +244,7 @@ def _words(language: str, table: dict[str, object]) -> Words:
         frozenset(listed("articles")),
         frozenset(listed("stop")),
         frozenset(listed("joined")),
-        dict(table["numbers"]),  # type: ignore[call-overload]
+        {word.casefold(): value for word, value in table["numbers"].items()},  # type: ignore[attr-defined]
         parted,
         tuple(listed("refusals")),
         re.compile(str(table["self_reference"])),

@@ -126,6 +126,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     text, _ = text_config(base.config, base.name, has_head(base))
     estimator = Estimator(text, base.name, machine)
     with foreign_failures() as failure:  # a model that does what meta tensors cannot: reads a value, calls a kernel
+        if machine.device_type == "cpu":
+            estimator.ask_process(recipe, facts)
         plan = choose(estimator, recipe, facts)
     if failure.error:
         reason = failure.reason[:120]

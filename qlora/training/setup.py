@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora import disk, processes
+from qlora import disk, heap, processes
 from qlora.errors import ExportError, HardwareError, Problem, RecipeError
 from qlora.events import Notice, Sink
 from qlora.guarded import Guarded
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from qlora.model.base_watch import BaseWatch
     from qlora.model.tokenizer_files import TokenizerFiles
     from qlora.stop import StopRequest
+    from qlora.study.lesson import Lesson
+    from qlora.study.material import Found
+    from qlora.study.run_exam import RunExam
     from qlora.training.memory_plan import MemorySettings
 
 _HINT = "end other programs that hold memory"
@@ -54,6 +57,16 @@ class Job:
     memory: MemorySettings
     clock: PhaseClock
     watch: BaseWatch
+    exam: RunExam | None = None  # of what documents taught
+
+
+class Prepared(NamedTuple):
+    """What is known of a run before a weight is read; `lesson` is what its documents will teach."""
+
+    chat: ChatTokenizer
+    data: PreparedData
+    memory: MemorySettings
+    lesson: Lesson | None
 
 
 def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
@@ -65,8 +78,8 @@ def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
     from qlora.data.prepare import check_files
     from qlora.model.resolve import resolve
 
-    if not recipe.data.train:
-        hint = 'add [[data.train]] with path = "rows.jsonl"'
+    if not recipe.data.train and not recipe.data.documents:
+        hint = 'add [[data.train]] with path = "rows.jsonl", or [[data.documents]] with path = "manuals"'
         raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
     rows = localize(recipe.data, sink)
     check_files(rows.local)
@@ -90,27 +103,33 @@ def pick_device() -> torch.device:
 
 @contextmanager
 def prepare_job(
-    recipe: Recipe, run_dir: Path, base: BaseFolder, tokenizer: TokenizerFiles, sink: Sink, stop: StopRequest
+    recipe: Recipe, run_dir: Path, found: Found, tokenizer: TokenizerFiles, sink: Sink, stop: StopRequest
 ) -> Iterator[Job]:
     """Everything up to the first step. Inside the block the CPU multiplies as training needs it; behind it the job's
     model is empty.
     """
+    from qlora import device as hardware
     from qlora.model import emptied
     from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
+    from qlora.study.teacher import Teacher
 
+    base, device, exam = found.base, pick_device(), None
     clock, watch = PhaseClock(sink), BaseWatch.begin(base)
-    chat, data, memory = prepare(recipe, base, tokenizer, sink, clock)
-    device = pick_device()
+    if not hardware.is_card(device):
+        heap.settle()  # as the estimate takes for granted
+    chat, data, memory, lesson = prepare(recipe, found, tokenizer, sink, clock)
     with fast_matmul(device), ExitStack() as stack:
         model = load_model(recipe, base, data, chat, clock)
         stack.callback(emptied.empty, model)
-        yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch)
+        if lesson is not None:
+            recipe, data, exam = lesson.learn(
+                Teacher(model, chat, device, sink, stop), run_dir, base, data, clock.phase
+            )
+        yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch, exam)
 
 
-def prepare(
-    recipe: Recipe, base: BaseFolder, tokenizer: TokenizerFiles, sink: Sink, clock: PhaseClock
-) -> tuple[ChatTokenizer, PreparedData, MemorySettings]:
+def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink, clock: PhaseClock) -> Prepared:
     """Tokens of every row and the run's memory settings: all that can be known before a weight is read.
 
     Raises ExportError where the recipe asks for a GGUF that this base cannot become, DoesNotFit with remedies.
@@ -120,34 +139,41 @@ def prepare(
     from qlora.memory import hardware
     from qlora.model.meta_model import text_config
     from qlora.model.weight_names import embedding_rows
+    from qlora.study.lesson import Lesson
     from qlora.training import evaluate, memory_plan
 
+    base, lesson, planned = found.base, None, None
     with clock.phase("rows"):
         chat, data = prepare_rows(recipe, tokenizer, sink)
         asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
         rows = embedding_rows(base.tensors) or text_config(base.config, base.name)[0].vocab_size
         check_ids(chat.tokenizer, data, (question.prompt_ids for question in asked), rows, base.name)
         say_stray_padding(chat.tokenizer, rows, base.name, sink)
+        if found.material is not None:
+            lesson = Lesson.of(found.material, recipe, chat, sink)
+            planned = lesson.foreseen(data)
     with clock.phase("checks", "plan memory"):
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
         foresee_measuring(recipe.export, base, hardware.this_machine(recipe.memory.limit).limit_bytes, sink)
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
         exact = evaluate.answer_tokens(asked[: recipe.eval.exact_match_rows], chat)
-        facts = replace(memory_plan.data_facts(recipe, data, prompt_tokens), answer_tokens=exact)
-        memory = memory_plan.plan_run(recipe, base, facts, sink)
-    return chat, data, memory
+        facts = memory_plan.data_facts(*(planned or (recipe, data)), prompt_tokens)
+        memory = memory_plan.plan_run(recipe, base, replace(facts, answer_tokens=exact), sink)
+    return Prepared(chat, data, memory, lesson)
 
 
 def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
-    """Tokenizer, template and tokens of every row."""
+    """Tokenizer, template and tokens of every row of the recipe's sources."""
     from qlora.data.chat import ChatTokenizer
     from qlora.data.hub_rows import localize
-    from qlora.data.prepare import prepare
+    from qlora.data.prepare import NO_ROWS, prepare
     from qlora.model.tokenizer import open_tokenizer
 
     with files.placed() as folder:
         tokenizer = open_tokenizer(folder, recipe.model.base)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink, files.embedding_rows)
+    if not recipe.data.train:
+        return chat, NO_ROWS
     sources = localize(recipe.data, sink).local
     data = prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     return chat, data

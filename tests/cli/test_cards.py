@@ -249,7 +249,9 @@ def test_amds_intels_and_apples_are_told_by_name(system: System, monkeypatch: py
     system.build = CPU
     assert "AMD card is here" in told() and "pytorch.org" in told() and "torch==" not in told()
     system.build = TorchBuild("2.13.0+rocm6.4", hip="6.4")
-    assert "under ROCm" in told()
+    assert "under ROCm" in told() and f"{cards.AOTRITON}=1" in told()
+    monkeypatch.setenv(cards.AOTRITON, "1")
+    assert "under ROCm" in told() and cards.AOTRITON not in told()
     system.trouble = "HIP error"
     with pytest.raises(HardwareError, match=r"ROCm 6\.4.*HIP error"):
         told()

@@ -64,7 +64,7 @@ def test_json_and_page_say_the_same(small: Path, tmp_path: Path, look: Callable[
     recipe = write(tmp_path, small, "".join(map(row, range(20))) + "broken\n" + row(1), "[data]\nmax_bad_rows = 1")
     page = tmp_path / "page.html"
     code, out, _ = look(recipe, "--json", "--html", str(page))
-    answer = json.loads(out)
+    answer = json.loads(out)["rows"]
     assert code == 0 and answer["sources"][0]["rejected"] == 1 and answer["train"]["copies"]["count"] >= 0
     assert answer["sources"][0]["reasons"][0]["examples"] == ["rows.jsonl:21"]
     levels = [one["level"] for one in answer["warnings"]]
@@ -75,6 +75,22 @@ def test_json_and_page_say_the_same(small: Path, tmp_path: Path, look: Callable[
     assert all(one["what"] in text and one["fix"] in text for one in answer["warnings"])
     assert str(tmp_path) not in page.read_text(encoding="utf-8")
     assert look(recipe, "--json", "--html", str(page))[0] == 0  # a page of ours is made anew
+
+
+def test_documents_are_shown(small: Path, tmp_path: Path, look: Callable[..., Answer]) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# Lamps\n\nThe lamp costs 7 crowns. It is red.\n")
+    (tmp_path / "docs" / "b.txt").write_text("  \n")
+    recipe = tmp_path / "docs.toml"
+    recipe.write_text(f'[model]\nbase = "{small}"\n[[data.documents]]\npath = "docs"\n')
+    code, out, err = look(str(recipe), "--json", "--html", str(tmp_path / "page.html"))
+    answer = json.loads(out)
+    assert (code, err) == (0, "") and answer["rows"] is None
+    (file,) = answer["documents"]["files"]
+    assert (file["path"], file["pages"], file["passages"]) == ("docs/a.md", 1, 1) and answer["documents"][
+        "sentences"
+    ] == 2
+    assert "a.md" in judged((tmp_path / "page.html").read_text()).text and "b.txt" in answer["documents"]["left_out"][0]
 
 
 def test_what_is_no_page_of_ours_stays(small: Path, tmp_path: Path, look: Callable[..., Answer]) -> None:

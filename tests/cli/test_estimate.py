@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.cli import estimate
+from qlora.cli import cards, estimate
+from qlora.errors import HardwareError
 from tests.floors import HEAVY
 from tests.memory.shapes import config_folder
 
@@ -96,6 +97,17 @@ def test_the_table_the_search_and_the_exit_code(run: Run, tmp_path: Path) -> Non
     too_large = run(folder, "--vram", "1GiB")
     assert too_large.returncode == 3 and "it does not fit" in too_large.stdout
     assert too_large.stderr.startswith("error: needs ") and "Traceback" not in too_large.stderr
+
+
+def test_a_card_that_torch_cannot_use_is_told(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: object) -> None:
+        raise HardwareError("GeForce GTX 1080: computes no bf16", "hide it")
+
+    monkeypatch.setattr(cards, "settle", refused)
+    model = str(config_folder("meta-llama/Llama-3.2-1B-Instruct", tmp_path))
+    (note,) = (note for note in json.loads(run(model, "--json").stdout)["notes"] if "GTX 1080" in note)
+    assert "a run on the CPU" in note
+    assert "GTX 1080" not in run(model, "--gpu", "RTX 4090", "--json").stdout
 
 
 @pytest.mark.parametrize(

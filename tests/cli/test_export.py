@@ -9,12 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from qlora.cli import cards, export
+from qlora.errors import HardwareError
 from tests.cli.cases import expect_two_lines, run
 from tests.export.cases import KINDS, edit, trained
 
 
 def test_export_of_nothing(tmp_path: Path) -> None:
     expect_two_lines(run(str(tmp_path / "none"), cwd=tmp_path, module="export"), "no such folder")
+
+
+def test_a_card_that_torch_cannot_use_is_refused_as_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: object) -> None:
+        raise HardwareError("a card is here that torch can't use", "install a driver")
+
+    monkeypatch.setattr(cards, "settle", refused)
+    with pytest.raises(HardwareError, match="a card is here"):
+        export._run(Path("none"), {}, {}, as_json=True)
 
 
 @pytest.mark.slow

@@ -60,5 +60,5 @@ def test_labels_go_with_the_block_that_is_copied_at_once() -> None:
 
 
 def test_labels_of_another_number_of_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="a.jsonl:2: labels of 3 tokens for 2"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: labels of 3 tokens for 2"):
         collate(replace(mixed(), labels={1: labels_of(3, 0)}.get), [(1,)], pad_id=0, max_length=16)

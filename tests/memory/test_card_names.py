@@ -6,7 +6,8 @@ import pytest
 
 from qlora.errors import HardwareError
 from qlora.memory import card_names
-from qlora.memory.card_names import GIB, GPUS
+from qlora.memory.card_names import GPUS
+from qlora.units import GIB
 
 MEANT = {
     # as people write them

@@ -6,9 +6,9 @@ import pytest
 
 from qlora.errors import HardwareError, RecipeError
 from qlora.memory import hardware
-from qlora.memory.card_names import GIB
 from qlora.recipe.reading import recipe_of_base
 from qlora.recipe.sections import parse_bytes
+from qlora.units import GIB
 
 
 @pytest.mark.parametrize("gigabytes", hardware.SOLD_GIGABYTES)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from qlora.memory import hardware, overheads
-from qlora.memory.hardware import MIB
 from qlora.model.identity import Fingerprints
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import checkpoint
 from qlora.training.checkpoint import RunState
+from qlora.units import MIB
 from tests.training.cases import ABOUT
 
 

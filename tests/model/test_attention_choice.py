@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from qlora import numerics
 from qlora.errors import ModelError
 from qlora.events import Recorder
 from qlora.model import attention, attention_choice, document_attention
 from qlora.model.attention_choice import Heads, assumed, lack_of, settle, tried
 from qlora.model.base_folder import BaseFolder
+from qlora.numerics import Numerics
 from tests import all_families
 from tests.card import Card, rehearsal
 from tests.families import make_config
@@ -175,6 +177,16 @@ def test_a_kernel_that_the_model_does_not_take_leaves_the_next_one(
     said = str(settled(model, "auto", {"varlen": trains_only}, monkeypatch).of("notice")[0])
     assert attention.shown(model) == "sdpa"
     assert "no kernel without gradients" in said and "efficient: no kernel image" in said
+
+
+def test_a_run_that_began_with_a_mask_says_why_it_keeps_it(
+    base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = Numerics(attention="sdpa")
+    with numerics.in_force(begun):
+        model = load(base_of("llama"), "none")
+        said = settled(model, "auto", {"varlen": document_attention.one_by_one}, monkeypatch).of("notice")
+    assert attention.shown(model) == "sdpa" and "when this run began" in str(said[0])
 
 
 def test_a_cpu_keeps_its_mask_unless_it_is_asked(base_of: Callable[[str], BaseFolder]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qlora.prove.shapes import GIB, SHAPES, config_of, largest, with_layers
+from qlora.prove.shapes import SHAPES, config_of, largest, with_layers
+from qlora.units import GIB
 
 
 def test_the_largest_that_fits_is_taken() -> None:

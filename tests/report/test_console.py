@@ -13,6 +13,7 @@ from qlora.events import (
     End,
     Evaluated,
     Event,
+    Examined,
     Exported,
     Fidelity,
     Notice,
@@ -26,6 +27,7 @@ from qlora.events import (
     StepDone,
 )
 from qlora.report.console import ConsoleSink, Terminal
+from tests.report.cases import FIGURES
 
 PLAN = Plan(
     450,
@@ -57,6 +59,7 @@ EVENTS: list[Event] = [
     *(StepDone(n, n / 8, 5 / n, 1e-3, 0.5, 2000, 500, 900.0, 1 << 30, 2.0) for n in range(1, 81)),
     Recovered(3, "loss not finite: step skipped"),
     Evaluated(80, 0.1, 1.1, None, 60, True),
+    Examined(FIGURES),
     Sampled(80, "What does [red]the Lumo lamp[/] cost?", "40 euros", "[/]blue", "40 euros"),
     Saved("adapter", 80, "/runs/quickstart/adapter", 1 << 20),
     End(

@@ -25,9 +25,7 @@ def seen_of(text: str) -> dict[str, Any]:
         {"least": 1, "most": 8, "rows": 5, "over": False},
         {"least": 9, "most": None, "rows": 2, "over": True},
     ]
-    return {
-        "recipe": text,
-        "base": f"/home/me/{text}",
+    rows = {
         "max_length": 16,
         "lengths": bars,
         "sources": [source],
@@ -39,6 +37,9 @@ def seen_of(text: str) -> dict[str, Any]:
         "drawn": [{"number": 1, "documents": 2, "tokens": 9, "rows": [row]}],
         "warnings": [{"level": level, "what": text, "fix": text, **found} for level in ("wrong", "harm", "note")],
     }
+    file = {"path": text, "pages": 1, "language": text, "passages": 2, "left_out": [text]}
+    papers = {"files": [file], "pages": 1, "passages": 2, "sentences": 3, "questions": 4, "left_out": [text]}
+    return {"recipe": text, "base": f"/home/me/{text}", "rows": rows, "documents": papers}
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS, "plain"], ids=map(str, range(7)))
@@ -50,7 +51,8 @@ def test_a_strangers_strings_are_text_everywhere(attack: str) -> None:
 
 
 def test_nothing_to_mend_is_said() -> None:
-    assert "Nothing." in judged(page_of({**seen_of("a"), "warnings": []})).text
+    seen = seen_of("a")
+    assert "Nothing." in judged(page_of({**seen, "rows": {**seen["rows"], "warnings": []}, "documents": None})).text
 
 
 @pytest.mark.browser

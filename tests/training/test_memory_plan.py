@@ -12,12 +12,12 @@ from qlora import api
 from qlora.errors import DoesNotFit
 from qlora.events import Recorder
 from qlora.memory import calibration, hardware, host
-from qlora.memory.card_names import GIB
 from qlora.memory.hardware import Machine
 from qlora.model import load
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.training import memory_plan
 from qlora.training.memory_plan import Measured
+from qlora.units import GIB
 from tests.runs import train, values, write_recipe
 
 SHORT = ("train.max_steps=2", "eval.samples=0", "data.eval_fraction=0")

@@ -34,6 +34,7 @@ from qlora.recipe.sections import LoraSection, QuantizationSection
 
 FILE = Path(__file__).resolve().parent / "results/peaks.json"
 TARGETS: Mapping[str, tuple[str, ...]] = {
+    "qv": ("q_proj", "v_proj"),
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
@@ -62,14 +63,19 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
         "float_logits": True,
         "autocast": True,
     },
-    # everything in bf16; logits of all tokens in bf16, and in float32 a chunk at a time
-    "torchtune": {"dtype": BF16, "adapter_dtype": BF16, "loss": "whole in 16 bit"},
     # a loop of one's own over peft: a bf16 base, adapters in float32, the loss of bf16 logits
     "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted as they are"},
     # and over a quantized base that peft prepared: all that is not in 4 bit in float32
     "bf16 loop, kbit": {"dtype": F32, "adapter_dtype": F32, "loss": "shifted as they are"},
-    # everything in bf16, norms as well; logits and their loss in bf16
-    "litgpt": {"dtype": BF16, "adapter_dtype": BF16, "loss": "16 bit", "norms": "16 bit"},
+    # a loop that measures memory: all in bf16, float32 logits that it keeps, their mean for a loss
+    "mean of logits": {
+        "dtype": BF16,
+        "adapter_dtype": BF16,
+        "keeps_logits": True,
+        "float_logits": True,
+        "loss": "mean",
+        "keeps_inputs": True,
+    },
 }
 
 

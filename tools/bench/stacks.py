@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from qlora.batch import Batch
 from qlora.memory.baselines import Baseline
 from qlora.step.forward import CausalParts
 
@@ -30,9 +31,15 @@ def shifted_as_they_are(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return cross_entropy(logits_TV[:-1].clone(), targets_T[:-1], reduction="sum")
 
 
+def mean_of_logits(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """No loss at all, as programs take it that measure memory alone."""
+    return logits_TV.mean()
+
+
 LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "shifted": shifted,
     "shifted as they are": shifted_as_they_are,
+    "mean": mean_of_logits,
 }
 
 
@@ -42,7 +49,9 @@ class Stack(Baseline):
 
     `kernel` is "flash", "efficient" (of torch's sdpa, keys repeated for each query head), or None for what our own
     attention chooses. `half`: computes in float16, and a base that is not quantized is held in it. `loss` is one of
-    `LOSSES` where it is not transformers' own; `float_logits`: the model itself gives them in float32.
+    `LOSSES` where it is not transformers' own; `float_logits`: the model itself gives them in float32. `keeps_inputs`:
+    bitsandbytes of early 2024 keeps the input of each 4-bit layer as an attribute of its node (`ctx.tensors`), where
+    recomputation cannot drop it.
     """
 
     chunked_loss: bool = False
@@ -50,9 +59,22 @@ class Stack(Baseline):
     half: bool = False
     loss: str | None = None
     float_logits: bool = False
+    keeps_inputs: bool = False
 
     def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         return LOSSES[self.loss](logits_TV, targets_T) if self.loss else super().loss_of(logits_TV, targets_T)
+
+    def _whole_loss(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> tuple[Tensor, Tensor]:
+        if not self.keeps_inputs:
+            return super()._whole_loss(parts, batch, neftune_alpha)
+        kept: list[Tensor] = []
+        with ExitStack() as hooks:
+            for module in parts.trunk.modules():
+                if type(module).__name__ == "Linear4bit":
+                    hooks.enter_context(module.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0])))
+            loss, logits_BSV = super()._whole_loss(parts, batch, neftune_alpha)
+        loss.kept = kept  # type: ignore[attr-defined]  # as long as the graph is there
+        return loss, logits_BSV
 
     def logits(self, parts: CausalParts, hidden_BSD: Tensor) -> Tensor:
         given = super().logits(parts, hidden_BSD)

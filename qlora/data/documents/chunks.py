@@ -1,17 +1,28 @@
-"""Documents to passages: sections by headings, then blocks, then sentences, of a bounded number of tokens."""
+"""Documents to passages: sections by headings, then blocks, then sentences, of a bounded number of tokens.
+
+A passage never goes over a heading, so that its path says what it is about. Where a section is too long for one, it is
+parted where its own words say so (at the border, of those far enough on, whose sentences have the smallest hash), and
+not at each so many tokens: after a sentence that was changed the borders are the old ones again, and so are the keys.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from qlora.data.documents.blocks import Block
 from qlora.data.documents.document import Document
+from qlora.data.documents.sentences import sentences_of
 
 LIMIT = 400  # tokens of a passage, the path of its headings included
 PATH_SIGN = " › "
+_LONG_HEADING = 10  # a heading of more than the limit / 10 is a paragraph: six of them leave room for text
+_SPARE = 4  # tokens that joining parts may add
+CountTokens = Callable[[str], int]
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,212 @@ class Passage:
         return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode("utf-8", "replace")).hexdigest()
 
 
-def passages(document: Document, count_tokens: Callable[[str], int], limit: int = LIMIT) -> list[Passage]:
-    """The document's passages in order, each of at most `limit` tokens; every word of it stands in one of them."""
-    raise NotImplementedError
+@dataclass(frozen=True)
+class _Unit:
+    """A part of a section that is not parted any further: its text, what is asked about, and what joins it to before.
+
+    `header` is the table's first line, which is repeated where a passage begins within the table.
+    """
+
+    text: str
+    asked: str
+    glue: str
+    header: str = ""
+
+
+def passages(document: Document, count_tokens: CountTokens, limit: int = LIMIT) -> list[Passage]:
+    """The document's passages in order, each of at most `limit` tokens; every word of it stands in one of them.
+
+    `count_tokens` gives a text's number of tokens without any that a template adds.
+    """
+    found = []
+    for headings, blocks in _sections(document.blocks, lambda text: count_tokens(text) > limit // _LONG_HEADING):
+        path = PATH_SIGN.join(headings)
+        packing = _Packing(path, count_tokens, limit)
+        units = [unit for number, block in enumerate(blocks) for unit in _units(block, document.language, number)]
+        for text, sentences in packing.packed([part for unit in units for part in packing.fitting(unit)]):
+            found.append(Passage(document.path, headings, tuple(sentences), text, document.about, document.language))
+    return found
+
+
+def unique_passages(
+    documents: Iterable[Document], count_tokens: CountTokens, limit: int = LIMIT
+) -> tuple[list[Passage], int]:
+    """The passages of all documents, each text once, and how many were left out because one before says the same."""
+    found: dict[str, Passage] = {}
+    twice = 0
+    for document in documents:
+        for passage in passages(document, count_tokens, limit):
+            twice += passage.key in found
+            found.setdefault(passage.key, passage)
+    return list(found.values()), twice
+
+
+def _sections(blocks: Sequence[Block], too_long: Callable[[str], bool]) -> list[tuple[tuple[str, ...], list[Block]]]:
+    """(path of headings, blocks below it). A heading below which nothing stands is text of the section around it."""
+    found: list[tuple[tuple[str, ...], list[Block]]] = []
+    path: list[tuple[int, str]] = []
+    is_bare = False  # whether nothing stands below the path's last heading yet
+
+    def add(block: Block, goes_on: bool) -> None:
+        headings = tuple(text for _, text in path)
+        if not (goes_on and found and found[-1][0] == headings):
+            found.append((headings, []))
+        found[-1][1].append(block)
+
+    new_section = True
+    for block in (*blocks, Block("heading", level=0)):  # the last closes all
+        if block.kind != "heading" or (block.text and too_long(block.text)):
+            add(Block("paragraph", block.text) if block.kind == "heading" else block, goes_on=not new_section)
+            is_bare = new_section = False
+            continue
+        if is_bare and path[-1][0] >= block.level:
+            text = path.pop()[1]
+            add(Block("paragraph", text), goes_on=True)
+        while path and path[-1][0] >= block.level:
+            path.pop()
+        path.append((block.level, block.text))
+        is_bare = new_section = True
+    return found
+
+
+def _units(block: Block, language: str, number: int) -> Iterator[_Unit]:
+    """A block's units; the first is joined to what stands before by an empty line."""
+    glue = "\n\n" if number else ""
+    if block.kind == "table":
+        yield from _rows(block, glue)
+    elif block.kind == "item":
+        yield _Unit(block.lines(), block.text.replace("\n", " "), "\n" if number else "")
+    elif block.kind == "code":
+        for line in block.text.split("\n"):
+            if line.strip():
+                yield _Unit(line, line.strip(), glue)
+                glue = "\n"
+    else:
+        for line in block.text.split("\n"):
+            for sentence in sentences_of(line, language):
+                yield _Unit(sentence, sentence, glue)
+                glue = " "
+            glue = "\n"
+
+
+def _rows(block: Block, glue: str) -> Iterator[_Unit]:
+    head, *rows = block.rows
+    header = " | ".join(head)
+    if not rows:
+        yield _Unit(header, header, glue)
+    for row in rows:
+        text = " | ".join(row)
+        names = head or ("",) * len(row)
+        named = [f"{name}: {cell}" if name else cell for name, cell in zip(names, row, strict=True) if cell]
+        yield _Unit(text, " | ".join(named), glue, header)
+        glue = "\n"
+
+
+class _Packing:
+    """Units of one section to texts within the limit."""
+
+    def __init__(self, path: str, count_tokens: CountTokens, limit: int) -> None:
+        self.path, self.count, self.limit = path, count_tokens, limit
+        self.room = max(1, limit - (count_tokens(path) + _SPARE if path else 0))
+
+    def fitting(self, unit: _Unit) -> list[_Unit]:
+        """The unit, or its pieces where it does not fit alone: parted at words, and a word only where it must be.
+
+        A table's header that takes more than half of the room is a row of its own, and not repeated.
+        """
+        if unit.header and 2 * self.count(unit.header) > self.room:
+            rows = [_Unit(unit.header, unit.header, unit.glue)] if unit.glue != "\n" else []
+            return [part for row in (*rows, _Unit(unit.text, unit.asked, "\n")) for part in self.fitting(row)]
+        if self.count(self.text([unit])) <= self.limit:
+            return [unit]
+        pieces = self.pieces(unit.text, unit.header)
+        return [
+            _Unit(piece, piece, (unit.glue if not number else " "), unit.header) for number, piece in enumerate(pieces)
+        ]
+
+    def pieces(self, text: str, header: str) -> list[str]:
+        atoms = re.findall(r"\S+", text)
+        found: list[str] = []
+        while atoms:
+            low, high = 0, len(atoms)
+            while low < high:  # the longest run of words that fits
+                middle = (low + high + 1) // 2
+                if self.fits(" ".join(atoms[:middle]), header):
+                    low = middle
+                else:
+                    high = middle - 1
+            if low:
+                found.append(" ".join(atoms[:low]))
+                atoms = atoms[low:]
+            elif len(atoms[0]) > 1:
+                atoms[:1] = self.halves(atoms[0], header)
+            else:
+                found.append(atoms.pop(0))
+        return found
+
+    def halves(self, word: str, header: str) -> list[str]:
+        """A word that does not fit (a line of Chinese, a key in base64), parted behind a comma where there is one."""
+        low, high = 1, len(word)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.fits(word[:middle], header):
+                low = middle
+            else:
+                high = middle - 1
+        comma = max(word.rfind(sign, low // 2, low) for sign in "，、；,;")
+        cut = comma + 1 if comma > 0 else low
+        return [part for part in (word[:cut], word[cut:]) if part]
+
+    def fits(self, text: str, header: str) -> bool:
+        return self.count(self.text([_Unit(text, text, "", header)])) <= self.limit
+
+    def packed(self, units: Sequence[_Unit]) -> Iterator[tuple[str, list[str]]]:
+        """(text, sentences) of each passage."""
+        sizes = [self.count(unit.text) + 1 for unit in units]
+        headers = {header: self.count(header) + 1 for header in {unit.header for unit in units} if header}
+        start = 0
+        while start < len(units):
+            end, taken, header = start, 0, ""
+            while end < len(units):
+                repeated = headers.get(units[end].header, 0) if units[end].header != header else 0
+                if end > start and taken + sizes[end] + repeated > self.room:
+                    break
+                taken, header, end = taken + sizes[end] + repeated, units[end].header, end + 1
+            if end < len(units):
+                end = self.border(units, sizes, start, end)
+            while end > start + 1 and self.count(self.text(units[start:end])) > self.limit:
+                end -= 1
+            part = units[start:end]
+            yield self.text(part), [unit.asked for unit in part]
+            start = end
+
+    def border(self, units: Sequence[_Unit], sizes: Sequence[int], start: int, end: int) -> int:
+        """Where to part, at or before `end` and not in the first half: between blocks rather than within one."""
+        taken = 0
+        places: list[int] = []
+        for place in range(start + 1, end + 1):
+            taken += sizes[place - 1]
+            if 2 * taken >= self.room:
+                places.append(place)
+        between = [place for place in places if units[place].glue == "\n\n"]
+        return min(
+            between or places or [end], key=lambda place: _hash(units[place - 1].text + "\0" + units[place].text)
+        )
+
+    def text(self, units: Sequence[_Unit]) -> str:
+        """The path, an empty line, and the units as they stand in the section."""
+        parts = [self.path + "\n\n"] if self.path else []
+        header = ""
+        for number, unit in enumerate(units):
+            if number:
+                parts.append(unit.glue)
+            if unit.header and unit.header != header:
+                parts.append(unit.header + "\n")
+            header = unit.header
+            parts.append(unit.text)
+        return "".join(parts)
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from qlora.data.documents.blocks import Block, as_text
 
@@ -42,6 +43,12 @@ class Document:
     def text(self) -> str:
         """All of it as Markdown-like text."""
         return as_text(self.blocks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its line of a study's `documents.jsonl`: what was read and what was not, without the text."""
+        left_out = [asdict(part) for part in self.left_out]
+        facts = {"path": self.path, "sha256": self.sha256, "pages": self.pages, "language": self.language}
+        return {**facts, "about": self.about, "left_out": left_out}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def parse(data: bytes) -> Parsed:
     pictures: Any = mammoth.images.img_element(_no_picture)
     try:
         page = mammoth.convert_to_html(io.BytesIO(data), style_map=_STYLES, convert_image=pictures).value
-    except KeyError:
+    except (KeyError, OSError):
         raise NotReadable("not a DOCX: there is no document in it", "save it anew from Word as .docx") from None
     blocks, _ = walked(soup(page))
     if 'class="title"' in page:

@@ -31,6 +31,15 @@ _BLOCKS = {
     *("fieldset", "legend", "center", "caption", "table", "thead", "tbody", "tfoot", "tr", "td", "th", "hgroup", "nav"),
     *("pre", "dialog", "h1", "h2", "h3", "h4", "h5", "h6"),
 }
+_CELLS, _ROW, _PARTS = ("td", "th"), ("tr",), ("thead", "tbody", "tfoot")
+# By name of a tag: what open elements its beginning ends, as far as the element around them.
+_ENDED_BY: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys(_CELLS, (_CELLS, ("tr", "table"))),
+    "tr": ((*_CELLS, *_ROW), (*_PARTS, "table")),
+    **dict.fromkeys(_PARTS, ((*_CELLS, *_ROW, *_PARTS), ("table",))),
+    "li": (("li",), ("ul", "ol", "menu")),
+    **dict.fromkeys(("dt", "dd"), (("dt", "dd"), ("dl",))),
+}
 _HEADING = re.compile(r"h[1-6]")
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 _MAX_DEPTH = 120  # of elements that are walked; what stands deeper is taken as one text
@@ -57,7 +66,17 @@ def soup(markup: str) -> BeautifulSoup:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", bs4.XMLParsedAsHTMLWarning)
         warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
-        return bs4.BeautifulSoup(markup, "html.parser")
+        tree = bs4.BeautifulSoup(markup, "html.parser")
+    _close_what_is_open(tree)
+    return tree
+
+
+def _close_what_is_open(tree: BeautifulSoup) -> None:
+    """Put beside each other what HTML parts without an end tag (13.1.2.4): this parser leaves it in each other."""
+    for tag in tree.find_all([*_ENDED_BY]):
+        closed, around = _ENDED_BY[tag.name]
+        while (outer := tag.find_parent([*closed, *around])) is not None and outer.name in closed:
+            outer.insert_after(*[part.extract() for part in [tag, *tag.next_siblings]])
 
 
 def walked(tree: BeautifulSoup) -> tuple[list[Block], int]:
@@ -107,7 +126,7 @@ class _Walk:
                     self.tag(child, depth + 1)
                 else:
                     self.parts.append(f" {one_line(' '.join(_seen_text(child)))} ")
-            elif type(child) is bs4.NavigableString:
+            elif type(child) is bs4.element.NavigableString:
                 self.parts.append(_blanks(child))
 
     def tag(self, tag: Tag, depth: int) -> None:
@@ -287,7 +306,7 @@ def _seen_text(tag: Tag) -> Iterator[str]:
                 yield "\n"
             elif child.name not in _UNSEEN and not _is_hidden(child):
                 ahead.append(iter(child.children))
-        elif type(child) is bs4.NavigableString:
+        elif type(child) is bs4.element.NavigableString:
             yield _blanks(child)
 
 
@@ -308,7 +327,7 @@ def _inline_text(tag: Tag, depth: int = 0) -> Iterator[str]:
                 yield border
                 yield from _inline_text(child, depth + 1)
                 yield border
-        elif type(child) is bs4.NavigableString:
+        elif type(child) is bs4.element.NavigableString:
             yield _blanks(child)
 
 
@@ -331,6 +350,6 @@ def _code(tag: Tag) -> str:
     for child in tag.descendants:
         if isinstance(child, bs4.Tag):
             parts.append("\n" if child.name == "br" else "")
-        elif type(child) is bs4.NavigableString:
+        elif type(child) is bs4.element.NavigableString:
             parts.append(str(child))
     return "".join(parts)

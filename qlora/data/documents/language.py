@@ -40,7 +40,9 @@ _WORDS: dict[str, frozenset[str]] = {
     ),
 }
 _OTHERS: tuple[frozenset[str], ...] = (
-    _words("il lo gli di che è per una della del dei nel con non sono alla più questo anche"),  # Italian
+    _words(
+        "il lo la i gli le di che è per un una da della dalla del dei nel con non sono al alla più questo anche"
+    ),  # Italian
     _words("o os as um uma não do da dos das em para com por que é ao na no mais como são seu sua"),  # Port.
     _words("de het een en van is dat niet op te voor met zijn aan wordt door bij ook als naar deze"),  # Dutch
     _words("i w z na do nie się jest że to od po jak oraz lub przez dla być może ma"),  # Polish

@@ -10,11 +10,12 @@ from typing import Any
 
 from qlora.data.documents.blocks import one_line, plain
 from qlora.data.documents.parsed import NotReadable, Parsed
-from qlora.data.documents.pdf_layout import Line, blocks_of_lines, without_repeats
+from qlora.data.documents.pdf_layout import Line, blocks_of_lines, without_contents, without_repeats
 
 MAX_PAGES = 5000  # of one file: at 574 tokens a page nearly three million tokens
 MAX_OUTLINE = 20_000  # entries
 REPEATS = "lines that repeat as page header, footer or page number"
+CONTENTS = "lines of a table of contents"
 _HYPHEN = "\ufffe"  # what PDFium gives in place of a hyphen at a line's end and of the line break
 _BOLD = re.compile(rb"bold|black|heavy|semibold|demi", re.IGNORECASE)
 _NAME_BYTES = 128
@@ -52,8 +53,10 @@ def parse(data: bytes) -> Parsed:
         counted = f"no {what}, {pages:,} page{'s' * (pages != 1)} in all"
         raise NotReadable(counted, "run text recognition (OCR) over it first, or leave it out")
     kept, repeats = without_repeats(read)
+    kept, contents = without_contents(kept)
     told = (
         (REPEATS, repeats),
+        (CONTENTS, contents),
         (f"pages without text (scanned?): {_ranges(empty)}", len(empty)),
         (f"pages that cannot be read: {_ranges(broken)}", len(broken)),
         (f"pages after the first {MAX_PAGES:,}", pages - MAX_PAGES),

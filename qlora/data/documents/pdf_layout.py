@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
+from typing import Literal
 
 from qlora.data.documents.blocks import Block, one_line, table
 
@@ -28,6 +29,7 @@ _ENDED = re.compile(r"[.!?:;…。！？：；]['\"”’»)\]]*$")
 _PAGE_NUMBER = re.compile(
     r"(?:page|seite|página|pagina|p\.|s\.)\s*\d+(?:\s*(?:/|of|von|de|sur)\s*\d+)?|第\s*\d+\s*页.*", re.IGNORECASE
 )
+_CONTENTS = re.compile(r"(?:\s?[.…·]){5,}\s*(?:\d{1,5}|[ivxlc]{1,6})?$")
 _AND = re.compile(r"(?:und|oder|bzw\.|and|or|et|ou|y|o)\b")  # "Ein-" goes on with "und Ausgang"
 _WIDE = re.compile(r"[\u3000-\u9fff\uf900-\ufaff\uff00-\uffef]")  # letters that are written without blanks
 
@@ -65,34 +67,67 @@ class Line:
 def without_repeats(pages: Sequence[Sequence[Line]]) -> tuple[list[Line], int]:
     """All lines but those that stand in the margins of many pages at one height, and how many were cut.
 
-    A line with a number counts as repeated where the number goes with the page, or never changes.
+    A line with a number counts as repeated where the number goes with the page, or never changes. Where most pages are
+    numbered, the outermost line with a page's number is cut too: the name of a chapter beside it changes. So is an
+    outermost line that says in smaller letters what another says: the title above the only page.
     """
     seen: dict[str, list[Line]] = defaultdict(list)
+    numbered: dict[int, list[Line]] = defaultdict(list)
     margins: set[int] = set()
+    cut: set[int] = set()
+    sizes = Counter(line.size for page in pages for line in page for _ in line.text)
+    body = sizes.most_common(1)[0][0] if sizes else 0
+    largest: dict[str, float] = defaultdict(float)
+    for line in (line for page in pages for line in page):
+        largest[line.text] = max(line.size, largest[line.text])
     for page in pages:
         heights = sorted({round(line.y, 1) for line in page})
         outer = {*heights[:MARGIN_LINES], *heights[-MARGIN_LINES:]}
         for line in page:
-            if round(line.y, 1) in outer:
-                margins.add(id(line))
-                seen[re.sub(r"\d+", "#", line.text)].append(line)
-    cut: set[int] = set()
+            if (height := round(line.y, 1)) not in outer:
+                continue
+            margins.add(id(line))
+            seen[re.sub(r"\d+", "#", line.text)].append(line)
+            if height in (heights[0], heights[-1]):
+                if line.size < largest[line.text]:
+                    cut.add(id(line))
+                if line.size > body:
+                    continue
+                for number in {int(number) for number in re.findall(r"^\d{1,5}\b|\b\d{1,5}$", line.text)}:
+                    numbered[number - line.page].append(line)
     for lines in seen.values():
         height = median(line.y for line in lines)
         there = [line for line in lines if abs(line.y - height) <= SAME_PLACE]
-        often = len({line.page for line in there}) > max(1, REPEATING * len(pages))
-        if often and _same_or_counting(there):
+        if _is_often(there, 1, len(pages)) and _same_or_counting(there, counting=there[0].size <= body):
             cut.update(map(id, there))
+    for lines in numbered.values():
+        if _is_often(lines, 2, len(pages)):
+            cut.update(map(id, lines))
     text = [line for page in pages for line in page]
     cut.update(id(line) for line in text if id(line) in margins and _PAGE_NUMBER.fullmatch(line.text))
     return [line for line in text if id(line) not in cut], len(cut)
 
 
-def _same_or_counting(lines: Sequence[Line]) -> bool:
-    """Whether the lines say the same, but for a number that goes up with the pages."""
+def without_contents(lines: Sequence[Line]) -> tuple[list[Line], int]:
+    """All lines but those of a table of contents, whose dots lead to a page, and how many those were."""
+    kept = [line for line in lines if not _CONTENTS.search(line.text)]
+    return kept, len(lines) - len(kept)
+
+
+def _is_often(lines: Sequence[Line], more_than: int, pages: int) -> bool:
+    return len({line.page for line in lines}) > max(more_than, REPEATING * pages)
+
+
+def _same_or_counting(lines: Sequence[Line], counting: bool) -> bool:
+    """Whether the lines say the same, or with `counting` the same but for a number that goes up with the pages.
+
+    Large letters are not asked for numbers: `Step 3` on the third page is a heading.
+    """
     common, times = Counter(line.text for line in lines).most_common(1)[0]
     if times > 0.5 * len(lines):
         return True
+    if not counting:
+        return False
     numbers = [([int(number[-9:]) for number in re.findall(r"\d+", line.text)], line.page) for line in lines]
     for place in range(len(re.findall(r"\d+", common))):
         steps = Counter(found[place] - page for found, page in numbers)
@@ -164,35 +199,53 @@ class _Layout:
         return True if follows is not None and self.lines[at].bold and not follows.bold else None
 
     def table_at(self, at: int) -> tuple[list[list[str]], int]:
-        """The rows of a table that begins with this line, and the line after it; none where none begins."""
+        """The rows of a table that begins with this line, and the line after it; none where none begins.
+
+        It goes on over the next page where the first line there fills the same columns.
+        """
         first = self.lines[at]
         if len(first.cells) < 2:
             return [], at
         columns = [(left, right) for left, right, _ in first.cells]
-        rows = [[text for _, _, text in first.cells]]
+        header = [text for _, _, text in first.cells]
+        rows = [list(header)]
         end = at + 1
-        while end < len(self.lines) and self.lines[end].page == first.page:
+        while end < len(self.lines):
             line = self.lines[end]
-            gap = self.lines[end - 1].y - line.y
             places = [_column(cell, columns) for cell in line.cells]
-            if gap <= 0 or gap > 3.5 * max(line.size, 1) or None in places or len(set(places)) < len(places):
+            known = [place for place in places if place is not None]
+            if len(set(known)) < len(line.cells):  # beside the columns, or two in one
                 break
-            near = gap <= 1.4 * max(line.size, 1)
-            wrapped = near and (0 not in places or (len(places) < len(columns) and len(places) < 2))
-            if len(places) < len(columns) and not wrapped and (len(places) < 2 or 0 not in places):
+            if [text for _, _, text in line.cells] == header and line.page != first.page:  # repeated on the next page
+                end += 1
+                continue
+            kind = self.row_of(line, self.lines[end - 1], known, columns)
+            if kind == "none":
                 break
-            if wrapped and len(rows) == 1 and 0 in places and len(columns) > 1 and len(places) == 1:
-                wrapped = line.x1 < columns[1][0]
-                if not wrapped:
-                    break
-            if not wrapped:
+            if kind == "row":
                 rows.append([""] * len(columns))
-            for place, (left, right, text) in zip(places, line.cells, strict=True):
-                if place is not None:
-                    rows[-1][place] = f"{rows[-1][place]} {text}".strip()
-                    columns[place] = (min(left, columns[place][0]), max(right, columns[place][1]))
+            for place, (left, right, text) in zip(known, line.cells, strict=True):
+                rows[-1][place] = f"{rows[-1][place]} {text}".strip()
+                columns[place] = (min(left, columns[place][0]), max(right, columns[place][1]))
             end += 1
         return (rows, end) if len(rows) > 1 else ([], at)
+
+    def row_of(
+        self, line: Line, above: Line, places: list[int], columns: list[tuple[float, float]]
+    ) -> Literal["row", "wrapped", "none"]:
+        """Whether a line below a table's begins a row, wraps cells of the row above, or is no part of it."""
+        if line.page != above.page:
+            return "row" if len(places) == len(columns) else "none"
+        size = max(line.size, 1)
+        gap = above.y - line.y
+        if not 0 < gap <= 3.5 * size:
+            return "none"
+        if len(places) == len(columns):
+            return "row"
+        near = gap <= 1.4 * size
+        if near and (0 not in places or (len(places) == 1 and line.x1 < columns[1][0] and len(above.cells) > 1)):
+            return "wrapped"
+        return "row" if len(places) > 1 and 0 in places else "none"
 
     def goes_on(self, group: _Group, line: Line) -> bool:
         """Whether a line continues the block that is open."""

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora import files
+from qlora.data.documents.blocks import as_text
 from qlora.data.documents.document import WORDS_PER_PAGE, Document, Documents, LeftOut
 from qlora.data.documents.kinds import KINDS
-from qlora.data.documents.language import language_of
+from qlora.data.documents.language import LANGUAGES, language_of
 from qlora.data.documents.parsed import NotReadable
 from qlora.data.documents.parser import Parser, parser
 from qlora.data.documents.words import count_words
@@ -31,13 +32,19 @@ _TWICE = "the same file as one before"
 
 
 class DocumentSource(Protocol):
-    """A `[[data.documents]]` table of a recipe: `path` is absolute by now (file, glob or folder)."""
+    """A `[[data.documents]]` table of a recipe: `path` is absolute by now (file, glob or folder).
+
+    `language` is "auto" where it is to be told from the text.
+    """
 
     @property
     def path(self) -> str: ...
 
     @property
     def about(self) -> str: ...
+
+    @property
+    def language(self) -> str: ...
 
 
 def read_documents(sources: Sequence[DocumentSource], sink: Sink) -> Documents:
@@ -61,7 +68,7 @@ class _Reading:
         self.sink = sink
         self.documents: list[Document] = []
         self.left_out: list[LeftOut] = []
-        self.by_content: dict[str, str] = {}  # sha256: about of the source that it was read for
+        self.seen: set[tuple[str, str]] = set()  # sha256 and `about` of what was read
         self.characters = 0
 
     def source(self, source: DocumentSource, opened: Parser) -> None:
@@ -76,7 +83,7 @@ class _Reading:
             self.sink.emit(Progress("read documents", number, len(found.files), "files"))
             shown = f"{folder}{file.name}"
             try:
-                self.file(file, shown, source.about, opened)
+                self.file(file, shown, source, opened)
             except NotReadable as error:
                 if named:
                     raise DataError(f"{shown}: {error.reason}", error.hint) from None
@@ -84,30 +91,30 @@ class _Reading:
                 self.left_out.append(LeftOut(shown, error.reason))
         self.sink.emit(Progress("read documents", len(found.files), len(found.files), "files"))
         if len(failed) == len(found.files):
-            first, error = failed[0]
-            what = f"{source.path}: none of its {len(failed):,} documents can be read; {first}: {error.reason}"
-            raise DataError(what, error.hint)
+            first, cause = failed[0]
+            what = f"{source.path}: none of its {len(failed):,} documents can be read; {first}: {cause.reason}"
+            raise DataError(what, cause.hint)
 
-    def file(self, file: SourceFile, shown: str, about: str, opened: Parser) -> None:
+    def file(self, file: SourceFile, shown: str, source: DocumentSource, opened: Parser) -> None:
         """Read one file. Raises NotReadable."""
         data = _bytes_of(file)
         sha256 = hashlib.sha256(data).hexdigest()
-        if self.by_content.setdefault(sha256, about) == about and any(
-            document.sha256 == sha256 for document in self.documents
-        ):
+        if (sha256, source.about) in self.seen:
             self.left_out.append(LeftOut(shown, _TWICE))
             return
         parsed = opened.parse(file.ending, data)
         left_out = tuple(LeftOut(shown, what, count) for what, count in parsed.left_out)
-        document = Document(shown, sha256, parsed.pages, about, "other", tuple(parsed.blocks), left_out)
-        text = document.text
+        text = as_text(parsed.blocks)
         self.characters += len(text)
         if self.characters > MAX_CHARACTERS:
             what = f"{shown}: with it the documents have more than {MAX_CHARACTERS:,} characters"
             raise DataError(what, "give fewer documents, or only the ones that matter")
         pages = parsed.pages or max(1, -(-count_words(text) // WORDS_PER_PAGE))
-        language = language_of(text)
-        self.documents.append(Document(shown, sha256, pages, about, language, document.blocks, left_out))
+        told = source.language if source.language in LANGUAGES else "other"
+        language = language_of(text) if source.language == "auto" else told
+        blocks = tuple(parsed.blocks)
+        self.documents.append(Document(shown, sha256, pages, source.about, language, blocks, left_out))
+        self.seen.add((sha256, source.about))
 
     def tell(self) -> None:
         """What was read, and each reason for leaving something out with its count and the first names."""
@@ -115,6 +122,12 @@ class _Reading:
         count = len(self.documents)
         told = f"{count:,} document{'s' * (count != 1)} read, {pages:,} page{'s' * (pages != 1)}"
         self.sink.emit(Notice(TOPIC, told, count))
+        others = [document.path for document in self.documents if document.language == "other"]
+        if others:
+            names = ", ".join(others[:EXAMPLES]) + ", …" * (len(others) > EXAMPLES)
+            known = ", ".join(name for name in LANGUAGES if name != "other")
+            message = f"in another language than {known}, or with too little text to tell: {len(others):,} ({names})"
+            self.sink.emit(Notice(TOPIC, message, len(others)))
         parts = [part for document in self.documents for part in document.left_out]
         for found, of in ((self.left_out, "left out"), (parts, "of documents left out")):
             reasons: dict[str, list[LeftOut]] = defaultdict(list)

@@ -26,8 +26,8 @@ def parse(data: bytes) -> Parsed:
 def _part(part: str) -> list[Block]:
     """Blocks of lines between which there is no empty one."""
     lines = [line for line in part.split("\n") if line.strip()]
-    if len(lines) > 1 and (line := _UNDERLINE.fullmatch(lines[1].strip())) and len(lines[0].strip()) <= 100:
-        return [Block("heading", lines[0], _LEVELS[line[1][0]]), *_part("\n".join(lines[2:]))]
+    if len(lines) > 1 and (drawn := _UNDERLINE.fullmatch(lines[1].strip())) and len(lines[0].strip()) <= 100:
+        return [Block("heading", lines[0], _LEVELS[drawn[1][0]]), *_part("\n".join(lines[2:]))]
     lines = [line for line in lines if not re.fullmatch(r"\s*[=\-~_*#]{3,}\s*", line)]  # rules that are drawn
     width = max(map(len, lines), default=0)
     blocks: list[Block] = []

@@ -45,11 +45,16 @@ class Request:
     texts        to be tokenized, special tokens in them as such
     add_special  with the file's BOS and EOS
     rows         token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
+    prompts      token ids that are to be continued greedily, each alone, by `max_new_tokens` at most
+    more_ends    what ends an answer beside the file's own end tokens
     """
 
     texts: tuple[str, ...] = ()
     add_special: bool = True
     rows: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
+    prompts: Sequence[Sequence[int]] = ()
+    max_new_tokens: int = 0
+    more_ends: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class Answer:
     end_ids        what ends a generation; control tokens that it takes for such by their text too
     chat_template  None where the file has none
     tokenized      ids of each of the request's texts
+    written        ids of the answer to each of the request's prompts, without what ended it
     logprobs_NV    fp32, a position of a row after the other; valid inside the `with` block alone
     """
 
     end_ids: Sequence[int]
     chat_template: str | None
     tokenized: Sequence[Sequence[int]]
+    written: Sequence[Sequence[int]]
     logprobs_NV: NDArray[np.float32]
 
 
@@ -85,6 +92,7 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
     Raises ExportError when the process dies, says no, or takes longer than `limit_seconds` (by default by the work).
     """
     tokens = sum(len(ids) for ids, _ in request.rows)
+    tokens += sum(len(ids) + request.max_new_tokens for ids in request.prompts)
     seconds = limit_seconds or _START_SECONDS + tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-runtime-") as name:
         folder = Path(name)
@@ -92,7 +100,8 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
         answer = _answer_of_child(file, child.run(_CHILD, asked, folder, seconds), seconds)
         count = sum(len(positions) for _, positions in request.rows)
         logprobs_NV = _mapped(file, folder / "logprobs.f32", (count, answer["tokens"]))
-        yield Answer(answer["end_ids"], answer["chat_template"], answer["tokenized"], logprobs_NV)
+        template, tokenized = answer["chat_template"], answer["tokenized"]
+        yield Answer(answer["end_ids"], template, tokenized, answer["written"], logprobs_NV)
 
 
 def threads() -> int:

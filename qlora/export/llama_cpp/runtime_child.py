@@ -199,6 +199,20 @@ class Context:
                 yield np.ctypeslib.as_array(library.llama_get_logits_ith(self.context, place), (width,))
             at += count
 
+    def greedy(self, ids: Sequence[int], ends: frozenset[int], limit: int) -> list[int]:
+        """The likeliest continuation of a row's tokens, without the token of `ends` that ends it."""
+        self.restart()
+        written: list[int] = []
+        start, following = 0, list(ids)
+        while len(written) < limit:
+            last = start + len(following) - 1
+            (token,) = (int(logits_V.argmax()) for logits_V in self.logits(following, start, frozenset((last,))))
+            if token in ends:
+                break
+            written.append(token)
+            start, following = last + 1, [token]
+        return written
+
 
 def context_parameters(defaults: _Opaque, longest: int) -> _Opaque:
     """The library's default parameters with room for `longest` tokens, batches of our size, and attention in F32."""
@@ -234,7 +248,17 @@ def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
                 context.restart()
                 for logits_V in context.logits(ids, 0, frozenset(positions)):
                     file.write(log_softmax(logits_V).data)
-    return {**model.describe(), "tokenized": tokenized}
+    about = model.describe()
+    return {**about, "tokenized": tokenized, "written": _written(model, request, frozenset(about["end_ids"]))}
+
+
+def _written(model: Model, request: dict[str, Any], ends: frozenset[int]) -> list[list[int]]:
+    """The greedy answer to each prompt of the request."""
+    prompts, limit = request["prompts"], request["max_new_tokens"]
+    if not prompts:
+        return []
+    context = Context.open(model, max(map(len, prompts)) + limit, request["threads"])
+    return [context.greedy(ids, ends | frozenset(request["more_ends"]), limit) for ids in prompts]
 
 
 def main(request_file: Path) -> int:

@@ -1,0 +1,42 @@
+"""The C library's heap of a process that trains without a GPU: what tensors no longer need goes back to the system.
+
+glibc raises the size from which a block is mapped on its own to that of the largest one freed so far (up to 32 MiB,
+mallopt(3)): after a few steps all of a step's tensors lie in one heap, whose holes stay resident when rows are of
+different lengths. 135M parameters, rows of up to 256 tokens: 731 MiB beside what was held before, 628 with the size
+fixed; 5 % more processor time, for pages that are mapped anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from contextlib import suppress
+
+# malloc.h: what mallopt sets.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+OWN_MAPPING_BYTES = 128 << 10  # where glibc itself begins
+# oneDNN compiles a kernel for each shape of a product and keeps 1,024 of them (its own default): about 100 MiB once
+# rows of enough lengths were seen. A step of one length has 20 to 60 shapes, so that these are never compiled twice.
+KERNELS_VARIABLE, MOST_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 256
+
+
+def settle() -> None:
+    """For a process that is about to train without a GPU: what it takes beside its tensors has an end, and is known."""
+    os.environ.setdefault(KERNELS_VARIABLE, str(MOST_KERNELS))  # read by oneDNN when it compiles its first kernel
+    give_back_freed_blocks()
+
+
+def give_back_freed_blocks() -> bool:
+    """From now on blocks of 128 KiB and more are mapped on their own, and all threads share one heap for the others.
+
+    Whether it could be arranged: only glibc has these settings; a process that trains has no other use of its heap.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    with suppress(OSError, AttributeError):  # no such library, no such function: another C library under that name
+        mallopt = ctypes.CDLL(None).mallopt
+        settings = ((_M_MMAP_THRESHOLD, OWN_MAPPING_BYTES), (_M_TRIM_THRESHOLD, OWN_MAPPING_BYTES), (_M_ARENA_MAX, 1))
+        arranged = [mallopt(name, value) == 1 for name, value in settings]  # each of them, whatever the first answers
+        return all(arranged)
+    return False

@@ -1,0 +1,71 @@
+"""The exam of a run: the untuned base is asked when its study is done, the tuned one when it has been trained."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora import files, run_folder
+from qlora.data.documents.chunks import Passage
+from qlora.disk import MANIFEST
+from qlora.model.adapter_folder import delivered_step
+from qlora.run_record import id_of
+from qlora.study import exam, exam_questions, exam_report
+from qlora.study.exam_asking import TeacherAsker
+from qlora.study.material import keeping
+from qlora.study.prompts import Frame
+
+if TYPE_CHECKING:
+    from qlora.recipe.reading import Recipe
+    from qlora.study.teacher import Teacher
+
+CARD = "README.md"
+MAX_CARD_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RunExam:
+    """`base` names the weights that answer: hash of them, as they are held."""
+
+    asked: exam.Exam
+    teacher: Teacher
+    frame: Frame
+    base: str
+
+    @classmethod
+    def of(
+        cls, folder: Path, passages: Sequence[Passage], recipe: Recipe, asker: tuple[Teacher, Frame, str]
+    ) -> RunExam:
+        """Of the questions that the study kept apart in `folder`, and of the user's own."""
+        questions = exam_questions.all_questions(folder, recipe.exam.own, passages)
+        return cls(exam.Exam(folder, passages, questions, recipe.train.seed), *asker)
+
+    def before(self) -> None:
+        """Ask the base: alone, with what a search finds, with the right passage. What was asked is not asked again."""
+        exam.before(self.asked, self._asker(""), self.teacher.sink)
+
+    def after(self, run_dir: Path) -> None:
+        """Ask the model with its delivered adapter, and put what came of it into the adapter's card."""
+        with keeping(self.teacher.stop, self.asked.folder):
+            tuned = f"{self.base} {id_of(run_dir)} {delivered_step(run_dir)}"
+            figures = exam.after(self.asked, self._asker(tuned), self.teacher.sink)
+        section = exam_report.card_section(figures)
+        adapter = run_dir / "adapter"
+        card = files.read_bytes(adapter / CARD, MAX_CARD_BYTES).decode() if (adapter / CARD).is_file() else ""
+        if section.strip() in card:
+            return
+
+        def write(folder: Path) -> None:
+            for entry in sorted(adapter.iterdir()):
+                if entry.name not in (CARD, MANIFEST) and not files.is_link(entry):
+                    copy = shutil.copytree if entry.is_dir() else shutil.copy2
+                    copy(entry, folder / entry.name)
+            (folder / CARD).write_text(f"{card.rstrip()}\n\n{section.strip()}\n", encoding="utf-8")
+
+        run_folder.publish_adapter(run_dir, write, self.teacher.sink)
+
+    def _asker(self, tuned: str) -> TeacherAsker:
+        return TeacherAsker(self.teacher, self.frame, self.base, tuned)

@@ -1,0 +1,225 @@
+"""A run with documents: studied, examined, trained and examined again, stopped in between, gone on with, exported.
+
+The study itself is a script here (its own tests ask a base); everything around it is the real thing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora import api, disk
+from qlora.errors import QloraError, RecipeError, StoppedBySignal, TokenizerError, TrainingStopped
+from qlora.events import Event, Recorder, Sinks
+from qlora.recipe.reading import load_recipe
+from qlora.stop import StopRequest
+from qlora.study import exam_questions, lesson
+from qlora.study.labels import COLUMNS, Labels, LabelStore
+from qlora.study.records import Answer, Candidate, Question, key_of
+from qlora.study.split import Split
+from qlora.study.study import Studied
+
+MANUAL = """# Lamps
+
+The Orla lamp runs for nine hours. The Bexley lamp costs 12 euros. The Tavery lamp comes in green.
+
+# Pumps
+
+The Marlow pump has a warranty of seven years. Code E41 means that water is missing. The Zephra pump weighs 3 kg.
+"""
+KEYS = ("train.batch_size=2", "train.epochs=2", "data.max_length=256", "exam.questions=2", "checkpoint.every_steps=2")
+
+
+def script(asked: list[str]) -> Any:
+    """A study that asks one question of each sentence; `asked` grows by the keys of those not answered before."""
+
+    def study(teacher: Any, passages: Any, settings: Any, folder: Path, sink: Any, stop: StopRequest) -> Studied:
+        vocabulary = teacher.model.get_input_embeddings().weight.shape[0]
+        store = LabelStore(folder / "labels.bin", vocabulary)
+        store.cut_torn()
+        candidates = []
+        for passage in passages:
+            for at, sentence in enumerate(passage.sentences):
+                stop.check()
+                key = key_of(passage.key, at, settings.base, settings.seed)
+                ids = teacher.chat.tokenizer(sentence, add_special_tokens=False)["input_ids"][:6]
+                if key not in store:
+                    asked.append(key)
+                    store.append([(key, labels_of([*ids, teacher.chat.end_token_ids[0]], vocabulary))])
+                text = teacher.chat.tokenizer.decode(ids)
+                question = Question(key, passage.key, at, "fact", "train", 1, f"What holds of {sentence[:20]}?")
+                answer = Answer(key, text, tuple(ids), True, 0.9, 0.9, "", 0.1, text)
+                candidates.append(Candidate(question, answer, passage))
+        split = Split(train=candidates[2:], hold=[], exam=candidates[:1], left_out=candidates[1:2], leaks=[])
+        exam_questions.save(folder, split)
+        return Studied(split, "chat", store)
+
+    return study
+
+
+def labels_of(tokens: list[int], vocabulary: int) -> Labels:
+    """Each token with 0.7, the one after it with 0.2."""
+    ids = np.full((len(tokens), COLUMNS), -1, dtype=np.int32)
+    logprobs = np.full((len(tokens), COLUMNS), -np.inf, dtype=np.float16)
+    ids[:, 0], ids[:, 1] = tokens, [(token + 1) % vocabulary for token in tokens]
+    logprobs[:, 0], logprobs[:, 1] = np.log(0.7), np.log(0.2)
+    return Labels(np.array(tokens, dtype=np.int32), ids, logprobs)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    keys: list[str] = []
+    monkeypatch.setattr(lesson, "study", script(keys))
+    return keys
+
+
+def write_recipe(folder: Path, base: Path, more: str = "") -> Path:
+    (folder / "manuals").mkdir(parents=True)
+    (folder / "manuals" / "manual.md").write_text(MANUAL)
+    path = folder / "learn.toml"
+    text = (
+        f'[model]\nbase = "{base}"\n[[data.documents]]\npath = "manuals"\n{more}[output]\ndir = "{folder / "runs"}"\n'
+    )
+    path.write_text(text)
+    return path
+
+
+def train(recipe: Path, *keys: str, mode: api.Mode = "new", stop_at: str = "") -> Recorder:
+    """Runs to the end, or until an event of `stop_at` (its kind, or kind:topic) is met."""
+    recorder, stop = Recorder(), StopRequest()
+
+    class StopAt(Recorder):
+        def emit(self, event: Event) -> None:
+            topic = event.as_dict().get("topic") or event.as_dict().get("task", "")
+            if stop_at in (event.kind, f"{event.kind}:{topic}") and stop_at:
+                stop.set()
+
+    sinks = Sinks(recorder, StopAt())
+    try:
+        api.train(load_recipe(recipe, (*KEYS, *keys)), name="learn", mode=mode, sink=sinks, stop=stop)
+    except StoppedBySignal:
+        assert stop_at
+    else:
+        assert not stop_at
+    return recorder
+
+
+def final(recipe: Path) -> dict[str, str]:
+    """What a finished run is: its adapter, its rows and the answers of its exam."""
+    folder = recipe.parent / "runs" / "learn"
+    names = ("adapter/adapter_model.safetensors", "study/rows.jsonl", "study/labels.bin", "study/exam.json")
+    return {name: disk.sha256_file(folder / name) for name in names}
+
+
+@pytest.mark.slow
+def test_a_run_learns_documents_and_says_what_it_learnt(tmp_path: Path, llama: Path, asked: list[str]) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    recorder = train(recipe)
+    folder = tmp_path / "runs" / "learn"
+    topics = [event.as_dict()["topic"] for event in recorder.of("notice")]
+    assert {"documents", "passages", "rows"} <= set(topics)
+    kinds = [event.kind for event in recorder.events if event.kind in ("plan", "step", "end", "exam")]
+    assert kinds[0] == "plan" and kinds[-1] == "exam"
+    rows = [json.loads(line) for line in (folder / "study" / "rows.jsonl").read_text().splitlines()]
+    shown = [row for row in rows if "The Marlow pump" in row["messages"][0]["content"]]
+    assert 4 <= len(rows) <= 6 and all(set(row) == {"messages"} for row in rows)
+    assert shown  # by its question, or by its passage
+    recorded = (folder / "recipe.toml").read_text()
+    assert "r = 32" in recorded and "learning_rate = 0.0005" in recorded and "[study]" in recorded
+    assert json.loads((folder / "study" / "exam.json").read_text())
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "base + its own passage" in card.lower() or "own passage" in card.lower()
+    # A second command finds all of it done, and an export reads the study's rows.
+    before = list(asked)
+    train(recipe, mode="resume")
+    assert asked == before
+    report = api.merge_and_export(folder, to="adapter-gguf", sink=(sink := Recorder()))
+    assert report.products and not [e for e in sink.of("notice") if "cannot be read" in e.as_dict()["message"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", ["notice:passages", "progress:exam", "step", "end"])
+def test_a_stop_in_each_phase_changes_nothing(tmp_path: Path, llama: Path, asked: list[str], stop_at: str) -> None:
+    whole, stopped = write_recipe(tmp_path / "a", llama), write_recipe(tmp_path / "b", llama)
+    train(whole)
+    train(stopped, stop_at=stop_at)
+    train(stopped, mode="resume")
+    assert final(stopped) == final(whole)
+    assert len(asked) == 2 * len(set(asked)) or len(set(asked)) == len(asked)
+
+
+@pytest.mark.slow
+def test_anew_asks_only_about_what_has_changed(tmp_path: Path, llama: Path, asked: list[str]) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    train(recipe)
+    first = len(asked)
+    (tmp_path / "manuals" / "manual.md").write_text(MANUAL.replace("seven years", "eight years"))
+    recorder = train(recipe, mode="fresh")
+    assert len(asked) - first == 3  # the sentences of one passage of two
+    assert any("not asked again" in event.as_dict()["message"] for event in recorder.of("notice"))
+
+
+def test_a_check_stops_before_weights_and_foresees_the_rows(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    recorder = Recorder()
+    checked = api.check(load_recipe(recipe, KEYS), sink=recorder)
+    assert checked.memory is not None and not list((tmp_path / "runs").glob("*"))
+    said = [event.as_dict()["message"] for event in recorder.of("notice")]
+    assert any("2 passages" in message and "6 sentences" in message for message in said), said
+
+
+@pytest.mark.parametrize(
+    ("more", "keys", "error", "part"),
+    [
+        ('[lora]\ninit = "eva"\n', (), RecipeError, "eva"),
+        ("[study]\nwith_passage = 0.5\nhold = 0.4\n", (), RecipeError, "0.9, over 0.8"),
+        ('[[exam.questions]]\npath = "mine.jsonl"\n', (), QloraError, "mine.jsonl"),
+    ],
+)
+def test_what_documents_forbid_is_said_before_anything_is_loaded(
+    tmp_path: Path, more: str, keys: tuple[str, ...], error: type[QloraError], part: str
+) -> None:
+    recipe = write_recipe(tmp_path, tmp_path / "no-base", more)
+    with pytest.raises(error) as found:
+        api.check(load_recipe(recipe, keys))
+    assert part in str(found.value) and found.value.hint
+
+
+def test_a_full_disk_keeps_what_was_asked(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Studied:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lesson, "study", full)
+    with pytest.raises(TrainingStopped, match="the disk is full") as found:
+        train(write_recipe(tmp_path, llama))
+    assert "resume" in found.value.hint
+
+
+def test_hard_labels_need_a_chat_template(tmp_path: Path, llama: Path) -> None:
+    recipe = write_recipe(tmp_path, without_template(tmp_path, llama))
+    with pytest.raises(TokenizerError, match="no chat template") as found:
+        api.check(load_recipe(recipe, (*KEYS, "study.labels=hard")))
+    assert "documents" in found.value.hint
+    assert api.check(load_recipe(recipe, KEYS)).memory is not None  # soft labels do without one
+
+
+def without_template(tmp_path: Path, base: Path) -> Path:
+    """A copy of a base that was never taught to chat."""
+    copy = tmp_path / "plain"
+    copy.mkdir()
+    for file in base.iterdir():
+        if file.suffix == ".jinja":
+            continue
+        data = file.read_bytes()
+        if file.name == "tokenizer_config.json":
+            config = json.loads(data)
+            config.pop("chat_template", None)
+            data = json.dumps(config).encode()
+        (copy / file.name).write_bytes(data)
+    return copy
