@@ -124,7 +124,7 @@ LINES = {
             "generation",
         ),
         *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
-        *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
+        *("defaults", "hold", "material", "rows", "room", "run_exam", "lesson"),
     ],
     "memory": [
         "allocator",
