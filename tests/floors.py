@@ -114,7 +114,7 @@ LINES = {
         *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store"),
         *("exam_questions", "generation", "labels"),
         *("teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
-        *("defaults", "hold", "material", "rows", "run_exam", "lesson"),
+        *("defaults", "hold", "material", "rows", "room", "run_exam", "lesson"),
     ],
     "memory": [
         "allocator",

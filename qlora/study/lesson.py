@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora import disk, run_folder
 from qlora.data.chat import ChatTokenizer
@@ -16,20 +16,24 @@ from qlora.errors import DataError, TokenizerError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import SourceSection
+from qlora.stop import StopRequest
 from qlora.study import bm25, defaults, exam_questions, hold, rows
 from qlora.study.labels import labels_of
 from qlora.study.material import FOLDER, Material, keeping
 from qlora.study.prompts import Frame, prompt_ids, prompts_for
 from qlora.study.records import Candidate, key_of
+from qlora.study.room import room
 from qlora.study.run_exam import RunExam
 from qlora.study.study import Studied, StudySettings, study
+from qlora.study.teacher import Teacher
 
 if TYPE_CHECKING:
+    from qlora.memory.estimate import Estimate
     from qlora.model.base_folder import BaseFolder
-    from qlora.study.teacher import Teacher
 
 Phase = Callable[[str], AbstractContextManager[None]]  # time spent inside counts as the named phase's
 QUESTION_TOKENS, ANSWER_TOKENS = 24, 16  # of a row, until rows are known: 195 tokens were 4 questions with answers
+SPARE_BYTES = 512 << 20  # beside weights and keys: logits, workspace, the context of a GPU
 HOLD_TOKENS = 64  # longest answer on other things
 
 
@@ -70,6 +74,14 @@ class Lesson:
     def questions(self) -> int:
         """How many are going to be asked for training, at most."""
         return len(self.passages) * self.recipe.study.questions
+
+    def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, estimate: Estimate | None) -> Teacher:
+        """The base as the teacher, with as many prompts at once as fit beside its weights, which is said."""
+        free = None if estimate is None else estimate.limit_bytes - estimate.components["weights"] - SPARE_BYTES
+        config = model.get_base_model().config.get_text_config()
+        found = room(config, self.recipe.study.passage_tokens, self.questions, free)
+        sink.emit(Notice("study", f"up to {self.questions:,} questions: {found.told()}", self.questions))
+        return Teacher(model, self.chat, device, sink, stop, found.at_once)
 
     def foreseen(self, data: PreparedData) -> tuple[Recipe, PreparedData]:
         """The recipe and the data with the rows that are to be expected of the study: as many, and as long, as may be.

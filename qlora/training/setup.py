@@ -112,7 +112,6 @@ def prepare_job(
     from qlora.model import emptied
     from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
-    from qlora.study.teacher import Teacher
 
     base, device, exam = found.base, pick_device(), None
     clock, watch = PhaseClock(sink), BaseWatch.begin(base)
@@ -123,9 +122,8 @@ def prepare_job(
         model = load_model(recipe, base, data, chat, clock)
         stack.callback(emptied.empty, model)
         if lesson is not None:
-            recipe, data, exam = lesson.learn(
-                Teacher(model, chat, device, sink, stop), run_dir, base, data, clock.phase
-            )
+            teacher = lesson.teacher(model, device, sink, stop, memory.plan and memory.plan.estimate)
+            recipe, data, exam = lesson.learn(teacher, run_dir, base, data, clock.phase)
         yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch, exam)
 
 
