@@ -16,10 +16,10 @@ from qlora.units import MIB
 # (131 to 175 MiB between a simulation's end and the first weight that is read).
 READING_BYTES = 160 * MIB
 # By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects.
-RUNNING_BYTES = 95 * MIB
+RUNNING_BYTES = 120 * MIB
 # A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB: what
 # the quickstart, whose tensors are all that small, has after 40 steps (after 5 of them: 45 less).
-ANSWERING_BYTES = 85 * MIB
+ANSWERING_BYTES = 60 * MIB
 # A compiled kernel of oneDNN's: with room for 1,024 the peak was 61 MiB above that with room for 8, after 12 rows of a
 # 135M base. heap.settle bounds how many are kept; a width has about 20 shapes.
 KERNEL_BYTES = 110 << 10
