@@ -39,9 +39,10 @@ _MAX_BYTES = 64 << 20  # older reports list the length of each row that was left
 class SourceCounts:
     """What became of one source's rows: `rows` are used, `cut` of them shortened.
 
-    `dropped` are over max_length, `rejected` are bad; `reasons` counts both, `sizes` are those of the former. `over` counts the rows that are over
-    max_length, cut or dropped, by how often it goes into them: up to OVER[0] times, OVER[1], … and more. `longest` is
-    the longest of these in tokens; rows that are too long even to be tokenized are in neither.
+    `dropped` are over max_length, `rejected` are bad; `reasons` counts both, `sizes` are those of the former. `over`
+    counts the rows that are over max_length, cut or dropped, by how often it goes into them: up to OVER[0] times,
+    OVER[1], … and more. `longest` is the longest of these in tokens; rows that are too long even to be tokenized are in
+    neither.
     """
 
     rows: int = 0

@@ -28,7 +28,6 @@ from qlora.study.study import Studied, StudySettings, study
 from qlora.study.teacher import Teacher
 
 if TYPE_CHECKING:
-    from qlora.memory.estimate import Estimate
     from qlora.model.base_folder import BaseFolder
 
 Phase = Callable[[str], AbstractContextManager[None]]  # time spent inside counts as the named phase's
@@ -75,8 +74,11 @@ class Lesson:
         """How many are going to be asked for training, at most."""
         return len(self.passages) * self.recipe.study.questions
 
-    def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, estimate: Estimate | None) -> Teacher:
-        """The base as the teacher, with as many prompts at once as fit beside its weights, which is said."""
+    def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, estimate: Any) -> Teacher:
+        """The base as the teacher, with as many prompts at once as fit beside its weights, which is said.
+
+        `estimate`: the run's, as `memory/` has it, which stands beside this room; None where it is not known.
+        """
         free = None if estimate is None else estimate.limit_bytes - estimate.components["weights"] - SPARE_BYTES
         config = model.get_base_model().config.get_text_config()
         found = room(config, self.recipe.study.passage_tokens, self.questions, free)

@@ -13,15 +13,37 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora.data.documents.parsed import Parsed
 
 SECONDS = 120  # of computing, for one file: 5,000 pages of a PDF take about half of it
 MEMORY_BYTES = 3 << 30
 OUTPUT_BYTES = 256 << 20  # of text that one file becomes
 _BROKEN = "make it anew from its source, or leave it out"
 _CODECS = ("utf-16-le", "utf-16-be", "utf-32-le", "cp1252", "cp437")
+
+
+def _reader(module: str) -> Callable[[bytes], Parsed]:
+    """The reader of that name, alone imported: what another needs may not be installed."""
+    if module == "docx":
+        from qlora.data.documents.docx import parse as reader
+    elif module == "epub":
+        from qlora.data.documents.epub import parse as reader
+    elif module == "html":
+        from qlora.data.documents.html import parse as reader
+    elif module == "markdown":
+        from qlora.data.documents.markdown import parse as reader
+    elif module == "pdf":
+        from qlora.data.documents.pdf import parse as reader
+    elif module == "text":
+        from qlora.data.documents.text import parse as reader
+    else:
+        raise ValueError(f"there is no reader {module}")
+    return reader
 
 
 def parse(module: str, data: bytes) -> dict[str, Any]:
@@ -31,7 +53,7 @@ def parse(module: str, data: bytes) -> dict[str, Any]:
     from qlora.errors import foreign_failures
 
     with foreign_failures(memory_too=True) as failure:
-        parsed = import_module(f"qlora.data.documents.{module}").parse(data)
+        parsed = _reader(module)(data)
         blocks = finished(parsed.blocks)
         if not blocks:
             raise NotReadable("there is no text in it", "leave it out, or give its text as .txt")
