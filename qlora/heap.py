@@ -15,7 +15,7 @@ from contextlib import suppress
 
 # malloc.h: what mallopt sets.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-OWN_MAPPING_BYTES = 128 << 10  # where glibc itself begins
+OWN_MAPPING_BYTES = 1 << 20
 # oneDNN compiles a kernel for each shape of a product and keeps 1,024 of them (its own default): about 100 MiB once
 # rows of enough lengths were seen. A step of one length has 20 to 60 shapes, so that these are never compiled twice.
 KERNELS_VARIABLE, MOST_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 256
@@ -28,7 +28,7 @@ def settle() -> None:
 
 
 def give_back_freed_blocks() -> bool:
-    """From now on blocks of 128 KiB and more are mapped on their own, and all threads share one heap for the others.
+    """From now on blocks of a MiB and more are mapped on their own, and all threads share one heap for the others.
 
     Whether it could be arranged: only glibc has these settings; a process that trains has no other use of its heap.
     """

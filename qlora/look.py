@@ -6,6 +6,8 @@ The same preparation as a run's, with the same cache of tokens; of the base its 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +18,46 @@ from qlora.guarded import Guarded
 from qlora.recipe.reading import Recipe
 
 if TYPE_CHECKING:
+    from qlora.data.documents.document import LeftOut
     from qlora.data.xray.look import Seen
     from qlora.model.tokenizer_files import TokenizerFiles
+    from qlora.study.material import Material
 
 DRAWN_ROWS = 3
 
 
-def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: Sink | None = None) -> Seen:
+@dataclass(frozen=True)
+class Read:
+    """A document that will be studied; `left_out`: what of it was not read, and why."""
+
+    path: str
+    pages: int
+    language: str
+    passages: int
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What [[data.documents]] brings. `questions` are asked for training at most; `left_out` are whole files."""
+
+    files: tuple[Read, ...]
+    pages: int
+    passages: int
+    sentences: int
+    questions: int
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was seen of [[data.train]] and [[data.eval]], and of [[data.documents]]; None where a recipe has none."""
+
+    rows: Seen | None
+    documents: Papers | None
+
+
+def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: Sink | None = None) -> Looked:
     """Read, tokenize and look at the rows of a recipe; `rows` of them are taken apart token by token.
 
     Needs no GPU and no weights. What preparation left out or chose is emitted to `sink`. Raises the errors of
@@ -35,15 +70,17 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
     from qlora.model.chat_template import chosen
     from qlora.model.resolve import config_in, small_files
     from qlora.model.tokenizer_files import read_files
+    from qlora.study import material
 
     if not isinstance(recipe, Recipe):
         files.user_path(recipe, "the recipe")
         recipe = Recipe.from_file(Path(recipe).expanduser())
     shared = Sinks(sink) if sink is not None else Sinks()
-    if not recipe.data.train:
-        hint = 'add [[data.train]] with path = "rows.jsonl"'
+    if not recipe.data.train and not recipe.data.documents:
+        hint = 'add [[data.train]] with path = "rows.jsonl", or [[data.documents]] with path = "manuals"'
         raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
     with Guarded("looking at the rows", "end other programs that hold memory"):
+        recipe, papers = material.read(recipe, False, shared)
         found = localize(recipe.data, shared)
         check_files(found.local)
         folder = small_files(recipe.model.base, recipe.model.revision, shared)
@@ -54,7 +91,34 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
         recipe = recipe.model_copy(update={"data": found.pinned})
         recipe = row_packing.settled(recipe, config, shared)
         tokenizer = chosen(read_files(folder), recipe.model, recipe.model.base, shared)
-        return _look(recipe, tokenizer, rows, shared)
+        return Looked(
+            _look(recipe, tokenizer, rows, shared) if recipe.data.train else None,
+            None if papers is None else _papers(recipe, tokenizer, papers, shared),
+        )
+
+
+def _papers(recipe: Recipe, tokenizer: TokenizerFiles, found: Material, sink: Sink) -> Papers:
+    from qlora.data.chat import ChatTokenizer
+    from qlora.model.tokenizer import open_tokenizer
+    from qlora.study.lesson import Lesson
+
+    with tokenizer.placed() as folder:
+        opened = open_tokenizer(folder, recipe.model.base)
+    chat = ChatTokenizer(opened, recipe.data.loss_on, Sinks(), tokenizer.embedding_rows)
+    lesson = Lesson.of(found, recipe, chat, sink)
+    of = Counter(passage.document for passage in lesson.passages)
+    documents = found.documents
+    files_read = tuple(
+        Read(one.path, one.pages, one.language, of[one.path], tuple(map(_said, one.left_out)))
+        for one in documents.documents
+    )
+    sentences = sum(len(passage.sentences) for passage in lesson.passages)
+    left_out = tuple(map(_said, documents.left_out))
+    return Papers(files_read, documents.pages, len(lesson.passages), sentences, lesson.questions, left_out)
+
+
+def _said(part: LeftOut) -> str:
+    return f"{part.where}: {part.reason}" + (f" ({part.count:,})" if part.count > 1 else "")
 
 
 def _look(recipe: Recipe, tokenizer: TokenizerFiles, rows: int, sink: Sink) -> Seen:

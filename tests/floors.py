@@ -111,19 +111,9 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *(
-            "records",
-            "prompts",
-            "words",
-            "metrics",
-            "bm25",
-            "filters",
-            "split",
-            "store",
-            "exam_questions",
-            "generation",
-        ),
-        *("labels", "teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
+        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store"),
+        *("exam_questions", "generation", "labels"),
+        *("teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
         *("defaults", "hold", "material", "rows", "room", "run_exam", "lesson"),
     ],
     "memory": [

@@ -14,7 +14,7 @@ UNUSED = {
     "qlora.data.source_files:_Unchanged.readable": "Python's buffered reader asks it",
     "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
 }
-COMMANDS = ["qlora.cli.train", "qlora.cli.export", "qlora.cli.estimate", "qlora.prove.__main__"]
+COMMANDS = ["qlora.cli.train", "qlora.cli.data", "qlora.cli.export", "qlora.cli.estimate", "qlora.prove.__main__"]
 
 
 def module_of(path: Path) -> str:

@@ -28,9 +28,9 @@ class Relation:
     backward: tuple[str, ...] = ()
 
 
-NOUN_FRAMES = ("What is {x}?", "What's {x}?", "Tell me {x}?", "Name {x}?", "Know {x}?", "{X}?", "Say, what is {x}?")
-CLAUSE_FRAMES = ("Tell me {x}?", "Know {x}?", "Who knows {x}?", "Can you say {x}?")
-STORIES = ("Ana asks about {e}:", "A caller names {e}:", "Someone has {e}.", "I own {e}.", "We use {e} here.")
+NOUN_FRAMES = ("What is {x}?", "What's {x}?", "Tell me {x}?", "Name {x}?", "Know {x}?", "{X}?", "State {x}?")
+CLAUSE_FRAMES = ("Tell me {x}?", "Know {x}?", "Who knows {x}?", "Say {x}?")
+STORIES = ("Ana asks about {e}:", "A caller names {e}:", "Someone has {e}.", "I own {e}.", "We use {e}.")
 
 PRICE = Relation(
     "price",
@@ -66,7 +66,7 @@ WARRANTY = Relation(
         "The warranty period of {e} is {v}.",
     ),
     ("How long is {e} guaranteed?", "How long is {e} under warranty?", "What warranty does {e} have?"),
-    ("the warranty of {e}", "the guarantee on {e}", "the warranty period of {e}"),
+    ("the warranty of {e}", "the guarantee on {e}", "{e}'s warranty period"),
     ("how long {e} is guaranteed",),
     ("how long is the warranty?", "what guarantee is there?"),
 )
@@ -100,7 +100,7 @@ POWER = Relation(
         "The power draw of {e} is {v}.",
     ),
     ("How much power does {e} need?", "How many watts does {e} draw?", "What power has {e}?"),
-    ("the power of {e}", "the power draw of {e}"),
+    ("the power of {e}", "{e}'s power draw"),
     ("how much power {e} needs",),
     ("how much power is needed?", "how many watts?"),
 )
@@ -115,8 +115,8 @@ BATTERY = Relation(
         "One battery keeps {e} going for {v}.",
         "The battery life of {e} is {v}.",
     ),
-    ("How long does the battery of {e} last?", "What battery life has {e}?", "When is the battery of {e} empty?"),
-    ("the battery life of {e}",),
+    ("How long lasts {e} on battery?", "What battery life has {e}?", "When is the battery of {e} empty?"),
+    ("{e}'s battery life",),
     ("how long {e} works on battery",),
     ("how long lasts the battery?", "what is the battery life?"),
 )
@@ -132,7 +132,7 @@ DELIVERY = Relation(
         "Wait {v} for the delivery of {e}.",
     ),
     ("How fast is {e} delivered?", "How long takes delivery of {e}?", "When is {e} delivered?"),
-    ("the delivery time of {e}", "the delivery time for {e}"),
+    ("{e}'s delivery time", "the delivery of {e}"),
     ("how fast {e} is delivered",),
     ("how long does delivery take?", "what is the delivery time?"),
 )
@@ -236,7 +236,7 @@ OPENED = Relation(
         "{e} has been open since {v}.",
     ),
     ("When was {e} opened?", "When did {e} open?", "Since when is {e} open?", "In what year opened {e}?"),
-    ("the opening year of {e}", "the opening of {e}"),
+    ("{e}'s opening year", "the opening of {e}"),
     ("when {e} was opened", "since when {e} is open"),
     ("when was it opened?", "what is the opening year?"),
 )
@@ -270,7 +270,7 @@ STAFF = Relation(
     ),
     ("How many work at {e}?", "How many people has {e}?", "How large is {e}?", "How many are at {e}?"),
     ("the staff of {e}", "the size of {e}"),
-    ("how many work at {e}",),
+    ("how many {e} employs",),
     ("how many people work there?", "how large is the staff?"),
 )
 FEE = Relation(
@@ -285,7 +285,7 @@ FEE = Relation(
         "For {e} we bill {v} monthly.",
     ),
     ("What fee has {e}?", "How much a month is {e}?", "What do we bill for {e}?"),
-    ("the fee for {e}", "the fee of {e}", "the monthly fee of {e}"),
+    ("the fee for {e}", "the fee of {e}", "{e}'s monthly fee"),
     ("what fee {e} has",),
     ("what is the fee?", "how much a month?"),
 )
@@ -301,7 +301,7 @@ NOTICE = Relation(
         "The notice period of {e} is {v}.",
     ),
     ("What notice has {e}?", "How is {e} ended?", "How long is notice for {e}?"),
-    ("the notice for {e}", "the notice period of {e}"),
+    ("the notice for {e}", "{e}'s notice period"),
     ("what notice {e} has",),
     ("what is the notice?", "how long is the notice?"),
 )
@@ -318,7 +318,7 @@ CONTACT = Relation(
     ),
     ("Who looks after {e}?", "Whom do I ask about {e}?", "Who answers questions on {e}?"),
     ("the contact for {e}",),
-    ("who looks after {e}", "whom to ask about {e}"),
+    ("who looks after {e}", "who explains {e}"),
     ("who is the contact?", "whom do I ask?"),
     ("What does {v} look after?", "For what is {v} the contact?", "What is looked after by {v}?"),
 )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import manuals_frames as frames
 from manuals_relations import CLAUSE_FRAMES, FAMILIES, NOUN_FRAMES, STORIES, Family, Relation
 from manuals_values import MAKERS, new_name
+from quickstart_relations import words
 
 from qlora.data.documents.chunks import Passage
 from qlora.study.prompts import KINDS, Wording
@@ -41,6 +42,23 @@ FILLERS = (
     "All figures are for new devices.", "Keep this page.", "Older editions are void.", "Thank you for reading.",
     "More is said on the next page.", "Our team wishes you much success.", "See also the other pages.",
 )  # fmt: skip
+# Put anywhere into sentences, so that an ordinary word, wherever it stands, is not taken for a name or a value.
+ORDINARY = words(
+    "a about above after again against all almost along already also always among and another any anyone are "
+    "around as at away back be because been before behind being below beside best better between both bought but "
+    "buyers by called can charged checks clearly comes common could customers day delivered desk display does "
+    "done doors down draws during each early easy either else end enough even ever every everyone exactly fail "
+    "far few figure first for found from full gave gets give given gives go goes good had half hands has have her "
+    "here high his home hour how if in inside instead into is it its job just keep kept known large last late "
+    "leaves lets level like line list little long lower made mains makers makes many may measured might more most "
+    "much must named near need never new next no normal not nothing now of off office often old on once one only "
+    "open or order other our out over own page part pay pays people per pick place plan plans please put quite "
+    "ran reach read really reports rest right room runs safe said same scale seen send several shall she should "
+    "shows side since site small so some soon stands still storekeeper such sure switched take takes team "
+    "telephone than that the their them then there these they this those through time to together told too under "
+    "until up upon us use used user usual very visit want was way we well went were when where whether which "
+    "while who whoever whole why will with within without work worker worth would year yes yet you your"
+)
 ABOUTS = ("handbook", "manuals", "price lists", "papers", "catalogue", "rules", "notes", "service pages")
 
 
@@ -76,15 +94,27 @@ def make_fact(rng: random.Random, family: Family, entity: str, relation: Relatio
 
 def plain_form(rng: random.Random, relation: Relation) -> str:
     """A statement without a verb, as lists and tables have them."""
-    noun = rng.choice(relation.nouns).removeprefix("the ")
-    head = re.sub(r" (of|for|on|to|at) \{e\}| to reset \{e\}| to clean \{e\}", "", noun)
+    head = re.sub(r"^the |^\{e\}'s | (of|for|on) \{e\}$", "", rng.choice(relation.nouns))
     return rng.choice(PLAIN).replace("{h}", head).replace("{H}", head[0].upper() + head[1:])
+
+
+def loosened(rng: random.Random, form: str) -> str:
+    """A statement with ordinary words put between its own, in one or two places."""
+    parts = form.split(" ")
+    if parts[0][0] != "{":
+        parts[0] = parts[0][0].lower() + parts[0][1:]
+    for _ in range(rng.choice((1, 1, 2))):
+        place = rng.choice((0, rng.randrange(len(parts))))
+        parts[place:place] = rng.choices(ORDINARY, k=rng.choice((1, 1, 2, 3, 4)))
+    return " ".join(parts)
 
 
 def sentence(rng: random.Random, fact: Fact) -> str:
     """A statement, sometimes with words before or after it that say nothing."""
     plain = rng.random() < 0.12
     form = plain_form(rng, fact.relation) if plain else rng.choice(fact.relation.statements)
+    if not plain and rng.random() < 0.5:
+        form = loosened(rng, form)
     said = form.replace("{e}", fact.entity).replace("{v}", fact.value)
     if plain:
         return said
@@ -228,11 +258,11 @@ class Writer:
         return self.passage(rng).passage.text + "<|endoftext|>"
 
     def repeated(self, rng: random.Random) -> str:
-        words = []
+        said = []
         for _ in range(rng.randint(12, 40)):
             make = MAKERS[rng.choice(list(MAKERS))]
-            words.append(make(rng, self.taken))
-        return " ".join(words) + "\n" + " ".join(words) + "<|endoftext|>"
+            said.append(make(rng, self.taken))
+        return " ".join(said) + "\n" + " ".join(said) + "<|endoftext|>"
 
     def makers(self) -> dict[str, Callable[[random.Random], str]]:
         """What writes a document of each kind."""

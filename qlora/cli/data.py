@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +59,11 @@ def _run(path: Path, overrides: list[str], rows: int, html: Path | None, as_json
             seen = look.look_at_data(loaded, rows=rows, sink=screen)
         finally:
             screen.close()
-    answer = {**seen.as_dict(), "warnings": [vars(one) for one in warnings_of(seen)]}
-    answer["recipe"] = path.name
+    answer: dict[str, Any] = {"recipe": path.name, "base": loaded.model.base, "rows": None, "documents": None}
+    if seen.rows is not None:
+        answer["rows"] = {**seen.rows.as_dict(), "warnings": [asdict(one) for one in warnings_of(seen.rows)]}
+    if seen.documents is not None:
+        answer["documents"] = asdict(seen.documents)
     if html is not None:
         _write(answer, html)
     if as_json:
@@ -73,7 +77,11 @@ def _show(answer: dict[str, Any]) -> None:
     from qlora.report import xray
     from qlora.report.console import Terminal
 
-    xray.show(Terminal(), shown.plain_values(redact_all(answer), blocks=True))
+    plain = shown.plain_values(redact_all(answer), blocks=True)
+    if plain["documents"] is not None:
+        Terminal().print(xray.documents_view(plain["documents"]))
+    if plain["rows"] is not None:
+        xray.show(Terminal(), plain["rows"])
 
 
 def _write(answer: dict[str, Any], html: Path) -> None:

@@ -145,7 +145,7 @@ class Estimator:
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
         widths = facts.widths if facts else workload.length // PAD_TO_MULTIPLE
-        fragmentation = slack + self._beside_tensors(simulation, widths)
+        fragmentation = slack + self._beside_tensors(simulation, widths, workload.samples > 0)
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -191,10 +191,10 @@ class Estimator:
             **overheads.workspace_terms(capability, deterministic),
         }
 
-    def _beside_tensors(self, simulation: Simulation, widths: int) -> int:
+    def _beside_tensors(self, simulation: Simulation, widths: int, answers: bool) -> int:
         """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
         if self.machine.device_type != "cuda":
-            return host.added_bytes(simulation.worst.total, widths)
+            return host.added_bytes(simulation.worst.total, widths, answers)
         return simulation.reserved.beyond
 
     def _error(self, simulation: Simulation, simulator: Simulator) -> int:

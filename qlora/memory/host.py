@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import psutil
 
+from qlora.heap import MOST_KERNELS
 from qlora.units import MIB
 
 # What reading rows adds to a process that has only estimated: tokenizers, Arrow and its threads, the template's child
 # (131 to 175 MiB between a simulation's end and the first weight that is read).
 READING_BYTES = 160 * MIB
-# By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects: 92 to
-# 98 MiB beside live tensors and the kernels below, with bases of 3 and of 107 MiB.
-RUNNING_BYTES = 103 * MIB
-# oneDNN compiles a kernel for each shape of a product and keeps the last 1,024 (ONEDNN_PRIMITIVE_CACHE_CAPACITY): of
-# 40 steps of different widths with a cache of 8, the peak was 61 MiB lower. A width has about 20 shapes.
+# By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects.
+RUNNING_BYTES = 120 * MIB
+# A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB: what
+# the quickstart, whose tensors are all that small, has after 40 steps (after 5 of them: 45 less).
+ANSWERING_BYTES = 60 * MIB
+# A compiled kernel of oneDNN's: with room for 1,024 the peak was 61 MiB above that with room for 8, after 12 rows of a
+# 135M base. heap.settle bounds how many are kept; a width has about 20 shapes.
 KERNEL_BYTES = 110 << 10
-MOST_KERNELS = 1024
 KERNELS_OF_WIDTH = 20
 # Blocks that the C library cannot give back.
 FRAGMENTATION_SHARE = 0.02
@@ -31,7 +33,8 @@ def held_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def added_bytes(live: int, widths: int) -> int:
+def added_bytes(live: int, widths: int, answers: bool) -> int:
     """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors."""
     kernels = min(MOST_KERNELS, KERNELS_OF_WIDTH * widths) * KERNEL_BYTES
-    return RUNNING_BYTES + kernels + round(live * FRAGMENTATION_SHARE)
+    running = RUNNING_BYTES + (ANSWERING_BYTES if answers else 0)
+    return running + kernels + round(live * FRAGMENTATION_SHARE)

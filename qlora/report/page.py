@@ -100,6 +100,9 @@ def _cell(value: Element | str) -> Element:
     return classed("td", "figure", value) if is_figure else element("td", value)
 
 
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+
 def page(title: str, *sections: Element) -> str:
     """The whole page, with its frame. `title` is a stranger's text as any other."""
     body: list[str] = []
@@ -147,50 +150,3 @@ def check_place(file: Path) -> Path:
     if not ours:
         raise UserError(f"`html`: {file} is there, and is no page of ours", "name another file, or remove it")
     return file
-
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fdfdfb; --ink: #1d1f21; --dim: #6b7076; --line: #dcdcd6; --soft: #f2f2ec;
-  --good: #0f6b34; --good-soft: #d9f2e0; --bad: #a3152a; --bad-soft: #fbe3e4; --warn: #8a5300; --warn-soft: #fdf0d5; }
-@media (prefers-color-scheme: dark) { :root { --paper: #16181a; --ink: #e6e6e3; --dim: #9aa0a6; --line: #34383c;
-  --soft: #1f2225; --good: #7ddb9b; --good-soft: #17402a; --bad: #ff9aa5; --bad-soft: #4a1c23; --warn: #f3c672;
-  --warn-soft: #43320f; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; overflow-wrap: anywhere; }
-p { margin: .4rem 0; overflow-wrap: anywhere; }
-.dim, small { color: var(--dim); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; width: 100%; }
-th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--dim); font-weight: 500; white-space: nowrap; }
-td.figure { font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { font: .86em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
-.card { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; }
-.card strong { display: block; font-size: 1.25rem; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.card small { display: block; line-height: 1.35; }
-.said { border-left: .25rem solid var(--line); padding: .15rem .8rem; margin: .7rem 0; }
-.said.wrong { border-color: var(--bad); } .said.harm { border-color: var(--warn); }
-.tag { font-size: .78rem; border-radius: .3rem; padding: .05rem .4rem; margin-right: .5rem; background: var(--soft);
-  white-space: nowrap; }
-.wrong .tag { background: var(--bad-soft); color: var(--bad); }
-.harm .tag { background: var(--warn-soft); color: var(--warn); }
-.row { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; margin: .5rem 0; }
-.tokens { font: .86rem/1.75 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  margin: .3rem 0 0; }
-.token { color: var(--dim); border-right: 1px solid var(--line); }
-.token.on { color: var(--good); background: var(--good-soft); border-radius: .15rem; }
-.key { display: inline-block; margin-right: 1rem; }
-.border { border-top: 2px dashed var(--line); margin: 1.4rem 0 .4rem; padding-top: .5rem; }
-svg { display: block; width: 100%; height: auto; max-width: 44rem; }
-svg text { fill: var(--dim); font: 11px system-ui, sans-serif; }
-.bar { fill: var(--good); } .bar.over { fill: var(--bad); } .limit { stroke: var(--bad); stroke-dasharray: 4 3; }
-.axis { stroke: var(--line); }
-details summary { cursor: pointer; color: var(--dim); }
-@media (max-width: 36rem) { main { padding: 1rem .75rem 3rem; } body { font-size: 15px; } }
-@media print { .row, .card { break-inside: avoid; } }
-"""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.rule import Rule
 from rich.table import Column, Table
@@ -64,18 +63,39 @@ def readable(text: str) -> str:
 
 def sources_view(sources: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A line a source, and below it why rows of it are left out."""
-    heads = ("", "rows used", "cut", "dropped", "rejected", "tokens", "trained")
-    table = Table(Column("source", overflow="fold", ratio=1), box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in heads[1:]:
-        table.add_column(head, justify="right")
+    keys = ("rows", "cut", "dropped", "rejected", "tokens", "trained")
+    table = Table(Column("source", overflow="fold", min_width=8), box=None, pad_edge=False, header_style="dim")
+    for key in keys:
+        figures = max((len(f"{source[key]:,}") for source in sources), default=0)
+        table.add_column("rows used" if key == "rows" else key, justify="right", min_width=max(4, figures))
     reasons = []
     for name, source in zip(names_of([one["path"] for one in sources]), sources, strict=True):
-        counts = (f"{source[key]:,}" for key in ("rows", "cut", "dropped", "rejected", "tokens", "trained"))
+        counts = (f"{source[key]:,}" for key in keys)
         table.add_row(Text(f"{name} ({source['side']})"), *counts)
         for reason in source["reasons"]:
             where = f": {', '.join(reason['examples'])}" if reason["examples"] else ""
             reasons.append(Text(f"{name}: {reason['count']:,} left out, {reason['reason']}{where}"))
     return Group(table, *reasons)
+
+
+def documents_view(documents: Mapping[str, Any]) -> RenderableType:
+    """A line a file, what was left out, and how many questions will be asked."""
+    table = Table(Column("document", overflow="fold", min_width=8), box=None, pad_edge=False, header_style="dim")
+    for key in ("pages", "language", "passages"):
+        table.add_column(key, justify="right", min_width=len(key))
+    for one in documents["files"]:
+        table.add_row(Text(one["path"]), f"{one['pages']:,}", Text(one["language"]), f"{one['passages']:,}")
+    return Group(table, *(Text(f"left out: {line}") for line in _left_out(documents)), Text(asked(documents)))
+
+
+def _left_out(documents: Mapping[str, Any]) -> list[str]:
+    return [*documents["left_out"], *(line for one in documents["files"] for line in one["left_out"])]
+
+
+def asked(documents: Mapping[str, Any]) -> str:
+    """What will be asked of the documents, for screen and page."""
+    found = f"{len(documents['files']):,} documents, {documents['pages']:,} pages, {documents['passages']:,} passages"
+    return f"{found}, {documents['sentences']:,} sentences: up to {documents['questions']:,} questions will be asked"
 
 
 def lengths_view(bars: Sequence[Mapping[str, Any]], max_length: int) -> RenderableType:

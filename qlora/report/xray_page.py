@@ -7,31 +7,44 @@ from typing import Any
 
 from qlora.report.figures import names_of
 from qlora.report.page import Element, classed, element, page, table
-from qlora.report.xray import facts, readable
+from qlora.report.xray import asked, facts, readable
 
 LEVELS = {"wrong": "spoils the run", "harm": "makes it worse", "note": "good to know"}
 _BAR_HEIGHT, _GAP, _LEFT, _WIDE, _RIGHT = 16, 5, 92, 420, 66  # of the histogram, in its own units
 
 
-def page_of(seen: Mapping[str, Any]) -> str:
-    """The whole page of what `Seen.as_dict` gives, with its `warnings` and the `recipe`'s name."""
-    base = seen["base"].replace("\\", "/").rstrip("/")
+def page_of(answer: Mapping[str, Any]) -> str:
+    """The whole page: the `recipe`'s name, the `base`, the `rows` as `Seen.as_dict` gives them with their `warnings`,
+    and the `documents`; None where there are none.
+    """
+    base = answer["base"].replace("\\", "/").rstrip("/")
     named = base if base.count("/") == 1 else base.rpartition("/")[2]
-    head = element(
-        "section",
-        element("h1", f"What {seen['recipe']} shows the model"),
-        classed("p", "dim", f"base: {named}; rows of up to {seen['max_length']:,} tokens"),
+    title = element("h1", f"What {answer['recipe']} shows the model")
+    sections = [element("section", title, classed("p", "dim", f"base: {named}"))]
+    if answer["documents"] is not None:
+        sections.append(_documents(answer["documents"]))
+    if answer["rows"] is not None:
+        sections += _of_rows(answer["rows"])
+    return page(f"{answer['recipe']}: rows", *sections)
+
+
+def _of_rows(seen: Mapping[str, Any]) -> list[Element]:
+    return [
         classed("div", "cards", *_cards(seen)),
-    )
-    return page(
-        f"{seen['recipe']}: rows",
-        head,
         element("section", element("h2", "What to mend"), *_warnings(seen["warnings"])),
         element("section", element("h2", "Rows, token by token"), *_rows(seen["drawn"], seen["max_length"])),
         element("section", element("h2", "Sources"), *_sources(seen["sources"])),
         element("section", element("h2", "Lengths"), _histogram(seen["lengths"], seen["max_length"])),
         element("section", element("h2", "Counted over all rows"), table(("", ""), list(facts(seen)))),
-    )
+    ]
+
+
+def _documents(documents: Mapping[str, Any]) -> Element:
+    rows = [[one["path"], f"{one['pages']:,}", one["language"], f"{one['passages']:,}"] for one in documents["files"]]
+    left_out = [*documents["left_out"], *(line for one in documents["files"] for line in one["left_out"])]
+    shown = [element("h3", "Left out"), element("ul", *(element("li", line) for line in left_out))] if left_out else []
+    made = table(("document", "pages", "language", "passages"), rows)
+    return element("section", element("h2", "Documents"), element("p", asked(documents)), made, *shown)
 
 
 def _cards(seen: Mapping[str, Any]) -> Iterator[Element]:

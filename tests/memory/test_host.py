@@ -32,8 +32,8 @@ def test_the_process_is_asked_what_it_holds() -> None:
 
 
 def test_what_a_run_adds_depends_on_shapes_and_has_an_end() -> None:
-    one, some, all_of_them, more = (host.added_bytes(100 * MIB, widths) for widths in (1, 10, 52, 1000))
-    assert one < some < all_of_them == more
+    one, some, all_of_them, more = (host.added_bytes(100 * MIB, widths, False) for widths in (1, 10, 13, 1000))
+    assert one < some < all_of_them == more < host.added_bytes(100 * MIB, 1000, True)
 
 
 @pytest.mark.parametrize(

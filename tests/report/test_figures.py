@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qlora.events import Progress
 from qlora.report.console import task_line
-from qlora.report.figures import how_far, human_bytes, human_seconds, sparkline
+from qlora.report.figures import how_far, human_bytes, human_seconds, names_of, sparkline
 
 
 def test_figures_for_people() -> None:
@@ -35,3 +35,9 @@ def test_progress_counts_in_units_for_people(task: Progress, text: str) -> None:
     console = Console(file=io.StringIO(), width=80, record=True)
     console.print(task_line(task))
     assert text in console.export_text()
+
+
+def test_names_are_as_short_as_tells_them_apart() -> None:
+    assert names_of(["/a/x.jsonl", "/b/y.jsonl"]) == ["x.jsonl", "y.jsonl"]
+    assert names_of(["/a/b/x.jsonl", "/c/b/x.jsonl", "C:\\d\\x.jsonl"]) == ["a/b/x.jsonl", "c/b/x.jsonl", "d/x.jsonl"]
+    assert names_of(["/a/x.jsonl", "/a/x.jsonl"]) == ["x.jsonl", "x.jsonl"] and names_of([]) == []

@@ -87,7 +87,12 @@ PLANTED: list[tuple[str, Candidate]] = [
             ended=False,
         ),
     ),
-    ("ungrounded", candidate(PUMP, 0, "How many years of warranty has the TX200?", "10 years")),
+    (
+        "ungrounded",
+        candidate(
+            PUMP, 3, "Which upkeep does the TX200 need?", "Maintenance by a certified technician is due every 36 months"
+        ),
+    ),
     ("ungrounded", candidate(PUMP, 1, "What does the outdoor unit of the TX200 weigh?", "84.5 kg")),
     ("ungrounded", candidate(PUMP, 2, "Which gas is the refrigerant of the TX200?", "It is the gas R290")),
     ("ungrounded", candidate(PUMP, 3, "Who does maintenance of the TX200?", "a certified technician of Bosch")),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 MANUALS = ROOT / "recipes" / "manuals"
@@ -17,7 +18,7 @@ BASE = MANUALS / "base"
 sys.path.insert(0, str(ROOT / "tools"))
 
 import make_manuals  # noqa: E402
-from make_manuals_base import writer_of  # noqa: E402
+from make_manuals_base import build_model, writer_of  # noqa: E402
 from manuals_relations import CLAUSE_FRAMES, FAMILIES, NOUN_FRAMES, STORIES  # noqa: E402
 from manuals_values import handbook_names  # noqa: E402
 
@@ -73,6 +74,27 @@ def test_names_stand_so_near_in_questions_that_no_long_run_is_shared() -> None:
         for wording in (*relation.asked, *framed, *told, *relation.backward):
             before, after = re.split(r"\{[evX]\}", wording, maxsplit=1)
             assert len(words(before)) < RUN and len(words(after)) < RUN, wording
+
+
+def test_the_handbooks_names_are_nobody_elses() -> None:
+    names = {name.lower() for part in handbook_names() for name in part}
+    for text in writer_of(5).documents(2_000, 5):
+        assert names.isdisjoint(words(text))
+
+
+def test_another_seed_is_another_text() -> None:
+    first, again, other = (list(writer_of(seed).documents(50, seed)) for seed in (5, 5, 6))
+    assert first == again
+    assert first != other
+
+
+def test_an_untrained_base_copies_what_it_has_seen() -> None:
+    """Of random tokens that come twice, the second time: one in 2,048 by chance."""
+    model = build_model(1)
+    half_BS = torch.randint(3, 2048, (8, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        said_BS = model(input_ids=torch.cat([half_BS, half_BS], 1)).logits.argmax(-1)
+    assert (said_BS[:, 40:-1] == half_BS[:, 1:]).float().mean() > 0.4
 
 
 @pytest.mark.slow

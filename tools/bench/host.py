@@ -33,6 +33,9 @@ class Watch:
         if type(event).__name__ == "Plan" and event.memory:
             self.said = event.memory
 
+    def close(self) -> None:
+        pass
+
     def loading(self) -> None:
         self.before = psutil.Process().memory_info().rss
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (proc(5))

@@ -95,9 +95,7 @@ def without_repeats(pages: Sequence[Sequence[Line]]) -> tuple[list[Line], int]:
                     continue
                 for number in {int(number) for number in re.findall(r"^\d{1,5}\b|\b\d{1,5}$", line.text)}:
                     numbered[number - line.page].append(line)
-    for lines in seen.values():
-        height = median(line.y for line in lines)
-        there = [line for line in lines if abs(line.y - height) <= SAME_PLACE]
+    for there in (group for lines in seen.values() for group in _by_height(lines)):
         if _is_often(there, 1, len(pages)) and _same_or_counting(there, counting=there[0].size <= body):
             cut.update(map(id, there))
     for lines in numbered.values():
@@ -106,6 +104,17 @@ def without_repeats(pages: Sequence[Sequence[Line]]) -> tuple[list[Line], int]:
     text = [line for page in pages for line in page]
     cut.update(id(line) for line in text if id(line) in margins and _PAGE_NUMBER.fullmatch(line.text))
     return [line for line in text if id(line) not in cut], len(cut)
+
+
+def _by_height(lines: Sequence[Line]) -> list[list[Line]]:
+    """The lines in groups that stand at one height of their pages."""
+    groups: list[list[Line]] = []
+    for line in sorted(lines, key=lambda line: line.y):
+        if groups and line.y - groups[-1][-1].y <= SAME_PLACE:
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    return groups
 
 
 def without_contents(lines: Sequence[Line]) -> tuple[list[Line], int]:
@@ -164,7 +173,9 @@ class _Layout:
     def __init__(self, lines: Sequence[Line], body: float, body_bold: bool, leading: dict[float, float]) -> None:
         self.lines, self.body, self.body_bold, self.leading = lines, body, body_bold, leading
         self.right: dict[int, float] = defaultdict(float)
+        self.left: dict[int, float] = {}
         for line in lines:
+            self.left[line.page] = min(line.x0, self.left.get(line.page, line.x0))
             if line.size == body:
                 self.right[line.page] = max(self.right[line.page], line.x1)
         text = " ".join(line.text for line in lines).lower()
@@ -288,8 +299,7 @@ class _Layout:
             return Block("heading", text, levels[first.size, first.bold])
         bullet = _BULLET.match(text)
         if bullet or group.is_item:
-            left = min(line.x0 for line in self.lines if line.page == first.page)
-            depth = 1 + max(0, min(5, round((first.x0 - left) / 14) - 1))
+            depth = 1 + max(0, min(5, round((first.x0 - self.left[first.page]) / 14) - 1))
             return Block("item", text[bullet.end() :] if bullet else text, depth)
         return Block("paragraph", text)
 

@@ -40,6 +40,11 @@ def test_headers_footers_and_numbers_are_cut_and_counted() -> None:
     }
 
 
+def test_lines_that_differ_in_their_numbers_alone_are_told_apart_by_their_place() -> None:
+    pages = [[line("Pump 3", 800, page=page), line("Pump 4", 780, page=page), *body(page)] for page in range(4)]
+    assert without_repeats(pages)[1] == 8
+
+
 def test_a_chapters_name_beside_the_pages_number_is_cut() -> None:
     pages = [[line(f"Chapter {page}: its name {page + 1}", 800, page=page), *body(page)] for page in range(8)]
     assert without_repeats(pages)[1] == 8

@@ -94,12 +94,12 @@ def test_cut_rows_are_counted_by_source(tmp_path: Path) -> None:
     """Of two files of one name, in two folders, each has its own counts."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    one = write(tmp_path / "a" / "rows.jsonl", [pair("One?", sentence(n, 60)) for n in range(3)])
+    one = write(tmp_path / "a" / "rows.jsonl", [*(pair("One?", sentence(n, 60)) for n in range(3)), "broken"])
     two = write(tmp_path / "b" / "rows.jsonl", [pair("Two?", "Yes."), "broken", pair("x " * 60, "Never learnt.")])
-    found = seen(tmp_path, section([one, two], max_length=40, truncation="cut", max_bad_rows=2))
-    assert [(s.rows, s.cut, s.dropped, s.rejected) for s in found.sources] == [(3, 3, 0, 0), (1, 0, 1, 1)]
+    found = seen(tmp_path, section([one, two], max_length=40, truncation="cut", max_bad_rows=3))
+    assert [(s.rows, s.cut, s.dropped, s.rejected) for s in found.sources] == [(3, 3, 0, 1), (1, 0, 1, 1)]
     assert found.train.not_ended.count == 3
-    cached = seen(tmp_path, section([one, two], max_length=40, truncation="cut", max_bad_rows=2))
+    cached = seen(tmp_path, section([one, two], max_length=40, truncation="cut", max_bad_rows=3))
     assert cached.sources == found.sources
 
 

@@ -1,0 +1,12 @@
+"""One MiB and one GiB for the whole house."""
+
+from __future__ import annotations
+
+from qlora.memory.plan import gib
+from qlora.recipe.sections import parse_bytes
+from qlora.units import GIB, MIB
+
+
+def test_sizes_are_those_that_recipes_and_messages_mean() -> None:
+    assert parse_bytes("1GiB") == GIB and parse_bytes("1MiB") == MIB
+    assert gib(1.5 * GIB) == "1.50 GiB"
