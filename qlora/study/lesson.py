@@ -74,12 +74,9 @@ class Lesson:
         """How many are going to be asked for training, at most."""
         return len(self.passages) * self.recipe.study.questions
 
-    def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, estimate: Any) -> Teacher:
-        """The base as the teacher, with as many prompts at once as fit beside its weights, which is said.
-
-        `estimate`: the run's, as `memory/` has it, which stands beside this room; None where it is not known.
-        """
-        free = None if estimate is None else estimate.limit_bytes - estimate.components["weights"] - SPARE_BYTES
+    def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, room_bytes: int | None) -> Teacher:
+        """The base as the teacher, with as many prompts at once as fit into `room_bytes` (None: not known)."""
+        free = None if room_bytes is None else room_bytes - SPARE_BYTES
         config = model.get_base_model().config.get_text_config()
         found = room(config, self.recipe.study.passage_tokens, self.questions, free)
         sink.emit(Notice("study", f"up to {self.questions:,} questions: {found.told()}", self.questions))

@@ -62,6 +62,12 @@ class MemorySettings:
         numbers = numerics.of_run()
         return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute, numerics=numbers)
 
+    @property
+    def beside_weights(self) -> int | None:
+        """Bytes of the limit that the weights leave; None where no estimate was possible."""
+        estimate = self.plan and self.plan.estimate
+        return estimate.limit_bytes - estimate.components["weights"] if estimate else None
+
     def fewer_answers(self) -> MemorySettings | None:
         return replace(self, answers_at_once=self.answers_at_once // 2) if self.answers_at_once > 1 else None
 

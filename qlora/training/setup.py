@@ -122,7 +122,7 @@ def prepare_job(
         model = load_model(recipe, base, data, chat, clock)
         stack.callback(emptied.empty, model)
         if lesson is not None:
-            teacher = lesson.teacher(model, device, sink, stop, memory.plan and memory.plan.estimate)
+            teacher = lesson.teacher(model, device, sink, stop, memory.beside_weights)
             recipe, data, exam = lesson.learn(teacher, run_dir, base, data, clock.phase)
         yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch, exam)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qlora import api, disk
-from qlora.errors import QloraError, RecipeError, StoppedBySignal, TokenizerError, TrainingStopped
+from qlora.errors import QloraError, RecipeError, StoppedBySignal, TrainingStopped
 from qlora.events import Event, Recorder, Sinks
 from qlora.recipe.reading import load_recipe
 from qlora.stop import StopRequest
@@ -199,27 +199,3 @@ def test_a_full_disk_keeps_what_was_asked(tmp_path: Path, llama: Path, monkeypat
     with pytest.raises(TrainingStopped, match="the disk is full") as found:
         train(write_recipe(tmp_path, llama))
     assert "resume" in found.value.hint
-
-
-def test_hard_labels_need_a_chat_template(tmp_path: Path, llama: Path) -> None:
-    recipe = write_recipe(tmp_path, without_template(tmp_path, llama))
-    with pytest.raises(TokenizerError, match="no chat template") as found:
-        api.check(load_recipe(recipe, (*KEYS, "study.labels=hard")))
-    assert "documents" in found.value.hint
-    assert api.check(load_recipe(recipe, KEYS)).memory is not None  # soft labels do without one
-
-
-def without_template(tmp_path: Path, base: Path) -> Path:
-    """A copy of a base that was never taught to chat."""
-    copy = tmp_path / "plain"
-    copy.mkdir()
-    for file in base.iterdir():
-        if file.suffix == ".jinja":
-            continue
-        data = file.read_bytes()
-        if file.name == "tokenizer_config.json":
-            config = json.loads(data)
-            config.pop("chat_template", None)
-            data = json.dumps(config).encode()
-        (copy / file.name).write_bytes(data)
-    return copy
