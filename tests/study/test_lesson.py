@@ -10,7 +10,7 @@ import pytest
 from qlora import api
 from qlora.errors import TokenizerError
 from qlora.recipe.reading import load_recipe
-from tests.training.test_documents_run import KEYS, write_recipe
+from tests.study.documents_cases import KEYS, write_recipe
 
 
 def test_hard_labels_need_a_chat_template(tmp_path: Path, llama: Path) -> None:

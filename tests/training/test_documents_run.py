@@ -22,16 +22,7 @@ from qlora.study.labels import COLUMNS, Labels, LabelStore
 from qlora.study.records import Answer, Candidate, Question, key_of
 from qlora.study.split import Split
 from qlora.study.study import Studied
-
-MANUAL = """# Lamps
-
-The Orla lamp runs for nine hours. The Bexley lamp costs 12 euros. The Tavery lamp comes in green.
-
-# Pumps
-
-The Marlow pump has a warranty of seven years. Code E41 means that water is missing. The Zephra pump weighs 3 kg.
-"""
-KEYS = ("train.batch_size=2", "train.epochs=2", "data.max_length=256", "exam.questions=2", "checkpoint.every_steps=2")
+from tests.study.documents_cases import KEYS, MANUAL, write_recipe
 
 
 def script(asked: list[str]) -> Any:
@@ -75,17 +66,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     monkeypatch.setattr(lesson, "study", script(keys))
     return keys
-
-
-def write_recipe(folder: Path, base: Path, more: str = "") -> Path:
-    (folder / "manuals").mkdir(parents=True)
-    (folder / "manuals" / "manual.md").write_text(MANUAL)
-    path = folder / "learn.toml"
-    text = (
-        f'[model]\nbase = "{base}"\n[[data.documents]]\npath = "manuals"\n{more}[output]\ndir = "{folder / "runs"}"\n'
-    )
-    path.write_text(text)
-    return path
 
 
 def train(recipe: Path, *keys: str, mode: api.Mode = "new", stop_at: str = "") -> Recorder:

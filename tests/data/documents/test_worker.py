@@ -18,6 +18,6 @@ def test_blocks_as_plain_values() -> None:
 def test_a_reason_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert worker.parse("markdown", b"\n\n")["error"] == "there is no text in it"
     assert worker.parse("pdf", b"no")["hint"] == "make it anew from its source"
-    assert worker.parse("no_such_reader", b"x")["error"]== "it cannot be read (there is no reader no_such_reader)"
+    assert worker.parse("no_such_reader", b"x")["error"] == "it cannot be read (there is no reader no_such_reader)"
     monkeypatch.setattr(worker, "OUTPUT_BYTES", 40)
     assert worker.parse("text", b"far too many words")["error"] == "it becomes 18 characters of text (at most 10)"
