@@ -46,7 +46,9 @@ class TeacherAsker:
             with self.teacher.adapters_off():
                 base_TV = _logprobs(model, ids, positions)
             tuned_TV = _logprobs(model, ids, positions)
-            values.append(float((base_TV.exp() * (base_TV - tuned_TV)).sum(dim=-1).mean()))
+            # What the base rules out adds nothing, and would be no number.
+            terms_TV = torch.where(base_TV > -torch.inf, base_TV.exp() * (base_TV - tuned_TV), 0.0)
+            values.append(float(terms_TV.sum(dim=-1).mean()))
         return values
 
     def _text(self, written: Written) -> str:

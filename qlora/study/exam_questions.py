@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files as resources
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
@@ -161,9 +162,9 @@ def read_yours(sources: Sequence[OwnQuestions], language: str) -> list[ExamQuest
     found: list[ExamQuestion] = []
     for source in sources:
         section = SourceSection(path=source.path, columns=dict(source.columns))
-        rows = list(read_rows(section))
+        rows = list(islice(read_rows(section), MAX_YOURS + 1))
         if len(rows) > MAX_YOURS:
-            raise DataError(f"{source.path}: {len(rows):,} questions are too many for an exam", f"give {MAX_YOURS:,}")
+            raise DataError(f"{source.path}: more than {MAX_YOURS:,} questions are too many for an exam", "give fewer")
         for row in rows:
             try:
                 if isinstance(row.row, RowError):

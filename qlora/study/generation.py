@@ -242,12 +242,15 @@ def _scored(
     positions_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
     last = {"logits_to_keep": kept} if "logits_to_keep" in forward_parameters(model) else {}
     output = model(input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions_BS, use_cache=False, **last)
-    logprobs_BLV = output.logits[:, -kept:].float().log_softmax(dim=-1)
-    found = logprobs_BLV[:, :-1].gather(2, ids_BS[:, -(kept - 1) :, None])[..., 0] if kept > 1 else None
-    return [
-        tuple(found[place, kept - 1 - len(answer) :].tolist()) if found is not None and answer else ()
-        for place, answer in enumerate(answers)
-    ]
+    return [_of_row(output.logits[place, -kept:], ids_BS[place], len(answer)) for place, answer in enumerate(answers)]
+
+
+def _of_row(logits_LV: Tensor, ids_S: Tensor, count: int) -> tuple[float, ...]:
+    """Log-probabilities of a row's last `count` tokens. One row's alone are in fp32: a batch's would be gigabytes."""
+    if not count:
+        return ()
+    logprobs_TV = logits_LV[-count - 1 : -1].float().log_softmax(dim=-1)
+    return tuple(logprobs_TV.gather(1, ids_S[-count:, None])[:, 0].tolist())
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

@@ -177,7 +177,12 @@ class Lesson:
         # What the base knows without a passage is as good to hold it by as anything else.
         order = rows.in_drawn_order([candidate.question.key for candidate in known], seed, "hold")
         made += [self._closed(known[at], studied) for at in sorted(order[:held])]
-        made += self._held(held - min(held, len(known)), studied, teacher, base)
+        wanted = held - min(held, len(known))
+        others = list(self._held(wanted, studied, teacher, base))
+        if len(others) < wanted:
+            message = f"study.hold asks for {wanted:,} rows on other things: there are {len(others):,} prompts for them"
+            teacher.sink.emit(Notice("rows", message, wanted - len(others)))
+        made += others
         limit = self.recipe.data.max_length
         fitting = [row for row in made if row.length <= limit]
         if long := len(made) - len(fitting):

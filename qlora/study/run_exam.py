@@ -54,9 +54,16 @@ class RunExam:
             figures = exam.after(self.asked, self._asker(tuned), self.teacher.sink)
         section = exam_report.card_section(figures)
         adapter = run_dir / "adapter"
-        card = files.read_bytes(adapter / CARD, MAX_CARD_BYTES).decode() if (adapter / CARD).is_file() else ""
+        card = (
+            files.read_bytes(adapter / CARD, MAX_CARD_BYTES).decode(errors="replace")
+            if (adapter / CARD).is_file()
+            else ""
+        )
         if section.strip() in card:
             return
+        title = section.partition("\n")[0]
+        card, _, older = card.partition(f"{title}\n")  # of an exam with other figures
+        card += older[older.find("\n## ") + 1 :] if "\n## " in older else ""
 
         def write(folder: Path) -> None:
             for entry in sorted(adapter.iterdir()):

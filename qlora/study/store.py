@@ -52,7 +52,8 @@ class Store(Generic[R]):
         plain = asdict(record)  # type: ignore[call-overload]
         line = json.dumps(plain, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         append_synced(self.path, line)
-        self.records[record.key] = record
+        # As a later process reads it: half a surrogate has become a question mark.
+        self.records[record.key] = foreign_json.checked_line(self.kind, line, str(self.path))
 
     def _read(self) -> int | None:
         """The length of what is whole, where something torn follows it; else None."""

@@ -40,6 +40,7 @@ LABELS_FILE = "labels.bin"
 PROBE_FILE = "probe.json"
 DROPPED_FILE = "dropped.jsonl"
 COVERAGE_FILE = "coverage.json"
+ENDED_FILE = "ended.jsonl"
 # For each question of the exam two are asked: the filters drop some, and a fact must be learnt to be asked about.
 EXAM_SPARE = 2
 EXAM_PER_SENTENCE = 3  # at most: a short document has few sentences
@@ -63,6 +64,13 @@ class StudySettings:
     def identity(self) -> tuple[Any, ...]:
         """What each record follows from, beside its passage."""
         return (prompts.version(), self.base, self.seed)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """That a study with a limit of time has gone on with what it had: a later process asks nothing more."""
+
+    key: str
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ def study(
     found = split(judged, settings.exam_questions, settings.seed)
     dropped = [*_unanswered(work.asked, passages), *judged.dropped]
     _write(folder, passages, work.asked, dropped, found)
+    work.end()
     _tell(sink, passages, work.asked, dropped, found)
     return Studied(found, probed.frame, work.labels)
 
@@ -126,6 +135,14 @@ class _Work:
         self.asked: list[Asked] = []
         self.candidates: list[Candidate] = []
         self.started = time.monotonic()
+        self.ended = Store(folder / ENDED_FILE, Ended)
+        keys = sorted(passage.key for passage in passages)
+        self.ending = key_of("ended", *settings.identity, *map(str, asdict(settings).values()), *keys)
+
+    def end(self) -> None:
+        """Rows and exam are made of what there is: training follows from them, and a resumed run finds the same."""
+        if self.settings.max_minutes is not None and self.ended.get(self.ending) is None:
+            self.ended.append(Ended(self.ending))
 
     def first_tasks(self, passage: Passage) -> tuple[Task, ...]:
         places = range(len(passage.sentences))
@@ -210,6 +227,8 @@ class _Work:
     @property
     def _is_over(self) -> bool:
         limit = self.settings.max_minutes
+        if self.ended.get(self.ending) is not None:
+            return True
         return limit is not None and time.monotonic() - self.started >= 60 * limit
 
     def _in_order(self, passages: Sequence[Passage]) -> list[Passage]:

@@ -167,6 +167,9 @@ def test_the_time_limit_goes_on_with_what_there_is(tmp_path: Path, monkeypatch: 
     assert 0 < len(asked) < 6 and f"{len(asked)} of 6 passages" in message
     assert found.split.train
     monkeypatch.undo()
+    again = Scripted()
+    resumed = run(again, tmp_path, passages(6), settings(max_minutes=0.5, probe=False))
+    assert resumed.split == found.split and not again.sampled, "a later process has time, and asks nothing more"
     whole = run(Scripted(), tmp_path, passages(6))
     assert whole.split == run(Scripted(), tmp_path / "anew", passages(6)).split, "the limit changed no question"
 

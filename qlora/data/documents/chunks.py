@@ -22,6 +22,7 @@ LIMIT = 400  # tokens of a passage, the path of its headings included
 PATH_SIGN = " › "
 _LONG_HEADING = 10  # a heading of more than the limit / 10 is a paragraph: six of them leave room for text
 _SPARE = 4  # tokens that joining parts may add
+_LETTERS = 4  # of a token of plain English, about: where the search for a word's part begins
 CountTokens = Callable[[str], int]
 
 
@@ -151,6 +152,21 @@ def _rows(block: Block, glue: str) -> Iterator[_Unit]:
         glue = "\n"
 
 
+def _most(total: int, near: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `total` that fits, sought from `near` on: what lies far beyond is never counted, so that
+    a text without an end takes time by its length and not by its square."""
+    low, high = 0, min(total, near)
+    while high < total and fits(high):
+        low, high = high, min(total, 2 * high)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 class _Packing:
     """Units of one section to texts within the limit."""
 
@@ -176,32 +192,26 @@ class _Packing:
     def pieces(self, text: str, header: str) -> list[str]:
         atoms = re.findall(r"\S+", text)
         found: list[str] = []
-        while atoms:
-            low, high = 0, len(atoms)
-            while low < high:  # the longest run of words that fits
-                middle = (low + high + 1) // 2
-                if self.fits(" ".join(atoms[:middle]), header):
-                    low = middle
-                else:
-                    high = middle - 1
-            if low:
-                found.append(" ".join(atoms[:low]))
-                atoms = atoms[low:]
-            elif len(atoms[0]) > 1:
-                atoms[:1] = self.halves(atoms[0], header)
+        start = 0
+        while start < len(atoms):
+            if many := self.run(atoms, start, header):
+                found.append(" ".join(atoms[start : start + many]))
+                start += many
+            elif len(atoms[start]) > 1:
+                atoms[start : start + 1] = self.halves(atoms[start], header)
             else:
-                found.append(atoms.pop(0))
+                found.append(atoms[start])
+                start += 1
         return found
+
+    def run(self, atoms: Sequence[str], start: int, header: str) -> int:
+        """How many words from `start` on fit: mostly no more than the limit's tokens."""
+        left = len(atoms) - start
+        return _most(left, self.limit, lambda many: self.fits(" ".join(atoms[start : start + many]), header))
 
     def halves(self, word: str, header: str) -> list[str]:
         """A word that does not fit (a line of Chinese, a key in base64), parted behind a comma where there is one."""
-        low, high = 1, len(word)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.fits(word[:middle], header):
-                low = middle
-            else:
-                high = middle - 1
+        low = max(1, _most(len(word), _LETTERS * self.limit, lambda many: self.fits(word[:many], header)))
         comma = max(word.rfind(sign, low // 2, low) for sign in "，、；,;")
         cut = comma + 1 if comma > 0 else low
         return [part for part in (word[:cut], word[cut:]) if part]

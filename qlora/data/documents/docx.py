@@ -36,7 +36,9 @@ def parse(data: bytes) -> Parsed:
     macros = sum(name.lower().endswith("vbaproject.bin") for name in names)
     pictures: Any = mammoth.images.img_element(_no_picture)
     try:
-        page = mammoth.convert_to_html(io.BytesIO(data), style_map=_STYLES, convert_image=pictures).value
+        page = mammoth.convert_to_html(
+            io.BytesIO(data), style_map=_STYLES, convert_image=pictures, include_embedded_style_map=False
+        ).value
     except (KeyError, OSError):
         raise NotReadable("not a DOCX: there is no document in it", "save it anew from Word as .docx") from None
     blocks, _ = walked(soup(page))

@@ -24,6 +24,7 @@ from qlora.data.documents.words import count_words
 from qlora.data.source_files import EXAMPLES, SourceFile, find_files
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
+from qlora.shown import one_line
 
 TOPIC = "documents"
 MAX_CHARACTERS = 512 << 20  # of all documents together, which are held in memory
@@ -142,7 +143,7 @@ class _Reading:
 def _folder_of(path: str) -> str:
     """What stands in front of the names of a folder's files: `manuals` and `prices` may each hold `index.md`."""
     folder = Path(path)
-    return f"{folder.name}/" if folder.is_dir() and folder.name else ""
+    return f"{one_line(folder.name)}/" if folder.is_dir() and folder.name else ""
 
 
 def _check_packages(found: Sequence[SourceFile]) -> None:

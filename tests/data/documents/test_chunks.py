@@ -144,3 +144,17 @@ def test_a_section_that_moves_to_another_file_keeps_its_keys() -> None:
     found, twice = unique_passages(others, count)
     assert keys(found) == keys(passages(one, count)) and twice == 1
     assert len(keys(found)) == 6 and found[0].document == "b.md"
+
+
+@pytest.mark.parametrize("text", ["word " * 20_000, "a" * 100_000])
+def test_a_text_without_an_end_is_counted_by_its_length(text: str) -> None:
+    """Looking for what fits, no more than a few passages' text is counted for each passage."""
+    counted = 0
+
+    def count(piece: str) -> int:
+        nonlocal counted
+        counted += len(piece)
+        return len(piece) // 4 + 1
+
+    found = passages(document(text), count, 400)
+    assert len(found) > 50 and counted < 40 * len(text)
