@@ -22,7 +22,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One run with a shorter exam; its folder `study/` and the figures of its exam."""
-    changes = [f"output.dir={tmp_path_factory.mktemp('runs')}", "exam.questions=80", "exam.left_out=0.08"]
+    changes = [
+        f"output.dir={tmp_path_factory.mktemp('runs')}",
+        "study.questions=16",
+        "exam.questions=80",
+        "exam.left_out=0.08",
+    ]
     recorder = Recorder()
     result = api.train(load_recipe(RECIPE, changes), name="manuals", sink=recorder)
     return result.run_dir / "study", json.loads((result.run_dir / "study" / "exam.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Writes the handbook of an invented company: five documents about products, people, sites and plans.
+"""Writes the handbook of an invented company: five documents about products, sites and plans.
 
     python tools/make_manuals.py --out recipes/manuals/documents
 
@@ -16,12 +16,18 @@ from pathlib import Path
 
 from manuals_relations import FAMILIES, Family, Relation
 from manuals_values import MAKERS, TITLES, handbook_names
+from quickstart_relations import words
 from write_documents import WRITERS
 
 from qlora.data.documents.markdown import markdown_blocks
 
 SEED = 11
 COMPANY = "Tarvell"
+# Shelves that no question of the base's text names: "What is kept on shelf B15?" is six words.
+SHELVES = words(
+    "A12 A47 B15 B63 C18 C72 D31 D94 E25 E87 F33 F85 G21 G67 H26 H75 K34 K87 L27 L73 M31 M86 N24 N68 P42 P91 R36 R78 "
+    "S27 S73 T36 T81 V28 V74 W33 W83 X26 X75 Z37 Z81"
+)
 # {e} the thing, {v} the value, as in manuals_relations.py; none of these forms stands there.
 FORMS = {
     "price": ("Anyone who buys {e} pays {v} for it.", "Our list shows {e} at a price of {v}."),
@@ -33,9 +39,6 @@ FORMS = {
     "designer": ("The plans for {e} were drawn by {v}.", "{v} is the inventor behind {e}."),
     "shelf": ("Pick {e} from {v}.", "Our storekeeper has {e} on {v}."),
     "contact": ("Please send questions about {e} to {v}.", "{v} is the contact person for {e}."),
-    "cause": ("The display shows {e} because of {v}.", "Whenever {e} appears, the cause is {v}."),
-    "room": ("The desk of {e} stands in {v}.", "Visit {e} at the office, {v}."),
-    "phone": ("Reach {e} by dialling {v}.", "Our telephone list gives {v} for {e}."),
     "opened": ("The {e} site opened its doors in {v}.", "It was in {v} that {e} was opened."),
     "head": ("Everyone at {e} reports to {v}, who leads it.", "The person in charge at {e} is {v}."),
     "staff": ("The {e} site gives work to {v}.", "In all, {v} have a job at {e}."),
@@ -47,7 +50,7 @@ DOCUMENTS = (
     ("pumps", "md", "Pumps", "product", 8),
     ("lamps", "docx", "Lamps", "product", 8),
     ("heaters", "html", "Heaters", "product", 8),
-    ("people", "md", "People", "person", 6),
+    ("valves", "md", "Valves", "product", 6),
     ("sites-and-plans", "pdf", "Sites", "site", 5),
     ("sites-and-plans", "pdf", "Service plans", "plan", 5),
 )
@@ -80,7 +83,7 @@ class _Names:
         if maker == "town":
             return next(self._towns)
         while True:
-            value = MAKERS[maker](rng, ())
+            value = f"shelf {rng.choice(SHELVES)}" if maker == "shelf" else MAKERS[maker](rng, ())
             if (maker, value) not in self.given:
                 self.given.add((maker, value))
                 return value
