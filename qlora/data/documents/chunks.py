@@ -198,7 +198,8 @@ class _Packing:
                 found.append(" ".join(atoms[start : start + many]))
                 start += many
             elif len(atoms[start]) > 1:
-                atoms[start : start + 1] = self.halves(atoms[start], header)
+                *whole, atoms[start] = self.parted(atoms[start], header)
+                found += whole
             else:
                 found.append(atoms[start])
                 start += 1
@@ -209,12 +210,25 @@ class _Packing:
         left = len(atoms) - start
         return _most(left, self.limit, lambda many: self.fits(" ".join(atoms[start : start + many]), header))
 
-    def halves(self, word: str, header: str) -> list[str]:
+    def parted(self, word: str, header: str) -> list[str]:
         """A word that does not fit (a line of Chinese, a key in base64), parted behind a comma where there is one."""
-        low = max(1, _most(len(word), _LETTERS * self.limit, lambda many: self.fits(word[:many], header)))
-        comma = max(word.rfind(sign, low // 2, low) for sign in "，、；,;")
-        cut = comma + 1 if comma > 0 else low
-        return [part for part in (word[:cut], word[cut:]) if part]
+        parts: list[str] = []
+        start = 0
+        while True:
+            end = start + self.letters(word, start, header)
+            if end == len(word):
+                return [*parts, word[start:]]
+            comma = max(word.rfind(sign, (start + end) // 2, end) for sign in "，、；,;")
+            end = comma + 1 if comma > start else end
+            parts.append(word[start:end])
+            start = end
+
+    def letters(self, word: str, start: int, header: str) -> int:
+        """How many letters from `start` on fit, at least one."""
+        most = _most(
+            len(word) - start, _LETTERS * self.limit, lambda many: self.fits(word[start : start + many], header)
+        )
+        return max(1, most)
 
     def fits(self, text: str, header: str) -> bool:
         return self.count(self.text([_Unit(text, text, "", header)])) <= self.limit
