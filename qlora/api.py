@@ -164,7 +164,7 @@ def _run(
 
 @dataclass(frozen=True)
 class Checked:
-    """A recipe that is good: its rows as tokens, and the memory it will take (None where that is not known)."""
+    """A recipe that is good: its rows as tokens (of documents, as many as may be), and its memory where known."""
 
     data: PreparedData
     memory: Estimate | None
@@ -184,7 +184,8 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
         loaded = row_packing.settled(loaded, base.config, shared)
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
         found = Found(base, documents)
-        _, data, memory, _ = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
+        _, data, memory, lesson = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
+        data = lesson.foreseen(data)[1] if lesson else data
     return Checked(data, None if memory.plan is None else memory.plan.estimate)
 
 
@@ -348,7 +349,7 @@ def question(
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
-    recipe = row_packing.settled(recipe, config, _gate(sink))
+    recipe = row_packing.settled(defaults.unread(recipe, _gate(sink)), config, _gate(sink))
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 
 

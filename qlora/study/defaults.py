@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 
 RANKS = ((3000, 128), (500, 64), (0, 32))  # above so many pages: this rank
@@ -33,6 +34,19 @@ def of_corpus(recipe: Recipe, pages: int) -> tuple[Recipe, tuple[str, ...]]:
     tables = {name: getattr(recipe, name).model_copy(update=values) for name, values in derived.items() if values}
     said = (f"{table}.{key} = {value:g}" for table, values in derived.items() for key, value in values.items())
     return recipe.model_copy(update=tables), tuple(said)
+
+
+def unread(recipe: Recipe, sink: Sink) -> Recipe:
+    """The recipe for an estimate, which reads no document: as few pages ask for, said where that decides anything."""
+    if not recipe.data.documents:
+        return recipe
+    derived, said = of_corpus(recipe, 0)
+    if said:
+        most = RANKS[-2][0]
+        sink.emit(
+            Notice("documents", f"as for up to {most} pages: {', '.join(said)}; the study asks and answers as well")
+        )
+    return derived
 
 
 def epochs(rows: int, sentences: int) -> float:

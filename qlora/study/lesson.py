@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk, run_folder
+from qlora import disk, foreign_json, run_folder
 from qlora.data.chat import ChatTokenizer
 from qlora.data.documents.chunks import Passage, unique_passages
 from qlora.data.prepare import PreparedData, PreparedSplit
-from qlora.errors import DataError, TokenizerError
+from qlora.errors import DataError, RunFolderError, TokenizerError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import SourceSection
+from qlora.shown import one_line
 from qlora.stop import StopRequest
 from qlora.study import bm25, defaults, exam_questions, hold, rows
 from qlora.study.labels import labels_of
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Phase = Callable[[str], AbstractContextManager[None]]  # time spent inside counts as the named phase's
 QUESTION_TOKENS, ANSWER_TOKENS = 24, 16  # of a row, until rows are known: 195 tokens were 4 questions with answers
 SPARE_BYTES = 512 << 20  # beside weights and keys: logits, workspace, the context of a GPU
+STUDIED_FILE = "documents.json"
 HOLD_TOKENS = 64  # longest answer on other things
 
 
@@ -45,6 +48,7 @@ class Lesson:
     passages: tuple[Passage, ...]
     frame: Frame
     decides_length: bool
+    documents: Mapping[str, str]  # sha256 of each, by its shown path
 
     @classmethod
     def of(cls, material: Material, recipe: Recipe, chat: ChatTokenizer, sink: Sink) -> Lesson:
@@ -67,7 +71,9 @@ class Lesson:
         if twice:
             message += f"; {twice:,} passages stand twice and are asked about once"
         sink.emit(Notice("passages", message, len(unlike)))
-        return cls(recipe, chat, tuple(unlike), "chat" if has_template else "lines", material.decides_length)
+        return cls(
+            recipe, chat, tuple(unlike), "chat" if has_template else "lines", material.decides_length, _hashes(material)
+        )
 
     @property
     def questions(self) -> int:
@@ -113,12 +119,16 @@ class Lesson:
         """
         folder, sink, stop = run_dir / FOLDER, teacher.sink, teacher.stop
         disk.make_folder(folder)
+        self._refuse_others(run_dir)
         weights = teacher.model.get_base_model().base_identity.model_dump()
         name = key_of(weights, self.recipe.quantization.model_dump(mode="json"))
         with keeping(stop, folder), phase("study"):
             studied = study(teacher, self.passages, self._settings(name), folder, sink, stop)
             made = self._rows(studied, teacher, name)
             rows.write(folder, made)
+            disk.write_atomic(
+                folder / STUDIED_FILE, json.dumps(dict(self.documents), ensure_ascii=False, indent=1) + "\n"
+            )
             exam_questions.save_passages(folder, self.passages)
         sink.emit(Notice("rows", f"{len(made):,} rows of the study: {folder / rows.ROWS_FILE}", len(made)))
         recipe = self._of_length(studied, run_dir, base.commit, sink)
@@ -150,6 +160,23 @@ class Lesson:
         )
         sink.emit(Notice("documents", message))
         return recipe
+
+    def _refuse_others(self, run_dir: Path) -> None:
+        """A run that trains already goes on with the documents that it learns. Raises RunFolderError."""
+        file = run_dir / FOLDER / STUDIED_FILE
+        if not file.is_file() or not any((run_dir / "checkpoints").glob("step-*")):
+            return
+        try:
+            studied = foreign_json.load_object(file)
+        except foreign_json.ForeignFileError as error:
+            raise RunFolderError(str(error), "start anew with mode='fresh'") from error
+        if studied != dict(self.documents):
+            names = sorted({name for name, _ in set(studied.items()) ^ set(self.documents.items())}, key=str)
+            what = (
+                f"{run_dir}: its documents have changed since they were studied: {', '.join(map(one_line, names[:5]))}"
+            )
+            hint = "put them back to go on; mode='fresh' starts anew and asks only about what has changed"
+            raise RunFolderError(what, hint)
 
     def _settings(self, base: str) -> StudySettings:
         section, exam = self.recipe.study, self.recipe.exam

@@ -71,6 +71,12 @@ def _check(recipe: Recipe) -> None:
     if study.with_passage + study.hold > MOST_EXTRA:
         what = f"study.with_passage + study.hold are {study.with_passage + study.hold:g}, over {MOST_EXTRA}"
         problems.append(Problem("recipe", what, "lower them: the rest are the questions alone, which teach the most"))
+    asked = recipe.eval.exact_match_rows or recipe.eval.early_stopping_patience
+    fraction = recipe.data.eval_fraction if "eval_fraction" in recipe.data.model_fields_set else 0
+    if not recipe.data.train and not recipe.data.eval and (asked or fraction):
+        key = "[eval] asks for evaluation rows" if asked else "data.eval_fraction holds out rows of [[data.train]]"
+        what = f"{key}, and there are only documents, whose rows are all trained: the exam measures them"
+        problems.append(Problem("recipe", what, "take it out, or add [[data.eval]] with a path"))
     if problems:
         raise RecipeError(problems)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qlora.events import Recorder
 from qlora.recipe.reading import Recipe
 from qlora.study import defaults
 
@@ -46,3 +47,10 @@ def test_each_sentence_is_met_about_ten_times(rows: int, sentences: int, epochs:
 def test_who_says_how_long_it_trains() -> None:
     assert not defaults.has_length(recipe())
     assert defaults.has_length(recipe(train={"epochs": 3})) and defaults.has_length(recipe(train={"max_steps": 9}))
+
+
+def test_an_estimate_takes_what_few_pages_ask_for() -> None:
+    sink = Recorder()
+    assert defaults.unread(recipe(), sink).lora.r == 32 and "500 pages" in sink.events[0].as_dict()["message"]
+    plain = Recipe.model_validate({"model": {"base": "owner/name"}})
+    assert defaults.unread(plain, sink) is plain and len(sink.events) == 1

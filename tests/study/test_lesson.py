@@ -10,15 +10,15 @@ import pytest
 from qlora import api
 from qlora.errors import TokenizerError
 from qlora.recipe.reading import load_recipe
-from tests.study.documents_cases import KEYS, write_recipe
+from tests.training.cases import DOCUMENT_KEYS, write_manuals
 
 
 def test_hard_labels_need_a_chat_template(tmp_path: Path, llama: Path) -> None:
-    recipe = write_recipe(tmp_path, without_template(tmp_path, llama))
+    recipe = write_manuals(tmp_path, without_template(tmp_path, llama))
     with pytest.raises(TokenizerError, match="no chat template") as found:
-        api.check(load_recipe(recipe, (*KEYS, "study.labels=hard")))
+        api.check(load_recipe(recipe, (*DOCUMENT_KEYS, "study.labels=hard")))
     assert "documents" in found.value.hint
-    assert api.check(load_recipe(recipe, KEYS)).memory is not None  # soft labels do without one
+    assert api.check(load_recipe(recipe, DOCUMENT_KEYS)).memory is not None  # soft labels do without one
 
 
 def without_template(tmp_path: Path, base: Path) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qlora import api, disk
-from qlora.errors import QloraError, RecipeError, StoppedBySignal, TrainingStopped
+from qlora.errors import QloraError, RecipeError, RunFolderError, StoppedBySignal, TrainingStopped
 from qlora.events import Event, Recorder, Sinks
 from qlora.recipe.reading import load_recipe
 from qlora.stop import StopRequest
@@ -22,7 +22,7 @@ from qlora.study.labels import COLUMNS, Labels, LabelStore
 from qlora.study.records import Answer, Candidate, Question, key_of
 from qlora.study.split import Split
 from qlora.study.study import Studied
-from tests.study.documents_cases import KEYS, MANUAL, write_recipe
+from tests.training.cases import DOCUMENT_KEYS, MANUAL, write_manuals
 
 
 def script(asked: list[str]) -> Any:
@@ -80,7 +80,7 @@ def train(recipe: Path, *keys: str, mode: api.Mode = "new", stop_at: str = "") -
 
     sinks = Sinks(recorder, StopAt())
     try:
-        api.train(load_recipe(recipe, (*KEYS, *keys)), name="learn", mode=mode, sink=sinks, stop=stop)
+        api.train(load_recipe(recipe, (*DOCUMENT_KEYS, *keys)), name="learn", mode=mode, sink=sinks, stop=stop)
     except StoppedBySignal:
         assert stop_at
     else:
@@ -97,7 +97,7 @@ def final(recipe: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_run_learns_documents_and_says_what_it_learnt(tmp_path: Path, llama: Path, asked: list[str]) -> None:
-    recipe = write_recipe(tmp_path, llama)
+    recipe = write_manuals(tmp_path, llama)
     recorder = train(recipe)
     folder = tmp_path / "runs" / "learn"
     topics = [event.as_dict()["topic"] for event in recorder.of("notice")]
@@ -124,7 +124,7 @@ def test_a_run_learns_documents_and_says_what_it_learnt(tmp_path: Path, llama: P
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", ["notice:passages", "progress:exam", "step", "end"])
 def test_a_stop_in_each_phase_changes_nothing(tmp_path: Path, llama: Path, asked: list[str], stop_at: str) -> None:
-    whole, stopped = write_recipe(tmp_path / "a", llama), write_recipe(tmp_path / "b", llama)
+    whole, stopped = write_manuals(tmp_path / "a", llama), write_manuals(tmp_path / "b", llama)
     train(whole)
     train(stopped, stop_at=stop_at)
     train(stopped, mode="resume")
@@ -134,10 +134,12 @@ def test_a_stop_in_each_phase_changes_nothing(tmp_path: Path, llama: Path, asked
 
 @pytest.mark.slow
 def test_anew_asks_only_about_what_has_changed(tmp_path: Path, llama: Path, asked: list[str]) -> None:
-    recipe = write_recipe(tmp_path, llama)
+    recipe = write_manuals(tmp_path, llama)
     train(recipe)
     first = len(asked)
     (tmp_path / "manuals" / "manual.md").write_text(MANUAL.replace("seven years", "eight years"))
+    with pytest.raises(RunFolderError, match=r"have changed since they were studied: .*manual\.md"):
+        train(recipe, mode="resume")
     recorder = train(recipe, mode="fresh")
     assert len(asked) - first == 3  # the sentences of one passage of two
     assert any("not asked again" in event.as_dict()["message"] for event in recorder.of("notice"))
@@ -146,9 +148,10 @@ def test_anew_asks_only_about_what_has_changed(tmp_path: Path, llama: Path, aske
 def test_a_check_stops_before_weights_and_foresees_the_rows(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = write_recipe(tmp_path, llama)
+    recipe = write_manuals(tmp_path, llama)
     recorder = Recorder()
-    checked = api.check(load_recipe(recipe, KEYS), sink=recorder)
+    checked = api.check(load_recipe(recipe, DOCUMENT_KEYS), sink=recorder)
+    assert len(checked.data.train.lengths) > 2 * 24  # as many as may be
     assert checked.memory is not None and not list((tmp_path / "runs").glob("*"))
     said = [event.as_dict()["message"] for event in recorder.of("notice")]
     assert any("2 passages" in message and "6 sentences" in message for message in said), said
@@ -160,12 +163,14 @@ def test_a_check_stops_before_weights_and_foresees_the_rows(
         ('[lora]\ninit = "eva"\n', (), RecipeError, "eva"),
         ("[study]\nwith_passage = 0.5\nhold = 0.4\n", (), RecipeError, "0.9, over 0.8"),
         ('[[exam.questions]]\npath = "mine.jsonl"\n', (), QloraError, "mine.jsonl"),
+        ("[eval]\nexact_match_rows = 3\n", (), RecipeError, "the exam measures them"),
+        ("", ("data.eval_fraction=0.1",), RecipeError, "data.eval_fraction holds out"),
     ],
 )
 def test_what_documents_forbid_is_said_before_anything_is_loaded(
     tmp_path: Path, more: str, keys: tuple[str, ...], error: type[QloraError], part: str
 ) -> None:
-    recipe = write_recipe(tmp_path, tmp_path / "no-base", more)
+    recipe = write_manuals(tmp_path, tmp_path / "no-base", more)
     with pytest.raises(error) as found:
         api.check(load_recipe(recipe, keys))
     assert part in str(found.value) and found.value.hint
@@ -177,5 +182,5 @@ def test_a_full_disk_keeps_what_was_asked(tmp_path: Path, llama: Path, monkeypat
 
     monkeypatch.setattr(lesson, "study", full)
     with pytest.raises(TrainingStopped, match="the disk is full") as found:
-        train(write_recipe(tmp_path, llama))
+        train(write_manuals(tmp_path, llama))
     assert "resume" in found.value.hint
