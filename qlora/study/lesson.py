@@ -71,9 +71,9 @@ class Lesson:
         if twice:
             message += f"; {twice:,} passages stand twice and are asked about once"
         sink.emit(Notice("passages", message, len(unlike)))
-        return cls(
-            recipe, chat, tuple(unlike), "chat" if has_template else "lines", material.decides_length, _hashes(material)
-        )
+        hashes = {document.path: document.sha256 for document in material.documents.documents}
+        frame: Frame = "chat" if has_template else "lines"
+        return cls(recipe, chat, tuple(unlike), frame, material.decides_length, hashes)
 
     @property
     def questions(self) -> int:
