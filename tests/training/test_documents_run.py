@@ -17,7 +17,7 @@ from qlora.errors import QloraError, RecipeError, RunFolderError, StoppedBySigna
 from qlora.events import Event, Recorder, Sinks
 from qlora.recipe.reading import load_recipe
 from qlora.stop import StopRequest
-from qlora.study import exam_questions, lesson
+from qlora.study import exam, exam_questions, lesson
 from qlora.study.labels import COLUMNS, Labels, LabelStore
 from qlora.study.records import Answer, Candidate, Question, key_of
 from qlora.study.split import Split
@@ -65,6 +65,11 @@ def labels_of(tokens: list[int], vocabulary: int) -> Labels:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys: list[str] = []
     monkeypatch.setattr(lesson, "study", script(keys))
+    # A few short answers say as much of the phases as many long ones.
+    monkeypatch.setattr(lesson, "HOLD_TOKENS", 4)
+    monkeypatch.setattr(exam, "MAX_TOKENS", 4)
+    monkeypatch.setattr(exam, "neutral_prompts", lambda: ["What is rain?", "Why is the sky blue?"])
+    monkeypatch.setattr(exam_questions, "UNANSWERABLE", 2)
     return keys
 
 
@@ -122,14 +127,15 @@ def test_a_run_learns_documents_and_says_what_it_learnt(tmp_path: Path, llama: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", ["notice:passages", "progress:exam", "step", "end"])
-def test_a_stop_in_each_phase_changes_nothing(tmp_path: Path, llama: Path, asked: list[str], stop_at: str) -> None:
+def test_a_stop_in_each_phase_changes_nothing(tmp_path: Path, llama: Path, asked: list[str]) -> None:
     whole, stopped = write_manuals(tmp_path / "a", llama), write_manuals(tmp_path / "b", llama)
     train(whole)
-    train(stopped, stop_at=stop_at)
+    train(stopped, stop_at="notice:passages")  # in the study
+    for stop_at in ("progress:exam", "step", "end"):  # in the exam before, in the training, in the exam after
+        train(stopped, mode="resume", stop_at=stop_at)
     train(stopped, mode="resume")
     assert final(stopped) == final(whole)
-    assert len(asked) == 2 * len(set(asked)) or len(set(asked)) == len(asked)
+    assert len(asked) == 2 * len(set(asked))  # once by each run
 
 
 @pytest.mark.slow
