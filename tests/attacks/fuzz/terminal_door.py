@@ -18,6 +18,7 @@ from qlora import events
 from tests.attacks.fuzz import nasty
 from tests.attacks.fuzz.harness import Door, Scene
 from tests.attacks.fuzz.seen import Command, Work, control_characters, exit_code
+from tests.report.cases import FIGURES
 
 VARIABLES: dict[str, tuple[str | None, ...]] = {
     "COLUMNS": ("0", "-1", "1", "9", "abc", "100000000", "", "²"),
@@ -146,6 +147,8 @@ def of_type(hint: Any, chance: Random, name: str) -> Any:
         return ({"name": text, "measured_by": text, **numbers},)
     if name == "examples":
         return (text, "rows.jsonl:1")
+    if name == "figures":  # of an exam: its own numbers, with words of documents and of older versions
+        return {**FIGURES, "dropped": {text: 3}, "advice": [text]}
     if name == "versions":
         return {text: text}
     return {} if name == "phases" else None
