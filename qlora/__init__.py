@@ -35,6 +35,7 @@ from qlora.events import (
     End,
     Evaluated,
     Event,
+    Examined,
     Exported,
     Fidelity,
     Notice,
@@ -59,7 +60,7 @@ __all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "E
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
 __all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
 __all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
-__all__ += ["Rejected", "Fidelity", "Exported", "End"]
+__all__ += ["Rejected", "Fidelity", "Examined", "Exported", "End"]
 
 _HOMES = {
     "Recipe": "qlora.recipe.reading",

@@ -65,10 +65,18 @@ def _schema() -> str:
 
 
 def _keys() -> str:
-    from qlora.cli import estimate, export
+    from qlora.cli import data, estimate, exam, export
     from qlora.cli.keys import page
 
-    return page({"qlora-train": train, "qlora-export": export.export, "qlora-estimate": estimate.estimate})
+    return page(
+        {
+            "qlora-train": train,
+            "qlora-export": export.export,
+            "qlora-estimate": estimate.estimate,
+            "qlora-data": data.data,
+            "qlora-exam": exam.exam,
+        }
+    )
 
 
 def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:

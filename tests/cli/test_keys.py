@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.cli import estimate, export, train
+from qlora.cli import data, estimate, exam, export, train
 from qlora.cli.keys import page
 from qlora.data.column_words import FORMAT_COLUMNS
 from qlora.recipe.reading import key_names
@@ -18,6 +18,7 @@ from qlora.recipe.reading import key_names
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
 COMMANDS = {"qlora-train": train.train, "qlora-export": export.export, "qlora-estimate": estimate.estimate}
+COMMANDS |= {"qlora-data": data.data, "qlora-exam": exam.exam}
 
 
 def test_the_shipped_page_is_the_current_one() -> None:
@@ -36,7 +37,9 @@ def test_every_key_stands_in_the_table_of_its_section() -> None:
     tables = dict(re.findall(r"### (.+)\n([^#]+)", page(COMMANDS)))
     for name in key_names():
         section, _, key = name.rpartition(".")
-        title = f"`[{section}]`" if "." not in section else "`[[data.train]]`, `[[data.eval]]`"
+        sources = "`[[data.train]]`, `[[data.eval]]`"
+        double = sources if section in ("data.train", "data.eval") else f"`[[{section.replace('own', 'questions')}]]`"
+        title = f"`[{section}]`" if "." not in section else double
         assert f"| `{key}` |" in tables[title], name
 
 
@@ -49,7 +52,7 @@ def test_every_row_has_three_cells_and_a_meaning() -> None:
 
 def test_every_option_is_there() -> None:
     text = page(COMMANDS)
-    for command in ("train", "export", "estimate"):
+    for command in ("train", "export", "estimate", "data", "exam"):
         shown = subprocess.run(
             [sys.executable, "-m", f"qlora.cli.{command}", "--help"], capture_output=True, text=True, cwd=ROOT
         ).stdout
@@ -65,7 +68,7 @@ def test_every_format_of_rows_and_every_recipe_is_listed() -> None:
         assert f"`{file.name}`" in text
         base = tomllib.loads(file.read_text())["model"]["base"]
         words = re.sub(r"^Meta-", "", base.split("/")[-1]).replace("-", " ")
-        assert base == "quickstart/base" or words in text, base
+        assert base in ("quickstart/base", "manuals/base") or words in text, base
 
 
 @pytest.mark.parametrize("text", ["<run>/export", "a | b"])
