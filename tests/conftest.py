@@ -14,7 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and a child forked from threads would han
 
 # Files of minutes: the first to be begun, since a file's tests stay in one process and the others fill what is left.
 LONGEST = (
-    *("tests/test_quickstart.py", "tests/faults/test_signals.py", "tests/faults/test_kill.py"),
+    *("tests/test_manuals.py", "tests/test_quickstart.py", "tests/faults/test_signals.py", "tests/faults/test_kill.py"),
     *("tests/faults/test_resume_everywhere.py", "tests/attacks/test_fuzz.py", "tests/cli/test_verify_resume.py"),
 )
 
