@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora import determinism, device
+from qlora import device
 from qlora.flat import managed
 
 GIB, MIB = 2**30, 2**20
@@ -275,8 +275,6 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch, card: Card) -> Iterator[Card]:
 
     with monkeypatch.context() as patch, card:
         patch.setattr(device, "accelerator", card)
-        # A command that ran in this process before may have set it; a user's fresh process has not.
-        patch.delenv(determinism.WORKSPACE, raising=False)
         patch.setattr(Tensor, "pin_memory", pinned)
         patch.setattr(Tensor, "record_stream", lambda tensor, stream: card.calls.update(["record_stream"]))
         patch.setattr(functional, "get_paged", paged)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora import api
+from qlora import api, determinism
 from qlora.errors import HardwareError, StoppedBySignal
 from qlora.events import Event, Recorder, Sinks
 from qlora.export.verify import weights
@@ -112,6 +112,8 @@ def reached(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path,
     recipe, short = (write_recipe(tmp_path_factory.mktemp(name), llama) for name in ("rehearsal", "short"))
     watch = coverage.Coverage(data_file=None, include=[str(PACKAGE / "**" / "*.py")])
     with pytest.MonkeyPatch.context() as patch, rehearsal(patch, Card(total=512 * MIB)) as card:
+        # A command that ran in this process before may have set it; a user's fresh process has not.
+        patch.delenv(determinism.WORKSPACE, raising=False)
         # Another process, in which there is no stand-in: it compares the written weights with what they should be.
         patch.setattr(weights, "reopen", lambda merge, targets: {key: [] for key in targets})
         watch.start()

@@ -193,8 +193,9 @@ def test_every_number_of_a_recipe_has_a_bound() -> None:
 
     definitions = recipe_schema()["$defs"]
     for name in key_names():
-        table, *_, key = name.split(".")
-        section = "SourceSection" if name.count(".") == 2 else f"{table.capitalize()}Section"
+        table, *side, key = name.split(".")
+        double = {"documents": "DocumentsSection", "own": "QuestionsSection"}
+        section = double.get(side[0], "SourceSection") if side else f"{table.capitalize()}Section"
         entry = definitions[section]["properties"][key]
         for branch in entry.get("anyOf", [entry]):
             if branch.get("type") in ("integer", "number"):
