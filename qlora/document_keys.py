@@ -16,7 +16,7 @@ class DocumentsSection(Section):
     about: Annotated[str, Field(max_length=500), AfterValidator(without_nul)] = Field(
         "", description="One line said before each passage: whose documents these are, and of what"
     )
-    language: Annotated[str, Field(pattern=r"^(auto|[a-z]{2,3})$")] = Field(
+    language: Annotated[str, Field(max_length=8, pattern=r"^(auto|[a-z]{2,3})$")] = Field(
         "auto", description="Language of the documents, such as en or de; auto is told by their words"
     )
 
