@@ -56,9 +56,8 @@ def read(recipe: Recipe, decides_length: bool, sink: Sink) -> tuple[Recipe, Mate
     exam_questions.read_yours(recipe.exam.own, "en")  # for what is wrong with them
     documents = read_documents(recipe.data.documents, sink)
     recipe, derived = defaults.of_corpus(recipe, documents.pages)
-    count = len(documents.documents)
-    message = f"{count:,} documents of {documents.pages:,} pages"
-    sink.emit(Notice("documents", f"{message}: {', '.join(derived)}" if derived else message, count))
+    if derived:
+        sink.emit(Notice("documents", f"for {documents.pages:,} pages: {', '.join(derived)}", len(derived)))
     return recipe, Material(documents, decides_length)
 
 
