@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from qlora import disk, files
 from qlora.data.documents.document import Documents
 from qlora.data.documents.read import read_documents
-from qlora.errors import Problem, RecipeError, TrainingStopped
+from qlora.data.row_json import RowError
+from qlora.errors import DataError, Problem, RecipeError, TrainingStopped
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.stop import StopAsked, StopRequest
@@ -100,12 +101,18 @@ def take_over(before: Path, run_dir: Path, sink: Sink) -> None:
 @contextmanager
 def keeping(stop: StopRequest, folder: Path) -> Iterator[None]:
     """A stop inside, and a disk that is full, end the run with what was asked so far in the study's `folder`."""
-    hint = "continue with mode='resume'"
+    kept, hint = f"what was asked and answered so far is kept in {folder}", "continue with mode='resume'"
     try:
         with stop.being_read():
             yield
     except StopAsked:
-        raise stop.error(f"what was asked and answered so far is kept in {folder}", hint) from None
+        raise stop.error(kept, hint) from None
+    except RowError as error:  # a signal to the whole group ends the process that renders prompts as well
+        if stop.is_set:
+            raise stop.error(kept, hint) from None
+        raise DataError(
+            f"a prompt of the study cannot be rendered: {error.reason}; {kept}", error.hint or hint
+        ) from error
     except OSError as error:
         if error.errno not in disk.DISK_FULL:
             raise

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.errors import StoppedBySignal, TrainingStopped
+from qlora.data.row_json import RowError
+from qlora.errors import DataError, StoppedBySignal, TrainingStopped
 from qlora.events import Recorder
 from qlora.recipe.reading import Recipe
 from qlora.stop import StopRequest
@@ -21,7 +22,11 @@ def test_a_stop_and_a_full_disk_say_what_is_kept(tmp_path: Path) -> None:
     assert "resume" in full.value.hint
     with pytest.raises(PermissionError), material.keeping(stop, tmp_path):
         raise PermissionError(errno.EACCES, "no")
+    with pytest.raises(DataError, match="cannot be rendered: it broke"), material.keeping(stop, tmp_path):
+        raise RowError("it broke")
     stop.set()
+    with pytest.raises(StoppedBySignal), material.keeping(stop, tmp_path):
+        raise RowError("the process that renders was ended by the same signal")
     with pytest.raises(StoppedBySignal, match="is kept in") as stopped, material.keeping(stop, tmp_path):
         stop.check()
     assert "resume" in stopped.value.hint and not stop.is_read
