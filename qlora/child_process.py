@@ -16,8 +16,8 @@ import runpy
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _HOME = Path(__file__).resolve().parent.parent
@@ -37,6 +37,18 @@ def import_path() -> list[str]:
     installed = {Path(place).resolve() for place in sysconfig.get_paths().values()} | {_HOME}
     entries = dict.fromkeys(os.path.abspath(entry) for entry in sys.path if os.path.isabs(entry))
     return [entry for entry in entries if (place := Path(entry).resolve()) in installed or place != here]
+
+
+def limit_itself(limits: Mapping[str, int]) -> None:
+    """In a child: what it gives up for good, by the names of `setrlimit` (AS and FSIZE in bytes). Windows has no such
+    limits."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for name, value in limits.items():
+        with suppress(ValueError, OSError, AttributeError):  # macOS knows no limit on address space
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import IO, Any
 
 MEMORY_BYTES = 1 << 30
@@ -113,13 +112,9 @@ def reason_of(error: Exception | None) -> str:
 
 def confine() -> None:
     """Give up memory beyond the limit. Windows has no such limits: there the parent counts what comes out."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for name, value in {"AS": MEMORY_BYTES, "FSIZE": 0, "CORE": 0}.items():
-        with suppress(ValueError, OSError, AttributeError):  # macOS knows no limit on address space
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    from qlora.child_process import limit_itself
+
+    limit_itself({"AS": MEMORY_BYTES, "FSIZE": 0, "CORE": 0})
 
 
 def set_alarm() -> None:

@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -174,14 +173,9 @@ class Renderer:
 
 def confine() -> None:
     """Give up what rendering does not need. Windows has no such limits: there the parent's clock and count are all."""
-    try:
-        import resource
-    except ImportError:
-        return
-    limits = {"AS": MEMORY_BYTES, "FSIZE": 0, "NOFILE": OPEN_FILES, "NPROC": 0, "CORE": 0}
-    for name, value in limits.items():
-        with suppress(ValueError, OSError, AttributeError):  # macOS knows no limit on address space
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    from qlora.child_process import limit_itself
+
+    limit_itself({"AS": MEMORY_BYTES, "FSIZE": 0, "NOFILE": OPEN_FILES, "NPROC": 0, "CORE": 0})
 
 
 def set_alarm(seconds: float) -> None:

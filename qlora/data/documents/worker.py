@@ -14,7 +14,6 @@ import json
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,13 +72,9 @@ def parse(module: str, data: bytes) -> dict[str, Any]:
 
 def confine() -> None:
     """Give up what reading does not need. Windows has no such limits: there the parent's clock and count are all."""
-    try:
-        import resource
-    except ImportError:
-        return
-    for name, value in {"AS": MEMORY_BYTES, "FSIZE": 0, "CORE": 0}.items():
-        with suppress(ValueError, OSError, AttributeError):  # macOS knows no limit on address space
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    from qlora.child_process import limit_itself
+
+    limit_itself({"AS": MEMORY_BYTES, "FSIZE": 0, "CORE": 0})
 
 
 def set_alarm(seconds: float) -> None:
