@@ -22,9 +22,10 @@ def found(folder: Path, rows: list[dict[str, object]]) -> alike.Alike:
 
 
 def test_planted_rows_are_found_and_no_others(tmp_path: Path) -> None:
-    """10 of 100 rows are earlier ones with one word more; all share a system prompt that is longer than they are."""
-    system = {"role": "system", "content": "You are the assistant of a shop. " * 20}
-    own = texts(90, 20)
+    """10 of 100 rows are earlier ones with one word more; all share a system prompt that is longer than they are, and
+    says something new in each sentence."""
+    system = {"role": "system", "content": " ".join(f"Lamp {n} costs {n * 37} euros." for n in range(100, 170))}
+    own = texts(90, 14)
     changed = [text.replace(" ", " indeed ", 1) for text in own[::9]]
     rows = [{"messages": [system, *pair("Say it.", text)["messages"]]} for text in (*own, *changed)]
     result = found(tmp_path, rows)
