@@ -176,7 +176,8 @@ def test_twenty_in_a_row_within_a_run_keep_no_tensor(
         gc.collect()
         looked_at = len(held) in (0, 19)  # looking at every object of the process takes a second
         tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)] if looked_at else []
-        held.append(sum(one.nbytes for one in tensors))
+        # A size that is a symbol is of a compiled model's tracing, by a test before this one: it holds no memory.
+        held.append(sum(one.nbytes for one in tensors if not one._has_symbolic_sizes_strides))
 
     monkeypatch.setattr(recovery, "release_memory", release_memory)
     monkeypatch.setattr(recovery, "_describe", lambda before, after: "again")
