@@ -3,8 +3,8 @@
     python tools/bench/manuals.py --out tools/bench/results/manuals.json
 
 Three seeds of `recipes/manuals.toml` with soft and with hard labels; and the control: the same text as plain
-documents to go on with (`format = "documents"`), asked the same questions afterwards. The questions of a seed are
-those of its soft run.
+documents to go on with (`format = "documents"`), asked the same questions afterwards by `qlora-exam --of`. The questions of
+a seed are those of its soft run.
 """
 
 from __future__ import annotations
@@ -37,9 +37,6 @@ eval_fraction = 0
 [[data.train]]
 path = "{documents}"
 format = "documents"
-[exam]
-[[exam.questions]]
-path = "{questions}"
 [train]
 epochs = {epochs}
 batch_size = 2
@@ -48,6 +45,8 @@ lr_scheduler = "linear"
 warmup_ratio = 0.1
 gradient_checkpointing = false
 seed = {seed}
+[export]
+formats = ["hf"]
 [output]
 dir = "{out}"
 """
@@ -79,24 +78,17 @@ def figures(study: Path) -> dict[str, Any]:
     return {"parts": parts, "asked": asked, "dropped_share": dropped, "nats": exam["elsewhere"]["nats"]}
 
 
-def raw_text(out: Path, study: Path, seed: int, epochs: int) -> dict[str, Any]:
-    """The control: plain training on the documents, then the questions that `study` kept for its exam."""
-    questions = out / "questions.jsonl"
-    lines = [json.loads(line) for line in (study / "exam.jsonl").read_text(encoding="utf-8").splitlines()]
-    asked = [line for line in lines if line["part"] == "words"]
-    rows = [{"question": line["text"], "answer": line["answers"][0]} for line in asked]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def raw_text(out: Path, studied: Path, seed: int, epochs: int) -> dict[str, Any]:
+    """The control: plain training on the documents, whose merged model is then asked what the run `studied` asks."""
     manuals = ROOT / "recipes" / "manuals"
-    paths = {"base": manuals / "base", "documents": manuals / "documents", "questions": questions, "out": out}
     recipe = out / "raw.toml"
-    recipe.write_text(RAW.format(**paths, seed=seed, epochs=epochs), encoding="utf-8")
+    places = {"base": manuals / "base", "documents": manuals / "documents", "out": out}
+    recipe.write_text(RAW.format(**places, seed=seed, epochs=epochs), encoding="utf-8")
     spent = command(recipe, [])
-    return {**spent, **figures_of_exam(out / "raw" / "study")}
-
-
-def figures_of_exam(study: Path) -> dict[str, Any]:
-    exam = json.loads((study / "exam.json").read_text(encoding="utf-8"))
-    return {name: column["right"]["mean"] for name, column in exam["parts"]["yours"]["columns"].items()}
+    asked = [sys.executable, "-m", "qlora.cli.exam", str(studied), "--of", str(out / "raw" / "export" / "hf"), "--json"]
+    done = subprocess.run(asked, check=True, cwd=ROOT, capture_output=True, text=True)
+    words = json.loads(done.stdout)["parts"]["words"]
+    return {**spent, **{name: column["right"]["mean"] for name, column in words["columns"].items()}}
 
 
 def main() -> None:
@@ -112,8 +104,8 @@ def main() -> None:
                 out = Path(folder) / labels
                 spent = command(RECIPE, [f"train.seed={seed}", f"study.labels={labels}", f"output.dir={out}"])
                 found.append({"seed": seed, "labels": labels, **spent, **figures(out / "manuals" / "study")})
-            study = Path(folder) / "soft" / "manuals" / "study"
-            found.append({"seed": seed, "labels": "raw", **raw_text(Path(folder), study, seed, given.raw_epochs)})
+            studied = Path(folder) / "soft" / "manuals"
+            found.append({"seed": seed, "labels": "raw", **raw_text(Path(folder), studied, seed, given.raw_epochs)})
         given.out.write_text(json.dumps({"runs": found, "median": medians(found)}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(medians(found), indent=1))
 
