@@ -3,8 +3,8 @@
     python tools/bench/manuals.py --out tools/bench/results/manuals.json
 
 Three seeds of `recipes/manuals.toml` with soft and with hard labels; and the control: the same text as plain
-documents to go on with (`format = "documents"`), asked the same questions afterwards by `qlora-exam --of`. The questions of
-a seed are those of its soft run.
+documents to go on with (`format = "documents"`), asked the same questions afterwards by `qlora-exam --of`. The
+questions of a seed are those of its soft run.
 """
 
 from __future__ import annotations
