@@ -211,7 +211,7 @@ def reach(seconds: float) -> Reach:
     if constants.HF_HUB_OFFLINE:
         return Reach(usual, is_offline=True)
     token = huggingface_hub.get_token() or ""
-    if not token.isascii() or not token.isprintable():
+    if not (token.isascii() and token.isprintable()):
         return Reach(usual, token="malformed")
     sent: Literal["none", "sent"] = "sent" if token else "none"
     head, began = {"authorization": f"Bearer {token}"} if token else {}, time.monotonic()

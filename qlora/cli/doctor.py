@@ -88,7 +88,7 @@ def _run(
 
 def _examine(runs: Path, as_json: bool) -> None:
     from qlora.doctor import checkup, report
-    from qlora.doctor.finding import Colour, worst
+    from qlora.doctor.finding import Colour
     from qlora.report.console import Terminal
     from qlora.report.doctor import draw, verdict
 
@@ -111,8 +111,8 @@ def _examine(runs: Path, as_json: bool) -> None:
     else:
         with common.answering():
             console.print(verdict(value["count"]))
-    if worst(found) == Colour.RED:
-        sys.exit(UserError.exit_code)
+    if broken := [finding.name for finding in found if finding.colour == Colour.RED]:
+        raise UserError(f"not well: {', '.join(broken)}", "do what is said with each of these, then look again")
 
 
 class _Progress:
@@ -163,7 +163,7 @@ def card_facts() -> CardFacts:
 def _caches(runs: Path, kind: Cleared | None, yes: bool, as_json: bool) -> None:
     from qlora.doctor import caches, report
     from qlora.report.console import Terminal
-    from qlora.report.doctor import caches_view
+    from qlora.report.doctor import draw_caches
     from qlora.report.figures import human_bytes
 
     entries = caches.listed(caches.Places.usual(runs, _hub_cache()))
@@ -171,7 +171,7 @@ def _caches(runs: Path, kind: Cleared | None, yes: bool, as_json: bool) -> None:
     console = Terminal()
     if not as_json:
         with common.answering():
-            console.print(caches_view(entries))
+            draw_caches(entries, console)
     going = [one for one in entries if one.kind in wanted and not one.stays]
     size = human_bytes(sum(one.bytes for one in going))
     if going and not (yes or _agreed(f"remove {len(going)} of these ({size})?")):

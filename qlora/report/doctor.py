@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from rich import box
-from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from qlora import shown
 from qlora.redaction import redact
 from qlora.report.console import Terminal
 from qlora.report.figures import human_bytes
@@ -76,15 +76,24 @@ class Entry(Protocol):
     def stays(self) -> str: ...
 
 
-def caches_view(entries: Sequence[Entry]) -> RenderableType:
-    """Each entry with its size, and why it would stay; the largest first within its kind."""
-    if not entries:
-        return Text("no caches, and nothing was set aside")
-    columns = (Column("kind", no_wrap=True), Column("size", justify="right", no_wrap=True), Column("what", ratio=1))
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for entry in sorted(entries, key=lambda one: (one.kind, -one.bytes, str(one.path))):
-        stays = f" (stays: {entry.stays})" if entry.stays else ""
-        table.add_row(
-            Text(entry.kind), Text(human_bytes(entry.bytes)), Text(redact(f"{entry.path}: {entry.said}{stays}"))
-        )
-    return table
+def draw_caches(entries: Sequence[Entry], console: Terminal) -> None:
+    """Each entry with its size, and why it would stay; the largest first within its kind. Lines, or a table."""
+    rows = [
+        (entry.kind, human_bytes(entry.bytes), redact(f"{entry.path}: {entry.said}{_stays(entry)}"))
+        for entry in sorted(entries, key=lambda one: (one.kind, -one.bytes, str(one.path)))
+    ]
+    if not rows:
+        console.print(Text("no caches, and nothing was set aside"))
+    elif not console.is_terminal:
+        for kind, size, what in rows:
+            console.print(Text(f"{kind:12}{size:>10}  {shown.one_line(what)}"), soft_wrap=True)
+    else:
+        columns = (Column("kind", no_wrap=True), Column("size", justify="right", no_wrap=True), Column("what", ratio=1))
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            table.add_row(*(Text(shown.one_line(text)) for text in row))
+        console.print(table)
+
+
+def _stays(entry: Entry) -> str:
+    return f" (stays: {entry.stays})" if entry.stays else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
@@ -20,7 +21,7 @@ def test_what_was_chosen_is_said_and_what_is_printed_is_no_answer(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def settle(sink: Sink) -> None:
-        print("noise of a library", flush=True)
+        os.write(1, b"noise of a library\n")
         sink.emit(Notice("device", "GPU 1 is taken, as most is free"))
 
     monkeypatch.setattr(cards, "settle", settle)

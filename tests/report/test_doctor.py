@@ -10,7 +10,7 @@ import pytest
 from qlora.doctor.caches import Kept
 from qlora.doctor.finding import Finding, green, red, yellow
 from qlora.report.console import Terminal
-from qlora.report.doctor import caches_view, draw, verdict
+from qlora.report.doctor import draw, draw_caches, verdict
 
 LONG = red("torch", "it cannot be imported because " + "of a reason " * 12, "pip install --upgrade torch", "/home/x")
 
@@ -47,10 +47,14 @@ def test_the_verdict() -> None:
     assert verdict({"green": 3, "yellow": 0, "red": 1}).plain == "3 ok, 1 error: mend the errors first"
 
 
-def test_caches_are_a_table() -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_caches_are_a_table_or_lines(terminal: bool) -> None:
     out = io.StringIO()
-    entries = [Kept("tokens", Path("/c/a"), 5, "rows"), Kept("hub", Path("/h"), 7 << 20, "models", "not ours")]
-    Terminal(out, width=100).print(caches_view(entries))
-    assert "7.0 MiB" in out.getvalue() and "(stays: not ours)" in out.getvalue()
-    Terminal(out, width=100).print(caches_view([]))
+    console = Terminal(out, width=100, force_terminal=terminal)
+    long = Path("/c") / ("a" * 120 + "\x1b[2J")
+    draw_caches([Kept("tokens", long, 5, "rows"), Kept("hub", Path("/h"), 7 << 20, "models", "not ours")], console)
+    text = out.getvalue()
+    assert "7.0 MiB" in text and "(stays: not ours)" in text and "\x1b[2J" not in text
+    assert terminal or len(text.splitlines()) == 2
+    draw_caches([], console)
     assert "no caches" in out.getvalue()
