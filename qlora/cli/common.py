@@ -52,6 +52,7 @@ OPTIONS = {
     "`dtype`": "--dtype",
     "`questions`": "--questions",
     "`vram`": "--vram",
+    "`caches`": "--caches",
     "`plot`": "--plot",
     "`gpu`": "--gpu",
     "`model`": "--model",
