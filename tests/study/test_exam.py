@@ -21,6 +21,7 @@ class Script:
 
     learnt: dict[str, str] = field(default_factory=dict)
     frame: Frame = "chat"
+    base_frame: Frame = "chat"
     base_id: str = "base"
     tuned_id: str = "tuned"
     at_once: int = 4
