@@ -12,6 +12,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 FLOORS = {
     "cli": 8,
     "api": 7,
+    "ask": 7,
     "examine": 7,
     "look": 7,
     "prove": 7,
@@ -71,11 +72,11 @@ LINES = {
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "processes", "torch_build"),
         *("wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device", "flat", "numerics"),
-        *("recipe_values", "document_keys", "batch", "forward_facts", "examine", "look", "api", "prove"),
+        *("recipe_values", "document_keys", "batch", "forward_facts", "ask", "examine", "look", "api", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "data", "exam", "train", "prove"),
+        *("export", "estimate", "data", "exam", "chat", "train", "prove"),
     ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -86,7 +87,7 @@ LINES = {
         *("artifacts", "adapter_base", "base_check", "verify", "ollama", "cards", "pipeline"),
     ],
     "export.merge": ["parts", "merge"],
-    "export.llama_cpp": ["library", "runtime_child", "runtime"],
+    "export.llama_cpp": ["library", "runtime_child", "runtime", "live_child", "live"],
     "export.verify": [
         *("foresight", "candidates", "fidelity", "choice", "evaluation", "plain_open"),
         "weights_child",
@@ -215,6 +216,7 @@ LINES = {
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs", "page", "xray", "xray_page"],
+    "ask": ["llama", "opened", "sampling", "keeping", "writing", "thoughts", "talk", "requests", "answers", "server"],
     "prove": [
         *("shapes", "proof", "model", "trained"),
         *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
