@@ -1,8 +1,8 @@
 """A row of tokens in a model's memory: what was computed of it is kept, and the next prompt pays for its end alone.
 
 A conversation's next prompt begins as the last one did, so that only the new question is computed. Where the new row
-leaves the held one (an answer that the template writes otherwise later, an /undo), what is behind that place is cut off;
-what a family keeps that cannot be cut (a recurrent state, a sliding window that has moved on) is computed anew.
+leaves the held one (an answer that the template writes otherwise later, an /undo), what is behind that place is cut
+off; what a family keeps that cannot be cut (a recurrent state, a sliding window that has moved on) is computed anew.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ def open_model(source: Named, how: HowToOpen, sink: Sink) -> Iterator[TorchModel
     if source.kind == "gguf":
         from qlora.ask.llama import open_gguf
 
-        with open_gguf(Path(source.place), how.context, sink) as opened:
-            yield opened
+        with open_gguf(Path(source.place), how.context, sink) as file:
+            yield file
         return
     from qlora.device import release
     from qlora.model import emptied
@@ -149,8 +149,7 @@ def open_model(source: Named, how: HowToOpen, sink: Sink) -> Iterator[TorchModel
     release(device)  # an earlier model may still be held by what refers to itself
     with fast_matmul(device):
         with Guarded("loading the model", "end other programs that hold memory, or name a smaller model"):
-            opened = _open_adapter(source, how, device, sink) if source.kind == "adapter" else None
-            opened = opened or _open_whole(source, how, device, sink)
+            opened = (_open_adapter if source.kind == "adapter" else _open_whole)(source, how, device, sink)
         try:
             yield opened
         finally:

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora.ask.settings import Sampling
 from qlora.errors import ModelError
 
 _LIKELIEST = 1024  # looked at first where the likeliest are wanted: sorting a vocabulary costs more than a layer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn, by the field's names; the order is that of transformers: penalty, temperature, top_k,
-    top_p, min_p.
-
-    temperature         0: the likeliest token, and nothing is drawn
-    top_p               the likeliest tokens that have this share of the probability together; 1: all (arXiv:1904.09751)
-    top_k               so many of the likeliest; 0: all
-    min_p               tokens of at least this share of the likeliest one's probability; 0: all (arXiv:2407.01082)
-    repetition_penalty  of tokens that the prompt or the answer holds; 1: none (arXiv:1909.05858)
-    max_tokens          of an answer
-    seed                None: another answer each time
-    """
-
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    max_tokens: int = 1024
-    seed: int | None = None
 
 
 class Drawer:

@@ -11,7 +11,7 @@ from qlora import files
 from qlora.ask.keeping import TorchRow, row_of
 from qlora.ask.llama import LlamaModel, LlamaRow
 from qlora.ask.opened import TorchModel
-from qlora.ask.sampling import Sampling
+from qlora.ask.settings import Sampling
 from qlora.ask.thoughts import as_message, opened_block
 from qlora.ask.writing import Writing
 from qlora.data.formats import Message

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from qlora.ask.keeping import TorchRow
 from qlora.ask.llama import LlamaModel, LlamaRow
 from qlora.ask.opened import TorchModel
-from qlora.ask.sampling import Drawer, Sampling
+from qlora.ask.sampling import Drawer
+from qlora.ask.settings import Sampling
 
 Finish = Literal["stop", "length", "interrupted"]
 _LETTER_TOKENS = 8  # a letter has four bytes at most, and a token at least one
@@ -98,7 +99,7 @@ class Writing:
         number: int = 0,
         stops: Sequence[str] = (),
     ) -> None:
-        self._opened, self._row, self._prompt, self._sampling = opened, row, prompt, sampling
+        self._opened, self._row, self.prompt, self._sampling = opened, row, prompt, sampling
         self._drawer = Drawer(sampling, number)
         self._stops = StopStrings(stops)
         self.stopped: Callable[[], bool] = lambda: False
@@ -121,7 +122,7 @@ class Writing:
             yield rest
 
     def _tokens(self) -> Iterator[int]:
-        ids, ends = list(self._prompt), frozenset(self._opened.chat.end_token_ids)
+        ids, ends = list(self.prompt), frozenset(self._opened.chat.end_token_ids)
         self._row.check = self._check
         room = min(self._sampling.max_tokens, self._opened.context - len(ids))
         for number in range(room):

@@ -1,8 +1,8 @@
 """One GGUF file held open by llama.cpp, in a process of its own, and asked again and again by the parent.
 
-A request is a line of JSON on stdin, an answer a line of JSON on stdout, with raw bytes behind it where it says so. What
-was computed of a row stays in llama.cpp's memory: the next request says at which place it goes on. The end of stdin is
-the end of the parent, and of this process.
+A request is a line of JSON on stdin, an answer a line of JSON on stdout, with raw bytes behind it where it says so.
+What was computed of a row stays in llama.cpp's memory: the next request says at which place it goes on. The end of
+stdin is the end of the parent, and of this process.
 """
 
 from __future__ import annotations
