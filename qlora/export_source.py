@@ -22,7 +22,7 @@ from qlora.export.combination import Combination
 from qlora.export.merge.parts import MergeBase
 from qlora.export.targets import keep_apart
 from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
-from qlora.model.adapter_folder import PROVENANCE_FILE, delivered_step, provenance, read_adapter
+from qlora.model.adapter_folder import PROVENANCE_FILE, Provenance, delivered_step, provenance, read_adapter
 from qlora.model.adapter_seal import seal
 from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import DeliveredLoss
@@ -90,31 +90,19 @@ def _combine(
     first = next((number for number, origin in enumerate(origins) if not origin.foreign), 0)
     base = adapter_base.open_base(adapters[first], origins[first], asked[0], sink)
     origin = adapter_base.as_trained(origins[first], base, asked[1])
-    members = []
-    for number, (folder, one, of) in enumerate(zip(adapter_dirs, adapters, origins, strict=True)):
-        step = delivered_step(folder.parent) if is_run(folder.parent) else None
-        name = run_folder.dataset_name(run_folder.name_of(folder))
-        members.append(combine.Member(name, one, how.weights[number], step))
-        recipe = run_folder.recipe_of(folder, sink)
+    recipes = [run_folder.recipe_of(folder, sink) for folder in adapter_dirs]
+    for folder, recipe in zip(adapter_dirs, recipes, strict=True):
         for written in folders:
             keep_apart(written, folder, base.path, recipe)
-        if of.identity and origin.identity and (difference := origin.identity.difference(of.identity)):
-            what = f"{folder}: was trained on another base than {adapter_dirs[first]}: {difference}"
-            raise ExportError(what, "combine adapters of one base")
-        if of.quantization.type != origin.quantization.type:
-            message = f"{name} was trained on its base in {of.quantization.type}, and is measured on "
-            sink.emit(Notice("base", message + origin.quantization.type))
+    steps = [delivered_step(folder.parent) if is_run(folder.parent) else None for folder in adapter_dirs]
+    names = [run_folder.dataset_name(run_folder.name_of(folder)) for folder in adapter_dirs]
+    members = list(map(combine.Member, names, adapters, how.weights, steps))
     combine.check(members, how)
     made = place / _name_of_all(adapter_dirs)
     made.mkdir()
     source = Source(made.name, adapters[first], seals[first], origin, base, setup.pick_device())
-    for folder, one, of in zip(adapter_dirs, adapters, origins, strict=True):
-        member = replace(source, adapter=one, origin=replace(of, quantization=origin.quantization))
-        base_check.at_the_door(member, sink)
-        member.merge("nf4", torch.float32)  # its names and shapes are the base's
-        if of.fingerprint is None:
-            message = f"{run_folder.name_of(folder)} keeps no hash of its base: its names and shapes fit {base.name}"
-            sink.emit(Notice("base", message))
+    for member, of in zip(members, origins, strict=True):
+        _check_member(replace(source, adapter=member.adapter, origin=of), origin, sink)
     combined = combine.described(members, how)
     about = {
         "version": __version__,
@@ -130,11 +118,28 @@ def _combine(
     for sealed in seals:
         sealed.check()
     combine.say(members, how, sink)
-    recipes = [run_folder.recipe_of(folder, Sinks()) for folder in adapter_dirs]
-    datasets = dict.fromkeys(name for recipe in recipes if recipe for name in run_folder.dataset_names(recipe))
-    return replace(
-        source, adapter=read_adapter(made), seal=seal(made, Sinks()), datasets=tuple(datasets), combined=combined
-    )
+    found = dict.fromkeys(name for recipe in recipes if recipe for name in run_folder.dataset_names(recipe))
+    opened, sealed = read_adapter(made), seal(made, Sinks())
+    return replace(source, adapter=opened, seal=sealed, datasets=tuple(found), combined=combined)
+
+
+def _check_member(member: Source, origin: Provenance, sink: Sink) -> None:
+    """Raises ExportError where one of the adapters is not of the base that the first one has, of which is `origin`."""
+    of, folder = member.origin, member.adapter.folder
+    if of.identity and origin.identity and (difference := origin.identity.difference(of.identity)):
+        what = f"{folder}: was trained on another base than the first adapter: {difference}"
+        raise ExportError(what, "combine adapters of one base")
+    base_check.at_the_door(member, sink)
+    replace(member, origin=origin).merge("nf4", torch.float32)  # its names and shapes are the base's
+    name = run_folder.name_of(folder)
+    if of.fingerprint is None:
+        message = (
+            f"{name} keeps no hash of the base that it was trained on: its names and shapes fit {member.base.name}"
+        )
+        sink.emit(Notice("base", message))
+    if of.quantization.type != origin.quantization.type and not of.foreign:
+        before, now = of.quantization.type, origin.quantization.type
+        sink.emit(Notice("base", f"{name} was trained on its base in {before}, and is measured on it in {now}"))
 
 
 def _settle_files(
@@ -148,9 +153,8 @@ def _settle_files(
     if complete:
         complete[0].deliver(made)
     if len({one.fingerprint for one in complete}) > 1:
-        message = (
-            "the adapters bring different tokenizers or chat templates: those of the first that has them are taken"
-        )
+        message = "the adapters bring different tokenizers or chat templates: the first one's are taken"
+
         sink.emit(Notice("tokenizer", message))
 
 

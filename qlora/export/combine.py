@@ -79,8 +79,8 @@ def write(
     about: Mapping[str, Any],
     names: ClassNames | None = None,
 ) -> None:
-    """Write the combined adapter into `folder`, which is empty. `about` says its "base" and that one's "revision"; `names`
-    are those of the class that a multimodal base names.
+    """Write the combined adapter into `folder`, which is empty. `about` says its "base" and the "revision" of that;
+    `names` are those of the class that a multimodal base names.
     """
     from safetensors.torch import save_file
 

@@ -141,8 +141,8 @@ class Training:
         counts = self.job.model.get_nb_trainable_parameters()
         plan = self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts)
         promise, attends = determinism.promise(self.job.device), attention.shown(self.causal_lm)
-        start = self.best_adapter.started_from
-        self.sink.emit(replace(plan, resume=promise, attention=attends, starts_from=start and str(start)))
+        start = str(self.best_adapter.started_from or "") or None
+        self.sink.emit(replace(plan, resume=promise, attention=attends, starts_from=start))
         if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:
