@@ -80,7 +80,7 @@ LINES = {
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "data", "exam", "conversation", "chat", "train", "prove"),
+        *("export", "estimate", "data", "exam", "evaluate", "conversation", "chat", "train", "prove"),
     ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -128,7 +128,7 @@ LINES = {
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent"],
     "study": [
-        *("records", "prompts", "words", "metrics", "bm25", "filters", "split", "store"),
+        *("records", "prompts", "words", "metrics", "ratios", "bm25", "filters", "split", "store"),
         *("exam_questions", "generation", "labels"),
         *("teacher", "exam_report", "exam", "exam_asking", "ask", "answer", "probe", "study"),
         *("defaults", "hold", "material", "rows", "room", "run_exam", "lesson"),
@@ -237,6 +237,7 @@ LINES = {
         "memory",
         "picture",
         "exam",
+        "evaluation",
         "console",
         "answers",
         "proofs",
@@ -248,6 +249,8 @@ LINES = {
         "settings",
         "llama",
         "opened",
+        "likelihood",
+        "harness",
         "sampling",
         "keeping",
         "writing",
