@@ -169,7 +169,7 @@ RULES: Rules = {
     **dict.fromkeys(
         ("loss_watchdog_threshold", "loss_watchdog_patience"), ours("spikes are said; what is not finite stops")
     ),
-    "lora_model_dir": left("an adapter to begin with has no counterpart in a recipe"),
+    "lora_model_dir": datasets.adapter,
     "lora_target_parameters": left("adapters on the experts of a mixture are not built"),
     **dict.fromkeys(("quantize_moe_experts", "unfrozen_parameters", "qat", "quantization"), left("not built")),
     "gptq": off("the base's 16-bit weights are needed"),

@@ -239,3 +239,12 @@ def named(draft: Draft, key: str, value: Any) -> None:
             draft.note(key, f"a source of rows: path = {as_shown('path', draft.sources[-1]['path'])}")
     except ValueError as error:
         draft.leave(key, value, str(error))
+
+
+def adapter(draft: Draft, key: str, value: Any) -> None:
+    """The folder of an adapter to begin with."""
+    folder = local(draft, value) if isinstance(value, str) else None
+    if folder is not None and folder.is_dir():
+        draft.carry(key, "lora.from", str(folder))
+    else:
+        draft.leave(key, value, "is no folder here: lora.from names the run or adapter to begin with")

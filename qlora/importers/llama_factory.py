@@ -131,7 +131,7 @@ RULES: Rules = {
     "max_samples": left("all rows are read; a source's weight below 1 draws a part of them"),
     "mask_history": off("a turn alone is not trained: mark messages with train = false"),
     "default_system": left("write it into the rows, or into a template of your own"),
-    "adapter_name_or_path": left("an adapter to begin with has no counterpart in a recipe"),
+    "adapter_name_or_path": datasets.adapter,
     "mix_strategy": left("rows are mixed by each source's weight"),
     "loraplus_lr_ratio": left("one learning rate for all"),
     "save_only_model": off("a checkpoint is whole here"),

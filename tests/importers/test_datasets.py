@@ -51,3 +51,11 @@ def test_entries_without_a_path_are_said() -> None:
     made = draft()
     datasets.axolotl(made, "datasets", [{"type": "alpaca"}, 3, "a/b"])
     assert len(made.sources) == 1 and set(left(made)) == {"datasets.0", "datasets.1", "datasets.2.type"}
+
+
+def test_an_adapter_to_begin_with_is_one_that_is_here(tmp_path: Path) -> None:
+    made = draft(tmp_path)
+    for value in ("before", 3, "gone"):
+        (tmp_path / "before").mkdir(exist_ok=True)
+        datasets.adapter(made, f"k{value}", value)
+    assert made.values == {"lora.from": str(tmp_path / "before")} and set(left(made)) == {"k3", "kgone"}
