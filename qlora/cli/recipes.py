@@ -26,7 +26,7 @@ def import_recipe(file: Path, name: Path | None) -> None:
     ):
         lines += [title] if accounts else []
         lines += [f"  {account.key} {between} {account.said}" for account in accounts]
-    _tell([*lines, f"next: qlora-train {target.name} --check"])
+    _tell([*lines, f"next: qlora-train {name or target.name} --check"])
 
 
 def first_recipe(name: Path | None, base: str | None, rows: str | None) -> None:
@@ -55,7 +55,7 @@ def first_recipe(name: Path | None, base: str | None, rows: str | None) -> None:
             written = new_recipe.first_recipe(name, base, rows, sink=screen)
         finally:
             screen.close()
-    _tell([*written.said, f"written: {written.path}; next: qlora-train {written.path.name} --check"])
+    _tell([*written.said, f"written: {written.path}; next: qlora-train {name} --check"])
 
 
 def _tell(lines: list[str]) -> None:
