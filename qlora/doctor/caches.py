@@ -185,7 +185,7 @@ def _not_ours(path: Path) -> str:
 
     What lies in a folder counts too: somebody may have put a folder of theirs into one of ours.
     """
-    if files.is_link(path) or files.is_link(path.parent):
+    if any(map(files.is_link, (path, *path.parents))):  # where to look was resolved: none is the user's own
         return "it is a link, or lies behind one"
     try:
         found = [os.lstat(path), *(manifest.contents(path).values() if path.is_dir() else ())]

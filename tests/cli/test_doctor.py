@@ -176,3 +176,4 @@ def test_proofs_are_shown_written_and_kept_for_a_card(monkeypatch: pytest.Monkey
     outcomes[0] = Outcome(False, "no")
     broken = ask("--prove", "--device", "cpu", "--json")
     assert broken.exit_code == 4 and "not as promised" in broken.stderr
+    assert json.loads(broken.stdout)["outcomes"]["broken"] == 1
