@@ -51,6 +51,8 @@ def judged(facts: PlaceFacts) -> Finding:
     name, here, free = f"disk: {facts.place.what}", str(facts.place.folder), facts.free_bytes
     if (error := facts.error) is not None:
         reason = error.strerror or type(error).__name__
+        if error.errno == errno.EFBIG:
+            return red(name, "a limit lets no file be of some MiB", "raise it: ulimit -f unlimited", here)
         if error.errno in disk.DISK_FULL:
             return red(
                 name, f"is full: {reason}", "make room there: qlora-doctor with `caches` lists what may go", here
