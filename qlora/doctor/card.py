@@ -44,7 +44,7 @@ def findings(facts: CardFacts, trial: Trial) -> list[Finding]:
         found.append(_driver(facts, trial))
     if trial.answer is None and not trial.needs and facts.too_old is None:
         mend = trial.mend or "see what nvidia-smi says, and restart the machine"
-        found.append(red("torch on the GPU", trial.failure, mend))
+        found.append(red("device", trial.failure, mend))
     elif trial.answer is not None and trial.answer["on_card"]:
         found.append(_computes(facts, trial))
     if facts.is_there or (trial.answer or {}).get("on_card"):
@@ -105,14 +105,12 @@ def _computes(facts: CardFacts, trial: Trial) -> Finding:
     answer = trial.answer or {}
     said = "; ".join([f"it computes on {answer['name']}", *map(str, answer.get("notices", ()))])
     if not answer["computes_bf16"]:
-        return red(
-            "torch on the GPU", f"{answer['name']} computes no bf16", "use a GPU of compute capability 8.0 or more"
-        )
+        return red("device", f"{answer['name']} computes no bf16", "use a GPU of compute capability 8.0 or more")
     if answer["may_spill"]:
         said += "; the driver moves to RAM what does not fit, without a word, and a run is many times slower then"
         mend = "NVIDIA's control panel, CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
-        return yellow("torch on the GPU", said, mend)
-    return green("torch on the GPU", said)
+        return yellow("device", said, mend)
+    return green("device", said)
 
 
 def _memory(facts: CardFacts, trial: Trial) -> list[Finding]:

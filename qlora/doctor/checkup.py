@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from qlora import hub
 from qlora.doctor import card, machine, places, reach, requirements, tried
+from qlora.doctor.caches import hub_folder, temporary_folder
 from qlora.doctor.card import CardFacts
 from qlora.doctor.finding import Check, Finding, red, yellow
 from qlora.doctor.machine import TerminalFacts
@@ -29,7 +30,6 @@ def findings(
     module: str,
     screen: TerminalFacts,
     runs: Path,
-    temporary: Path,
     begin: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Finding]:
     """Every line, as soon as it is known; `begin` is told what is looked at before it is.
@@ -55,7 +55,9 @@ def findings(
     yield from bounded(Check("libraries", 10, lambda: tried.findings(trials, installed)))
     begin("disks")
     where: list[Sequence[places.Place]] = []
-    yield from bounded(Check("disks", 10, partial(_keep, where, partial(_places, runs, temporary))))
+    yield from bounded(
+        Check("disks", 10, partial(_keep, where, lambda: places.usual(runs, hub_folder(), temporary_folder())))
+    )
     for place in chain.from_iterable(where):
         yield from bounded(Check(f"disk: {place.what}", 20, partial(places.findings, place)))
     last = [
@@ -69,12 +71,6 @@ def _keep(found: list[T], look: Callable[[], T]) -> tuple[Finding, ...]:
     """A look whose facts go on to other checks: it finds nothing by itself."""
     found.append(look())
     return ()
-
-
-def _places(runs: Path, temporary: Path) -> Sequence[places.Place]:
-    with foreign_failures(trial=True):  # huggingface_hub may be broken or missing: its own line says so
-        return places.usual(runs, hub.cache_folder(), temporary)
-    return places.usual(runs, None, temporary)
 
 
 def _each(checks: Sequence[Check], begin: Callable[[str], None]) -> Iterator[Finding]:

@@ -53,6 +53,8 @@ def judged(facts: PlaceFacts) -> Finding:
         reason = error.strerror or type(error).__name__
         if error.errno == errno.EFBIG:
             return red(name, "a limit lets no file be of some MiB", "raise it: ulimit -f unlimited", here)
+        if error.errno == errno.ENOENT:
+            return red(name, "the folder that you are in is gone", "go into one that is there (cd)", here)
         if error.errno in disk.DISK_FULL:
             return red(
                 name, f"is full: {reason}", "make room there: qlora-doctor with `caches` lists what may go", here

@@ -70,7 +70,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def ask(folder: Path, **facts: object) -> list[Finding]:
-    return list(checkup.findings(lambda: CardFacts(), "none", SCREEN, folder / "runs", folder))
+    return list(checkup.findings(lambda: CardFacts(), "none", SCREEN, folder / "runs"))
 
 
 def test_every_subject_has_a_line(here: Path) -> None:
@@ -89,8 +89,8 @@ def test_one_that_breaks_ends_no_other(here: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hub, "reach", breaks)
     dead = {**trials(), "device": Trial("device", failure="it crashed (SIGSEGV)")}
     monkeypatch.setattr(checkup, "attempt", lambda module, stages, begin: dead.values())
-    found = list(checkup.findings(breaks, "none", SCREEN, here / "runs", here))  # type: ignore[arg-type]
-    assert {one.name for one in found if one.colour == Colour.RED} == {"RAM", "driver", "torch on the GPU", "hub"}
+    found = list(checkup.findings(breaks, "none", SCREEN, here / "runs"))  # type: ignore[arg-type]
+    assert {one.name for one in found if one.colour == Colour.RED} == {"RAM", "driver", "device", "hub"}
     assert only(found, "disk: runs") and only(found, "terminal")
 
 

@@ -44,12 +44,13 @@ def test_a_full_disk_is_red_and_nothing_stays(number: int, tmp_path: Path, monke
         (errno.EACCES, "cannot be written"),
         (errno.EIO, "does not work"),
         (errno.EFBIG, "a limit"),
+        (errno.ENOENT, "is gone"),
     ],
 )
 def test_each_refusal_is_said(number: int, said: str) -> None:
     found = judged(PlaceFacts(Place("tokens", Path("/c")), error=OSError(number, "no")))
     assert found.colour == Colour.RED and said in found.said and found.mend
-    assert number in (errno.EIO, errno.EFBIG) or "QLORA_CACHE" in found.mend
+    assert number in (errno.EIO, errno.EFBIG, errno.ENOENT) or "QLORA_CACHE" in found.mend
 
 
 def test_a_file_in_the_place_of_a_folder_is_red(tmp_path: Path) -> None:
