@@ -104,7 +104,7 @@ FOREIGN = [
     *("data/arrow_worker.py", "data/documents/worker.py", "data/offsets.py"),
     *("data/parquet_worker.py", "data/parquet_worker.py", "data/parquet_worker.py"),
     *("data/render_worker.py", "data/token_cache.py"),
-    *("doctor/caches.py", "doctor/checkup.py", "doctor/stages.py"),
+    *("doctor/caches.py", "doctor/checkup.py", "doctor/checkup.py", "doctor/stages.py"),
     *("export/gguf/vocab.py", "export/verify/plain_open.py", "memory/plan.py"),
     *("model/adapters.py", "model/attention_choice.py", "model/attention_choice.py"),
     *("model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),

@@ -17,7 +17,7 @@ from qlora.doctor.card import CardFacts
 from qlora.doctor.finding import Check, Finding, red, yellow
 from qlora.doctor.machine import TerminalFacts
 from qlora.doctor.stages import STAGES
-from qlora.doctor.trial import attempt
+from qlora.doctor.trial import Trial, attempt
 from qlora.errors import QloraError, foreign_failures, one_line
 
 T = TypeVar("T")
@@ -37,7 +37,9 @@ def findings(
     `facts` asks the driver, `module` serves `STAGES` in a process of its own: both belong to the commands, which know
     which card is chosen.
     """
-    installed = requirements.read()
+    known: list[requirements.Installed | None] = []
+    yield from bounded(Check("packages", 10, partial(_keep, known, requirements.read)))
+    installed = known[0] if known else None
     yield from _each(
         [
             Check("Python", 10, lambda: [requirements.python(installed)]),
@@ -50,7 +52,7 @@ def findings(
     begin("GPU")
     asked: list[CardFacts] = []
     yield from bounded(Check("driver", DRIVER_SECONDS, partial(_keep, asked, facts)))
-    trials = {trial.stage: trial for trial in attempt(module, STAGES, begin)}
+    trials = _trials(module, begin)
     yield from bounded(Check("GPU", 10, lambda: card.findings(asked[0] if asked else CardFacts(), trials["device"])))
     yield from bounded(Check("libraries", 10, lambda: tried.findings(trials, installed)))
     begin("disks")
@@ -65,6 +67,15 @@ def findings(
         Check("terminal", 5, lambda: [machine.terminal(screen)]),
     ]
     yield from _each(last, begin)
+
+
+def _trials(module: str, begin: Callable[[str], None]) -> dict[str, Trial]:
+    """What came of each stage, also where no process can be started at all (no file may be opened any more)."""
+    found: dict[str, Trial] = {}
+    with foreign_failures(trial=True) as failure:
+        found.update((trial.stage, trial) for trial in attempt(module, STAGES, begin))
+    why = failure.reason if failure.error else "it was not tried"
+    return {stage: found.get(stage) or Trial(stage, failure=why) for stage in STAGES}
 
 
 def _keep(found: list[T], look: Callable[[], T]) -> tuple[Finding, ...]:

@@ -72,11 +72,11 @@ def import_mend(package: str, failure: str, installed: Installed | None) -> str:
 
 
 def _again(package: str, installed: Installed | None) -> str:
-    """Installing a package anew. On Windows PyPI's torch is one for CPUs: the index of its builds for CUDA is named."""
-    index = (
-        " --index-url https://download.pytorch.org/whl/cu130" if (package, sys.platform) == ("torch", "win32") else ""
-    )
-    return f"pip install --force-reinstall --no-cache-dir {named(installed, package)}{index}"
+    """Installing a package anew. On Windows PyPI's torch is one for CPUs: the index of builds for CUDA is named."""
+    name = named(installed, package)
+    if (package, sys.platform) == ("torch", "win32"):
+        return f"pip install --force-reinstall --index-url https://download.pytorch.org/whl/cu130 {name}"
+    return f"pip install --force-reinstall --no-cache-dir {name}"
 
 
 def _failed(name: str, trial: Trial, installed: Installed | None) -> Finding:

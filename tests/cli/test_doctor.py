@@ -71,8 +71,9 @@ def test_json_is_one_line_without_what_is_private(found: list[Finding]) -> None:
         (("here",), "unexpected extra argument"),
     ],
 )
-def test_what_does_not_fit_together_is_two_lines(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    expect_two_lines(run(*arguments, cwd=tmp_path, module="doctor"), message)
+def test_what_does_not_fit_together_is_two_lines(arguments: tuple[str, ...], message: str) -> None:
+    answer = ask(*arguments)
+    expect_two_lines((answer.exit_code, answer.stdout, answer.stderr, 0.0), message)
 
 
 @posix
