@@ -61,7 +61,9 @@ def test_every_module_has_a_place_on_its_line() -> None:
         assert name in (LINES[".".join(rooms)] if rooms else FLOORS), path
 
 
-@pytest.mark.parametrize("command", ["train", "export", "estimate", "exam", "prove", "data", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "export", "estimate", "exam", "evaluate", "chat", "prove", "data", "doctor"]
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\n"
