@@ -62,6 +62,8 @@ def judged(facts: PlaceFacts) -> Finding:
         if error.errno in _ACCESS:
             how = "is read-only" if error.errno == errno.EROFS else "cannot be written"
             return red(name, f"{how}: {reason}", _elsewhere(facts.place), here)
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            return red(name, f"cannot be a folder: {reason}", _elsewhere(facts.place), here)
         return red(name, f"does not work: {reason}", "look at the disk (dmesg), or use another place", here)
     speed = "" if facts.bytes_per_second is None else f", written at {facts.bytes_per_second / MIB:,.0f} MiB a second"
     said = f"{free / GIB:,.1f} of {facts.total_bytes / GIB:,.1f} GiB are free{speed}"
@@ -102,6 +104,8 @@ def measured(place: Place) -> PlaceFacts:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it: there the rest is made. Raises OSError for a file."""
+    if why := files.unreachable(folder):
+        raise OSError(errno.ENAMETOOLONG, why, str(folder))
     here = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), folder)
     if not here.is_dir():
         raise OSError(errno.ENOTDIR, "a file is where the folder should be", str(here))

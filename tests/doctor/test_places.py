@@ -56,7 +56,9 @@ def test_each_refusal_is_said(number: int, said: str) -> None:
 def test_a_file_in_the_place_of_a_folder_is_red(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     (found,) = places.findings(Place("runs", tmp_path / "runs" / "x"))
-    assert found.colour == Colour.RED and "a file is where" in found.said
+    assert found.colour == Colour.RED and "a file is where" in found.said and "output.dir" in found.mend
+    (long,) = places.findings(Place("runs", tmp_path / ("x" * 5000)))
+    assert long.colour == Colour.RED and "cannot be a folder" in long.said
 
 
 @pytest.mark.parametrize(
