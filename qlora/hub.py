@@ -214,12 +214,13 @@ def reach(seconds: float) -> Reach:
         return Reach(usual, token="malformed")
     sent: Literal["none", "sent"] = "sent" if token else "none"
     head, began = {"authorization": f"Bearer {token}"} if token else {}, time.monotonic()
+    url = f"{constants.ENDPOINT}/api/whoami-v2"
     # Any class: what a proxy's or an endpoint's address is made of is judged by libraries below huggingface_hub.
-    with foreign_failures(trial=True) as failure:
-        with get_session().stream(
-            "GET", f"{constants.ENDPOINT}/api/whoami-v2", headers=head, timeout=seconds
-        ) as answer:
-            return Reach(usual, token=sent, status=int(answer.status_code), seconds=time.monotonic() - began)
+    with (
+        foreign_failures(trial=True) as failure,
+        get_session().stream("GET", url, headers=head, timeout=seconds) as got,
+    ):
+        return Reach(usual, token=sent, status=int(got.status_code), seconds=time.monotonic() - began)
     # The error's text may quote a proxy's address with the password in it: of that one word is looked for.
     word = " (certificate)" if "certificate" in str(failure.error).lower() else ""
     return Reach(usual, token=sent, failure=f"{type(failure.error).__name__}{word}")

@@ -41,6 +41,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     lines: queue.Queue[bytes] = field(default_factory=queue.Queue)
     printed: deque[bytes] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    readers: list[threading.Thread] = field(default_factory=list)
 
 
 def attempt(module: str, stages: Mapping[str, Stage], begin: Callable[[str], None] = lambda _: None) -> Iterator[Trial]:
@@ -89,7 +90,8 @@ def _start(command: Sequence[str], line: int) -> _Child:
     child = _Child(process)
     assert process.stdout is not None and process.stderr is not None
     for stream, keep in ((process.stdout, child.lines.put), (process.stderr, child.printed.append)):
-        threading.Thread(target=_read, args=(stream, keep), daemon=True).start()
+        child.readers.append(threading.Thread(target=_read, args=(stream, keep), daemon=True))
+        child.readers[-1].start()
     return child
 
 
@@ -111,6 +113,8 @@ def _next(child: _Child, stage: str, seconds: float) -> Trial:
         with suppress(subprocess.TimeoutExpired):
             child.process.wait(5)
         _end(child)
+        for reader in child.readers:  # its last words may still be on their way
+            reader.join(1)
         return Trial(stage, failure=death(child))
     try:
         value = foreign_json.parse_object(line, "the answer")
