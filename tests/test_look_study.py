@@ -1,4 +1,4 @@
-"""A look at a study before its run: what is refused before anything is loaded (the study itself: test_documents_run)."""
+"""A look at a study before its run: what is refused before anything is loaded (`test_documents_run` has the study)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_another_model_is_told_by_its_shape(llama: Path, tmp_path: Path) -> None
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in same_model.TEXTS]
     same_model.check(file, found, resolve(str(llama), "main", Recorder()), Tokens(), ids)
     deeper = make_base("llama", tmp_path / "deeper", overrides={"num_hidden_layers": 3})
-    with pytest.raises(ExportError, match="block_count is .*, not 3"):
+    with pytest.raises(ExportError, match=r"block_count is .*, not 3"):
         same_model.check(file, found, resolve(str(deeper), "main", Recorder()), Tokens(), ids)
     other = make_base("qwen3", tmp_path / "other")
     with pytest.raises(ExportError, match="is another model than this run's"):
