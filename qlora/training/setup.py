@@ -70,8 +70,8 @@ class Prepared(NamedTuple):
 
 
 def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
-    """What can be checked without torch: the data files are there and begin well, the base can be trained. The base, and
-    the recipe with its `hub:` rows as the commits that they mean now, and as a base that thinks is studied.
+    """What can be checked without torch: the data files are there and begin well, the base can be trained. Gives that,
+    and the recipe with its `hub:` rows as the commits that they mean now, and as a base that thinks is studied.
     """
     from qlora.data.hub_rows import localize
     from qlora.data.prepare import check_files
