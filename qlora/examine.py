@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import files, run_folder
+from qlora.ask.opened import chat_of_adapter, tokenizer_of_adapter, tuned_model
 from qlora.errors import DataError, ExportError, RunFolderError
 from qlora.events import Examined, Notice, Sink, Sinks
 from qlora.guarded import Guarded
@@ -132,22 +133,11 @@ class _Run:
     @cached_property
     def tokenizer(self) -> TokenizerFiles:
         """The tokenizer that the run was trained with, with its template."""
-        from qlora.model import chat_template, tokenizer_files
-
-        taken = tokenizer_files.of_run(self.adapter_dir.parent, self.sink)
-        if taken is None:
-            read = tokenizer_files.read_files(self.base.path)
-            taken = chat_template.chosen(read, self.recipe.model, self.base.name, self.sink)
-        return chat_template.as_before(taken, self.recipe.model.base, self.adapter_dir, self.sink)
+        return tokenizer_of_adapter(self.adapter_dir, self.recipe, lambda: self.base, self.sink)
 
     @cached_property
     def chat(self) -> ChatTokenizer:
-        from qlora.data.chat import ChatTokenizer
-        from qlora.model.tokenizer import open_tokenizer
-
-        with self.tokenizer.placed() as folder:
-            opened = open_tokenizer(folder, self.recipe.model.base)
-        return ChatTokenizer(opened, self.recipe.data.loss_on, self.sink, self.tokenizer.embedding_rows)
+        return chat_of_adapter(self.adapter_dir, self.recipe, lambda: self.base, self.sink)
 
     @cached_property
     def base(self) -> Any:
@@ -181,19 +171,12 @@ class _Run:
     @cached_property
     def teacher(self) -> Teacher:
         """The base with the adapter on it. Raises ExportError where it is another base than was trained on."""
-        from qlora.model import adapters, identity, load
         from qlora.study.teacher import Teacher
         from qlora.training.setup import pick_device
 
-        device, origin = pick_device(), self.origin
-        model: Any = load.load_base(self.base, origin.quantization, self.recipe.model.attention, device, self.sink)
-        another = identity.another_base(
-            origin.identity, model.base_identity, origin.fingerprint or self.base.fingerprint, self.base.fingerprint
-        )
-        if another is not None:
-            what = f"{self.adapter_dir}: was trained on another base than {self.base.name} is now: {another}"
-            raise ExportError(what, "put the base back as it was at training")
-        model = adapters.open_saved(model, self.adapter_dir)
+        device = pick_device()
+        settings = (self.recipe.model.attention, device)
+        model = tuned_model(self.adapter_dir, self.origin, self.base, settings, self.sink)
         return Teacher(model, self.chat, device, self.sink, self.stop)
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""A look at a study before its run: what is refused before anything is loaded (`test_documents_run` has the study)."""
+"""A look at a study before its run: what is refused before anything is loaded. The study: test_documents_run."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from qlora.export.llama_cpp.library import find_llama
 _CHILD = "qlora.export.llama_cpp.runtime_child"
 _DISTRIBUTIONS = {"xllamacpp": "xllamacpp", "llama_cpp": "llama-cpp-python"}
 # A file of 5 GB at 4 tokens a second, the slowest laptop that anyone would wait for, is 2e10 byte-tokens a second.
-_BYTE_TOKENS_PER_SECOND = 2e10
-_START_SECONDS = 120.0  # opening the library and a large file from a cold disk
+BYTE_TOKENS_PER_SECOND = 2e10
+START_SECONDS = 120.0  # opening the library and a large file from a cold disk
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
     """
     tokens = sum(len(ids) for ids, _ in request.rows)
     tokens += sum(len(ids) + request.max_new_tokens for ids in request.prompts)
-    seconds = limit_seconds or _START_SECONDS + tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
+    seconds = limit_seconds or START_SECONDS + tokens * file.stat().st_size / BYTE_TOKENS_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-runtime-") as name:
         folder = Path(name)
         asked = {**asdict(request), "library": str(runtime.library), "file": str(file), "threads": threads()}
