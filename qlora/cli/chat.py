@@ -194,9 +194,10 @@ def _serve(source: Named, how: HowToOpen, sampling: Sampling, at: tuple[int, str
     with common.Signals(stop, screen), server, open_model(source, how, Sinks(screen)) as opened:
         refuse_without_template(opened)
         try:
-            serve(server, opened, sampling, system, Sinks(screen))
+            # Not through the screen: that raises what a signal asked for, and here in threads that cannot take it.
+            serve(server, opened, sampling, system, Sinks(ConsoleSink(_errors())))
         except KeyboardInterrupt:
-            Sinks(screen).emit(Notice("serve", "ended"))
+            _errors().print("serve: ended")
 
 
 if __name__ == "__main__":
