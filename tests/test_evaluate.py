@@ -17,7 +17,6 @@ from qlora.evaluate import HowToEvaluate
 from qlora.events import Recorder
 from qlora.export.llama_cpp.runtime import find_runtime
 from qlora.report import evaluation
-from tests.cli.cases import expect_two_lines, run
 from tests.runs import run_dir, train, values, write_recipe, write_rows
 
 FEW = ("data.max_length=96", "data.eval_fraction=0.2", "train.batch_size=4", "eval.samples=0")
@@ -80,7 +79,7 @@ def test_the_screen_shows_each_model_and_each_source(measured: dict[str, Any]) -
     assert "20 rows" in text and "6 of them answered" in text and "beyond chance" in text
     for line in measured["models"]:
         assert line["name"][:20] in text
-    assert text.count("two.jsonl") == len(measured["models"])
+    assert text.count("two.jsonl") == 2 * len(measured["models"])
 
 
 def test_the_loss_is_that_of_the_run(trained: Path, tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_what_cannot_be_compared_is_refused(trained: Path, tmp_path: Path) -> No
     folder.mkdir()
     cases: list[tuple[list[Path], Path, type[QloraError], str]] = [
         ([trained, other], rows, TokenizerError, "has another tokenizer or chat template"),
-        ([trained], empty, DataError, "no rows"),
+        ([trained], empty, DataError, "the file is empty"),
         ([trained], broken, DataError, "broken.jsonl"),
         ([trained], tmp_path / "gone.jsonl", DataError, "gone.jsonl"),
         ([folder], rows, ExportError, "folder"),
@@ -152,7 +151,3 @@ def test_what_cannot_be_compared_is_refused(trained: Path, tmp_path: Path) -> No
         with pytest.raises(kind, match=what) as caught:
             evaluate.evaluate(models, data)
         assert caught.value.hint
-
-
-def test_the_command_refuses_in_two_lines(tmp_path: Path, trained: Path) -> None:
-    expect_two_lines(run(str(tmp_path), cwd=tmp_path, module="evaluate"), "only one name is given")
