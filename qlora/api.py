@@ -74,7 +74,7 @@ def train(
     with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
             loaded = run_folder.resumed(run_dir, loaded, shared)
-        loaded, documents = material.read(loaded, open_length, shared)
+        loaded, documents = material.read(loaded, open_length, shared, run_dir if mode == "resume" else None)
         base, loaded = setup.preflight(loaded, shared)
         if mode != "resume":
             loaded = starting_adapter.settled(loaded, base, run_dir, shared)

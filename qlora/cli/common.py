@@ -59,6 +59,7 @@ OPTIONS = {
     "`dtype`": "--dtype",
     "`questions`": "--questions",
     "`vram`": "--vram",
+    "`caches`": "--caches",
     "`plot`": "--plot",
     "`gpu`": "--gpu",
     "`model`": "--model",

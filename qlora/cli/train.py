@@ -65,7 +65,7 @@ def _schema() -> str:
 
 
 def _keys() -> str:
-    from qlora.cli import data, estimate, evaluate, exam, export
+    from qlora.cli import data, doctor, estimate, evaluate, exam, export
     from qlora.cli.keys import page
 
     return page(
@@ -76,6 +76,7 @@ def _keys() -> str:
             "qlora-data": data.data,
             "qlora-exam": exam.exam,
             "qlora-eval": evaluate.evaluate,
+            "qlora-doctor": doctor.doctor,
         }
     )
 

@@ -77,6 +77,7 @@ def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
     from qlora.data.hub_rows import localize
     from qlora.data.prepare import check_files
     from qlora.model.resolve import resolve
+    from qlora.study import thinking
 
     if not recipe.data.train and not recipe.data.documents:
         hint = 'add [[data.train]] with path = "rows.jsonl", or [[data.documents]] with path = "manuals"'
@@ -84,7 +85,7 @@ def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
     rows = localize(recipe.data, sink)
     check_files(rows.local)
     base = resolve(recipe.model.base, recipe.model.revision, sink)
-    return base, recipe.model_copy(update={"data": rows.pinned})
+    return base, thinking.settled(recipe.model_copy(update={"data": rows.pinned}), base.path, sink)
 
 
 def pick_device() -> torch.device:
@@ -163,17 +164,18 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
 
 def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
     """Tokenizer, template and tokens of every row of the recipe's sources."""
+    from qlora.data import eval_alone
     from qlora.data.chat import ChatTokenizer
     from qlora.data.hub_rows import localize
-    from qlora.data.prepare import NO_ROWS, prepare
+    from qlora.data.prepare import prepare
     from qlora.model.tokenizer import open_tokenizer
 
     with files.placed() as folder:
         tokenizer = open_tokenizer(folder, recipe.model.base)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink, files.embedding_rows)
-    if not recipe.data.train:
-        return chat, NO_ROWS
     sources = localize(recipe.data, sink).local
+    if not recipe.data.train:
+        return chat, eval_alone.prepared(sources, files.fingerprint, chat, disk.cache_dir(), sink)
     data = prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     return chat, data
 
