@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.model.adapter_folder import Provenance
     from qlora.model.base_folder import BaseFolder
+    from qlora.model.tokenizer_files import TokenizerFiles
     from qlora.recipe.reading import Recipe
 
 HUB = "hub:"  # before a name of the hub, as rows of the hub are named
@@ -200,22 +201,31 @@ def tuned_model(
     return adapters.open_saved(model, folder)
 
 
-def chat_of_adapter(folder: Path, recipe: Recipe | None, base: Callable[[], BaseFolder], sink: Sink) -> ChatTokenizer:
-    """Tokenizer and template that the adapter in `folder` was trained with: its run's (where `recipe` is one), else its
-    own. `base` is asked only where neither is there."""
-    from qlora.data.chat import ChatTokenizer
+def tokenizer_of_adapter(
+    folder: Path, recipe: Recipe | None, base: Callable[[], BaseFolder], sink: Sink
+) -> TokenizerFiles:
+    """The tokenizer that the adapter in `folder` was trained with, with its template.
+
+    Its run's (where `recipe` is one), else its own. `base` is asked only where neither is there.
+    """
     from qlora.model import chat_template, tokenizer_files
-    from qlora.model.tokenizer import open_tokenizer
 
     if recipe is None:
-        taken, name, loss_on = tokenizer_files.of_export(base().path, folder), base().name, "assistant"
-    else:
-        name, loss_on = recipe.model.base, recipe.data.loss_on
-        kept = tokenizer_files.of_run(folder.parent, sink)
-        if kept is None:
-            read = tokenizer_files.read_files(base().path)
-            kept = chat_template.chosen(read, recipe.model, base().name, sink)
-        taken = chat_template.as_before(kept, name, folder, sink)
+        return tokenizer_files.of_export(base().path, folder)
+    kept = tokenizer_files.of_run(folder.parent, sink)
+    if kept is None:
+        read = tokenizer_files.read_files(base().path)
+        kept = chat_template.chosen(read, recipe.model, base().name, sink)
+    return chat_template.as_before(kept, recipe.model.base, folder, sink)
+
+
+def chat_of_adapter(folder: Path, recipe: Recipe | None, base: Callable[[], BaseFolder], sink: Sink) -> ChatTokenizer:
+    """The same, as what renders and reads its conversations."""
+    from qlora.data.chat import ChatTokenizer
+    from qlora.model.tokenizer import open_tokenizer
+
+    taken = tokenizer_of_adapter(folder, recipe, base, sink)
+    name, loss_on = (base().name, "assistant") if recipe is None else (recipe.model.base, recipe.data.loss_on)
     with taken.placed() as place:
         tokenizer = open_tokenizer(place, name)
     return ChatTokenizer(tokenizer, loss_on, sink, taken.embedding_rows)

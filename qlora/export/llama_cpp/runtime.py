@@ -47,6 +47,7 @@ class Request:
     rows         token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
     prompts      token ids that are to be continued greedily, each alone, by `max_new_tokens` at most
     more_ends    what ends an answer beside the file's own end tokens
+    keys         of the file's header, whose values are wanted as text
     """
 
     texts: tuple[str, ...] = ()
@@ -55,6 +56,7 @@ class Request:
     prompts: Sequence[Sequence[int]] = ()
     max_new_tokens: int = 0
     more_ends: Sequence[int] = ()
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Answer:
     tokenized      ids of each of the request's texts
     written        ids of the answer to each of the request's prompts, without what ended it
     logprobs_NV    fp32, a position of a row after the other; valid inside the `with` block alone
+    values         of the keys that the file has
     """
 
     end_ids: Sequence[int]
@@ -73,6 +76,7 @@ class Answer:
     tokenized: Sequence[Sequence[int]]
     written: Sequence[Sequence[int]]
     logprobs_NV: NDArray[np.float32]
+    values: Mapping[str, str]
 
 
 def find_runtime() -> Runtime | None:
@@ -101,7 +105,7 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
         count = sum(len(positions) for _, positions in request.rows)
         logprobs_NV = _mapped(file, folder / "logprobs.f32", (count, answer["tokens"]))
         template, tokenized = answer["chat_template"], answer["tokenized"]
-        yield Answer(answer["end_ids"], template, tokenized, answer["written"], logprobs_NV)
+        yield Answer(answer["end_ids"], template, tokenized, answer["written"], logprobs_NV, answer["values"])
 
 
 def threads() -> int:
