@@ -206,7 +206,7 @@ def prompt_on_stderr(prompt: str) -> str:
 
 def _how_it_went(writing: Any, seconds: float) -> str:
     count = len(writing.tokens)
-    end = {"stop": "", "length": ", cut: there is no room for more", "interrupted": ", stopped"}[writing.finish]
+    end = {"stop": "", "length": ", cut by max_tokens or the context", "interrupted": ", stopped"}[writing.finish]
     speed = f", {count / seconds:.1f} tokens/s" if seconds > 0 and count else ""
     return f"{count} tokens{speed}{end}"
 
