@@ -85,7 +85,11 @@ def _schema() -> str:
 
 
 def _keys() -> str:
+<<<<<<< HEAD
     from qlora.cli import data, doctor, estimate, evaluate, exam, export
+=======
+    from qlora.cli import chat, data, doctor, estimate, exam, export
+>>>>>>> chat
     from qlora.cli.keys import page
 
     return page(
@@ -95,7 +99,11 @@ def _keys() -> str:
             "qlora-estimate": estimate.estimate,
             "qlora-data": data.data,
             "qlora-exam": exam.exam,
+<<<<<<< HEAD
             "qlora-eval": evaluate.evaluate,
+=======
+            "qlora-chat": chat.chat,
+>>>>>>> chat
             "qlora-doctor": doctor.doctor,
         }
     )
