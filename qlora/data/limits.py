@@ -66,10 +66,16 @@ def text_chars(value: Any) -> int:
 
 
 def rendered_chars(conversation: Conversation) -> int:
-    """Characters of all renderings of a conversation: one of the whole, and up to one for each answer."""
-    chars = text_chars((conversation.text or "", conversation.messages, conversation.tools or ()))
-    answers = [message for message in conversation.messages if message["role"] == "assistant"]
-    return chars * (1 + len(answers))
+    """Characters of all renderings of a conversation: one of the whole, and up to one for each answer.
+
+    Asked several times on a row's way, and counted once.
+    """
+    known = conversation.__dict__.get("rendered_chars")
+    if known is None:
+        chars = text_chars((conversation.text or "", conversation.messages, conversation.tools or ()))
+        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        known = conversation.__dict__["rendered_chars"] = chars * (1 + len(answers))
+    return int(known)
 
 
 def check_size(conversation: Conversation, limit_chars: int) -> None:

@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -51,9 +51,9 @@ class Renderer:
     def __init__(self, templates: Sequence[str], values: Mapping[str, Any]) -> None:
         self._first_line = json.dumps({"templates": list(templates), "values": dict(values)}, default=_placeholder)
         self._worker: _Worker | None = None
+        self.bounds: list[str] = []  # that were left by renderings asked alone, each ended by force
         self._asked: dict[str, None] = {}  # in order, and not answered yet
         self._ahead: dict[str, dict[str, Any]] = {}
-        self.offences = 0
 
     def ask_ahead(self, requests: Sequence[str]) -> None:
         """Forget earlier answers and have these rendered (made by `request_text`). Does not wait for the answers."""
@@ -61,7 +61,9 @@ class Renderer:
         self._ahead = {}
         self._asked = dict.fromkeys(requests)
         if self._asked:
-            self._running().send("[" + ",".join(self._asked) + "]\n")
+            worker = self._running()
+            self._asked = dict.fromkeys(requests)  # a new process has not been asked anything
+            worker.ask(self._asked)
 
     def render(self, request: str) -> Rendered:
         """Raises RowError with the template's own message, or with the bound that it left."""
@@ -95,15 +97,12 @@ class Renderer:
     def _ask(self, request: str) -> dict[str, Any]:
         self._collect()
         worker = self._running()
-        worker.send(f"[{request}]\n")
+        worker.ask([request])
         answer = worker.receive()
         if "bound" in answer:
             worker.end()
-            self.offences += 1
-            if self.offences >= OFFENCES:
-                what = f"the base's chat template was stopped {self.offences} times: {answer['bound']}"
-                hint = "do not trust this base; get the model from its original publisher, or use another one"
-                raise TokenizerError(what, hint)
+            self.bounds.append(answer["bound"])
+            give_up(self.bounds)
         return answer
 
     def _running(self) -> _Worker:
@@ -115,13 +114,30 @@ class Renderer:
         return self._worker
 
 
-def request_text(template: int, values: Mapping[str, Any]) -> str:
-    """A request as the worker reads it: the number of the template, and the values it may use."""
-    return json.dumps([template, values], default=_placeholder)
+def give_up(bounds: Sequence[str]) -> None:
+    """Raise TokenizerError for a template that has been stopped OFFENCES times."""
+    if len(bounds) >= OFFENCES:
+        what = f"the base's chat template was stopped {OFFENCES} times: {bounds[OFFENCES - 1]}"
+        hint = "do not trust this base; get the model from its original publisher, or use another one"
+        raise TokenizerError(what, hint)
+
+
+def request_text(template: int, values: Mapping[str, Any], written: Mapping[str, str] | None = None) -> str:
+    """A request as the worker reads it: the number of the template, and the values it may use.
+
+    `written`: values that are JSON already.
+    """
+    texts = {name: value_text(value) for name, value in values.items()} | dict(written or {})
+    items = ", ".join(f"{json.dumps(name)}: {text}" for name, text in texts.items())
+    return f"[{template}, {{{items}}}]"
+
+
+def value_text(value: Any) -> str:
+    """A value as the worker reads it; what JSON does not know, as transformers gives it to a template."""
+    return json.dumps(value, default=_placeholder)
 
 
 def _placeholder(value: Any) -> str:
-    """What JSON does not know, as transformers gives it to a template."""
     return f"<{type(value).__name__}>"
 
 
@@ -131,6 +147,7 @@ class _Worker:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.ended = False
+        self._last = ""
         self._rest = bytearray()  # of what was read: bytes after the last whole line
         self._lines: deque[bytes] = deque()
         command = [sys.executable, "-I", str(Path(render_worker.__file__)), json.dumps(child_process.import_path())]
@@ -161,6 +178,11 @@ class _Worker:
             self._requests.write(text.encode())
             self._requests.flush()
 
+    def ask(self, requests: Iterable[str]) -> None:
+        """Have these rendered; the answers to what was asked before have all been received."""
+        self._last = ""
+        self.send("[" + ",".join(requests) + "]\n")
+
     def receive(self) -> dict[str, Any]:
         line = self._next_line(render_worker.SECONDS + GRACE_SECONDS)
         if line is None:
@@ -169,6 +191,10 @@ class _Worker:
             cut = len(self._rest) > REPLY_BYTES
             return {"bound": "it writes more than 8 MiB" if cut else "it ended the process that renders it"}
         answer: dict[str, Any] = json.loads(line)
+        if isinstance(text := answer.get("text"), int):
+            answer["text"] = self._last[:text]  # a beginning of the last text that was written out
+        elif text is not None:
+            self._last = text
         return answer
 
     def end(self) -> None:

@@ -6,7 +6,8 @@ takes too long (so that it stops even when whoever started it is gone). Only jin
 against 1.9 s with transformers. What a template sees is the same as in transformers (`render_jinja_template`).
 
 In: one line with {"templates": [...], "values": {...}} (values that every rendering gets), then one JSON array of
-requests a line, each [number of the template, values]. Out: one JSON object a line for each request, in order.
+requests a line, each [number of the template, values]. Out: one JSON object a line for each request, in order. A text
+that is the beginning of the last one that was written out is given as its length: prompts are beginnings of the whole.
 """
 
 from __future__ import annotations
@@ -198,10 +199,15 @@ def main() -> None:
     replies.flush()
     renderer = Renderer(**json.loads(lines.readline()))
     for line in lines:
-        flushed = time.monotonic()
+        flushed, last = time.monotonic(), ""
         for number, values in json.loads(line):
             set_alarm(SECONDS + 1)  # a second more than the parent waits
-            reply = json.dumps(renderer.answer(number, values)).encode()
+            answer = renderer.answer(number, values)
+            if "text" in answer and last.startswith(answer["text"]):
+                answer["text"] = len(answer["text"])
+            elif "text" in answer:
+                last = answer["text"]
+            reply = json.dumps(answer).encode()
             set_alarm(0)
             replies.write(reply + b"\n")
             if time.monotonic() - flushed > FLUSH_SECONDS:
