@@ -142,7 +142,7 @@ def asked(batch: RawBatch) -> bytes:
 def understood(data: bytes) -> RawBatch:
     """The batch that `asked` made into `data`."""
     head, _, rest = data.partition(b"\n")
-    place, readings, rows, *read = json.loads(head, object_hook=unmarked)
+    (source, format, columns), readings, rows, *read = json.loads(head, object_hook=unmarked)
     at, found = 0, list[tuple[str, Raw]]()
     for row in rows:
         if len(row) != 2:
@@ -152,7 +152,8 @@ def understood(data: bytes) -> RawBatch:
             at += row[1]
         else:
             found.append((row[0], row[1]))
-    return RawBatch(*place, {file: Reading(*values) for file, values in readings.items()}, found, *read)
+    known = {file: Reading(*values) for file, values in readings.items()}
+    return RawBatch(source, format, columns, known, found, *read)
 
 
 def _error_as_json(where: str, error: RowError) -> list[Any]:
