@@ -6,9 +6,10 @@ Of a conversation of ten turns each message stands in some ten requests, and wri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii as quoted
 
 from qlora.data.call_shapes import Reading, as_templates_read_it
-from qlora.data.formats import Message
+from qlora.data.formats import Message, Tools
 from qlora.data.render import value_text
 
 KEPT_CHARS = 8 << 20
@@ -20,21 +21,31 @@ class MessagePieces:
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Message, str]] = {}  # by id; the message itself keeps its id from being another's
         self._reading: Reading | None = None
+        self._depends = False  # whether what is written of a message depends on those before it
         self._chars = 0
+        self._tools: tuple[Tools, str] | None = None  # of the conversation that was asked for last
 
     def of(self, messages: Sequence[Message], reading: Reading) -> str:
         """The JSON of `as_templates_read_it`."""
-        if any(shape.ids == "nine" for shape in reading.shapes.values()):
-            return value_text(as_templates_read_it(messages, reading))  # a new id depends on the calls before it
         if reading is not self._reading or self._chars > KEPT_CHARS:
             self._kept, self._reading, self._chars = {}, reading, 0
-        return f"[{', '.join(map(self._piece, messages))}]"
+            self._depends = any(shape.ids == "nine" for shape in reading.shapes.values())
+        if self._depends:
+            return value_text(as_templates_read_it(messages, reading))
+        kept = self._kept
+        return f"[{', '.join([(kept.get(id(one)) or self._written(one, reading))[1] for one in messages])}]"
 
-    def _piece(self, message: Message) -> str:
-        kept = self._kept.get(id(message))
-        if kept is None:
-            assert self._reading is not None
-            kept = message, value_text(as_templates_read_it([message], self._reading)[0])
-            self._kept[id(message)] = kept
-            self._chars += len(kept[1])
-        return kept[1]
+    def of_tools(self, tools: Tools) -> str:
+        if self._tools is None or self._tools[0] is not tools:
+            self._tools = tools, value_text(list(tools))
+        return self._tools[1]
+
+    def _written(self, message: Message, reading: Reading) -> tuple[Message, str]:
+        if [*message] == ["role", "content"] and not reading.parts and "<think>" not in message["content"]:
+            # A tenth of the time of what follows, for nearly every message; and the same.
+            text = f'{{"role": {quoted(message["role"])}, "content": {quoted(message["content"])}}}'
+        else:
+            text = value_text(as_templates_read_it([message], reading)[0])
+        self._kept[id(message)] = kept = message, text
+        self._chars += len(text)
+        return kept

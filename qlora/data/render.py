@@ -128,17 +128,20 @@ def request_text(template: int, values: Mapping[str, Any], written: Mapping[str,
     `written`: values that are JSON already.
     """
     texts = {name: value_text(value) for name, value in values.items()} | dict(written or {})
-    items = ", ".join(f"{json.dumps(name)}: {text}" for name, text in texts.items())
+    items = ", ".join([f'"{name}": {text}' for name, text in texts.items()])
     return f"[{template}, {{{items}}}]"
 
 
 def value_text(value: Any) -> str:
     """A value as the worker reads it; what JSON does not know, as transformers gives it to a template."""
-    return json.dumps(value, default=_placeholder)
+    return _ENCODER.encode(value)
 
 
 def _placeholder(value: Any) -> str:
     return f"<{type(value).__name__}>"
+
+
+_ENCODER = json.JSONEncoder(default=_placeholder)
 
 
 class _Worker:
@@ -190,7 +193,7 @@ class _Worker:
         if not line:
             cut = len(self._rest) > REPLY_BYTES
             return {"bound": "it writes more than 8 MiB" if cut else "it ended the process that renders it"}
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line.decode())
         if isinstance(text := answer.get("text"), int):
             answer["text"] = self._last[:text]  # a beginning of the last text that was written out
         elif text is not None:

@@ -97,6 +97,7 @@ class _Locator:
         self.template, self.facts, self.dropped = template, template.facts, dropped
         self.messages, self.tools = _as_trained(template, conversation.messages), conversation.tools
         self.given = conversation.messages
+        self.prompts: dict[int, str | None] = {}  # that are served for answers
         self.without_lead: set[int] = set()  # answers that have not before them what the served prompt ends with
         self.ends = template.end_tokens
         self.answers = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
@@ -209,10 +210,13 @@ class _Locator:
         return place
 
     def _prompt(self, number: int) -> str | None:
-        try:
-            return self.template.render(self.messages[:number], self.tools, add_generation_prompt=True)
-        except RowError:
-            return None  # the template wants more messages than these
+        if number not in self.prompts:
+            try:
+                prompt = self.template.render(self.messages[:number], self.tools, add_generation_prompt=True)
+            except RowError:
+                prompt = None  # the template wants more messages than these
+            self.prompts[number] = prompt
+        return self.prompts[number]
 
     def _start_by_replacing(self, text: str, number: int) -> int | None:
         """From the conversation with a placeholder in the answer's place, less what the template puts before it."""

@@ -124,13 +124,13 @@ class ChatTemplate:
 
     def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
         """What the rendering process is asked: all that the text depends on."""
-        values = {
-            "tools": list(tools) if tools else None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+        written = {
+            "tools": self._pieces.of_tools(tools) if tools else "null",
+            "documents": "null",
+            "add_generation_prompt": "true" if add_generation_prompt else "false",
+            "messages": self._pieces.of(messages, self.reading),
         }
-        read = self._pieces.of(messages, self.reading)
-        return request_text(self._numbers[bool(tools)], values, {"messages": read})
+        return request_text(self._numbers[bool(tools)], {}, written)
 
     def _render_one_answer(self) -> Rendered:
         """A question and an answer; with content as parts where a template for images takes it no other way."""

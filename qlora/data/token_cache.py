@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _DIGEST_BYTES = 16
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class Prompt(NamedTuple):
@@ -364,4 +365,4 @@ def _prompt_json(conversation: Conversation) -> str:
     if not last or "tool_calls" in messages[last] or not messages[last].get("train", True):
         return ""
     prompt = Prompt(list(messages[:last]), list(conversation.tools or ()) or None, messages[last]["content"])
-    return json.dumps(prompt._asdict(), ensure_ascii=False)
+    return _ENCODER.encode(prompt._asdict())

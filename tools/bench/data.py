@@ -9,7 +9,7 @@ Both sides read the same .jsonl of chats and end with packs of 2,048 tokens: our
 epoch, TRL's through `load_dataset` and the constructor of SFTTrainer with `packing`. TRL trains every token by default;
 --assistant-only has it mask all but the answers, as ours does, and gives both a template with the marks that it needs.
 What importing takes is not counted. Processor time and memory are those of the process and of all below it, looked at
-fifty times a second; memory is the sum of resident sizes, which counts pages that are shared once for each.
+ten times a second; memory is the sum of resident sizes, which counts pages that are shared once for each.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MAX_LENGTH = 2048
+LOOK_SECONDS = 0.1  # looking at ten processes takes a hundredth of a second itself
 BEGIN, END = "begin", "end"
 MARKED = (
     "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}"
@@ -157,7 +158,7 @@ class Watch:
         return sum(self._seconds.values())
 
     def _run(self) -> None:
-        while not self._ended.wait(0.02):
+        while not self._ended.wait(LOOK_SECONDS):
             self.look()
 
     def end(self) -> None:
