@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora import child_process
-from qlora.data.render import Renderer, request_text
+from qlora.data.render import Renderer, request_of
 
 PACKAGE = Path(child_process.__file__).parent
 # Modules that every child imports, of the standard library, of others and of ours: any of them would be a trap.
@@ -61,7 +61,7 @@ def test_the_template_worker_executes_nothing_of_the_current_folder(
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(Path.cwd()), *sys.path])
     renderer = Renderer(["{{ messages }}"], {})
-    assert renderer.render(request_text(0, {"messages": "answered"})).text == "answered"
+    assert renderer.render(request_of(0, {"messages": "answered"})).text == "answered"
     assert not traps.exists(), traps.read_text()
 
 

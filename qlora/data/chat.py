@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.data import limits, spans
 from qlora.data.formats import Conversation, Message
 from qlora.data.offsets import begin_of, begun_before, ended_at, split_at, tokens_of
+from qlora.data.render import Request
 from qlora.data.row_json import RowError
 from qlora.data.served_rows import Batch, ServedRows
 from qlora.data.spans import Located
@@ -139,7 +140,7 @@ class ChatTokenizer:
 
     # --- where the answers are ----------------------------------------------------------------------------------
 
-    def _requests(self, conversation: Conversation) -> list[str]:
+    def _requests(self, conversation: Conversation) -> list[Request]:
         """The renderings that a conversation will want, as far as they are known beforehand."""
         if conversation.text is not None:
             return []

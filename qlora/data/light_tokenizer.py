@@ -7,7 +7,7 @@ that does anything in Python beside the engine does not travel: its rows are tok
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,25 @@ def _probed(engine: Any) -> list[list[Any]]:
     return [list(encoded.ids), [list(pair) for pair in encoded.offsets], list(engine.encode(_PROBE).ids)]
 
 
+class _Offsets(Sequence[tuple[int, int]]):
+    """Characters from and to of each token, made when they are asked for: of a row's hundreds some ten are."""
+
+    def __init__(self, encoding: Any) -> None:
+        self._encoding = encoding
+        self._length = len(encoding)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._encoding.offsets)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, int) and 0 <= at < self._length:
+            return self._encoding.token_to_chars(at)
+        return self._encoding.offsets[at]
+
+
 class LightTokenizer:
     """A tokenizer that has travelled. Raises ValueError where its engine does not do here what it did there."""
 
@@ -100,7 +119,7 @@ class LightTokenizer:
         if isinstance(texts, str):
             return {"input_ids": self._engine.encode(texts, add_special_tokens=add_special_tokens).ids}
         encoded = self._engine.encode_batch(texts, add_special_tokens=add_special_tokens)
-        return {"input_ids": [one.ids for one in encoded], "offset_mapping": [one.offsets for one in encoded]}
+        return {"input_ids": [one.ids for one in encoded], "offset_mapping": [_Offsets(one) for one in encoded]}
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._engine.decode(list(ids), skip_special_tokens=False))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
 
 from qlora.data.call_shapes import Reading, as_templates_read_it
-from qlora.data.formats import Message, Tools
+from qlora.data.formats import Message
 from qlora.data.render import value_text
 
 KEPT_CHARS = 8 << 20
@@ -23,7 +24,7 @@ class MessagePieces:
         self._reading: Reading | None = None
         self._depends = False  # whether what is written of a message depends on those before it
         self._chars = 0
-        self._tools: tuple[Tools, str] | None = None  # of the conversation that was asked for last
+        self._tools: tuple[Sequence[dict[str, Any]], str] | None = None  # of the conversation that was asked for last
 
     def of(self, messages: Sequence[Message], reading: Reading) -> str:
         """The JSON of `as_templates_read_it`."""
@@ -35,7 +36,8 @@ class MessagePieces:
         kept = self._kept
         return f"[{', '.join([(kept.get(id(one)) or self._written(one, reading))[1] for one in messages])}]"
 
-    def of_tools(self, tools: Tools) -> str:
+    def of_tools(self, tools: Sequence[dict[str, Any]]) -> str:
+        """The JSON of a row's tools."""
         if self._tools is None or self._tools[0] is not tools:
             self._tools = tools, value_text(list(tools))
         return self._tools[1]

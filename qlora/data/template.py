@@ -25,7 +25,7 @@ from qlora.data.call_shapes import (
 )
 from qlora.data.formats import Message
 from qlora.data.message_pieces import MessagePieces
-from qlora.data.render import Rendered, Renderer, request_text
+from qlora.data.render import Rendered, Renderer, Request, request_of
 from qlora.data.render_worker import DAY
 from qlora.data.row_json import RowError
 from qlora.data.template_facts import QUESTION, answer, call, find_ends, find_facts, find_inline_thoughts, result
@@ -116,13 +116,17 @@ class ChatTemplate:
 
     def render_marked(self, messages: Sequence[Message], tools: Tools | None) -> Rendered:
         """Text, and the spans of characters inside generation marks (none for a template without marks)."""
-        return self._renderer.render(self.request(messages, tools))
+        return self.rendered(self.request(messages, tools))
 
-    def render_ahead(self, requests: Sequence[str]) -> None:
-        """Render many `request`s at once: the calls of `render` and `render_marked` that follow find their answers."""
+    def rendered(self, request: Request) -> Rendered:
+        """As `render_marked`, of a request."""
+        return self._renderer.render(request)
+
+    def render_ahead(self, requests: Sequence[Request]) -> None:
+        """Render many `request`s at once: the calls of `render` and `rendered` that follow find their answers."""
         self._renderer.ask_ahead(requests)
 
-    def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
+    def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> Request:
         """What the rendering process is asked: all that the text depends on."""
         written = {
             "tools": self._pieces.of_tools(tools) if tools else "null",
@@ -130,7 +134,7 @@ class ChatTemplate:
             "add_generation_prompt": "true" if add_generation_prompt else "false",
             "messages": self._pieces.of(messages, self.reading),
         }
-        return request_text(self._numbers[bool(tools)], {}, written)
+        return request_of(self._numbers[bool(tools)], {}, written)
 
     def _render_one_answer(self) -> Rendered:
         """A question and an answer; with content as parts where a template for images takes it no other way."""

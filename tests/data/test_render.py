@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora.data.chat import ChatTokenizer
-from qlora.data.render import Renderer, request_text
+from qlora.data.render import Renderer, request_of
 from qlora.data.row_json import RowError
 from qlora.events import Recorder
 from tests.data.toys import CASES, FAMILIES, family_tokenizer, template_of
@@ -15,7 +15,7 @@ from tests.data.toys import CASES, FAMILIES, family_tokenizer, template_of
 
 def test_a_worker_that_dies_is_an_error_of_its_row_and_is_replaced() -> None:
     renderer = Renderer(["{{ messages[0].content }}"], {})
-    request = request_text(0, {"messages": [{"role": "user", "content": "x"}]})
+    request = request_of(0, {"messages": [{"role": "user", "content": "x"}]})
     assert renderer.render(request).text == "x"
     assert renderer._worker is not None
     renderer._worker._process.kill()
