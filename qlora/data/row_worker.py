@@ -22,6 +22,9 @@ READY = b"ready"
 
 def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])
+    from qlora.child_process import limit_itself
+
+    limit_itself({"FSIZE": 0, "CORE": 0})  # it writes no file, and rows are nobody's business
     # Ctrl-C reaches every process of a terminal; when to end is the parent's business, by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     frames: queue.SimpleQueue[bytes] = queue.SimpleQueue()

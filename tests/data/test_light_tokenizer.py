@@ -50,3 +50,12 @@ def test_an_engine_that_reads_otherwise_there_is_refused() -> None:
         LightTokenizer(state | {"probe": [[1], [[0, 1]], [1]]})
     with pytest.raises(ValueError, match="another one here"):
         LightTokenizer(state | {"engine": "{}"})
+
+
+def test_places_of_tokens_are_the_engines() -> None:
+    tokenizer, ours = light("qwen2")
+    texts = ["größer 🌧 it's", "", "a b"]
+    places = ours(texts, add_special_tokens=False)["offset_mapping"]
+    theirs = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert [list(one) for one in places] == theirs == [[one[at] for at in range(len(one))] for one in places]
+    assert places[0][-1] == theirs[0][-1] and places[0][:2] == theirs[0][:2]

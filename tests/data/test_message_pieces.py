@@ -18,11 +18,14 @@ TALK: list[dict[str, Any]] = [
     {"role": "assistant", "content": "", "tool_calls": [CALL], "train": False},
     {"role": "tool", "content": "3", "tool_call_id": "a"},
     {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."},
+    {"role": "assistant", "content": '<think>Hm.</think>\u2028Yes "so".'},
+    {"content": "The other way around", "role": "user"},
 ]
 SHAPES = Reading().shapes
 READINGS = [
     Reading(),
     Reading(inline_thoughts=True),
+    Reading(inline_thoughts=False),
     Reading(parts=True),
     Reading({kind: replace(shape, ids="nine") for kind, shape in SHAPES.items()}),
 ]
@@ -33,7 +36,7 @@ def test_the_same_json_in_every_reading(kept_chars: int, monkeypatch: pytest.Mon
     monkeypatch.setattr(message_pieces, "KEPT_CHARS", kept_chars)
     pieces = MessagePieces()
     for reading in READINGS:
-        for length in (0, 1, 4, 2, 4):
+        for length in (0, 1, 6, 2, 6):
             assert json.loads(pieces.of(TALK[:length], reading)) == as_templates_read_it(TALK[:length], reading)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ import pytest
 
 from qlora.data import raw_batches, row_worker, row_workers
 from qlora.data.chat import ChatTokenizer
+from qlora.data.limits import TextLimits
+from qlora.data.made_rows import RowMaker
 from qlora.data.prepare import PreparedData, prepare
 from qlora.data.row_workers import RowWorkers, how_many
+from qlora.data.sources import source_files
 from qlora.errors import DataError, QloraError, TokenizerError
 from qlora.events import Progress, Recorder
 from qlora.recipe.sections import DataSection, SourceSection
@@ -234,6 +238,59 @@ def test_an_interrupted_run_leaves_no_process(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         prepare(data, "tokenizer", ChatTokenizer(tokenizer(), "assistant", Recorder()), 1, tmp_path, Interrupted())
     assert len(STARTED) == 2 and children and gone(STARTED + children)
+
+
+def test_no_more_is_read_ahead_than_processes_have_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of gigabytes is never in memory, however slow the processes are."""
+    (tmp_path / "a.jsonl").write_text(lines([{"text": f"row {number}"} for number in range(400)]))
+    source = SourceSection(path=str(tmp_path / "a.jsonl"))
+    monkeypatch.setattr(row_workers, "how_many", lambda *_: (2, 1))
+    read = 0
+
+    def counted() -> Any:
+        nonlocal read
+        for batch in raw_batches.raw_batches(0, source, source_files(source).files, {}):
+            read += 1
+            yield batch
+
+    maker = RowMaker(ChatTokenizer(tokenizer(), "assistant", Recorder()), TextLimits(), 64)
+    with RowWorkers(maker, 1) as workers:
+        for made, (batch, of_it) in enumerate(workers.made(counted()), 1):
+            assert read - made <= 2 * row_workers.AHEAD <= 4 and len(of_it.rows) == len(batch.rows)
+    assert read == made > 40
+
+
+def test_nothing_is_started_by_multiprocessing() -> None:
+    """Its processes run the user's script or notebook once more."""
+    package = Path(row_workers.__file__).parent.parent
+    banned = re.compile(r"^\s*(?:import|from) (?:multiprocessing|concurrent)\b", re.MULTILINE)
+    assert not [path for path in package.rglob("*.py") if banned.search(path.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.slow
+def test_a_plain_script_is_run_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines([{"text": f"row {number}"} for number in range(40)]))
+    script = tmp_path / "plain.py"
+    script.write_text(f"""
+print("begun", flush=True)
+from pathlib import Path
+from qlora.data import row_workers
+from qlora.data.chat import ChatTokenizer
+from qlora.data.prepare import prepare
+from qlora.events import Sinks
+from qlora.recipe.sections import DataSection, SourceSection
+from tests.families import make_tokenizer
+row_workers.MIN_BYTES, row_workers.how_many = 0, lambda *_: (2, 1)
+data = DataSection(train=(SourceSection(path={str(tmp_path / "a.jsonl")!r}),))
+tokenizer = make_tokenizer()
+tokenizer.chat_template = {PLAIN!r}
+made = prepare(data, "-", ChatTokenizer(tokenizer, "assistant", Sinks()), 0, Path({str(tmp_path)!r}), Sinks())
+print(len(made.train.lengths) + len(made.eval.lengths))
+""")
+    home = Path(row_workers.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(home)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.split() == ["begun", "40"], done.stderr
 
 
 def test_a_process_ends_with_the_one_that_started_it() -> None:
