@@ -34,7 +34,7 @@ def main() -> None:
         maker = _maker(json.loads(frames.get()))
     except ValueError as error:
         _write(out, str(error).encode())
-        return
+        os._exit(1)  # the thread that reads holds the pipe
     from qlora.data.made_rows import packed, understood
 
     _write(out, READY)
