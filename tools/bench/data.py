@@ -4,6 +4,7 @@
     python tools/bench/data.py --tokenizer FOLDER --rows 20000 --repeats 3 --trl-python /tmp/trl/bin/python
     python tools/bench/data.py --tokenizer FOLDER --rows 1000000 --short          # memory alone, no TRL
     python tools/bench/data.py --tokenizer FOLDER --packing FILE …  # how full real packs are
+    python tools/bench/data.py --tokenizer FOLDER --same-as OTHER_CLONE FILE …  # whether both make the same rows
 
 Both sides read the same .jsonl of chats and end with packs of 2,048 tokens: ours through `prepare` and the packs of an
 epoch, TRL's through `load_dataset` and the constructor of SFTTrainer with `packing`. TRL trains every token by default;
@@ -15,6 +16,7 @@ ten times a second; memory is the sum of resident sizes, which counts pages that
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -114,7 +116,30 @@ def trls(rows: str, tokenizer_folder: str, template: str) -> dict[str, Any]:
         return {"packs": len(trainer.train_dataset), "tokens": tokens, "with": f"trl {trl.__version__}"}
 
 
-SIDES: dict[str, Callable[[str, str, str], dict[str, Any]]] = {"ours": ours, "trl": trls}
+def same(rows: str, tokenizer_folder: str, template: str) -> dict[str, Any]:
+    """What a clone (BENCH_CLONE) makes of a file: a hash of all rows as they are stored, and what it says."""
+    sys.path.insert(0, os.environ["BENCH_CLONE"])
+    from transformers import AutoTokenizer
+
+    from qlora.data import prepare as module
+    from qlora.data.chat import ChatTokenizer
+    from qlora.events import Notice, Recorder
+    from qlora.recipe.sections import DataSection, SourceSection
+
+    assert Path(str(module.__file__)).is_relative_to(os.environ["BENCH_CLONE"])
+    data = DataSection(train=(SourceSection(path=rows),), max_length=MAX_LENGTH, max_bad_rows=10_000)
+    tokenizer, sink = AutoTokenizer.from_pretrained(tokenizer_folder), Recorder()
+    content = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as scratch:
+        made = module.prepare(data, "-", ChatTokenizer(tokenizer, "assistant", sink), 0, Path(scratch), sink)
+        for split in (made.train, made.eval):
+            for row, where, source, prompt in zip(split.rows, split.wheres, split.sources, split.prompts, strict=True):
+                content.update(repr((row.input_ids, row.loss_weights, where, source, prompt)).encode())
+    said = [[event.topic, event.message, event.count] for event in sink.events if isinstance(event, Notice)]
+    return {"rows": content.hexdigest(), "fingerprint": made.fingerprint, "said": said}
+
+
+SIDES: dict[str, Callable[[str, str, str], dict[str, Any]]] = {"ours": ours, "trl": trls, "same": same}
 
 
 def tell(text: str) -> None:
@@ -221,6 +246,20 @@ def packing_of(paths: Sequence[str], tokenizer_folder: str) -> Iterator[dict[str
             yield {"files": names, "rows": len(many), "full": full, "cpu_seconds": seconds}
 
 
+def same_rows(clone: Path, paths: Sequence[str], tokenizer_folder: str) -> None:
+    """Ends with 1 at the first file of which the other clone makes other rows, or says something else."""
+    for path in paths:
+        made = []
+        for tree in (ROOT, clone.resolve()):
+            command = [sys.executable, __file__, "--side", "same", "--tokenizer", tokenizer_folder, path]
+            environment = {**os.environ, "BENCH_CLONE": str(tree), "PYTHONPATH": str(tree)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            made.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        print(f"{'the same' if made[0] == made[1] else 'DIFFERENT'}  {made[0]['said'][-1][1]}  {path}", flush=True)
+        if made[0] != made[1]:
+            raise SystemExit(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="folder of a base's tokenizer")
@@ -230,13 +269,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-python", help="of an environment that has trl; without it only ours is measured")
     parser.add_argument("--packing", nargs="+", metavar="FILE", help="files of rows to pack")
+    parser.add_argument("--same-as", type=Path, metavar="CLONE", help="another clone of this repository")
     parser.add_argument("--out", type=Path, help="a .json file for the figures")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("file", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("files", nargs="*", help="of rows, for --same-as")
     options = parser.parse_args()
     if options.side:
-        made = SIDES[options.side](options.file, options.tokenizer, MARKED if options.assistant_only else "")
+        made = SIDES[options.side](options.files[0], options.tokenizer, MARKED if options.assistant_only else "")
         print(json.dumps(made), flush=True)
+        return
+    if options.same_as:
+        same_rows(options.same_as, options.files, options.tokenizer)
         return
     figures = list(packing_of(options.packing, options.tokenizer) if options.packing else compared(options))
     if options.out:
