@@ -186,9 +186,8 @@ def run_disturbed(
         if awaited.ready and len(sent) < times and awaited._process.pid not in sent:
             sent.append(awaited._process.pid)
             os.kill(awaited._process.pid, signal_number)
-            monkeypatch.setattr(row_workers, "HANG_SECONDS", 2.0 if signal_number == signal.SIGSTOP else 300.0)
-        elif len(STARTED) > 2:  # another one is there, which may take its time
-            monkeypatch.setattr(row_workers, "HANG_SECONDS", 300.0)
+        stopped = signal_number == signal.SIGSTOP and awaited._process.pid in sent  # others may take their time
+        monkeypatch.setattr(row_workers, "HANG_SECONDS", 2.0 if stopped else 300.0)
         take(self, awaited)
 
     monkeypatch.setattr(RowWorkers, "_take", disturbed)
