@@ -75,7 +75,7 @@ LINES = {
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "data", "exam", "train", "prove"),
+        *("export", "estimate", "data", "exam", "report", "train", "prove"),
     ],
     "training": [
         *("phases", "schedule", "checkpoint", "memory_plan", "recovery", "evaluate", "selfcheck", "health"),
@@ -214,7 +214,11 @@ LINES = {
     ],
     "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
     "recipe": ["sections", "problems", "reading", "pins"],
-    "report": ["files", "figures", "memory", "picture", "exam", "console", "proofs", "page", "xray", "xray_page"],
+    "report": [
+        *("files", "figures", "memory", "picture", "exam", "console", "proofs", "page", "xray", "xray_page"),
+        *("curves", "run_events", "run_log", "run_files", "timeline", "run_sections", "run_page"),
+        *("write", "trackers", "sinks"),
+    ],
     "prove": [
         *("shapes", "proof", "model", "trained"),
         *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),

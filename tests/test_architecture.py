@@ -61,7 +61,7 @@ def test_every_module_has_a_place_on_its_line() -> None:
         assert name in (LINES[".".join(rooms)] if rooms else FLOORS), path
 
 
-@pytest.mark.parametrize("command", ["train", "export", "estimate", "exam", "prove", "data"])
+@pytest.mark.parametrize("command", ["train", "export", "estimate", "exam", "prove", "data", "report"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\n"

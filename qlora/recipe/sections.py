@@ -197,8 +197,10 @@ class EvalSection(Section):
 class ReportSection(Section):
     """Where events go."""
 
-    sinks: tuple[Literal["console", "jsonl"], ...] = Field(
-        ("console", "jsonl"), max_length=2, description="console draws, jsonl keeps events.jsonl in the run's folder"
+    sinks: tuple[Literal["console", "jsonl", "html", "tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        ("console", "jsonl", "html"),
+        max_length=7,
+        description="console draws, jsonl keeps events.jsonl, html makes report.html of it; the others are trackers",
     )
 
 

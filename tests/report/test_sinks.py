@@ -1,0 +1,102 @@
+"""The sinks that a recipe names: what they write, and that none of them ends a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora.errors import RunFolderError
+from qlora.events import End, Notice, Recorder, Start
+from qlora.recipe.reading import Recipe, recipe_of_base
+from qlora.report import write as writing
+from qlora.report.sinks import open_sinks
+from tests.report.pages import judged
+
+START = Start("r", "/runs/r", "base", None, "cpu", {}, None)
+
+
+def recipe(*sinks: str) -> Recipe:
+    return recipe_of_base("base", [f"report.sinks={list(sinks)}"] if sinks else [])
+
+
+@pytest.mark.parametrize(
+    ("sinks", "files"),
+    [(("console", "jsonl"), ["events.jsonl"]), (("console",), []), ((), ["events.jsonl", "report.html"])],
+)
+def test_the_recipe_names_what_is_written(tmp_path: Path, sinks: tuple[str, ...], files: list[str]) -> None:
+    for sink in open_sinks(recipe(*sinks), tmp_path, 0, Recorder()):
+        sink.emit(START)
+        sink.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+
+
+def test_the_page_is_made_of_all_events_when_the_run_is_over(tmp_path: Path) -> None:
+    lines, page = open_sinks(recipe(), tmp_path, 0, Recorder())
+    for event in (START, End("early stopping", 1, 2, 3.0, 4, 5, None, None, None, None, 6, None, None)):
+        for sink in (lines, page):
+            sink.emit(event)
+    lines.close()
+    page.close()
+    assert "early stopping" in judged((tmp_path / "report.html").read_text()).text
+
+
+@pytest.mark.parametrize("trouble", ["file", "link", "full", "fault", "no events"])
+def test_a_page_that_cannot_be_written_is_said_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    def failing(*_: object) -> str:
+        raise OSError(28, "No space left on device") if trouble == "full" else ZeroDivisionError("ours")
+
+    screen, page = Recorder(), tmp_path / "report.html"
+    (tmp_path / "mine").write_text("mine")
+    if trouble == "file":
+        page.write_text("mine")
+    elif trouble == "link":
+        page.symlink_to(tmp_path / "mine")
+    elif trouble != "no events":
+        monkeypatch.setattr(
+            writing.disk if trouble == "full" else writing, "write_atomic" if trouble == "full" else "page_of", failing
+        )
+    for sink in open_sinks(recipe(*(["html"] if trouble == "no events" else [])), tmp_path, 0, screen):
+        sink.emit(START)
+        sink.close()
+    (notice,) = screen.events
+    assert isinstance(notice, Notice) and "report.html was not written" in notice.message
+    assert (tmp_path / "mine").read_text() == "mine" and (trouble != "file" or page.read_text() == "mine")
+
+
+def test_lines_that_are_no_events_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text("mine\n{}\n")
+    screen = Recorder()
+    open_sinks(recipe("jsonl"), tmp_path, 2, screen)[0].close()
+    (notice,) = screen.events
+    assert isinstance(notice, Notice) and notice.count == 2
+    assert notice.message == "2 lines of events.jsonl are no events of a run, and stay as they are"
+
+
+def test_a_file_beyond_all_events_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2 << 30)  # takes no room
+    screen = Recorder()
+    (lines,) = open_sinks(recipe("jsonl"), tmp_path, 2, screen)
+    lines.close()
+    assert path.stat().st_size == 0 and (tmp_path / "events.jsonl.1").stat().st_size == 2 << 30
+    assert "it is kept as events.jsonl.1" in repr(screen.events)
+
+
+def test_events_are_written_through_no_link(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("mine\n")
+    for name, make in (("link", os.symlink), ("hard", os.link)):
+        run = tmp_path / name
+        run.mkdir()
+        make(thesis, run / "events.jsonl")
+        with pytest.raises(RunFolderError, match=r"events\.jsonl is a"):
+            open_sinks(recipe("jsonl"), run, 0, Recorder())
+    os.mkfifo(tmp_path / "events.jsonl")
+    with pytest.raises(RunFolderError, match="not a regular file"):
+        open_sinks(recipe("jsonl"), tmp_path, 0, Recorder())
+    assert thesis.read_text() == "mine\n" and {path.name for path in (tmp_path / "hard").iterdir()} == {"events.jsonl"}
