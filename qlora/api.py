@@ -19,7 +19,7 @@ from qlora.guarded import Guarded, forget_frames
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
 from qlora.report.files import read_events
-from qlora.report.sinks import check_installed, open_sinks
+from qlora.report.sinks import check_sinks, open_sinks
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
 from qlora.study.material import Found
@@ -71,7 +71,7 @@ def train(
     loaded, run_name = _named(recipe, name)
     shared = _gate(sink)
     run_dir, open_length = run_folder.path_of(loaded, run_name), not defaults.has_length(loaded)
-    check_installed(loaded.report.sinks)
+    check_sinks(loaded)
     run_folder.check_claim(run_dir, loaded, mode)
     with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
@@ -177,7 +177,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     from qlora.model.tokenizer_files import read_files
 
     loaded, _ = _named(recipe, "check")
-    check_installed(loaded.report.sinks)
+    check_sinks(loaded)
     shared = _gate(sink)
     with _guarded("checking the recipe", "end other programs that hold memory"):
         loaded, documents = material.read(loaded, not defaults.has_length(loaded), shared)

@@ -108,7 +108,8 @@ FOREIGN = [
     *("model/adapters.py", "model/attention_choice.py", "model/attention_choice.py"),
     *("model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),
     *("model/meta_model.py", "model/meta_model.py", "model/mixtures.py", "model/mixtures.py", "model/nf4.py"),
-    *("model/tokenizer.py", "model/weight_names.py", "prove/suite.py", "training/memory_plan.py"),
+    *("model/tokenizer.py", "model/weight_names.py", "prove/suite.py"),
+    *("report/sinks.py", "report/trackers.py", "training/memory_plan.py"),
 ]
 
 

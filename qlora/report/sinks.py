@@ -12,9 +12,13 @@ from qlora.errors import QloraError, foreign_failures
 from qlora.events import EVENTS_FILE, Event, Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.report.files import MAX_FILE_BYTES, JsonLines
-from qlora.report.trackers import PACKAGES, TrackerSink
-from qlora.report.trackers import check_installed as check_installed
+from qlora.report.trackers import PACKAGES, TrackerSink, check_installed
 from qlora.report.write import FILE, write_own
+
+
+def check_sinks(recipe: Recipe) -> None:
+    """Before anything long starts: whether what `[report]` names can be had. Raises UserError."""
+    check_installed(recipe.report.sinks)
 
 
 def open_sinks(recipe: Recipe, run_dir: Path, step: int, screen: Sink) -> list[Sink]:

@@ -13,8 +13,9 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
-from io import FileIO
+from io import FileIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,14 @@ _MAX_RECORD_BYTES = 1 << 28
 _STEP = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
 _EVALUATION = ("loss", "perplexity", "exact_match")
 # What wandb would record beside what it is given: the repository, the command line with its arguments, the screen.
-_WANDB = {"disable_git": True, "save_code": False, "console": "off", "x_disable_meta": True, "x_disable_stats": True}
+_WANDB = {
+    "silent": True,
+    "disable_git": True,
+    "save_code": False,
+    "console": "off",
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+}
 
 
 def check_installed(sinks: Sequence[str]) -> None:
@@ -78,7 +86,8 @@ class TrackerSink:
             self._sent.close()
 
     def _trying(self, work: Callable[[], None]) -> None:
-        with foreign_failures(memory_too=True) as failure:
+        # Some print what they do: the screen is drawn by another sink.
+        with foreign_failures(memory_too=True) as failure, redirect_stdout(StringIO()):
             work()
         if failure.error is not None:
             self._has_failed = True
@@ -169,31 +178,32 @@ def start(name: str, run_dir: Path, run: str, *, is_new: bool) -> tuple[Any, str
     made: Any
     if name == "tensorboard":
         made = tracking.TensorBoardTracker(name, folder)
-        where = f"see it with tensorboard --logdir {run_dir.parent}"
+        where = f"its files are in {folder / name}"
     elif name == "wandb":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         settings = {"dir": str(folder), "id": run, "resume": "allow", "name": run_dir.name, "settings": _WANDB}
         made = tracking.WandBTracker(PROJECT, mode="offline", **settings)
-        where = f"kept on this disk; send it with wandb sync {folder / 'wandb'}/offline-run-*"
+        where = f"kept on this disk in {folder / name}; `wandb sync` sends it where you have an account"
     elif name == "mlflow":
         where = _mlflow_place(folder)
         made = tracking.MLflowTracker(PROJECT, run_id=None if is_new else run, run_name=run_dir.name)
     else:
         made = tracking.TrackioTracker(PROJECT, name=f"{run_dir.name}-{run[:8]}", resume="allow")
-        where = "see it with trackio show"
+        where = "kept in its own store on this disk; `trackio show` draws it"
     made.start()
     return made, where
 
 
 def _mlflow_place(folder: Path) -> str:
     """Where mlflow keeps the run: in the run's folder, unless its user has named a place."""
-    if place := os.environ.get("MLFLOW_TRACKING_URI"):
+    place, own = os.environ.get("MLFLOW_TRACKING_URI", ""), f"{FOLDER}/mlflow.db"
+    if place and not place.endswith(own):  # mlflow itself names there what an earlier run of this process set
         return f"kept where MLFLOW_TRACKING_URI says: {place}"
     import mlflow
 
-    place = f"sqlite:///{folder / 'mlflow.db'}"
+    place = f"sqlite:///{folder.parent / own}"
     mlflow.set_tracking_uri(place)
-    return f"see it with mlflow ui --backend-store-uri {place}"
+    return f"kept in {place}"
 
 
 def _id_of(name: str, tracker: Any) -> str:
