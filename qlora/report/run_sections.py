@@ -183,21 +183,26 @@ def happened(run: Run) -> Iterator[Element]:
     for process in log.processes[1:]:
         pause = f" after a pause of {seconds(process.pause)}" if process.pause else ""
         went_on = f"went on after step {process.step:,}" if process.step else "began anew"
-        rows.append([seconds(process.at), "resumed", went_on + pause, ""])
+        rows.append([_when(process.at), "resumed", went_on + pause, ""])
     for mark in log.marks:
         if mark.kind == "recovered" and len(rows) < 200:
-            rows.append([seconds(mark.at), "recovered", without_places(mark.text), ""])
+            rows.append([_when(mark.at), "recovered", without_places(mark.text), ""])
     for told in log.told.values():
         times = f"said {told.times:,} times" if told.times > 1 else ""
         count = f"{told.count:,}" if told.count is not None else ""
         message = element("div", without_places(told.message), *([classed("p", "dim", times)] if times else []))
-        rows.append([seconds(told.at), told.topic, message, count])
+        rows.append([_when(told.at), told.topic, message, count])
     rows += [["", "saved", name, f"{count:,}"] for name, count in log.saved.items()]
     heads = ("when", "what", "", "count")
     if rows:
         yield table(heads, rows[:_SHOWN_ROWS])
     if more := rows[_SHOWN_ROWS:]:
         yield element("details", element("summary", f"{len(more):,} more"), table(heads, more))
+
+
+def _when(at: float) -> str:
+    """Seconds of work in a column that does not break."""
+    return seconds(at).replace(" ", "\u00a0")
 
 
 def samples(runs: Sequence[Run]) -> Iterator[Element]:
@@ -236,7 +241,7 @@ def exam(found: Exam) -> Iterator[Element]:
         yield element("h3", f"{title}: {part.questions:,}")
         rows = [[NAMES.get(key, key), *_exam_cells(column)] for key, column in part.columns.items()]
         yield table(("asked", "questions", "contains the answer", "token F1", "exact match"), rows)
-        tests = [f"{pair.replace('/', ' against ')}: p = {p:.2g}" for pair, p in part.p_values.items()]
+        tests = [f"{_against(pair)}: p = {p:.2g}" for pair, p in part.p_values.items()]
         if tests:
             yield classed("p", "dim", f"McNemar's test, {'; '.join(tests)}")
     told = []
@@ -254,6 +259,11 @@ def exam(found: Exam) -> Iterator[Element]:
         yield element("ul", *(element("li", line) for line in told))
     for line in found.advice:
         yield classed("div", "said harm", element("p", clipped(line)))
+
+
+def _against(pair: str) -> str:
+    """ "tuned/base_retrieval" in words."""
+    return " against ".join(NAMES.get(name, clipped(name, 60)) for name in pair.split("/"))
 
 
 def _exam_cells(column: ExamColumn) -> list[str]:

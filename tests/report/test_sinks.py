@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from qlora.errors import RunFolderError
+from qlora import api
+from qlora.errors import RunFolderError, UserError
 from qlora.events import End, Notice, Recorder, Start
-from qlora.recipe.reading import Recipe, recipe_of_base
+from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
+from qlora.report import trackers
 from qlora.report import write as writing
 from qlora.report.sinks import open_sinks
 from tests.report.pages import judged
+from tests.runs import run_dir, train, write_recipe
 
 START = Start("r", "/runs/r", "base", None, "cpu", {}, None)
 
@@ -65,6 +69,49 @@ def test_a_page_that_cannot_be_written_is_said_and_ends_nothing(
     (notice,) = screen.events
     assert isinstance(notice, Notice) and "report.html was not written" in notice.message
     assert (tmp_path / "mine").read_text() == "mine" and (trouble != "file" or page.read_text() == "mine")
+
+
+def test_a_tracker_that_is_missing_is_refused_before_a_run_has_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "_is_installed", lambda package: False)
+    recipe = load_recipe(write_recipe(tmp_path, tmp_path / "no base"), ['report.sinks=["trackio"]'])
+    for work in (lambda: api.train(recipe, name="tiny"), lambda: api.check(recipe)):
+        with pytest.raises(UserError, match="report.sinks: the tracker trackio is not installed"):
+            work()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_and_went_on_has_one_page_and_one_tracked_run(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    class Tracker:
+        init_kwargs: ClassVar[dict[str, str]] = {"id": "abc"}
+
+        def store_init_configuration(self, values: dict[str, object]) -> None:
+            assert values["train.max_steps"] == 3
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.extend([step] if "train/loss" in values else [])
+
+        def finish(self) -> None:
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr(trackers, "start", lambda *_, **__: (Tracker(), "here"))
+    monkeypatch.setattr(trackers, "_is_installed", lambda package: True)
+    file = write_recipe(tmp_path, llama)
+    keys = ("train.max_steps=3", "train.batch_size=2", "data.max_length=96", "eval.samples=1")
+    keys = (*keys, 'report.sinks=["jsonl", "wandb", "html"]')
+    train(file, *keys, stop_after=2)
+    page = run_dir(file) / "report.html"
+    assert "stopped" in judged(page.read_text()).text
+    said = train(file, *keys, mode="resume")
+    text = judged(page.read_text()).text
+    assert "went on after step 2" in text and "of 3 steps" in text and "Answers, untuned and tuned" in text
+    assert sent == [1, 2, 3] and sum("wandb failed" in str(notice) for notice in said.of("notice")) == 1
 
 
 def test_lines_that_are_no_events_are_counted(tmp_path: Path) -> None:
