@@ -54,9 +54,11 @@ from qlora.version import __version__
 if TYPE_CHECKING:
     from qlora.api import check, estimate_memory, merge_and_export, train
     from qlora.export.artifacts import ExportOptions
+    from qlora.export.combination import Combination
     from qlora.recipe.reading import Recipe
 
-__all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "ExportOptions", "Sink", "__version__"]
+__all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "ExportOptions"]
+__all__ += ["Combination", "Sink", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
 __all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
 __all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
@@ -69,6 +71,7 @@ _HOMES = {
     "estimate_memory": "qlora.api",
     "merge_and_export": "qlora.api",
     "ExportOptions": "qlora.export.artifacts",
+    "Combination": "qlora.export.combination",
 }
 
 

@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import determinism, disk, files, numerics, run_folder
+from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
-from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
+from qlora.events import Notice, Sink, Sinks
 from qlora.guarded import Guarded, forget_frames
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
-from qlora.report.files import read_events
 from qlora.report.sinks import check_sinks, open_sinks
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
@@ -28,11 +27,11 @@ from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
     from qlora.data.prepare import PreparedData
-    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report, RunRows, Source
+    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report
+    from qlora.export.combination import Combination
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
-    from qlora.model.delivered_loss import DeliveredLoss
     from qlora.numerics import Numerics
     from qlora.training.checkpoint import Checkpoint, RunState
 
@@ -76,8 +75,10 @@ def train(
     with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
             loaded = run_folder.resumed(run_dir, loaded, shared)
-        loaded, documents = material.read(loaded, open_length, shared)
+        loaded, documents = material.read(loaded, open_length, shared, run_dir if mode == "resume" else None)
         base, loaded = setup.preflight(loaded, shared)
+        if mode != "resume":
+            loaded = starting_adapter.settled(loaded, base, run_dir, shared)
         claim = run_folder.claim(run_dir, mode)
         try:
             if claim.aside is not None:
@@ -100,12 +101,14 @@ def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, 
     disk.sweep_leftovers(run_dir)
     disk.sweep_leftovers(run_dir / "checkpoints")
     resume_from = checkpoint.newest(run_dir, sink) if mode == "resume" else None
+    step = resume_from.state.step if resume_from else None
     if resume_from is not None:
         checkpoint.check_base(resume_from, base)
+    starting_adapter.take(recipe, run_dir, step, mode == "resume", sink)
     if run_folder.write_recipe(run_dir, recipe, base.commit):
         what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
         sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
-    written = open_sinks(recipe, run_dir, resume_from.state.step if resume_from else 0, sink)
+    written = open_sinks(recipe, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
     try:
         with determinism.for_run(recipe.train.deterministic, sinks):
@@ -182,6 +185,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     with _guarded("checking the recipe", "end other programs that hold memory"):
         loaded, documents = material.read(loaded, not defaults.has_length(loaded), shared)
         base, loaded = setup.preflight(loaded, shared)
+        loaded = starting_adapter.settled(loaded, base, None, shared)
         loaded = row_packing.settled(loaded, base.config, shared)
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
         found = Found(base, documents)
@@ -191,8 +195,9 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
 
 
 def merge_and_export(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     *,
+    combine: Combination | None = None,
     to: str | Sequence[str] = "hf",
     quants: Sequence[str] = (),
     merge_base: MergeBase = "auto",
@@ -207,17 +212,19 @@ def merge_and_export(
     there are none). `merge_base`: "nf4" is the dequantized base that the adapter was trained against, "full" the
     original weights, "auto" the one that `choice` takes (without verification: what the adapter was trained on).
     `base_model` is the base's folder or hub name, where it is not the one that the adapter names; it must be the same
-    base. `out` is the folder of a single product, the parent of several.
+    base. `out` is the folder of a single product, the parent of several. Of several adapters, `combine` says how they
+    become one; "adapter" is then a format too.
     """
     from qlora.export.artifacts import ExportOptions, plan_artifacts
     from qlora.export.pipeline import produce
     from qlora.export.staging import check_part
     from qlora.export.targets import check_place
+    from qlora.export_source import adapters_of, opened_source
     from qlora.model.cpu_matmul import fast_matmul
 
     shared = _gate(sink)
     chosen = options or ExportOptions()
-    adapter_dir, default_out = run_folder.adapter_of(files.user_path(source, "the run or adapter"))
+    folders, default_out = adapters_of([source] if isinstance(source, str | Path) else source, combine, to)
     target = files.user_path(out, "`out`") if out else None
     artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
     for artifact in artifacts:
@@ -226,8 +233,11 @@ def merge_and_export(
     with_rows, asked = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts), base_model
     hint = "end other programs that hold memory"
     with _guarded("exporting", f"{hint}; verify=False leaves out what takes most" if chosen.verify else hint):
-        opened = _open_source(adapter_dir, (asked, merge_base), [one.folder for one in artifacts], with_rows, shared)
-        with fast_matmul(opened.device):
+        written = [one.folder for one in artifacts]
+        with (
+            opened_source(folders, combine, (asked, merge_base), written, with_rows, shared) as opened,
+            fast_matmul(opened.device),
+        ):
             return produce(opened, artifacts, merge_base, chosen, shared)
 
 
@@ -236,72 +246,6 @@ def export_options(**chosen: Any) -> ExportOptions:
     from qlora.export.artifacts import ExportOptions
 
     return ExportOptions(**chosen)
-
-
-def _open_source(
-    adapter_dir: Path, asked: tuple[str | Path | None, MergeBase], folders: Sequence[Path], with_rows: bool, sink: Sink
-) -> Source:
-    """An adapter with its base, checked; `with_rows`: and the rows of its run, or a notice that they are gone.
-
-    `asked` are the base and the merge base that the caller named. Raises ExportError where one of `folders`, which are
-    to be written, would be among what they are made of.
-    """
-    from qlora.export import adapter_base, base_check
-    from qlora.export.artifacts import RunRows, Source
-    from qlora.export.targets import keep_apart
-    from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
-    from qlora.model.adapter_folder import provenance, read_adapter
-    from qlora.model.adapter_seal import seal
-    from qlora.study.rows import as_exported, measured_on
-
-    sealed = seal(adapter_dir, sink)
-    adapter = read_adapter(adapter_dir)
-    origin = provenance(adapter_dir, adapter.config)
-    base = adapter_base.open_base(adapter, origin, asked[0], sink)
-    origin = adapter_base.as_trained(origin, base, asked[1])
-    adapter_base.say(adapter, origin, sink)
-    source = Source(run_folder.name_of(adapter_dir), adapter, sealed, origin, base, setup.pick_device())
-    recipe = run_folder.recipe_of(adapter_dir, sink)
-    for folder in folders:
-        keep_apart(folder, adapter_dir, base.path, recipe)
-    base_check.at_the_door(source, sink)
-    delivered, is_older = delivered_loss.read(adapter_dir)
-    if recipe is None:
-        return replace(source, delivered=delivered)
-    datasets = run_folder.dataset_names(recipe)
-    rows = None
-    if with_rows:
-        try:
-            tokenizer = tokenizer_files.of_run(adapter_dir.parent, sink) or chat_template.chosen(
-                tokenizer_files.read_files(base.path), recipe.model, base.name, Sinks()
-            )
-            tokenizer = chat_template.as_before(tokenizer, base.name, adapter_dir, Sinks())
-            chat, data = setup.prepare_rows(as_exported(recipe, adapter_dir.parent), tokenizer, Sinks())
-            section = row_packing.as_measured(recipe.data, base.config, base.name)
-            rows = RunRows(measured_on(recipe, data), section, chat)
-        except UserError as error:
-            sink.emit(Notice("rows", f"the run's rows cannot be read any more ({error.what})"))
-    if rows is not None and is_older:
-        delivered = _older_loss(adapter_dir, rows, recipe.data.packing, sink)
-    return replace(source, datasets=datasets, rows=rows, delivered=delivered)
-
-
-def _older_loss(adapter_dir: Path, rows: RunRows, packing: bool, sink: Sink) -> DeliveredLoss | None:
-    """The loss of an adapter that an older version delivered: its events may say it."""
-    from qlora.model import delivered_loss
-    from qlora.model.adapter_folder import delivered_step
-
-    if not any(rows.data.eval.trained):
-        return None
-    events, step = adapter_dir.parent / EVENTS_FILE, delivered_step(adapter_dir.parent)
-    found = None
-    with suppress(OSError, files.UnsafePathError):  # it is gone, or was never a run's
-        known = read_events(events) if step is not None else []
-        found = delivered_loss.of_older_run(known, step or 0, rows.data.eval.trained, packing)
-    if found is None:
-        message = "an older version delivered the adapter, and recorded no loss that could be compared"
-        sink.emit(Notice("verify", message))
-    return found
 
 
 def estimate_memory(
@@ -350,6 +294,7 @@ def question(
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
+    recipe = starting_adapter.sized(recipe)
     recipe = row_packing.settled(defaults.unread(recipe, _gate(sink)), config, _gate(sink))
     return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
 

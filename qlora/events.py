@@ -66,6 +66,7 @@ class Plan(Event):
     memory: Mapping[str, Any] | None = None  # predicted peak, limit, parts and settings; None where not estimated
     attention: str = ""  # what attends: sdpa or eager with a mask, or a kernel that takes documents
     resume: str | None = None  # what a resumed run equals; None: the uninterrupted one, bit for bit
+    starts_from: str | None = None  # the adapter that it begins with; None: fresh matrices
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import files, run_folder
+from qlora.ask.opened import chat_of_adapter, tokenizer_of_adapter, tuned_model
 from qlora.errors import DataError, ExportError, RunFolderError
-from qlora.events import Examined, Sink, Sinks
+from qlora.events import Examined, Notice, Sink, Sinks
 from qlora.guarded import Guarded
 from qlora.run_record import is_run
 from qlora.stop import StopRequest
@@ -28,6 +29,7 @@ from qlora.study.records import key_of
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
     from qlora.model.adapter_folder import Adapter, Provenance
+    from qlora.model.tokenizer_files import TokenizerFiles
     from qlora.recipe.reading import Recipe
     from qlora.study.exam_asking import TeacherAsker
     from qlora.study.prompts import Frame
@@ -127,20 +129,13 @@ class _Run:
         return provenance(self.adapter_dir, self.adapter.config)
 
     @cached_property
-    def chat(self) -> ChatTokenizer:
+    def tokenizer(self) -> TokenizerFiles:
         """The tokenizer that the run was trained with, with its template."""
-        from qlora.data.chat import ChatTokenizer
-        from qlora.model import chat_template, tokenizer_files
-        from qlora.model.tokenizer import open_tokenizer
+        return tokenizer_of_adapter(self.adapter_dir, self.recipe, lambda: self.base, self.sink)
 
-        taken = tokenizer_files.of_run(self.adapter_dir.parent, self.sink)
-        if taken is None:
-            read = tokenizer_files.read_files(self.base.path)
-            taken = chat_template.chosen(read, self.recipe.model, self.base.name, self.sink)
-        taken = chat_template.as_before(taken, self.recipe.model.base, self.adapter_dir, self.sink)
-        with taken.placed() as folder:
-            tokenizer = open_tokenizer(folder, self.recipe.model.base)
-        return ChatTokenizer(tokenizer, self.recipe.data.loss_on, self.sink, taken.embedding_rows)
+    @cached_property
+    def chat(self) -> ChatTokenizer:
+        return chat_of_adapter(self.adapter_dir, self.recipe, lambda: self.base, self.sink)
 
     @cached_property
     def base(self) -> Any:
@@ -153,28 +148,33 @@ class _Run:
         return "chat" if self.chat.template is not None else "lines"
 
     @property
+    def base_frame(self) -> Frame:
+        """In which the base read better when the run asked it."""
+        from qlora.study.probe import frame_of
+        from qlora.study.study import PROBE_FILE
+
+        found = frame_of(self.adapter_dir.parent / FOLDER / PROBE_FILE)
+        return "lines" if found == "lines" else self.frame
+
+    @property
     def base_id(self) -> str:
         """As the run itself names the weights of its base, held as they are."""
         identity = self.origin.identity
         quantization = self.origin.quantization.model_dump(mode="json")
-        return key_of(None if identity is None else identity.model_dump(), quantization)
+        from qlora.study import thinking
+
+        named = None if identity is None else identity.model_dump()
+        return key_of(named, quantization, *thinking.identity(self.chat, self.recipe))
 
     @cached_property
     def teacher(self) -> Teacher:
         """The base with the adapter on it. Raises ExportError where it is another base than was trained on."""
-        from qlora.model import adapters, identity, load
         from qlora.study.teacher import Teacher
         from qlora.training.setup import pick_device
 
-        device, origin = pick_device(), self.origin
-        model: Any = load.load_base(self.base, origin.quantization, self.recipe.model.attention, device, self.sink)
-        another = identity.another_base(
-            origin.identity, model.base_identity, origin.fingerprint or self.base.fingerprint, self.base.fingerprint
-        )
-        if another is not None:
-            what = f"{self.adapter_dir}: was trained on another base than {self.base.name} is now: {another}"
-            raise ExportError(what, "put the base back as it was at training")
-        model = adapters.open_saved(model, self.adapter_dir)
+        device = pick_device()
+        settings = (self.recipe.model.attention, device)
+        model = tuned_model(self.adapter_dir, self.origin, self.base, settings, self.sink)
         return Teacher(model, self.chat, device, self.sink, self.stop)
 
     def release(self) -> None:
@@ -194,6 +194,7 @@ class _RunAsker:
 
     run: _Run
     frame: Frame
+    base_frame: Frame
     base_id: str
     tuned_id: str
     at_once: int = 16
@@ -211,7 +212,7 @@ class _RunAsker:
     def _teacher(self) -> TeacherAsker:
         from qlora.study.exam_asking import TeacherAsker
 
-        return TeacherAsker(self.run.teacher, self.frame, self.base_id, self.tuned_id)
+        return TeacherAsker(self.run.teacher, self.frame, self.base_frame, self.base_id, self.tuned_id)
 
 
 @dataclass
@@ -232,21 +233,21 @@ class _ExportAsker(_RunAsker):
 @contextmanager
 def _asker(run: _Run, export: Path | None) -> Iterator[_RunAsker]:
     """Who is asked. What was loaded is given back behind the block."""
-    from qlora.model.adapter_tensors import ADAPTER_FILE
     from qlora.model.cpu_matmul import fast_matmul
+    from qlora.study.run_exam import tuned_id
     from qlora.training.setup import pick_device
 
-    weights = _sha256(run.adapter_dir / ADAPTER_FILE if export is None else export)
+    who = (run.frame, run.base_frame, run.base_id, tuned_id(run.adapter_dir) if export is None else _sha256(export))
     with fast_matmul(pick_device()):
         try:
             if export is None:
-                yield _RunAsker(run, run.frame, run.base_id, weights)
+                yield _RunAsker(run, *who)
             elif export.is_file():
                 _check_gguf(run, export)
-                yield _ExportAsker(run, run.frame, run.base_id, weights, GGUF_AT_ONCE, answer=_by_llama(run, export))
+                yield _ExportAsker(run, *who, GGUF_AT_ONCE, answer=_by_llama(run, export))
             else:
                 with _merged(run, export) as answer:
-                    yield _ExportAsker(run, run.frame, run.base_id, weights, answer=answer)
+                    yield _ExportAsker(run, *who, answer=answer)
         finally:
             run.release()
 
@@ -280,21 +281,24 @@ def _sha256(path: Path) -> str:
 
 
 def _check_gguf(run: _Run, file: Path) -> None:
-    """Raises ExportError for a file that llama.cpp cannot read, or that has other tokens than the run's model."""
-    from qlora.export.gguf.probes import PROBE_TEXTS
-    from qlora.export.llama_cpp import runtime
+    """Raises ExportError for a file that llama.cpp cannot read, or that is of another model; says whose it may be."""
+    from qlora.export.gguf import same_model
+    from qlora.export.gguf.plan import Tokens
 
-    texts = PROBE_TEXTS[:20]
-    with runtime.ask(_llama(), file, runtime.Request(texts=texts, add_special=False)) as answer:
-        found = [list(ids) for ids in answer.tokenized]
-    ours = [run.chat.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
-    if sum(one != other for one, other in zip(found, ours, strict=True)) > len(texts) // 4:
-        raise ExportError(f"{file}: has another tokenizer than this run's model", _AN_EXPORT)
+    tokenizer, name = run.chat.tokenizer, run.adapter_dir.parent.name
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in same_model.TEXTS]
+    said = same_model.check(file, _llama(), run.base, Tokens(run.tokenizer, run.chat.template), ids)
+    if said and name not in said:
+        message = (
+            f"{file.name} calls itself {said[:100]!r}, and this run is {name}: its shape and its tokens are the run's"
+        )
+        run.sink.emit(Notice("exam", message))
 
 
 def _by_llama(run: _Run, file: Path) -> Callable[[Sequence[str], int], list[str]]:
     from qlora.export.llama_cpp import runtime
     from qlora.study.prompts import prompt_ids
+    from qlora.study.thinking import without
 
     def answer(texts: Sequence[str], max_new_tokens: int) -> list[str]:
         run.stop.check()
@@ -304,7 +308,7 @@ def _by_llama(run: _Run, file: Path) -> Callable[[Sequence[str], int], list[str]
         request = runtime.Request(prompts=prompts, max_new_tokens=max_new_tokens, more_ends=ends)
         with runtime.ask(_llama(), file, request) as answered:
             written = [str(chat.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in answered.written]
-        return [text.split("\n")[0].strip() if run.frame == "lines" else text.strip() for text in written]
+        return [text.split("\n")[0].strip() if run.frame == "lines" else without(text).strip() for text in written]
 
     return answer
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,3 +183,44 @@ def _refused(repository: Repository, error: Exception) -> UserError:
     status = getattr(getattr(error, "response", None), "status_code", "no status")
     hint = "try again later, or check your token with: hf auth whoami"
     return repository.error(f"the hub refuses it ({status})", hint)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Whether the hub answers who we are: its `status`, or None and the class of what failed.
+
+    `token`: "none", "malformed" (it cannot be sent) or "sent". `is_usual`: it is huggingface.co.
+    """
+
+    is_usual: bool
+    is_offline: bool = False
+    token: Literal["none", "malformed", "sent"] = "none"
+    status: int | None = None
+    failure: str = ""
+    seconds: float = 0.0
+
+
+def reach(seconds: float) -> Reach:
+    """Ask the hub who asks, once; each wait may take `seconds`. The answer itself, which holds names, is not read."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    usual = constants.ENDPOINT.rstrip("/") == "https://huggingface.co"
+    if constants.HF_HUB_OFFLINE:
+        return Reach(usual, is_offline=True)
+    token = huggingface_hub.get_token() or ""
+    if not (token.isascii() and token.isprintable()):
+        return Reach(usual, token="malformed")
+    sent: Literal["none", "sent"] = "sent" if token else "none"
+    head, began = {"authorization": f"Bearer {token}"} if token else {}, time.monotonic()
+    try:
+        with get_session().stream(
+            "GET", f"{constants.ENDPOINT}/api/whoami-v2", headers=head, timeout=seconds
+        ) as answer:
+            return Reach(usual, token=sent, status=int(answer.status_code), seconds=time.monotonic() - began)
+    except (OSError, ValueError, HTTPError) as error:
+        # Its text may quote a proxy's address with the password in it: of that one word is looked for, the rest left.
+        word = " (certificate)" if "certificate" in str(error).lower() else ""
+        return Reach(usual, token=sent, failure=f"{type(error).__name__}{word}")

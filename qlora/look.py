@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qlora.data.documents.document import LeftOut
     from qlora.data.xray.look import Seen
     from qlora.model.tokenizer_files import TokenizerFiles
+    from qlora.study.lesson import Lesson
     from qlora.study.material import Material
 
 DRAWN_ROWS = 3
@@ -70,7 +71,7 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
     from qlora.model.chat_template import chosen
     from qlora.model.resolve import config_in, small_files
     from qlora.model.tokenizer_files import read_files
-    from qlora.study import material
+    from qlora.study import material, thinking
 
     if not isinstance(recipe, Recipe):
         files.user_path(recipe, "the recipe")
@@ -89,10 +90,10 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
         config = config_in(folder, recipe.model.base)
         check_tokenizer_config(folder)
         recipe = recipe.model_copy(update={"data": found.pinned})
-        recipe = row_packing.settled(recipe, config, shared)
+        recipe = thinking.settled(row_packing.settled(recipe, config, shared), folder, shared)
         tokenizer = chosen(read_files(folder), recipe.model, recipe.model.base, shared)
         return Looked(
-            _look(recipe, tokenizer, rows, shared) if recipe.data.train else None,
+            rows_of(recipe, tokenizer, rows, shared) if recipe.data.train else None,
             None if papers is None else _papers(recipe, tokenizer, papers, shared),
         )
 
@@ -105,7 +106,11 @@ def _papers(recipe: Recipe, tokenizer: TokenizerFiles, found: Material, sink: Si
     with tokenizer.placed() as folder:
         opened = open_tokenizer(folder, recipe.model.base)
     chat = ChatTokenizer(opened, recipe.data.loss_on, Sinks(), tokenizer.embedding_rows)
-    lesson = Lesson.of(found, recipe, chat, sink)
+    return papers_of(found, Lesson.of(found, recipe, chat, sink))
+
+
+def papers_of(found: Material, lesson: Lesson) -> Papers:
+    """What was read of documents, and what a lesson makes of them."""
     of = Counter(passage.document for passage in lesson.passages)
     documents = found.documents
     files_read = tuple(
@@ -121,7 +126,8 @@ def _said(part: LeftOut) -> str:
     return f"{part.where}: {part.reason}" + (f" ({part.count:,})" if part.count > 1 else "")
 
 
-def _look(recipe: Recipe, tokenizer: TokenizerFiles, rows: int, sink: Sink) -> Seen:
+def rows_of(recipe: Recipe, tokenizer: TokenizerFiles, rows: int, sink: Sink) -> Seen:
+    """The rows of a recipe's own sources, counted, `rows` of them taken apart."""
     from qlora.data.hub_rows import localize
     from qlora.data.loader import TrainOrder
     from qlora.data.prepare import prepare

@@ -38,4 +38,4 @@ MAX_MEMORY = 1 << 50
 class Section(BaseModel):
     """A table: frozen, and of no other keys than its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, serialize_by_alias=True)

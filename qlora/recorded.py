@@ -41,7 +41,7 @@ def load_recorded(path: Path) -> tuple[Recipe, tuple[str, ...]]:
     for table, section in Recipe.model_fields.items():
         for key, field in getattr(section.annotation, "model_fields", {}).items():
             if type(None) in get_args(field.annotation) and isinstance(raw.get(table), dict):
-                raw[table].setdefault(key, None)
+                raw[table].setdefault(field.alias or key, None)
     return recipe_of_table(raw, path, text), tuple(dropped)
 
 
@@ -64,6 +64,8 @@ def _without_places(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     if values["model"]["chat_template"] not in ("auto", "chatml"):
         values["model"]["chat_template"] = "local"  # the run has its text
+    if os.path.isabs(values["lora"]["from"] or ""):
+        values["lora"]["from"] = "local"  # `starting_adapter` compares what it holds
     tables = (values[table][key] for table, _, key in (name.partition(".") for name in TABLES))
     for place in (values["model"], *chain.from_iterable(tables)):
         name = "base" if "base" in place else "path"

@@ -27,7 +27,7 @@ from qlora.version import __version__
 
 # What we write in a run's folder: under these names nothing may be a link, wherever it leads.
 _FILES = {RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
-_OURS = {*RESULTS, "tokenizer", *_FILES}
+_OURS = {*RESULTS, "tokenizer", "start", *_FILES}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 _MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
@@ -328,7 +328,9 @@ def relocated_recipe(recipe: Recipe, run_dir: Path) -> Recipe:
         place = relocated(folder, run_dir)
         return f"{place}:{split}" if split else place
 
-    return with_paths(recipe.model_copy(update={"model": base}), placed)
+    start = recipe.lora.from_adapter
+    lora = recipe.lora.model_copy(update={"from_adapter": relocated(start, run_dir)}) if start else recipe.lora
+    return with_paths(recipe.model_copy(update={"model": base, "lora": lora}), placed)
 
 
 def recipe_of(adapter_dir: Path, sink: Sink) -> Recipe | None:

@@ -61,7 +61,9 @@ def test_every_module_has_a_place_on_its_line() -> None:
         assert name in (LINES[".".join(rooms)] if rooms else FLOORS), path
 
 
-@pytest.mark.parametrize("command", ["train", "export", "estimate", "exam", "prove", "data", "report"])
+@pytest.mark.parametrize(
+    "command", ["train", "export", "estimate", "exam", "evaluate", "chat", "prove", "data", "doctor", "report"]
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
         "import sys\n"
@@ -104,6 +106,7 @@ FOREIGN = [
     *("data/arrow_worker.py", "data/documents/worker.py", "data/offsets.py"),
     *("data/parquet_worker.py", "data/parquet_worker.py", "data/parquet_worker.py"),
     *("data/render_worker.py", "data/token_cache.py"),
+    *("doctor/checkup.py", "doctor/checkup.py", "doctor/stages.py"),
     *("export/gguf/vocab.py", "export/verify/plain_open.py", "memory/plan.py"),
     *("model/adapters.py", "model/attention_choice.py", "model/attention_choice.py"),
     *("model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from qlora import hub as network
 from qlora.errors import DataError, ModelError
 from qlora.events import Progress, Recorder
-from qlora.hub import Repository, is_name, look_up
-from tests.hub_server import Hub, serve
+from qlora.hub import Reach, Repository, is_name, look_up
+from tests.hub_server import TOKEN, Hub, serve
 
 __all__ = ["serve"]
 
@@ -58,3 +59,43 @@ def test_a_token_that_no_header_can_carry_is_named(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ModelError, match="owner/name: the hub's token has characters that no token has") as caught:
         look_up(Repository("owner/name", "main", "model"), ["config.json"], Recorder())
     assert token not in str(caught.value) and "HF_TOKEN" in caught.value.hint
+
+
+def test_a_hub_that_is_reached_says_whether_it_knows_us(
+    serve: Callable[[Hub], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub({})
+    stop = serve(hub)
+    hub.refusal = (200, "")
+    found = network.reach(5)
+    assert (found.status, found.token, found.is_usual) == (200, "sent", False) and hub.tokens == {f"Bearer {TOKEN}"}
+    assert hub.asked == ["GET /api/whoami-v2"]
+    hub.refusal = (401, "")
+    assert network.reach(5).status == 401
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    hub.tokens.clear()
+    assert network.reach(5).token == "none" and hub.tokens == {""}
+    stop()
+    gone = network.reach(5)
+    assert gone.status is None and gone.failure == "ConnectError"
+
+
+def test_what_is_not_asked_of_the_hub(serve: Callable[[Hub], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub({})
+    serve(hub)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_\nx")
+    assert network.reach(5) == Reach(False, token="malformed")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert network.reach(5) == Reach(False, is_offline=True) and not hub.asked
+
+
+def test_a_proxys_password_is_in_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def session() -> Any:
+        raise ValueError("http://maria:geheim@proxy: certificate verify failed")
+
+    monkeypatch.setattr("huggingface_hub.utils.get_session", session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert network.reach(1).failure == "ValueError (certificate)"

@@ -19,7 +19,7 @@ UNUSED = {
     "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
 }
 COMMANDS = ["qlora.cli.train", "qlora.cli.data", "qlora.cli.exam", "qlora.cli.export", "qlora.cli.estimate"]
-COMMANDS += ["qlora.prove.__main__"]
+COMMANDS += ["qlora.cli.chat", "qlora.prove.__main__"]
 
 
 def module_of(path: Path) -> str:

@@ -50,6 +50,7 @@ NOT_REHEARSED = {
         "a command's questions before a run; tests/test_device.py asks them of the stand-in",
     ),
     **dict.fromkeys(("device.py::live_bytes", "prove/"), "a proof's own; tests/prove"),
+    "doctor/": "asked beside a run; tests/doctor/test_stages.py asks it of the stand-in",
     "determinism.py::exactly": "an operation without an exact form, which no CPU has; tests/test_determinism.py",
     'flat/managed.py::why_not: return "this system': "Windows and WSL; tests/flat/test_managed.py",
     'flat/managed.py::why_not: return "bitsandbytes': "another build of it; tests/flat/test_managed.py",

@@ -62,13 +62,8 @@ def _cause(found: Found) -> tuple[str, str]:
     if answer.cards and all(card.capability is not None and card.capability < BF16 for card in answer.cards):
         best = max(answer.cards, key=lambda card: card.capability or BF16)
         return _no_bf16(best.name, best.capability or BF16)
-    needs = DRIVERS.get(build.cuda_major or 0)
-    if needs is not None and (too_old := _too_old(answer, build.cuda_major or 0)):
-        least = ".".join(str(part) for part in needs[sys.platform == "win32"])
-        what = f"{name}: its driver ({too_old}) is too old for torch {build.version}, which needs {least} or newer"
-        older = _cuda_for(answer)
-        other = f", or take torch's build for that driver: {_pip(older)}" if older else ""
-        return what, f"{_driver(build.cuda_major or 13, is_there=True)}{other}"
+    if (old := driver_too_old(build, answer)) is not None:
+        return old
     if answer.failure and (build.cuda is not None or _is_lost(answer.failure)):
         return f"an NVIDIA card is here, and its driver does not serve it: {answer.failure}", _revive(answer.failure)
     if build.cuda is None:
@@ -81,6 +76,18 @@ def _cause(found: Found) -> tuple[str, str]:
         )
         return what, "name one that nvidia-smi -L lists, or unset it"
     return f"{name} is here, and torch {build.version} can't use it: {found.said}", _revive(found.said)
+
+
+def driver_too_old(build: TorchBuild, answer: Answer) -> tuple[str, str] | None:
+    """What is wrong and how it is mended where the driver is older than torch's CUDA takes; None where it isn't."""
+    needs = DRIVERS.get(build.cuda_major or 0)
+    if needs is None or not (too_old := _too_old(answer, build.cuda_major or 0)):
+        return None
+    least = ".".join(str(part) for part in needs[sys.platform == "win32"])
+    what = f"{answer.names}: its driver ({too_old}) is too old for torch {build.version}, which needs {least} or newer"
+    older = _cuda_for(answer)
+    other = f", or take torch's build for that driver: {_pip(older)}" if older else ""
+    return what, f"{_driver(build.cuda_major or 13, is_there=True)}{other}"
 
 
 def cannot_compute(

@@ -33,7 +33,7 @@ def settle(sink: Sink) -> None:
     """
     processes.refuse_several()
     signs, build = nvidia.signs(), torch_build.installed()
-    if _hidden():
+    if is_hidden():
         if signs.of_a_card:
             sink.emit(Notice(TOPIC, f"{VISIBLE} hides every GPU: the CPU trains, on purpose"))
         return
@@ -54,7 +54,7 @@ def settle(sink: Sink) -> None:
     _try(Found(build, signs, answer, visible=visible), sink)
 
 
-def _hidden() -> bool:
+def is_hidden() -> bool:
     """Whether the user wants the CPU. CUDA reads the list up to the first number that is no card's."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):  # accelerate launch, its own word
         os.environ[VISIBLE] = "-1"

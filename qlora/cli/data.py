@@ -26,16 +26,20 @@ def data(
         Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page too, one file that loads nothing.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    study: Annotated[
+        bool,
+        typer.Option("--study", help="Let the base ask, answer and filter; then stop. qlora-train --resume goes on."),
+    ] = False,
 ) -> None:
     """Show what the model will see: rows token by token, what is trained, what is left out and why.
 
-    Needs no GPU and no weights: of the base its config and tokenizer alone. Warnings come last, each with what
-    mends it; they do not change the exit code.
+    Needs no GPU and no weights: of the base its config and tokenizer alone, but for --study, which loads it. Warnings
+    come last, each with what mends it; they do not change the exit code.
     """
-    common.run(lambda: _run(recipe, set_ or [], rows, html, as_json))
+    common.run(lambda: _run(recipe, set_ or [], (rows, study), html, as_json))
 
 
-def _run(path: Path, overrides: list[str], rows: int, html: Path | None, as_json: bool) -> None:
+def _run(path: Path, overrides: list[str], what: tuple[int, bool], html: Path | None, as_json: bool) -> None:
     from qlora.recipe.reading import load_recipe
     from qlora.stop import StopRequest
 
@@ -50,16 +54,23 @@ def _run(path: Path, overrides: list[str], rows: int, html: Path | None, as_json
     with common.Signals(stop, screen):
         from qlora import look
         from qlora.data.xray.warnings import warnings_of
+        from qlora.look_study import LookedAtStudy, look_at_study
 
         if not as_json:
             from qlora.report.console import ConsoleSink
 
             screen.inner = ConsoleSink()
+        rows, study = what
         try:
-            seen = look.look_at_data(loaded, rows=rows, sink=screen)
+            seen: look.Looked
+            if study:
+                seen = look_at_study(loaded, name=path.stem, rows=rows, sink=screen, stop=stop)
+            else:
+                seen = look.look_at_data(loaded, rows=rows, sink=screen)
         finally:
             screen.close()
     answer: dict[str, Any] = {"recipe": path.name, "base": loaded.model.base, "rows": None, "documents": None}
+    answer["study"] = asdict(seen.study) if isinstance(seen, LookedAtStudy) else None
     if seen.rows is not None:
         answer["rows"] = {**seen.rows.as_dict(), "warnings": [asdict(one) for one in warnings_of(seen.rows)]}
     if seen.documents is not None:
@@ -80,6 +91,8 @@ def _show(answer: dict[str, Any]) -> None:
     plain = shown.plain_values(redact_all(answer), blocks=True)
     if plain["documents"] is not None:
         Terminal().print(xray.documents_view(plain["documents"]))
+    if plain["study"] is not None:
+        Terminal().print(xray.study_view(plain["study"]))
     if plain["rows"] is not None:
         xray.show(Terminal(), plain["rows"])
 

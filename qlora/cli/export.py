@@ -16,6 +16,7 @@ from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from qlora.export.artifacts import ExportOptions, Report
+    from qlora.export.combination import Combination
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -24,6 +25,7 @@ class Format(str, Enum):
     hf = "hf"
     gguf = "gguf"
     adapter_gguf = "adapter-gguf"
+    adapter = "adapter"
 
 
 Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: ignore[misc]
@@ -31,13 +33,19 @@ Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: i
 
 @app.command(cls=common.Command)
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run's folder, or a PEFT adapter folder.")],
+    source: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_ADAPTER...",
+            help="A run's folder, or a PEFT adapter folder; several of one base are combined by --weights.",
+        ),
+    ],
     to: Annotated[
         list[Format] | None,
         typer.Option(
             "--to",
             help="hf: safetensors with config and tokenizer. gguf: for llama.cpp, Ollama, LM Studio. adapter-gguf: the "
-            "adapter alone, for llama.cpp's --lora. Repeatable.",
+            "adapter alone, for llama.cpp's --lora. adapter: of several, the combined one for PEFT. Repeatable.",
             show_default="hf",
         ),
     ] = None,
@@ -62,6 +70,30 @@ def export(
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write.", show_default="<run>/export/<format>")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="W,W…",
+            help="Combine several adapters: how much of each, in their order, such as 0.7,0.3; negative: less of it.",
+        ),
+    ] = None,
+    method: Annotated[
+        Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] | None,
+        typer.Option(
+            "--method",
+            help="How adapters are combined. linear: the exact sum of what they add. The others drop values first, as "
+            "PEFT does it, and need one rank.",
+            show_default="linear",
+        ),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option("--density", help="Share of values that such a method keeps.", show_default="0.5"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of what dare_linear and dare_ties drop.", show_default="0")
     ] = None,
     check: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Reopen and measure what was written, before it gets its name.")
@@ -89,10 +121,25 @@ def export(
     options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype, "tokenizer_pre": tokenizer_pre}
     formats, quants = [name.value for name in to or [Format.hf]], [name.value for name in quant or []]
     request = {"to": formats, "quants": quants, "merge_base": base, "base_model": base_model, "out": out}
-    common.run(lambda: _run(source, request, options, as_json))
+    how = {"method": method, "density": density, "seed": seed}
+    common.run(lambda: _run(source, {**request, "combine": _combination(weights, how)}, options, as_json))
 
 
-def _run(source: Path, request: dict[str, Any], chosen: dict[str, Any], as_json: bool) -> None:
+def _combination(weights: str | None, how: dict[str, Any]) -> Combination | None:
+    """What the options say of combining. Raises ExportError for one that says nothing without weights."""
+    from qlora.errors import ExportError
+    from qlora.export.combination import Combination, parse_weights
+
+    given = {key: value for key, value in how.items() if value is not None}
+    if weights is not None:
+        return Combination(parse_weights(weights), **given)
+    if given:
+        what = f"`{next(iter(given))}` says how several adapters are combined, and there are no `weights`"
+        raise ExportError(what, "add `weights`, such as 0.7,0.3, or leave it out")
+    return None
+
+
+def _run(source: list[Path], request: dict[str, Any], chosen: dict[str, Any], as_json: bool) -> None:
     from qlora import api
     from qlora.cli import cards
     from qlora.events import Sinks

@@ -52,7 +52,7 @@ def _sections() -> Iterator[str]:
 
 def _section(title: str, section: type[Section]) -> str:
     rows = [
-        (f"`{key}`", _default(field), _means(field.description or "", field.annotation))
+        (f"`{field.alias or key}`", _default(field), _means(field.description or "", field.annotation))
         for key, field in section.model_fields.items()
         if f"{section.__name__.removesuffix('Section').lower()}.{key}" not in TABLES  # those have a table of their own
     ]

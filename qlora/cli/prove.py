@@ -41,6 +41,30 @@ def prove(
 
 
 def _run(device: str | None, file: Path | None, model: str | None) -> None:
+    found = _found(device, file, model)
+    with common.answering():
+        _show(found)
+    _refuse_broken(found)
+
+
+def prove_here(device: str | None, file: Path | None, as_json: bool) -> None:
+    """As `qlora-doctor` asks for it: what a card shows is kept where estimates read it. Raises as the command does."""
+    from qlora.memory import calibration
+
+    found = _found(device, file, None)
+    kept = calibration.keep(found)
+    if as_json:
+        common.answer(found)
+    else:
+        with common.answering():
+            _show(found)
+        if kept is not None:
+            common.tell(f"estimates for this card are corrected by it from now on: {kept}")
+    _refuse_broken(found)
+
+
+def _found(device: str | None, file: Path | None, model: str | None) -> dict[str, Any]:
+    """What the proofs found, written to `file` where one is named."""
     if device == "cpu":
         # Before torch is imported: runs take the GPU that they see. On Windows an empty value would unset it.
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
@@ -62,12 +86,10 @@ def _run(device: str | None, file: Path | None, model: str | None) -> None:
     stop = StopRequest()
     with common.Signals(stop, common.Screen(None, stop)), suite.place_for(device, model) as place:
         found = report.as_dict(place, suite.run_all(place, begin=_begin))
-    with common.answering():
-        _show(found)
     if target is not None:
         with disk.open_to_write(target, "replace") as stream:
             stream.write((json.dumps(found, indent=1) + "\n").encode())
-    _refuse_broken(found)
+    return found
 
 
 def _refuse_broken(found: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def _schema() -> str:
 
 
 def _keys() -> str:
-    from qlora.cli import data, estimate, exam, export, report
+    from qlora.cli import data, doctor, estimate, exam, export, report
     from qlora.cli.keys import page
 
     return page(
@@ -75,6 +75,7 @@ def _keys() -> str:
             "qlora-estimate": estimate.estimate,
             "qlora-data": data.data,
             "qlora-exam": exam.exam,
+            "qlora-doctor": doctor.doctor,
             "qlora-report": report.report,
         }
     )

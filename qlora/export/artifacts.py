@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qlora.data.prepare import PreparedData
     from qlora.recipe.sections import DataSection
 
-FORMATS = ("hf", "gguf", "adapter-gguf")
+FORMATS = ("hf", "gguf", "adapter-gguf", "adapter")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -52,7 +52,8 @@ class Source:
     """An adapter with its base, and the rows of its run where they are still there.
 
     `name` is the run's, or the adapter folder's; `datasets` are names of files or hub datasets; `delivered` is the loss
-    that the run measured of this adapter, None where that is not known.
+    that the run measured of this adapter, None where that is not known; `combined` says of which adapters it was made,
+    None of one that was trained.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Source:
     datasets: tuple[str, ...] = ()
     rows: RunRows | None = None
     delivered: DeliveredLoss | None = None
+    combined: Mapping[str, Any] | None = None
     _plans: dict[MergeBase, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -91,7 +93,7 @@ class RunRows:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One folder to be published. `key` is "hf", "gguf-<quant>" or "adapter-gguf"."""
+    """One folder to be published. `key` is "hf", "gguf-<quant>", "adapter-gguf", or "adapter" for a combined one."""
 
     key: str
     folder: Path
@@ -100,7 +102,7 @@ class Artifact:
     @property
     def merged(self) -> bool:
         """Whether a merged model is in it, and not the adapter alone."""
-        return self.key != "adapter-gguf"
+        return self.key not in ("adapter-gguf", "adapter")
 
 
 @dataclass(frozen=True)

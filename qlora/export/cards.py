@@ -23,6 +23,7 @@ from qlora import shown
 from qlora.errors import UserError
 from qlora.export import ollama
 from qlora.export.artifacts import Artifact, Source
+from qlora.export.combine import in_words
 from qlora.export.gguf.metadata import licence_of, published, read_card, shown_name
 from qlora.export.merge.merge import Merge
 from qlora.export.ollama import OllamaModel
@@ -117,6 +118,24 @@ The recipe, with every default written out:
     return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora"])
 
 
+def combined_card(base: BaseFolder, combined: Mapping[str, Any]) -> str:
+    """The card of an adapter that several were combined to."""
+    name = shown_name(base)
+    lines = "\n".join(
+        f"| {text_of(each['adapter'])} | {each['weight']:g} | {each['step'] or ''} | `{each['sha256'][:16]}` |"
+        for each in combined["adapters"]
+    )
+    text = f"""# A combined LoRA adapter for {text_of(Path(name).name)}
+
+{text_of(in_words(combined))}
+
+| adapter | weight | step | sha256 of its weights |
+| --- | --- | --- | --- |
+{lines}
+"""
+    return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora", "merge"])
+
+
 def merged_card(merge: Merge, fidelity: str) -> str:
     """The card of a folder of safetensors: what was merged into what, how near it is, and the adapter's own text."""
     name = shown_name(merge.base)
@@ -141,6 +160,8 @@ def gguf_card(source: Source, product: Artifact, file: str, merge: Merge | None,
         made = f"the LoRA adapter alone, to be put on {text_of(base)}"
         run = f"llama-cli -m THE-BASE.gguf --lora {quoted}   # the base as GGUF, of any quantization"
     model = ollama.model_name(run_name)
+    if source.combined is not None:
+        made += f"; the adapter is {text_of(in_words(source.combined))}"
     commands = f"{run}\nollama create {model} -f {MODEL_FILE} && ollama run {model}"
     title = " · ".join(filter(None, (text_of(Path(base).name), text_of(run_name), (product.quant or "").upper())))
     text = f"""# {title}
@@ -195,6 +216,7 @@ def export_json(
         "revision": source.origin.revision,
         "base_fingerprint": source.base.fingerprint,
         "merge_base": merge.merge_base if merge is not None else None,
+        "combined": source.combined,
         "merged": len(source.adapter.parameters) if merge is not None else 0,
         "quantization": source.origin.quantization.model_dump(mode="json"),
         **more,

@@ -22,6 +22,7 @@ from qlora.events import Fidelity as FidelityEvent
 from qlora.export import base_check, cards, hf
 from qlora.export import imatrix as importance
 from qlora.export.artifacts import DTYPES, Artifact, ExportedArtifact, ExportOptions, Report, Source
+from qlora.export.combine import copy_adapter
 from qlora.export.gguf import lora, write
 from qlora.export.gguf import plan as gguf_plan
 from qlora.export.gguf import vocab as vocabulary
@@ -121,6 +122,7 @@ def produce(
         _write_hf(job)
         _write_ggufs(job)
         _write_adapter(job)
+        _write_combined(job)
         if options.verify:
             _verify(job)
         source.seal.check()
@@ -146,7 +148,7 @@ def _refuse_idle(options: ExportOptions, artifacts: Sequence[Artifact]) -> None:
 def _plan(job: _Job, merge_base: MergeBase | Literal["auto"]) -> GgufPlan | None:
     """What can be found wrong at once: another base, too little to merge, what llama.cpp cannot express."""
     source, options = job.source, job.options
-    ggufs = [artifact for artifact in job.artifacts if artifact.key != "hf"]
+    ggufs = [artifact for artifact in job.artifacts if artifact.key not in ("hf", "adapter")]
     merge = source.merge("nf4" if merge_base == "auto" else merge_base, torch.float32)
     shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
     if not ggufs:
@@ -251,6 +253,18 @@ def _write_adapter(job: _Job) -> None:
         job.tensors[artifact.key] = 2 * sum(t.parameter in source.adapter.lora for t in job.planned.layout.tensors)
 
 
+def _write_combined(job: _Job) -> None:
+    """The combined adapter in PEFT's layout, with its tokenizer and what it was made of."""
+    for artifact in job.named("adapter"):
+        if artifact.key != "adapter":
+            continue
+        adapter = job.source.adapter
+        size = sum(entry.nbytes for entry in adapter.tensors.values())
+        staged = job.open([artifact], job.identity(job.source.merge("nf4", torch.float32)), size)
+        copy_adapter(adapter.folder, staged.folder(artifact.key))
+        job.tensors[artifact.key] = len(adapter.tensors)
+
+
 # --- verifying -------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +279,8 @@ def _verify(job: _Job) -> None:
             if artifact.key == "hf":
                 merge = job.merge(DTYPES[job.options.dtype])
                 found = checks.inspect_folder(job.reference, merge, folder, of_weights[artifact.key], job.sink)
+            elif artifact.key == "adapter":
+                found = checks.inspect_combined(job.source.adapter, folder)
             elif artifact.quant is None:
                 found = checks.inspect_adapter(job.source.adapter, job.planned, file)
             else:
@@ -355,6 +371,9 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     if artifact.key == "hf":
         assert merge is not None
         card = cards.merged_card(merge, markdown)
+    elif artifact.key == "adapter":
+        assert job.source.combined is not None, "one adapter alone is not written again"
+        card = cards.combined_card(job.source.base, job.source.combined)
     else:
         name = job.file_name(artifact)
         card = cards.gguf_card(job.source, artifact, name, merge, markdown)

@@ -68,6 +68,12 @@ def open_config(config: Mapping[str, Any]) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
+def content_key(config: Any) -> str:
+    """transformers' `config` as text: the same for two that say the same of a model, wherever they were opened."""
+    values = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    return json.dumps(values, sort_keys=True, default=str)
+
+
 def with_layers(text: Any, layers: int) -> Any:
     """The configuration with its first `layers` layers; lists with an entry a layer are cut as well."""
     shorter = copy.deepcopy(text)

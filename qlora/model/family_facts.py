@@ -13,7 +13,6 @@ Seen by running the model once on `meta` (see `tracing`) with two documents in o
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import head_scaling
-from qlora.model.config_filter import with_layers
+from qlora.model.config_filter import content_key, with_layers
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.model.packing_table import LARGEST_LEAK, LEAKS
 from qlora.model.tracing import POSITIONS, TOKENS, Mixing, Trace, row_length
@@ -61,8 +60,7 @@ def facts_of(text: Any, name: str) -> FamilyFacts:
 
     Raises ModelError where transformers cannot build the model.
     """
-    known = json.dumps(text.to_dict(), sort_keys=True, default=str)
-    return _facts(_Config(known, text, name))
+    return _facts(_Config(content_key(text), text, name))
 
 
 def trainable_facts(text: Any, name: str) -> FamilyFacts:

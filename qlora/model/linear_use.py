@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.errors import foreign_failures
 from qlora.events import Notice
+from qlora.model.config_filter import content_key
 
 _KEPT = "_linear_use"  # the attribute of a model that holds what is known of it
 TOKENS = 8  # of the watched forward pass
@@ -49,6 +50,10 @@ class LinearUse:
     trunk: str = ""
 
 
+MOST_FOUND = 64  # configurations of one process; an entry has a few kilobytes
+_FOUND: dict[tuple[Any, ...], LinearUse] = {}
+
+
 def use_of(model: Any, layers: Mapping[str, nn.Module]) -> LinearUse:
     """What `model` does with its linear `layers`.
 
@@ -57,7 +62,7 @@ def use_of(model: Any, layers: Mapping[str, nn.Module]) -> LinearUse:
     """
     known = getattr(model, _KEPT, None)
     if known is None:
-        known = _find(model, layers)
+        known = _find_once(model, layers)
         setattr(model, _KEPT, known)
     return known  # type: ignore[no-any-return]
 
@@ -73,6 +78,17 @@ def notices(model: Any) -> Iterator[Notice]:
     if not model.supports_gradient_checkpointing:
         message = "transformers cannot recompute this model's layers: train.gradient_checkpointing has no effect"
         yield Notice("memory", message)
+
+
+def _find_once(model: Any, layers: Mapping[str, nn.Module]) -> LinearUse:
+    """On meta a run builds several models of one configuration, of which the same is found; none of them is kept."""
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    key = (type(model), content_key(model.config), on_meta, tuple(layers))
+    if key not in _FOUND:
+        if len(_FOUND) >= MOST_FOUND:
+            _FOUND.clear()
+        _FOUND[key] = _find(model, layers)
+    return _FOUND[key]
 
 
 def _find(model: Any, layers: Mapping[str, nn.Module]) -> LinearUse:

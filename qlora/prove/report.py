@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import getpass
-import os
 import platform
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora import anonymous, run_folder, shown
 from qlora import device as hardware
-from qlora import run_folder, shown
 from qlora.prove.proof import Place
 from qlora.prove.suite import Result
 from qlora.redaction import redact_all
@@ -21,7 +17,6 @@ from qlora.redaction import redact_all
 FORMAT = 1
 HELD, BROKEN, NOT_HERE = "held", "broken", "not here"
 _PROCESSOR = re.compile(r"^model name\s*:\s*(.{1,100})$", re.MULTILINE)
-_PATH = re.compile(r"[A-Za-z]:\\[^\s,;:]+|(?<![\w.…])/[\w.@+~-]+(?:/[\w.@+~-]*)+")
 
 
 def outcome_of(result: Result) -> str:
@@ -29,7 +24,7 @@ def outcome_of(result: Result) -> str:
 
 
 def as_dict(place: Place, results: Sequence[Result]) -> dict[str, Any]:
-    """Ready for `json.dumps`. What errors quote goes through `anonymous` first."""
+    """Ready for `json.dumps`. What errors quote is made anonymous first."""
     proofs = [
         {
             "name": result.proof.name,
@@ -53,7 +48,7 @@ def as_dict(place: Place, results: Sequence[Result]) -> dict[str, Any]:
         "outcomes": count,
         "proofs": proofs,
     }
-    return _each_text(shown.plain_values(redact_all(whole)))  # type: ignore[no-any-return]
+    return anonymous.values(shown.plain_values(redact_all(whole)))  # type: ignore[no-any-return]
 
 
 def hardware_facts(place: Place) -> dict[str, Any]:
@@ -72,33 +67,6 @@ def hardware_facts(place: Place) -> dict[str, Any]:
         facts["total_bytes"] = card.total_bytes if card else None
         facts["free_bytes"] = card.free_bytes if card else None
     return facts
-
-
-def anonymous(text: str) -> str:
-    """The text without paths, and without the names of this user, machine and home."""
-    text = _PATH.sub("…", text)
-    for word in _names():
-        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", "…", text)
-    return text
-
-
-def _names() -> Iterator[str]:
-    """Longer ones first: a home is in other paths, and a user's name in the home."""
-    found = {tempfile.gettempdir(), platform.node(), platform.node().partition(".")[0]}
-    with suppress(RuntimeError):
-        found.add(str(Path.home()))
-    with suppress(OSError, KeyError, ImportError):  # as `surroundings` has it: a user id without a name
-        found.add(getpass.getuser())
-    found |= {os.environ.get(name, "") for name in ("HOME", "USER", "LOGNAME", "USERNAME", "HOSTNAME", "COMPUTERNAME")}
-    yield from sorted((name for name in found if len(name) > 2), key=len, reverse=True)
-
-
-def _each_text(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _each_text(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_each_text(inner) for inner in value]
-    return anonymous(value) if isinstance(value, str) else value
 
 
 def _processor() -> str:

@@ -122,7 +122,7 @@ def _fields() -> dict[str, FieldInfo]:
             if inner := TABLES.get(f"{table}.{key}"):
                 found |= {f"{table}.{key}.{name}": field for name, field in inner.model_fields.items()}
             else:
-                found[f"{table}.{key}"] = entry
+                found[f"{table}.{entry.alias or key}"] = entry
     return found
 
 
@@ -252,7 +252,7 @@ def looks_like_folder(base: str) -> bool:
 
 def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     """The recipe with the base and the sources that are local as absolute paths, from `folder` on."""
-    model = recipe.model
+    model, lora = recipe.model, recipe.lora
     problems: list[Problem] = []
     base = _local(model.base, folder, ("model", "base"), index, problems)
     if looks_like_folder(model.base) or os.path.isdir(base):
@@ -260,6 +260,9 @@ def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     if model.chat_template not in ("auto", "chatml"):
         template = str(_local(model.chat_template, folder, ("model", "chat_template"), index, problems))
         model = model.model_copy(update={"chat_template": template})
+    if lora.from_adapter is not None:
+        start = str(_local(lora.from_adapter, folder, ("lora", "from"), index, problems))
+        lora = lora.model_copy(update={"from_adapter": start})
 
     def absolute(path: str, key: Location) -> str:
         # Not resolve(): a glob's pattern must stay as it is.
@@ -269,7 +272,7 @@ def _absolute(recipe: Recipe, folder: Path, index: LineIndex) -> Recipe:
     _local(recipe.output.dir, Path.cwd(), ("output", "dir"), index, problems)
     if problems:
         raise RecipeError(problems)
-    return placed.model_copy(update={"model": model})
+    return placed.model_copy(update={"model": model, "lora": lora})
 
 
 def with_paths(recipe: Recipe, placed: Callable[[str, Location], str]) -> Recipe:

@@ -53,6 +53,9 @@ class LoraSection(Section):
     init: Literal["default", "gaussian", "eva"] = Field(
         "default", description="Start of the A matrices; eva: main directions of the layers' inputs on your rows"
     )
+    from_adapter: Text | None = Field(
+        None, alias="from", description="Run or adapter folder whose adapter is trained on, with its rank and layers"
+    )
     use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = Field(
         False, description="Train a magnitude per output row as well: slower, sometimes better at small ranks"

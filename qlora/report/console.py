@@ -263,6 +263,8 @@ def plan_table(plan: events.Plan) -> Table:
     recompute = ", layers recomputed in the backward pass" if plan.gradient_checkpointing else ", no layer recomputed"
     parameters = f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({part:.2%})"
     table.add_row("trained", parameters + recompute)
+    if plan.starts_from is not None:
+        table.add_row("begins with", f"the adapter of {plan.starts_from}")
     if plan.attention not in ("", "sdpa"):
         masked = " with a mask" if plan.attention == "eager" else ", documents without a mask of S × S"
         table.add_row("attention", plan.attention + masked)

@@ -98,6 +98,37 @@ def asked(documents: Mapping[str, Any]) -> str:
     return f"{found}, {documents['sentences']:,} sentences: up to {documents['questions']:,} questions will be asked"
 
 
+def study_view(study: Mapping[str, Any]) -> RenderableType:
+    """What a study gave: figures, rows as they are learnt, and what was dropped with its reasons."""
+    parts: list[RenderableType] = [Rule(Text("study"), style="dim", align="left"), *map(Text, study_lines(study))]
+    for one in study["examples"]:
+        parts.append(Text.assemble(("learnt  ", "green"), pair(one)))
+    for lost in study["dropped"]:
+        parts.append(Text(f"{lost['count']:,} dropped: {lost['said']}", "yellow"))
+        parts += [Text(f"    {pair(one)}", MASKED) for one in lost["examples"]]
+    for sentence in study["without"]:
+        parts.append(Text(f"no question about: {sentence}"))
+    return Group(*parts)
+
+
+def study_lines(study: Mapping[str, Any]) -> list[str]:
+    """The figures of a study as sentences, for screen and page."""
+    share = study["with_question"] / max(1, study["sentences"])
+    return [
+        f"{study['rows']:,} rows to learn, {study['questions']:,} of them new questions; {study['known']:,} questions "
+        "are known to the base already",
+        f"coverage: {share:.0%} of {study['sentences']:,} sentences have a question",
+        f"{study['exam']:,} questions are kept for the exam, and {study['left_out']:,} on sentences left out",
+        f"all of it is in {study['folder']}; the run goes on from there",
+    ]
+
+
+def pair(one: Mapping[str, Any]) -> str:
+    """A question with its answer, and what gave the reason why it is dropped."""
+    answer = f" → {one['answer']}" if one["answer"] else ""
+    return f"{one['question']}{answer}" + (f"  ({one['detail']})" if one["detail"] else "")
+
+
 def lengths_view(bars: Sequence[Mapping[str, Any]], max_length: int) -> RenderableType:
     """Rows by their tokens; a rule stands where data.max_length is."""
     bars = [bar for bar in bars if bar["rows"] or not bar["over"]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora.report.figures import names_of
 from qlora.report.page import Element, card, classed, element, page, table
-from qlora.report.xray import asked, facts, readable
+from qlora.report.xray import asked, facts, pair, readable, study_lines
 
 LEVELS = {"wrong": "spoils the run", "harm": "makes it worse", "note": "good to know"}
 _BAR_HEIGHT, _GAP, _LEFT, _WIDE, _RIGHT = 16, 5, 92, 420, 66  # of the histogram, in its own units
@@ -15,7 +15,7 @@ _BAR_HEIGHT, _GAP, _LEFT, _WIDE, _RIGHT = 16, 5, 92, 420, 66  # of the histogram
 
 def page_of(answer: Mapping[str, Any]) -> str:
     """The whole page: the `recipe`'s name, the `base`, the `rows` as `Seen.as_dict` gives them with their `warnings`,
-    and the `documents`; None where there are none.
+    the `documents` and their `study`; None where there are none.
     """
     base = answer["base"].replace("\\", "/").rstrip("/")
     named = base if base.count("/") == 1 else base.rpartition("/")[2]
@@ -23,6 +23,8 @@ def page_of(answer: Mapping[str, Any]) -> str:
     sections = [element("section", title, classed("p", "dim", f"base: {named}"))]
     if answer["documents"] is not None:
         sections.append(_documents(answer["documents"]))
+    if answer["study"] is not None:
+        sections.append(_study(answer["study"]))
     if answer["rows"] is not None:
         sections += _of_rows(answer["rows"])
     return page(f"{answer['recipe']}: rows", *sections)
@@ -45,6 +47,18 @@ def _documents(documents: Mapping[str, Any]) -> Element:
     shown = [element("h3", "Left out"), element("ul", *(element("li", line) for line in left_out))] if left_out else []
     made = table(("document", "pages", "language", "passages"), rows)
     return element("section", element("h2", "Documents"), element("p", asked(documents)), made, *shown)
+
+
+def _study(study: Mapping[str, Any]) -> Element:
+    learnt = table(("asked", "answer"), [[one["question"], one["answer"]] for one in study["examples"]])
+    parts = [element("h2", "Study"), *(element("p", line) for line in study_lines(study)), learnt]
+    for lost in study["dropped"]:
+        parts.append(element("h3", f"{lost['count']:,} dropped: {lost['said']}"))
+        parts.append(element("ul", *(element("li", pair(one)) for one in lost["examples"])))
+    if study["without"]:
+        parts += [element("h3", "Sentences without a question, some of them")]
+        parts.append(element("ul", *(element("li", sentence) for sentence in study["without"])))
+    return element("section", *parts)
 
 
 def _cards(seen: Mapping[str, Any]) -> Iterator[Element]:

@@ -46,18 +46,22 @@ _OF_PART: Mapping[Part, tuple[str, ...]] = {
 
 class Asker(Protocol):
     """Who answers. `base_id` and `tuned_id` say what the answers follow from: they change when the weights do.
-    `at_once`: how many answers are asked for between two writes to the disk."""
+    `at_once`: how many answers are asked for between two writes to the disk.
+
+    `frame` is the one in which rows are learnt and served; the base alone is asked in `base_frame`, in which it reads
+    better: what it can do is measured, not what a template that it was never taught makes of it."""
 
     frame: Frame
+    base_frame: Frame
     base_id: str
     tuned_id: str
     at_once: int
 
     def base(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """The base's greedy answer to each prompt (of `prompts.Prompts`, in `frame`)."""
+        """The base's greedy answer to each prompt (of `prompts.Prompts`, in `base_frame`)."""
 
     def tuned(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-        """The tuned model's."""
+        """The tuned model's, in `frame`."""
 
     def nats(self, texts: Sequence[str]) -> list[float]:
         """KL(base || tuned) in nats a token at each prompt, along the base's own greedy answer; none where that
@@ -147,9 +151,10 @@ def ask(exam: Exam, column: str, asker: Asker, sink: Sink) -> dict[str, str]:
     is_tuned = COLUMNS[column][0]
     who = asker.tuned_id if is_tuned else asker.base_id
     answering: Callable[[Sequence[str], int], list[str]] = asker.tuned if is_tuned else asker.base
+    frame = asker.frame if is_tuned else asker.base_frame
     store, questions = Store(exam.folder / ANSWERS_FILE, ExamAnswer), exam.of(column)
-    texts = {question.key: exam.prompt(question, column, asker.frame) for question in questions}
-    keys = {key: key_of("exam", who, asker.frame, text, MAX_TOKENS) for key, text in texts.items()}
+    texts = {question.key: exam.prompt(question, column, frame) for question in questions}
+    keys = {key: key_of("exam", who, frame, text, MAX_TOKENS) for key, text in texts.items()}
     left = [question.key for question in questions if store.get(keys[question.key]) is None]
     for start in range(0, len(left), asker.at_once):
         sink.emit(Progress("exam", start, len(left), "answers"))

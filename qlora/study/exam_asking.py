@@ -25,12 +25,13 @@ class TeacherAsker:
 
     teacher: Teacher
     frame: Frame
+    base_frame: Frame
     base_id: str
     tuned_id: str
     at_once: int = AT_ONCE
 
     def base(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
-        return [self._text(written) for written in self.teacher.greedy(self.frame, texts, max_new_tokens)]
+        return [self._text(written) for written in self.teacher.greedy(self.base_frame, texts, max_new_tokens)]
 
     def tuned(self, texts: Sequence[str], max_new_tokens: int) -> list[str]:
         return [self._text(written) for written in self.teacher.tuned(self.frame, texts, max_new_tokens)]

@@ -155,7 +155,8 @@ def _with_tuple(value: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def read_yours(sources: Sequence[OwnQuestions], language: str) -> list[ExamQuestion]:
-    """The user's questions, of rows with `question` and `answer` (or `answers`), or of any format of training rows.
+    """The user's questions, of rows with `question` and `answer` (or `answers`, also as SQuAD has them), or of any
+    format of training rows.
 
     Raises DataError for a file that cannot be read, a row without both, and more than MAX_YOURS rows.
     """
@@ -182,6 +183,8 @@ def _asked(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """Question and right answers of a row. Raises RowError."""
     if isinstance(row.get("question"), str) and ("answer" in row or "answers" in row):
         text, given = row["question"], row.get("answers", row.get("answer"))
+        if isinstance(given, dict) and isinstance(given.get("text"), list):  # SQuAD's, of several people
+            given = list(dict.fromkeys(map(str, given["text"])))
         answers = given if isinstance(given, list) else [given]
     else:
         kind = next((kind for kind, columns in _ASKED.items() if all(name in row for name in columns)), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora.events import Notice
@@ -280,7 +281,9 @@ class _Seen:
         )
 
 
+@lru_cache(maxsize=16)
 def _seen(passage: Passage) -> _Seen:
+    """Of one passage after the other: each is asked for by every question about it, several times."""
     language = passage.language
     text = "\n".join([passage.text, *passage.headings, passage.about, *passage.sentences])
     found = words.tokens(text, language)

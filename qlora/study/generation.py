@@ -22,6 +22,7 @@ from qlora.model.generate import forward_parameters, name_of_cache
 from qlora.step.forward import evaluating
 
 TOP = 64  # log-probabilities kept of a token: 6 bytes each, and 0.957 of the mass at 32 even with a 135 M base
+MAX_THOUGHTS = 512  # tokens; what thinks longer about one question is too slow to study with
 SHARED_AT_LEAST = 16  # tokens: below this, computing a beginning apart costs more than it saves
 # What layers keep that holds keys and values alone, a row's apart from another's.
 _PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
@@ -40,6 +41,7 @@ class Written:
     logprobs: tuple[float, ...]
     top_ids: NDArray[np.int32]
     top_logprobs: NDArray[np.float16]
+    thoughts: int = 0  # tokens of thoughts that were written before, and are no part of it
 
     @property
     def mean_probability(self) -> float:
@@ -58,12 +60,22 @@ def geometric_mean(logprobs: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Manner:
-    """How is written. `temperature` 0: greedily. `ends`: tokens that end it, and are no part of it."""
+    """How is written. `temperature` 0: greedily. `ends`: tokens that end it, and are no part of it.
+
+    `spoken_from`: of what was written so far, and whether that is all, where the words begin behind thoughts; None
+    while that is open. Thoughts are no part of it either, may have MAX_THOUGHTS tokens of their own, and
+    `max_new_tokens` counts from where they end.
+    """
 
     max_new_tokens: int
     ends: frozenset[int]
     pad_id: int
     temperature: float = 0.0
+    spoken_from: Callable[[Sequence[int], bool], int | None] = lambda *_: 0
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_new_tokens + MAX_THOUGHTS
 
 
 def write(
@@ -82,7 +94,7 @@ def write(
         raise ValueError("a prompt without tokens")
     if not prompts:
         return []
-    drawn = [np.random.Generator(np.random.Philox(seed)).random(manner.max_new_tokens) for seed in seeds]
+    drawn = [np.random.Generator(np.random.Philox(seed)).random(manner.most_tokens) for seed in seeds]
     if manner.temperature and len(drawn) != len(prompts):
         raise ValueError("a seed for each prompt is needed to sample")
     written: dict[int, Written] = {}
@@ -104,6 +116,12 @@ class _Row:
         self.logprobs: list[float] = []
         self.tops: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = []
         self.ended = False
+        self.spoken_from: int | None = None  # where the words begin, once that is known
+
+    def is_done(self, manner: Manner) -> bool:
+        if self.ended or len(self.tokens) >= manner.most_tokens:
+            return True
+        return self.spoken_from is not None and len(self.tokens) - self.spoken_from >= manner.max_new_tokens
 
     def take(self, ids: NDArray[np.int32], logprobs: NDArray[np.float32], manner: Manner) -> int:
         """The next token, of the likeliest [K] and their log-probabilities, which are kept."""
@@ -118,15 +136,23 @@ class _Row:
         if not self.ended:
             self.tokens.append(token)
             self.logprobs.append(float(logprobs[at]))
+            if self.spoken_from is None:
+                self.spoken_from = manner.spoken_from(self.tokens, False)
         return token
 
     def written(self, manner: Manner) -> Written:
-        top_ids = np.full((len(self.tops), TOP), -1, dtype=np.int32)
-        top_logprobs = np.full((len(self.tops), TOP), -np.inf, dtype=np.float16)
-        for place, (ids, logprobs) in enumerate(self.tops):
+        """What was said; of thoughts that never ended, nothing."""
+        start = manner.spoken_from(self.tokens, True) if self.spoken_from is None else self.spoken_from
+        ended = self.ended and start is not None
+        start = len(self.tokens) if start is None else start
+        tops = self.tops[start:]
+        top_ids = np.full((len(tops), TOP), -1, dtype=np.int32)
+        top_logprobs = np.full((len(tops), TOP), -np.inf, dtype=np.float16)
+        for place, (ids, logprobs) in enumerate(tops):
             top_ids[place, : len(ids)] = ids
             top_logprobs[place, : len(ids)] = logprobs.astype(np.float16)
-        return Written(tuple(self.tokens), self.ended, tuple(self.logprobs), top_ids, top_logprobs)
+        said, logprobs_T = tuple(self.tokens[start:]), tuple(self.logprobs[start:])
+        return Written(said, ended, logprobs_T, top_ids, top_logprobs, start)
 
 
 class _Shared:
@@ -173,7 +199,7 @@ class _Shared:
         ids_BS, mask_BS = torch.tensor(padded, device=self.device), torch.tensor(known, device=self.device)
         positions_BS = (mask_BS.cumsum(dim=1) - 1).clamp(min=0)[:, self.length :]
         cache = self._repeated(len(rows))
-        for _ in range(manner.max_new_tokens):
+        for _ in range(manner.most_tokens):
             check()
             output = self.model(
                 input_ids=ids_BS,
@@ -185,7 +211,7 @@ class _Shared:
             )
             cache = output.get(self.cache_name)
             next_B = _next_tokens(output.logits[:, -1], rows, manner)
-            if all(row.ended for row in rows):
+            if all(row.is_done(manner) for row in rows):
                 return
             next_B1 = torch.tensor(next_B, device=self.device)[:, None]
             following_B1 = positions_BS[:, -1:] + 1
@@ -203,12 +229,13 @@ class _Shared:
 
 
 def _next_tokens(logits_BV: Tensor, rows: Sequence[_Row], manner: Manner) -> list[int]:
-    """The next token of each row; of one that has ended the pad."""
+    """The next token of each row; of one that is done the pad."""
     logprobs_BV = logits_BV.float().log_softmax(dim=-1)
     top = logprobs_BV.topk(min(TOP, logprobs_BV.shape[1]), dim=-1)
     ids, logprobs = top.indices.to(torch.int32).cpu().numpy(), top.values.cpu().numpy()
     return [
-        manner.pad_id if row.ended else row.take(ids[place], logprobs[place], manner) for place, row in enumerate(rows)
+        manner.pad_id if row.is_done(manner) else row.take(ids[place], logprobs[place], manner)
+        for place, row in enumerate(rows)
     ]
 
 

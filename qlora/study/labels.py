@@ -62,8 +62,7 @@ class LabelStore:
                 with files.open_to_read(path, MAX_BYTES) as file:
                     self._scan(file)
         except (OSError, files.UnsafePathError) as error:
-            hint = "move the study's folder away, and study anew"
-            raise RunFolderError(f"{path}: cannot be read ({error})", hint) from error
+            raise self._unreadable(error) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self._offsets
@@ -72,12 +71,15 @@ class LabelStore:
         return len(self._offsets)
 
     def get(self, key: str) -> Labels | None:
-        """The labels of a question's answer; None where there are none."""
+        """The labels of a question's answer; None where there are none. Raises RunFolderError."""
         if key not in self._offsets:
             return None
-        with files.open_to_read(self.path, MAX_BYTES) as file:
-            file.seek(self._offsets[key])
-            found = self._record(file)
+        try:
+            with files.open_to_read(self.path, MAX_BYTES) as file:
+                file.seek(self._offsets[key])
+                found = self._record(file)
+        except (OSError, files.UnsafePathError) as error:
+            raise self._unreadable(error) from error
         return found[1] if found and found[0] == key else None
 
     def holds(self, key: str, labels: Labels) -> bool:
@@ -100,6 +102,9 @@ class LabelStore:
         if data:
             append_synced(self.path, data)
         self.bytes += len(data)
+
+    def _unreadable(self, error: Exception) -> RunFolderError:
+        return RunFolderError(f"{self.path}: cannot be read ({error})", "move the study's folder away, and study anew")
 
     def _scan(self, file: BufferedReader) -> None:
         while (found := self._record(file)) is not None:

@@ -9,20 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk, foreign_json, run_folder
+from qlora import disk, run_folder
 from qlora.data.chat import ChatTokenizer
 from qlora.data.documents.chunks import Passage, unique_passages
 from qlora.data.prepare import PreparedData, PreparedSplit
-from qlora.errors import DataError, RunFolderError, TokenizerError
+from qlora.errors import DataError, TokenizerError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import SourceSection
-from qlora.shown import one_line
 from qlora.stop import StopRequest
-from qlora.study import bm25, defaults, exam_questions, hold, rows
-from qlora.study.labels import labels_of
-from qlora.study.material import FOLDER, Material, keeping
-from qlora.study.prompts import Frame, prompt_ids, prompts_for
+from qlora.study import bm25, defaults, exam_questions, hold, plain_text, rows, thinking
+from qlora.study.labels import Labels, labels_of
+from qlora.study.material import FOLDER, STUDIED_FILE, Material, keeping
+from qlora.study.prompts import Frame, lead_ids, prompts_for, served_ids
 from qlora.study.records import Candidate, key_of
 from qlora.study.room import room
 from qlora.study.run_exam import RunExam
@@ -35,8 +34,24 @@ if TYPE_CHECKING:
 Phase = Callable[[str], AbstractContextManager[None]]  # time spent inside counts as the named phase's
 QUESTION_TOKENS, ANSWER_TOKENS = 24, 16  # of a row, until rows are known: 195 tokens were 4 questions with answers
 SPARE_BYTES = 512 << 20  # beside weights and keys: logits, workspace, the context of a GPU
-STUDIED_FILE = "documents.json"
 HOLD_TOKENS = 64  # longest answer on other things
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a study of `passages` gave, the rows that are made of it, and the name of the base that gave it."""
+
+    passages: tuple[Passage, ...]
+    studied: Studied
+    rows: list[rows.StudyRow]
+    base: str
+
+    def labels(self, key: str) -> Labels:
+        """Those of a row, from the store. Raises DataError where they are gone."""
+        found = self.studied.labels.get(key)
+        if found is None:
+            raise DataError(f"{self.studied.labels.path}: the labels of a row are gone", "go on with mode='fresh'")
+        return found
 
 
 @dataclass(frozen=True)
@@ -63,17 +78,25 @@ class Lesson:
             return len(chat.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
         limit = recipe.study.passage_tokens
-        unlike, twice = unique_passages(material.documents.documents, count, limit)
+        if material.passages is None:
+            unlike, twice = unique_passages(material.documents.documents, count, limit)
+        else:
+            unlike, twice = list(material.passages), 0
         if not any(passage.sentences for passage in unlike):
             raise DataError("the documents hold no sentence to ask about", "add documents with text in them")
         sentences = sum(len(passage.sentences) for passage in unlike)
-        message = f"{len(unlike):,} passages of up to {limit} tokens, {sentences:,} sentences"
+        message = f"{_counted(len(unlike), 'passage')} of up to {limit} tokens, {_counted(sentences, 'sentence')}"
         if twice:
             message += f"; {twice:,} passages stand twice and are asked about once"
         sink.emit(Notice("passages", message, len(unlike)))
-        hashes = {document.path: document.sha256 for document in material.documents.documents}
+        signs = [sign for one in unlike for sign in plain_text.found(chat, f"{one.about}\n{one.text}")]
+        if signs:
+            message = (
+                f"special tokens of the base stand in the documents, such as {signs[0]}: read as plain text, with a"
+            )
+            sink.emit(Notice("documents", f"{message} blank after their first sign", len(signs)))
         frame: Frame = "chat" if has_template else "lines"
-        return cls(recipe, chat, tuple(unlike), frame, material.decides_length, hashes)
+        return cls(recipe, chat, tuple(unlike), frame, material.decides_length, material.hashes)
 
     @property
     def questions(self) -> int:
@@ -94,7 +117,7 @@ class Lesson:
         No token of theirs is known: they are for counting alone.
         """
         study, source, limit = self.recipe.study, len(self.recipe.data.train), self.recipe.data.max_length
-        around = len(prompt_ids(self.chat, self.frame, "a")) + QUESTION_TOKENS + ANSWER_TOKENS
+        around = len(self._prompt("a")) + len(self._lead) + QUESTION_TOKENS + ANSWER_TOKENS
         shown, held = rows.Shares(study.with_passage, study.hold).counts(self.questions)
         with_passage = around + (1 + rows.DISTRACTORS) * study.passage_tokens
         usual = [around] * self.questions + [with_passage] * shown + [around + HOLD_TOKENS] * held
@@ -117,27 +140,44 @@ class Lesson:
 
         What was done before is not done again. Raises StoppedBySignal and TrainingStopped, with what was asked kept.
         """
+        folder = run_dir / FOLDER
+        learnt = self.study(teacher, run_dir, phase)
+        recipe = self._of_length(learnt.studied, run_dir, base.commit, teacher.sink)
+        frames = (self.frame, learnt.studied.frame)
+        exam = RunExam.of(folder, self.passages, recipe, (teacher, frames, learnt.base))
+        with keeping(teacher.stop, folder), phase("exam"):
+            exam.before()
+        read = learnt.labels if recipe.study.labels == "soft" else None
+        data = rows.with_rows_of(data, learnt.rows, len(recipe.data.train), read)
+        return replace(self, recipe=recipe)._with_source(folder), data, exam
+
+    def study(self, teacher: Teacher, run_dir: Path, phase: Phase) -> Learnt:
+        """Ask, answer, filter, and write the rows. Raises as `learn` does."""
         folder, sink, stop = run_dir / FOLDER, teacher.sink, teacher.stop
         disk.make_folder(folder)
-        self._refuse_others(run_dir)
         weights = teacher.model.get_base_model().base_identity.model_dump()
-        name = key_of(weights, self.recipe.quantization.model_dump(mode="json"))
+        quantization = self.recipe.quantization.model_dump(mode="json")
+        name = key_of(weights, quantization, *thinking.identity(self.chat, self.recipe))
         with keeping(stop, folder), phase("study"):
             studied = study(teacher, self.passages, self._settings(name), folder, sink, stop)
             made = self._rows(studied, teacher, name)
             rows.write(folder, made)
+            exam_questions.save_passages(folder, self.passages)
             disk.write_atomic(
                 folder / STUDIED_FILE, json.dumps(dict(self.documents), ensure_ascii=False, indent=1) + "\n"
             )
-            exam_questions.save_passages(folder, self.passages)
-        sink.emit(Notice("rows", f"{len(made):,} rows of the study: {folder / rows.ROWS_FILE}", len(made)))
-        recipe = self._of_length(studied, run_dir, base.commit, sink)
-        exam = RunExam.of(folder, self.passages, recipe, (teacher, self.frame, name))
-        with keeping(stop, folder), phase("exam"):
-            exam.before()
-        soft, source = recipe.study.labels == "soft", len(recipe.data.train)
-        data = rows.with_rows_of(data, made, source, soft)
-        return replace(self, recipe=recipe)._with_source(folder), data, exam
+        teacher.tell_thoughts()
+        message = f"{_counted(len(made), 'row')} of the study: {folder / rows.ROWS_FILE}"
+        sink.emit(Notice("rows", message, len(made)))
+        return Learnt(self.passages, studied, made, name)
+
+    def as_source(self, folder: Path) -> Recipe:
+        """The recipe with the rows that were written into `folder` as one more source, none of them held out."""
+        recipe = self._with_source(folder)
+        if self.recipe.data.train:
+            return recipe
+        data = recipe.data.model_copy(update={"eval_fraction": 0.0})
+        return recipe.model_copy(update={"data": data})
 
     def _with_source(self, folder: Path) -> Recipe:
         """The recipe with the study's rows as one more source of training."""
@@ -160,23 +200,6 @@ class Lesson:
         )
         sink.emit(Notice("documents", message))
         return recipe
-
-    def _refuse_others(self, run_dir: Path) -> None:
-        """A run that trains already goes on with the documents that it learns. Raises RunFolderError."""
-        file = run_dir / FOLDER / STUDIED_FILE
-        if not file.is_file() or not any((run_dir / "checkpoints").glob("step-*")):
-            return
-        try:
-            studied = foreign_json.load_object(file)
-        except foreign_json.ForeignFileError as error:
-            raise RunFolderError(str(error), "start anew with mode='fresh'") from error
-        if studied != dict(self.documents):
-            names = sorted({name for name, _ in set(studied.items()) ^ set(self.documents.items())}, key=str)
-            what = (
-                f"{run_dir}: its documents have changed since they were studied: {', '.join(map(one_line, names[:5]))}"
-            )
-            hint = "put them back to go on; mode='fresh' starts anew and asks only about what has changed"
-            raise RunFolderError(what, hint)
 
     def _settings(self, base: str) -> StudySettings:
         section, exam = self.recipe.study, self.recipe.exam
@@ -234,7 +257,21 @@ class Lesson:
         found = studied.labels.get(candidate.question.key)
         if found is None:
             raise DataError(f"the labels of {candidate.question.text!r} are gone", "go on with mode='fresh'")
-        return rows.StudyRow(asked, tuple(prompt_ids(self.chat, self.frame, prompt)), candidate.answer.text, found)
+        return self._made(asked, prompt, candidate.answer.text, (candidate.question.key, found))
+
+    def _made(self, asked: str, prompt: str, answer: str, labelled: tuple[str, Labels]) -> rows.StudyRow:
+        """A row of words that hold no special token; `labelled`: the answer's tokens, and the key of its labels."""
+        key, found = labelled
+        asked, answer = plain_text.plain(self.chat, asked), plain_text.plain(self.chat, answer)
+        given = tuple(found.token_ids.tolist())
+        return rows.StudyRow(asked, tuple(self._prompt(prompt)), answer, given, key, self._lead)
+
+    def _prompt(self, text: str) -> list[int]:
+        return served_ids(self.chat, self.frame, text)
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        return lead_ids(self.chat, self.frame)
 
     def _held(self, count: int, studied: Studied, teacher: Teacher, base: str) -> Iterator[rows.StudyRow]:
         """Prompts on other things as the base answers them."""
@@ -254,4 +291,8 @@ class Lesson:
             found = studied.labels.get(key)
             if found is not None and len(found.token_ids) > 1:
                 answer = self.chat.tokenizer.decode(found.token_ids.tolist(), skip_special_tokens=True).strip()
-                yield rows.StudyRow(asked, tuple(prompt_ids(self.chat, self.frame, text)), answer, found)
+                yield self._made(asked, text, answer, (key, found))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"

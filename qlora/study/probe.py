@@ -175,6 +175,12 @@ def _wrong(question: Question, given: Answer, passage: Passage) -> str:
     return "" if lost is None else f"{lost.reason} {lost.detail}".strip()
 
 
+def frame_of(file: Path) -> Frame | None:
+    """In which frame a base read better, as a run's probe.json has it; None where there is none."""
+    found = _read(file)
+    return None if found is None else found.frame
+
+
 def _read(file: Path) -> Probed | None:
     """What an earlier probe found; None without one, or where it cannot be read: then it is made again."""
     try:

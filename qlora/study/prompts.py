@@ -15,6 +15,8 @@ from importlib.resources import files as resources
 from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import foreign_toml
+from qlora.study import thinking
+from qlora.study.plain_text import plain
 
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
@@ -103,11 +105,23 @@ def version() -> int:
     return int(_table()["version"])
 
 
-def prompt_ids(chat: ChatTokenizer, frame: Frame, text: str) -> list[int]:
-    """Tokens of a prompt that the base is to continue. Raises RowError where a template cannot render it."""
+def served_ids(chat: ChatTokenizer, frame: Frame, text: str) -> list[int]:
+    """Tokens of a prompt as a server sends it; special tokens in the text are text. Raises RowError where a template
+    cannot render it."""
+    text = plain(chat, text)
     if frame == "chat":
         return chat.prompt_ids([{"role": "user", "content": text}], None)
     return list(chat.tokenizer(text, verbose=False)["input_ids"])
+
+
+def lead_ids(chat: ChatTokenizer, frame: Frame) -> tuple[int, ...]:
+    """What of an answer the template writes itself, so that the base goes on with words and no thoughts."""
+    return thinking.lead(chat) if frame == "chat" else ()
+
+
+def prompt_ids(chat: ChatTokenizer, frame: Frame, text: str) -> list[int]:
+    """Tokens of a prompt that the base is to continue with an answer's words. Raises RowError as `served_ids` does."""
+    return [*served_ids(chat, frame, text), *lead_ids(chat, frame)]
 
 
 def question_in(text: str) -> str | None:

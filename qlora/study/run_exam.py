@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora import files, run_folder
+from qlora import disk, files, run_folder
 from qlora.data.documents.chunks import Passage
 from qlora.disk import MANIFEST
-from qlora.model.adapter_folder import delivered_step
-from qlora.run_record import id_of
-from qlora.study import exam, exam_questions, exam_report
+from qlora.events import Notice
+from qlora.model.adapter_tensors import ADAPTER_FILE
+from qlora.study import exam, exam_questions, exam_report, plain_text
 from qlora.study.exam_asking import TeacherAsker
 from qlora.study.material import keeping
 from qlora.study.prompts import Frame
@@ -28,30 +28,36 @@ MAX_CARD_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class RunExam:
-    """`base` names the weights that answer: hash of them, as they are held."""
+    """`frames`: in which rows are served, and in which the base reads better (see `exam.Asker`). `base` names the
+    weights that answer: hash of them, as they are held."""
 
     asked: exam.Exam
     teacher: Teacher
-    frame: Frame
+    frames: tuple[Frame, Frame]
     base: str
 
     @classmethod
     def of(
-        cls, folder: Path, passages: Sequence[Passage], recipe: Recipe, asker: tuple[Teacher, Frame, str]
+        cls, folder: Path, passages: Sequence[Passage], recipe: Recipe, asker: tuple[Teacher, tuple[Frame, Frame], str]
     ) -> RunExam:
         """Of the questions that the study kept apart in `folder`, and of the user's own."""
         questions = exam_questions.all_questions(folder, recipe.exam.own, passages)
+        signs = [sign for one in questions if one.part == "yours" for sign in plain_text.found(asker[0].chat, one.text)]
+        if signs:
+            message = f"special tokens of the base stand in your questions, such as {signs[0]}: read as plain text"
+            asker[0].sink.emit(Notice("exam", message, len(signs)))
         return cls(exam.Exam(folder, passages, questions, recipe.train.seed), *asker)
 
     def before(self) -> None:
         """Ask the base: alone, with what a search finds, with the right passage. What was asked is not asked again."""
         exam.before(self.asked, self._asker(""), self.teacher.sink)
+        self.teacher.tell_thoughts()
 
     def after(self, run_dir: Path) -> None:
         """Ask the model with its delivered adapter, and put what came of it into the adapter's card."""
         with keeping(self.teacher.stop, self.asked.folder):
-            tuned = f"{self.base} {id_of(run_dir)} {delivered_step(run_dir)}"
-            figures = exam.after(self.asked, self._asker(tuned), self.teacher.sink)
+            figures = exam.after(self.asked, self._asker(tuned_id(run_dir / "adapter")), self.teacher.sink)
+        self.teacher.tell_thoughts()
         section = exam_report.card_section(figures)
         adapter = run_dir / "adapter"
         card = (
@@ -75,4 +81,9 @@ class RunExam:
         run_folder.publish_adapter(run_dir, write, self.teacher.sink)
 
     def _asker(self, tuned: str) -> TeacherAsker:
-        return TeacherAsker(self.teacher, self.frame, self.base, tuned)
+        return TeacherAsker(self.teacher, *self.frames, self.base, tuned)
+
+
+def tuned_id(adapter_dir: Path) -> str:
+    """What a tuned model's answers follow from: the delivered weights, whoever asks them, and where they lie."""
+    return disk.sha256_file(adapter_dir / ADAPTER_FILE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -16,11 +16,12 @@ import torch
 from qlora.data.chat import ChatTokenizer
 from qlora.device import release_memory
 from qlora.errors import DoesNotFit
-from qlora.events import Recovered, Sink
+from qlora.events import Notice, Recovered, Sink
 from qlora.guarded import Attempt
 from qlora.stop import StopRequest
-from qlora.study.generation import Manner, Written, score, write
+from qlora.study.generation import MAX_THOUGHTS, Manner, Written, score, write
 from qlora.study.prompts import Frame, prompt_ids
+from qlora.study.thinking import Thoughts
 
 T = TypeVar("T")
 AT_ONCE = 24  # prompts of one batch: a passage's questions, by default
@@ -36,6 +37,7 @@ class Teacher:
     sink: Sink
     stop: StopRequest
     at_once: int = AT_ONCE
+    thoughtful: list[bool] = field(default_factory=list)  # of texts that began with thoughts: whether words followed
 
     def ids(self, frame: Frame, text: str) -> list[int]:
         """Tokens of a prompt of `prompts.Prompts`. Raises RowError where a template cannot render it."""
@@ -49,7 +51,7 @@ class Teacher:
         prompts = [self.ids(frame, text) for text in texts]
 
         def batch(first: int, until: int) -> list[Written]:
-            return write(self.model, prompts[first:until], manner, seeds[first:until], self.stop.check)
+            return self._heard(write(self.model, prompts[first:until], manner, seeds[first:until], self.stop.check))
 
         with self.adapters_off():
             return [self.text(written) for written in self._in_batches(len(prompts), batch)]
@@ -81,13 +83,31 @@ class Teacher:
         prompts = [self.ids(frame, text) for text in texts]
 
         def batch(first: int, until: int) -> list[Written]:
-            return write(self.model, prompts[first:until], manner, (), self.stop.check)
+            return self._heard(write(self.model, prompts[first:until], manner, (), self.stop.check))
 
         return self._in_batches(len(prompts), batch)
 
     def _manner(self, frame: Frame, max_new_tokens: int) -> Manner:
         ends = frozenset(self.chat.end_token_ids) | (self._line_ends if frame == "lines" else frozenset())
-        return Manner(max_new_tokens, ends, self.chat.pad_id)
+        return Manner(max_new_tokens, ends, self.chat.pad_id, spoken_from=self._thoughts.spoken_from)
+
+    @cached_property
+    def _thoughts(self) -> Thoughts:
+        return Thoughts.of(self.chat)
+
+    def _heard(self, found: list[Written]) -> list[Written]:
+        """Counts the texts that thoughts were cut from."""
+        self.thoughtful += [bool(one.token_ids) for one in found if one.thoughts]
+        return found
+
+    def tell_thoughts(self) -> None:
+        """A notice of the thoughts that were cut since the last one."""
+        if self.thoughtful:
+            message = "questions and answers began with thoughts, which were cut from them"
+            if lost := self.thoughtful.count(False):
+                message += f"; of {lost:,} nothing was left, thoughts of more than {MAX_THOUGHTS} tokens among them"
+            self.sink.emit(Notice("study", message, len(self.thoughtful)))
+        self.thoughtful.clear()
 
     @cached_property
     def _line_ends(self) -> frozenset[int]:

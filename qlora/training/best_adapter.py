@@ -20,6 +20,7 @@ from qlora.model.tokenizer_files import TokenizerFiles
 from qlora.model.weight_names import ClassNames, class_names
 from qlora.recipe.reading import Recipe
 from qlora.redaction import redact
+from qlora.starting_adapter import StartedFrom
 from qlora.training.checkpoint import RunState
 from qlora.version import __version__
 
@@ -35,6 +36,7 @@ class BestAdapter:
     train_rows: int
     eval_rows: int
     identity: BaseIdentity
+    started_from: StartedFrom | None = None
 
     @cached_property
     def _names(self) -> tuple[ClassNames | None, list[str]]:
@@ -62,6 +64,7 @@ class BestAdapter:
                 "identity": self.identity.model_dump(),
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "step": state.step,
+                "started_from": self.started_from and self.started_from.model_dump(),
                 KEY: None if loss is None else loss.model_dump(),
             }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
@@ -87,6 +90,8 @@ class BestAdapter:
         before, after = state.exact_match_before, state.exact_match_after
         if before is not None and after is not None:
             facts["exact match"] = f"{before:.1%} before, {after:.1%} after"
+        if self.started_from is not None:
+            facts["continued from"] = str(self.started_from)
         if (names := self._names[0]) is not None:  # peft finds no place for it on another class
             facts["opens on"] = names.opens_on
         return adapter_card(self.base, self.recipe, facts)

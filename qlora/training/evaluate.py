@@ -189,5 +189,10 @@ def same_answer(given: str, expected: str) -> bool:
     return _normal(given) == _normal(expected)
 
 
+def without_thoughts(text: str) -> str:
+    """An answer without a leading block of reasoning."""
+    return _THINKING.sub("", text)
+
+
 def _normal(text: str) -> str:
-    return unicodedata.normalize("NFC", _THINKING.sub("", text)).strip().casefold()
+    return unicodedata.normalize("NFC", without_thoughts(text)).strip().casefold()

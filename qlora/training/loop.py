@@ -29,6 +29,7 @@ from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
 from qlora.recipe.sections import DataSection
+from qlora.starting_adapter import started_from
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
 from qlora.step.loss import Objective, SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
@@ -89,7 +90,8 @@ class Training:
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
         which = self.causal_lm.base_identity
-        facts = (recipe, len(job.data.train.lengths), len(job.data.eval.lengths), which)
+        start = started_from(recipe, job.run_dir)
+        facts = (recipe, len(job.data.train.lengths), len(job.data.eval.lengths), which, start)
         self.best_adapter = BestAdapter(job.model, job.base, job.tokenizer, *facts)
         of_data = job.data.content_fingerprint, job.data.older_fingerprint
         fingerprints = Fingerprints(job.base.fingerprint, job.data.fingerprint, which, *of_data)
@@ -139,7 +141,8 @@ class Training:
         counts = self.job.model.get_nb_trainable_parameters()
         plan = self.batches.plan(self.recovery.settings, len(self.job.data.eval.lengths), *counts)
         promise, attends = determinism.promise(self.job.device), attention.shown(self.causal_lm)
-        self.sink.emit(replace(plan, resume=promise, attention=attends))
+        start = str(self.best_adapter.started_from or "") or None
+        self.sink.emit(replace(plan, resume=promise, attention=attends, starts_from=start))
         if (steps := self.batches.steps) < schedule.FEW_STEPS:
             self.sink.emit(Notice("steps", f"only {steps} optimizer steps: little is learned in so few", steps))
         if resume_from is not None:

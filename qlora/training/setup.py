@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qlora import disk, heap, processes
-from qlora.errors import ExportError, HardwareError, Problem, RecipeError
-from qlora.events import Notice, Sink
+from qlora import disk, heap, processes, starting_adapter
+from qlora.errors import HardwareError, Problem, RecipeError
+from qlora.events import Sink
 from qlora.guarded import Guarded
 from qlora.recipe.reading import Recipe
-from qlora.recipe.sections import ExportSection, parse_bytes
+from qlora.recipe.sections import parse_bytes
 from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
     from qlora.data.hub_rows import localize
     from qlora.data.prepare import check_files
     from qlora.model.resolve import resolve
+    from qlora.study import thinking
 
     if not recipe.data.train and not recipe.data.documents:
         hint = 'add [[data.train]] with path = "rows.jsonl", or [[data.documents]] with path = "manuals"'
@@ -84,7 +85,7 @@ def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
     rows = localize(recipe.data, sink)
     check_files(rows.local)
     base = resolve(recipe.model.base, recipe.model.revision, sink)
-    return base, recipe.model_copy(update={"data": rows.pinned})
+    return base, thinking.settled(recipe.model_copy(update={"data": rows.pinned}), base.path, sink)
 
 
 def pick_device() -> torch.device:
@@ -121,6 +122,7 @@ def prepare_job(
     with fast_matmul(device), ExitStack() as stack:
         model = load_model(recipe, base, data, chat, clock)
         stack.callback(emptied.empty, model)
+        starting_adapter.put_on(model, recipe, base, run_dir)
         if lesson is not None:
             teacher = lesson.teacher(model, device, sink, stop, memory.beside_weights)
             recipe, data, exam = lesson.learn(teacher, run_dir, base, data, clock.phase)
@@ -133,7 +135,7 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
     Raises ExportError where the recipe asks for a GGUF that this base cannot become, DoesNotFit with remedies.
     """
     from qlora.data.token_ids import check_ids, say_stray_padding
-    from qlora.export.verify.foresight import foresee_measuring
+    from qlora.export.verify.foresight import foresee_gguf, foresee_measuring
     from qlora.memory import hardware
     from qlora.model.meta_model import text_config
     from qlora.model.weight_names import embedding_rows
@@ -162,39 +164,20 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
 
 def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[ChatTokenizer, PreparedData]:
     """Tokenizer, template and tokens of every row of the recipe's sources."""
+    from qlora.data import eval_alone
     from qlora.data.chat import ChatTokenizer
     from qlora.data.hub_rows import localize
-    from qlora.data.prepare import NO_ROWS, prepare
+    from qlora.data.prepare import prepare
     from qlora.model.tokenizer import open_tokenizer
 
     with files.placed() as folder:
         tokenizer = open_tokenizer(folder, recipe.model.base)
     chat = ChatTokenizer(tokenizer, recipe.data.loss_on, sink, files.embedding_rows)
-    if not recipe.data.train:
-        return chat, NO_ROWS
     sources = localize(recipe.data, sink).local
+    if not recipe.data.train:
+        return chat, eval_alone.prepared(sources, files.fingerprint, chat, disk.cache_dir(), sink)
     data = prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
     return chat, data
-
-
-def foresee_gguf(
-    section: ExportSection, base: BaseFolder, files: TokenizerFiles, template: str | None, sink: Sink
-) -> None:
-    """A notice before training whether its result can become a GGUF; ExportError where the recipe asks for one."""
-    from qlora.export.gguf.plan import Tokens, plan
-
-    quants = [name.removeprefix("gguf:") for name in section.formats if name.startswith("gguf:")]
-    try:
-        foreseen = plan(base, None, Tokens(files, template), quants, section.imatrix)
-    except ExportError as error:
-        if any("gguf" in name for name in section.formats):
-            raise
-        sink.emit(Notice("gguf", f"a model trained on this base cannot be exported as GGUF: {error.what}"))
-        return
-    vocab = foreseen.vocab.pre if foreseen.vocab.model == "gpt2" else "SentencePiece"
-    sink.emit(Notice("gguf", f"this base exports to GGUF: {foreseen.layout.arch}, tokenizer {vocab}"))
-    for notice in foreseen.notices:
-        sink.emit(Notice("gguf", notice))
 
 
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:

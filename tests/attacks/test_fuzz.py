@@ -1,6 +1,6 @@
 """Anything at all through eight doors, and what a person reads of it: two lines, within 5 s and 1 GiB, files untouched.
 
-Fifty inputs a door here, a hundred and fifty where slow tests run; ten thousand: `python tools/fuzz.py --count 10000`.
+Fifty inputs a door here, seventy-five more where slow tests run; ten thousand: `python tools/fuzz.py --count 10000`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.attacks.fuzz import golden
 from tests.attacks.fuzz.doors import DOORS
 
 ROOT = Path(__file__).parents[2]
-FEW, MANY = 50, 150
+FEW, MANY = 50, 75
 
 
 def fuzz(*words: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora.cli import data, estimate, exam, export, train
+from qlora.cli import data, doctor, estimate, exam, export, train
 from qlora.cli.keys import page
 from qlora.data.column_words import FORMAT_COLUMNS
 from qlora.recipe.reading import key_names
@@ -18,7 +18,7 @@ from qlora.recipe.reading import key_names
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
 COMMANDS = {"qlora-train": train.train, "qlora-export": export.export, "qlora-estimate": estimate.estimate}
-COMMANDS |= {"qlora-data": data.data, "qlora-exam": exam.exam}
+COMMANDS |= {"qlora-data": data.data, "qlora-exam": exam.exam, "qlora-doctor": doctor.doctor}
 
 
 def test_the_shipped_page_is_the_current_one() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qlora.disk import sha256_file
 
-# Of all points at which something can be made to fail, each third is tried; QLORA_TEST_EVERY=1 tries each.
-EVERY = int(os.environ.get("QLORA_TEST_EVERY", "3"))
+# Of all points at which something can be made to fail, each fourth is tried; QLORA_TEST_EVERY=1 tries each.
+EVERY = int(os.environ.get("QLORA_TEST_EVERY", "4"))
 FILES = ("adapter.safetensors", "optimizer.safetensors")
 # Dropout, two micro-batches a step and an evaluation that delivers an adapter: all that a step depends on. In bf16 and
 # on few layers, since a hundred processes are to pass quickly (tests/training/test_resume.py has 4 bit).

@@ -20,13 +20,13 @@ from qlora.events import Event
 from qlora.report import console
 from qlora.report.files import read_events
 from qlora.training import checkpoint
-from tests.faults.cases import SETTINGS
+from tests.faults.cases import EVERY, SETTINGS
 from tests.faults.forks import Child, fork, run_module
 from tests.runs import write_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 
-MOMENTS = 8
+MOMENTS = 16 // EVERY
 STEPS = 8
 RUN = (
     *(setting for setting in SETTINGS if not setting.startswith(("report", "eval.samples", "eval.every"))),

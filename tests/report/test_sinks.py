@@ -77,7 +77,7 @@ def test_a_tracker_that_is_missing_is_refused_before_a_run_has_a_folder(
     monkeypatch.setattr(trackers, "_is_installed", lambda package: False)
     recipe = load_recipe(write_recipe(tmp_path, tmp_path / "no base"), ['report.sinks=["trackio"]'])
     for work in (lambda: api.train(recipe, name="tiny"), lambda: api.check(recipe)):
-        with pytest.raises(UserError, match="report.sinks: the tracker trackio is not installed"):
+        with pytest.raises(UserError, match=r"report\.sinks: the tracker trackio is not installed"):
             work()
     assert not (tmp_path / "runs").exists()
 

@@ -11,7 +11,7 @@ import pytest
 
 from qlora.events import Recorder
 from qlora.study import exam, exam_questions
-from qlora.study.prompts import Frame
+from qlora.study.prompts import Frame, prompts_for
 from tests.study.passages import PASSAGES, OwnFile, made
 
 
@@ -21,6 +21,7 @@ class Script:
 
     learnt: dict[str, str] = field(default_factory=dict)
     frame: Frame = "chat"
+    base_frame: Frame = "chat"
     base_id: str = "base"
     tuned_id: str = "tuned"
     at_once: int = 4
@@ -107,3 +108,16 @@ def test_the_user_s_questions_come_first_and_stay_with_the_run(tmp_path: Path) -
     figures = exam.after(exam.Exam(tmp_path, PASSAGES, again, 0), Script(), Recorder())
     assert list(figures["parts"]) == ["yours", "words", "left_out"]
     assert "base_passage" not in figures["parts"]["yours"]["columns"] and told.questions == again[1:]
+
+
+def test_the_base_is_asked_in_the_frame_in_which_it_reads(tmp_path: Path) -> None:
+    made(tmp_path)
+    asked = exam.Exam(tmp_path, PASSAGES, exam_questions.all_questions(tmp_path, (), PASSAGES), 7)
+    script = Script(base_frame="lines")
+    exam.measure(asked, script, Recorder())
+    lines = prompts_for("en").texts["lines"]["shots_answer"][:40]
+    shots = {who: {lines in text for called, text in script.calls if called == who} for who in ("base", "tuned")}
+    assert True in shots["base"] and shots["tuned"] == {False}
+    before = len(script.calls)
+    exam.measure(asked, script, Recorder())
+    assert len(script.calls) == before

@@ -19,7 +19,7 @@ TEXTS = ["Describe a cat.", "How heavy is the pump?", "Why?"]
 def asker() -> TeacherAsker:
     model = make_model(make_config("llama", overrides={"max_position_embeddings": 512}))
     tuned = adapters.attach(model, LoraSection(r=4, alpha=8), seed=0)
-    return TeacherAsker(tiny_teacher(tuned), "chat", "base", "tuned")
+    return TeacherAsker(tiny_teacher(tuned), "chat", "chat", "base", "tuned")
 
 
 def move(asker: TeacherAsker) -> None:

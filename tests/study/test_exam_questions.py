@@ -78,3 +78,14 @@ def test_nothing_asks_for_what_stands_in_a_document() -> None:
     assert len({*exam_questions.neutral_prompts()}) == 100
     for language in ("de", "fr", "es", "zh"):
         assert len(exam_questions.unanswerable([], language)) == 20
+
+
+def test_answers_as_squad_has_them(tmp_path: Path) -> None:
+    answers = {"text": ["seven years", "7 years", "seven years"], "answer_start": [3, 40, 3]}
+    row = {"id": "5", "title": "Pumps", "context": "…", "question": "How long?", "answers": answers}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    (found,) = exam_questions.read_yours([OwnFile(str(tmp_path / "q.jsonl"))], "en")
+    assert found.answers == ("seven years", "7 years")
+    (tmp_path / "q.jsonl").write_text(json.dumps({**row, "answers": {"text": [], "answer_start": []}}) + "\n", "utf-8")
+    with pytest.raises(DataError, match=r"q\.jsonl:1.*empty"):
+        exam_questions.read_yours([OwnFile(str(tmp_path / "q.jsonl"))], "en")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from qlora.data.row_json import RowError
-from qlora.errors import DataError, StoppedBySignal, TrainingStopped
+from qlora.errors import DataError, RecipeError, RunFolderError, StoppedBySignal, TrainingStopped
 from qlora.events import Recorder
 from qlora.recipe.reading import Recipe
 from qlora.stop import StopRequest
-from qlora.study import material
+from qlora.study import exam_questions, material
+from tests.study.cases import passages
 
 
 def test_a_stop_and_a_full_disk_say_what_is_kept(tmp_path: Path) -> None:
@@ -53,3 +56,76 @@ def test_text_alone_is_told_what_it_teaches() -> None:
     assert material.read(recipe, True, sink) == (recipe, None)
     (said,) = sink.of("notice")
     assert "[[data.documents]]" in said.as_dict()["message"]
+
+
+def studied_run(folder: Path, trains: bool = True) -> tuple[Path, Recipe]:
+    """A folder of two documents, and a run that has studied them."""
+    (folder / "manuals").mkdir()
+    for name, words in (("a", "The lamp costs 7 crowns."), ("b", "The pump weighs 3 kg.")):
+        (folder / "manuals" / f"{name}.md").write_text(f"# {name}\n\n{words}\n")
+    keys = {"model": {"base": "a/b"}, "data": {"documents": [{"path": str(folder / "manuals")}]}}
+    recipe = Recipe.model_validate(keys)
+    _, found = material.read(recipe, True, Recorder())
+    assert found is not None
+    run_dir = folder / "run"
+    (run_dir / "study").mkdir(parents=True)
+    exam_questions.save_passages(run_dir / "study", passages(2))
+    (run_dir / "study" / "documents.json").write_text(json.dumps(dict(found.hashes)))
+    if trains:
+        (run_dir / "checkpoints" / "step-000002").mkdir(parents=True)
+    return run_dir, recipe
+
+
+@pytest.mark.parametrize("gone", ["a.md", ""])
+def test_a_run_that_trains_goes_on_without_documents_that_are_gone(tmp_path: Path, gone: str) -> None:
+    run_dir, recipe = studied_run(tmp_path)
+    place = tmp_path / "manuals" / gone
+    place.unlink() if gone else shutil.rmtree(place)
+    sink = Recorder()
+    _, found = material.read(recipe, True, sink, run_dir)
+    assert (
+        found is not None
+        and found.passages == tuple(passages(2))
+        and set(found.hashes) == {"manuals/a.md", "manuals/b.md"}
+    )
+    (said,) = [event.as_dict() for event in sink.of("notice") if "gone since" in event.as_dict()["message"]]
+    assert said["count"] == (1 if gone else 2)
+
+
+def test_documents_that_changed_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run_dir, recipe = studied_run(tmp_path)
+    (tmp_path / "manuals" / "b.md").write_text("# b\n\nThe pump weighs 4 kg.\n")
+    with pytest.raises(RunFolderError, match=r"have changed since they were studied: manuals/b\.md") as found:
+        material.read(recipe, True, Recorder(), run_dir)
+    assert "mode='fresh'" in found.value.hint
+    (run_dir / "study" / "documents.json").write_text("[broken")
+    with pytest.raises(RunFolderError, match=r"documents\.json"):
+        material.read(recipe, True, Recorder(), run_dir)
+
+
+def test_before_it_trains_a_study_learns_what_there_is(tmp_path: Path) -> None:
+    run_dir, recipe = studied_run(tmp_path, trains=False)
+    (tmp_path / "manuals" / "b.md").write_text("# b\n\nThe pump weighs 4 kg.\n")
+    (tmp_path / "manuals" / "a.md").unlink()
+    _, found = material.read(recipe, True, Recorder(), run_dir)
+    assert found is not None and found.passages is None and list(found.hashes) == ["manuals/b.md"]
+    shutil.rmtree(run_dir / "study")
+    shutil.rmtree(tmp_path / "manuals")
+    with pytest.raises(DataError):  # nothing of it was studied to the end
+        material.read(recipe, True, Recorder(), run_dir)
+
+
+@pytest.mark.parametrize(
+    ("tables", "named"),
+    [
+        ({"eval": {"exact_match_rows": 3}}, "eval.exact_match_rows"),
+        ({"eval": {"samples": 5, "every_steps": 10}}, "eval.every_steps, eval.samples"),
+        ({"data": {"eval_fraction": 0.1}}, "data.eval_fraction"),
+    ],
+)
+def test_evaluation_without_rows_for_it_is_refused(tables: dict[str, dict[str, float]], named: str) -> None:
+    data = {"documents": [{"path": "m"}], **tables.get("data", {})}
+    with pytest.raises(RecipeError) as found:
+        material.read(Recipe.model_validate({"model": {"base": "a/b"}, **tables, "data": data}), True, Recorder())
+    (problem,) = found.value.problems
+    assert named in problem.what and "[[data.eval]]" in problem.hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,20 @@ from qlora.study.rows import Shares, StudyRow
 from tests.data.cases import split_of
 
 
-def row(number: int, answer: int = 2, prompt: int = 3) -> StudyRow:
+def row(number: int, answer: int = 2, prompt: int = 3, lead: tuple[int, ...] = ()) -> StudyRow:
+    tokens = range(100 * number, 100 * number + answer + 1)
+    key = f"{number} {answer}"
+    return StudyRow(f"Question {number}?", tuple(range(prompt)), f"answer {number}", tuple(tokens), key, lead)
+
+
+def read(key: str, logprob: float = 0.0) -> Labels:
+    """The labels of `row`s, as a store has them."""
+    number, answer = map(int, key.split())
     tokens = np.arange(100 * number, 100 * number + answer + 1, dtype=np.int32)
     places = [one_token(int(token)) for token in tokens]
-    labels = Labels(tokens, np.stack([ids for ids, _ in places]), np.stack([logprobs for _, logprobs in places]))
-    return StudyRow(f"Question {number}?", tuple(range(prompt)), f"answer {number}", labels)
+    logprobs = np.stack([logprobs for _, logprobs in places])
+    logprobs[0, 0] = logprob
+    return Labels(tokens, np.stack([ids for ids, _ in places]), logprobs)
 
 
 @pytest.mark.parametrize("shares", [Shares(0.1, 0.1), Shares(0.3, 0.0), Shares(0.0, 0.0), Shares(0.4, 0.4)])
@@ -64,7 +74,7 @@ def test_rows_are_conversations_that_our_own_reader_takes_whole(tmp_path: Path) 
 
 
 def test_tokens_and_labels_of_a_row() -> None:
-    split = rows.split_of([row(1), row(2, answer=1, prompt=2)], 4, soft=True)
+    split = rows.split_of([row(1), row(2, answer=1, prompt=2)], 4, read)
     assert split.rows[1].input_ids == [0, 1, 200, 201] and split.rows[-1] == split.rows[1]
     assert split.rows[1].loss_weights == [0.0, 0.0, 1.0, 1.0]
     assert list(split.lengths) == [6, 4] and list(split.trained) == [3, 2] and list(split.sources) == [4, 4]
@@ -73,12 +83,40 @@ def test_tokens_and_labels_of_a_row() -> None:
     assert labels is not None and labels.ids.shape == (2, COLUMNS) and labels.ids[:, 0].tolist() == [200, 201]
     prompt = split.prompt(0)
     assert prompt is not None and prompt.expected == "answer 1"
-    assert rows.split_of([row(1)], 0, soft=False).labels is None
+    assert rows.split_of([row(1)], 0, None).labels is None
+
+
+def test_what_the_template_writes_of_an_answer_is_trained_and_certain() -> None:
+    split = rows.split_of([row(2, answer=1, prompt=2, lead=(7, 8))], 0, lambda key: read(key, -0.5))
+    assert split.rows[0].input_ids == [0, 1, 7, 8, 200, 201] and split.trained[0] == 4
+    assert split.rows[0].loss_weights == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0] and split.labels is not None
+    labels = split.labels(0)
+    assert labels is not None and labels.ids[:, 0].tolist() == [7, 8, 200, 201]
+    assert labels.logprobs[:, 0].tolist() == [0.0, 0.0, -0.5, 0.0]
+
+
+def test_labels_are_read_when_a_step_asks_for_them() -> None:
+    """Of 300 rows of 50 tokens each they would be 5.8 MB; what is held of a row is its tokens and its key."""
+    asked: list[str] = []
+
+    def counted(key: str) -> Labels:
+        asked.append(key)
+        return read(key)
+
+    made = [row(number, answer=49) for number in range(300)]
+    tracemalloc.start()
+    try:
+        data = rows.with_rows_of(NO_ROWS, made, 0, counted)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 500_000 and len(asked) == len(made)  # each once, for the fingerprint
+    assert data.train.labels is not None and data.train.labels(17) is not None and asked[-1] == "17 49"
 
 
 def test_rows_of_a_study_stand_behind_those_of_files() -> None:
     own = PreparedData(split_of([3, 5]), split_of([4]), "a", "b", "c", ())
-    both = rows.with_rows_of(own, [row(7)], 1, soft=True)
+    both = rows.with_rows_of(own, [row(7)], 1, read)
     assert list(both.train.lengths) == [3, 5, 6] and list(both.train.sources) == [0, 0, 1]
     assert both.train.rows[1] == own.train.rows[1] and both.train.rows[2].input_ids[-1] == 702
     assert both.train.labels is not None and both.train.labels(1) is None and both.train.labels(2) is not None
@@ -87,11 +125,13 @@ def test_rows_of_a_study_stand_behind_those_of_files() -> None:
 
 def test_other_labels_are_other_data() -> None:
     """A resumed run refuses rows that came out otherwise, and labels that did."""
-    doubtful = row(1)
-    doubtful.labels.logprobs[0, 0] = -0.5
+
+    def doubtful(key: str) -> Labels:
+        return read(key, -0.5)
+
     prints = {
-        rows.with_rows_of(NO_ROWS, made, 0, soft).content_fingerprint
-        for made, soft in (([row(1)], True), ([row(1)], False), ([doubtful], True), ([row(2)], True), ([row(1)], True))
+        rows.with_rows_of(NO_ROWS, made, 0, how).content_fingerprint
+        for made, how in (([row(1)], read), ([row(1)], None), ([row(1)], doubtful), ([row(2)], read), ([row(1)], read))
     }
     assert len(prints) == 4
 
@@ -104,7 +144,7 @@ def test_an_export_is_measured_on_rows_of_its_study(tmp_path: Path) -> None:
     rows.write(tmp_path / "study", [row(1)])
     (source,) = rows.as_exported(recipe, tmp_path).data.train
     assert source.path == str(tmp_path / "study" / "rows.jsonl")
-    data = rows.with_rows_of(NO_ROWS, [row(number) for number in range(5)], 0, soft=True)
+    data = rows.with_rows_of(NO_ROWS, [row(number) for number in range(5)], 0, read)
     measured = rows.measured_on(recipe, data)
     assert list(measured.eval.lengths) == [6] * 5 and measured.eval.rows[2].input_ids[-1] == 202
     own = PreparedData(data.train, split_of([4]), "", "", "", ())

@@ -21,11 +21,12 @@ def test_the_card_gets_the_figures_once(tmp_path: Path, monkeypatch: pytest.Monk
 
     def write(folder: Path) -> None:
         (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
         (folder / "README.md").write_text("# A card\n")
 
     run_folder.publish_adapter(tmp_path, write, sink)
     asked = exam.Exam(tmp_path / "study", passages(2), [], 7)
-    one = RunExam(asked, tiny_teacher(sink=sink, stop=StopRequest()), "chat", "base")
+    one = RunExam(asked, tiny_teacher(sink=sink, stop=StopRequest()), ("chat", "chat"), "base")
     for _ in range(2):
         one.after(tmp_path)
     assert (tmp_path / "adapter" / "README.md").read_text() == "# A card\n\n## Exam\n\ntuned 74 %\n"

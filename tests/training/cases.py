@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from qlora.step.optimizer import AdapterOptimizer
+from qlora.stop import StopRequest
+from qlora.study import exam_questions
+from qlora.study.labels import COLUMNS, Labels, LabelStore
+from qlora.study.records import Answer, Candidate, Question, key_of
+from qlora.study.split import Split
+from qlora.study.study import Studied
 
 ABOUT = {"versions": {"qlora": "1.2.3", "torch": "2.10.0"}, "recipe_sha256": "ab" * 32}
 
@@ -53,3 +62,41 @@ def write_manuals(folder: Path, base: Path, more: str = "") -> Path:
     )
     path.write_text(text)
     return path
+
+
+def script(asked: list[str]) -> Any:
+    """A study that asks one question of each sentence; `asked` grows by the keys of those not answered before."""
+
+    def study(teacher: Any, passages: Any, settings: Any, folder: Path, sink: Any, stop: StopRequest) -> Studied:
+        vocabulary = teacher.model.get_input_embeddings().weight.shape[0]
+        store = LabelStore(folder / "labels.bin", vocabulary)
+        store.cut_torn()
+        candidates = []
+        for passage in passages:
+            for at, sentence in enumerate(passage.sentences):
+                stop.check()
+                key = key_of(passage.key, at, settings.base, settings.seed)
+                ids = teacher.chat.tokenizer(sentence, add_special_tokens=False)["input_ids"][:6]
+                if key not in store:
+                    asked.append(key)
+                    store.append([(key, labels_of([*ids, teacher.chat.end_token_ids[0]], vocabulary))])
+                text = teacher.chat.tokenizer.decode(ids)
+                question = Question(key, passage.key, at, "fact", "train", 1, f"What holds of {sentence[:20]}?")
+                answer = Answer(key, text, tuple(ids), True, 0.9, 0.9, "", 0.1, text)
+                candidates.append(Candidate(question, answer, passage))
+        split = Split(train=candidates[2:], hold=[], exam=candidates[:1], left_out=candidates[1:2], leaks=[])
+        exam_questions.save(folder, split)
+        lost = {"question": "What?", "answer": "no idea", "reason": "no answer", "detail": "<b>no</b> idea"}
+        (folder / "dropped.jsonl").write_text(json.dumps(lost) + "\n")
+        return Studied(split, "chat", store)
+
+    return study
+
+
+def labels_of(tokens: list[int], vocabulary: int) -> Labels:
+    """Each token with 0.7, the one after it with 0.2."""
+    ids = np.full((len(tokens), COLUMNS), -1, dtype=np.int32)
+    logprobs = np.full((len(tokens), COLUMNS), -np.inf, dtype=np.float16)
+    ids[:, 0], ids[:, 1] = tokens, [(token + 1) % vocabulary for token in tokens]
+    logprobs[:, 0], logprobs[:, 1] = np.log(0.7), np.log(0.2)
+    return Labels(np.array(tokens, dtype=np.int32), ids, logprobs)

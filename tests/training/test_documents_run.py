@@ -9,56 +9,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from qlora import api, disk
 from qlora.errors import QloraError, RecipeError, RunFolderError, StoppedBySignal, TrainingStopped
 from qlora.events import Event, Recorder, Sinks
+from qlora.examine import examine
+from qlora.look_study import look_at_study
 from qlora.recipe.reading import load_recipe
 from qlora.stop import StopRequest
 from qlora.study import exam, exam_questions, lesson
-from qlora.study.labels import COLUMNS, Labels, LabelStore
-from qlora.study.records import Answer, Candidate, Question, key_of
-from qlora.study.split import Split
 from qlora.study.study import Studied
-from tests.training.cases import DOCUMENT_KEYS, MANUAL, write_manuals
-
-
-def script(asked: list[str]) -> Any:
-    """A study that asks one question of each sentence; `asked` grows by the keys of those not answered before."""
-
-    def study(teacher: Any, passages: Any, settings: Any, folder: Path, sink: Any, stop: StopRequest) -> Studied:
-        vocabulary = teacher.model.get_input_embeddings().weight.shape[0]
-        store = LabelStore(folder / "labels.bin", vocabulary)
-        store.cut_torn()
-        candidates = []
-        for passage in passages:
-            for at, sentence in enumerate(passage.sentences):
-                stop.check()
-                key = key_of(passage.key, at, settings.base, settings.seed)
-                ids = teacher.chat.tokenizer(sentence, add_special_tokens=False)["input_ids"][:6]
-                if key not in store:
-                    asked.append(key)
-                    store.append([(key, labels_of([*ids, teacher.chat.end_token_ids[0]], vocabulary))])
-                text = teacher.chat.tokenizer.decode(ids)
-                question = Question(key, passage.key, at, "fact", "train", 1, f"What holds of {sentence[:20]}?")
-                answer = Answer(key, text, tuple(ids), True, 0.9, 0.9, "", 0.1, text)
-                candidates.append(Candidate(question, answer, passage))
-        split = Split(train=candidates[2:], hold=[], exam=candidates[:1], left_out=candidates[1:2], leaks=[])
-        exam_questions.save(folder, split)
-        return Studied(split, "chat", store)
-
-    return study
-
-
-def labels_of(tokens: list[int], vocabulary: int) -> Labels:
-    """Each token with 0.7, the one after it with 0.2."""
-    ids = np.full((len(tokens), COLUMNS), -1, dtype=np.int32)
-    logprobs = np.full((len(tokens), COLUMNS), -np.inf, dtype=np.float16)
-    ids[:, 0], ids[:, 1] = tokens, [(token + 1) % vocabulary for token in tokens]
-    logprobs[:, 0], logprobs[:, 1] = np.log(0.7), np.log(0.2)
-    return Labels(np.array(tokens, dtype=np.int32), ids, logprobs)
+from tests.data.cases import GOOD
+from tests.training.cases import DOCUMENT_KEYS, MANUAL, script, write_manuals
 
 
 @pytest.fixture
@@ -119,9 +82,13 @@ def test_a_run_learns_documents_and_says_what_it_learnt(tmp_path: Path, llama: P
     card = (folder / "adapter" / "README.md").read_text()
     assert "base + its own passage" in card.lower() or "own passage" in card.lower()
     # A second command finds all of it done, and an export reads the study's rows.
-    before = list(asked)
+    before, answers = list(asked), (folder / "study" / "exam_answers.jsonl").read_bytes()
     train(recipe, mode="resume")
     assert asked == before
+    # Nor does the exam ask again what the run has asked of the same weights, whoever asks.
+    figures = examine(folder)
+    assert (folder / "study" / "exam_answers.jsonl").read_bytes() == answers
+    assert json.loads((folder / "study" / "exam.json").read_text()) == figures
     report = api.merge_and_export(folder, to="adapter-gguf", sink=(sink := Recorder()))
     assert report.products and not [e for e in sink.of("notice") if "cannot be read" in e.as_dict()["message"]]
 
@@ -136,6 +103,28 @@ def test_a_stop_in_each_phase_changes_nothing(tmp_path: Path, llama: Path, asked
     train(stopped, mode="resume")
     assert final(stopped) == final(whole)
     assert len(asked) == 2 * len(set(asked))  # once by each run
+
+
+@pytest.mark.slow
+def test_a_look_at_the_study_is_the_run_s_own(tmp_path: Path, llama: Path, asked: list[str]) -> None:
+    recipe = write_manuals(tmp_path, llama)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
+    keys = (*DOCUMENT_KEYS, 'data.eval=[{path = "rows.jsonl"}]')
+    folder = tmp_path / "runs" / "learn"
+    for _ in range(2):  # looked at again, nothing is asked again
+        seen = look_at_study(load_recipe(recipe, keys), name="learn", rows=2, sink=Recorder())
+        assert seen.study.folder == str(folder / "study") and seen.documents is not None and seen.rows is not None
+        made = (folder / "study" / "rows.jsonl").read_text()
+        assert seen.study.rows == len(made.splitlines()) == seen.rows.as_dict()["train"]["rows"]
+        assert seen.study.questions == 4 and seen.study.sentences == 6 and len(seen.study.examples) == 3
+        (lost,) = seen.study.dropped
+        assert (lost.reason, lost.count, lost.examples[0].answer) == ("no answer", 1, "no idea")
+        assert len(asked) == 6 and not (folder / "checkpoints").exists() and not (folder / "adapter").exists()
+    recorder = train(recipe, keys[-1], mode="resume")
+    assert len(asked) == 6 and (folder / "study" / "rows.jsonl").read_text() == made
+    assert recorder.of("eval")  # of rows that stand beside documents alone
+    with pytest.raises(RunFolderError, match="trains already"):
+        look_at_study(load_recipe(recipe, keys), name="learn")
 
 
 @pytest.mark.slow
@@ -169,8 +158,7 @@ def test_a_check_stops_before_weights_and_foresees_the_rows(
         ('[lora]\ninit = "eva"\n', (), RecipeError, "eva"),
         ("[study]\nwith_passage = 0.5\nhold = 0.4\n", (), RecipeError, "0.9, over 0.8"),
         ('[[exam.questions]]\npath = "mine.jsonl"\n', (), QloraError, "mine.jsonl"),
-        ("[eval]\nexact_match_rows = 3\n", (), RecipeError, "the exam measures them"),
-        ("", ("data.eval_fraction=0.1",), RecipeError, "data.eval_fraction holds out"),
+        ("[eval]\nexact_match_rows = 3\n", (), RecipeError, "eval.exact_match_rows: there are no rows to evaluate"),
     ],
 )
 def test_what_documents_forbid_is_said_before_anything_is_loaded(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Sequence
 
 from qlora.data.documents.parsed import NotReadable
 
@@ -16,6 +17,7 @@ MAX_MEMBERS = 20_000
 MAX_UNPACKED = 256 << 20  # bytes of all texts in it together: pictures are not unpacked
 MAX_RATIO = 300  # of one text to what it takes in the file; usual texts are 3 to 30 times smaller
 SMALL = 1 << 20  # bytes: below it the ratio says nothing
+_UNUSUAL = "no usual file is like that: do not trust it, or save it anew from its source"
 _OLE = b"\xd0\xcf\x11\xe0"  # how a file of Word 97 begins, and one of today's with a password
 _TEXTS = (".xml", ".rels", ".xhtml", ".html", ".htm", ".opf", ".ncx")
 
@@ -29,20 +31,45 @@ def opened(data: bytes, kind: str) -> zipfile.ZipFile:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise NotReadable(f"not a readable {kind} ({str(error)[:100]})", "save it anew from its source") from None
     members = archive.infolist()
-    hint = "no usual file is like that: do not trust it, or save it anew from its source"
     if len(members) > MAX_MEMBERS:
-        raise NotReadable(f"an archive of {len(members):,} files (at most {MAX_MEMBERS:,})", hint)
+        raise NotReadable(f"an archive of {len(members):,} files (at most {MAX_MEMBERS:,})", _UNUSUAL)
     texts = [member for member in members if member.filename.lower().endswith(_TEXTS)]
-    size = sum(member.file_size for member in texts)
-    if size > MAX_UNPACKED:
-        raise NotReadable(f"its text unpacks to {size:,} bytes (at most {MAX_UNPACKED:,})", hint)
-    for member in texts:
-        if member.file_size > SMALL and member.file_size > MAX_RATIO * max(member.compress_size, 1):
-            what = f"a part of it unpacks to {member.file_size // max(member.compress_size, 1):,} times its size"
-            raise NotReadable(what, hint)
+    check_sizes(texts)
     if any(member.flag_bits & 1 for member in texts):
         raise NotReadable(f"the {kind} is encrypted", "save a copy without a password")
     return archive
+
+
+def check_sizes(members: Sequence[zipfile.ZipInfo]) -> None:
+    """Raises NotReadable where files that are going to be unpacked would become too much."""
+    size = sum(member.file_size for member in members)
+    if size > MAX_UNPACKED:
+        raise NotReadable(f"its text unpacks to {size:,} bytes (at most {MAX_UNPACKED:,})", _UNUSUAL)
+    for member in members:
+        if member.file_size > SMALL and member.file_size > MAX_RATIO * max(member.compress_size, 1):
+            what = f"a part of it unpacks to {member.file_size // max(member.compress_size, 1):,} times its size"
+            raise NotReadable(what, _UNUSUAL)
+
+
+def named(archive: zipfile.ZipFile, names: Sequence[str]) -> list[zipfile.ZipInfo]:
+    """Those of the names that stand in it, whatever they end in: a stranger's index may call a text anything."""
+    there = {member.filename: member for member in archive.infolist()}
+    return [there[name] for name in dict.fromkeys(names) if name in there]
+
+
+def texts_alone(archive: zipfile.ZipFile, data: bytes) -> bytes:
+    """An archive for a library that reads what the archive's own index names: as it is where everything in it may be
+    unpacked, else without what is no text by its name (pictures, sound, or what only pretends to be)."""
+    try:
+        check_sizes(archive.infolist())
+    except NotReadable:
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as written:
+            for one in archive.infolist():
+                if one.filename.lower().endswith(_TEXTS):
+                    written.writestr(one.filename, member(archive, one.filename) or b"", zipfile.ZIP_DEFLATED, 1)
+        return made.getvalue()
+    return data
 
 
 def member(archive: zipfile.ZipFile, name: str) -> bytes | None:

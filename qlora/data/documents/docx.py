@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from qlora.data.documents.archives import member, opened
+from qlora.data.documents.archives import member, opened, texts_alone
 from qlora.data.documents.blocks import Block
 from qlora.data.documents.html import soup, walked
 from qlora.data.documents.parsed import NotReadable, Parsed
@@ -37,7 +37,10 @@ def parse(data: bytes) -> Parsed:
     pictures: Any = mammoth.images.img_element(_no_picture)
     try:
         page = mammoth.convert_to_html(
-            io.BytesIO(data), style_map=_STYLES, convert_image=pictures, include_embedded_style_map=False
+            io.BytesIO(texts_alone(archive, data)),
+            style_map=_STYLES,
+            convert_image=pictures,
+            include_embedded_style_map=False,
         ).value
     except (KeyError, OSError):
         raise NotReadable("not a DOCX: there is no document in it", "save it anew from Word as .docx") from None

@@ -10,7 +10,7 @@ import zipfile
 from typing import Any
 from urllib.parse import unquote
 
-from qlora.data.documents.archives import member, opened
+from qlora.data.documents.archives import check_sizes, member, named, opened
 from qlora.data.documents.blocks import Block
 from qlora.data.documents.decoding import decoded
 from qlora.data.documents.html import BOILERPLATE, soup, walked
@@ -24,6 +24,7 @@ def parse(data: bytes) -> Parsed:
     """Blocks of a book. Raises NotReadable for one that is broken, or protected against being read."""
     archive = opened(data, "EPUB")
     names = _spine(archive)
+    check_sizes(named(archive, names))
     locked = _locked(archive) & set(names)
     if locked:
         raise NotReadable("the EPUB is protected (DRM)", "use a copy without protection")
@@ -59,6 +60,7 @@ def _spine(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _soup(archive: zipfile.ZipFile, name: str) -> Any:
+    check_sizes(named(archive, [name]))
     data = member(archive, name) if name else None
     if data is None:
         raise NotReadable("not an EPUB: its list of contents is missing", _BROKEN)

@@ -26,8 +26,8 @@ from qlora.export.llama_cpp.library import find_llama
 _CHILD = "qlora.export.llama_cpp.runtime_child"
 _DISTRIBUTIONS = {"xllamacpp": "xllamacpp", "llama_cpp": "llama-cpp-python"}
 # A file of 5 GB at 4 tokens a second, the slowest laptop that anyone would wait for, is 2e10 byte-tokens a second.
-_BYTE_TOKENS_PER_SECOND = 2e10
-_START_SECONDS = 120.0  # opening the library and a large file from a cold disk
+BYTE_TOKENS_PER_SECOND = 2e10
+START_SECONDS = 120.0  # opening the library and a large file from a cold disk
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Request:
     rows         token ids of a row, and the positions in it whose log-probabilities are wanted (each row alone)
     prompts      token ids that are to be continued greedily, each alone, by `max_new_tokens` at most
     more_ends    what ends an answer beside the file's own end tokens
+    keys         of the file's header, whose values are wanted as text
     """
 
     texts: tuple[str, ...] = ()
@@ -55,6 +56,7 @@ class Request:
     prompts: Sequence[Sequence[int]] = ()
     max_new_tokens: int = 0
     more_ends: Sequence[int] = ()
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Answer:
     tokenized      ids of each of the request's texts
     written        ids of the answer to each of the request's prompts, without what ended it
     logprobs_NV    fp32, a position of a row after the other; valid inside the `with` block alone
+    values         of the keys that the file has
     """
 
     end_ids: Sequence[int]
@@ -73,6 +76,7 @@ class Answer:
     tokenized: Sequence[Sequence[int]]
     written: Sequence[Sequence[int]]
     logprobs_NV: NDArray[np.float32]
+    values: Mapping[str, str]
 
 
 def find_runtime() -> Runtime | None:
@@ -93,7 +97,7 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
     """
     tokens = sum(len(ids) for ids, _ in request.rows)
     tokens += sum(len(ids) + request.max_new_tokens for ids in request.prompts)
-    seconds = limit_seconds or _START_SECONDS + tokens * file.stat().st_size / _BYTE_TOKENS_PER_SECOND
+    seconds = limit_seconds or START_SECONDS + tokens * file.stat().st_size / BYTE_TOKENS_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-runtime-") as name:
         folder = Path(name)
         asked = {**asdict(request), "library": str(runtime.library), "file": str(file), "threads": threads()}
@@ -101,7 +105,7 @@ def ask(runtime: Runtime, file: Path, request: Request, limit_seconds: float | N
         count = sum(len(positions) for _, positions in request.rows)
         logprobs_NV = _mapped(file, folder / "logprobs.f32", (count, answer["tokens"]))
         template, tokenized = answer["chat_template"], answer["tokenized"]
-        yield Answer(answer["end_ids"], template, tokenized, answer["written"], logprobs_NV)
+        yield Answer(answer["end_ids"], template, tokenized, answer["written"], logprobs_NV, answer["values"])
 
 
 def threads() -> int:

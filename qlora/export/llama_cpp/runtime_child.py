@@ -38,6 +38,7 @@ _CACHE_TYPES = struct.pack("<QQiiQQ", 0, 0, _F16, _F16, 0, 0)
 # scale 0 (from the file), yarn_ext_factor -1. 0 turns flash attention off.
 _FLASH = struct.pack("<4i3f", -1, -1, -1, -1, 0.0, 0.0, -1.0)
 _NO_FLASH = struct.pack("<4i3f", -1, -1, -1, 0, 0.0, 0.0, -1.0)
+_VALUE_BYTES = 1 << 12  # of a value of a file's header: numbers and names
 _BATCH = 512  # tokens of a row computed at a time
 _OUTPUT_BYTES = 64 << 20  # fp32 logits that llama.cpp holds at a time
 
@@ -73,6 +74,7 @@ def open_llama(path: Path) -> Any:
         "llama_context_default_params": (_Opaque, ()),
         "llama_model_load_from_file": (pointer, (ctypes.c_char_p, _Opaque)),
         "llama_model_get_vocab": (pointer, (pointer,)),
+        "llama_model_meta_val_str": (integer, (pointer, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)),
         "llama_model_chat_template": (ctypes.c_char_p, (pointer, ctypes.c_char_p)),
         "llama_init_from_model": (pointer, (pointer, _Opaque)),
         "llama_n_ctx": (ctypes.c_uint32, (pointer,)),
@@ -129,6 +131,12 @@ class Model:
             "end_ids": [at for at in range(self.tokens) if llama.llama_vocab_is_eog(self.vocabulary, at)],
             "chat_template": None if template is None else template.decode("utf-8", "replace"),
         }
+
+    def value(self, key: str) -> str | None:
+        """A key of the file's header as text; None where it has none."""
+        room = ctypes.create_string_buffer(_VALUE_BYTES)
+        found = self.library.llama_model_meta_val_str(self.model, key.encode(), room, _VALUE_BYTES)
+        return room.value.decode("utf-8", "replace") if found >= 0 else None
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         """The ids of `text`, special tokens in it as such; `add_special`: with what the file says to add around it."""
@@ -249,7 +257,9 @@ def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
                 for logits_V in context.logits(ids, 0, frozenset(positions)):
                     file.write(log_softmax(logits_V).data)
     about = model.describe()
-    return {**about, "tokenized": tokenized, "written": _written(model, request, frozenset(about["end_ids"]))}
+    values = {key: value for key in request["keys"] if (value := model.value(key)) is not None}
+    written = _written(model, request, frozenset(about["end_ids"]))
+    return {**about, "values": values, "tokenized": tokenized, "written": written}
 
 
 def _written(model: Model, request: dict[str, Any], ends: frozenset[int]) -> list[list[int]]:

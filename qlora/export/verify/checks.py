@@ -23,10 +23,10 @@ from qlora.export.verify import candidates, weights
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
 from qlora.export.verify.weights import Check
-from qlora.model.adapter_folder import Adapter
+from qlora.model.adapter_folder import Adapter, read_adapter
 from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
-from qlora.model.tensors import total_bytes
+from qlora.model.tensors import read_tensor, total_bytes
 
 _HINT = "export again; if it happens again, report it with this line"
 
@@ -74,6 +74,18 @@ def inspect_gguf(
         weights.require(file, checks)
         line = reference.measure(name, found.name, [answer.logprobs_NV], size)
     return Inspection(tuple(checks), line)
+
+
+def inspect_combined(adapter: Adapter, folder: Path) -> Inspection:
+    """A combined adapter as it was written: every value is there, and the one that was meant. Raises ExportError."""
+    written = read_adapter(folder)
+    same = written.tensors.keys() == adapter.tensors.keys() and all(
+        bool((read_tensor(entry) == read_tensor(adapter.tensors[name])).all())
+        for name, entry in written.tensors.items()
+    )
+    if not same:
+        raise ExportError(f"{folder}: is not the adapter that was combined", _HINT)
+    return Inspection((Check("weights", True, f"{len(written.tensors)} matrices as combined"),))
 
 
 def inspect_adapter(adapter: Adapter, plan: GgufPlan, file: Path) -> Inspection:

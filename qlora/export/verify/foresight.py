@@ -1,4 +1,4 @@
-"""What can be said of an export's measuring before its model is trained."""
+"""What can be said of an export before its model is trained: whether it can be, and what measuring it takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from qlora.events import Notice, Sink
 from qlora.model.base_folder import BaseFolder
 from qlora.model.family_facts import facts_of
 from qlora.model.meta_model import text_config
+from qlora.model.tokenizer_files import TokenizerFiles
 from qlora.recipe.sections import ExportSection
 
 BF16_BYTES = 2
@@ -33,3 +34,23 @@ def foresee_measuring(section: ExportSection, base: BaseFolder, limit_bytes: int
     if section.formats:
         raise ExportError(what, "leave out export.formats, and export with verify=False when it is trained")
     sink.emit(Notice("verify", f"{what}: export with verify=False"))
+
+
+def foresee_gguf(
+    section: ExportSection, base: BaseFolder, files: TokenizerFiles, template: str | None, sink: Sink
+) -> None:
+    """A notice before training whether its result can become a GGUF; ExportError where the recipe asks for one."""
+    from qlora.export.gguf.plan import Tokens, plan
+
+    quants = [name.removeprefix("gguf:") for name in section.formats if name.startswith("gguf:")]
+    try:
+        foreseen = plan(base, None, Tokens(files, template), quants, section.imatrix)
+    except ExportError as error:
+        if any("gguf" in name for name in section.formats):
+            raise
+        sink.emit(Notice("gguf", f"a model trained on this base cannot be exported as GGUF: {error.what}"))
+        return
+    vocab = foreseen.vocab.pre if foreseen.vocab.model == "gpt2" else "SentencePiece"
+    sink.emit(Notice("gguf", f"this base exports to GGUF: {foreseen.layout.arch}, tokenizer {vocab}"))
+    for notice in foreseen.notices:
+        sink.emit(Notice("gguf", notice))

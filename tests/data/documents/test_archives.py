@@ -52,3 +52,17 @@ def test_members_that_lie_about_their_size_or_are_locked() -> None:
     data[data.rindex(b"PK\x01\x02") + 8] |= 1
     assert refused(bytes(data)) == "the DOCX is encrypted"
     assert member(opened(packed(a_xml=b"x"), "DOCX"), "none") is None
+
+
+def test_what_an_index_calls_a_text_is_bounded_whatever_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "MAX_UNPACKED", 100)
+    data = packed(a_xml=b"x" * 60, page_php=b"y" * 600)
+    archive = opened(data, "EPUB")
+    with pytest.raises(NotReadable, match="unpacks to 600 bytes"):
+        archives.check_sizes(archives.named(archive, ["page.php", "gone.php", "page.php"]))
+    archives.check_sizes(archives.named(archive, ["a.xml", "gone.php"]))
+    # What a library reads by itself has nothing in it that could become too much.
+    with zipfile.ZipFile(io.BytesIO(archives.texts_alone(archive, data))) as left:
+        assert left.namelist() == ["a.xml"] and left.read("a.xml") == b"x" * 60
+    small = packed(a_xml=b"x" * 60, b_png=b"y" * 9)
+    assert archives.texts_alone(opened(small, "DOCX"), small) is small

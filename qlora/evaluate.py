@@ -1,0 +1,411 @@
+"""Models measured on the same rows: base, adapter, merged folder and GGUF file in one table, with what is chance.
+
+The rows are read as training reads them: formats, template and trained tokens are the run's. One model is in memory at
+a time. Loss and token accuracy are of trained tokens; answers are greedy, end where training ends them, and are scored
+as a run's exact match and an exam's "contains" are. Intervals and tests are those of `study/ratios.py` and
+`study/metrics.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora import files, run_folder
+from qlora.ask.opened import HowToOpen, Named, TorchModel, chat_of_adapter, named, open_model
+from qlora.errors import DataError, ExportError, TokenizerError
+from qlora.events import Notice, Sink, Sinks
+from qlora.guarded import Guarded
+from qlora.run_record import is_run
+from qlora.stop import StopRequest
+from qlora.study import metrics, ratios
+
+if TYPE_CHECKING:
+    from qlora.ask.likelihood import Asked, RowScores
+    from qlora.data.chat import ChatTokenizer
+    from qlora.data.token_cache import PreparedSplit
+    from qlora.recipe.reading import Recipe
+    from qlora.recipe.sections import DataSection
+
+MOST_MODELS, MOST_SOURCES = 8, 50
+FEW_ROWS = 20  # below, an interval holds the mean less often than it says
+LONGEST_ANSWER = 512  # tokens
+_NAME_ONE = "name first the run, adapter or model that it was made of"
+
+
+@dataclass(frozen=True)
+class HowToEvaluate:
+    """What is measured.
+
+    base        the base of each adapter too, held as in training
+    rows        at most so many, spread evenly over all
+    answers     so many of them are answered
+    max_length  of a row in tokens; None: as the run was trained, else 2048
+    base_model  where an adapter's base lies, if not where the adapter says
+    """
+
+    base: bool = True
+    rows: int = 500
+    answers: int = 50
+    max_length: int | None = None
+    base_model: str | Path | None = None
+
+
+@dataclass
+class Measured:
+    """One line of the table: what a model made of the rows, and its answers."""
+
+    name: str
+    kind: str
+    by: str
+    scores: RowScores
+    answers: list[str] = field(default_factory=list)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    data: str | Path,
+    *,
+    how: HowToEvaluate | None = None,
+    sink: Sink | None = None,
+    stop: StopRequest | None = None,
+) -> dict[str, Any]:
+    """Figures of `models` (runs, adapters, merged folders, GGUF files) on the rows of `data`, a path as [[data.eval]]
+    has it.
+
+    Raises ExportError for what is no model, DataError for rows that are none, TokenizerError where a model would read
+    them as other tokens than the first one.
+    """
+    shared, how = Sinks(sink) if sink is not None else Sinks(), how or HowToEvaluate()
+    if not 1 <= len(models) <= MOST_MODELS:
+        raise ExportError(f"{len(models)} models are named", f"name 1 to {MOST_MODELS}, and then the rows")
+    found = [named(model) for model in models]
+    with Guarded("evaluating", "end other programs that hold memory, or name fewer models"):
+        asked = _asked(found, data, how, shared, stop or StopRequest())
+        measured: list[Measured] = []
+        for source in found:
+            measured += _measured(source, asked, how, shared, {one.name for one in measured})
+    return figures_of(measured, asked)
+
+
+# --- the rows -------------------------------------------------------------------------------------------------------
+
+
+def _asked(found: Sequence[Named], data: str | Path, how: HowToEvaluate, sink: Sinks, stop: StopRequest) -> Asked:
+    """The rows as the first model reads them; every other one must read them so too."""
+    from qlora.ask.likelihood import Asked
+    from qlora.data.hub_rows import localize
+    from qlora.data.prepare import check_files
+    from qlora.training.evaluate import answer_tokens, questions_of
+
+    recipe = _recipe_of(found)
+    section = _section(data, recipe, how)
+    local = localize(section, sink).local
+    check_files(local)
+    chats = [(source, _chat(source, local.loss_on, how, sink)) for source in _with_tokenizers(found)]
+    chat = chats[0][1]
+    split = _rows(local, chat, how.rows, sink)
+    for source, other in chats[1:]:
+        _refuse_other_rows(source, split, _rows(local, other, how.rows, Sinks()))
+    answerable = [row for row in range(len(split.lengths)) if split.prompt(row) is not None]
+    answered = _spread(answerable, how.answers)
+    questions = questions_of(_chosen(split, answered), chat, len(answered))
+    room = local.max_length - max((len(question.prompt_ids) for question in questions), default=0)
+    limit = max(1, min(answer_tokens(questions, chat), LONGEST_ANSWER, room))
+    if len(split.lengths) < FEW_ROWS:
+        message = "rows are few: intervals of so few hold the true value less often than 95 times of 100"
+        sink.emit(Notice("rows", message, len(split.lengths)))
+    return Asked(split, chat, local.max_length, answered, questions, limit, sink, stop.check)
+
+
+def _section(data: str | Path, recipe: Recipe | None, how: HowToEvaluate) -> DataSection:
+    """The rows of a path as a recipe's table would name them; those that the run's recipe names are read as there."""
+    from qlora.recipe.sections import DataSection, SourceSection
+
+    text = str(data)
+    path = text if text.startswith("hub:") else str(files.user_path(data, "the rows"))
+    section = DataSection() if recipe is None else recipe.data
+    known = {source.path: source for source in (*section.train, *section.eval)}
+    source = known.get(path, SourceSection(path=path))
+    changes = {
+        "train": (source.model_copy(update={"weight": 1.0}),),
+        "eval": (),
+        "documents": (),
+        "eval_fraction": 0.0,
+        "packing": False,
+        "max_length": how.max_length or section.max_length,
+    }
+    return section.model_copy(update=changes)
+
+
+def _rows(section: DataSection, chat: ChatTokenizer, most: int, sink: Sink) -> PreparedSplit:
+    """At most so many of the rows that have a trained token, spread evenly over all. Raises DataError without one."""
+    from qlora.data.prepare import prepare
+
+    with tempfile.TemporaryDirectory(prefix="qlora-rows-") as place:
+        split = prepare(section, "", chat, 0, Path(place), sink).train
+        usable = [row for row, trained in enumerate(split.trained) if trained]
+        if not usable:
+            raise DataError(f"{section.train[0].path}: no row has a trained token", "name rows with answers in them")
+        kept = _spread(usable, most)
+        if len(kept) < len(usable):
+            message = f"measured are {len(kept):,} rows, spread evenly over all {len(usable):,}"
+            sink.emit(Notice("rows", message, len(kept)))
+        return _chosen(split, kept)
+
+
+def _spread(rows: Sequence[int], most: int) -> list[int]:
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[at * len(rows) // most] for at in range(most)]
+
+
+def _chosen(split: PreparedSplit, rows: Sequence[int]) -> PreparedSplit:
+    """Some rows of a split, in memory."""
+    from qlora.data.token_cache import PreparedSplit
+
+    def of(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in rows]
+
+    prompts = of(split.prompts) if split.prompts else ()
+    return PreparedSplit(
+        of(split.rows), of(split.lengths), of(split.trained), of(split.wheres), of(split.sources), prompts
+    )
+
+
+def _refuse_other_rows(source: Named, ours: PreparedSplit, theirs: PreparedSplit) -> None:
+    same = len(ours.lengths) == len(theirs.lengths) and all(
+        list(one.input_ids) == list(other.input_ids) and list(one.loss_weights) == list(other.loss_weights)
+        for one, other in zip(ours.rows, theirs.rows, strict=True)
+    )
+    if not same:
+        what = f"{source.name}: has another tokenizer or chat template than the first model: the rows are other tokens"
+        raise TokenizerError(what, "evaluate it by itself: losses of other tokens cannot be compared")
+
+
+# --- the models -----------------------------------------------------------------------------------------------------
+
+
+def _recipe_of(found: Sequence[Named]) -> Recipe | None:
+    """The recipe of the first run that is named, or in whose exports one of the files lies."""
+    for folder in (folder for source in found for folder in _above(source)):
+        if is_run(folder):
+            return run_folder.recipe_of(folder / "adapter", Sinks())
+    return None
+
+
+def _above(source: Named) -> Iterator[Path]:
+    """The folders in which a model on the disk may belong to a run: run/adapter, run/export/hf, run/export/q/file."""
+    if not isinstance(source.place, str):
+        yield from source.place.parents[: {"adapter": 1, "model": 2, "gguf": 3}[source.kind]]
+
+
+def _with_tokenizers(found: Sequence[Named]) -> list[Named]:
+    """Those that bring a tokenizer; of GGUF files alone, the run whose exports one lies in. Raises ExportError."""
+    bringing = [source for source in found if source.kind != "gguf"]
+    if bringing:
+        return bringing
+    for folder in (folder for source in found for folder in _above(source)):
+        if is_run(folder) and (folder / "adapter").is_dir():
+            return [named(folder)]
+    raise ExportError(f"{found[0].place}: a GGUF file alone has no tokenizer to read rows with", _NAME_ONE)
+
+
+def _chat(source: Named, loss_on: str, how: HowToEvaluate, sink: Sink) -> ChatTokenizer:
+    """Tokenizer and template, without a weight being read."""
+    from qlora.data.chat import ChatTokenizer
+    from qlora.export import adapter_base
+    from qlora.model import chat_template, tokenizer_files
+    from qlora.model.adapter_folder import provenance, read_adapter
+    from qlora.model.resolve import resolve
+    from qlora.model.tokenizer import open_tokenizer
+    from qlora.recipe.sections import ModelSection
+
+    if source.kind == "adapter":
+        folder = Path(source.place)
+        adapter = read_adapter(folder)
+        origin = provenance(folder, adapter.config)
+        recipe = run_folder.recipe_of(folder, Sinks())
+        return chat_of_adapter(
+            folder, recipe, lambda: adapter_base.open_base(adapter, origin, how.base_model, sink), sink
+        )
+    base = resolve(str(source.place), "main", sink)
+    read = tokenizer_files.read_files(base.path)
+    taken = chat_template.chosen(read, ModelSection(base=str(source.place)), base.name, Sinks())
+    with taken.placed() as place:
+        tokenizer = open_tokenizer(place, base.name)
+    return ChatTokenizer(tokenizer, loss_on, sink, taken.embedding_rows)  # type: ignore[arg-type]
+
+
+def _measured(source: Named, asked: Asked, how: HowToEvaluate, sink: Sink, taken: set[str]) -> Iterator[Measured]:
+    """The lines of one model: of an adapter, its base before it."""
+    from qlora.ask.likelihood import by_llama, by_torch
+    from qlora.ask.llama import LlamaModel
+
+    name = _name(source, taken)
+    if source.kind == "gguf":
+        yield Measured(name, "gguf", "llama.cpp", *by_llama(Path(source.place), asked))
+        return
+    with open_model(source, HowToOpen(base_model=how.base_model, context=asked.max_length), sink) as opened:
+        assert not isinstance(opened, LlamaModel)
+        longest = max(asked.split.lengths)
+        if longest > opened.context:
+            what = f"{name}: takes {opened.context:,} tokens, and a row has {longest:,}"
+            raise DataError(what, f"say a `max_length` of {opened.context:,}")
+        base = _base_name(opened)
+        if source.kind == "adapter" and how.base and base not in taken:
+            with opened.adapters_off():
+                yield Measured(base, "base", "transformers", *by_torch(opened.model, asked, opened.device, base))
+        made = by_torch(opened.model, asked, opened.device, name)
+        yield Measured(name, source.kind, "transformers", *made)
+
+
+def _base_name(opened: TorchModel) -> str:
+    """What the line of an adapter's base is called."""
+    held = opened.origin.quantization.type if opened.origin is not None else "none"
+    return f"base ({Path(opened.base.name).name}, {'16 bit' if held == 'none' else held})"
+
+
+def _name(source: Named, taken: set[str]) -> str:
+    """What a line is called: a merged folder in a run's exports by both names; with a number where that is taken."""
+    place = Path(source.place)
+    name = f"{place.parent.parent.name}/{place.name}" if place.parent.name == "export" else source.name
+    number = next(number for number in range(1, MOST_MODELS + 2) if _numbered(name, number) not in taken)
+    return _numbered(name, number)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name} ({number})"
+
+
+# --- the figures ----------------------------------------------------------------------------------------------------
+
+
+def figures_of(measured: Sequence[Measured], asked: Asked) -> dict[str, Any]:
+    """The table as plain values: models, by source, and each pair of models compared."""
+    split, expected = asked.split, [question.expected for question in asked.questions]
+    language = _language(expected)
+    of_rows = [Path(where.rpartition(":")[0]).name for where in split.wheres]
+    right = {one.name: _right(one.answers, expected, language) for one in measured}
+    sources = list(dict.fromkeys(of_rows))[:MOST_SOURCES]
+    lines = []
+    for one in measured:
+        line = {"name": one.name, "kind": one.kind, "by": one.by, **_line(one, right[one.name], None, None)}
+        line["sources"] = {}
+        for source in sources if len(sources) > 1 else ():
+            rows = [row for row, name in enumerate(of_rows) if name == source]
+            questions = [number for number, row in enumerate(asked.answered) if of_rows[row] == source]
+            line["sources"][source] = {"rows": len(rows), **_line(one, right[one.name], rows, questions)}
+        lines.append(line)
+    return {
+        "rows": len(split.lengths),
+        "trained_tokens": sum(split.trained),
+        "answers": len(expected),
+        "max_new_tokens": asked.max_new_tokens if expected else 0,
+        "sources": sources,
+        "confidence": metrics.CONFIDENCE,
+        "models": lines,
+        "pairs": [_pair(one, other, right) for number, one in enumerate(measured) for other in measured[number + 1 :]],
+    }
+
+
+def _language(expected: Sequence[str]) -> str:
+    from qlora.data.documents.language import language_of
+    from qlora.study.words import LANGUAGES
+
+    found = language_of("\n".join(expected))
+    return found if found in LANGUAGES else "en"
+
+
+def _right(answers: Sequence[str], expected: Sequence[str], language: str) -> dict[str, list[bool]]:
+    """Of each answer, whether it is the row's own, and whether that stands in it."""
+    from qlora.training.evaluate import same_answer, without_thoughts
+
+    pairs = list(zip(answers, expected, strict=True))
+    return {
+        "exact_match": [same_answer(given, wanted) for given, wanted in pairs],
+        "contains": [
+            metrics.contains(without_thoughts(wanted), without_thoughts(given), language) for given, wanted in pairs
+        ],
+    }
+
+
+def _line(
+    one: Measured, right: Mapping[str, Sequence[bool]], rows: Sequence[int] | None, questions: Sequence[int] | None
+) -> dict[str, Any]:
+    """Means with intervals, over all rows and questions or some of them."""
+    chosen = range(len(one.scores.nats)) if rows is None else rows
+    nats, hits, weights = ([values[row] for row in chosen] for values in _columns(one.scores))
+    loss = ratios.ratio(nats, weights, seed=0)
+    shown: dict[str, Any] = {
+        "loss": asdict(loss),
+        "perplexity": {key: math.exp(min(value, 700.0)) for key, value in asdict(loss).items()},
+        "token_accuracy": asdict(ratios.ratio(hits, weights, seed=0)),
+    }
+    for key, values in right.items():
+        some = list(values) if questions is None else [values[number] for number in questions]
+        shown[key] = asdict(metrics.bootstrap([float(value) for value in some], seed=0)) if some else None
+    return shown
+
+
+def _columns(scores: RowScores) -> tuple[list[float], list[float], list[float]]:
+    return scores.nats, scores.hits, scores.weights
+
+
+def _pair(one: Measured, other: Measured, right: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, Any]:
+    """How `other` differs from `one` on the same rows: loss by a paired bootstrap, answers by McNemar's test."""
+    apart = ratios.difference(other.scores.nats, one.scores.nats, one.scores.weights, seed=0)
+    found: dict[str, Any] = {
+        "one": one.name,
+        "other": other.name,
+        "loss_difference": asdict(apart),
+        "beyond_chance": apart.low > 0 or apart.high < 0,
+    }
+    for key in ("exact_match", "contains"):
+        a, b = right[one.name][key], right[other.name][key]
+        pairs = list(zip(a, b, strict=True))
+        only = {"only_one": sum(x and not y for x, y in pairs), "only_other": sum(y and not x for x, y in pairs)}
+        found[key] = {**only, "p": metrics.mcnemar(a, b)} if pairs else None
+    return found
+
+
+# --- a harness ------------------------------------------------------------------------------------------------------
+
+
+def by_harness(
+    models: Sequence[str | Path],
+    tasks: str,
+    *,
+    limit: int | None = None,
+    how: HowToEvaluate | None = None,
+    sink: Sink | None = None,
+) -> dict[str, Any]:
+    """What lm-evaluation-harness finds of each model, and of an adapter's base: figures by model and task.
+
+    `tasks` are names of the harness' own, or YAML files, with commas between them. Raises ExportError where it is not
+    installed, for a task that it cannot do, and for a GGUF file, which it does not compute here.
+    """
+    from qlora.ask import harness
+    from qlora.ask.llama import LlamaModel
+
+    shared, how = Sinks(sink) if sink is not None else Sinks(), how or HowToEvaluate()
+    harness.check_installed()
+    wanted, found = harness.split_tasks(tasks), [named(model) for model in models]
+    if files_of := [source for source in found if source.kind == "gguf"]:
+        what = f"{files_of[0].place}: the harness computes with transformers, and this is a GGUF file"
+        raise ExportError(what, "name the merged folder or the run that it was made of")
+    figures: dict[str, Any] = {}
+    with Guarded("evaluating", "end other programs that hold memory, or name fewer models"):
+        for source in found:
+            context = how.max_length or HowToOpen().context
+            with open_model(source, HowToOpen(base_model=how.base_model, context=context), shared) as opened:
+                assert not isinstance(opened, LlamaModel), "GGUF files are refused above"
+                if source.kind == "adapter" and how.base and (base := _base_name(opened)) not in figures:
+                    with opened.adapters_off():
+                        figures[base] = harness.run(opened, wanted, limit, shared)
+                figures[_name(source, set(figures))] = harness.run(opened, wanted, limit, shared)
+    return figures
