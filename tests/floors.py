@@ -89,7 +89,7 @@ LINES = {
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "recipes"),
-        *("export", "estimate", "data", "exam", "evaluate", "conversation", "chat", "prove"),
+        *("export", "estimate", "data", "exam", "report", "evaluate", "conversation", "chat", "prove"),
         *("doctor_child", "doctor", "train"),
     ],
     "training": [
@@ -264,6 +264,8 @@ LINES = {
         "page",
         "xray",
         "xray_page",
+        *("curves", "run_events", "run_log", "run_files", "timeline", "run_sections", "run_page"),
+        *("write", "trackers", "sinks"),
     ],
     "doctor": [
         *("finding", "requirements", "stages", "trial", "tried", "card", "places", "machine", "reach", "caches"),

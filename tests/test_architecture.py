@@ -62,7 +62,7 @@ def test_every_module_has_a_place_on_its_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "export", "estimate", "exam", "evaluate", "chat", "prove", "data", "doctor"]
+    "command", ["train", "export", "estimate", "exam", "evaluate", "chat", "prove", "data", "doctor", "report"]
 )
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
@@ -113,7 +113,8 @@ FOREIGN = [
     *("model/adapters.py", "model/attention_choice.py", "model/attention_choice.py"),
     *("model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),
     *("model/meta_model.py", "model/meta_model.py", "model/mixtures.py", "model/mixtures.py", "model/nf4.py"),
-    *("model/tokenizer.py", "model/weight_names.py", "prove/suite.py", "training/memory_plan.py"),
+    *("model/tokenizer.py", "model/weight_names.py", "prove/suite.py"),
+    *("report/sinks.py", "report/trackers.py", "training/memory_plan.py"),
 ]
 
 
