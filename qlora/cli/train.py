@@ -85,7 +85,7 @@ def _schema() -> str:
 
 
 def _keys() -> str:
-    from qlora.cli import data, doctor, estimate, exam, export
+    from qlora.cli import chat, data, doctor, estimate, evaluate, exam, export, report
     from qlora.cli.keys import page
 
     return page(
@@ -95,6 +95,9 @@ def _keys() -> str:
             "qlora-estimate": estimate.estimate,
             "qlora-data": data.data,
             "qlora-exam": exam.exam,
+            "qlora-eval": evaluate.evaluate,
+            "qlora-chat": chat.chat,
+            "qlora-report": report.report,
             "qlora-doctor": doctor.doctor,
         }
     )
