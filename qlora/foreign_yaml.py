@@ -55,7 +55,7 @@ def _parse(text: str, named: str) -> Any:
                 return {}
             if _size(node, {}, ()) > MAX_VALUES:
                 raise foreign_json.ForeignFileError(f"{named}: its aliases stand for more than {MAX_VALUES:,} values")
-            _check_keys(node, named)
+            _check_keys(node, named, set())
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -103,8 +103,11 @@ def _size(node: Any, known: dict[int, int], above: tuple[int, ...]) -> int:
     return known[id(node)]
 
 
-def _check_keys(node: Any, named: str) -> None:
-    """Each key once: YAML's own rule, which its loader does not hold."""
+def _check_keys(node: Any, named: str, looked_at: set[int]) -> None:
+    """Each key once: YAML's own rule, which its loader does not hold. What aliases share is looked at once."""
+    if id(node) in looked_at:
+        return
+    looked_at.add(id(node))
     seen: set[str] = set()
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     for key, _ in pairs:
@@ -116,7 +119,7 @@ def _check_keys(node: Any, named: str) -> None:
         seen.add(key.value)
     values = [value for _, value in pairs] or (node.value if isinstance(node, yaml.SequenceNode) else [])
     for value in values:
-        _check_keys(value, named)
+        _check_keys(value, named, looked_at)
 
 
 def _table(value: Any, named: str) -> dict[str, Any]:
