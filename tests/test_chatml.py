@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora import chatml
-from qlora.data.render import Renderer, request_text
+from qlora.data.render import Renderer, request_of
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 MESSAGES = [
@@ -20,7 +20,7 @@ MESSAGES = [
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<'\\end>", "<\\n>"])
 def test_turns_end_with_the_token(end: str) -> None:
     renderer = Renderer([chatml.template(end)], {})
-    text = renderer.render(request_text(0, {"messages": MESSAGES, "add_generation_prompt": True})).text
+    text = renderer.render(request_of(0, {"messages": MESSAGES, "add_generation_prompt": True})).text
     assert text == (
         f"<|im_start|>system\nS{end}\n<|im_start|>user\nQ{end}\n<|im_start|>assistant\n"
         f'<tool_call>\n{{"name": "f", "arguments": {{"x": 1}}}}\n</tool_call>{end}\n'

@@ -7,7 +7,6 @@ point, and ends with the template's end-of-turn token, which is trained; the new
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.data import limits, spans
 from qlora.data.formats import Conversation, Message
-from qlora.data.offsets import begins_of, split_at, tokens_of
+from qlora.data.offsets import begin_of, begun_before, ended_at, split_at, tokens_of
+from qlora.data.render import Request
 from qlora.data.row_json import RowError
 from qlora.data.served_rows import Batch, ServedRows
 from qlora.data.spans import Located
@@ -75,6 +75,7 @@ class ChatTokenizer:
         self.pad_id = known[0] if known else 0
         bos = tokenizer.bos_token_id
         self._adds_bos = bos is not None and list(tokenizer("a", verbose=False)["input_ids"])[:1] == [bos]
+        self.hidden_tools = False  # whether rows had tools that the template does not show the model
         self._noticed_tools = False
         self._served_rows = ServedRows(self._chat_template, self._check, self.dropped)
 
@@ -87,6 +88,17 @@ class ChatTokenizer:
     def templates(self) -> tuple[str, str]:
         """The templates for conversations without and with tools: what a cache of tokens depends on."""
         return self._chat_template.texts[False], self._chat_template.texts[True]
+
+    @property
+    def bounds(self) -> list[str]:
+        """What renderings were stopped for so far."""
+        return self._chat_template.bounds
+
+    def tell_hidden_tools(self) -> None:
+        """Say that tools are not shown to the model, once."""
+        if not self._noticed_tools:
+            self._noticed_tools = True
+            self._sink.emit(Notice("tools", "the chat template does not show the model its tools: they are left out"))
 
     def as_served(self, batch: Batch, bounds: limits.TextLimits = _LIMITS) -> Batch:
         """The batch with several rows for a conversation of which the template writes an answer otherwise later."""
@@ -128,7 +140,7 @@ class ChatTokenizer:
 
     # --- where the answers are ----------------------------------------------------------------------------------
 
-    def _requests(self, conversation: Conversation) -> list[str]:
+    def _requests(self, conversation: Conversation) -> list[Request]:
         """The renderings that a conversation will want, as far as they are known beforehand."""
         if conversation.text is not None:
             return []
@@ -158,9 +170,9 @@ class ChatTokenizer:
         if not template.given:
             what = "the base has no chat template, and the rows are conversations"
             raise TokenizerError(what, 'add chat_template = "chatml" under [model], or a file that holds its template')
-        if conversation.tools and not template.writes_tools and not self._noticed_tools:
-            self._noticed_tools = True
-            self._sink.emit(Notice("tools", "the chat template does not show the model its tools: they are left out"))
+        if conversation.tools and not template.writes_tools:
+            self.hidden_tools = True
+            self.tell_hidden_tools()
         for message in conversation.messages:
             if "tool_calls" in message and not template.writes_calls:
                 raise RowError("the chat template of this base does not write tool calls", OTHER_TEMPLATE)
@@ -193,17 +205,16 @@ class ChatTokenizer:
         """Weights of the tokens; and an end token after the last answer where the template writes none."""
         borders = [turn.start for turn in located.turns if turn.template_space]
         ids, offsets = split_at(self.tokenizer, located.text, (ids, offsets), borders)
-        begins, ends = begins_of(offsets), [end for _, end in offsets]
         weights = [0.0] * len(ids)
         for turn in located.turns:
-            first, until = bisect_right(ends, turn.start), bisect_left(begins, turn.end)
+            first, until = ended_at(offsets, turn.start), begun_before(offsets, turn.end)
             weights[first:until] = [1.0] * (until - first)
             for at in {first, until - 1} if first < until else ():
                 end = None if turn.closed else turn.end
-                if not _belongs(located.text, (begins[at], ends[at]), turn.start, end):
+                if not _belongs(located.text, (begin_of(offsets, at), offsets[at][1]), turn.start, end):
                     weights[at] = 0.0
         if located.open_end is not None and not located.text[located.open_end :].strip():
-            until = bisect_left(begins, located.open_end)
+            until = begun_before(offsets, located.open_end)
             end_id = self.tokenizer.convert_tokens_to_ids(located.end_token)
             return [*ids[:until], end_id], [*weights[:until], 1.0]
         return ids, weights

@@ -7,13 +7,13 @@ a wrong way, and the hint is the line of the recipe that reads it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora.data.column_words import Reading, detect
 from qlora.data.formats import Conversation, to_conversation
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import SourceFile
-from qlora.data.sources import SourceRow, read_rows, renamed
+from qlora.data.sources import SourceRow, raw_rows, renamed
 from qlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,19 +27,27 @@ def conversations(
     source: SourceSection, readings: dict[str, Reading], files: Sequence[SourceFile] | None = None
 ) -> Iterator[tuple[SourceRow, Conversation | RowError]]:
     """The source's rows as conversations. Formats known by the first good row of a file are put into `readings`."""
-    for row in read_rows(source, files):
-        try:
-            if isinstance(row.row, RowError):
-                raise row.row
-            reading, name = Reading(source.format.replace("documents", "text")), file_of(row.where)
-            if source.format == "auto":
-                reading = readings.get(name) or detect(row.row)
-            conversation = to_conversation(renamed(row.row, reading.columns), reading.format)
-            if source.format == "auto":
-                readings.setdefault(name, reading)
-            yield row, conversation
-        except RowError as error:
-            yield row, error
+    for row in raw_rows(source, files):
+        named = row.named(source.columns)
+        yield named, conversation_of(named.row, named.where, str(source.format), readings)
+
+
+def conversation_of(
+    row: dict[str, Any] | RowError, where: str, format: str, readings: dict[str, Reading]
+) -> Conversation | RowError:
+    """A row of a source of that format as a conversation, or why it is none. `readings` as in `conversations`."""
+    try:
+        if isinstance(row, RowError):
+            raise row
+        reading, name = Reading(format.replace("documents", "text")), file_of(where)
+        if format == "auto":
+            reading = readings.get(name) or detect(row)
+        conversation = to_conversation(renamed(row, reading.columns), reading.format)
+        if format == "auto":
+            readings.setdefault(name, reading)
+        return conversation
+    except RowError as error:
+        return error
 
 
 def file_of(where: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.data.formats import Conversation
+from qlora.data.formats import Conversation, Message
 from qlora.data.row_json import RowError, RowTooLong
 
 # JSON of a row becomes at most 24 times its bytes (`[],[],…`: 64 for each 3), so 200 MiB, in a second or two.
@@ -65,11 +65,25 @@ def text_chars(value: Any) -> int:
     return count
 
 
+def _chars(message: Message) -> int:
+    """`text_chars` of a message, sooner where it is a usual one."""
+    usual = [*message] == ["role", "content"]
+    return len("rolecontent") + len(message["role"]) + len(message["content"]) if usual else text_chars(message)
+
+
 def rendered_chars(conversation: Conversation) -> int:
-    """Characters of all renderings of a conversation: one of the whole, and up to one for each answer."""
-    chars = text_chars((conversation.text or "", conversation.messages, conversation.tools or ()))
-    answers = [message for message in conversation.messages if message["role"] == "assistant"]
-    return chars * (1 + len(answers))
+    """Characters of all renderings of a conversation: one of the whole, and up to one for each answer.
+
+    Asked several times on a row's way, and counted once.
+    """
+    known = conversation.__dict__.get("rendered_chars")
+    if known is None:
+        chars = text_chars((conversation.text or "", conversation.tools or ())) + sum(
+            map(_chars, conversation.messages)
+        )
+        answers = [message for message in conversation.messages if message["role"] == "assistant"]
+        known = conversation.__dict__["rendered_chars"] = chars * (1 + len(answers))
+    return int(known)
 
 
 def check_size(conversation: Conversation, limit_chars: int) -> None:

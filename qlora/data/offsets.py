@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -31,13 +31,23 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Iterator[
     yield from zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
 
-def begins_of(offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Where each token begins.
+def begin_of(offsets: Sequence[tuple[int, int]], at: int) -> int:
+    """Where token `at` begins.
 
     Tokenizers that trim offsets leave a token of spaces no width, at its end: it begins where the last one ended.
     """
-    ends = [end for _, end in offsets]
-    return [begin if begin < end or not at else ends[at - 1] for at, (begin, end) in enumerate(offsets)]
+    begin, end = offsets[at]
+    return begin if begin < end or not at else offsets[at - 1][1]
+
+
+def ended_at(offsets: Sequence[tuple[int, int]], place: int) -> int:
+    """How many tokens have ended at a place in the text. Looks at a few: a row has thousands."""
+    return bisect_right(offsets, place, key=lambda pair: pair[1])
+
+
+def begun_before(offsets: Sequence[tuple[int, int]], place: int) -> int:
+    """How many tokens begin before a place in the text."""
+    return bisect_left(range(len(offsets)), place, key=lambda at: begin_of(offsets, at))
 
 
 def split_at(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, borders: Sequence[int]) -> Tokens:
@@ -48,11 +58,10 @@ def split_at(tokenizer: PreTrainedTokenizerBase, text: str, tokens: Tokens, bord
     before every text).
     """
     ids, offsets = tokens
-    begins, ends = begins_of(offsets), [end for _, end in offsets]
     over = []
     for border in borders:
-        at = bisect_right(ends, border)
-        if at < len(ids) and begins[at] < border:
+        at = ended_at(offsets, border)
+        if at < len(ids) and begin_of(offsets, at) < border:
             over.append(border)
     if not over:
         return tokens

@@ -95,7 +95,7 @@ def _rows(file: SourceFile, lines: IO[bytes]) -> Generator[Item, None, tuple[int
 def _row(line: str) -> dict[str, Any] | RowError:
     if not line.startswith("{"):
         return RowTooLong(f"over {MAX_ROW_BYTES >> 20} MiB in one row")
-    row: dict[str, Any] = json.loads(line, object_hook=_unmarked if _MARK in line else None)
+    row: dict[str, Any] = json.loads(line, object_hook=unmarked if _MARK in line else None)
     try:
         check_value(row, escapes="\\u0000" in line)
     except RowError as error:
@@ -103,7 +103,15 @@ def _row(line: str) -> dict[str, Any] | RowError:
     return row
 
 
-def _unmarked(value: dict[str, Any]) -> Any:
+def as_marked(value: object) -> dict[str, str]:
+    """For json's `default`: a ParquetValue as `unmarked` reads it. Raises TypeError for anything else."""
+    if isinstance(value, ParquetValue):
+        return {"\0": value.kind}
+    raise TypeError(f"{type(value).__name__} is no value of a row")
+
+
+def unmarked(value: dict[str, Any]) -> Any:
+    """For json's `object_hook`: a value of a kind that JSON does not have, where it has been marked as one."""
     kind = value.get("\0")
     return ParquetValue(kind) if isinstance(kind, str) and len(value) == 1 else value
 

@@ -11,24 +11,24 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from qlora import disk
 from qlora.data import dropped
-from qlora.data.chat import ChatTokenizer, TokenRow
-from qlora.data.column_words import Reading
+from qlora.data.chat import ChatTokenizer
 from qlora.data.conversations import bad_row, conversations, file_of, leave_out
-from qlora.data.formats import Conversation
-from qlora.data.limits import rendered_chars, text_limits
+from qlora.data.limits import text_limits
+from qlora.data.made_rows import MadeBatch, RawBatch, RowMaker
+from qlora.data.raw_batches import raw_batches
+from qlora.data.render import give_up
 from qlora.data.row_cache import ROWS_FILE, CachedRows, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
-from qlora.data.source_files import FoundFiles, SourceFile
+from qlora.data.row_workers import RowWorkers
+from qlora.data.source_files import FoundFiles
 from qlora.data.sources import source_files
-from qlora.data.text_pieces import cut, is_text_file
-from qlora.data.token_cache import PreparedSplit, RowWriter
+from qlora.data.token_cache import MadeRow, PreparedSplit, RowWriter
 from qlora.data.unread import count_remarks, first_of, notices
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
@@ -41,8 +41,6 @@ __all__ = ["NO_ROWS", "PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
 CODE_VERSION, OLDER_CODE_VERSION = 3, 1
-BATCH_ROWS = 256
-BATCH_CHARS = 4 << 20  # of all renderings of a batch
 CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
 MAX_LOOKED_AT = 10_000  # and bad ones, before it leaves the rest to the tokenization
 
@@ -62,7 +60,7 @@ class PreparedData:
     fingerprint: str
     content_fingerprint: str
     older_fingerprint: str
-    reports: tuple[RowReport, ...]
+    reports: tuple[RowReport, ...] = ()
 
 
 # Of a recipe without sources of rows, whose documents are studied.
@@ -189,62 +187,46 @@ class _Tokenization:
         self.limits = text_limits(self.data.max_length, self.data.truncation, maker.longest_token)
         self.sources, self.found = sources, found
         self.folder = folder
+        self.bounds = list(self.chat.bounds)
         self.report = RowReport()
         self.bad = 0
 
     def run(self) -> None:
-        dropped_before = self.chat.dropped.copy()
-        with RowWriter(self.folder / ROWS_FILE) as writer:
-            for index, source in enumerate(self.sources):
-                for batch in self._batches(source, self.found[index].files):
-                    if kept := [(*row, index) for row in self._tokenized(source, batch)]:
-                        writer.write(kept)
-                self.report.end_source(self.data.max_length)
+        total_bytes = sum(file.size_bytes for found in self.found for file in found.files)
+        maker = RowMaker(self.chat, self.limits, self.data.max_length)
+        with RowWriter(self.folder / ROWS_FILE) as writer, RowWorkers(maker, total_bytes) as workers:
+            for batch, made in workers.made(self._batches()):
+                if kept := [(*row, batch.source) for row in self._kept(self.sources[batch.source], made)]:
+                    writer.write(kept)
+                self.sink.emit(Progress("tokenize", batch.read_bytes, batch.total_bytes, "B"))
+                if batch.last:
+                    self.report.end_source(self.data.max_length)
             self.report.content_sha256 = writer.content_sha256()
-        self.report.dropped = dict(self.chat.dropped - dropped_before)
         if not self.report.rows:
             raise self._nothing_left()
         self.report.write(self.folder)
 
-    def _batches(
-        self, source: SourceSection, files: Sequence[SourceFile]
-    ) -> Iterator[list[tuple[str, Conversation | RowError]]]:
-        """Conversations with their places; what is bad stands where it was met, so that the first is reported."""
-        *starts_bytes, total_bytes = accumulate((file.size_bytes for file in files), initial=0)
-        start_of = dict(zip(files, starts_bytes, strict=True))
-        readings: dict[str, Reading] = {}
-        batch: list[tuple[str, Conversation | RowError]] = []
-        chars = 0
-        for row, conversation in conversations(source, readings, files):
-            batch.append((row.where, conversation))
-            if isinstance(conversation, Conversation):
-                chars += rendered_chars(conversation)
-                count_remarks(self.report.remarks, file_of(row.where), conversation.remarks)
-            if len(batch) >= BATCH_ROWS or chars > BATCH_CHARS:
-                yield batch
-                batch, chars = [], 0
-                self.sink.emit(Progress("tokenize", start_of[row.file] + row.read_bytes, total_bytes, "B"))
-        yield batch
-        self.sink.emit(Progress("tokenize", total_bytes, total_bytes, "B"))
-        self.report.formats.update({file: str(reading) for file, reading in readings.items()})
+    def _batches(self) -> Iterator[RawBatch]:
+        for number, (source, found) in enumerate(zip(self.sources, self.found, strict=True)):
+            yield from raw_batches(number, source, found.files, self.report.formats)
 
-    def _tokenized(
-        self, source: SourceSection, batch: Sequence[tuple[str, Conversation | RowError]]
-    ) -> Iterator[tuple[TokenRow, Conversation, str]]:
-        batch = self.chat.as_served(batch, self.limits)
-        good = [item for _, item in batch if isinstance(item, Conversation)]
-        encoded = iter(self.chat.encode_many(good, self.limits))
-        rows = [next(encoded) if isinstance(item, Conversation) else item for _, item in batch]
-        for (where, item), encoded_row in zip(batch, rows, strict=True):
-            row: TokenRow | RowError | None = encoded_row
-            in_pieces = source.format == "documents" or is_text_file(where)
-            if isinstance(item, Conversation) and in_pieces and self._is_long(row):
-                parts = cut(item.text or "", where, self.data.max_length, self.chat.tokenizer)
-                if len(parts) > 1:
-                    self.report.cut_text(where, len(parts))
-                    yield from self._tokenized(source, [(place, Conversation(text=text)) for place, text in parts])
-                    continue
-            if isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length:
+    def _kept(self, source: SourceSection, made: MadeBatch) -> Iterator[tuple[MadeRow, str]]:
+        """The rows of a batch that are used, with their places; the others are counted, or end it all."""
+        self.bounds += made.bounds
+        give_up(self.bounds)
+        if made.error:
+            raise made.error
+        if made.tools:
+            self.chat.tell_hidden_tools()
+        for where, remarks in made.remarks:
+            count_remarks(self.report.remarks, file_of(where), remarks)
+        for kind, count in made.dropped.items():
+            self.report.dropped[kind] = self.report.dropped.get(kind, 0) + count
+        for where, pieces in made.pieces:
+            self.report.cut_text(where, pieces)
+        for where, found in made.rows:
+            row: MadeRow | RowError | None = found
+            if isinstance(row, MadeRow) and len(row.ids) > self.data.max_length:
                 row = self._shortened(source, row, where)
             if isinstance(row, RowTooLong):
                 leave_out(self.data, row, where)
@@ -252,22 +234,18 @@ class _Tokenization:
             elif isinstance(row, RowError):
                 self.bad += 1
                 if self.bad > self.data.max_bad_rows:
-                    beside = [rows[at] for at, (other, _) in enumerate(batch) if file_of(other) == file_of(where)]
+                    beside = [other for at, other in made.rows if file_of(at) == file_of(where)]
                     raise bad_row(where, row, self.data.max_bad_rows, beside)
                 self.report.reject(_name(source), row.reason, where)
             elif row is not None:
-                assert isinstance(item, Conversation)
                 self.report.rows += 1
-                self.report.tokens += len(row.input_ids)
-                self.report.trained += sum(map(bool, row.loss_weights))
-                yield row, item, where
+                self.report.tokens += len(row.ids)
+                self.report.trained += len(row.weights) - row.weights.count(0.0)
+                yield row, where
 
-    def _is_long(self, row: TokenRow | RowError | None) -> bool:
-        return isinstance(row, RowTooLong) or (isinstance(row, TokenRow) and len(row.input_ids) > self.data.max_length)
-
-    def _shortened(self, source: SourceSection, row: TokenRow, where: str) -> TokenRow | None:
+    def _shortened(self, source: SourceSection, row: MadeRow, where: str) -> MadeRow | None:
         """What becomes of a row over max_length: None when it is left out."""
-        limit, length = self.data.max_length, len(row.input_ids)
+        limit, length = self.data.max_length, len(row.ids)
         if self.data.truncation == "error":
             raise DataError(
                 f"{where}: the row has {length} tokens, over data.max_length = {limit}",
@@ -276,8 +254,8 @@ class _Tokenization:
         self.report.long_lengths.append(length)
         reason = f"over max_length = {limit} tokens"
         if self.data.truncation == "cut":
-            cut = TokenRow(row.input_ids[:limit], row.loss_weights[:limit])
-            if any(cut.loss_weights):
+            cut = MadeRow(row.ids[:limit], row.weights[:limit], row.prompt)
+            if any(cut.weights):
                 self.report.cut += 1
                 return cut
             reason = f"nothing trained is left of it within max_length = {limit} tokens"

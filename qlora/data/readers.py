@@ -44,14 +44,24 @@ _ARRAY_IN_OBJECT = re.compile(r'\s*\{\s*"(\w{1,40})"\s*:\s*\[\s*\{')
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+class Line(NamedTuple):
+    """A line of a file with a JSON object on each, not parsed yet: whoever wants the row does that, in any process."""
+
+    data: bytes
+
+    def row(self) -> dict[str, Any] | RowError:
+        """The object on it, or why there is none."""
+        return _json_object(self.data)
+
+
 class Item(NamedTuple):
-    """What stands at a row's place: the row, or why there is none.
+    """What stands at a row's place: the row, its line, or why there is none.
 
     `number`: line of a text file, else rows counted from 1. `read_bytes`: how far into the file it ends, about.
     """
 
     number: int
-    row: dict[str, Any] | RowError
+    row: dict[str, Any] | RowError | Line
     read_bytes: int
 
 
@@ -70,7 +80,7 @@ def _jsonl(file: SourceFile) -> Iterator[Item]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield Item(number, _json_object(line), read_bytes)
+                yield Item(number, Line(line), read_bytes)
 
 
 def _json_object(line: bytes) -> dict[str, Any] | RowError:

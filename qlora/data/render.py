@@ -15,8 +15,10 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -31,6 +33,7 @@ OFFENCES = 3
 # JSON writes a character as at most six bytes (\u1234), and marks are short.
 REPLY_BYTES = 6 * render_worker.OUTPUT_BYTES + (1 << 20)
 _PIECE_BYTES = 1 << 20
+_TEXT = itemgetter(0)  # of a request
 # What Python needs to start, and the time zone. Nothing else of the environment: it may hold tokens.
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")
 
@@ -42,6 +45,18 @@ class Rendered(NamedTuple):
     marks: list[tuple[int, int]]
 
 
+class Request(NamedTuple):
+    """A rendering to be asked for. `text`: what the worker reads of it; `part`: None for all messages, or how many of
+    the first ones stand before an answer that a server is to give. Requests that share a text are sent as one."""
+
+    text: str
+    part: int | None = None
+
+    def prompt(self, messages: int) -> Request:
+        """The prompt that a server sends after so many messages."""
+        return Request(self.text, messages)
+
+
 class Renderer:
     """Renders `templates` by a worker of its own. `values` are given to every rendering.
 
@@ -51,19 +66,21 @@ class Renderer:
     def __init__(self, templates: Sequence[str], values: Mapping[str, Any]) -> None:
         self._first_line = json.dumps({"templates": list(templates), "values": dict(values)}, default=_placeholder)
         self._worker: _Worker | None = None
-        self._asked: dict[str, None] = {}  # in order, and not answered yet
-        self._ahead: dict[str, dict[str, Any]] = {}
-        self.offences = 0
+        self.bounds: list[str] = []  # that were left by renderings asked alone, each ended by force
+        self._asked: dict[Request, None] = {}  # in order, and not answered yet
+        self._ahead: dict[Request, dict[str, Any]] = {}
 
-    def ask_ahead(self, requests: Sequence[str]) -> None:
-        """Forget earlier answers and have these rendered (made by `request_text`). Does not wait for the answers."""
+    def ask_ahead(self, requests: Sequence[Request]) -> None:
+        """Forget earlier answers and have these rendered (made by `request_of`). Does not wait for the answers."""
         self._collect()
         self._ahead = {}
         self._asked = dict.fromkeys(requests)
         if self._asked:
-            self._running().send("[" + ",".join(self._asked) + "]\n")
+            worker = self._running()
+            self._asked = dict.fromkeys(requests)  # a new process has not been asked anything
+            worker.ask(self._asked)
 
-    def render(self, request: str) -> Rendered:
+    def render(self, request: Request) -> Rendered:
         """Raises RowError with the template's own message, or with the bound that it left."""
         if request in self._asked:
             self._collect(request)
@@ -74,7 +91,7 @@ class Renderer:
             raise RowError(f"the chat template refuses this conversation: {answer['error']}")
         return Rendered(answer["text"], [(start, end) for start, end in answer["marks"]])
 
-    def _collect(self, until: str | None = None) -> None:
+    def _collect(self, until: Request | None = None) -> None:
         """Take the answers to what was asked ahead, up to the one to `until`.
 
         When a bound is left, the rest is not answered: each is then asked alone, which finds the one that did it.
@@ -92,18 +109,15 @@ class Renderer:
             del self._asked[first]
             self._ahead[first] = answer
 
-    def _ask(self, request: str) -> dict[str, Any]:
+    def _ask(self, request: Request) -> dict[str, Any]:
         self._collect()
         worker = self._running()
-        worker.send(f"[{request}]\n")
+        worker.ask([request])
         answer = worker.receive()
         if "bound" in answer:
             worker.end()
-            self.offences += 1
-            if self.offences >= OFFENCES:
-                what = f"the base's chat template was stopped {self.offences} times: {answer['bound']}"
-                hint = "do not trust this base; get the model from its original publisher, or use another one"
-                raise TokenizerError(what, hint)
+            self.bounds.append(answer["bound"])
+            give_up(self.bounds)
         return answer
 
     def _running(self) -> _Worker:
@@ -115,14 +129,34 @@ class Renderer:
         return self._worker
 
 
-def request_text(template: int, values: Mapping[str, Any]) -> str:
-    """A request as the worker reads it: the number of the template, and the values it may use."""
-    return json.dumps([template, values], default=_placeholder)
+def give_up(bounds: Sequence[str]) -> None:
+    """Raise TokenizerError for a template that has been stopped OFFENCES times."""
+    if len(bounds) >= OFFENCES:
+        what = f"the base's chat template was stopped {OFFENCES} times: {bounds[OFFENCES - 1]}"
+        hint = "do not trust this base; get the model from its original publisher, or use another one"
+        raise TokenizerError(what, hint)
+
+
+def request_of(template: int, values: Mapping[str, Any], written: Mapping[str, str] | None = None) -> Request:
+    """A request of the number of the template, and the values it may use.
+
+    `written`: values that are JSON already.
+    """
+    texts = {name: value_text(value) for name, value in values.items()} | dict(written or {})
+    items = ", ".join([f'"{name}": {text}' for name, text in texts.items()])
+    return Request(f"[{template}, {{{items}}}, ")
+
+
+def value_text(value: Any) -> str:
+    """A value as the worker reads it; what JSON does not know, as transformers gives it to a template."""
+    return _ENCODER.encode(value)
 
 
 def _placeholder(value: Any) -> str:
-    """What JSON does not know, as transformers gives it to a template."""
     return f"<{type(value).__name__}>"
+
+
+_ENCODER = json.JSONEncoder(default=_placeholder)
 
 
 class _Worker:
@@ -131,6 +165,7 @@ class _Worker:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.ended = False
+        self._last = ""
         self._rest = bytearray()  # of what was read: bytes after the last whole line
         self._lines: deque[bytes] = deque()
         command = [sys.executable, "-I", str(Path(render_worker.__file__)), json.dumps(child_process.import_path())]
@@ -161,6 +196,12 @@ class _Worker:
             self._requests.write(text.encode())
             self._requests.flush()
 
+    def ask(self, requests: Iterable[Request]) -> None:
+        """Have these rendered; the answers to what was asked before have all been received."""
+        self._last = ""
+        texts = (f"{text}{json.dumps([one.part for one in same])}]" for text, same in groupby(requests, _TEXT))
+        self.send(f"[{','.join(texts)}]\n")
+
     def receive(self) -> dict[str, Any]:
         line = self._next_line(render_worker.SECONDS + GRACE_SECONDS)
         if line is None:
@@ -168,7 +209,11 @@ class _Worker:
         if not line:
             cut = len(self._rest) > REPLY_BYTES
             return {"bound": "it writes more than 8 MiB" if cut else "it ended the process that renders it"}
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line.decode())
+        if isinstance(text := answer.get("text"), int):
+            answer["text"] = self._last[:text]  # a beginning of the last text that was written out
+        elif text is not None:
+            self._last = text
         return answer
 
     def end(self) -> None:

@@ -6,7 +6,9 @@ takes too long (so that it stops even when whoever started it is gone). Only jin
 against 1.9 s with transformers. What a template sees is the same as in transformers (`render_jinja_template`).
 
 In: one line with {"templates": [...], "values": {...}} (values that every rendering gets), then one JSON array of
-requests a line, each [number of the template, values]. Out: one JSON object a line for each request, in order.
+requests a line, each [number of the template, values, parts]. A part is null for all messages, or how many of the first
+ones a server has when it asks for the next. Out: one JSON object a line for each part, in order. A text that is the
+beginning of the last one that was written out is given as its length: prompts are beginnings of the whole.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -171,6 +173,13 @@ class Renderer:
         return {"error": f"{failure.error or type(failure.error).__name__}"[:2000]}
 
 
+def _renderings(requests: Sequence[Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, values, parts in requests:
+        for part in parts:
+            served = {} if part is None else {"messages": values["messages"][:part], "add_generation_prompt": True}
+            yield number, {**values, **served}
+
+
 def confine() -> None:
     """Give up what rendering does not need. Windows has no such limits: there the parent's clock and count are all."""
     from qlora.child_process import limit_itself
@@ -198,10 +207,15 @@ def main() -> None:
     replies.flush()
     renderer = Renderer(**json.loads(lines.readline()))
     for line in lines:
-        flushed = time.monotonic()
-        for number, values in json.loads(line):
+        flushed, last = time.monotonic(), ""
+        for number, values in _renderings(json.loads(line)):
             set_alarm(SECONDS + 1)  # a second more than the parent waits
-            reply = json.dumps(renderer.answer(number, values)).encode()
+            answer = renderer.answer(number, values)
+            if "text" in answer and last.startswith(answer["text"]):
+                answer["text"] = len(answer["text"])
+            elif "text" in answer:
+                last = answer["text"]
+            reply = json.dumps(answer).encode()
             set_alarm(0)
             replies.write(reply + b"\n")
             if time.monotonic() - flushed > FLUSH_SECONDS:

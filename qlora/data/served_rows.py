@@ -18,6 +18,7 @@ from typing import Any
 
 from qlora.data import limits, spans
 from qlora.data.formats import Conversation, Message
+from qlora.data.render import Request
 from qlora.data.row_json import RowError
 from qlora.data.template import ChatTemplate
 from qlora.data.template_facts import QUESTION, answer, call, result
@@ -103,7 +104,7 @@ class ServedRows:
             return (conversation,)
         return self._rows(conversation)
 
-    def _wanted(self, conversation: Conversation) -> Iterator[str]:
+    def _wanted(self, conversation: Conversation) -> Iterator[Request]:
         """The renderings that `_rows` will want, as far as they are known beforehand."""
         yield from spans.requests(self._template, conversation)
         for number in _trained(conversation):

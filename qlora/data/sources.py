@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora.data import document_rows
 from qlora.data.column_words import column_names, nearest_columns
 from qlora.data.documents.kinds import KINDS
-from qlora.data.readers import READERS, Item
+from qlora.data.readers import READERS, Item, Line
 from qlora.data.row_json import RowError
 from qlora.data.source_files import FoundFiles, SourceFile, find_files
 from qlora.errors import DataError
@@ -49,20 +49,47 @@ def source_files(source: SourceSection) -> FoundFiles:
 
 
 def read_rows(source: SourceSection, files: Sequence[SourceFile] | None = None) -> Iterator[SourceRow]:
-    """Every row of a source, in the order of its files, with the source's columns renamed to the format's own.
+    """Every row of a source, in the order of its files, with its columns renamed to the format's own.
 
-    `files` are the source's, where they have been looked for already. Raises DataError for a file that cannot be read
-    on, and when a column to be renamed is in no row at all.
+    `files` are the source's, where they have been looked for already. Raises as `raw_rows` does.
+    """
+    for row in raw_rows(source, files):
+        yield row.named(source.columns)
+
+
+class RawRow(NamedTuple):
+    """A row whose columns are not renamed yet, or its line, which nobody has parsed; else as `SourceRow`."""
+
+    row: dict[str, Any] | RowError | Line
+    where: str
+    file: SourceFile
+    read_bytes: int
+
+    def named(self, columns: Mapping[str, str]) -> SourceRow:
+        return SourceRow(named_row(self.row, columns), self.where, self.file, self.read_bytes)
+
+
+def named_row(row: dict[str, Any] | RowError | Line, columns: Mapping[str, str]) -> dict[str, Any] | RowError:
+    """A row, parsed where it is still a line, under the format's own names; or why there is none."""
+    read = row.row() if isinstance(row, Line) else row
+    return read if isinstance(read, RowError) else renamed(read, columns)
+
+
+def raw_rows(source: SourceSection, files: Sequence[SourceFile] | None = None) -> Iterator[RawRow]:
+    """Every row of a source as it stands in its file; lines are parsed only until each of `columns` has been seen.
+
+    Raises DataError for a file that cannot be read on, and when a column to be renamed is in no row at all.
     """
     unseen = set(source.columns.values())
     seen: list[str] = []
     for file in source_files(source).files if files is None else files:
         for number, row, read_bytes in document_rows.items(file) if source.format == "documents" else _items(file):
-            if not isinstance(row, RowError):
-                unseen.difference_update(row)
-                seen = seen or list(row)
-                row = renamed(row, source.columns)
-            yield SourceRow(row, f"{file.name}:{number}", file, read_bytes)
+            if unseen:
+                row = row.row() if isinstance(row, Line) else row
+                if not isinstance(row, RowError):
+                    unseen.difference_update(row)
+                    seen = seen or list(row)
+            yield RawRow(row, f"{file.name}:{number}", file, read_bytes)
     if unseen:
         raise DataError(
             f"{source.path}: no row has the column {' or '.join(sorted(unseen))}; there are: {column_names(seen)}",

@@ -16,6 +16,7 @@ from itertools import compress
 
 from qlora.data.call_shapes import PLACEHOLDERS, THINK, thoughts_of, without_thoughts, words_of
 from qlora.data.formats import Conversation, Message
+from qlora.data.render import Request
 from qlora.data.row_json import RowError, json_text
 from qlora.data.template import ChatTemplate
 from qlora.data.template_facts import begins_with_empty_block, common_length, first_end, split_end
@@ -51,19 +52,20 @@ def locate(template: ChatTemplate, conversation: Conversation, dropped: Counter[
     return _Locator(template, conversation, dropped).located()
 
 
-def requests(template: ChatTemplate, conversation: Conversation) -> list[str]:
+def requests(template: ChatTemplate, conversation: Conversation) -> list[Request]:
     """The renderings that `locate` will want, as far as they are known beforehand."""
     messages, tools = _as_trained(template, conversation.messages), conversation.tools
-    wanted = [template.request(messages, tools)]
+    whole = template.request(messages, tools)
+    wanted, others = [whole], list[Request]()
     if template.has_marks(tools):
         return wanted
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and message.get("train", True):
-            wanted.append(template.request(messages[:number], tools, add_generation_prompt=True))
+            wanted.append(whole.prompt(number))
             compared = not template.facts.first_end_is_the_end or _may_be_unwritten(message)
             if compared and number + 1 < len(messages):
-                wanted.append(template.request(messages[: number + 1], tools))
-    return wanted
+                others.append(template.request(messages[: number + 1], tools))
+    return wanted + others
 
 
 def _as_trained(template: ChatTemplate, messages: Sequence[Message]) -> Sequence[Message]:
@@ -97,13 +99,15 @@ class _Locator:
         self.template, self.facts, self.dropped = template, template.facts, dropped
         self.messages, self.tools = _as_trained(template, conversation.messages), conversation.tools
         self.given = conversation.messages
+        self.whole = template.request(self.messages, self.tools)
+        self.prompts: dict[int, str | None] = {}  # that are served for answers
         self.without_lead: set[int] = set()  # answers that have not before them what the served prompt ends with
         self.ends = template.end_tokens
         self.answers = [number for number, message in enumerate(self.messages) if message["role"] == "assistant"]
         self.trained = [bool(self.messages[number].get("train", True)) for number in self.answers]
 
     def located(self) -> Located:
-        text, marks = self.template.render_marked(self.messages, self.tools)
+        text, marks = self.template.rendered(self.whole)
         mark_ends: list[int | None] = [None] * len(self.answers)
         trusted = self.template.has_marks(self.tools)
         if trusted and marks and self.answers and (len(marks) == len(self.answers) or all(self.trained)):
@@ -209,10 +213,13 @@ class _Locator:
         return place
 
     def _prompt(self, number: int) -> str | None:
-        try:
-            return self.template.render(self.messages[:number], self.tools, add_generation_prompt=True)
-        except RowError:
-            return None  # the template wants more messages than these
+        if number not in self.prompts:
+            try:
+                prompt: str | None = self.template.rendered(self.whole.prompt(number)).text
+            except RowError:
+                prompt = None  # the template wants more messages than these
+            self.prompts[number] = prompt
+        return self.prompts[number]
 
     def _start_by_replacing(self, text: str, number: int) -> int | None:
         """From the conversation with a placeholder in the answer's place, less what the template puts before it."""

@@ -18,14 +18,14 @@ from qlora.data.call_shapes import (
     SHAPES,
     Reading,
     Shapes,
-    as_templates_read_it,
     best_shape,
 )
 from qlora.data.call_shapes import (
     PLACEHOLDERS as PLACEHOLDERS,  # the export asks for it beside the template
 )
 from qlora.data.formats import Message
-from qlora.data.render import Rendered, Renderer, request_text
+from qlora.data.message_pieces import MessagePieces
+from qlora.data.render import Rendered, Renderer, Request, request_of
 from qlora.data.render_worker import DAY
 from qlora.data.row_json import RowError
 from qlora.data.template_facts import QUESTION, answer, call, find_ends, find_facts, find_inline_thoughts, result
@@ -74,6 +74,7 @@ class ChatTemplate:
         self._numbers = {tools: distinct.index(text) for tools, text in self.texts.items()}
         self._renderer = Renderer(distinct, {"date_string": DATE_STRING, **tokenizer.special_tokens_map})
         self._marked = {tools: bool(_GENERATION_MARK.search(text)) for tools, text in self.texts.items()}
+        self._pieces = MessagePieces()
         self.reading = Reading()
         self._probe_tools: Tools | None = None
         text, marks = self._render_one_answer()
@@ -97,6 +98,11 @@ class ChatTemplate:
         """The template's source, as it is saved with an adapter."""
         return self.texts[False]
 
+    @property
+    def bounds(self) -> list[str]:
+        """What renderings were stopped for so far: the template's bounds that it left."""
+        return self._renderer.bounds
+
     def has_marks(self, tools: Tools | None) -> bool:
         """Whether the template marks answers with {% generation %}, from where the serving prompt ends on.
 
@@ -110,22 +116,25 @@ class ChatTemplate:
 
     def render_marked(self, messages: Sequence[Message], tools: Tools | None) -> Rendered:
         """Text, and the spans of characters inside generation marks (none for a template without marks)."""
-        return self._renderer.render(self.request(messages, tools))
+        return self.rendered(self.request(messages, tools))
 
-    def render_ahead(self, requests: Sequence[str]) -> None:
-        """Render many `request`s at once: the calls of `render` and `render_marked` that follow find their answers."""
+    def rendered(self, request: Request) -> Rendered:
+        """As `render_marked`, of a request."""
+        return self._renderer.render(request)
+
+    def render_ahead(self, requests: Sequence[Request]) -> None:
+        """Render many `request`s at once: the calls of `render` and `rendered` that follow find their answers."""
         self._renderer.ask_ahead(requests)
 
-    def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> str:
+    def request(self, messages: Sequence[Message], tools: Tools | None, add_generation_prompt: bool = False) -> Request:
         """What the rendering process is asked: all that the text depends on."""
-        read = as_templates_read_it(messages, self.reading)
-        values = {
-            "messages": read,
-            "tools": list(tools) if tools else None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+        written = {
+            "tools": self._pieces.of_tools(tools) if tools else "null",
+            "documents": "null",
+            "add_generation_prompt": "true" if add_generation_prompt else "false",
+            "messages": self._pieces.of(messages, self.reading),
         }
-        return request_text(self._numbers[bool(tools)], values)
+        return request_of(self._numbers[bool(tools)], {}, written)
 
     def _render_one_answer(self) -> Rendered:
         """A question and an answer; with content as parts where a template for images takes it no other way."""
@@ -136,7 +145,7 @@ class ChatTemplate:
                 rendered = self.render_marked([QUESTION, answer()], None)
             except RowError as error:
                 errors.append(error.reason)
-                if self._renderer.offences:
+                if self.bounds:
                     break  # it was stopped: trying it otherwise gives it more of the machine
                 continue
             if PLACEHOLDERS[0] in rendered.text:

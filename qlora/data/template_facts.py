@@ -234,7 +234,9 @@ def begins_with_empty_block(text: str, opened: tuple[str, str] | None) -> bool:
     rest = text.lstrip()
     if opened and rest.startswith(opened[1]):
         return True
-    return any(rest.startswith(start) and rest[len(start) :].lstrip().startswith(end) for start, end in BLOCKS)
+    return rest[:1] in "<[" and any(
+        rest.startswith(start) and rest[len(start) :].lstrip().startswith(end) for start, end in BLOCKS
+    )
 
 
 def common_length(one: str, other: str) -> int:

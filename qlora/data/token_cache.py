@@ -11,7 +11,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _DIGEST_BYTES = 16
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class Prompt(NamedTuple):
@@ -32,6 +33,18 @@ class Prompt(NamedTuple):
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     expected: str
+
+
+class MadeRow(NamedTuple):
+    """A row as it is stored. `ids`, `weights`: of 32 bits for each token; `prompt`: its `Prompt` as JSON, or ""."""
+
+    ids: array[int]
+    weights: array[float]
+    prompt: str
+
+    @classmethod
+    def of(cls, row: TokenRow, conversation: Conversation) -> MadeRow:
+        return cls(array("i", row.input_ids), array("f", row.loss_weights), _prompt_json(conversation))
 
 
 class FlatRows(NamedTuple):
@@ -135,22 +148,31 @@ class RowWriter:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def write(self, batch: Sequence[tuple[TokenRow, Conversation, str, int]]) -> None:
-        """Append (row, its conversation, its `file:line`, index of its source)."""
+    def write(self, batch: Sequence[tuple[MadeRow, str, int]]) -> None:
+        """Append (row, its `file:line`, index of its source)."""
+        import numpy
         import pyarrow
 
-        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
-        for row, conversation, where, source in batch:
-            tokens = array("q", row.input_ids).tobytes()
-            self._content.update(len(tokens).to_bytes(8, "little") + tokens + array("f", row.loss_weights).tobytes())
-            columns["input_ids"].append(row.input_ids)
-            columns["loss_weights"].append(row.loss_weights)
-            columns["length"].append(len(row.input_ids))
-            columns["trained"].append(sum(map(bool, row.loss_weights)))
-            columns["source"].append(source)
-            columns["where"].append(where)
-            columns["prompt"].append(_prompt_json(conversation))
-            columns["digest"].append(hashlib.sha256(tokens).digest()[:_DIGEST_BYTES])
+        rows = [row for row, _, _ in batch]
+        ids, weights = (numpy.concatenate([row[part] for row in rows]) for part in (0, 1))
+        wide, lengths = ids.astype(numpy.int64), [len(row.ids) for row in rows]
+        ends = numpy.cumsum([0, *lengths], dtype=numpy.int32)
+        digests = []
+        for start, end in pairwise(ends):
+            tokens = wide[start:end].tobytes()
+            self._content.update(len(tokens).to_bytes(8, "little") + tokens)
+            self._content.update(weights[start:end].tobytes())
+            digests.append(hashlib.sha256(tokens).digest()[:_DIGEST_BYTES])
+        columns = {
+            "input_ids": pyarrow.ListArray.from_arrays(ends, ids),
+            "loss_weights": pyarrow.ListArray.from_arrays(ends, weights),
+            "length": lengths,
+            "trained": numpy.add.reduceat(weights != 0, ends[:-1], dtype=numpy.int32),
+            "source": [source for _, _, source in batch],
+            "where": [where for _, where, _ in batch],
+            "prompt": [row.prompt for row in rows],
+            "digest": digests,
+        }
         self._stream.write_batch(pyarrow.record_batch(columns, schema=self._schema))
 
     def content_sha256(self) -> str:
@@ -174,33 +196,44 @@ class StoredRows:
     def hold_out(self, fraction: float, seed: int) -> tuple[list[int], list[int]]:
         """Indices (held out, kept). Rows of equal tokens stay together, and those of one conversation, in the order of
         a hash of seed and tokens."""
+        import numpy
+
         digests, conversations = self.digests, self._conversations()
         wanted = min(len(digests) - 1, max(1, round(fraction * len(digests)))) if fraction else 0
-        groups = _together(digests, conversations)
+        if wanted < 1:
+            return [], [*range(len(digests))]
+        firsts, several = _together(digests, conversations)
+        start = seed.to_bytes(8, "little")
+        drawn = b"".join(hashlib.sha256(start + digests[first]).digest() for first in firsts)
         held_out: list[int] = []
-        for rows in sorted(
-            groups, key=lambda rows: hashlib.sha256(seed.to_bytes(8, "little") + digests[rows[0]]).digest()
-        ):
+        for at in numpy.frombuffer(drawn, dtype="S32").argsort(kind="stable").tolist():
+            rows = several.get(firsts[at]) or (firsts[at],)
             if len(held_out) + len(rows) <= wanted:
                 held_out += rows
-        if wanted > 0 and not held_out:  # every row has more copies than are wanted
-            smallest = min(groups, key=len)
-            first = [row for row in smallest if conversations[row] == conversations[smallest[0]]]
-            held_out = smallest if len(groups) > 1 else first if len(first) < len(smallest) else []
-        return sorted(held_out), sorted(set(range(len(digests))).difference(held_out))
+                if len(held_out) == wanted:
+                    break
+        if not held_out:  # every row has more copies than are wanted
+            smallest = min((several[first] for first in firsts), key=len)
+            of_one = [row for row in smallest if conversations[row] == conversations[smallest[0]]]
+            held_out = smallest if len(firsts) > 1 else of_one if len(of_one) < len(smallest) else []
+        kept = numpy.ones(len(digests), dtype=bool)
+        kept[held_out] = False
+        return sorted(held_out), kept.nonzero()[0].tolist()
 
     def _conversations(self) -> Sequence[int]:
         """A number for each row, which the rows of one conversation share: they stand together, at one place."""
+        import numpy
         from pyarrow import compute
 
         table = self.dataset.data.table
         if len(self.digests) < 2:
             return range(len(self.digests))
         same = [
-            compute.equal(column.slice(1), column.slice(0, len(column) - 1)).to_pylist()
+            compute.equal(column.slice(1), column.slice(0, len(column) - 1)).to_numpy(zero_copy_only=False)
             for column in (table["where"].combine_chunks(), table["source"].combine_chunks())
         ]
-        return [*accumulate((not (where and source) for where, source in zip(*same, strict=True)), initial=0)]
+        others = numpy.cumsum(~(same[0] & same[1]), dtype=numpy.int64)
+        return array("q", numpy.concatenate(([0], others)).tobytes())
 
     def split(self, chosen: Sequence[int] | None = None) -> PreparedSplit:
         """All rows, or the chosen ones in the order given."""
@@ -208,8 +241,8 @@ class StoredRows:
         columns = self.dataset.data.table
 
         def numbers(name: str) -> array[int]:
-            values = columns.column(name).to_pylist()
-            return array("q", (values[index] for index in indices))
+            values = columns.column(name).to_numpy()
+            return array("q", (values if chosen is None else values[chosen]).astype("int64").tobytes())
 
         return PreparedSplit(
             rows=_Chosen(self.dataset, ["input_ids", "loss_weights"], indices, TokenRow),
@@ -221,12 +254,22 @@ class StoredRows:
         )
 
 
-def _together(digests: Sequence[bytes], conversations: Sequence[int]) -> list[list[int]]:
-    """Indices of rows that no split may part, in groups; groups and rows in the order of the file."""
+def _together(digests: Sequence[bytes], conversations: Sequence[int]) -> tuple[list[int], dict[int, list[int]]]:
+    """Rows that no split may part are a group: the first row of each, in order; and all rows of those with several.
+
+    Of a million rows nearly all stand alone, and a list for each would take more memory than all else.
+    """
+    import numpy
+
+    shared = numpy.zeros(len(digests), dtype=bool)
+    for keys in (numpy.frombuffer(b"".join(digests), dtype=f"S{_DIGEST_BYTES}"), numpy.asarray(conversations)):
+        _, number, count = numpy.unique(keys, return_inverse=True, return_counts=True)
+        shared |= count[number] > 1
     groups: list[list[int]] = []
     at: dict[bytes | int, int] = {}  # the group of a digest, and of a conversation
-    for row, keys in enumerate(zip(digests, conversations, strict=True)):
-        found = sorted({at[key] for key in keys if key in at})
+    for row in shared.nonzero()[0].tolist():
+        of_row = digests[row], conversations[row]
+        found = sorted({at[key] for key in of_row if key in at})
         group = found[0] if found else len(groups)
         if not found:
             groups.append([])
@@ -236,8 +279,11 @@ def _together(digests: Sequence[bytes], conversations: Sequence[int]) -> list[li
                 at[digests[member]] = at[conversations[member]] = group
             groups[other] = []
         groups[group].append(row)
-        at.update(dict.fromkeys(keys, group))
-    return [sorted(rows) for rows in groups if rows]
+        at.update(dict.fromkeys(of_row, group))
+    several = {rows[0]: rows for rows in map(sorted, groups) if rows}
+    for rows in several.values():
+        shared[rows[0]] = False
+    return (~shared).nonzero()[0].tolist(), several
 
 
 def open_rows(path: Path, tokens_sha256: str, highest_id: int | None = None) -> StoredRows:
@@ -319,4 +365,4 @@ def _prompt_json(conversation: Conversation) -> str:
     if not last or "tool_calls" in messages[last] or not messages[last].get("train", True):
         return ""
     prompt = Prompt(list(messages[:last]), list(conversation.tools or ()) or None, messages[last]["content"])
-    return json.dumps(prompt._asdict(), ensure_ascii=False)
+    return _ENCODER.encode(prompt._asdict())

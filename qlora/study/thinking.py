@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.formats import Conversation, Message
-from qlora.data.render import Renderer, request_text
+from qlora.data.render import Renderer, request_of
 from qlora.data.row_json import RowError
 from qlora.data.template_facts import BLOCKS
 from qlora.events import Notice, Sink, Sinks
@@ -59,7 +59,7 @@ def _decides(text: str, switch: str) -> bool:
     renderer = Renderer([text, f"{{%- set {switch} = false %}}{text}"], {})
     values = {"messages": [_ASKED], "tools": None, "documents": None, "add_generation_prompt": True}
     try:
-        with_it, without = (renderer.render(request_text(number, values)).text for number in (0, 1))
+        with_it, without = (renderer.render(request_of(number, values)).text for number in (0, 1))
     except RowError:
         return False
     return with_it != without

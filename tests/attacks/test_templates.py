@@ -10,7 +10,7 @@ import pytest
 
 from qlora.data import render, render_worker
 from qlora.data.chat import ChatTokenizer
-from qlora.data.render import Renderer, request_text
+from qlora.data.render import Renderer, request_of
 from qlora.data.row_json import RowError
 from qlora.errors import TokenizerError
 from qlora.events import Recorder
@@ -80,7 +80,7 @@ ROW = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "I
 
 def asked(template: str) -> str:
     renderer = Renderer([template], {})
-    return renderer.render(request_text(0, {"messages": ROW, "tools": None, "add_generation_prompt": False})).text
+    return renderer.render(request_of(0, {"messages": ROW, "tools": None, "add_generation_prompt": False})).text
 
 
 @pytest.mark.parametrize("template", ESCAPES)
@@ -125,7 +125,7 @@ def test_the_next_row_gets_a_new_process_and_three_offences_end_it() -> None:
     template = "{% if 'bomb' in messages[0].content %}{{ 'a' * 10**9 }}{% endif %}{{ messages[0].content }}"
     renderer = Renderer([template], {})
     requests = [
-        request_text(0, {"messages": [{"role": "user", "content": text}]})
+        request_of(0, {"messages": [{"role": "user", "content": text}]})
         for text in ("one", "bomb 1", "two", "bomb 2", "three", "bomb 3")
     ]
     renderer.ask_ahead(requests)

@@ -18,7 +18,7 @@ from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation
 from qlora.data.row_cache import REPORT_FILE, ROWS_FILE, RowCache, RowReport, distrust
 from qlora.data.row_json import RowError, RowTooLong
-from qlora.data.token_cache import RowWriter
+from qlora.data.token_cache import MadeRow, RowWriter
 from qlora.events import Recorder
 
 KEY, OTHER_KEY = "1" * 64, "2" * 64
@@ -36,7 +36,7 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fill(folder: Path, tokens: tuple[int, ...] = (1, 2, 3), **report: Any) -> None:
     with RowWriter(folder / ROWS_FILE) as writer:
         row = TokenRow(list(tokens), [0.0] + [1.0] * (len(tokens) - 1))
-        writer.write([(row, Conversation(text="x"), "a.jsonl:1", 0)])
+        writer.write([(MadeRow.of(row, Conversation(text="x")), "a.jsonl:1", 0)])
         content = writer.content_sha256()
     RowReport(content_sha256=content, rows=1, **report).write(folder)
 

@@ -8,7 +8,7 @@ import pytest
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation
-from qlora.data.token_cache import Prompt, RowWriter, StoredRows, open_rows
+from qlora.data.token_cache import MadeRow, Prompt, RowWriter, StoredRows, open_rows
 
 USER, ANSWER = {"role": "user", "content": "What? 🌧"}, {"role": "assistant", "content": "It."}
 TALK = Conversation((USER, ANSWER))
@@ -23,8 +23,8 @@ ROWS = [
 def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredRows:
     path = tmp_path_factory.mktemp("rows") / "rows.arrow"
     with RowWriter(path) as writer:
-        writer.write(ROWS[:2])
-        writer.write(ROWS[2:])
+        for rows in (ROWS[:2], ROWS[2:]):
+            writer.write([(MadeRow.of(row, talk), where, source) for row, talk, where, source in rows])
     return open_rows(path, "tokens")
 
 
@@ -68,14 +68,14 @@ def test_a_prompt_is_what_stands_before_the_last_answer_in_words(
     conversation: Conversation, expected: Prompt | None, tmp_path: Path
 ) -> None:
     with RowWriter(tmp_path / "rows.arrow") as writer:
-        writer.write([(TokenRow([1], [1.0]), conversation, "a.jsonl:1", 0)])
+        writer.write([(MadeRow.of(TokenRow([1], [1.0]), conversation), "a.jsonl:1", 0)])
     assert open_rows(tmp_path / "rows.arrow", "tokens").split().prompt(0) == expected
 
 
 def test_the_content_tells_weights_and_borders_of_rows_apart(tmp_path: Path) -> None:
     def content(*rows: TokenRow) -> str:
         with RowWriter(tmp_path / "rows.arrow") as writer:
-            writer.write([(row, TALK, "a.jsonl:1", 0) for row in rows])
+            writer.write([(MadeRow.of(row, TALK), "a.jsonl:1", 0) for row in rows])
             return writer.content_sha256()
 
     whole = content(TokenRow([1, 0], [0.0, 1.0]))

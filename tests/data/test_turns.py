@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from qlora.data import turns
 from qlora.data.row_json import RowError
 from qlora.data.turns import REASONING_KEYS, Turns, answer
 from qlora.data.unread import Ledger
@@ -15,10 +16,10 @@ USER, SAYS = {"role": "user", "content": "q"}, {"role": "assistant", "content": 
 CALL = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"a": 1}}}
 
 
-def read(turns: Any) -> tuple[list[dict[str, Any]], list[str]]:
+def read(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """The messages, and the names of what nothing read."""
     ledger = Ledger()
-    return list(Turns(ledger).read(turns, "turns")), [remark.name for remark in ledger.remarks()]
+    return list(Turns(ledger).read(value, "turns")), [remark.name for remark in ledger.remarks()]
 
 
 @pytest.mark.parametrize(
@@ -148,3 +149,30 @@ def test_a_list_of_one_answer_is_that_answer() -> None:
     assert answer(["a"], "output") == SAYS
     with pytest.raises(RowError, match="output is a list of 2 answers"):
         answer(["a", "b"], "output")
+
+
+USUAL = [
+    *({"role": role, "content": "text"} for role in ("system", "user", "assistant", "developer", "model", "tool", "x")),
+    *({"from": role, "value": "text"} for role in ("system", "human", "gpt", "function_call", "observation", " gpt")),
+    *({"role": role, "content": ""} for role in ("user", "assistant")),
+    *({"role": "user", "content": value} for value in (None, 3, [], {"a": 1}, [{"type": "text", "text": "t"}])),
+    *({"role": role, "content": "text"} for role in (None, 3, [], "")),
+    {"content": "text", "role": "user"},
+    {"role": "user", "content": "text", "name": "n"},
+    {"role": "assistant", "value": "text"},
+]
+
+
+@pytest.mark.parametrize("turn", USUAL, ids=str)
+def test_a_usual_turn_is_what_it_is_among_others(turn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short way of the many gives what the long way of all gives, its errors and remarks too."""
+
+    def said() -> Any:
+        try:
+            return [[*message.items()] for message in read([turn])[0]], read([turn])[1]
+        except RowError as error:
+            return vars(error)
+
+    usual = said()
+    monkeypatch.setattr(turns, "_usual", lambda _: None)
+    assert usual == said()

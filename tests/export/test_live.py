@@ -59,7 +59,8 @@ def test_logits_come_behind_their_line(opened: live.Live) -> None:
         ("os.kill(os.getpid(), signal.SIGABRT)", ExportError, "ended by signal 6"),
         ("os.kill(os.getpid(), signal.SIGKILL)", DoesNotFit, "out of memory"),
         ("sys.stderr.write('x: error: bad magic\\n'); sys.exit(9)", ExportError, "bad magic"),
-        ("print(json.dumps({'failed': 'no memory for it'}), flush=True)", ExportError, "no memory for it"),
+        ("print(json.dumps({'failed': 'not of this kind'}), flush=True)", ExportError, "not of this kind"),
+        ("print(json.dumps({'failed': 'llama.cpp has no memory for 9'}), flush=True)", DoesNotFit, "no memory for 9"),
     ],
     indirect=["opened"],
 )
