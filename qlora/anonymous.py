@@ -36,7 +36,9 @@ def values(value: Any) -> Any:
 
 def _names() -> Iterator[str]:
     """Longer ones first: a home is in other paths, and a user's name in the home."""
-    found = {tempfile.gettempdir(), platform.node(), platform.node().partition(".")[0]}
+    found = {platform.node(), platform.node().partition(".")[0]}
+    with suppress(OSError):  # no folder for temporary files can be written: the disk may be full
+        found.add(tempfile.gettempdir())
     with suppress(RuntimeError):
         found.add(str(Path.home()))
     with suppress(OSError, KeyError, ImportError):  # a user id without a name; Windows has no such list

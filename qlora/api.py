@@ -18,7 +18,7 @@ from qlora.events import Notice, Sink, Sinks
 from qlora.guarded import Guarded, forget_frames
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
-from qlora.report.files import open_sinks
+from qlora.report.sinks import check_sinks, open_sinks
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
 from qlora.study.material import Found
@@ -70,6 +70,7 @@ def train(
     loaded, run_name = _named(recipe, name)
     shared = _gate(sink)
     run_dir, open_length = run_folder.path_of(loaded, run_name), not defaults.has_length(loaded)
+    check_sinks(loaded)
     run_folder.check_claim(run_dir, loaded, mode)
     with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
@@ -107,7 +108,7 @@ def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, 
     if run_folder.write_recipe(run_dir, recipe, base.commit):
         what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
         sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
-    written = open_sinks(recipe.report, run_dir, step or 0, sink)
+    written = open_sinks(recipe, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
     try:
         with determinism.for_run(recipe.train.deterministic, sinks):
@@ -116,8 +117,7 @@ def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, 
                 state = _run(recipe, run_dir, found, (mode == "resume", resume_from), sinks, stop)
         exported = _export_trained(run_dir, recipe.export, sinks)
     finally:
-        for file in written:
-            file.close()
+        Sinks(*written).close()
         # The limit was the run's and its export's. Of a GPU that was lost, the error that ends the run says so.
         with suppress(RuntimeError):
             lift_limit(current())
@@ -180,6 +180,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     from qlora.model.tokenizer_files import read_files
 
     loaded, _ = _named(recipe, "check")
+    check_sinks(loaded)
     shared = _gate(sink)
     with _guarded("checking the recipe", "end other programs that hold memory"):
         loaded, documents = material.read(loaded, not defaults.has_length(loaded), shared)

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 
 class Cuda:
-    """`torch.cuda` by its own names, and which tensors are its own. The one object that a stand-in replaces."""
+    """`torch.cuda` by its own names, and which tensors are its own. The one object that a stand-in replaces.
+
+    `context_bytes` is what this process's context took of the card by its first kernel; None where nobody measured it.
+    """
+
+    context_bytes: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         import torch
@@ -43,6 +48,8 @@ accelerator: Any = Cuda()
 
 
 FINDS_NONE = "it finds none"  # what `trouble` says where torch says nothing itself
+# More than this in a context is no context: some other program took it meanwhile (150 to 500 MiB are known).
+MOST_CONTEXT_BYTES = 1 << 30
 # Of a card's free memory, left alone where the driver spills: the desktop takes more and less of it while a run lasts.
 SPILL_SHARE = 0.05
 SPILL_MARGIN_BYTES = 300 << 20
@@ -242,29 +249,56 @@ def is_full(device: torch.device) -> bool:
     return free_bytes(device) < SPILL_MARGIN_BYTES
 
 
-def context_taken(device: torch.device, expected: int) -> int:
-    """What this process's context holds of the device now: `expected` bytes, or all that is gone where that is less.
-
-    Before the first kernel it is smaller than it will be. What other programs hold cannot be told from it.
-    """
+def beyond_allocator(device: torch.device) -> int:
+    """Bytes of a card that are gone and that torch's allocator has not: contexts, and what other programs hold."""
     if not is_card(device):
         return 0
     free, total = _memory(device)
-    return min(expected, max(0, total - free - int(accelerator.memory_reserved(device))))
+    return max(0, total - free - int(accelerator.memory_reserved(device)))
+
+
+def measure_context(free_before: int) -> None:
+    """What this process's context takes, right after its first kernel.
+
+    `free_before` is what the driver called free before there was a context: asking CUDA for it would make one. What
+    cannot be a context's size is not believed.
+    """
+    device = current()
+    if is_card(device):
+        taken = beyond_allocator(device) - (_memory(device)[1] - free_before)
+        accelerator.context_bytes = taken if 0 < taken <= MOST_CONTEXT_BYTES else None
+
+
+def measured_context() -> int | None:
+    """What `measure_context` has found in this process."""
+    return accelerator.context_bytes  # type: ignore[no-any-return]
+
+
+def context_taken(device: torch.device, expected: int) -> int:
+    """What this process's context holds of the device now: as measured by its first kernel, where somebody did.
+
+    Else `expected` bytes, or all that is gone where that is less: before the first kernel it is smaller than it will
+    be, and what other programs hold cannot be told from it.
+    """
+    if (measured := measured_context()) is not None and is_card(device):
+        return measured
+    return min(expected, beyond_allocator(device))
 
 
 def limit_memory(device: torch.device, limit_bytes: int | None, context_bytes: int) -> None:
     """Have torch's allocator raise its OutOfMemoryError at a limit of the whole process, or of what is free now.
 
-    The context, which no allocator counts, is taken as `context_bytes`, or as what the card holds where that is less.
-    Never more may be taken than is usable of what is free now. A CPU has no limit.
+    The context, which no allocator counts, is taken as `context_bytes`, as it will be after a step, or as what the card
+    holds where that is less, and as what was measured where that is more. Never more may be taken than is usable of
+    what is free now. A CPU has no limit.
     """
     if is_card(device):
         free, total = _memory(device)
         ours = accelerator.memory_reserved(device)
         most = usable(free) + ours
         if limit_bytes is not None:
-            most = min(most, limit_bytes - context_taken(device, context_bytes))
+            foreseen = min(context_bytes, beyond_allocator(device))
+            most = min(most, limit_bytes - max(foreseen, measured_context() or 0))
         accelerator.set_per_process_memory_fraction(min(1.0, max(0, most) / total), device)
 
 
@@ -345,7 +379,23 @@ def host_block(words: int, device: torch.device) -> torch.Tensor:
     """
     import torch
 
-    block = torch.empty(words, dtype=torch.int64)
+    return _pinned(torch.empty(words, dtype=torch.int64), device)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory that nothing changes, whole when this returns; pinned where it comes from a GPU, so that
+    the driver needs no buffer of its own between the two.
+    """
+    import torch
+
+    if not is_card(tensor.device):
+        return tensor.detach().to("cpu", copy=True)
+    block = _pinned(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.device)
+    return block.copy_(tensor.detach())
+
+
+def _pinned(block: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The block in memory that the system leaves in its place, where a GPU `device` copies from or to it."""
     if is_card(device):
         with suppress(RuntimeError):
             return block.pin_memory()

@@ -341,10 +341,13 @@ def _line(
     chosen = range(len(one.scores.nats)) if rows is None else rows
     nats, hits, weights = ([values[row] for row in chosen] for values in _columns(one.scores))
     loss = ratios.ratio(nats, weights, seed=0)
+    accuracy = ratios.ratio(hits, weights, seed=0)
+    if accuracy.low == accuracy.high:  # drawing equal rows again shows no spread
+        accuracy = metrics.bootstrap([hit / weight for hit, weight in zip(hits, weights, strict=True)], seed=0)
     shown: dict[str, Any] = {
         "loss": asdict(loss),
         "perplexity": {key: math.exp(min(value, 700.0)) for key, value in asdict(loss).items()},
-        "token_accuracy": asdict(ratios.ratio(hits, weights, seed=0)),
+        "token_accuracy": asdict(accuracy),
     }
     for key, values in right.items():
         some = list(values) if questions is None else [values[number] for number in questions]

@@ -21,7 +21,7 @@ from qlora.events import Examined, Notice, Sink, Sinks
 from qlora.guarded import Guarded
 from qlora.run_record import is_run
 from qlora.stop import StopRequest
-from qlora.study import exam
+from qlora.study import exam, plain_text
 from qlora.study.exam_questions import ExamQuestion, asked_before, language_of, load_passages, read_yours
 from qlora.study.material import FOLDER
 from qlora.study.records import key_of
@@ -83,6 +83,8 @@ def examine(
             run_recipe = run_folder.recipe_of(adapter_dir, Sinks())
             seed = 0 if run_recipe is None else run_recipe.train.seed
             told = exam.Exam(folder, passages, asked, seed)
+            if questions is not None:
+                plain_text.tell(asker.run.chat, (question.text for question in asked), "your questions", shared)
             if questions is None and export is None:
                 return exam.after(told, asker, shared)
             figures, _ = exam.measure(told, asker, shared)

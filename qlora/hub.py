@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.errors import DataError, ModelError, UserError
+from qlora.errors import DataError, ModelError, UserError, foreign_failures
 from qlora.events import Notice, Progress, Sink, Sinks
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -204,7 +204,6 @@ def reach(seconds: float) -> Reach:
     """Ask the hub who asks, once; each wait may take `seconds`. The answer itself, which holds names, is not read."""
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
 
     usual = constants.ENDPOINT.rstrip("/") == "https://huggingface.co"
@@ -215,12 +214,13 @@ def reach(seconds: float) -> Reach:
         return Reach(usual, token="malformed")
     sent: Literal["none", "sent"] = "sent" if token else "none"
     head, began = {"authorization": f"Bearer {token}"} if token else {}, time.monotonic()
-    try:
-        with get_session().stream(
-            "GET", f"{constants.ENDPOINT}/api/whoami-v2", headers=head, timeout=seconds
-        ) as answer:
-            return Reach(usual, token=sent, status=int(answer.status_code), seconds=time.monotonic() - began)
-    except (OSError, ValueError, HTTPError) as error:
-        # Its text may quote a proxy's address with the password in it: of that one word is looked for, the rest left.
-        word = " (certificate)" if "certificate" in str(error).lower() else ""
-        return Reach(usual, token=sent, failure=f"{type(error).__name__}{word}")
+    url = f"{constants.ENDPOINT}/api/whoami-v2"
+    # Any class: what a proxy's or an endpoint's address is made of is judged by libraries below huggingface_hub.
+    with (
+        foreign_failures(trial=True) as failure,
+        get_session().stream("GET", url, headers=head, timeout=seconds) as got,
+    ):
+        return Reach(usual, token=sent, status=int(got.status_code), seconds=time.monotonic() - began)
+    # The error's text may quote a proxy's address with the password in it: of that one word is looked for.
+    word = " (certificate)" if "certificate" in str(failure.error).lower() else ""
+    return Reach(usual, token=sent, failure=f"{type(failure.error).__name__}{word}")

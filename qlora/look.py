@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora import files
 from qlora.errors import Problem, RecipeError
@@ -40,7 +40,8 @@ class Read:
 
 @dataclass(frozen=True)
 class Papers:
-    """What [[data.documents]] brings. `questions` are asked for training at most; `left_out` are whole files."""
+    """What [[data.documents]] brings. `questions` are asked for training at most; `left_out` are whole files; `takes`:
+    what the study takes beside the base's weights, in words."""
 
     files: tuple[Read, ...]
     pages: int
@@ -48,6 +49,7 @@ class Papers:
     sentences: int
     questions: int
     left_out: tuple[str, ...]
+    takes: str
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,11 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
         tokenizer = chosen(read_files(folder), recipe.model, recipe.model.base, shared)
         return Looked(
             rows_of(recipe, tokenizer, rows, shared) if recipe.data.train else None,
-            None if papers is None else _papers(recipe, tokenizer, papers, shared),
+            None if papers is None else _papers(recipe, config, tokenizer, papers, shared),
         )
 
 
-def _papers(recipe: Recipe, tokenizer: TokenizerFiles, found: Material, sink: Sink) -> Papers:
+def _papers(recipe: Recipe, config: Any, tokenizer: TokenizerFiles, found: Material, sink: Sink) -> Papers:
     from qlora.data.chat import ChatTokenizer
     from qlora.model.tokenizer import open_tokenizer
     from qlora.study.lesson import Lesson
@@ -106,11 +108,16 @@ def _papers(recipe: Recipe, tokenizer: TokenizerFiles, found: Material, sink: Si
     with tokenizer.placed() as folder:
         opened = open_tokenizer(folder, recipe.model.base)
     chat = ChatTokenizer(opened, recipe.data.loss_on, Sinks(), tokenizer.embedding_rows)
-    return papers_of(found, Lesson.of(found, recipe, chat, sink))
+    return papers_of(found, Lesson.of(found, recipe, chat, sink), config)
 
 
-def papers_of(found: Material, lesson: Lesson) -> Papers:
-    """What was read of documents, and what a lesson makes of them."""
+def papers_of(found: Material, lesson: Lesson, config: Any) -> Papers:
+    """What was read of documents, and what a lesson makes of them; `config` is the base's config.json."""
+    from qlora.model.meta_model import text_config
+    from qlora.study.room import room
+
+    recipe = lesson.recipe
+    takes = room(text_config(config, recipe.model.base)[0], recipe.study.passage_tokens, lesson.questions, None).told()
     of = Counter(passage.document for passage in lesson.passages)
     documents = found.documents
     files_read = tuple(
@@ -119,7 +126,7 @@ def papers_of(found: Material, lesson: Lesson) -> Papers:
     )
     sentences = sum(len(passage.sentences) for passage in lesson.passages)
     left_out = tuple(map(_said, documents.left_out))
-    return Papers(files_read, documents.pages, len(lesson.passages), sentences, lesson.questions, left_out)
+    return Papers(files_read, documents.pages, len(lesson.passages), sentences, lesson.questions, left_out, takes)
 
 
 def _said(part: LeftOut) -> str:

@@ -143,7 +143,7 @@ def _look(
             learnt = lesson.study(teacher, run_dir, phase)
             seen = _seen(run_dir / FOLDER, learnt, rows)
         shown = _rows(run_dir / FOLDER, tokenizer, (lesson, rows), sink)
-        return LookedAtStudy(shown, papers_of(found, lesson), seen)
+        return LookedAtStudy(shown, papers_of(found, lesson, base.config), seen)
     finally:
         claim.release()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -14,6 +14,13 @@ def without_nul(text: str) -> str:
     return text
 
 
+def once_each(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names. Raises ValueError where one stands twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("names one of them twice")
+    return names
+
+
 # Bounds are far beyond any use: they keep what a recipe can ask for from filling the memory before it is refused.
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
@@ -23,6 +30,8 @@ Minutes = Annotated[float, Field(gt=0, le=1_000_000)]  # two years
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(without_nul)]
 Names = Annotated[tuple[Text, ...], Field(max_length=4096)]
 Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+_Sink = Literal["console", "jsonl", "html", "tensorboard", "wandb", "mlflow", "trackio"]
+Sinks = Annotated[tuple[_Sink, ...], Field(max_length=7), AfterValidator(once_each)]
 MAX_MEMORY = 1 << 50
 
 

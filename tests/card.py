@@ -85,6 +85,8 @@ class Card(TorchDispatchMode):
         super().__init__()
         self.total, self.name, self.capability = total, name, capability
         self.is_integrated = 0  # 1: its memory is the RAM
+        self.context_bytes: int | None = None  # as `device.measure_context` leaves it
+        self.context = CONTEXT_BYTES  # what it really takes
         self.limit = total - CONTEXT_BYTES
         self.live = self.highest = 0
         self.calls: Counter[str] = Counter()
@@ -134,7 +136,7 @@ class Card(TorchDispatchMode):
     # --- memory ---------------------------------------------------------------------------------------------------
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        return max(0, self.total - CONTEXT_BYTES - self.live), self.total
+        return max(0, self.total - self.context - self.live), self.total
 
     def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
         assert 0 <= fraction <= 1, "torch.cuda raises ValueError here"

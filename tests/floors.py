@@ -46,6 +46,7 @@ FLOORS = {
     "foreign_json": 1,
     "manifest": 1,
     "foreign_toml": 1,
+    "foreign_yaml": 1,
     "batch": 1,
     "recipe_values": 1,
     "document_keys": 1,
@@ -68,6 +69,10 @@ FLOORS = {
     "nvidia": 1,
     "nvidia_child": 1,
     "device": 1,
+    "saving": 3,
+    "importers": 3,
+    "recipe_file": 4,
+    "new_recipe": 7,
     "numerics": 1,
     "flat": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
@@ -77,15 +82,14 @@ LINES = {
     # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
     "": [
         *("out_of_memory", "shown", "redaction", "errors", "guarded"),
-        *("files", "foreign_json", "foreign_toml", "manifest", "lock", "child_process", "cores", "processes"),
-        *("torch_build", "wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device", "flat"),
-        *("numerics", "recipe_values", "document_keys", "batch", "forward_facts", "ask", "evaluate", "examine"),
-        *("look", "look_study"),
-        *("export_source", "api", "prove"),
+        *("files", "foreign_json", "foreign_toml", "foreign_yaml", "manifest", "lock", "child_process", "cores"),
+        *("processes", "torch_build", "wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device"),
+        *("flat", "numerics", "recipe_values", "document_keys", "batch", "forward_facts", "ask", "evaluate"),
+        *("examine", "look", "look_study", "export_source", "api", "new_recipe", "prove"),
     ],
     "cli": [
-        *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume"),
-        *("export", "estimate", "data", "exam", "evaluate", "conversation", "chat", "prove"),
+        *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "recipes"),
+        *("export", "estimate", "data", "exam", "report", "evaluate", "conversation", "chat", "prove"),
         *("doctor_child", "doctor", "train"),
     ],
     "training": [
@@ -158,6 +162,7 @@ LINES = {
         "plan",
         "spilling",
     ],
+    "importers": ["draft", "values", "datasets", "axolotl", "llama_factory", "unsloth", "trl", "read"],
     "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
@@ -259,6 +264,8 @@ LINES = {
         "page",
         "xray",
         "xray_page",
+        *("curves", "run_events", "run_log", "run_files", "timeline", "run_sections", "run_page"),
+        *("write", "trackers", "sinks"),
     ],
     "doctor": [
         *("finding", "requirements", "stages", "trial", "tried", "card", "places", "machine", "reach", "caches"),
@@ -270,7 +277,7 @@ LINES = {
     ],
     "prove": [
         *("shapes", "proof", "model", "trained"),
-        *("generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
+        *("context", "generator", "four_bit", "optimizers", "copies", "paths", "exactness", "release"),
         *("resume", "export", "peak", "speed", "limit", "spill"),
         *("suite", "report", "__main__"),
     ],

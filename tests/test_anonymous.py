@@ -29,3 +29,12 @@ def test_names_go_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USER", "maria.rossi")
     found = anonymous.values({"a": ["maria.rossi, https://example.org/maria.rossi"], "b": 3, "c": ("x", None)})
     assert found == {"a": ["…, https://example.org/…"], "b": 3, "c": ["x", None]}
+
+
+def test_a_full_disk_leaves_texts_anonymous(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setenv("USER", "maria.rossi")
+    monkeypatch.setattr(anonymous.tempfile, "gettempdir", none)
+    assert anonymous.text("maria.rossi: /srv/x/y") == "…: …"

@@ -229,6 +229,29 @@ def test_a_limit_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(fractions) == 8
 
 
+def test_the_context_is_what_its_first_kernel_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other programs hold, and whatever they do later: 300 of 1,024 MiB are theirs."""
+    with rehearsal(monkeypatch, StandIn(total=1024 * MIB)) as stand_in:
+        stand_in.context = 300 * MIB  # the driver's word before there is a context
+        before = stand_in.mem_get_info()[0]
+        assert device.measured_context() is None and device.context_taken(CPU, 400 * MIB) == 300 * MIB
+        stand_in.context += 120 * MIB
+        kept = torch.ones(MIB, dtype=torch.uint8)  # and what torch reserved for it is no part of the context
+        device.measure_context(before)
+        assert kept.numel() and device.context_taken(CPU, 400 * MIB) == 120 * MIB
+        stand_in.context += 200 * MIB  # another program
+        assert device.context_taken(CPU, 400 * MIB) == 120 * MIB
+        device.limit_memory(CPU, 500 * MIB, 100 * MIB)
+        assert abs(stand_in.limit - 380 * MIB) < MIB
+        device.limit_memory(CPU, 500 * MIB, 150 * MIB)  # what it will be after a step is more
+        assert abs(stand_in.limit - 350 * MIB) < MIB
+        for unbelievable in (0, 3 * stand_in.total):  # less was free before than now; more is gone than any context has
+            device.measure_context(unbelievable)
+            assert device.measured_context() is None
+    device.measure_context(7)
+    assert device.context_taken(CPU, 40) == 0
+
+
 @pytest.mark.parametrize(
     ("system", "release", "spills"),
     [

@@ -93,9 +93,12 @@ def test_what_is_not_asked_of_the_hub(serve: Callable[[Hub], Any], monkeypatch: 
 def test_a_proxys_password_is_in_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
+    class InvalidURL(Exception):
+        """httpx's is an Exception and nothing more."""
+
     def session() -> Any:
-        raise ValueError("http://maria:geheim@proxy: certificate verify failed")
+        raise InvalidURL("http://maria:geheim@proxy: certificate verify failed")
 
     monkeypatch.setattr("huggingface_hub.utils.get_session", session)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert network.reach(1).failure == "ValueError (certificate)"
+    assert network.reach(1).failure == "InvalidURL (certificate)"

@@ -17,6 +17,12 @@ UNUSED = {
         "html.parser calls it",
     ),
     "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
+    "qlora.ask.transport:_Reader.readable": "Python's buffered reader asks it",
+    **dict.fromkeys(
+        (f"qlora.ask.transport:{name}" for name in ("Handler.handle_one_request", "Handler.log_message")),
+        "http.server calls it",
+    ),
+    "qlora.ask.transport:LocalServer.handle_error": "socketserver calls it",
 }
 COMMANDS = ["qlora.cli.train", "qlora.cli.data", "qlora.cli.exam", "qlora.cli.export", "qlora.cli.estimate"]
 COMMANDS += ["qlora.cli.chat", "qlora.prove.__main__"]

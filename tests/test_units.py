@@ -1,12 +1,16 @@
-"""One MiB and one GiB for the whole house."""
+"""One MiB and one GiB for the whole house, and one word for one thing."""
 
 from __future__ import annotations
 
 from qlora.memory.plan import gib
 from qlora.recipe.sections import parse_bytes
-from qlora.units import GIB, MIB
+from qlora.units import GIB, MIB, counted
 
 
 def test_sizes_are_those_that_recipes_and_messages_mean() -> None:
     assert parse_bytes("1GiB") == GIB and parse_bytes("1MiB") == MIB
     assert gib(1.5 * GIB) == "1.50 GiB"
+
+
+def test_one_and_many() -> None:
+    assert [counted(count, "page") for count in (0, 1, 2, 2000)] == ["0 pages", "1 page", "2 pages", "2,000 pages"]

@@ -1,4 +1,4 @@
-"""Sends what strangers could send through the eight doors of this program, thousands of inputs a door.
+"""Sends what strangers could send through the nine doors of this program, thousands of inputs a door.
 
     python tools/fuzz.py --count 10000 --jobs 2
     python tools/fuzz.py --door adapter --count 1000 --seed 7
@@ -76,7 +76,9 @@ def main() -> None:
             wanted = [(door, int(index) if index.isdecimal() else index)]
         elif not asked.errors or asked.json:
             numbers = range(asked.first, asked.first + asked.count)
-            wanted = [(door, index) for door in asked.door or DOORS for index in numbers]
+            wanted = [
+                (door, index) for door in asked.door or DOORS for index in numbers if index % DOORS[door].every == 0
+            ]
         found = report(fuzzer, wanted, asked.jobs, asked.json, bool(asked.replay))
     sys.exit(1 if found else 0)
 

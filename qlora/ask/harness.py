@@ -2,7 +2,7 @@
 
 The harness is an extra: where it is not installed, that is said before a weight is read. It gets the model as it is
 held here, base in 4 bit and adapter included, and the tokenizer that it was trained with. Tasks are its own by name, or
-those of a folder or file of yours (YAML beside its rows), which need no network.
+those of a folder or file of yours (YAML beside its rows), which need no network and may not bring code.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora import files
 from qlora.ask.opened import TorchModel
 from qlora.errors import ExportError, foreign_failures
 from qlora.events import Notice, Sink
 
 PACKAGE = "lm_eval"
 MOST_TASKS = 100
+MOST_FILES = 1_000  # of a folder of tasks
+MAX_TASK_BYTES = 1_000_000
+_ELSEWHERE = re.compile(r"(?m)^[\s\"']*include[\"'\s]*:.*(?:[/\\]|\.\.)")
 
 
 def check_installed() -> None:
@@ -55,18 +60,26 @@ def split_tasks(text: str) -> tuple[list[str], list[Path]]:
 
 
 def _task_of(file: Path) -> str:
-    """The name that a task's file gives it: its line `task: NAME`."""
-    from qlora import files
-
-    try:
-        text = files.read_bytes(file, 1_000_000).decode("utf-8", "replace")
-    except (OSError, files.UnsafePathError) as error:
-        raise ExportError(f"{file}: cannot be read ({error})", "name a YAML file of a task") from error
-    for line in text.splitlines():
+    """The name that a task's file gives it: its line `task: NAME`. Raises ExportError for one that brings code."""
+    for beside in sorted((*file.parent.rglob("*.yaml"), *file.parent.rglob("*.yml")))[:MOST_FILES]:
+        text = _text(beside)
+        if "!function" in text:
+            what = f"{beside}: runs Python code of its own (!function)"
+            raise ExportError(what, "name tasks that are data alone, or run lm_eval itself on what you trust")
+        if _ELSEWHERE.search(text):
+            raise ExportError(f"{beside}: includes a file of another folder", "put that file beside it")
+    for line in _text(file).splitlines():
         key, _, value = line.partition(":")
         if key == "task" and value.strip():
             return value.split("#")[0].strip().strip("\"'")
     raise ExportError(f"{file}: has no line `task: NAME`", "name a YAML file of a task of lm-evaluation-harness")
+
+
+def _text(file: Path) -> str:
+    try:
+        return files.read_bytes(file, MAX_TASK_BYTES).decode("utf-8", "replace")
+    except (OSError, files.UnsafePathError) as error:
+        raise ExportError(f"{file}: cannot be read ({error})", "name a YAML file of a task") from error
 
 
 Tasks = tuple[Sequence[str], Sequence[Path]]  # names, and folders in which to look for them

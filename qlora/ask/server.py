@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from urllib.parse import unquote
 
 from qlora.ask.keeping import row_of
 from qlora.ask.llama import LlamaModel
@@ -64,7 +65,7 @@ class _Service:
 
     def answer(self, handler: Handler) -> None:
         """Raises RequestError, Gone."""
-        path = handler.path.partition("?")[0]
+        path = unquote(handler.path.partition("?")[0])  # a model of the hub has a slash in its name
         wanted = "POST" if path == "/v1/chat/completions" else "GET"
         if path not in ("/v1/chat/completions", "/v1/models", f"/v1/models/{self.name}"):
             what = f"there is no {path[:80]}: /v1/chat/completions and /v1/models are answered"

@@ -132,9 +132,13 @@ class Talk:
 def prompt_of(opened: TorchModel | LlamaModel, messages: list[Message]) -> list[int]:
     """Tokens of a conversation that the model is to continue, as training rendered it. Raises DataError."""
     try:
-        return opened.chat.prompt_ids(messages, None)
+        ids = opened.chat.prompt_ids(messages, None)
     except RowError as error:
         raise DataError(error.reason, "leave the system prompt out, or put the turns into another order") from error
+    if max(ids, default=0) >= opened.vocabulary:  # a GPU ends the whole process over it
+        what = f"the conversation holds a token ({max(ids)}) that the model has no row for"
+        raise DataError(what, "leave special tokens out of what you ask")
+    return ids
 
 
 def _without_oldest(messages: list[Message]) -> list[Message] | None:

@@ -69,7 +69,8 @@ def _cause(found: Found) -> tuple[str, str]:
     if build.cuda is None:
         kind = "AMD's GPUs (ROCm)" if build.hip else "Intel's GPUs" if build.xpu else "CPUs"
         what = f"{name} is here, and the torch that is installed ({build.version}) is built for {kind}"
-        return what, _pip(_cuda_for(answer) or "cu130")
+        wheel = _cuda_for(answer)
+        return what, _pip(wheel) if wheel else f"{_driver(13, is_there=True)}, then {_pip('cu130')}"
     if found.visible is not None and (found.said == FINDS_NONE or _is_lost(found.said) is None):
         what = (
             f"CUDA_VISIBLE_DEVICES={found.visible[:60]} names no card that torch {build.version} finds ({name} is here)"

@@ -130,11 +130,25 @@ def _described(card: Card, held: list[str]) -> str:
     return f"{card.index} ({card.name}), {card.free_bytes / 2**30:.1f} of {card.total_bytes / 2**30:.1f} GiB free{by}"
 
 
+def _free(found: Found) -> int | None:
+    """What the driver calls free on the one card that CUDA will see, while this process has no context there yet."""
+    smi = found.signs.smi
+    if found.build.cuda is None or smi is None or device.has_started():
+        return None
+    cards = found.answer.cards or nvidia.ask(found.signs).cards
+    chosen = os.environ.get(VISIBLE)
+    seen = [card for card in cards if card.uuid == chosen] or cards
+    return seen[0].free_bytes if len(seen) == 1 else None
+
+
 def _try(found: Found, sink: Sink) -> None:
     """Have torch compute something on its card. Raises HardwareError where it can't."""
     if not device.may_spill():  # neither Windows nor WSL
         third_party.let_segments_grow()
+    free = _free(found)
     said = device.trouble()  # asked first: CUDA's reason is told once in a process
+    if said is None and free is not None:
+        device.measure_context(free)
     facts = device.facts()
     if facts is not None and (error := cannot_compute(*facts, found.build)):
         raise error

@@ -63,6 +63,7 @@ def chat(
     def work() -> None:
         from qlora.ask.opened import HowToOpen, named
         from qlora.ask.settings import Sampling, changed
+        from qlora.cli.conversation import as_utf8
 
         sampling = changed(
             Sampling(),
@@ -70,12 +71,12 @@ def chat(
             repetition_penalty=repetition_penalty, max_tokens=max_tokens, seed=seed,
         )  # fmt: skip
         _check(prompt, compare, serve, context)
-        source = named(model)
+        source, said = named(model), as_utf8(system)
         how = HowToOpen(base_model, nf4, context)
         if serve is not None:
-            _serve(source, how, sampling, (serve, system))
+            _serve(source, how, sampling, (serve, said))
         else:
-            _talk(source, how, sampling, (prompt, system, compare))
+            _talk(source, how, sampling, (prompt, said, compare))
 
     common.run(work)
 
@@ -170,6 +171,8 @@ def _print_answers(talks: list[Any], question: str, sampling: Sampling) -> None:
             answering = talk.ask(as_utf8(question), sampling)
             if len(talks) > 1:
                 print("\ntuned:" if column else "base:", flush=True)
+            if answering.block is not None:  # the mark that the prompt wrote for the answer
+                print(answering.block[0], flush=True)
             text = talk.answer(answering, lambda piece: print(block(piece), end="", flush=True))
             if not text.endswith("\n"):
                 print(flush=True)

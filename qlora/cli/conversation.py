@@ -104,7 +104,7 @@ class Conversation:
                 answering = talk.ask(question, self.sampling)
                 answering.writing.stopped = lambda: self._interrupted
                 if answering.left_out:
-                    self._note(f"the context is full: the oldest {answering.left_out} turns are left out from here on")
+                    self._note(f"the context is full: {answering.left_out} of the oldest turns left out from here on")
                 show_answer(talk, answering, partial(screen.show, column))
                 ends.append(_how_it_went(answering.writing, time.perf_counter() - begun))
         self._note("; ".join(ends))
@@ -206,7 +206,7 @@ def prompt_on_stderr(prompt: str) -> str:
 
 def _how_it_went(writing: Any, seconds: float) -> str:
     count = len(writing.tokens)
-    end = {"stop": "", "length": ", cut there", "interrupted": ", stopped"}[writing.finish]
+    end = {"stop": "", "length": ", cut by max_tokens or the context", "interrupted": ", stopped"}[writing.finish]
     speed = f", {count / seconds:.1f} tokens/s" if seconds > 0 and count else ""
     return f"{count} tokens{speed}{end}"
 

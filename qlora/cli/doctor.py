@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from qlora.report.console import Terminal
 
 CHILD = "qlora.cli.doctor_child"
+RUNS = Path("runs")  # output.dir, where a recipe does not say
 Device = Literal["cpu", "cuda"]
 Cleared = Literal["tokens", "reports", "unfinished", "set-aside", "all"]
 
@@ -34,7 +34,7 @@ def doctor(
     ] = False,
     runs: Annotated[
         Path, typer.Option("--runs", metavar="FOLDER", help="Where runs lie, or will lie: output.dir of your recipes.")
-    ] = Path("runs"),
+    ] = RUNS,
     caches: Annotated[
         bool, typer.Option("--caches", help="List caches and what was set aside, with sizes, instead.")
     ] = False,
@@ -77,13 +77,19 @@ def _run(
     if prove_it and (list_them or kind):
         raise UserError("--prove and --caches are two things", "ask for one after the other")
     if prove_it:
+        _prove(device, out, as_json)
+    elif list_them or kind:
+        _caches(files.user_path(runs, "--runs"), kind, yes, as_json)
+    else:  # the current folder may be gone, which is something to be found
+        _examine(runs if runs == RUNS else files.user_path(runs, "--runs"), as_json)
+
+
+def _prove(device: Device | None, out: Path | None, as_json: bool) -> None:
+    try:
         prove.prove_here(device, out, as_json)
-        return
-    folder = files.user_path(runs, "--runs")
-    if list_them or kind:
-        _caches(folder, kind, yes, as_json)
-        return
-    _examine(folder, as_json)
+    except ImportError as error:
+        hint = "qlora-doctor, without --prove, says what is broken and what mends it"
+        raise UserError(f"nothing can be proved: {error}", hint) from error
 
 
 def _examine(runs: Path, as_json: bool) -> None:
@@ -94,10 +100,9 @@ def _examine(runs: Path, as_json: bool) -> None:
 
     console = Terminal()
     found: list[Finding] = []
-    progress = _Progress(console)
-    temporary = Path(tempfile.gettempdir()).resolve()
+    progress = _Progress(console, console.is_live and not as_json)
     try:
-        for finding in checkup.findings(card_facts, CHILD, _screen(console), runs, temporary, progress.begin):
+        for finding in checkup.findings(card_facts, CHILD, _screen(console), runs, progress.begin):
             found.append(finding)
             if not as_json:
                 progress.end()
@@ -118,12 +123,12 @@ def _examine(runs: Path, as_json: bool) -> None:
 class _Progress:
     """What is looked at, on a line that goes away; on a terminal alone."""
 
-    def __init__(self, console: Terminal) -> None:
-        self.console = console
+    def __init__(self, console: Terminal, is_drawn: bool) -> None:
+        self.console, self.is_drawn = console, is_drawn
         self.shown = False
 
     def begin(self, name: str) -> None:
-        if self.console.is_live:
+        if self.is_drawn:
             self.end()
             self.console.print(f"{name} …"[: self.console.width - 1], end="\r")
             self.shown = True
@@ -166,7 +171,7 @@ def _caches(runs: Path, kind: Cleared | None, yes: bool, as_json: bool) -> None:
     from qlora.report.doctor import draw_caches
     from qlora.report.figures import human_bytes
 
-    entries = caches.listed(caches.Places.usual(runs, _hub_cache()))
+    entries = caches.listed(caches.Places.usual(runs))
     wanted = caches.CLEARED if kind == "all" else (kind,) if kind else ()
     console = Terminal()
     if not as_json:
@@ -200,15 +205,6 @@ def _agreed(question: str) -> bool:
 
 def is_answered() -> bool:
     return sys.stdin.isatty()
-
-
-def _hub_cache() -> Path | None:
-    from qlora import hub
-
-    try:
-        return hub.cache_folder()
-    except ImportError:  # huggingface_hub is missing: its cache is not ours anyway
-        return None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,7 +42,7 @@ def prove(
 
 
 def _run(device: str | None, file: Path | None, model: str | None) -> None:
-    found = _found(device, file, model)
+    found = _found(device, file, model, _begin)
     with common.answering():
         _show(found)
     _refuse_broken(found)
@@ -51,7 +52,7 @@ def prove_here(device: str | None, file: Path | None, as_json: bool) -> None:
     """As `qlora-doctor` asks for it: what a card shows is kept where estimates read it. Raises as the command does."""
     from qlora.memory import calibration
 
-    found = _found(device, file, None)
+    found = _found(device, file, None, begin=_begin if not as_json else lambda _: None)
     kept = calibration.keep(found)
     if as_json:
         common.answer(found)
@@ -63,7 +64,7 @@ def prove_here(device: str | None, file: Path | None, as_json: bool) -> None:
     _refuse_broken(found)
 
 
-def _found(device: str | None, file: Path | None, model: str | None) -> dict[str, Any]:
+def _found(device: str | None, file: Path | None, model: str | None, begin: Callable[[Proof], None]) -> dict[str, Any]:
     """What the proofs found, written to `file` where one is named."""
     if device == "cpu":
         # Before torch is imported: runs take the GPU that they see. On Windows an empty value would unset it.
@@ -85,7 +86,7 @@ def _found(device: str | None, file: Path | None, model: str | None) -> dict[str
         cards.settle(Sinks())
     stop = StopRequest()
     with common.Signals(stop, common.Screen(None, stop)), suite.place_for(device, model) as place:
-        found = report.as_dict(place, suite.run_all(place, begin=_begin))
+        found = report.as_dict(place, suite.run_all(place, begin=begin))
     if target is not None:
         with disk.open_to_write(target, "replace") as stream:
             stream.write((json.dumps(found, indent=1) + "\n").encode())

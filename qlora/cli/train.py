@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora import files, shown
-from qlora.cli import common
+from qlora.cli import common, recipes
 from qlora.redaction import redact
 
 if TYPE_CHECKING:
@@ -33,6 +33,22 @@ def train(
         bool,
         typer.Option("--verify-resume", help="Prove in a few steps that a resumed run equals an uninterrupted one."),
     ] = False,
+    new: Annotated[
+        Path | None,
+        typer.Option("--new", metavar="NAME.toml", help="Write a first recipe that fits --base and --data, and stop."),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="BASE", help="With --new: hub name or folder.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="PATH", help="With --new: rows, as [[data.train]] names them.")
+    ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option(
+            "--import",
+            metavar="FILE",
+            help="Make a recipe (its name: --new) of a configuration of axolotl, LLaMA-Factory, Unsloth Studio or TRL.",
+        ),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON Schema and stop.")] = False,
     keys: Annotated[
         bool, typer.Option("--keys", help="Print keys, formats and options as a page of Markdown and stop.")
@@ -49,6 +65,10 @@ def train(
     ]
     if schema or keys:
         common.run(lambda: _answer(_schema() if schema else _keys()))
+    elif import_ is not None:
+        common.run(lambda: recipes.import_recipe(import_, new))
+    elif new is not None or base is not None or data is not None:
+        common.run(lambda: recipes.first_recipe(new, base, data))
     else:
         common.run(lambda: _run(recipe, set_ or [], wanted))
 
@@ -65,7 +85,7 @@ def _schema() -> str:
 
 
 def _keys() -> str:
-    from qlora.cli import data, doctor, estimate, exam, export
+    from qlora.cli import chat, data, doctor, estimate, evaluate, exam, export, report
     from qlora.cli.keys import page
 
     return page(
@@ -75,6 +95,9 @@ def _keys() -> str:
             "qlora-estimate": estimate.estimate,
             "qlora-data": data.data,
             "qlora-exam": exam.exam,
+            "qlora-eval": evaluate.evaluate,
+            "qlora-chat": chat.chat,
+            "qlora-report": report.report,
             "qlora-doctor": doctor.doctor,
         }
     )

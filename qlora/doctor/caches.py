@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora import disk, files, lock, manifest, run_record
+from qlora import disk, files, hub, lock, manifest, run_record
+from qlora.errors import foreign_failures
 
 Kind = Literal["tokens", "reports", "unfinished", "set-aside", "measured", "hub"]
 CLEARED: tuple[Kind, ...] = ("tokens", "reports", "unfinished", "set-aside")
@@ -53,8 +54,24 @@ class Places:
     temporary: Path
 
     @classmethod
-    def usual(cls, runs: Path, hub: Path | None) -> Places:
-        return cls(disk.cache_dir(), hub, runs, Path(tempfile.gettempdir()).resolve())
+    def usual(cls, runs: Path) -> Places:
+        """Raises UserError where a cache has no place."""
+        return cls(disk.cache_dir(), hub_folder(), runs, temporary_folder())
+
+
+def hub_folder() -> Path | None:
+    """The hub's cache; None where huggingface_hub is missing or broken."""
+    with foreign_failures(trial=True):
+        return hub.cache_folder().resolve()
+    return None
+
+
+def temporary_folder() -> Path:
+    """Where temporary files go, or would, were there one that can be written: on a full disk there is none."""
+    try:
+        return Path(tempfile.gettempdir()).resolve()
+    except OSError:
+        return Path(os.environ.get("TMPDIR") or os.environ.get("TEMP") or os.path.join(os.sep, "tmp"))
 
 
 def listed(places: Places) -> list[Kept]:
@@ -185,7 +202,7 @@ def _not_ours(path: Path) -> str:
 
     What lies in a folder counts too: somebody may have put a folder of theirs into one of ours.
     """
-    if files.is_link(path) or files.is_link(path.parent):
+    if any(map(files.is_link, (path, *path.parents))):  # where to look was resolved: none is the user's own
         return "it is a link, or lies behind one"
     try:
         found = [os.lstat(path), *(manifest.contents(path).values() if path.is_dir() else ())]

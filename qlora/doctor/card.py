@@ -41,10 +41,10 @@ def findings(facts: CardFacts, trial: Trial) -> list[Finding]:
     """`trial` is the stage that chose a device and computed on it."""
     found = [_gpu(facts, trial)]
     if facts.is_there:
-        found.append(_driver(facts))
+        found.append(_driver(facts, trial))
     if trial.answer is None and not trial.needs and facts.too_old is None:
         mend = trial.mend or "see what nvidia-smi says, and restart the machine"
-        found.append(red("torch on the GPU", trial.failure, mend))
+        found.append(red("device", trial.failure, mend))
     elif trial.answer is not None and trial.answer["on_card"]:
         found.append(_computes(facts, trial))
     if facts.is_there or (trial.answer or {}).get("on_card"):
@@ -79,7 +79,7 @@ def _number(capability: tuple[int, int] | None) -> str:
     return "unknown" if capability is None else "{}.{}".format(*capability)
 
 
-def _driver(facts: CardFacts) -> Finding:
+def _driver(facts: CardFacts, trial: Trial) -> Finding:
     build, answer = facts.build, facts.answer
     version = answer.cards[0].driver_version if answer.cards else ""
     if facts.too_old is not None:
@@ -92,9 +92,8 @@ def _driver(facts: CardFacts) -> Finding:
         return green("driver", "its version is not told")
     if build is None or build.cuda is None:
         kind = "no torch is installed" if build is None else f"torch {build.version} is not built for CUDA"
-        return yellow(
-            "driver", f"{version}, and {kind}", "install torch's build for CUDA (https://pytorch.org/get-started)"
-        )
+        mend = trial.mend or "install torch's build for CUDA (https://pytorch.org/get-started)"
+        return yellow("driver", f"{version}, and {kind}", mend)
     return green(
         "driver",
         f"{version} serves CUDA {build.cuda}, which torch {build.version} is built for",
@@ -106,14 +105,12 @@ def _computes(facts: CardFacts, trial: Trial) -> Finding:
     answer = trial.answer or {}
     said = "; ".join([f"it computes on {answer['name']}", *map(str, answer.get("notices", ()))])
     if not answer["computes_bf16"]:
-        return red(
-            "torch on the GPU", f"{answer['name']} computes no bf16", "use a GPU of compute capability 8.0 or more"
-        )
+        return red("device", f"{answer['name']} computes no bf16", "use a GPU of compute capability 8.0 or more")
     if answer["may_spill"]:
         said += "; the driver moves to RAM what does not fit, without a word, and a run is many times slower then"
         mend = "NVIDIA's control panel, CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
-        return yellow("torch on the GPU", said, mend)
-    return green("torch on the GPU", said)
+        return yellow("device", said, mend)
+    return green("device", said)
 
 
 def _memory(facts: CardFacts, trial: Trial) -> list[Finding]:

@@ -12,11 +12,12 @@ from typing import TypeVar
 
 from qlora import hub
 from qlora.doctor import card, machine, places, reach, requirements, tried
+from qlora.doctor.caches import hub_folder, temporary_folder
 from qlora.doctor.card import CardFacts
 from qlora.doctor.finding import Check, Finding, red, yellow
 from qlora.doctor.machine import TerminalFacts
 from qlora.doctor.stages import STAGES
-from qlora.doctor.trial import attempt
+from qlora.doctor.trial import Trial, attempt
 from qlora.errors import QloraError, foreign_failures, one_line
 
 T = TypeVar("T")
@@ -29,7 +30,6 @@ def findings(
     module: str,
     screen: TerminalFacts,
     runs: Path,
-    temporary: Path,
     begin: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Finding]:
     """Every line, as soon as it is known; `begin` is told what is looked at before it is.
@@ -37,7 +37,9 @@ def findings(
     `facts` asks the driver, `module` serves `STAGES` in a process of its own: both belong to the commands, which know
     which card is chosen.
     """
-    installed = requirements.read()
+    known: list[requirements.Installed | None] = []
+    yield from bounded(Check("packages", 10, partial(_keep, known, requirements.read)))
+    installed = known[0] if known else None
     yield from _each(
         [
             Check("Python", 10, lambda: [requirements.python(installed)]),
@@ -50,12 +52,14 @@ def findings(
     begin("GPU")
     asked: list[CardFacts] = []
     yield from bounded(Check("driver", DRIVER_SECONDS, partial(_keep, asked, facts)))
-    trials = {trial.stage: trial for trial in attempt(module, STAGES, begin)}
+    trials = _trials(module, begin)
     yield from bounded(Check("GPU", 10, lambda: card.findings(asked[0] if asked else CardFacts(), trials["device"])))
     yield from bounded(Check("libraries", 10, lambda: tried.findings(trials, installed)))
     begin("disks")
     where: list[Sequence[places.Place]] = []
-    yield from bounded(Check("disks", 10, partial(_keep, where, partial(_places, runs, temporary))))
+    yield from bounded(
+        Check("disks", 10, partial(_keep, where, lambda: places.usual(runs, hub_folder(), temporary_folder())))
+    )
     for place in chain.from_iterable(where):
         yield from bounded(Check(f"disk: {place.what}", 20, partial(places.findings, place)))
     last = [
@@ -65,16 +69,19 @@ def findings(
     yield from _each(last, begin)
 
 
+def _trials(module: str, begin: Callable[[str], None]) -> dict[str, Trial]:
+    """What came of each stage, also where no process can be started at all (no file may be opened any more)."""
+    found: dict[str, Trial] = {}
+    with foreign_failures(trial=True) as failure:
+        found.update((trial.stage, trial) for trial in attempt(module, STAGES, begin))
+    why = failure.reason if failure.error else "it was not tried"
+    return {stage: found.get(stage) or Trial(stage, failure=why) for stage in STAGES}
+
+
 def _keep(found: list[T], look: Callable[[], T]) -> tuple[Finding, ...]:
     """A look whose facts go on to other checks: it finds nothing by itself."""
     found.append(look())
     return ()
-
-
-def _places(runs: Path, temporary: Path) -> Sequence[places.Place]:
-    with foreign_failures(trial=True):  # huggingface_hub may be broken or missing: its own line says so
-        return places.usual(runs, hub.cache_folder(), temporary)
-    return places.usual(runs, None, temporary)
 
 
 def _each(checks: Sequence[Check], begin: Callable[[str], None]) -> Iterator[Finding]:

@@ -51,6 +51,10 @@ def judged(facts: PlaceFacts) -> Finding:
     name, here, free = f"disk: {facts.place.what}", str(facts.place.folder), facts.free_bytes
     if (error := facts.error) is not None:
         reason = error.strerror or type(error).__name__
+        if error.errno == errno.EFBIG:
+            return red(name, "a limit lets no file be of some MiB", "raise it: ulimit -f unlimited", here)
+        if error.errno == errno.ENOENT:
+            return red(name, "the folder that you are in is gone", "go into one that is there (cd)", here)
         if error.errno in disk.DISK_FULL:
             return red(
                 name, f"is full: {reason}", "make room there: qlora-doctor with `caches` lists what may go", here
@@ -58,6 +62,8 @@ def judged(facts: PlaceFacts) -> Finding:
         if error.errno in _ACCESS:
             how = "is read-only" if error.errno == errno.EROFS else "cannot be written"
             return red(name, f"{how}: {reason}", _elsewhere(facts.place), here)
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            return red(name, f"cannot be a folder: {reason}", _elsewhere(facts.place), here)
         return red(name, f"does not work: {reason}", "look at the disk (dmesg), or use another place", here)
     speed = "" if facts.bytes_per_second is None else f", written at {facts.bytes_per_second / MIB:,.0f} MiB a second"
     said = f"{free / GIB:,.1f} of {facts.total_bytes / GIB:,.1f} GiB are free{speed}"
@@ -98,6 +104,8 @@ def measured(place: Place) -> PlaceFacts:
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it: there the rest is made. Raises OSError for a file."""
+    if why := files.unreachable(folder):
+        raise OSError(errno.ENAMETOOLONG, why, str(folder))
     here = next((one for one in (folder, *folder.parents) if os.path.lexists(one)), folder)
     if not here.is_dir():
         raise OSError(errno.ENOTDIR, "a file is where the folder should be", str(here))

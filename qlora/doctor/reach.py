@@ -9,13 +9,15 @@ from qlora.hub import Reach
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 _CERTIFICATES = "name your network's certificates in SSL_CERT_FILE"
+_NO_ADDRESS = ("HF_ENDPOINT or HTTPS_PROXY is no address", "correct them, or unset them")
 # What a client's error is called, and what helps.
 _REASONS = (
     ("certificate", "its certificate is not trusted here", _CERTIFICATES),
     ("ProxyError", "the proxy refuses", "correct the proxy's address or password in HTTPS_PROXY"),
     ("Timeout", "it does not answer in time", "try again, or check the network"),
-    ("UnsupportedProtocol", "HF_ENDPOINT is no address", "set it to https://huggingface.co, or unset it"),
-    ("InvalidURL", "HF_ENDPOINT is no address", "set it to https://huggingface.co, or unset it"),
+    ("UnsupportedProtocol", *_NO_ADDRESS),
+    ("InvalidURL", *_NO_ADDRESS),
+    ("ValueError", *_NO_ADDRESS),
 )
 
 

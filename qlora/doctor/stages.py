@@ -231,7 +231,9 @@ STAGES: dict[str, Stage] = {
     "pinned": Stage(("torch", "device"), 30, _pinned, on_device=True),
     "transformers": Stage(("torch",), 60, _imports("transformers", "AutoModelForCausalLM", "PreTrainedTokenizerFast")),
     "accelerate": Stage(("torch",), 60, _imports("accelerate", "Accelerator")),
-    "peft": Stage(("torch", "transformers", "accelerate"), 60, _imports("peft", "LoraConfig", "PeftModel")),
+    "peft": Stage(
+        ("torch", "transformers", "accelerate", "bitsandbytes"), 60, _imports("peft", "LoraConfig", "PeftModel")
+    ),
     "datasets": Stage(("torch",), 60, _imports("datasets", "Dataset")),
     "llama.cpp": Stage((), 30, _llama_cpp),
 }

@@ -41,6 +41,7 @@ class _Child:
     process: subprocess.Popen[bytes]
     lines: queue.Queue[bytes] = field(default_factory=queue.Queue)
     printed: deque[bytes] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    readers: list[threading.Thread] = field(default_factory=list)
 
 
 def attempt(module: str, stages: Mapping[str, Stage], begin: Callable[[str], None] = lambda _: None) -> Iterator[Trial]:
@@ -89,7 +90,8 @@ def _start(command: Sequence[str], line: int) -> _Child:
     child = _Child(process)
     assert process.stdout is not None and process.stderr is not None
     for stream, keep in ((process.stdout, child.lines.put), (process.stderr, child.printed.append)):
-        threading.Thread(target=_read, args=(stream, keep), daemon=True).start()
+        child.readers.append(threading.Thread(target=_read, args=(stream, keep), daemon=True))
+        child.readers[-1].start()
     return child
 
 
@@ -111,7 +113,9 @@ def _next(child: _Child, stage: str, seconds: float) -> Trial:
         with suppress(subprocess.TimeoutExpired):
             child.process.wait(5)
         _end(child)
-        return Trial(stage, failure=_death(child))
+        for reader in child.readers:  # its last words may still be on their way
+            reader.join(1)
+        return Trial(stage, failure=death(child))
     try:
         value = foreign_json.parse_object(line, "the answer")
     except ForeignFileError:
@@ -124,7 +128,7 @@ def _next(child: _Child, stage: str, seconds: float) -> Trial:
     return Trial(stage, answer if isinstance(answer, dict) else None, **texts)
 
 
-def _death(child: _Child) -> str:
+def death(child: _Child) -> str:
     """How a child ended that gave no answer, with the last line that it printed."""
     code = child.process.returncode
     how = f"it ended the process by exit code {code}"
@@ -133,6 +137,8 @@ def _death(child: _Child) -> str:
     elif code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         how = f"it crashed ({name})"
+    elif code >= 0xC0000000:  # Windows' own codes for crashes (NTSTATUS, severity error)
+        how = f"it crashed ({code:#x})"
     printed = [text for one in child.printed if (text := " ".join(one.decode("utf-8", "replace").split()))]
     return f"{how}: {shown.one_line(printed[-1])[:200]}" if printed else how
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def _libraries(trials: Trials, installed: Installed | None) -> Finding:
 
 def _broken(name: str, trial: Trial, installed: Installed | None) -> Finding:
     if trial.needs:
-        return yellow(name, f"not tried, because {trial.needs} does not work", f"mend {trial.needs} first")
+        return yellow(name, f"not tried, because {trial.needs} does not work", f"mend what is said of {trial.needs}")
     package = "xllamacpp" if name == "llama.cpp" else name
     colour = yellow if name == "llama.cpp" else red
     return colour(
@@ -67,18 +68,23 @@ def import_mend(package: str, failure: str, installed: Installed | None) -> str:
         return f"its build of {package} needs a newer processor: use another machine, or build it for this one"
     if "did not end" in failure:
         return "try again: the disk may be slow; else restart the machine"
-    return f"pip install --force-reinstall --no-cache-dir {named(installed, package)}"
+    return _again(package, installed)
+
+
+def _again(package: str, installed: Installed | None) -> str:
+    """Installing a package anew. On Windows PyPI's torch is one for CPUs: the index of builds for CUDA is named."""
+    name = named(installed, package)
+    if (package, sys.platform) == ("torch", "win32"):
+        return f"pip install --force-reinstall --index-url https://download.pytorch.org/whl/cu130 {name}"
+    return f"pip install --force-reinstall --no-cache-dir {name}"
 
 
 def _failed(name: str, trial: Trial, installed: Installed | None) -> Finding:
     if trial.needs:
         first = {"device": "the GPU"}.get(trial.needs, trial.needs)
-        return yellow(name, f"not tried, because {first} does not work", f"mend {first} first")
-    if name == "NF4" or name == "paged memory":
-        mend = f"pip install --force-reinstall --no-cache-dir {named(installed, 'bitsandbytes')}"
-    else:
-        mend = f"pip install --force-reinstall --no-cache-dir {named(installed, 'torch')}"
-    return red(name, trial.failure, trial.mend or mend)
+        return yellow(name, f"not tried, because {first} does not work", f"mend what is said of {first}")
+    package = "bitsandbytes" if name in ("NF4", "paged memory") else "torch"
+    return red(name, trial.failure, trial.mend or _again(package, installed))
 
 
 # --- what was answered -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora.device import is_card, on_default_stream, synchronize
+from qlora.device import is_card, on_default_stream, synchronize, to_host
 from qlora.flat.layout import BLOCK, Layout, Run
 from qlora.flat.managed import ManagedMemory, why_not
 from qlora.flat.methods import Method, Values, codes, update
@@ -88,7 +88,7 @@ class Moments:
     def on_host(self) -> MomentViews:
         """A copy in host memory that no update changes."""
         synchronize(self.device)  # a paged buffer looks like host memory, and is read without waiting
-        return MomentViews.of(self.layout, self.method, self.buffer.to("cpu", copy=True))
+        return MomentViews.of(self.layout, self.method, to_host(self.buffer))
 
     def empty_on_host(self) -> tuple[Tensor, MomentViews]:
         """Moments of no update yet, in host memory, and the buffer that `put_back` takes."""

@@ -164,7 +164,7 @@ class Estimator:
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
         merged = 2 * (simulator.values.linear + simulator.values.other) * len(recipe.export.formats)
         peak, gpu = sum(components.values()), machine.gpu
-        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + adapter + optimizer
+        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
             error_bytes=self._error(simulation, simulator),
@@ -194,7 +194,8 @@ class Estimator:
     def _beside_tensors(self, simulation: Simulation, widths: int, answers: bool) -> int:
         """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
         if self.machine.device_type != "cuda":
-            return host.added_bytes(simulation.worst.total, widths, answers)
+            copied = overheads.snapshot_bytes(simulation.kept["adapters"], simulation.kept["optimizer"], pinned=False)
+            return host.added_bytes(simulation.worst.total, widths, answers, copied)
         return simulation.reserved.beyond
 
     def _error(self, simulation: Simulation, simulator: Simulator) -> int:

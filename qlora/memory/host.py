@@ -33,8 +33,11 @@ def held_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def added_bytes(live: int, widths: int, answers: bool) -> int:
-    """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors."""
+def added_bytes(live: int, widths: int, answers: bool, copied: int) -> int:
+    """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors.
+
+    `copied` bytes are a copy of its state, which a thread writes to the disk while the next steps are at their peak.
+    """
     kernels = min(MOST_KERNELS, KERNELS_OF_WIDTH * widths) * KERNEL_BYTES
     running = RUNNING_BYTES + (ANSWERING_BYTES if answers else 0)
-    return running + kernels + round(live * FRAGMENTATION_SHARE)
+    return running + kernels + copied + round(live * FRAGMENTATION_SHARE)

@@ -46,6 +46,18 @@ def workspace_terms(capability: int, deterministic: bool = False) -> Mapping[str
     return {"cublas_workspace": THREADS_WITH_CUBLAS * (cublas + cublaslt)}
 
 
+def snapshot_bytes(adapter: int, optimizer: int, pinned: bool) -> int:
+    """Host memory of the copy that a thread writes while steps go on: adapters, fp32 masters, moments.
+
+    Of `pinned` memory torch takes powers of two (aten/src/ATen/core/CachingHostAllocator.h): of the flat masters, which
+    are twice as large as the bf16 adapters, of the flat moments, and of each of the adapters' tensors.
+    """
+    if not pinned:
+        return adapter + optimizer
+    masters = min(2 * adapter, optimizer)
+    return 2 * adapter + sum(1 << max(0, flat - 1).bit_length() for flat in (masters, optimizer - masters) if flat)
+
+
 def disk_bytes(adapter: int, optimizer: int, kept: int, merged: int) -> int:
     """Checkpoints (one more than are kept exists while a new one is published), the adapter, and merged models."""
     return (kept + 1) * (adapter + optimizer) + adapter + merged

@@ -15,6 +15,7 @@ from qlora import device as hardware
 from qlora.errors import DoesNotFit, HardwareError, QloraError, foreign_failures
 from qlora.guarded import Guarded
 from qlora.prove import (
+    context,
     copies,
     exactness,
     export,
@@ -35,6 +36,7 @@ from qlora.units import GIB
 
 # What is cheap first; what fills the card last, so that nothing else finds it full.
 PROOFS: tuple[Proof, ...] = (
+    context.PROOF,  # before others have loaded their kernels
     *(generator.PROOF, four_bit.PROOF, optimizers.PROOF, copies.PROOF, paths.PROOF, exactness.PROOF, release.PROOF),
     *(resume.PROOF, export.PROOF, peak.PROOF, speed.PROOF, limit.PROOF, spill.PROOF),
 )

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora.document_keys import DocumentsSection
-from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Text
+from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Sinks, Text
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
 GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
@@ -200,8 +200,9 @@ class EvalSection(Section):
 class ReportSection(Section):
     """Where events go."""
 
-    sinks: tuple[Literal["console", "jsonl"], ...] = Field(
-        ("console", "jsonl"), max_length=2, description="console draws, jsonl keeps events.jsonl in the run's folder"
+    sinks: Sinks = Field(
+        ("console", "jsonl", "html"),
+        description="console draws, jsonl keeps events.jsonl, html makes report.html of it; the others are trackers",
     )
 
 

@@ -17,7 +17,7 @@ from qlora.report.console import Terminal
 
 WIDE = 100  # columns of a terminal in which two answers stand beside each other
 _DRAWS_PER_SECOND = 8
-_FRAME_LINES = 5  # of a table with one row
+_FRAME_LINES = 8  # of a table with one row, and what else stands on the screen
 
 
 class OneAfterOther:
@@ -74,6 +74,8 @@ class SideBySide:
         width = max(1, self._console.width // len(self._texts) - 3)
         lines = max(1, self._console.height - _FRAME_LINES)
         ends = [Text("\n").join(text.wrap(self._console, width)[-lines:]) for text in self._texts]
+        for end in ends:  # wrapped already: a line more than the screen has would be drawn twice
+            end.no_wrap, end.overflow = True, "crop"
         self._live.update(self._table(ends))
 
     def _table(self, texts: Sequence[Text]) -> Table:

@@ -43,7 +43,7 @@ def draw(line: Line, console: Terminal) -> None:
         if mend:
             console.print(Text(f"{'':8}{'':{NAME_COLUMNS}} > {mend}"), soft_wrap=True)
         return
-    table = Table.grid(Column(width=8), Column(width=NAME_COLUMNS + 1), Column(ratio=1), expand=True)
+    table = Table.grid(Column(width=8), Column(width=NAME_COLUMNS + 1), Column(ratio=1, overflow="fold"), expand=True)
     table.add_row(Text(word, style=style), Text(line.name), Text(said))
     if mend:
         table.add_row("", "", Text(f"→ {mend}", style="bold"))
@@ -88,7 +88,11 @@ def draw_caches(entries: Sequence[Entry], console: Terminal) -> None:
         for kind, size, what in rows:
             console.print(Text(f"{kind:12}{size:>10}  {shown.one_line(what)}"), soft_wrap=True)
     else:
-        columns = (Column("kind", no_wrap=True), Column("size", justify="right", no_wrap=True), Column("what", ratio=1))
+        columns = (
+            Column("kind", no_wrap=True),
+            Column("size", justify="right", no_wrap=True),
+            Column("what", ratio=1, overflow="fold"),
+        )
         table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
         for row in rows:
             table.add_row(*(Text(shown.one_line(text)) for text in row))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_WIDTH = 34  # of a model's name
-_COLUMNS = (
-    ("loss", "loss", 1.0, 4),
-    ("perplexity", "perplexity", 1.0, 2),
-    ("token_accuracy", "tokens right, %", 100.0, 1),
-    ("exact_match", "exact match, %", 100.0, 1),
-    ("contains", "contains answer, %", 100.0, 1),
+_WIDTH = 24  # of a model's name
+# Key, title, what it is shown times, digits. Two tables: a terminal has 80 columns.
+_TABLES = (
+    (("loss", "loss", 1.0, 3), ("perplexity", "perplexity", 1.0, 2), ("token_accuracy", "tokens right, %", 100.0, 1)),
+    (("exact_match", "exact match, %", 100.0, 1), ("contains", "contains answer, %", 100.0, 1)),
 )
-_COLUMN = 26
+_COLUMN = 22
 
 
 def lines(figures: Mapping[str, Any]) -> list[str]:
@@ -22,15 +20,20 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
     if figures.get("models"):
         asked = f", {figures['answers']:,} of them answered" if figures["answers"] else ""
         found.append(f"{figures['rows']:,} rows, {figures['trained_tokens']:,} trained tokens{asked}; in brackets 95 %")
-        columns = [column for column in _COLUMNS if any(model[column[0]] for model in figures["models"])]
-        found.append(f"{'':{_WIDTH}}" + "".join(f"{title:>{_COLUMN}}" for _, title, _, _ in columns))
-        for model in figures["models"]:
-            found.append(_row(model["name"], model, columns))
-            found += [_row(f"  {source}", line, columns) for source, line in model["sources"].items()]
+        for table in _TABLES:
+            if any(model[table[0][0]] for model in figures["models"]):
+                found += _table(figures["models"], table)
         found += _pairs(figures)
     for name, tasks in figures.get("harness", {}).items():
         found += _tasks(name, tasks)
     return found
+
+
+def _table(models: Any, columns: Any) -> Iterator[str]:
+    yield f"{'':{_WIDTH}}" + "".join(f"{title:>{_COLUMN}}" for _, title, _, _ in columns)
+    for model in models:
+        yield _row(model["name"], model, columns)
+        yield from (_row(f"  {source}", line, columns) for source, line in model["sources"].items())
 
 
 def _row(name: str, line: Mapping[str, Any], columns: Any) -> str:
@@ -54,13 +57,14 @@ def _pairs(figures: Mapping[str, Any]) -> Iterator[str]:
     for pair in figures["pairs"]:
         if pair["one"] != first:
             continue
+        yield f"  {pair['other']}"
         apart = pair["loss_difference"]
-        told = f"loss {apart['mean']:+.4f} [{apart['low']:+.4f}–{apart['high']:+.4f}]"
-        told += ", beyond chance" if pair["beyond_chance"] else ", within chance"
+        told = f"loss {apart['mean']:+.4f} [{apart['low']:+.4f} to {apart['high']:+.4f}]"
+        yield f"    {told}{', beyond chance' if pair['beyond_chance'] else ', within chance'}"
         for key, title in (("exact_match", "exact match"), ("contains", "contains answer")):
             if (test := pair[key]) is not None:
-                told += f"; {title} +{test['only_other']} −{test['only_one']}, p {test['p']:.2g}"
-        yield f"  {_short(pair['other']):{_WIDTH - 2}}{told}"
+                only, lost = test["only_other"], test["only_one"]
+                yield f"    {title}: {only} right that were wrong, {lost} wrong that were right, p {test['p']:.2g}"
 
 
 def _tasks(name: str, tasks: Mapping[str, Any]) -> Iterator[str]:
@@ -72,4 +76,4 @@ def _tasks(name: str, tasks: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) < _WIDTH else name[: _WIDTH - 2] + "…"
+    return name if len(name) < _WIDTH else f"{name[: _WIDTH - 2]}…"

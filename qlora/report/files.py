@@ -17,9 +17,8 @@ from typing import Any
 
 from qlora import disk, files
 from qlora.errors import RunFolderError
-from qlora.events import EVENTS_FILE, Event, Notice, Progress, Sink
+from qlora.events import EVENTS_FILE, Event, Progress
 from qlora.foreign_json import ForeignFileError, ForeignModel, checked
-from qlora.recipe.sections import ReportSection
 
 MAX_WAITING = 10_000  # lines kept for a disk that has no room; the oldest go first
 MAX_LINE_BYTES = 8 << 20  # of one event: the longest are answers with the rows that they are compared with
@@ -78,26 +77,6 @@ class JsonLines:
                 return
             self._written_bytes += len(line)
             self._waiting.popleft()
-
-
-def open_sinks(section: ReportSection, run_dir: Path, step: int, screen: Sink) -> list[Sink]:
-    """The sinks of `[report]` that write into the run's folder; the console belongs to the command.
-
-    `step` is the step that the run goes on after: what an earlier process reported beyond it is forgotten. `screen` is
-    told of what was found there and is not ours. Raises RunFolderError for a file that cannot be gone on with.
-    """
-    if "jsonl" not in section.sinks:
-        return []
-    file = run_dir / EVENTS_FILE
-    if file.is_file() and file.stat().st_size > MAX_FILE_BYTES:
-        aside = disk.set_aside(file, ".")
-        what = f"{EVENTS_FILE} has more than {MAX_FILE_BYTES:,} bytes: it is kept as {aside.name}, and begun anew"
-        screen.emit(Notice("events", what))
-    lines = JsonLines(file, step)
-    if lines.foreign:
-        what = f"{lines.foreign:,} lines of {EVENTS_FILE} are no events of a run, and stay as they are"
-        screen.emit(Notice("events", what, lines.foreign))
-    return [lines]
 
 
 def utc_now() -> str:

@@ -23,7 +23,8 @@ from qlora.redaction import redact
 
 _PHRASING = frozenset(("span", "code", "strong", "small"))
 _FLOW = _PHRASING | {"section", "h1", "h2", "h3", "p", "div", "table", "ul", "details", "pre", "svg"}
-_DRAWN = frozenset(("g", "rect", "line", "text", "title"))
+_SHAPES = ("rect", "line", "polyline", "circle")
+_DRAWN = frozenset(("g", "text", "title", *_SHAPES))
 # What a page is made of, and which elements each may hold (HTML's content models, narrowed). `style`, `script`, `a`,
 # `img` and whatever else could reach out are not among them.
 CHILDREN = {
@@ -35,14 +36,14 @@ CHILDREN = {
     "tr": frozenset(("th", "td")),
     "ul": frozenset(("li",)),
     **dict.fromkeys(("svg", "g"), _DRAWN),
-    **dict.fromkeys(("rect", "line"), frozenset(("title",))),
+    **dict.fromkeys(_SHAPES, frozenset(("title",))),
     **dict.fromkeys(("text", "title"), frozenset[str]()),
 }
-_WITHOUT_WORDS = frozenset(("table", "thead", "tbody", "tr", "ul", "svg", "g", "rect", "line"))
+_WITHOUT_WORDS = frozenset(("table", "thead", "tbody", "tr", "ul", "svg", "g", *_SHAPES))
 ATTRIBUTES = frozenset(
     (
         *("class", "id", "title", "role", "aria-label", "aria-hidden", "scope", "colspan", "open", "dir", "tabindex"),
-        *("viewBox", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "text-anchor"),
+        *("viewBox", "x", "y", "x1", "x2", "y1", "y2", "width", "height", "text-anchor", "points", "cx", "cy", "r"),
     )
 )
 
@@ -95,6 +96,11 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Element | str]]) -> Elem
     return classed("div", "wide", made, tabindex=0)
 
 
+def card(figure: str, what: str) -> Element:
+    """A figure with what it counts below it, for a row of them (class "cards")."""
+    return classed("div", "card", element("strong", figure), element("small", what))
+
+
 def _cell(value: Element | str) -> Element:
     is_figure = isinstance(value, str) and re.fullmatch(r"[\d,.]+( ?%)?", value) is not None
     return classed("td", "figure", value) if is_figure else element("td", value)
@@ -103,19 +109,23 @@ def _cell(value: Element | str) -> Element:
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
-def page(title: str, *sections: Element) -> str:
-    """The whole page, with its frame. `title` is a stranger's text as any other."""
+def page(title: str, *sections: Element, refresh_seconds: int | None = None) -> str:
+    """The whole page, with its frame. `title` is a stranger's text as any other.
+
+    `refresh_seconds`: how often a browser is to open the same file again, for a page of something under way.
+    """
     body: list[str] = []
     for section in sections:
         section.write(body)
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    again = "" if refresh_seconds is None else f'<meta http-equiv="refresh" content="{refresh_seconds}">\n'
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
-        f'<link rel="icon" href="data:,">\n<title>{_escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
+        f'{again}<link rel="icon" href="data:,">\n<title>{_escaped(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
         f"<body>\n<main>\n{''.join(body)}\n</main>\n</body>\n</html>\n"
     )
 
@@ -127,17 +137,18 @@ def _escaped(text: str) -> str:
 MARK = b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy"'
 
 
-def check_place(file: Path) -> Path:
-    """Before anything is computed: where a page named so by the user can be written. Raises UserError for a link, and
-    for what is there and is no page of ours.
+def check_place(file: Path, what: str = "`html`") -> Path:
+    """Before anything is computed: where a page named so by the user can be written. `what` names it in errors.
+
+    Raises UserError for a link, and for what is there and is no page of ours.
     """
-    files.user_path(file, "`html`")
+    files.user_path(file, what)
     file = file.expanduser().absolute()
     try:
         if files.is_link(file):
             raise files.UnsafePathError("a link, and nothing is written through one")
         if not file.parent.is_dir():
-            raise UserError(f"`html`: {file.parent}: no such folder", "make it, or name a file in another one")
+            raise UserError(f"{what}: {file.parent}: no such folder", "make it, or name a file in another one")
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         if not file.exists():
@@ -146,7 +157,7 @@ def check_place(file: Path) -> Path:
             ours = there.read(len(MARK)) == MARK
     except (OSError, files.UnsafePathError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"`html`: {file}: {reason}", "name another file") from error
+        raise UserError(f"{what}: {file}: {reason}", "name another file") from error
     if not ours:
-        raise UserError(f"`html`: {file} is there, and is no page of ours", "name another file, or remove it")
+        raise UserError(f"{what}: {file} is there, and is no page of ours", "name another file, or remove it")
     return file

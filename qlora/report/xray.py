@@ -15,11 +15,13 @@ from rich.text import Text
 
 from qlora import shown
 from qlora.report.figures import names_of
+from qlora.units import counted
 
 TRAINED, MASKED = "bold green", "dim"
 LEVELS = {"wrong": "bold red", "harm": "yellow", "note": "cyan"}
 MAX_SHOWN = 400  # tokens of a row
 _BAR = 40
+_COUNTED = ("page", "passage", "sentence")
 
 
 def tokens_view(drawn: Sequence[Mapping[str, Any]], max_length: int, coloured: bool) -> RenderableType:
@@ -94,8 +96,9 @@ def _left_out(documents: Mapping[str, Any]) -> list[str]:
 
 def asked(documents: Mapping[str, Any]) -> str:
     """What will be asked of the documents, for screen and page."""
-    found = f"{len(documents['files']):,} documents, {documents['pages']:,} pages, {documents['passages']:,} passages"
-    return f"{found}, {documents['sentences']:,} sentences: up to {documents['questions']:,} questions will be asked"
+    there = {"document": len(documents["files"])} | {thing: documents[f"{thing}s"] for thing in _COUNTED}
+    found = ", ".join(counted(count, thing) for thing, count in there.items())
+    return f"{found}: up to {counted(documents['questions'], 'question')} will be asked; {documents['takes']}"
 
 
 def study_view(study: Mapping[str, Any]) -> RenderableType:
@@ -115,8 +118,8 @@ def study_lines(study: Mapping[str, Any]) -> list[str]:
     """The figures of a study as sentences, for screen and page."""
     share = study["with_question"] / max(1, study["sentences"])
     return [
-        f"{study['rows']:,} rows to learn, {study['questions']:,} of them new questions; {study['known']:,} questions "
-        "are known to the base already",
+        f"{counted(study['rows'], 'row')} to learn, {study['questions']:,} of them new questions alone; "
+        f"{study['known']:,} of the good questions are known to the base already",
         f"coverage: {share:.0%} of {study['sentences']:,} sentences have a question",
         f"{study['exam']:,} questions are kept for the exam, and {study['left_out']:,} on sentences left out",
         f"all of it is in {study['folder']}; the run goes on from there",

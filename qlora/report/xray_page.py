@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qlora.report.figures import names_of
-from qlora.report.page import Element, classed, element, page, table
+from qlora.report.page import Element, card, classed, element, page, table
 from qlora.report.xray import asked, facts, pair, readable, study_lines
 
 LEVELS = {"wrong": "spoils the run", "harm": "makes it worse", "note": "good to know"}
@@ -63,17 +63,13 @@ def _study(study: Mapping[str, Any]) -> Element:
 
 def _cards(seen: Mapping[str, Any]) -> Iterator[Element]:
     train = seen["train"]
-    yield _card(f"{train['rows']:,}", "rows to train on")
-    yield _card(f"{seen['eval']['rows'] if seen['eval'] else 0:,}", "rows to evaluate")
-    yield _card(f"{train['tokens']:,}", "tokens")
-    yield _card(f"{train['trained'] / train['tokens']:.1%}", "of them trained")
+    yield card(f"{train['rows']:,}", "rows to train on")
+    yield card(f"{seen['eval']['rows'] if seen['eval'] else 0:,}", "rows to evaluate")
+    yield card(f"{train['tokens']:,}", "tokens")
+    yield card(f"{train['trained'] / train['tokens']:.1%}", "of them trained")
     if seen["packing"]["on"]:
-        yield _card(f"{seen['packing']['share']:.1%}", f"full: {seen['packing']['packs']:,} packs")
-    yield _card(f"{sum(one['dropped'] + one['rejected'] for one in seen['sources']):,}", "rows left out")
-
-
-def _card(figure: str, what: str) -> Element:
-    return classed("div", "card", element("strong", figure), element("small", what))
+        yield card(f"{seen['packing']['share']:.1%}", f"full: {seen['packing']['packs']:,} packs")
+    yield card(f"{sum(one['dropped'] + one['rejected'] for one in seen['sources']):,}", "rows left out")
 
 
 def _warnings(warnings: Sequence[Mapping[str, Any]]) -> Iterator[Element]:

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qlora.device import to_host
 from qlora.flat.layout import Layout
 from qlora.flat.methods import METHODS
 from qlora.flat.moments import Moments
@@ -127,9 +128,9 @@ class AdapterOptimizer:
         `master/<parameter>` are the fp32 copies, `<slot>/<parameter>` the optimizer's moments and their scales,
         `largest_gradients` one number a parameter. Tensor by tensor, whatever the buffers' order is.
         """
-        masters, moments = self._in_order(_to_host(self._master)), self.moments.on_host()
+        masters, moments = self._in_order(to_host(self._master)), self.moments.on_host()
         tensors = {f"master/{key}": master for key, master in masters.items()}
-        tensors["largest_gradients"] = _to_host(self.largest_gradients)
+        tensors["largest_gradients"] = to_host(self.largest_gradients)
         counters = {key: self.updates[key] for key in self.masters if key in self.updates}
         for key in counters:
             tensors |= {f"{slot}/{key}": value for slot, value in moments.of_tensor(key).items()}
@@ -141,7 +142,7 @@ class AdapterOptimizer:
 
         Raises KeyError or ValueError when the tensors are of another model; nothing is changed then.
         """
-        largest, master = _to_host(self.largest_gradients), self._layout.zeros(torch.device("cpu"))
+        largest, master = to_host(self.largest_gradients), self._layout.zeros(torch.device("cpu"))
         _copy(largest, tensors["largest_gradients"])
         for key, target in self._in_order(master).items():
             _copy(target, tensors[f"master/{key}"])
@@ -166,11 +167,6 @@ class AdapterOptimizer:
         """The tensors of a flat buffer, in the order of the parameters."""
         views = self._layout.views(flat)
         return {key: views[key] for key in self.parameters}
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory that the next update cannot change."""
-    return tensor.detach().to("cpu", copy=True)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

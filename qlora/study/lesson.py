@@ -27,6 +27,7 @@ from qlora.study.room import room
 from qlora.study.run_exam import RunExam
 from qlora.study.study import Studied, StudySettings, study
 from qlora.study.teacher import Teacher
+from qlora.units import counted
 
 if TYPE_CHECKING:
     from qlora.model.base_folder import BaseFolder
@@ -85,16 +86,11 @@ class Lesson:
         if not any(passage.sentences for passage in unlike):
             raise DataError("the documents hold no sentence to ask about", "add documents with text in them")
         sentences = sum(len(passage.sentences) for passage in unlike)
-        message = f"{_counted(len(unlike), 'passage')} of up to {limit} tokens, {_counted(sentences, 'sentence')}"
+        message = f"{counted(len(unlike), 'passage')} of up to {limit} tokens, {counted(sentences, 'sentence')}"
         if twice:
             message += f"; {twice:,} passages stand twice and are asked about once"
         sink.emit(Notice("passages", message, len(unlike)))
-        signs = [sign for one in unlike for sign in plain_text.found(chat, f"{one.about}\n{one.text}")]
-        if signs:
-            message = (
-                f"special tokens of the base stand in the documents, such as {signs[0]}: read as plain text, with a"
-            )
-            sink.emit(Notice("documents", f"{message} blank after their first sign", len(signs)))
+        plain_text.tell(chat, (f"{one.about}\n{one.text}" for one in unlike), "the documents", sink)
         frame: Frame = "chat" if has_template else "lines"
         return cls(recipe, chat, tuple(unlike), frame, material.decides_length, material.hashes)
 
@@ -167,7 +163,7 @@ class Lesson:
                 folder / STUDIED_FILE, json.dumps(dict(self.documents), ensure_ascii=False, indent=1) + "\n"
             )
         teacher.tell_thoughts()
-        message = f"{_counted(len(made), 'row')} of the study: {folder / rows.ROWS_FILE}"
+        message = f"{counted(len(made), 'row')} of the study: {folder / rows.ROWS_FILE}"
         sink.emit(Notice("rows", message, len(made)))
         return Learnt(self.passages, studied, made, name)
 
@@ -292,7 +288,3 @@ class Lesson:
             if found is not None and len(found.token_ids) > 1:
                 answer = self.chat.tokenizer.decode(found.token_ids.tolist(), skip_special_tokens=True).strip()
                 yield self._made(asked, text, answer, (key, found))
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"

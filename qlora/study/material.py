@@ -23,6 +23,7 @@ from qlora.recipe.sections import EvalSection
 from qlora.shown import one_line
 from qlora.stop import StopAsked, StopRequest
 from qlora.study import defaults, exam_questions
+from qlora.units import counted
 
 if TYPE_CHECKING:
     from qlora.model.base_folder import BaseFolder
@@ -80,7 +81,7 @@ def read(
         material = _gone_on_with(material, studied, resumed, sink)
     recipe, derived = defaults.of_corpus(recipe, documents.pages)
     if derived:
-        pages = f"{documents.pages:,} page{'s' * (documents.pages != 1)}"
+        pages = counted(documents.pages, "page")
         sink.emit(Notice("documents", f"for {pages}: {', '.join(derived)}", len(derived)))
     return recipe, material
 

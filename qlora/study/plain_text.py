@@ -7,8 +7,11 @@ after its first sign makes plain text of it, for the base's tokenizer as for any
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from qlora.events import Notice, Sink
 
 if TYPE_CHECKING:
     from qlora.data.chat import ChatTokenizer
@@ -31,6 +34,14 @@ def found(chat: ChatTokenizer, text: str) -> list[str]:
     """The special tokens that stand in a text, in their order."""
     signs = _signs(chat.tokenizer, chat.template or "")
     return [] if signs is None else signs.findall(text)
+
+
+def tell(chat: ChatTokenizer, texts: Iterable[str], whose: str, sink: Sink) -> None:
+    """A notice of the special tokens in `texts`, which are `whose` ("the documents"); none where there are none."""
+    signs = [sign for text in texts for sign in found(chat, text)]
+    if signs:
+        message = f"special tokens of the base stand in {whose}, such as {signs[0]}: read as plain text, with a blank"
+        sink.emit(Notice("documents", f"{message} after their first sign", len(signs)))
 
 
 @lru_cache(maxsize=2)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from qlora import disk, files, run_folder
 from qlora.data.documents.chunks import Passage
 from qlora.disk import MANIFEST
-from qlora.events import Notice
 from qlora.model.adapter_tensors import ADAPTER_FILE
 from qlora.study import exam, exam_questions, exam_report, plain_text
 from qlora.study.exam_asking import TeacherAsker
@@ -42,10 +41,8 @@ class RunExam:
     ) -> RunExam:
         """Of the questions that the study kept apart in `folder`, and of the user's own."""
         questions = exam_questions.all_questions(folder, recipe.exam.own, passages)
-        signs = [sign for one in questions if one.part == "yours" for sign in plain_text.found(asker[0].chat, one.text)]
-        if signs:
-            message = f"special tokens of the base stand in your questions, such as {signs[0]}: read as plain text"
-            asker[0].sink.emit(Notice("exam", message, len(signs)))
+        yours = (question.text for question in questions if question.part == "yours")
+        plain_text.tell(asker[0].chat, yours, "your questions", asker[0].sink)
         return cls(exam.Exam(folder, passages, questions, recipe.train.seed), *asker)
 
     def before(self) -> None:

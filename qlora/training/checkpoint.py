@@ -6,9 +6,8 @@ versions, hash of the recipe). No random state: random numbers are a function of
 (`step.forward.seed_micro_batch`), and so is the order of the rows. The final folder `adapter/` is another thing: the
 best adapter, in PEFT's layout.
 
-A save that fails costs nothing but itself: the last good checkpoint stands, training goes on, the next interval tries
-again. After FAILURES in a row the run stops, since it would otherwise work for hours that nobody can get back. What has
-no next time (the end of a run, a signal) fails at once.
+A save is a copy of the state in host memory, which a thread writes while the steps go on (`qlora/saving.py`). It is
+waited for before the next one, before an adapter is delivered, when memory runs out, and however the run ends.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qlora import disk, foreign_json, run_folder
-from qlora.errors import ModelError, RunFolderError, TrainingStopped
-from qlora.events import Notice, Recovered, Saved, Sink
+from qlora.device import to_host
+from qlora.errors import ModelError, RunFolderError
+from qlora.events import Notice, Saved, Sink
 from qlora.foreign_json import ForeignFileError, ForeignModel
 from qlora.model import identity
 from qlora.model.base_folder import BaseFolder
@@ -40,17 +39,15 @@ from qlora.model.meta_model import build, taken_tensors
 from qlora.model.tensors import read_file
 from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe
+from qlora.saving import Saving
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopRequest
 from qlora.training import schedule
 from qlora.training.phases import PhaseClock
 
 SPARE_BYTES = 1 << 20  # state.json, manifest.json and the file system's own blocks
-# safetensors has an error of its own for a disk that is full, and it is no OSError.
-WRITE_ERRORS = (OSError, SafetensorError)
 FORMAT: Literal[2] = 2  # of state.json; a change that old checkpoints cannot follow raises it
 MOST = 2**53  # of anything that is counted
-FAILURES = 3
 CHECKPOINTS_AT_ONCE = 2  # the old one stays until the new one stands
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -98,21 +95,22 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def save(
+def snapshot(
     run_dir: Path,
     state: RunState,
     optimizer: AdapterOptimizer,
     fingerprints: Fingerprints,
     keep: int,
     about: Mapping[str, Any],
-) -> Saved:
-    """Publish the state after `state.step` steps, then remove checkpoints beyond the newest `keep`.
+) -> Callable[[], Saved]:
+    """Copy the state after `state.step` steps. What is returned publishes the copy, in whatever thread, whatever steps
+    are done meanwhile, then removes checkpoints beyond the newest `keep`.
 
-    Raises one of WRITE_ERRORS when the disk is full or refuses; nothing is left of the new one then, and no old one is
-    removed.
+    That raises one of `saving.WRITE_ERRORS` when the disk is full or refuses; nothing is left of the new one then, and
+    no old one is removed.
     """
     tensors, counters = optimizer.state()
-    adapter = {key: parameter.detach().cpu().contiguous() for key, parameter in optimizer.parameters.items()}
+    adapter = {key: to_host(parameter).contiguous() for key, parameter in optimizer.parameters.items()}
     final = folder_of(run_dir, state.step)
     needed = sum(tensor.nbytes for tensor in (*tensors.values(), *adapter.values())) + SPARE_BYTES
 
@@ -125,13 +123,17 @@ def save(
         content = {"format": FORMAT, "state": {**asdict(state), **as_values}, **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")
 
-    if (free := disk.free_bytes(run_dir)) < needed:
-        raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
-    size = disk.publish_folder(final, write, about).bytes
-    for old in _folders(run_dir)[keep:]:
-        with suppress(OSError):  # it stays for the next time; the new one stands
-            disk.remove_folder(old)
-    return Saved("checkpoint", state.step, str(final), size)
+    def publish() -> Saved:
+        run_folder.check_there(run_dir, about)
+        if (free := disk.free_bytes(run_dir)) < needed:
+            raise OSError(errno.ENOSPC, f"it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free")
+        size = disk.publish_folder(final, write, about).bytes
+        for old in _folders(run_dir)[keep:]:
+            with suppress(OSError):  # it stays for the next time; the new one stands
+                disk.remove_folder(old)
+        return Saved("checkpoint", state.step, str(final), size)
+
+    return publish
 
 
 def newest(run_dir: Path, sink: Sink) -> Checkpoint | None:
@@ -212,17 +214,15 @@ class Checkpointer:
     fingerprints: Fingerprints
     stop: StopRequest
     clock: PhaseClock
-    saved_step: int = -1
-    failures: int = 0
 
     def __post_init__(self) -> None:
         self.about = run_folder.provenance(self.recipe, self.run_dir)
-        self.sink = self.clock.sink
+        self.saving = Saving(self.run_dir, self.clock.sink)
         self._tried_at = time.monotonic()
 
     def check_room(self) -> None:
         """Whether two checkpoints and the delivered adapter fit on the disk. Raises RunFolderError."""
-        if self.saved_step >= 0:
+        if self.saving.saved_step >= 0:
             return  # what is resumed has its place already
         adapter_bytes = sum(parameter.nbytes for parameter in self.optimizer.parameters.values())
         values = sum(parameter.numel() for parameter in self.optimizer.parameters.values())
@@ -238,6 +238,7 @@ class Checkpointer:
             )
 
     def is_due(self, step: int) -> bool:
+        self.saving.look()
         elapsed_minutes = (time.monotonic() - self._tried_at) / 60
         asked = self.stop.take_save_request()
         return asked or schedule.checkpoint_is_due(step, elapsed_minutes, self.recipe.checkpoint)
@@ -246,46 +247,35 @@ class Checkpointer:
         """Put a checkpoint back; its state. Raises RunFolderError when it belongs to another base or other rows."""
         restore(checkpoint, self.optimizer, self.fingerprints)
         if _read(checkpoint.path)[1].base_identity is None:
-            self.sink.emit(Notice("base", f"{checkpoint.path.name} {identity.NOT_COMPARED}"))
-        self.saved_step = checkpoint.state.step
+            self.clock.sink.emit(Notice("base", f"{checkpoint.path.name} {identity.NOT_COMPARED}"))
+        self.saving.saved_step = checkpoint.state.step
         return checkpoint.state
 
     def save(self, state: RunState, last_chance: bool = False) -> None:
-        """Save, unless this step is saved already. Raises TrainingStopped when it has failed too often."""
-        if state.step in (self.saved_step, 0):
-            return
-        self._tried_at = time.monotonic()
+        """Begin to save, unless this step is saved already; of a last chance, also wait for it.
 
-        def work() -> None:
-            keep = self.recipe.checkpoint.keep
-            saved = save(self.run_dir, state, self.optimizer, self.fingerprints, keep, self.about)
-            self.saved_step, self.failures = state.step, 0
-            self.sink.emit(saved)
-
+        Raises TrainingStopped when it has failed too often.
+        """
         with self.clock.phase("saving"):
-            self._attempt(f"the state of step {state.step}", work, state.step, last_chance)
+            self.saving.settle()
+            if state.step in (self.saving.saved_step, 0):
+                return
+            self._tried_at = time.monotonic()
+            facts = (self.fingerprints, self.recipe.checkpoint.keep, self.about)
+            self.saving.begin(state.step, snapshot(self.run_dir, state, self.optimizer, *facts))
+            if last_chance:
+                self.saving.settle(last_chance)
 
     def deliver(self, publish: Callable[[], None], step: int, last_chance: bool = False) -> bool:
         """Write the adapter's folder; whether it was written. Counts with the states: it is the same disk."""
-        with self.clock.phase("saving", "save adapter"):
-            return self._attempt(f"the adapter of step {step}", publish, step, last_chance)
 
-    def _attempt(self, what: str, work: Callable[[], None], step: int, last_chance: bool) -> bool:
-        try:
+        def work() -> None:
             run_folder.check_there(self.run_dir, self.about)
-            work()
-            return True
-        except WRITE_ERRORS as error:
-            why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        self.failures += 1
-        self.sink.emit(Recovered(step, f"{what} could not be saved: {why}; attempt {self.failures} of {FAILURES}"))
-        if last_chance or self.failures >= FAILURES:
-            newest = f"step {self.saved_step} is the last saved" if self.saved_step > 0 else "nothing is saved yet"
-            raise TrainingStopped(
-                f"{self.run_dir}: {what} could not be saved ({why}); {newest}",
-                "free some space there, then go on with mode='resume'",
-            )
-        return False
+            publish()
+
+        with self.clock.phase("saving", "save adapter"):
+            self.saving.settle()
+            return self.saving.attempt(f"the adapter of step {step}", work, step, last_chance)
 
 
 class _StateFile(ForeignModel):

@@ -50,7 +50,7 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
         training = Training(job)
     # Not all that needs memory can be done in smaller pieces: the rest ends the run here.
     hint = "lower data.max_length or lora.r, or use a smaller base"
-    with Guarded("training", hint, training.saved), job.stop.being_read(), training.ahead:
+    with Guarded("training", hint, training.saved), job.stop.being_read(), training.ahead, training.checkpointer.saving:
         try:
             state = training.begin(resume_from)
             training.dry_run(state)
@@ -121,7 +121,7 @@ class Training:
 
     def saved(self) -> str:
         """What of this run is on the disk, for an error."""
-        step = self.checkpointer.saved_step
+        step = self.checkpointer.saving.saved_step
         return f"step {step} is saved, mode='resume' goes on from it" if step > 0 else "nothing was saved yet"
 
     # --- before the first step -----------------------------------------------------------------------------------
@@ -384,5 +384,6 @@ class Training:
 
     def _apply(self, now: MemorySettings) -> None:
         """Take over the settings that memory decides about: at the start, and whenever it has run out."""
+        self.checkpointer.saving.settle()  # a state that is being written has a copy in memory
         dropout = self.job.recipe.lora.dropout > 0
         set_gradient_checkpointing(self.causal_lm, now.gradient_checkpointing, keep_random_state=dropout)

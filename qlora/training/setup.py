@@ -70,9 +70,8 @@ class Prepared(NamedTuple):
 
 
 def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
-    """What can be checked without torch: the data files are there and begin well, the base can be trained.
-
-    Returns the base, and the recipe with the revisions of its `hub:` rows as the commits that they mean now.
+    """What can be checked without torch: the data files are there and begin well, the base can be trained. Gives that,
+    and the recipe with its `hub:` rows as the commits that they mean now, and as a base that thinks is studied.
     """
     from qlora.data.hub_rows import localize
     from qlora.data.prepare import check_files
@@ -176,8 +175,7 @@ def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[Cha
     sources = localize(recipe.data, sink).local
     if not recipe.data.train:
         return chat, eval_alone.prepared(sources, files.fingerprint, chat, disk.cache_dir(), sink)
-    data = prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
-    return chat, data
+    return chat, prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
 
 
 def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,10 @@ def test_a_file_answers_as_the_merged_model_does(exports: dict[str, Path]) -> No
             talk.reset()
             texts, reused = [], []
             for question in ("Where is the station?", "And the lamp?"):
-                answering = talk.ask(question, GREEDY)
+                answering = talk.ask(question, replace(GREEDY, max_tokens=20))
                 texts.append(talk.answer(answering, lambda _: None)[:12])
                 reused.append(answering.writing.reused)
-            assert reused[0] == 0 and reused[1] > 30
+            assert reused[0] == 0 and reused[1] > 20
             answers.append([*map(str, prompt), *texts])
     assert answers[0] == answers[1]
 

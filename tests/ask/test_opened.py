@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from qlora.ask.opened import HowToOpen, TorchModel, named, open_model, refuse_without_template
-from qlora.ask.talk import Talk
-from qlora.data.chat import ChatTokenizer
-from qlora.errors import ExportError, QloraError, TokenizerError, UserError
+from qlora.ask.talk import Talk, prompt_of
+from qlora.data.chat import ChatTokenizer, TokenRow
+from qlora.data.formats import Conversation
+from qlora.errors import DataError, ExportError, QloraError, TokenizerError, UserError
 from qlora.events import Recorder
 from tests import runs
 from tests.ask.cases import GREEDY, user
 
 HOW = HowToOpen(context=100)
+SHORT = replace(GREEDY, max_tokens=12)
 
 
 def test_what_a_name_means(llama: Path, adapter: Path, tmp_path: Path) -> None:
@@ -54,10 +57,20 @@ def test_an_adapter_is_opened_on_the_base_of_its_training(llama: Path, adapter: 
         assert isinstance(opened, TorchModel) and opened.context == 100 and opened.vocabulary == 384
         layers = {type(module).__name__ for module in opened.model.get_base_model().modules()}
         assert "Linear4bit" in layers
+        asked, end = [{"role": "system", "content": "Be kind."}, user("hi")], {"role": "assistant", "content": "ok"}
+        (row,) = opened.chat.encode_many([Conversation((*asked, end))])
+        assert isinstance(row, TokenRow)
+        prompt = prompt_of(opened, asked)
+        trained = [token for token, weight in zip(row.input_ids, row.loss_weights, strict=True) if weight]
+        assert row.input_ids[: len(prompt)] == prompt and row.input_ids[len(prompt)] == trained[0]
+        assert trained[-1] in opened.chat.end_token_ids  # what is served is what was trained, to its end
         tuned, base = Talk(opened), Talk(opened, of_base=True)
-        texts = [talk.answer(talk.ask("What is it?", GREEDY), lambda _: None) for talk in (tuned, base, tuned)]
+        texts = [talk.answer(talk.ask("What is it?", SHORT), lambda _: None) for talk in (tuned, base, tuned)]
         again = Talk(opened, of_base=True)
-        assert again.answer(again.ask("What is it?", GREEDY), lambda _: None) == texts[1] != texts[0]
+        assert again.answer(again.ask("What is it?", SHORT), lambda _: None) == texts[1] != texts[0]
+        opened.vocabulary = 200
+        with pytest.raises(DataError, match="no row for"):
+            prompt_of(opened, [user("hi")])
     assert all(parameter.numel() == 0 for parameter in opened.model.parameters())  # its memory is given back
 
 
@@ -66,7 +79,7 @@ def test_the_base_alone_answers_as_the_adapters_do_that_are_off(llama: Path, ada
     for path in (adapter, llama):
         with open_model(named(path), HowToOpen(context=100, nf4=True), Recorder()) as opened:
             talk = Talk(opened, of_base=True)  # type: ignore[arg-type]
-            answers.append(talk.answer(talk.ask("What is it?", GREEDY), lambda _: None))
+            answers.append(talk.answer(talk.ask("What is it?", SHORT), lambda _: None))
     assert answers[0] == answers[1]
 
 

@@ -1,4 +1,4 @@
-"""Anything at all through eight doors, and what a person reads of it: two lines, within 5 s and 1 GiB, files untouched.
+"""Anything at all through nine doors, and what a person reads of it: two lines, within 5 s and 1 GiB, files untouched.
 
 Fifty inputs a door here, seventy-five more where slow tests run; ten thousand: `python tools/fuzz.py --count 10000`.
 """
@@ -48,7 +48,7 @@ def check(outcomes: list[dict[str, Any]], door: str, count: int) -> None:
     of_door = [outcome for outcome in outcomes if outcome["door"] == door]
     findings = [(outcome["index"], outcome["fault"], outcome["detail"]) for outcome in of_door if outcome["fault"]]
     assert not findings, findings[0]
-    assert len(of_door) == count
+    assert len(of_door) == len(range(0, count, DOORS[door].every))
     ends = {(outcome["code"], re.sub(r"\d+", "", outcome["out"] + outcome["err"])) for outcome in of_door}
     assert len(ends) > 1, "every input had the same end: the door is shut, or wide open"
 

@@ -45,6 +45,11 @@ CAUSES = {
         "1080.*no bf16",
         "^use a newer GPU; or",
     ),
+    "a build for the CPU, driver too old for any": (
+        Found(CPU, SMI, Answer((OLD,))),
+        "built for CPUs",
+        "^install NVIDIA's driver 580 or newer.*, then pip install.*/whl/cu130",
+    ),
     "a build for AMD": (Found(ROCM, SMI, Answer((NEW,))), "built for AMD's GPUs", "/whl/cu130"),
     "driver too old, an older torch would do": (
         Found(CU130, SMI, Answer((CARD,)), "too old"),

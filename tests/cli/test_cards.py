@@ -76,7 +76,22 @@ def test_without_a_sign_nothing_is_asked_or_said(system: System, monkeypatch: py
 
 def test_one_card_that_works_is_used_without_a_word(system: System) -> None:
     system.signs, system.facts = SMI, ("RTX 3090", (8, 6), ["sm_86"])
-    assert told() == "" and system.asked == 0 and "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert told() == "" and system.asked == 1 and "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+@pytest.mark.parametrize(("free", "started", "measured"), [((20,), False, 20), ((20, 24), False, 24), ((20,), True, 0)])
+def test_what_is_free_before_there_is_a_context_is_asked_of_the_driver(
+    free: tuple[int, ...], started: bool, measured: int, system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the card that is taken, before torch computes on it; CUDA itself would make a context to answer."""
+    order: list[object] = []
+    system.signs, system.facts, system.listed = SMI, ("RTX 3090", (8, 6), ["sm_86"]), len(free)
+    system.answer = Answer(tuple(card(index, size) for index, size in enumerate(free)))
+    monkeypatch.setattr(device, "has_started", lambda: started)
+    monkeypatch.setattr(device, "trouble", lambda: order.append("kernel"))
+    monkeypatch.setattr(device, "measure_context", order.append)
+    told()
+    assert order == ["kernel", *([measured * GIB] if measured else [])]
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_documents_are_shown(small: Path, tmp_path: Path, look: Callable[..., An
     assert (file["path"], file["pages"], file["passages"]) == ("docs/a.md", 1, 1) and answer["documents"][
         "sentences"
     ] == 2
+    assert "keys and values of" in answer["documents"]["takes"] and "MiB on the disk" in answer["documents"]["takes"]
     assert "a.md" in judged((tmp_path / "page.html").read_text()).text and "b.txt" in answer["documents"]["left_out"][0]
 
 

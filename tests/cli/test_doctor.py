@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora import nvidia, torch_build
-from qlora.cli import doctor
+from qlora.cli import doctor, prove
 from qlora.doctor import checkup
 from qlora.doctor.finding import Finding, green, red, yellow
 from qlora.prove import suite
@@ -70,8 +71,9 @@ def test_json_is_one_line_without_what_is_private(found: list[Finding]) -> None:
         (("here",), "unexpected extra argument"),
     ],
 )
-def test_what_does_not_fit_together_is_two_lines(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
-    expect_two_lines(run(*arguments, cwd=tmp_path, module="doctor"), message)
+def test_what_does_not_fit_together_is_two_lines(arguments: tuple[str, ...], message: str) -> None:
+    answer = ask(*arguments)
+    expect_two_lines((answer.exit_code, answer.stdout, answer.stderr, 0.0), message)
 
 
 @posix
@@ -103,11 +105,28 @@ def test_a_torch_that_crashes_is_a_red_line_and_not_the_end(tmp_path: Path, monk
     checks = {one["name"]: one for one in json.loads(out)["checks"]}
     assert checks["torch"]["colour"] == "red" and "SIGSEGV" in checks["torch"]["said"]
     assert 'pip install --force-reinstall --no-cache-dir "torch' in checks["torch"]["mend"]
-    assert checks["NF4"]["colour"] == "yellow" and "mend torch first" in checks["NF4"]["mend"]
+    assert checks["NF4"]["colour"] == "yellow" and "mend what is said of torch" in checks["NF4"]["mend"]
     assert checks["disk: runs"]["figures"]["free_bytes"] and checks["hub"]["said"].startswith("HF_HUB_OFFLINE")
     for word in (str(tmp_path), str(Path.home()), getpass.getuser(), platform.node(), "maria.rossi"):
         assert word not in out, word
     assert {path.name for path in tmp_path.iterdir()} == {"site"}
+
+
+@posix
+def test_a_disk_on_which_nothing_can_be_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a limit of no byte a file, which the child has too; with that, Python finds no folder for temporary files."""
+    package(tmp_path / "site", "torch", "raise ImportError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT)]))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    here = tmp_path / "here"
+    here.mkdir()
+    command = f"cd {here}; rmdir {here}; ulimit -f 0; {sys.executable} -m qlora.cli.doctor --json | cat"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    checks = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
+    assert checks["disk: runs"]["colour"] == checks["disk: temporary"]["colour"] == "red", done.stderr
+    assert "gone" in checks["disk: runs"]["said"] and "ulimit -f" in checks["disk: temporary"]["mend"]
+    assert checks["torch"]["colour"] == "red" and checks["terminal"]["colour"] == "green"
 
 
 @pytest.mark.slow
@@ -176,3 +195,13 @@ def test_proofs_are_shown_written_and_kept_for_a_card(monkeypatch: pytest.Monkey
     outcomes[0] = Outcome(False, "no")
     broken = ask("--prove", "--device", "cpu", "--json")
     assert broken.exit_code == 4 and "not as promised" in broken.stderr
+    assert json.loads(broken.stdout)["outcomes"]["broken"] == 1
+
+
+def test_nothing_is_proved_with_a_broken_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(prove, "prove_here", broken)
+    answer = ask("--prove")
+    assert answer.exit_code == 2 and "libcudart.so.13" in answer.stderr and "without --prove" in answer.stderr

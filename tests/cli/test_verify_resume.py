@@ -89,7 +89,7 @@ def test_what_the_run_recorded_decides_what_is_compared(
         for step in (verify_resume.HALF, verify_resume.STEPS):
             if not checkpoint.folder_of(out / name, step).exists():
                 state = checkpoint.RunState(step=step, numerics=numbers)
-                checkpoint.save(out / name, state, made, of_base, 2, ABOUT)
+                checkpoint.snapshot(out / name, state, made, of_base, 2, ABOUT)()
 
     monkeypatch.setattr(verify_resume, "_train", trained)
     recipe = load_recipe(write_recipe(tmp_path, llama))

@@ -95,6 +95,18 @@ def test_what_became_a_link_since_it_was_listed_stays(places: Places, tmp_path: 
     assert "link" in why and (tmp_path / "elsewhere" / "x.bin").exists()
 
 
+def test_what_lies_behind_a_link_by_now_stays(places: Places, tmp_path: Path) -> None:
+    reports, mine = places.cache / "crashes", tmp_path / "mine"
+    for folder in (reports, mine):
+        folder.mkdir()
+        (folder / "crash-1.txt").write_text("x")
+    listed = caches.listed(places)
+    reports.rename(tmp_path / "away")
+    reports.symlink_to(mine)
+    ((_, why),) = caches.clear(listed, ("reports",))
+    assert "link" in why and (mine / "crash-1.txt").exists()
+
+
 def test_runs_that_were_set_aside_go_and_a_run_called_v1_2_stays(places: Places) -> None:
     real = run(places.runs / "v1.2")
     run(places.runs / "v1")

@@ -34,7 +34,7 @@ def facts(one: Card = RTX, **more: object) -> CardFacts:
 def test_a_well_card_is_green() -> None:
     found = card.findings(facts(), ON_CARD)
     assert {one.colour for one in found} == {Colour.GREEN}
-    assert [one.name for one in found] == ["GPU", "driver", "torch on the GPU", "GPU memory"]
+    assert [one.name for one in found] == ["GPU", "driver", "device", "GPU memory"]
     assert "8.6" in only(found, "GPU").said and "580.95 serves CUDA 13.0" in only(found, "driver").said
 
 
@@ -51,8 +51,8 @@ def test_an_old_driver_is_red_with_the_command() -> None:
 def test_a_card_that_torch_cannot_use_is_red_with_its_cause() -> None:
     trial = Trial("device", failure="torch 2.13.0+cpu is built for CPUs", mend="pip install --force-reinstall torch")
     found = card.findings(facts(build=TorchBuild("2.13.0+cpu")), trial)
-    assert only(found, "torch on the GPU").colour == Colour.RED
-    assert only(found, "torch on the GPU").mend == trial.mend and only(found, "driver").colour == Colour.YELLOW
+    assert only(found, "device").colour == Colour.RED
+    assert only(found, "device").mend == trial.mend and only(found, "driver").colour == Colour.YELLOW
 
 
 @pytest.mark.parametrize(("free", "colour"), [(23, Colour.GREEN), (18, Colour.YELLOW), (1, Colour.RED)])
@@ -74,7 +74,7 @@ def test_cards_that_will_not_do() -> None:
     hidden = only(card.findings(facts(is_hidden=True), ON_CPU), "GPU")
     assert hidden.colour == Colour.YELLOW and "unset CUDA_VISIBLE_DEVICES" in hidden.mend
     spilling = replace(ON_CARD, answer={**(ON_CARD.answer or {}), "may_spill": True})
-    assert "Prefer No Sysmem Fallback" in only(card.findings(facts(), spilling), "torch on the GPU").mend
+    assert "Prefer No Sysmem Fallback" in only(card.findings(facts(), spilling), "device").mend
 
 
 def test_no_card_is_a_warning_and_no_error() -> None:

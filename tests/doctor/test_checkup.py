@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from qlora import hub
-from qlora.doctor import checkup, machine, places
+from qlora.doctor import checkup, machine, places, requirements
 from qlora.doctor.card import CardFacts
 from qlora.doctor.checkup import bounded
 from qlora.doctor.finding import Check, Colour, Finding, green
@@ -70,7 +70,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def ask(folder: Path, **facts: object) -> list[Finding]:
-    return list(checkup.findings(lambda: CardFacts(), "none", SCREEN, folder / "runs", folder))
+    return list(checkup.findings(lambda: CardFacts(), "none", SCREEN, folder / "runs"))
 
 
 def test_every_subject_has_a_line(here: Path) -> None:
@@ -89,9 +89,24 @@ def test_one_that_breaks_ends_no_other(here: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hub, "reach", breaks)
     dead = {**trials(), "device": Trial("device", failure="it crashed (SIGSEGV)")}
     monkeypatch.setattr(checkup, "attempt", lambda module, stages, begin: dead.values())
-    found = list(checkup.findings(breaks, "none", SCREEN, here / "runs", here))  # type: ignore[arg-type]
-    assert {one.name for one in found if one.colour == Colour.RED} == {"RAM", "driver", "torch on the GPU", "hub"}
+    found = list(checkup.findings(breaks, "none", SCREEN, here / "runs"))  # type: ignore[arg-type]
+    assert {one.name for one in found if one.colour == Colour.RED} == {"RAM", "driver", "device", "hub"}
     assert only(found, "disk: runs") and only(found, "terminal")
+
+
+def test_metadata_and_processes_that_fail_end_no_other(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> Iterator[Trial]:
+        yield trials()["torch"]
+        raise OSError(24, "Too many open files")
+
+    def unreadable() -> None:
+        raise UnicodeDecodeError("utf-8", b"x", 0, 1, "METADATA")
+
+    monkeypatch.setattr(checkup, "attempt", none)
+    monkeypatch.setattr(requirements, "read", unreadable)
+    found = ask(here)
+    assert [one.colour for one in found if one.name == "packages"] == [Colour.RED, Colour.YELLOW]
+    assert "Too many open files" in only(found, "peft").said and only(found, "disk: runs")
 
 
 def test_a_cache_without_a_place_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,18 +39,26 @@ def test_a_full_disk_is_red_and_nothing_stays(number: int, tmp_path: Path, monke
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [(errno.EROFS, "is read-only"), (errno.EACCES, "cannot be written"), (errno.EIO, "does not work")],
+    [
+        (errno.EROFS, "is read-only"),
+        (errno.EACCES, "cannot be written"),
+        (errno.EIO, "does not work"),
+        (errno.EFBIG, "a limit"),
+        (errno.ENOENT, "is gone"),
+    ],
 )
 def test_each_refusal_is_said(number: int, said: str) -> None:
     found = judged(PlaceFacts(Place("tokens", Path("/c")), error=OSError(number, "no")))
     assert found.colour == Colour.RED and said in found.said and found.mend
-    assert number == errno.EIO or "QLORA_CACHE" in found.mend
+    assert number in (errno.EIO, errno.EFBIG, errno.ENOENT) or "QLORA_CACHE" in found.mend
 
 
 def test_a_file_in_the_place_of_a_folder_is_red(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     (found,) = places.findings(Place("runs", tmp_path / "runs" / "x"))
-    assert found.colour == Colour.RED and "a file is where" in found.said
+    assert found.colour == Colour.RED and "a file is where" in found.said and "output.dir" in found.mend
+    (long,) = places.findings(Place("runs", tmp_path / ("x" * 5000)))
+    assert long.colour == Colour.RED and "cannot be a folder" in long.said
 
 
 @pytest.mark.parametrize(

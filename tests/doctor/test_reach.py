@@ -30,6 +30,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         (Reach(True, failure="ConnectError"), Colour.YELLOW, "no connection"),
         (Reach(True, failure="ConnectError (certificate)"), Colour.YELLOW, "not trusted"),
         (Reach(True, failure="ConnectTimeout"), Colour.YELLOW, "in time"),
+        (Reach(True, failure="InvalidURL"), Colour.YELLOW, "is no address"),
         (Reach(False, failure="ProxyError"), Colour.YELLOW, "the hub of HF_ENDPOINT"),
     ],
 )

@@ -44,7 +44,7 @@ def test_what_needs_a_broken_one_is_not_called_broken() -> None:
     found = tried.findings(broken, INSTALLED)
     assert only(found, "bitsandbytes").colour == Colour.RED and "bitsandbytes>=0.50" in only(found, "bitsandbytes").mend
     nf4 = only(found, "NF4")
-    assert (nf4.colour, nf4.mend) == (Colour.YELLOW, "mend bitsandbytes first")
+    assert (nf4.colour, nf4.mend) == (Colour.YELLOW, "mend what is said of bitsandbytes")
 
 
 @pytest.mark.parametrize(

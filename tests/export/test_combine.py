@@ -17,8 +17,7 @@ from qlora.export import combine
 from qlora.export.combination import Combination
 from qlora.model.adapter_folder import read_adapter
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from tests.export.cases import KINDS, edit, exported, line, name_the_base, of_peft, trained
-from tests.families import make_base
+from tests.export.cases import KINDS, exported, line, name_the_base, of_peft, trained
 
 PLAIN = QuantizationSection(type="none")
 FILE = "adapter_model.safetensors"
@@ -128,23 +127,6 @@ def test_layers_that_one_alone_has_are_said(theirs: Folders) -> None:
     assert told[1][0].startswith("layers are not in all of the adapters") and told[1][1] > 0
 
 
-@pytest.mark.parametrize(
-    ("combination", "count", "what"),
-    [
-        (Combination((0.5,)), 2, "2 adapters and 1 `weights`"),
-        (Combination((0.5,)), 1, "and 1 is named"),
-        (Combination((0.5, 0.0)), 2, "0 is no weight"),
-        (Combination((0.5, float("nan"))), 2, "nan is no weight"),
-        (Combination((0.5, 0.5), "slerp"), 2, "unknown method 'slerp'"),
-        (Combination((0.5, 0.5), "linear", 0.5), 2, "`density` is for methods that drop values"),
-        (Combination((0.5, 0.5), "ties", 0.0), 2, "0 is no share"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(combination: Combination, count: int, what: str) -> None:
-    with pytest.raises(ExportError, match=what):
-        combination.check(count)
-
-
 def test_what_does_not_add_up_is_refused(tmp_path: Path, llama: Path, theirs: Folders) -> None:
     folders = {**theirs}
     for name, lora in {**KINDS, "narrow": LoraSection(r=2, target_modules=("q_proj",))}.items():
@@ -162,34 +144,6 @@ def test_what_does_not_add_up_is_refused(tmp_path: Path, llama: Path, theirs: Fo
             combine.check(members(folders, ["one", name], combination), combination)
     narrow = members(folders, ["one", "narrow"], Combination((0.5, 0.5)))
     combine.check(narrow, Combination((0.5, 0.5)))
-
-
-def test_adapters_of_two_bases_are_refused(tmp_path: Path, llama: Path) -> None:
-    other = make_base("llama", tmp_path / "other", seed=5)
-    trained(llama, tmp_path / "a", KINDS["plain"], PLAIN)
-    trained(other, tmp_path / "b", KINDS["plain"], PLAIN)
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder, base in zip(folders, (llama, other), strict=True):
-        edit(folder / "qlora.json", identity=identity_of(base))
-    with pytest.raises(ExportError, match=r"b: was trained on another base than the first adapter: its weights differ"):
-        exported(folders, combine=Combination((0.5, 0.5)), out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ExportError, match="2 adapters are named, and no `weights`"):
-        exported(folders, out=tmp_path / "out")
-    with pytest.raises(ExportError, match="one adapter alone is not written again"):
-        exported(folders[0], to="adapter", out=tmp_path / "out")
-
-
-def identity_of(base: Path) -> dict[str, Any]:
-    from qlora.model import identity
-    from qlora.model.meta_model import build, taken_tensors
-    from qlora.model.resolve import resolve
-
-    found = resolve(str(base), "main", Recorder())
-    known: dict[str, Any] = identity.read_through(
-        found.config, taken_tensors(found, build(found)), Recorder()
-    ).model_dump()
-    return known
 
 
 def test_a_combination_is_exported_with_what_it_was_made_of(tmp_path: Path, llama: Path, theirs: Folders) -> None:

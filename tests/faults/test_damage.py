@@ -26,7 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with checkpoints of steps 1 and 2."""
     folder = tmp_path_factory.mktemp("run")
     for step in (1, 2):
-        checkpoint.save(folder, RunState(step=step, seconds=0.1), optimizer(), Fingerprints("b", "d"), 2, ABOUT)
+        checkpoint.snapshot(folder, RunState(step=step, seconds=0.1), optimizer(), Fingerprints("b", "d"), 2, ABOUT)()
     return folder
 
 
@@ -146,7 +146,7 @@ def test_at_no_moment_fewer_than_keep_are_valid(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     made = optimizer()
     for step in range(1, 11):
-        checkpoint.save(tmp_path, RunState(step=step), made, Fingerprints("b", "d"), keep, ABOUT)
+        checkpoint.snapshot(tmp_path, RunState(step=step), made, Fingerprints("b", "d"), keep, ABOUT)()
         saved[0] = step
     assert len(counts) > 20 and min(counts) >= 0
     assert len(list((tmp_path / "checkpoints").iterdir())) == keep

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,15 @@ import pytest
 
 from qlora import disk
 from qlora.disk import sha256_file
+from qlora.events import Recorder
+from qlora.model.identity import Fingerprints
+from qlora.saving import Saving
+from qlora.training import checkpoint
+from qlora.training.checkpoint import RunState
 from tests.faults.cases import EVERY, SETTINGS, last_hashes
 from tests.faults.forks import Warm, finished, fork, in_child, warm
 from tests.runs import write_recipe
+from tests.training.cases import ABOUT, optimizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 
@@ -79,15 +86,17 @@ CALLS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmo
 
 @contextmanager
 def tripwire(at: int) -> Iterator[list[str]]:
-    """Count the calls that touch the disk; SIGKILL before the one numbered `at` (0: never)."""
+    """Count the calls that touch the disk, of all threads; SIGKILL before the one numbered `at` (0: never)."""
     seen: list[str] = []
+    turn = threading.Lock()
     before = {name: getattr(os, name) for name in CALLS}
 
     def wrapped(name: str) -> Callable[..., Any]:
         def call(*values: Any, **named: Any) -> Any:
-            seen.append(name)
-            if len(seen) == at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            with turn:
+                seen.append(name)
+                if len(seen) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
             return before[name](*values, **named)
 
         return call
@@ -134,6 +143,38 @@ def test_a_kill_at_any_call(place: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder)
     assert recovered == len(range(0, calls, EVERY))
     print(f"killed at {recovered} of {calls} calls: all recovered")
+
+
+def test_a_kill_at_any_call_of_the_thread_loses_that_state_alone(tmp_path: Path) -> None:
+    """State 2 is written by the thread while the main one goes on: state 1 stands until 2 does, and nothing is half."""
+
+    def saved(folder: Path, step: int, at: int = 0) -> int:
+        made, recorder = optimizer(), Recorder()
+        saving = Saving(folder, recorder)
+        publish = checkpoint.snapshot(folder, RunState(step=step), made, Fingerprints("b", "d"), 1, ABOUT)
+        with tripwire(at) as seen, saving:
+            saving.begin(step, publish)
+        assert saving.saved_step == step, recorder.events
+        return len(seen)
+
+    (tmp_path / "straight").mkdir()
+    saved(tmp_path / "straight", 1)
+    calls = saved(tmp_path / "straight", 2)
+    assert calls > 15
+    outcomes = []
+    for at in range(1, calls + 1):
+        folder = tmp_path / f"at{at}"
+        folder.mkdir()
+        saved(folder, 1)
+        child = fork(lambda _, folder=folder, at=at: saved(folder, 2, at) and None)  # type: ignore[misc]
+        assert child.wait() == -signal.SIGKILL, (at, child.rest())
+        disk.sweep_leftovers(folder / "checkpoints")
+        found = checkpoint.newest(folder, Recorder())
+        assert found is not None and not list(folder.glob("checkpoints/*.broken*")), at
+        outcomes.append(found.state.step)
+        saved(folder, 3)
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"], at
+    assert outcomes == sorted(outcomes) and set(outcomes) == {1, 2}  # 2 from its one rename on
 
 
 def test_a_kill_between_the_two_renames_loses_neither_folder(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qlora.export.verify import weights
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, load
 from qlora.recipe.reading import load_recipe, recipe_of_base
+from qlora.saving import Saving
 from qlora.stop import StopRequest
 from qlora.training import loop, memory_plan, selfcheck, setup
 from qlora.training.memory_plan import MemorySettings
@@ -71,7 +72,8 @@ def test_before_a_run(
 class _Training:
     """A run as `loop.run` sees it, saved after step 4."""
 
-    checkpointer = SimpleNamespace(saved_step=4)
+    checkpointer = SimpleNamespace(saving=Saving(Path("run"), Recorder()))
+    checkpointer.saving.saved_step = 4
     optimizer = SimpleNamespace(detach=lambda: None)
     ahead = nullcontext()
     saved = loop.Training.saved

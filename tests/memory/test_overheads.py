@@ -34,11 +34,22 @@ def test_checkpoints_take_the_disk_that_is_foreseen(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "rename", rename)
     kept = 2
     for step in range(1, 6):
-        checkpoint.save(tmp_path, RunState(step=step), optimizer, Fingerprints("b", "d"), kept, ABOUT)
+        checkpoint.snapshot(tmp_path, RunState(step=step), optimizer, Fingerprints("b", "d"), kept, ABOUT)()
     state = sum(tensor.nbytes for tensor in optimizer.state()[0].values())
     delivered = weight.nbytes  # the folder `adapter/` is not written here
     foreseen = overheads.disk_bytes(weight.nbytes, state, kept, merged=0) - delivered
     assert foreseen <= max(taken) < foreseen * 1.01
+
+
+def test_a_copy_of_the_state_takes_what_a_checkpoint_does(tmp_path: Path) -> None:
+    """In pageable memory its bytes; in pinned memory the power of two above each block."""
+    weight = torch.nn.Parameter(torch.randn(384, 256).bfloat16())
+    optimizer = AdapterOptimizer({"l.lora_A.default.weight": weight}, "adamw_8bit", 0.0)
+    copied = sum(flat.nbytes for flat in (optimizer.state()[0]["master/l.lora_A.default.weight"], weight))
+    kept = weight.nbytes, optimizer.kept_bytes
+    assert copied + optimizer.moments.buffer.nbytes == overheads.snapshot_bytes(*kept, pinned=False)
+    moments = 1 << (optimizer.moments.buffer.nbytes - 1).bit_length()
+    assert overheads.snapshot_bytes(*kept, pinned=True) == 2 * weight.nbytes + 512 * 1024 + moments
 
 
 @pytest.mark.parametrize(

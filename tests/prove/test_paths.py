@@ -29,7 +29,7 @@ def as_one_document(split: PreparedSplit, packs: Sequence[tuple[int, ...]], pad_
 
 def test_it_holds_and_a_leak_breaks_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = holds(paths.PROOF, tmp_path).measured
-    assert {"a mask, packed", "one by one, packed", "chosen"} <= set(measured)
+    assert {"a mask, packed", "one by one, packed", "layers kept, packed", "chosen"} <= set(measured)
     assert {f"{name} is not here" for name in ("varlen", "efficient")} <= set(measured)  # a CPU has no such kernels
     monkeypatch.setattr(paths, "collate", as_one_document)
     outcome = broken(paths.PROOF, tmp_path)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from qlora.errors import RunFolderError
-from qlora.events import Evaluated, Notice, Progress, Recorder, StepDone
-from qlora.recipe.sections import ReportSection
+from qlora.events import Evaluated, Notice, Progress, StepDone
 from qlora.report import files as report_files
-from qlora.report.files import JsonLines, open_sinks, read_events
+from qlora.report.files import JsonLines, read_events
 
 STEP = StepDone(1, 0.1, 2.0, 1e-3, 0.5, 100, 40, 50.0, 1 << 20, 2.0)
 
@@ -65,13 +62,6 @@ def test_a_resumed_run_reports_each_step_once(tmp_path: Path) -> None:
     assert [event["step"] for event in events] == list(range(1, 10))
 
 
-@pytest.mark.parametrize(("sinks", "files"), [(("console", "jsonl"), ["events.jsonl"]), (("console",), []), ((), [])])
-def test_the_recipe_names_what_is_written(tmp_path: Path, sinks: tuple[str, ...], files: list[str]) -> None:
-    for sink in open_sinks(ReportSection(sinks=sinks), tmp_path, 0, Recorder()):  # type: ignore[arg-type]
-        sink.close()
-    assert [path.name for path in tmp_path.iterdir()] == files
-
-
 FOREIGN = (
     b"my own note\n",
     b"{}\n",
@@ -96,16 +86,13 @@ def test_lines_that_are_no_events_stay_and_are_counted(tmp_path: Path) -> None:
     first.close()
     ours = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(FOREIGN[0] + ours[0] + b"".join(FOREIGN[1:]) + ours[1] + ours[2] + b'{"event": "step", "step": 2')
-    screen = Recorder()
-    (lines,) = open_sinks(ReportSection(), tmp_path, 2, screen)
+    lines = JsonLines(path, 2)
     lines.emit(step(3))
     lines.close()
     kept = path.read_bytes()
     assert kept.startswith(FOREIGN[0] + ours[0] + b"".join(FOREIGN[1:]) + ours[1])
     assert [event["step"] for event in read_events(path)] == [1, 2, 3]
-    (notice,) = screen.events
-    assert isinstance(notice, Notice) and notice.count == len(FOREIGN)
-    assert notice.message == "12 lines of events.jsonl are no events of a run, and stay as they are"
+    assert lines.foreign == len(FOREIGN)
 
 
 def test_a_line_without_an_end_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,29 +108,3 @@ def test_a_line_without_an_end_is_read_in_pieces(tmp_path: Path, monkeypatch: py
     lines.emit(step(2))
     lines.close()
     assert [event["step"] for event in read_events(path)] == [1, 2]  # nothing is written behind a line without an end
-
-
-def test_a_file_beyond_all_events_is_set_aside(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    with path.open("wb") as file:
-        file.truncate(2 << 30)  # takes no room
-    screen = Recorder()
-    (lines,) = open_sinks(ReportSection(), tmp_path, 2, screen)
-    lines.close()
-    assert path.stat().st_size == 0 and (tmp_path / "events.jsonl.1").stat().st_size == 2 << 30
-    assert "it is kept as events.jsonl.1" in repr(screen.events)
-
-
-def test_events_are_written_through_no_link(tmp_path: Path) -> None:
-    thesis = tmp_path / "thesis.txt"
-    thesis.write_text("mine\n")
-    for name, make in (("link", os.symlink), ("hard", os.link)):
-        run = tmp_path / name
-        run.mkdir()
-        make(thesis, run / "events.jsonl")
-        with pytest.raises(RunFolderError, match=r"events\.jsonl is a"):
-            open_sinks(ReportSection(), run, 0, Recorder())
-    os.mkfifo(tmp_path / "events.jsonl")
-    with pytest.raises(RunFolderError, match="not a regular file"):
-        open_sinks(ReportSection(), tmp_path, 0, Recorder())
-    assert thesis.read_text() == "mine\n" and {path.name for path in (tmp_path / "hard").iterdir()} == {"events.jsonl"}

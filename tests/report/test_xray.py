@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from qlora.report.console import Terminal
-from qlora.report.xray import lengths_view, readable, show, sources_view, tokens_view
+from qlora.report.xray import lengths_view, readable, show, sources_view, study_view, tokens_view
 
 SOURCE = {"rows": 3, "cut": 1, "dropped": 2, "rejected": 1, "tokens": 40, "trained": 10}
 REASON = {"reason": "[bold]bad\x1b", "count": 1, "examples": ["a.jsonl:7"]}
@@ -109,3 +109,13 @@ def test_all_of_it_is_shown() -> None:
     ):
         assert words in text
     assert "1 the same as an earlier row, at least 2 nearly of the first 2" in text
+
+
+def test_what_a_study_gave_is_shown_with_what_was_dropped() -> None:
+    asked = {"question": "How [bold]heavy[/]?", "answer": "84 kg", "detail": ""}
+    lost = {"reason": "form", "said": "not one line", "count": 7, "examples": [{**asked, "detail": "2 words"}]}
+    figures = {"rows": 9, "questions": 6, "known": 1, "sentences": 8, "with_question": 6, "exam": 2, "left_out": 1}
+    study = {"folder": "runs/x/study", **figures, "without": ["It is red."], "examples": [asked], "dropped": [lost]}
+    text = " ".join(drawn(100, False, study_view(study)).split())
+    assert "learnt How [bold]heavy[/]? → 84 kg" in text and "coverage: 75% of 8 sentences" in text
+    assert "7 dropped: not one line How [bold]heavy[/]? → 84 kg (2 words)" in text and "about: It is red." in text

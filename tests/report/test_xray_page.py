@@ -38,8 +38,20 @@ def seen_of(text: str) -> dict[str, Any]:
         "warnings": [{"level": level, "what": text, "fix": text, **found} for level in ("wrong", "harm", "note")],
     }
     file = {"path": text, "pages": 1, "language": text, "passages": 2, "left_out": [text]}
-    papers = {"files": [file], "pages": 1, "passages": 2, "sentences": 3, "questions": 4, "left_out": [text]}
-    return {"recipe": text, "base": f"/home/me/{text}", "rows": rows, "documents": papers}
+    papers = {
+        "files": [file],
+        "pages": 1,
+        "passages": 2,
+        "sentences": 3,
+        "questions": 4,
+        "left_out": [text],
+        "takes": text,
+    }
+    asked = {"question": text, "answer": text, "detail": text}
+    lost = {"reason": text, "said": text, "count": 2, "examples": [asked]}
+    study = {"folder": text, "rows": 3, "questions": 2, "known": 1, "sentences": 4, "with_question": 3, "exam": 2}
+    study |= {"left_out": 1, "without": [text], "examples": [asked], "dropped": [lost]}
+    return {"recipe": text, "base": f"/home/me/{text}", "rows": rows, "documents": papers, "study": study}
 
 
 @pytest.mark.parametrize("attack", [*ATTACKS, "plain"], ids=map(str, range(7)))
@@ -52,7 +64,8 @@ def test_a_strangers_strings_are_text_everywhere(attack: str) -> None:
 
 def test_nothing_to_mend_is_said() -> None:
     seen = seen_of("a")
-    assert "Nothing." in judged(page_of({**seen, "rows": {**seen["rows"], "warnings": []}, "documents": None})).text
+    fine = {**seen, "rows": {**seen["rows"], "warnings": []}, "documents": None, "study": None}
+    assert "Nothing." in judged(page_of(fine)).text
 
 
 @pytest.mark.browser

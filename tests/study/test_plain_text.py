@@ -54,5 +54,5 @@ def test_documents_with_special_tokens_are_counted_and_stay_as_they_are() -> Non
     sink = Recorder()
     lesson = Lesson.of(Material(Documents((document,)), True, {}), recipe, chat(), sink)
     (said,) = [event.as_dict() for event in sink.of("notice") if "special tokens" in event.as_dict()["message"]]
-    assert said["count"] == 3 and "<|im_start|>" in said["message"]
+    assert said["count"] == 3 and said["topic"] == "documents" and "<|im_start|>" in said["message"]
     assert text in lesson.passages[0].text

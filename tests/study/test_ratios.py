@@ -18,12 +18,12 @@ def test_the_mean_is_a_token_and_not_a_row() -> None:
 
 def test_the_interval_holds_the_mean_about_95_times_of_100() -> None:
     generator, held = np.random.default_rng(7), 0
-    for seed in range(200):
+    for seed in range(60):
         counts = generator.integers(5, 50, 60)
         means = generator.normal(2.0, 0.5, 60)
         found = ratio(list(means * counts), list(counts), seed)
         held += found.low <= 2.0 <= found.high
-    assert 176 <= held <= 199
+    assert 50 <= held <= 60
 
 
 def test_a_pair_is_told_apart_where_two_intervals_overlap() -> None:

@@ -41,7 +41,7 @@ EMPTY = "<think>\n\n</think>\n\n"
 )
 def test_what_a_template_writes_before_an_answer(shape: str, written: str) -> None:
     of = shape_chat(shape)
-    assert of.tokenizer.decode(lead(of)) == written
+    assert of.tokenizer.decode(lead_ids(of, "chat")) == written and lead_ids(of, "chat") == lead(of)
     # The teacher's prompt is the beginning of what an ordinary row trains, and a server's prompt the beginning of that.
     said = {"role": "assistant", "content": "It rains."}
     (row,) = of.encode_many([Conversation(({"role": "user", "content": "How is it?"}, said))])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with the checkpoint of step 2."""
     folder = tmp_path_factory.mktemp("run")
-    checkpoint.save(folder, RunState(step=2), optimizer(), Fingerprints("b", "d"), 2, ABOUT)
+    checkpoint.snapshot(folder, RunState(step=2), optimizer(), Fingerprints("b", "d"), 2, ABOUT)()
     return folder
 
 
@@ -150,3 +152,57 @@ def test_only_our_own_names_are_checkpoints(run: Path, tmp_path: Path) -> None:
 
 def test_checkpoint_newest_needs_no_run(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path, Recorder()) is None
+
+
+def test_what_is_written_is_the_state_of_its_moment(tmp_path: Path) -> None:
+    """Steps go on while a thread writes: no byte of it is of a later one."""
+    made = optimizer()
+    before = {name: tensor.clone() for name, tensor in made.state()[0].items()}
+    adapter = {key: parameter.detach().clone() for key, parameter in made.parameters.items()}
+    publish = checkpoint.snapshot(tmp_path, RunState(step=1), made, Fingerprints("b", "d"), 2, ABOUT)
+    for key, master in made.masters.items():
+        made.add_gradient(key, torch.ones_like(master))
+    made.step(1e-1)
+    publish()
+    folder = checkpoint.folder_of(tmp_path, 1)
+    for name, wanted in (("adapter", adapter), ("optimizer", before)):
+        assert (folder / f"{name}.safetensors").read_bytes() == save(wanted), name
+        now = made.parameters if name == "adapter" else made.state()[0]
+        assert not all(torch.equal(now[key], tensor) for key, tensor in wanted.items())
+
+
+def test_memory_that_runs_out_waits_for_the_copy_that_is_written(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are done again when its memory is free."""
+    from qlora.training import loop
+
+    recipe, seen, real = write_recipe(tmp_path, llama), list[object](), loop.Training._apply
+
+    def apply(self: loop.Training, now: Any) -> None:
+        real(self, now)
+        seen.append(self.checkpointer.saving._writing)
+
+    started, passes, forward = threading.Event(), iter(range(99)), loop.forward_backward
+    publish = disk.publish_folder
+
+    def slow(final: Path, *arguments: Any) -> Any:
+        started.set()
+        time.sleep(0.2 if final.name == "step-000001" else 0)
+        return publish(final, *arguments)
+
+    def forward_backward(*arguments: Any) -> Any:
+        if next(passes) == 2:  # of step 2
+            assert started.wait(30)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(*arguments)
+
+    monkeypatch.setattr(loop.Training, "_apply", apply)
+    monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
+    monkeypatch.setattr(disk, "publish_folder", slow)
+    monkeypatch.setattr(loop, "forward_backward", forward_backward)
+    keys = ("train.max_steps=2", "train.batch_size=4", "train.micro_batch_size=2", "data.eval_fraction=0")
+    recorder = train(recipe, *keys, "data.packing=false", "checkpoint.every_steps=1")
+    assert values(recorder, "recovered", "step") == [2] and seen == [None, None]
+    kinds = [event.kind for event in recorder.events if event.kind in ("saved", "recovered")]
+    assert kinds[:2] == ["recovered", "saved"]  # the thread was still at it

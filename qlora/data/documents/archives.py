@@ -57,19 +57,15 @@ def named(archive: zipfile.ZipFile, names: Sequence[str]) -> list[zipfile.ZipInf
     return [there[name] for name in dict.fromkeys(names) if name in there]
 
 
-def texts_alone(archive: zipfile.ZipFile, data: bytes) -> bytes:
-    """An archive for a library that reads what the archive's own index names: as it is where everything in it may be
-    unpacked, else without what is no text by its name (pictures, sound, or what only pretends to be)."""
-    try:
-        check_sizes(archive.infolist())
-    except NotReadable:
-        made = io.BytesIO()
-        with zipfile.ZipFile(made, "w") as written:
-            for one in archive.infolist():
-                if one.filename.lower().endswith(_TEXTS):
-                    written.writestr(one.filename, member(archive, one.filename) or b"", zipfile.ZIP_DEFLATED, 1)
-        return made.getvalue()
-    return data
+def texts_alone(archive: zipfile.ZipFile) -> bytes:
+    """The archive with its texts alone, for a library that reads whatever its own index names: what is no text by its
+    name (a picture, sound, or what only pretends to be one) is neither bounded nor looked into."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as written:
+        for one in archive.infolist():
+            if one.filename.lower().endswith(_TEXTS):
+                written.writestr(one.filename, member(archive, one.filename) or b"")
+    return made.getvalue()
 
 
 def member(archive: zipfile.ZipFile, name: str) -> bytes | None:

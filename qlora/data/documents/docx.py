@@ -37,7 +37,7 @@ def parse(data: bytes) -> Parsed:
     pictures: Any = mammoth.images.img_element(_no_picture)
     try:
         page = mammoth.convert_to_html(
-            io.BytesIO(texts_alone(archive, data)),
+            io.BytesIO(texts_alone(archive)),
             style_map=_STYLES,
             convert_image=pictures,
             include_embedded_style_map=False,

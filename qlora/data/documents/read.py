@@ -25,6 +25,7 @@ from qlora.data.source_files import EXAMPLES, SourceFile, find_files
 from qlora.errors import DataError
 from qlora.events import Notice, Progress, Sink
 from qlora.shown import one_line
+from qlora.units import counted
 
 TOPIC = "documents"
 MAX_CHARACTERS = 512 << 20  # of all documents together, which are held in memory
@@ -121,7 +122,7 @@ class _Reading:
         """What was read, and each reason for leaving something out with its count and the first names."""
         pages = sum(document.pages for document in self.documents)
         count = len(self.documents)
-        told = f"{count:,} document{'s' * (count != 1)} read, {pages:,} page{'s' * (pages != 1)}"
+        told = f"{counted(count, 'document')} read, {counted(pages, 'page')}"
         self.sink.emit(Notice(TOPIC, told, count))
         others = [document.path for document in self.documents if document.language == "other"]
         if others:

@@ -22,12 +22,14 @@ from qlora import child_process, out_of_memory
 from qlora.errors import DoesNotFit, ExportError
 from qlora.export.llama_cpp import live_child
 from qlora.export.llama_cpp.runtime import BYTE_TOKENS_PER_SECOND, START_SECONDS, find_runtime, threads
+from qlora.export.llama_cpp.runtime_child import NO_MEMORY
 
 TOKENS_AT_ONCE = 128  # of a row, computed in one request: between two, a stop is seen
 _LINE_BYTES = 64 << 20  # of an answer: a vocabulary's marked tokens are the longest
 _PIECE_BYTES = 1 << 20
 _LOG_BYTES = 1 << 14
 _HINT = "export it again, or get a clean copy of the file"
+_MEMORY_HINT = "end other programs that hold memory, or use a smaller quant or context"
 
 
 @contextmanager
@@ -110,8 +112,12 @@ class Live:
         until = time.monotonic() + seconds
         while (end := self._rest.find(b"\n")) < 0 and len(self._rest) < _LINE_BYTES:
             self._more(until)
-        answer: dict[str, Any] = json.loads(bytes(self._rest[: max(0, end)]))
+        if end < 0:
+            raise ExportError(f"{self.file}: llama.cpp says more of it than {_LINE_BYTES:,} bytes", _HINT)
+        answer: dict[str, Any] = json.loads(bytes(self._rest[:end]))
         del self._rest[: end + 1]
+        if NO_MEMORY in answer.get("failed", ""):
+            raise DoesNotFit(f"{self.file}: {answer['failed']}", _MEMORY_HINT)
         if "failed" in answer:
             raise ExportError(f"{self.file}: {self._with_complaint(answer['failed'])}", _HINT)
         return answer
@@ -141,7 +147,7 @@ class Live:
         lines = self._log_lines()
         if code == -9 or any(map(out_of_memory.is_report, lines[-12:])):
             what = f"{self.file}: out of memory while llama.cpp read or computed it"
-            return DoesNotFit(what, "end other programs that hold memory, or use a smaller quant or context")
+            return DoesNotFit(what, _MEMORY_HINT)
         how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
         return ExportError(f"{self.file}: {self._with_complaint('llama.cpp crashed')} ({how})", _HINT)
 

@@ -40,6 +40,7 @@ _FLASH = struct.pack("<4i3f", -1, -1, -1, -1, 0.0, 0.0, -1.0)
 _NO_FLASH = struct.pack("<4i3f", -1, -1, -1, 0, 0.0, 0.0, -1.0)
 _VALUE_BYTES = 1 << 12  # of a value of a file's header: numbers and names
 _BATCH = 512  # tokens of a row computed at a time
+NO_MEMORY = "llama.cpp has no memory"
 _OUTPUT_BYTES = 64 << 20  # fp32 logits that llama.cpp holds at a time
 
 
@@ -163,7 +164,7 @@ class Context:
         parameters = context_parameters(library.llama_context_default_params(), longest)
         context = library.llama_init_from_model(model.model, parameters)
         if not context:
-            raise Failed(f"llama.cpp has no memory for {longest} tokens")
+            raise Failed(f"{NO_MEMORY} for {longest} tokens")
         got = (library.llama_n_ctx(context), library.llama_n_batch(context), library.llama_n_seq_max(context))
         if got[0] < longest or got[1:] != (_BATCH, 1):
             raise Failed(f"this llama.cpp understands its parameters otherwise (context, batch, rows: {got})")

@@ -77,11 +77,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Door:
-    """`make` puts an input into its scene and returns the work that opens it, for which it has so many seconds."""
+    """`make` puts an input into its scene and returns the work that opens it, for which it has so many seconds.
+
+    `every`: of so many inputs that are asked for, one is made.
+    """
 
     name: str
     make: Callable[[Scene], Work]
     seconds: float = LIMIT_SECONDS
+    every: int = 1
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 
+import mammoth
 import pytest
 
 from qlora.data.documents.docx import MACROS, parse
@@ -45,3 +46,16 @@ def test_an_archive_of_something_else_is_refused() -> None:
     with pytest.raises(NotReadable, match="not a DOCX"):
         parse(out.getvalue())
     assert words_of(parse(written("docx")).blocks)
+
+
+def test_a_part_that_the_index_gives_another_name_is_not_read() -> None:
+    """By such a name neither its size nor its entities would have been looked at."""
+    plain, out = zipfile.ZipFile(io.BytesIO(written("docx"))), io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as renamed:
+        for name in plain.namelist():
+            content = plain.read(name).replace(b"word/document.xml", b"word/document.png")
+            renamed.writestr(name.replace("document.xml", "document.png"), content)
+    assert len(mammoth.convert_to_html(io.BytesIO(out.getvalue())).value) > 100
+    data = out.getvalue()
+    with pytest.raises(NotReadable, match="no document in it"):
+        parse(data)

@@ -41,3 +41,14 @@ def test_a_protected_book_is_refused_and_locked_fonts_are_not() -> None:
 def test_a_book_without_a_list_of_contents_is_none() -> None:
     with pytest.raises(NotReadable, match="not an EPUB"):
         parse(written("docx"))
+
+
+def test_a_page_of_any_name_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    book = written("epub", "# A\n\none\n\n## B\n\ntwo\n")
+    opened = zipfile.ZipFile(io.BytesIO(book))
+    package = opened.read("OEBPS/content.opf").replace(b"part001.xhtml", b"part001.php")
+    book = with_members(book, OEBPS__content_opf=package, OEBPS__part001_php=opened.read("OEBPS/part001.xhtml"))
+    assert "two" in words_of(parse(book).blocks)
+    book = with_members(book, OEBPS__part001_php=b"<p>x</p>" + b" " * (2 << 20))
+    with pytest.raises(NotReadable, match="times its size"):
+        parse(book)

@@ -1,0 +1,1 @@
+"""Recipes from elsewhere: other trainers' configurations as ours, every key of theirs accounted for."""

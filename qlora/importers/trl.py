@@ -1,0 +1,139 @@
+"""TRL's SFTConfig and script arguments, as JSON or YAML: keys, and defaults that change what is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora.importers import datasets
+from qlora.importers.draft import Draft, Rules, carried, left, off, ours
+from qlora.importers.values import (
+    ITS_TOKENS,
+    SHARED,
+    SPEED,
+    attention,
+    batches,
+    modules,
+    names,
+    number,
+    positive,
+    switch,
+    text,
+)
+
+NAME = "TRL"
+MARKS = (
+    *("dataset_name", "max_length", "max_seq_length", "assistant_only_loss", "completion_only_loss", "use_peft"),
+    *("packing_strategy", "per_device_train_batch_size", "dataset_text_field", "eos_token", "dataset_kwargs"),
+)
+# Of trl/trainer/sft_config.py and trl/trainer/model_config.py (0.2x); rows over max_length are cut.
+DEFAULTS: dict[str, Any] = {
+    "max_length": 1024,
+    "learning_rate": 2e-5,
+    "num_train_epochs": 3.0,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.0,
+    "optim": "adamw_torch_fused",
+    "packing": False,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.05,
+}
+
+
+def _four_bit(draft: Draft, key: str, value: Any) -> None:
+    on = value in (True, "true")
+    if on and key == "load_in_8bit":
+        draft.leave(key, value, "a base in 8 bit is not built: quantization.type = nf4 takes half of that")
+    if on:
+        draft.carry(key, "quantization.type", "nf4")
+    else:
+        draft.ours(key, "off")
+
+
+def _peft(draft: Draft, key: str, value: Any) -> None:
+    if value in (True, "true"):
+        draft.ours(key, "LoRA, as here")
+    else:
+        draft.leave(key, value, "adapters are trained here: the base itself never")
+
+
+def _split(draft: Draft, key: str, value: Any) -> None:
+    """Of the data set that `dataset_name` has named; which comes first (`settle`)."""
+    found = [entry for entry in draft.sources if entry["path"].startswith("hub:")]
+    if value == "train" or not found:
+        draft.ours(key, "the training split is read")
+        return
+    for entry in found:
+        entry["path"] += f":{value}"
+    draft.note(key, f"path = {found[-1]['path']}")
+
+
+def _field(draft: Draft, key: str, value: Any) -> None:
+    if value == "text" or not draft.sources or not isinstance(value, str):
+        draft.ours(key, "a column `text` is trained whole")
+        return
+    for entry in draft.sources:
+        entry["columns"] = {"text": value}
+    draft.note(key, f"columns = {{ text = {value!r} }}")
+
+
+def _loss(draft: Draft, key: str, value: Any) -> None:
+    if value in (True, "true"):
+        draft.carry(key, "data.loss_on", "assistant")
+    else:
+        draft.ours(key, "off: every token is trained")
+
+
+RULES: Rules = {
+    **SHARED,
+    "dataset_name": datasets.named,
+    "train_file": datasets.named,
+    "dataset_train_split": _split,
+    "dataset_text_field": _field,
+    "dataset_test_split": left("name it in [[data.eval]]"),
+    "dataset_config": left("a data set's configuration is not chosen: name its files in [[data.train]]"),
+    "dataset_num_proc": ours(SPEED),
+    "dataset_kwargs": left("rows are always prepared here"),
+    **dict.fromkeys(("model_name_or_path", "model_name"), carried("model.base", text)),
+    "model_revision": carried("model.revision", text),
+    "attn_implementation": attention,
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _four_bit),
+    "bnb_4bit_quant_type": carried("quantization.type", text),
+    **dict.fromkeys(
+        ("use_bnb_nested_quant", "bnb_4bit_use_double_quant"), carried("quantization.double_quant", switch)
+    ),
+    **dict.fromkeys(("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"), ours("computed in bf16")),
+    "use_peft": _peft,
+    "lora_r": carried("lora.r", positive),
+    "lora_alpha": carried("lora.alpha", number),
+    "lora_dropout": carried("lora.dropout", number),
+    "lora_target_modules": carried("lora.target_modules", modules),
+    "lora_modules_to_save": carried("lora.modules_to_save", names),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora"), lambda draft, key, value: carried(f"lora.{key}", switch)(draft, key, value)
+    ),
+    "lora_task_type": ours("a causal model"),
+    **dict.fromkeys(("max_length", "max_seq_length"), carried("data.max_length", positive)),
+    "packing": carried("data.packing", switch),
+    **dict.fromkeys(("packing_strategy", "padding_free", "eval_packing", "pad_to_multiple_of"), ours(SPEED)),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), _loss),
+    "chat_template_path": carried("model.chat_template", text),
+    **dict.fromkeys(("eos_token", "pad_token"), left(ITS_TOKENS)),
+    **dict.fromkeys(("activation_offloading", "disable_tqdm", "log_level", "use_cpu", "use_cache"), ours(SPEED)),
+    **dict.fromkeys(("loss_type", "model_init_kwargs", "shuffle_dataset"), off("not built")),
+    "data_seed": ours("train.seed decides the order"),
+}
+
+
+def settle(draft: Draft, table: dict[str, Any]) -> None:
+    """What several keys say together, or one says beside its own."""
+    for key in ("dataset_name", "train_file"):  # before what is said of them
+        if table.get(key) is not None:
+            RULES[key](draft, key, table.pop(key))
+    micro, passes = table.pop("per_device_train_batch_size", 8), table.pop("gradient_accumulation_steps", 1)
+    batches(draft, ("per_device_train_batch_size", micro), ("gradient_accumulation_steps", passes))
+    if not any(table.get(key) in (True, "true") for key in ("load_in_4bit", "load_in_8bit")):
+        draft.carry("load_in_4bit", "quantization.type", "none", 'not set: 16 bit; "nf4" takes a quarter of that')
+    if not any(table.get(key) in (True, "true") for key in ("assistant_only_loss", "completion_only_loss")):
+        draft.carry("assistant_only_loss", "data.loss_on", "all", "not set: of chats, every token")
+    draft.carry("max_length", "data.truncation", "cut", "rows over it are cut")

@@ -1,0 +1,84 @@
+"""A child that dies, says no or is silent becomes two lines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora.errors import DoesNotFit, ExportError, QloraError
+from qlora.export.llama_cpp import live
+from qlora.export.llama_cpp.live import open_live
+
+CHILD = """
+import json, sys, os, signal, struct
+asked = json.loads(sys.stdin.readline())
+print(json.dumps({"tokens": 3}), flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    {then}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    return tmp_path / "x.gguf"
+
+
+@pytest.fixture
+def opened(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[live.Live]:
+    """A child that does what the test says with a request."""
+    (tmp_path / "child.py").write_text(CHILD.replace("{then}", request.param))
+    monkeypatch.setattr(live.live_child, "__file__", str(tmp_path / "child.py"))
+    with open_live(file, 100) as found:
+        assert found.about == {"tokens": 3}
+        yield found
+    assert found._process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    "opened",
+    ["sys.stdout.buffer.write(b'{\"logits\": 12}\\n' + struct.pack('<3f', 1, 2, 3)); sys.stdout.flush()"],
+    indirect=True,
+)
+def test_logits_come_behind_their_line(opened: live.Live) -> None:
+    for _ in range(2):
+        found = opened.extend([1, 2], 0, True)
+        assert found is not None and np.array_equal(found, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("opened", "error", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGABRT)", ExportError, "ended by signal 6"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", DoesNotFit, "out of memory"),
+        ("sys.stderr.write('x: error: bad magic\\n'); sys.exit(9)", ExportError, "bad magic"),
+        ("print(json.dumps({'failed': 'not of this kind'}), flush=True)", ExportError, "not of this kind"),
+        ("print(json.dumps({'failed': 'llama.cpp has no memory for 9'}), flush=True)", DoesNotFit, "no memory for 9"),
+    ],
+    indirect=["opened"],
+)
+def test_a_child_that_ends_is_two_lines(opened: live.Live, error: type[QloraError], said: str) -> None:
+    with pytest.raises(error, match=said) as raised:
+        opened.tokenize("hi")
+    assert "x.gguf" in raised.value.what and raised.value.hint
+
+
+@pytest.mark.parametrize("opened", ["pass"], indirect=True)
+def test_a_child_that_is_silent_is_not_waited_for(opened: live.Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "START_SECONDS", 0.2)
+    with pytest.raises(ExportError, match="did not answer in time"):
+        opened.tokenize("hi")
+
+
+def test_without_llama_cpp_the_command_that_installs_it_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "find_runtime", lambda: None)
+    with pytest.raises(ExportError, match="not installed") as raised, open_live(file, 100):
+        pass
+    assert "pip install" in raised.value.hint and sys.executable

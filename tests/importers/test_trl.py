@@ -1,0 +1,57 @@
+"""TRL's SFTConfig and script arguments, as JSON and as YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.importers.cases import assert_all_told, imported, left, recipe_of
+
+KEYS = {
+    "model_name_or_path": "owner/small-model",
+    "dataset_name": "owner/rows",
+    "dataset_train_split": "train_sft",
+    "dataset_config": "plain",
+    "use_peft": True,
+    "load_in_4bit": True,
+    "use_bnb_nested_quant": True,
+    "lora_r": 8,
+    "lora_target_modules": "all-linear",
+    "max_length": 512,
+    "packing": True,
+    "assistant_only_loss": True,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 8,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "warmup_ratio": 0.1,
+    "num_train_epochs": 1,
+    "max_steps": -1,
+    "neftune_noise_alpha": 5,
+    "optim": "adamw_8bit",
+    "push_to_hub": False,
+    "hub_token": "hf_abcdefghijklmnopqrst",
+    "report_to": ["wandb"],
+    "deepspeed": None,
+    "label_names": ["x"],
+}
+
+
+def test_every_key_is_carried_or_named(tmp_path: Path) -> None:
+    found = imported(tmp_path, json.dumps(KEYS), "sft_config.json")
+    recipe = recipe_of(found)
+    assert_all_told(found, KEYS)
+    assert found.trainer == "TRL" and recipe.data.train[0].path == "hub:owner/rows:train_sft"
+    assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout) == (8, 32, 0.05)
+    assert (recipe.train.batch_size, recipe.train.epochs, recipe.train.max_steps) == (16, 1.0, None)
+    assert (recipe.train.lr_scheduler, recipe.train.neftune_alpha) == ("constant", 5.0)
+    assert recipe.data.loss_on == "assistant" and recipe.quantization.double_quant
+    assert set(left(found)) == {"dataset_config", "hub_token", "report_to", "label_names"}
+    assert not any("abcdefghijkl" in account.key for account in found.accounts)
+
+
+def test_by_default_it_trains_every_token_of_a_chat_in_16_bit(tmp_path: Path) -> None:
+    found = imported(tmp_path, "model_name_or_path: a/b\ndataset_name: a/c\nmax_length: 99\n")
+    recipe = recipe_of(found)
+    assert (recipe.data.loss_on, recipe.quantization.type, recipe.data.truncation) == ("all", "none", "cut")
+    assert recipe.train.learning_rate == 2e-5

@@ -1,0 +1,54 @@
+"""What is exported, opened: one adapter, or several of one base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.errors import ExportError
+from qlora.events import Recorder
+from qlora.export.combination import Combination
+from qlora.export_source import adapters_of
+from qlora.recipe.sections import QuantizationSection
+from tests.export.cases import KINDS, edit, exported, of_peft, trained
+from tests.families import make_base
+
+PLAIN = QuantizationSection(type="none")
+
+
+def test_adapters_of_two_bases_are_refused(tmp_path: Path, llama: Path) -> None:
+    other = make_base("llama", tmp_path / "other", seed=5)
+    trained(llama, tmp_path / "a", KINDS["plain"], PLAIN)
+    trained(other, tmp_path / "b", KINDS["plain"], PLAIN)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, base in zip(folders, (llama, other), strict=True):
+        edit(folder / "qlora.json", identity=identity_of(base))
+    with pytest.raises(ExportError, match=r"b: was trained on another base than the first adapter: its weights differ"):
+        exported(folders, combine=Combination((0.5, 0.5)), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ExportError, match="2 adapters are named, and no `weights`"):
+        exported(folders, out=tmp_path / "out")
+    with pytest.raises(ExportError, match="one adapter alone is not written again"):
+        exported(folders[0], to="adapter", out=tmp_path / "out")
+
+
+def identity_of(base: Path) -> dict[str, Any]:
+    from qlora.model import identity
+    from qlora.model.meta_model import build, taken_tensors
+    from qlora.model.resolve import resolve
+
+    found = resolve(str(base), "main", Recorder())
+    known: dict[str, Any] = identity.read_through(
+        found.config, taken_tensors(found, build(found)), Recorder()
+    ).model_dump()
+    return known
+
+
+def test_several_lie_beside_the_first_under_all_their_names(tmp_path: Path, llama: Path) -> None:
+    for name in ("a", "b"):
+        of_peft(llama, tmp_path / name)
+    folders, default = adapters_of([tmp_path / "a", tmp_path / "b"], Combination((0.5, 0.5)), "hf")
+    assert folders == [tmp_path / "a", tmp_path / "b"] and default == tmp_path / "a-and-b-export"
+    assert adapters_of([tmp_path / "a"], None, ["hf", "gguf"]) == ([tmp_path / "a"], tmp_path / "a-export")
