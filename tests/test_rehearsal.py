@@ -44,7 +44,8 @@ NOT_REHEARSED = {
     "device.py::_memory: free = max(": "a card that shares the RAM; tests/test_device.py",
     "device.py::is_full": "asked where the driver may spill, Windows and WSL; tests/memory/test_spilling.py",
     "device.py::_pinned: return block": "where the system pins no more; tests/test_device.py",
-    "device.py::to_host: return tensor.detach()": "a tensor that lies on the host already, which is all of a CPU's",
+    "device.py::measure_context": "where a command begins; tests/test_device.py, tests/cli/test_cards.py",
+    "device.py::context_taken: return measured": "where it was measured; tests/test_device.py",
     "device.py::on_default_stream": "nothing computes beside the default stream yet; tests/test_device.py",
     **dict.fromkeys(
         (f"device.py::{name}" for name in ("facts", "trouble", "trouble_in_sight", "has_xpu")),

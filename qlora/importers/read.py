@@ -28,9 +28,11 @@ class Trainer:
     settle: Callable[[Draft, dict[str, Any]], None]
 
 
-TRAINERS = tuple(
-    Trainer(module.NAME, module.MARKS, module.RULES, module.DEFAULTS, module.settle)
-    for module in (axolotl, llama_factory, unsloth, trl)
+TRAINERS = (
+    Trainer(axolotl.NAME, axolotl.MARKS, axolotl.RULES, axolotl.DEFAULTS, axolotl.settle),
+    Trainer(llama_factory.NAME, llama_factory.MARKS, llama_factory.RULES, llama_factory.DEFAULTS, llama_factory.settle),
+    Trainer(unsloth.NAME, unsloth.MARKS, unsloth.RULES, unsloth.DEFAULTS, unsloth.settle),
+    Trainer(trl.NAME, trl.MARKS, trl.RULES, trl.DEFAULTS, trl.settle),
 )
 TABLES = ("data", "training", "lora", "logging")  # whose keys are looked at one by one
 FEWEST_MARKS = 2
