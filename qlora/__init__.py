@@ -56,9 +56,10 @@ if TYPE_CHECKING:
     from qlora.export.artifacts import ExportOptions
     from qlora.export.combination import Combination
     from qlora.recipe.reading import Recipe
+    from qlora.report.write import write_report
 
 __all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "ExportOptions"]
-__all__ += ["Combination", "Sink", "__version__"]
+__all__ += ["Combination", "write_report", "Sink", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
 __all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
 __all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
@@ -72,6 +73,7 @@ _HOMES = {
     "merge_and_export": "qlora.api",
     "ExportOptions": "qlora.export.artifacts",
     "Combination": "qlora.export.combination",
+    "write_report": "qlora.report.write",
 }
 
 

@@ -2,16 +2,15 @@
 
 The rows are read as training reads them: formats, template and trained tokens are the run's. One model is in memory at
 a time. Loss and token accuracy are of trained tokens; answers are greedy, end where training ends them, and are scored
-as a run's exact match and an exam's "contains" are. Intervals and tests are those of `study/ratios.py` and
-`study/metrics.py`.
+as a run's exact match and an exam's "contains" are. What is made of them stands in
+`ask/measured.py`.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +21,16 @@ from qlora.events import Notice, Sink, Sinks
 from qlora.guarded import Guarded
 from qlora.run_record import is_run
 from qlora.stop import StopRequest
-from qlora.study import metrics, ratios
 
 if TYPE_CHECKING:
-    from qlora.ask.likelihood import Asked, RowScores
+    from qlora.ask.likelihood import Asked
+    from qlora.ask.measured import Measured
     from qlora.data.chat import ChatTokenizer
     from qlora.data.token_cache import PreparedSplit
     from qlora.recipe.reading import Recipe
     from qlora.recipe.sections import DataSection
 
-MOST_MODELS, MOST_SOURCES = 8, 50
+MOST_MODELS = 8
 FEW_ROWS = 20  # below, an interval holds the mean less often than it says
 LONGEST_ANSWER = 512  # tokens
 _NAME_ONE = "name first the run, adapter or model that it was made of"
@@ -55,17 +54,6 @@ class HowToEvaluate:
     base_model: str | Path | None = None
 
 
-@dataclass
-class Measured:
-    """One line of the table: what a model made of the rows, and its answers."""
-
-    name: str
-    kind: str
-    by: str
-    scores: RowScores
-    answers: list[str] = field(default_factory=list)
-
-
 def evaluate(
     models: Sequence[str | Path],
     data: str | Path,
@@ -80,6 +68,8 @@ def evaluate(
     Raises ExportError for what is no model, DataError for rows that are none, TokenizerError where a model would read
     them as other tokens than the first one.
     """
+    from qlora.ask.measured import figures_of
+
     shared, how = Sinks(sink) if sink is not None else Sinks(), how or HowToEvaluate()
     if not 1 <= len(models) <= MOST_MODELS:
         raise ExportError(f"{len(models)} models are named", f"name 1 to {MOST_MODELS}, and then the rows")
@@ -245,6 +235,7 @@ def _measured(source: Named, asked: Asked, how: HowToEvaluate, sink: Sink, taken
     """The lines of one model: of an adapter, its base before it."""
     from qlora.ask.likelihood import by_llama, by_torch
     from qlora.ask.llama import LlamaModel
+    from qlora.ask.measured import Measured
 
     name = _name(source, taken)
     if source.kind == "gguf":
@@ -280,100 +271,6 @@ def _name(source: Named, taken: set[str]) -> str:
 
 def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name} ({number})"
-
-
-# --- the figures ----------------------------------------------------------------------------------------------------
-
-
-def figures_of(measured: Sequence[Measured], asked: Asked) -> dict[str, Any]:
-    """The table as plain values: models, by source, and each pair of models compared."""
-    split, expected = asked.split, [question.expected for question in asked.questions]
-    language = _language(expected)
-    of_rows = [Path(where.rpartition(":")[0]).name for where in split.wheres]
-    right = {one.name: _right(one.answers, expected, language) for one in measured}
-    sources = list(dict.fromkeys(of_rows))[:MOST_SOURCES]
-    lines = []
-    for one in measured:
-        line = {"name": one.name, "kind": one.kind, "by": one.by, **_line(one, right[one.name], None, None)}
-        line["sources"] = {}
-        for source in sources if len(sources) > 1 else ():
-            rows = [row for row, name in enumerate(of_rows) if name == source]
-            questions = [number for number, row in enumerate(asked.answered) if of_rows[row] == source]
-            line["sources"][source] = {"rows": len(rows), **_line(one, right[one.name], rows, questions)}
-        lines.append(line)
-    return {
-        "rows": len(split.lengths),
-        "trained_tokens": sum(split.trained),
-        "answers": len(expected),
-        "max_new_tokens": asked.max_new_tokens if expected else 0,
-        "sources": sources,
-        "confidence": metrics.CONFIDENCE,
-        "models": lines,
-        "pairs": [_pair(one, other, right) for number, one in enumerate(measured) for other in measured[number + 1 :]],
-    }
-
-
-def _language(expected: Sequence[str]) -> str:
-    from qlora.data.documents.language import language_of
-    from qlora.study.words import LANGUAGES
-
-    found = language_of("\n".join(expected))
-    return found if found in LANGUAGES else "en"
-
-
-def _right(answers: Sequence[str], expected: Sequence[str], language: str) -> dict[str, list[bool]]:
-    """Of each answer, whether it is the row's own, and whether that stands in it."""
-    from qlora.training.evaluate import same_answer, without_thoughts
-
-    pairs = list(zip(answers, expected, strict=True))
-    return {
-        "exact_match": [same_answer(given, wanted) for given, wanted in pairs],
-        "contains": [
-            metrics.contains(without_thoughts(wanted), without_thoughts(given), language) for given, wanted in pairs
-        ],
-    }
-
-
-def _line(
-    one: Measured, right: Mapping[str, Sequence[bool]], rows: Sequence[int] | None, questions: Sequence[int] | None
-) -> dict[str, Any]:
-    """Means with intervals, over all rows and questions or some of them."""
-    chosen = range(len(one.scores.nats)) if rows is None else rows
-    nats, hits, weights = ([values[row] for row in chosen] for values in _columns(one.scores))
-    loss = ratios.ratio(nats, weights, seed=0)
-    accuracy = ratios.ratio(hits, weights, seed=0)
-    if accuracy.low == accuracy.high:  # drawing equal rows again shows no spread
-        accuracy = metrics.bootstrap([hit / weight for hit, weight in zip(hits, weights, strict=True)], seed=0)
-    shown: dict[str, Any] = {
-        "loss": asdict(loss),
-        "perplexity": {key: math.exp(min(value, 700.0)) for key, value in asdict(loss).items()},
-        "token_accuracy": asdict(accuracy),
-    }
-    for key, values in right.items():
-        some = list(values) if questions is None else [values[number] for number in questions]
-        shown[key] = asdict(metrics.bootstrap([float(value) for value in some], seed=0)) if some else None
-    return shown
-
-
-def _columns(scores: RowScores) -> tuple[list[float], list[float], list[float]]:
-    return scores.nats, scores.hits, scores.weights
-
-
-def _pair(one: Measured, other: Measured, right: Mapping[str, Mapping[str, Sequence[bool]]]) -> dict[str, Any]:
-    """How `other` differs from `one` on the same rows: loss by a paired bootstrap, answers by McNemar's test."""
-    apart = ratios.difference(other.scores.nats, one.scores.nats, one.scores.weights, seed=0)
-    found: dict[str, Any] = {
-        "one": one.name,
-        "other": other.name,
-        "loss_difference": asdict(apart),
-        "beyond_chance": apart.low > 0 or apart.high < 0,
-    }
-    for key in ("exact_match", "contains"):
-        a, b = right[one.name][key], right[other.name][key]
-        pairs = list(zip(a, b, strict=True))
-        only = {"only_one": sum(x and not y for x, y in pairs), "only_other": sum(y and not x for x, y in pairs)}
-        found[key] = {**only, "p": metrics.mcnemar(a, b)} if pairs else None
-    return found
 
 
 # --- a harness ------------------------------------------------------------------------------------------------------

@@ -272,7 +272,19 @@ LINES = {
         *("checkup", "report"),
     ],
     "ask": [
-        *("settings", "llama", "opened", "likelihood", "harness", "sampling", "keeping", "writing", "thoughts", "talk"),
+        *(
+            "settings",
+            "llama",
+            "opened",
+            "likelihood",
+            "measured",
+            "harness",
+            "sampling",
+            "keeping",
+            "writing",
+            "thoughts",
+            "talk",
+        ),
         *("requests", "transport", "server"),
     ],
     "prove": [

@@ -44,7 +44,9 @@ def chat(
         str | None,
         typer.Option("--base-model", metavar="NAME", help="Where an adapter's base lies, if it was moved."),
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token [0.7].")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 takes the likeliest token [0.7].")
+    ] = None,
     top_p: Annotated[float | None, typer.Option("--top-p", help="Share of the probability drawn from [0.95].")] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Tokens drawn from, 0 for all [0].")] = None,
     min_p: Annotated[float | None, typer.Option("--min-p", help="Least share of the likeliest one's [0].")] = None,
@@ -52,7 +54,7 @@ def chat(
         float | None, typer.Option("--repetition-penalty", help="Above 1 against repetition [1].")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Of an answer [1024].")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same answers again.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same answers again.")] = None,
 ) -> None:
     """Talk with a model as it was trained: template, end tokens, and the base in 4 bit under its adapter.
 

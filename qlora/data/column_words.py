@@ -234,3 +234,12 @@ def nearest_columns(columns: Mapping[str, str], there: Sequence[str]) -> str:
 def _columns(columns: Mapping[str, str]) -> str:
     pairs = ", ".join(f"{own} = {json.dumps(theirs, ensure_ascii=False)}" for own, theirs in columns.items())
     return f"columns = {{ {pairs} }}"
+
+
+def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """`columns` gives the row's column by the format's own name; a column of that name stays, under another."""
+    named = {own: row[theirs] for own, theirs in columns.items() if theirs in row}
+    taken = set(columns.values())
+    hidden = {f"{own} (replaced by {columns[own]})": row[own] for own in named if own in row and own not in taken}
+    kept = {key: value for key, value in row.items() if key not in taken and key not in named}
+    return {**kept, **named, **hidden}

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.column_words import Reading, detect
+from qlora.data.column_words import Reading, detect, renamed
 from qlora.data.formats import Conversation, to_conversation
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import SourceFile
-from qlora.data.sources import SourceRow, raw_rows, renamed
+from qlora.data.sources import SourceRow, raw_rows
 from qlora.errors import DataError
 
 if TYPE_CHECKING:

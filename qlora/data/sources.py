@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora.data import document_rows
-from qlora.data.column_words import column_names, nearest_columns
+from qlora.data.column_words import column_names, nearest_columns, renamed
 from qlora.data.documents.kinds import KINDS
 from qlora.data.readers import READERS, Item, Line
 from qlora.data.row_json import RowError
@@ -112,12 +112,3 @@ def _items(file: SourceFile) -> Iterator[Item]:
         raise file.unreadable(error) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file.name}: not UTF-8 text ({error.reason})", "save it as UTF-8") from error
-
-
-def renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """`columns` gives the row's column by the format's own name; a column of that name stays, under another."""
-    named = {own: row[theirs] for own, theirs in columns.items() if theirs in row}
-    taken = set(columns.values())
-    hidden = {f"{own} (replaced by {columns[own]})": row[own] for own in named if own in row and own not in taken}
-    kept = {key: value for key, value in row.items() if key not in taken and key not in named}
-    return {**kept, **named, **hidden}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_WIDTH = 24  # of a model's name
+_WIDTH = 22  # of a model's name
 # Key, title, what it is shown times, digits. Two tables: a terminal has 80 columns.
 _TABLES = (
     (("loss", "loss", 1.0, 3), ("perplexity", "perplexity", 1.0, 2), ("token_accuracy", "tokens right, %", 100.0, 1)),
     (("exact_match", "exact match, %", 100.0, 1), ("contains", "contains answer, %", 100.0, 1)),
 )
-_COLUMN = 22
+_COLUMN = 21
 
 
 def lines(figures: Mapping[str, Any]) -> list[str]:
@@ -30,7 +30,7 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _table(models: Any, columns: Any) -> Iterator[str]:
-    yield f"{'':{_WIDTH}}" + "".join(f"{title:>{_COLUMN}}" for _, title, _, _ in columns)
+    yield f"{'':{_WIDTH}}" + "".join(f" {title:>{_COLUMN}}" for _, title, _, _ in columns)
     for model in models:
         yield _row(model["name"], model, columns)
         yield from (_row(f"  {source}", line, columns) for source, line in model["sources"].items())
@@ -38,7 +38,7 @@ def _table(models: Any, columns: Any) -> Iterator[str]:
 
 def _row(name: str, line: Mapping[str, Any], columns: Any) -> str:
     cells = [_cell(line[key], times, digits) for key, _, times, digits in columns]
-    return f"{_short(name):{_WIDTH}}" + "".join(f"{cell:>{_COLUMN}}" for cell in cells)
+    return f"{_short(name):{_WIDTH}}" + "".join(f" {cell:>{_COLUMN}}" for cell in cells)
 
 
 def _cell(value: Mapping[str, float] | None, times: float, digits: int) -> str:

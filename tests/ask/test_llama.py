@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from qlora.ask.keeping import row_of
 from qlora.ask.llama import ByteDecoder, LlamaModel, common_length
 from qlora.ask.opened import HowToOpen, named, open_model
-from qlora.ask.talk import Talk
+from qlora.ask.talk import prompt_of
 from qlora.errors import QloraError, TokenizerError
 from qlora.events import Recorder
-from tests.ask.cases import END, GREEDY, START, ToyLlama, toy_model, user
+from tests.ask.cases import END, START, ToyLlama, toy_model, user
 from tests.families import CHATML
 
 
@@ -49,23 +50,22 @@ def test_bytes_become_letters_when_they_are_whole() -> None:
 
 
 @pytest.mark.slow
-def test_a_file_answers_as_the_merged_model_does(exports: dict[str, Path]) -> None:
-    answers: list[list[str]] = []
+def test_a_file_reads_and_computes_as_the_merged_model_does(exports: dict[str, Path]) -> None:
+    prompts, logits = [], []
     for kind in ("hf", "gguf"):
         with open_model(named(exports[kind]), HowToOpen(context=200), Recorder()) as opened:
             assert isinstance(opened, LlamaModel) == (kind == "gguf")
             assert opened.vocabulary == 384 and opened.context == 200
-            talk = Talk(opened, "Be kind.")
-            prompt = talk.ask("Where is the station?", GREEDY).writing.prompt
-            talk.reset()
-            texts, reused = [], []
-            for question in ("Where is the station?", "And the lamp?"):
-                answering = talk.ask(question, replace(GREEDY, max_tokens=20))
-                texts.append(talk.answer(answering, lambda _: None)[:12])
-                reused.append(answering.writing.reused)
-            assert reused[0] == 0 and reused[1] > 20
-            answers.append([*map(str, prompt), *texts])
-    assert answers[0] == answers[1]
+            asked = [{"role": "system", "content": "Be kind."}, user("Where is the station?")]
+            prompts.append(prompt_of(opened, asked))
+            row = row_of(opened)
+            logits.append(row.logits(prompts[-1]).copy())
+            longer = [*prompts[-1][:-4], *range(9, 40)]  # cut, and gone on with
+            kept, reused = row.logits(longer).copy(), row.reused
+            row.logits([5])
+            assert reused == len(prompts[-1]) - 4 and np.abs(row.logits(longer) - kept).max() < 0.1
+    assert prompts[0] == prompts[1]
+    assert logits[0].argmax() == logits[1].argmax() and np.corrcoef(*logits)[0, 1] > 0.999
 
 
 @pytest.mark.slow

@@ -90,13 +90,9 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_opened(
 
 
 @pytest.mark.slow
-def test_an_adapter_is_served_until_ctrl_c(llama: Path, tmp_path: Path) -> None:
+def test_a_model_is_served_until_ctrl_c(llama: Path) -> None:
     """By a real process, which Ctrl-C ends with 0."""
-    from tests.export.cases import KINDS, trained
-
-    adapter = tmp_path / "tuned"
-    trained(llama, adapter, KINDS["plain"])
-    common = (str(adapter), "--temperature", "0", "--max-tokens", "8")
+    common = (str(llama), "--temperature", "0", "--max-tokens", "8")
     command = [sys.executable, "-m", "qlora.cli.chat", *common, "--serve", "0"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert server.stderr is not None

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora.data.column_words import FORMAT_COLUMNS, Reading, detect, is_turns, nearest_columns, suggestion
+from qlora.data.column_words import FORMAT_COLUMNS, Reading, detect, is_turns, nearest_columns, renamed, suggestion
 from qlora.data.formats import to_conversation
 from qlora.data.row_json import RowError
-from qlora.data.sources import renamed
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 GPT = {"from": "gpt", "value": "a"}
