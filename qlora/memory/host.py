@@ -20,10 +20,12 @@ RUNNING_BYTES = 120 * MIB
 # A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB: what
 # the quickstart, whose tensors are all that small, has after 40 steps (after 5 of them: 45 less).
 ANSWERING_BYTES = 60 * MIB
-# A compiled kernel of oneDNN's: with room for 1,024 the peak was 61 MiB above that with room for 8, after 12 rows of a
-# 135M base. heap.settle bounds how many are kept; a width has about 20 shapes.
-KERNEL_BYTES = 110 << 10
+# A compiled kernel with its plan: 388 MiB for 600 shapes of a small layer. heap.settle bounds how many are kept; a
+# width has about 20 shapes.
+KERNEL_BYTES = 600 << 10
 KERNELS_OF_WIDTH = 20
+# A study and its exam: shapes of their own with each batch, prompts and answers as Python's objects, labels.
+STUDY_BYTES = 60 * MIB
 # Blocks that the C library cannot give back.
 FRAGMENTATION_SHARE = 0.02
 
@@ -33,8 +35,12 @@ def held_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def added_bytes(live: int, widths: int, answers: bool) -> int:
-    """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors."""
+def added_bytes(live: int, widths: int, answers: bool, asks: bool = False) -> int:
+    """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors.
+
+    `asks`: it studies documents.
+    """
+    widths = MOST_KERNELS if asks else widths
     kernels = min(MOST_KERNELS, KERNELS_OF_WIDTH * widths) * KERNEL_BYTES
-    running = RUNNING_BYTES + (ANSWERING_BYTES if answers else 0)
+    running = RUNNING_BYTES + (ANSWERING_BYTES if answers or asks else 0) + (STUDY_BYTES if asks else 0)
     return running + kernels + round(live * FRAGMENTATION_SHARE)

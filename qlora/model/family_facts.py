@@ -61,7 +61,9 @@ def facts_of(text: Any, name: str) -> FamilyFacts:
 
     Raises ModelError where transformers cannot build the model.
     """
-    known = json.dumps(text.to_dict(), sort_keys=True, default=str)
+    # Read anew, the same config.json has another `_name_or_path`: the folder that it was put into for transformers.
+    said = {key: value for key, value in text.to_dict().items() if key != "_name_or_path"}
+    known = json.dumps(said, sort_keys=True, default=str)
     return _facts(_Config(known, text, name))
 
 

@@ -22,9 +22,9 @@ from qlora.stop import StopRequest
 from qlora.study import bm25, defaults, exam_questions, hold, rows
 from qlora.study.labels import labels_of
 from qlora.study.material import FOLDER, Material, keeping
-from qlora.study.prompts import Frame, prompt_ids, prompts_for
+from qlora.study.prompts import FRAMES, WORDINGS, Frame, prompt_ids, prompts_for
 from qlora.study.records import Candidate, key_of
-from qlora.study.room import room
+from qlora.study.room import Batches, batches, room
 from qlora.study.run_exam import RunExam
 from qlora.study.study import Studied, StudySettings, study
 from qlora.study.teacher import Teacher
@@ -79,6 +79,21 @@ class Lesson:
     def questions(self) -> int:
         """How many are going to be asked for training, at most."""
         return len(self.passages) * self.recipe.study.questions
+
+    @property
+    def batches(self) -> Batches:
+        """What will be asked at once at most, in tokens of this base: see `room.batches`."""
+        frames = FRAMES if self.frame == "chat" else ("lines",)
+        empty = replace(max(self.passages, key=lambda passage: len(passage.text)), text="", about="")
+        kinds = [
+            prompts_for(language).ask(frame, empty, "", kind, wording)
+            for language in {passage.language for passage in self.passages}
+            for kind in self.recipe.study.kinds
+            for wording in WORDINGS
+            for frame in frames
+        ]
+        around = max(len(prompt_ids(self.chat, frame, text)) for frame in frames for text in kinds)
+        return batches(self.recipe.study.passage_tokens, around + QUESTION_TOKENS)
 
     def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, room_bytes: int | None) -> Teacher:
         """The base as the teacher, with as many prompts at once as fit into `room_bytes` (None: not known)."""
