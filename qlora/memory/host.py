@@ -16,16 +16,15 @@ from qlora.units import MIB
 # (131 to 175 MiB between a simulation's end and the first weight that is read).
 READING_BYTES = 160 * MIB
 # By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects.
-RUNNING_BYTES = 120 * MIB
-# A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB: what
-# the quickstart, whose tensors are all that small, has after 40 steps (after 5 of them: 45 less).
-ANSWERING_BYTES = 60 * MIB
+RUNNING_BYTES = 95 * MIB
+# A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB.
+ANSWERING_BYTES = 10 * MIB
 # A compiled kernel with its plan: 388 MiB for 600 shapes of a small layer. heap.settle bounds how many are kept; a
 # width has about 20 shapes.
 KERNEL_BYTES = 600 << 10
 KERNELS_OF_WIDTH = 20
-# A study and its exam: shapes of their own with each batch, prompts and answers as Python's objects, labels.
-STUDY_BYTES = 60 * MIB
+# A study and its exam: prompts and answers as Python's objects, labels, a search over all passages.
+STUDY_BYTES = 20 * MIB
 # Blocks that the C library cannot give back.
 FRAGMENTATION_SHARE = 0.02
 

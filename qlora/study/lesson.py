@@ -37,6 +37,7 @@ QUESTION_TOKENS, ANSWER_TOKENS = 24, 16  # of a row, until rows are known: 195 t
 SPARE_BYTES = 512 << 20  # beside weights and keys: logits, workspace, the context of a GPU
 STUDIED_FILE = "documents.json"
 HOLD_TOKENS = 64  # longest answer on other things
+_LOOKED_AT = 100  # of the passages with most characters, one has most tokens
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class Lesson:
             for frame in frames
         ]
         around = max(len(prompt_ids(self.chat, frame, text)) for frame in frames for text in kinds)
-        return batches(self.recipe.study.passage_tokens, around + QUESTION_TOKENS)
+        longest = sorted((passage.text for passage in self.passages), key=len)[-_LOOKED_AT:]
+        tokens = max(map(len, self.chat.tokenizer(longest, add_special_tokens=False, verbose=False)["input_ids"]))
+        return batches(min(tokens, self.recipe.study.passage_tokens), around + QUESTION_TOKENS)
 
     def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, room_bytes: int | None) -> Teacher:
         """The base as the teacher, with as many prompts at once as fit into `room_bytes` (None: not known)."""
