@@ -286,6 +286,7 @@ def question(
     from qlora.model import row_packing
     from qlora.model.meta_model import text_config
     from qlora.model.resolve import resolve_config
+    from qlora.study import room
 
     if gpu is not None and vram is not None:
         raise RecipeError([Problem("qlora-estimate", "`gpu` and `vram` both name the limit", "give one of them")])
@@ -294,9 +295,9 @@ def question(
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
-    recipe = starting_adapter.sized(recipe)
-    recipe = row_packing.settled(defaults.unread(recipe, _gate(sink)), config, _gate(sink))
-    return Question(recipe, Estimator(text, recipe.model.base, machine, BASELINES[stack]))
+    estimator = Estimator(text, recipe.model.base, machine, BASELINES[stack])
+    recipe, estimator.asks = room.foreseen(starting_adapter.sized(recipe), _gate(sink))
+    return Question(row_packing.settled(recipe, config, _gate(sink)), estimator)
 
 
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:

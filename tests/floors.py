@@ -147,9 +147,12 @@ LINES = {
     "memory": [
         "allocator",
         "tape",
+        "asking",
         "trace",
         "baselines",
         "plain_optimizer",
+        "simulation",
+        "shelf",
         "simulate",
         "cards",
         "card_names",

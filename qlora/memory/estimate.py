@@ -10,9 +10,12 @@ from qlora import numerics
 from qlora.data.layout import PAD_TO_MULTIPLE
 from qlora.errors import DoesNotFit
 from qlora.memory import calibration, host, margins, overheads
+from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
-from qlora.memory.simulate import TRAIN_PHASES, ModelSpec, Simulation, Simulator, Workload
+from qlora.memory.shelf import Shelf
+from qlora.memory.simulate import Simulator
+from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, Workload
 from qlora.memory.trace import most_multiprocessors
 from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
@@ -29,7 +32,7 @@ PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows ar
 class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
-    `answer_tokens` is the longest answer of exact match, 0 without one.
+    `answer_tokens` is the longest answer of exact match, 0 without one. `asks` are the batches of a study.
     No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
     than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
     Batches have `widths` different widths at most.
@@ -44,6 +47,7 @@ class DataFacts:
     trained: int = 0
     widths: int = 1
     answer_tokens: int = 0
+    asks: PlainAsks = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,10 @@ class Estimator:
         gpu = machine.gpu
         self.correction = calibration.correction(gpu.name) if gpu is not None else calibration.Correction()
         self.held = host.held_bytes()
+        # Of a run without a GPU the process is asked what it holds once a step was drawn: so one is drawn.
+        self._shelf = Shelf() if machine.device_type == "cuda" else None
         self._simulators: dict[Any, Simulator] = {}
+        self.asks: PlainAsks = ()  # of a study, where no rows are known
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
@@ -119,7 +126,7 @@ class Estimator:
         if made_of not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
             spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel)
-            self._simulators[made_of] = Simulator(spec, whole=_by_whole_model(self.text, self.name))
+            self._simulators[made_of] = Simulator(spec, _by_whole_model(self.text, self.name), self._shelf)
         return self._complete(recipe, facts, self._simulators[made_of])
 
     def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
@@ -140,12 +147,13 @@ class Estimator:
         machine, factor, workload = self.machine, self.correction.factor, workload_of(recipe, facts)
         if recipe.train.deterministic and machine.gpu is not None:
             workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
+        workload = self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
         simulation = simulator.run(workload)
         terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
         widths = facts.widths if facts else workload.length // PAD_TO_MULTIPLE
-        fragmentation = slack + self._beside_tensors(simulation, widths, workload.samples > 0)
+        fragmentation = slack + self._beside_tensors(simulation, widths, workload)
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -157,12 +165,13 @@ class Estimator:
             "evaluate": simulation.peak_of(("evaluate", "update")).total,
             "generate": simulation.peak_of(("generate", "update")).total,
             "resume": sum(simulation.kept.values()),
+            **{phase: simulation.phases[phase].total for phase, _ in workload.asks},
         }
         phases = {name: round(total * factor) + fixed for name, total in phases.items()}
-        largest, rank = simulator.values.largest_linear, recipe.lora.r
+        largest, rank = simulator.drawn.values.largest_linear, recipe.lora.r
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
-        merged = 2 * (simulator.values.linear + simulator.values.other) * len(recipe.export.formats)
+        merged = 2 * (simulator.drawn.values.linear + simulator.drawn.values.other) * len(recipe.export.formats)
         peak, gpu = sum(components.values()), machine.gpu
         of_host = overheads.CUDA_HOST_BYTES + simulation.paged + overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
@@ -191,11 +200,23 @@ class Estimator:
             **overheads.workspace_terms(capability, deterministic),
         }
 
-    def _beside_tensors(self, simulation: Simulation, widths: int, answers: bool) -> int:
+    def _asking_as_fits(self, workload: Workload, simulator: Simulator) -> Workload:
+        """With as many prompts at once as there is memory for: a study asks fewer where it runs out."""
+        limit = self.machine.limit_bytes - self._terms(False, rows_are_read=True)["context"]
+        while most_rows(workload.asks) > 1:
+            simulation = simulator.run(workload)
+            highest = simulation.peak_of([phase for phase, _ in workload.asks]).total
+            if highest <= max(limit, simulation.peak_of(TRAIN_PHASES).total):
+                break
+            workload = replace(workload, asks=halved(workload.asks))
+        return workload
+
+    def _beside_tensors(self, simulation: Simulation, widths: int, workload: Workload) -> int:
         """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
         if self.machine.device_type != "cuda":
             copied = overheads.snapshot_bytes(simulation.kept["adapters"], simulation.kept["optimizer"], pinned=False)
-            return host.added_bytes(simulation.worst.total, widths, answers, copied)
+            asks = bool(workload.asks)
+            return copied + host.added_bytes(simulation.worst.total, widths, workload.samples > 0, asks)
         return simulation.reserved.beyond
 
     def _error(self, simulation: Simulation, simulator: Simulator) -> int:
@@ -205,7 +226,7 @@ class Estimator:
             return margins.on_host(tensors)
         weights = round(worst.parts["weights"] * factor)
         of_context = overheads.context_bytes(self.machine.gpu)[1]
-        gaps = margins.Gaps(weights, simulator.cast_bytes, simulator.eager)
+        gaps = margins.Gaps(weights, simulator.drawn.cast_bytes, simulator.drawn.eager)
         return margins.of_tensors(tensors, self.correction) + margins.of_gaps(tensors, gaps) + of_context
 
     def _notes(self, simulation: Simulation, workload: Workload) -> tuple[str, ...]:
@@ -217,6 +238,8 @@ class Estimator:
             notes.append("the paged optimizer state may move to host memory when the GPU is full; it is counted here")
         if self.baseline.name != "qlora":
             notes.append(f"as the stack {self.baseline.name!r} would train it, not as qlora-train does")
+        if workload.asks:
+            notes.append(f"study and exam: {most_rows(workload.asks)} prompts at once")
         if workload.samples:
             notes.append(f"samples: prompts of {workload.prompt_tokens} tokens, answers of {workload.new_tokens}")
         return tuple(notes)
@@ -278,14 +301,14 @@ def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator,
     width = int(text.num_attention_heads) * int(vars(text).get("head_dim") or hidden // text.num_attention_heads)
     attention = (9 if workload.gradient_checkpointing else 7) * int(text.num_hidden_layers) * workload.length * width
     operations = (
-        2 * passes * simulator.values.linear
+        2 * passes * simulator.drawn.values.linear
         + 6 * int(text.vocab_size) * hidden
         + attention
-        + 2 * (passes + 1) * simulator.values.adapter
+        + 2 * (passes + 1) * simulator.drawn.values.adapter
     )
     tokens = workload.rows * workload.length
     seconds = tokens * operations / (gpu.teraflops * 1e12)
-    seconds += passes * simulator.values.linear * (0.516 + 2) / (gpu.gigabytes_per_second * 1e9)
+    seconds += passes * simulator.drawn.values.linear * (0.516 + 2) / (gpu.gigabytes_per_second * 1e9)
     return tokens / seconds
 
 

@@ -16,14 +16,15 @@ from qlora.units import MIB
 # (131 to 175 MiB between a simulation's end and the first weight that is read).
 READING_BYTES = 160 * MIB
 # By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects.
-RUNNING_BYTES = 120 * MIB
-# A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB: what
-# the quickstart, whose tensors are all that small, has after 40 steps (after 5 of them: 45 less).
-ANSWERING_BYTES = 60 * MIB
-# A compiled kernel of oneDNN's: with room for 1,024 the peak was 61 MiB above that with room for 8, after 12 rows of a
-# 135M base. heap.settle bounds how many are kept; a width has about 20 shapes.
-KERNEL_BYTES = 110 << 10
+RUNNING_BYTES = 95 * MIB
+# A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB.
+ANSWERING_BYTES = 10 * MIB
+# A compiled kernel with its plan: 388 MiB for 600 shapes of a small layer. heap.settle bounds how many are kept; a
+# width has about 20 shapes.
+KERNEL_BYTES = 600 << 10
 KERNELS_OF_WIDTH = 20
+# A study and its exam: prompts and answers as Python's objects, labels, a search over all passages.
+STUDY_BYTES = 20 * MIB
 # Blocks that the C library cannot give back.
 FRAGMENTATION_SHARE = 0.02
 
@@ -33,11 +34,12 @@ def held_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def added_bytes(live: int, widths: int, answers: bool, copied: int) -> int:
+def added_bytes(live: int, widths: int, answers: bool, asks: bool = False) -> int:
     """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors.
 
-    `copied` bytes are a copy of its state, which a thread writes to the disk while the next steps are at their peak.
+    `asks`: it studies documents.
     """
+    widths = MOST_KERNELS if asks else widths
     kernels = min(MOST_KERNELS, KERNELS_OF_WIDTH * widths) * KERNEL_BYTES
-    running = RUNNING_BYTES + (ANSWERING_BYTES if answers else 0)
-    return running + kernels + copied + round(live * FRAGMENTATION_SHARE)
+    running = RUNNING_BYTES + (ANSWERING_BYTES if answers or asks else 0) + (STUDY_BYTES if asks else 0)
+    return running + kernels + round(live * FRAGMENTATION_SHARE)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import gc
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,16 +23,17 @@ from torch import nn
 from qlora.batch import Batch
 from qlora.memory import tape
 from qlora.memory.allocator import rounded
-from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.asking import Asks, ask
 from qlora.memory.plain_optimizer import PlainOptimizer
+from qlora.memory.shelf import Shelf, Shelved
+from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
 from qlora.model import adapters, full_logits
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
-from qlora.model.made_up import load_nothing
+from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
-from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.optimizer import AdapterOptimizer
 
@@ -43,124 +44,54 @@ FEWEST_LAYERS = 3
 # Chunks of the head's loss that are run one by one (14 ms each); of more, the peak is drawn from larger chunks.
 MOST_CHUNKS = 256
 DRAWN_CHUNKS = (8, 16)
-DOCUMENT_TOKENS = 256  # of a document, where no rows are known
 OUTSIDE = ("start", "end")  # what the simulation itself does before and after
-TRAIN_PHASES = ("forward", "loss", "backward", "backward end", "update")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What the model is made of: the same for every workload."""
-
-    text: Any  # transformers' configuration of the causal model
-    name: str
-    lora: LoraSection
-    quantization: QuantizationSection
-    attention: str = "auto"
-    target: str = "cuda"  # the device that the meta tensors stand for
-    baseline: Baseline = BASELINES["qlora"]
-    kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
-
-    @property
-    def layers(self) -> int:
-        return int(self.text.num_hidden_layers)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding. `trained` of a
-    row's tokens have a loss at most; 0 is all of them.
-
-    `documents` are the most of a row (0: as many as have DOCUMENT_TOKENS); `multiprocessors` of the card, where sums
-    are done in one order only (`trace.Sums`).
-
-    `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
-    `prompt_tokens` are answered with `new_tokens` between steps; 0 is none.
-    """
-
-    rows: int
-    length: int
-    gradient_checkpointing: bool = True
-    optimizer: str = "paged_adamw_8bit"
-    packed: bool = True
-    accumulates: bool = True
-    neftune_alpha: float = 0.0
-    evaluates: bool = True
-    samples: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    trained: int = 0
-    documents: int = 0
-    multiprocessors: int = 0
-
-    @property
-    def document_lengths(self) -> tuple[int, ...]:
-        count = max(1, min(self.length, self.documents or max(2, self.length // DOCUMENT_TOKENS))) if self.packed else 1
-        first = [self.length // count] * (count - 1)
-        return (*first, self.length - sum(first)) * self.rows
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """Bytes of every phase at its peak, and of what is kept from the first step to the last.
-
-    `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
-    allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step.
-    """
-
-    phases: Mapping[str, Peak]
-    kept: Mapping[str, int]
-    paged: int
-    reserved: tape.Reserved
-
-    @property
-    def worst(self) -> Peak:
-        """Of the phase with the highest total."""
-        return self.peak_of(tuple(self.phases))
-
-    def peak_of(self, names: Sequence[str]) -> Peak:
-        """Of these phases, the one with the highest total; a phase that did not take place is left out."""
-        return max((self.phases[name] for name in names if name in self.phases), key=lambda peak: peak.total)
-
-
-class ValueCounts(NamedTuple):
-    """Parameters: of all layers that "all-linear" means, of the largest of them, of the rest, and of adapters."""
-
-    linear: int
-    largest_linear: int
-    other: int
-    adapter: int
 
 
 class Simulator:
-    """The model of a spec, built in two sizes; `run` may be called for any number of workloads."""
+    """The model of a spec, built in two sizes; `run` may be called for any number of workloads.
 
-    def __init__(self, spec: ModelSpec, whole: bool = False) -> None:
-        self.spec = spec
+    With a `shelf` nothing is built for what was simulated before, by this process or by another.
+    """
+
+    def __init__(self, spec: ModelSpec, whole: bool = False, shelf: Shelf | None = None) -> None:
+        self.spec, self.shelf = spec, shelf
         self._period = period = _period(spec.text)
         first = -(-FEWEST_LAYERS // period) * period
         sizes = [first, first + period]
         self.sizes = sizes if not whole and spec.layers > sizes[-1] else [spec.layers]
-        with _collecting():
-            self._models = [_MetaModel(spec, size) for size in self.sizes]
-        self.values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
         self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
 
-    @property
-    def eager(self) -> bool:
-        """Whether the scores of attention are tensors."""
-        return bool(self._models[0].causal_lm.config.get_text_config()._attn_implementation == "eager")
+    @cached_property
+    def _models(self) -> list[_MetaModel]:
+        """Whatever was imported and asked before: modules of libraries, and what these make once, are no model's."""
+        ready_to_load_nothing()
+        with _collecting():
+            return [_MetaModel(self.spec, size) for size in self.sizes]
 
-    @property
-    def cast_bytes(self) -> int:
-        """Of what a baseline held in another dtype before."""
-        return self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
+    @cached_property
+    def drawn(self) -> Drawn:
+        values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
+        config = self._models[0].causal_lm.config.get_text_config()
+        cast = self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
+        return Drawn(values, bool(config._attn_implementation == "eager"), cast)
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
         if workload not in self._known:
-            self._known[workload] = self._simulated(workload)
+            self._known[workload] = self._found(workload)
         return self._known[workload]
+
+    def _found(self, workload: Workload) -> Simulation:
+        """From the shelf, else simulated and put there."""
+        if self.shelf is None:
+            return self._simulated(workload)
+        key = self.shelf.key(self.spec, workload, self.sizes)
+        if (found := self.shelf.get(key)) is not None:
+            self.__dict__.setdefault("drawn", found.drawn)
+            return found.simulation
+        simulation = self._simulated(workload)
+        self.shelf.put(key, Shelved(self.drawn, simulation))
+        return simulation
 
     def _simulated(self, workload: Workload) -> Simulation:
         tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
@@ -303,6 +234,7 @@ class _MetaModel:
             paged = self._paged_bytes(optimizer, workload.optimizer)
             optimizer.detach()
             del optimizer, batch
+            self._ask(workload.asks)
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
         return Simulation(phases, kept, paged, tape.play(recorded, 0, 1, 0)), recorded
 
@@ -358,6 +290,17 @@ class _MetaModel:
         tokens = min(full_logits.TOKENS, batch.input_ids_BS.shape[1])
         kept = [full_logits.logprobs(self.causal_lm, batch.input_ids_BS[0, :tokens]) for _ in range(2)]
         kept.append(batch_logprobs(self.parts, _batch(Workload(1, 2 * tokens))))
+
+    def _ask(self, asks: Asks) -> None:
+        """A study before there is an optimizer, with the adapters off; an exam after it."""
+        self.live.packed = True  # prompts are padded, which masks show
+        for phase, batches in asks:
+            gc.collect()
+            self.live.begin(phase)
+            with torch.no_grad(), self.model.disable_adapter():
+                for asked in batches:
+                    ask(self.model, asked)
+        self.live.begin("end")
 
     def _answer(self, workload: Workload) -> None:
         """Prompts read with a cache, and the last of the new tokens."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from qlora.step.forward import evaluating
 
 ANSWERS_AT_ONCE = 16
+# What layers keep that holds keys and values alone, a row's apart from another's.
+_PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 SAMPLE_TOKENS = 128  # the longest sample answer: what training asks for is what the estimator counts
 
 
@@ -110,3 +112,9 @@ def name_of_cache(model: Any) -> str:
 def forward_parameters(model: Any) -> Collection[str]:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(inner.forward).parameters
+
+
+def keeps_keys_alone(cache: Any) -> bool:
+    """Whether a cache holds keys and values alone, so that one row's can be repeated for several."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(type(layer).__name__ in _PLAIN_LAYERS for layer in layers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +28,21 @@ SPREAD = 0.02  # of random weights: transformers' usual initializer_range
 def load_nothing(model: Any, quantization: QuantizationSection) -> None:
     """Give a model on `meta` the final form that `load_base` gives it, without a byte of weights."""
     meta = torch.device("meta")
-    # bitsandbytes keeps its 8-bit code table from the first quantization on, on that one's device: never on meta.
-    functional = import_bitsandbytes().functional
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    ready_to_load_nothing()
     if quantization.type != "none":
         _fill_linear(model, quantization, meta, _params_on_meta())
     freeze(model, meta)
+
+
+def ready_to_load_nothing() -> None:
+    """bitsandbytes and peft imported, with what they make once and keep, so that who counts storages counts none of it.
+
+    bitsandbytes keeps its 8-bit code table from the first quantization on, on that one's device: never on meta.
+    """
+    functional = import_bitsandbytes().functional
+    import_module("peft")
+    if "dynamic" not in functional.name2qmap:
+        functional.name2qmap["dynamic"] = functional.create_dynamic_map()
 
 
 def load_random(model: Any, quantization: QuantizationSection, device: torch.device) -> None:

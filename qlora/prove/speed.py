@@ -11,7 +11,8 @@ import torch
 from qlora import device as hardware
 from qlora.memory.estimate import ideal_tokens_per_second
 from qlora.memory.hardware import Gpu
-from qlora.memory.simulate import ModelSpec, Simulator, Workload
+from qlora.memory.simulate import Simulator
+from qlora.memory.simulation import ModelSpec, Workload
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.prove.model import make, packed
 from qlora.prove.proof import Figure, Outcome, Place, Proof

@@ -18,14 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qlora.model.generate import forward_parameters, name_of_cache
+from qlora.model.generate import forward_parameters, keeps_keys_alone, name_of_cache
 from qlora.step.forward import evaluating
 
 TOP = 64  # log-probabilities kept of a token: 6 bytes each, and 0.957 of the mass at 32 even with a 135 M base
 MAX_THOUGHTS = 512  # tokens; what thinks longer about one question is too slow to study with
 SHARED_AT_LEAST = 16  # tokens: below this, computing a beginning apart costs more than it saves
-# What layers keep that holds keys and values alone, a row's apart from another's.
-_PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class _Shared:
         ids = torch.tensor([list(prompts[0][:length])], device=nothing.device)
         output = model(input_ids=ids, use_cache=True, **nothing.last_only)
         cache = output.get(nothing.cache_name)
-        return cls(model, length, cache) if _repeats(cache) else nothing
+        return cls(model, length, cache) if keeps_keys_alone(cache) else nothing
 
     def batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Which prompts go together: all, but where padding would be read.
@@ -284,9 +282,3 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with."""
     first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
     return next((at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-
-
-def _repeats(cache: Any) -> bool:
-    """Whether a cache holds keys and values alone, so that one row's can be repeated for several."""
-    layers = getattr(cache, "layers", ())
-    return bool(layers) and all(type(layer).__name__ in _PLAIN_LAYERS for layer in layers)

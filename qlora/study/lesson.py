@@ -21,9 +21,9 @@ from qlora.stop import StopRequest
 from qlora.study import bm25, defaults, exam_questions, hold, plain_text, rows, thinking
 from qlora.study.labels import Labels, labels_of
 from qlora.study.material import FOLDER, STUDIED_FILE, Material, keeping
-from qlora.study.prompts import Frame, lead_ids, prompts_for, served_ids
+from qlora.study.prompts import FRAMES, WORDINGS, Frame, lead_ids, prompt_ids, prompts_for, served_ids
 from qlora.study.records import Candidate, key_of
-from qlora.study.room import room
+from qlora.study.room import Batches, batches, room
 from qlora.study.run_exam import RunExam
 from qlora.study.study import Studied, StudySettings, study
 from qlora.study.teacher import Teacher
@@ -36,6 +36,7 @@ Phase = Callable[[str], AbstractContextManager[None]]  # time spent inside count
 QUESTION_TOKENS, ANSWER_TOKENS = 24, 16  # of a row, until rows are known: 195 tokens were 4 questions with answers
 SPARE_BYTES = 512 << 20  # beside weights and keys: logits, workspace, the context of a GPU
 HOLD_TOKENS = 64  # longest answer on other things
+_LOOKED_AT = 100  # of the passages with most characters, one has most tokens
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,23 @@ class Lesson:
     def questions(self) -> int:
         """How many are going to be asked for training, at most."""
         return len(self.passages) * self.recipe.study.questions
+
+    @property
+    def batches(self) -> Batches:
+        """What will be asked at once at most, in tokens of this base: see `room.batches`."""
+        frames = FRAMES if self.frame == "chat" else ("lines",)
+        empty = replace(max(self.passages, key=lambda passage: len(passage.text)), text="", about="")
+        kinds = [
+            prompts_for(language).ask(frame, empty, "", kind, wording)
+            for language in {passage.language for passage in self.passages}
+            for kind in self.recipe.study.kinds
+            for wording in WORDINGS
+            for frame in frames
+        ]
+        around = max(len(prompt_ids(self.chat, frame, text)) for frame in frames for text in kinds)
+        longest = sorted((passage.text for passage in self.passages), key=len)[-_LOOKED_AT:]
+        tokens = max(map(len, self.chat.tokenizer(longest, add_special_tokens=False, verbose=False)["input_ids"]))
+        return batches(min(tokens, self.recipe.study.passage_tokens), around + QUESTION_TOKENS)
 
     def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, room_bytes: int | None) -> Teacher:
         """The base as the teacher, with as many prompts at once as fit into `room_bytes` (None: not known)."""

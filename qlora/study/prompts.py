@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Frame = Literal["chat", "lines"]
 Wording = Literal["ask", "ask_exam"]
+WORDINGS: tuple[Wording, ...] = ("ask", "ask_exam")
 FRAMES: tuple[Frame, ...] = ("chat", "lines")
 KINDS = ("fact", "backward", "how", "list", "compare", "case")
 FALLBACK = "en"  # for documents in a language that there are no prompts for

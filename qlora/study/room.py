@@ -5,12 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from qlora.errors import DataError
+from qlora.events import Notice, Sink
+from qlora.recipe.reading import Recipe
+from qlora.study import defaults, material
 from qlora.study.answer import ANSWER_TOKENS
+from qlora.study.ask import QUESTION_TOKENS
+from qlora.study.exam import MAX_TOKENS, RETRIEVED
+from qlora.study.exam_asking import AT_ONCE as EXAM_AT_ONCE
 from qlora.study.labels import COLUMNS
 from qlora.study.teacher import AT_ONCE
 
 LABEL_BYTES = 4 + COLUMNS * (4 + 2)  # of a token: its id, and of each of the likeliest its id and log-probability
+UNREAD_TOKENS = 320  # the same with worked examples, where no tokenizer is at hand: 700 characters, 350 Chinese ones
 PROMPT_TOKENS = 96  # around a passage: the words of a prompt, headings, a question
+
+Batches = tuple[tuple[str, tuple[tuple[int, ...], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -39,3 +49,31 @@ def room(config: Any, passage_tokens: int, questions: int, free_bytes: int | Non
     fitting = AT_ONCE if free_bytes is None else free_bytes // max(one, 1)
     at_once = max(1, min(AT_ONCE, fitting))
     return Room(at_once, at_once * one, questions * ANSWER_TOKENS * LABEL_BYTES)
+
+
+def batches(passage_tokens: int, around: int, at_once: int = AT_ONCE) -> Batches:
+    """By phase, what is asked at once at most: rows, shared and own tokens of a prompt, tokens of an answer, logits.
+
+    `passage_tokens` of a passage in view, `around` of the rest of a prompt. An exam shows other passages to each row.
+    """
+    study = (
+        (at_once, passage_tokens + around, QUESTION_TOKENS, ANSWER_TOKENS, 0),
+        (at_once, 0, around + QUESTION_TOKENS, ANSWER_TOKENS, ANSWER_TOKENS + 1),
+    )
+    retrieved = RETRIEVED * passage_tokens + around + QUESTION_TOKENS
+    return ("study", study), ("exam", ((min(at_once, EXAM_AT_ONCE), 0, retrieved, MAX_TOKENS, 0),))
+
+
+def foreseen(recipe: Recipe, sink: Sink) -> tuple[Recipe, Batches]:
+    """The recipe with what its documents ask for, and what their study asks at once; no tokenizer is at hand.
+
+    Documents that are not here are taken for few pages, which a notice says.
+    """
+    if not recipe.data.documents:
+        return recipe, ()
+    try:
+        recipe, _ = material.read(recipe, not defaults.has_length(recipe), sink)
+    except DataError as error:
+        sink.emit(Notice("documents", f"not read for this estimate: {error.what}"))
+        recipe = defaults.unread(recipe, sink)
+    return recipe, batches(recipe.study.passage_tokens, UNREAD_TOKENS)

@@ -150,7 +150,7 @@ def as_event(plan: Plan) -> dict[str, Any]:
     """What a plan event says about memory: plain values."""
     estimate = plan.estimate.as_dict()
     of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
-    keys = (*of_bytes, "fits", "components", "settings", "notes")
+    keys = (*of_bytes, "fits", "components", "phases", "settings", "notes")
     return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
 
 

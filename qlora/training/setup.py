@@ -157,7 +157,8 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
         exact = evaluate.answer_tokens(asked[: recipe.eval.exact_match_rows], chat)
         facts = memory_plan.data_facts(*(planned or (recipe, data)), prompt_tokens)
-        memory = memory_plan.plan_run(recipe, base, replace(facts, answer_tokens=exact), sink)
+        facts = replace(facts, answer_tokens=exact, asks=lesson.batches if lesson else ())
+        memory = memory_plan.plan_run(recipe, base, facts, sink)
     return Prepared(chat, data, memory, lesson)
 
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from qlora.batch import Batch
 from qlora.events import Sinks
 from qlora.memory.allocator import rounded
-from qlora.memory.simulate import Workload
+from qlora.memory.simulation import Workload
 from qlora.memory.trace import LiveBytes
 from qlora.model import adapters, load
 from qlora.model.resolve import resolve

@@ -10,7 +10,7 @@ import torch
 
 from qlora.events import Recorder
 from qlora.memory.baselines import BASELINES, Baseline
-from qlora.memory.simulate import Workload
+from qlora.memory.simulation import Workload
 from qlora.model import adapters
 from qlora.model.load import load_base
 from qlora.model.resolve import resolve

@@ -32,21 +32,20 @@ def test_the_process_is_asked_what_it_holds() -> None:
 
 
 def test_what_a_run_adds_depends_on_shapes_and_has_an_end() -> None:
-    one, some, all_of_them, more = (host.added_bytes(100 * MIB, widths, False, 0) for widths in (1, 10, 13, 1000))
-    assert one < some < all_of_them == more < host.added_bytes(100 * MIB, 1000, True, 0)
-    assert host.added_bytes(100 * MIB, 1, False, 7) == one + 7
+    one, some, all_of_them, more = (host.added_bytes(100 * MIB, widths, False) for widths in (1, 5, 7, 1000))
+    assert one < some < all_of_them == more < host.added_bytes(100 * MIB, 1000, True)
 
 
 @pytest.mark.parametrize(
     ("facts", "measured"),
     [
-        # 378 steps on packs of up to 400 tokens and 60 answers: resident 790 MiB at the highest, 533 before the base;
-        # states were copied between steps then, and the copy was gone by the next one's peak.
-        (DataFacts(400, 1, 30, True, trained=100, widths=50, answer_tokens=128), 257),
+        # 40 steps on packs of up to 400 tokens and their answers: resident 686 MiB at the highest, 489 before the base;
+        # states were written between steps then, and no copy of one was held at the peak.
+        (DataFacts(400, 1, 30, True, trained=100, widths=50, answer_tokens=128), 197),
     ],
 )
 def test_the_quickstart_takes_what_was_measured(facts: DataFacts, measured: int) -> None:
-    """Within 5 %, and not less."""
+    """Not less, and within 20 %: the constants are those of a larger base too."""
     recipe = load_recipe(ROOT / "recipes/quickstart.toml")
     asked = estimator()
     estimate = asked.estimate(recipe, facts)
@@ -54,7 +53,7 @@ def test_the_quickstart_takes_what_was_measured(facts: DataFacts, measured: int)
     copied = overheads.snapshot_bytes(parts["adapters"], parts["optimizer"], pinned=False)
     assert 0 < copied < 20 * MIB
     taken = estimate.peak_bytes - asked.held - copied
-    assert measured * MIB <= taken <= measured * 1.05 * MIB
+    assert measured * MIB <= taken <= measured * 1.2 * MIB
 
 
 def test_an_estimate_without_rows_counts_what_reading_them_takes() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qlora.memory import tape
-from qlora.memory.simulate import ModelSpec, Simulator, Workload
+from qlora.memory.simulate import Simulator
+from qlora.memory.simulation import ModelSpec, Workload
 from qlora.memory.tape import BACKWARD, FORWARD, Tape
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.families import make_config

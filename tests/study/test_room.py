@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from qlora.study.room import kv_bytes, room
+from qlora.events import Recorder
+from qlora.recipe.reading import load_recipe
+from qlora.study.room import batches, foreseen, kv_bytes, room
 
 QWEN3_4B = SimpleNamespace(
     num_hidden_layers=36, num_key_value_heads=8, num_attention_heads=32, head_dim=128, hidden_size=2560
@@ -28,3 +31,24 @@ def test_labels_of_a_hundred_pages() -> None:
     found = room(QWEN3_4B, 400, 3400, None)
     assert found.disk_bytes == 3400 * 96 * 388
     assert "24 answers at once" in found.told()
+
+
+def test_what_is_asked_at_once() -> None:
+    (_, study), (_, exam) = batches(400, 100, at_once=24)
+    assert study == ((24, 500, 64, 96, 0), (24, 0, 164, 96, 97))
+    assert exam == ((16, 0, 1364, 64, 0),)  # three passages, others for each row
+
+
+def test_documents_decide_what_the_recipe_does_not_set(tmp_path: Path) -> None:
+    """By their size where they are there; where they are not, as few pages would, which is said."""
+    (tmp_path / "doc.md").write_text("# Plum\n\nThe Plum weighs 300 kilograms.\n")
+    lines = '[model]\nbase = "owner/name"\n[[data.documents]]\npath = "{}"\n'
+    for name, heard in (("doc.md", False), ("gone", True)):
+        (tmp_path / "recipe.toml").write_text(lines.format(name))
+        sink = Recorder()
+        found, asks = foreseen(load_recipe(tmp_path / "recipe.toml"), sink)
+        assert found.lora.r == 32 and [phase for phase, _ in asks] == ["study", "exam"]
+        said = [event.as_dict().get("message", "") for event in sink.events]
+        assert any("not read for this estimate" in one for one in said) is heard
+    plain = load_recipe(Path(__file__).parent.parent.parent / "recipes/quickstart.toml")
+    assert foreseen(plain, Recorder()) == (plain, ())

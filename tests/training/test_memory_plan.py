@@ -96,7 +96,9 @@ def test_rows_say_how_long_they_are(long_rows: Path, tmp_path: Path, llama: Path
     long = api.check(load_recipe(long_rows, ("data.packing=false",))).memory
     assert short is not None and long is not None
     assert short.settings["data.max_length"] < 100 < 300 < long.settings["data.max_length"]
-    assert short.peak_bytes < long.peak_bytes
+    # Not the peaks: rows of more widths have more compiled kernels, and the process holds other things each time.
+    taken = [one.components["activations"] for one in (short, long)]
+    assert taken[0] < taken[1]
 
 
 def test_a_model_that_meta_cannot_run_is_trained_without_a_plan(

@@ -29,7 +29,8 @@ from qlora.memory import margins, overheads
 from qlora.memory.baselines import Baseline
 from qlora.memory.calibration import Correction
 from qlora.memory.hardware import Gpu
-from qlora.memory.simulate import ModelSpec, Simulator, Workload
+from qlora.memory.simulate import Simulator
+from qlora.memory.simulation import ModelSpec, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
 FILE = Path(__file__).resolve().parent / "results/peaks.json"
@@ -128,7 +129,9 @@ def simulate(row: Mapping[str, Any], shapes: Mapping[str, Any], known: dict[str,
     )
     done = simulator.run(workload)
     worst = done.worst
-    return Simulated(worst.total + worst.slack, worst.parts["weights"], simulator.cast_bytes, done.reserved.beyond)
+    return Simulated(
+        worst.total + worst.slack, worst.parts["weights"], simulator.drawn.cast_bytes, done.reserved.beyond
+    )
 
 
 def _spec(row: Mapping[str, Any], shapes: Mapping[str, Any]) -> ModelSpec:

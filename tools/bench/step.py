@@ -192,7 +192,8 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
     sys.path.insert(0, str(ROOT))
     from qlora.memory import hardware
     from qlora.memory.estimate import ideal_tokens_per_second
-    from qlora.memory.simulate import ModelSpec, Simulator, Workload
+    from qlora.memory.simulate import Simulator
+    from qlora.memory.simulation import ModelSpec, Workload
     from qlora.model.meta_model import text_config
     from qlora.model.tensors import load_json
     from qlora.recipe.sections import LoraSection, QuantizationSection

@@ -1,0 +1,109 @@
+"""What is simulated, and what comes of it: the model and its workload, and bytes of every phase of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qlora.memory import tape
+from qlora.memory.asking import Asks
+from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.trace import Peak
+from qlora.recipe.sections import LoraSection, QuantizationSection
+
+DOCUMENT_TOKENS = 256  # of a document, where no rows are known
+TRAIN_PHASES = ("forward", "loss", "backward", "backward end", "update")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What the model is made of: the same for every workload."""
+
+    text: Any  # transformers' configuration of the causal model
+    name: str
+    lora: LoraSection
+    quantization: QuantizationSection
+    attention: str = "auto"
+    target: str = "cuda"  # the device that the meta tensors stand for
+    baseline: Baseline = BASELINES["qlora"]
+    kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
+
+    @property
+    def layers(self) -> int:
+        return int(self.text.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step does: `rows` of `length` tokens. `packed`: rows hold several documents, or padding. `trained` of a
+    row's tokens have a loss at most; 0 is all of them.
+
+    `documents` are the most of a row (0: as many as have DOCUMENT_TOKENS); `multiprocessors` of the card, where sums
+    are done in one order only (`trace.Sums`).
+
+    `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
+    `prompt_tokens` are answered with `new_tokens` between steps; 0 is none. `asks` are the batches of a study.
+    """
+
+    rows: int
+    length: int
+    gradient_checkpointing: bool = True
+    optimizer: str = "paged_adamw_8bit"
+    packed: bool = True
+    accumulates: bool = True
+    neftune_alpha: float = 0.0
+    evaluates: bool = True
+    samples: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    trained: int = 0
+    documents: int = 0
+    multiprocessors: int = 0
+    asks: Asks = ()
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        count = max(1, min(self.length, self.documents or max(2, self.length // DOCUMENT_TOKENS))) if self.packed else 1
+        first = [self.length // count] * (count - 1)
+        return (*first, self.length - sum(first)) * self.rows
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Bytes of every phase at its peak, and of what is kept from the first step to the last.
+
+    `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
+    allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step.
+    """
+
+    phases: Mapping[str, Peak]
+    kept: Mapping[str, int]
+    paged: int
+    reserved: tape.Reserved
+
+    @property
+    def worst(self) -> Peak:
+        """Of the phase with the highest total."""
+        return self.peak_of(tuple(self.phases))
+
+    def peak_of(self, names: Sequence[str]) -> Peak:
+        """Of these phases, the one with the highest total; a phase that did not take place is left out."""
+        return max((self.phases[name] for name in names if name in self.phases), key=lambda peak: peak.total)
+
+
+class ValueCounts(NamedTuple):
+    """Parameters: of all layers that "all-linear" means, of the largest of them, of the rest, and of adapters."""
+
+    linear: int
+    largest_linear: int
+    other: int
+    adapter: int
+
+
+class Drawn(NamedTuple):
+    """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before."""
+
+    values: ValueCounts
+    eager: bool
+    cast_bytes: int
