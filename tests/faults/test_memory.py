@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef  # type: ignore[attr-defined]
 
-from qlora import api, device, run_folder
+from qlora import api, device, export_source, run_folder
 from qlora.errors import DoesNotFit, ExportError, QloraError, StoppedBySignal, TrainingStopped
 from qlora.events import Recorder, Sinks
 from qlora.export import child, pipeline
@@ -99,7 +99,7 @@ def test_within_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_in_every_call_of_the_api(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path, llama)
-    for place, name in ((setup, "preflight"), (api, "_open_source"), (api, "question")):
+    for place, name in ((setup, "preflight"), (export_source, "_open_source"), (api, "question")):
         monkeypatch.setattr(place, name, runs_out)
     monkeypatch.setattr(run_folder, "adapter_of", lambda _: (tmp_path / "adapter", tmp_path / "export"))
     calls: list[Callable[[], Any]] = [lambda: api.train(recipe), lambda: api.check(recipe)]
