@@ -52,8 +52,10 @@ def user_path(text: str | os.PathLike[str], what: str = "the path") -> Path:
     except UnicodeEncodeError as error:
         raise UserError(f"{what}: {name} has a name that is not UTF-8", "rename it, or use another place") from error
     except RuntimeError as error:  # no such home, and before Python 3.13 a circle of links
-        reason = "its links lead in a circle" if "loop" in str(error).lower() else "there is no such home folder"
-        raise UserError(f"{what}: {name}: {reason}", "write the path out, without ~") from error
+        reason, hint = "there is no such home folder", "write the path out, without ~"
+        if "loop" in str(error).lower():
+            reason, hint = "its links lead in a circle", "name the file itself, or make the link anew"
+        raise UserError(f"{what}: {name}: {reason}", hint) from error
     except OSError as error:
         raise UserError(f"{what}: {name}: {error.strerror or error}", "give another path") from error
 

@@ -148,7 +148,7 @@ def find_files(path: str, endings: Collection[str], count_others: bool = False) 
     whole, split = folder_split(path)
     place, pattern = _split(whole)
     try:
-        root = files.user_path(place, "a source of rows")
+        root = files.user_path(place, "path")
         status = root.stat()
     except UserError as error:
         raise DataError(error.what, error.hint) from None

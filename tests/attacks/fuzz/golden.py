@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.attacks.fuzz import named_files, named_words
+from tests.attacks.fuzz import named_documents, named_files, named_words
 from tests.attacks.fuzz.harness import Fuzzer, Outcome
 from tests.attacks.fuzz.named_files import Named
 
@@ -17,6 +17,7 @@ NAMED: Mapping[str, Named] = {
     "adapter": named_files.ADAPTERS,
     "run": named_files.RUNS,
     "rows": named_files.ROWS,
+    "documents": named_documents.DOCUMENTS,
     "recipe": named_words.RECIPES,
     "cache": named_files.CACHES,
     "current folder": named_words.HERE,
