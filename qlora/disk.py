@@ -212,12 +212,16 @@ def remove_folder(folder: Path) -> None:
         discard(folder)
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder that the caller knows to be ours, whatever is in it; out of its name in one rename first."""
+def discard(folder: Path) -> bool:
+    """Remove a folder that the caller knows to be ours, whatever is in it; out of its name in one rename first.
+
+    Returns whether all of it is gone; what could not be removed lies under a hidden name, which is swept later.
+    """
     _refuse_link(folder)
     doomed = hidden(folder, "old")
     os.rename(folder, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+    return not os.path.lexists(doomed)
 
 
 def sweep_leftovers(parent: Path, spare_running: bool = False, name: str | None = None) -> int:
@@ -246,35 +250,38 @@ def sweep_leftovers(parent: Path, spare_running: bool = False, name: str | None 
     return len(leftovers) - len(gone)
 
 
-class _Leftover(NamedTuple):
+class Leftover(NamedTuple):
+    """What a killed process left: `kind` is tmp, swap or old, `earlier` a name of a version up to 0.5."""
+
     path: Path
     name: str
     kind: str
     pid: int
+    earlier: bool
 
 
 def is_leftover(path: Path) -> bool:
     """Whether `sweep_leftovers` would take it for something that a killed process of ours left."""
-    return _leftover_at(path) is not None
+    return leftover_at(path) is not None
 
 
-def _leftovers(parent: Path) -> list[_Leftover]:
+def _leftovers(parent: Path) -> list[Leftover]:
     paths = sorted(parent.glob(".*")) if parent.is_dir() else []
-    return [leftover for path in paths if (leftover := _leftover_at(path))]
+    return [leftover for path in paths if (leftover := leftover_at(path))]
 
 
-def _leftover_at(path: Path) -> _Leftover | None:
+def leftover_at(path: Path) -> Leftover | None:
     """A hidden file or folder that is surely ours, no link."""
-    match = _HIDDEN.fullmatch(path.name)
+    match = now = _HIDDEN.fullmatch(path.name)
     if match is None and (earlier := _EARLIER.fullmatch(path.name)):
         known = _EARLIER_NAMES.fullmatch(earlier["name"]) is not None
         match = earlier if known or manifest.standing(path, hashes=True).whose == "ours" else None
     if match is None or files.is_link(path) or not (path.is_dir() or path.is_file()):
         return None
-    return _Leftover(path, match["name"], match["kind"].replace("old-swap", "swap"), int(match["pid"]))
+    return Leftover(path, match["name"], match["kind"].replace("old-swap", "swap"), int(match["pid"]), now is None)
 
 
-def _finish_swaps(parent: Path, leftovers: list[_Leftover]) -> set[Path]:
+def _finish_swaps(parent: Path, leftovers: list[Leftover]) -> set[Path]:
     """Give back their names to folders that lost them between two renames. Returns what was renamed."""
     gone: set[Path] = set()
     for name in {leftover.name for leftover in leftovers if leftover.kind == "swap"}:

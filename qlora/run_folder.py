@@ -27,7 +27,7 @@ from qlora.version import __version__
 
 # What we write in a run's folder: under these names nothing may be a link, wherever it leads.
 _FILES = {RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
-_OURS = {*RESULTS, "tokenizer", "start", *_FILES}
+OURS = {*RESULTS, "tokenizer", "start", *_FILES}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 _MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
@@ -105,9 +105,9 @@ def _check_whose(run_dir: Path, mode: Literal["new", "resume", "fresh"]) -> None
     for folder in (run_dir, run_dir / "checkpoints"):
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
             try:
-                if folder != run_dir or entry.name in _OURS:
+                if folder != run_dir or entry.name in OURS:
                     files.refuse_links(run_dir, entry)
-                    if entry.name in _OURS or entry.name.startswith("step-"):  # others may be the system's own
+                    if entry.name in OURS or entry.name.startswith("step-"):  # others may be the system's own
                         _check_kind(entry)
                 elif files.is_link(entry):
                     files.inside(folder, entry.name)

@@ -171,7 +171,8 @@ def _caches(runs: Path, kind: Cleared | None, yes: bool, as_json: bool) -> None:
     from qlora.report.doctor import draw_caches
     from qlora.report.figures import human_bytes
 
-    entries = caches.listed(caches.Places.usual(runs))
+    places = caches.Places.usual(runs)
+    entries = caches.listed(places)
     wanted = caches.CLEARED if kind == "all" else (kind,) if kind else ()
     console = Terminal()
     if not as_json:
@@ -181,7 +182,7 @@ def _caches(runs: Path, kind: Cleared | None, yes: bool, as_json: bool) -> None:
     size = human_bytes(sum(one.bytes for one in going))
     if going and not (yes or _agreed(f"remove {len(going)} of these ({size})?")):
         raise UserError("nothing was removed", "agree, or give --yes")
-    outcomes = list(caches.clear(entries, wanted))
+    outcomes = list(caches.clear(places, entries, wanted))
     gone = [str(entry.path) for entry, why in outcomes if not why]
     if as_json:
         common.answer(report.caches_as_dict(entries, gone))
@@ -190,7 +191,7 @@ def _caches(runs: Path, kind: Cleared | None, yes: bool, as_json: bool) -> None:
         common.tell(f"removed {len(gone)} ({freed})")
     if stayed := [f"{entry.path} ({why})" for entry, why in outcomes if why]:
         raise UserError(
-            f"not removed: {', '.join(stayed[:5])}", "give yourself the right to write there, and try again"
+            f"not removed: {', '.join(stayed[:5])}", "look at what is listed, and remove by yourself what is yours"
         )
 
 

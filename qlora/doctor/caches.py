@@ -1,7 +1,9 @@
 """What this program has left on the disk beside results: caches, reports of crashes, unfinished work, things set aside.
 
 A list first; what is cleared is asked for by its kind, and only what is surely ours goes: a cached folder that its
-manifest makes ours and unchanged, a name that only we give, a run or a part of one that was set aside. Nothing is
+manifest makes ours and unchanged, a report that says what it is, a run that a fresh start set aside and in which there
+is nothing but what a run writes. What somebody has changed or put there stays, and is said. What a killed process left
+inside of a run stays too: the run itself knows which of it is the only copy, and sweeps it when it goes on. Nothing is
 removed through a link, and nothing of another user's. The hub's cache is huggingface_hub's: it is measured, and stays.
 """
 
@@ -14,23 +16,27 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from qlora import disk, files, hub, lock, manifest, run_record
+from qlora import disk, files, hub, lock, manifest, run_folder, run_record
 from qlora.errors import foreign_failures
 
 Kind = Literal["tokens", "reports", "unfinished", "set-aside", "measured", "hub"]
 CLEARED: tuple[Kind, ...] = ("tokens", "reports", "unfinished", "set-aside")
 MOST_ENTRIES = 10_000  # of one folder
 # Folders of ours among the temporary ones, which a process that was killed has left: none of us needs one for a day.
-TEMPORARY = re.compile(r"qlora-(?:prove|rows|runtime)-[A-Za-z0-9_]{6,12}")
+TEMPORARY = re.compile(r"qlora-(?:prove|rows|runtime)-[a-z0-9_]{8}")  # as tempfile makes them
 OLD_SECONDS = 24 * 3600
 _SET_ASIDE = re.compile(r"(?P<name>.+)\.(?:broken)?[1-9][0-9]{0,5}")
 _REPORT = re.compile(r"crash-[0-9]{1,10}\.txt")
 _ENTRY = re.compile(r"[0-9a-f]{32}")
-_PID = re.compile(r"-(?P<pid>[0-9]{1,10})(?:-[0-9a-f]{8})?")
+_BROKEN = re.compile(r"step-[0-9]{6,16}\.broken[1-9][0-9]{0,5}")
+_PART = re.compile(r"\..+\.part")  # what an export works in
+_TRACEBACK = (b"Traceback (most recent call last)", b"qlora")
+_MOST_REPORT_BYTES = 1 << 20
+_OF_RUNS = {*run_folder.OURS, "report.html", "trackers"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ class Kept:
     bytes: int
     said: str
     stays: str = ""
+
+    identity_then: tuple[int, int] | None = field(init=False)  # which file or folder had that name when it was listed
+
+    def __post_init__(self) -> None:
+        identity = None
+        with suppress(OSError):
+            status = os.lstat(self.path)
+            identity = (status.st_dev, status.st_ino)
+        object.__setattr__(self, "identity_then", identity)
 
 
 @dataclass(frozen=True)
@@ -83,21 +98,27 @@ def listed(places: Places) -> list[Kept]:
     return found
 
 
-def clear(entries: Sequence[Kept], kinds: Sequence[str]) -> Iterator[tuple[Kept, str]]:
-    """Remove the entries of these kinds; each with why it stayed after all, "" where it is gone."""
+def clear(places: Places, entries: Sequence[Kept], kinds: Sequence[str]) -> Iterator[tuple[Kept, str]]:
+    """Remove the entries of these kinds; each with why it stayed after all, "" where it is gone.
+
+    `entries` are looked for again: a person may take an hour to agree, and another thing may have the name by then.
+    """
+    wanted = {one.path: one.identity_then for one in entries if one.kind in kinds and not one.stays}
+    for entry in listed(places) if wanted else ():
+        if entry.path not in wanted:
+            continue
+        then = wanted.pop(entry.path)
+        yield entry, entry.stays or (_removed(entry) if entry.identity_then == then else "it is another one by now")
     for entry in entries:
-        if entry.kind in kinds and not entry.stays:
-            yield entry, _removed(entry)
+        if entry.path in wanted:
+            yield entry, "it is not there any more, or a link leads to it now"
 
 
 def _removed(entry: Kept) -> str:
-    if why := _not_ours(entry.path):  # time has passed since it was listed
-        return why
     try:
         if entry.path.is_dir():
-            disk.discard(entry.path)
-        else:
-            entry.path.unlink()
+            return "" if disk.discard(entry.path) else "parts of it cannot be removed"
+        entry.path.unlink()
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -112,12 +133,12 @@ def _cached(root: Path) -> Iterator[Kept]:
         yield from _unfinished(folder)
     for entry in _entries(root / "tokens"):
         if _ENTRY.fullmatch(entry.name):
-            yield _published(entry, "tokens", "tokenized rows", ("tokens", None))
+            yield _published(entry, "tokens", "tokenized rows", "tokens")
         elif (aside := _SET_ASIDE.fullmatch(entry.name)) and _ENTRY.fullmatch(aside["name"]):
-            yield _published(entry, "set-aside", "tokenized rows that had been changed", ("tokens", None))
+            yield _published(entry, "set-aside", "tokenized rows that had been changed", "tokens")
     for entry in _entries(root / "crashes"):
         if _REPORT.fullmatch(entry.name):
-            yield _plain(entry, "reports", "an internal error's traceback")
+            yield _report(entry)
     for name, said in (("memory-calibration.json", "memory measured in runs"), ("proofs", "memory measured by proofs")):
         if os.path.lexists(place := root / name):
             yield Kept("measured", place, _bytes(place), f"{said}, which estimates read", "estimates are worse without")
@@ -125,11 +146,10 @@ def _cached(root: Path) -> Iterator[Kept]:
 
 def _temporary(folder: Path) -> Iterator[Kept]:
     for entry in _entries(folder):
-        if TEMPORARY.fullmatch(entry.name) and not _not_ours(entry):
+        if TEMPORARY.fullmatch(entry.name) and entry.is_dir() and not _not_ours(entry):
             with suppress(OSError):
-                status = os.lstat(entry)
-                closed = os.name == "nt" or not stat.S_IMODE(status.st_mode) & 0o077
-                if closed and time.time() - status.st_mtime > OLD_SECONDS:
+                closed = os.name == "nt" or not stat.S_IMODE(os.lstat(entry).st_mode) & 0o077
+                if closed and _is_old(entry):
                     yield Kept("unfinished", entry, _bytes(entry), "temporary files of a process that was killed")
 
 
@@ -142,9 +162,8 @@ def _of_runs(folder: Path) -> Iterator[Kept]:
         aside, recorded = _SET_ASIDE.fullmatch(run.name), run_record.recorded_folder(run)
         # A run may be called `v1.2`: it was set aside where it was recorded under the name without the number.
         if aside and recorded is not None and recorded.name == aside["name"]:
-            yield Kept(
-                "set-aside", run, _bytes(run), "a run that a fresh start set aside", _not_ours(run) or _busy(run)
-            )
+            stays = _not_ours(run) or _busy(run) or _no_run_alone(run, folder / aside["name"])
+            yield Kept("set-aside", run, _bytes(run), "a run that a fresh start set aside", stays)
         else:
             yield from _of_run(run)
 
@@ -153,7 +172,8 @@ def _of_run(run: Path) -> Iterator[Kept]:
     for folder in (run, run / "checkpoints", run / "export"):
         if files.is_link(folder):
             continue
-        yield from _unfinished(folder)
+        for one in _unfinished(folder):
+            yield replace(one, stays=one.stays or "the run sweeps it when it goes on")
         for entry in _entries(folder):
             aside = _SET_ASIDE.fullmatch(entry.name)
             if aside is None:
@@ -161,37 +181,58 @@ def _of_run(run: Path) -> Iterator[Kept]:
             if folder == run and aside["name"] == "events.jsonl":
                 yield _plain(entry, "set-aside", "events of a run")
             elif folder == run and aside["name"] == "adapter":
-                yield _published(entry, "set-aside", "an adapter that had been changed", ("adapter",), changed=True)
-            elif folder.name == "checkpoints" and aside["name"].startswith("step-"):
-                yield _published(entry, "set-aside", "a damaged checkpoint", ("checkpoint", None), changed=True)
+                yield _published(entry, "set-aside", "an adapter that had been changed", "adapter")
+            elif folder.name == "checkpoints" and _BROKEN.fullmatch(entry.name):
+                # It may have lost its manifest; its name and its place are ours.
+                yield Kept("set-aside", entry, _bytes(entry), "a damaged checkpoint", _not_ours(entry) or _busy(run))
             elif folder.name == "export" and os.path.lexists(folder / aside["name"]):
-                yield _published(entry, "set-aside", "an export that had been changed", ("export",), changed=True)
+                yield _published(entry, "set-aside", "an export that had been changed", "export")
 
 
 def _unfinished(folder: Path) -> Iterator[Kept]:
+    """Of a process that has ended, on whichever machine, and that nothing was written to for a day.
+
+    A folder that gave way to its successor (`swap`) may be the only copy: who sweeps it gives it back its name first.
+    """
     for entry in _entries(folder):
-        if disk.is_leftover(entry):
-            pid = _PID.search(entry.name)
-            running = "its process runs" if pid and lock.is_running(int(pid["pid"])) else ""
-            said = "left half written by a process that was killed"
-            yield Kept("unfinished", entry, _bytes(entry), said, running or _not_ours(entry))
+        left = disk.leftover_at(entry)
+        if left is None or left.earlier:
+            continue
+        stays = "its process runs" if lock.is_running(left.pid) else "" if _is_old(entry) else "it is of today"
+        if left.kind == "swap" or (left.kind == "tmp" and not os.path.lexists(folder / left.name)):
+            stays = "it may be the only copy" if entry.is_dir() else stays
+        said = "left half written by a process that was killed"
+        yield Kept("unfinished", entry, _bytes(entry), said, _not_ours(entry) or stays)
 
 
-def _published(folder: Path, kind: Kind, said: str, kinds: tuple[str | None, ...], changed: bool = False) -> Kept:
-    """A folder with a manifest of ours. One that somebody has changed is cleared only where that set it aside."""
+def _published(folder: Path, kind: Kind, said: str, of_kind: str) -> Kept:
+    """A folder with a manifest of ours. One that somebody has changed, or put there, stays."""
     standing = manifest.standing(folder, hashes=False)
     stays = _not_ours(folder)
-    if not stays and (standing.whose not in ("ours", "changed") or standing.kind not in kinds):
-        # A damaged checkpoint may have lost its manifest; its folder's name and its place are ours.
-        stays = "" if "damaged" in said and folder.is_dir() else standing.why or "it is not ours"
-    if not stays and standing.whose == "changed" and not (changed or kind == "set-aside"):
-        stays = f"somebody has changed it ({standing.why})"
+    if not stays and (standing.whose not in ("ours", "changed") or standing.kind not in (of_kind, None)):
+        stays = standing.why or "it is not ours"
+    if not stays and standing.whose == "changed":
+        stays = f"somebody has changed it ({standing.why}): look at it, and remove it yourself"
+    if not stays and kind == "set-aside":
+        stays = "it is whole, so that somebody has put it there: remove it yourself"
     return Kept(kind, folder, _bytes(folder), said, stays)
 
 
 def _plain(file: Path, kind: Kind, said: str) -> Kept:
     stays = _not_ours(file) or ("" if file.is_file() else "it is not a file")
     return Kept(kind, file, _bytes(file), said, stays)
+
+
+def _report(file: Path) -> Kept:
+    """A traceback, by what it holds: in a folder that a person chose, others may give files such a name."""
+    found = _plain(file, "reports", "an internal error's traceback")
+    if not found.stays:
+        with suppress(OSError, files.UnsafePathError), files.open_to_read(file) as opened:
+            held = opened.read(_MOST_REPORT_BYTES)
+            if all(word in held for word in _TRACEBACK):
+                return found
+        found = replace(found, stays="it is no report of ours")
+    return found
 
 
 # --- whose it is -----------------------------------------------------------------------------------------------------
@@ -213,11 +254,44 @@ def _not_ours(path: Path) -> str:
 
 
 def _busy(run: Path) -> str:
+    """Whether a process trains in a run's folder, or exports from it."""
+    locks = [
+        run / run_record.LOCK_FILE,
+        *(part / "lock" for part in _entries(run / "export") if _PART.match(part.name)),
+    ]
     try:
-        lock.check_free(run / run_record.LOCK_FILE)
+        for one in locks:
+            lock.check_free(one)
     except (lock.LockHeld, files.UnsafePathError, OSError):
         return "a process works in it"
     return ""
+
+
+def _no_run_alone(run: Path, first: Path) -> str:
+    """Why a run under another name may be more than what a fresh start set aside: a copy, the only one, or a desk."""
+    if not run_record.is_run(first):
+        return f"no run is called {first.name} now: this may be the only one"
+    if run_record.id_of(run) == run_record.id_of(first):
+        return f"it is a copy of {first.name}"
+    device = os.lstat(run).st_dev
+    for name, status in manifest.contents(run).items():
+        if name.partition("/")[0] not in _OF_RUNS or status.st_dev != device:
+            return f"it holds {name}, which no run has written"
+    parts = [run / "adapter", *_entries(run / "checkpoints"), *_entries(run / "export")]
+    for part in (part for part in parts if os.path.lexists(part)):
+        if (standing := manifest.standing(part, hashes=False)).whose not in ("ours", "nobody"):
+            return f"{part.relative_to(run)} in it is not as the run left it ({standing.why})"
+    return ""
+
+
+def _is_old(path: Path) -> bool:
+    """Whether nothing in it was written for a day."""
+    try:
+        found = [os.lstat(path), *(manifest.contents(path).values() if path.is_dir() else ())]
+    except OSError:
+        return False
+    newest: float = max(one.st_mtime for one in found)
+    return time.time() - newest > OLD_SECONDS
 
 
 def _bytes(path: Path) -> int:
