@@ -104,10 +104,10 @@ def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, 
     step = resume_from.state.step if resume_from else None
     if resume_from is not None:
         checkpoint.check_base(resume_from, base)
-    starting_adapter.take(recipe, run_dir, step, mode == "resume", sink)
-    if run_folder.write_recipe(run_dir, recipe, base.commit):
+    if run_folder.write_recipe(run_dir, recipe, base.commit):  # first: from here on the folder is known to be a run's
         what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
         sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
+    starting_adapter.take(recipe, run_dir, step, mode == "resume", sink)
     written = open_sinks(recipe, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
     try:

@@ -130,8 +130,8 @@ def put_on(model: Any, recipe: Recipe, base: BaseFolder, run_dir: Path) -> None:
     from qlora.model import adapters
 
     folder = run_dir / START
-    if recipe.lora.from_adapter is None or not folder.is_dir():
-        return
+    if recipe.lora.from_adapter is None or disk.verify_folder(folder) is not None:
+        return  # `take` has said so where it is gone or changed
     origin = provenance(folder, read_adapter(folder).config)
     _refuse_another(Path(recipe.lora.from_adapter), origin, base, model.get_base_model().base_identity)
     adapters.load_into(model, folder)

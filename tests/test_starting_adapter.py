@@ -205,6 +205,24 @@ def test_an_estimate_takes_the_rank_of_the_adapter(tmp_path: Path, llama: Path, 
     assert ours < theirs
 
 
+def test_a_run_that_a_full_disk_ended_at_the_copy_can_be_resumed(
+    tmp_path: Path, llama: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = second(tmp_path, llama, first)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(starting_adapter, "_copy", full)
+        with pytest.raises(RunFolderError, match="cannot be written"):
+            train(recipe, *FEW, "train.max_steps=2")
+    train(recipe, *FEW, "train.max_steps=2", mode="resume", stop_after=1)
+    own = run_dir(recipe)
+    (own / "start" / "adapter_config.json").write_text("{")  # its checkpoint has all that it needs
+    train(recipe, *FEW, "train.max_steps=2", mode="resume")
+
+
 def test_the_copy_that_a_killed_run_left_is_what_it_began_with(tmp_path: Path, llama: Path, first: Path) -> None:
     recipe = load_recipe(second(tmp_path, llama, first), FEW)
     place, sink = tmp_path / "run", Recorder()

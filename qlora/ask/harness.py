@@ -10,12 +10,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora import files
+from qlora import foreign_json, foreign_yaml
 from qlora.ask.opened import TorchModel
 from qlora.errors import ExportError, foreign_failures
 from qlora.events import Notice, Sink
@@ -23,8 +22,6 @@ from qlora.events import Notice, Sink
 PACKAGE = "lm_eval"
 MOST_TASKS = 100
 MOST_FILES = 1_000  # of a folder of tasks
-MAX_TASK_BYTES = 1_000_000
-_ELSEWHERE = re.compile(r"(?m)^[\s\"']*include[\"'\s]*:.*(?:[/\\]|\.\.)")
 
 
 def check_installed() -> None:
@@ -60,26 +57,45 @@ def split_tasks(text: str) -> tuple[list[str], list[Path]]:
 
 
 def _task_of(file: Path) -> str:
-    """The name that a task's file gives it: its line `task: NAME`. Raises ExportError for one that brings code."""
-    for beside in sorted((*file.parent.rglob("*.yaml"), *file.parent.rglob("*.yml")))[:MOST_FILES]:
-        text = _text(beside)
-        if "!function" in text:
-            what = f"{beside}: runs Python code of its own (!function)"
-            raise ExportError(what, "name tasks that are data alone, or run lm_eval itself on what you trust")
-        if _ELSEWHERE.search(text):
-            raise ExportError(f"{beside}: includes a file of another folder", "put that file beside it")
-    for line in _text(file).splitlines():
-        key, _, value = line.partition(":")
-        if key == "task" and value.strip():
-            return value.split("#")[0].strip().strip("\"'")
-    raise ExportError(f"{file}: has no line `task: NAME`", "name a YAML file of a task of lm-evaluation-harness")
+    """The name that a task's file gives it: its key `task`. Raises ExportError for one that brings code.
+
+    The harness reads all that lie in the folder, so that each is looked at.
+    """
+    there = sorted((*file.parent.rglob("*.yaml"), *file.parent.rglob("*.yml")))
+    if len(there) > MOST_FILES:
+        raise ExportError(
+            f"{file.parent}: holds more than {MOST_FILES:,} YAML files", "put the task beside its rows alone"
+        )
+    found = {path: _data_alone(path) for path in there}
+    name = found[file].get("task")
+    if not isinstance(name, str) or not name.strip():
+        raise ExportError(f"{file}: has no line `task: NAME`", "name a YAML file of a task of lm-evaluation-harness")
+    return name.strip()
 
 
-def _text(file: Path) -> str:
+def _data_alone(file: Path) -> dict[str, Any]:
+    """A task's file. Raises ExportError for tags, which name Python functions, and for parts from elsewhere."""
     try:
-        return files.read_bytes(file, MAX_TASK_BYTES).decode("utf-8", "replace")
-    except (OSError, files.UnsafePathError) as error:
-        raise ExportError(f"{file}: cannot be read ({error})", "name a YAML file of a task") from error
+        table = foreign_yaml.load_table(file, str(file))
+    except foreign_json.ForeignFileError as error:
+        hint = "name tasks that are data alone, or run lm_eval itself on what you trust"
+        raise ExportError(str(error), hint) from error
+    for name in _included(table):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith((".yaml", ".yml")):
+            raise ExportError(f"{file}: includes what is no YAML file beside it", "put that file beside it, as .yaml")
+    return table
+
+
+def _included(value: Any) -> Iterator[Any]:
+    """What the values of `include` name, at any depth: one, or several."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _included(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key == "include":
+                yield from item if isinstance(item, list) else (item,)
+            yield from _included(item)
 
 
 Tasks = tuple[Sequence[str], Sequence[Path]]  # names, and folders in which to look for them
@@ -102,9 +118,15 @@ def run(opened: TorchModel, tasks: Tasks, limit: int | None, sink: Sink) -> dict
 
 def _evaluate(opened: TorchModel, names: list[str], folders: list[Path], limit: int | None) -> Any:
     import lm_eval
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    # A task's templates are a stranger's: the harness renders them in a plain environment, in which they reach Python.
+    plain = lm_eval.utils.env
+    sandbox = ImmutableSandboxedEnvironment(loader=plain.loader, undefined=plain.undefined)
+    sandbox.filters.update(plain.filters)
+    lm_eval.utils.env = sandbox
     causal = opened.model.get_base_model() if opened.adapter is not None else opened.model
     tokenizer = opened.chat.tokenizer
     model = HFLM(pretrained=causal, tokenizer=tokenizer, max_length=opened.context, batch_size=1)

@@ -158,7 +158,7 @@ def _message(item: Any, place: str) -> Message:
         if key in keys:
             if not isinstance(keys[key], str) or (key == "name" and len(keys[key]) > MAX_NAME_CHARS):
                 raise _wrong(f"{place}.{key}", "a text")
-            message[key] = keys[key]
+            message[key] = keys[key].encode("utf-8", "replace").decode()  # half a letter is no text
     return message
 
 

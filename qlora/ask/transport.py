@@ -30,6 +30,7 @@ IDLE_SECONDS = 30.0  # for the next request of a connection to come, headers and
 BODY_SECONDS = 30.0
 WRITE_SECONDS = 30.0  # for a client to take what was written
 MAX_CONNECTIONS = 64
+MAX_LENGTH_DIGITS = 20
 _LOOK_SECONDS = 0.2
 
 
@@ -69,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
     server: LocalServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "qlora", ""
+    requestline, request_version, command = "", "", ""  # until there is a first line: one too long is answered as well
+    _closes = True
 
     def setup(self) -> None:
         super().setup()
@@ -97,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         kind = self.headers.get_content_type()
         if kind != "application/json":
             raise self._last(RequestError(f"the body is {kind[:80]}, not application/json", status=415))
-        if (count := int(lengths[0][:20])) > max_bytes:
+        if len(lengths[0]) > MAX_LENGTH_DIGITS or (count := int(lengths[0])) > max_bytes:
             raise self._last(RequestError(f"the body has more than {max_bytes:,} bytes", status=413))
         self._reader.allow(count, BODY_SECONDS)
         try:
@@ -106,6 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             raise self._last(RequestError("the body did not come in time", status=408)) from None
         if len(data) < count:
             raise Gone
+        self.close_connection = self._closes  # nothing of it is left to be taken for the next request
         return data
 
     def send_json(self, status: int, value: Any, headers: Mapping[str, str] = {}) -> None:
@@ -148,6 +152,9 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: what was answered is a notice of the server's."""
 
     def _checked_answer(self) -> None:
+        self._closes = self.close_connection
+        if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
+            self.close_connection = True  # unless the body is read
         try:
             self._refuse_pages()
             self.server.answer(self)
@@ -202,7 +209,9 @@ class LocalServer(ThreadingHTTPServer):
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             what = f"port {port} of {HOST} cannot be had ({why})"
             raise UserError(what, "name another port, or 0 for any free one") from error
-        self.names = tuple(f"{name}:{self.server_port}" for name in (HOST, "localhost"))
+        names = (HOST, "localhost")
+        # A client leaves out the protocol's own port.
+        self.names = (*(f"{name}:{self.server_port}" for name in names), *(names if self.server_port == 80 else ()))
 
     def listen(self) -> None:
         self.server_activate()
@@ -211,7 +220,11 @@ class LocalServer(ThreadingHTTPServer):
         if not self._open.acquire(blocking=False):
             self.shutdown_request(request)  # whoever opens so many is not waiting for an answer
             return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread can be started
+            self._open.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:

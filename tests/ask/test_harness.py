@@ -48,9 +48,14 @@ def test_tasks_are_names_or_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "what"),
     [
-        ("process_docs: !function utils.run\n", "runs Python code of its own"),
-        ("include: ../other.yaml\n", "includes a file of another folder"),
-        ("include: /etc/other.yaml\n", "includes a file of another folder"),
+        ("process_docs: !function utils.run\n", "tag"),
+        ("process_docs: !%66unction utils.run\n", "tag"),
+        ("process_docs: !!python/name:os.system\n", "tag"),
+        ("include: ../other.yaml\n", "includes what is no YAML file beside it"),
+        ("include: /etc/other.yaml\n", "includes what is no YAML file beside it"),
+        ("include:\n  - /etc/other.yaml\n", "includes what is no YAML file beside it"),
+        ("include: other.txt\n", "includes what is no YAML file beside it"),
+        ("parts:\n  - include: ../other.yaml\n", "includes what is no YAML file beside it"),
     ],
 )
 def test_a_task_that_brings_code_is_refused(tmp_path: Path, more: str, what: str) -> None:

@@ -72,6 +72,7 @@ def test_no_header_invites_a_page(server: LocalServer) -> None:
     ("headers", "status"),
     [
         (b"Content-Length: 99999999999999999999999\r\n", b" 413 "), (b"Content-Length: 5000000\r\n", b" 413 "),
+        (b"Content-Length: 000000000000000000000000002\r\n", b" 413 "),
         (b"Content-Length: -1\r\n", b" 411 "), (b"Transfer-Encoding: chunked\r\n", b" 411 "), (b"", b" 411 "),
         (b"Content-Length: 1\r\nContent-Length: 2\r\n", b" 411 "), (b"X: " + b"a" * 40_000 + b"\r\n", b" 431 "),
         (b"".join(b"X%d: a\r\n" % n for n in range(3000)), b" 431 "), (b"Host: two\r\n", b" 403 "),
@@ -88,6 +89,33 @@ def test_what_is_no_http_is_answered_and_closed(server: LocalServer) -> None:
     for data in (b"\x16\x03\x01\x02\x00\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"A" * 50_000):
         assert b"Traceback" not in raw(server, data)
     assert call(server, None, "/v1/models")[0] == 200
+
+
+def test_a_body_that_nobody_reads_is_not_the_next_request(server: LocalServer) -> None:
+    host = f"Host: 127.0.0.1:{server.server_port}\r\nContent-Type: application/json\r\n".encode()
+    inner = b"GET /v1/models HTTP/1.1\r\n" + host + b"\r\n"
+    for first in (b"POST /v1/embeddings", b"GET /v1/models", b"PUT /v1/models"):
+        length = f"Content-Length: {len(inner)}\r\n\r\n".encode()
+        answer = raw(server, first + b" HTTP/1.1\r\n" + host + length + inner)
+        assert answer.count(b"HTTP/1.1 ") == 1 and b"Connection: close" in answer
+    two = [
+        (b"POST /v1/chat/completions", b"[]"),
+        (b"GET /v1/models", b""),
+    ]  # one that is read leaves the connection open
+    sent = b"".join(
+        line + b" HTTP/1.1\r\n" + host + (f"Content-Length: {len(body)}\r\n\r\n".encode() if body else b"\r\n") + body
+        for line, body in two
+    )
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
+        connection.sendall(sent)
+        found = b""
+        while found.count(b"HTTP/1.1 ") < 2 or not found.endswith(b"}"):
+            found += connection.recv(1 << 16)
+    assert b" 400 " in found and b" 200 " in found
+
+
+def test_a_first_line_without_an_end_is_answered(server: LocalServer) -> None:
+    assert b" 431 " in raw(server, b"GET /" + b"x" * 40_000)
 
 
 def test_who_dawdles_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

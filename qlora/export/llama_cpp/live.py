@@ -71,6 +71,7 @@ class Live:
         self._requests = self._process.stdin
         self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._rest = bytearray()
+        self._is_silent = False
         threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True).start()
 
     def begin(self, asked: dict[str, Any]) -> None:
@@ -136,14 +137,19 @@ class Live:
         try:
             piece = self._replies.get(timeout=max(0.0, until - time.monotonic()))
         except queue.Empty:
-            what = f"{self.file}: llama.cpp did not answer in time"
-            raise ExportError(what, "end other programs, or use a smaller quant") from None
+            self._is_silent = True  # a late answer would be taken for that to the next question
+            self._process.kill()
+            raise self._death() from None
         if not piece:
+            self._replies.put(b"")  # who asks next is told as well
             raise self._death()
         self._rest += piece
 
     def _death(self) -> ExportError | DoesNotFit:
         code = self._process.wait()
+        if self._is_silent:
+            what = f"{self.file}: llama.cpp did not answer in time"
+            return ExportError(what, "end other programs, or use a smaller quant")
         lines = self._log_lines()
         if code == -9 or any(map(out_of_memory.is_report, lines[-12:])):
             what = f"{self.file}: out of memory while llama.cpp read or computed it"
