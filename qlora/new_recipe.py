@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import api, recipe_file
+from qlora import api, files, recipe_file
 from qlora.errors import DoesNotFit, ModelError, QloraError
 from qlora.events import Sink, Sinks
 from qlora.recipe.reading import Recipe, looks_like_folder, recipe_of_table
@@ -33,12 +33,13 @@ class FirstRecipe:
 def first_recipe(name: str | Path, base: str, rows: str, *, sink: Sink | None = None) -> FirstRecipe:
     """Write the recipe `name` for a base (a hub name or a folder) and a source of rows, its schema beside it.
 
-    Raises UserError where something is there already, DataError for rows that cannot be read, ModelError for a folder
-    that is no base, DoesNotFit where no setting fits. A base of the hub that cannot be reached is said, not refused.
+    Raises UserError where something is there already and for a path that cannot be, DataError for rows that cannot be
+    read, ModelError for a folder that is no base, DoesNotFit where no setting fits. A base of the hub that cannot be
+    reached is said, not refused.
     """
     shared = Sinks(sink) if sink is not None else Sinks()
     path = recipe_file.target_of(name)
-    source = rows if rows.startswith("hub:") else str(Path.cwd() / Path(rows).expanduser())
+    source = rows if rows.startswith("hub:") else _from_here(rows)
     table = _table(_placed(base), source)
     found, why = _base(_recipe(table, path), shared)
     if found is None:
@@ -50,11 +51,17 @@ def first_recipe(name: str | Path, base: str, rows: str, *, sink: Sink | None = 
     return FirstRecipe(path, tuple(head))
 
 
+def _from_here(rows: str) -> str:
+    """The rows' path, absolute, its links left as they are: a link's own name says what kind of file it is."""
+    files.user_path(rows, "the rows")
+    return str(Path.cwd() / Path(rows).expanduser())
+
+
 def _placed(base: str) -> str:
-    folder = Path(base).expanduser()
+    folder = files.user_path(base, "the base")
     if looks_like_folder(base) and not folder.is_dir():
         raise ModelError(f"{base}: no such folder", "name a folder with config.json and safetensors, or a hub name")
-    return str(folder.resolve()) if folder.is_dir() else base
+    return str(folder) if folder.is_dir() else base
 
 
 def _table(base: str, source: str) -> dict[str, Any]:

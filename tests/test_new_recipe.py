@@ -94,3 +94,20 @@ def test_what_the_user_can_mend_is_refused_before_anything_is_written(tmp_path: 
         with pytest.raises(error):
             new_recipe.first_recipe(tmp_path / "first.toml", base, str(tmp_path / rows))
     assert not (tmp_path / "first.toml").exists()
+
+
+def test_a_home_that_is_nobodys_is_said(tmp_path: Path, llama: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    for base, rows in ((str(llama), "~nobody-here/rows.jsonl"), ("~nobody-here/base", str(tmp_path / "rows.jsonl"))):
+        with pytest.raises(UserError, match="no such home folder"):
+            new_recipe.first_recipe(tmp_path / "first.toml", base, rows)
+    assert not (tmp_path / "first.toml").exists()
+
+
+def test_rows_that_are_a_link_keep_its_name(tmp_path: Path, llama: Path) -> None:
+    """A link may lead to a file whose own name tells no kind."""
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.jsonl").rename(tmp_path / "blob")
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "blob")
+    new_recipe.first_recipe(tmp_path / "first.toml", str(llama), str(tmp_path / "rows.jsonl"))
+    assert load_recipe(tmp_path / "first.toml").data.train[0].path == str(tmp_path / "rows.jsonl")

@@ -16,6 +16,7 @@ from qlora.importers.values import (
     attention,
     batches,
     init,
+    is_on,
     modules,
     names,
     number,
@@ -86,7 +87,9 @@ def _overlong(draft: Draft, key: str, value: Any) -> None:
 def _bnb(draft: Draft, key: str, value: Any) -> None:
     known = {
         "bnb_4bit_use_double_quant": carried("quantization.double_quant", switch),
-        "bnb_4bit_quant_type": carried("quantization.type", text),
+        "bnb_4bit_quant_type": carried("quantization.type", text)
+        if draft.values.get("quantization.type") != "none"
+        else ours("read for 4 bit alone"),
         "bnb_4bit_compute_dtype": ours("computed in bf16"),
     }
     for name, item in value.items() if isinstance(value, dict) else ():
@@ -189,6 +192,19 @@ RULES: Rules = {
 }
 
 
+def _besides_linear(draft: Draft, value: Any) -> None:
+    """Modules beside `lora_target_linear`: both are meant, and only what is no linear layer of a block adds to it."""
+    try:
+        more = sorted({"lm_head", "embed_tokens"} & set(names(value)))
+    except ValueError as error:
+        draft.leave("lora_target_modules", value, f"lora.target_modules: {error}")
+        return
+    if more:
+        draft.leave("lora_target_modules", ", ".join(more), "no part of all-linear, which lora_target_linear asks for")
+    else:
+        draft.ours("lora_target_modules", "lora_target_linear has every linear layer")
+
+
 def settle(draft: Draft, table: dict[str, Any]) -> None:
     """What several keys say together."""
     micro, passes = table.pop("micro_batch_size", 1), table.pop("gradient_accumulation_steps", 1)
@@ -198,5 +214,12 @@ def settle(draft: Draft, table: dict[str, Any]) -> None:
     if table.get("load_in_4bit") is None and table.get("load_in_8bit") in (None, False):
         # Its `qlora` means 4 bit; `lora` alone means a base in 16.
         draft.values["quantization.type"] = "nf4" if table.get("adapter") == "qlora" else "none"
+    for key in ("load_in_8bit", "load_in_4bit"):  # before bnb_config_kwargs, whose type is read for 4 bit alone
+        if key in table:
+            _quantized(draft, key, table.pop(key))
+    if "adapter" not in table:
+        draft.leave("adapter", "not set", "the base itself is trained there: here LoRA is, over it")
+    if is_on(table.get("lora_target_linear")) and "lora_target_modules" in table:
+        _besides_linear(draft, table.pop("lora_target_modules"))
     if table.get("pretraining_dataset") is not None:
         draft.carry("pretraining_dataset", "data.loss_on", "all", "every token of raw text")

@@ -27,6 +27,8 @@ _INFO_COLUMNS = {  # LLaMA-Factory's names of columns, by format, as the format'
     },
     "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
 }
+# axolotl's column of a chat, and the keys of a turn's role and text: of `chat_template`, and of the older `sharegpt`.
+_CHAT, _LEGACY = ("messages", "role", "content"), ("conversations", "from", "value")
 _TURNS = {("from", "value"): "sharegpt", ("role", "content"): "messages"}
 
 
@@ -111,7 +113,7 @@ def _kind(draft: Draft, key: str, kind: str, entry: Mapping[str, Any], table: di
     if style and style != "default":
         draft.leave(f"{key}.type", kind, f"the style {as_shown('', style)}: the base's own template is taken")
     if name in ("chat_template", "sharegpt"):
-        _turns(draft, key, entry, table)
+        _turns(draft, key, entry, table, _LEGACY if name == "sharegpt" else _CHAT)
     elif name in ("alpaca", "alpaca_chat"):
         table["format"] = "alpaca"
         columns = {
@@ -132,12 +134,16 @@ def _kind(draft: Draft, key: str, kind: str, entry: Mapping[str, Any], table: di
         draft.leave(f"{key}.type", "", "rows that are tokens already are not read: the format is told by the columns")
 
 
-def _turns(draft: Draft, key: str, entry: Mapping[str, Any], table: dict[str, Any]) -> None:
-    field = entry.get("field_messages") or "messages"
+def _turns(
+    draft: Draft, key: str, entry: Mapping[str, Any], table: dict[str, Any], names_there: tuple[str, str, str]
+) -> None:
+    """A source of chats. `names_there` are the kind's column and keys of a turn, where the entry says no others."""
+    column, role_key, content_key = names_there
+    field = entry.get("field_messages") or column
     mapped = entry.get("message_property_mappings")
     mapped = mapped if isinstance(mapped, Mapping) else {}
-    role = mapped.get("role") or entry.get("message_field_role") or "role"
-    content = mapped.get("content") or entry.get("message_field_content") or "content"
+    role = mapped.get("role") or entry.get("message_field_role") or role_key
+    content = mapped.get("content") or entry.get("message_field_content") or content_key
     told = _TURNS.get((role, content))
     if told is None:
         draft.leave(f"{key}.message_property_mappings", dict(mapped), "names of a turn's keys: told by the rows here")
@@ -185,7 +191,7 @@ def by_name(draft: Draft, key: str, value: Any) -> None:
 
 
 def _info(draft: Draft) -> tuple[Path, Mapping[str, Any]]:
-    for place in (draft.values.pop("dataset_dir", "data"), "data", "."):
+    for place in (draft.values.get("dataset_dir", "data"), "data", "."):
         found = local(draft, str(place))
         file = None if found is None else found / INFO
         if file is not None and file.is_file():

@@ -17,7 +17,10 @@ from qlora.redaction import redact
 
 Fate = Literal["carried", "ours", "left"]
 # Not pad_token and its like, which are tokens of a vocabulary.
-_SECRET = re.compile(r"(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)token$|secret|password|api_?key|credential", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(?<!pad_)(?<!eos_)(?<!bos_)(?<!unk_)token$|secret|passw(or)?d|passphrase|(api|access|private)[_-]?key|credential",
+    re.IGNORECASE,
+)
 _SHOWN = 60
 
 

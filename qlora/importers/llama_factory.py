@@ -14,6 +14,7 @@ from qlora.importers.values import (
     SPEED,
     attention,
     batches,
+    is_on,
     modules,
     names,
     number,
@@ -155,12 +156,37 @@ RULES: Rules = {
 }
 
 
+def _alpha(draft: Draft, rank: Any) -> None:
+    """Twice the rank, where alpha is not set; of a rank that is none, our own defaults are taken for both."""
+    try:
+        draft.carry("lora_alpha", "lora.alpha", 2.0 * positive(rank), "not set: twice the rank")
+    except ValueError:
+        draft.leave("lora_alpha", "not set", "it is twice a rank that cannot be read: our default is taken")
+
+
+def _packing(draft: Draft, table: dict[str, Any]) -> None:
+    """`neat_packing` packs by itself, whatever `packing` says; where neither is set, stage pt packs."""
+    if is_on(table.get("neat_packing")):
+        table.pop("neat_packing")
+        draft.carry("neat_packing", "data.packing", True, "packed rows never see each other")
+        if "packing" in table:
+            draft.ours("packing", f"{as_shown('', table.pop('packing'))}: neat_packing packs by itself")
+    elif "packing" not in table and table.get("stage") == "pt":
+        draft.carry("packing", "data.packing", True, "not set: stage pt packs")
+
+
 def settle(draft: Draft, table: dict[str, Any]) -> None:
     """What several keys say together, or one says beside its own."""
     micro, passes = table.pop("per_device_train_batch_size", 8), table.pop("gradient_accumulation_steps", 1)
     batches(draft, ("per_device_train_batch_size", micro), ("gradient_accumulation_steps", passes))
-    if table.get("quantization_bit") is None:
+    bits = table.pop("quantization_bit", None)
+    if bits is None:
         draft.carry("quantization_bit", "quantization.type", "none", 'not set: 16 bit; "nf4" takes a quarter of that')
+    else:  # before the type, which is read for 4 bit alone
+        _bits(draft, "quantization_bit", bits)
+    if bits not in (4, "4") and "quantization_type" in table:
+        draft.ours("quantization_type", f"{as_shown('', table.pop('quantization_type'))}: read for 4 bit alone")
     if table.get("lora_alpha") is None:
-        draft.carry("lora_alpha", "lora.alpha", 2.0 * float(draft.values.get("lora.r", 8)), "not set: twice the rank")
+        _alpha(draft, table.get("lora_rank", DEFAULTS["lora_rank"]))
+    _packing(draft, table)
     draft.carry("cutoff_len", "data.truncation", "cut", "rows over it are cut")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from qlora.errors import UserError
 from qlora.foreign_json import ForeignFileError
 from qlora.importers import axolotl, datasets, llama_factory, trl, unsloth
 from qlora.importers.draft import Account, Draft, Fate, Rules, as_shown
+from qlora.importers.values import warmup
 from qlora.recipe.reading import Recipe
 
 
@@ -26,13 +27,14 @@ class Trainer:
     rules: Rules
     defaults: Mapping[str, Any]
     settle: Callable[[Draft, dict[str, Any]], None]
+    nulls: Mapping[str, str] = field(default_factory=dict)  # keys whose null says something that is not carried: what
 
 
 TRAINERS = (
     Trainer(axolotl.NAME, axolotl.MARKS, axolotl.RULES, axolotl.DEFAULTS, axolotl.settle),
     Trainer(llama_factory.NAME, llama_factory.MARKS, llama_factory.RULES, llama_factory.DEFAULTS, llama_factory.settle),
     Trainer(unsloth.NAME, unsloth.MARKS, unsloth.RULES, unsloth.DEFAULTS, unsloth.settle),
-    Trainer(trl.NAME, trl.MARKS, trl.RULES, trl.DEFAULTS, trl.settle),
+    Trainer(trl.NAME, trl.MARKS, trl.RULES, trl.DEFAULTS, trl.settle, trl.NULLS),
 )
 TABLES = ("data", "training", "lora", "logging")  # whose keys are looked at one by one
 FEWEST_MARKS = 2
@@ -105,22 +107,26 @@ def _trainer_of(table: Mapping[str, Any], path: Path) -> Trainer:
 
 def _account(draft: Draft, trainer: Trainer, table: dict[str, Any]) -> None:
     unset = [key for key, value in table.items() if value is None or value in ("", [], {})]
+    nulls = [key for key in unset if table[key] is None and key in trainer.nulls]
+    for key in nulls:
+        draft.leave(key, "null", trainer.nulls[key])
     table = {key: value for key, value in table.items() if key not in unset}
     if isinstance(folder := table.get("dataset_dir"), str):
         draft.values["dataset_dir"] = folder
     trainer.settle(draft, table)
+    warmup(draft, table)
     _others(draft, trainer, table)
     draft.of_defaults = True
     for key, value in trainer.defaults.items():
         steps_decide = key in ("num_epochs", "num_train_epochs") and "train.max_steps" in draft.values
         has_warmup = key == "warmup_ratio" and "warmup_steps" in table
-        if key not in table and not steps_decide and not has_warmup:
+        if key not in table and key not in nulls and not steps_decide and not has_warmup:
             trainer.rules[key](draft, key, value)
     draft.of_defaults = False
     if "train.max_steps" in draft.values:
         draft.values.pop("train.epochs", None)
-    if unset:
-        draft.ours(", ".join(unset), "no value")
+    if empty := [key for key in unset if key not in nulls]:
+        draft.ours(", ".join(empty), "no value")
     draft.values.pop("dataset_dir", None)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from qlora.importers import datasets
-from qlora.importers.draft import Draft, Rules, carried, left, off, ours
+from qlora.importers.draft import Draft, Rules, as_shown, carried, left, off, ours
 from qlora.importers.values import (
     ITS_TOKENS,
     SHARED,
     SPEED,
     attention,
     batches,
+    is_on,
     modules,
     names,
     number,
@@ -25,6 +26,8 @@ MARKS = (
     *("dataset_name", "max_length", "max_seq_length", "assistant_only_loss", "completion_only_loss", "use_peft"),
     *("packing_strategy", "per_device_train_batch_size", "dataset_text_field", "eos_token", "dataset_kwargs"),
 )
+# What a key says that is there and null.
+NULLS = {"max_length": "no row is cut there; data.max_length is our default here, and longer rows are cut to it"}
 # Of trl/trainer/sft_config.py and trl/trainer/model_config.py (0.2x); rows over max_length are cut.
 DEFAULTS: dict[str, Any] = {
     "max_length": 1024,
@@ -40,11 +43,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def _four_bit(draft: Draft, key: str, value: Any) -> None:
-    on = value in (True, "true")
-    if on and key == "load_in_8bit":
+def _bits(draft: Draft, key: str, value: Any) -> None:
+    if is_on(value) and key == "load_in_8bit":
         draft.leave(key, value, "a base in 8 bit is not built: quantization.type = nf4 takes half of that")
-    if on:
+        draft.values.setdefault("quantization.type", "nf4")
+    elif is_on(value):
         draft.carry(key, "quantization.type", "nf4")
     else:
         draft.ours(key, "off")
@@ -97,7 +100,7 @@ RULES: Rules = {
     **dict.fromkeys(("model_name_or_path", "model_name"), carried("model.base", text)),
     "model_revision": carried("model.revision", text),
     "attn_implementation": attention,
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _four_bit),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), _bits),
     "bnb_4bit_quant_type": carried("quantization.type", text),
     **dict.fromkeys(
         ("use_bnb_nested_quant", "bnb_4bit_use_double_quant"), carried("quantization.double_quant", switch)
@@ -132,8 +135,20 @@ def settle(draft: Draft, table: dict[str, Any]) -> None:
             RULES[key](draft, key, table.pop(key))
     micro, passes = table.pop("per_device_train_batch_size", 8), table.pop("gradient_accumulation_steps", 1)
     batches(draft, ("per_device_train_batch_size", micro), ("gradient_accumulation_steps", passes))
-    if not any(table.get(key) in (True, "true") for key in ("load_in_4bit", "load_in_8bit")):
-        draft.carry("load_in_4bit", "quantization.type", "none", 'not set: 16 bit; "nf4" takes a quarter of that')
+    if is_on(table.get("load_in_4bit")):  # before its type
+        _bits(draft, "load_in_4bit", table.pop("load_in_4bit"))
+    else:
+        if "bnb_4bit_quant_type" in table:  # every dump of ModelConfig has it
+            said = as_shown("", table.pop("bnb_4bit_quant_type"))
+            draft.ours("bnb_4bit_quant_type", f"{said}: read for 4 bit alone")
+        if not is_on(table.get("load_in_8bit")):
+            draft.carry("load_in_4bit", "quantization.type", "none", 'off: 16 bit; "nf4" takes a quarter of that')
     if not any(table.get(key) in (True, "true") for key in ("assistant_only_loss", "completion_only_loss")):
         draft.carry("assistant_only_loss", "data.loss_on", "all", "not set: of chats, every token")
     draft.carry("max_length", "data.truncation", "cut", "rows over it are cut")
+    draft.carry("rows held out", "data.eval_fraction", 0.0, "not set: none")
+    if "use_peft" not in table:
+        draft.leave("use_peft", "not set", "the base itself is trained there: here LoRA is, over it")
+    elif is_on(table["use_peft"]) and "lora_target_modules" not in table:
+        why = "PEFT picks them by architecture there, mostly q_proj and v_proj: every linear layer here"
+        draft.leave("lora_target_modules", "not set", why)

@@ -75,5 +75,6 @@ def settle(draft: Draft, table: dict[str, Any]) -> None:
     """What several keys say together."""
     micro, passes = table.pop("training.batch_size", 2), table.pop("training.gradient_accumulation_steps", 4)
     batches(draft, ("training.batch_size", micro), ("training.gradient_accumulation_steps", passes))
+    draft.carry("rows held out", "data.eval_fraction", 0.0, "not set: none")
     if table.get("training.num_epochs") in (0, 0.0):  # max_steps decides then
         draft.ours("training.num_epochs", f"{table.pop('training.num_epochs')}: steps decide")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qlora.importers.draft import Draft, Rule, carried, left, off, ours
+from qlora.importers.draft import Draft, Rule, as_shown, carried, left, off, ours
 
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit"), "adamw_8bit"),
@@ -19,6 +19,11 @@ ONE_GPU = "one GPU trains here"
 ITS_TOKENS = "tokens, padding and classes are the base's own, read from its folder"
 TRACKERS = "no tracker: events.jsonl and the screen have the figures"
 SPEED = "how it is computed, and not what is learned: decided here by the card"
+
+
+def is_on(value: Any) -> bool:
+    """Whether a switch is on, where what is neither on nor off is told by the key's own rule."""
+    return value in (True, "true")
 
 
 def number(value: Any) -> float:
@@ -153,6 +158,30 @@ def warmup_steps(draft: Draft, key: str, value: Any) -> None:
         draft.carry(key, "train.warmup_ratio", round(found / steps, 4), f"{found:g} of {steps} steps")
     else:
         draft.leave(key, value, "train.warmup_ratio is a part of the run, whose steps are not known here: set it")
+
+
+def warmup(draft: Draft, table: dict[str, Any]) -> None:
+    """Take out and tell what decides no warm-up, in whatever order the keys stand.
+
+    As transformers has it: a course called `constant` has none; steps above 0 go before the ratio; 0 steps mean it.
+    """
+    by_name = {key.rpartition(".")[2]: key for key in table}
+    steps, ratio = by_name.get("warmup_steps"), by_name.get("warmup_ratio")
+    for course in (by_name.get(name) for name in ("lr_scheduler", "lr_scheduler_type")):
+        if course is not None and table[course] == "constant":
+            for key in (one for one in (steps, ratio) if one is not None):
+                draft.ours(key, f"{as_shown(key, table.pop(key))}: a course called constant has no warm-up")
+            return
+    if steps is None or ratio is None:
+        return
+    try:
+        found = number(table[steps])
+    except ValueError:
+        return  # its own rule tells it
+    if found == 0:
+        draft.ours(steps, f"{as_shown(steps, table.pop(steps))}: {ratio} decides")
+    elif found > 0:
+        draft.ours(ratio, f"{as_shown(ratio, table.pop(ratio))}: {steps} goes before it")
 
 
 def max_steps(draft: Draft, key: str, value: Any) -> None:

@@ -135,3 +135,37 @@ def test_a_value_that_has_no_counterpart_is_named(tmp_path: Path, line: str, key
     recipe_of(found)
     lost = left(found)
     assert any(why in said for name, said in lost.items() if key in name or key in said), lost
+
+
+SMALL = "base_model: a/b\nsequence_len: 64\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted", "lost"),
+    [
+        ("[q_proj, v_proj]", "all-linear", False),
+        ("[q_proj, lm_head]", "all-linear", True),
+        ("[1]", "all-linear", True),
+    ],
+)
+def test_modules_beside_all_linear_take_nothing_from_it(tmp_path: Path, more: str, wanted: str, lost: bool) -> None:
+    lines = ["lora_target_linear: true", f"lora_target_modules: {more}"]
+    for order in (lines, lines[::-1]):
+        found = imported(tmp_path, SMALL + "adapter: lora\n" + "\n".join(order))
+        assert recipe_of(found).lora.target_modules == wanted, order
+        assert ("lora_target_modules" in left(found)) == lost
+    found = imported(tmp_path, f"{SMALL}adapter: lora\nlora_target_linear: false\nlora_target_modules: [q_proj]\n")
+    assert recipe_of(found).lora.target_modules == ("q_proj",)
+
+
+def test_training_of_the_base_itself_is_said_not_to_be_carried(tmp_path: Path) -> None:
+    assert "base itself is trained" in left(imported(tmp_path, f"{SMALL}num_epochs: 1\n"))["adapter"]
+    assert "adapter" not in left(imported(tmp_path, f"{SMALL}adapter: lora\n"))
+
+
+@pytest.mark.parametrize(("switch", "kind"), [("load_in_4bit: false", "none"), ("load_in_4bit: true", "fp4")])
+def test_the_type_is_read_where_4_bit_is_on(tmp_path: Path, switch: str, kind: str) -> None:
+    lines = [switch, "bnb_config_kwargs: {bnb_4bit_quant_type: fp4}"]
+    for order in (lines, lines[::-1]):
+        found = imported(tmp_path, SMALL + "adapter: lora\n" + "\n".join(order))
+        assert recipe_of(found).quantization.type == kind, order

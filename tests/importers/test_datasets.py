@@ -27,7 +27,10 @@ def test_a_path_that_is_here_is_local_and_a_name_is_the_hubs(tmp_path: Path) -> 
     ("entry", "table", "lost"),
     [
         ({"path": "a/b", "type": "chat_template"}, {"format": "messages"}, set()),
-        ({"path": "a/b", "type": "sharegpt", "message_field_role": "from", "message_field_content": "value"},
+        ({"path": "a/b", "type": "sharegpt"}, {"format": "sharegpt"}, set()),
+        ({"path": "a/b", "type": "sharegpt", "field_messages": "dialog"},
+         {"format": "sharegpt", "columns": {"conversations": "dialog"}}, set()),
+        ({"path": "a/b", "type": "chat_template", "message_field_role": "from", "message_field_content": "value"},
          {"format": "sharegpt", "columns": {"conversations": "messages"}}, set()),
         ({"path": "a/b", "type": "alpaca:phi"}, {"format": "alpaca"}, {"datasets.type"}),
         ({"path": "a/b", "type": "jeopardy"}, {}, {"datasets.type"}),

@@ -15,8 +15,11 @@ def test_values_read_back(value: object) -> None:
     assert tomllib.loads(f"x = {toml(value)}")["x"] == value
 
 
+MORE = ("s3_access_key", "passwd", "ssh_private_key", "AWS-ACCESS-KEY", "key_passphrase", "accessKey")
+
+
 def test_what_may_be_a_secret_is_not_shown() -> None:
-    for key in ("hf_token", "logging.wandb_token", "api_key", "HUB_TOKEN", "client_secret", "password"):
+    for key in ("hf_token", "logging.wandb_token", "api_key", "HUB_TOKEN", "client_secret", "password", *MORE):
         assert as_shown(key, "abcdef") == "…"
     assert as_shown("pad_token", "<eos>") == "<eos>" and as_shown("tokens", ["a"]) == "['a']"
     assert as_shown("kwargs", {"token": "abc"}) == "{token}" and as_shown("x", [{"a": 1}]) == "1 tables"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qlora.errors import UserError
-from tests.importers.cases import assert_all_told, imported, left, recipe_of
+from tests.importers.cases import assert_all_told, imported, left, recipe_of, told
 
 FULL = """
 ### model
@@ -96,3 +96,52 @@ def test_a_list_that_leads_out_of_its_folder_brings_nothing_along(tmp_path: Path
     (tmp_path / "data" / "dataset_info.json").write_text("{" * 99)
     again = imported(tmp_path, "model_name_or_path: a/b\nstage: sft\nfinetuning_type: lora\ndataset: x\n")
     assert {"dataset_dir", "dataset"} <= set(left(again))
+
+
+SMALL = "model_name_or_path: a/b\nfinetuning_type: lora\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "alpha"),
+    [("lora_rank: 64", 128.0), ("cutoff_len: 9", 16.0), ("lora_rank: 64\nlora_alpha: 7", 7.0), ("lora_rank: x", None)],
+)
+def test_alpha_is_twice_the_rank_of_the_configuration(tmp_path: Path, lines: str, alpha: float | None) -> None:
+    found = imported(tmp_path, f"{SMALL}stage: sft\n{lines}\n")
+    assert found.table.get("lora", {}).get("alpha") == alpha
+    assert ("lora_alpha" in left(found)) == (alpha is None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        (("quantization_bit: 4", "quantization_type: fp4"), "fp4"),
+        (("quantization_type: nf4",), "none"),
+        (("quantization_bit: 8", "quantization_type: fp4"), "nf4"),
+    ],
+)
+def test_the_type_is_read_where_4_bit_is_on(tmp_path: Path, lines: tuple[str, ...], kind: str) -> None:
+    for order in (lines, lines[::-1]):
+        found = imported(tmp_path, f"{SMALL}stage: sft\n" + "\n".join(order))
+        assert recipe_of(found).quantization.type == kind, order
+
+
+@pytest.mark.parametrize(
+    ("lines", "packs"),
+    [
+        ("stage: sft", False), ("stage: sft\nneat_packing: true", True), ("stage: pt", True),
+        ("stage: sft\npacking: false\nneat_packing: true", True), ("stage: pt\npacking: false", False),
+        ("stage: sft\nneat_packing: false", False), ("stage: sft\nneat_packing: false\npacking: true", True),
+    ],
+)  # fmt: skip
+def test_what_packs_there_packs_here(tmp_path: Path, lines: str, packs: bool) -> None:
+    found = imported(tmp_path, f"{SMALL}{lines}\n")
+    assert recipe_of(found).data.packing is packs and set(yaml.safe_load(lines)) <= told(found)
+
+
+def test_rows_to_evaluate_on_are_of_the_same_list(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "dataset_info.json").write_text(json.dumps(LIST))
+    lines = "stage: sft\ndataset_dir: lists\ndataset: names\neval_dataset: chats\n"
+    found = imported(tmp_path, SMALL + lines)
+    assert [one.path for one in recipe_of(found).data.eval] == [str(tmp_path / "lists" / "chats.json")]
+    assert "eval_dataset" not in left(found)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
 
-from tests.importers.cases import assert_all_told, imported, left, recipe_of
+import pytest
+
+from tests.importers.cases import assert_all_told, imported, left, recipe_of, told
 
 KEYS = {
     "model_name_or_path": "owner/small-model",
@@ -55,3 +58,43 @@ def test_by_default_it_trains_every_token_of_a_chat_in_16_bit(tmp_path: Path) ->
     recipe = recipe_of(found)
     assert (recipe.data.loss_on, recipe.quantization.type, recipe.data.truncation) == ("all", "none", "cut")
     assert recipe.train.learning_rate == 2e-5
+
+
+SMALL = "model_name_or_path: a/b\ndataset_name: a/c\nuse_peft: true\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind"),
+    [
+        (("load_in_4bit: false", "bnb_4bit_quant_type: nf4"), "none"),
+        (("load_in_4bit: true", "bnb_4bit_quant_type: fp4"), "fp4"),
+        (("bnb_4bit_quant_type: fp4",), "none"),
+        (("load_in_8bit: true", "bnb_4bit_quant_type: fp4"), "nf4"),
+        (("load_in_8bit: true", "load_in_4bit: true", "bnb_4bit_quant_type: fp4"), "fp4"),
+    ],
+)
+def test_the_type_is_read_where_4_bit_is_on(tmp_path: Path, lines: tuple[str, ...], kind: str) -> None:
+    for order in permutations(lines):
+        found = imported(tmp_path, SMALL + "max_length: 9\n" + "\n".join(order))
+        assert recipe_of(found).quantization.type == kind, order
+        assert {line.partition(":")[0] for line in lines} <= told(found)
+
+
+def test_no_rows_are_held_out_where_none_are_there(tmp_path: Path) -> None:
+    found = imported(tmp_path, SMALL)
+    assert recipe_of(found).data.eval_fraction == 0.0
+    assert any("data.eval_fraction = 0.0 (not set" in account.said for account in found.of("carried"))
+
+
+def test_what_is_trained_there_and_not_here_is_said(tmp_path: Path) -> None:
+    lost = left(imported(tmp_path, "model_name_or_path: a/b\ndataset_name: a/c\nmax_length: 9\n"))
+    assert "base itself is trained" in lost["use_peft"] and "lora_target_modules" not in lost
+    lost = left(imported(tmp_path, SMALL))
+    assert "q_proj and v_proj" in lost["lora_target_modules"] and "use_peft" not in lost
+    assert not left(imported(tmp_path, SMALL + "lora_target_modules: [q_proj]\n"))
+
+
+def test_rows_without_a_limit_are_said_to_have_one_here(tmp_path: Path) -> None:
+    found = imported(tmp_path, SMALL + "max_length: null\n")
+    assert "no row is cut there" in left(found)["max_length"] and "max_length" not in found.table["data"]
+    assert recipe_of(imported(tmp_path, SMALL)).data.max_length == 1024

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from qlora.importers import values
 from qlora.recipe.sections import TrainSection
-from tests.importers.cases import draft
+from tests.importers.cases import draft, imported, told
 
 
 @pytest.mark.parametrize(
@@ -52,3 +54,26 @@ def test_steps_of_warmup_are_a_part_of_known_steps(steps: float, max_steps: int 
         made.values["train.max_steps"] = max_steps
     values.warmup_steps(made, "warmup_steps", steps)
     assert made.values.get("train.warmup_ratio") == ratio
+
+
+@pytest.mark.parametrize(
+    ("keys", "ratio"),
+    [
+        ({"warmup_steps": 0, "warmup_ratio": 0.1}, 0.1),
+        ({"warmup_steps": 20, "warmup_ratio": 0.1, "max_steps": 100}, 0.2),
+        ({"warmup_steps": 20, "warmup_ratio": 0.1}, None),  # steps of unknown many: told, and no ratio instead
+        ({"warmup_steps": "x", "warmup_ratio": 0.1}, 0.1),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, 0.0),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5, "max_steps": 50}, 0.0),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1}, 0.1),
+    ],
+)
+def test_what_decides_the_warmup_does_not_hang_on_the_order(
+    tmp_path: Path, keys: dict[str, Any], ratio: float | None
+) -> None:
+    for order in permutations(keys):
+        text = "".join(f"{key}: {keys[key]}\n" for key in order)
+        found = imported(tmp_path, f"model_name_or_path: a/b\ndataset_name: a/c\nmax_length: 9\n{text}")
+        assert found.table["train"].get("warmup_ratio") == ratio, order
+        assert set(keys) <= told(found)
+        assert sum("train.warmup_ratio = " in account.said for account in found.accounts) <= 1
