@@ -8,6 +8,9 @@ as a run's exact match and an exam's "contains" are. What is made of them stands
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from qlora.data.token_cache import PreparedSplit
     from qlora.recipe.reading import Recipe
     from qlora.recipe.sections import DataSection
+    from qlora.training.evaluate import Question
 
 MOST_MODELS = 8
 FEW_ROWS = 20  # below, an interval holds the mean less often than it says
@@ -77,8 +81,9 @@ def evaluate(
     with Guarded("evaluating", "end other programs that hold memory, or name fewer models"):
         asked = _asked(found, data, how, shared, stop or StopRequest())
         measured: list[Measured] = []
+        lines = _Lines()
         for source in found:
-            measured += _measured(source, asked, how, shared, {one.name for one in measured})
+            measured += _measured(source, asked, how, shared, lines)
     return figures_of(measured, asked)
 
 
@@ -104,12 +109,28 @@ def _asked(found: Sequence[Named], data: str | Path, how: HowToEvaluate, sink: S
     answerable = [row for row in range(len(split.lengths)) if split.prompt(row) is not None]
     answered = _spread(answerable, how.answers)
     questions = questions_of(_chosen(split, answered), chat, len(answered))
-    room = local.max_length - max((len(question.prompt_ids) for question in questions), default=0)
-    limit = max(1, min(answer_tokens(questions, chat), LONGEST_ANSWER, room))
+    limit = max(1, min(answer_tokens(questions, chat), LONGEST_ANSWER))
+    fitting = _fitting(questions, limit, [source for source, _ in chats], how, sink)
+    answered, questions = [answered[number] for number in fitting], [questions[number] for number in fitting]
     if len(split.lengths) < FEW_ROWS:
         message = "rows are few: intervals of so few hold the true value less often than 95 times of 100"
         sink.emit(Notice("rows", message, len(split.lengths)))
     return Asked(split, chat, local.max_length, answered, questions, limit, sink, stop.check)
+
+
+def _fitting(
+    questions: Sequence[Question], limit: int, sources: Sequence[Named], how: HowToEvaluate, sink: Sinks
+) -> list[int]:
+    """Numbers of the questions that every model has room for with an answer of `limit` tokens; the others are said.
+
+    Exact match allows each answer the same length, however long another question is.
+    """
+    context = min((_context(source, how, sink) for source in sources), default=0) if questions else 0
+    fitting = [number for number, one in enumerate(questions) if len(one.prompt_ids) + limit <= context]
+    if left_out := len(questions) - len(fitting):
+        message = f"not answered are questions that with an answer of {limit:,} tokens exceed a context of {context:,}"
+        sink.emit(Notice("answers", message, left_out))
+    return fitting
 
 
 def _section(data: str | Path, recipe: Recipe | None, how: HowToEvaluate) -> DataSection:
@@ -231,13 +252,29 @@ def _chat(source: Named, loss_on: str, how: HowToEvaluate, sink: Sink) -> ChatTo
     return ChatTokenizer(tokenizer, loss_on, sink, taken.embedding_rows)  # type: ignore[arg-type]
 
 
-def _measured(source: Named, asked: Asked, how: HowToEvaluate, sink: Sink, taken: set[str]) -> Iterator[Measured]:
+def _context(source: Named, how: HowToEvaluate, sink: Sink) -> float:
+    """Tokens that the model takes by its config.json; infinite where that has no limit, as of a recurrent one."""
+    from qlora.export import adapter_base
+    from qlora.model.adapter_folder import provenance, read_adapter
+    from qlora.model.meta_model import text_config
+    from qlora.model.resolve import resolve
+
+    if source.kind == "adapter":
+        adapter = read_adapter(Path(source.place))
+        base = adapter_base.open_base(adapter, provenance(adapter.folder, adapter.config), how.base_model, sink)
+    else:
+        base = resolve(str(source.place), "main", sink)
+    known = getattr(text_config(base.config, base.name)[0], "max_position_embeddings", None)
+    return known if isinstance(known, int) and known > 0 else math.inf
+
+
+def _measured(source: Named, asked: Asked, how: HowToEvaluate, sink: Sink, lines: _Lines) -> Iterator[Measured]:
     """The lines of one model: of an adapter, its base before it."""
     from qlora.ask.likelihood import by_llama, by_torch
     from qlora.ask.llama import LlamaModel
     from qlora.ask.measured import Measured
 
-    name = _name(source, taken)
+    name = lines.name_of(source)
     if source.kind == "gguf":
         yield Measured(name, "gguf", "llama.cpp", *by_llama(Path(source.place), asked))
         return
@@ -247,26 +284,42 @@ def _measured(source: Named, asked: Asked, how: HowToEvaluate, sink: Sink, taken
         if longest > opened.context:
             what = f"{name}: takes {opened.context:,} tokens, and a row has {longest:,}"
             raise DataError(what, f"say a `max_length` of {opened.context:,}")
-        base = _base_name(opened)
-        if source.kind == "adapter" and how.base and base not in taken:
+        if source.kind == "adapter" and how.base and (base := lines.name_of_base(opened)) is not None:
             with opened.adapters_off():
                 yield Measured(base, "base", "transformers", *by_torch(opened.model, asked, opened.device, base))
         made = by_torch(opened.model, asked, opened.device, name)
         yield Measured(name, source.kind, "transformers", *made)
 
 
-def _base_name(opened: TorchModel) -> str:
-    """What the line of an adapter's base is called."""
-    held = opened.origin.quantization.type if opened.origin is not None else "none"
-    return f"base ({Path(opened.base.name).name}, {'16 bit' if held == 'none' else held})"
+class _Lines:
+    """What the lines of a table are called, each once. A base that several adapters share has one line."""
 
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._bases: set[tuple[str, ...]] = set()
 
-def _name(source: Named, taken: set[str]) -> str:
-    """What a line is called: a merged folder in a run's exports by both names; with a number where that is taken."""
-    place = Path(source.place)
-    name = f"{place.parent.parent.name}/{place.name}" if place.parent.name == "export" else source.name
-    number = next(number for number in range(1, MOST_MODELS + 2) if _numbered(name, number) not in taken)
-    return _numbered(name, number)
+    def name_of(self, source: Named) -> str:
+        """A merged folder in a run's exports by both names; others by their own."""
+        place = Path(source.place)
+        return self._free(f"{place.parent.parent.name}/{place.name}" if place.parent.name == "export" else source.name)
+
+    def name_of_base(self, opened: TorchModel) -> str | None:
+        """Of an adapter's base; None where it has a line. Names do not tell bases apart, two folders may both be called
+        `model`: their bytes and how they are held do."""
+        assert opened.origin is not None, "only an adapter has a base beside it"
+        known, held = opened.model.get_base_model().base_identity, opened.origin.quantization
+        content = known.content or os.path.realpath(opened.base.path)
+        base = (known.config, known.sampled, content, held.model_dump_json())
+        if base in self._bases:
+            return None
+        self._bases.add(base)
+        return self._free(f"base ({Path(opened.base.name).name}, {'16 bit' if held.type == 'none' else held.type})")
+
+    def _free(self, name: str) -> str:
+        """With a number where that is taken."""
+        number = next(number for number in itertools.count(1) if _numbered(name, number) not in self._taken)
+        self._taken.add(_numbered(name, number))
+        return _numbered(name, number)
 
 
 def _numbered(name: str, number: int) -> str:
@@ -299,13 +352,14 @@ def by_harness(
         what = f"{files_of[0].place}: the harness computes with transformers, and this is a GGUF file"
         raise ExportError(what, "name the merged folder or the run that it was made of")
     figures: dict[str, Any] = {}
+    lines = _Lines()
     with Guarded("evaluating", "end other programs that hold memory, or name fewer models"):
         for source in found:
             context = how.max_length or HowToOpen().context
             with open_model(source, HowToOpen(base_model=how.base_model, context=context), shared) as opened:
                 assert not isinstance(opened, LlamaModel), "GGUF files are refused above"
-                if source.kind == "adapter" and how.base and (base := _base_name(opened)) not in figures:
+                if source.kind == "adapter" and how.base and (base := lines.name_of_base(opened)) is not None:
                     with opened.adapters_off():
                         figures[base] = harness.run(opened, wanted, limit, shared)
-                figures[_name(source, set(figures))] = harness.run(opened, wanted, limit, shared)
+                figures[lines.name_of(source)] = harness.run(opened, wanted, limit, shared)
     return figures

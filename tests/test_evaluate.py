@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ import pytest
 from qlora import api, evaluate
 from qlora.errors import DataError, ExportError, QloraError, TokenizerError
 from qlora.evaluate import HowToEvaluate
-from qlora.events import Recorder
+from qlora.events import Recorder, Sinks
 from qlora.export.llama_cpp.runtime import find_runtime
+from qlora.recipe.sections import QuantizationSection
 from qlora.report import evaluation
+from qlora.stop import StopRequest
 from tests.runs import run_dir, train, values, write_recipe, write_rows
 
 FEW = ("data.max_length=96", "data.eval_fraction=0.2", "train.batch_size=4", "eval.samples=0")
@@ -114,6 +117,41 @@ def test_few_of_many_rows_are_spread_over_all(trained: Path) -> None:
     found = evaluate.evaluate([trained], trained.parent.parent / "rows", how=how, sink=sink)
     assert found["rows"] == 5 and found["answers"] == 2 and found["sources"] == ["one.jsonl", "two.jsonl"]
     assert any("measured are 5 rows, spread evenly over all 20" in text for text in values(sink, "notice", "message"))
+
+
+def test_a_long_prompt_does_not_shorten_the_other_answers(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(file: Path, sink: Recorder) -> Any:
+        how = HowToEvaluate(answers=50, max_length=500)
+        return evaluate._asked([evaluate.named(trained)], file, how, Sinks(sink), StopRequest())
+
+    rows = trained.parent.parent / "rows" / "two.jsonl"
+    short, sink = asked(rows, Recorder()), Recorder()
+    assert short.max_new_tokens > 8 and len(short.questions) == 8
+    longest = max(len(question.prompt_ids) for question in short.questions)
+    monkeypatch.setattr(evaluate, "_context", lambda *_: longest + short.max_new_tokens - 1)
+    left = asked(rows, sink)
+    assert left.max_new_tokens == short.max_new_tokens and 0 < len(left.questions) < 8
+    assert len(left.answered) == len(left.questions) and len(left.split.lengths) == 8
+    (said,) = [event for event in sink.of("notice") if "not answered are questions" in event.message]
+    assert said.count == 8 - len(left.questions)
+    monkeypatch.undo()
+    assert evaluate._context(evaluate.named(trained), HowToEvaluate(), Recorder()) == 512
+
+
+def test_bases_are_told_apart_by_what_they_are() -> None:
+    def opened(content: str, held: str = "nf4") -> Any:
+        known = SimpleNamespace(config="c", sampled=content, content=content)
+        model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(base_identity=known))
+        origin = SimpleNamespace(quantization=QuantizationSection(type=held))  # type: ignore[arg-type]
+        return SimpleNamespace(model=model, origin=origin, base=SimpleNamespace(name="x/model", path=Path("x/model")))
+
+    lines = evaluate._Lines()
+    told = [lines.name_of_base(one) for one in (opened("a"), opened("b"), opened("a"), opened("a", "none"))]
+    assert told == ["base (model, nf4)", "base (model, nf4) (2)", None, "base (model, 16 bit)"]
+    same = evaluate.Named("model", Path("y/model"))
+    assert [lines.name_of(same), lines.name_of(same)] == ["model", "model (2)"]
 
 
 @pytest.mark.skipif(find_runtime() is None, reason="there is no llama.cpp")

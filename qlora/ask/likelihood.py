@@ -6,7 +6,7 @@ llama.cpp computes in a child process. A row is computed by itself: what stands 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from qlora.training.evaluate import Question
 GGUF_AT_ONCE = 64  # answers of one process: each loads the file
 _PROBES = 20  # texts that a file's tokens are compared on
 _HINT = "name the file that was exported from that run, or the run that this file is of"
+_NOT_FINITE = "one of its weights is damaged or over the format's range: train or export it again, in bf16 or f32"
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,20 @@ class RowScores:
     hits: list[float]
     weights: list[float]
 
-    def add(self, logprobs_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> None:
-        """One more row."""
-        found_N = logprobs_NV.gather(1, targets_N[:, None]).squeeze(1).double()
-        hits_N = (logprobs_NV.argmax(dim=1) == targets_N).double()
+    def add(self, name: str, chunks: Iterable[Tensor], targets_N: Tensor, weights_N: Tensor) -> None:
+        """One more row, of which `chunks` are the log-probabilities (C, V), each let go before the next is computed:
+        of 8,192 tokens and 152k entries all of them are 5 GB. Raises ExportError where one is no finite number."""
+        found, chosen, start = [], [], 0
+        for chunk_CV in chunks:
+            logprobs_CV = chunk_CV.float().cpu()
+            targets_C = targets_N[start : start + len(logprobs_CV)]
+            found.append(logprobs_CV.gather(1, targets_C[:, None]).squeeze(1).double())
+            chosen.append(logprobs_CV.argmax(dim=1))
+            start += len(logprobs_CV)
+            del chunk_CV, logprobs_CV
+        found_N, hits_N = torch.cat(found), (torch.cat(chosen) == targets_N).double()
+        if not bool(torch.isfinite(found_N).all()):
+            raise ExportError(f"{name}: computes numbers that are not finite", _NOT_FINITE)
         self.nats.append(float(-(found_N * weights_N).sum()))
         self.hits.append(float((hits_N * weights_N).sum()))
         self.weights.append(float(weights_N.sum()))
@@ -73,8 +84,7 @@ def by_torch(model: Any, asked: Asked, device: torch.device, name: str) -> tuple
         batch = collate(asked.split, [(row,)], asked.chat.pad_id, asked.max_length)
         targets_N = batch.targets_BS.flatten()[batch.trained_T]
         weights_N = batch.loss_weights_BS.flatten()[batch.trained_T].double()
-        chunks = [chunk.float().cpu() for chunk in live_logprobs(model, [batch], device)]
-        scores.add(torch.cat(chunks), targets_N, weights_N)
+        scores.add(name, live_logprobs(model, [batch], device), targets_N, weights_N)
     asked.sink.emit(Progress(f"rows of {name}", len(asked.split.lengths), len(asked.split.lengths)))
 
     def watch(done: int, total: int) -> None:
@@ -108,7 +118,7 @@ def by_llama(file: Path, asked: Asked) -> tuple[RowScores, list[str]]:
                 targets_N = torch.tensor([ids[position + 1] for position in at])
                 if int(targets_N.max()) >= logprobs_NV.shape[1]:
                     raise ExportError(f"{file}: has fewer tokens than the rows were made of", _HINT)
-                scores.add(logprobs_NV, targets_N, torch.tensor(weights, dtype=torch.float64))
+                scores.add(file.name, [logprobs_NV], targets_N, torch.tensor(weights, dtype=torch.float64))
                 start += len(at)
     answers: list[str] = []
     for start in range(0, len(asked.questions), GGUF_AT_ONCE):

@@ -96,7 +96,7 @@ class Conversation:
         titles = ["base", "tuned"] if len(self.talks) > 1 else ["tuned"]
         ends: list[str] = []
         self._interrupted = False
-        with Guarded("answering", MEMORY_HINT), answers_on(self.console, titles) as screen:
+        with self._all_or_none(), Guarded("answering", MEMORY_HINT), answers_on(self.console, titles) as screen:
             for column, talk in enumerate(self.talks):
                 if self._interrupted and column:
                     break
@@ -108,6 +108,23 @@ class Conversation:
                 show_answer(talk, answering, partial(screen.show, column))
                 ends.append(_how_it_went(answering.writing, time.perf_counter() - begun))
         self._note("; ".join(ends))
+
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Of two models that are compared, both keep a question with their answers to it, or neither does: what is
+        asked next would otherwise be answered from two different histories."""
+        before = [list(talk.messages) for talk in self.talks]
+        answered = False
+        try:
+            yield
+            pairs = zip(self.talks, before, strict=True)
+            # A question that got no answer is gone, and what was the last message is so again: the same, not an equal.
+            answered = all(now.messages and all(now.messages[-1] is not it for it in old[-1:]) for now, old in pairs)
+        finally:
+            if len(self.talks) > 1 and not answered:
+                for talk, messages in zip(self.talks, before, strict=True):
+                    talk.messages = messages
+                self._note("not answered by both: the question is forgotten")
 
     def command(self, text: str) -> None:
         """Do what a line that begins with `/` says. Raises UserError."""

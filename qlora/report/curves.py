@@ -18,6 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 8, 10, 24
 COLUMNS = 2 * (WIDTH - LEFT - RIGHT)  # twice as fine as the units, for screens that are
 COLOURS = 8  # line styles of the page's style, c0 to c7; later lines are dashed
 LARGEST = 1e30  # beyond it a number is taken for none: no quantity of a run comes near, and its square is still finite
+SMALLEST = 1e-300  # below it a number is taken for 0: a fifth of so narrow a range may be no number above 0
 _MEANS = 120  # points of a smoothed line
 _FAR = 30.0  # largest value over median, beyond which an axis is logarithmic
 
@@ -157,6 +158,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 def _value_scale(values: Sequence[float], limits: Sequence[float], may_be_log: bool) -> Scale:
     """From what is drawn to the height; logarithmic where a few values would press the others flat."""
+    values, limits = ([0.0 if abs(value) < SMALLEST else value for value in some] for some in (values, limits))
     low, high = min(*values, *limits, values[0]), max(*values, *limits, values[0])
     middle = sorted(values)[len(values) // 2]
     if may_be_log and low > 0 and high > _FAR * middle:

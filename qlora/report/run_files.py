@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ RECIPE_FILE, LOCK_FILE = "recipe.toml", ".lock"
 _EXAM_FILE, _EXPORTS, _EXPORT_FILE = "study/exam.json", "export", "export.json"
 _MAX_EXPORTS = 50
 _MAX_KEYS = 1_000
+_HINT = "name a run's folder, such as runs/quickstart: its events.jsonl is what the page is made of"
 # An absolute path inside a text; the group is what stands before its last part.
 _PLACE = re.compile(r"""(?<![\w.:/\\~])((?:~?/|[A-Za-z]:[\\/])(?:[^\s"'<>|:;,()\\/]+[\\/])+)(?=[^\s"'<>|:;,()\\/])""")
 
@@ -64,10 +66,12 @@ class EventsFile:
                 self._lines(file, end)
             else:
                 self._lines(file, start + HEAD_BYTES)
-                self.skipped_bytes += end - MAX_READ_BYTES - self._offset
-                file.seek(end - MAX_READ_BYTES)
-                file.readline(MAX_LINE_BYTES)  # the end of a line
-                self._offset = file.tell()
+                tail = max(self._offset, end - MAX_READ_BYTES)  # a file little over the limit is read whole
+                if tail > self._offset:
+                    self.skipped_bytes += tail - self._offset
+                    file.seek(tail)
+                    file.readline(MAX_LINE_BYTES)  # the end of a line
+                    self._offset = file.tell()
                 self._lines(file, end)
             return self._offset > start or self.ends_within_a_line
 
@@ -104,29 +108,35 @@ class Run:
         return self.events.log
 
 
+@contextmanager
+def reading(run: Path) -> Iterator[None]:
+    """While the events of `run` are read: what stands in the way becomes RunFolderError, with what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{run}: holds no {EVENTS_FILE}", _HINT) from error
+    except files.UnsafePathError as error:
+        raise RunFolderError(f"{run}: its events cannot be read ({error})", _HINT) from error
+    except OSError as error:
+        what = f"{run}: its events cannot be read ({error.strerror or error})"
+        raise RunFolderError(what, "give yourself the right to read there, or copy the run's folder") from error
+
+
 def events_of(run: Path) -> EventsFile:
     """The events of a run's folder, or of such a file itself, read so far. Raises RunFolderError with what to do."""
-    hint = "name a run's folder, such as runs/quickstart: its events.jsonl is what the page is made of"
-    try:
+    with reading(run):
         if run.is_dir():
             found = EventsFile(files.inside(run, EVENTS_FILE))
         elif run.exists():
             found = EventsFile(run)
         else:
-            raise RunFolderError(f"{run}: no such folder", hint)
+            raise RunFolderError(f"{run}: no such folder", _HINT)
         found.read()
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{run}: holds no {EVENTS_FILE}", hint) from error
-    except files.UnsafePathError as error:
-        raise RunFolderError(f"{run}: its events cannot be read ({error})", hint) from error
-    except OSError as error:
-        what = f"{run}: its events cannot be read ({error.strerror or error})"
-        raise RunFolderError(what, "give yourself the right to read there, or copy the run's folder") from error
     log = found.log
     if not (log.started or log.steps.number or log.told or log.evaluations or log.ended):
         later = f", {sum(log.unknown.values()):,} of kinds that this version does not know" if log.unknown else ""
         what = f"{found.path}: holds no event of a run ({log.foreign:,} lines that are none{later})"
-        raise RunFolderError(what, "train the run to its first step, or name another one" if not later else hint)
+        raise RunFolderError(what, "train the run to its first step, or name another one" if not later else _HINT)
     return found
 
 

@@ -22,6 +22,8 @@ from qlora.report.run_events import MAX_KEPT, MAX_STEP
 MAX_STEPS = 2_000_000  # kept, 56 bytes each; 20,000 is a long run
 MAX_TEXT = 4_000  # characters of a text that is shown
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes", "at")
+MAX_EXAMPLES = 3  # of the rows that a reason has left out
+_MAX_EXAMPLE = 300  # characters of one
 _STEP_LINE = b'{"event": "step"'
 _MAX_STEP_LINE = 4_096  # bytes: one has some 300
 _MAX_MARKS = 5_000  # of a kind, on the time line
@@ -202,7 +204,8 @@ class RunLog:
     def _rejected(self, read: run_events.Rejected) -> None:
         key = (clipped(read.source), clipped(read.reason))
         if key in self.rejected or len(self.rejected) < MAX_KEPT:
-            self.rejected[key] = read.model_copy(update={"source": key[0], "reason": key[1]})
+            examples = [clipped(one, _MAX_EXAMPLE) for one in read.examples[:MAX_EXAMPLES]]
+            self.rejected[key] = read.model_copy(update={"source": key[0], "reason": key[1], "examples": examples})
         else:
             self.left_out["reasons"] += 1
 
@@ -210,8 +213,11 @@ class RunLog:
         self.fidelity = read
 
     def _was_exported(self, read: run_events.Exported) -> None:
-        if read.path in self.exported or len(self.exported) < MAX_KEPT:
-            self.exported[read.path] = read
+        path = clipped(read.path)
+        if path in self.exported or len(self.exported) < MAX_KEPT:
+            base = None if read.merge_base is None else clipped(read.merge_base)
+            cut = {"format": clipped(read.format, 200), "path": path, "merge_base": base}
+            self.exported[path] = read.model_copy(update=cut)
         self._mark("exported", f"exported {read.format}")
 
     def _examined(self, read: run_events.Examined) -> None:

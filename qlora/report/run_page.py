@@ -85,8 +85,7 @@ def _results(runs: Sequence[Run]) -> Iterator[Element]:
     yield element("h2", "Results")
     rows = []
     for run in runs:
-        log, rate = run.log, sorted(run.log.steps.columns["tokens_per_second"])
-        best = min((one.loss for one in log.evaluations.values() if one.loss is not None), default=None)
+        log, rate, best = run.log, run_sections.median_rate(run.log), run_sections.best_loss(run.log)
         match = log.ended.exact_match_after if log.ended else None
         exam = run.exam.parts.get("words") if run.exam else None
         tuned = exam.columns.get("tuned") if exam else None
@@ -98,7 +97,7 @@ def _results(runs: Sequence[Run]) -> Iterator[Element]:
                 run_sections.figure(log.steps.columns["loss"][-1]) if len(log.steps.number) else "",
                 *(run_sections.figure(best), run_sections.percent(match)),
                 run_sections.percent(tuned.right.mean) if tuned else "",
-                run_sections.big(rate[len(rate) // 2]) if rate else "",
+                run_sections.big(rate) if rate is not None else "",
                 *(human_bytes(peak) if peak else "", run_sections.seconds(log.at)),
             ]
         )

@@ -14,10 +14,9 @@ from qlora.report.figures import human_bytes, human_seconds
 from qlora.report.page import Element, card, classed, element, table
 from qlora.report.run_events import Exam, ExamColumn, FidelityEntry, Interval, Sample
 from qlora.report.run_files import Run, without_places
-from qlora.report.run_log import clipped
+from qlora.report.run_log import MAX_EXAMPLES, RunLog, clipped
 
 _PARTS = {"yours": "Questions of yours", "words": "In other words", "left_out": "Left out of the study"}
-_SHOWN_EXAMPLES = 3
 _SHOWN_ROWS = 12  # of what happened, before the rest is folded away
 _BAR_LEFT, _BAR_WIDE, _BAR_RIGHT, _BAR_STEP = 84, 226, 90, 34  # of the drawing of memory, in its own units
 
@@ -66,14 +65,14 @@ def state(run: Run) -> str:
 def cards(run: Run) -> Element:
     """The figures that are looked for first."""
     log, end = run.log, run.log.ended
-    steps, rate = log.steps.number, sorted(log.steps.columns["tokens_per_second"])
+    steps, rate, best = log.steps.number, median_rate(log), best_loss(log)
     loss = log.steps.columns["loss"]
-    best = min((one.loss for one in log.evaluations.values() if one.loss is not None), default=None)
     made = []
     if len(steps):
         of = f"of {log.plan.steps:,} steps" if log.plan else "steps"
         made += [card(f"{steps[-1]:,}", of), card(figure(loss[-1]), "loss, last step")]
-        made.append(card(big(rate[len(rate) // 2]), "tokens/s, median"))
+    if rate is not None:
+        made.append(card(big(rate), "tokens/s, median"))
     if best is not None:
         made.append(card(figure(best), "evaluation loss, best"))
     if end is not None and end.exact_match_after is not None:
@@ -83,6 +82,18 @@ def cards(run: Run) -> Element:
         made.append(card(human_bytes(peak), "peak memory"))
     made.append(card(seconds(log.at), "of work"))
     return classed("div", "cards", *made)
+
+
+def best_loss(log: RunLog) -> float | None:
+    """The least loss of the evaluations, of those that are finite where any is; None without one."""
+    losses = [one.loss for one in log.evaluations.values() if one.loss is not None]
+    return min(filter(math.isfinite, losses), default=losses[0] if losses else None)
+
+
+def median_rate(log: RunLog) -> float | None:
+    """The median of the finite tokens a second; None without one: NaN has no place in an order."""
+    rates = sorted(filter(math.isfinite, log.steps.columns["tokens_per_second"]))
+    return rates[len(rates) // 2] if rates else None
 
 
 def measured_peak(run: Run) -> float:
@@ -315,7 +326,7 @@ def data(run: Run) -> Iterator[Element]:
         rows: list[list[Element | str]] = [
             [
                 *(without_places(one.source), f"{one.count:,}", without_places(one.reason)),
-                element("code", without_places(", ".join(clipped(x, 200) for x in one.examples[:_SHOWN_EXAMPLES]))),
+                element("code", without_places(", ".join(clipped(x, 200) for x in one.examples[:MAX_EXAMPLES]))),
             ]
             for one in log.rejected.values()
         ]

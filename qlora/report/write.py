@@ -11,7 +11,7 @@ from qlora import disk, files
 from qlora.errors import RunFolderError, UserError
 from qlora.report.figures import names_of
 from qlora.report.page import check_place
-from qlora.report.run_files import EventsFile, events_of, is_under_way, run_of
+from qlora.report.run_files import EventsFile, events_of, is_under_way, reading, run_of
 from qlora.report.run_page import MAX_RUNS, page_of
 from qlora.stop import StopRequest
 
@@ -44,13 +44,13 @@ class Report:
         return any(is_under_way(folder) for folder in self.folders)
 
     def read(self) -> bool:
-        """Read what is new; whether anything is. Raises RunFolderError for a run without events."""
+        """Read what is new; whether anything is. Raises RunFolderError where events cannot be read, or are none."""
         if not self.events:
             self.events = [events_of(folder) for folder in self.folders]
             return True
         found = False
-        for events in self.events:
-            with suppress(FileNotFoundError):  # a run that begins anew has moved it
+        for folder, events in zip(self.folders, self.events, strict=True):
+            with reading(folder), suppress(FileNotFoundError):  # a run that begins anew has moved it
                 found |= events.read()
         return found
 
@@ -88,7 +88,7 @@ def watch_report(runs: Sequence[str | Path], stop: StopRequest, out: str | Path 
         finally:
             with suppress(RunFolderError):
                 report.read()
-                report.write()
+            report.write()
     return report.place
 
 

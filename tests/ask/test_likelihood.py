@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from qlora.ask import likelihood
 from qlora.ask.likelihood import Asked, RowScores, by_torch
 from qlora.data.chat import TokenRow
 from qlora.data.token_cache import PreparedSplit
+from qlora.errors import ExportError
 from qlora.events import Recorder
 
 
@@ -34,9 +37,34 @@ def asked(rows: list[TokenRow]) -> Asked:
 def test_a_token_counts_by_its_weight() -> None:
     scores = RowScores([], [], [])
     logprobs = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
-    scores.add(logprobs, torch.tensor([0, 1]), torch.tensor([1.0, 0.5], dtype=torch.float64))
+    scores.add("m", [logprobs[:1], logprobs[1:]], torch.tensor([0, 1]), torch.tensor([1.0, 0.5], dtype=torch.float64))
     assert scores.nats == [pytest.approx(0.6931472 + 0.5 * 2.3025851)]
     assert (scores.hits, scores.weights) == ([1.0], [1.5])
+
+
+def test_one_chunk_is_held_at_a_time() -> None:
+    """All log-probabilities of a long row are gigabytes."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def chunks() -> Iterator[torch.Tensor]:
+        for _ in range(4):
+            assert not any(one() is not None for one in made)
+            chunk = torch.full((2, 3), 1 / 3).log()
+            made.append(weakref.ref(chunk))
+            yield chunk
+            del chunk
+
+    scores = RowScores([], [], [])
+    scores.add("m", chunks(), torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.float64))
+    assert scores.nats == [pytest.approx(8 * 1.0986123)] and scores.hits == [8.0] and len(made) == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_is_no_finite_number_is_refused(value: float) -> None:
+    logprobs, scores = torch.tensor([[-0.5, -0.5], [-0.5, value]]), RowScores([], [], [])
+    with pytest.raises(ExportError, match="m: computes numbers that are not finite"):
+        scores.add("m", [logprobs], torch.tensor([0, 1]), torch.ones(2, dtype=torch.float64))
+    assert not scores.nats
 
 
 def test_each_row_has_the_loss_that_transformers_gives_it_alone(llama: Path) -> None:

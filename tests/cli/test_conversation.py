@@ -117,3 +117,32 @@ def test_a_signal_to_end_ends_it() -> None:
 
 def test_what_is_no_text_becomes_text() -> None:
     assert as_utf8("a\udcff b") == "a\ufffd b" and as_utf8("ü 世") == "ü 世"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_one_of_two_models_did_not_answer_is_forgotten_by_both(fails: bool) -> None:
+    """Ctrl-C in the base's answer, and memory that runs out in the other's: later answers have one history."""
+    lives = [ToyLlama(lambda _: "x" * 50), ToyLlama()]
+    talks = [Talk(toy_model(live)) for live in lives]
+    typed = iter(["one", "two", "three"])
+
+    def during_two() -> None:
+        asked = talks[0].messages
+        if len(asked) >= 3 and asked[2]["content"] == "two":
+            if fails:
+                raise DoesNotFit("no memory", "ask less")
+            os.kill(os.getpid(), signal.SIGINT)
+
+    lives[1 if fails else 0].before_each = during_two
+
+    def read(_: str) -> str:
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    file = io.StringIO()
+    Conversation(talks, GREEDY, Terminal(file, width=200), StopRequest()).loop(read)
+    questions = [[message["content"] for message in talk.messages][::2] for talk in talks]
+    assert questions == [["one", "three"]] * 2 and [len(talk.messages) for talk in talks] == [4, 4]
+    assert file.getvalue().count("the question is forgotten") == 1

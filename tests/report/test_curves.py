@@ -83,3 +83,9 @@ def test_places_rise_with_values() -> None:
     assert Scale(0, 10, 0, 100).place(5) == 50 and Scale(1, 100, 0, 100, is_log=True).place(10) == 50
     assert math.isfinite(Scale(1, 1, 0, 100).place(1))
     assert style(0) != style(8) != style(16)
+
+
+@pytest.mark.parametrize("value", [5e-323, 5e-324, -5e-323, 1e-310])
+def test_what_is_almost_nothing_is_drawn_as_nothing(value: float) -> None:
+    drawn = html(draw(Chart("Loss", [Line("loss", [1, 2], [value, value])], str, [("limit", value)])))
+    assert "polyline" in drawn and "nan" not in drawn

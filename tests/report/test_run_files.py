@@ -129,3 +129,12 @@ def test_folders_of_the_owner_are_left_out() -> None:
         == "1/2 and https://example.org/a/b at 3 tokens/s"
     )
     assert flattened({"a": {"b": [1, 2], "c": {}}}) == {"a.b": "[1, 2]", "a.c": "{}"}
+
+
+def test_of_a_file_little_over_the_limit_nothing_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write(tmp_path, [start(), *(line("notice", topic="a", message="b", count=1) for _ in range(100))])
+    size = (run / "events.jsonl").stat().st_size
+    monkeypatch.setattr(run_files, "MAX_READ_BYTES", size - 500)
+    monkeypatch.setattr(run_files, "HEAD_BYTES", 2_000)
+    events = events_of(run)
+    assert events.skipped_bytes == 0 and events.log.told["a", "b"].times == 100 and not events.log.foreign

@@ -103,3 +103,11 @@ def test_a_notice_said_again_is_counted() -> None:
     log = fed(*[line("notice", topic="a", message="b", count=count) for count in (None, 4, 2)])
     (told,) = log.told.values()
     assert (told.times, told.count) == (3, 4)
+
+
+def test_long_texts_of_rejected_rows_and_of_exports_are_cut() -> None:
+    long = "x" * 100_000
+    rejected = line("rejected", source="a", reason="b", count=9, examples=[long] * 100)
+    log = fed(rejected, line("exported", format=long, path=long, bytes=1, merge_base=long))
+    assert len(str(log.rejected)) < 2_000 and log.rejected["a", "b"].count == 9
+    assert len(str(log.exported)) < 20_000 and next(iter(log.exported.values())).bytes == 1

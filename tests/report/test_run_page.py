@@ -115,3 +115,10 @@ def test_a_browser_draws_it_and_asks_for_nothing(tmp_path: Path) -> None:
         assert "CONSOLE" not in opened(tmp_path / "a.html", tmp_path, 400)
         with pytest.raises(TimeoutError):
             server.accept()
+
+
+def test_of_runs_beside_each_other_the_best_evaluation_is_a_number(tmp_path: Path) -> None:
+    told = [line("eval", step=at, loss=loss, rows=1) for at, loss in ((1, float("nan")), (2, 0.7531))]
+    lines = [start(), step(1, tokens_per_second=float("nan")), step(2, tokens_per_second=float("nan")), *told]
+    text = judged(page_of([run_in(tmp_path / "a", lines), run_in(tmp_path / "b", [*whole()])])).text
+    assert "0.7531" in text and "not a number" not in text

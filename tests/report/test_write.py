@@ -122,3 +122,26 @@ def test_a_reader_sees_the_old_page_or_the_new_one(tmp_path: Path) -> None:
         write_report([run])
         judged(opened.read())
     assert os.stat(run / "report.html").st_ino != inode
+
+
+def test_events_that_become_a_link_while_they_are_watched_are_refused(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", [start(), step(1)])
+    held, errors = lock.acquire(run / ".lock"), []
+
+    def watch() -> None:
+        try:
+            watch_report([run], StopRequest())
+        except RunFolderError as error:
+            errors.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    page = run / "report.html"
+    _until(lambda: page.exists() and "refresh" in page.read_text())
+    (run / "other.jsonl").write_text(start() + step(1) + step(2))
+    (tmp_path / "link").symlink_to(run / "other.jsonl")
+    os.replace(tmp_path / "link", run / "events.jsonl")
+    watcher.join(20)
+    held.release()
+    assert len(errors) == 1 and "its events cannot be read" in errors[0].what and errors[0].hint
+    assert "refresh" not in page.read_text()
