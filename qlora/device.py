@@ -383,9 +383,7 @@ def host_block(words: int, device: torch.device) -> torch.Tensor:
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory that nothing changes, whole when this returns; pinned where it comes from a GPU, so that
-    the driver needs no buffer of its own between the two.
-    """
+    """A copy on the host that nothing changes, whole when this returns; pinned where it comes from a GPU."""
     import torch
 
     if not is_card(tensor.device):

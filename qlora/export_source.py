@@ -22,7 +22,14 @@ from qlora.export.combination import Combination
 from qlora.export.merge.parts import MergeBase
 from qlora.export.targets import keep_apart
 from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
-from qlora.model.adapter_folder import PROVENANCE_FILE, Provenance, delivered_step, provenance, read_adapter
+from qlora.model.adapter_folder import (
+    PROVENANCE_FILE,
+    Provenance,
+    delivered_step,
+    keep_private,
+    provenance,
+    read_adapter,
+)
 from qlora.model.adapter_seal import seal
 from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import DeliveredLoss
@@ -147,6 +154,7 @@ def _settle_files(
 ) -> None:
     """Provenance, card and tokenizer of a combined adapter; a notice where the adapters bring different ones."""
     (made / PROVENANCE_FILE).write_text(json.dumps(about, indent=1) + "\n")
+    keep_private(made, base.name)
     (made / "README.md").write_text(combined_card(base, about["combined"]), encoding="utf-8")
     found = [tokenizer_files.read_files(folder) for folder in adapter_dirs]
     complete = [one for one in found if one.complete]

@@ -67,14 +67,14 @@ class Saving:
 
         def work() -> None:
             try:
-                saved = writing.result()
+                writing.result()
             finally:
                 if writing.done():  # else a signal ended the waiting, and whoever waits next finds it
                     self._writing = None
             self.saved_step, self.failures = step, 0
-            self.sink.emit(saved)
 
-        self.attempt(f"the state of step {step}", work, step, last_chance)
+        if self.attempt(f"the state of step {step}", work, step, last_chance):
+            self.sink.emit(writing.result())  # whose own failure is none of the disk's
 
     def attempt(self, what: str, work: Callable[[], None], step: int, last_chance: bool) -> bool:
         """Do what writes to the disk; whether that went well. Raises TrainingStopped when it has failed too often."""

@@ -9,6 +9,7 @@ a run that was killed before its first checkpoint begins again with the same. Th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -172,6 +173,8 @@ def _copy(folder: Path, sealed: AdapterSeal, place: Path) -> None:
             continue
         with files.open_to_read(files.inside(folder, name)) as source, (place / name).open("xb") as target:
             shutil.copyfileobj(source, target)
+            open_to = os.fstat(source.fileno()).st_mode
+        (place / name).chmod(0o644 if open_to & 0o077 else 0o600)  # what nobody else may read stays so
         if manifest.sha256_file(place / name) != sealed.found[name].sha256:
             what = f"{folder / name}: was replaced while it was read"
             raise ExportError(what, "start again, when nothing else writes into that folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import DoesNotFit, TrainingStopped
-from qlora.events import Recorder, Saved
+from qlora.events import Event, Recorder, Saved
 from qlora.saving import Saving
 from tests.runs import values
 
@@ -76,6 +76,18 @@ def test_a_failure_surfaces_where_it_is_waited_for_and_three_end_the_run() -> No
     said = values(recorder, "recovered", "message")
     assert [message.rpartition("; ")[2] for message in said] == [f"attempt {n} of 3" for n in (1, 2, 3)]
     assert values(recorder, "recovered", "step") == [2, 3, 4]
+
+
+def test_a_listener_that_fails_makes_no_save_a_failed_one() -> None:
+    class Broken(Recorder):
+        def emit(self, event: Event) -> None:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    saving = Saving(Path("run"), Broken())
+    saving.begin(7, settled(7))
+    with pytest.raises(BrokenPipeError):
+        saving.settle(last_chance=True)
+    assert (saving.saved_step, saving.failures) == (7, 0)
 
 
 def test_the_last_chance_has_no_next_time() -> None:

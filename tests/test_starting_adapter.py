@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qlora import api, disk, starting_adapter
 from qlora.errors import ExportError, QloraError, RecipeError, RunFolderError
 from qlora.events import Recorder
+from qlora.export.combine import copy_adapter
 from qlora.model.adapter_folder import read_adapter
 from qlora.recipe.reading import load_recipe
 from qlora.recorded import load_recorded
@@ -221,6 +222,22 @@ def test_a_run_that_a_full_disk_ended_at_the_copy_can_be_resumed(
     own = run_dir(recipe)
     (own / "start" / "adapter_config.json").write_text("{")  # its checkpoint has all that it needs
     train(recipe, *FEW, "train.max_steps=2", mode="resume")
+
+
+def test_what_nobody_else_may_read_stays_so(tmp_path: Path, llama: Path, first: Path) -> None:
+    """An adapter whose base lies under a name that looks like a token: its files name that base."""
+    start = tmp_path / "start"
+    shutil.copytree(first, start)
+    for name in ("qlora.json", "adapter_config.json"):
+        (start / "adapter" / name).chmod(0o600)
+    place = tmp_path / "run"
+    place.mkdir()
+    starting_adapter.take(load_recipe(second(tmp_path, llama, start), FEW), place, None, False, Recorder())
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (place / "start").iterdir()}
+    assert modes["qlora.json"] == modes["adapter_config.json"] == 0o600
+    (tmp_path / "combined").mkdir()
+    copy_adapter(place / "start", tmp_path / "combined")
+    assert (tmp_path / "combined" / "qlora.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_the_copy_that_a_killed_run_left_is_what_it_began_with(tmp_path: Path, llama: Path, first: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -117,10 +118,10 @@ def write(
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """What is used of an adapter's folder, tokenizer included, into another, anew."""
+    """What is used of an adapter's folder, tokenizer included, into another; what nobody else may read stays so."""
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name not in ("README.md", MANIFEST):
-            (target / file.name).write_bytes(file.read_bytes())
+            shutil.copy(file, target / file.name)
 
 
 def described(members: Sequence[Member], combination: Combination) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from qlora.model.identity import BaseIdentity
 from qlora.model.tensors import TensorEntry, read_tensor
 from qlora.model.weight_names import PREFIX, text_module
 from qlora.recipe.sections import QuantizationSection
+from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -116,6 +117,13 @@ class Adapter:
     def parameters(self) -> tuple[str, ...]:
         """Every parameter that the adapter changes, sorted."""
         return tuple(sorted({*self.lora, *self.whole, *self.rows}))
+
+
+def keep_private(folder: Path, base: str) -> None:
+    """Where the name of the base looks like a token or password: programs find the base by it, nobody else reads it."""
+    if redact(base) != base:
+        for name in (PROVENANCE_FILE, ADAPTER_CONFIG):
+            (folder / name).chmod(0o600)
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -12,14 +12,13 @@ from qlora import disk, run_folder
 from qlora.events import Notice, Saved, Sink
 from qlora.export.cards import adapter_card
 from qlora.model import adapters
-from qlora.model.adapter_folder import ADAPTER_CONFIG, PROVENANCE_FILE
+from qlora.model.adapter_folder import PROVENANCE_FILE, keep_private
 from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import KEY
 from qlora.model.identity import BaseIdentity
 from qlora.model.tokenizer_files import TokenizerFiles
 from qlora.model.weight_names import ClassNames, class_names
 from qlora.recipe.reading import Recipe
-from qlora.redaction import redact
 from qlora.starting_adapter import StartedFrom
 from qlora.training.checkpoint import RunState
 from qlora.version import __version__
@@ -68,9 +67,7 @@ class BestAdapter:
                 KEY: None if loss is None else loss.model_dump(),
             }
             disk.write_atomic(folder / PROVENANCE_FILE, json.dumps(provenance, indent=1) + "\n")
-            if redact(self.base.name) != self.base.name:  # programs find the base by it, and nobody else is to read it
-                for name in (PROVENANCE_FILE, ADAPTER_CONFIG):
-                    (folder / name).chmod(0o600)
+            keep_private(folder, self.base.name)
 
         size = run_folder.publish_adapter(run_dir, write, sink)
         sink.emit(Saved("adapter", state.step, str(run_dir / "adapter"), size))
