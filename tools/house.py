@@ -33,7 +33,7 @@ SPINE: dict[str, tuple[str, ...]] = {
     "A step": ("step",),
     "A run": ("training",),
 }
-# Of the step's room, what makes the same step smaller or faster and changes nothing of what it does: it may stay closed.
+# Of the step's room, what makes the same step smaller or faster and changes nothing of what it does.
 FASTER = ("step/kernels", "step/lora_linear.py", "step/offload.py")
 MODULES_A_LINE = 3
 
