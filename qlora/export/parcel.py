@@ -121,9 +121,13 @@ def pack(folders: Sequence[PublishedFolder], private: Private, name: str, sink: 
         for file, recorded in folder.entries.items():
             place = _place(folder, file, folders)
             if file == CARD and place == CARD:
-                parsed.append((folder, _read(folder, file, recorded).decode("utf-8", "replace")))
+                text = _read(folder, file, recorded).decode("utf-8", "replace")
+                parsed.append((folder, _with_names(text, folder, folders)))
                 continue
             item = _outgoing(folder, file, recorded, place, private, cleaned)
+            if file == MODEL_FILE and isinstance(item.content, bytes):
+                text = item.content.decode("utf-8", "replace")
+                item = Outgoing.of_bytes(place, _with_names(text, folder, folders).encode())
             if place in found and found[place].sha256 != item.sha256:
                 path = PurePosixPath(place)
                 place = f"{path.stem}-{folder.key}{path.suffix}"
@@ -157,10 +161,16 @@ def _place(folder: PublishedFolder, file: str, folders: Sequence[PublishedFolder
         return file
     if folder.key == "adapter":
         return f"adapter/{file}"
-    if file in (EXPORT_FILE, MODEL_FILE):
+    shared = sum(file in other.entries for other in folders if other.key != "adapter") > 1
+    if shared and file in (EXPORT_FILE, MODEL_FILE):
         path = PurePosixPath(file)
         return f"{path.stem}-{folder.key}{path.suffix}"
     return file
+
+
+def _with_names(text: str, folder: PublishedFolder, folders: Sequence[PublishedFolder]) -> str:
+    """A card or Modelfile with the name that the Modelfile has in the repository."""
+    return text.replace(f"-f {MODEL_FILE}", f"-f {_place(folder, MODEL_FILE, folders)}")
 
 
 def _outgoing(
