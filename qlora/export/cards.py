@@ -189,7 +189,7 @@ def joined_card(parts: Sequence[tuple[str, str]], name: str, base: str | None) -
     """
     metadata: dict[str, Any] = {"base_model": base}
     tags: list[str] = []
-    bodies = []
+    bodies: list[str] = []
     for _, text in parts:
         header, body = split_card(text)
         try:
