@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +35,47 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("QLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _heap_at_rest() -> None:
+    """What lives before a file's first test is left out of searches for garbage: of a run's, each took half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+class _Drawn:
+    """In the place of the shelf of simulations, which runs without a GPU have none of: what this process has drawn."""
+
+    def __init__(self) -> None:
+        from qlora.memory.shelf import Shelf
+
+        self.key, found = Shelf().key, dict[str, Any]()
+        self.get, self.put = found.get, found.__setitem__
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of hundreds of runs the same two simulations, a second each, are made once a process (and anew in tests/memory)."""
+    if "qlora.api" not in sys.modules:  # else files that train nothing would import torch
+        yield
+        return
+    from qlora.memory.estimate import Estimator
+    from qlora.training import memory_plan
+
+    def estimator(*about: Any) -> Estimator:
+        made = Estimator(*about)
+        made._shelf = made._shelf or request.getfixturevalue("_drawn")
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_plan, "Estimator", estimator)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _drawn() -> _Drawn:
+    return _Drawn()
 
 
 @pytest.fixture(scope="session")
