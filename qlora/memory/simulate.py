@@ -149,14 +149,18 @@ class _Line:
 def _collecting() -> Iterator[None]:
     """Storages that only a cycle of objects holds die at the end of the block, and not whenever Python next looks.
 
-    What existed before is left out of the search, which would take half a second with torch imported.
+    What existed before is left out of the search, which would take half a second with torch imported. A program that
+    has frozen its objects itself keeps them so.
     """
-    gc.freeze()
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
     try:
         yield
         gc.collect()
     finally:
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()
 
 
 class _MetaModel:
