@@ -16,7 +16,7 @@ from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.device import random_state_kept
 from qlora.events import Sinks
-from qlora.model import adapters
+from qlora.model import adapters, lora_functions
 from qlora.model.attention_choice import settle
 from qlora.model.made_up import load_random
 from qlora.model.meta_model import build_unmatched, choose_attention
@@ -73,7 +73,7 @@ def make(
         torch.manual_seed(SEED)
         load_random(model, QuantizationSection(), device)
         settle(model, attention, device, Sinks())
-        peft_model = adapters.attach(model, LoraSection(), SEED)
+        peft_model = adapters.attach(model, LoraSection(), SEED, functions=lora_functions.OURS)
         trained = adapters.trainable(peft_model)
         with torch.no_grad():
             for name, parameter in trained.items():
