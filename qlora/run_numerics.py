@@ -27,6 +27,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     from qlora.model.attention import name_of
     from qlora.model.attention_choice import choose
     from qlora.model.meta_model import choose_attention, text_config
+    from qlora.step.kernels import trial
     from qlora.step.loss import chunk_tokens
 
     text, _ = text_config(base.config, base.name)
@@ -39,7 +40,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         deterministic=exact,
         attention=named if kernel is None else name_of(kernel),
         head_chunk=(recorded.head_chunk if recorded else None) or chunk,
-        functions=lora_functions.choose(recipe.lora, recorded),
+        functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
         compiled=False,
     )
 

@@ -189,6 +189,7 @@ LINES = {
             "load",
             "made_up",
             "dora",
+            "rms_norms",
             "lora_structure",
             "lora_functions",
             "adapters",
@@ -263,7 +264,8 @@ LINES = {
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
         *("sentences", "chunks"),
     ],
-    "step": ["soft_labels", "loss", "lora_linear", "forward", "layerwise", "optimizer"],
+    "step": ["soft_labels", "loss", "kernels", "lora_linear", "forward", "layerwise", "optimizer"],
+    "step.kernels": ["source", "launching", "operators", "trial"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": [
         "files",

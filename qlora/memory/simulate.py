@@ -35,6 +35,7 @@ from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.step.forward import CausalParts, batch_logprobs
+from qlora.step.kernels import trial
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
@@ -183,7 +184,8 @@ class _MetaModel:
             with self.live.region("adapters"):
                 # EVA's start takes rows; the adapters it gives are as large as any.
                 lora = spec.lora.model_copy(update={"init": "default"})
-                functions = spec.functions or lora_functions.choose(lora)
+                kernels = spec.target == "cuda" and trial.expected()
+                functions = spec.functions or lora_functions.choose(lora, None, kernels)
                 self.model = adapters.attach(model, lora, 0, spec.baseline.adapter_dtype, functions=functions)
         self.parameters = adapters.trainable(self.model)
         adapter = sum(parameter.numel() for parameter in self.parameters.values())

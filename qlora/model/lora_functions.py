@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from qlora import numerics
 from qlora.device import is_card
 from qlora.events import Notice, Sink
+from qlora.model import rms_norms
 from qlora.model.cpu_matmul import product_dtype
 from qlora.model.lora_structure import gated_of, sharing_of
-from qlora.model.nf4 import Quantized, dequantize
+from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, dequantize
 from qlora.numerics import Numerics
+from qlora.step.kernels import operators
 from qlora.step.lora_linear import Adapter, Frozen, gated_mlp, shared_input
 
 if TYPE_CHECKING:
@@ -31,16 +33,17 @@ if TYPE_CHECKING:
     from qlora.recipe.sections import LoraSection
 
 OURS, PEFT = "qlora", "peft"  # who computes a linear layer with its adapter
+IN_TRITON = "qlora in Triton"  # ours, with what lies between products in kernels: norms and dequantizing too
 # Answers are written a token at a time: bitsandbytes' kernel for few rows reads a GPU's weight without dequantizing it.
 FEW_ROWS = 16
 
 
-def choose(lora: LoraSection, recorded: Numerics | None = None) -> str:
+def choose(lora: LoraSection, recorded: Numerics | None = None, kernels: bool = False) -> str:
     """Who computes the linear layers of a run: a run that goes on, as it began (`recorded`); versions before this one
-    knew peft alone, and recorded nothing or that."""
-    if recorded is not None and recorded.functions != OURS:
+    knew peft alone, and recorded nothing or that. `kernels`: those in Triton run on its device."""
+    if _lack_in(lora) or (recorded is not None and recorded.functions not in (OURS, IN_TRITON)):
         return PEFT
-    return PEFT if _lack_in(lora) else OURS
+    return IN_TRITON if kernels and (recorded is None or recorded.functions == IN_TRITON) else OURS
 
 
 def of_run() -> str:
@@ -51,8 +54,9 @@ def of_run() -> str:
 
 def put_in(model: PeftModel, functions: str) -> None:
     """Has every layer of a model with adapters computed by `functions`, as far as it can be."""
-    if functions != OURS:
+    if functions not in (OURS, IN_TRITON):
         return
+    kernels = functions == IN_TRITON
     causal_lm = model.get_base_model()
     layers = {name: one for name, one in causal_lm.named_modules() if _is_lora(one) and not lack_of(one)}
     gated = gated_of(layers, causal_lm)
@@ -62,11 +66,13 @@ def put_in(model: PeftModel, functions: str) -> None:
     for one in sharing_of({name: layer for name, layer in layers.items() if id(layer) not in taken}, causal_lm):
         shared[id(one.module)].append(one.layers)
         modules[id(one.module)] = one.module
-    kinds: dict[int, Any] = {id(layer): _linear(_class_of(layer)) for layer in layers.values()}
-    kinds |= {id(one.module): _mlp(_class_of(one.module), one.layers) for one in gated}
+    kinds: dict[int, Any] = {id(layer): _linear(_class_of(layer), kernels) for layer in layers.values()}
+    kinds |= {id(one.module): _mlp(_class_of(one.module), one.layers, kernels) for one in gated}
     kinds |= {key: _with_shared(_class_of(module), tuple(shared[key])) for key, module in modules.items()}
     for module in causal_lm.modules():
         module.__class__ = kinds.get(id(module), module.__class__)
+    if kernels:
+        rms_norms.put_in(causal_lm)
 
 
 def say_what_stays(model: PeftModel, lora: LoraSection, sink: Sink) -> None:
@@ -116,11 +122,14 @@ def _compute_dtype(base: Any) -> torch.dtype:
     return dtype or base.weight.dtype
 
 
-def _weight_of(base: Any, dtype: torch.dtype) -> Tensor:
-    """The frozen weight (out, in) as it is now; dequantized as a merge on nf4 does it."""
+def _weight_of(base: Any, dtype: torch.dtype, kernels: bool) -> Tensor:
+    """The frozen weight (out, in) as it is now; dequantized as a merge on nf4 does it, by three kernels or by one."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return base.weight  # type: ignore[no-any-return]
+    if kernels and state.nested and (state.blocksize, state.state2.blocksize) == (BLOCK, NESTED_BLOCK):
+        tables = (state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset)
+        return operators.dequantize(base.weight.data, tables, tuple(state.shape), dtype)
     return dequantize(Quantized(base.weight.data, state), dtype)
 
 
@@ -141,7 +150,8 @@ def _now(layers: Sequence[Any], inputs: Tensor) -> tuple[list[Frozen], list[Adap
         adapter = Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight)
         kind = _compute_dtype(base)
         kinds |= {kind, adapter.A.dtype, adapter.B.dtype}
-        frozen.append(Frozen(lambda base=base, kind=kind: _weight_of(base, kind), base.bias, layer.scaling[name]))  # type: ignore[misc]
+        weight = partial(_weight_of, base, kind, layer._kernels)
+        frozen.append(Frozen(weight, base.bias, layer.scaling[name]))
         adapters.append(adapter)
     return (frozen, adapters, kinds.pop()) if len(kinds) == 1 else None
 
@@ -170,10 +180,12 @@ def _outputs(now: tuple[list[Frozen], list[Adapter], torch.dtype], inputs: Tenso
 
 
 @lru_cache(64)
-def _linear(kind: Any) -> Any:
+def _linear(kind: Any, kernels: bool) -> Any:
     """A layer of peft's whose forward pass is ours."""
 
     class OneLinear(kind):  # type: ignore[misc]
+        _kernels = kernels
+
         def forward(self, inputs: Tensor, *args: Any, **named: Any) -> Tensor:
             if args or named:
                 return super().forward(inputs, *args, **named)  # type: ignore[no-any-return]
@@ -188,7 +200,7 @@ def _linear(kind: Any) -> Any:
 
 
 @lru_cache(64)
-def _mlp(kind: Any, names: tuple[str, str, str]) -> Any:
+def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
     """A module that computes its three layers as one function."""
 
     class OneMLP(kind):  # type: ignore[misc]
@@ -200,7 +212,7 @@ def _mlp(kind: Any, names: tuple[str, str, str]) -> Any:
                 return super().forward(inputs)  # type: ignore[no-any-return]
             frozen, adapters, dtype = now
             cast = inputs.to(dtype)
-            return gated_mlp(cast, frozen, adapters, product_dtype(cast)).to(inputs.dtype)
+            return gated_mlp(cast, frozen, adapters, product_dtype(cast), kernels).to(inputs.dtype)
 
     return _called_as(kind, OneMLP)
 

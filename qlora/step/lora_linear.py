@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
+from qlora.step.kernels import operators
+
 
 class Frozen(NamedTuple):
     """What of a layer is not trained, for one call.
@@ -49,10 +51,15 @@ def shared_input(
     return _SharedInput.apply(inputs, tuple(layers), dtype, *flat)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def gated_mlp(inputs: Tensor, layers: Sequence[Frozen], adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-    """down(silu(gate(x)) * up(x)) of `inputs` (..., in); `layers` are gate, up and down (Shazeer 2020, section 2)."""
+def gated_mlp(
+    inputs: Tensor, layers: Sequence[Frozen], adapters: Sequence[Adapter], dtype: torch.dtype, kernels: bool = False
+) -> Tensor:
+    """down(silu(gate(x)) * up(x)) of `inputs` (..., in); `layers` are gate, up and down (Shazeer 2020, section 2).
+
+    `kernels`: what lies between the products is one kernel forth and one back (`step/kernels`).
+    """
     flat = [tensor for adapter in adapters for tensor in adapter]
-    return _GatedMLP.apply(inputs, tuple(layers), dtype, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    return _GatedMLP.apply(inputs, tuple(layers), (dtype, kernels), *flat)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SharedInput(torch.autograd.Function):
@@ -81,13 +88,14 @@ class _SharedInput(torch.autograd.Function):
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layers: Sequence[Frozen], dtype: torch.dtype, *flat: Tensor) -> Any:
+    def forward(ctx: Any, inputs: Tensor, layers: Sequence[Frozen], how: Any, *flat: Tensor) -> Any:
+        dtype, kernels = how
         x_ND = inputs.reshape(-1, inputs.shape[-1])
         first, down = _Group(layers[:2], flat[:4], dtype), _Group(layers[2:], flat[4:], dtype)
         (e_NF, g_NF), lows = first.outputs(x_ND.to(dtype), inputs.dtype)
-        (y_ND,), lows_h = down.outputs(_gated(e_NF, g_NF, dtype), inputs.dtype)
+        (y_ND,), lows_h = down.outputs(_gated(e_NF, g_NF, how), inputs.dtype)
         ctx.save_for_backward(x_ND, e_NF, g_NF, *lows, *lows_h, *flat)
-        ctx.layers, ctx.dtype, ctx.shape = layers, dtype, inputs.shape
+        ctx.layers, ctx.dtype, ctx.kernels, ctx.shape = layers, dtype, kernels, inputs.shape
         return y_ND.view(*inputs.shape[:-1], -1)
 
     @staticmethod
@@ -98,7 +106,7 @@ class _GatedMLP(torch.autograd.Function):
         grads_y = [gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)]
         grad_low_h = down.low_gradients(grads_y)
         grad_h = down.input_gradient(grads_y, grad_low_h)
-        h_NF, grad_e, grad_g = _gated_backward(grad_h, e_NF, g_NF)
+        h_NF, grad_e, grad_g = _gated_backward(grad_h, e_NF, g_NF, ctx.kernels)
         del grad_h, e_NF, g_NF
         of_down = down.adapter_gradients(grads_y, grad_low_h, h_NF, [low_h])
         del h_NF, grads_y
@@ -163,13 +171,18 @@ def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
     return torch.addmm(one.new_empty(()), one, other, beta=0, alpha=scale)
 
 
-def _gated(e: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """silu(e) * g, in `dtype`."""
-    return silu(e.to(dtype)).mul_(g)
+def _gated(e: Tensor, g: Tensor, how: tuple[torch.dtype, bool]) -> Tensor:
+    """silu(e) * g, in the type of products."""
+    dtype, kernels = how
+    return operators.gated(e, g) if kernels else silu(e.to(dtype)).mul_(g)
 
 
-def _gated_backward(grad_h: Tensor, e: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """h = silu(e) * g and the gradients of e and g, in the type of `grad_h`, whose place the last one takes."""
+def _gated_backward(grad_h: Tensor, e: Tensor, g: Tensor, kernels: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """h = silu(e) * g and the gradients of e and g, in the type of `grad_h`, in whose place one of them lies; with the
+    kernel all of them lie in the places of what is given, which nobody needs any more."""
+    if kernels:
+        operators.gated_backward_(grad_h, e, g)
+        return grad_h, e, g
     e = e.to(grad_h.dtype)
     activated = silu(e)
     grad_e = torch.ops.aten.silu_backward(grad_h * g, e)

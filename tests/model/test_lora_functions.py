@@ -89,7 +89,7 @@ def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, famil
                 parameter.data.copy_(rounded._parameters[name])  # type: ignore[arg-type]
     for layer in truth.modules():
         if type(layer).__name__ == "Linear4bit" and not hasattr(layer, "lora_A"):
-            weight = lora_functions._weight_of(layer, BF16).float()
+            weight = lora_functions._weight_of(layer, BF16, False).float()
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
             plain.weight = nn.Parameter(weight, requires_grad=False)
             layer.forward = plain.forward
@@ -191,3 +191,22 @@ def test_layers_of_one_input_are_computed_together(base_of: BaseOf, monkeypatch:
         tuned(base_of("gemma2"), OURS, BF16, lora=LoraSection(r=4, target_modules=("q_proj", "v_proj", "up_proj"))), IDS
     )
     assert sizes == [2, 1] * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str) -> None:
+    """Their twins, where there is no GPU: in float32 to rounding; of the base every bit."""
+    ours, in_triton = (tuned(base_of(family), who, FP32) for who in (OURS, lora_functions.IN_TRITON))
+    layer = in_triton.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert all(
+        torch.equal(lora_functions._weight_of(layer, kind, True), lora_functions._weight_of(layer, kind, False))
+        for kind in (BF16, FP32)
+    )
+    assert apart(gradients(in_triton), gradients(ours)) <= 2e-6
+
+
+def test_kernels_are_chosen_where_they_run_and_by_runs_that_had_them() -> None:
+    in_triton = lora_functions.IN_TRITON
+    assert choose(LORA, None, kernels=True) == in_triton == choose(LORA, Numerics(functions=in_triton), kernels=True)
+    assert choose(LORA, Numerics(functions=OURS), kernels=True) == OURS
+    assert choose(LORA, Numerics(functions=in_triton)) == OURS

@@ -58,9 +58,9 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         read = {_storage(one): one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        writes = func._schema.is_mutable
-        new = [one for one in made if writes or _storage(one) not in read]
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor) and _storage(one) not in read]
+        declared = zip(func._schema.arguments, args, strict=False)
+        new = made + [one for argument, one in declared if argument.alias_info and argument.alias_info.is_write]
         if func.namespace == "prim" or "empty" in func.name() or not new or func.is_view:
             return result
         self.launches += 1
