@@ -27,8 +27,9 @@ from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
     from qlora.data.prepare import PreparedData
-    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report
+    from qlora.export.artifacts import Artifact, ExportedArtifact, ExportOptions, Report
     from qlora.export.combination import Combination
+    from qlora.export.push import Push
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
@@ -206,6 +207,7 @@ def merge_and_export(
     base_model: str | Path | None = None,
     out: str | Path | None = None,
     options: ExportOptions | None = None,
+    push: Push | None = None,
     sink: Sink | None = None,
 ) -> Report:
     """Merge a run's adapter, or any PEFT LoRA folder, into its base, write it, reopen it and measure it.
@@ -215,32 +217,60 @@ def merge_and_export(
     original weights, "auto" the one that `choice` takes (without verification: what the adapter was trained on).
     `base_model` is the base's folder or hub name, where it is not the one that the adapter names; it must be the same
     base. `out` is the folder of a single product, the parent of several. Of several adapters, `combine` says how they
-    become one; "adapter" is then a format too.
+    become one; "adapter" is then a format too. `push` sends what was made to a repository of the hub; of one run,
+    "adapter" then means the one that it delivered. What is there already, of just this request, is not made again.
     """
-    from qlora.export.artifacts import ExportOptions, plan_artifacts
-    from qlora.export.pipeline import produce
+    from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
+    from qlora.export.push import made_before, open_destination
     from qlora.export.staging import check_part
     from qlora.export.targets import check_place
-    from qlora.export_source import adapters_of, opened_source
-    from qlora.model.cpu_matmul import fast_matmul
+    from qlora.export_source import adapters_of, hash_of_request
+    from qlora.push_exports import delivered
 
-    shared = _gate(sink)
-    chosen = options or ExportOptions()
-    folders, default_out = adapters_of([source] if isinstance(source, str | Path) else source, combine, to)
+    shared, chosen, formats = _gate(sink), options or ExportOptions(), [to] if isinstance(to, str) else list(to)
+    as_it_lies = push is not None and combine is None and "adapter" in formats
+    formats = [name for name in formats if name != "adapter" or not as_it_lies]
+    folders, default_out = adapters_of([source] if isinstance(source, str | Path) else source, combine, formats)
     target = files.user_path(out, "`out`") if out else None
-    artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
+    artifacts = plan_artifacts(formats, quants, target, default_out) if formats or not as_it_lies else []
     for artifact in artifacts:
         check_place(artifact.folder)
         check_part(artifact.folder)
-    with_rows, asked = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts), base_model
+    request = hash_of_request(folders, combine, str(base_model), merge_base, chosen)
+    if push is None:
+        return _produced(folders, combine, artifacts, (base_model, merge_base, chosen, request), shared)
+    if not chosen.verify:
+        raise ExportError("what was not verified is not pushed", "leave out verify=False")
+    destination = open_destination(push)
+    report = Report(made_before(artifacts, request, shared), None)
+    if artifacts and not report.products:
+        report = _produced(folders, combine, artifacts, (base_model, merge_base, chosen, request), shared)
+    places = [artifact.folder for artifact in artifacts] + folders[: int(as_it_lies)]
+    return replace(report, pushed=delivered(destination, places, shared))
+
+
+def _produced(
+    folders: Sequence[Path],
+    combine: Combination | None,
+    artifacts: Sequence[Artifact],
+    asked: tuple[str | Path | None, MergeBase, ExportOptions, str],
+    sink: Sink,
+) -> Report:
+    """Artifacts made of adapters; `asked` are the base and the merge base that are named, how, and a hash of it all."""
+    from qlora.export.pipeline import produce
+    from qlora.export_source import opened_source
+    from qlora.model.cpu_matmul import fast_matmul
+
+    base_model, merge_base, chosen, request = asked
+    with_rows = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts)
     hint = "end other programs that hold memory"
     with _guarded("exporting", f"{hint}; verify=False leaves out what takes most" if chosen.verify else hint):
         written = [one.folder for one in artifacts]
         with (
-            opened_source(folders, combine, (asked, merge_base), written, with_rows, shared) as opened,
+            opened_source(folders, combine, (base_model, merge_base), written, with_rows, sink) as opened,
             fast_matmul(opened.device),
         ):
-            return produce(opened, artifacts, merge_base, chosen, shared)
+            return produce(opened, artifacts, merge_base, chosen, sink, request)
 
 
 def export_options(**chosen: Any) -> ExportOptions:

@@ -127,7 +127,8 @@ class Report:
     """All artifacts, the merge base (None where nothing was merged), and the table of fidelity (empty without
     verification). `checks` are the structural ones: the artifact's key, the check's name, whether it holds, detail.
     `evaluation` is the trained model's loss beside the delivered one (`evaluation.ComparedLoss`), None where it is not
-    known; `choice` that of the merge base (`choice.Choice`), None where there was none.
+    known; `choice` that of the merge base (`choice.Choice`), None where there was none; `pushed` what came of a push
+    (`push.Pushed`), None where none was asked for.
     """
 
     products: tuple[ExportedArtifact, ...]
@@ -136,6 +137,7 @@ class Report:
     checks: tuple[tuple[str, str, bool, str], ...] = ()
     evaluation: Any = None
     choice: Any = None
+    pushed: Any = None
 
     @property
     def folder(self) -> Path:
