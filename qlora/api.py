@@ -131,7 +131,9 @@ def _begin(recipe: Recipe, run_dir: Path, base: BaseFolder, resume_from: Checkpo
 
     device = setup.pick_device()
     recorded = resume_from.state.numerics if resume_from else None
-    numbers = run_numerics.decide(recipe, base, device, recorded)
+    # A version that recorded nothing is no new run: what it could choose from, it chose.
+    known = numerics.Numerics() if resume_from and recorded is None else recorded
+    numbers = run_numerics.decide(recipe, base, device, known)
     step = resume_from.state.step if resume_from else None
     sink.emit(run_folder.start_event(recipe, run_dir, base.commit, str(device), numbers, step))
     if resume_from is not None:

@@ -188,7 +188,20 @@ LINES = {
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
         *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "linear_use"),
         *("meta_model", "head_scaling", "packing_table", "tracing"),
-        *("family_facts", "row_packing", "load", "made_up", "dora", "adapters", "generate", "full_logits", "emptied"),
+        *(
+            "family_facts",
+            "row_packing",
+            "load",
+            "made_up",
+            "dora",
+            "rms_norms",
+            "lora_structure",
+            "lora_functions",
+            "adapters",
+            "generate",
+            "full_logits",
+            "emptied",
+        ),
     ],
     "data": [
         *(
@@ -256,7 +269,8 @@ LINES = {
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
         *("sentences", "chunks"),
     ],
-    "step": ["soft_labels", "loss", "forward", "layerwise", "optimizer"],
+    "step": ["soft_labels", "loss", "kernels", "lora_linear", "forward", "layerwise", "optimizer"],
+    "step.kernels": ["source", "launching", "operators", "trial"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": [
         "files",

@@ -21,6 +21,7 @@ from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
+from qlora.model.lora_functions import PEFT
 from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
 
@@ -125,7 +126,8 @@ class Estimator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
-            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel)
+            target, functions = self.machine.device_type, self._functions()
+            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions)
             self._simulators[made_of] = Simulator(spec, _by_whole_model(self.text, self.name), self._shelf)
         return self._complete(recipe, facts, self._simulators[made_of])
 
@@ -133,6 +135,12 @@ class Estimator:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
         self.estimate(recipe, facts)
         self.held = host.held_bytes()
+
+    def _functions(self) -> str | None:
+        """Who computes linear layers: in other stacks peft, in ours who does in the run under way, if there is one."""
+        if self.baseline != BASELINES["qlora"]:
+            return PEFT
+        return run.functions if (run := numerics.of_run()) is not None else None
 
     def _kernel(self, wanted: str) -> str | None:
         """What attends without a mask: as the run under way has decided, else as such a card would on this system."""

@@ -31,6 +31,11 @@ def shifted_as_they_are(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return cross_entropy(logits_TV[:-1].clone(), targets_T[:-1], reduction="sum")
 
 
+def shifted_then_float(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """A copy without the last token in the logits' own type, which autocast then gives to the loss in float32."""
+    return cross_entropy(logits_TV[:-1].clone().float(), targets_T[:-1], reduction="sum")
+
+
 def mean_of_logits(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """No loss at all, as programs take it that measure memory alone."""
     return logits_TV.mean()
@@ -39,6 +44,7 @@ def mean_of_logits(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
 LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "shifted": shifted,
     "shifted as they are": shifted_as_they_are,
+    "shifted, then float": shifted_then_float,
     "mean": mean_of_logits,
 }
 
