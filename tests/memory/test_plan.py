@@ -149,11 +149,11 @@ def test_no_more_layers_are_recomputed_than_needed(limit_gib: float, setting: bo
 
 
 def test_a_search_names_the_number_of_layers() -> None:
-    found = Planner(ByLayers(4.6)).search(recipe())  # type: ignore[arg-type]
+    found = Planner(ByLayers(5.0)).search(recipe())  # type: ignore[arg-type]
     assert [plan.changes for plan in found] == [
-        {"train.gradient_checkpointing": 4},
+        {"train.micro_batch_size": 2, "train.gradient_checkpointing": 7},
         {"train.micro_batch_size": 2, "train.gradient_checkpointing": True},
-    ] or found[0].changes["train.gradient_checkpointing"] == 2
+    ]
 
 
 def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_data() -> None:

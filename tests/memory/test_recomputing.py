@@ -43,7 +43,7 @@ def test_a_part_is_what_the_whole_model_takes_with_it(family: str, layers: int) 
 
 
 def test_to_recompute_the_first_layers_takes_less_than_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a part of what one layer keeps: the highest layers have given their tensors back when one is computed again."""
+    """By a part of what a layer keeps: the highest layers have given theirs back when one is computed again."""
     from qlora.step import layerwise
 
     spec, workload = spec_of("llama", num_hidden_layers=6), Workload(1, 256, recomputed=3, evaluates=False)
