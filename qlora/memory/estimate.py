@@ -13,6 +13,7 @@ from qlora.memory import calibration, host, margins, overheads
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
+from qlora.memory.recomputing import of_model, share
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, Workload
@@ -155,6 +156,7 @@ class Estimator:
         machine, factor, workload = self.machine, self.correction.factor, workload_of(recipe, facts)
         if recipe.train.deterministic and machine.gpu is not None:
             workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
+        workload = of_model(workload, int(self.text.num_hidden_layers))
         workload = self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
         simulation = simulator.run(workload)
         terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
@@ -281,7 +283,8 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
     return Workload(
         rows=rows,
         length=length,
-        gradient_checkpointing=train.gradient_checkpointing in (True, "auto"),
+        gradient_checkpointing=train.gradient_checkpointing is not False,
+        recomputed=0 if isinstance(train.gradient_checkpointing, (bool, str)) else train.gradient_checkpointing,
         optimizer=train.optimizer,
         packed=recipe.data.packing,
         accumulates=batch is None or batch > rows,
@@ -303,11 +306,12 @@ def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator,
     forward and 2.5 times that backward, causal. Adapters have gradients of their weights as well. A micro-batch reads
     each 4-bit weight and writes it in bf16 once a pass: 0.516 + 2 bytes.
     """
-    passes = 3 if workload.gradient_checkpointing else 2
+    again = share(workload, int(text.num_hidden_layers))
+    passes = 2 + again
     hidden = int(text.hidden_size)
     # Gemma 4 has heads of two sizes, and its configuration raises over a question for one of them.
     width = int(text.num_attention_heads) * int(vars(text).get("head_dim") or hidden // text.num_attention_heads)
-    attention = (9 if workload.gradient_checkpointing else 7) * int(text.num_hidden_layers) * workload.length * width
+    attention = (7 + 2 * again) * int(text.num_hidden_layers) * workload.length * width
     operations = (
         2 * passes * simulator.drawn.values.linear
         + 6 * int(text.vocab_size) * hidden
@@ -324,7 +328,7 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
     """The settings that an estimate is of, by their names in the recipe."""
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,
-        "train.gradient_checkpointing": workload.gradient_checkpointing,
+        "train.gradient_checkpointing": workload.recompute,
         "train.optimizer": workload.optimizer,
         "data.max_length": workload.length,
         "lora.r": recipe.lora.r,
