@@ -55,11 +55,13 @@ if TYPE_CHECKING:
     from qlora.api import check, estimate_memory, merge_and_export, train
     from qlora.export.artifacts import ExportOptions
     from qlora.export.combination import Combination
+    from qlora.export.push import Push
+    from qlora.pushing import push_exports
     from qlora.recipe.reading import Recipe
     from qlora.report.write import write_report
 
 __all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "ExportOptions"]
-__all__ += ["Combination", "write_report", "Sink", "__version__"]
+__all__ += ["Combination", "Push", "push_exports", "write_report", "Sink", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
 __all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
 __all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
@@ -73,6 +75,8 @@ _HOMES = {
     "merge_and_export": "qlora.api",
     "ExportOptions": "qlora.export.artifacts",
     "Combination": "qlora.export.combination",
+    "Push": "qlora.export.push",
+    "push_exports": "qlora.pushing",
     "write_report": "qlora.report.write",
 }
 

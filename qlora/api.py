@@ -221,11 +221,11 @@ def merge_and_export(
     "adapter" then means the one that it delivered. What is there already, of just this request, is not made again.
     """
     from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
-    from qlora.export.push import made_before, open_destination
+    from qlora.export.push import Contents, made_before, open_destination
     from qlora.export.staging import check_part
     from qlora.export.targets import check_place
-    from qlora.export_source import adapters_of, hash_of_request
-    from qlora.push_exports import delivered
+    from qlora.export_source import adapters_of, hash_of_request, name_of_all
+    from qlora.pushing import delivered
 
     shared, chosen, formats = _gate(sink), options or ExportOptions(), [to] if isinstance(to, str) else list(to)
     as_it_lies = push is not None and combine is None and "adapter" in formats
@@ -241,7 +241,12 @@ def merge_and_export(
         return _produced(folders, combine, artifacts, (base_model, merge_base, chosen, request), shared)
     if not chosen.verify:
         raise ExportError("what was not verified is not pushed", "leave out verify=False")
-    destination = open_destination(push)
+    if not artifacts and (quants or out or base_model):
+        raise ExportError("a run's adapter is pushed as it lies", "leave out `quants`, `out` and `base_model`")
+    keys = [artifact.key for artifact in artifacts] + ["adapter"] * as_it_lies
+    destination = open_destination(
+        push, Contents(tuple(keys), frozenset({run_folder.dataset_name(name_of_all(folders))}))
+    )
     report = Report(made_before(artifacts, request, shared), None)
     if artifacts and not report.products:
         report = _produced(folders, combine, artifacts, (base_model, merge_base, chosen, request), shared)

@@ -62,15 +62,17 @@ def adapters_of(
     folders, default = [folder for folder, _ in found], found[0][1]
     if combine is not None:
         first = folders[0].parent if is_run(folders[0].parent) else folders[0]
-        default = first.with_name(f"{_name_of_all(folders)}-export")
+        default = first.with_name(f"{name_of_all(folders)}-export")
     return folders, default
 
 
-def _name_of_all(folders: Sequence[Path]) -> str:
-    """All their names; where that is longer than a file's name may be, some of it and a hash of all, so that others of
-    the same beginning have another name."""
+def name_of_all(folders: Sequence[Path]) -> str:
+    """What an export of these adapters calls itself: all their names.
+
+    Where that is longer than a file's name may be, some of it and a hash of all: others that begin alike have another.
+    """
     name = "-and-".join(map(run_folder.name_of, folders))
-    if len(os.fsencode(name)) <= MAX_NAME_BYTES:
+    if len(folders) == 1 or len(os.fsencode(name)) <= MAX_NAME_BYTES:
         return name
     mark = f"-{len(folders)}-{sha256_text(*map(run_folder.name_of, folders))[:12]}"
     return os.fsencode(name)[: MAX_NAME_BYTES - len(mark)].decode(errors="ignore").rstrip(" .") + mark
@@ -128,7 +130,7 @@ def _combine(
     names = [run_folder.dataset_name(run_folder.name_of(folder)) for folder in adapter_dirs]
     members = list(map(combine.Member, names, adapters, how.weights, steps))
     combine.check(members, how)
-    made = place / _name_of_all(adapter_dirs)
+    made = place / name_of_all(adapter_dirs)
     made.mkdir()
     source = Source(made.name, adapters[first], seals[first], origin, base, setup.pick_device())
     for member, of in zip(members, origins, strict=True):

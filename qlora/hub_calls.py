@@ -143,6 +143,8 @@ class Calls:
             if seconds > LONGEST_WAIT:
                 minutes = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
                 raise ExportError(f"the hub asks to wait ({why})", f"wait {minutes}, then {GO_ON}")
+            if wait is None and answer is not None:
+                raise ExportError(f"the hub cannot do it now ({why})", f"wait a little, then {GO_ON}")
             if wait is None:
                 raise ExportError(f"the hub cannot be reached ({why})", f"check the network, then {GO_ON}")
             self.repeated[why] = self.repeated.get(why, 0) + 1
@@ -156,7 +158,6 @@ class Calls:
         from huggingface_hub.utils import get_session
 
         head = {"user-agent": f"qlora/{__version__}", "accept-encoding": "identity", **headers}
-        began = time.monotonic()
         # Any class: what a proxy's or a store's address is made of is judged by libraries below huggingface_hub.
         with (
             foreign_failures() as failure,
@@ -169,12 +170,12 @@ class Calls:
                 follow_redirects=False,
             ) as got,
         ):
-            body = bytearray()
+            body, began = bytearray(), time.monotonic()
             for part in got.iter_raw():
                 body += part
                 if len(body) > MAX_ANSWER_BYTES:
                     raise ExportError("the hub's answer is larger than any of its own", GO_ON)
-                if time.monotonic() - began > ANSWER_SECONDS and isinstance(content, bytes):
+                if time.monotonic() - began > ANSWER_SECONDS:
                     raise ExportError("the hub's answer takes too long", GO_ON)
             names = {str(name).lower(): str(value) for name, value in got.headers.items()}
             return Answer(int(got.status_code), names, bytes(body)), f"it answers {got.status_code}"

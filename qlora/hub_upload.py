@@ -145,11 +145,14 @@ class _Committed(foreign_json.ForeignModel):
 
 @dataclass(frozen=True)
 class Account:
-    """Whose the token is. `may_write` is None where the token does not say: its rights are given one by one."""
+    """Whose the token is. `may_write` is None where the token does not say: its rights are given one by one.
+
+    `owners` are the user and their organizations: names in small letters, and as they are spelled.
+    """
 
     name: str
     email: str | None
-    owners: frozenset[str]
+    owners: Mapping[str, str]
     may_write: bool | None
 
 
@@ -230,11 +233,14 @@ class ModelRepository:
         """Send what goes up by itself and is not there: file by file, checked by the hub against its sha256."""
         large = [item for item in items if self._modes[item.name] == "lfs"]
         total, done = sum(item.size for item in large), 0
+        sent: set[str] = set()  # of two files of one content the first is enough
         for some in _batches(large):
             actions = self._batch(some)
             for item in some:
-                if (needed := actions[item.sha256]) is not None and needed.upload is not None:
+                needed = actions[item.sha256]
+                if needed is not None and needed.upload is not None and item.sha256 not in sent:
                     self._send(item, needed, needed.upload, partial(_say, sink, total, done))
+                sent.add(item.sha256)
                 done += item.size
                 _say(sink, total, done, 0)
 
@@ -265,7 +271,8 @@ class ModelRepository:
     def _batch(self, items: Sequence[Outgoing]) -> dict[str, _Actions | None]:
         """What the store wants of each file, by its sha256."""
         path = f"/{self.name}.git/info/lfs/objects/batch"
-        objects = [{"oid": item.sha256, "size": item.size} for item in items]
+        sizes = {item.sha256: item.size for item in items}
+        objects = [{"oid": oid, "size": size} for oid, size in sizes.items()]
         value = {"operation": "upload", "transfers": ["basic", "multipart"], "hash_algo": "sha256", "objects": objects}
         answer = self.calls.follow("POST", f"{self.calls.endpoint}{path}", value)
         self._accept(answer, "written to")
@@ -343,7 +350,7 @@ def account(calls: Calls) -> Account:
     except foreign_json.ForeignFileError as error:
         raise ExportError(f"the hub's answer about {error}", GO_ON) from error
     role = found.auth.accessToken.role if found.auth and found.auth.accessToken else None
-    owners = frozenset(name.lower() for name in (found.name, *(one.name for one in found.orgs)))
+    owners = {name.lower(): name for name in (*(one.name for one in found.orgs), found.name)}
     return Account(found.name, found.email, owners, {"write": True, "read": False}.get(role or ""))
 
 

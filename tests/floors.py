@@ -16,7 +16,7 @@ FLOORS = {
     "evaluate": 7,
     "examine": 7,
     "export_source": 7,
-    "push_exports": 7,
+    "pushing": 7,
     "look": 7,
     "look_study": 7,
     "prove": 7,
@@ -91,7 +91,7 @@ LINES = {
         "random_state",
         *("flat", "numerics", "recipe_values", "document_keys", "batch", "forward_facts", "ask", "evaluate"),
         *("hub", "hub_calls", "hub_upload"),
-        *("examine", "look", "look_study", "export_source", "push_exports", "api", "new_recipe", "prove"),
+        *("examine", "look", "look_study", "export_source", "pushing", "api", "new_recipe", "prove"),
     ],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "recipes"),

@@ -255,7 +255,9 @@ def push_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushHub]:
     huggingface_hub.close_session()
 
 
-def an_export(folder: Path, key: str = "hf", revision: str | None = "c" * 40, **more: bytes) -> Path:
+def an_export(
+    folder: Path, key: str = "hf", revision: str | None = "c" * 40, of: str = "support", **more: bytes
+) -> Path:
     """A published export with weights that go up in one part, and in several; names have `__` for a dot."""
     card = "---\nbase_model: owner/base\nlicense: mit\nlibrary_name: transformers\ntags: [qlora]\n---\n\n# A model\n"
     said = {"format": key, "tensors": 2, "merged": 1, "merge_base": "nf4", "checks": [{"name": "weights", "ok": True}]}
@@ -274,8 +276,8 @@ def an_export(folder: Path, key: str = "hf", revision: str | None = "c" * 40, **
         for name, data in files.items():
             (place / name.replace("__", ".")).write_bytes(data)
 
-    of = {"adapter": "support", "base": "owner/base", "revision": revision, "asked": "x"}
-    disk.publish_folder(folder, write, {"kind": "export", "of": of})
+    made = {"adapter": of, "base": "owner/base", "revision": revision, "asked": "x"}
+    disk.publish_folder(folder, write, {"kind": "export", "of": made})
     return folder
 
 

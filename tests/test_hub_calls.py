@@ -143,7 +143,7 @@ def test_a_wait_that_the_hub_asks_for_is_kept_or_told(push_hub: PushHub, calls: 
         calls.ask("GET", "/api/whoami-v2")
     assert error.value.hint.startswith("wait 10 minutes, then run the same again") and len(push_hub.received) == 1
     answering(push_hub, 429, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT")
-    with pytest.raises(ExportError, match="cannot be reached"):
+    with pytest.raises(ExportError, match=r"cannot do it now \(it answers 429\)"):
         calls.ask("GET", "/api/whoami-v2")
 
 

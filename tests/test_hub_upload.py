@@ -34,7 +34,7 @@ def test_the_hash_of_text_is_gits(tmp_path: Path) -> None:
 def test_whose_the_token_is(push_hub: PushHub) -> None:
     found = account(Calls.of_user())
     assert (found.name, found.email, found.may_write) == (USER, MAIL, True)
-    assert found.owners == {USER, "our-lab"}
+    assert found.owners == {USER: USER, "our-lab": "our-lab"}
     push_hub.role = "fineGrained"
     assert account(Calls.of_user()).may_write is None
 
@@ -57,6 +57,13 @@ def test_a_file_arrives_in_as_many_parts_as_it_needs(
     assert not sink.events or vars(sink.events[-1])["done"] == size
     repository.upload([item], sink)
     assert push_hub.stored_bytes() == size  # it is there
+
+
+def test_two_files_of_one_content_are_sent_once(push_hub: PushHub, repository: ModelRepository) -> None:
+    items = [Outgoing.of_bytes(f"{name}.gguf", b"same" * 999) for name in "ab"]
+    repository.modes(items)
+    repository.upload(items, Recorder())
+    assert push_hub.stored_bytes() == 4 * 999
 
 
 def test_a_file_that_changes_while_it_is_sent_is_an_error(tmp_path: Path, repository: ModelRepository) -> None:

@@ -1,4 +1,4 @@
-"""`qlora-export RUN_OR_ADAPTER --to hf|gguf|adapter-gguf`: the adapter merged into its base, written and verified."""
+"""`qlora-export RUN_OR_ADAPTER --to hf|gguf|adapter-gguf`: merged into its base, written, verified, and pushed."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _run(source: list[Path], request: dict[str, Any], chosen: dict[str, Any], as
     elif public or yes:
         raise ExportError("`public` and `yes` are for a push", "add `push` with the repository's name")
 
-    from qlora import api, push_exports
+    from qlora import api, pushing
     from qlora.cli import cards
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
@@ -178,9 +178,9 @@ def _run(source: list[Path], request: dict[str, Any], chosen: dict[str, Any], as
     with common.Signals(stop, screen):
         try:
             push = None if name is None else _push(name, bool(public), bool(yes))
-            if push is not None and push_exports.are_exports(source):
+            if push is not None and pushing.are_exports(source):
                 _refuse_options({**request, **chosen})
-                pushed, report = push_exports.push_exports(source, push, sink=Sinks(screen)), None
+                pushed, report = pushing.push_exports(source, push, sink=Sinks(screen)), None
             else:
                 cards.settle(Sinks(screen))
                 request["to"] = request.get("to") or ["hf"]

@@ -189,7 +189,7 @@ def joined_card(parts: Sequence[tuple[str, str]], name: str, base: str | None) -
     """
     metadata: dict[str, Any] = {"base_model": base}
     tags: list[str] = []
-    bodies = []
+    bodies: list[str] = []
     for _, text in parts:
         header, body = split_card(text)
         try:
@@ -199,7 +199,7 @@ def joined_card(parts: Sequence[tuple[str, str]], name: str, base: str | None) -
         tags += [str(tag) for tag in found.get("tags") or []]
         wanted = ("license", "license_name", "license_link", "datasets", "library_name")
         metadata |= {key: found[key] for key in wanted if found.get(key) and key not in metadata}
-        bodies.append(body.strip())
+        bodies.append(_new_part(body.strip(), bodies))
     keys = [key for key, _ in parts]
     if base is not None:
         metadata["base_model_relation"] = "adapter" if all(key.startswith("adapter") for key in keys) else "finetune"
@@ -209,6 +209,14 @@ def joined_card(parts: Sequence[tuple[str, str]], name: str, base: str | None) -
         else "\n\n".join([f"# {name.rpartition('/')[2]}", f"Holds {', '.join(keys)}.", *bodies])
     )
     return _card(f"{text}\n", **metadata, pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)))
+
+
+def _new_part(body: str, earlier: Sequence[str]) -> str:
+    """A card's text without the end that it has in common with an earlier one: its fidelity, and the adapter's own."""
+    for heading in re.finditer(r"(?m)^#{1,2} ", body):
+        if any(other.endswith(body[heading.start() :]) for other in earlier):
+            return body[: heading.start()].rstrip()
+    return body
 
 
 def _own_text(adapter: Path, base: BaseFolder) -> str:

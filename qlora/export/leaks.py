@@ -60,16 +60,16 @@ class Private:
     words: tuple[str, ...]
 
     @classmethod
-    def of_owner(cls, folders: Iterable[Path], mails: Iterable[str], spared: Iterable[str]) -> Private:
+    def of_owner(cls, folders: Iterable[Path], mails: Iterable[str], spared: Iterable[str], token: str = "") -> Private:
         """Of this user. `folders` are those that the work lies in, `mails` the owner's addresses as the hub knows
-        them; a name that is part of one of `spared` (the repository's and the base's) is public and stays.
+        them, `token` the hub's; a name that is part of one of `spared` (the repository's and the base's) stays.
         """
         home = _home()
         places = [*home, *(form for folder in folders for form in (str(folder), os.path.realpath(folder)))]
         # One part, such as /root or /tmp, is a word of many vocabularies.
         needles = {place: "a folder of this machine" for place in places if len(PurePath(place).parts) > 2}
         needles |= {mail: "a mail address of yours" for mail in (*mails, *_mails()) if len(mail) >= SHORTEST}
-        needles |= dict.fromkeys(values(), "a token or password")
+        needles |= dict.fromkeys([*values(), *([token] if token else [])], "a token or password")
         public = " ".join(spared).lower()
         names = {name for name in _names(home) if len(name) >= _LEAST_WORD and name.lower() not in _ORDINARY}
         words = sorted((name for name in names if name.lower() not in public), key=len, reverse=True)

@@ -25,6 +25,7 @@ from qlora.hub_upload import Outgoing
 from qlora.manifest import MANIFEST, Recorded
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, PROVENANCE_FILE
 from qlora.recipe.reading import looks_like_folder
+from qlora.run_folder import dataset_name, name_of
 
 CARD = "README.md"
 MAX_TEXT_BYTES = 20 << 20
@@ -44,6 +45,7 @@ class _Exported(foreign_json.ForeignModel):
 
 
 class _Of(foreign_json.ForeignModel):
+    adapter: str = ""
     base: str = ""
     revision: str | None = None
 
@@ -56,11 +58,13 @@ class _Made(foreign_json.ForeignModel):
 class PublishedFolder:
     """A folder that is pushed: an export, or the adapter of a run. `entries` are its files, as they were published.
 
-    `key` is "hf", "gguf-q8_0", …, "adapter"; `base` its base's name, `is_hubs` whether the hub has that base.
+    `key` is "hf", "gguf-q8_0", …, "adapter"; `adapter` the run's or adapter's name, `base` its base's, `is_hubs`
+    whether the hub has that base.
     """
 
     path: Path
     key: str
+    adapter: str
     base: str
     is_hubs: bool
     entries: Mapping[str, Recorded]
@@ -78,7 +82,7 @@ class PublishedFolder:
             entries = manifest.recorded(path)
             made = foreign_json.checked(_Made, manifest.read(path), str(path / MANIFEST)).of
             if found.kind == "adapter":
-                return cls(path, "adapter", *_base_of_adapter(path), entries)
+                return cls(path, "adapter", dataset_name(name_of(path)), *_base_of_adapter(path), entries)
             exported = foreign_json.checked(
                 _Exported, foreign_json.load_object(path / EXPORT_FILE), str(path / EXPORT_FILE)
             )
@@ -86,7 +90,7 @@ class PublishedFolder:
             raise ExportError(f"{path}: cannot be read as an export ({error})", AGAIN) from error
         if not exported.checks or not all(check.get("ok") is True for check in exported.checks):
             raise ExportError(f"{path}: was exported without being verified", "export it again, without verify=False")
-        return cls(path, exported.format, made.base, made.revision is not None, entries)
+        return cls(path, exported.format, made.adapter, made.base, made.revision is not None, entries)
 
 
 class _Provenance(foreign_json.ForeignModel):
@@ -117,9 +121,13 @@ def pack(folders: Sequence[PublishedFolder], private: Private, name: str, sink: 
         for file, recorded in folder.entries.items():
             place = _place(folder, file, folders)
             if file == CARD and place == CARD:
-                parsed.append((folder, _read(folder, file, recorded).decode("utf-8", "replace")))
+                text = _read(folder, file, recorded).decode("utf-8", "replace")
+                parsed.append((folder, _with_names(text, folder, folders)))
                 continue
             item = _outgoing(folder, file, recorded, place, private, cleaned)
+            if file == MODEL_FILE and isinstance(item.content, bytes):
+                text = item.content.decode("utf-8", "replace")
+                item = Outgoing.of_bytes(place, _with_names(text, folder, folders).encode())
             if place in found and found[place].sha256 != item.sha256:
                 path = PurePosixPath(place)
                 place = f"{path.stem}-{folder.key}{path.suffix}"
@@ -153,10 +161,16 @@ def _place(folder: PublishedFolder, file: str, folders: Sequence[PublishedFolder
         return file
     if folder.key == "adapter":
         return f"adapter/{file}"
-    if file in (EXPORT_FILE, MODEL_FILE):
+    shared = sum(file in other.entries for other in folders if other.key != "adapter") > 1
+    if shared and file in (EXPORT_FILE, MODEL_FILE):
         path = PurePosixPath(file)
         return f"{path.stem}-{folder.key}{path.suffix}"
     return file
+
+
+def _with_names(text: str, folder: PublishedFolder, folders: Sequence[PublishedFolder]) -> str:
+    """A card or Modelfile with the name that the Modelfile has in the repository."""
+    return text.replace(f"-f {MODEL_FILE}", f"-f {_place(folder, MODEL_FILE, folders)}")
 
 
 def _outgoing(

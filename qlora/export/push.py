@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+from pydantic import Field
 
 from qlora import foreign_json, manifest
 from qlora.errors import ExportError
@@ -23,7 +25,7 @@ from qlora.export.parcel import CARD, PublishedFolder, pack
 from qlora.hub import check_pushable
 from qlora.hub_calls import GO_ON, Calls
 from qlora.hub_upload import Account, Held, ModelRepository, Outgoing, account
-from qlora.manifest import MADE_BY, MANIFEST
+from qlora.manifest import MADE_BY, MANIFEST, sha256_text
 from qlora.version import __version__
 
 KIND = "push"
@@ -61,6 +63,22 @@ class Pushed:
 
 
 @dataclass(frozen=True)
+class Contents:
+    """What is to be pushed: the keys of its formats, and names of the runs or adapters that it is of."""
+
+    keys: tuple[str, ...]
+    adapters: frozenset[str]
+
+    @classmethod
+    def of(cls, folders: Sequence[PublishedFolder]) -> Contents:
+        return cls(tuple(dict.fromkeys(one.key for one in folders)), frozenset(one.adapter for one in folders))
+
+    def marks(self) -> list[str]:
+        """Of the adapters, a hash of each name: enough to know another, and no name of anything."""
+        return sorted(sha256_text(KIND, name)[:16] for name in self.adapters)
+
+
+@dataclass(frozen=True)
 class Destination:
     """A repository that may be pushed to, as `open_destination` found it; `agreed` are others' files in it."""
 
@@ -74,9 +92,10 @@ class Destination:
         opened = [PublishedFolder.open(folder) for folder in folders]
         mails = [self.owner.email] if self.owner.email else []
         spared = (self.repository.name, *(one.base for one in opened if one.is_hubs))
-        items = pack(opened, Private.of_owner(_surroundings(folders), mails, spared), self.repository.name, sink)
+        private = Private.of_owner(_surroundings(folders), mails, spared, self.repository.calls.token)
+        items = pack(opened, private, self.repository.name, sink)
         held = self._ready()
-        earlier = _earlier(self.repository, held)
+        earlier = _earlier(self.repository, held).files
         if not _others(held, earlier) <= self.agreed:
             raise ExportError(f"{self.repository.name}: was changed by somebody else meanwhile", GO_ON)
         self.repository.modes([*items, Outgoing.of_bytes(MANIFEST, b"{}")])
@@ -87,10 +106,11 @@ class Destination:
         commit = held.commit or ""
         if new or gone:
             self.repository.upload(new, sink)
-            keys = ", ".join(dict.fromkeys(one.key for one in opened))
-            message = f"{keys}, pushed by qlora {__version__}"
+            message = f"{', '.join(Contents.of(opened).keys)}, pushed by qlora {__version__}"
             commit = self.repository.commit(new, gone, held.commit, message)
             self._check_arrived(hashes)
+        if gone:
+            sink.emit(Notice("push", "files of an earlier push are no longer in it; its history keeps them", len(gone)))
         self._say_repeated(sink)
         pushed = Pushed(
             self.repository.name,
@@ -123,7 +143,9 @@ class Destination:
             item.name: {"sha256": item.sha256, "bytes": item.size, "held": self.repository.hash_of(item)}
             for item in items
         }
-        about = {"made_by": MADE_BY, "version": __version__, "kind": KIND, "of": [one.key for one in folders]}
+        contents = Contents.of(folders)
+        of = {"keys": list(contents.keys), "adapters": contents.marks()}
+        about = {"made_by": MADE_BY, "version": __version__, "kind": KIND, "of": of}
         return Outgoing.of_bytes(MANIFEST, manifest.sealed({**about, "files": entries}).encode())
 
     def _check_arrived(self, hashes: Mapping[str, str]) -> None:
@@ -139,12 +161,13 @@ class Destination:
             sink.emit(Notice("hub", f"requests were made again ({reasons})", sum(repeated.values())))
 
 
-def open_destination(push: Push) -> Destination:
-    """Whether and where may be pushed; changes nothing there. Raises ExportError."""
+def open_destination(push: Push, contents: Contents) -> Destination:
+    """Whether and where `contents` may be pushed; changes nothing there. Raises ExportError."""
     check_pushable(push.name)
     calls = Calls.of_user()
     owner = account(calls)
-    name = push.name if "/" in push.name else f"{owner.name}/{push.name}"
+    space, _, alone = push.name.rpartition("/")
+    name = f"{owner.owners.get(space.lower(), space) if space else owner.name}/{alone}"
     check_pushable(name)
     if owner.may_write is False:
         hint = "make one that may write (https://huggingface.co/settings/tokens), then run: hf auth login"
@@ -153,22 +176,36 @@ def open_destination(push: Push) -> Destination:
     held = repository.look()
     agreed: frozenset[str] = frozenset()
     if held is None:
-        space = name.partition("/")[0]
-        if owner.may_write and space.lower() not in owner.owners:
+        if owner.may_write and space and space.lower() not in owner.owners:
             what = f"{name}: {space} is neither you ({owner.name}) nor an organization of yours"
             raise ExportError(what, "name a repository of yours, or the name alone")
     else:
         _check_visibility(name, held, push.public)
         repository.modes([Outgoing.of_bytes(CARD, b"")])  # which is refused where the token may not write
-        agreed = frozenset(_others(held, _earlier(repository, held)))
-        if agreed:
-            names = ", ".join(sorted(agreed)[:_SHOWN]) + (", …" if len(agreed) > _SHOWN else "")
-            what = f"{name} holds {len(agreed)} files that no push of qlora made, or that were changed since ({names})"
-            again = "those of the same name will be replaced, and its history keeps them. Push into it?"
-            _agree(push, what, again, "name another repository")
+        agreed = _agree_to_what_is_there(push, repository, held, contents)
     if push.public:
         _agree(push, f"{name} is public: everybody may read and copy the model", "Push it?", "leave out `public`")
     return Destination(push, owner, repository, agreed)
+
+
+def _agree_to_what_is_there(push: Push, repository: ModelRepository, held: Held, contents: Contents) -> frozenset[str]:
+    """Others' files that may be replaced, or stay. Raises ExportError where nobody agrees to what would go."""
+    sent = _earlier(repository, held)
+    earlier, name, new = sent.files, repository.name, ", ".join(contents.keys)
+    agreed = frozenset(_others(held, earlier))
+    if agreed:
+        names = ", ".join(sorted(agreed)[:_SHOWN]) + (", …" if len(agreed) > _SHOWN else "")
+        what = f"{name} holds {len(agreed)} files that no push of qlora made, or that were changed since ({names})"
+        again = "Those of the same name will be replaced, and its history keeps them. Push into it?"
+        _agree(push, what, again, "name another repository")
+    lost = [key for key in sent.of.keys if key not in contents.keys]
+    if earlier and not set(sent.of.adapters) & set(contents.marks()):
+        what = f"{name} holds {', '.join(sent.of.keys)} of another run or adapter, pushed earlier"
+        _agree(push, what, f"Replace it by {new}?", "name another repository")
+    elif earlier and lost:
+        what = f"{name} holds {', '.join(lost)} of an earlier push, which a push of {new} alone takes out"
+        _agree(push, what, "Push it?", "export and push them together, or name another repository")
+    return agreed
 
 
 def _agree(push: Push, what: str, question: str, otherwise: str) -> None:
@@ -239,21 +276,35 @@ class _Entry(foreign_json.ForeignModel):
     held: str
 
 
-class _Sent(foreign_json.ForeignModel):
+class _Pushed(foreign_json.ForeignModel):
+    keys: list[str] = Field(default_factory=list)
+    adapters: list[str] = Field(default_factory=list)
+
+
+class _Manifest(foreign_json.ForeignModel):
     kind: str
+    of: _Pushed
     files: dict[str, _Entry]
 
 
-def _earlier(repository: ModelRepository, held: Held) -> Mapping[str, str]:
-    """What an earlier push sent, by its manifest there; empty where that is none of a push."""
+class _Sent(NamedTuple):
+    """What an earlier push sent: its files by their hashes there, and what they were of."""
+
+    files: Mapping[str, str]
+    of: _Pushed
+
+
+def _earlier(repository: ModelRepository, held: Held) -> _Sent:
+    """What an earlier push sent, by its manifest there; nothing where that is none of a push."""
+    nothing = _Sent({}, _Pushed())
     if MANIFEST not in held.files or held.commit is None:
-        return {}
+        return nothing
     text = repository.text_of(MANIFEST, held.commit, MAX_MANIFEST_BYTES)
     try:
-        found: Any = foreign_json.checked(_Sent, manifest.of_text(text or b"", MANIFEST), MANIFEST)
+        found = foreign_json.checked(_Manifest, manifest.of_text(text or b"", MANIFEST), MANIFEST)
     except foreign_json.ForeignFileError:
-        return {}
-    return {name: entry.held for name, entry in found.files.items()} if found.kind == KIND else {}
+        return nothing
+    return _Sent({name: one.held for name, one in found.files.items()}, found.of) if found.kind == KIND else nothing
 
 
 def _surroundings(folders: Sequence[Path]) -> list[Path]:

@@ -129,7 +129,9 @@ def test_a_runs_adapter_names_its_base_without_its_folders(tmp_path: Path) -> No
 
 def test_several_share_the_root_and_an_adapter_has_its_own_folder(tmp_path: Path) -> None:
     ggufs = {
-        key: an_export(tmp_path / key, key, Modelfile=f"FROM {key}".encode(), imatrix__gguf=b"same")
+        key: an_export(
+            tmp_path / key, key, Modelfile=f"# ollama create x -f Modelfile\nFROM {key}".encode(), imatrix__gguf=b"same"
+        )
         for key in ("gguf-q8_0", "gguf-q4_k_m")
     }
     hf = an_export(tmp_path / "hf", generation_config__json=b"{}")
@@ -137,13 +139,31 @@ def test_several_share_the_root_and_an_adapter_has_its_own_folder(tmp_path: Path
     adapter = an_adapter(tmp_path / "adapter", "owner/base", "c" * 40)
     sent = packed(hf, *ggufs.values(), other, adapter)
     assert {f"export-{key}.json" for key in ("hf", "gguf-q8_0", "gguf-q4_k_m", "gguf-f16")} <= sent.keys()
-    assert sent["Modelfile-gguf-q8_0"] == b"FROM gguf-q8_0" and "Modelfile" not in sent and "export.json" not in sent
+    assert (
+        sent["Modelfile-gguf-q8_0"] == b"# ollama create x -f Modelfile-gguf-q8_0\nFROM gguf-q8_0"
+        and "Modelfile" not in sent
+        and "export.json" not in sent
+    )
     assert (sent["imatrix.gguf"], sent["imatrix-gguf-f16.gguf"]) == (b"same", b"another")
     assert {f"adapter/{path.name}" for path in adapter.iterdir()} - {"adapter/manifest.json"} <= sent.keys()
     assert "adapter_config.json" not in sent  # transformers would open it in the model's place
     card = sent["README.md"].decode()
-    assert card.count("# A model") == 4 and "# support\n\nHolds hf, gguf-q8_0, gguf-q4_k_m, gguf-f16.\n" in card
+    assert card.count("# A model") == 1 and "# support\n\nHolds hf, gguf-q8_0, gguf-q4_k_m, gguf-f16.\n" in card
     assert header(sent["README.md"])["base_model_relation"] == "finetune"
+
+
+def test_what_two_cards_share_is_said_once_and_a_name_that_is_alone_stays(tmp_path: Path) -> None:
+    shared = "\n\n## How near\n\ntable\n\n# Adapter\n\nfacts\n"
+    hf = an_export(tmp_path / "hf", README__md=f"---\na: b\n---\n\n# One{shared}".encode())
+    text = f"---\na: b\n---\n\n# Two\n\nollama create x -f Modelfile && y{shared}"
+    gguf = an_export(tmp_path / "gguf", "gguf-f16", Modelfile=b"FROM x", README__md=text.encode())
+    sent = packed(hf, gguf)
+    body = sent["README.md"].decode().split("---\n", 2)[2]
+    assert body.strip() == (
+        "# support\n\nHolds hf, gguf-f16.\n\n# One\n\n## How near\n\ntable\n\n# Adapter\n\nfacts\n\n"
+        "# Two\n\nollama create x -f Modelfile && y"
+    )
+    assert sent["Modelfile"] == b"FROM x" and "export-hf.json" in sent
 
 
 def test_a_card_of_anybody_breaks_nothing(tmp_path: Path) -> None:

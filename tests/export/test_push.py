@@ -12,14 +12,19 @@ import pytest
 from qlora import manifest
 from qlora.errors import ExportError
 from qlora.events import Event, Notice, Recorder
-from qlora.export.push import Push, open_destination
+from qlora.export.parcel import PublishedFolder
+from qlora.export.push import Contents, Push, open_destination
 from tests.push_hub import MAIL, TOKEN, USER, PushHub, Repo, an_export, push_hub
 
 __all__ = ["push_hub"]
 
 
+NOTHING = Contents((), frozenset())
+
+
 def push(folder: Path, name: str = "support", sink: Recorder | None = None, **settings: Any) -> Any:
-    return open_destination(Push(name, **settings)).deliver([folder], sink or Recorder())
+    contents = Contents.of([PublishedFolder.open(folder)])
+    return open_destination(Push(name, **settings), contents).deliver([folder], sink or Recorder())
 
 
 def test_an_export_arrives_in_one_commit_in_a_private_repository(tmp_path: Path, push_hub: PushHub) -> None:
@@ -122,9 +127,8 @@ def test_a_busy_hub_is_asked_again(tmp_path: Path, push_hub: PushHub, status: in
 REFUSALS = [
     (401, "does not accept your token", "hf auth login"),
     (403, "403|does not accept your token", "write"),
-    (404, "404|does not say|was made, and is not there", ""),
     (409, "409|changed by somebody|does not say", "same again"),
-    (500, "cannot be reached .it answers 500.", "same again"),
+    (500, "cannot do it now .it answers 500.", "same again"),
 ]
 
 
@@ -150,9 +154,7 @@ def test_a_refusal_at_any_request_is_two_lines(
     assert ended >= 5  # at the store's own requests it is the store that refuses
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'{"id": 1}', b"\xff\xfe", b'{"files": [{"path": 1}]}', b"[" * 100_000]
-)
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"id": 1, "files": [{"path": 1}]}'])
 def test_an_answer_that_is_none_is_two_lines(tmp_path: Path, push_hub: PushHub, body: bytes) -> None:
     folder = an_export(tmp_path / "hf")
     total = requests_of_a_push(push_hub, folder)
@@ -209,6 +211,27 @@ def test_what_an_earlier_push_made_gives_way(tmp_path: Path, push_hub: PushHub) 
     assert "old.json" not in repo.files and "new.json" in repo.files and len(repo.commits) == 3
 
 
+def test_another_model_of_ours_is_not_replaced_unasked(tmp_path: Path, push_hub: PushHub) -> None:
+    hf, gguf = an_export(tmp_path / "hf"), an_export(tmp_path / "gguf", "gguf-q8_0")
+    push(hf)
+    repo = push_hub.repos[f"{USER}/support"]
+    with pytest.raises(ExportError, match="holds hf of an earlier push, which a push of gguf-q8_0 alone takes out"):
+        push(gguf)
+    other = an_export(tmp_path / "other", of="lamps")
+    with pytest.raises(ExportError, match="holds hf of another run or adapter, pushed earlier") as error:
+        push(other)
+    assert "name another repository" in error.value.hint and len(repo.commits) == 2
+    assert b"lamps" not in push_hub.everything() and b'"support"' not in repo.files["manifest.json"]  # type: ignore[operator]
+    sink = Recorder()
+    push(gguf, ask=lambda _: True, sink=sink)
+    assert "hf-1.safetensors" not in repo.files and "gguf-q8_0-1.safetensors" in repo.files
+    assert any(isinstance(one, Notice) and "no longer in it" in one.message and one.count == 2 for one in sink.events)
+
+
+def test_an_owner_is_spelled_as_the_hub_does(tmp_path: Path, push_hub: PushHub) -> None:
+    assert push(an_export(tmp_path / "hf"), "OUR-Lab/x").repository == "our-lab/x"
+
+
 def test_somebody_elses_commit_in_between_is_seen(tmp_path: Path, push_hub: PushHub) -> None:
     folder = an_export(tmp_path / "hf")
 
@@ -224,7 +247,7 @@ def test_somebody_elses_commit_in_between_is_seen(tmp_path: Path, push_hub: Push
     sent = push_hub.stored_bytes()
     push(folder)
     assert push_hub.stored_bytes() == sent
-    destination = open_destination(Push("support"))
+    destination = open_destination(Push("support"), Contents.of([PublishedFolder.open(folder)]))
     push_hub.repos[f"{USER}/support"].files["theirs.txt"] = b"x"
     with pytest.raises(ExportError, match="meanwhile"):
         destination.deliver([an_export(tmp_path / "b")], Recorder())
@@ -289,17 +312,17 @@ def test_whose_name_it_is(tmp_path: Path, push_hub: PushHub) -> None:
 def test_no_token_and_no_network_are_said_first(push_hub: PushHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ExportError, match="HF_HUB_OFFLINE is set"):
-        open_destination(Push("x"))
+        open_destination(Push("x"), NOTHING)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ExportError, match="there is no token") as error:
-        open_destination(Push("x"))
+        open_destination(Push("x"), NOTHING)
     assert "hf auth login" in error.value.hint
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_\x1b[2J")
     with pytest.raises(ExportError, match="characters that no token has"):
-        open_destination(Push("x"))
+        open_destination(Push("x"), NOTHING)
     with pytest.raises(ExportError, match="is no name of a repository"):
-        open_destination(Push("a/b/c"))
+        open_destination(Push("a/b/c"), NOTHING)
     assert not push_hub.received
 
 

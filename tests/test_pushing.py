@@ -12,7 +12,7 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Recorder
 from qlora.export.artifacts import Artifact
 from qlora.export.push import Push, made_before
-from qlora.push_exports import are_exports, push_exports
+from qlora.pushing import are_exports, push_exports
 from tests.export.cases import KINDS, trained
 from tests.push_hub import MAIL, TOKEN, USER, PushHub, an_adapter, an_export, push_hub
 
@@ -96,3 +96,12 @@ def test_a_real_export_is_pushed_resumed_and_names_nobody(
     arrived = push_hub.everything()
     for text in ("maria_owner_7", str(tmp_path), str(llama.parent), TOKEN, MAIL):
         assert text.encode() not in arrived, text
+
+
+def test_the_names_that_an_export_and_its_push_have_are_one(tmp_path: Path, push_hub: PushHub) -> None:
+    """A push is refused where the repository holds another run's model: the same one is not another to itself."""
+    folder = an_adapter(tmp_path / "runs" / "support:v2" / "adapter", "owner/base", "c" * 40)
+    for _ in range(2):
+        api.merge_and_export(folder.parent, to="adapter", push=Push("lamps"))
+        push_exports_of_adapter = api.merge_and_export(folder, to="adapter", push=Push("lamps"))
+    assert push_exports_of_adapter.pushed.there_already == push_exports_of_adapter.pushed.files
