@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora import numerics
 from qlora.data.layout import PAD_TO_MULTIPLE
@@ -23,6 +23,10 @@ from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
+from qlora.report.drawn import Drawn
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
 PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
@@ -51,7 +55,7 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Drawn):
     """Bytes. `components` add up to `peak_bytes`; `terms` are the parts of it that no tensor shows, by name.
 
     `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
@@ -74,6 +78,7 @@ class Estimate:
     settings: Mapping[str, Any]
     calibrated_by: int = 0
     notes: tuple[str, ...] = ()
+    limit_source: str = ""  # what the limit is, and where it comes from
 
     @property
     def fits(self) -> bool:
@@ -102,6 +107,11 @@ class Estimate:
             "calibrated_by_runs": self.calibrated_by,
             "notes": list(self.notes),
         }
+
+    def drawing(self) -> RenderableType:
+        from qlora.report.memory import estimate_view
+
+        return estimate_view({**self.as_dict(), "limit_source": self.limit_source})
 
 
 class Estimator:
@@ -189,6 +199,7 @@ class Estimator:
             settings=settings_of(recipe, workload, self.baseline),
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
+            limit_source=machine.source,
         )
 
     def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
