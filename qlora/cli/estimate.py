@@ -53,7 +53,7 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot
         _plot(question, plot)
     plans = question.search() if fit else []
     estimate = plans[0].estimate if plans else question.estimate()
-    answer = {**estimate.as_dict(), "limit_source": question.machine.source}
+    answer = {**estimate.as_dict(), "limit_source": estimate.limit_source}
     if unusable:
         answer["notes"].append(f"{unusable}: this is the estimate of a run on the CPU")
     if fit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora import numerics
 from qlora.data.layout import PAD_TO_MULTIPLE
@@ -25,6 +25,10 @@ from qlora.model.generate import SAMPLE_TOKENS
 from qlora.model.lora_functions import PEFT
 from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
+from qlora.report.drawn import Drawn
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
 PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
@@ -53,7 +57,7 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Drawn):
     """Bytes. `components` add up to `peak_bytes`; `terms` are the parts of it that no tensor shows, by name.
 
     `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
@@ -76,6 +80,7 @@ class Estimate:
     settings: Mapping[str, Any]
     calibrated_by: int = 0
     notes: tuple[str, ...] = ()
+    limit_source: str = ""  # what the limit is, and where it comes from
 
     @property
     def fits(self) -> bool:
@@ -104,6 +109,11 @@ class Estimate:
             "calibrated_by_runs": self.calibrated_by,
             "notes": list(self.notes),
         }
+
+    def drawing(self) -> RenderableType:
+        from qlora.report.memory import estimate_view
+
+        return estimate_view({**self.as_dict(), "limit_source": self.limit_source})
 
 
 class Estimator:
@@ -199,6 +209,7 @@ class Estimator:
             settings=settings_of(recipe, workload, self.baseline),
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
+            limit_source=machine.source,
         )
 
     def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
