@@ -174,7 +174,7 @@ LINES = {
         "plan",
         "spilling",
     ],
-    "importers": ["draft", "values", "datasets", "axolotl", "llama_factory", "unsloth", "trl", "read"],
+    "importers": ["draft", "tracking", "values", "datasets", "axolotl", "llama_factory", "unsloth", "trl", "read"],
     "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
@@ -249,6 +249,7 @@ LINES = {
             "dropped",
             "offsets",
             "chat",
+            "control_tokens",
             "packing",
             "token_cache",
             "light_tokenizer",
