@@ -148,6 +148,7 @@ LINES = {
         "allocator",
         "tape",
         "asking",
+        "repeated",
         "trace",
         "baselines",
         "plain_optimizer",
