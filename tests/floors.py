@@ -156,6 +156,7 @@ LINES = {
         "allocator",
         "tape",
         "asking",
+        "repeated",
         "trace",
         "baselines",
         "plain_optimizer",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora import numerics
-from qlora.data.layout import PAD_TO_MULTIPLE
 from qlora.errors import DoesNotFit
 from qlora.memory import calibration, host, margins, overheads
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
@@ -41,7 +40,6 @@ class DataFacts:
     `answer_tokens` is the longest answer of exact match, 0 without one. `asks` are the batches of a study.
     No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
     than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
-    Batches have `widths` different widths at most.
     """
 
     longest: int
@@ -51,7 +49,6 @@ class DataFacts:
     typical: int = 0
     documents: int = 0
     trained: int = 0
-    widths: int = 1
     answer_tokens: int = 0
     asks: PlainAsks = ()
 
@@ -172,8 +169,7 @@ class Estimator:
         terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
-        widths = facts.widths if facts else workload.length // PAD_TO_MULTIPLE
-        fragmentation = slack + self._beside_tensors(simulation, widths, workload)
+        fragmentation = slack + self._beside_tensors(simulation, workload)
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -232,19 +228,19 @@ class Estimator:
             workload = replace(workload, asks=halved(workload.asks))
         return workload
 
-    def _beside_tensors(self, simulation: Simulation, widths: int, workload: Workload) -> int:
+    def _beside_tensors(self, simulation: Simulation, workload: Workload) -> int:
         """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
         if self.machine.device_type != "cuda":
-            copied = overheads.snapshot_bytes(simulation.kept["adapters"], simulation.kept["optimizer"], pinned=False)
-            asks = bool(workload.asks)
-            return copied + host.added_bytes(simulation.worst.total, widths, workload.samples > 0, asks)
+            return host.added_bytes(simulation.worst.total, workload.samples > 0, bool(workload.asks))
         return simulation.reserved.beyond
 
     def _error(self, simulation: Simulation, simulator: Simulator) -> int:
         factor, worst = self.correction.factor, simulation.worst
         tensors = round(worst.total * factor)
         if self.machine.device_type != "cuda":
-            return margins.on_host(tensors)
+            kept = simulation.kept
+            copied = overheads.snapshot_bytes(kept["adapters"], kept["optimizer"], pinned=False)
+            return margins.on_host(tensors, copied)
         weights = round(worst.parts["weights"] * factor)
         of_context = overheads.context_bytes(self.machine.gpu)[1]
         gaps = margins.Gaps(weights, simulator.drawn.cast_bytes, simulator.drawn.eager)

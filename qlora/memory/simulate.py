@@ -26,6 +26,7 @@ from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
 from qlora.memory.plain_optimizer import PlainOptimizer
 from qlora.memory.recomputing import put_together
+from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
@@ -68,8 +69,9 @@ class Simulator:
     def _models(self) -> list[_MetaModel]:
         """Whatever was imported and asked before: modules of libraries, and what these make once, are no model's."""
         ready_to_load_nothing()
+        repeated = RepeatedOperations()
         with _collecting():
-            return [_MetaModel(self.spec, size) for size in self.sizes]
+            return [_MetaModel(self.spec, size, repeated) for size in self.sizes]
 
     @cached_property
     def drawn(self) -> Drawn:
@@ -179,9 +181,10 @@ def _collecting() -> Iterator[None]:
 class _MetaModel:
     """The model with `layers` layers on meta, under its own counter."""
 
-    def __init__(self, spec: ModelSpec, layers: int) -> None:
+    def __init__(self, spec: ModelSpec, layers: int, repeated: RepeatedOperations) -> None:
         self.spec = spec
         self.live = LiveBytes(spec.target)
+        self.live.repeated = repeated
         self.live.vocabulary = int(spec.text.vocab_size)
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
