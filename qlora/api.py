@@ -11,16 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
+from qlora import determinism, disk, files, hours, numerics, run_folder, starting_adapter
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Sink, Sinks
 from qlora.guarded import Guarded, forget_frames
+from qlora.hours import Ahead
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
 from qlora.report.sinks import check_sinks, open_sinks
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
+from qlora.study.amount import Documents
 from qlora.study.material import Found
 from qlora.training import setup
 from qlora.training.phases import PhaseClock
@@ -167,10 +169,12 @@ def _run(
 
 @dataclass(frozen=True)
 class Checked:
-    """A recipe that is good: its rows as tokens (of documents, as many as may be), and its memory where known."""
+    """A recipe that is good: its rows as tokens (of documents, as many as may be), its memory where known, and what a
+    study of documents has before it."""
 
     data: PreparedData
     memory: Estimate | None
+    ahead: Ahead | None = None
 
 
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
@@ -183,15 +187,23 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     check_sinks(loaded)
     shared = _gate(sink)
     with _guarded("checking the recipe", "end other programs that hold memory"):
-        loaded, documents = material.read(loaded, not defaults.has_length(loaded), shared)
+        open_length = not defaults.has_length(loaded)
+        loaded, documents = material.read(loaded, open_length, shared)
         base, loaded = setup.preflight(loaded, shared)
         loaded = starting_adapter.settled(loaded, base, None, shared)
         loaded = row_packing.settled(loaded, base.config, shared)
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
         found = Found(base, documents)
         _, data, memory, lesson = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
-        data = lesson.foreseen(data)[1] if lesson else data
-    return Checked(data, None if memory.plan is None else memory.plan.estimate)
+        planned = memory.plan.estimate if memory.plan else None
+        if lesson is None:
+            return Checked(data, planned)
+        known, to_come = Documents.of(lesson.passages, sum(data.train.lengths)), None
+        if planned and memory.planner:
+            estimator = memory.planner.estimator
+            reckoned = hours.hours_of(loaded, known, open_length, estimator)
+            to_come = Ahead(reckoned, hours.memory_of(planned, estimator.machine.source))
+        return Checked(lesson.foreseen(data)[1], planned, to_come)
 
 
 def merge_and_export(
@@ -296,8 +308,8 @@ def question(
     config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
     text, _ = text_config(config, recipe.model.base)
     estimator = Estimator(text, recipe.model.base, machine, BASELINES[stack])
-    recipe, estimator.asks = room.foreseen(starting_adapter.sized(recipe), _gate(sink))
-    return Question(row_packing.settled(recipe, config, _gate(sink)), estimator)
+    recipe, estimator.asks, documents = room.foreseen(starting_adapter.sized(recipe), _gate(sink))
+    return Question(row_packing.settled(recipe, config, _gate(sink)), estimator, documents)
 
 
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -167,6 +168,11 @@ def _report(checked: Checked) -> None:
         gib = 2**30
         peak, limit = f"{memory.peak_bytes / gib:.2f} GiB", f"{memory.limit_bytes / gib:.2f} GiB"
         common.tell(f"memory: {peak} at its peak, the limit is {limit}")
+    if checked.ahead is not None:
+        from qlora.report import ahead
+
+        for line in ahead.lines(asdict(checked.ahead)):
+            common.tell(line)
     common.tell("recipe, base, tokenizer and rows are good")
 
 
