@@ -175,6 +175,8 @@ class Estimator:
             **{phase: simulation.phases[phase].total for phase, _ in workload.asks},
         }
         phases = {name: round(total * factor) + fixed for name, total in phases.items()}
+        if machine.device_type != "cuda":  # kernels, pools and threads come with the first steps
+            phases["load"] -= fragmentation
         largest, rank = simulator.drawn.values.largest_linear, recipe.lora.r
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qlora.recipe.reading import Recipe
 from qlora.study import defaults
+from qlora.study.ask import EXAM_PER_SENTENCE, EXAM_SPARE
 from qlora.study.exam import RETRIEVED
 from qlora.study.exam_asking import AT_ONCE as EXAM_AT_ONCE
 from qlora.study.exam_asking import NATS_TOKENS
 from qlora.study.probe import PASSAGES, QUESTIONS
 from qlora.study.rows import DISTRACTORS, Shares
-from qlora.study.study import EXAM_PER_SENTENCE, EXAM_SPARE
 from qlora.study.teacher import AT_ONCE
 
 if TYPE_CHECKING:

@@ -50,6 +50,7 @@ def test_what_the_handbook_took_lies_between() -> None:
     least, most = amounts(load_recipe(MANUALS), HANDBOOK, False)
     assert least.study.tokens < 368_000 + 53_000 < most.study.tokens
     assert least.training.tokens < 4 * 696 * 394 < most.training.tokens
+    assert least.training.seen < least.training.tokens * 37, "a row of a pack sees itself alone"
 
 
 def test_steps_and_the_study_say_how_long_is_trained() -> None:
