@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
+from qlora import determinism, disk, files, hours, numerics, run_folder, starting_adapter
+from qlora.checked import Checked
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Sink, Sinks
-from qlora.guarded import Guarded, forget_frames
+from qlora.guarded import guarded
+from qlora.hours import Ahead
 from qlora.notebook import at_work, gate
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
@@ -24,16 +25,15 @@ from qlora.report.drawn import Drawn
 from qlora.report.sinks import check_sinks, open_sinks
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
+from qlora.study.amount import Documents
 from qlora.study.material import Found
 from qlora.training import setup
 from qlora.training.phases import PhaseClock
-from qlora.units import GIB
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from qlora.data.prepare import PreparedData
-    from qlora.export.artifacts import Artifact, ExportedArtifact, ExportOptions, Report
+    from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report
     from qlora.export.combination import Combination
     from qlora.export.push import Push
     from qlora.memory.estimate import Estimate
@@ -98,7 +98,7 @@ def _claimed(loaded: Recipe, run_name: str, mode: Mode, shared: Sinks, stop: Sto
     run_dir, open_length = run_folder.path_of(loaded, run_name), not defaults.has_length(loaded)
     check_sinks(loaded)
     run_folder.check_claim(run_dir, loaded, mode)
-    with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
+    with guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
             loaded = run_folder.resumed(run_dir, loaded, shared)
         loaded, documents = material.read(loaded, open_length, shared, run_dir if mode == "resume" else None)
@@ -193,28 +193,6 @@ def _run(
     return state
 
 
-@dataclass(frozen=True)
-class Checked(Drawn):
-    """A recipe that is good: its rows as tokens (of documents, as many as may be), and its memory where known."""
-
-    data: PreparedData
-    memory: Estimate | None
-
-    def lines(self) -> list[str]:
-        """Rows, tokens and memory, a line each."""
-        found = []
-        for split, name in ((self.data.train, "train on"), (self.data.eval, "evaluate")):
-            total, trained = sum(split.lengths), sum(split.trained)
-            found.append(f"{len(split.lengths):,} rows to {name}: {total:,} tokens, {trained:,} trained")
-        if self.memory is not None:
-            peak, limit = (f"{count / GIB:.2f} GiB" for count in (self.memory.peak_bytes, self.memory.limit_bytes))
-            found.append(f"memory: {peak} at its peak, the limit is {limit}")
-        return [*found, "recipe, base, tokenizer and rows are good"]
-
-    def drawing(self) -> RenderableType:
-        return results.text(self.lines())
-
-
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
     from qlora.model import row_packing
@@ -223,16 +201,24 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
 
     loaded, _ = _named(recipe, "check")
     check_sinks(loaded)
-    with at_work(sink) as (shared, _), _guarded("checking the recipe", "end other programs that hold memory"):
-        loaded, documents = material.read(loaded, not defaults.has_length(loaded), shared)
+    with at_work(sink) as (shared, _), guarded("checking the recipe", "end other programs that hold memory"):
+        open_length = not defaults.has_length(loaded)
+        loaded, documents = material.read(loaded, open_length, shared)
         base, loaded = setup.preflight(loaded, shared)
         loaded = starting_adapter.settled(loaded, base, None, shared)
         loaded = row_packing.settled(loaded, base.config, shared)
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
         found = Found(base, documents)
         _, data, memory, lesson = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
-        data = lesson.foreseen(data)[1] if lesson else data
-    return Checked(data, None if memory.plan is None else memory.plan.estimate)
+        planned = memory.plan.estimate if memory.plan else None
+        if lesson is None:
+            return Checked(data, planned)
+        known, to_come = Documents.of(lesson.passages, sum(data.train.lengths)), None
+        if planned and memory.planner:
+            estimator = memory.planner.estimator
+            reckoned = hours.hours_of(loaded, known, open_length, estimator)
+            to_come = Ahead(reckoned, hours.memory_of(planned, estimator.machine.source))
+        return Checked(lesson.foreseen(data)[1], planned, to_come)
 
 
 def merge_and_export(
@@ -262,7 +248,7 @@ def merge_and_export(
     from qlora.export.push import Contents, made_before, open_destination
     from qlora.export.staging import check_part
     from qlora.export.targets import check_place
-    from qlora.export_source import adapters_of, hash_of_request, name_of_all
+    from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
     from qlora.pushing import delivered
 
     chosen, formats = options or ExportOptions(), [to] if isinstance(to, str) else list(to)
@@ -278,7 +264,7 @@ def merge_and_export(
     asked = (base_model, merge_base, chosen, request)
     if push is None:
         with at_work(sink, results=False) as (shared, _):
-            return _produced(folders, combine, artifacts, asked, shared)
+            return produced(folders, combine, artifacts, asked, shared)
     if not chosen.verify:
         raise ExportError("what was not verified is not pushed", "leave out verify=False")
     if not artifacts and (quants or out or base_model):
@@ -289,34 +275,9 @@ def merge_and_export(
         destination = open_destination(push, contents)
         report = Report(made_before(artifacts, request, shared), None)
         if artifacts and not report.products:
-            report = _produced(folders, combine, artifacts, asked, shared)
+            report = produced(folders, combine, artifacts, asked, shared)
         places = [artifact.folder for artifact in artifacts] + folders[: int(as_it_lies)]
         return replace(report, pushed=delivered(destination, places, shared))
-
-
-def _produced(
-    folders: Sequence[Path],
-    combine: Combination | None,
-    artifacts: Sequence[Artifact],
-    asked: tuple[str | Path | None, MergeBase, ExportOptions, str],
-    sink: Sink,
-) -> Report:
-    """Artifacts made of adapters; `asked` are the base and the merge base that are named, how, and a hash of it all."""
-    from qlora.export.pipeline import produce
-    from qlora.export_source import opened_source
-    from qlora.model.cpu_matmul import fast_matmul
-
-    base_model, merge_base, chosen, request = asked
-    with_rows = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts)
-    hint = "end other programs that hold memory"
-    hint = f"{hint}; verify=False leaves out what takes most" if chosen.verify else hint
-    with _guarded("exporting", hint):
-        written = [one.folder for one in artifacts]
-        with (
-            opened_source(folders, combine, (base_model, merge_base), written, with_rows, sink) as opened,
-            fast_matmul(opened.device),
-        ):
-            return produce(opened, artifacts, merge_base, chosen, sink, request)
 
 
 def export_options(**chosen: Any) -> ExportOptions:
@@ -338,7 +299,7 @@ def estimate_memory(
 
     Needs no data and no weights: `config.json` is enough. Raises the errors of `qlora.errors`.
     """
-    with at_work(sink) as (shared, _), _guarded("estimating", "end other programs that hold memory"):
+    with at_work(sink) as (shared, _), guarded("estimating", "end other programs that hold memory"):
         loaded = recipe if isinstance(recipe, Recipe) else recipe_or_model(str(recipe))
         return question(loaded, gpu=gpu, vram=vram, stack=stack, sink=shared).estimate()
 
@@ -374,8 +335,8 @@ def question(
     config = resolve_config(recipe.model.base, recipe.model.revision, gate(sink))
     text, _ = text_config(config, recipe.model.base)
     estimator = Estimator(text, recipe.model.base, machine, BASELINES[stack])
-    recipe, estimator.asks = room.foreseen(starting_adapter.sized(recipe), gate(sink))
-    return Question(row_packing.settled(recipe, config, gate(sink)), estimator)
+    recipe, estimator.asks, documents = room.foreseen(starting_adapter.sized(recipe), gate(sink))
+    return Question(row_packing.settled(recipe, config, gate(sink)), estimator, documents)
 
 
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:
@@ -397,17 +358,6 @@ def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[
         done = f"{error.hint}; the training itself is done, its adapter is {run_dir / 'adapter'}"
         kind = ExportError if isinstance(error, UserError) else type(error)
         raise kind(error.what, done) from error
-
-
-@contextmanager
-def _guarded(doing: str, hint: str) -> Iterator[None]:
-    """Memory that runs out inside, and a GPU that fails, end it with an error of ours that holds on to no model."""
-    handled = sys.exception()
-    with Guarded(doing, hint):
-        try:
-            yield
-        finally:
-            forget_frames(sys.exception(), handled)
 
 
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:

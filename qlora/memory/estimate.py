@@ -15,7 +15,7 @@ from qlora.memory.hardware import Gpu, Machine
 from qlora.memory.recomputing import of_model, share
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
-from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, Workload
+from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import most_multiprocessors
 from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
@@ -131,13 +131,20 @@ class Estimator:
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
+        return self._complete(recipe, facts, self._simulator(recipe))
+
+    def values(self, recipe: Recipe) -> ValueCounts:
+        """Parameters of the model that the recipe trains."""
+        return self._simulator(recipe).drawn.values
+
+    def _simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
             target, functions = self.machine.device_type, self._functions()
             spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions)
             self._simulators[made_of] = Simulator(spec, _by_whole_model(self.text, self.name), self._shelf)
-        return self._complete(recipe, facts, self._simulators[made_of])
+        return self._simulators[made_of]
 
     def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
@@ -184,6 +191,8 @@ class Estimator:
             **{phase: simulation.phases[phase].total for phase, _ in workload.asks},
         }
         phases = {name: round(total * factor) + fixed for name, total in phases.items()}
+        if machine.device_type != "cuda":  # kernels, pools and threads come with the first steps
+            phases["load"] -= fragmentation
         largest, rank = simulator.drawn.values.largest_linear, recipe.lora.r
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]

@@ -182,6 +182,7 @@ class Question:
 
     recipe: Recipe
     estimator: Estimator
+    documents: Any = None  # of a recipe with some: what is known of them (`study/amount.py`)
 
     @property
     def machine(self) -> Machine:
