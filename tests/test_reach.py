@@ -16,6 +16,7 @@ UNUSED = {
         (f"qlora.data.documents.tags:_Tags.handle_{name}" for name in ("data", "endtag", "starttag")),
         "html.parser calls it",
     ),
+    "qlora.ask.transport:_Writer.writable": "Python's socketserver asks it of a file",
     "qlora.memory.trace:LiveBytes._should_skip_dynamo": "torch asks a mode for it",
     "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
     "qlora.report.drawn:Drawn._repr_mimebundle_": "Jupyter calls it",
