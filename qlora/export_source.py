@@ -18,11 +18,13 @@ from qlora import files, run_folder
 from qlora.errors import ExportError, UserError
 from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
 from qlora.export import adapter_base, base_check, combine
-from qlora.export.artifacts import RunRows, Source
+from qlora.export.artifacts import Artifact, ExportOptions, Report, RunRows, Source
 from qlora.export.cards import combined_card
 from qlora.export.combination import Combination
 from qlora.export.merge.parts import MergeBase
+from qlora.export.pipeline import produce
 from qlora.export.targets import keep_apart
+from qlora.guarded import guarded
 from qlora.manifest import sha256_text
 from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
 from qlora.model.adapter_folder import (
@@ -35,6 +37,7 @@ from qlora.model.adapter_folder import (
 )
 from qlora.model.adapter_seal import SEALED, seal
 from qlora.model.base_folder import BaseFolder
+from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.model.weight_names import class_names
 from qlora.report.files import read_events
@@ -248,3 +251,24 @@ def _older_loss(adapter_dir: Path, rows: RunRows, packing: bool, sink: Sink) -> 
         message = "an older version delivered the adapter, and recorded no loss that could be compared"
         sink.emit(Notice("verify", message))
     return found
+
+
+def produced(
+    folders: Sequence[Path],
+    combine: Combination | None,
+    artifacts: Sequence[Artifact],
+    asked: tuple[str | Path | None, Literal["auto"] | MergeBase, ExportOptions, str],
+    sink: Sink,
+) -> Report:
+    """Artifacts made of adapters; `asked` are the base and the merge base that are named, how, and a hash of it all."""
+    base_model, merge_base, chosen, request = asked
+    with_rows = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts)
+    hint = "end other programs that hold memory"
+    hint = f"{hint}; verify=False leaves out what takes most" if chosen.verify else hint
+    with guarded("exporting", hint):
+        written = [one.folder for one in artifacts]
+        with (
+            opened_source(folders, combine, (base_model, merge_base), written, with_rows, sink) as opened,
+            fast_matmul(opened.device),
+        ):
+            return produce(opened, artifacts, merge_base, chosen, sink, request)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora import api, disk
+from qlora import api, disk, export_source
 from qlora.errors import ExportError
 from qlora.events import Notice, Recorder
 from qlora.export.artifacts import Artifact
@@ -82,7 +82,7 @@ def test_a_real_export_is_pushed_resumed_and_names_nobody(
     assert "the export itself is done" in error.value.hint
     sent = push_hub.stored_bytes()
     push_hub.before = lambda _number, _handler: False
-    monkeypatch.setattr(api, "_produced", lambda *_: pytest.fail("it is there already"))
+    monkeypatch.setattr(export_source, "produced", lambda *_: pytest.fail("it is there already"))
     report = api.merge_and_export(adapter, **settings)
     assert push_hub.stored_bytes() == sent and [one.format for one in report.products] == ["hf", "gguf-f16"]
     files = push_hub.repos[f"{USER}/lamps"].files

@@ -312,11 +312,13 @@ def _refuse_far(line: Fidelity | None, max_kl: float | None) -> None:
 def _publish(job: _Job, asked: str) -> Report:
     """Companions, then the names. Raises the first failure when the others have theirs."""
     table = tuple(job.reference.table)
+    told = None
     if table:
         lines = tuple({key: getattr(line, key) for key in _EMITTED} for line in table)
         loss = job.reference.evaluation
         compared = None if loss is None else asdict(loss)
-        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared))
+        told = FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared)
+        job.sink.emit(told)
     published = []
     for artifact in job.artifacts:
         staged = job.staged[artifact.key]
@@ -340,7 +342,7 @@ def _publish(job: _Job, asked: str) -> Report:
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
     chosen = job.reference.choice
-    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation, chosen)
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation, chosen, told)
 
 
 def _made_of(source: Source) -> dict[str, str | None]:

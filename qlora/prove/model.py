@@ -22,8 +22,9 @@ from qlora.model.made_up import load_random
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.prove.shapes import Shape, config_of
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward
 from qlora.step.kernels import trial
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from qlora.data.documents.chunks import unique_passages
 from qlora.errors import DataError
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
-from qlora.study import defaults, material
+from qlora.study import amount, defaults, material
 from qlora.study.answer import ANSWER_TOKENS
 from qlora.study.ask import QUESTION_TOKENS
 from qlora.study.exam import MAX_TOKENS, RETRIEVED
@@ -66,16 +67,31 @@ def batches(passage_tokens: int, around: int, at_once: int = AT_ONCE, thoughts: 
     return ("study", study), ("exam", ((min(at_once, EXAM_AT_ONCE), 0, retrieved, thoughts + MAX_TOKENS, 0),))
 
 
-def foreseen(recipe: Recipe, sink: Sink) -> tuple[Recipe, Batches]:
-    """The recipe with what its documents ask for, and what their study asks at once; no tokenizer is at hand.
+class Foreseen(NamedTuple):
+    """The recipe with what its documents ask for, what their study asks at once, and what is known of them."""
 
-    Documents that are not here are taken for few pages, which a notice says.
-    """
+    recipe: Recipe
+    asks: Batches
+    documents: amount.Documents | None
+
+
+def foreseen(recipe: Recipe, sink: Sink) -> Foreseen:
+    """What is known where no tokenizer is at hand. Documents that are not here are taken for few pages, which a notice
+    says."""
     if not recipe.data.documents:
-        return recipe, ()
+        return Foreseen(recipe, (), None)
+    known = None
     try:
-        recipe, _ = material.read(recipe, not defaults.has_length(recipe), sink)
+        recipe, found = material.read(recipe, not defaults.has_length(recipe), sink)
+        if found is not None:
+            limit = recipe.study.passage_tokens
+            passages, _ = unique_passages(found.documents.documents, _tokens_by_characters, limit)
+            known = amount.Documents.of(passages)
     except DataError as error:
         sink.emit(Notice("documents", f"not read for this estimate: {error.what}"))
         recipe = defaults.unread(recipe, sink)
-    return recipe, batches(recipe.study.passage_tokens, UNREAD_TOKENS)
+    return Foreseen(recipe, batches(recipe.study.passage_tokens, UNREAD_TOKENS), known)
+
+
+def _tokens_by_characters(text: str) -> int:
+    return -(-len(text) // amount.CHARS_A_TOKEN)

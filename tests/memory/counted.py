@@ -18,7 +18,8 @@ from qlora.memory.trace import LiveBytes
 from qlora.model import adapters, load, lora_functions
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 

@@ -54,9 +54,10 @@ def test_documents_decide_what_the_recipe_does_not_set(tmp_path: Path) -> None:
     for name, heard in (("doc.md", False), ("gone", True)):
         (tmp_path / "recipe.toml").write_text(lines.format(name))
         sink = Recorder()
-        found, asks = foreseen(load_recipe(tmp_path / "recipe.toml"), sink)
+        found, asks, known = foreseen(load_recipe(tmp_path / "recipe.toml"), sink)
+        assert (known is None) is heard and (known is None or (known.passages, known.sentences) == (1, 1))
         assert found.lora.r == 32 and [phase for phase, _ in asks] == ["study", "exam"]
         said = [event.as_dict().get("message", "") for event in sink.events]
         assert any("not read for this estimate" in one for one in said) is heard
     plain = load_recipe(Path(__file__).parent.parent.parent / "recipes/quickstart.toml")
-    assert foreseen(plain, Recorder()) == (plain, ())
+    assert foreseen(plain, Recorder()) == (plain, (), None)

@@ -67,8 +67,17 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
         "float_logits": True,
         "autocast": True,
     },
-    # and with 4.32 and peft 0.5, which gave adapters the base's type; Qwen's own model leaves its logits as they are
-    "trainer 4.32, 16 bit": {"dtype": BF16, "adapter_dtype": BF16, "loss": "shifted, then float"},
+    # and through trl's SFTTrainer (0.9), which has peft prepare the base and then casts embeddings and head back
+    "trl 0.9, 4 bit": {
+        "dtype": BF16,
+        "adapter_dtype": F32,
+        "loss": "shifted",
+        "float_logits": True,
+        "autocast": True,
+        "casts_back": True,
+    },
+    # and with 4.32 and peft 0.5; Qwen's own model leaves its logits as they are. peft 0.6 gave adapters the base's type
+    "trainer 4.32, 16 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted, then float"},
     # a loop of one's own over peft: a bf16 base, adapters in float32, the loss of bf16 logits
     "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted as they are"},
     # and over a quantized base that peft prepared: all that is not in 4 bit in float32

@@ -144,18 +144,18 @@ def _dequantize_plainly(
     return both.view(rows, columns).to(dtype)  # type: ignore[arg-type]
 
 
-for _name, _on_card, _on_meta, _plainly in (
-    ("gated", _gated_on_card, lambda e, g: torch.empty_like(e), _gated_plainly),
-    ("gated_backward_", launching.gated_backward, lambda grad_h, e, g: None, _gated_backward_plainly),
-    ("rms_norm", _rms_norm_on_card, _rms_norm_on_meta, _rms_norm_plainly),
-    (
-        "rms_norm_backward",
-        _rms_norm_backward_on_card,
-        lambda grad_y, x, *rest: torch.empty_like(x),
-        _rms_norm_backward_plainly,
-    ),
-    ("dequantize", _dequantize_on_card, _dequantize_on_meta, _dequantize_plainly),
-):
-    _LIBRARY.impl(_name, _on_card, "CUDA")
-    _LIBRARY.impl(_name, _on_meta, "Meta")
-    _LIBRARY.impl(_name, _plainly, "CPU")
+def _register(name: str, on_card: Any, on_meta: Any, plainly: Any) -> None:
+    for key, function in (("CUDA", on_card), ("Meta", on_meta), ("CPU", plainly)):
+        _LIBRARY.impl(name, function, key)
+
+
+_register("gated", _gated_on_card, lambda e, g: torch.empty_like(e), _gated_plainly)
+_register("gated_backward_", launching.gated_backward, lambda grad_h, e, g: None, _gated_backward_plainly)
+_register("rms_norm", _rms_norm_on_card, _rms_norm_on_meta, _rms_norm_plainly)
+_register(
+    "rms_norm_backward",
+    _rms_norm_backward_on_card,
+    lambda grad_y, x, *rest: torch.empty_like(x),
+    _rms_norm_backward_plainly,
+)
+_register("dequantize", _dequantize_on_card, _dequantize_on_meta, _dequantize_plainly)
