@@ -79,10 +79,13 @@ class Planner:
         """Plans that fit, the fastest first: of micro-batch and checkpointing, and only where those are not enough, of
         shorter rows, then of a smaller rank as well."""
         free = changed(recipe, {"train.micro_batch_size": "auto", "train.gradient_checkpointing": "auto"})
-        shorter = list(self._shorter(free))
-        fitting = mildest(shorter, lambda one: [plan for plan in self._plans(one) if plan.estimate.fits])
+        as_long, *shorter = self._shorter(free)
+        fitting = self._fitting(as_long) or mildest(shorter, self._fitting)
         found = [replace(plan, changes=differences(recipe, plan.recipe)) for plan in fitting or ()]
         return sorted(found, key=_speed, reverse=True)
+
+    def _fitting(self, recipe: Recipe) -> list[Plan]:
+        return [plan for plan in self._plans(recipe) if plan.estimate.fits]
 
     def _shorter(self, recipe: Recipe) -> Iterator[Recipe]:
         yield recipe
@@ -179,6 +182,7 @@ class Question:
 
     recipe: Recipe
     estimator: Estimator
+    documents: Any = None  # of a recipe with some: what is known of them (`study/amount.py`)
 
     @property
     def machine(self) -> Machine:

@@ -26,16 +26,18 @@ from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
 from qlora.memory.plain_optimizer import PlainOptimizer
 from qlora.memory.recomputing import put_together
+from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
-from qlora.model import adapters, full_logits
+from qlora.model import adapters, full_logits, lora_functions
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.step.forward import CausalParts, batch_logprobs
+from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
 from qlora.step.optimizer import AdapterOptimizer
 
@@ -67,8 +69,9 @@ class Simulator:
     def _models(self) -> list[_MetaModel]:
         """Whatever was imported and asked before: modules of libraries, and what these make once, are no model's."""
         ready_to_load_nothing()
+        repeated = RepeatedOperations()
         with _collecting():
-            return [_MetaModel(self.spec, size) for size in self.sizes]
+            return [_MetaModel(self.spec, size, repeated) for size in self.sizes]
 
     @cached_property
     def drawn(self) -> Drawn:
@@ -161,22 +164,27 @@ class _Line:
 def _collecting() -> Iterator[None]:
     """Storages that only a cycle of objects holds die at the end of the block, and not whenever Python next looks.
 
-    What existed before is left out of the search, which would take half a second with torch imported.
+    What existed before is left out of the search, which would take half a second with torch imported. A program that
+    has frozen its objects itself keeps them so.
     """
-    gc.freeze()
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
     try:
         yield
         gc.collect()
     finally:
-        gc.unfreeze()
+        if ours:
+            gc.unfreeze()
 
 
 class _MetaModel:
     """The model with `layers` layers on meta, under its own counter."""
 
-    def __init__(self, spec: ModelSpec, layers: int) -> None:
+    def __init__(self, spec: ModelSpec, layers: int, repeated: RepeatedOperations) -> None:
         self.spec = spec
         self.live = LiveBytes(spec.target)
+        self.live.repeated = repeated
         self.live.vocabulary = int(spec.text.vocab_size)
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
@@ -195,7 +203,9 @@ class _MetaModel:
             with self.live.region("adapters"):
                 # EVA's start takes rows; the adapters it gives are as large as any.
                 lora = spec.lora.model_copy(update={"init": "default"})
-                self.model = adapters.attach(model, lora, 0, dtype=spec.baseline.adapter_dtype)
+                kernels = spec.target == "cuda" and trial.expected()
+                functions = spec.functions or lora_functions.choose(lora, None, kernels)
+                self.model = adapters.attach(model, lora, 0, spec.baseline.adapter_dtype, functions=functions)
         self.parameters = adapters.trainable(self.model)
         adapter = sum(parameter.numel() for parameter in self.parameters.values())
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)

@@ -28,6 +28,7 @@ class ModelSpec:
     target: str = "cuda"  # the device that the meta tensors stand for
     baseline: Baseline = BASELINES["qlora"]
     kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
+    functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
 
     @property
     def layers(self) -> int:

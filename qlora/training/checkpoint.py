@@ -248,7 +248,7 @@ class Checkpointer:
         restore(checkpoint, self.optimizer, self.fingerprints)
         if _read(checkpoint.path)[1].base_identity is None:
             self.clock.sink.emit(Notice("base", f"{checkpoint.path.name} {identity.NOT_COMPARED}"))
-        self.saving.saved_step = checkpoint.state.step
+        self.saving.saved_step = max(self.saving.saved_step, checkpoint.state.step)  # a newer one is not written over
         return checkpoint.state
 
     def save(self, state: RunState, last_chance: bool = False) -> None:

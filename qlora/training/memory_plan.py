@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora import device as device_now
 from qlora import numerics
-from qlora.data.layout import GPU_MULTIPLE, PAD_TO_MULTIPLE
+from qlora.data.layout import GPU_MULTIPLE
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
@@ -93,15 +93,7 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
         documents=max(map(len, order.epoch_packs(0)), default=1),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
         trained=_most_trained(recipe, data, padded),
-        widths=_widths(recipe, data, padded),
     )
-
-
-def _widths(recipe: Recipe, data: PreparedData, longest: int) -> int:
-    """Of how many widths batches may be: rows are padded to a multiple, packs are as wide as what lies in them."""
-    lengths = data.eval.lengths if recipe.data.packing else [*data.train.lengths, *data.eval.lengths]
-    packs = longest // PAD_TO_MULTIPLE if recipe.data.packing else 0
-    return max(1, packs + len({-(-length // PAD_TO_MULTIPLE) for length in lengths}))
 
 
 def _most_trained(recipe: Recipe, data: PreparedData, longest: int) -> int:

@@ -21,7 +21,7 @@ from tests.memory.shapes import config_folder
 
 @pytest.mark.slow
 def test_the_search_finds_the_fastest_that_fits_and_its_changes_fit(tmp_path: Path) -> None:
-    recipe = api.recipe_or_model(str(config_folder(NAMES[8], tmp_path)), ["data.max_length=4096"])
+    recipe = api.recipe_or_model(str(config_folder(NAMES[8], tmp_path)), ["data.max_length=512"])
     question = api.question(recipe, vram="7GiB")
     assert not question.estimate().fits
     plans = question.search()
