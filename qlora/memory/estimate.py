@@ -128,6 +128,8 @@ class Estimator:
         self._shelf = Shelf() if machine.device_type == "cuda" else None
         self._simulators: dict[Any, Simulator] = {}
         self.asks: PlainAsks = ()  # of a study, where no rows are known
+        # That are recomputed one by one; other stacks recompute all or none.
+        self.layers = int(text.num_hidden_layers) if baseline.name == "qlora" else 1
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""

@@ -122,7 +122,7 @@ class Planner:
             plan = Plan(recipe, differences(asked, recipe), self.ask(recipe))
             return plan if plan.estimate.fits else None
 
-        return mildest(range(1, getattr(self.estimator.text, "num_hidden_layers", 1)), fitting)
+        return mildest(range(1, self.estimator.layers), fitting)
 
     def _largest_rows(self, recipe: Recipe) -> Recipe:
         """The recipe with the largest micro-batch, a power of two, that fits; with 1 where none does."""

@@ -47,7 +47,7 @@ def test_what_fits_only_without_its_margin_does_not_fit(tmp_path: Path) -> None:
 def test_packs_have_masks_and_rows_alone_have_none(tmp_path: Path) -> None:
     """A mask of 4,096 x 4,096 pairs is 16 MiB in a byte each and 32 in bf16; keys are repeated beside it."""
     packed, alone = (
-        ask(tmp_path, 8, "data.max_length=4096", "model.attention=sdpa", f"data.packing={on}", vram="24GiB")
+        ask(tmp_path, 8, "data.max_length=4096", ALONE, "model.attention=sdpa", f"data.packing={on}", vram="24GiB")
         for on in ("true", "false")
     )
     assert packed.tensor_bytes - alone.tensor_bytes > 48 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -67,7 +66,7 @@ class ByHand:
     which is faster."""
 
     def __init__(self, limit_gib: float, error_gib: float = 0) -> None:
-        self.text, self.name, self.error_bytes = None, "by hand", int(error_gib * GIB)
+        self.layers, self.name, self.error_bytes = 1, "by hand", int(error_gib * GIB)
         self.machine = Machine("cuda", int(limit_gib * GIB), "as given")
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
@@ -121,7 +120,7 @@ class ByLayers(ByHand):
 
     def __init__(self, limit_gib: float) -> None:
         super().__init__(limit_gib)
-        self.text = SimpleNamespace(num_hidden_layers=8)
+        self.layers = 8
         self.asked: list[Any] = []
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
