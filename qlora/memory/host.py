@@ -15,13 +15,13 @@ from qlora.units import MIB
 # What reading rows adds to a process that has only estimated: tokenizers, Arrow and its threads, the template's child
 # (131 to 175 MiB between a simulation's end and the first weight that is read).
 READING_BYTES = 160 * MIB
-# By its first steps a run has paged in the libraries' kernels (12 MiB) and has its threads, Python's objects and, in
-# the heap of blocks under a MiB, the holes that tensors of its phases leave to each other.
+# By its first steps a run has paged in kernels of libraries (12 MiB) and has its threads, objects of Python and, in the
+# heap of blocks under a MiB, the holes that tensors of its phases leave to each other.
 RUNNING_BYTES = 52 * MIB
 # A run that answers questions generates in shapes of its own, and leaves holes of other sizes.
 ANSWERING_BYTES = 8 * MIB
-# A compiled kernel with its plan: 538 to 586 KiB by the C library's own count, whatever its shape. Every run has as
-# many shapes as heap.settle lets it keep.
+# A compiled kernel with its plan: 538 to 586 KiB as the C library counts, whatever its shape. Every run has as many
+# shapes as heap.settle lets it keep.
 KERNEL_BYTES = 580 << 10
 # A study and its exam: prompts and answers as Python's objects, labels, a search over all passages.
 STUDY_BYTES = 20 * MIB
