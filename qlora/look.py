@@ -122,10 +122,9 @@ def _lesson(recipe: Recipe, tokenizer: TokenizerFiles, found: Material, sink: Si
 def papers_of(found: Material, lesson: Lesson, config: Any) -> Papers:
     """What was read of documents, and what a lesson makes of them; `config` is the base's config.json."""
     from qlora.model.meta_model import text_config
-    from qlora.study.room import room
 
     recipe = lesson.recipe
-    takes = room(text_config(config, recipe.model.base)[0], recipe.study.passage_tokens, lesson.questions, None).told()
+    takes = lesson.room(text_config(config, recipe.model.base)[0], None).told()
     of = Counter(passage.document for passage in lesson.passages)
     documents = found.documents
     files_read = tuple(

@@ -44,25 +44,27 @@ def kv_bytes(config: Any, tokens: int) -> int:
     return 2 * 2 * int(config.num_hidden_layers) * int(heads) * int(width) * tokens
 
 
-def room(config: Any, passage_tokens: int, questions: int, free_bytes: int | None) -> Room:
-    """Of `questions` about passages, with `free_bytes` beside the weights (None: not known)."""
-    one = kv_bytes(config, passage_tokens + PROMPT_TOKENS + ANSWER_TOKENS)
+def room(config: Any, passage_tokens: int, questions: int, free_bytes: int | None, thoughts: int = 0) -> Room:
+    """Of `questions` about passages, with `free_bytes` beside the weights (None: not known); before an answer stand
+    `thoughts` tokens at most."""
+    one = kv_bytes(config, passage_tokens + PROMPT_TOKENS + thoughts + ANSWER_TOKENS)
     fitting = AT_ONCE if free_bytes is None else free_bytes // max(one, 1)
     at_once = max(1, min(AT_ONCE, fitting))
     return Room(at_once, at_once * one, questions * ANSWER_TOKENS * LABEL_BYTES)
 
 
-def batches(passage_tokens: int, around: int, at_once: int = AT_ONCE) -> Batches:
+def batches(passage_tokens: int, around: int, at_once: int = AT_ONCE, thoughts: int = 0) -> Batches:
     """By phase, what is asked at once at most: rows, shared and own tokens of a prompt, tokens of an answer, logits.
 
     `passage_tokens` of a passage in view, `around` of the rest of a prompt. An exam shows other passages to each row.
+    Labels are of the answers alone, which `thoughts` tokens were cut from.
     """
     study = (
-        (at_once, passage_tokens + around, QUESTION_TOKENS, ANSWER_TOKENS, 0),
+        (at_once, passage_tokens + around, QUESTION_TOKENS, thoughts + ANSWER_TOKENS, 0),
         (at_once, 0, around + QUESTION_TOKENS, ANSWER_TOKENS, ANSWER_TOKENS + 1),
     )
     retrieved = RETRIEVED * passage_tokens + around + QUESTION_TOKENS
-    return ("study", study), ("exam", ((min(at_once, EXAM_AT_ONCE), 0, retrieved, MAX_TOKENS, 0),))
+    return ("study", study), ("exam", ((min(at_once, EXAM_AT_ONCE), 0, retrieved, thoughts + MAX_TOKENS, 0),))
 
 
 class Foreseen(NamedTuple):

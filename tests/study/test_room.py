@@ -33,6 +33,14 @@ def test_labels_of_a_hundred_pages() -> None:
     assert "24 answers at once" in found.told()
 
 
+def test_thoughts_need_room_before_an_answer() -> None:
+    free = kv_bytes(QWEN3_4B, (400 + 96 + 96 + 512) * 5)
+    assert room(QWEN3_4B, 400, 3400, free, thoughts=512).at_once == 5 < room(QWEN3_4B, 400, 3400, free).at_once
+    assert room(QWEN3_4B, 400, 3400, free, 512).disk_bytes == room(QWEN3_4B, 400, 3400, free).disk_bytes
+    (_, study), (_, exam) = batches(400, 100, thoughts=512)
+    assert [batch[3] for batch in (*study, *exam)] == [512 + 96, 96, 512 + 64]
+
+
 def test_what_is_asked_at_once() -> None:
     (_, study), (_, exam) = batches(400, 100, at_once=24)
     assert study == ((24, 500, 64, 96, 0), (24, 0, 164, 96, 97))
