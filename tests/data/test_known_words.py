@@ -116,6 +116,7 @@ def test_what_its_structure_does_not_show_goes_to_the_engine(tmp_path: Path) -> 
     plain = described(tmp_path)
     assert cuts_at_spaces(plain)
     byte = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    plain_bytes = {**byte, "add_prefix_space": False, "use_regex": False}
     own = {"type": "Split", "pattern": {"Regex": r"\p{L}+ \p{L}+|\s+"}, "behavior": "Isolated", "invert": False}
     behind = {**own, "pattern": {"Regex": r"(?<=a) ?\p{L}+|\s+"}}
     some = {**own, "pattern": {"Regex": r" ?\p{L}+"}}
@@ -124,9 +125,9 @@ def test_what_its_structure_does_not_show_goes_to_the_engine(tmp_path: Path) -> 
         {"model": {**plain["model"], "type": "Unigram"}},
         {"model": {**plain["model"], "dropout": 0.1}},
         {"normalizer": {"type": "Lowercase"}},
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [own, {**byte, "use_regex": False}]}},
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [behind, {**byte, "use_regex": False}]}},
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [some, {**byte, "use_regex": False}]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [own, plain_bytes]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [behind, plain_bytes]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [some, plain_bytes]}},
         {"pre_tokenizer": byte},
         {"pre_tokenizer": None},
         {"post_processor": byte},

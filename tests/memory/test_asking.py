@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from qlora.memory.asking import Asked, as_asked, ask, halved, most_rows
+from qlora.memory.asking import Asked, _more, as_asked, ask, halved, most_rows
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
 from qlora.memory.trace import LiveBytes
@@ -69,6 +70,14 @@ def test_a_study_is_phases_of_a_run() -> None:
     assert min(with_study.phases[name].total for name in ("study", "exam")) > sum(
         without.kept[name] for name in ("weights", "adapters")
     )
+
+
+@pytest.mark.parametrize(("kept", "more"), [(63, 0), (50, 13), (20, 23)])
+def test_a_window_keeps_no_more_keys_than_it_sees(kept: int, more: int) -> None:
+    keys = torch.empty(6, 1, kept, 8, device="meta")
+    layer = SimpleNamespace(is_sliding=True, sliding_window=64, cumulative_length=120, keys=keys)
+    assert _more(layer, 23) == more and layer.cumulative_length == 143, "all are counted"
+    assert _more(SimpleNamespace(keys=keys), 23) == 23
 
 
 def test_half_of_the_rows() -> None:
