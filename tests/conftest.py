@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +23,9 @@ LONGEST = (
     *("tests/test_manuals.py", "tests/test_quickstart.py", "tests/faults/test_signals.py", "tests/faults/test_kill.py"),
     *("tests/faults/test_resume_everywhere.py", "tests/attacks/test_fuzz.py", "tests/cli/test_verify_resume.py"),
 )
+
+# Files whose exports are verified in a process that has nothing of the test's own, as a user's are.
+OF_THE_CHILD = ("test_weights.py", "test_plain_open.py", "test_quickstart.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,6 +41,80 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setenv("QLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _heap_at_rest() -> None:
+    """What lives before a file's first test is left out of searches for garbage: in a run, each took half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+class _Drawn:
+    """In the place of the shelf of simulations, which runs without a GPU have none of: what this session has drawn."""
+
+    def __init__(self, folder: Path) -> None:
+        from qlora.memory.shelf import Shelf
+
+        self.folder, self.key = folder, Shelf().key
+        folder.mkdir(exist_ok=True)
+
+    def get(self, key: str) -> Any:
+        return pickle.loads((self.folder / key).read_bytes()) if (self.folder / key).exists() else None
+
+    def put(self, key: str, found: Any) -> None:
+        whole = self.folder / f"{key}.{os.getpid()}"
+        whole.write_bytes(pickle.dumps(found))
+        whole.replace(self.folder / key)
+
+
+@pytest.fixture(scope="session")
+def _drawn(tmp_path_factory: pytest.TempPathFactory) -> _Drawn:
+    """One for all processes of a session, children and other workers."""
+    base = tmp_path_factory.getbasetemp()
+    return _Drawn((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "drawn")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of hundreds of runs the same two simulations, a second each, are made once (in tests/memory, each by itself)."""
+    if "qlora.api" not in sys.modules:  # else files that train nothing would import torch
+        yield
+        return
+    from qlora.memory.estimate import Estimator
+    from qlora.training import memory_plan
+
+    drawn = request.getfixturevalue("_drawn")
+
+    def estimator(*about: Any) -> Estimator:
+        made = Estimator(*about)
+        made._shelf = made._shelf or drawn
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_plan, "Estimator", estimator)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _verified_in_a_fork(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An export compares its weights in a fork, which has imported all of it, but where that process is tested."""
+    if not hasattr(os, "fork") or request.path.name in OF_THE_CHILD:
+        yield
+        return
+    child, start = "qlora.export.verify.weights_child", subprocess.run
+
+    def run(command: Any, *about: Any, **how: Any) -> Any:
+        if child not in command:
+            return start(command, *about, **how)
+        from tests.faults.forks import run_module
+
+        importlib.import_module(child)
+        return run_module(command, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        yield
 
 
 @pytest.fixture(scope="session")

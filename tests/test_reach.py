@@ -18,6 +18,10 @@ UNUSED = {
     ),
     "qlora.memory.trace:LiveBytes._should_skip_dynamo": "torch asks a mode for it",
     "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
+    "qlora.report.drawn:Drawn._repr_mimebundle_": "Jupyter calls it",
+    **dict.fromkeys(
+        (f"qlora.errors:{name}._render_traceback_" for name in ("QloraError", "RecipeError")), "IPython calls it"
+    ),
     "qlora.ask.transport:_Reader.readable": "Python's buffered reader asks it",
     **dict.fromkeys(
         (f"qlora.ask.transport:{name}" for name in ("Handler.handle_one_request", "Handler.log_message")),

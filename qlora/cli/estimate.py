@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +43,21 @@ def estimate(
     does not fit.
     """
     asked = {"gpu": gpu, "vram": vram, "stack": stack}
-    common.run(lambda: _run(what, set_ or [], asked, fit, plot, as_json))
+    with _without_collections():
+        common.run(lambda: _run(what, set_ or [], asked, fit, plot, as_json))
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python looks for cycles among its objects whenever it has made some hundreds: a sixth of the processor time of
+    imports and one simulation, which looks for its own. The command ends before they would matter."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks:
+            gc.enable()
 
 
 def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot: Path | None, as_json: bool) -> None:
@@ -53,7 +70,7 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot
         _plot(question, plot)
     plans = question.search() if fit else []
     estimate = plans[0].estimate if plans else question.estimate()
-    answer = {**estimate.as_dict(), "limit_source": question.machine.source}
+    answer = {**estimate.as_dict(), "limit_source": estimate.limit_source}
     if unusable:
         answer["notes"].append(f"{unusable}: this is the estimate of a run on the CPU")
     if fit:

@@ -78,7 +78,7 @@ class RunState:
     exact_match_after: float | None = None
     stopped_early: bool = False
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=MOST)] | None = None  # the first so many layers
     delivered: DeliveredLoss | None = None  # of the best step
     numerics: Numerics | None = None  # what its numbers depend on; None where an older version saved it
 

@@ -30,7 +30,8 @@ from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
 from qlora.recipe.sections import DataSection
 from qlora.starting_adapter import started_from
-from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import Objective, SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.cases import expect_two_lines, run
+from tests.cli.cases import expect_two_lines, run, run_in_a_fork
 from tests.runs import write_recipe
 
 Break = Callable[[Path, Path], list[str]]
@@ -134,7 +134,7 @@ def test_found_before_torch_is_loaded(tmp_path: Path, llama: Path, message: str)
 @pytest.mark.parametrize("message", SLOWER)
 def test_found_before_a_weight_is_read(tmp_path: Path, llama: Path, message: str) -> None:
     recipe, base = prepared(tmp_path, llama)
-    expect_two_lines(run(str(recipe), *SLOWER[message](recipe, base), cwd=tmp_path), message)
+    expect_two_lines(run_in_a_fork(str(recipe), *SLOWER[message](recipe, base), cwd=tmp_path), message)
 
 
 def test_several_problems_are_told_at_once(tmp_path: Path, llama: Path) -> None:

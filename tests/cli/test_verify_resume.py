@@ -17,7 +17,7 @@ from qlora.model.identity import Fingerprints
 from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe, load_recipe, recipe_toml
 from qlora.training import checkpoint
-from tests.cli.cases import run
+from tests.cli.cases import run, run_in_a_fork
 from tests.runs import EVERYTHING, write_recipe
 from tests.training.cases import ABOUT, optimizer
 
@@ -112,5 +112,5 @@ def test_the_command(tmp_path: Path, llama: Path) -> None:
 def test_an_error_of_the_run_is_the_commands_own(tmp_path: Path, llama: Path) -> None:
     recipe = write_recipe(tmp_path, llama)
     arguments = (str(recipe), "--verify-resume", "--set", "lora.target_modules=['nope']")
-    code, _, error, _ = run(*arguments, cwd=tmp_path)
+    code, _, error, _ = run_in_a_fork(*arguments, cwd=tmp_path)
     assert code == 2 and "no linear layer 'nope'" in error and "Traceback" not in error

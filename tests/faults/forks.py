@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,16 +131,20 @@ def fork(work: Callable[[Callable[[str], None]], None], output: Path | None = No
         os._exit(code)
 
 
-def run_module(command: Sequence[str], text: bool = False, **_: Any) -> subprocess.CompletedProcess[Any]:
+def run_module(
+    command: Sequence[str], text: bool = False, stdout: Any = None, **_: Any
+) -> subprocess.CompletedProcess[Any]:
     """In the place of `subprocess.run`: the module of such a command in a fork, which has imported all of it already.
 
-    What an export verifies itself with would spend nine tenths of its time on imports. Both streams come back in one.
+    What an export verifies itself with would spend nine tenths of its time on imports. Both streams come back in one,
+    and are written to `stdout` where that is a file.
     """
     beginning = child_process.command("module")[:-2]
     module, *arguments = command[len(beginning) + 1 :]
     assert list(command[: len(beginning)]) == beginning
 
     def work(_: Callable[[str], None]) -> None:
+        warnings.resetwarnings()  # pytest makes errors of them
         sys.argv = [module, *arguments]
         sys.modules.pop(module, None)
         runpy.run_module(module, run_name="__main__")
@@ -147,6 +152,8 @@ def run_module(command: Sequence[str], text: bool = False, **_: Any) -> subproce
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         code = fork(work, log).wait()
+        if hasattr(stdout, "write"):
+            stdout.write(log.read_bytes())
         output = log.read_text(encoding="utf-8") if text else log.read_bytes()
     return subprocess.CompletedProcess(command, code, output, output)
 
