@@ -89,13 +89,20 @@ def browser() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-def opened(page: Path, folder: Path, width: int = 800) -> str:
+def opened(page: Path, folder: Path, width: int = 800, height: int = 900) -> str:
     """What Chromium logs as it draws a page without a network: errors, and what its console says."""
     command = [
-        *(browser() or "", "--headless", "--no-sandbox", "--disable-gpu", "--proxy-server=127.0.0.1:9"),
+        *(
+            browser() or "",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--proxy-server=127.0.0.1:9",
+        ),
         *(f"--user-data-dir={folder / 'profile'}", "--disable-background-networking", "--disable-component-update"),
         *("--enable-logging=stderr", "--v=0"),
-        *(f"--window-size={width},900", f"--screenshot={folder / 'page.png'}", page.as_uri()),
+        *(f"--window-size={width},{height}", f"--screenshot={folder / 'page.png'}", page.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (folder / "page.png").stat().st_size > 5_000, done.stderr

@@ -77,3 +77,15 @@ def test_nothing_to_mend_is_said() -> None:
 def test_a_browser_draws_it_and_complains_of_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(page_of(seen_of(ATTACKS[1])))
     assert "CONSOLE" not in opened(tmp_path / "a.html", tmp_path, width=400)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.skipif(browser() is None, reason="there is no Chromium here")
+def test_on_a_phone_nothing_reaches_over_the_edge(tmp_path: Path) -> None:
+    """Of a name without a blank, wherever it stands: what is beside the text stays empty."""
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a.html").write_text(page_of(seen_of("a_very_long_name_of_a_file_without_any_blank_in_it" * 3)))
+    opened(tmp_path / "a.html", tmp_path, width=412, height=6000)
+    picture = image.open(tmp_path / "page.png").convert("RGB")
+    assert picture.width == 412 and len(picture.crop((404, 0, 412, picture.height)).getcolors()) == 1
