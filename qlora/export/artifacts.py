@@ -155,7 +155,8 @@ class Report(Drawn):
 
         if self.told is not None:
             return console.fidelity_table(self.told)
-        return results.text([f"{one.format}  {one.bytes:,} bytes  {one.folder}" for one in self.products])
+        sent = [] if self.pushed is None else [f"pushed to {self.pushed.url}"]
+        return results.text([*(f"{one.format}  {one.bytes:,} bytes  {one.folder}" for one in self.products), *sent])
 
 
 def plan_artifacts(to: Sequence[str], quants: Sequence[str], out: Path | None, default: Path) -> list[Artifact]:

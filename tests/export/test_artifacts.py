@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,3 +79,10 @@ def test_a_source_builds_its_model_and_plans_its_merges_once(
     )
     assert one.plan is two.plan is not other.plan and len(built) == 1
     assert (one.dtype, two.dtype, other.merge_base) == (torch.bfloat16, torch.float32, "full")
+
+
+def test_a_report_without_a_table_draws_its_folders_and_where_they_were_sent() -> None:
+    made = artifacts.ExportedArtifact("hf", Path("runs/tiny/export/hf"), 1024, 3, 2, "nf4")
+    pushed = SimpleNamespace(url="https://hub.example/me/tiny")
+    drawn = str(artifacts.Report((made,), "nf4", pushed=pushed).drawing())
+    assert drawn.splitlines() == ["hf  1,024 bytes  runs/tiny/export/hf", "pushed to https://hub.example/me/tiny"]
