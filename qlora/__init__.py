@@ -49,17 +49,23 @@ from qlora.events import (
     Start,
     StepDone,
 )
+from qlora.stop import StopRequest
 from qlora.version import __version__
 
 if TYPE_CHECKING:
     from qlora.api import check, estimate_memory, merge_and_export, train
+    from qlora.ask.chats import open_chat
+    from qlora.ask.settings import Sampling
     from qlora.export.artifacts import ExportOptions
     from qlora.export.combination import Combination
+    from qlora.export.push import Push
+    from qlora.pushing import push_exports
     from qlora.recipe.reading import Recipe
     from qlora.report.write import write_report
 
 __all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "ExportOptions"]
-__all__ += ["Combination", "write_report", "Sink", "__version__"]
+__all__ += ["Combination", "Push", "push_exports", "open_chat", "Sampling", "write_report"]
+__all__ += ["Sink", "StopRequest", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
 __all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
 __all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
@@ -73,6 +79,10 @@ _HOMES = {
     "merge_and_export": "qlora.api",
     "ExportOptions": "qlora.export.artifacts",
     "Combination": "qlora.export.combination",
+    "Push": "qlora.export.push",
+    "push_exports": "qlora.pushing",
+    "open_chat": "qlora.ask.chats",
+    "Sampling": "qlora.ask.settings",
     "write_report": "qlora.report.write",
 }
 

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
+from qlora import determinism, disk, files, hours, numerics, run_folder, starting_adapter
+from qlora.checked import Checked
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Sink, Sinks
-from qlora.guarded import Guarded, forget_frames
+from qlora.guarded import guarded
+from qlora.hours import Ahead
+from qlora.notebook import at_work, gate
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
+from qlora.report import results
+from qlora.report.drawn import Drawn
 from qlora.report.sinks import check_sinks, open_sinks
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
+from qlora.study.amount import Documents
 from qlora.study.material import Found
 from qlora.training import setup
 from qlora.training.phases import PhaseClock
 
 if TYPE_CHECKING:
-    from qlora.data.prepare import PreparedData
+    from rich.console import RenderableType
+
     from qlora.export.artifacts import ExportedArtifact, ExportOptions, Report
     from qlora.export.combination import Combination
+    from qlora.export.push import Push
     from qlora.memory.estimate import Estimate
     from qlora.memory.plan import Question
     from qlora.model.base_folder import BaseFolder
@@ -40,7 +47,7 @@ MergeBase = Literal["auto", "nf4", "full"]
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Drawn):
     """A finished run: its folder, where it ended, the delivered adapter, and what was exported.
 
     `set_aside` is the earlier run that mode="fresh" renamed, with its size.
@@ -51,6 +58,20 @@ class TrainResult:
     adapter: Path
     exported: tuple[ExportedArtifact, ...]
     set_aside: disk.SetAside | None = None
+
+    def history(self) -> dict[str, list[float]]:
+        """What events.jsonl tells of each step, a list a column, as a table of pandas takes it: step, loss (nats a
+        trained token), learning_rate, grad_norm, tokens_per_second, peak_bytes.
+
+        Raises RunFolderError where the run wrote no events.
+        """
+        return results.history(self.run_dir)
+
+    def drawing(self) -> RenderableType:
+        return results.run_line(self.run_dir)
+
+    def beside(self) -> str:
+        return results.loss_curve(self.run_dir)
 
 
 def train(
@@ -65,14 +86,19 @@ def train(
 
     `name` is the run's folder in `output.dir`; a recipe file gives its own. `mode`: "new" refuses an existing run,
     "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of
-    `qlora.errors`.
+    `qlora.errors`. In a notebook it draws itself, without a `sink` of yours, and an interrupt saves and stops it.
     """
     loaded, run_name = _named(recipe, name)
-    shared = _gate(sink)
+    with at_work(sink, stop, drawn="console" in loaded.report.sinks) as (shared, request):
+        return _claimed(loaded, run_name, mode, shared, request)
+
+
+def _claimed(loaded: Recipe, run_name: str, mode: Mode, shared: Sinks, stop: StopRequest) -> TrainResult:
+    """Check the recipe, take its folder, and train there."""
     run_dir, open_length = run_folder.path_of(loaded, run_name), not defaults.has_length(loaded)
     check_sinks(loaded)
     run_folder.check_claim(run_dir, loaded, mode)
-    with _guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
+    with guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
             loaded = run_folder.resumed(run_dir, loaded, shared)
         loaded, documents = material.read(loaded, open_length, shared, run_dir if mode == "resume" else None)
@@ -84,7 +110,7 @@ def train(
             if claim.aside is not None:
                 shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
                 material.take_over(claim.aside.folder, run_dir, shared)
-            result = _train(loaded, run_dir, Found(base, documents), mode, shared, stop or StopRequest())
+            result = _train(loaded, run_dir, Found(base, documents), mode, shared, stop)
             return replace(result, set_aside=claim.aside)
         finally:
             claim.release()
@@ -130,7 +156,9 @@ def _begin(recipe: Recipe, run_dir: Path, base: BaseFolder, resume_from: Checkpo
 
     device = setup.pick_device()
     recorded = resume_from.state.numerics if resume_from else None
-    numbers = run_numerics.decide(recipe, base, device, recorded)
+    # A version that recorded nothing is no new run: what it could choose from, it chose.
+    known = numerics.Numerics() if resume_from and recorded is None else recorded
+    numbers = run_numerics.decide(recipe, base, device, known)
     step = resume_from.state.step if resume_from else None
     sink.emit(run_folder.start_event(recipe, run_dir, base.commit, str(device), numbers, step))
     if resume_from is not None:
@@ -165,14 +193,6 @@ def _run(
     return state
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A recipe that is good: its rows as tokens (of documents, as many as may be), and its memory where known."""
-
-    data: PreparedData
-    memory: Estimate | None
-
-
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
     from qlora.model import row_packing
@@ -181,17 +201,24 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
 
     loaded, _ = _named(recipe, "check")
     check_sinks(loaded)
-    shared = _gate(sink)
-    with _guarded("checking the recipe", "end other programs that hold memory"):
-        loaded, documents = material.read(loaded, not defaults.has_length(loaded), shared)
+    with at_work(sink) as (shared, _), guarded("checking the recipe", "end other programs that hold memory"):
+        open_length = not defaults.has_length(loaded)
+        loaded, documents = material.read(loaded, open_length, shared)
         base, loaded = setup.preflight(loaded, shared)
         loaded = starting_adapter.settled(loaded, base, None, shared)
         loaded = row_packing.settled(loaded, base.config, shared)
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
         found = Found(base, documents)
         _, data, memory, lesson = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
-        data = lesson.foreseen(data)[1] if lesson else data
-    return Checked(data, None if memory.plan is None else memory.plan.estimate)
+        planned = memory.plan.estimate if memory.plan else None
+        if lesson is None:
+            return Checked(data, planned)
+        known, to_come = Documents.of(lesson.passages, sum(data.train.lengths)), None
+        if planned and memory.planner:
+            estimator = memory.planner.estimator
+            reckoned = hours.hours_of(loaded, known, open_length, estimator)
+            to_come = Ahead(reckoned, hours.memory_of(planned, estimator.machine.source))
+        return Checked(lesson.foreseen(data)[1], planned, to_come)
 
 
 def merge_and_export(
@@ -204,6 +231,7 @@ def merge_and_export(
     base_model: str | Path | None = None,
     out: str | Path | None = None,
     options: ExportOptions | None = None,
+    push: Push | None = None,
     sink: Sink | None = None,
 ) -> Report:
     """Merge a run's adapter, or any PEFT LoRA folder, into its base, write it, reopen it and measure it.
@@ -213,32 +241,43 @@ def merge_and_export(
     original weights, "auto" the one that `choice` takes (without verification: what the adapter was trained on).
     `base_model` is the base's folder or hub name, where it is not the one that the adapter names; it must be the same
     base. `out` is the folder of a single product, the parent of several. Of several adapters, `combine` says how they
-    become one; "adapter" is then a format too.
+    become one; "adapter" is then a format too. `push` sends what was made to a repository of the hub; of one run,
+    "adapter" then means the one that it delivered. What is there already, of just this request, is not made again.
     """
-    from qlora.export.artifacts import ExportOptions, plan_artifacts
-    from qlora.export.pipeline import produce
+    from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
+    from qlora.export.push import Contents, made_before, open_destination
     from qlora.export.staging import check_part
     from qlora.export.targets import check_place
-    from qlora.export_source import adapters_of, opened_source
-    from qlora.model.cpu_matmul import fast_matmul
+    from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
+    from qlora.pushing import delivered
 
-    shared = _gate(sink)
-    chosen = options or ExportOptions()
-    folders, default_out = adapters_of([source] if isinstance(source, str | Path) else source, combine, to)
+    chosen, formats = options or ExportOptions(), [to] if isinstance(to, str) else list(to)
+    as_it_lies = push is not None and combine is None and "adapter" in formats
+    formats = [name for name in formats if name != "adapter" or not as_it_lies]
+    folders, default_out = adapters_of([source] if isinstance(source, str | Path) else source, combine, formats)
     target = files.user_path(out, "`out`") if out else None
-    artifacts = plan_artifacts([to] if isinstance(to, str) else to, quants, target, default_out)
+    artifacts = plan_artifacts(formats, quants, target, default_out) if formats or not as_it_lies else []
     for artifact in artifacts:
         check_place(artifact.folder)
         check_part(artifact.folder)
-    with_rows, asked = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts), base_model
-    hint = "end other programs that hold memory"
-    with _guarded("exporting", f"{hint}; verify=False leaves out what takes most" if chosen.verify else hint):
-        written = [one.folder for one in artifacts]
-        with (
-            opened_source(folders, combine, (asked, merge_base), written, with_rows, shared) as opened,
-            fast_matmul(opened.device),
-        ):
-            return produce(opened, artifacts, merge_base, chosen, shared)
+    request = hash_of_request(folders, combine, str(base_model), merge_base, chosen)
+    asked = (base_model, merge_base, chosen, request)
+    if push is None:
+        with at_work(sink, results=False) as (shared, _):
+            return produced(folders, combine, artifacts, asked, shared)
+    if not chosen.verify:
+        raise ExportError("what was not verified is not pushed", "leave out verify=False")
+    if not artifacts and (quants or out or base_model):
+        raise ExportError("a run's adapter is pushed as it lies", "leave out `quants`, `out` and `base_model`")
+    keys = [artifact.key for artifact in artifacts] + ["adapter"] * as_it_lies
+    contents = Contents(tuple(keys), frozenset({run_folder.dataset_name(name_of_all(folders))}))
+    with at_work(sink, results=False) as (shared, _):
+        destination = open_destination(push, contents)
+        report = Report(made_before(artifacts, request, shared), None)
+        if artifacts and not report.products:
+            report = produced(folders, combine, artifacts, asked, shared)
+        places = [artifact.folder for artifact in artifacts] + folders[: int(as_it_lies)]
+        return replace(report, pushed=delivered(destination, places, shared))
 
 
 def export_options(**chosen: Any) -> ExportOptions:
@@ -260,9 +299,9 @@ def estimate_memory(
 
     Needs no data and no weights: `config.json` is enough. Raises the errors of `qlora.errors`.
     """
-    with _guarded("estimating", "end other programs that hold memory"):
+    with at_work(sink) as (shared, _), guarded("estimating", "end other programs that hold memory"):
         loaded = recipe if isinstance(recipe, Recipe) else recipe_or_model(str(recipe))
-        return question(loaded, gpu=gpu, vram=vram, stack=stack, sink=sink).estimate()
+        return question(loaded, gpu=gpu, vram=vram, stack=stack, sink=shared).estimate()
 
 
 def recipe_or_model(what: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -293,11 +332,11 @@ def question(
     if stack not in BASELINES:
         raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
     machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
-    config = resolve_config(recipe.model.base, recipe.model.revision, _gate(sink))
+    config = resolve_config(recipe.model.base, recipe.model.revision, gate(sink))
     text, _ = text_config(config, recipe.model.base)
     estimator = Estimator(text, recipe.model.base, machine, BASELINES[stack])
-    recipe, estimator.asks = room.foreseen(starting_adapter.sized(recipe), _gate(sink))
-    return Question(row_packing.settled(recipe, config, _gate(sink)), estimator)
+    recipe, estimator.asks, documents = room.foreseen(starting_adapter.sized(recipe), gate(sink))
+    return Question(row_packing.settled(recipe, config, gate(sink)), estimator, documents)
 
 
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:
@@ -319,22 +358,6 @@ def _export_trained(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[
         done = f"{error.hint}; the training itself is done, its adapter is {run_dir / 'adapter'}"
         kind = ExportError if isinstance(error, UserError) else type(error)
         raise kind(error.what, done) from error
-
-
-@contextmanager
-def _guarded(doing: str, hint: str) -> Iterator[None]:
-    """Memory that runs out inside, and a GPU that fails, end it with an error of ours that holds on to no model."""
-    handled = sys.exception()
-    with Guarded(doing, hint):
-        try:
-            yield
-        finally:
-            forget_frames(sys.exception(), handled)
-
-
-def _gate(sink: Sink | None) -> Sinks:
-    """The caller's sink, behind the gate of all: a screen of their own is one too."""
-    return Sinks(sink) if sink is not None else Sinks()
 
 
 def _named(recipe: Recipe | str | Path, name: str | None) -> tuple[Recipe, str]:

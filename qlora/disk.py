@@ -32,6 +32,7 @@ from qlora.version import __version__
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: more than a file system or a limit lets one file be
 _NOT_WRITABLE = "name another folder in output.dir, or give yourself write access to this one"
+_NAME_BYTES = 200  # of the 255 that file systems take: process and number stand behind it
 # Names that only we give: `tmp` is being written, `swap` gives way to its successor, `old` is being removed.
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|swap|old)-qlora-(?P<pid>[0-9]{1,10})-[0-9a-f]{8}", re.DOTALL)
 # Up to version 0.5 they were plainer, and somebody's `.notes.tmp-1` is one of them: only these are surely ours.
@@ -328,10 +329,15 @@ def _swap_in(temporary: Path, final: Path, before: Standing) -> SetAside | None:
 
 
 def hidden(path: Path, kind: str) -> Path:
-    """A new name beside `path` that tells what it is for, and by which process; nobody else has one like it."""
+    """A new name beside `path` that tells what it is for, and by which process; nobody else has one like it.
+
+    Of a long name only what gives way to its successor needs all: it may have to get it back.
+    """
     name = path.name
     if match := _HIDDEN.fullmatch(name):
         name = match["name"]
+    if kind != "swap":
+        name = name.encode("utf-8", "surrogateescape")[:_NAME_BYTES].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{kind}-qlora-{os.getpid()}-{secrets.token_hex(4)}")
 
 

@@ -44,6 +44,10 @@ def _told(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 500]} … {text[-400:]}"
 
 
+def _two_lines(what: str, hint: str) -> list[str]:
+    return [f"\033[1;31merror\033[0m: {what}", f"       {hint}"]
+
+
 class QloraError(Exception):
     """Root of the tree. Never raised itself."""
 
@@ -53,6 +57,10 @@ class QloraError(Exception):
         self.what = _told(what)
         self.hint = _told(hint)
         super().__init__(self.what)
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython, and so a notebook, shows of it: the two lines, where a traceback would be sixty."""
+        return _two_lines(self.what, self.hint)
 
 
 class UserError(QloraError):
@@ -75,6 +83,11 @@ class RecipeError(UserError):
         first = problems[0]
         super().__init__(f"{first.where}: {first.what}", first.hint)
         self.problems = problems
+
+    def _render_traceback_(self) -> list[str]:
+        """All problems, two lines each."""
+        said = [(_told(f"{one.where}: {one.what}"), _told(one.hint)) for one in self.problems]
+        return [line for problem in said for line in _two_lines(*problem)]
 
 
 class DataError(UserError):

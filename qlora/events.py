@@ -60,7 +60,7 @@ class Plan(Event):
     trainable_parameters: int
     total_parameters: int
     packing: bool
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int  # of so many layers, the first ones; True: of all
     max_length: int
     arithmetic: str
     memory: Mapping[str, Any] | None = None  # predicted peak, limit, parts and settings; None where not estimated

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,11 +18,14 @@ from qlora import files, run_folder
 from qlora.errors import ExportError, UserError
 from qlora.events import EVENTS_FILE, Notice, Sink, Sinks
 from qlora.export import adapter_base, base_check, combine
-from qlora.export.artifacts import RunRows, Source
-from qlora.export.cards import MAX_FILE_NAME, combined_card
+from qlora.export.artifacts import Artifact, ExportOptions, Report, RunRows, Source
+from qlora.export.cards import combined_card
 from qlora.export.combination import Combination
 from qlora.export.merge.parts import MergeBase
+from qlora.export.pipeline import produce
 from qlora.export.targets import keep_apart
+from qlora.guarded import guarded
+from qlora.manifest import sha256_text
 from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
 from qlora.model.adapter_folder import (
     PROVENANCE_FILE,
@@ -30,8 +35,9 @@ from qlora.model.adapter_folder import (
     provenance,
     read_adapter,
 )
-from qlora.model.adapter_seal import seal
+from qlora.model.adapter_seal import SEALED, seal
 from qlora.model.base_folder import BaseFolder
+from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.model.weight_names import class_names
 from qlora.report.files import read_events
@@ -39,6 +45,8 @@ from qlora.run_record import is_run
 from qlora.study.rows import as_exported, measured_on
 from qlora.training import setup
 from qlora.version import __version__
+
+MAX_NAME_BYTES = 160  # of several names as one: file systems take 255, and `.NAME-export.part` and a GGUF's are longer
 
 
 def adapters_of(
@@ -57,12 +65,32 @@ def adapters_of(
     folders, default = [folder for folder, _ in found], found[0][1]
     if combine is not None:
         first = folders[0].parent if is_run(folders[0].parent) else folders[0]
-        default = first.with_name(f"{_name_of_all(folders)}-export")
+        default = first.with_name(f"{name_of_all(folders)}-export")
     return folders, default
 
 
-def _name_of_all(folders: Sequence[Path]) -> str:
-    return "-and-".join(map(run_folder.name_of, folders))[:MAX_FILE_NAME]
+def name_of_all(folders: Sequence[Path]) -> str:
+    """What an export of these adapters calls itself: all their names.
+
+    Where that is longer than a file's name may be, some of it and a hash of all: others that begin alike have another.
+    """
+    name = "-and-".join(map(run_folder.name_of, folders))
+    if len(folders) == 1 or len(os.fsencode(name)) <= MAX_NAME_BYTES:
+        return name
+    mark = f"-{len(folders)}-{sha256_text(*map(run_folder.name_of, folders))[:12]}"
+    return os.fsencode(name)[: MAX_NAME_BYTES - len(mark)].decode(errors="ignore").rstrip(" .") + mark
+
+
+def hash_of_request(folders: Sequence[Path], *asked: object) -> str:
+    """Of what an export is made and how: the adapters and their runs' recipes by their bytes, and all of `asked`."""
+    known = [__version__, *map(repr, asked)]
+    for folder in folders:
+        places = [folder / name for name in SEALED]
+        places += [folder.parent / run_folder.RECIPE_FILE] if is_run(folder.parent) else []
+        for place in places:
+            with suppress(OSError, files.UnsafePathError), files.open_to_read(place) as file:
+                known += [place.name, hashlib.file_digest(file, "sha256").hexdigest()]
+    return sha256_text(*known)
 
 
 @contextmanager
@@ -105,7 +133,7 @@ def _combine(
     names = [run_folder.dataset_name(run_folder.name_of(folder)) for folder in adapter_dirs]
     members = list(map(combine.Member, names, adapters, how.weights, steps))
     combine.check(members, how)
-    made = place / _name_of_all(adapter_dirs)
+    made = place / name_of_all(adapter_dirs)
     made.mkdir()
     source = Source(made.name, adapters[first], seals[first], origin, base, setup.pick_device())
     for member, of in zip(members, origins, strict=True):
@@ -223,3 +251,24 @@ def _older_loss(adapter_dir: Path, rows: RunRows, packing: bool, sink: Sink) -> 
         message = "an older version delivered the adapter, and recorded no loss that could be compared"
         sink.emit(Notice("verify", message))
     return found
+
+
+def produced(
+    folders: Sequence[Path],
+    combine: Combination | None,
+    artifacts: Sequence[Artifact],
+    asked: tuple[str | Path | None, Literal["auto"] | MergeBase, ExportOptions, str],
+    sink: Sink,
+) -> Report:
+    """Artifacts made of adapters; `asked` are the base and the merge base that are named, how, and a hash of it all."""
+    base_model, merge_base, chosen, request = asked
+    with_rows = chosen.verify or chosen.imatrix or any("gguf" in one.key for one in artifacts)
+    hint = "end other programs that hold memory"
+    hint = f"{hint}; verify=False leaves out what takes most" if chosen.verify else hint
+    with guarded("exporting", hint):
+        written = [one.folder for one in artifacts]
+        with (
+            opened_source(folders, combine, (base_model, merge_base), written, with_rows, sink) as opened,
+            fast_matmul(opened.device),
+        ):
+            return produce(opened, artifacts, merge_base, chosen, sink, request)

@@ -6,6 +6,7 @@ of any length. What could become large is therefore looked for first, in the tex
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import stat
@@ -19,6 +20,7 @@ from qlora.foreign_json import depth_of
 MAX_BYTES = 1_000_000  # a recipe with every key and a thousand sources has 0.1 MB
 MAX_DEPTH = 16  # a recipe has 4: [[data.train]] and columns = {a = "b"}
 MAX_WORD = 200  # characters of a bare key or number: the longest key has 22
+MAX_NAMES = 500  # of files that are compared with a name
 _SHOWN = 200  # characters of the parser's own words, which may quote a key
 
 # Strings and comments as TOML delimits them; one that has no end takes the rest, where the parser fails too.
@@ -37,6 +39,12 @@ class ForeignTomlError(ValueError):
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)
         self.line = line
+
+
+def beside(path: Path) -> list[str]:
+    """Names of the TOML files in the folder of a path that leads nowhere, the one most like it first; five at most."""
+    names = sorted(near.name for near in path.parent.glob("*.toml"))[:MAX_NAMES]
+    return difflib.get_close_matches(path.name[:MAX_WORD], names, 5, 0.0)
 
 
 def read_text(path: Path) -> str:

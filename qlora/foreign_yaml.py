@@ -42,6 +42,13 @@ def load_table(file: Path, named: str) -> dict[str, Any]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise foreign_json.ForeignFileError(f"{named}: is not UTF-8 text (byte {error.start:,})") from error
+    return parse_table(text, named)
+
+
+def parse_table(text: str, named: str) -> dict[str, Any]:
+    """The mapping in a text. Raises as `load_table` does."""
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise foreign_json.ForeignFileError(f"{named}: has more than {MAX_BYTES:,} bytes")
     return _table(_parse(text, named), named)
 
 

@@ -5,8 +5,10 @@ Work that can be done in smaller pieces is not done in here alone: `training/rec
 
 from __future__ import annotations
 
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from qlora import out_of_memory
@@ -76,3 +78,14 @@ def forget_frames(error: BaseException | None, handled: BaseException | None) ->
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def guarded(doing: str, hint: str) -> Iterator[None]:
+    """`Guarded`, behind which an error of ours holds on to no model."""
+    handled = sys.exception()
+    with Guarded(doing, hint):
+        try:
+            yield
+        finally:
+            forget_frames(sys.exception(), handled)

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.errors import DataError, ModelError, UserError, foreign_failures
+from qlora.errors import DataError, ExportError, ModelError, UserError, foreign_failures
 from qlora.events import Notice, Progress, Sink, Sinks
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")  # of a name that is pushed to
+_MAX_NAME = 96
 
 
 def cache_folder() -> Path:
@@ -32,6 +34,18 @@ def cache_folder() -> Path:
 def is_name(text: str) -> bool:
     """Whether a repository may be called that: `name` or `owner/name`."""
     return bool(_NAME.fullmatch(text)) and ".." not in text
+
+
+def check_pushable(name: str) -> None:
+    """Whether a repository may be made under that name: `name` or `owner/name`, as huggingface_hub has it.
+
+    Raises ExportError.
+    """
+    parts = name.split("/")
+    plain = len(parts) <= 2 and len(name) <= _MAX_NAME and all(map(_PART.fullmatch, parts))
+    if not plain or "--" in name or ".." in name or name.endswith((".git", ".ipynb")):
+        hint = "give owner/name, or a name alone: letters, digits and single - . _ inside, 96 in all"
+        raise ExportError(f"{name[:120]!r} is no name of a repository", hint)
 
 
 @dataclass(frozen=True)

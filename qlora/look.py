@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from qlora import files
 from qlora.errors import Problem, RecipeError
 from qlora.events import Notice, Sink, Sinks
 from qlora.guarded import Guarded
+from qlora.hours import Ahead, ahead
 from qlora.recipe.reading import Recipe
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Read:
 @dataclass(frozen=True)
 class Papers:
     """What [[data.documents]] brings. `questions` are asked for training at most; `left_out` are whole files; `takes`:
-    what the study takes beside the base's weights, in words."""
+    what the study takes beside the base's weights, in words; `ahead`: hours and memory to come."""
 
     files: tuple[Read, ...]
     pages: int
@@ -50,6 +51,7 @@ class Papers:
     questions: int
     left_out: tuple[str, ...]
     takes: str
+    ahead: Ahead | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
     from qlora.model.chat_template import chosen
     from qlora.model.resolve import config_in, small_files
     from qlora.model.tokenizer_files import read_files
-    from qlora.study import material, thinking
+    from qlora.study import defaults, material, thinking
+    from qlora.study.amount import Documents
 
     if not isinstance(recipe, Recipe):
         files.user_path(recipe, "the recipe")
@@ -83,7 +86,8 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
         hint = 'add [[data.train]] with path = "rows.jsonl", or [[data.documents]] with path = "manuals"'
         raise RecipeError([Problem("recipe", "no training rows: there is no [[data.train]]", hint)])
     with Guarded("looking at the rows", "end other programs that hold memory"):
-        recipe, papers = material.read(recipe, False, shared)
+        open_length = not defaults.has_length(recipe)
+        recipe, papers = material.read(recipe, open_length, shared)
         found = localize(recipe.data, shared)
         check_files(found.local)
         folder = small_files(recipe.model.base, recipe.model.revision, shared)
@@ -94,13 +98,17 @@ def look_at_data(recipe: Recipe | str | Path, *, rows: int = DRAWN_ROWS, sink: S
         recipe = recipe.model_copy(update={"data": found.pinned})
         recipe = thinking.settled(row_packing.settled(recipe, config, shared), folder, shared)
         tokenizer = chosen(read_files(folder), recipe.model, recipe.model.base, shared)
-        return Looked(
-            rows_of(recipe, tokenizer, rows, shared) if recipe.data.train else None,
-            None if papers is None else _papers(recipe, config, tokenizer, papers, shared),
-        )
+        seen = rows_of(recipe, tokenizer, rows, shared) if recipe.data.train else None
+        if papers is None:
+            return Looked(seen, None)
+        own_tokens = seen.train.tokens if seen is not None else 0
+        lesson = _lesson(recipe, tokenizer, papers, shared)
+        known = (Documents.of(lesson.passages, own_tokens), open_length)
+        to_come = ahead(recipe, config, lesson.batches, known, shared)
+        return Looked(seen, replace(papers_of(papers, lesson, config), ahead=to_come))
 
 
-def _papers(recipe: Recipe, config: Any, tokenizer: TokenizerFiles, found: Material, sink: Sink) -> Papers:
+def _lesson(recipe: Recipe, tokenizer: TokenizerFiles, found: Material, sink: Sink) -> Lesson:
     from qlora.data.chat import ChatTokenizer
     from qlora.model.tokenizer import open_tokenizer
     from qlora.study.lesson import Lesson
@@ -108,16 +116,15 @@ def _papers(recipe: Recipe, config: Any, tokenizer: TokenizerFiles, found: Mater
     with tokenizer.placed() as folder:
         opened = open_tokenizer(folder, recipe.model.base)
     chat = ChatTokenizer(opened, recipe.data.loss_on, Sinks(), tokenizer.embedding_rows)
-    return papers_of(found, Lesson.of(found, recipe, chat, sink), config)
+    return Lesson.of(found, recipe, chat, sink)
 
 
 def papers_of(found: Material, lesson: Lesson, config: Any) -> Papers:
     """What was read of documents, and what a lesson makes of them; `config` is the base's config.json."""
     from qlora.model.meta_model import text_config
-    from qlora.study.room import room
 
     recipe = lesson.recipe
-    takes = room(text_config(config, recipe.model.base)[0], recipe.study.passage_tokens, lesson.questions, None).told()
+    takes = lesson.room(text_config(config, recipe.model.base)[0], None).told()
     of = Counter(passage.document for passage in lesson.passages)
     documents = found.documents
     files_read = tuple(

@@ -135,6 +135,13 @@ def recorded(folder: Path) -> dict[str, Recorded]:
     return {name: Recorded(entry.sha256, entry.bytes) for name, entry in _checked(read(folder)).items()}
 
 
+def of_text(data: bytes, where: str) -> dict[str, Any]:
+    """A manifest that somebody sent, checked as one in a folder is. Raises ForeignFileError."""
+    found = foreign_json.parse_object(data, where)
+    _checked(found)
+    return found
+
+
 def sealed(manifest: Mapping[str, Any]) -> str:
     """The text of a manifest, with the hash of itself."""
     # No newline at its end: a manifest that lacks its last byte must not be a manifest.

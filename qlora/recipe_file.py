@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora import files, foreign_toml, shown
+from qlora import files, foreign_toml, run_record, shown
 from qlora.errors import UserError
 from qlora.importers.draft import toml
 from qlora.recipe.reading import recipe_of_table, recipe_schema
@@ -25,6 +25,8 @@ def target_of(name: str | Path) -> Path:
         raise UserError(f"{path}: is there already, and nothing is overwritten", "give the new recipe another name")
     if path.suffix != ".toml":
         raise UserError(f"{path}: a recipe's name ends in .toml", f"for example {path.stem or 'first'}.toml")
+    if why := run_record.not_a_name(path.stem):
+        raise UserError(f"{path}: a run is called like its recipe, and cannot be ({why})", "give it another name")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder", "make it, or name a place in one that is there")
     return path

@@ -30,8 +30,8 @@ Minutes = Annotated[float, Field(gt=0, le=1_000_000)]  # two years
 Text = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(without_nul)]
 Names = Annotated[tuple[Text, ...], Field(max_length=4096)]
 Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-_Sink = Literal["console", "jsonl", "html", "tensorboard", "wandb", "mlflow", "trackio"]
-Sinks = Annotated[tuple[_Sink, ...], Field(max_length=7), AfterValidator(once_each)]
+SinkName = Literal["console", "jsonl", "html", "tensorboard", "wandb", "mlflow", "trackio"]
+Sinks = Annotated[tuple[SinkName, ...], Field(max_length=7), AfterValidator(once_each)]
 MAX_MEMORY = 1 << 50
 
 

@@ -35,7 +35,7 @@ def redact(text: str) -> str:
     """The text without any secret."""
     if len(text) < SHORTEST:
         return text
-    for value in _values():
+    for value in values():
         text = text.replace(value, HIDDEN)
     for form in _FORMS:
         text = form.sub(HIDDEN, text)
@@ -53,7 +53,7 @@ def redact_all(value: Any) -> Any:
     return value
 
 
-def _values() -> tuple[str, ...]:
+def values() -> tuple[str, ...]:
     """Secret values of this process, longest first: one may be part of another."""
     values = {value for name, value in os.environ.items() if _NAMES.search(name) and not name.endswith(_PLACES)}
     values |= set(_stored_token(*map(os.environ.get, ("HF_TOKEN_PATH", "HF_HOME", "XDG_CACHE_HOME"))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from qlora.numerics import Numerics
 from qlora.recipe.pins import folder_split
 from qlora.recipe.reading import Recipe, recipe_toml, with_paths
 from qlora.redaction import redact
-from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, has_id, id_of, is_run, recorded_folder
+from qlora.run_record import HEADING, RESULTS, RUN_FILE, RunRecord, has_id, id_of, is_run, not_a_name, recorded_folder
 from qlora.run_record import LOCK_FILE as LOCK_FILE
 from qlora.run_record import RECIPE_FILE as RECIPE_FILE
 from qlora.run_record import relocated as relocated
@@ -29,8 +28,6 @@ from qlora.version import __version__
 _FILES = {RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
 OURS = {*RESULTS, "tokenizer", "start", *_FILES}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
-_MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Claim:
 
 def path_of(recipe: Recipe, name: str) -> Path:
     """`output.dir/name`, absolute, links resolved. Raises RunFolderError where `name` is no plain part of a path."""
-    if why := _not_a_name(name):
+    if why := not_a_name(name):
         what = f"{name!r}: cannot be the name of a run's folder ({why})"
         raise RunFolderError(what, "give the recipe's file another name: its run is called like it")
     folder = files.user_path(recipe.output.dir, "output.dir")
@@ -54,19 +51,6 @@ def path_of(recipe: Recipe, name: str) -> Path:
     if why := files.unreachable(run_dir):
         raise RunFolderError(f"{run_dir}: cannot be a run's folder ({why})", "change output.dir")
     return run_dir
-
-
-def _not_a_name(name: str) -> str | None:
-    """Why `name` is no plain part of a path on every system, or None."""
-    if not name.strip(" ."):
-        return "nothing is left of it without dots and spaces"
-    if any(letter in "/\\\0" or ord(letter) < 32 for letter in name):
-        return "it holds a separator or a control character"
-    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
-        return f"it has more than {_MAX_NAME_BYTES} bytes"
-    if name.partition(".")[0].strip().lower() in _DEVICES:
-        return "Windows calls a device so"
-    return None
 
 
 def check_claim(run_dir: Path, recipe: Recipe, mode: Literal["new", "resume", "fresh"]) -> None:

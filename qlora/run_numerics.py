@@ -23,9 +23,11 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     Where something can be chosen, what was recorded is chosen again if it exists here: those are the fields that this
     function takes from `recorded`. All else is as it is.
     """
+    from qlora.model import lora_functions
     from qlora.model.attention import name_of
     from qlora.model.attention_choice import choose
     from qlora.model.meta_model import choose_attention, text_config
+    from qlora.step.kernels import trial
     from qlora.step.loss import chunk_tokens
 
     text, _ = text_config(base.config, base.name)
@@ -38,7 +40,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         deterministic=exact,
         attention=named if kernel is None else name_of(kernel),
         head_chunk=(recorded.head_chunk if recorded else None) or chunk,
-        functions="peft",  # its LoRA layers around bitsandbytes' Linear4bit
+        functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
         compiled=False,
     )
 

@@ -20,6 +20,8 @@ RESULTS = {"adapter", "checkpoints", "export", "study"}  # what a run leaves onc
 HEADING = "# written by qlora "
 _START_LINE = b'{"event": "start"'  # how a line of events.jsonl with a Start event begins
 _MAX_START_BYTES = 1 << 20  # of that line
+_MAX_NAME_BYTES = 200  # file systems take 255, and names of ours are made of it
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 
 
 class RunRecord(foreign_json.ForeignModel):
@@ -34,6 +36,19 @@ class RunRecord(foreign_json.ForeignModel):
 
 class _Started(foreign_json.ForeignModel):
     run_dir: str
+
+
+def not_a_name(name: str) -> str | None:
+    """Why `name` is no plain part of a path on every system, or None."""
+    if not name.strip(" ."):
+        return "nothing is left of it without dots and spaces"
+    if any(letter in "/\\\0" or ord(letter) < 32 for letter in name):
+        return "it holds a separator or a control character"
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        return f"it has more than {_MAX_NAME_BYTES} bytes"
+    if name.partition(".")[0].strip().lower() in _DEVICES:
+        return "Windows calls a device so"
+    return None
 
 
 def is_run(folder: Path) -> bool:

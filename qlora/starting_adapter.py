@@ -193,6 +193,12 @@ def _refuse_another_start(recipe: Recipe, run_dir: Path, sink: Sink) -> None:
     if (of_run, run_folder.dataset_name(run_folder.name_of(folder))) != (began.run, began.adapter):
         what = f"{KEY}: the run began with another adapter ({began}) than {recipe.lora.from_adapter}"
         raise RunFolderError(what, "set it back to go on, or start anew with mode='fresh'")
+    if of_run is None:  # a folder's name says nothing of whose adapter lies in it now
+        what = f"{recipe.lora.from_adapter}: holds other weights than the run began with (sha256 {began.sha256[:12]}…)"
+        hint = (
+            "put the adapter back, or take the folder away: the run has its own copy; or start anew with mode='fresh'"
+        )
+        raise RunFolderError(what, hint)
     message = f"{recipe.lora.from_adapter} has changed since this run began with it; the run goes on with its own copy"
     sink.emit(Notice("lora", message))
 

@@ -31,6 +31,12 @@ def draw_no_bars() -> None:
     os.environ["TQDM_DISABLE"] = "1"  # read when a bar is made, here or in a child
 
 
+def ask_for_no_widgets() -> None:
+    """For a notebook, before transformers is imported: tqdm warns there without ipywidgets, which its bars can do
+    without. Whether they are drawn is left as it is: the notebook's own would go with ours."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
+
+
 def let_waiting_threads_sleep() -> None:
     """Have OpenMP's threads sleep soon after their work has run out. Before torch is imported; children inherit it.
 

@@ -239,3 +239,13 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_cache_dir_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
     assert disk.cache_dir() == tmp_path
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ü" * 127, "名" * 85])
+def test_a_file_of_the_longest_name_is_written(tmp_path: Path, name: str) -> None:
+    for text in ("one", "two"):
+        disk.write_atomic(tmp_path / name, text)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "two")]
+    left = disk.hidden(tmp_path / name, "tmp")
+    left.touch()
+    assert disk.sweep_leftovers(tmp_path) == 1 and not left.exists()

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from qlora import errors
-from qlora.errors import Problem, QloraError, RecipeError, StoppedBySignal, foreign_failures
+from qlora.errors import DataError, Problem, QloraError, RecipeError, StoppedBySignal, foreign_failures
 
 
 def drawn() -> dict[str, tuple[str | None, int | None]]:
@@ -154,3 +154,15 @@ def test_a_secret_is_hidden_before_a_message_is_cut() -> None:
     token = "hf_" + "a" * 30
     for place in range(errors.MAX_CHARACTERS - 540, errors.MAX_CHARACTERS - 470):
         assert "aaa" not in errors.DataError("x" * place + f" {token} " + "y" * 1000, "hint").what
+
+
+def test_a_notebook_shows_two_lines_a_problem() -> None:
+    """IPython asks for `_render_traceback_`, and shows its lines in place of a traceback."""
+    problems = [Problem("a.toml:1", "unknown key", "did you mean it?"), Problem("a.toml:2", "\x1b[2J", "mend it")]
+    assert RecipeError(problems)._render_traceback_() == [
+        "\033[1;31merror\033[0m: a.toml:1: unknown key",
+        "       did you mean it?",
+        "\033[1;31merror\033[0m: a.toml:2: ␛[2J",
+        "       mend it",
+    ]
+    assert DataError("what", "hint")._render_traceback_() == ["\033[1;31merror\033[0m: what", "       hint"]

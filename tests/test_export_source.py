@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from qlora.errors import ExportError
 from qlora.events import Recorder
+from qlora.export.cards import file_name
 from qlora.export.combination import Combination
-from qlora.export_source import adapters_of
+from qlora.export_source import adapters_of, hash_of_request
 from qlora.recipe.sections import QuantizationSection
 from tests.export.cases import KINDS, edit, exported, of_peft, trained
 from tests.families import make_base
@@ -52,3 +54,30 @@ def test_several_lie_beside_the_first_under_all_their_names(tmp_path: Path, llam
     folders, default = adapters_of([tmp_path / "a", tmp_path / "b"], Combination((0.5, 0.5)), "hf")
     assert folders == [tmp_path / "a", tmp_path / "b"] and default == tmp_path / "a-and-b-export"
     assert adapters_of([tmp_path / "a"], None, ["hf", "gguf"]) == ([tmp_path / "a"], tmp_path / "a-export")
+
+
+def test_many_long_names_are_one_that_fits_and_is_their_own(tmp_path: Path, llama: Path) -> None:
+    ends = ("one", "two", "two")
+    defaults = set()
+    for number, end in enumerate(ends):
+        folders = [tmp_path / str(number) / f"{'дом' * 30}{at}-{end}" for at in range(4)]
+        for folder in folders:
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_text("{}")
+        _, default = adapters_of(folders, Combination((0.25,) * 4), "hf")
+        hidden = default / ".gguf-q4_k_m.part"
+        hidden.mkdir(parents=True)  # every name that an export makes of it
+        assert len(os.fsencode(default.name)) <= 200 and default.name.endswith("-export") and "дом" in default.name
+        defaults.add(default.name)
+    assert len(defaults) == 2
+    assert len(file_name("дом" * 80).encode()) <= 200
+
+
+def test_a_request_is_known_by_what_it_is_made_of(tmp_path: Path, llama: Path) -> None:
+    of_peft(llama, tmp_path / "a")
+    one = hash_of_request([tmp_path / "a"], None, "hf")
+    assert one == hash_of_request([tmp_path / "a"], None, "hf") != hash_of_request([tmp_path / "a"], None, "gguf")
+    (tmp_path / "a" / "README.md").write_text("for people")
+    assert one == hash_of_request([tmp_path / "a"], None, "hf")
+    edit(tmp_path / "a" / "adapter_config.json", lora_alpha=7)
+    assert one != hash_of_request([tmp_path / "a"], None, "hf")

@@ -75,3 +75,12 @@ def test_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(ForeignTomlError, match=f"(?i){reason}"):
             foreign_toml.read_text(tmp_path / name)
+
+
+def test_names_beside_a_path_that_leads_nowhere(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"a{number:02}.toml").touch()
+    (tmp_path / "quickstart.toml").touch()
+    near = foreign_toml.beside(tmp_path / "quikstart.toml")
+    assert near[0] == "quickstart.toml" and len(near) == 5
+    assert foreign_toml.beside(tmp_path / "none" / "x.toml") == foreign_toml.beside(tmp_path / "a00.toml" / "x") == []

@@ -16,8 +16,13 @@ UNUSED = {
         (f"qlora.data.documents.tags:_Tags.handle_{name}" for name in ("data", "endtag", "starttag")),
         "html.parser calls it",
     ),
+    "qlora.ask.transport:_Writer.writable": "Python's socketserver asks it of a file",
     "qlora.memory.trace:LiveBytes._should_skip_dynamo": "torch asks a mode for it",
     "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
+    "qlora.report.drawn:Drawn._repr_mimebundle_": "Jupyter calls it",
+    **dict.fromkeys(
+        (f"qlora.errors:{name}._render_traceback_" for name in ("QloraError", "RecipeError")), "IPython calls it"
+    ),
     "qlora.ask.transport:_Reader.readable": "Python's buffered reader asks it",
     **dict.fromkeys(
         (f"qlora.ask.transport:{name}" for name in ("Handler.handle_one_request", "Handler.log_message")),

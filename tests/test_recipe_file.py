@@ -61,3 +61,9 @@ def test_what_is_no_recipe_is_not_written(tmp_path: Path) -> None:
 
 def test_very_many_lines_of_a_stranger_are_cut(tmp_path: Path) -> None:
     assert recipe_file.text_of(TABLE, ["x"] * 5000, {}).count("\n") < 250
+
+
+@pytest.mark.parametrize("name", ["con.toml", "n" * 201 + ".toml", "...toml"])
+def test_a_name_that_no_run_can_have_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="a run is called like its recipe"):
+        recipe_file.target_of(tmp_path / name)

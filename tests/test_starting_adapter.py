@@ -15,7 +15,7 @@ from qlora.errors import ExportError, QloraError, RecipeError, RunFolderError
 from qlora.events import Recorder
 from qlora.export.combine import copy_adapter
 from qlora.model.adapter_folder import read_adapter
-from qlora.recipe.reading import load_recipe
+from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.recorded import load_recorded
 from tests.export.cases import edit, name_the_base, of_peft
 from tests.families import make_base
@@ -105,6 +105,29 @@ def test_a_run_that_goes_on_refuses_another_adapter(tmp_path: Path, llama: Path,
     train(recipe, *FEW, "train.max_steps=3", stop_after=1)
     with pytest.raises(RunFolderError, match=r"lora.from: the run began with another adapter \(first, step 4\)"):
         train(recipe, *FEW, "train.max_steps=3", f"lora.from={json.dumps(str(other))}", mode="resume")
+
+
+def test_other_weights_in_a_folder_of_no_run_are_another_adapter(tmp_path: Path, first: Path) -> None:
+    """Of a run they may be trained further; of a folder alone its name says nothing of what lies in it."""
+    for number, start in enumerate((first, first / "adapter")):
+        source = tmp_path / f"{number}" / "start"
+        shutil.copytree(start, source)
+        recipe = recipe_of_base("owner/base")
+        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"from_adapter": str(source)})})
+        run, sink = tmp_path / f"run-{number}", Recorder()
+        run.mkdir()
+        starting_adapter.take(recipe, run, None, False, sink)
+        starting_adapter.take(recipe, run, None, True, sink)
+        change(source / "adapter" if number == 0 else source)
+        if number == 0:
+            starting_adapter.take(recipe, run, None, True, sink)
+            assert "goes on with its own copy" in vars(sink.events[-1])["message"]
+            continue
+        with pytest.raises(RunFolderError, match="start: holds other weights than the run began with") as error:
+            starting_adapter.take(recipe, run, None, True, sink)
+        assert "take the folder away" in error.value.hint
+        shutil.rmtree(source)
+        starting_adapter.take(recipe, run, None, True, sink)
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.model._orig_mod."])

@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 from qlora.errors import ModelError, foreign_failures  # noqa: E402
 from qlora.model import packing_table  # noqa: E402
 from qlora.model.family_facts import FamilyFacts, facts_of, two_documents  # noqa: E402
+from qlora.model.layer_walk import WeightHolder, layers_of, trained_hidden, trained_hidden_states  # noqa: E402
 from qlora.model.meta_model import choose_attention  # noqa: E402
 from qlora.step.forward import CausalParts, hidden_states  # noqa: E402
-from qlora.step.layerwise import WeightHolder, layers_of, trained_hidden, trained_hidden_states  # noqa: E402
 from tests import all_families  # noqa: E402
 from tests.families import make_model  # noqa: E402
 
@@ -131,7 +131,7 @@ def measure(text: Any) -> Measured:
 
 
 def _layerwise(model: Any, batch: Any, hidden_BSD: torch.Tensor) -> float:
-    """How far the walk of `step.layerwise` is from the trunk, relative to its largest value; inf where it fails."""
+    """How far the walk of `model.layer_walk` is from the trunk, relative to its largest value; inf where it fails."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     holder = WeightHolder(model, list(weights), lambda _, own: own, torch.device("cpu"), torch.float32)
     with foreign_failures() as failure:

@@ -24,13 +24,14 @@ from qlora.ask.talk import prompt_of
 from qlora.ask.thoughts import opened_block
 from qlora.ask.transport import Gone, Handler, Line, LocalServer
 from qlora.ask.writing import Writing
-from qlora.errors import DoesNotFit, QloraError, UserError
+from qlora.errors import DataError, DoesNotFit, QloraError
 from qlora.events import Notice, Sink
 from qlora.guarded import Guarded
 from qlora.model.cpu_matmul import fast_matmul
 
 MAX_WAITING = 8
 _END_SECONDS = 30.0  # for an answer under way to end, a piece of a prompt at most
+_MAX_REASON = 600  # characters of an error that is none of ours
 _MEMORY_HINT = "end other programs that hold memory, ask something shorter, or open it with a smaller context"
 
 
@@ -80,23 +81,40 @@ class _Service:
         else:
             self._complete(handler)
 
-    def report_fault(self, error: BaseException | None) -> None:
-        self._say(f"a request was not answered: {type(error).__name__}: {error}")
+    def report_fault(self, error: BaseException | None) -> RequestError:
+        """Say all of it here, where the user looks: a client is not told the names of folders."""
+        why = f"{error.what}: {error.hint}" if isinstance(error, QloraError) else f"{type(error).__name__}: {error}"
+        self._say(f"a request was not answered: {why[:_MAX_REASON]}")
+        if isinstance(error, DoesNotFit):
+            what = "there is not enough memory for this answer: ask something shorter, or try again later"
+            return RequestError(what, code="out_of_memory", status=503)
+        what = "the model failed over this answer, and the screen of the server says why"
+        return RequestError(what, code="model_failed", status=500)
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.name, "object": "model", "created": self._began, "owned_by": "qlora"}
 
     def _complete(self, handler: Handler) -> None:
         request = read_request(handler.body(MAX_BODY_BYTES), self.name, self._defaults)
+        shape = _Shape(self.name, request)
+        headers = {"X-Ignored-Parameters": ", ".join(request.ignored)} if request.ignored else {}
         with self.line.turn(handler.is_gone), self._computing():
-            begun = time.perf_counter()
+            begun, text = time.perf_counter(), ""
             try:
                 writing = self._writing(request)
                 writing.stopped = handler.is_gone
-                self._write(handler, request, writing)
+                if request.stream:
+                    handler.begin_events(headers)
+                    self._stream(handler, shape, writing)
+                else:
+                    text = "".join(self._pieces(writing))
             finally:
                 self._row.check = lambda: None  # which holds the connection
         seconds = time.perf_counter() - begun
+        if writing.finish == "interrupted":
+            raise Gone
+        if not request.stream:
+            handler.send_json(200, shape.whole(text, writing), headers)
         told = f"{len(writing.prompt):,} tokens read ({writing.reused:,} kept from before)"
         self._say(f"{told}, {len(writing.tokens):,} written in {seconds:.1f} s: {writing.finish}")
 
@@ -112,39 +130,19 @@ class _Service:
             messages = [{"role": "system", "content": self._system}, *messages]
         try:
             prompt = prompt_of(self._opened, messages)
-        except UserError as error:
+        except DataError as error:  # anything else is no fault of the messages
             raise RequestError(error.what, "messages", "invalid_value") from error
         if len(prompt) >= self._opened.context:
             what = f"the conversation has {len(prompt):,} tokens, and the context holds {self._opened.context:,}"
             raise RequestError(what, "messages", "context_length_exceeded")
         return Writing(self._opened, self._row, prompt, request.sampling, stops=request.stops)
 
-    def _write(self, handler: Handler, request: ChatRequest, writing: Writing) -> None:
-        shape = _Shape(self.name, request)
-        headers = {"X-Ignored-Parameters": ", ".join(request.ignored)} if request.ignored else {}
-        pieces = self._pieces(writing)
-        if request.stream:
-            handler.begin_events(headers)
-            self._stream(handler, shape, writing, pieces)
-        else:
-            try:
-                text = "".join(pieces)
-            except QloraError as error:
-                raise _failed(error) from error
-            if writing.finish == "interrupted":
-                raise Gone
-            handler.send_json(200, shape.whole(text, writing), headers)
-
-    def _stream(self, handler: Handler, shape: _Shape, writing: Writing, pieces: Iterator[str]) -> None:
-        try:
-            handler.send_event(shape.chunk({"role": "assistant", "content": ""}))
-            for piece in pieces:
-                handler.send_event(shape.chunk({"content": piece}))
-        except QloraError as error:  # the status is gone already
-            handler.send_event(json.dumps(_failed(error).body))
-            return
+    def _stream(self, handler: Handler, shape: _Shape, writing: Writing) -> None:
+        handler.send_event(shape.chunk({"role": "assistant", "content": ""}))
+        for piece in self._pieces(writing):
+            handler.send_event(shape.chunk({"content": piece}))
         if writing.finish == "interrupted":
-            raise Gone
+            return
         handler.send_event(shape.chunk({}, writing.finish))
         if shape.request.include_usage:
             handler.send_event(shape.usage_chunk(writing))
@@ -195,9 +193,3 @@ def _usage(writing: Writing) -> dict[str, Any]:
         "total_tokens": read + written,
         "prompt_tokens_details": {"cached_tokens": writing.reused},
     }
-
-
-def _failed(error: QloraError) -> RequestError:
-    """An answer that could not be written: for want of memory, or because the model is broken."""
-    code = "out_of_memory" if isinstance(error, DoesNotFit) else "model_failed"
-    return RequestError(f"{error.what}: {error.hint}", code=code, status=503 if isinstance(error, DoesNotFit) else 500)

@@ -22,13 +22,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from qlora.ask.requests import RequestError
-from qlora.errors import UserError
+from qlora.errors import QloraError, UserError, foreign_failures
 
 HOST = "127.0.0.1"
 HEADER_BYTES = 32 << 10  # of one request's first line and headers
 IDLE_SECONDS = 30.0  # for the next request of a connection to come, headers and all
 BODY_SECONDS = 30.0
-WRITE_SECONDS = 30.0  # for a client to take what was written
+WRITE_SECONDS = 30.0  # for a client to take all of an answer, what it takes at once not counted
 MAX_CONNECTIONS = 64
 MAX_LENGTH_DIGITS = 20
 _LOOK_SECONDS = 0.2
@@ -64,6 +64,36 @@ class _Reader(io.RawIOBase):
         return count
 
 
+class _Writer(io.BufferedIOBase):
+    """A socket, written to for so long as `allow` says, in all: what is taken at once costs next to nothing of that,
+    and a client that takes a few bytes at a time cannot hold up those who wait for longer than one that takes none.
+
+    Raises Gone.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._left = 0.0
+
+    def allow(self, seconds: float) -> None:
+        self._left = seconds
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        began = time.monotonic()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            self._connection.settimeout(self._left)
+            self._connection.sendall(data)
+        except OSError as error:
+            raise Gone from error
+        self._left -= time.monotonic() - began
+        return memoryview(data).nbytes
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection: requests after each other, answered by `server.answer`."""
 
@@ -72,14 +102,19 @@ class Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "qlora", ""
     requestline, request_version, command = "", "", ""  # until there is a first line: one too long is answered as well
     _closes = True
+    _has_begun = _is_events = False
 
     def setup(self) -> None:
         super().setup()
         self._reader = _Reader(self.connection)
         self.rfile = io.BufferedReader(self._reader)
+        self._writer = _Writer(self.connection)
+        self.wfile = self._writer
 
     def handle_one_request(self) -> None:
+        self._has_begun = self._is_events = False
         self._reader.allow(HEADER_BYTES, IDLE_SECONDS)
+        self._writer.allow(WRITE_SECONDS)
         try:
             self.raw_requestline = self.rfile.readline(HEADER_BYTES + 1)
             if not self.raw_requestline:
@@ -107,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
             data = self.rfile.read(count)
         except TimeoutError:
             raise self._last(RequestError("the body did not come in time", status=408)) from None
+        except OSError as error:
+            raise Gone from error
         if len(data) < count:
             raise Gone
         self.close_connection = self._closes  # nothing of it is left to be taken for the next request
@@ -120,7 +157,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def begin_events(self, headers: Mapping[str, str]) -> None:
         """Begin an answer of server-sent events, which ends with the connection."""
-        self.close_connection = True
+        self.close_connection = self._is_events = True
         self._begin(HTTPStatus.OK, "text/event-stream; charset=utf-8", headers)
 
     def send_event(self, text: str) -> None:
@@ -145,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library refuses by itself, in the protocol's shape."""
         self.close_connection = True
-        with suppress(OSError):
+        with suppress(Gone):
             self.send_json(code, RequestError(message or HTTPStatus(code).phrase, status=code).body)
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -155,10 +192,29 @@ class Handler(BaseHTTPRequestHandler):
         self._closes = self.close_connection
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
             self.close_connection = True  # unless the body is read
+        failed: BaseException | None
         try:
-            self._refuse_pages()
-            self.server.answer(self)
-        except RequestError as error:
+            with foreign_failures(memory_too=True) as failure:  # whatever it is, the server goes on
+                self._refuse_pages()
+                self.server.answer(self)
+            failed = failure.error
+        except QloraError as error:
+            failed = error
+        if isinstance(failed, RequestError):
+            self._refuse(failed)
+        elif isinstance(failed, Gone | TooMuch):
+            raise failed
+        elif failed is not None:
+            self.close_connection = True
+            self._refuse(self.server.report_fault(failed))
+
+    def _refuse(self, error: RequestError) -> None:
+        """Say why there is no answer, or no more of it: its status is gone where it has begun."""
+        if self._is_events:
+            self.send_event(json.dumps(error.body))
+        elif self._has_begun:
+            raise Gone
+        else:
             self.send_json(error.status, error.body)
 
     def _refuse_pages(self) -> None:
@@ -176,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
         return error
 
     def _begin(self, status: int, kind: str, headers: Mapping[str, str]) -> None:
-        self.connection.settimeout(WRITE_SECONDS)
+        self._has_begun = True
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Cache-Control": "no-store", **headers}.items():
             self.send_header(name, value)
@@ -189,7 +245,8 @@ class Handler(BaseHTTPRequestHandler):
 class LocalServer(ThreadingHTTPServer):
     """A server on 127.0.0.1 whose port is taken at once, and which listens when `listen` says so.
 
-    `answer` gets each request that may be answered. Raises UserError for a port that cannot be had.
+    `answer` gets each request that may be answered. `report_fault` gets what it raises beside RequestError and Gone,
+    and says what the client is told. Raises UserError for a port that cannot be had.
     """
 
     daemon_threads = True
@@ -200,7 +257,7 @@ class LocalServer(ThreadingHTTPServer):
         super().__init__((HOST, port), Handler, bind_and_activate=False)
         self.is_ending = False
         self.answer: Callable[[Handler], None] = lambda handler: None
-        self.report_fault: Callable[[BaseException | None], None] = lambda error: None
+        self.report_fault: Callable[[BaseException | None], RequestError] = lambda error: RequestError("", status=500)
         self._open = threading.Semaphore(MAX_CONNECTIONS)
         try:
             self.server_bind()

@@ -55,6 +55,9 @@ OPTIONS = {
     "`method`": "--method",
     "`seed`": "--seed",
     "`quants`": "--quant",
+    "`public`": "--public",
+    "`push`": "--push",
+    "`yes`": "--yes",
     "`max_kl`": "--max-kl",
     "`dtype`": "--dtype",
     "`questions`": "--questions",
@@ -191,6 +194,12 @@ def answer(value: Any) -> None:
     """Print what a program asked for as a line of JSON, without secrets and without text that could not be encoded."""
     with answering():
         print(json.dumps(shown.plain_values(redact_all(value), blocks=True)))
+
+
+def agreed(question: str) -> bool:
+    """Whether the person at the terminal says yes."""
+    surroundings.write_errors(sys.stderr, f"{shown.one_line(redact(question))} [y/N] ")
+    return sys.stdin.readline(16).strip().lower() in ("y", "yes")
 
 
 def as_options(text: str) -> str:

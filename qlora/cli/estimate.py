@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +44,21 @@ def estimate(
     does not fit.
     """
     asked = {"gpu": gpu, "vram": vram, "stack": stack}
-    common.run(lambda: _run(what, set_ or [], asked, fit, plot, as_json))
+    with _without_collections():
+        common.run(lambda: _run(what, set_ or [], asked, fit, plot, as_json))
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python looks for cycles among its objects whenever it has made some hundreds: a sixth of the processor time of
+    imports and one simulation, which looks for its own. The command ends before they would matter."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks:
+            gc.enable()
 
 
 def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot: Path | None, as_json: bool) -> None:
@@ -53,7 +71,9 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot
         _plot(question, plot)
     plans = question.search() if fit else []
     estimate = plans[0].estimate if plans else question.estimate()
-    answer = {**estimate.as_dict(), "limit_source": question.machine.source}
+    answer = {**estimate.as_dict(), "limit_source": estimate.limit_source}
+    if question.documents is not None and asked["stack"] == "qlora":
+        answer["hours"] = _hours(question)
     if unusable:
         answer["notes"].append(f"{unusable}: this is the estimate of a run on the CPU")
     if fit:
@@ -92,6 +112,14 @@ def _unusable_card() -> str | None:
     return None
 
 
+def _hours(question: Any) -> dict[str, Any]:
+    from qlora import hours
+    from qlora.study import defaults
+
+    decides = not defaults.has_length(question.recipe)
+    return asdict(hours.hours_of(question.recipe, question.documents, decides, question.estimator))
+
+
 def _as_dict(plan: Any) -> dict[str, Any]:
     from qlora.memory.plan import toml_value
 
@@ -100,12 +128,15 @@ def _as_dict(plan: Any) -> dict[str, Any]:
 
 
 def _show(answer: dict[str, Any]) -> None:
+    from qlora.report.ahead import hours_line
     from qlora.report.console import Terminal
     from qlora.report.memory import estimate_view, plans_view
 
     console = Terminal()
     answer = shown.plain_values(redact_all(answer))
     console.print(estimate_view(answer))
+    if hours := answer.get("hours"):
+        console.print(f"\n{hours_line(hours)}", soft_wrap=True)
     if plans := answer.get("plans"):
         console.print("\nsettings that fit, the fastest first")
         console.print(plans_view(plans))

@@ -1,7 +1,8 @@
-"""`qlora-export RUN_OR_ADAPTER --to hf|gguf|adapter-gguf`: the adapter merged into its base, written and verified."""
+"""`qlora-export RUN_OR_ADAPTER --to hf|gguf|adapter-gguf`: merged into its base, written, verified, and pushed."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -11,12 +12,14 @@ import typer
 
 from qlora import shown
 from qlora.cli import common
+from qlora.errors import ExportError
 from qlora.recipe.sections import GGUF_QUANTS
 from qlora.redaction import redact
 
 if TYPE_CHECKING:
     from qlora.export.artifacts import ExportOptions, Report
     from qlora.export.combination import Combination
+    from qlora.export.push import Push
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -37,7 +40,8 @@ def export(
         list[Path],
         typer.Argument(
             metavar="RUN_OR_ADAPTER...",
-            help="A run's folder, or a PEFT adapter folder; several of one base are combined by --weights.",
+            help="A run's folder, or a PEFT adapter folder; several of one base are combined by --weights. With --push "
+            "also exports.",
         ),
     ],
     to: Annotated[
@@ -111,6 +115,19 @@ def export(
         str | None,
         typer.Option("--tokenizer-pre", help="llama.cpp's name of the pre-tokenizer, if it is not recognised."),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="NAME",
+            help="Send what is exported to this repository of the hub: owner/name, or a name of your own. Private. "
+            "Also exports that are there: name their folders. With --to adapter, a run's adapter.",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Push to a repository that everybody may read; you are asked first.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Say yes to what a push would ask.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written and measured as JSON.")] = False,
 ) -> None:
     """Dequantize the base, merge the adapter into it tensor by tensor, write the model and prove that it is the one.
@@ -119,15 +136,17 @@ def export(
     enough, and no GPU is needed. A killed export goes on where it was when it is run again.
     """
     options = {"verify": check, "max_kl": max_kl, "imatrix": imatrix, "dtype": dtype, "tokenizer_pre": tokenizer_pre}
-    formats, quants = [name.value for name in to or [Format.hf]], [name.value for name in quant or []]
+    formats, quants = [name.value for name in to or []], [name.value for name in quant or []]
     request = {"to": formats, "quants": quants, "merge_base": base, "base_model": base_model, "out": out}
     how = {"method": method, "density": density, "seed": seed}
-    common.run(lambda: _run(source, {**request, "combine": _combination(weights, how)}, options, as_json))
+    destination = {"push": push, "public": public, "yes": yes}
+    common.run(
+        lambda: _run(source, {**request, "combine": _combination(weights, how), **destination}, options, as_json)
+    )
 
 
 def _combination(weights: str | None, how: dict[str, Any]) -> Combination | None:
     """What the options say of combining. Raises ExportError for one that says nothing without weights."""
-    from qlora.errors import ExportError
     from qlora.export.combination import Combination, parse_weights
 
     given = {key: value for key, value in how.items() if value is not None}
@@ -140,29 +159,66 @@ def _combination(weights: str | None, how: dict[str, Any]) -> Combination | None
 
 
 def _run(source: list[Path], request: dict[str, Any], chosen: dict[str, Any], as_json: bool) -> None:
-    from qlora import api
+    from qlora.hub import check_pushable
+
+    public, yes, name = (request.pop(key, None) for key in ("public", "yes", "push"))
+    if name is not None:
+        check_pushable(name)  # before anything large is imported
+    elif public or yes:
+        raise ExportError("`public` and `yes` are for a push", "add `push` with the repository's name")
+
+    from qlora import api, pushing
     from qlora.cli import cards
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
     from qlora.stop import StopRequest
 
-    options: ExportOptions = api.export_options(**chosen)
     stop = StopRequest()
     screen = common.Screen(None if as_json else ConsoleSink(), stop)
     with common.Signals(stop, screen):
         try:
-            cards.settle(Sinks(screen))
-            report = api.merge_and_export(source, options=options, sink=Sinks(screen), **request)
+            push = None if name is None else _push(name, bool(public), bool(yes))
+            if push is not None and pushing.are_exports(source):
+                _refuse_options({**request, **chosen})
+                pushed, report = pushing.push_exports(source, push, sink=Sinks(screen)), None
+            else:
+                cards.settle(Sinks(screen))
+                request["to"] = request.get("to") or ["hf"]
+                options: ExportOptions = api.export_options(**chosen)
+                report = api.merge_and_export(source, options=options, push=push, sink=Sinks(screen), **request)
+                pushed = report.pushed
         finally:
             screen.close()
     if as_json:
-        common.answer(_as_json(report))
+        told = {"push": None if pushed is None else asdict(pushed)}
+        common.answer(told if report is None else {**_as_json(report), **told})
         return
-    for product in report.products:
+    for product in report.products if report is not None else ():
         if product.set_aside:
             size = f"{product.set_aside_bytes / 2**20:,.1f} MiB"
             line = f"kept: {product.set_aside} ({size}), which had been changed since it was exported"
             common.tell(shown.one_line(redact(line)))
+
+
+def _push(name: str, public: bool, yes: bool) -> Push:
+    """Where to; a person at the terminal is asked, unless all is agreed to already."""
+    from qlora.export.push import Push
+
+    ask = (lambda _: True) if yes else common.agreed if sys.stdin.isatty() else None
+    return Push(name, public, ask)
+
+
+# What stands where an option was left out.
+_UNSET: tuple[Any, ...] = (None, False, [], "auto", "bf16")
+
+
+def _refuse_options(given: dict[str, Any]) -> None:
+    """An option must not be a silent nothing: exports that are there are pushed as they are."""
+    odd = [key for key, value in given.items() if value not in _UNSET and (key, value) != ("verify", True)]
+    odd += ["verify"] if given.get("verify") is False else []
+    if odd:
+        hint = "leave it out, or name the run or adapter to export it anew"
+        raise ExportError(f"an export is pushed as it is, and `{odd[0]}` is of one that is made", hint)
 
 
 def _as_json(report: Report) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -71,16 +72,11 @@ def _found(device: str | None, file: Path | None, model: str | None, begin: Call
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     from qlora import determinism, disk
     from qlora.cli import cards
-    from qlora.errors import UserError
     from qlora.events import Sinks
     from qlora.prove import report, suite
     from qlora.stop import StopRequest
 
-    target = None if file is None else files.user_path(file, "`json`")
-    if target is not None:  # before ten minutes of work
-        if not target.parent.is_dir():
-            raise UserError(f"`json`: {target.parent}: no such folder", "make it, or name a file in another one")
-        disk.check_writable(target.parent)
+    target = None if file is None else _place_for(file)  # before ten minutes of work
     if device != "cpu":
         determinism.fix_workspace()
         cards.settle(Sinks())
@@ -91,6 +87,25 @@ def _found(device: str | None, file: Path | None, model: str | None, begin: Call
         with disk.open_to_write(target, "replace") as stream:
             stream.write((json.dumps(found, indent=1) + "\n").encode())
     return found
+
+
+def _place_for(file: Path) -> Path:
+    """Where the proofs can be written: nothing is there, or what was written so before. Raises UserError."""
+    from qlora import disk, foreign_json
+    from qlora.errors import UserError
+
+    target = files.user_path(file, "`json`")
+    if not target.parent.is_dir():
+        raise UserError(f"`json`: {target.parent}: no such folder", "make it, or name a file in another one")
+    disk.check_writable(target.parent)
+    if why := files.unreachable(target):
+        raise UserError(f"`json`: {target}: {why}", "name another file")
+    if os.path.lexists(target):
+        with suppress(foreign_json.ForeignFileError):
+            if {"format", "proofs"} <= foreign_json.load_object(target).keys():
+                return target
+        raise UserError(f"`json`: {target} is there, and holds no proofs of ours", "name another file, or remove it")
+    return target
 
 
 def _refuse_broken(found: dict[str, Any]) -> None:

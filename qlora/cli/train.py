@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from qlora import files, shown
 from qlora.cli import common, recipes
 from qlora.redaction import redact
-
-if TYPE_CHECKING:
-    from qlora.api import Checked
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -145,7 +142,7 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
         determinism.fix_workspace()
     cards.settle(sink)
     if wanted == "check":
-        _report(api.check(loaded, sink=sink))
+        common.tell(*api.check(loaded, sink=sink).lines())
     elif wanted == "verify-resume":
         from qlora.cli.verify_resume import verify_resume
 
@@ -156,18 +153,6 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
         if aside := result.set_aside:
             last = f"kept: {aside.folder} ({aside.bytes / 2**20:,.1f} MiB), the run that was here before"
     return last
-
-
-def _report(checked: Checked) -> None:
-    data, memory = checked.data, checked.memory
-    for split, name in ((data.train, "train on"), (data.eval, "evaluate")):
-        total, trained = sum(split.lengths), sum(split.trained)
-        common.tell(f"{len(split.lengths):,} rows to {name}: {total:,} tokens, {trained:,} trained")
-    if memory is not None:
-        gib = 2**30
-        peak, limit = f"{memory.peak_bytes / gib:.2f} GiB", f"{memory.limit_bytes / gib:.2f} GiB"
-        common.tell(f"memory: {peak} at its peak, the limit is {limit}")
-    common.tell("recipe, base, tokenizer and rows are good")
 
 
 if __name__ == "__main__":

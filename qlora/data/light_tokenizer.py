@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora.data.known_words import KnownWords
 from qlora.errors import foreign_failures
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class LightTokenizer:
             probed = json.loads(json.dumps(_probed(self._engine)))
         if failure.error or probed != state["probe"]:
             raise ValueError(f"the tokenizer is another one here ({failure.reason})" if failure.error else "it differs")
+        self._words = KnownWords(self._engine, state["engine"])
         self._templates: list[str] = state["templates"]
         self.chat_template = self._templates[0] if self._templates else None
         self.added_tokens_decoder = {number: _Added(text, special) for number, text, special in state["added"]}
@@ -118,6 +120,8 @@ class LightTokenizer:
         """`input_ids`, and for a list of texts `offset_mapping`: characters from and to for each token."""
         if isinstance(texts, str):
             return {"input_ids": self._engine.encode(texts, add_special_tokens=add_special_tokens).ids}
+        if not add_special_tokens and (known := self._words.encode(texts)) is not None:
+            return {"input_ids": known[0], "offset_mapping": known[1]}
         encoded = self._engine.encode_batch(texts, add_special_tokens=add_special_tokens)
         return {"input_ids": [one.ids for one in encoded], "offset_mapping": [_Offsets(one) for one in encoded]}
 

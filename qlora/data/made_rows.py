@@ -15,6 +15,7 @@ from typing import Any
 
 from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.column_words import Reading
+from qlora.data.control_tokens import told
 from qlora.data.conversations import conversation_of
 from qlora.data.formats import Conversation
 from qlora.data.limits import TextLimits
@@ -77,16 +78,18 @@ class RowMaker:
 
     def made(self, batch: RawBatch) -> MadeBatch:
         """Never raises what the rows, the template or the tokenizer are to blame for: it is the batch's `error`."""
-        made, chat = MadeBatch(), self.chat
+        made, chat, is_document = MadeBatch(), self.chat, batch.format == "documents"
         dropped, bounds, chat.hidden_tools = chat.dropped.copy(), len(chat.bounds), False
         readings, items = dict(batch.readings), list[tuple[str, Conversation | RowError]]()
         for where, raw in batch.rows:
             item = conversation_of(named_row(raw, batch.columns), where, batch.format, readings)
-            if isinstance(item, Conversation) and item.remarks:
-                made.remarks.append((where, item.remarks))
+            if isinstance(item, Conversation):
+                item = told(chat, item, is_document)
+                if item.remarks:
+                    made.remarks.append((where, item.remarks))
             items.append((where, item))
         try:
-            made.rows = list(self._rows(items, made, batch.format == "documents"))
+            made.rows = list(self._rows(items, made, is_document))
         except TokenizerError as error:
             made.error = error
         made.dropped = dict(chat.dropped - dropped)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from qlora.data.known_words import Places
 from qlora.errors import TokenizerError, foreign_failures
 
 if TYPE_CHECKING:
@@ -42,11 +43,16 @@ def begin_of(offsets: Sequence[tuple[int, int]], at: int) -> int:
 
 def ended_at(offsets: Sequence[tuple[int, int]], place: int) -> int:
     """How many tokens have ended at a place in the text. Looks at a few: a row has thousands."""
+    if isinstance(offsets, Places):
+        return offsets.ended_at(place)
     return bisect_right(offsets, place, key=lambda pair: pair[1])
 
 
 def begun_before(offsets: Sequence[tuple[int, int]], place: int) -> int:
     """How many tokens begin before a place in the text."""
+    if isinstance(offsets, Places):
+        near = range(offsets.first_near(place), len(offsets))
+        return next((at for at in near if begin_of(offsets, at) >= place), len(offsets))
     return bisect_left(range(len(offsets)), place, key=lambda at: begin_of(offsets, at))
 
 

@@ -41,6 +41,7 @@ __all__ = ["NO_ROWS", "PreparedData", "PreparedSplit", "check_files", "prepare"]
 
 # Raise it whenever rows come out otherwise than before: cached tokens of older code are then made anew.
 CODE_VERSION, OLDER_CODE_VERSION = 3, 1
+_MADE_AS = {"documents": "documents, special tokens broken up"}  # of formats whose tokens became others
 CHECKED_ROWS = 20  # good rows of each source that `check_files` looks at
 MAX_LOOKED_AT = 10_000  # and bad ones, before it leaves the rest to the tokenization
 
@@ -150,7 +151,7 @@ class _Maker:
             "tokenizer": self.tokenizer_fingerprint,
             "template": self.chat.templates,
             "files": files,
-            "sources": [[source.format, sorted(source.columns.items())] for source in sources],
+            "sources": [[_MADE_AS.get(one.format, one.format), sorted(one.columns.items())] for one in sources],
             "settings": [self.data.max_length, self.data.truncation, self.data.loss_on, self.data.max_bad_rows],
         }
         return disk.sha256_text(json.dumps(made_by, sort_keys=True))

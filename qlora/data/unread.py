@@ -24,6 +24,7 @@ _MAX_NAME_CHARS = 80
 
 # What is said of a file for each kind of remark, around the names.
 UNREAD, CONTEXT, NOT_ANSWERS = "unread", "context", "not answers"
+CONTROL, TAUGHT, RENDERED, BROKEN = "control tokens", "control tokens in answers", "rendered", "broken up"
 _WORDS = {
     UNREAD: ("nothing reads", "left out"),
     CONTEXT: ("answers are context and not trained, by their", "counted by rows"),
@@ -31,7 +32,12 @@ _WORDS = {
         "turns that are no answers are to be trained by their",
         "only answers are",
     ),
+    CONTROL: ("special tokens of the base stand in what is asked,", "read as those tokens, as they are when served"),
+    TAUGHT: ("special tokens of the base stand in answers,", "the model learns to write them, so take out mistakes"),
+    RENDERED: ("special tokens of the base stand in texts,", "read as those tokens, as rendered texts need it"),
+    BROKEN: ("special tokens of the base stand in the text,", "read as plain text, with a blank after the first sign"),
 }
+_OF_TOKENS = (CONTROL, TAUGHT, RENDERED, BROKEN)
 _CONTEXT_TOO = ("answers are not to be trained by their", 'data.loss_on = "all" trains them all the same')
 
 Counts = dict[str, dict[str, dict[str, int]]]
@@ -146,4 +152,4 @@ def notices(counts: Counts, loss_on: str = "assistant") -> Iterator[Notice]:
                 f"{name} ({rows:,} row{'s' * (rows != 1)})" for name, rows in Counter(names).most_common(MAX_NAMES + 1)
             )
             message = f"{file}: {before} {listed}" + (f": {after}" if after else "")
-            yield Notice("columns", message, sum(names.values()))
+            yield Notice("special tokens" if kind in _OF_TOKENS else "columns", message, sum(names.values()))

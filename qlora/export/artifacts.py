@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from qlora.errors import ExportError
+from qlora.events import Fidelity as FidelityEvent
 from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import MergeBase, Plan, make_plan
@@ -19,8 +20,11 @@ from qlora.model.adapter_seal import AdapterSeal
 from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.model.meta_model import MetaModel, build
+from qlora.report.drawn import Drawn
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from qlora.data.chat import ChatTokenizer
     from qlora.data.prepare import PreparedData
     from qlora.recipe.sections import DataSection
@@ -123,11 +127,12 @@ class ExportedArtifact:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Drawn):
     """All artifacts, the merge base (None where nothing was merged), and the table of fidelity (empty without
     verification). `checks` are the structural ones: the artifact's key, the check's name, whether it holds, detail.
     `evaluation` is the trained model's loss beside the delivered one (`evaluation.ComparedLoss`), None where it is not
-    known; `choice` that of the merge base (`choice.Choice`), None where there was none.
+    known; `choice` that of the merge base (`choice.Choice`), None where there was none; `pushed` what came of a push
+    (`push.Pushed`), None where none was asked for; `told` the table as an event.
     """
 
     products: tuple[ExportedArtifact, ...]
@@ -136,11 +141,21 @@ class Report:
     checks: tuple[tuple[str, str, bool, str], ...] = ()
     evaluation: Any = None
     choice: Any = None
+    pushed: Any = None
+    told: FidelityEvent | None = field(default=None, repr=False)
 
     @property
     def folder(self) -> Path:
         """Of the first artifact: the only one, mostly."""
         return self.products[0].folder
+
+    def drawing(self) -> RenderableType:
+        """The table of fidelity; without one, the folders, which are told as they get their names."""
+        from qlora.report import console, results
+
+        if self.told is not None:
+            return console.fidelity_table(self.told)
+        return results.text([f"{one.format}  {one.bytes:,} bytes  {one.folder}" for one in self.products])
 
 
 def plan_artifacts(to: Sequence[str], quants: Sequence[str], out: Path | None, default: Path) -> list[Artifact]:

@@ -19,25 +19,27 @@ from typing import Any
 import tomli_w
 from huggingface_hub import ModelCard, ModelCardData
 
-from qlora import shown
+from qlora import foreign_yaml, shown
 from qlora.errors import UserError
 from qlora.export import ollama
 from qlora.export.artifacts import Artifact, Source
 from qlora.export.combine import in_words
-from qlora.export.gguf.metadata import licence_of, published, read_card, shown_name
+from qlora.export.gguf.metadata import licence_of, published, read_card, shown_name, split_card
 from qlora.export.merge.merge import Merge
 from qlora.export.ollama import OllamaModel
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference
+from qlora.foreign_json import ForeignFileError
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import load_json
 from qlora.recipe.reading import Recipe, looks_like_folder
 from qlora.redaction import redact, redact_all
+from qlora.run_folder import dataset_names, versions
 from qlora.version import __version__
 
 EXPORT_FILE = "export.json"
 MODEL_FILE = "Modelfile"
-MAX_FILE_NAME = 200  # characters: most file systems take 255 bytes
+MAX_FILE_NAME = 200  # bytes: most file systems take 255
 _MERGED_INTO = {"nf4": "its weights as 4-bit training saw them (dequantized)", "full": "its original weights"}
 # Keys of a recipe whose values are always paths.
 _PATH_KEYS = ("path", "dir")
@@ -63,7 +65,8 @@ def _shown_recipe(value: Any, key: str = "") -> Any:
 
 def file_name(name: str) -> str:
     """A run's or base's name as the beginning of a file's name that a Modelfile and a shell can hold."""
-    return re.sub(r"[\\/\"'`$]", "_", published(name)).lstrip("-")[:MAX_FILE_NAME] or "model"
+    plain = re.sub(r"[\\/\"'`$]", "_", published(name)).lstrip("-")
+    return plain.encode()[:MAX_FILE_NAME].decode(errors="ignore") or "model"
 
 
 def text_of(name: str) -> str:
@@ -100,7 +103,9 @@ def fenced(text: str, language: str) -> str:
 def adapter_card(base: BaseFolder, recipe: Recipe, facts: Mapping[str, str]) -> str:
     """The card of a run's adapter. `facts` are what was measured: lines of its table, by name."""
     name = shown_name(base)
-    table = {"base": name, "revision": base.commit or "a local folder", **facts}
+    made = ", ".join(f"{package} {number}" for package, number in versions().items() if number != "not installed")
+    trained_on = {"trained on": ", ".join(dataset_names(recipe))} if recipe.data.train or recipe.data.documents else {}
+    table = {"base": name, "revision": base.commit or "a local folder", **trained_on, **facts, "made with": made}
     lines = "\n".join(f"| {key} | {text_of(value)} |" for key, value in table.items())
     content = tomli_w.dumps(_shown_recipe(recipe.model_dump(mode="json", exclude_none=True)))
     text = f"""# LoRA adapter for {text_of(Path(name).name)}
@@ -115,7 +120,8 @@ The recipe, with every default written out:
 
 {fenced(content.strip(), "toml")}
 """
-    return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora"])
+    about = {**_licence(base.path), **_datasets(dataset_names(recipe))}
+    return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora"], **about)
 
 
 def combined_card(base: BaseFolder, combined: Mapping[str, Any]) -> str:
@@ -133,20 +139,19 @@ def combined_card(base: BaseFolder, combined: Mapping[str, Any]) -> str:
 | --- | --- | --- | --- |
 {lines}
 """
-    return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora", "merge"])
+    return _card(text, base_model=name, library_name="peft", tags=["lora", "qlora", "merge"], **_licence(base.path))
 
 
-def merged_card(merge: Merge, fidelity: str) -> str:
+def merged_card(merge: Merge, fidelity: str, datasets: Sequence[str] = ()) -> str:
     """The card of a folder of safetensors: what was merged into what, how near it is, and the adapter's own text."""
     name = shown_name(merge.base)
-    _, own = read_card(merge.adapter.folder)
-    # Cards of earlier versions, and of other trainers, may have paths of the machine where they were written.
-    own = without_tags(_QUOTED_PATH.sub(r'"\1"', own.replace(merge.base.name, name)))
+    own = _own_text(merge.adapter.folder, merge.base)
     head = f"""# {text_of(Path(name).name)} with a LoRA adapter merged in
 
 Made from {text_of(name)}, {_MERGED_INTO[merge.merge_base]}, and {len(merge.changed)} trained modules added to them."""
     text = "\n\n".join(part for part in (head, fidelity.strip(), own.strip()) if part) + "\n"
-    return _card(text, base_model=name, library_name="transformers", tags=["qlora", "merged"])
+    about = {**_licence(merge.base.path), **_datasets(datasets)}
+    return _card(text, base_model=name, library_name="transformers", tags=["qlora", "merged"], **about)
 
 
 def gguf_card(source: Source, product: Artifact, file: str, merge: Merge | None, fidelity: str) -> str:
@@ -170,9 +175,66 @@ Made from {made}.
 
 {fenced(commands, "bash")}
 
-{fidelity}"""
-    license_name = licence_of(source.base.path).get("")
-    return _card(text, base_model=base, license=license_name, library_name="gguf", tags=["qlora", "gguf"])
+{fidelity}
+{_own_text(source.adapter.folder, source.base).strip()}
+"""
+    about = {**_licence(source.base.path), **_datasets(source.datasets)}
+    return _card(text, base_model=base, library_name="gguf", tags=["qlora", "gguf"], **about)
+
+
+def joined_card(parts: Sequence[tuple[str, str]], name: str, base: str | None) -> str:
+    """One card for the repository `name`, of the cards of what is in it, by their keys ("hf", "gguf-q8_0", …).
+
+    `base` is the hub's name of the base, None where it has none: the metadata then leave it out.
+    """
+    metadata: dict[str, Any] = {"base_model": base}
+    tags: list[str] = []
+    bodies: list[str] = []
+    for _, text in parts:
+        header, body = split_card(text)
+        try:
+            found = foreign_yaml.parse_table(header, "README.md")
+        except ForeignFileError:  # of an adapter of anybody's
+            found = {}
+        tags += [str(tag) for tag in found.get("tags") or []]
+        wanted = ("license", "license_name", "license_link", "datasets", "library_name")
+        metadata |= {key: found[key] for key in wanted if found.get(key) and key not in metadata}
+        bodies.append(_new_part(body.strip(), bodies))
+    keys = [key for key, _ in parts]
+    if base is not None:
+        metadata["base_model_relation"] = "adapter" if all(key.startswith("adapter") for key in keys) else "finetune"
+    text = (
+        bodies[0]
+        if len(bodies) == 1
+        else "\n\n".join([f"# {name.rpartition('/')[2]}", f"Holds {', '.join(keys)}.", *bodies])
+    )
+    return _card(f"{text}\n", **metadata, pipeline_tag="text-generation", tags=list(dict.fromkeys(tags)))
+
+
+def _new_part(body: str, earlier: Sequence[str]) -> str:
+    """A card's text without the end that it has in common with an earlier one: its fidelity, and the adapter's own."""
+    for heading in re.finditer(r"(?m)^#{1,2} ", body):
+        if any(other.endswith(body[heading.start() :]) for other in earlier):
+            return body[: heading.start()].rstrip()
+    return body
+
+
+def _own_text(adapter: Path, base: BaseFolder) -> str:
+    """The Markdown of an adapter's own card: what it was trained on and how it did."""
+    _, own = read_card(adapter)
+    # Cards of earlier versions, and of other trainers, may have paths of the machine where they were written.
+    return without_tags(_QUOTED_PATH.sub(r'"\1"', own.replace(base.name, shown_name(base))))
+
+
+def _licence(folder: Path) -> dict[str, str]:
+    """The metadata of the base's licence, as its own card has them."""
+    return {f"license{part}": value for part, value in licence_of(folder).items()}
+
+
+def _datasets(names: Sequence[str]) -> dict[str, list[str]]:
+    """The metadata of data sets: those that the hub has."""
+    found = [name.partition("@")[0] for name in names if "/" in name]
+    return {"datasets": found} if found else {}
 
 
 def _card(text: str, **metadata: Any) -> str:

@@ -174,5 +174,6 @@ def _combined(name: str, parts: Sequence[tuple[Member, LoraModule]], combination
     digest = hashlib.sha256(f"{combination.seed}/{name}".encode()).digest()
     with random_state_kept(torch.device("cpu")), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a density of 1, which was asked for
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        # The host's generator alone, which is put back; torch.manual_seed would seed every device's, and none of those.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return method(a, roots * signs, combination.kept), method(b, roots, combination.kept)

@@ -104,9 +104,10 @@ def produce(
     merge_base: MergeBase | Literal["auto"],
     options: ExportOptions,
     sink: Sink,
+    asked: str = "",
 ) -> Report:
     """Make `artifacts` of an adapter and its base. Raises ExportError for what cannot be made, or was made and is not
-    the trained model; artifacts that hold are published all the same.
+    the trained model; artifacts that hold are published all the same. `asked` is a hash of all that was asked for.
     """
     _refuse_idle(options, artifacts)
     with ExitStack() as stack:
@@ -126,7 +127,7 @@ def produce(
         if options.verify:
             _verify(job)
         source.seal.check()
-        return _publish(job)
+        return _publish(job, asked)
 
 
 # --- before a weight is read -----------------------------------------------------------------------------------------
@@ -308,14 +309,16 @@ def _refuse_far(line: Fidelity | None, max_kl: float | None) -> None:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def _publish(job: _Job) -> Report:
+def _publish(job: _Job, asked: str) -> Report:
     """Companions, then the names. Raises the first failure when the others have theirs."""
     table = tuple(job.reference.table)
+    told = None
     if table:
         lines = tuple({key: getattr(line, key) for key in _EMITTED} for line in table)
         loss = job.reference.evaluation
         compared = None if loss is None else asdict(loss)
-        job.sink.emit(FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared))
+        told = FidelityEvent(job.reference.texts, table[0].rows, table[0].positions, lines, compared)
+        job.sink.emit(told)
     published = []
     for artifact in job.artifacts:
         staged = job.staged[artifact.key]
@@ -324,7 +327,7 @@ def _publish(job: _Job) -> Report:
             continue
         merge = job.merge() if artifact.merged else None
         _write_companions(job, artifact, merge)
-        size, aside = staged.publish(artifact.key, {"of": _made_of(job.source)})
+        size, aside = staged.publish(artifact.key, {"of": {**_made_of(job.source), "asked": asked}})
         base, merged = (merge.merge_base, len(merge.changed)) if merge is not None else (None, 0)
         made = ExportedArtifact(artifact.key, artifact.folder, size, job.tensors[artifact.key], merged, base)
         if aside is not None:
@@ -339,7 +342,7 @@ def _publish(job: _Job) -> Report:
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
     chosen = job.reference.choice
-    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation, chosen)
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation, chosen, told)
 
 
 def _made_of(source: Source) -> dict[str, str | None]:
@@ -370,7 +373,7 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     disk.write_atomic(folder / cards.EXPORT_FILE, cards.export_json(job.source, artifact, merge, more, table))
     if artifact.key == "hf":
         assert merge is not None
-        card = cards.merged_card(merge, markdown)
+        card = cards.merged_card(merge, markdown, job.source.datasets)
     elif artifact.key == "adapter":
         assert job.source.combined is not None, "one adapter alone is not written again"
         card = cards.combined_card(job.source.base, job.source.combined)

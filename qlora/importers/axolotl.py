@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from qlora.errors import UserError
-from qlora.importers import datasets
+from qlora.importers import datasets, tracking
 from qlora.importers.draft import Draft, Rules, as_shown, carried, left, off, ours
 from qlora.importers.values import (
     ITS_TOKENS,
     ONE_GPU,
     SHARED,
     SPEED,
-    TRACKERS,
     attention,
     batches,
     init,
@@ -183,11 +182,13 @@ RULES: Rules = {
         ("dp_shard_size", "dp_replicate_size", "tensor_parallel_size", "context_parallel_size"), off(ONE_GPU)
     ),
     **dict.fromkeys(("sequence_parallel_degree", "expert_parallel_size"), off(ONE_GPU)),
-    **dict.fromkeys(
-        (f"wandb_{name}" for name in ("project", "entity", "watch", "name", "log_model", "run_id")), left(TRACKERS)
-    ),
-    **dict.fromkeys(("use_wandb", "use_tensorboard", "use_mlflow", "use_comet", "use_swanlab"), off(TRACKERS)),
-    **dict.fromkeys((f"trackio_{name}" for name in ("project_name", "run_name", "space_id")), left(TRACKERS)),
+    **{f"use_{name}": tracking.switch_of(name) for name in ("wandb", "tensorboard", "mlflow", "trackio")},
+    **{f"use_{name}": tracking.switch_of(name) for name in ("comet", "swanlab")},
+    **{f"{name}_project{end}": tracking.named_by(name) for name, end in (("wandb", ""), ("trackio", "_name"))},
+    "mlflow_experiment_name": tracking.named_by("mlflow"),
+    "mlflow_tracking_uri": left("the environment's MLFLOW_TRACKING_URI is read"),
+    **{f"wandb_{name}": off(tracking.NAMES) for name in ("entity", "watch", "name", "log_model", "run_id")},
+    **dict.fromkeys(("trackio_run_name", "trackio_space_id"), off(tracking.NAMES)),
     **dict.fromkeys(("save_only_model", "save_first_step"), off("a checkpoint is whole here")),
 }
 

@@ -42,6 +42,11 @@ DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.05,
 }
 
+# trl/trainer/sft_trainer.py: `completion_only_loss` of None is whether the first row has `prompt` and `completion`.
+_COMPLETIONS = (
+    'of rows with prompt and completion, the completion alone is trained there: data.loss_on = "assistant" is that'
+)
+
 
 def _bits(draft: Draft, key: str, value: Any) -> None:
     if is_on(value) and key == "load_in_8bit":
@@ -81,10 +86,14 @@ def _field(draft: Draft, key: str, value: Any) -> None:
 
 
 def _loss(draft: Draft, key: str, value: Any) -> None:
-    if value in (True, "true"):
+    if value not in (True, "true"):
+        draft.ours(key, "off: every token is trained")
+    elif key == "assistant_only_loss":
         draft.carry(key, "data.loss_on", "assistant")
     else:
-        draft.ours(key, "off: every token is trained")
+        draft.carry(
+            key, "data.loss_on", "assistant", "of rows with prompt and completion; chats are trained whole there"
+        )
 
 
 RULES: Rules = {
@@ -145,6 +154,8 @@ def settle(draft: Draft, table: dict[str, Any]) -> None:
             draft.carry("load_in_4bit", "quantization.type", "none", 'off: 16 bit; "nf4" takes a quarter of that')
     if not any(table.get(key) in (True, "true") for key in ("assistant_only_loss", "completion_only_loss")):
         draft.carry("assistant_only_loss", "data.loss_on", "all", "not set: of chats, every token")
+        if table.get("completion_only_loss") is None:  # what its rows are decides then
+            draft.leave("completion_only_loss", "not set", _COMPLETIONS)
     draft.carry("max_length", "data.truncation", "cut", "rows over it are cut")
     draft.carry("rows held out", "data.eval_fraction", 0.0, "not set: none")
     if "use_peft" not in table:

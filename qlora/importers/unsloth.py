@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora.importers import datasets
+from qlora.importers import datasets, tracking
 from qlora.importers.draft import Draft, Rules, carried, left, off, ours
-from qlora.importers.values import SHARED, TRACKERS, batches, modules, number, positive, switch, text
+from qlora.importers.values import SHARED, batches, modules, number, positive, switch, text
 
 NAME = "Unsloth Studio"
 MARKS = ("model", "data", "training", "lora", "logging", "training.max_seq_length", "training.training_type")
@@ -65,8 +65,9 @@ RULES: Rules = {
         (f"lora.finetune_{part}" for part in ("language_layers", "attention_modules", "mlp_modules")),
         ours("by lora.target_modules"),
     ),
-    **dict.fromkeys(("logging.enable_wandb", "logging.enable_tensorboard"), off(TRACKERS)),
-    **dict.fromkeys(("logging.wandb_project", "logging.tensorboard_dir", "logging.log_frequency"), ours(TRACKERS)),
+    **{f"logging.enable_{name}": tracking.switch_of(name) for name in ("wandb", "tensorboard")},
+    **dict.fromkeys(("logging.wandb_project", "logging.tensorboard_dir"), ours(tracking.NAMES)),
+    "logging.log_frequency": ours("each step is an event"),
     **dict.fromkeys(("logging.wandb_token", "logging.hf_token"), left("a secret has no place in a recipe")),
 }
 

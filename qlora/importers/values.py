@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from qlora.importers import tracking
 from qlora.importers.draft import Draft, Rule, as_shown, carried, left, off, ours
 
 OPTIMIZERS = {
@@ -17,7 +18,6 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant_with_warmup": "co
 # What follows from one GPU, a base in safetensors and tokens of its own; the same words for every trainer.
 ONE_GPU = "one GPU trains here"
 ITS_TOKENS = "tokens, padding and classes are the base's own, read from its folder"
-TRACKERS = "no tracker: events.jsonl and the screen have the figures"
 SPEED = "how it is computed, and not what is learned: decided here by the card"
 
 
@@ -258,7 +258,5 @@ SHARED = {
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_strategy"), off("nothing is uploaded")),
     "group_by_length": off("rows are shuffled, and packed"),
     **dict.fromkeys(("label_smoothing_factor", "lr_scheduler_kwargs", "optim_args"), off("not built")),
-    "report_to": lambda draft, key, value: (
-        draft.ours(key, TRACKERS) if value in ("none", ["none"]) else draft.leave(key, value, TRACKERS)
-    ),
+    "report_to": tracking.report_to,
 }

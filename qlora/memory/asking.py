@@ -80,10 +80,19 @@ def _write(model: Any, asked: Asked) -> None:
     if not keeps_keys_alone(cache):  # its own kind of memory: as long as it will be, at once
         return
     for layer in cache.layers:
-        longer = [torch.cat((one, one[:, :, :1].expand(-1, -1, asked.new - 1, -1)), 2) for one in _kept(layer)]
+        more = _more(layer, asked.new - 1)
+        longer = [torch.cat((one, one[:, :, :1].expand(-1, -1, more, -1)), 2) for one in _kept(layer)]
         layer.keys, layer.values = longer
     _next(_read(model, rows, 1, length + asked.new, cache, 1).logits)
     del beginning, output  # which live until here, as in the loop that writes
+
+
+def _more(layer: Any, tokens: int) -> int:
+    """By how many keys a layer grows with so many tokens: a window keeps what it sees of them, and counts all."""
+    if not getattr(layer, "is_sliding", False):
+        return tokens
+    layer.cumulative_length += tokens
+    return max(0, min(tokens, int(layer.sliding_window) - 1 - int(layer.keys.shape[2])))
 
 
 def _kept(layer: Any) -> tuple[Tensor, Tensor]:

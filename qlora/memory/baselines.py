@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
-from qlora.step.forward import CausalParts, batch_loss, forward_backward, hidden_states, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, batch_loss, forward_backward, hidden_states
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 
 
@@ -56,13 +57,13 @@ class Baseline:
     def computing(self) -> AbstractContextManager[Any]:
         return _Autocast() if self.autocast else nullcontext()
 
-    def set_checkpointing(self, causal_lm: Any, enabled: bool) -> None:
+    def set_checkpointing(self, causal_lm: Any, layers: bool | int) -> None:
         """As the step does it. A mode is off inside `backward`, so that layers recomputed there enter it again."""
-        set_gradient_checkpointing(causal_lm, enabled, keep_random_state=False)
+        set_gradient_checkpointing(causal_lm, layers, keep_random_state=False)
         if self.name != "qlora" and causal_lm.supports_gradient_checkpointing:
             again = lambda: (nullcontext(), self.computing())  # noqa: E731
             recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=again)
-            causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
+            causal_lm._set_gradient_checkpointing(enable=layers is not False, gradient_checkpointing_func=recompute)
 
     def forward_backward(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> None:
         if self.chunked_loss:

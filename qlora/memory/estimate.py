@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora import numerics
-from qlora.data.layout import PAD_TO_MULTIPLE
 from qlora.errors import DoesNotFit
 from qlora.memory import calibration, host, margins, overheads
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Gpu, Machine
+from qlora.memory.recomputing import of_model, share
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
-from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, Workload
+from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import most_multiprocessors
 from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
+from qlora.model.lora_functions import PEFT
 from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
+from qlora.report.drawn import Drawn
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
 PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
@@ -35,7 +40,6 @@ class DataFacts:
     `answer_tokens` is the longest answer of exact match, 0 without one. `asks` are the batches of a study.
     No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
     than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
-    Batches have `widths` different widths at most.
     """
 
     longest: int
@@ -45,13 +49,12 @@ class DataFacts:
     typical: int = 0
     documents: int = 0
     trained: int = 0
-    widths: int = 1
     answer_tokens: int = 0
     asks: PlainAsks = ()
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Drawn):
     """Bytes. `components` add up to `peak_bytes`; `terms` are the parts of it that no tensor shows, by name.
 
     `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
@@ -74,6 +77,7 @@ class Estimate:
     settings: Mapping[str, Any]
     calibrated_by: int = 0
     notes: tuple[str, ...] = ()
+    limit_source: str = ""  # what the limit is, and where it comes from
 
     @property
     def fits(self) -> bool:
@@ -103,6 +107,11 @@ class Estimate:
             "notes": list(self.notes),
         }
 
+    def drawing(self) -> RenderableType:
+        from qlora.report.memory import estimate_view
+
+        return estimate_view({**self.as_dict(), "limit_source": self.limit_source})
+
 
 class Estimator:
     """Estimates of one base on one machine; models on meta are built once for each adapter and quantization."""
@@ -122,17 +131,31 @@ class Estimator:
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
+        return self._complete(recipe, facts, self._simulator(recipe))
+
+    def values(self, recipe: Recipe) -> ValueCounts:
+        """Parameters of the model that the recipe trains."""
+        return self._simulator(recipe).drawn.values
+
+    def _simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
-            spec = ModelSpec(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel)
+            target, functions = self.machine.device_type, self._functions()
+            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions)
             self._simulators[made_of] = Simulator(spec, _by_whole_model(self.text, self.name), self._shelf)
-        return self._complete(recipe, facts, self._simulators[made_of])
+        return self._simulators[made_of]
 
     def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
         self.estimate(recipe, facts)
         self.held = host.held_bytes()
+
+    def _functions(self) -> str | None:
+        """Who computes linear layers: in other stacks peft, in ours who does in the run under way, if there is one."""
+        if self.baseline != BASELINES["qlora"]:
+            return PEFT
+        return run.functions if (run := numerics.of_run()) is not None else None
 
     def _kernel(self, wanted: str) -> str | None:
         """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
@@ -147,13 +170,13 @@ class Estimator:
         machine, factor, workload = self.machine, self.correction.factor, workload_of(recipe, facts)
         if recipe.train.deterministic and machine.gpu is not None:
             workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
+        workload = of_model(workload, int(self.text.num_hidden_layers))
         workload = self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
         simulation = simulator.run(workload)
         terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
         worst = simulation.worst
         slack = worst.slack if machine.device_type == "cuda" else 0
-        widths = facts.widths if facts else workload.length // PAD_TO_MULTIPLE
-        fragmentation = slack + self._beside_tensors(simulation, widths, workload)
+        fragmentation = slack + self._beside_tensors(simulation, workload)
         components = {key: round(value * factor) for key, value in worst.parts.items()}
         components["workspace"] += terms.get("cublas_workspace", 0) + fragmentation
         components["context"] = terms["context"]
@@ -168,6 +191,8 @@ class Estimator:
             **{phase: simulation.phases[phase].total for phase, _ in workload.asks},
         }
         phases = {name: round(total * factor) + fixed for name, total in phases.items()}
+        if machine.device_type != "cuda":  # kernels, pools and threads come with the first steps
+            phases["load"] -= fragmentation
         largest, rank = simulator.drawn.values.largest_linear, recipe.lora.r
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
@@ -189,6 +214,7 @@ class Estimator:
             settings=settings_of(recipe, workload, self.baseline),
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
+            limit_source=machine.source,
         )
 
     def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
@@ -211,19 +237,19 @@ class Estimator:
             workload = replace(workload, asks=halved(workload.asks))
         return workload
 
-    def _beside_tensors(self, simulation: Simulation, widths: int, workload: Workload) -> int:
+    def _beside_tensors(self, simulation: Simulation, workload: Workload) -> int:
         """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
         if self.machine.device_type != "cuda":
-            copied = overheads.snapshot_bytes(simulation.kept["adapters"], simulation.kept["optimizer"], pinned=False)
-            asks = bool(workload.asks)
-            return copied + host.added_bytes(simulation.worst.total, widths, workload.samples > 0, asks)
+            return host.added_bytes(simulation.worst.total, workload.samples > 0, bool(workload.asks))
         return simulation.reserved.beyond
 
     def _error(self, simulation: Simulation, simulator: Simulator) -> int:
         factor, worst = self.correction.factor, simulation.worst
         tensors = round(worst.total * factor)
         if self.machine.device_type != "cuda":
-            return margins.on_host(tensors)
+            kept = simulation.kept
+            copied = overheads.snapshot_bytes(kept["adapters"], kept["optimizer"], pinned=False)
+            return margins.on_host(tensors, copied)
         weights = round(worst.parts["weights"] * factor)
         of_context = overheads.context_bytes(self.machine.gpu)[1]
         gaps = margins.Gaps(weights, simulator.drawn.cast_bytes, simulator.drawn.eager)
@@ -273,7 +299,8 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
     return Workload(
         rows=rows,
         length=length,
-        gradient_checkpointing=train.gradient_checkpointing in (True, "auto"),
+        gradient_checkpointing=train.gradient_checkpointing is not False,
+        recomputed=0 if isinstance(train.gradient_checkpointing, (bool, str)) else train.gradient_checkpointing,
         optimizer=train.optimizer,
         packed=recipe.data.packing,
         accumulates=batch is None or batch > rows,
@@ -295,11 +322,12 @@ def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator,
     forward and 2.5 times that backward, causal. Adapters have gradients of their weights as well. A micro-batch reads
     each 4-bit weight and writes it in bf16 once a pass: 0.516 + 2 bytes.
     """
-    passes = 3 if workload.gradient_checkpointing else 2
+    again = share(workload, int(text.num_hidden_layers))
+    passes = 2 + again
     hidden = int(text.hidden_size)
     # Gemma 4 has heads of two sizes, and its configuration raises over a question for one of them.
     width = int(text.num_attention_heads) * int(vars(text).get("head_dim") or hidden // text.num_attention_heads)
-    attention = (9 if workload.gradient_checkpointing else 7) * int(text.num_hidden_layers) * workload.length * width
+    attention = (7 + 2 * again) * int(text.num_hidden_layers) * workload.length * width
     operations = (
         2 * passes * simulator.drawn.values.linear
         + 6 * int(text.vocab_size) * hidden
@@ -316,7 +344,7 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
     """The settings that an estimate is of, by their names in the recipe."""
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,
-        "train.gradient_checkpointing": workload.gradient_checkpointing,
+        "train.gradient_checkpointing": workload.recompute,
         "train.optimizer": workload.optimizer,
         "data.max_length": workload.length,
         "lora.r": recipe.lora.r,

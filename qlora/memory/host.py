@@ -15,18 +15,18 @@ from qlora.units import MIB
 # What reading rows adds to a process that has only estimated: tokenizers, Arrow and its threads, the template's child
 # (131 to 175 MiB between a simulation's end and the first weight that is read).
 READING_BYTES = 160 * MIB
-# By its first steps a run has paged in the libraries' kernels and has its pools, threads and Python's objects.
-RUNNING_BYTES = 95 * MIB
-# A run that answers questions generates in shapes of its own, and leaves holes in the heap of blocks under a MiB.
-ANSWERING_BYTES = 10 * MIB
-# A compiled kernel with its plan: 388 MiB for 600 shapes of a small layer. heap.settle bounds how many are kept; a
-# width has about 20 shapes.
-KERNEL_BYTES = 600 << 10
-KERNELS_OF_WIDTH = 20
+# By its first steps a run has paged in kernels of libraries (12 MiB) and has its threads, objects of Python and, in the
+# heap of blocks under a MiB, the holes that tensors of its phases leave to each other.
+RUNNING_BYTES = 52 * MIB
+# A run that answers questions generates in shapes of its own, and leaves holes of other sizes.
+ANSWERING_BYTES = 8 * MIB
+# A compiled kernel with its plan: 538 to 586 KiB as the C library counts, whatever its shape. Every run has as many
+# shapes as heap.settle lets it keep.
+KERNEL_BYTES = 580 << 10
 # A study and its exam: prompts and answers as Python's objects, labels, a search over all passages.
 STUDY_BYTES = 20 * MIB
-# Blocks that the C library cannot give back.
-FRAGMENTATION_SHARE = 0.02
+# Holes grow with what is allocated: 6 to 10 % of the live tensors of a base of 135M, by the length of its rows.
+FRAGMENTATION_SHARE = 0.07
 
 
 def held_bytes() -> int:
@@ -34,12 +34,7 @@ def held_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def added_bytes(live: int, widths: int, answers: bool, asks: bool = False) -> int:
-    """What a run with `live` bytes of tensors and batches of so many different widths adds beside those tensors.
-
-    `asks`: it studies documents.
-    """
-    widths = MOST_KERNELS if asks else widths
-    kernels = min(MOST_KERNELS, KERNELS_OF_WIDTH * widths) * KERNEL_BYTES
+def added_bytes(live: int, answers: bool, asks: bool = False) -> int:
+    """What a run with `live` bytes of tensors adds beside them. `asks`: it studies documents."""
     running = RUNNING_BYTES + (ANSWERING_BYTES if answers or asks else 0) + (STUDY_BYTES if asks else 0)
-    return running + kernels + round(live * FRAGMENTATION_SHARE)
+    return running + MOST_KERNELS * KERNEL_BYTES + round(live * FRAGMENTATION_SHARE)

@@ -98,7 +98,8 @@ class Planner:
     def _plans(self, recipe: Recipe) -> list[Plan]:
         """Each value of checkpointing with the largest micro-batch that fits it, or with the smallest.
 
-        Layers are recomputed where that is needed: with a given micro-batch, not where it fits without.
+        Layers are recomputed where that is needed: with a given micro-batch, not where it fits without, and no more of
+        them than it needs.
         """
         train = recipe.train
         choices = (False, True) if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,)
@@ -109,7 +110,19 @@ class Planner:
             plans.append(Plan(best, differences(recipe, best), self.ask(best)))
             if train.micro_batch_size != "auto" and plans[-1].estimate.fits:
                 break
+        if len(plans) > 1 and (fewest := self._fewest_recomputed(recipe, plans[-1].recipe)):
+            plans.append(fewest)
         return plans
+
+    def _fewest_recomputed(self, asked: Recipe, all_layers: Recipe) -> Plan | None:
+        """With as few layers recomputed as fit; None where no fewer than all do."""
+
+        def fitting(count: int) -> Plan | None:
+            recipe = changed(all_layers, {"train.gradient_checkpointing": count})
+            plan = Plan(recipe, differences(asked, recipe), self.ask(recipe))
+            return plan if plan.estimate.fits else None
+
+        return mildest(range(1, getattr(self.estimator.text, "num_hidden_layers", 1)), fitting)
 
     def _largest_rows(self, recipe: Recipe) -> Recipe:
         """The recipe with the largest micro-batch, a power of two, that fits; with 1 where none does."""
@@ -169,6 +182,7 @@ class Question:
 
     recipe: Recipe
     estimator: Estimator
+    documents: Any = None  # of a recipe with some: what is known of them (`study/amount.py`)
 
     @property
     def machine(self) -> Machine:
@@ -334,8 +348,8 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def _speed(plan: Plan) -> tuple[float, bool, int]:
+def _speed(plan: Plan) -> tuple[float, float, int]:
     """By the ideal speed; without a GPU in the table (0.0), by not recomputing and then by larger micro-batches."""
     settings = plan.estimate.settings
     recomputes, rows = settings["train.gradient_checkpointing"], settings["train.micro_batch_size"]
-    return plan.estimate.tokens_per_second, not recomputes, rows
+    return plan.estimate.tokens_per_second, -float("inf") if recomputes is True else -recomputes, rows

@@ -59,6 +59,8 @@ class _File:
     kept: dict[str, Count]
     paged: Count
     reserved: Annotated[tuple[Count, ...], Field(min_length=2, max_length=2)]
+    each: dict[str, Count]
+    first: Count
 
 
 class Shelf:
@@ -68,7 +70,7 @@ class Shelf:
         """A hash of all that a simulation follows from; `sizes` are the models that are drawn."""
         config = {name: value for name, value in spec.text.to_dict().items() if name != "_name_or_path"}
         made_of = (spec.lora.model_dump_json(), spec.quantization.model_dump_json(), repr(spec.baseline))
-        settings = (spec.attention, spec.target, str(spec.kernel), str(sizes), repr(workload))
+        settings = (spec.attention, spec.target, str(spec.kernel), str(spec.functions), str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
         return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
 
@@ -93,6 +95,8 @@ class Shelf:
             kept=dict(simulation.kept),
             paged=simulation.paged,
             reserved=tuple(simulation.reserved),
+            each=dict(simulation.each),
+            first=simulation.first,
         )
         with suppress(OSError, UserError, files.UnsafePathError):
             folder = _folder()
@@ -113,6 +117,7 @@ def _is_sound(read: _File, key: str) -> bool:
     categories = set(CATEGORIES)
     parts = [read.kept, *(peak.parts for peak in read.phases.values())]
     whole = all(set(one) == categories for one in parts) and all(name in read.phases for name in ALWAYS)
+    whole = whole and read.each.keys() == read.phases.keys()
     return read.key == key and whole and read.reserved[0] >= read.reserved[1]
 
 
@@ -121,7 +126,9 @@ def _shelved(read: _File) -> Shelved:
         name: Peak(peak.parts, peak.slack, peak.reserved) for name, peak in read.phases.items()
     }
     drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, read.drawn[4])
-    return Shelved(drawn, Simulation(phases, read.kept, read.paged, tape.Reserved(*read.reserved)))
+    return Shelved(
+        drawn, Simulation(phases, read.kept, read.paged, tape.Reserved(*read.reserved), read.each, read.first)
+    )
 
 
 @cache

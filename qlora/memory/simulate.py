@@ -25,16 +25,20 @@ from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
 from qlora.memory.plain_optimizer import PlainOptimizer
+from qlora.memory.recomputing import put_together
+from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
-from qlora.model import adapters, full_logits
+from qlora.model import adapters, full_logits, lora_functions
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.step.forward import CausalParts, batch_logprobs
+from qlora.step.kernels import trial
+from qlora.step.layerwise import recomputable
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
@@ -65,8 +69,9 @@ class Simulator:
     def _models(self) -> list[_MetaModel]:
         """Whatever was imported and asked before: modules of libraries, and what these make once, are no model's."""
         ready_to_load_nothing()
+        repeated = RepeatedOperations()
         with _collecting():
-            return [_MetaModel(self.spec, size) for size in self.sizes]
+            return [_MetaModel(self.spec, size, repeated) for size in self.sizes]
 
     @cached_property
     def drawn(self) -> Drawn:
@@ -83,6 +88,9 @@ class Simulator:
 
     def _found(self, workload: Workload) -> Simulation:
         """From the shelf, else simulated and put there."""
+        if workload.recomputed and len(self.sizes) > 1:
+            none, whole = (replace(workload, gradient_checkpointing=on, recomputed=0) for on in (False, True))
+            return put_together(self.run(none), self.run(whole), self.spec.layers, workload.recomputed)
         if self.shelf is None:
             return self._simulated(workload)
         key = self.shelf.key(self.spec, workload, self.sizes)
@@ -111,7 +119,8 @@ class Simulator:
         each = tuple((Counter(long.start) - Counter(short.start)).elements())
         long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
         reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
-        return replace(line.simulation(runs[0][0], runs[-1][0]), reserved=reserved)
+        simulation = line.simulation(runs[0][0], runs[-1][0])
+        return replace(simulation, reserved=reserved, each=line.each(runs[0][0], runs[-1][0]))
 
     def _whole(self, short: int, long: int) -> int:
         """What the whole model has, by what its two sizes have: each layer adds the same."""
@@ -139,7 +148,13 @@ class _Line:
             reserved = max(peak.reserved, self.at(other.reserved, peak.reserved))
             phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
         kept = self._all_categories(first.kept, second.kept)
-        return Simulation(phases, kept, self.at(first.paged, second.paged), second.reserved)
+        return Simulation(phases, kept, self.at(first.paged, second.paged), second.reserved, second.each, second.first)
+
+    def each(self, first: Simulation, second: Simulation) -> dict[str, int]:
+        """Activations of each phase that one more adds."""
+        more = (self.second - self.first) or 1
+        now = {name: peak.parts["activations"] for name, peak in second.phases.items()}
+        return {name: round((now[name] - peak.parts["activations"]) / more) for name, peak in first.phases.items()}
 
     def _all_categories(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
         return {key: max(0, self.at(first[key], second[key])) for key in CATEGORIES}
@@ -166,9 +181,10 @@ def _collecting() -> Iterator[None]:
 class _MetaModel:
     """The model with `layers` layers on meta, under its own counter."""
 
-    def __init__(self, spec: ModelSpec, layers: int) -> None:
+    def __init__(self, spec: ModelSpec, layers: int, repeated: RepeatedOperations) -> None:
         self.spec = spec
         self.live = LiveBytes(spec.target)
+        self.live.repeated = repeated
         self.live.vocabulary = int(spec.text.vocab_size)
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
@@ -187,7 +203,9 @@ class _MetaModel:
             with self.live.region("adapters"):
                 # EVA's start takes rows; the adapters it gives are as large as any.
                 lora = spec.lora.model_copy(update={"init": "default"})
-                self.model = adapters.attach(model, lora, 0, dtype=spec.baseline.adapter_dtype)
+                kernels = spec.target == "cuda" and trial.expected()
+                functions = spec.functions or lora_functions.choose(lora, None, kernels)
+                self.model = adapters.attach(model, lora, 0, spec.baseline.adapter_dtype, functions=functions)
         self.parameters = adapters.trainable(self.model)
         adapter = sum(parameter.numel() for parameter in self.parameters.values())
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)
@@ -202,7 +220,7 @@ class _MetaModel:
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
         live.begin("start")
-        spec.baseline.set_checkpointing(self.causal_lm, workload.gradient_checkpointing)
+        spec.baseline.set_checkpointing(self.causal_lm, workload.recompute)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
                 optimizer = self._optimizer(workload.optimizer)
@@ -240,7 +258,8 @@ class _MetaModel:
             del optimizer, batch
             self._ask(workload.asks)
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
-        return Simulation(phases, kept, paged, tape.play(recorded, 0, 1, 0)), recorded
+        no_more, reserved = dict.fromkeys(phases, 0), tape.play(recorded, 0, 1, 0)
+        return Simulation(phases, kept, paged, reserved, no_more, self._first_keeps_less()), recorded
 
     def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
         if self.spec.baseline.masters:
@@ -258,6 +277,11 @@ class _MetaModel:
                 zero = torch.zeros((), dtype=parameter.dtype, device=META)
                 optimizer.add_gradient(key, zero.expand(parameter.shape))
 
+    def _first_keeps_less(self) -> int:
+        """Nothing goes back to the embedding, so that the first layer keeps less for the backward pass than another."""
+        starts = self._starts
+        return max(0, starts[2] + starts[0] - 2 * starts[1]) if len(starts) > 2 else 0
+
     @contextmanager
     def _marks(self) -> Iterator[None]:
         """Where the phases of a step begin: at the trunk's end, and when the gradients of a layer are complete."""
@@ -268,6 +292,10 @@ class _MetaModel:
         def into_layer(layer: int, *_: Any) -> None:
             if live.tape is not None and live.phase == "forward":  # not when it is computed once more
                 live.tape.mark(tape.FORWARD, layer)
+
+        def starts(*_: Any) -> None:
+            if live.phase == "forward":
+                self._starts.append(live.live["activations"])
 
         def trunk_done(*_: Any) -> None:
             if live.tape is not None:
@@ -282,6 +310,9 @@ class _MetaModel:
 
         with ExitStack() as hooks:
             hooks.enter_context(self.parts.trunk.register_forward_hook(trunk_done))
+            self._starts: list[int] = []
+            for module in recomputable(self.causal_lm)[:3]:
+                hooks.enter_context(module.register_forward_pre_hook(starts))
             for layer, (name, parameter) in of_layer.items():
                 module = self.model.get_submodule(name[: re.search(r"\.\d+\.", name).end() - 1])  # type: ignore[union-attr]
                 hooks.enter_context(module.register_forward_pre_hook(partial(into_layer, layer)))

@@ -28,6 +28,7 @@ class ModelSpec:
     target: str = "cuda"  # the device that the meta tensors stand for
     baseline: Baseline = BASELINES["qlora"]
     kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
+    functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
 
     @property
     def layers(self) -> int:
@@ -41,6 +42,8 @@ class Workload:
 
     `documents` are the most of a row (0: as many as have DOCUMENT_TOKENS); `multiprocessors` of the card, where sums
     are done in one order only (`trace.Sums`).
+
+    Layers are recomputed with `gradient_checkpointing`: the first `recomputed` of them, 0 is all.
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none. `asks` are the batches of a study.
@@ -61,6 +64,12 @@ class Workload:
     documents: int = 0
     multiprocessors: int = 0
     asks: Asks = ()
+    recomputed: int = 0
+
+    @property
+    def recompute(self) -> bool | int:
+        """As the recipe has it: True is all layers, a number the first so many."""
+        return self.gradient_checkpointing and (self.recomputed or True)
 
     @property
     def document_lengths(self) -> tuple[int, ...]:
@@ -74,13 +83,16 @@ class Simulation:
     """Bytes of every phase at its peak, and of what is kept from the first step to the last.
 
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
-    allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step.
+    allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step. `each`:
+    activations that a layer more adds to a phase, 0 where none was added; `first`: of them, what the first keeps less.
     """
 
     phases: Mapping[str, Peak]
     kept: Mapping[str, int]
     paged: int
     reserved: tape.Reserved
+    each: Mapping[str, int]
+    first: int = 0
 
     @property
     def worst(self) -> Peak:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.memory.allocator import Block, CachingAllocator, rounded
+from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.tape import Tape
 from qlora.model.document_attention import varlen_backward
 from qlora.model.nf4 import product_4bit
@@ -86,6 +87,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.vocabulary = 0
         self.allocator = CachingAllocator()
         self.tape: Tape | None = None
+        self.repeated = RepeatedOperations()
         self.peaks: dict[str, Peak] = {}
         self._now = dict.fromkeys(CATEGORIES, 0)
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -152,7 +154,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return None  # works in place, and knows no meta tensors
         elif func is aten._local_scalar_dense.default and args[0].is_meta:
             return self._answer(args[0])
-        result = func(*args, **kwargs)
+        result = self.repeated.call(func, args, kwargs)
         workspace = "workspace" if func.namespace == "bitsandbytes" and "dequantize" in func.name() else None
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor):

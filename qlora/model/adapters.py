@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.device import random_state_kept
 from qlora.errors import ModelError, foreign_failures
-from qlora.model import dora
+from qlora.model import dora, lora_functions
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config, stored_tensors
 from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
@@ -43,11 +43,12 @@ def attach(
     seed: int,
     dtype: torch.dtype = torch.bfloat16,
     eva_batches: Iterable[Batch] | None = None,
+    functions: str | None = None,
 ) -> PeftModel:
     """Puts adapters on the layers that `lora` names, in `dtype`, drawn from `seed`; everything else stays frozen.
 
-    `eva_batches` are a few training batches for init "eva", which starts A from the layers' inputs. Raises ModelError
-    for a layer name that the model lacks, or for modules that cannot be trained.
+    `eva_batches` are a few training batches for init "eva", which starts A from the layers' inputs. `functions` compute
+    the layers: those of the run under way, or peft's. Raises ModelError for a layer or module that cannot be trained.
     """
     import_bitsandbytes()  # peft would import it as well, and not quietly
     from peft import get_peft_model
@@ -75,8 +76,8 @@ def attach(
     dora.without_identity(peft_model)
     _restart_magnitudes(peft_model)
     _check_layers(peft_model)
-    peft_model.train(training)
-    return peft_model
+    lora_functions.put_in(peft_model, functions or lora_functions.of_run())
+    return peft_model.train(training)
 
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:

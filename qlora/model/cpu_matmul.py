@@ -44,6 +44,11 @@ def has_bf16_products() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def product_dtype(inputs: Tensor) -> torch.dtype:
+    """The type that products of `inputs` are computed in: theirs, or fp32 where that is faster."""
+    return torch.float32 if _is_bf16(inputs) and not has_bf16_products() else inputs.dtype
+
+
 class _InFp32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Widens the bf16 inputs of products and narrows what comes out of them."""
 

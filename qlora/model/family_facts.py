@@ -7,7 +7,7 @@ Seen by running the model once on `meta` (see `tracing`) with two documents in o
   of its own and positions counted by the place in the row are not; what a family does in spite of that is in the table
   `packing_table`, measured in fp32.
 * the head is known where our logits are the very expression that the model's own `forward` computes.
-* the trunk is computed layer by layer where the walk of `step.layerwise` is the very expression of the plain trunk.
+* the trunk is computed layer by layer where the walk of `model.layer_walk` is the very expression of the plain trunk.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from qlora.batch import Batch
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import head_scaling
 from qlora.model.config_filter import content_key, with_layers
+from qlora.model.layer_walk import WeightHolder, layers_of, trained_hidden, trained_hidden_states
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.model.packing_table import LARGEST_LEAK, LEAKS
 from qlora.model.tracing import POSITIONS, TOKENS, Mixing, Trace, row_length
 from qlora.step.forward import CausalParts, hidden_states
-from qlora.step.layerwise import WeightHolder, layers_of, trained_hidden, trained_hidden_states
 
 TRACED = "qlora_traced"
 WINDOW = 4  # tokens; windows and chunks of attention are made this short, so that they show in short documents

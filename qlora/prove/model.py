@@ -16,13 +16,15 @@ from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.device import random_state_kept
 from qlora.events import Sinks
-from qlora.model import adapters
+from qlora.model import adapters, lora_functions
 from qlora.model.attention_choice import settle
 from qlora.model.made_up import load_random
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.prove.shapes import Shape, config_of
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward
+from qlora.step.kernels import trial
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 
@@ -73,7 +75,8 @@ def make(
         torch.manual_seed(SEED)
         load_random(model, QuantizationSection(), device)
         settle(model, attention, device, Sinks())
-        peft_model = adapters.attach(model, LoraSection(), SEED)
+        functions = lora_functions.choose(LoraSection(), None, trial.work(device))
+        peft_model = adapters.attach(model, LoraSection(), SEED, functions=functions)
         trained = adapters.trainable(peft_model)
         with torch.no_grad():
             for name, parameter in trained.items():

@@ -131,7 +131,7 @@ def read_table(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = foreign_toml.read_text(path)
     except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.toml"))[:5] if path.parent.is_dir() else []
+        near = foreign_toml.beside(path)
         hint = f"recipes in that folder: {', '.join(near)}" if near else "check the path; examples are in recipes/"
         raise RecipeError([Problem(str(path), "no such recipe", hint)]) from None
     except foreign_toml.ForeignTomlError as error:

@@ -138,9 +138,10 @@ class TrainSection(Section):
     max_grad_norm: float = Field(
         1.0, ge=0, le=1_000_000, description="Longer gradients are scaled down to this norm; 0 is off"
     )
-    gradient_checkpointing: bool | Literal["auto"] = Field(
+    gradient_checkpointing: bool | Rows | Literal["auto"] = Field(
         "auto",
-        description="Recompute activations, not keep them: much less memory, a third more time; auto: only if needed",
+        description="Recompute activations, not keep them: much less memory, a third more time; a number: of so many "
+        "layers; auto: of as few as needed",
     )
     neftune_alpha: float = Field(
         0.0, ge=0, le=1_000_000, description="Noise on the embeddings while training (5 is usual); 0 is off"

@@ -260,7 +260,9 @@ def plan_table(plan: events.Plan) -> Table:
     table.add_row("batch", f"{plan.arithmetic}; {packed}")
     table.add_row("steps", f"{plan.steps:,} ({plan.epochs:.4g} epochs)")
     part = plan.trainable_parameters / max(plan.total_parameters, 1)
-    recompute = ", layers recomputed in the backward pass" if plan.gradient_checkpointing else ", no layer recomputed"
+    again = plan.gradient_checkpointing
+    which = "layers" if again is True else f"the first {again} layers"
+    recompute = f", {which} recomputed in the backward pass" if again else ", no layer recomputed"
     parameters = f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({part:.2%})"
     table.add_row("trained", parameters + recompute)
     if plan.starts_from is not None:

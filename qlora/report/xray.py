@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from qlora import shown
+from qlora.report import ahead
 from qlora.report.figures import names_of
 from qlora.units import counted
 
@@ -87,7 +88,8 @@ def documents_view(documents: Mapping[str, Any]) -> RenderableType:
         table.add_column(key, justify="right", min_width=len(key))
     for one in documents["files"]:
         table.add_row(Text(one["path"]), f"{one['pages']:,}", Text(one["language"]), f"{one['passages']:,}")
-    return Group(table, *(Text(f"left out: {line}") for line in _left_out(documents)), Text(asked(documents)))
+    said = [*(f"left out: {line}" for line in _left_out(documents)), asked(documents), *ahead.lines(documents["ahead"])]
+    return Group(table, *map(Text, said))
 
 
 def _left_out(documents: Mapping[str, Any]) -> list[str]:

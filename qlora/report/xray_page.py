@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from qlora.report import ahead
 from qlora.report.figures import names_of
 from qlora.report.page import Element, card, classed, element, page, table
 from qlora.report.xray import asked, facts, pair, readable, study_lines
@@ -46,7 +47,8 @@ def _documents(documents: Mapping[str, Any]) -> Element:
     left_out = [*documents["left_out"], *(line for one in documents["files"] for line in one["left_out"])]
     shown = [element("h3", "Left out"), element("ul", *(element("li", line) for line in left_out))] if left_out else []
     made = table(("document", "pages", "language", "passages"), rows)
-    return element("section", element("h2", "Documents"), element("p", asked(documents)), made, *shown)
+    said = [element("p", line) for line in (asked(documents), *ahead.lines(documents["ahead"]))]
+    return element("section", element("h2", "Documents"), *said, made, *shown)
 
 
 def _study(study: Mapping[str, Any]) -> Element:

@@ -9,15 +9,13 @@ None with use_cache False, because only then does transformers isolate packed do
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qlora import numerics
 from qlora.batch import Batch
@@ -119,18 +117,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def set_gradient_checkpointing(causal_lm: Any, enabled: bool, keep_random_state: bool) -> None:
-    """Recompute each layer in the backward pass, through our own function (where offload will hook in).
-
-    `keep_random_state` is needed where a layer draws random numbers (LoRA dropout), so that the second pass draws the
-    same ones. A model whose layers transformers cannot recompute is left as it is.
-    """
-    if not causal_lm.supports_gradient_checkpointing:
-        return
-    recompute: Callable[..., Any] = partial(checkpoint, use_reentrant=False, preserve_rng_state=keep_random_state)
-    causal_lm._set_gradient_checkpointing(enable=enabled, gradient_checkpointing_func=recompute)
 
 
 def seed_micro_batch(seed: int, step: int, micro_step: int) -> None:

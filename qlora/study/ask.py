@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 0.8
 QUESTION_TOKENS = 64  # the filters let 40 words pass
+# For each question of the exam two are asked: the filters drop some, and a fact must be learnt to be asked about.
+EXAM_SPARE = 2
+EXAM_PER_SENTENCE = 3  # at most: a short document has few sentences
 _SHOWN = 200  # characters kept of what was no question
 
 

@@ -19,11 +19,12 @@ from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import SourceSection
 from qlora.stop import StopRequest
 from qlora.study import bm25, defaults, exam_questions, hold, plain_text, rows, thinking
+from qlora.study.generation import MAX_THOUGHTS
 from qlora.study.labels import Labels, labels_of
 from qlora.study.material import FOLDER, STUDIED_FILE, Material, keeping
 from qlora.study.prompts import FRAMES, WORDINGS, Frame, lead_ids, prompt_ids, prompts_for, served_ids
 from qlora.study.records import Candidate, key_of
-from qlora.study.room import Batches, batches, room
+from qlora.study.room import Batches, Room, batches, room
 from qlora.study.run_exam import RunExam
 from qlora.study.study import Studied, StudySettings, study
 from qlora.study.teacher import Teacher
@@ -115,13 +116,23 @@ class Lesson:
         around = max(len(prompt_ids(self.chat, frame, text)) for frame in frames for text in kinds)
         longest = sorted((passage.text for passage in self.passages), key=len)[-_LOOKED_AT:]
         tokens = max(map(len, self.chat.tokenizer(longest, add_special_tokens=False, verbose=False)["input_ids"]))
-        return batches(min(tokens, self.recipe.study.passage_tokens), around + QUESTION_TOKENS)
+        passage_tokens = min(tokens, self.recipe.study.passage_tokens)
+        return batches(passage_tokens, around + QUESTION_TOKENS, thoughts=self._thoughts)
+
+    @property
+    def _thoughts(self) -> int:
+        """How many tokens of thoughts may stand before an answer."""
+        return MAX_THOUGHTS if self.frame == "chat" and thinking.may_think(self.chat) else 0
+
+    def room(self, config: Any, free_bytes: int | None) -> Room:
+        """What the study takes, with `free_bytes` beside the weights. `config`: of the base's text model."""
+        return room(config, self.recipe.study.passage_tokens, self.questions, free_bytes, self._thoughts)
 
     def teacher(self, model: Any, device: Any, sink: Sink, stop: StopRequest, room_bytes: int | None) -> Teacher:
         """The base as the teacher, with as many prompts at once as fit into `room_bytes` (None: not known)."""
         free = None if room_bytes is None else room_bytes - SPARE_BYTES
         config = model.get_base_model().config.get_text_config()
-        found = room(config, self.recipe.study.passage_tokens, self.questions, free)
+        found = self.room(config, free)
         sink.emit(Notice("study", f"up to {self.questions:,} questions: {found.told()}", self.questions))
         return Teacher(model, self.chat, device, sink, stop, found.at_once)
 

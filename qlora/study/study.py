@@ -21,7 +21,7 @@ from qlora.events import Notice, Progress, Sink
 from qlora.stop import StopRequest
 from qlora.study import exam_questions, filters, prompts
 from qlora.study.answer import Answered, Second, answer, answered_key
-from qlora.study.ask import Asked, Task, ask, asked_key, second_tasks, tasks_of
+from qlora.study.ask import EXAM_PER_SENTENCE, EXAM_SPARE, Asked, Task, ask, asked_key, second_tasks, tasks_of
 from qlora.study.filters import Dropped, Judged
 from qlora.study.labels import LabelStore
 from qlora.study.probe import Probed, probe, refuse_too_small, tell
@@ -41,9 +41,6 @@ PROBE_FILE = "probe.json"
 DROPPED_FILE = "dropped.jsonl"
 COVERAGE_FILE = "coverage.json"
 ENDED_FILE = "ended.jsonl"
-# For each question of the exam two are asked: the filters drop some, and a fact must be learnt to be asked about.
-EXAM_SPARE = 2
-EXAM_PER_SENTENCE = 3  # at most: a short document has few sentences
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,15 @@ def lead(chat: ChatTokenizer) -> tuple[int, ...]:
     return tuple(begun) if str(chat.tokenizer.decode(begun)).strip() else ()
 
 
+def _before_answer(chat: ChatTokenizer) -> str:
+    """What stands between a question and its answer, `lead` and all; "" without a template."""
+    try:
+        ids = [] if chat.template is None else [*chat.prompt_ids([_ASKED], None), *lead(chat)]
+    except RowError:
+        ids = []
+    return str(chat.tokenizer.decode(ids)).rpartition(str(_ASKED["content"]))[2]
+
+
 # --- what a base thinks all the same ----------------------------------------------------------------------------------
 
 
@@ -106,11 +115,7 @@ class Thoughts:
     @classmethod
     def of(cls, chat: ChatTokenizer) -> Thoughts:
         """Of what is written behind a prompt of the chat template, and its `lead`."""
-        try:
-            ids = [] if chat.template is None else [*chat.prompt_ids([_ASKED], None), *lead(chat)]
-        except RowError:
-            ids = []
-        prompt = str(chat.tokenizer.decode(ids)).rpartition(str(_ASKED["content"]))[2]
+        prompt = _before_answer(chat)
         opened = (block for block in BLOCKS if block[0] in prompt)
         closing = next((shut for opening, shut in opened if shut not in prompt[prompt.rfind(opening) :]), "")
         return cls(chat.tokenizer, closing)
@@ -138,6 +143,16 @@ class Thoughts:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+
+def may_think(chat: ChatTokenizer) -> bool:
+    """Whether answers are to be expected to begin with thoughts: the prompt opens a block of them, or the template
+    knows one, and nothing before the answer says that there are none."""
+    if Thoughts.of(chat).opened:
+        return True
+    template, before = chat.template or "", _before_answer(chat)
+    knows = any(opening in template for opening, _ in BLOCKS)
+    return knows and not lead(chat) and not any(shut in before for _, shut in BLOCKS)
 
 
 def without(text: str) -> str:

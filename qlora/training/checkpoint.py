@@ -78,7 +78,7 @@ class RunState:
     exact_match_after: float | None = None
     stopped_early: bool = False
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=MOST)] | None = None  # the first so many layers
     delivered: DeliveredLoss | None = None  # of the best step
     numerics: Numerics | None = None  # what its numbers depend on; None where an older version saved it
 
@@ -248,7 +248,7 @@ class Checkpointer:
         restore(checkpoint, self.optimizer, self.fingerprints)
         if _read(checkpoint.path)[1].base_identity is None:
             self.clock.sink.emit(Notice("base", f"{checkpoint.path.name} {identity.NOT_COMPARED}"))
-        self.saving.saved_step = checkpoint.state.step
+        self.saving.saved_step = max(self.saving.saved_step, checkpoint.state.step)  # a newer one is not written over
         return checkpoint.state
 
     def save(self, state: RunState, last_chance: bool = False) -> None:

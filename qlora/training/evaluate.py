@@ -81,7 +81,7 @@ class RunEvaluation:
     def loss(self, step: int) -> float:
         """The objective's mean over all evaluation rows; nats per trained token where it is supervised."""
         with self.clock.phase("evaluation"):
-            return self.recovery.run(step, partial(self._loss, step))
+            return self.recovery.run_forward(step, partial(self._loss, step))
 
     def exact_match(self, step: int) -> float | None:
         """Share of questions answered exactly; None where that was not asked for, or no row is a question."""

@@ -30,7 +30,8 @@ from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
 from qlora.recipe.sections import DataSection
 from qlora.starting_adapter import started_from
-from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import Objective, SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
@@ -153,16 +154,18 @@ class Training:
     def _with_best(self, resume_from: Checkpoint) -> RunState:
         """Put a checkpoint back; what is not the best adapter as it was delivered is delivered again, or forgotten."""
         best, fault = resume_from.state.best_step, damage(self.job.run_dir / "adapter")
-        if best is None or fault is None or self._deliver_again(best, fault):
+        if best is None or fault is None or self._deliver_again(resume_from.state, fault):
             return self.checkpointer.resume(resume_from)
         return replace(self.checkpointer.resume(resume_from), best_loss=None, best_step=None, evaluated_step=-1)
 
-    def _deliver_again(self, best: int, fault: str) -> bool:
+    def _deliver_again(self, state: RunState, fault: str, last_chance: bool = False) -> bool:
         """Deliver the best adapter from its step's checkpoint, in whose state the model is then; whether it was."""
-        source = at_step(self.job.run_dir, best)
-        again = source is not None and self._deliver(self.checkpointer.resume(source))
+        source, again = at_step(self.job.run_dir, state.best_step or 0), False
+        if source is not None:  # which may have been saved by a stop, before it was evaluated
+            best = replace(self.checkpointer.resume(source), eval_loss=state.best_loss, delivered=state.delivered)
+            again = self._deliver(best, last_chance)
         outcome = "was delivered again" if again else "is in no checkpoint that is kept, and another takes its place"
-        self.sink.emit(Notice("adapter", f"{fault}: the adapter of step {best} {outcome}"))
+        self.sink.emit(Notice("adapter", f"{fault}: the adapter of step {state.best_step} {outcome}"))
         return again
 
     def dry_run(self, state: RunState) -> None:
@@ -339,7 +342,7 @@ class Training:
             self.sink.emit(Notice("steps", "steps skipped, their numbers were not finite", state.skipped))
         self.job.watch.report(self.sink)
         if state.best_step is not None and (fault := damage(self.job.run_dir / "adapter")):
-            state = state if self._deliver_again(state.best_step, fault) else replace(state, best_step=None)
+            state = state if self._deliver_again(state, fault, last_chance=True) else replace(state, best_step=None)
         # An earlier process that was killed may have saved a better adapter than this checkpoint records.
         on_disk = delivered_step(self.job.run_dir)
         if self.evaluation is None or state.best_step is None or on_disk is None:

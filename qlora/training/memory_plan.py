@@ -13,13 +13,13 @@ from torch import Tensor
 
 from qlora import device as device_now
 from qlora import numerics
-from qlora.data.layout import GPU_MULTIPLE, PAD_TO_MULTIPLE
+from qlora.data.layout import GPU_MULTIPLE
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.device import peak_bytes as device_peak_bytes
 from qlora.errors import foreign_failures
 from qlora.events import Notice, Sink
-from qlora.memory import calibration, hardware, host, overheads
+from qlora.memory import calibration, hardware, host, overheads, recomputing
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.plan import Plan, Planner, choose
 from qlora.model.base_folder import BaseFolder
@@ -36,18 +36,21 @@ class MemorySettings:
     """The settings that decide about memory now, with the plan they come from (None where no estimate was possible)."""
 
     micro_batch_size: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | int
     answers_at_once: int = ANSWERS_AT_ONCE
+    layers: int = 0  # of the model; 0: not known
     plan: Plan | None = None
     planner: Planner | None = None
 
     def smaller(self) -> MemorySettings | None:
-        """The next smaller settings of a step: half the micro-batch, then recomputed layers; None at the end."""
-        if self.micro_batch_size > 1:
-            return replace(self, micro_batch_size=self.micro_batch_size // 2)
-        if not self.gradient_checkpointing:
-            return replace(self, gradient_checkpointing=True)
-        return None
+        """The next smaller settings of a step: more layers recomputed, which changes no number, then half the
+        micro-batch; None at the end."""
+        if (more := recomputing.more(self.gradient_checkpointing, self.layers)) is not None:
+            return replace(self, gradient_checkpointing=more)
+        return self.fewer_rows()
+
+    def fewer_rows(self) -> MemorySettings | None:
+        return replace(self, micro_batch_size=self.micro_batch_size // 2) if self.micro_batch_size > 1 else None
 
     def as_of(self, state: RunState) -> MemorySettings:
         """Go on with what fitted: the sizes of micro-batches are part of what makes a resumed run the same run."""
@@ -90,15 +93,7 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
         documents=max(map(len, order.epoch_packs(0)), default=1),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
         trained=_most_trained(recipe, data, padded),
-        widths=_widths(recipe, data, padded),
     )
-
-
-def _widths(recipe: Recipe, data: PreparedData, longest: int) -> int:
-    """Of how many widths batches may be: rows are padded to a multiple, packs are as wide as what lies in them."""
-    lengths = data.eval.lengths if recipe.data.packing else [*data.train.lengths, *data.eval.lengths]
-    packs = longest // PAD_TO_MULTIPLE if recipe.data.packing else 0
-    return max(1, packs + len({-(-length // PAD_TO_MULTIPLE) for length in lengths}))
 
 
 def _most_trained(recipe: Recipe, data: PreparedData, longest: int) -> int:
@@ -139,11 +134,12 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         reason = failure.reason[:120]
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
-        return MemorySettings(1 if rows == "auto" else rows, recompute in (True, "auto"))
+        return MemorySettings(1 if rows == "auto" else rows, True if recompute == "auto" else recompute)
     train = plan.recipe.train
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
     planner = Planner(estimator, facts)
-    return MemorySettings(train.micro_batch_size, train.gradient_checkpointing, plan=plan, planner=planner)
+    settings = MemorySettings(train.micro_batch_size, train.gradient_checkpointing, plan=plan, planner=planner)
+    return replace(settings, layers=int(text.num_hidden_layers))
 
 
 def as_event(plan: Plan) -> dict[str, Any]:
@@ -217,10 +213,8 @@ def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str,
     for part in ("weights", "adapters", "optimizer"):
         pairs[part] = {"predicted": estimate.components[part], "measured": getattr(measured, f"{part}_bytes")}
     planned = settings.plan.recipe.train
-    unchanged = (planned.micro_batch_size, planned.gradient_checkpointing) == (
-        settings.micro_batch_size,
-        settings.gradient_checkpointing,
-    )
+    now = (settings.micro_batch_size, settings.gradient_checkpointing)
+    unchanged = repr((planned.micro_batch_size, planned.gradient_checkpointing)) == repr(now)  # one layer is not all
     if on_gpu and machine.gpu is not None and unchanged:
         factor = settings.planner.estimator.correction.factor
         predicted = round(estimate.tensor_bytes / factor)

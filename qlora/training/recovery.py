@@ -40,6 +40,10 @@ class OomRecovery:
         """
         return self._until_it_fits(step, work, undo, MemorySettings.smaller)
 
+    def run_forward(self, step: int, work: Callable[[], T]) -> T:
+        """Like `run`, for work without a backward pass, in which nothing is kept that could be computed again."""
+        return self._until_it_fits(step, work, lambda: None, MemorySettings.fewer_rows)
+
     def run_generation(self, step: int, work: Callable[[], T]) -> T:
         """Like `run`, for the generation of answers, which has a batch of its own."""
         return self._until_it_fits(step, work, lambda: None, MemorySettings.fewer_answers)
@@ -91,6 +95,7 @@ def attempt(work: Callable[[], T]) -> tuple[tuple[T] | None, str]:
 def _describe(before: MemorySettings, after: MemorySettings) -> str:
     if after.micro_batch_size != before.micro_batch_size:
         return f"micro-batches of {after.micro_batch_size} instead of {before.micro_batch_size} rows"
-    if after.gradient_checkpointing != before.gradient_checkpointing:
-        return "layers are recomputed in the backward pass from now on"
-    return f"{after.answers_at_once} instead of {before.answers_at_once} answers at once"
+    if after.answers_at_once != before.answers_at_once:
+        return f"{after.answers_at_once} instead of {before.answers_at_once} answers at once"
+    which = "layers" if after.gradient_checkpointing is True else f"the first {after.gradient_checkpointing} layers"
+    return f"{which} are recomputed in the backward pass from now on"

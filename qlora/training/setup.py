@@ -184,7 +184,7 @@ def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatT
     from qlora import device as hardware
     from qlora.memory.hardware import this_machine
     from qlora.memory.overheads import context_bytes
-    from qlora.model import adapters, load
+    from qlora.model import adapters, load, lora_functions
 
     device = pick_device()
     hardware.release(device)  # an earlier run's model may still be held by what refers to itself
@@ -195,7 +195,9 @@ def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatT
     hint = f'{_HINT}, lower data.max_length, or set lora.init = "default"' if eva else f"{_HINT}, or lower lora.r"
     with clock.phase("load", "attach adapters"), Guarded("attaching the adapters", hint):
         batches = _eva_batches(recipe, data, chat.pad_id, device) if eva else None
-        return adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
+        tuned = adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
+    lora_functions.say_what_stays(tuned, recipe.lora, clock.sink)
+    return tuned
 
 
 def _eva_batches(recipe: Recipe, data: PreparedData, pad_id: int, device: torch.device) -> list[Batch]:

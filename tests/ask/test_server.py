@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from qlora.ask import transport
 from qlora.ask.transport import LocalServer
-from qlora.errors import DoesNotFit, ModelError
+from qlora.errors import DoesNotFit, ExportError, ModelError
 from tests.ask.cases import ToyLlama, call, served, user
 
 HI = {"messages": [user("hi")], "model": "toy.gguf"}
@@ -96,21 +97,72 @@ def test_what_cannot_be_answered_is_said_in_the_protocol_s_shape(live: ToyLlama)
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(DoesNotFit("no memory", "less"), 503), (ModelError("nan", "other"), 500)]
-)
+    ("error", "status"),
+    [
+        (DoesNotFit("/home/me/x.gguf: no memory", "less"), 503), (ModelError("/home/me/x: nan", "other"), 500),
+        (KeyError("/home/me/x"), 500), (OSError(28, "full", "/home/me/x"), 500), (RecursionError(), 500),
+    ],
+)  # fmt: skip
 def test_an_answer_that_fails_ends_the_request_and_not_the_server(
     live: ToyLlama, error: Exception, status: int
 ) -> None:
     def fail() -> None:
         raise error
 
-    with served(live) as (server, _):
+    with served(live) as (server, sink):
         live.before_each = fail
-        assert call(server, HI)[0] == status
+        found, whole = call(server, HI)
         *_, last = events(server)
-        assert last["error"]["message"] and last["error"]["type"] == "server_error"
+        assert found == status and whole == last
+        assert last["error"]["message"] and last["error"]["type"] == "server_error" and "/home" not in str(last)
+        said = [event.as_dict()["message"] for event in sink.of("notice")][1:]
+        assert len(said) == 2 and all(getattr(error, "what", type(error).__name__) in message for message in said)
         live.before_each = lambda: None
         assert call(server, HI)[1]["choices"][0]["message"]["content"] == "[hi]"
+
+
+def test_a_crash_over_the_question_is_not_told_as_a_fault_of_the_question(live: ToyLlama) -> None:
+    def crash(text: str) -> list[int]:
+        raise ExportError("/models/toy.gguf: llama.cpp crashed (ended by signal 11)", "export it again")
+
+    with served(live) as (server, _):
+        assert call(server, HI)[0] == 200
+        tokenize, live.tokenize = live.tokenize, crash  # type: ignore[method-assign]
+        status, answer = call(server, HI)
+        assert status == 500 and answer["error"]["type"] == "server_error"
+        assert answer["error"]["param"] is None and "/models" not in answer["error"]["message"]
+        live.tokenize = tokenize  # type: ignore[method-assign]
+        assert call(server, HI)[0] == 200
+
+
+def test_a_client_that_reads_drop_by_drop_holds_up_nobody(live: ToyLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "WRITE_SECONDS", 0.5)
+    live.answer = lambda _: "x" * 300
+    with served(live) as (server, _), socket.socket() as connection:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", server.server_port))
+        data = json.dumps({**HI, "stream": True, "max_tokens": 300}).encode()
+        head = f"Host: localhost:{server.server_port}\r\nContent-Length: {len(data)}\r\n"
+        connection.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\n{head}Content-Type: application/json\r\n\r\n".encode() + data
+        )
+        found, answers = b"", list[int]()
+        waiting = threading.Thread(target=lambda: answers.append(call(server, {**HI, "max_tokens": 1})[0]))
+        while True:  # never silent for so long as an answer may wait in all
+            try:
+                piece = connection.recv(256)
+            except ConnectionError:
+                break
+            if not piece:
+                break
+            if not found:
+                waiting.start()
+            found += piece
+            time.sleep(0.05)
+        waiting.join(20)
+    assert found.startswith(b"HTTP/1.1 200 ") and b"[DONE]" not in found and answers == [200]
 
 
 def test_a_client_that_goes_away_stops_its_answer(live: ToyLlama) -> None:

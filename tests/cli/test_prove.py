@@ -47,6 +47,29 @@ def test_what_can_be_mended_is_2(tmp_path: Path) -> None:
     expect_two_lines(run(*arguments, cwd=tmp_path, module="prove"), "no such folder")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("notes.json", '{"mine": 1}', "holds no proofs of ours"),
+        ("notes.txt", "my notes", "holds no proofs of ours"),
+        ("f" * 300 + ".json", None, "File name too long"),
+        ("", None, "holds no proofs of ours"),  # a folder
+    ],
+)
+def test_a_file_of_somebody_else_is_not_written_over_nor_work_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None, said: str
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    if content is not None:
+        (folder / name).write_text(content)
+    begun: list[str] = []
+    monkeypatch.setattr(suite, "run_all", lambda place, begin: begun.append("proofs"))
+    found = CliRunner().invoke(prove.app, ["--device", "cpu", "--json", str(folder / name)])
+    assert found.exit_code == 2 and said in found.stderr and not begun
+    assert [file.read_text() for file in folder.iterdir()] == ([] if content is None else [content])
+
+
 def test_the_command_is_one() -> None:
     assert isinstance(prove.app, typer.Typer)
 

@@ -176,7 +176,12 @@ def run_disturbed(
     monkeypatch: pytest.MonkeyPatch, folder: Path, signal_number: int, times: int
 ) -> PreparedData | QloraError:
     """A run with two processes; `times` of them are sent a signal while they work, one after the other."""
-    (folder / "a.jsonl").write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows(200)))
+    words = random.Random(0)  # none of which comes twice: a batch takes longer than it takes to send a signal
+    long = [" ".join(f"{words.getrandbits(64):x}" for _ in range(120)) for _ in range(200)]
+    asked = [
+        [{"role": "user", "content": text}, *row["messages"][1:]] for text, row in zip(long, rows(200), strict=True)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in asked))
     data = DataSection(
         train=(SourceSection(path=str(folder / "a.jsonl"), format="messages"),), max_length=4096, max_bad_rows=50
     )

@@ -167,6 +167,33 @@ def test_a_combination_is_exported_with_what_it_was_made_of(tmp_path: Path, llam
     assert load_file(again.folder / "model.safetensors").keys() == ours.keys()
 
 
+def test_what_dare_draws_leaves_every_generator_as_it_was(
+    tmp_path: Path, theirs: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.manual_seed seeds the devices too, and of one that is not begun yet it keeps the seed for later."""
+
+    def seeds_devices(_: int) -> None:
+        raise AssertionError("the generators of all devices")
+
+    combination = Combination((0.7, 0.3), "dare_linear", 0.5, 3)
+    state = torch.get_rng_state()
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        monkeypatch.setattr(torch, "manual_seed", seeds_devices)
+        combine.write(
+            members(theirs, ["one", "other"], combination),
+            combination,
+            tmp_path / place,
+            {"base": "x", "revision": None},
+        )
+        monkeypatch.undo()
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        state = torch.get_rng_state()
+    one, other = (load_file(tmp_path / place / FILE) for place in ("a", "b"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 @pytest.mark.slow
 def test_it_is_verified_as_the_combined_model(tmp_path: Path, llama: Path) -> None:
     for name in ("plain", "some"):

@@ -71,6 +71,33 @@ def test_a_child_that_ends_is_two_lines(opened: live.Live, error: type[QloraErro
         assert "x.gguf" in raised.value.what and raised.value.hint
 
 
+ONCE = """
+    first = not os.path.exists(asked["file"] + ".seen"); open(asked["file"] + ".seen", "w")
+    if first: sys.stderr.write("error: out of memory\\n"); os.kill(os.getpid(), signal.SIGABRT)
+    print(json.dumps({"lost": True} if request.get("start") else {"ids": [7]}), flush=True)"""
+
+
+@pytest.mark.parametrize("opened", [ONCE], indirect=True)
+def test_a_child_that_has_ended_is_started_anew_and_has_forgotten_the_row(opened: live.Live) -> None:
+    with pytest.raises(QloraError):
+        opened.extend([1], 3, True)
+    assert opened.extend([1], 3, True) is None and opened.tokenize("hi") == [7]
+    opened._process.kill()  # while nothing is asked: nobody notices
+    opened._process.wait()
+    assert opened.tokenize("hi") == [7]
+
+
+@pytest.mark.parametrize("opened", ["os.kill(os.getpid(), signal.SIGABRT)"], indirect=True)
+def test_a_child_that_is_started_anew_must_find_the_same_file(opened: live.Live) -> None:
+    with pytest.raises(ExportError, match="crashed"):
+        opened.tokenize("hi")
+    opened.about = {"tokens": 4}
+    for _ in range(2):
+        with pytest.raises(ExportError, match="another file than the one that was opened"):
+            opened.tokenize("hi")
+    opened.about = {"tokens": 3}
+
+
 @pytest.mark.parametrize("opened", ["pass"], indirect=True)
 def test_a_child_that_is_silent_is_not_waited_for(opened: live.Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "START_SECONDS", 0.2)

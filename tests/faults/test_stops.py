@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from qlora.model.adapter_folder import delivered_step
 from qlora.recipe.reading import load_recipe
 from qlora.report.files import read_events
 from qlora.stop import StopRequest
+from qlora.training.evaluate import RunEvaluation
 from tests.runs import hashes, run_dir, train, values, write_recipe
 
 SETTINGS = (
@@ -81,3 +84,91 @@ def test_a_request_to_save_is_met_once(tmp_path: Path, llama: Path) -> None:
     api.train(load_recipe(recipe, SETTINGS), name="tiny", sink=Sinks(recorder, HangUp()), stop=stop)
     saved = [event.as_dict()["step"] for event in recorder.of("saved") if event.as_dict()["what"] == "checkpoint"]
     assert saved == [3, 6]
+
+
+ENDINGS = (
+    *(*SETTINGS, "train.max_steps=2", "eval.every_steps=1", "eval.samples=0", "eval.exact_match_rows=1"),
+    *("checkpoint.every_steps=1", "data.packing=false"),
+)
+BEST, LAST = 1, 2
+
+
+class AtTheEnd:
+    """Asks for a stop at the first event of a kind, with some word, after the last step; damages what is delivered
+    before it is looked at, if so."""
+
+    def __init__(self, folder: Path, at: tuple[str, str], damaged: bool, stop: StopRequest) -> None:
+        self.folder, self.at, self.damaged, self.stop = folder, at, damaged, stop
+        self.seen: dict[tuple[str, str], None] = {}
+        self.ended = False
+
+    def emit(self, event: Event) -> None:
+        said = event.as_dict()
+        self.ended = self.ended or (event.kind == "step" and said["step"] == LAST)
+        if not self.ended:
+            return
+        point = event.kind, str(said.get("task") or said.get("topic") or said.get("what") or "")
+        self.seen[point] = None
+        if self.damaged and event.kind == "eval" and said["step"] == LAST:
+            file = self.folder / "adapter" / "adapter_model.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+        if point == self.at:
+            self.stop.set()
+
+    def close(self) -> None:
+        pass
+
+
+def weights(recipe: Path) -> tuple[dict[str, str], dict[str, bytes], int | None]:
+    """What the last checkpoint holds, and what is delivered."""
+    adapter = run_dir(recipe) / "adapter"
+    names = ("adapter_model.safetensors", "qlora.json", "README.md")
+    return hashes(recipe, LAST), {name: (adapter / name).read_bytes() for name in names}, delivered_step(adapter.parent)
+
+
+class Ending:
+    """The end of one run, as often as it is wanted."""
+
+    def __init__(self, folder: Path, base: Path, damaged: bool) -> None:
+        self.recipe, self.kept, self.damaged = write_recipe(folder / "run", base), folder / "kept", damaged
+        train(self.recipe, *ENDINGS, stop_after=LAST - 1)
+        shutil.copytree(run_dir(self.recipe), self.kept)
+
+    def with_stop(self, *at: str) -> AtTheEnd:
+        shutil.rmtree(run_dir(self.recipe))
+        shutil.copytree(self.kept, run_dir(self.recipe))
+        stop = StopRequest()
+        sink = AtTheEnd(run_dir(self.recipe), (at[0], at[1]), self.damaged, stop)
+        with suppress(StoppedBySignal):
+            api.train(load_recipe(self.recipe, ENDINGS), name="tiny", mode="resume", sink=Sinks(sink), stop=stop)
+        return sink
+
+
+@pytest.fixture
+def ending(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Ending:
+    """What is delivered is not what was trained last."""
+    measured = RunEvaluation.loss
+    monkeypatch.setattr(RunEvaluation, "loss", lambda self, step: measured(self, step) + 10 * abs(step - BEST))
+    return Ending(tmp_path, llama, request.param)
+
+
+@pytest.mark.parametrize("ending", [True], indirect=True)
+def test_a_stop_after_the_best_was_delivered_again_keeps_the_last_state(ending: Ending) -> None:
+    sink = ending.with_stop("notice", "adapter")
+    assert ("notice", "adapter") in sink.seen
+    stopped = weights(ending.recipe)
+    ending.with_stop("", "")
+    assert stopped[0] == weights(ending.recipe)[0], "the last checkpoint has the last step's weights"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [False, True], indirect=True)
+def test_a_stop_at_any_moment_of_the_end_changes_nothing(ending: Ending) -> None:
+    straight = ending.with_stop("", "")
+    expected = weights(ending.recipe)
+    assert expected[2] == BEST and len(straight.seen) > 5
+    for point in straight.seen:
+        ending.with_stop(*point)
+        assert weights(ending.recipe)[0] == expected[0], f"the last checkpoint after a stop at {point}"
+        train(ending.recipe, *ENDINGS, mode="resume")
+        assert weights(ending.recipe) == expected, f"a stop at {point}"

@@ -49,7 +49,8 @@ def test_every_key_is_carried_or_named(tmp_path: Path) -> None:
     assert (recipe.train.batch_size, recipe.train.epochs, recipe.train.max_steps) == (16, 1.0, None)
     assert (recipe.train.lr_scheduler, recipe.train.neftune_alpha) == ("constant", 5.0)
     assert recipe.data.loss_on == "assistant" and recipe.quantization.double_quant
-    assert set(left(found)) == {"dataset_config", "hub_token", "report_to", "label_names"}
+    assert set(left(found)) == {"dataset_config", "hub_token", "label_names"}
+    assert recipe.report.sinks == ("console", "jsonl", "html", "wandb")
     assert not any("abcdefghijkl" in account.key for account in found.accounts)
 
 
@@ -88,10 +89,32 @@ def test_no_rows_are_held_out_where_none_are_there(tmp_path: Path) -> None:
 
 def test_what_is_trained_there_and_not_here_is_said(tmp_path: Path) -> None:
     lost = left(imported(tmp_path, "model_name_or_path: a/b\ndataset_name: a/c\nmax_length: 9\n"))
+    assert "completion alone is trained" in lost.pop("completion_only_loss")
     assert "base itself is trained" in lost["use_peft"] and "lora_target_modules" not in lost
     lost = left(imported(tmp_path, SMALL))
     assert "q_proj and v_proj" in lost["lora_target_modules"] and "use_peft" not in lost
-    assert not left(imported(tmp_path, SMALL + "lora_target_modules: [q_proj]\n"))
+    rest = left(imported(tmp_path, SMALL + "lora_target_modules: [q_proj]\n"))
+    assert set(rest) == {"completion_only_loss"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "loss_on", "unsaid"),
+    [
+        ("", "all", True),  # by the rows: completions alone, or all of a chat
+        ("completion_only_loss: null", "all", True),
+        ("completion_only_loss: false", "all", False),
+        ("completion_only_loss: true", "assistant", False),
+        ("assistant_only_loss: true", "assistant", False),
+        ("assistant_only_loss: false", "all", True),
+        ("assistant_only_loss: true\ncompletion_only_loss: false", "assistant", False),
+    ],
+)
+def test_what_is_trained_of_which_rows(tmp_path: Path, lines: str, loss_on: str, unsaid: bool) -> None:
+    found = imported(tmp_path, SMALL + lines)
+    assert recipe_of(found).data.loss_on == loss_on
+    assert ("completion_only_loss" in left(found)) is unsaid
+    whole = [account.said for account in found.of("carried") if account.key == "completion_only_loss"]
+    assert whole == [] or "chats are trained whole there" in whole[0]
 
 
 def test_rows_without_a_limit_are_said_to_have_one_here(tmp_path: Path) -> None:

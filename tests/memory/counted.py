@@ -15,10 +15,11 @@ from qlora.events import Sinks
 from qlora.memory.allocator import rounded
 from qlora.memory.simulation import Workload
 from qlora.memory.trace import LiveBytes
-from qlora.model import adapters, load
+from qlora.model import adapters, load, lora_functions
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 
@@ -35,7 +36,8 @@ def count_step(folder: Path, workload: Workload, lora: LoraSection) -> Counted:
     """Load the base, attach adapters, make the optimizer's moments, and run one step of `workload`."""
     cpu = torch.device("cpu")
     base = resolve(str(folder), "main", Sinks())
-    model = adapters.attach(load.load_base(base, QuantizationSection(), "auto", cpu, Sinks()), lora, 0)
+    loaded = load.load_base(base, QuantizationSection(), "auto", cpu, Sinks())
+    model = adapters.attach(loaded, lora, 0, functions=lora_functions.choose(lora))
     causal_lm = model.get_base_model()
     parts = CausalParts.of(causal_lm)
     set_gradient_checkpointing(causal_lm, workload.gradient_checkpointing, keep_random_state=False)

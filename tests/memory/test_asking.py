@@ -46,15 +46,15 @@ def simulated(text: Any, asked: Asked) -> int:
     return highest(live, 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(("family", "window"), [("llama", {}), ("gemma3", {}), ("gemma3", {"sliding_window": 64})])
 @pytest.mark.parametrize(
     "asked", [Asked(6, 96, 24, 40), Asked(6, 0, 120, 24), Asked(6, 0, 40, 24, 25)], ids=["shared", "apart", "scored"]
 )
-def test_what_is_asked_is_counted(family: str, asked: Asked, tmp_path: Path) -> None:
-    """Not under, and over by at most 15 %."""
+def test_what_is_asked_is_counted(family: str, window: dict[str, int], asked: Asked, tmp_path: Path) -> None:
+    """Not under, and over by at most 15 %; also of prompts that are longer than a window."""
     from transformers import AutoModelForCausalLM
 
-    folder = make_base(family, tmp_path / family, overrides={"hidden_size": 128, "intermediate_size": 256})
+    folder = make_base(family, tmp_path / family, overrides={"hidden_size": 128, "intermediate_size": 256, **window})
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     real = counted(model, asked)
     assert real <= simulated(model.config, asked) <= 1.15 * real

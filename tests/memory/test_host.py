@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from qlora import api
-from qlora.memory import host, overheads
+from qlora.memory import host, margins, overheads
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.hardware import Machine
 from qlora.model.meta_model import text_config
@@ -31,29 +30,29 @@ def test_the_process_is_asked_what_it_holds() -> None:
     assert estimator().held - before > 190 * MIB and more.size
 
 
-def test_what_a_run_adds_depends_on_shapes_and_has_an_end() -> None:
-    one, some, all_of_them, more = (host.added_bytes(100 * MIB, widths, False) for widths in (1, 5, 7, 1000))
-    assert one < some < all_of_them == more < host.added_bytes(100 * MIB, 1000, True)
+def test_what_a_run_adds_depends_on_what_it_does() -> None:
+    plain, answers, asks = (host.added_bytes(100 * MIB, *does) for does in ((False,), (True,), (False, True)))
+    assert plain < answers < asks
+    assert host.added_bytes(200 * MIB, False) - plain == round(host.FRAGMENTATION_SHARE * 100 * MIB)
 
 
-@pytest.mark.parametrize(
-    ("facts", "measured"),
-    [
-        # 40 steps on packs of up to 400 tokens and their answers: resident 686 MiB at the highest, 489 before the base;
-        # states were written between steps then, and no copy of one was held at the peak.
-        (DataFacts(400, 1, 30, True, trained=100, widths=50, answer_tokens=128), 197),
-    ],
-)
-def test_the_quickstart_takes_what_was_measured(facts: DataFacts, measured: int) -> None:
-    """Not less, and within 20 %: the constants are those of a larger base too."""
+QUICKSTART = DataFacts(400, 1, 24, True, typical=24, documents=19, trained=65, answer_tokens=11)
+
+
+def test_the_quickstart_takes_what_was_measured() -> None:
+    """By its 40th step, its answers among them: 129 MiB beside what was held; not less, and within 5 %."""
     recipe = load_recipe(ROOT / "recipes/quickstart.toml")
     asked = estimator()
-    estimate = asked.estimate(recipe, facts)
+    estimate = asked.estimate(recipe, QUICKSTART)
+    assert 129 * MIB <= estimate.peak_bytes - asked.held <= 129 * 1.05 * MIB
+
+
+def test_the_margin_holds_the_copy_of_a_state_that_is_written_meanwhile() -> None:
+    recipe = load_recipe(ROOT / "recipes/quickstart.toml")
+    estimate = estimator().estimate(recipe, QUICKSTART)
     parts = estimate.components
     copied = overheads.snapshot_bytes(parts["adapters"], parts["optimizer"], pinned=False)
-    assert 0 < copied < 20 * MIB
-    taken = estimate.peak_bytes - asked.held - copied
-    assert measured * MIB <= taken <= measured * 1.2 * MIB
+    assert 10 * MIB < copied <= estimate.error_bytes - margins.HOST_BYTES
 
 
 def test_an_estimate_without_rows_counts_what_reading_them_takes() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -112,6 +114,46 @@ def test_layers_are_recomputed_only_where_that_is_needed(
     monkeypatch.setattr(ByHand, "estimate", lambda self, *about: questions.append(about) or estimate(self, *about))
     plan = planner(limit_gib).decide(recipe())
     assert plan.changes == {"train.gradient_checkpointing": recomputes} and len(questions) == asked
+
+
+class ByLayers(ByHand):
+    """Of eight layers, each that is kept takes its part of the 3 MiB a token that recomputing all of them saves."""
+
+    def __init__(self, limit_gib: float) -> None:
+        super().__init__(limit_gib)
+        self.text = SimpleNamespace(num_hidden_layers=8)
+        self.asked: list[Any] = []
+
+    def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
+        setting = recipe.train.gradient_checkpointing
+        self.asked.append(setting)
+        count = 8 if setting in ("auto",) or setting is True else int(setting)
+        estimate = super().estimate(changed(recipe, {"train.gradient_checkpointing": True}), facts)
+        kept = (8 - count) * 3 * 128 * (1 << 20) * estimate.settings["train.micro_batch_size"]
+        settings = {**estimate.settings, "train.gradient_checkpointing": setting}
+        speed = estimate.settings["train.micro_batch_size"] * (1.5 - 0.5 * count / 8)
+        return replace(estimate, peak_bytes=estimate.peak_bytes + kept, settings=settings, tokens_per_second=speed)
+
+
+@pytest.mark.parametrize(
+    ("limit_gib", "setting"), [(6.0, False), (5.9, 1), (4.6, 4), (4.5, 4), (4.4, 5), (3.1, True), (2.9, True)]
+)
+def test_no_more_layers_are_recomputed_than_needed(limit_gib: float, setting: bool | int) -> None:
+    """A layer that is kept takes 0.375 GiB; what is asked is the estimator, by halving."""
+    estimator = ByLayers(limit_gib)
+    plan = Planner(estimator).decide(recipe())  # type: ignore[arg-type]
+    chosen = plan.changes["train.gradient_checkpointing"]
+    assert (chosen, type(chosen)) == (setting, type(setting))
+    assert plan.estimate.fits is (limit_gib >= 3) and len(estimator.asked) <= 6
+    assert plan.estimate.peak_bytes <= limit_gib * GIB or limit_gib < 3
+
+
+def test_a_search_names_the_number_of_layers() -> None:
+    found = Planner(ByLayers(5.0)).search(recipe())  # type: ignore[arg-type]
+    assert [plan.changes for plan in found] == [
+        {"train.micro_batch_size": 2, "train.gradient_checkpointing": 7},
+        {"train.micro_batch_size": 2, "train.gradient_checkpointing": True},
+    ]
 
 
 def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_data() -> None:

@@ -22,7 +22,8 @@ from qlora.model.attention_choice import KERNEL_TOLERANCE, Heads, trial_batch, t
 from qlora.model.base_folder import BaseFolder
 from qlora.model.document_attention import KERNELS, flex, one_by_one
 from qlora.model.document_mask import DocumentMask
-from qlora.step.forward import CausalParts, hidden_states, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, hidden_states
+from qlora.step.layerwise import set_gradient_checkpointing
 from tests.data.cases import split_of
 from tests.families import FAMILIES, WINDOW
 from tests.model.conftest import load

@@ -15,7 +15,8 @@ from qlora.data.loader import collate
 from qlora.forward_facts import in_forward, of_forward
 from qlora.model.base_folder import BaseFolder
 from qlora.model.document_mask import DocumentMask, by_documents
-from qlora.step.forward import CausalParts, forward_backward, hidden_states, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward, hidden_states
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from tests.data.cases import split_of
 from tests.families import FAMILIES, WINDOW

@@ -37,6 +37,8 @@ def seen_of(text: str) -> dict[str, Any]:
         "drawn": [{"number": 1, "documents": 2, "tokens": 9, "rows": [row]}],
         "warnings": [{"level": level, "what": text, "fix": text, **found} for level in ("wrong", "harm", "note")],
     }
+    hours = {"study": (1, 2), "exam": (1, 2), "training": (1, 2), "where": text, "limited": True}
+    memory = {"peak_bytes": 1, "limit_bytes": 2, "fits": True, "phases": {"study": 1}, "limit_source": text}
     file = {"path": text, "pages": 1, "language": text, "passages": 2, "left_out": [text]}
     papers = {
         "files": [file],
@@ -46,6 +48,7 @@ def seen_of(text: str) -> dict[str, Any]:
         "questions": 4,
         "left_out": [text],
         "takes": text,
+        "ahead": {"hours": hours, "memory": memory},
     }
     asked = {"question": text, "answer": text, "detail": text}
     lost = {"reason": text, "said": text, "count": 2, "examples": [asked]}

@@ -1,69 +1,167 @@
-"""Weights are in a model for the time of a block only. (That layer by layer gives what the whole model gives is tested
-where exports are measured: tests/export/test_candidates.py.)"""
+"""A layer that is recomputed gives the very bits that a layer gives whose tensors are all kept."""
 
 from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora.step.layerwise import WeightHolder, layers_of
+from qlora.events import Sinks
+from qlora.memory.simulation import Workload
+from qlora.model import adapters, load
+from qlora.model.cpu_matmul import fast_matmul
+from qlora.model.resolve import resolve
+from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step import layerwise
+from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
+from qlora.step.layerwise import RunLayer, set_gradient_checkpointing
+from qlora.step.loss import SupervisedObjective
+from tests.families import FAMILIES, make_base
+from tests.memory.counted import real_batch
+
+CPU = torch.device("cpu")
+LORA = LoraSection(r=4, dropout=0.1)
+# What shares keys and values across layers, or hands each layer an embedding of its own.
+GEMMA3N = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 384,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "num_hidden_layers": 4,
+    "intermediate_size": [128] * 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "head_dim": 16,
+    "sliding_window": 12,
+}
 
 
-class Toy(nn.Module):
-    """Two layers on `meta`; transformers' names for what a holder asks of a model."""
+def opened(folder: Path, lora: LoraSection = LORA) -> Any:
+    model = load.load_base(resolve(str(folder), "main", Sinks()), QuantizationSection(), "auto", CPU, Sinks())
+    attached = adapters.attach(model, lora, 0)
+    with torch.no_grad():
+        for number, parameter in enumerate(adapters.trainable(attached).values()):
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.copy_(0.05 * drawn)
+    return attached.train()
 
-    _keep_in_fp32_modules_strict = ("norm",)
+
+def gradients(model: Any, layers: bool | int, alpha: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of two micro-batches, of packed rows and with dropout."""
+    causal_lm = model.get_base_model()
+    set_gradient_checkpointing(causal_lm, layers, keep_random_state=True)
+    model.zero_grad()
+    losses = []
+    with fast_matmul(CPU):
+        for micro_step, length in enumerate((40, 24)):
+            seed_micro_batch(7, 3, micro_step)
+            batch = real_batch(Workload(2, length), causal_lm.config.get_text_config().vocab_size)
+            losses.append(forward_backward(CausalParts.of(causal_lm), batch, SupervisedObjective(), 9.0, alpha))
+    found = {name: parameter.grad.clone() for name, parameter in adapters.trainable(model).items()}
+    return torch.stack(losses), found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_layers_give_the_same_bits(family: str, tmp_path: Path) -> None:
+    model = opened(make_base(family, tmp_path, overrides={"num_hidden_layers": 3, "layer_types": None}))
+    loss, kept = gradients(model, False)
+    for layers in (1, 2, True):
+        again, found = gradients(model, layers)
+        assert torch.equal(again, loss)
+        assert all(torch.equal(found[name], kept[name]) for name in kept), layers
+    assert any(bool(gradient.any()) for gradient in kept.values())
+
+
+def count_runs(patch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """The layers that are run by us, and by torch's function."""
+    ours: list[str] = []
+    torchs: list[str] = []
+    apply, checkpoint = RunLayer.apply, layerwise.checkpoint
+    patch.setattr(RunLayer, "apply", lambda *inputs: ours.append("") or apply(*inputs))
+    patch.setattr(layerwise, "checkpoint", lambda *about, **how: torchs.append("") or checkpoint(*about, **how))
+    return ours, torchs
+
+
+def test_the_first_layers_are_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(make_base("llama", tmp_path, overrides={"num_hidden_layers": 3}))
+    ours, torchs = count_runs(monkeypatch)
+    for layers, runs in ((False, 0), (1, 2), (2, 4), (True, 6), (9, 6)):
+        gradients(model, layers)
+        assert (len(ours), len(torchs)) == (runs, 0), layers
+        ours.clear()
+        flags = [layer.gradient_checkpointing for layer in layerwise.recomputable(model.get_base_model())]
+        assert flags == [number < runs // 2 for number in range(3)]
+
+
+def test_layers_that_share_keys_and_values_are_recomputed_in_one_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer above reads what the one below has computed, and goes back to it."""
+    model = opened(make_base("gemma3n_text", tmp_path, overrides=GEMMA3N), LORA.model_copy(update={"dropout": 0.0}))
+    loss, kept = gradients(model, False)
+    ours, torchs = count_runs(monkeypatch)
+    again, found = gradients(model, True)
+    assert torch.equal(again, loss) and all(torch.equal(found[name], kept[name]) for name in kept)
+    assert torchs and not ours
+
+
+def test_a_layer_below_the_lowest_adapter_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = LORA.model_copy(update={"target_modules": ("layers.2.self_attn.q_proj",)})
+    model = opened(make_base("llama", tmp_path, overrides={"num_hidden_layers": 4}), lora)
+    ours, torchs = count_runs(monkeypatch)
+    _, found = gradients(model, True)
+    assert (len(ours), len(torchs)) == (4, 0), "layers 2 and 3 of two micro-batches"
+    assert len(found) == 2
+
+
+def test_noise_on_the_embeddings_is_drawn_once(tmp_path: Path) -> None:
+    model = opened(make_base("qwen3", tmp_path))
+    loss, kept = gradients(model, False, alpha=5.0)
+    again, found = gradients(model, True, alpha=5.0)
+    assert torch.equal(again, loss) and all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+class Pair(nn.Module):
+    """A layer of another form: a tuple of hidden states, a value of no gradient, and something that is no tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.device("meta"):
-            self.layers = nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 2)])
-            self.norm = nn.LayerNorm(2)
-        self.register_buffer("scale", torch.empty(2, dtype=torch.float64, device="meta"))
+        self.weight = nn.Parameter(torch.tensor([1.5, -2.0]))
+
+    def forward(self, hidden: Tensor, scale: float, shift: Tensor | None = None) -> tuple[Tensor, Tensor, None]:
+        product = nn.functional.dropout(hidden * self.weight * scale, 0.5)
+        return product + hidden, product.detach(), None
 
 
-def holder_of(model: Toy) -> WeightHolder:
-    names = [name for name in model.state_dict() if name != "layers.1.bias"]
+def test_a_layer_may_give_a_tuple_and_draws_what_it_drew() -> None:
+    layer, run = Pair(), layerwise._Recomputed(keep_random_state=True)
+    hidden = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
 
-    def fetch(name: str, empty: Tensor) -> Tensor:
-        if name == "layers.1.weight":
-            raise KeyError(name)
-        return torch.ones(empty.shape, dtype=torch.float16)
+    def found(call: Any) -> list[Tensor]:
+        torch.manual_seed(5)
+        given, layer.weight.grad = hidden.clone().requires_grad_(), None
+        output, beside, nothing = call(given)
+        assert nothing is None
+        after = torch.rand(2)
+        (output.sum() * 3).backward()
+        assert given.grad is not None and layer.weight.grad is not None
+        return [output.detach(), beside.detach(), given.grad, layer.weight.grad, after, torch.rand(2)]
 
-    return WeightHolder(model, names, fetch, torch.device("cpu"), torch.bfloat16)
-
-
-def test_weights_are_there_for_the_time_of_a_block() -> None:
-    model = Toy()
-    holder = holder_of(model)
-    assert holder.names_under(model.layers[0]) == ["layers.0.weight", "layers.0.bias"]
-    assert holder.names_under(model.layers[1]) == ["layers.1.weight"], "only what is known"
-    with holder.holding(["layers.0.weight", "norm.weight", "scale"]):
-        weight = model.layers[0].weight
-        assert weight.dtype == torch.bfloat16 and float(weight.sum()) == 6 and not weight.requires_grad
-        assert model.layers[0].bias.is_meta
-        assert model.norm.weight.dtype == torch.float32, "what transformers keeps in fp32"
-        assert model.scale.dtype == torch.float64 and not isinstance(model.scale, nn.Parameter)
-    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    plain = found(lambda given: layer(given, 2.0))
+    again = found(lambda given: run(partial(Pair.forward, layer), given, 2.0))
+    assert all(map(torch.equal, plain, again))
 
 
-def test_after_an_error_the_model_is_empty_again() -> None:
-    model = Toy()
-    with pytest.raises(KeyError), holder_of(model).holding(["layers.0.weight", "layers.1.weight"]):
-        pass
-    with pytest.raises(ValueError, match="ours"), holder_of(model).holding(["layers.0.weight"]):
-        raise ValueError("ours")
-    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-
-
-def test_layers_that_are_in_no_list_are_not_found() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **size))
-    assert list(layers_of(model)) == list(model.model.layers)
-    model.config.num_hidden_layers = 4
-    with pytest.raises(LookupError, match="LlamaForCausalLM: its 4 layers are not found"):
-        layers_of(model)
+def test_what_has_a_gradient_beside_hidden_states_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, run = Pair(), layerwise._Recomputed(keep_random_state=False)
+    ours, torchs = count_runs(monkeypatch)
+    hidden, shift = torch.ones(3, 2, requires_grad=True), torch.ones(2, requires_grad=True)
+    run(partial(Pair.forward, layer, shift=shift), hidden, 1.0)
+    run(partial(Pair.forward, layer, shift={"shared": shift}), hidden, 1.0)
+    run(partial(Pair.forward, layer, shift=(shift.detach(), None, 2)), hidden, 1.0)
+    assert (len(ours), len(torchs)) == (1, 2)

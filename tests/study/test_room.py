@@ -33,6 +33,14 @@ def test_labels_of_a_hundred_pages() -> None:
     assert "24 answers at once" in found.told()
 
 
+def test_thoughts_need_room_before_an_answer() -> None:
+    free = kv_bytes(QWEN3_4B, (400 + 96 + 96 + 512) * 5)
+    assert room(QWEN3_4B, 400, 3400, free, thoughts=512).at_once == 5 < room(QWEN3_4B, 400, 3400, free).at_once
+    assert room(QWEN3_4B, 400, 3400, free, 512).disk_bytes == room(QWEN3_4B, 400, 3400, free).disk_bytes
+    (_, study), (_, exam) = batches(400, 100, thoughts=512)
+    assert [batch[3] for batch in (*study, *exam)] == [512 + 96, 96, 512 + 64]
+
+
 def test_what_is_asked_at_once() -> None:
     (_, study), (_, exam) = batches(400, 100, at_once=24)
     assert study == ((24, 500, 64, 96, 0), (24, 0, 164, 96, 97))
@@ -46,9 +54,10 @@ def test_documents_decide_what_the_recipe_does_not_set(tmp_path: Path) -> None:
     for name, heard in (("doc.md", False), ("gone", True)):
         (tmp_path / "recipe.toml").write_text(lines.format(name))
         sink = Recorder()
-        found, asks = foreseen(load_recipe(tmp_path / "recipe.toml"), sink)
+        found, asks, known = foreseen(load_recipe(tmp_path / "recipe.toml"), sink)
+        assert (known is None) is heard and (known is None or (known.passages, known.sentences) == (1, 1))
         assert found.lora.r == 32 and [phase for phase, _ in asks] == ["study", "exam"]
         said = [event.as_dict().get("message", "") for event in sink.events]
         assert any("not read for this estimate" in one for one in said) is heard
     plain = load_recipe(Path(__file__).parent.parent.parent / "recipes/quickstart.toml")
-    assert foreseen(plain, Recorder()) == (plain, ())
+    assert foreseen(plain, Recorder()) == (plain, (), None)

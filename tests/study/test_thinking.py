@@ -18,7 +18,7 @@ from qlora.study.generation import Manner, write
 from qlora.study.labels import labels_of
 from qlora.study.prompts import lead_ids, prompt_ids, served_ids
 from qlora.study.teacher import Teacher
-from qlora.study.thinking import Thoughts, lead, settled, without
+from qlora.study.thinking import Thoughts, lead, may_think, settled, without
 from tests.data.shapes import shape_chat
 from tests.data.toys import template_of
 from tests.families import make_config, make_model
@@ -51,6 +51,17 @@ def test_what_a_template_writes_before_an_answer(shape: str, written: str) -> No
     assert asked == [*served, *lead_ids(of, "chat")] and not any(row.loss_weights[: len(served)])
     assert all(row.loss_weights[len(served) : len(asked)]) and lead_ids(of, "lines") == ()
     assert not of.dropped["no block"] and Thoughts.of(of).opened == ""
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("smollm3", True), ("smollm3_no_think", False), ("qwen3", False),  # in whose rows stands an empty block
+        ("qwen35_small", False), ("deepseek_r1", False), ("gpt_oss", False), ("gemma3", False), ("mistral_v01", False),
+    ],
+)  # fmt: skip
+def test_who_says_before_an_answer_that_there_are_no_thoughts_has_none(shape: str, said: bool) -> None:
+    assert may_think(shape_chat(shape)) is said
 
 
 @pytest.fixture

@@ -25,12 +25,13 @@ from qlora.training.evaluate import RunEvaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery, attempt
 from qlora.training.selfcheck import SelfCheck
-from tests.runs import run_dir, train, values, write_recipe
+from tests.runs import hashes, run_dir, train, values, write_recipe
 
 RUN = (
     *("train.max_steps=3", "train.batch_size=4", "data.max_length=96", "data.packing=false", "train.optimizer=adamw"),
     *("eval.samples=0", "eval.every_steps=2", "checkpoint.every_steps=1", "checkpoint.keep=9"),
 )
+ALL = ("train.gradient_checkpointing=true",)  # layers are recomputed: what is left to lower is the micro-batch
 CPU = torch.device("cpu")
 
 
@@ -96,7 +97,7 @@ def test_at_every_micro_step_the_gradient_is_that_of_the_small_micro_batch(
             seen = in_fp32(patch)
             fail_at(patch, call)
             recipe = write_recipe(tmp_path / f"failing-{call}", base)
-            recorder = train(recipe, *RUN, "train.micro_batch_size=2", 'quantization.type="none"')
+            recorder = train(recipe, *RUN, *ALL, "train.micro_batch_size=2", 'quantization.type="none"')
         (event,) = recorder.of("recovered")
         assert event.as_dict()["step"] == call // 2 + 1
         assert "micro-batches of 1 instead of 2" in event.as_dict()["message"]
@@ -115,10 +116,10 @@ def test_the_new_size_is_kept_and_a_resumed_run_goes_on_with_it(
     recipe = write_recipe(tmp_path, llama)
     with monkeypatch.context() as patch:
         fail_at(patch, 0)
-        train(recipe, *RUN, "train.micro_batch_size=4", stop_after=2)
+        train(recipe, *RUN, *ALL, "train.micro_batch_size=4", stop_after=2)
     state = json.loads((run_dir(recipe) / "checkpoints/step-000002/state.json").read_text())["state"]
-    assert (state["micro_batch_size"], state["gradient_checkpointing"]) == (2, False)
-    recorder = train(recipe, *RUN, "train.micro_batch_size=4", mode="resume")
+    assert (state["micro_batch_size"], state["gradient_checkpointing"]) == (2, True)
+    recorder = train(recipe, *RUN, *ALL, "train.micro_batch_size=4", mode="resume")
     assert values(recorder, "plan", "micro_batch_size") == [2]
 
 
@@ -126,7 +127,7 @@ def test_a_resumed_run_that_may_not_pack_evaluates_with_the_new_size_too(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path, llama)
-    settings = (*RUN, "train.micro_batch_size=4", "data.packing=true", "eval.every_steps=1")
+    settings = (*RUN, *ALL, "train.micro_batch_size=4", "data.packing=true", "eval.every_steps=1")
     leaky = SelfCheck(head=0.01, leak=0.5)
     monkeypatch.setattr(selfcheck, "run", lambda *_: leaky)
     with monkeypatch.context() as patch:
@@ -146,7 +147,7 @@ def test_a_resumed_run_that_may_not_pack_evaluates_with_the_new_size_too(
 
 
 def test_twenty_in_a_row_keep_nothing() -> None:
-    recovery = OomRecovery(MemorySettings(1 << 20, False), CPU, Recorder(), lambda settings: None)
+    recovery = OomRecovery(MemorySettings(1 << 20, True), CPU, Recorder(), lambda settings: None)
     made: list[weakref.ref[torch.Tensor]] = []
 
     def work() -> str:
@@ -187,6 +188,24 @@ def test_twenty_in_a_row_within_a_run_keep_no_tensor(
     assert values(recorder, "step", "step") == [1, 2, 3]
 
 
+def test_more_recomputed_layers_change_no_bit(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lowered first leaves the run as it was, also where it was stopped and went on with the new number."""
+    import json
+
+    straight, failing = write_recipe(tmp_path / "straight", llama), write_recipe(tmp_path / "failing", llama)
+    dropout = (*RUN, "train.micro_batch_size=2", "lora.dropout=0.2", "data.packing=true")
+    train(straight, *dropout)
+    with monkeypatch.context() as patch:
+        fail_at(patch, 1)
+        recorder = train(failing, *dropout, stop_after=2)
+    assert "the first 1 layers are recomputed" in str(values(recorder, "recovered", "message"))
+    state = json.loads((run_dir(failing) / "checkpoints/step-000002/state.json").read_text())["state"]
+    assert (state["micro_batch_size"], repr(state["gradient_checkpointing"])) == (2, "1")
+    recorder = train(failing, *dropout, mode="resume")
+    assert repr(values(recorder, "plan", "gradient_checkpointing")) == "[1]"
+    assert hashes(failing, 3) == hashes(straight, 3)
+
+
 def test_levers_are_pulled_in_order_and_then_the_run_ends_with_remedies(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,9 +220,10 @@ def test_levers_are_pulled_in_order_and_then_the_run_ends_with_remedies(
         api.train(load_recipe(recipe, settings), name=recipe.stem, sink=recorder)
     said = [event.as_dict()["message"].split(": ")[-1] for event in recorder.of("recovered")]
     assert [message.partition(";")[0] for message in said] == [
+        "the first 1 layers are recomputed in the backward pass from now on",
+        "layers are recomputed in the backward pass from now on",
         "micro-batches of 2 instead of 4 rows",
         "micro-batches of 1 instead of 2 rows",
-        "layers are recomputed in the backward pass from now on",
     ]
     assert caught.value.exit_code == 3 and "GiB" in caught.value.hint
 

@@ -2,9 +2,11 @@
 
     python tools/bench/peaks.py            # simulates every row (four minutes), keeps that, prints the table
     python tools/bench/peaks.py --kept     # the table from what was simulated before
+    python tools/bench/peaks.py --blind    # the same of the rows that nothing was set by; with --kept too
 
 `results/peaks.json` holds the published rows (address, settings, what was measured) and the sources' roles: margins
-were set by those called "fitting", and looked at beside those called "held out" (README.md says how far). A row is
+were set by those called "fitting", and looked at beside those called "held out" (README.md says how far);
+`peaks-blind.json` was written down, settings and all, before a row of it was simulated. A row is
 there only if each of its settings that matters is stated and can be expressed; measured is `allocated` (torch's live
 tensors), `reserved` (what torch took from the driver) or `process` (that and the context).
 """
@@ -34,6 +36,7 @@ from qlora.memory.simulation import ModelSpec, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
 FILE = Path(__file__).resolve().parent / "results/peaks.json"
+BLIND = FILE.with_name("peaks-blind.json")
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "qv": ("q_proj", "v_proj"),
     "qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -64,6 +67,17 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
         "float_logits": True,
         "autocast": True,
     },
+    # and through trl's SFTTrainer (0.9), which has peft prepare the base and then casts embeddings and head back
+    "trl 0.9, 4 bit": {
+        "dtype": BF16,
+        "adapter_dtype": F32,
+        "loss": "shifted",
+        "float_logits": True,
+        "autocast": True,
+        "casts_back": True,
+    },
+    # and with 4.32 and peft 0.5; Qwen's own model leaves its logits as they are. peft 0.6 gave adapters the base's type
+    "trainer 4.32, 16 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted, then float"},
     # a loop of one's own over peft: a bf16 base, adapters in float32, the loss of bf16 logits
     "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted as they are"},
     # and over a quantized base that peft prepared: all that is not in 4 bit in float32
@@ -122,7 +136,7 @@ def simulate(row: Mapping[str, Any], shapes: Mapping[str, Any], known: dict[str,
         settings["rows"],
         settings["length"],
         settings["recompute"],
-        optimizer="adamw",
+        optimizer=settings.get("optimizer", "adamw"),
         packed=False,
         accumulates=False,
         evaluates=False,
@@ -197,14 +211,15 @@ def summary(name: str, rows: Sequence[Compared]) -> str:
 
 
 def main() -> None:
-    content = json.loads(FILE.read_text())
+    file = BLIND if "--blind" in sys.argv[1:] else FILE
+    content = json.loads(file.read_text())
     if "--kept" not in sys.argv[1:]:
         known: dict[str, Simulator] = {}
         for row in content["rows"]:
             row["simulated"] = vars(simulate(row, content["shapes"], known))
         rows = ",\n".join(json.dumps(row) for row in content["rows"])
         head = {key: value for key, value in content.items() if key != "rows"}
-        FILE.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]}}\n')
+        file.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{rows}\n]}}\n')
     print("\n".join(table(content)))
 
 

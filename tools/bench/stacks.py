@@ -31,6 +31,11 @@ def shifted_as_they_are(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return cross_entropy(logits_TV[:-1].clone(), targets_T[:-1], reduction="sum")
 
 
+def shifted_then_float(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """A copy without the last token in the logits' own type, which autocast then gives to the loss in float32."""
+    return cross_entropy(logits_TV[:-1].clone().float(), targets_T[:-1], reduction="sum")
+
+
 def mean_of_logits(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """No loss at all, as programs take it that measure memory alone."""
     return logits_TV.mean()
@@ -39,6 +44,7 @@ def mean_of_logits(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
 LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "shifted": shifted,
     "shifted as they are": shifted_as_they_are,
+    "shifted, then float": shifted_then_float,
     "mean": mean_of_logits,
 }
 
@@ -51,7 +57,8 @@ class Stack(Baseline):
     attention chooses. `half`: computes in float16, and a base that is not quantized is held in it. `loss` is one of
     `LOSSES` where it is not transformers' own; `float_logits`: the model itself gives them in float32. `keeps_inputs`:
     bitsandbytes of early 2024 keeps the input of each 4-bit layer as an attribute of its node (`ctx.tensors`), where
-    recomputation cannot drop it.
+    recomputation cannot drop it. `casts_back`: what is not in 4 bit was cast to float32, and embeddings and head back
+    again, before the first step.
     """
 
     chunked_loss: bool = False
@@ -60,6 +67,7 @@ class Stack(Baseline):
     loss: str | None = None
     float_logits: bool = False
     keeps_inputs: bool = False
+    casts_back: bool = False
 
     def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         return LOSSES[self.loss](logits_TV, targets_T) if self.loss else super().loss_of(logits_TV, targets_T)
@@ -82,6 +90,11 @@ class Stack(Baseline):
 
     def settle(self, model: Any, quantized: bool) -> list[int]:
         before = super().settle(model, quantized)
+        if self.casts_back and quantized:
+            tables = {
+                id(one.weight): one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())
+            }
+            before += [weight.numel() * 4 for weight in tables.values()]
         if self.half and not quantized:
             model.half()
         if self.kernel is not None:

@@ -15,11 +15,13 @@ from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.device import release
 from qlora.events import Sinks
-from qlora.model import adapters, load
+from qlora.model import adapters, load, lora_functions
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward
+from qlora.step.kernels import trial
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training.setup import pick_device
@@ -31,7 +33,8 @@ def run(settings: Settings) -> dict[str, Any]:
     device = pick_device()
     base = resolve(settings.base, "main", Sinks())
     model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
-    peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0)
+    functions = lora_functions.choose(LoraSection(), None, trial.work(device))
+    peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0, functions=functions)
     causal_lm = peft_model.get_base_model()
     set_gradient_checkpointing(causal_lm, settings.gradient_checkpointing, keep_random_state=False)
     parts = CausalParts.of(causal_lm)

@@ -11,6 +11,7 @@ import numpy
 from qlora.data.prepare import PreparedData
 from qlora.data.row_cache import RowReport, SourceCounts
 from qlora.data.token_cache import PreparedSplit
+from qlora.data.unread import CONTROL, TAUGHT
 from qlora.data.xray import alike, leaks, tokens
 from qlora.data.xray.drawing import DrawnPack, draw
 from qlora.data.xray.lengths import Bar, Packing, fill_of, histogram
@@ -109,6 +110,8 @@ class Seen:
     serving: Serving
     leaks: LeakView | None
     drawn: tuple[DrawnPack, ...]
+    taught: Found = Found(0)  # answers that are trained and hold special tokens; each example: file, and which
+    asked: Found = Found(0)  # special tokens in what is asked, the same
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON-ready values."""
@@ -142,6 +145,8 @@ def look(
         serving=compare(prepared.train, train_facts, chat),
         leaks=leaked,
         drawn=draw(prepared.train, packs, rows, chat.tokenizer),
+        taught=_remarked(prepared.reports[:1], TAUGHT),
+        asked=_remarked(prepared.reports[:1], CONTROL),
     )
 
 
@@ -204,6 +209,18 @@ def _conflicting(facts: tokens.RowFacts) -> list[int]:
     questions, answers = numpy.unique(distinct[:, 0], return_counts=True)
     disputed = questions[(answers > 1) & (questions != 0)]
     return [int(row) for row in numpy.flatnonzero(numpy.isin(facts.questions, disputed))]
+
+
+def _remarked(reports: Sequence[RowReport], kind: str) -> Found:
+    """What was remarked of training rows; a row with two of them counts twice."""
+    said = [
+        (rows, file, name)
+        for report in reports
+        for file, kinds in report.remarks.items()
+        for name, rows in kinds.get(kind, {}).items()
+    ]
+    most = sorted(said, key=lambda one: (-one[0], one))[:EXAMPLES]
+    return Found(sum(rows for rows, _, _ in said), tuple((f"{file}: {name}",) for _, file, name in most))
 
 
 def _found(split: PreparedSplit, rows: Sequence[int]) -> Found:

@@ -33,6 +33,7 @@ class Warning:
 def warnings_of(seen: Seen) -> list[Warning]:
     """In the order of their harm; of one level, those that concern a larger part of the rows first."""
     found = [*_of_prompts(seen), *_of_leaks(seen), *_of_sources(seen), *_of_copies(seen.train), *_of_shape(seen)]
+    found += _of_tokens(seen)
     return sorted(found, key=lambda one: (_ORDER.index(one.level), -one.count))
 
 
@@ -56,6 +57,18 @@ def _of_prompts(seen: Seen) -> Iterator[Warning]:
             )
             fix = "let the rows end with an assistant's turn, or name a template that ends it: model.chat_template"
             yield Warning(WRONG, what, fix, unended, side.not_ended.examples)
+
+
+def _of_tokens(seen: Seen) -> Iterator[Warning]:
+    """Special tokens in the rows' own text."""
+    if seen.taught.count:
+        what = f"{_rows(seen.taught.count, 'trains', 'train')} answers with special tokens of the base in their text"
+        fix = "take them out: the model learns to write them as tokens, and a server may hide or act on these"
+        yield Warning(WASTE, what, fix, seen.taught.count, seen.taught.examples)
+    if seen.asked.count:
+        what = f"{_rows(seen.asked.count, 'has', 'have')} special tokens of the base in what is asked: read as those"
+        fix = "put a blank behind their first sign where text is meant; a server reads them as tokens too"
+        yield Warning(NOTE, what, fix, seen.asked.count, seen.asked.examples)
 
 
 def _of_leaks(seen: Seen) -> Iterator[Warning]:

@@ -75,6 +75,11 @@ def read_card(folder: Path) -> tuple[str, str]:
         text = files.read_bytes(files.inside(folder, "README.md"), MAX_CARD_BYTES).decode("utf-8", "replace")
     except (OSError, files.UnsafePathError):
         return "", ""
+    return split_card(text)
+
+
+def split_card(text: str) -> tuple[str, str]:
+    """Header (YAML) and Markdown of a card's text."""
     if not text.startswith("---"):
         return "", text
     header, _, markdown = text[3:].partition("\n---")

@@ -54,16 +54,26 @@ def open_live(file: Path, context: int) -> Iterator[Live]:
 
 
 class Live:
-    """The child, and what llama.cpp has understood of the file: `about` (see `live_child.Vocabulary.describe`)."""
+    """The child, and what llama.cpp has understood of the file: `about` (see `live_child.Vocabulary.describe`).
+
+    A child that has ended is started anew by what is asked next, and has forgotten the row.
+    """
 
     def __init__(self, file: Path, log: IO[bytes]) -> None:
         self.file = file
         self.about: dict[str, Any] = {}
         self._log = log
         self._bytes = file.stat().st_size
+        self._opening: dict[str, Any] = {}
+        self._is_closed = False
+        self._start()
+
+    def _start(self) -> None:
+        self._log.seek(0)
+        self._log.truncate()  # the complaint of another child explains nothing
         command = [sys.executable, "-I", str(Path(live_child.__file__)), json.dumps(child_process.import_path())]
         try:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         except OSError as error:
             what = f"no process could be started for llama.cpp ({error.strerror or error})"
             raise ExportError(what, "close other programs, or raise the limit on processes (ulimit -u)") from error
@@ -71,13 +81,17 @@ class Live:
         self._requests = self._process.stdin
         self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._rest = bytearray()
-        self._is_silent = False
+        self._is_silent = self._is_over = False
         threading.Thread(target=_read, args=(self._process.stdout, self._replies), daemon=True).start()
 
     def begin(self, asked: dict[str, Any]) -> None:
         """Open the file. Raises as `open_live` does."""
+        self._opening = asked
+        self.about = self._open()
+
+    def _open(self) -> dict[str, Any]:
         # A disk of 50 MB a second, the slowest that anyone would wait for.
-        self.about = self._ask(asked, START_SECONDS + self._bytes / 5e7)
+        return self._asked(self._opening, START_SECONDS + self._bytes / 5e7)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text, special tokens in it as such, nothing added around it."""
@@ -100,13 +114,27 @@ class Live:
         return np.frombuffer(self._take(int(answer["logits"]), seconds), dtype=np.float32)
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, for good."""
+        self._is_closed = True
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
         self._process.kill()
         self._process.wait()
         with suppress(OSError):  # what was still to be sent has nobody to read it
             self._requests.close()
 
     def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        if (self._is_over or self._process.poll() is not None) and not self._is_closed:
+            self._end()
+            self._start()
+            if self._open() != self.about:
+                self._is_over = True  # what it says of its tokens is not what was read of them
+                raise ExportError(f"{self.file}: is another file than the one that was opened", "open it again")
+        return self._asked(request, seconds)
+
+    def _asked(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         with suppress(OSError, ValueError):  # it has gone: no answer says so
             self._requests.write(json.dumps(request).encode() + b"\n")
             self._requests.flush()
@@ -114,9 +142,11 @@ class Live:
         while (end := self._rest.find(b"\n")) < 0 and len(self._rest) < _LINE_BYTES:
             self._more(until)
         if end < 0:
+            self._is_over = True
             raise ExportError(f"{self.file}: llama.cpp says more of it than {_LINE_BYTES:,} bytes", _HINT)
         answer: dict[str, Any] = json.loads(bytes(self._rest[:end]))
         del self._rest[: end + 1]
+        self._is_over = "failed" in answer  # the child ends with it
         if NO_MEMORY in answer.get("failed", ""):
             raise DoesNotFit(f"{self.file}: {answer['failed']}", _MEMORY_HINT)
         if "failed" in answer:
@@ -146,6 +176,7 @@ class Live:
         self._rest += piece
 
     def _death(self) -> ExportError | DoesNotFit:
+        self._is_over = True
         code = self._process.wait()
         if self._is_silent:
             what = f"{self.file}: llama.cpp did not answer in time"

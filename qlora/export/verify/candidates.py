@@ -1,7 +1,7 @@
 """Candidates for an export, computed by transformers: what the merged weights, a folder or a GGUF file predict.
 
-Weights are made when the computation asks for them, a layer at a time (`step.layerwise`): merged on the fly, read from
-a written folder, dequantized from a GGUF file. A candidate is in memory whole only where its layers take more than
+Weights are made when the computation asks for them, a layer at a time (`model.layer_walk`): merged on the fly, read
+from a written folder, dequantized from a GGUF file. A candidate is in memory whole only where its layers take more than
 what the layer before gives (`model.family_facts`).
 """
 
@@ -26,10 +26,10 @@ from qlora.export.merge.merge import MergedTensor
 from qlora.export.merge.parts import VALUES_PER_BLOCK
 from qlora.model.base_folder import BaseFolder
 from qlora.model.family_facts import facts_of
+from qlora.model.layer_walk import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
 from qlora.model.meta_model import MetaModel
 from qlora.model.tensors import read_tensor
 from qlora.step.forward import CausalParts, hidden_states
-from qlora.step.layerwise import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
 from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
 
 Weights = Mapping[str, Callable[[], Tensor]]  # by parameter name of the causal model; a tied head may be missing

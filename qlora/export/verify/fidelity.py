@@ -32,8 +32,8 @@ from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
 from qlora.export.verify.candidates import head_logprobs
+from qlora.model.layer_walk import trained_hidden
 from qlora.step.forward import CausalParts, evaluating, hidden_states
-from qlora.step.layerwise import trained_hidden
 
 # The trained model's log-probabilities on the disk: 65,536 positions at a vocabulary of 2,048, 883 at one of 152,064.
 REFERENCE_BYTES = 512 << 20

@@ -44,3 +44,14 @@ def test_cut_rows_are_said_once(tmp_path: Path) -> None:
     assert [one.what for one in found if one.level == WRONG] == [
         "4 rows are cut to their first 64 tokens: their ends are not learnt"
     ]
+
+
+def test_special_tokens_in_the_rows_are_worse_in_answers(tmp_path: Path) -> None:
+    rows = [pair(f"Question {n}?", f"Answer {n} is {sentence(n, 5 + n % 7)}.") for n in range(80)]
+    rows += [pair("What is <|im_start|>?", "It begins a turn."), pair("And <|im_end|>?", "<|im_start|> begins one.")]
+    found = warnings_of(seen(tmp_path, section([write(tmp_path / "t.jsonl", rows)], max_length=256)))
+    said = [(one.level, one.count, one.examples) for one in found if "special tokens" in one.what]
+    assert said == [
+        (WASTE, 1, (("t.jsonl: <|im_start|>",),)),
+        (NOTE, 2, (("t.jsonl: <|im_end|>",), ("t.jsonl: <|im_start|>",))),
+    ]

@@ -1,0 +1,251 @@
+"""Puts our own functions (`step/lora_linear.py`) in the place of peft's forward passes, where they compute the same.
+
+A layer keeps its place, its names, its parameters and everything else that peft does with it; only what it computes in
+a forward pass goes another way: its class becomes a subclass of its class. What is asked for that the functions are not
+(adapters off or merged, several at once, autocast) is left to peft, call by call. Weights are read through the module
+whenever they are needed, and never kept.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora import numerics
+from qlora.device import is_card
+from qlora.events import Notice, Sink
+from qlora.model import rms_norms
+from qlora.model.cpu_matmul import product_dtype
+from qlora.model.lora_structure import gated_of, sharing_of
+from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, dequantize
+from qlora.numerics import Numerics
+from qlora.step.kernels import operators
+from qlora.step.lora_linear import Adapter, Frozen, gated_mlp, shared_input
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora.recipe.sections import LoraSection
+
+OURS, PEFT = "qlora", "peft"  # who computes a linear layer with its adapter
+IN_TRITON = "qlora in Triton"  # ours, with what lies between products in kernels: norms and dequantizing too
+# Answers are written a token at a time: bitsandbytes' kernel for few rows reads a GPU's weight without dequantizing it.
+FEW_ROWS = 16
+
+
+def choose(lora: LoraSection, recorded: Numerics | None = None, kernels: bool = False) -> str:
+    """Who computes the linear layers of a run: a run that goes on, as it began (`recorded`); versions before this one
+    knew peft alone, and recorded nothing or that. `kernels`: those in Triton run on its device."""
+    if _lack_in(lora) or (recorded is not None and recorded.functions not in (OURS, IN_TRITON)):
+        return PEFT
+    return IN_TRITON if kernels and (recorded is None or recorded.functions == IN_TRITON) else OURS
+
+
+def of_run() -> str:
+    """As the run under way has it; outside of one peft computes, as it will for whoever opens the adapter."""
+    run = numerics.of_run()
+    return (run.functions if run else None) or PEFT
+
+
+def put_in(model: PeftModel, functions: str) -> None:
+    """Has every layer of a model with adapters computed by `functions`, as far as it can be."""
+    if functions not in (OURS, IN_TRITON):
+        return
+    kernels = functions == IN_TRITON
+    causal_lm = model.get_base_model()
+    layers = {name: one for name, one in causal_lm.named_modules() if _is_lora(one) and not lack_of(one)}
+    gated = gated_of(layers, causal_lm)
+    taken = {id(getattr(one.module, name)) for one in gated for name in one.layers}
+    shared: dict[int, list[tuple[str, ...]]] = defaultdict(list)
+    modules: dict[int, Any] = {}
+    for one in sharing_of({name: layer for name, layer in layers.items() if id(layer) not in taken}, causal_lm):
+        shared[id(one.module)].append(one.layers)
+        modules[id(one.module)] = one.module
+    kinds: dict[int, Any] = {id(layer): _linear(_class_of(layer), kernels) for layer in layers.values()}
+    kinds |= {id(one.module): _mlp(_class_of(one.module), one.layers, kernels) for one in gated}
+    kinds |= {key: _with_shared(_class_of(module), tuple(shared[key])) for key, module in modules.items()}
+    for module in causal_lm.modules():
+        module.__class__ = kinds.get(id(module), module.__class__)
+    if kernels:
+        rms_norms.put_in(causal_lm)
+
+
+def say_what_stays(model: PeftModel, lora: LoraSection, sink: Sink) -> None:
+    """One notice of the layers that peft computes though they would be ours in a new run, and why."""
+    layers = [one for one in model.modules() if _is_lora(one)]
+    lacks = [lack for one in layers if (lack := _lack_in(lora) or lack_of(one))]
+    if lacks:
+        message = f"linear layers that peft computes, in more memory and time: {'; '.join(sorted(set(lacks)))}"
+        sink.emit(Notice("adapters", message, len(lacks)))
+
+
+def lack_of(layer: Any) -> str:
+    """Why peft's forward pass of one of its layers stays; "" where ours computes the same."""
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.bnb import Linear4bit
+
+    base = layer.base_layer
+    if not isinstance(layer, (Linear, Linear4bit)) or not isinstance(base, nn.Linear) or layer.fan_in_fan_out:
+        return f"an adapter on a {type(base).__name__} is another function"
+    if layer.lora_variant:
+        return "DoRA is another function"
+    if any(getattr(dropout, "p", 0.0) for dropout in layer.lora_dropout.values()):
+        return "lora.dropout is not 0"
+    if any(layer.lora_bias.values()):
+        return "the adapter has a bias"
+    trained = any(one.requires_grad for one in base.parameters())
+    return "the layer itself is trained" if trained else ""
+
+
+def _lack_in(lora: LoraSection) -> str:
+    if lora.use_dora:
+        return "DoRA is another function"
+    return "lora.dropout is not 0" if lora.dropout else ""
+
+
+def _is_lora(module: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+# --- one call ---------------------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(base: Any) -> torch.dtype:
+    dtype: torch.dtype | None = getattr(base, "compute_dtype", None)
+    return dtype or base.weight.dtype
+
+
+def _weight_of(base: Any, dtype: torch.dtype, kernels: bool) -> Tensor:
+    """The frozen weight (out, in) as it is now; dequantized as a merge on nf4 does it, by three kernels or by one."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight  # type: ignore[no-any-return]
+    if kernels and state.nested and (state.blocksize, state.state2.blocksize) == (BLOCK, NESTED_BLOCK):
+        tables = (state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset)
+        return operators.dequantize(base.weight.data, tables, tuple(state.shape), dtype)
+    return dequantize(Quantized(base.weight.data, state), dtype)
+
+
+def _now(layers: Sequence[Any], inputs: Tensor) -> tuple[list[Frozen], list[Adapter], torch.dtype] | None:
+    """What layers compute with at this call, and the type of their inputs; None where it is peft's to compute."""
+    few = not torch.is_grad_enabled() and inputs.numel() <= FEW_ROWS * inputs.shape[-1]
+    autocast = not inputs.is_meta and torch.is_autocast_enabled(
+        inputs.device.type
+    )  # which meta tensors know nothing of
+    if autocast or (few and is_card(inputs.device)):
+        return None
+    frozen, adapters, kinds = [], [], set()
+    for layer in layers:
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if len(active) != 1 or layer.disable_adapters or layer.merged:
+            return None
+        base, (name,) = layer.base_layer, active
+        adapter = Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight)
+        kind = _compute_dtype(base)
+        kinds |= {kind, adapter.A.dtype, adapter.B.dtype}
+        weight = partial(_weight_of, base, kind, layer._kernels)
+        frozen.append(Frozen(weight, base.bias, layer.scaling[name]))
+        adapters.append(adapter)
+    return (frozen, adapters, kinds.pop()) if len(kinds) == 1 else None
+
+
+class _Shared:
+    """The outputs of layers that are given the same input, from the call of the first of them on."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self.inputs: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def of(self, layer: Any, inputs: Tensor) -> Tensor | None:
+        """A layer's output, once; None where it is not to be had like this."""
+        if self.inputs is None and (now := _now(self.layers, inputs)) is not None:
+            outputs = _outputs(now, inputs)
+            self.inputs = inputs
+            self.outputs = {id(one): output for one, output in zip(self.layers, outputs, strict=True)}
+        return self.outputs.pop(id(layer), None) if inputs is self.inputs else None
+
+
+def _outputs(now: tuple[list[Frozen], list[Adapter], torch.dtype], inputs: Tensor) -> list[Tensor]:
+    frozen, adapters, kind = now
+    cast = inputs.to(kind)
+    return [output.to(inputs.dtype) for output in shared_input(cast, frozen, adapters, product_dtype(cast))]
+
+
+@lru_cache(64)
+def _linear(kind: Any, kernels: bool) -> Any:
+    """A layer of peft's whose forward pass is ours."""
+
+    class OneLinear(kind):  # type: ignore[misc]
+        _kernels = kernels
+
+        def forward(self, inputs: Tensor, *args: Any, **named: Any) -> Tensor:
+            if args or named:
+                return super().forward(inputs, *args, **named)  # type: ignore[no-any-return]
+            shared = vars(self).get("_shared")
+            known = shared.of(self, inputs) if shared is not None else None
+            if known is not None:
+                return known  # type: ignore[no-any-return]
+            now = _now([self], inputs)
+            return super().forward(inputs) if now is None else _outputs(now, inputs)[0]
+
+    return _called_as(kind, OneLinear)
+
+
+@lru_cache(64)
+def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
+    """A module that computes its three layers as one function."""
+
+    class OneMLP(kind):  # type: ignore[misc]
+        def forward(self, inputs: Tensor) -> Tensor:
+            layers = [getattr(self, name) for name in names]
+            watched = any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
+            now = None if watched else _now(layers, inputs)
+            if now is None:
+                return super().forward(inputs)  # type: ignore[no-any-return]
+            frozen, adapters, dtype = now
+            cast = inputs.to(dtype)
+            return gated_mlp(cast, frozen, adapters, product_dtype(cast), kernels).to(inputs.dtype)
+
+    return _called_as(kind, OneMLP)
+
+
+@lru_cache(64)
+def _with_shared(kind: Any, groups: tuple[tuple[str, ...], ...]) -> Any:
+    """A module inside whose forward pass layers that are given the same input are computed together.
+
+    What waits for the second of them ends with the pass, however it ends: it would hold a whole graph.
+    """
+
+    class SharingInputs(kind):  # type: ignore[misc]
+        def forward(self, *args: Any, **named: Any) -> Any:
+            members = [[getattr(self, name) for name in names] for names in groups]
+            try:
+                for layers in members:
+                    shared = _Shared(layers)
+                    for layer in layers:
+                        vars(layer)["_shared"] = shared
+                return super().forward(*args, **named)
+            finally:
+                for layers in members:
+                    for layer in layers:
+                        vars(layer).pop("_shared", None)
+
+    return _called_as(kind, SharingInputs)
+
+
+def _class_of(module: Any) -> Any:
+    return type(module)
+
+
+def _called_as(kind: Any, own: Any) -> Any:
+    """Libraries know some classes by their names."""
+    own.__name__, own.__qualname__, own.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return own

@@ -1,0 +1,149 @@
+"""Which linear layers take the same input, and which three make an MLP: seen from calls, never from a class's name.
+
+The trunk is run once on a few tokens with every linear layer replaced by one that gives zeros, so that no weight is
+read: it works the same on `meta`. A module that holds three adapted layers is called by itself with numbers in place of
+their outputs, on the CPU: where what it hands to the third is silu(first) * second to the bit, and what it returns is
+what the third gave, that is all it computes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from qlora.batch import Batch
+from qlora.errors import foreign_failures
+from qlora.step.forward import CausalParts, evaluating, hidden_states
+
+TOKENS = 8  # of the watched pass
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A module that computes down(silu(gate(x)) * up(x)), and what it calls these three layers."""
+
+    module: nn.Module
+    layers: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A module whose own layers of these names are given the same input, one after the other."""
+
+    module: nn.Module
+    layers: tuple[str, ...]
+
+
+def gated_of(adapted: Mapping[str, nn.Module], model: nn.Module) -> list[Gated]:
+    """Every MLP of `model` whose three layers are all `adapted` (modules by their full names)."""
+    found = []
+    for owner, names in _by_owner(adapted).items():
+        module = model.get_submodule(owner)
+        inside = sum(len(list(adapted[f"{owner}.{name}"].parameters())) for name in names if owner)
+        if len(names) == 3 and owner and inside == len(list(module.parameters())):
+            with foreign_failures(trial=True) as failure:
+                order = _order(module, names)
+            if not failure.error and order is not None:
+                found.append(Gated(module, order))
+    return found
+
+
+def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing]:
+    """Layers of one module that were given the very same tensor; none where the trunk cannot be run like this.
+
+    `adapted` are modules of `causal_lm` by their full names.
+    """
+    names = {id(module): name for name, module in adapted.items()}
+    watched = _Watched()
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=next(causal_lm.parameters()).device)
+    positions = torch.arange(TOKENS, device=ids.device)[None]
+    starts = torch.tensor([0, TOKENS], dtype=torch.int32).to(ids.device)
+    batch = Batch(ids, positions, ids, ids, ids.float(), ids[0], starts, (TOKENS,), single=True)
+    linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear) or id(one) in names]
+    with foreign_failures(trial=True) as failure, evaluating(causal_lm), _replaced(linears, watched):
+        hidden_states(CausalParts.of(causal_lm), batch)
+    if failure.error:
+        return []
+    groups: dict[tuple[str, int], list[str]] = defaultdict(list)
+    counts: dict[int, int] = defaultdict(int)
+    for layer, inputs in watched.calls:
+        counts[id(layer)] += 1
+        if id(layer) in names:
+            owner, _, name = names[id(layer)].rpartition(".")
+            groups[owner, id(inputs)].append(name)
+    return [
+        Sharing(causal_lm.get_submodule(owner), tuple(members))
+        for (owner, _), members in groups.items()
+        if len(set(members)) > 1 and all(counts[id(causal_lm.get_submodule(f"{owner}.{one}"))] == 1 for one in members)
+    ]
+
+
+@dataclass
+class _Watched:
+    """Calls of layers in their order, with their inputs; `answers` are what some of them give, by identity."""
+
+    calls: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
+    answers: dict[int, Tensor] = field(default_factory=dict)
+
+    def call(self, layer: Any, inputs: Tensor) -> Tensor:
+        self.calls.append((layer, inputs))
+        known = self.answers.get(id(layer))
+        return inputs.new_zeros(*inputs.shape[:-1], layer.out_features) if known is None else known
+
+    def class_of(self, kind: type) -> type:
+        """A class that computes nothing, and says so here."""
+        watched = self
+
+        class Replaced(kind):  # type: ignore[misc, valid-type]
+            def __call__(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+                return watched.call(self, inputs)
+
+        return Replaced
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Module], watched: _Watched) -> Iterator[None]:
+    own = [(layer, type(layer)) for layer in layers]
+    kinds = {kind: watched.class_of(kind) for kind in {type(layer) for layer in layers}}
+    try:
+        for layer, kind in own:
+            layer.__class__ = kinds[kind]
+        yield
+    finally:
+        for layer, kind in own:
+            layer.__class__ = kind
+
+
+def _by_owner(adapted: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    owners: dict[str, list[str]] = defaultdict(list)
+    for name in adapted:
+        owner, _, own = name.rpartition(".")
+        owners[owner].append(own)
+    return owners
+
+
+def _order(module: nn.Module, names: Sequence[str]) -> tuple[str, str, str] | None:
+    """Which of a module's layers are gate, up and down; None where it computes anything else."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, *answers = (torch.randn(2, 3, 8, generator=generator) for _ in range(4))
+    layers = [getattr(module, name) for name in names]
+    watched = _Watched(answers={id(layer): answer for layer, answer in zip(layers, answers, strict=True)})
+    with _replaced(layers, watched), evaluating(module):
+        output = type(module).forward(module, inputs)
+    calls = {id(layer): given for layer, given in watched.calls}
+    if len(watched.calls) != 3 or len(calls) != 3 or not isinstance(output, Tensor):
+        return None
+    for gate, up, down in permutations(range(3)):
+        first, second, last = (calls[id(layers[at])] for at in (gate, up, down))
+        expected = silu(answers[gate]) * answers[up]
+        if first is inputs and second is inputs and torch.equal(last, expected) and torch.equal(output, answers[down]):
+            return names[gate], names[up], names[down]
+    return None

@@ -1,0 +1,91 @@
+"""Norms that are RMSNorm in either of its two forms, computed by one kernel: known by what they give, not by name.
+
+A module with one vector of weights and an epsilon is tried on numbers of its own: a copy of it, with weights that are
+drawn, is called on the CPU. What gives the very bits of a form (`step/kernels/operators.py`) is that form.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qlora.errors import foreign_failures
+from qlora.step.kernels import operators
+from qlora.step.kernels.launching import LARGEST_ROW
+
+_EPSILONS = ("variance_epsilon", "eps", "epsilon")  # as modules call it
+_KINDS = (torch.float32, torch.bfloat16)
+_WIDTH = 24  # of the trial
+
+
+def put_in(model: nn.Module) -> int:
+    """Has the norms of `model` computed by the kernel where nobody trains them; how many there are."""
+    count = 0
+    for module in list(model.modules()):
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 1 or weight.requires_grad or weight.numel() > LARGEST_ROW:
+            continue
+        form = form_of(module)
+        if form is not None:
+            eps, from_one = form
+            kind: Any = type(module)
+            module.__class__ = _normed(kind, eps, from_one)
+            count += 1
+    return count
+
+
+def form_of(module: nn.Module) -> tuple[float, bool] | None:
+    """Epsilon of an RMSNorm, and whether its factor is 1 + weight; None for any other module."""
+    eps = next((value for name in _EPSILONS if isinstance(value := getattr(module, name, None), float)), None)
+    if eps is None or len(list(module.parameters())) != 1 or any(True for _ in module.children()) or module._buffers:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.copy(module)
+    found: list[bool] = []
+    with foreign_failures(trial=True) as failure, torch.no_grad():
+        for from_one in (False, True):
+            equal = []
+            for kind in _KINDS:
+                weight, x = (torch.randn(shape, generator=generator).to(kind) for shape in ((_WIDTH,), (5, _WIDTH)))
+                twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+                right = operators.rms_norm(x, weight, eps, from_one)[0]
+                equal.append(torch.equal(type(module).forward(twin, x), right))
+            found += [from_one] if all(equal) else []
+    return (eps, found[0]) if found and not failure.error else None
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
+        flat_ND = x.reshape(-1, x.shape[-1])
+        y_ND, inverse_N = operators.rms_norm(flat_ND, weight, eps, from_one)
+        ctx.save_for_backward(flat_ND, weight, inverse_N)
+        ctx.from_one = from_one
+        return y_ND.view(x.shape)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        flat_ND, weight, inverse_N = ctx.saved_tensors
+        grad_ND = gradient.reshape(flat_ND.shape)
+        into_ND = operators.rms_norm_backward(grad_ND, flat_ND, weight, inverse_N, ctx.from_one)
+        return into_ND.view(gradient.shape), None, None, None
+
+
+@lru_cache(64)
+def _normed(kind: Any, eps: float, from_one: bool) -> Any:
+    """A norm whose forward pass is the kernel's, for tensors whose type is that of its weight."""
+
+    class OneNorm(kind):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype != self.weight.dtype:
+                return super().forward(x)  # type: ignore[no-any-return]
+            return _RmsNorm.apply(x, self.weight, eps, from_one)  # type: ignore[no-any-return, no-untyped-call]
+
+    OneNorm.__name__, OneNorm.__qualname__, OneNorm.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return OneNorm

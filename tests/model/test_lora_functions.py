@@ -1,0 +1,212 @@
+"""Layers computed by our functions give peft's numbers, and peft gets back whatever they do not compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qlora.events import Notice, Recorder
+from qlora.memory.simulation import Workload
+from qlora.model import adapters, lora_functions
+from qlora.model.base_folder import BaseFolder
+from qlora.model.lora_functions import OURS, PEFT, choose, say_what_stays
+from qlora.numerics import Numerics
+from qlora.recipe.sections import LoraSection
+from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.loss import SupervisedObjective
+from tests.memory.counted import real_batch
+from tests.model.conftest import load, logits
+
+BaseOf = Callable[[str], BaseFolder]
+LORA = LoraSection(r=4, use_rslora=True)
+IDS = torch.arange(5, 45)[None]
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def tuned(
+    base: BaseFolder, functions: str, dtype: torch.dtype, quantization: str = "nf4", lora: LoraSection = LORA
+) -> Any:
+    """A model whose B is not zero, all of it computed in `dtype`."""
+    model = load(base, quantization)
+    if dtype != BF16:
+        for layer in model.modules():
+            if type(layer).__name__ == "Linear4bit":
+                layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+        model = model.to(dtype)
+    model = adapters.attach(model, lora, 1, dtype, functions=functions)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapters.trainable(model).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def gradients(model: Any, recompute: bool = True) -> dict[str, torch.Tensor]:
+    """Of packed rows, as a step makes them."""
+    causal_lm = model.get_base_model()
+    set_gradient_checkpointing(causal_lm, recompute, keep_random_state=False)
+    model.train()
+    batch = real_batch(Workload(2, 24), causal_lm.config.vocab_size)
+    forward_backward(CausalParts.of(causal_lm), batch, SupervisedObjective(), 10.0)
+    found = {name: parameter.grad for name, parameter in adapters.trainable(model).items()}
+    assert all(gradient is not None for gradient in found.values())
+    return found  # type: ignore[return-value]
+
+
+def apart(found: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """Of whole gradients, relative to the right one's norm."""
+    one, other = (torch.cat([tensors[name].double().flatten() for name in right]) for tensors in (found, right))
+    return float((one - other).norm() / other.norm())
+
+
+def classes(model: Any) -> set[str]:
+    return {kind.__qualname__.rpartition(".")[2] for one in model.modules() for kind in [type(one).__mro__[0]]}
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization"), [("llama", "nf4"), ("qwen2", "none"), ("gemma2", "fp4"), ("phi3", "nf4")]
+)
+def test_float32_gradients_are_pefts(base_of: BaseOf, family: str, quantization: str) -> None:
+    ours, pefts = (gradients(tuned(base_of(family), who, FP32, quantization)) for who in (OURS, PEFT))
+    assert ours.keys() == pefts.keys()
+    assert max(apart({name: ours[name]}, {name: pefts[name]}) for name in pefts) <= 2e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, family: str) -> None:
+    """The truth: the same weights, rounded to bf16, computed in float32."""
+    base = base_of(family)
+    half = {who: tuned(base, who, BF16) for who in (OURS, PEFT)}
+    truth = tuned(base, PEFT, FP32)
+    for layer, rounded in zip(truth.modules(), half[PEFT].modules(), strict=True):
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and parameter.dtype == FP32:
+                parameter.data.copy_(rounded._parameters[name])  # type: ignore[arg-type]
+    for layer in truth.modules():
+        if type(layer).__name__ == "Linear4bit" and not hasattr(layer, "lora_A"):
+            weight = lora_functions._weight_of(layer, BF16, False).float()
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            layer.forward = plain.forward
+    right = gradients(truth)
+    assert apart(gradients(half[OURS]), right) <= 1.05 * apart(gradients(half[PEFT]), right)
+
+
+def test_with_and_without_recomputation_the_bits_are_the_same(base_of: BaseOf) -> None:
+    one, other = (gradients(tuned(base_of("llama"), OURS, BF16), recompute) for recompute in (True, False))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_the_functions_do_not_compute_is_pefts(base_of: BaseOf) -> None:
+    ours, pefts = (tuned(base_of("llama"), who, FP32) for who in (OURS, PEFT))
+    for model in (ours, pefts):
+        model.add_adapter("second", model.peft_config["default"])
+    results: list[list[torch.Tensor]] = []
+    for model in (ours, pefts):
+        found = []
+        with model.disable_adapter():
+            found.append(logits(model, IDS))
+        model.base_model.set_adapter(["default", "second"])
+        found.append(logits(model, IDS))
+        model.base_model.set_adapter("default")
+        with torch.autocast("cpu", BF16):
+            found.append(logits(model, IDS))
+        results.append(found)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], results[0][1])
+
+
+def test_an_adapter_is_saved_and_loaded_as_ever(base_of: BaseOf, tmp_path: Path) -> None:
+    ours, pefts = (tuned(base_of("llama"), who, BF16) for who in (OURS, PEFT))
+    assert list(ours.state_dict()) == list(pefts.state_dict())
+    for name, model in (("ours", ours), ("pefts", pefts)):
+        (tmp_path / name).mkdir()
+        adapters.save(model, tmp_path / name, "someone/base", None)
+    for file in (tmp_path / "ours").iterdir():
+        assert file.read_bytes() == (tmp_path / "pefts" / file.name).read_bytes()
+    fresh = adapters.attach(load(base_of("llama")), LORA, 2, functions=OURS)
+    adapters.load_into(fresh, tmp_path / "pefts")
+    assert torch.equal(logits(fresh, IDS), logits(ours, IDS))
+    with pytest.warns(UserWarning, match="rounding errors"):  # peft's own, of every merge on 4 bit
+        merged = [model.merge_and_unload().state_dict() for model in (ours, pefts)]
+    assert all(torch.equal(one, merged[1][name]) for name, one in merged[0].items())
+
+
+@pytest.mark.parametrize(
+    ("lora", "why"),
+    [
+        (LoraSection(r=4, dropout=0.1), "lora.dropout is not 0"),
+        (LoraSection(r=4, use_dora=True), "DoRA is another function"),
+    ],
+)
+def test_peft_computes_what_is_another_function_and_a_notice_says_so(
+    base_of: BaseOf, lora: LoraSection, why: str
+) -> None:
+    assert choose(lora) == PEFT
+    model = adapters.attach(load(base_of("llama")), lora, 1, functions=OURS)
+    assert all(type(one).forward.__module__.startswith("peft") for one in model.modules() if hasattr(one, "lora_A"))
+    recorder = Recorder()
+    say_what_stays(model, lora, recorder)
+    (notice,) = recorder.events
+    assert isinstance(notice, Notice) and why in notice.message and notice.count == 14
+    say_what_stays(adapters.attach(load(base_of("llama")), LORA, 1, functions=OURS), LORA, recorder)
+    assert len(recorder.events) == 1
+
+
+def test_a_run_goes_on_with_the_functions_that_it_began_with() -> None:
+    assert choose(LORA) == OURS == choose(LORA, Numerics(functions=OURS))
+    assert choose(LORA, Numerics()) == PEFT == choose(LORA, Numerics(functions=PEFT))
+    assert lora_functions.of_run() == PEFT  # outside of runs: exports, and whoever compares with them
+
+
+def test_nothing_waits_behind_a_pass_that_failed(base_of: BaseOf) -> None:
+    """What q computed for k and v holds a whole graph: memory that ran out would stay taken."""
+    model = tuned(base_of("llama"), OURS, BF16)
+    attention = model.get_base_model().model.layers[0].self_attn
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    handle = attention.k_proj.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(input_ids=IDS)
+    handle.remove()
+    assert not any("_shared" in vars(one) for one in model.modules())
+    assert logits(model, IDS).isfinite().all()
+
+
+def test_layers_of_one_input_are_computed_together(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = lora_functions.shared_input
+    monkeypatch.setattr(lora_functions, "shared_input", lambda x, *rest: sizes.append(len(rest[0])) or real(x, *rest))  # type: ignore[func-returns-value]
+    logits(tuned(base_of("llama"), OURS, BF16), IDS)
+    assert sizes == [3, 1] * 2  # q, k and v, then o; the MLP is a function of its own
+    sizes.clear()
+    logits(
+        tuned(base_of("gemma2"), OURS, BF16, lora=LoraSection(r=4, target_modules=("q_proj", "v_proj", "up_proj"))), IDS
+    )
+    assert sizes == [2, 1] * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str) -> None:
+    """Their twins, where there is no GPU: in float32 to rounding; of the base every bit."""
+    ours, in_triton = (tuned(base_of(family), who, FP32) for who in (OURS, lora_functions.IN_TRITON))
+    layer = in_triton.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert all(
+        torch.equal(lora_functions._weight_of(layer, kind, True), lora_functions._weight_of(layer, kind, False))
+        for kind in (BF16, FP32)
+    )
+    assert apart(gradients(in_triton), gradients(ours)) <= 2e-6
+
+
+def test_kernels_are_chosen_where_they_run_and_by_runs_that_had_them() -> None:
+    in_triton = lora_functions.IN_TRITON
+    assert choose(LORA, None, kernels=True) == in_triton == choose(LORA, Numerics(functions=in_triton), kernels=True)
+    assert choose(LORA, Numerics(functions=OURS), kernels=True) == OURS
+    assert choose(LORA, Numerics(functions=in_triton)) == OURS

@@ -1,0 +1,66 @@
+"""Structure is seen from what is called with what, whatever things are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from qlora.model.lora_structure import gated_of, sharing_of
+from tests.families import make_config, make_model
+
+
+class Mlp(nn.Module):
+    """`how` it differs from down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        if how == "has a scale":
+            self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = gelu(self.b(x)) if self.how == "gelu" else silu(self.b(x))
+        if self.how == "caps":
+            gate = gate.clamp(max=0.5)
+        h = gate * self.a(x + 0.0 if self.how == "other input" else x)
+        y = self.c(h)
+        if self.how == "twice":
+            y = y + self.c(h)
+        return y * 2 if self.how == "scales" else y
+
+
+@pytest.mark.parametrize("how", ["", "gelu", "caps", "other input", "twice", "scales", "has a scale"])
+def test_an_mlp_is_known_by_what_it_computes(how: str) -> None:
+    model = nn.ModuleDict({"layer": Mlp(how)})
+    layers = {f"layer.{name}": getattr(model["layer"], name) for name in "abc"}
+    found = gated_of(layers, model)
+    assert [one.layers for one in found] == ([("b", "a", "c")] if not how else [])
+    assert gated_of(dict(list(layers.items())[:2]), model) == []
+    assert type(model["layer"].a) is nn.Linear and model["layer"].training
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_that_share_an_input_are_seen_without_reading_a_weight(device: str) -> None:
+    model: Any = make_model(make_config("qwen3")).to(device)
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and "head" not in name}
+    for layer in layers.values():
+        layer.weight = None
+    found = [(one.module, one.layers) for one in sharing_of(layers, model)]
+    expected = [
+        (getattr(layer, module), names)
+        for layer in model.model.layers
+        for module, names in (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+    ]
+    assert found == expected
+
+
+def test_a_trunk_that_cannot_be_run_shares_nothing() -> None:
+    model: Any = make_model(make_config("llama"))
+    layers = {name: one for name, one in model.named_modules() if name.endswith("_proj")}
+    model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    assert sharing_of(layers, model) == []

@@ -1,0 +1,65 @@
+"""Norms are known by what they compute; with the kernel's function they give the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora.model.rms_norms import form_of, put_in
+from tests.families import FAMILIES, make_config, make_model
+
+
+class Odd(nn.Module):
+    """An RMSNorm, but for `how`."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.eps = how, 1e-5
+        self.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+        if how == "bias":
+            self.bias = nn.Parameter(torch.zeros(8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide - wide.mean(-1, keepdim=True) if self.how == "mean" else wide
+        eps = 2 * self.eps if self.how == "epsilon" else self.eps
+        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return (normed * self.weight) * (2 if self.how == "factor" else 1)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "stablelm"])
+def test_a_familys_norms_are_known(family: str) -> None:
+    """StableLM's is LayerNorm."""
+    model: Any = make_model(make_config(family))
+    norms = [one for name, one in model.named_modules() if name.endswith("norm")]
+    eps = getattr(norms[0], "variance_epsilon", None) or norms[0].eps
+    expected = None if family == "stablelm" else (eps, "gemma" in family)
+    assert {form_of(one) for one in norms} == {expected}
+
+
+@pytest.mark.parametrize("how", ["", "bias", "mean", "epsilon", "factor"])
+def test_any_other_norm_is_left_alone(how: str) -> None:
+    assert form_of(Odd(how)) == ((1e-5, False) if not how else None)
+    assert form_of(nn.Linear(4, 4)) is None and form_of(nn.LayerNorm(8, bias=False)) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_states_and_gradients_are_the_models_own(family: str) -> None:
+    own, ours = (make_model(make_config(family)).requires_grad_(False) for _ in range(2))
+    for model in (own, ours):
+        model.get_input_embeddings().weight.requires_grad_()
+    ours.model.norm.weight.requires_grad_()
+    count = put_in(ours)
+    assert count == len([name for name, _ in own.named_parameters() if "norm" in name]) - 1  # the last one is trained
+    ids = torch.arange(4, 34).view(2, 15)
+    results = []
+    for model in (own, ours):
+        output = model(input_ids=ids, use_cache=False).logits
+        output.square().mean().backward()
+        results.append((output.detach(), model.get_input_embeddings().weight.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-7)
+    assert list(own.state_dict()) == list(ours.state_dict())
