@@ -21,7 +21,7 @@ from tests.memory.shapes import config_folder
 
 @pytest.mark.slow
 def test_the_search_finds_the_fastest_that_fits_and_its_changes_fit(tmp_path: Path) -> None:
-    recipe = api.recipe_or_model(str(config_folder(NAMES[8], tmp_path)), ["data.max_length=512"])
+    recipe = api.recipe_or_model(str(config_folder(NAMES[8], tmp_path)), ["data.max_length=2048"])
     question = api.question(recipe, vram="7GiB")
     assert not question.estimate().fits
     plans = question.search()
@@ -172,6 +172,16 @@ def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
     shorter = planner(2.6).search(many)
     assert {plan.recipe.data.max_length for plan in shorter} == {512}
     assert planner(2.0).search(recipe()) == []
+
+
+def test_a_search_asks_first_whether_rows_fit_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most do; each other length would be four questions more."""
+    lengths: list[int] = []
+    estimate = ByHand.estimate
+    monkeypatch.setattr(
+        ByHand, "estimate", lambda self, *about: lengths.append(about[0].data.max_length) or estimate(self, *about)
+    )
+    assert planner(6.5).search(recipe("train.micro_batch_size=16")) and set(lengths) == {1024}
 
 
 def test_a_remedy_says_what_it_changes_and_saves() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,15 @@ def test_the_first_of_a_process_counts_what_every_later_one_counts() -> None:
     import_bitsandbytes().functional.name2qmap.pop("dynamic", None)
     first, second = (Simulator(spec).run(workload) for _ in range(2))
     assert first == second
+
+
+def test_what_a_program_has_frozen_stays_frozen() -> None:
+    """A simulation leaves what existed before it out of its searches for garbage; that it takes back, and no more."""
+    gc.unfreeze()
+    with simulate._collecting():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    with simulate._collecting():
+        pass
+    assert gc.get_freeze_count() > 0
