@@ -17,7 +17,8 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.lora_functions import OURS, PEFT, choose, say_what_stays
 from qlora.numerics import Numerics
 from qlora.recipe.sections import LoraSection
-from qlora.step.forward import CausalParts, forward_backward, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, forward_backward
+from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from tests.memory.counted import real_batch
 from tests.model.conftest import load, logits

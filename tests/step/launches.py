@@ -18,7 +18,8 @@ from qlora.model.attention import OnMeta
 from qlora.model.made_up import load_nothing
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, hidden_states, set_gradient_checkpointing
+from qlora.step.forward import CausalParts, hidden_states
+from qlora.step.layerwise import set_gradient_checkpointing
 
 META = torch.device("meta")
 # A decoder layer of Llama-3.1-8B, by its config.json.
