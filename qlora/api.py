@@ -10,13 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora import determinism, disk, files, hours, numerics, run_folder, starting_adapter
+from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
 from qlora.checked import Checked
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Sink, Sinks
 from qlora.guarded import guarded
-from qlora.hours import Ahead
 from qlora.notebook import at_work, gate
 from qlora.recipe.reading import Recipe, load_recipe, recipe_of_base
 from qlora.recipe.sections import ExportSection
@@ -25,7 +24,6 @@ from qlora.report.drawn import Drawn
 from qlora.report.sinks import check_sinks, open_sinks
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
-from qlora.study.amount import Documents
 from qlora.study.material import Found
 from qlora.training import setup
 from qlora.training.phases import PhaseClock
@@ -195,9 +193,11 @@ def _run(
 
 def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
     """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
+    from qlora import hours
     from qlora.model import row_packing
     from qlora.model.chat_template import chosen
     from qlora.model.tokenizer_files import read_files
+    from qlora.study.amount import Documents
 
     loaded, _ = _named(recipe, "check")
     check_sinks(loaded)
@@ -217,7 +217,7 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
         if planned and memory.planner:
             estimator = memory.planner.estimator
             reckoned = hours.hours_of(loaded, known, open_length, estimator)
-            to_come = Ahead(reckoned, hours.memory_of(planned, estimator.machine.source))
+            to_come = hours.Ahead(reckoned, hours.memory_of(planned, estimator.machine.source))
         return Checked(lesson.foreseen(data)[1], planned, to_come)
 
 
