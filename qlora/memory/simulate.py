@@ -70,7 +70,7 @@ class Simulator:
         """Whatever was imported and asked before: modules of libraries, and what these make once, are no model's."""
         ready_to_load_nothing()
         repeated = RepeatedOperations()
-        with _collecting():
+        with _collecting(), _uncollected():
             return [_MetaModel(self.spec, size, repeated) for size in self.sizes]
 
     @cached_property
@@ -177,6 +177,19 @@ def _collecting() -> Iterator[None]:
     finally:
         if ours:
             gc.unfreeze()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What cycles hold while a model is built (peft's first adapters) lives to the end of it, in every process: when
+    Python looks by itself depends on what ran before."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks:
+            gc.enable()
 
 
 class _MetaModel:
