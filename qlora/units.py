@@ -4,6 +4,13 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
+def layers_of(setting: bool | int) -> str:
+    """Which layers a setting recomputes: "layers", "the first layer", "the first 3 layers"; "no layer" for False."""
+    if setting is False:
+        return "no layer"
+    return "layers" if setting is True else "the first layer" if setting == 1 else f"the first {setting:,} layers"
+
+
 def counted(count: int, thing: str) -> str:
     """ "1 page", "2,000 pages"."""
     return f"{count:,} {thing}{'s' * (count != 1)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qlora.memory.plan import gib
 from qlora.recipe.sections import parse_bytes
-from qlora.units import GIB, MIB, counted
+from qlora.units import GIB, MIB, counted, layers_of
 
 
 def test_sizes_are_those_that_recipes_and_messages_mean() -> None:
@@ -14,3 +14,13 @@ def test_sizes_are_those_that_recipes_and_messages_mean() -> None:
 
 def test_one_and_many() -> None:
     assert [counted(count, "page") for count in (0, 1, 2, 2000)] == ["0 pages", "1 page", "2 pages", "2,000 pages"]
+
+
+def test_which_layers_are_recomputed() -> None:
+    """A setting of 1 is a number of layers, and no True."""
+    assert [layers_of(setting) for setting in (False, True)] == ["no layer", "layers"]
+    assert [layers_of(setting) for setting in (1, 2, 1000)] == [
+        "the first layer",
+        "the first 2 layers",
+        "the first 1,000 layers",
+    ]

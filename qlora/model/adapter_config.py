@@ -132,6 +132,7 @@ class ProvenanceFile(ForeignModel):
     fingerprint: Annotated[Text, Field(max_length=MAX_NAME)] | None = None
     quantization: Quantization
     identity: BaseIdentity | None = None
+    functions: Annotated[Text, Field(max_length=MAX_NAME)] | None = None
 
     def section(self) -> QuantizationSection:
         return QuantizationSection(**self.quantization.model_dump())

@@ -318,13 +318,26 @@ def provenance(folder: Path, config: AdapterConfig) -> Provenance:
 
     Raises ExportError where that file does not say it.
     """
-    if (folder / PROVENANCE_FILE).is_file():
-        content = adapter_config.read_file(folder, PROVENANCE_FILE)
-        stored = adapter_config.checked(ProvenanceFile, content, folder / PROVENANCE_FILE)
+    if (stored := _own_note(folder)) is not None:
         return Provenance(stored.base, stored.revision, stored.fingerprint, stored.section(), stored.identity)
     name = config.base_model_name_or_path
     held = trained_on(folder, name)
     return Provenance(name, config.revision, None, held.quantization, foreign=True, why=held.why)
+
+
+def functions_of(folder: Path) -> str | None:
+    """Who computed an adapter's layers (`lora_functions`) while it was trained and measured, as our own file in its
+    folder says it; None where nothing does. Raises ExportError as `provenance` does."""
+    stored = _own_note(folder)
+    return stored.functions if stored is not None else None
+
+
+def _own_note(folder: Path) -> ProvenanceFile | None:
+    """None in a folder that was made elsewhere."""
+    if not (folder / PROVENANCE_FILE).is_file():
+        return None
+    content = adapter_config.read_file(folder, PROVENANCE_FILE)
+    return adapter_config.checked(ProvenanceFile, content, folder / PROVENANCE_FILE)
 
 
 def delivered_step(run_dir: Path) -> int | None:

@@ -148,6 +148,7 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
             parameter.data = stored.to(parameter.device)
     dora.without_identity(peft_model)
     _check_layers(peft_model)
+    lora_functions.put_in(peft_model, lora_functions.of_saved(folder, next(peft_model.parameters()).device))
     return peft_model.eval()
 
 

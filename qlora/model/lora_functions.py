@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +21,12 @@ from qlora import numerics
 from qlora.device import is_card
 from qlora.events import Notice, Sink
 from qlora.model import rms_norms
+from qlora.model.adapter_folder import functions_of
 from qlora.model.cpu_matmul import product_dtype
 from qlora.model.lora_structure import gated_of, sharing_of
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, dequantize
 from qlora.numerics import Numerics
-from qlora.step.kernels import operators
+from qlora.step.kernels import operators, trial
 from qlora.step.lora_linear import Adapter, Frozen, gated_mlp, shared_input
 
 if TYPE_CHECKING:
@@ -41,15 +43,28 @@ FEW_ROWS = 16
 def choose(lora: LoraSection, recorded: Numerics | None = None, kernels: bool = False) -> str:
     """Who computes the linear layers of a run: a run that goes on, as it began (`recorded`); versions before this one
     knew peft alone, and recorded nothing or that. `kernels`: those in Triton run on its device."""
-    if _lack_in(lora) or (recorded is not None and recorded.functions not in (OURS, IN_TRITON)):
+    if _lack_in(lora):
         return PEFT
-    return IN_TRITON if kernels and (recorded is None or recorded.functions == IN_TRITON) else OURS
+    new = IN_TRITON if kernels else OURS
+    return new if recorded is None else again(recorded.functions, kernels)
+
+
+def again(recorded: str | None, kernels: bool) -> str:
+    """Who computes here what `recorded` computed before: the numbers of a run, and of what it delivered, go on."""
+    if recorded not in (OURS, IN_TRITON):
+        return PEFT
+    return IN_TRITON if kernels and recorded == IN_TRITON else OURS
 
 
 def of_run() -> str:
-    """As the run under way has it; outside of one peft computes, as it will for whoever opens the adapter."""
+    """As the run under way has it; outside of one it is peft, but for a saved adapter (`of_saved`)."""
     run = numerics.of_run()
     return (run.functions if run else None) or PEFT
+
+
+def of_saved(folder: Path, device: torch.device) -> str:
+    """As a run computed and measured the adapter that it delivered in `folder`; peft, where nothing there says so."""
+    return again(functions_of(folder), trial.work(device))
 
 
 def put_in(model: PeftModel, functions: str) -> None:

@@ -25,6 +25,7 @@ from rich.text import Text
 from qlora import events
 from qlora.report import exam
 from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline
+from qlora.units import layers_of
 
 PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
 DRAWS_PER_SECOND = 4
@@ -260,9 +261,7 @@ def plan_table(plan: events.Plan) -> Table:
     table.add_row("batch", f"{plan.arithmetic}; {packed}")
     table.add_row("steps", f"{plan.steps:,} ({plan.epochs:.4g} epochs)")
     part = plan.trainable_parameters / max(plan.total_parameters, 1)
-    again = plan.gradient_checkpointing
-    which = "layers" if again is True else f"the first {again} layers"
-    recompute = f", {which} recomputed in the backward pass" if again else ", no layer recomputed"
+    recompute = f", {layers_of(plan.gradient_checkpointing)} recomputed in the backward pass"
     parameters = f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters ({part:.2%})"
     table.add_row("trained", parameters + recompute)
     if plan.starts_from is not None:

@@ -29,6 +29,7 @@ from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import schedule
 from qlora.training.checkpoint import RunState
+from qlora.units import counted
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,13 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     train = plan.recipe.train
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
     planner = Planner(estimator, facts)
-    settings = MemorySettings(train.micro_batch_size, train.gradient_checkpointing, plan=plan, planner=planner)
-    return replace(settings, layers=int(text.num_hidden_layers))
+    layers, recompute = int(text.num_hidden_layers), train.gradient_checkpointing
+    if not isinstance(recompute, bool) and recompute > layers:
+        message = f"train.gradient_checkpointing = {recompute}: the model has {counted(layers, 'layer')}; all of them"
+        sink.emit(Notice("memory", f"{message} are recomputed", recompute - layers))
+        recompute = True
+    settings = MemorySettings(train.micro_batch_size, recompute, plan=plan, planner=planner)
+    return replace(settings, layers=layers)
 
 
 def as_event(plan: Plan) -> dict[str, Any]:

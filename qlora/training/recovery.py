@@ -20,6 +20,7 @@ from qlora.events import Recovered, Sink
 from qlora.guarded import Attempt
 from qlora.memory.plan import changed, does_not_fit
 from qlora.training.memory_plan import MemorySettings
+from qlora.units import layers_of
 
 T = TypeVar("T")
 
@@ -97,5 +98,4 @@ def _describe(before: MemorySettings, after: MemorySettings) -> str:
         return f"micro-batches of {after.micro_batch_size} instead of {before.micro_batch_size} rows"
     if after.answers_at_once != before.answers_at_once:
         return f"{after.answers_at_once} instead of {before.answers_at_once} answers at once"
-    which = "layers" if after.gradient_checkpointing is True else f"the first {after.gradient_checkpointing} layers"
-    return f"{which} are recomputed in the backward pass from now on"
+    return f"the backward pass recomputes {layers_of(after.gradient_checkpointing)} from now on"

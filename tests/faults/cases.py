@@ -10,10 +10,17 @@ from qlora.disk import sha256_file
 # Of all points at which something can be made to fail, each fourth is tried; QLORA_TEST_EVERY=1 tries each.
 EVERY = int(os.environ.get("QLORA_TEST_EVERY", "4"))
 FILES = ("adapter.safetensors", "optimizer.safetensors")
-# Dropout, two micro-batches a step and an evaluation that delivers an adapter: all that a step depends on. In bf16 and
-# on few layers, since a hundred processes are to pass quickly (tests/training/test_resume.py has 4 bit).
+# Noise on the embeddings, which is drawn, two micro-batches a step and an evaluation that delivers an adapter: all that
+# a step depends on; and layers computed by our own functions, which dropout would leave to peft. In bf16 and on few
+# layers, since a hundred processes are to pass quickly (tests/training/test_resume.py has 4 bit).
 SETTINGS = (
-    *("lora.dropout=0.1", "lora.r=4", "train.batch_size=2", "train.micro_batch_size=1", "train.learning_rate=1e-3"),
+    *(
+        "train.neftune_alpha=5.0",
+        "lora.r=4",
+        "train.batch_size=2",
+        "train.micro_batch_size=1",
+        "train.learning_rate=1e-3",
+    ),
     *("data.max_length=48", "data.eval_fraction=0.1", "eval.every_steps=5", "eval.samples=0", "report.sinks=[]"),
     *('quantization.type="none"', "train.gradient_checkpointing=false", 'lora.target_modules=["q_proj", "v_proj"]'),
 )

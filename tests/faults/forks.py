@@ -21,10 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlora import child_process, disk, run_folder
+from qlora import child_process, disk, numerics, run_folder
 from qlora.events import Event, Recorder, Sink, Sinks
+from qlora.model import lora_functions
 from qlora.model.base_watch import BaseWatch
 from qlora.model.tokenizer_files import read_files
+from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe, load_recipe
 from qlora.stop import StopRequest
 from qlora.training import checkpoint, loop, setup
@@ -219,7 +221,8 @@ def warm(recipe_file: Path, *overrides: str) -> Warm:
     base, _ = setup.preflight(recipe, sink)
     tokenizer = read_files(base.path)
     chat, data = setup.prepare_rows(recipe, tokenizer, sink)
-    model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
+    with numerics.in_force(Numerics(functions=lora_functions.choose(recipe.lora))):
+        model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
     device = next(model.parameters()).device
     parts = {
         "model": model,

@@ -101,7 +101,7 @@ def _costs(layers: int, functions: str) -> tuple[Cost, Cost]:
         load_nothing(model, QuantizationSection())
         tuned = adapters.attach(model, LoraSection(r=16), 0, functions=functions).train()
         parts = CausalParts.of(tuned.get_base_model(), on_card=True)
-        set_gradient_checkpointing(tuned.get_base_model(), enabled=True, keep_random_state=False)
+        set_gradient_checkpointing(tuned.get_base_model(), layers=True, keep_random_state=False)
         ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=META)
         starts = torch.zeros(2, dtype=torch.int32, device=META)
         batch = Batch(ids, ids, ids, ids, ids.float(), ids[0], starts, (TOKENS,), True)

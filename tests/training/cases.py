@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from qlora import disk
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopRequest
 from qlora.study import exam_questions
@@ -17,6 +19,7 @@ from qlora.study.records import Answer, Candidate, Question, key_of
 from qlora.study.split import Split
 from qlora.study.study import Studied
 
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")  # of a checkpoint
 ABOUT = {"versions": {"qlora": "1.2.3", "torch": "2.10.0"}, "recipe_sha256": "ab" * 32}
 
 MANUAL = """# Lamps
@@ -100,3 +103,18 @@ def labels_of(tokens: list[int], vocabulary: int) -> Labels:
     ids[:, 0], ids[:, 1] = tokens, [(token + 1) % vocabulary for token in tokens]
     logprobs[:, 0], logprobs[:, 1] = np.log(0.7), np.log(0.2)
     return Labels(np.array(tokens, dtype=np.int32), ids, logprobs)
+
+
+def signed_anew(folder: Path, **files: bytes) -> Path:
+    """The checkpoint with other files under a manifest that fits them, as a stranger could send it."""
+    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+    content |= {name.replace("_", "."): data for name, data in files.items()}
+    about = {"versions": ABOUT["versions"]}
+    shutil.rmtree(folder)
+
+    def write(place: Path) -> None:
+        for name, data in content.items():
+            (place / name).write_bytes(data)
+
+    disk.publish_folder(folder, write, about)
+    return folder

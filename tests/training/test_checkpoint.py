@@ -20,10 +20,9 @@ from qlora.events import Recorder
 from qlora.model.identity import Fingerprints
 from qlora.training import checkpoint
 from qlora.training.checkpoint import RunState
+from qlora.training.memory_plan import MemorySettings
 from tests.runs import run_dir, train, values, write_recipe
-from tests.training.cases import ABOUT, optimizer
-
-FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+from tests.training.cases import ABOUT, FILES, optimizer, signed_anew
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +60,6 @@ def test_tensors_are_restored_bit_for_bit_or_not_at_all(run: Path) -> None:
             checkpoint.restore(made, second, wrong)
 
 
-def signed_anew(folder: Path, **files: bytes) -> Path:
-    """The checkpoint with other files under a manifest that fits them, as a stranger could send it."""
-    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
-    content |= {name.replace("_", "."): data for name, data in files.items()}
-    about = {"versions": ABOUT["versions"]}
-    shutil.rmtree(folder)
-
-    def write(place: Path) -> None:
-        for name, data in content.items():
-            (place / name).write_bytes(data)
-
-    disk.publish_folder(folder, write, about)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
@@ -101,6 +85,20 @@ def test_a_state_that_is_none_is_set_aside(run: Path, tmp_path: Path, key: str, 
     assert checkpoint.newest(folder, sink) is None
     (said,) = values(sink, "notice", "message")
     assert "step-000002 is damaged" in said and "state.json" in said and reason in said and ".broken1" in said
+
+
+@pytest.mark.parametrize("setting", [True, False, None, 1, 3])
+def test_how_many_layers_are_recomputed_is_read_as_it_was_written(run: Path, tmp_path: Path, setting: Any) -> None:
+    """Older versions knew all or none: true is no number 1, and a number no true."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    newest = checkpoint.folder_of(folder, 2)
+    content = json.loads((newest / "state.json").read_text())
+    state = content["state"] | {"gradient_checkpointing": setting, "micro_batch_size": 2}
+    signed_anew(newest, state_json=json.dumps(content | {"state": state}).encode())
+    made = checkpoint.newest(folder, Recorder())
+    assert made is not None and repr(made.state.gradient_checkpointing) == repr(setting)
+    settings = MemorySettings(4, 7).as_of(made.state)
+    assert repr(settings.gradient_checkpointing) == repr(7 if setting is None else setting)
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b"1" * 10_000, b"", b"\xff", b'{"format": 2}'])

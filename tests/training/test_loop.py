@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora.errors import TrainingStopped
+from qlora.model import adapters, lora_functions
 from qlora.recipe.reading import load_recipe
 from qlora.step import forward
 from qlora.training import loop
@@ -158,9 +159,17 @@ def test_the_next_steps_batches_are_made_meanwhile_and_change_nothing(
     assert hashes(ahead, 3) == hashes(at_once, 3)
 
 
-def test_attention_by_documents_is_told_and_trains_the_same(tmp_path: Path, llama: Path) -> None:
+def test_attention_by_documents_is_told_and_trains_the_same(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where both round alike: in bf16 losses are 8e-4 apart at the first step, and more at each next."""
+    attach = adapters.attach
+    monkeypatch.setattr(
+        adapters, "attach", lambda model, *about, **how: attach(model.float(), *about, **how, dtype=FP32)
+    )
+    settings = (*SHORT, "train.max_steps=3", 'quantization.type="none"')
     masked, by_documents = (write_recipe(tmp_path / name, llama) for name in ("masked", "documents"))
-    one = train(masked, *SHORT, "train.max_steps=3")
-    other = train(by_documents, *SHORT, "train.max_steps=3", 'model.attention="varlen"')
+    one, other = train(masked, *settings), train(by_documents, *settings, 'model.attention="varlen"')
     assert (values(one, "plan", "attention"), values(other, "plan", "attention")) == (["sdpa"], ["one by one"])
-    assert values(other, "step", "loss") == pytest.approx(values(one, "step", "loss"), abs=5e-3)
+    assert values(one, "start", "numerics")[0]["functions"] == lora_functions.OURS
+    assert values(other, "step", "loss") == pytest.approx(values(one, "step", "loss"), abs=2e-5)

@@ -80,6 +80,17 @@ def test_auto_is_the_fastest_that_fits_and_the_plan_says_so(llama: Path, monkeyp
     assert tight.micro_batch_size < roomy.micro_batch_size == 16 and not roomy.gradient_checkpointing
 
 
+def test_more_layers_than_the_model_has_are_all_of_them(tmp_path: Path, llama: Path) -> None:
+    recipe = write_recipe(tmp_path, llama)
+    recorder = train(recipe, *SHORT, "train.gradient_checkpointing=9")
+    (said,) = [one for one in recorder.of("notice") if "gradient_checkpointing" in one.message]
+    assert "gradient_checkpointing = 9: the model has 2 layers; all of them are recomputed" in said.message
+    assert said.count == 7 and values(recorder, "plan", "gradient_checkpointing") == [True]
+    recorder = train(recipe, *SHORT, "train.gradient_checkpointing=2", mode="fresh")
+    assert repr(values(recorder, "plan", "gradient_checkpointing")) == "[2]"
+    assert not [one for one in recorder.of("notice") if "gradient_checkpointing" in one.message]
+
+
 def test_predicted_stands_beside_measured(tmp_path: Path, llama: Path) -> None:
     recorder = train(write_recipe(tmp_path, llama), *SHORT)
     (memory,) = values(recorder, "end", "memory")

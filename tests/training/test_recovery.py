@@ -198,7 +198,7 @@ def test_more_recomputed_layers_change_no_bit(tmp_path: Path, llama: Path, monke
     with monkeypatch.context() as patch:
         fail_at(patch, 1)
         recorder = train(failing, *dropout, stop_after=2)
-    assert "the first 1 layers are recomputed" in str(values(recorder, "recovered", "message"))
+    assert "the backward pass recomputes the first layer from now on" in str(values(recorder, "recovered", "message"))
     state = json.loads((run_dir(failing) / "checkpoints/step-000002/state.json").read_text())["state"]
     assert (state["micro_batch_size"], repr(state["gradient_checkpointing"])) == (2, "1")
     recorder = train(failing, *dropout, mode="resume")
@@ -220,8 +220,8 @@ def test_levers_are_pulled_in_order_and_then_the_run_ends_with_remedies(
         api.train(load_recipe(recipe, settings), name=recipe.stem, sink=recorder)
     said = [event.as_dict()["message"].split(": ")[-1] for event in recorder.of("recovered")]
     assert [message.partition(";")[0] for message in said] == [
-        "the first 1 layers are recomputed in the backward pass from now on",
-        "layers are recomputed in the backward pass from now on",
+        "the backward pass recomputes the first layer from now on",
+        "the backward pass recomputes layers from now on",
         "micro-batches of 2 instead of 4 rows",
         "micro-batches of 1 instead of 2 rows",
     ]

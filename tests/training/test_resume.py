@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import RunFolderError
+from qlora.model import lora_functions
 from qlora.report.files import read_events
 from tests.runs import EVERYTHING, hashes, run_dir, train, values, write_recipe
+from tests.training.cases import signed_anew
 
+# Without dropout, which is peft's to compute: layers are computed by our own functions.
+ALL = (*EVERYTHING, "lora.dropout=0", "train.max_steps=12")
 OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "lion_8bit")
 
 
@@ -19,7 +24,8 @@ OPTIMIZERS = ("paged_adamw_8bit", "paged_adamw_32bit", "adamw", "lion_8bit")
 def straight(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> dict[str, str]:
     """Hashes after 12 uninterrupted steps with everything on."""
     recipe = write_recipe(tmp_path_factory.mktemp("straight"), llama)
-    train(recipe, *EVERYTHING, "train.max_steps=12")
+    recorder = train(recipe, *ALL)
+    assert values(recorder, "start", "numerics")[0]["functions"] == lora_functions.OURS
     return hashes(recipe, 12)
 
 
@@ -28,8 +34,8 @@ def test_stopped_and_resumed_equals_straight(
     tmp_path: Path, llama: Path, straight: dict[str, str], stop_after: int
 ) -> None:
     recipe = write_recipe(tmp_path, llama)
-    first = train(recipe, *EVERYTHING, "train.max_steps=12", stop_after=stop_after)
-    second = train(recipe, *EVERYTHING, "train.max_steps=12", mode="resume")
+    first = train(recipe, *ALL, stop_after=stop_after)
+    second = train(recipe, *ALL, mode="resume")
     assert values(first, "step", "step") == list(range(1, stop_after + 1))
     assert values(second, "step", "step") == list(range(stop_after + 1, 13))
     assert hashes(recipe, 12) == straight
@@ -37,16 +43,50 @@ def test_stopped_and_resumed_equals_straight(
     assert steps == list(range(1, 13))
 
 
+def test_with_dropout(tmp_path: Path, llama: Path) -> None:
+    """What is drawn in a layer is drawn as it would have been; peft computes it."""
+    one, two = write_recipe(tmp_path / "one", llama), write_recipe(tmp_path / "two", llama)
+    recorder = train(one, *EVERYTHING, "train.max_steps=4")
+    assert values(recorder, "start", "numerics")[0]["functions"] == lora_functions.PEFT
+    train(two, *EVERYTHING, "train.max_steps=4", stop_after=2)
+    train(two, *EVERYTHING, "train.max_steps=4", mode="resume")
+    assert hashes(two, 4) == hashes(one, 4)
+
+
+def test_a_run_of_a_version_without_functions_of_its_own_goes_on_with_pefts(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its numerics do not say who computed its layers, and its `gradient_checkpointing` was true or false."""
+    one, two = write_recipe(tmp_path / "one", llama), write_recipe(tmp_path / "two", llama)
+    settings = ("train.max_steps=4", "train.batch_size=2", "train.gradient_checkpointing=true")
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_functions, "choose", lambda *_: lora_functions.PEFT)
+        train(one, *settings)
+        train(two, *settings, stop_after=2)
+    state = run_dir(two) / "checkpoints" / "step-000002" / "state.json"
+    content = json.loads(state.read_text())
+    assert content["state"]["numerics"].pop("functions") == lora_functions.PEFT
+    assert content["state"]["gradient_checkpointing"] is True
+    signed_anew(state.parent, state_json=json.dumps(content).encode())
+    again = train(two, *settings, mode="resume")
+    assert values(again, "start", "numerics")[0]["functions"] == lora_functions.PEFT
+    assert repr(values(again, "plan", "gradient_checkpointing")) == "[True]"
+    assert hashes(two, 4) == hashes(one, 4)
+    ours = write_recipe(tmp_path / "ours", llama)
+    train(ours, *settings)
+    assert hashes(ours, 4) != hashes(one, 4)
+
+
 def test_evaluation_changes_nothing(tmp_path: Path, llama: Path, straight: dict[str, str]) -> None:
     recipe = write_recipe(tmp_path, llama)
     off = ("eval.every_steps=1000", "eval.samples=0", "eval.exact_match_rows=0")
-    train(recipe, *EVERYTHING, *off, "train.max_steps=12")
+    train(recipe, *ALL, *off)
     assert hashes(recipe, 12) == straight
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, llama: Path, straight: dict[str, str]) -> None:
     recipe = write_recipe(tmp_path, llama)
-    train(recipe, *EVERYTHING, "train.gradient_checkpointing=true", "train.max_steps=12")
+    train(recipe, *ALL, "train.gradient_checkpointing=true")
     assert hashes(recipe, 12) == straight
 
 
@@ -72,7 +112,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     tmp_path: Path, llama: Path, straight: dict[str, str]
 ) -> None:
     recipe = write_recipe(tmp_path, llama)
-    settings = (*EVERYTHING, "train.max_steps=12", "checkpoint.every_steps=2")
+    settings = (*ALL, "checkpoint.every_steps=2")
     train(recipe, *settings, stop_after=6)
     newest = run_dir(recipe) / "checkpoints" / "step-000006" / "optimizer.safetensors"
     raw = bytearray(newest.read_bytes())
@@ -130,9 +170,9 @@ def test_in_two_processes(tmp_path: Path, llama: Path, straight: dict[str, str])
         "from qlora.cli.train import app\n"
         "app()\n"
     )
-    settings = [word for item in (*EVERYTHING, "train.max_steps=12") for word in ("--set", item)]
+    settings = [word for item in ALL for word in ("--set", item)]
     first = subprocess.run([sys.executable, "-c", code, str(recipe), *settings], capture_output=True, text=True)
     assert first.returncode == 143, first.stderr
     assert "saved after step 5 of 12" in first.stderr and "--resume" in first.stderr
-    train(recipe, *EVERYTHING, "train.max_steps=12", mode="resume")
+    train(recipe, *ALL, mode="resume")
     assert hashes(recipe, 12) == straight
