@@ -342,7 +342,7 @@ def _publish(job: _Job, asked: str) -> Report:
         (key, check.name, check.ok, check.detail) for key, found in job.inspections.items() for check in found.checks
     )
     chosen = job.reference.choice
-    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation, chosen, told)
+    return Report(tuple(published), job.merge_base, table, results, job.reference.evaluation, chosen, told=told)
 
 
 def _made_of(source: Source) -> dict[str, str | None]:
