@@ -70,7 +70,7 @@ class Simulator:
         """Whatever was imported and asked before: modules of libraries, and what these make once, are no model's."""
         ready_to_load_nothing()
         repeated = RepeatedOperations()
-        with _collecting(), _uncollected():
+        with _collecting(building=True):
             return [_MetaModel(self.spec, size, repeated) for size in self.sizes]
 
     @cached_property
@@ -162,34 +162,26 @@ class _Line:
 
 
 @contextmanager
-def _collecting() -> Iterator[None]:
+def _collecting(building: bool = False) -> Iterator[None]:
     """Storages that only a cycle of objects holds die at the end of the block, and not whenever Python next looks.
 
     What existed before is left out of the search, which would take half a second with torch imported. A program that
-    has frozen its objects itself keeps them so.
+    has frozen its objects itself keeps them so. While a model is built (peft's first adapters) Python does not look by
+    itself: when it does depends on what the process did before.
     """
-    ours = gc.get_freeze_count() == 0
+    ours, looks = gc.get_freeze_count() == 0, building and gc.isenabled()
     if ours:
         gc.freeze()
+    if looks:
+        gc.disable()
     try:
         yield
         gc.collect()
     finally:
-        if ours:
-            gc.unfreeze()
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """What cycles hold while a model is built (peft's first adapters) lives to the end of it, in every process: when
-    Python looks by itself depends on what ran before."""
-    looks = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
         if looks:
             gc.enable()
+        if ours:
+            gc.unfreeze()
 
 
 class _MetaModel:
