@@ -260,7 +260,7 @@ def merge_and_export(
     for artifact in artifacts:
         check_place(artifact.folder)
         check_part(artifact.folder)
-    request = hash_of_request(folders, combine, str(base_model), merge_base, chosen)
+    request = partial(hash_of_request, folders, combine, str(base_model), merge_base, chosen)
     asked = (base_model, merge_base, chosen, request)
     if push is None:
         with at_work(sink, results=False) as (shared, _):
@@ -273,7 +273,8 @@ def merge_and_export(
     contents = Contents(tuple(keys), frozenset({run_folder.dataset_name(name_of_all(folders))}))
     with at_work(sink, results=False) as (shared, _):
         destination = open_destination(push, contents)
-        report = Report(made_before(artifacts, request, shared), None)
+        there = artifacts and all(artifact.folder.is_dir() for artifact in artifacts)
+        report = Report(made_before(artifacts, request(), shared) if there else (), None)
         if artifacts and not report.products:
             report = produced(folders, combine, artifacts, asked, shared)
         places = [artifact.folder for artifact in artifacts] + folders[: int(as_it_lies)]

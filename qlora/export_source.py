@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from qlora.guarded import guarded
 from qlora.manifest import sha256_text
 from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
 from qlora.model.adapter_folder import (
+    ADAPTER_FILE,
     PROVENANCE_FILE,
     Provenance,
     delivered_step,
@@ -36,9 +37,10 @@ from qlora.model.adapter_folder import (
     read_adapter,
 )
 from qlora.model.adapter_seal import SEALED, seal
-from qlora.model.base_folder import BaseFolder
+from qlora.model.base_folder import MAX_SMALL_BYTES, BaseFolder
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.delivered_loss import DeliveredLoss
+from qlora.model.tensors import read_header
 from qlora.model.weight_names import class_names
 from qlora.report.files import read_events
 from qlora.run_record import is_run
@@ -82,15 +84,29 @@ def name_of_all(folders: Sequence[Path]) -> str:
 
 
 def hash_of_request(folders: Sequence[Path], *asked: object) -> str:
-    """Of what an export is made and how: the adapters and their runs' recipes by their bytes, and all of `asked`."""
+    """Of what an export is made and how: the adapters and their runs' recipes by their bytes, and all of `asked`.
+
+    What is no file of its kind, or larger than one may be, is left out: an export refuses it.
+    """
     known = [__version__, *map(repr, asked)]
     for folder in folders:
         places = [folder / name for name in SEALED]
         places += [folder.parent / run_folder.RECIPE_FILE] if is_run(folder.parent) else []
         for place in places:
-            with suppress(OSError, files.UnsafePathError), files.open_to_read(place) as file:
+            with (
+                suppress(OSError, files.UnsafePathError, UserError),
+                files.open_to_read(place, _most_bytes(place)) as file,
+            ):
                 known += [place.name, hashlib.file_digest(file, "sha256").hexdigest()]
     return sha256_text(*known)
+
+
+def _most_bytes(place: Path) -> int:
+    """What a file of an adapter or a run may have. Raises ModelError where that of its tensors tells another length."""
+    if place.name != ADAPTER_FILE:
+        return MAX_SMALL_BYTES
+    header = read_header(place)
+    return max((entry.offset + entry.nbytes for entry in header.values()), default=MAX_SMALL_BYTES)
 
 
 @contextmanager
@@ -257,7 +273,7 @@ def produced(
     folders: Sequence[Path],
     combine: Combination | None,
     artifacts: Sequence[Artifact],
-    asked: tuple[str | Path | None, Literal["auto"] | MergeBase, ExportOptions, str],
+    asked: tuple[str | Path | None, Literal["auto"] | MergeBase, ExportOptions, Callable[[], str]],
     sink: Sink,
 ) -> Report:
     """Artifacts made of adapters; `asked` are the base and the merge base that are named, how, and a hash of it all."""
@@ -271,4 +287,4 @@ def produced(
             opened_source(folders, combine, (base_model, merge_base), written, with_rows, sink) as opened,
             fast_matmul(opened.device),
         ):
-            return produce(opened, artifacts, merge_base, chosen, sink, request)
+            return produce(opened, artifacts, merge_base, chosen, sink, request())

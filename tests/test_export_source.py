@@ -81,3 +81,8 @@ def test_a_request_is_known_by_what_it_is_made_of(tmp_path: Path, llama: Path) -
     assert one == hash_of_request([tmp_path / "a"], None, "hf")
     edit(tmp_path / "a" / "adapter_config.json", lora_alpha=7)
     assert one != hash_of_request([tmp_path / "a"], None, "hf")
+    with open(tmp_path / "a" / "adapter_model.safetensors", "ab") as file:
+        file.truncate(1 << 40)  # which an export refuses; it would take an hour to read
+    lying = hash_of_request([tmp_path / "a"], None, "hf")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    assert lying == hash_of_request([tmp_path / "a"], None, "hf")

@@ -219,12 +219,12 @@ def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
     """A module that computes its three layers as one function."""
 
     class OneMLP(kind):  # type: ignore[misc]
-        def forward(self, inputs: Tensor) -> Tensor:
+        def forward(self, inputs: Tensor, *args: Any, **named: Any) -> Tensor:
             layers = [getattr(self, name) for name in names]
             watched = any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
-            now = None if watched else _now(layers, inputs)
+            now = None if watched or args or named else _now(layers, inputs)
             if now is None:
-                return super().forward(inputs)  # type: ignore[no-any-return]
+                return super().forward(inputs, *args, **named)  # type: ignore[no-any-return]
             frozen, adapters, dtype = now
             cast = inputs.to(dtype)
             return gated_mlp(cast, frozen, adapters, product_dtype(cast), kernels).to(inputs.dtype)

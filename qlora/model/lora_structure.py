@@ -2,8 +2,9 @@
 
 The trunk is run once on a few tokens with every linear layer replaced by one that gives zeros, so that no weight is
 read: it works the same on `meta`. A module that holds three adapted layers is called by itself with numbers in place of
-their outputs, on the CPU: where what it hands to the third is silu(first) * second to the bit, and what it returns is
-what the third gave, that is all it computes.
+their outputs, on the CPU, as it is trained and as it is asked: where what it hands to the third is silu(first) * second
+to the bit, and what it returns is what the third gave, that is all it computes. The numbers go up to thousands: some
+models cap them, at 7 or 16.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qlora.errors import foreign_failures
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 TOKENS = 8  # of the watched pass
+SPREADS = (1.0, 30.0, 1e3)  # of numbers that an MLP is tried on
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,25 @@ def _by_owner(adapted: Mapping[str, nn.Module]) -> dict[str, list[str]]:
 
 def _order(module: nn.Module, names: Sequence[str]) -> tuple[str, str, str] | None:
     """Which of a module's layers are gate, up and down; None where it computes anything else."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, *answers = (torch.randn(2, 3, 8, generator=generator) for _ in range(4))
     layers = [getattr(module, name) for name in names]
+    generator = torch.Generator().manual_seed(0)
+    found = set()
+    for training in (False, True):  # dropout is there in the second
+        inputs, *answers = (
+            torch.cat([spread * torch.randn(2, 8, 32, generator=generator) for spread in SPREADS]) for _ in range(4)
+        )
+        with evaluating(module):
+            module.train(training)
+            found.add(_order_by(module, layers, inputs, answers))
+    order = found.pop() if len(found) == 1 else None
+    return order and (names[order[0]], names[order[1]], names[order[2]])
+
+
+def _order_by(
+    module: nn.Module, layers: Sequence[nn.Module], inputs: Tensor, answers: Sequence[Tensor]
+) -> tuple[int, int, int] | None:
     watched = _Watched(answers={id(layer): answer for layer, answer in zip(layers, answers, strict=True)})
-    with _replaced(layers, watched), evaluating(module):
+    with _replaced(layers, watched):
         output = type(module).forward(module, inputs)
     calls = {id(layer): given for layer, given in watched.calls}
     if len(watched.calls) != 3 or len(calls) != 3 or not isinstance(output, Tensor):
@@ -145,5 +161,5 @@ def _order(module: nn.Module, names: Sequence[str]) -> tuple[str, str, str] | No
         first, second, last = (calls[id(layers[at])] for at in (gate, up, down))
         expected = silu(answers[gate]) * answers[up]
         if first is inputs and second is inputs and torch.equal(last, expected) and torch.equal(output, answers[down]):
-            return names[gate], names[up], names[down]
+            return gate, up, down
     return None

@@ -61,20 +61,18 @@ def form_of(module: nn.Module) -> tuple[float, bool] | None:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
-        flat_ND = x.reshape(-1, x.shape[-1])
-        y_ND, inverse_N = operators.rms_norm(flat_ND, weight, eps, from_one)
-        ctx.save_for_backward(flat_ND, weight, inverse_N)
+    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
+        y_ND, inverse_N = operators.rms_norm(x_ND, weight, eps, from_one)
+        ctx.save_for_backward(x_ND, weight, inverse_N)
         ctx.from_one = from_one
-        return y_ND.view(x.shape)
+        return y_ND
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        flat_ND, weight, inverse_N = ctx.saved_tensors
-        grad_ND = gradient.reshape(flat_ND.shape)
-        into_ND = operators.rms_norm_backward(grad_ND, flat_ND, weight, inverse_N, ctx.from_one)
-        return into_ND.view(gradient.shape), None, None, None
+        x_ND, weight, inverse_N = ctx.saved_tensors
+        into_ND = operators.rms_norm_backward(gradient.contiguous(), x_ND, weight, inverse_N, ctx.from_one)
+        return into_ND, None, None, None
 
 
 @lru_cache(64)
@@ -82,10 +80,12 @@ def _normed(kind: Any, eps: float, from_one: bool) -> Any:
     """A norm whose forward pass is the kernel's, for tensors whose type is that of its weight."""
 
     class OneNorm(kind):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
-            if x.dtype != self.weight.dtype:
-                return super().forward(x)  # type: ignore[no-any-return]
-            return _RmsNorm.apply(x, self.weight, eps, from_one)  # type: ignore[no-any-return, no-untyped-call]
+        def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+            if args or named or x.dtype != self.weight.dtype:  # Mamba's norms take a gate beside x
+                return super().forward(x, *args, **named)  # type: ignore[no-any-return]
+            # The kernel reads row behind row: of a slice (latent attention's, a gated query's) a copy.
+            x_ND = x.reshape(-1, x.shape[-1]).contiguous()
+            return _RmsNorm.apply(x_ND, self.weight, eps, from_one).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
 
     OneNorm.__name__, OneNorm.__qualname__, OneNorm.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return OneNorm

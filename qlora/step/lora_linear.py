@@ -46,9 +46,14 @@ class Adapter(NamedTuple):
 def shared_input(
     inputs: Tensor, layers: Sequence[Frozen], adapters: Sequence[Adapter], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """The outputs (..., out) of one layer, or of several, such as q, k and v, that take the same `inputs` (..., in)."""
+    """The outputs (..., out) of one layer, or of several, such as q, k and v, that take the same `inputs` (..., in).
+
+    Models change them in their own places (OLMo caps q, k and v, Falcon adds to an MLP's), which autograd refuses of
+    views made inside of a function: here they get their shape outside of it.
+    """
     flat = [tensor for adapter in adapters for tensor in adapter]
-    return _SharedInput.apply(inputs, tuple(layers), dtype, *flat)  # type: ignore[no-any-return, no-untyped-call]
+    outputs = _SharedInput.apply(_rows(inputs), tuple(layers), dtype, *flat)  # type: ignore[no-untyped-call]
+    return tuple(output.view(*inputs.shape[:-1], output.shape[-1]) for output in outputs)
 
 
 def gated_mlp(
@@ -59,18 +64,22 @@ def gated_mlp(
     `kernels`: what lies between the products is one kernel forth and one back (`step/kernels`).
     """
     flat = [tensor for adapter in adapters for tensor in adapter]
-    return _GatedMLP.apply(inputs, tuple(layers), (dtype, kernels), *flat)  # type: ignore[no-any-return, no-untyped-call]
+    y_ND = _GatedMLP.apply(_rows(inputs), tuple(layers), (dtype, kernels), *flat)  # type: ignore[no-untyped-call]
+    return y_ND.view(*inputs.shape[:-1], y_ND.shape[-1])  # type: ignore[no-any-return]
+
+
+def _rows(inputs: Tensor) -> Tensor:
+    return inputs.reshape(-1, inputs.shape[-1])
 
 
 class _SharedInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layers: Sequence[Frozen], dtype: torch.dtype, *flat: Tensor) -> Any:
-        x_ND = inputs.reshape(-1, inputs.shape[-1])
+    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], dtype: torch.dtype, *flat: Tensor) -> Any:
         group = _Group(layers, flat, dtype)
-        outputs, lows = group.outputs(x_ND.to(dtype), inputs.dtype)
+        outputs, lows = group.outputs(x_ND.to(dtype), x_ND.dtype)
         ctx.save_for_backward(x_ND, *lows, *flat)
-        ctx.layers, ctx.dtype, ctx.shape = layers, dtype, inputs.shape
-        return tuple(output.view(*inputs.shape[:-1], -1) for output in outputs)
+        ctx.layers, ctx.dtype = layers, dtype
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -78,32 +87,31 @@ class _SharedInput(torch.autograd.Function):
         x_ND, *rest = ctx.saved_tensors
         lows, flat = rest[: len(ctx.layers)], rest[len(ctx.layers) :]
         group = _Group(ctx.layers, flat, ctx.dtype)
-        grads_y = [gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype) for gradient in gradients]
+        grads_y = [gradient.to(ctx.dtype) for gradient in gradients]
         grad_low_NR = group.low_gradients(grads_y)
         found = group.adapter_gradients(grads_y, grad_low_NR, x_ND, lows)
         grad_x = group.input_gradient(grads_y, grad_low_NR) if ctx.needs_input_grad[0] else None
-        grad_x = None if grad_x is None else grad_x.to(x_ND.dtype).view(ctx.shape)
+        grad_x = None if grad_x is None else grad_x.to(x_ND.dtype)
         return (grad_x, None, None, *found)
 
 
 class _GatedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layers: Sequence[Frozen], how: Any, *flat: Tensor) -> Any:
+    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], how: Any, *flat: Tensor) -> Any:
         dtype, kernels = how
-        x_ND = inputs.reshape(-1, inputs.shape[-1])
         first, down = _Group(layers[:2], flat[:4], dtype), _Group(layers[2:], flat[4:], dtype)
-        (e_NF, g_NF), lows = first.outputs(x_ND.to(dtype), inputs.dtype)
-        (y_ND,), lows_h = down.outputs(_gated(e_NF, g_NF, how), inputs.dtype)
+        (e_NF, g_NF), lows = first.outputs(x_ND.to(dtype), x_ND.dtype)
+        (y_ND,), lows_h = down.outputs(_gated(e_NF, g_NF, how), x_ND.dtype)
         ctx.save_for_backward(x_ND, e_NF, g_NF, *lows, *lows_h, *flat)
-        ctx.layers, ctx.dtype, ctx.kernels, ctx.shape = layers, dtype, kernels, inputs.shape
-        return y_ND.view(*inputs.shape[:-1], -1)
+        ctx.layers, ctx.dtype, ctx.kernels = layers, dtype, kernels
+        return y_ND
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x_ND, e_NF, g_NF, low_e, low_g, low_h, *flat = ctx.saved_tensors
         first, down = _Group(ctx.layers[:2], flat[:4], ctx.dtype), _Group(ctx.layers[2:], flat[4:], ctx.dtype)
-        grads_y = [gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)]
+        grads_y = [gradient.to(ctx.dtype)]
         grad_low_h = down.low_gradients(grads_y)
         grad_h = down.input_gradient(grads_y, grad_low_h)
         h_NF, grad_e, grad_g = _gated_backward(grad_h, e_NF, g_NF, ctx.kernels)
@@ -115,7 +123,7 @@ class _GatedMLP(torch.autograd.Function):
         grad_low_NR = first.low_gradients(grads)
         of_first = first.adapter_gradients(grads, grad_low_NR, x_ND, [low_e, low_g])
         grad_x = first.input_gradient(grads, grad_low_NR) if ctx.needs_input_grad[0] else None
-        grad_x = None if grad_x is None else grad_x.to(x_ND.dtype).view(ctx.shape)
+        grad_x = None if grad_x is None else grad_x.to(x_ND.dtype)
         return (grad_x, None, None, *of_first, *of_down)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import dropout, gelu, silu
 
 from qlora.model.attention import register
 from qlora.model.lora_structure import gated_of, sharing_of
@@ -26,16 +26,18 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = gelu(self.b(x)) if self.how == "gelu" else silu(self.b(x))
-        if self.how == "caps":
-            gate = gate.clamp(max=0.5)
+        if self.how.startswith("caps"):
+            gate = gate.clamp(max=float(self.how.split()[-1]))
         h = gate * self.a(x + 0.0 if self.how == "other input" else x)
-        y = self.c(h)
+        y = self.c(dropout(h, 0.02, self.training) if self.how == "drops" else h)
         if self.how == "twice":
             y = y + self.c(h)
         return y * 2 if self.how == "scales" else y
 
 
-@pytest.mark.parametrize("how", ["", "gelu", "caps", "other input", "twice", "scales", "has a scale"])
+@pytest.mark.parametrize(
+    "how", ["", "gelu", "caps at 0.5", "caps at 16", "drops", "other input", "twice", "scales", "has a scale"]
+)
 def test_an_mlp_is_known_by_what_it_computes(how: str) -> None:
     model = nn.ModuleDict({"layer": Mlp(how)})
     layers = {f"layer.{name}": getattr(model["layer"], name) for name in "abc"}

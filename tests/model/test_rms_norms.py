@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.model.rms_norms import form_of, put_in
+from qlora.step.kernels import operators
 from tests.families import FAMILIES, make_config, make_model
 
 
@@ -63,3 +64,41 @@ def test_states_and_gradients_are_the_models_own(family: str) -> None:
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-7)
     assert list(own.state_dict()) == list(ours.state_dict())
+
+
+class Gated(Odd):
+    """As Mamba's: a gate may come beside x."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x if gate is None else x * gate)
+
+
+def row_behind_row(x: Tensor) -> Tensor:
+    """What a kernel reads of (N, D): it knows D, and no strides."""
+    return x.as_strided(x.shape, (x.shape[1], 1))
+
+
+def test_rows_that_lie_apart_are_laid_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latent attention's norm is given a slice of a wider product; what comes back may be a slice too."""
+    forth, back = operators.rms_norm, operators.rms_norm_backward
+    monkeypatch.setattr(operators, "rms_norm", lambda x, *rest: forth(row_behind_row(x), *rest))
+    monkeypatch.setattr(
+        operators, "rms_norm_backward", lambda y, x, *rest: back(row_behind_row(y), row_behind_row(x), *rest)
+    )
+    wide = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    results = []
+    own, ours = Odd(""), Odd("")
+    assert put_in(ours) == 1
+    for norm in (own, ours):
+        output = torch.cat((norm(wide[..., :8]), wide[..., 8:]), dim=-1)
+        results.append((output.detach(), *torch.autograd.grad(output.sigmoid().sum(), wide)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_a_norm_that_is_given_more_than_x_computes_it_itself() -> None:
+    norm, x = Gated(""), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    right = norm(x, x), norm(x, gate=x)
+    assert put_in(norm) == 1
+    assert torch.equal(norm(x, x), right[0]) and torch.equal(norm(x, gate=x), right[1])
+    assert not torch.equal(norm(x), right[0])

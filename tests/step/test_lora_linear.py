@@ -135,3 +135,28 @@ def test_a_layer_of_8b_has_its_ceilings(functions: str, forth: tuple[int, float]
     """Rank 16, 2,048 tokens, with recomputation. With peft's forward: 94 and 213 launches, 4.20 and 9.54 GB."""
     for cost, (launches, nbytes) in zip(layer_costs(functions), (forth, back), strict=True):
         assert cost.launches <= launches and cost.nbytes <= nbytes
+
+
+def test_outputs_may_be_changed_in_their_own_place() -> None:
+    """As OLMo caps q, k and v, and Falcon adds to what its MLP gave."""
+    sizes = ((6, 6), (6, 6), (6, 6))
+    layers, adapters, x = [layer(one, 0.5) for one in weights_of(sizes)], adapters_of(sizes), drawn(2, 3, 6)
+    flat = [tensor for adapter in adapters for tensor in adapter]
+
+    def gradients(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        outputs = (*shared_input(x, layers, adapters, KIND), gated_mlp(x, layers, adapters, KIND))
+        return list(torch.autograd.grad(sum(change(output).square().sum() for output in outputs), flat))
+
+    for found, right in zip(
+        gradients(lambda y: y.clamp_(-0.5, 0.5)), gradients(lambda y: y.clamp(-0.5, 0.5)), strict=True
+    ):
+        assert torch.equal(found, right)
+
+
+def test_an_expert_that_no_token_goes_to_gives_nothing() -> None:
+    sizes = ((6, 6), (6, 6), (6, 6))
+    layers, adapters, x = [layer(one, 0.5) for one in weights_of(sizes)], adapters_of(sizes), drawn(0, 6, trained=True)
+    outputs = (*shared_input(x, layers, adapters, KIND), gated_mlp(x, layers, adapters, KIND))
+    assert all(output.shape == (0, 6) for output in outputs)
+    sum(output.sum() for output in outputs).backward()  # type: ignore[union-attr]
+    assert all(not one.grad.any() for adapter in adapters for one in adapter)  # type: ignore[union-attr]
