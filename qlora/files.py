@@ -136,6 +136,15 @@ def open_to_read(path: Path, max_bytes: int | None = None) -> BufferedReader:
         raise
 
 
+def state_of(file: BufferedReader) -> tuple[int, ...]:
+    """What an open file is known again by: size, and when its bytes and its place were changed.
+
+    Not by its number: a drive of the network may give another one at each opening.
+    """
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """All of a regular file of at most `max_bytes`. Raises as `open_to_read` does."""
     with open_to_read(path, max_bytes) as file:

@@ -139,7 +139,7 @@ class Calls:
             if answer is not None and answer.status not in _AGAIN:
                 return answer
             asked = answer.headers.get("retry-after", "") if answer is not None else ""
-            seconds = float(asked) if asked.isdigit() and len(asked) < 6 else 0.0
+            seconds = float(asked) if asked.isascii() and asked.isdigit() and len(asked) < 6 else 0.0
             if seconds > LONGEST_WAIT:
                 minutes = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
                 raise ExportError(f"the hub asks to wait ({why})", f"wait {minutes}, then {GO_ON}")

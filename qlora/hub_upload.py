@@ -9,68 +9,27 @@ interface (https://huggingface.co/docs/hub/api) and of git LFS's batch interface
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from pydantic import Field
 
-from qlora import files, foreign_json, shown
+from qlora import foreign_json, shown
 from qlora.errors import ExportError
 from qlora.events import Progress, Sink
 from qlora.hub_calls import GO_ON, Answer, Calls
+from qlora.outgoing import Outgoing, git_hash
 
 SAMPLE_BYTES = 512  # of a file's beginning: by it the hub decides whether it is text
-BLOCK_BYTES = 1 << 20
 BATCH = 256  # files in one question
 MAX_TEXT_BYTES = 10 << 20  # the hub takes no larger file into the commit itself
 MAX_PARTS = 10_000  # of a multipart upload, as S3 has it
 _TOKENS = "https://huggingface.co/settings/tokens"
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """A file as it is sent: its name in the repository, size and sha256, and a file or bytes to read it from."""
-
-    name: str
-    size: int
-    sha256: str
-    content: Path | bytes
-
-    @classmethod
-    def of_bytes(cls, name: str, data: bytes) -> Outgoing:
-        return cls(name, len(data), hashlib.sha256(data).hexdigest(), data)
-
-    def blocks(self, start: int, length: int) -> Iterator[bytes]:
-        """`length` bytes from `start` on. Raises ExportError for a file that has become another."""
-        if isinstance(self.content, bytes):
-            yield self.content[start : start + length]
-            return
-        try:
-            with files.open_to_read(self.content) as file:
-                file.seek(start)
-                while length and (block := file.read(min(length, BLOCK_BYTES))):
-                    length -= len(block)
-                    yield block
-        except (OSError, files.UnsafePathError) as error:
-            raise ExportError(
-                f"{self.content}: cannot be read any more ({error})", "put it back, or export it again"
-            ) from error
-        if length:
-            raise ExportError(f"{self.content}: has become shorter while it was sent", "export it again")
-
-    def whole(self) -> bytes:
-        """All of a file of text. Raises ExportError where it has become another than it was."""
-        data = b"".join(self.blocks(0, self.size))
-        if hashlib.sha256(data).hexdigest() != self.sha256:
-            raise ExportError(f"{self.content!s}: was changed while it was sent", "export it again")
-        return data
 
 
 class _Lfs(foreign_json.ForeignModel):
@@ -210,7 +169,8 @@ class ModelRepository:
         """Learn which files go up by themselves, and that they may: raises ExportError where they must not."""
         for some in _batches(items):
             asked = [
-                {"path": one.name, "size": one.size, "sample": base64.b64encode(_sample(one)).decode()} for one in some
+                {"path": one.name, "size": one.size, "sample": base64.b64encode(one.beginning(SAMPLE_BYTES)).decode()}
+                for one in some
             ]
             answer = self.calls.ask("POST", f"/api/models/{self.name}/preupload/main", {"files": asked})
             self._accept(answer, "written to")
@@ -359,11 +319,6 @@ def refused_token() -> ExportError:
     return ExportError("the hub does not accept your token", hint)
 
 
-def git_hash(data: bytes) -> str:
-    """What git calls a file of this content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
 def _parts(upload: _Action, item: Outgoing) -> tuple[list[Any], int]:
     """Where each part of a file goes, and their size. Raises ExportError for an answer that cannot be followed."""
     header = upload.header or {}
@@ -372,16 +327,12 @@ def _parts(upload: _Action, item: Outgoing) -> tuple[list[Any], int]:
     try:
         size = int(header["chunk_size"])
         numbered = {int(key): url for key, url in header.items() if key.isdecimal() and len(key) < 9}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # Python reads JSON's Infinity
         size, numbered = 0, {}
     count = math.ceil(item.size / size) if size > 0 else 0
     if not 0 < count <= MAX_PARTS or set(numbered) != set(range(1, count + 1)):
         raise ExportError(f"{shown.one_line(item.name)}: the hub asks for parts that do not make it up", GO_ON)
     return [numbered[number] for number in sorted(numbered)], size
-
-
-def _sample(item: Outgoing) -> bytes:
-    return b"".join(item.blocks(0, min(SAMPLE_BYTES, item.size)))
 
 
 def _batches(items: Sequence[Outgoing]) -> Iterator[Sequence[Outgoing]]:

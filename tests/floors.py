@@ -34,6 +34,7 @@ FLOORS = {
     "hub": 3,
     "hub_calls": 3,
     "hub_upload": 3,
+    "outgoing": 3,
     "report": 3,
     "run_record": 3,
     "recorded": 3,
@@ -93,7 +94,8 @@ LINES = {
         *("processes", "torch_build", "wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device"),
         "random_state",
         *("flat", "numerics", "recipe_values", "document_keys", "batch", "forward_facts"),
-        *("notebook", "ask", "evaluate", "hub", "hub_calls", "hub_upload", "examine", "hours", "look", "look_study"),
+        *("notebook", "ask", "evaluate", "hub", "outgoing", "hub_calls", "hub_upload", "examine", "hours", "look"),
+        "look_study",
         *("checked", "export_source", "pushing", "api", "new_recipe", "prove"),
     ],
     "cli": [

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from qlora import disk, hub_calls
-from qlora.hub_upload import git_hash
+from qlora.outgoing import git_hash
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 USER, MAIL = "maria-of-the-hub", "maria.huber@example.org"

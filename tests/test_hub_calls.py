@@ -142,9 +142,10 @@ def test_a_wait_that_the_hub_asks_for_is_kept_or_told(push_hub: PushHub, calls: 
     with pytest.raises(ExportError, match=r"asks to wait \(it answers 429\)") as error:
         calls.ask("GET", "/api/whoami-v2")
     assert error.value.hint.startswith("wait 10 minutes, then run the same again") and len(push_hub.received) == 1
-    answering(push_hub, 429, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT")
-    with pytest.raises(ExportError, match=r"cannot do it now \(it answers 429\)"):
-        calls.ask("GET", "/api/whoami-v2")
+    for odd in ("Wed, 21 Oct 2026 07:28:00 GMT", "²", "-1", "9" * 5_000):
+        answering(push_hub, 429, Retry_After=odd)
+        with pytest.raises(ExportError, match=r"cannot do it now \(it answers 429\)"):
+            calls.ask("GET", "/api/whoami-v2")
 
 
 def test_what_may_be_done_once_is_tried_once(push_hub: PushHub, calls: Calls) -> None:

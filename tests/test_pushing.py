@@ -27,6 +27,13 @@ def test_folders_and_files_in_them_are_pushed_together(tmp_path: Path, push_hub:
     assert {"hf-1.safetensors", "gguf-q8_0-1.safetensors"} <= files.keys() and pushed.files == len(files) - 1
 
 
+def test_two_of_one_format_are_not_mixed_in_one_repository(tmp_path: Path, push_hub: PushHub) -> None:
+    folders = [an_export(tmp_path / name, of=name, model__safetensors=name.encode()) for name in ("a", "b")]
+    with pytest.raises(ExportError, match=f"2 are hf, and a repository holds one: {folders[0]}, {folders[1]}"):
+        push_exports(folders, Push("support"))
+    assert not push_hub.received
+
+
 def test_nothing_is_asked_of_the_hub_for_what_is_no_export(tmp_path: Path, push_hub: PushHub) -> None:
     for place in (tmp_path, tmp_path / "none"):
         with pytest.raises(ExportError, match="is no export that could be pushed"):

@@ -17,6 +17,7 @@ from qlora.errors import ExportError, UserError
 from qlora.events import Sink
 from qlora.guarded import Guarded
 from qlora.notebook import at_work
+from qlora.redaction import redact
 from qlora.report.drawn import Drawn
 from qlora.stop import StopRequest
 
@@ -46,10 +47,11 @@ class Answer(Drawn):
         from rich.text import Text
 
         table = Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
-        table.add_row("question", Text(self.question))
+        # Before it is broken into lines: half a token or password is known by nothing.
+        table.add_row("question", Text(redact(self.question)))
         if self.base is not None:
-            table.add_row("base", Text(self.base))
-        table.add_row("answer" if self.base is None else "tuned", Text(self.text, style="green"))
+            table.add_row("base", Text(redact(self.base)))
+        table.add_row("answer" if self.base is None else "tuned", Text(redact(self.text), style="green"))
         if self.finish != "stop":
             ends = {"length": "cut: allow more max_tokens", "interrupted": "interrupted"}
             table.add_row("", Text(ends[self.finish], style="dim"))

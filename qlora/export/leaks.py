@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import quote
 
 from qlora import files
 from qlora.redaction import SHORTEST, redact, values
@@ -111,7 +112,9 @@ class Private:
 
     def scan(self, blocks: Iterable[bytes]) -> tuple[str, int, Found | None]:
         """Of a file's bytes: sha256, size, and the first needle in them."""
-        needles = {form: what for needle, what in self.needles.items() for form in _forms(needle)}
+        forms = {form: what for needle, what in self.needles.items() for form in _forms(needle)}
+        # A folder inside one that is looked for is found with it: of 30 a handful are left to be looked for.
+        needles = {form: what for form, what in forms.items() if not any(one in form and one != form for one in forms)}
         overlap = max(map(len, needles), default=1) - 1
         digest, size, tail, found = hashlib.sha256(), 0, b"", None
         for block in blocks:
@@ -135,14 +138,22 @@ def line_of(text: str, at: int) -> int:
 
 
 def _forms(needle: str) -> Iterator[bytes]:
-    """As it may stand in a file: plain, and as JSON writes it with and without letters beyond ASCII."""
-    plain = needle.encode("utf-8", "surrogateescape")
-    yield plain
-    with suppress(UnicodeEncodeError):
-        for ascii_only in (True, False):
-            yield json.dumps(needle, ensure_ascii=ascii_only)[1:-1].encode()
-    if "\\" in needle:
-        yield needle.replace("\\", "/").encode("utf-8", "surrogateescape")
+    """As it may stand in a file: plain, as JSON writes it with and without letters beyond ASCII and with its slashes
+    escaped, as an address has it, and in UTF-16."""
+    for text in dict.fromkeys((needle, needle.replace("\\", "/"))):
+        plain = text.encode("utf-8", "surrogateescape")
+        yield plain
+        for safe in ("/", "/:", ""):
+            quoted = quote(plain, safe)
+            yield quoted.encode()
+            yield re.sub("%..", lambda sign: sign[0].lower(), quoted).encode()
+        with suppress(UnicodeEncodeError):
+            for ascii_only in (True, False):
+                written = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+                yield written.encode()
+                yield written.replace("/", "\\/").encode()
+            yield text.encode("utf-16-le")
+            yield text.encode("utf-16-be")
 
 
 def _home() -> list[str]:

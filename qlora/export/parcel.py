@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,9 +21,9 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Sink
 from qlora.export.cards import EXPORT_FILE, MODEL_FILE, joined_card
 from qlora.export.leaks import BLOCK_BYTES, Private, line_of
-from qlora.hub_upload import Outgoing
 from qlora.manifest import MANIFEST, Recorded
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, PROVENANCE_FILE
+from qlora.outgoing import Outgoing
 from qlora.recipe.reading import looks_like_folder
 from qlora.run_folder import dataset_name, name_of
 
@@ -130,8 +130,8 @@ def pack(folders: Sequence[PublishedFolder], private: Private, name: str, sink: 
                 item = Outgoing.of_bytes(place, _with_names(text, folder, folders).encode())
             if place in found and found[place].sha256 != item.sha256:
                 path = PurePosixPath(place)
-                place = f"{path.stem}-{folder.key}{path.suffix}"
-                item = Outgoing(place, item.size, item.sha256, item.content)
+                place = str(path.with_name(f"{path.stem}-{folder.key}{path.suffix}"))
+                item = replace(item, name=place)
             if (hit := private.in_text(place, homes_too=False, mails_too=True)) is not None:
                 raise ExportError(
                     f"{folder.path / file}: its name holds {hit.what}", "rename the run, and export it again"
@@ -141,7 +141,9 @@ def pack(folders: Sequence[PublishedFolder], private: Private, name: str, sink: 
         card = joined_card([(one.key, text) for one, text in parsed], name, _hub_base(folders))
         if "\nlicense:" not in card.partition("\n---\n")[0]:
             sink.emit(Notice("push", "no licence of the base is known here: the card names none"))
-        found[CARD] = Outgoing.of_bytes(CARD, _cleaned(card, private, CARD, cleaned).encode())
+        data = _cleaned(card, private, CARD, cleaned).encode()
+        _refuse_bytes(private, parsed[0][0].path / CARD, data)
+        found[CARD] = Outgoing.of_bytes(CARD, data)
     if cleaned:
         names = ", ".join(sorted(cleaned))
         what = f"{names}: folders, names and addresses of yours are left out of what is sent"
@@ -180,9 +182,11 @@ def _outgoing(
     if file in _OURS:
         data = _of_ours(file, _read(folder, file, recorded), folder, private, cleaned)
         _refuse(private, folder.path / file, data.decode("utf-8", "replace"), True)
+        _refuse_bytes(private, folder.path / file, data)
         return Outgoing.of_bytes(place, data)
     path = folder.path / file
-    sha256, size, hit = private.scan(_blocks(path))
+    seen: list[tuple[int, ...]] = []
+    sha256, size, hit = private.scan(_blocks(path, seen))
     _refuse_changed(path, sha256, size, recorded)
     if hit is not None:
         raise _holds(path, f"{hit.what} at byte {hit.at:,}")
@@ -190,7 +194,7 @@ def _outgoing(
     if _TEXT.fullmatch(name) and name not in _VOCABULARIES and size <= MAX_TEXT_BYTES:
         # What the hub has for everybody may name a home folder that is nobody's here.
         _refuse(private, path, _read(folder, file, recorded).decode("utf-8", "replace"), not folder.is_hubs)
-    return Outgoing(place, size, sha256, path)
+    return Outgoing(place, size, sha256, path, seen[0])
 
 
 def _of_ours(file: str, data: bytes, folder: PublishedFolder, private: Private, cleaned: Counter[str]) -> bytes:
@@ -243,9 +247,12 @@ def _read(folder: PublishedFolder, file: str, recorded: Recorded) -> bytes:
     return data
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def _blocks(path: Path, seen: list[tuple[int, ...]] | None = None) -> Iterator[bytes]:
+    """A file's bytes; `seen` gets what it is known again by, as it was before the first of them."""
     try:
         with files.open_to_read(path) as file:
+            if seen is not None:
+                seen.append(files.state_of(file))
             while block := file.read(BLOCK_BYTES):
                 yield block
     except (OSError, files.UnsafePathError) as error:
@@ -260,6 +267,12 @@ def _refuse_changed(path: Path, sha256: str, size: int, recorded: Recorded) -> N
 def _refuse(private: Private, path: Path, text: str, homes_too: bool) -> None:
     if (hit := private.in_text(text, homes_too)) is not None:
         raise _holds(path, f"{hit.what} in line {line_of(text, hit.at)}")
+
+
+def _refuse_bytes(private: Private, path: Path, data: bytes) -> None:
+    """What a text of ours holds in another spelling than the one that is taken out of it."""
+    if (hit := private.scan([data])[2]) is not None:
+        raise _holds(path, f"{hit.what} at byte {hit.at:,}")
 
 
 def _holds(path: Path, what: str) -> ExportError:

@@ -7,6 +7,7 @@ known by a manifest in the repository: what it lists, and has not changed since,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from qlora.export.merge.parts import MergeBase
 from qlora.export.parcel import CARD, PublishedFolder, pack
 from qlora.hub import check_pushable
 from qlora.hub_calls import GO_ON, Calls
-from qlora.hub_upload import Account, Held, ModelRepository, Outgoing, account
+from qlora.hub_upload import Account, Held, ModelRepository, account
 from qlora.manifest import MADE_BY, MANIFEST, sha256_text
+from qlora.outgoing import Outgoing
 from qlora.version import __version__
 
 KIND = "push"
@@ -71,6 +73,11 @@ class Contents:
 
     @classmethod
     def of(cls, folders: Sequence[PublishedFolder]) -> Contents:
+        """Raises ExportError for two of one format: they would be one model's files beside another's."""
+        for key, count in Counter(one.key for one in folders).items():
+            if count > 1:
+                places = ", ".join(str(one.path) for one in folders if one.key == key)
+                raise ExportError(f"{count} are {key}, and a repository holds one: {places}", "push each to its own")
         return cls(tuple(dict.fromkeys(one.key for one in folders)), frozenset(one.adapter for one in folders))
 
     def marks(self) -> list[str]:
@@ -106,6 +113,7 @@ class Destination:
         commit = held.commit or ""
         if new or gone:
             self.repository.upload(new, sink)
+            self._check_who_reads(self.repository.look())  # hours may have passed
             message = f"{', '.join(Contents.of(opened).keys)}, pushed by qlora {__version__}"
             commit = self.repository.commit(new, gone, held.commit, message)
             self._check_arrived(hashes)
@@ -134,8 +142,13 @@ class Destination:
                 raise ExportError(what, "give the token the right to it, or name another repository")
         if held is None:
             raise ExportError(f"{self.repository.name}: was made, and is not there", GO_ON)
-        _check_visibility(self.repository.name, held, self.push.public)
+        self._check_who_reads(held)
         return held
+
+    def _check_who_reads(self, held: Held | None) -> None:
+        """Raises ExportError where the repository is not as private, or as public, as it was asked for."""
+        if held is not None:
+            _check_visibility(self.repository.name, held, self.push.public)
 
     def _manifest(self, items: Sequence[Outgoing], folders: Sequence[PublishedFolder]) -> Outgoing:
         """The list of what was pushed, by which the next push knows what is ours."""
@@ -153,6 +166,7 @@ class Destination:
         lost = [name for name, known in hashes.items() if held is None or held.files.get(name) != known]
         if lost:
             raise ExportError(f"{self.repository.name}: does not hold {lost[0]} as it was sent", GO_ON)
+        self._check_who_reads(held)
 
     def _say_repeated(self, sink: Sink) -> None:
         repeated = self.repository.calls.repeated

@@ -21,7 +21,6 @@ from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
-from qlora.model.lora_functions import PEFT
 from qlora.model.meta_model import choose_attention
 from qlora.recipe.reading import Recipe
 from qlora.report.drawn import Drawn
@@ -154,10 +153,9 @@ class Estimator:
         self.held = host.held_bytes()
 
     def _functions(self) -> str | None:
-        """Who computes linear layers: in other stacks peft, in ours who does in the run under way, if there is one."""
-        if self.baseline != BASELINES["qlora"]:
-            return PEFT
-        return run.functions if (run := numerics.of_run()) is not None else None
+        """Who computes linear layers in the run under way, if there is one and it is not another stack's."""
+        run = numerics.of_run() if self.baseline == BASELINES["qlora"] else None
+        return run.functions if run is not None else None
 
     def _kernel(self, wanted: str) -> str | None:
         """What attends without a mask: as the run under way has decided, else as such a card would on this system."""

@@ -43,12 +43,14 @@ def share(workload: Workload, layers: int) -> float:
 def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: int) -> Simulation:
     """A run that recomputes the first `count` of `layers`, by one that recomputes none and one that recomputes all."""
     phases = dict(recomputed.phases)
-    for phase in UP:
-        saved = count * (kept.each[phase] - recomputed.each[phase]) - kept.first
+    # What one recomputed layer is enough for: the first layer's hidden states are held, and what all layers are handed.
+    once = layers * (kept.each["loss"] - recomputed.each["loss"]) - (kept.held - recomputed.held)
+    for phase, more in zip(UP, (kept.first, once), strict=True):
+        saved = count * (kept.each[phase] - recomputed.each[phase]) - more
         phases[phase] = _less(kept.phases[phase], saved)
     down = []
     if layers - count > 1:  # below the top layer, whose backward pass is the end of the loss
-        saved = count * (kept.each["backward"] - recomputed.each["backward"]) - kept.first
+        saved = count * (kept.each["backward"] - recomputed.each["backward"]) - once
         down.append(_less(kept.phases["backward"], saved))
     if count > 1:  # the lowest layer's is the end of the backward pass
         down.append(_less(recomputed.phases["backward"], (layers - 1 - count) * recomputed.each["backward"]))

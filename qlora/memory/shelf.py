@@ -61,6 +61,7 @@ class _File:
     reserved: Annotated[tuple[Count, ...], Field(min_length=2, max_length=2)]
     each: dict[str, Count]
     first: Count
+    held: Count
 
 
 class Shelf:
@@ -97,6 +98,7 @@ class Shelf:
             reserved=tuple(simulation.reserved),
             each=dict(simulation.each),
             first=simulation.first,
+            held=simulation.held,
         )
         with suppress(OSError, UserError, files.UnsafePathError):
             folder = _folder()
@@ -126,9 +128,8 @@ def _shelved(read: _File) -> Shelved:
         name: Peak(peak.parts, peak.slack, peak.reserved) for name, peak in read.phases.items()
     }
     drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, read.drawn[4])
-    return Shelved(
-        drawn, Simulation(phases, read.kept, read.paged, tape.Reserved(*read.reserved), read.each, read.first)
-    )
+    reserved = tape.Reserved(*read.reserved)
+    return Shelved(drawn, Simulation(phases, read.kept, read.paged, reserved, read.each, read.first, read.held))
 
 
 @cache

@@ -70,7 +70,7 @@ class Simulator:
         """Whatever was imported and asked before: modules of libraries, and what these make once, are no model's."""
         ready_to_load_nothing()
         repeated = RepeatedOperations()
-        with _collecting():
+        with _collecting(), _uncollected():
             return [_MetaModel(self.spec, size, repeated) for size in self.sizes]
 
     @cached_property
@@ -148,13 +148,14 @@ class _Line:
             reserved = max(peak.reserved, self.at(other.reserved, peak.reserved))
             phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
         kept = self._all_categories(first.kept, second.kept)
-        return Simulation(phases, kept, self.at(first.paged, second.paged), second.reserved, second.each, second.first)
+        paged, held = self.at(first.paged, second.paged), self.at(first.held, second.held)
+        return Simulation(phases, kept, paged, second.reserved, second.each, second.first, held)
 
     def each(self, first: Simulation, second: Simulation) -> dict[str, int]:
         """Activations of each phase that one more adds."""
         more = (self.second - self.first) or 1
-        now = {name: peak.parts["activations"] for name, peak in second.phases.items()}
-        return {name: round((now[name] - peak.parts["activations"]) / more) for name, peak in first.phases.items()}
+        now = {name: _activations(peak.parts) for name, peak in second.phases.items()}
+        return {name: round((now[name] - _activations(peak.parts)) / more) for name, peak in first.phases.items()}
 
     def _all_categories(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
         return {key: max(0, self.at(first[key], second[key])) for key in CATEGORIES}
@@ -176,6 +177,19 @@ def _collecting() -> Iterator[None]:
     finally:
         if ours:
             gc.unfreeze()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What cycles hold while a model is built (peft's first adapters) lives to the end of it, in every process: when
+    Python looks by itself depends on what ran before."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks:
+            gc.enable()
 
 
 class _MetaModel:
@@ -203,8 +217,7 @@ class _MetaModel:
             with self.live.region("adapters"):
                 # EVA's start takes rows; the adapters it gives are as large as any.
                 lora = spec.lora.model_copy(update={"init": "default"})
-                kernels = spec.target == "cuda" and trial.expected()
-                functions = spec.functions or lora_functions.choose(lora, None, kernels)
+                functions = spec.functions or _functions_of(spec)
                 self.model = adapters.attach(model, lora, 0, spec.baseline.adapter_dtype, functions=functions)
         self.parameters = adapters.trainable(self.model)
         adapter = sum(parameter.numel() for parameter in self.parameters.values())
@@ -259,7 +272,7 @@ class _MetaModel:
             self._ask(workload.asks)
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
         no_more, reserved = dict.fromkeys(phases, 0), tape.play(recorded, 0, 1, 0)
-        return Simulation(phases, kept, paged, reserved, no_more, self._first_keeps_less()), recorded
+        return Simulation(phases, kept, paged, reserved, no_more, self._first_keeps_less(), self._held), recorded
 
     def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
         if self.spec.baseline.masters:
@@ -295,12 +308,13 @@ class _MetaModel:
 
         def starts(*_: Any) -> None:
             if live.phase == "forward":
-                self._starts.append(live.live["activations"])
+                self._starts.append(_activations(live.live))
 
         def trunk_done(*_: Any) -> None:
             if live.tape is not None:
                 live.tape.mark("loss")
                 live.begin("loss")
+                self._held = _activations(live.live)
 
         def gradients_of(layer: int, *_: Any) -> None:
             if live.tape is not None:
@@ -311,6 +325,7 @@ class _MetaModel:
         with ExitStack() as hooks:
             hooks.enter_context(self.parts.trunk.register_forward_hook(trunk_done))
             self._starts: list[int] = []
+            self._held = 0
             for module in recomputable(self.causal_lm)[:3]:
                 hooks.enter_context(module.register_forward_pre_hook(starts))
             for layer, (name, parameter) in of_layer.items():
@@ -349,6 +364,18 @@ class _MetaModel:
         longer_BS = torch.cat((mask_BS, torch.ones_like(one_B1)), dim=1)
         name = name_of_cache(self.model)
         read(input_ids=one_B1, attention_mask=longer_BS, position_ids=one_B1, **{name: output[name]})
+
+
+def _activations(parts: Mapping[str, int]) -> int:
+    """With gradients, as which x A' counts where there are as many tokens as a layer is wide."""
+    return parts["activations"] + parts["gradients"]
+
+
+def _functions_of(spec: ModelSpec) -> str:
+    """Who computes linear layers: peft in other stacks, and who does in a new run of ours."""
+    if spec.baseline.name != "qlora":
+        return lora_functions.PEFT
+    return lora_functions.choose(spec.lora, None, spec.target == "cuda" and trial.expected())
 
 
 def _batch(workload: Workload) -> Batch:

@@ -85,6 +85,7 @@ class Simulation:
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
     allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step. `each`:
     activations that a layer more adds to a phase, 0 where none was added; `first`: of them, what the first keeps less.
+    `held`: activations once every layer has been gone through forth, and none back.
     """
 
     phases: Mapping[str, Peak]
@@ -93,6 +94,7 @@ class Simulation:
     reserved: tape.Reserved
     each: Mapping[str, int]
     first: int = 0
+    held: int = 0
 
     @property
     def worst(self) -> Peak:

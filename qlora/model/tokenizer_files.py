@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from qlora import disk, files, foreign_json, manifest
@@ -200,9 +200,16 @@ def without_paths(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without the notes on where a machine had the files, which nothing reads."""
 
     def is_path(value: Any) -> bool:
-        return isinstance(value, str) and (value.startswith(("/", "~")) or PureWindowsPath(value).drive != "")
+        """A name of the hub's is one or two words."""
+        if not isinstance(value, str):
+            return False
+        return value.startswith(("/", "~", ".")) or value.count("/") > 1 or "\\" in value or ":" in value[:2]
 
-    return {key: value for key, value in config.items() if key not in _WHERE_FROM or not is_path(value)}
+    def cleaned(value: Any) -> Any:
+        # A model of several parts has a configuration in its own for each.
+        return without_paths(value) if isinstance(value, dict) else value
+
+    return {key: cleaned(value) for key, value in config.items() if key not in _WHERE_FROM or not is_path(value)}
 
 
 def _without_paths(text: bytes) -> bytes:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import sys
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from qlora import shown
-from qlora.redaction import redact
+from qlora.redaction import HIDDEN, redact, values
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,7 +58,10 @@ class Drawn:
         if not is_notebook():
             return {}
         # Results quote paths and answers, and pass no gate as events do.
-        html, text = (shown.block(redact(form)) for form in drawn(self.drawing()))
+        html, text = drawn(self.drawing())
+        for secret in values():  # which has other letters there where it has a sign of HTML
+            html = html.replace(escape(secret), HIDDEN)
+        html, text = (shown.block(redact(form)) for form in (html, text))
         return {"text/html": html + self.beside(), "text/plain": text}
 
     def beside(self) -> str:

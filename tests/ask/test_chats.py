@@ -77,3 +77,10 @@ def test_an_interrupt_ends_the_answer_and_of_two_talks_none_keeps_it(monkeypatch
     live.computed.clear()
     assert both.ask("again").finish == "interrupted"
     assert [len(talk.messages) for talk in both._talks] == [2, 2]
+
+
+def test_a_secret_in_an_answer_is_hidden_however_long_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_notebook(monkeypatch)
+    token = "hf_" + "Ab3" * 12
+    bundle = Answer("x" * 70 + f"/{token}", "y" * 60 + f"={token}", "z" * 80 + f":{token}", "stop")._repr_mimebundle_()
+    assert all("Ab3" not in form for form in bundle.values()) and bundle["text/plain"].count("[hidden]") >= 1

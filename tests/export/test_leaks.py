@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -92,6 +93,30 @@ def test_a_needle_is_found_as_json_writes_it(monkeypatch: pytest.MonkeyPatch) ->
     for text in ("C:\\Users\\jörg", json.dumps("C:\\Users\\jörg"), json.dumps("C:\\Users\\jörg", ensure_ascii=False)):
         assert private.scan([text.encode()])[2] is not None, text
     assert private.scan([b"C:/Users/j\xc3\xb6rg/x"])[2] is not None
+
+
+SPELLED = [
+    quote(HOME, "").encode(),
+    quote(HOME, "").lower().encode(),
+    HOME.replace("/", "\\/").encode(),
+    HOME.encode("utf-16-le"),
+    f"x{HOME}".encode("utf-16-be"),
+    b"https://x.example/?key=" + b"hf_" + b"q" * 30,
+    b"m.huber%40example.org",
+    "m.huber@example.org".encode("utf-16"),
+]
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_a_needle_is_found_in_other_spellings(private: Private, text: bytes) -> None:
+    assert private.scan([b"in front of it ", text[:9], text[9:], b" and behind"])[2] is not None
+
+
+def test_a_folder_with_blanks_and_letters_is_found_in_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/jörg the owner")
+    private = Private.of_owner([], [], [])
+    for text in (b"file:///home/j%C3%B6rg%20the%20owner/x", b"file:///home/j%c3%b6rg%20the%20owner/x"):
+        assert private.scan([text])[2] is not None
 
 
 def test_texts_of_others(private: Private) -> None:

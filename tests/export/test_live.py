@@ -87,6 +87,29 @@ def test_a_child_that_has_ended_is_started_anew_and_has_forgotten_the_row(opened
     assert opened.tokenize("hi") == [7]
 
 
+TELLS = """
+    line = {"logits": 4} if "ids" in request else {"ids": [len(request["text"])]}
+    sys.stdout.buffer.write(json.dumps(line).encode() + b"\\n" + b"abcd" * ("ids" in request)); sys.stdout.flush()"""
+
+
+@pytest.mark.parametrize("opened", [TELLS], indirect=True)
+@pytest.mark.parametrize("waited", [0, 1])
+def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(
+    opened: live.Live, monkeypatch: pytest.MonkeyPatch, waited: int
+) -> None:
+    """A notebook's kernel lives on after an interrupt, and so does the chat in it."""
+
+    def interrupted(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(opened, ["_more", "_take"][waited], interrupted)
+        opened.extend([1, 2, 3], 0, True) if waited else opened.tokenize("one")
+    assert opened.tokenize("four") == [4]
+    child = opened._process
+    assert opened.extend([1], 0, True) is not None and opened.tokenize("eight") == [5] and opened._process is child
+
+
 @pytest.mark.parametrize("opened", ["os.kill(os.getpid(), signal.SIGABRT)"], indirect=True)
 def test_a_child_that_is_started_anew_must_find_the_same_file(opened: live.Live) -> None:
     with pytest.raises(ExportError, match="crashed"):

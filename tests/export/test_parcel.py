@@ -174,6 +174,14 @@ def test_a_card_of_anybody_breaks_nothing(tmp_path: Path) -> None:
         assert header(sent["README.md"])["base_model"] == "owner/base" and b"# T" in sent["README.md"]
 
 
+def test_another_spelling_in_a_text_of_ours_is_refused(tmp_path: Path) -> None:
+    private = Private({"/home/maria-owner": "a folder of this machine"}, ())
+    for name in ("README__md", "Modelfile"):
+        folder = an_export(tmp_path / name, **{name: b"# See file:%2F%2F%2Fhome%2Fmaria-owner%2Fx"})
+        with pytest.raises(ExportError, match="holds a folder of this machine at byte"):
+            packed(folder, private=private)
+
+
 def test_a_name_that_says_who_you_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="its name holds a mail address"):
         packed(an_export(tmp_path / "hf", **{"maria@example__org-Q8_0__gguf": b"x"}))

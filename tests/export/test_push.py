@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,35 @@ def test_an_export_arrives_in_one_commit_in_a_private_repository(tmp_path: Path,
     again = push(folder)
     assert again.commit == repo.head and len(repo.commits) == 2 and again.there_already == again.files
     assert push_hub.stored_bytes() == sum(map(len, push_hub.store.values()))
+
+
+def test_what_takes_a_files_name_meanwhile_is_not_sent(tmp_path: Path, push_hub: PushHub) -> None:
+    folder = an_export(tmp_path / "hf")
+
+    def swap(_number: int, handler: Any) -> bool:
+        if "/batch" in handler.path:
+            weights = folder / "hf-1.safetensors"
+            (tmp_path / "other").write_bytes(b"private " * 9_999)
+            os.truncate(tmp_path / "other", weights.stat().st_size)
+            os.replace(tmp_path / "other", weights)
+        return False
+
+    push_hub.before = swap
+    with pytest.raises(ExportError, match=r"hf-1.safetensors: was changed while it was sent"):
+        push(folder)
+    assert b"private private" not in push_hub.everything() and len(push_hub.repos[f"{USER}/support"].commits) == 1
+
+
+def test_a_repository_that_is_opened_to_everybody_meanwhile_gets_no_commit(tmp_path: Path, push_hub: PushHub) -> None:
+    def open_up(_number: int, handler: Any) -> bool:
+        if handler.command == "PUT":
+            push_hub.repos[f"{USER}/support"].private = False
+        return False
+
+    push_hub.before = open_up
+    with pytest.raises(ExportError, match="is there and public, and a push is private"):
+        push(an_export(tmp_path / "hf"))
+    assert set(push_hub.repos[f"{USER}/support"].files) == {".gitattributes"}
 
 
 def requests_of_a_push(hub: PushHub, folder: Path) -> int:

@@ -189,7 +189,7 @@ def test_the_limit_is_the_cards_before_a_weight_is_loaded(monkeypatch: pytest.Mo
     limits: list[int] = []
     with rehearsal(monkeypatch, Card(total=GIB)) as card:
         monkeypatch.setattr(load, "load_base", lambda *_: limits.append(card.limit))
-        monkeypatch.setattr(adapters, "attach", lambda *_, **__: None)
+        monkeypatch.setattr(adapters, "attach", lambda *_, **__: torch.nn.Module())
         for overrides in (('memory.limit="512MiB"',), ()):
             load_model(*overrides)
     assert [round(limit / MIB) for limit in limits] == [508, 1020]

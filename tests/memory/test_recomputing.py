@@ -22,7 +22,7 @@ def spec_of(family: str, **overrides: object) -> ModelSpec:
 
 @pytest.mark.parametrize(
     ("family", "layers"),
-    [("llama", 9), pytest.param("gemma2", 10, marks=pytest.mark.slow)],
+    [("llama", 7), pytest.param("gemma2", 10, marks=pytest.mark.slow)],
 )
 def test_a_part_is_what_the_whole_model_takes_with_it(family: str, layers: int) -> None:
     """The peak within 0.5 %, of few, half and nearly all layers; lower phases within 2."""
@@ -43,19 +43,22 @@ def test_a_part_is_what_the_whole_model_takes_with_it(family: str, layers: int) 
 
 
 def test_to_recompute_the_first_layers_takes_less_than_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a part of what a layer keeps: the highest layers have given theirs back when one is computed again."""
+    """The highest layers have given theirs back when one is computed again: by more than a layer keeps in the backward
+    pass; the peak of the whole step has the logits on top, both ways."""
     from qlora.step import layerwise
 
-    spec, workload = spec_of("llama", num_hidden_layers=6), Workload(1, 256, recomputed=3, evaluates=False)
-    first = Simulator(spec, whole=True).run(workload).worst.total
+    spec, workload = spec_of("llama", num_hidden_layers=4), Workload(1, 1024, recomputed=2, evaluates=False)
+    first = Simulator(spec, whole=True).run(workload)
     ordered = layerwise.recomputable
     monkeypatch.setattr(layerwise, "recomputable", lambda model: ordered(model)[::-1])
-    last = Simulator(spec, whole=True).run(workload).worst.total
+    last = Simulator(spec, whole=True).run(workload)
     kept, recomputed = (
-        Simulator(spec, whole=True).run(replace(workload, gradient_checkpointing=on, recomputed=0)).worst.total
+        Simulator(spec, whole=True).run(replace(workload, gradient_checkpointing=on, recomputed=0)).phases["backward"]
         for on in (False, True)
     )
-    assert last - first > 0.3 * (kept - recomputed) / 6
+    assert last.worst.total > first.worst.total
+    a_layer = (kept.total - recomputed.total) / 4
+    assert last.phases["backward"].total - first.phases["backward"].total > a_layer
 
 
 def test_what_a_setting_means() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qlora.memory import shelf, simulate
+from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Simulation, Workload
@@ -28,9 +29,9 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     layers: list[int] = []
     draw = simulate._MetaModel.__init__
 
-    def counted(self: Any, spec: ModelSpec, of: int) -> None:
+    def counted(self: Any, spec: ModelSpec, of: int, repeated: RepeatedOperations) -> None:
         layers.append(of)
-        draw(self, spec, of)
+        draw(self, spec, of, repeated)
 
     monkeypatch.setattr(simulate._MetaModel, "__init__", counted)
     return layers

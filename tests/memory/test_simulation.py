@@ -27,5 +27,5 @@ def test_the_highest_phase_of_those_that_took_place() -> None:
     def peak(weights: int) -> Peak:
         return Peak({**dict.fromkeys(CATEGORIES, 0), "weights": weights}, 0, weights)
 
-    found = Simulation({"load": peak(3), "update": peak(2), "study": peak(5)}, {}, 0, tape.Reserved(5, 5))
+    found = Simulation({"load": peak(3), "update": peak(2), "study": peak(5)}, {}, 0, tape.Reserved(5, 5), {})
     assert found.worst.total == 5 and found.peak_of(("load", "evaluate", "update")).total == 3

@@ -88,6 +88,10 @@ def test_what_is_delivered_names_no_place_of_this_machine(base: Path, tmp_path: 
     assert "name_or_path" not in delivered and delivered["model_max_length"] == 10**30
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert not (out / "config.json").exists()
+    for place in ("./acme/model", "../acme", "runs/acme/model", "C:/acme", "acme\\\\model", "~/acme"):
+        file.write_text(json.dumps({**config, "text_config": {"_name_or_path": place, "hidden_size": 8}}))
+        read_files(base).deliver(out)
+        assert json.loads((out / "tokenizer_config.json").read_text())["text_config"] == {"hidden_size": 8}, place
     file.write_text(json.dumps({**config, "name_or_path": "meta-llama/Llama-3.1-8B"}))
     read_files(base).deliver(out)
     assert (out / "tokenizer_config.json").read_bytes() == file.read_bytes()

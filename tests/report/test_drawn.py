@@ -36,6 +36,14 @@ def test_every_letter_is_escaped_and_markup_is_text(monkeypatch: pytest.MonkeyPa
     assert "hf_LooksLike" not in html + text
 
 
+def test_a_password_with_signs_of_html_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_notebook(monkeypatch)
+    secret = "p<w&d\"x'12345"
+    monkeypatch.setenv("TRACKER_PASSWORD", secret)
+    html, text = Thing(f"before {secret} behind")._repr_mimebundle_().values()
+    assert "before [hidden] behind" in html and text == "before [hidden] behind\n"
+
+
 def test_a_long_line_is_left_to_the_page_and_a_table_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     from rich.table import Table
 

@@ -135,6 +135,8 @@ class Live:
         return self._asked(request, seconds)
 
     def _asked(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        # Until all of the answer is here: where an interrupt ends the waiting, the next to ask would be given it.
+        self._is_over = True
         with suppress(OSError, ValueError):  # it has gone: no answer says so
             self._requests.write(json.dumps(request).encode() + b"\n")
             self._requests.flush()
@@ -142,11 +144,11 @@ class Live:
         while (end := self._rest.find(b"\n")) < 0 and len(self._rest) < _LINE_BYTES:
             self._more(until)
         if end < 0:
-            self._is_over = True
             raise ExportError(f"{self.file}: llama.cpp says more of it than {_LINE_BYTES:,} bytes", _HINT)
         answer: dict[str, Any] = json.loads(bytes(self._rest[:end]))
         del self._rest[: end + 1]
-        self._is_over = "failed" in answer  # the child ends with it
+        # With a failure the child ends; behind logits' line come their bytes.
+        self._is_over = "failed" in answer or "logits" in answer
         if NO_MEMORY in answer.get("failed", ""):
             raise DoesNotFit(f"{self.file}: {answer['failed']}", _MEMORY_HINT)
         if "failed" in answer:
@@ -160,6 +162,7 @@ class Live:
             self._more(until)
         raw = bytes(self._rest[:count])
         del self._rest[:count]
+        self._is_over = False
         return raw
 
     def _more(self, until: float) -> None:
