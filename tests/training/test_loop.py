@@ -165,7 +165,7 @@ def test_attention_by_documents_is_told_and_trains_the_same(
     """In float32, where both round alike: in bf16 losses are 8e-4 apart at the first step, and more at each next."""
     attach = adapters.attach
     monkeypatch.setattr(
-        adapters, "attach", lambda model, *about, **how: attach(model.float(), *about, **how, dtype=FP32)
+        adapters, "attach", lambda model, *about, **how: attach(model.float(), *about, **how, dtype=torch.float32)
     )
     settings = (*SHORT, "train.max_steps=3", 'quantization.type="none"')
     masked, by_documents = (write_recipe(tmp_path / name, llama) for name in ("masked", "documents"))
