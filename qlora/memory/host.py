@@ -17,7 +17,7 @@ from qlora.units import MIB
 READING_BYTES = 160 * MIB
 # By its first steps a run has paged in kernels of libraries (12 MiB) and has its threads, objects of Python and, in the
 # heap of blocks under a MiB, the holes that tensors of its phases leave to each other.
-RUNNING_BYTES = 52 * MIB
+RUNNING_BYTES = 48 * MIB
 # A run that answers questions generates in shapes of its own, and leaves holes of other sizes.
 ANSWERING_BYTES = 8 * MIB
 # A compiled kernel with its plan: 538 to 586 KiB as the C library counts, whatever its shape. Every run has as many
