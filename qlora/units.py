@@ -6,9 +6,9 @@ GIB = 1 << 30
 
 def layers_of(setting: bool | int) -> str:
     """Which layers a setting recomputes: "layers", "the first layer", "the first 3 layers"; "no layer" for False."""
-    if setting is False:
-        return "no layer"
-    return "layers" if setting is True else "the first layer" if setting == 1 else f"the first {setting:,} layers"
+    if isinstance(setting, bool):
+        return "layers" if setting else "no layer"
+    return "the first layer" if setting == 1 else f"the first {setting:,} layers"
 
 
 def counted(count: int, thing: str) -> str:

@@ -98,7 +98,7 @@ def test_a_real_export_is_pushed_resumed_and_names_nobody(
         "lamps-F16.gguf",
         "config.json",
         "tokenizer.json",
-        "Modelfile-gguf-f16",
+        "Modelfile",
     } <= files.keys()
     arrived = push_hub.everything()
     for text in ("maria_owner_7", str(tmp_path), str(llama.parent), TOKEN, MAIL):

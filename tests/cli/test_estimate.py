@@ -30,9 +30,9 @@ from qlora.cli import estimate
 from qlora.memory import simulate
 drawn, operations = [], []
 draw, run = simulate._MetaModel.__init__, simulate._MetaModel.run
-def counted(self, spec, layers):
+def counted(self, spec, layers, *others):
     drawn.append(layers)
-    draw(self, spec, layers)
+    draw(self, spec, layers, *others)
     operations.append(self.live._operations)
 def counted_run(self, *about):
     done = run(self, *about)

@@ -316,3 +316,17 @@ def test_kernels_are_chosen_where_they_run_and_by_runs_that_had_them() -> None:
     assert choose(LORA, None, kernels=True) == in_triton == choose(LORA, Numerics(functions=in_triton), kernels=True)
     assert choose(LORA, Numerics(functions=OURS), kernels=True) == OURS
     assert choose(LORA, Numerics(functions=in_triton)) == OURS
+
+
+def test_a_few_rows_on_a_card_are_pefts(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes multiplies them in 4 bit, without a dequantized weight."""
+    model = tuned(base_of("llama"), OURS, BF16).eval()
+    monkeypatch.setattr(lora_functions, "is_card", lambda device: True)
+    ours, calls = lora_functions._outputs, []
+    monkeypatch.setattr(lora_functions, "_outputs", lambda *about: calls.append(about) or ours(*about))
+    few = IDS[:, : lora_functions.FEW_ROWS]
+    with torch.no_grad():
+        model(input_ids=few)
+        assert not calls
+        model(input_ids=IDS)
+        assert calls

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from random import Random
+from types import UnionType
 from typing import Any
 from unittest import mock
 
@@ -133,6 +134,8 @@ def of_type(hint: Any, chance: Random, name: str) -> Any:
     options = typing.get_args(hint)
     if type(None) in options:
         return None if chance.random() < 0.3 else of_type(options[0], chance, name)
+    if isinstance(hint, UnionType):
+        return of_type(chance.choice(options), chance, name)
     if hint is str:
         return text if name not in ("task",) or chance.random() < 0.5 else "load"
     if hint is bool:
