@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from inspect import isfunction
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,17 +29,38 @@ def test_a_card_has_them_where_triton_is_and_what_they_give_is_right(monkeypatch
     trial._right.cache_clear()
 
 
+KERNELS = ("gated", "gated_backward_", "rms_norm", "rms_norm_backward", "dequantize")
+
+
 @pytest.mark.parametrize("fault", ["wrong", "fails"])
-def test_what_is_wrong_or_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    real, calls = operators.gated, []
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_wrong_or_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch, kernel: str, fault: str) -> None:
+    """Of every kernel: `about` is right on the host, and not on the device that is asked for after it."""
+    real, outcomes = getattr(operators, kernel), trial._outcomes
+    there: list[bool] = []
 
-    def gated(e: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        calls.append(e)
-        if fault == "fails" and len(calls) == 2:
+    def about(*given: Any) -> Any:
+        if there[-1] and fault == "fails":
             raise RuntimeError("Triton Error [CUDA]: no kernel image")
-        return real(e, g) * (1.0 if len(calls) == 1 else g.sign())
+        result = real(*given)
+        if there[-1]:
+            first = next(
+                one for one in (*(result if isinstance(result, tuple) else (result,)), *given) if one is not None
+            )
+            first[0] += 0.25
+        return result
+
+    def outcomes_there(device: torch.device) -> list[torch.Tensor]:
+        there.append(bool(there))
+        return outcomes(device)
 
     trial._right.cache_clear()
-    monkeypatch.setattr(operators, "gated", gated)
-    assert not trial._right(CPU) and len(calls) == 2
+    monkeypatch.setattr(operators, kernel, about)
+    monkeypatch.setattr(trial, "_outcomes", outcomes_there)
+    assert not trial._right(CPU) and there == [False, True]
     trial._right.cache_clear()
+
+
+def test_every_kernel_is_tried() -> None:
+    own = {name for name, one in vars(operators).items() if isfunction(one) and one.__module__ == operators.__name__}
+    assert {name for name in own if not name.startswith("_")} == set(KERNELS)
