@@ -196,8 +196,8 @@ LINES = {
         ),
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
-        *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "linear_use"),
-        *("meta_model", "head_scaling", "packing_table", "tracing"),
+        *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "reclassed"),
+        *("linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
         *(
             "layer_walk",
             "family_facts",

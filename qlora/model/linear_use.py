@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora.errors import foreign_failures
 from qlora.events import Notice
 from qlora.model.config_filter import content_key
+from qlora.model.reclassed import reclassed
 
 _KEPT = "_linear_use"  # the attribute of a model that holds what is known of it
 TOKENS = 8  # of the watched forward pass
@@ -197,7 +198,7 @@ def _watch(model: Any, layers: Mapping[str, nn.Module]) -> _Watch | None:
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     with (
         foreign_failures() as failure,
-        _as_watched(watch, layers),
+        reclassed(layers.values(), watch.class_of),
         _buffers_on_meta(model),
         torch.no_grad(),
         _Answering(),  # type: ignore[no-untyped-call]
@@ -216,19 +217,6 @@ class _Answering(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _as_watched(watch: _Watch, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    kinds = {kind: watch.class_of(kind) for kind in {type(layer) for layer in layers.values()}}
-    own = [(layer, type(layer)) for layer in layers.values()]
-    try:
-        for layer, kind in own:
-            layer.__class__ = kinds[kind]
-        yield
-    finally:
-        for layer, kind in own:
-            layer.__class__ = kind
 
 
 @contextmanager

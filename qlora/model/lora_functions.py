@@ -25,6 +25,7 @@ from qlora.model.adapter_folder import functions_of
 from qlora.model.cpu_matmul import product_dtype
 from qlora.model.lora_structure import gated_of, sharing_of
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, dequantize
+from qlora.model.reclassed import called_as
 from qlora.numerics import Numerics
 from qlora.step.kernels import operators, trial
 from qlora.step.lora_linear import Adapter, Frozen, gated_mlp, shared_input
@@ -81,9 +82,10 @@ def put_in(model: PeftModel, functions: str) -> None:
     for one in sharing_of({name: layer for name, layer in layers.items() if id(layer) not in taken}, causal_lm):
         shared[id(one.module)].append(one.layers)
         modules[id(one.module)] = one.module
-    kinds: dict[int, Any] = {id(layer): _linear(_class_of(layer), kernels) for layer in layers.values()}
-    kinds |= {id(one.module): _mlp(_class_of(one.module), one.layers, kernels) for one in gated}
-    kinds |= {key: _with_shared(_class_of(module), tuple(shared[key])) for key, module in modules.items()}
+    kind_of: Any = type  # for mypy, to which a class is no key of a cache
+    kinds: dict[int, Any] = {id(layer): _linear(kind_of(layer), kernels) for layer in layers.values()}
+    kinds |= {id(one.module): _mlp(kind_of(one.module), one.layers, kernels) for one in gated}
+    kinds |= {key: _with_shared(kind_of(module), tuple(shared[key])) for key, module in modules.items()}
     for module in causal_lm.modules():
         module.__class__ = kinds.get(id(module), module.__class__)
     if kernels:
@@ -211,7 +213,7 @@ def _linear(kind: Any, kernels: bool) -> Any:
             now = _now([self], inputs)
             return super().forward(inputs) if now is None else _outputs(now, inputs)[0]
 
-    return _called_as(kind, OneLinear)
+    return called_as(kind, OneLinear)
 
 
 @lru_cache(64)
@@ -229,7 +231,7 @@ def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
             cast = inputs.to(dtype)
             return gated_mlp(cast, frozen, adapters, product_dtype(cast), kernels).to(inputs.dtype)
 
-    return _called_as(kind, OneMLP)
+    return called_as(kind, OneMLP)
 
 
 @lru_cache(64)
@@ -253,14 +255,4 @@ def _with_shared(kind: Any, groups: tuple[tuple[str, ...], ...]) -> Any:
                     for layer in layers:
                         vars(layer).pop("_shared", None)
 
-    return _called_as(kind, SharingInputs)
-
-
-def _class_of(module: Any) -> Any:
-    return type(module)
-
-
-def _called_as(kind: Any, own: Any) -> Any:
-    """Libraries know some classes by their names."""
-    own.__name__, own.__qualname__, own.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return own
+    return called_as(kind, SharingInputs)

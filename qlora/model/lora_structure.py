@@ -10,8 +10,7 @@ models cap them, at 7 or 16.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -22,6 +21,7 @@ from torch.nn.functional import silu
 
 from qlora.batch import Batch
 from qlora.errors import foreign_failures
+from qlora.model.reclassed import reclassed
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 TOKENS = 8  # of the watched pass
@@ -70,7 +70,7 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
     starts = torch.tensor([0, TOKENS], dtype=torch.int32).to(ids.device)
     batch = Batch(ids, positions, ids, ids, ids.float(), ids[0], starts, (TOKENS,), single=True)
     linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear) or id(one) in names]
-    with foreign_failures(trial=True) as failure, evaluating(causal_lm), _replaced(linears, watched):
+    with foreign_failures(trial=True) as failure, evaluating(causal_lm), reclassed(linears, watched.class_of):
         hidden_states(CausalParts.of(causal_lm), batch)
     if failure.error:
         return []
@@ -111,19 +111,6 @@ class _Watched:
         return Replaced
 
 
-@contextmanager
-def _replaced(layers: Sequence[nn.Module], watched: _Watched) -> Iterator[None]:
-    own = [(layer, type(layer)) for layer in layers]
-    kinds = {kind: watched.class_of(kind) for kind in {type(layer) for layer in layers}}
-    try:
-        for layer, kind in own:
-            layer.__class__ = kinds[kind]
-        yield
-    finally:
-        for layer, kind in own:
-            layer.__class__ = kind
-
-
 def _by_owner(adapted: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     owners: dict[str, list[str]] = defaultdict(list)
     for name in adapted:
@@ -152,7 +139,7 @@ def _order_by(
     module: nn.Module, layers: Sequence[nn.Module], inputs: Tensor, answers: Sequence[Tensor]
 ) -> tuple[int, int, int] | None:
     watched = _Watched(answers={id(layer): answer for layer, answer in zip(layers, answers, strict=True)})
-    with _replaced(layers, watched):
+    with reclassed(layers, watched.class_of):
         output = type(module).forward(module, inputs)
     calls = {id(layer): given for layer, given in watched.calls}
     if len(watched.calls) != 3 or len(calls) != 3 or not isinstance(output, Tensor):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qlora.errors import foreign_failures
+from qlora.model.reclassed import called_as
 from qlora.step.kernels import operators
 from qlora.step.kernels.launching import LARGEST_ROW
 
@@ -87,5 +88,4 @@ def _normed(kind: Any, eps: float, from_one: bool) -> Any:
             x_ND = x.reshape(-1, x.shape[-1]).contiguous()
             return _RmsNorm.apply(x_ND, self.weight, eps, from_one).view(x.shape)  # type: ignore[no-any-return, no-untyped-call]
 
-    OneNorm.__name__, OneNorm.__qualname__, OneNorm.__module__ = kind.__name__, kind.__qualname__, kind.__module__
-    return OneNorm
+    return called_as(kind, OneNorm)
