@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora.report import ahead, results
 from qlora.report.drawn import Drawn
-from qlora.units import GIB
+from qlora.units import gib
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,7 +33,7 @@ class Checked(Drawn):
             total, trained = sum(split.lengths), sum(split.trained)
             found.append(f"{len(split.lengths):,} rows to {name}: {total:,} tokens, {trained:,} trained")
         if self.memory is not None:
-            peak, limit = (f"{count / GIB:.2f} GiB" for count in (self.memory.peak_bytes, self.memory.limit_bytes))
+            peak, limit = gib(self.memory.peak_bytes), gib(self.memory.limit_bytes)
             found.append(f"memory: {peak} at its peak, the limit is {limit}")
         if self.ahead is not None:
             found += ahead.lines(asdict(self.ahead))

@@ -28,7 +28,6 @@ from qlora.guarded import guarded
 from qlora.manifest import sha256_text
 from qlora.model import chat_template, delivered_loss, row_packing, tokenizer_files
 from qlora.model.adapter_folder import (
-    ADAPTER_FILE,
     PROVENANCE_FILE,
     Provenance,
     delivered_step,
@@ -36,11 +35,10 @@ from qlora.model.adapter_folder import (
     provenance,
     read_adapter,
 )
-from qlora.model.adapter_seal import SEALED, seal
+from qlora.model.adapter_seal import seal
 from qlora.model.base_folder import MAX_SMALL_BYTES, BaseFolder
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.delivered_loss import DeliveredLoss
-from qlora.model.tensors import read_header
 from qlora.model.weight_names import class_names
 from qlora.report.files import read_events
 from qlora.run_record import is_run
@@ -86,27 +84,16 @@ def name_of_all(folders: Sequence[Path]) -> str:
 def hash_of_request(folders: Sequence[Path], *asked: object) -> str:
     """Of what an export is made and how: the adapters and their runs' recipes by their bytes, and all of `asked`.
 
-    What is no file of its kind, or larger than one may be, is left out: an export refuses it.
+    Raises ExportError and ModelError as `seal` does, of an adapter that no export takes.
     """
     known = [__version__, *map(repr, asked)]
     for folder in folders:
-        places = [folder / name for name in SEALED]
-        places += [folder.parent / run_folder.RECIPE_FILE] if is_run(folder.parent) else []
-        for place in places:
-            with (
-                suppress(OSError, files.UnsafePathError, UserError),
-                files.open_to_read(place, _most_bytes(place)) as file,
-            ):
-                known += [place.name, hashlib.file_digest(file, "sha256").hexdigest()]
+        known += [f"{name} {entry.sha256}" for name, entry in sorted(seal(folder, Sinks()).found.items())]
+        if is_run(folder.parent):
+            with suppress(OSError, files.UnsafePathError):
+                recipe = files.read_bytes(folder.parent / run_folder.RECIPE_FILE, MAX_SMALL_BYTES)
+                known.append(hashlib.sha256(recipe).hexdigest())
     return sha256_text(*known)
-
-
-def _most_bytes(place: Path) -> int:
-    """What a file of an adapter or a run may have. Raises ModelError where that of its tensors tells another length."""
-    if place.name != ADAPTER_FILE:
-        return MAX_SMALL_BYTES
-    header = read_header(place)
-    return max((entry.offset + entry.nbytes for entry in header.values()), default=MAX_SMALL_BYTES)
 
 
 @contextmanager

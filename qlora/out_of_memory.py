@@ -11,6 +11,8 @@ import errno
 import re
 from collections.abc import Iterator
 
+from qlora.units import gib
+
 # Texts of what reports that memory ran out. None of them stands in the text of another error of its library.
 _TEXTS = (
     r"\bout of memory\b",  # cudaGetErrorString(cudaErrorMemoryAllocation); torch's allocators; Triton Error [CUDA]
@@ -83,7 +85,7 @@ def reason(error: BaseException) -> str:
     text = str(source)
     if asked := _ASKED_FOR.search(text):
         number, unit = asked[1].split()
-        return f"Tried to allocate {_in_gib(float(number)) if unit == 'bytes' else asked[1]}"
+        return f"Tried to allocate {gib(float(number)) if unit == 'bytes' else asked[1]}"
     if isinstance(source, MemoryError):
         return "the machine has no memory left"
     first = next((line for line in text.splitlines() if _RAN_OUT.search(line)), text)
@@ -141,7 +143,3 @@ def _ran_out(error: BaseException) -> bool:
 def _is(error: BaseException, name: str) -> bool:
     """Whether it is torch's error of that name."""
     return any(kind.__name__ == name and kind.__module__.startswith("torch") for kind in type(error).__mro__)
-
-
-def _in_gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from qlora import files, manifest
 from qlora.errors import ExportError
-from qlora.events import Sink, Sinks
+from qlora.events import Sink
 from qlora.export.parcel import PublishedFolder
 from qlora.export.push import Contents, Destination, Push, Pushed, open_destination
+from qlora.notebook import at_work
 
 
 def push_exports(exports: str | Path | Sequence[str | Path], push: Push, *, sink: Sink | None = None) -> Pushed:
@@ -20,8 +21,9 @@ def push_exports(exports: str | Path | Sequence[str | Path], push: Push, *, sink
     places = [exports] if isinstance(exports, str | Path) else exports
     folders = [_export_folder(files.user_path(place, "the export")) for place in places]
     opened = [PublishedFolder.open(folder) for folder in dict.fromkeys(folders)]
-    destination = open_destination(push, Contents.of(opened))
-    return delivered(destination, [one.path for one in opened], Sinks(sink) if sink is not None else Sinks())
+    with at_work(sink) as (shared, _):
+        destination = open_destination(push, Contents.of(opened))
+        return delivered(destination, [one.path for one in opened], shared)
 
 
 def are_exports(places: Sequence[str | Path]) -> bool:

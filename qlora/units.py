@@ -4,6 +4,11 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 
+def gib(count: float) -> str:
+    """ "1.50 GiB"."""
+    return f"{count / GIB:.2f} GiB"
+
+
 def layers_of(setting: bool | int) -> str:
     """Which layers a setting recomputes: "layers", "the first layer", "the first 3 layers"; "no layer" for False."""
     if isinstance(setting, bool):

@@ -89,9 +89,9 @@ HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes", "accelerat
 LINES = {
     # Of the ground floor, which others may stand on; and of the seventh, where one stands beside the other.
     "": [
-        *("out_of_memory", "shown", "redaction", "errors", "guarded"),
+        *("units", "out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "foreign_yaml", "manifest", "lock", "child_process", "cores"),
-        *("processes", "torch_build", "wsl", "windows_paths", "heap", "units", "third_party", "nvidia", "device"),
+        *("processes", "torch_build", "wsl", "windows_paths", "heap", "third_party", "nvidia", "device"),
         "random_state",
         *("flat", "numerics", "recipe_values", "document_keys", "batch", "forward_facts"),
         *("notebook", "ask", "evaluate", "hub", "outgoing", "hub_calls", "hub_upload", "examine", "hours", "look"),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from qlora.memory.plan import gib
 from qlora.recipe.sections import parse_bytes
-from qlora.units import GIB, MIB, counted, layers_of
+from qlora.units import GIB, MIB, counted, gib, layers_of
 
 
 def test_sizes_are_those_that_recipes_and_messages_mean() -> None:

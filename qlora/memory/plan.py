@@ -19,6 +19,7 @@ from qlora.errors import DoesNotFit, ModelError, foreign_failures
 from qlora.memory.estimate import DataFacts, Estimate, Estimator
 from qlora.memory.hardware import Machine
 from qlora.recipe.reading import Recipe
+from qlora.units import gib
 
 RESERVE_SHARE = 0.05  # of the limit, kept free by plans: what other programs take and what the estimate misses
 LARGEST_MICRO_BATCH = 16
@@ -342,10 +343,6 @@ def differences(before: Recipe, after: Recipe) -> dict[str, Any]:
 def toml_value(value: Any) -> str:
     """A value as a recipe writes it: what plans change looks the same in TOML and in JSON."""
     return json.dumps(value)
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def _speed(plan: Plan) -> tuple[float, float, int]:

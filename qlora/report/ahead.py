@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora.units import GIB, MIB
+from qlora.units import GIB, MIB, gib
 
 _PHASES = ("study", "exam", "train")
 
@@ -55,4 +55,4 @@ def _lasts(seconds: float) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+    return gib(count) if count >= GIB else f"{count / MIB:.0f} MiB"

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qlora.units import GIB
+from qlora.units import gib
 
 BAR_WIDTH = 24
 FULL, EIGHTHS = "█", " ▏▎▍▌▋▊▉"
@@ -41,27 +41,27 @@ def estimate_view(estimate: Mapping[str, Any]) -> RenderableType:
     table.add_column(style="green", no_wrap=True, min_width=BAR_WIDTH)
     table.add_column(style="dim")
     for name, count in estimate["components"].items():
-        table.add_row(Text(name), _gib(count), bar(count, full), MEANINGS.get(name, ""))
-    table.add_row("peak", Text(_gib(peak), style="bold"), Text(bar(peak, full), style="bold"), "the best guess")
-    table.add_row("margin", _gib(error), bar(error, full), "what past errors earned")
-    table.add_row("limit", _gib(limit), bar(limit, full), "")
-    first = Text(f"limit {_gib(limit)}: {estimate['limit_source']}", style="bold")
+        table.add_row(Text(name), gib(count), bar(count, full), MEANINGS.get(name, ""))
+    table.add_row("peak", Text(gib(peak), style="bold"), Text(bar(peak, full), style="bold"), "the best guess")
+    table.add_row("margin", gib(error), bar(error, full), "what past errors earned")
+    table.add_row("limit", gib(limit), bar(limit, full), "")
+    first = Text(f"limit {gib(limit)}: {estimate['limit_source']}", style="bold")
     return Group(first, Text(""), table, Text(""), verdict(peak + error, limit), *_details(estimate))
 
 
 def verdict(needed: int, limit: int) -> Text:
     """`needed` is the peak with its margin."""
     if needed <= limit:
-        return Text(f"it fits: {_gib(limit - needed)} are left", style="bold green")
-    return Text(f"it does not fit: {_gib(needed - limit)} are missing", style="bold red")
+        return Text(f"it fits: {gib(limit - needed)} are left", style="bold green")
+    return Text(f"it does not fit: {gib(needed - limit)} are missing", style="bold red")
 
 
 def _details(estimate: Mapping[str, Any]) -> list[Text]:
-    phases = " · ".join(f"{name} {_gib(count)}" for name, count in estimate["phases"].items())
+    phases = " · ".join(f"{name} {gib(count)}" for name, count in estimate["phases"].items())
     settings = ", ".join(f"{key} = {value}" for key, value in estimate["settings"].items())
     lines = [
         f"phases    {phases}",
-        f"host      {_gib(estimate['host_peak_bytes'])} of RAM; {_gib(estimate['disk_bytes'])} of disk",
+        f"host      {gib(estimate['host_peak_bytes'])} of RAM; {gib(estimate['disk_bytes'])} of disk",
         f"settings  {settings}",
     ]
     if speed := estimate["tokens_per_second_ideal"]:
@@ -78,10 +78,6 @@ def plans_view(plans: Sequence[Mapping[str, Any]]) -> RenderableType:
         estimate = plan["estimate"]
         speed = estimate["tokens_per_second_ideal"]
         lines = ", ".join(plan["lines"]) or "none: it fits as it is"
-        peak, margin = _gib(estimate["peak_bytes"]), _gib(estimate["error_bytes"])
+        peak, margin = gib(estimate["peak_bytes"]), gib(estimate["error_bytes"])
         table.add_row(str(number), peak, margin, f"{speed:,.0f} tokens/s" if speed else "", Text(lines))
     return table
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:.2f} GiB"

@@ -11,10 +11,11 @@ from qlora import api
 from qlora.errors import DoesNotFit
 from qlora.memory import hardware
 from qlora.memory.estimate import DataFacts, Estimator, workload_of
-from qlora.memory.plan import changed, gib
+from qlora.memory.plan import changed
 from qlora.memory.trace import CATEGORIES
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.recipe.reading import load_recipe, recipe_of_base
+from qlora.units import gib
 from tests import all_families
 from tests.memory.cases import ask
 from tests.memory.shapes import SHAPES, config_folder
