@@ -18,10 +18,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 OWN_MAPPING_BYTES = 1 << 20
 # A kernel is compiled for each shape of a product, 0.4 to 0.65 MiB of code and plans, and kept twice: by oneDNN (1,024
 # by itself) and by torch's layer above it (ideep's LRU_CACHE_CAPACITY, 1,024 as well), which alone keeps all of them
-# from being freed: 600 shapes of one layer took 388 MiB, 245 with the first bounded, 16 with both at 16. A layer's step
-# has 20 to 26 shapes, and layers are alike; compiling another one takes 0.1 to 0.4 ms. The quickstart's first 20 steps
-# peak at 182 MiB beside what was held with 128 of them, 123 with 32, 104 with 16, all in 15.3 s of processor time.
-KERNEL_VARIABLES, MOST_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 32
+# from being freed: 600 shapes of one layer took 388 MiB, 245 with the first bounded, 16 with both at 16. A step of rows
+# of one width has more than 32 shapes: a bound that it goes round makes every product anew (1 x 400 tokens of the
+# quickstart's base: 1,188 to 1,285 tokens/s with 32, 2,185 with 64, 1,590 to 2,143 with 128). Rows of many widths mind
+# none of them: 60 steps of the quickstart take 22 s of processor time each way, and 626, 655 and 701 MiB.
+KERNEL_VARIABLES, MOST_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 64
 
 
 def settle() -> None:

@@ -40,12 +40,12 @@ QUICKSTART = DataFacts(400, 1, 24, True, typical=24, documents=19, trained=65, a
 
 
 def test_the_quickstart_takes_what_was_measured() -> None:
-    """By its 30th step, its answers among them: 110 MiB beside what was held. Not less, and within 20 %: the constants
+    """By its end, its answers among them: 154 MiB beside what was held. Not less, and within 10 %: the constants
     are those of a larger base too."""
     recipe = load_recipe(ROOT / "recipes/quickstart.toml")
     asked = estimator()
     estimate = asked.estimate(recipe, QUICKSTART)
-    assert 110 * MIB <= estimate.peak_bytes - asked.held <= 110 * 1.2 * MIB
+    assert 154 * MIB <= estimate.peak_bytes - asked.held <= 154 * 1.1 * MIB
 
 
 def test_the_margin_holds_the_copy_of_a_state_that_is_written_meanwhile() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from step_measure import Settings, figures_of, resident_bytes, synchronize, token_rows
 
+from qlora import heap
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
-from qlora.device import release
+from qlora.device import is_card, release
 from qlora.events import Sinks
 from qlora.model import adapters, load, lora_functions
 from qlora.model.cpu_matmul import fast_matmul
@@ -29,8 +30,10 @@ from qlora.training.setup import pick_device
 
 def run(settings: Settings) -> dict[str, Any]:
     """The step of qlora.step, as the trainer runs it."""
-    before = resident_bytes()
     device = pick_device()
+    if not is_card(device):
+        heap.settle()
+    before = resident_bytes()
     base = resolve(settings.base, "main", Sinks())
     model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
     functions = lora_functions.choose(LoraSection(), None, trial.work(device))
