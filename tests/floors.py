@@ -204,6 +204,7 @@ LINES = {
             "family_facts",
             "row_packing",
             "layer_blobs",
+            "base_cache",
             "load",
             "made_up",
             "dora",
@@ -216,6 +217,7 @@ LINES = {
             "emptied",
         ),
     ],
+    "model.base_cache": ["places", "record", "contents", "writing", "reading", "keeping"],
     "data": [
         *(
             "splits",
