@@ -168,6 +168,13 @@ class MemorySection(Section):
         description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
     )
 
+    stream_weights: bool | Literal["auto"] = Field(
+        "auto", description="Keep the frozen layers in the host's memory and copy each to the GPU as it is computed"
+    )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto", description="Where the embeddings are looked up; the rows are copied from the host"
+    )
+
     @field_validator("limit")
     @classmethod
     def _is_a_size(cls, value: str) -> str:
