@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,8 +176,9 @@ class _Run:
         from qlora.training.setup import pick_device
 
         device = pick_device()
-        settings = (self.recipe.model.attention, device, mode_beside(self.recipe.memory))
-        model = tuned_model(self.adapter_dir, self.origin, self.base, settings, self.sink)
+        settings = (self.recipe.model.attention, device)
+        base = replace(self.base, cache=mode_beside(self.recipe.memory))
+        model = tuned_model(self.adapter_dir, self.origin, base, settings, self.sink)
         return Teacher(model, self.chat, device, self.sink, self.stop)
 
     def release(self) -> None:

@@ -224,7 +224,7 @@ def _open_source(
     delivered, is_older = delivered_loss.read(adapter_dir)
     if recipe is None:
         return replace(source, delivered=delivered)
-    source = replace(source, cache=mode_beside(recipe.memory))
+    source = replace(source, base=replace(base, cache=mode_beside(recipe.memory)))
     datasets = run_folder.dataset_names(recipe)
     rows = None
     if with_rows:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora import files
 from qlora.disk import sha256_text
@@ -70,6 +70,7 @@ class BaseFolder:
     tensors      every tensor of the checkpoint by its name there
     fingerprint  sha256 of config, tensor names, dtypes, shapes and file sizes: all that older runs know of their base,
                  and two fine-tunes of one model share it (see `identity`)
+    cache        whether it may be kept in 4 bit in the cache (memory.cache)
     """
 
     path: Path
@@ -78,6 +79,7 @@ class BaseFolder:
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     fingerprint: str
+    cache: Literal["auto"] | bool = "auto"
 
     @property
     def stored_4bit(self) -> bool:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qlora.device import release_memory
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
 from qlora.model import attention_choice, linear_use
 from qlora.model.base_cache.contents import Contents, dtype_of, is_4bit
 from qlora.model.base_cache.keeping import Keeping
-from qlora.model.base_cache.places import Mode
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
 from qlora.model.identity import WeightReader
@@ -35,6 +35,7 @@ from qlora.model.nf4 import (
     stored_4bit,
 )
 from qlora.model.tensors import total_bytes
+from qlora.model.weight_receiving import Place, Receiving, place_by_room, receive, took
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -49,31 +50,33 @@ def load_base(
     attention: str,
     device: torch.device,
     sink: Sink,
-    cache: Mode = "auto",
+    place: Place | None = None,
 ) -> PreTrainedModel:
     """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says.
 
-    Its `base_identity` is which base it was; `base_was_kept`: the cache had it in 4 bit (`cache` is memory.cache), and
-    of the base's own weights samples were read. Peak memory above what is resident: the model's final form, two blocks
-    of rows, and scratch. Raises ModelError, for values that are not finite too.
+    `place` is what of it is on the host; None: its layers, where the device has no room for them.
+
+    Its `base_identity` is which base it was; `base_was_kept`: the cache had it in 4 bit, and of its own weights samples
+    were read. Peak memory above what is resident: the model's final form, two blocks of rows, and scratch. Raises
+    ModelError, for values that are not finite too.
     """
     if base.stored_4bit and quantization.type == "none":
         what = f'{base.name} is stored in 4 bit, so quantization.type = "none" is not possible'
         raise ModelError(what, 'set quantization.type = "nf4", or name the original base')
-    meta_model = build(base, attention)
+    meta_model = _in_final_form(base, quantization, attention)
     model = meta_model.model
-    if quantization.type != "none":
-        for name, linear in list(linear_layers(model)):
-            # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
-            if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
-                swap_linear(model, name, linear, quantization)
     _report(meta_model, base, quantization, sink)
-    keeping = Keeping(Contents(base, meta_model, quantization), cache, sink)
-    identity = keeping.fill(partial(_place, model), device)
+    keeping = Keeping(Contents(base, meta_model, quantization), sink)
+    receiving = receive(model, place or place_by_room(model, quantization, device), device)
+    identity = keeping.fill(partial(_place, model), receiving.home_of, device)
     if identity is None:
         keeping.check_room()
+        if keeping.has_placed:  # of what was damaged, nothing stays
+            meta_model = _in_final_form(base, quantization, attention)
+            receiving, model = receive(meta_model.model, receiving.place, device), meta_model.model
+            release_memory(device)
         reader = WeightReader(base.config, base.tensors)
-        _stream(meta_model, reader, base, device, sink)
+        _stream(meta_model, reader, base, receiving, sink)
         identity = reader.identity()
     model.tie_weights()
     freeze(model, device)
@@ -81,12 +84,23 @@ def load_base(
     if lost:
         what = f"{base.name}: {lost[0]} got no value while loading"
         raise ModelError(what, "this model is not supported; use another")
+    receiving.finish(sink)
     model.config.name_or_path = base.name
     model.name_or_path = base.name
     model.base_identity, model.base_was_kept = identity, keeping.filled
     attention_choice.settle(model.eval(), attention, device, sink)
     keeping.keep(model, identity)
     return model  # type: ignore[no-any-return]
+
+
+def _in_final_form(base: BaseFolder, quantization: QuantizationSection, attention: str) -> MetaModel:
+    meta_model = build(base, attention)
+    if quantization.type != "none":
+        for name, linear in list(linear_layers(meta_model.model)):
+            # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
+            if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
+                swap_linear(meta_model.model, name, linear, quantization)
+    return meta_model
 
 
 def freeze(model: Any, device: torch.device) -> None:
@@ -116,13 +130,13 @@ def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiza
     return layer
 
 
-def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, device: torch.device, sink: Sink) -> None:
+def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, receiving: Receiving, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
     model = meta_model.model
     entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
     total, done = total_bytes(entries.values()), 0
     for name in sorted(entries, key=lambda name: (str(entries[name].file), entries[name].offset)):
-        source = meta_model.sources[name]
+        source, device = meta_model.sources[name], receiving.device_of(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if is_4bit(module) and leaf == "weight":
@@ -149,6 +163,7 @@ def _place(model: Any, name: str, value: Quantized | Tensor) -> None:
         module._buffers[leaf] = value
     else:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    took(model, name)
 
 
 def _quantized(reader: WeightReader, base: BaseFolder, source: str, layer: Any, device: torch.device) -> Quantized:

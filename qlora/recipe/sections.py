@@ -173,6 +173,12 @@ class MemorySection(Section):
         description="Keep the base in 4 bit on the disk, for quick starts; auto: one of 1 GiB and more, while all take "
         "under a tenth of the free disk",
     )
+    stream_weights: bool | Literal["auto"] = Field(
+        "auto", description="Keep the frozen layers in the host's memory and copy each to the GPU as it is computed"
+    )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto", description="Where the embeddings are looked up; the rows are copied from the host"
+    )
 
     @field_validator("limit")
     @classmethod

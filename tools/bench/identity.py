@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def seconds_of(base: BaseFolder, reader: type[WeightReader], quantization: str) 
     device = current()
     before, load.WeightReader = load.WeightReader, reader  # type: ignore[misc, attr-defined]
     started, worked = time.perf_counter(), time.process_time()
-    model = load.load_base(base, QuantizationSection(type=quantization), "auto", device, Sinks(), False)  # type: ignore[arg-type]
+    model = load.load_base(base, QuantizationSection(type=quantization), "auto", device, Sinks())  # type: ignore[arg-type]
     taken = time.perf_counter() - started, time.process_time() - worked
     load.WeightReader = before  # type: ignore[misc, attr-defined]
     del model
@@ -140,7 +141,7 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = asked.base.resolve() if asked.base else random_base(Path(place) / "base", asked.gigabytes)
-        base = resolve(str(folder), "main", Sinks())
+        base = replace(resolve(str(folder), "main", Sinks()), cache=False)
         total = sum(entry.nbytes for entry in base.tensors.values())
         results: dict[str, Any] = {
             "bytes": total,

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,10 @@ def one_start(base: str, mode: str) -> dict[str, Any]:
 
     import_bitsandbytes()
     sink = Recorder()
-    found, device = resolve(base, "main", sink), current()
+    found, device = replace(resolve(base, "main", sink), cache=mode != "plain"), current()
     before, clock, worked = io_bytes(), time.perf_counter(), time.process_time()
     with Peak() as peak:
-        model = load_base(found, QuantizationSection(), "auto", device, sink, mode != "plain")
+        model = load_base(found, QuantizationSection(), "auto", device, sink)
     after = io_bytes()
     assert model.base_was_kept == (mode == "second"), [one.as_dict() for one in sink.of("notice")]
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,9 @@ from qlora.model.layer_walk import layers_of
 from qlora.model.meta_model import MetaModel, taken_tensors
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, QUANTIZER
 from qlora.model.tensors import total_bytes
+from qlora.model.weight_streaming import inside
 from qlora.recipe.sections import QuantizationSection
+from qlora.step.layerwise import recomputable
 
 
 @dataclass(frozen=True)
@@ -88,17 +91,21 @@ def is_4bit(module: nn.Module) -> bool:
 def groups(model: Any, sources: Mapping[str, str]) -> Iterator[tuple[str, LayerWeights]]:
     """Of a loaded model: each decoder layer's name and matrices; under "" the 4-bit ones that are in no layer.
 
-    A matrix that several layers share is in the blob of the one under whose name the files have it.
+    A layer that is streamed is on the device while it is had. A matrix that several layers share is in the blob of the
+    one under whose name the files have it.
     """
     layers = {id(module) for module in _layers(model)}
     prefixes = [name for name, module in model.named_modules() if id(module) in layers]
+    streamed, numbers = inside(model), {id(layer): number for number, layer in enumerate(recomputable(model))}
     for prefix in prefixes:
-        yield prefix, LayerWeights(model.get_submodule(prefix), partial(_is_elsewhere, sources, prefix))
-    inside = tuple(f"{prefix}." for prefix in prefixes)
+        layer = model.get_submodule(prefix)
+        with nullcontext() if streamed is None else streamed.in_place(numbers[id(layer)]):
+            yield prefix, LayerWeights(layer, partial(_is_elsewhere, sources, prefix))
+    beginnings = tuple(f"{prefix}." for prefix in prefixes)
     outside = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if is_4bit(module) and not f"{name}.".startswith(inside)
+        if is_4bit(module) and not f"{name}.".startswith(beginnings)
     }
     if outside:
         yield "", LayerWeights(model, lambda name: name not in outside)

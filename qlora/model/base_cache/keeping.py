@@ -27,7 +27,7 @@ from qlora.foreign_json import ForeignFileError
 from qlora.model import base_watch, identity
 from qlora.model.base_cache import places, record, writing
 from qlora.model.base_cache.contents import Contents
-from qlora.model.base_cache.reading import Damaged, KeptBase, Unreadable
+from qlora.model.base_cache.reading import Damaged, Homes, KeptBase, Unreadable
 from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import taken_tensors
 from qlora.model.nf4 import Quantized
@@ -42,18 +42,29 @@ YOUNG_SECONDS = 2.0
 
 @dataclass
 class Keeping:
-    """One start: `fill` from the cache, or else `keep` what was loaded from the original. `mode` is memory.cache."""
+    """One start: `fill` from the cache, or else `keep` what was loaded from the original.
+
+    `filled`: the model is from the cache; `has_placed`: it has values from there, whether or not it has all.
+    """
 
     contents: Contents
-    mode: places.Mode
     sink: Sink
     filled: bool = field(default=False, init=False)
+    has_placed: bool = field(default=False, init=False)
     _stamps: places.Stamps = field(default_factory=dict, init=False)
     _is_settled: bool = field(default=False, init=False)
 
-    def fill(self, place: Callable[[str, Quantized | Tensor], None], device: torch.device) -> BaseIdentity | None:
+    def fill(
+        self,
+        place: Callable[[str, Quantized | Tensor], None],
+        home_of: Callable[[str], torch.device],
+        device: torch.device,
+    ) -> BaseIdentity | None:
         """Have `place` put each value of the kept base into the model; which base it is. None where there is none:
-        what was placed until then, of one that is damaged, is not to be computed with."""
+        what was placed until then, of one that is damaged, is not to be computed with.
+
+        `home_of`: where a value is to lie; tables of codes are on `device`.
+        """
         if not self._wanted():
             return None
         self._stamps, began = base_watch.stamps_of(self.contents.base), time.time_ns()
@@ -62,10 +73,10 @@ class Keeping:
         for kept in self._found():
             try:
                 with places.using(kept.folder):
-                    self._place_all(kept, place, device)
+                    self._place_all(kept, place, Homes(home_of, device))
             except Damaged as damage:
                 self._set_aside(kept.folder, damage)
-                continue
+                return None
             places.touch(kept.folder)
             read, original = gib(kept.bytes), gib(self.contents.original_bytes)
             self._say(f"the base is read from the cache in 4 bit: {read}, where the original has {original}")
@@ -75,7 +86,7 @@ class Keeping:
 
     def check_room(self) -> None:
         """UserError where memory.cache = true asks for what the disk has no room for. Before weights are read."""
-        if self.mode is not True or not self._wanted():
+        if self._mode is not True or not self._wanted():
             return
         needed, free = self.contents.kept_bytes, disk.free_bytes(places.root())
         if free < needed + SPARE_BYTES:
@@ -106,12 +117,16 @@ class Keeping:
         except writing.CannotKeep as error:
             self._say(f"the base is not kept in 4 bit: {error}")
 
+    @property
+    def _mode(self) -> places.Mode:
+        return self.contents.base.cache
+
     def _wanted(self) -> bool:
-        return self.mode is not False and self.contents.quantization.type != "none"
+        return self._mode is not False and self.contents.quantization.type != "none"
 
     def _worth_it(self) -> bool:
         """For "auto": what is small is loaded as quickly without, and what is stored in 4 bit has no more bytes."""
-        return self.mode is True or not (
+        return self._mode is True or not (
             self.contents.base.stored_4bit or self.contents.original_bytes < places.LEAST_BYTES
         )
 
@@ -165,9 +180,7 @@ class Keeping:
         base = self.contents.base
         return identity.at_the_door(base.config, taken_tensors(base, self.contents.meta_model))
 
-    def _place_all(
-        self, kept: KeptBase, place: Callable[[str, Quantized | Tensor], None], device: torch.device
-    ) -> None:
+    def _place_all(self, kept: KeptBase, place: Callable[[str, Quantized | Tensor], None], homes: Homes) -> None:
         done = 0
 
         def read(count: int) -> None:
@@ -175,7 +188,8 @@ class Keeping:
             done += count
             self.sink.emit(Progress("load", done, kept.bytes, "B"))
 
-        for name, value in kept.values(device, read):
+        for name, value in kept.values(homes, read):
+            self.has_placed = True
             place(name, value)
 
     def _set_aside(self, folder: Path, damage: Damaged) -> None:
@@ -215,7 +229,7 @@ class Keeping:
     def _has_room(self, bases: Path) -> bool:
         """Whether it may be written; what was used longest ago has made room for it. Says why not."""
         needed, free = self.contents.kept_bytes, disk.free_bytes(bases)
-        if self.mode is True:
+        if self._mode is True:
             if free < needed + SPARE_BYTES:
                 self._say(f"the base is not kept in 4 bit: {gib(needed)} are needed, {gib(free)} are free in {bases}")
             return free >= needed + SPARE_BYTES

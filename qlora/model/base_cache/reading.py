@@ -38,6 +38,14 @@ class Unreadable(Damaged):
 
 
 @dataclass(frozen=True)
+class Homes:
+    """Where values are to lie: `of` a parameter by its name, and the `device` that computes."""
+
+    of: Callable[[str], torch.device]
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class KeptBase:
     """A base that is kept in `folder` and belongs to the model that `contents` describes."""
 
@@ -73,15 +81,15 @@ class KeptBase:
             if len(set(parts)) != len(parts):
                 raise Damaged(f"{blob.file} holds a tensor twice")
 
-    def values(self, device: torch.device, read: Callable[[int], None]) -> Iterator[tuple[str, Quantized | Tensor]]:
-        """Every value of the model by its name, on `device`. `read` is told of bytes. Raises Damaged."""
-        tables = [torch.tensor(values, dtype=torch.float32, device=device) for values in self.record.tables]
+    def values(self, homes: Homes, read: Callable[[int], None]) -> Iterator[tuple[str, Quantized | Tensor]]:
+        """Every value of the model by its name, where it is to lie. `read` is told of bytes. Raises Damaged."""
+        tables = [torch.tensor(values, dtype=torch.float32, device=homes.device) for values in self.record.tables]
         with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hashing:
             for blob in self.record.blobs:
-                found = self._read_blob(blob, _Reading(hashing, device, read))
+                found = self._read_blob(blob, _Reading(hashing, homes, read))
                 yield from self._of_blob(blob, found, tables)
                 del found
-            yield from self._plain(_Reading(hashing, device, read))
+            yield from self._plain(_Reading(hashing, homes, read))
 
     def _read_blob(self, blob: BlobRecord, reading: _Reading) -> dict[tuple[str, str], Tensor]:
         found: dict[tuple[str, str], Tensor] = {}
@@ -89,7 +97,9 @@ class KeptBase:
         with reading.opened(self.folder / blob.file, blob.bytes):
             for piece in blob.pieces:
                 reading.skip(piece.offset - end)
-                found[blob.full_name(piece), piece.part] = reading.tensor(piece.dtype, tuple(piece.shape))
+                found[blob.full_name(piece), piece.part] = reading.tensor(
+                    blob.full_name(piece), piece.dtype, tuple(piece.shape)
+                )
                 end = piece.offset + piece.nbytes
             reading.skip(blob.bytes - end)
             reading.expect(blob.blake3, blob.file)
@@ -118,7 +128,7 @@ class KeptBase:
             for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
                 self._expect_form(name, entry)
                 reading.begin()
-                value = reading.tensor(entry.dtype, entry.shape)
+                value = reading.tensor(name, entry.dtype, entry.shape)
                 reading.expect(self.record.plain[name], f"{PLAIN_FILE}: {name}")
                 yield name, value
 
@@ -148,7 +158,7 @@ def _quantized(name: str, kept: FourBit, found: Mapping[tuple[str, str], Tensor]
                 blocksize=nested.blocksize,
                 dtype=torch.float32,
             )
-            state.offset = torch.tensor(nested.offset, dtype=torch.float32, device=absmax.device)
+            state.offset = torch.tensor(nested.offset, dtype=torch.float32, device=tables[nested.code].device)
             state.nested = True
         check_state(state, codes)
     except (KeyError, ValueError) as error:
@@ -161,7 +171,7 @@ class _Reading:
     """A file read from front to back; its hash runs along in a thread, one block behind."""
 
     hashing: Executor
-    device: torch.device
+    homes: Homes
     told: Callable[[int], None]
     _file: Any = None
     _hash: Any = field(default_factory=blake3)
@@ -190,12 +200,13 @@ class _Reading:
         self._settle()
         self._hash = blake3()
 
-    def tensor(self, dtype: str, shape: tuple[int, ...]) -> Tensor:
-        """The next bytes as a tensor on the device."""
-        whole = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[dtype]), device=self.device)
+    def tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """The next bytes as a tensor where the parameter `name` is to lie."""
+        home = self.homes.of(name)
+        whole = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[dtype]), device=home)
         if not whole.nbytes:
             return whole
-        if not is_card(self.device):
+        if not is_card(home):
             self._fill(as_bytes(whole))
             return whole
         flat = whole.view(-1).view(torch.uint8)

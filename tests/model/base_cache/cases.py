@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qlora.model.base_cache import places, reading
 from qlora.model.base_folder import BaseFolder
 from qlora.model.load import load_base
 from qlora.model.resolve import resolve
+from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import QuantizationSection
 
 CPU = torch.device("cpu")
@@ -38,10 +40,12 @@ def base_at(folder: Path) -> BaseFolder:
     return resolve(str(folder), "main", Recorder())
 
 
-def load(folder: Path, quantization: QuantizationSection = NF4, cache: Any = True) -> tuple[Any, list[str]]:
+def load(
+    folder: Path, quantization: QuantizationSection = NF4, cache: Any = True, place: Place | None = None
+) -> tuple[Any, list[str]]:
     """The model, and what was said about the cache."""
     sink = Recorder()
-    model = load_base(base_at(folder), quantization, "auto", CPU, sink, cache)
+    model = load_base(replace(base_at(folder), cache=cache), quantization, "auto", CPU, sink, place)
     return model, [one.message for one in sink.events if isinstance(one, Notice) and one.topic == "cache"]
 
 

@@ -5,23 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qlora import disk, lock
 from qlora.errors import UserError
 from qlora.events import Progress, Recorder
+from qlora.model import identity
 from qlora.model import load as module
 from qlora.model.base_cache import keeping, places
 from qlora.model.load import load_base
+from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import QuantizationSection
 from tests.families import FAMILIES, make_base
 from tests.model.base_cache.cases import CPU, aged, assert_same, base_at, counted, kept, load
-from tests.model.conftest import stored_in_4bit
+from tests.model.conftest import logits, stored_in_4bit
 from tests.runs import change_unsampled_value, hashes, train, values, write_recipe
 
+STREAMED = Place(streams=True)
 FORMS = [QuantizationSection(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
 
 
@@ -280,10 +285,61 @@ def test_where_nothing_can_be_written_it_is_still_read(base: Path, monkeypatch: 
 def test_progress_ends_at_the_total(base: Path) -> None:
     for task in ("keep base", "load"):
         sink = Recorder()
-        load_base(base_at(base), QuantizationSection(), "auto", CPU, sink, True)
+        load_base(replace(base_at(base), cache=True), QuantizationSection(), "auto", CPU, sink)
         steps = [one for one in sink.events if isinstance(one, Progress) and one.task == task]
         assert len(steps) > 3 and [one.done for one in steps] == sorted(one.done for one in steps)
         assert 0.9 * steps[-1].total < steps[-1].done <= steps[-1].total
+
+
+# --- streamed --------------------------------------------------------------------------------------------------------
+
+
+def test_a_streamed_base_is_kept_and_read_as_any_other(base: Path) -> None:
+    """The same bytes in the same files; and a second start puts each layer away as it comes."""
+    load(base)
+    resident = {path.name: path.read_bytes() for path in kept()[0].iterdir()}
+    disk.discard(kept()[0])
+    plain, _ = load(base, cache=False, place=STREAMED)
+    first, said = load(base, place=STREAMED)
+    assert "is kept in 4 bit" in said[0]
+    assert {path.name: path.read_bytes() for path in kept()[0].iterdir()} == resident
+    second, _ = load(base, place=STREAMED)
+    assert second.base_was_kept
+    ids = torch.arange(5, 45)[None]
+    assert torch.equal(logits(first, ids), logits(plain, ids)) and torch.equal(logits(second, ids), logits(plain, ids))
+    assert second.model.layers[0].mlp.up_proj.weight.numel() == 0, "and nothing stays in the layers"
+    assert load(base)[0].base_was_kept
+
+
+def change_the_first_layer(base: Path) -> None:
+    """What no sample sees, and neither sizes nor times: the original is another one than the cache holds."""
+    found = base_at(base)
+    entry = found.tensors["model.layers.0.mlp.down_proj.weight"]
+    before = identity.at_the_door(found.config, found.tensors)
+    raw, times = bytearray(entry.file.read_bytes()), entry.file.stat()
+    for at in range(entry.offset + 1, entry.offset + entry.nbytes, 2):  # the high byte: a change that shows
+        raw[at] ^= 2
+        entry.file.write_bytes(raw)
+        if identity.at_the_door(found.config, found.tensors) == before:
+            break
+        raw[at] ^= 2
+    os.utime(entry.file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_damaged_one_leaves_nothing_in_a_streamed_model(base: Path) -> None:
+    """The first layer is whole and was put away when the second one's hash is seen to be wrong."""
+    plain, _ = load(base, cache=False)
+    load(base)
+    file = kept()[0] / "layer-00001.blob"
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+    change_the_first_layer(base)
+    model, said = load(base, place=STREAMED)
+    assert not model.base_was_kept and "is damaged" in said[0]
+    ids = torch.arange(5, 45)[None]
+    assert torch.equal(logits(model, ids), logits(load(base, cache=False)[0], ids))
+    assert not torch.equal(logits(model, ids), logits(plain, ids))
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
