@@ -112,6 +112,7 @@ LINES = {
             "child",
             "combination",
             "merge",
+            "write_blocks",
             "hashed_file",
             "targets",
             "staging",
