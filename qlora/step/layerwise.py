@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights
 from qlora.random_state import RandomState
+from qlora.step.offload import kept_by
 
 # Of what a layer is handed beside hidden states, these are the same whenever it is computed.
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -73,19 +74,20 @@ class _Recomputed:
     numbers: Mapping[int, int] = field(default_factory=dict)  # of layers, by their identity
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
+        module = layer.args[0] if isinstance(layer, partial) and layer.args else None
+        number = self.numbers.get(id(module), 0)
         if not inputs or not is_closed(layer, inputs):
             # What other layers read or gradients flow to is more than hidden states: Gemma 3n and 4 share keys and
             # values through a dict. torch follows that, by recomputing within one graph.
-            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.keep_random_state)
+            with kept_by(self.inputs, number, inputs):
+                return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.keep_random_state)
         hidden_BSD, *rest = inputs
-        module = layer.args[0] if isinstance(layer, partial) and layer.args else None
         parameters = module.parameters() if module is not None else ()
         if not (hidden_BSD.requires_grad or any(parameter.requires_grad for parameter in parameters)):
             return layer(*inputs)  # nothing below is trained: nobody goes back to it
         # An output has a gradient where an input has one, which the first layer's hidden states have not.
         anchor = torch.empty(0, requires_grad=True)
         state = RandomState.of(hidden_BSD.device) if self.keep_random_state else None
-        number = self.numbers.get(id(module), 0)
         return RunLayer.apply(hidden_BSD, anchor, lambda hidden: layer(hidden, *rest), state, self, number)  # type: ignore[no-untyped-call]
 
 
