@@ -198,7 +198,8 @@ class Estimator:
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
         merged = 2 * (simulator.drawn.values.linear + simulator.drawn.values.other) * len(recipe.export.formats)
         peak, gpu = sum(components.values()), machine.gpu
-        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + overheads.snapshot_bytes(adapter, optimizer, True)
+        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned
+        of_host += overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
             error_bytes=self._error(simulation, simulator),
@@ -311,6 +312,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         new_tokens=max(SAMPLE_TOKENS, answer),
         documents=facts.documents if facts else 0,
         trained=min(facts.trained, length) if facts else 0,
+        offloads=recipe.memory.offload_activations is True,
     )
 
 
@@ -345,6 +347,7 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,
         "train.gradient_checkpointing": workload.recompute,
+        "memory.offload_activations": workload.offloads,
         "train.optimizer": workload.optimizer,
         "data.max_length": workload.length,
         "lora.r": recipe.lora.r,

@@ -62,7 +62,7 @@ class Planner:
         self._known: dict[str, Estimate] = {}
 
     def ask(self, recipe: Recipe) -> Estimate:
-        key = recipe.model_dump_json(include={"model", "quantization", "lora", "data", "train", "eval"})
+        key = recipe.model_dump_json(include={"model", "quantization", "lora", "data", "train", "eval", "memory"})
         if key not in self._known:
             facts, most = self.facts, recipe.data.max_length
             if facts is not None:  # rows are never longer than the recipe's limit, which a plan may lower
@@ -103,7 +103,9 @@ class Planner:
         them than it needs.
         """
         train = recipe.train
-        choices = (False, True) if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,)
+        # Whoever has inputs wait on the host has layers recomputed.
+        free = (True,) if recipe.memory.offload_activations is True else (False, True)
+        choices = free if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,)
         plans = []
         for recompute in choices:
             fixed = changed(recipe, {"train.gradient_checkpointing": recompute})

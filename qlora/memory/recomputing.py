@@ -45,6 +45,9 @@ def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: i
     phases = dict(recomputed.phases)
     # What one recomputed layer is enough for: the first layer's hidden states are held, and what all layers are handed.
     once = layers * (kept.each["loss"] - recomputed.each["loss"]) - (kept.held - recomputed.held)
+    # Of inputs on the host, the top layer's is none where all are recomputed: of the first `count` all are.
+    an_input = recomputed.pinned // max(1, layers - 1)
+    once -= an_input
     for phase, more in zip(UP, (kept.first, once), strict=True):
         saved = count * (kept.each[phase] - recomputed.each[phase]) - more
         phases[phase] = _less(kept.phases[phase], saved)
@@ -56,7 +59,7 @@ def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: i
         down.append(_less(recomputed.phases["backward"], (layers - 1 - count) * recomputed.each["backward"]))
     phases["backward"] = max(down or [phases["backward end"]], key=lambda peak: peak.total)
     reserved = max(kept.reserved, recomputed.reserved, key=lambda one: one.beyond)
-    return replace(recomputed, phases=phases, reserved=reserved)
+    return replace(recomputed, phases=phases, reserved=reserved, pinned=count * an_input)
 
 
 def _less(peak: Peak, activations: int) -> Peak:

@@ -62,6 +62,7 @@ class _File:
     each: dict[str, Count]
     first: Count
     held: Count
+    pinned: Count
 
 
 class Shelf:
@@ -99,6 +100,7 @@ class Shelf:
             each=dict(simulation.each),
             first=simulation.first,
             held=simulation.held,
+            pinned=simulation.pinned,
         )
         with suppress(OSError, UserError, files.UnsafePathError):
             folder = _folder()
@@ -129,7 +131,8 @@ def _shelved(read: _File) -> Shelved:
     }
     drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, read.drawn[4])
     reserved = tape.Reserved(*read.reserved)
-    return Shelved(drawn, Simulation(phases, read.kept, read.paged, reserved, read.each, read.first, read.held))
+    more = (read.first, read.held, read.pinned)
+    return Shelved(drawn, Simulation(phases, read.kept, read.paged, reserved, read.each, *more))
 
 
 @cache

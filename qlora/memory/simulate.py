@@ -12,7 +12,7 @@ import gc
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -29,13 +29,14 @@ from qlora.memory.recomputing import put_together
 from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
-from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
+from qlora.memory.trace import CATEGORIES, HOST, LiveBytes, Peak, Sums
 from qlora.model import adapters, full_logits, lora_functions
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
+from qlora.step import offload
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -149,7 +150,8 @@ class _Line:
             phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
         kept = self._all_categories(first.kept, second.kept)
         paged, held = self.at(first.paged, second.paged), self.at(first.held, second.held)
-        return Simulation(phases, kept, paged, second.reserved, second.each, second.first, held)
+        pinned = self.at(first.pinned, second.pinned)
+        return Simulation(phases, kept, paged, second.reserved, second.each, second.first, held, pinned)
 
     def each(self, first: Simulation, second: Simulation) -> dict[str, int]:
         """Activations of each phase that one more adds."""
@@ -225,7 +227,10 @@ class _MetaModel:
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
         live.begin("start")
-        spec.baseline.set_checkpointing(self.causal_lm, workload.recompute)
+        pool = offload.Pool(META, self._block)
+        layers = len(recomputable(self.causal_lm))
+        inputs = offload.held_by(pool, workload.offloads and workload.recompute, layers)
+        spec.baseline.set_checkpointing(self.causal_lm, workload.recompute, inputs)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
                 optimizer = self._optimizer(workload.optimizer)
@@ -264,7 +269,14 @@ class _MetaModel:
             self._ask(workload.asks)
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
         no_more, reserved = dict.fromkeys(phases, 0), tape.play(recorded, 0, 1, 0)
-        return Simulation(phases, kept, paged, reserved, no_more, self._first_keeps_less(), self._held), recorded
+        pinned = pool.nbytes if spec.target == "cuda" else 0  # elsewhere it is all one memory
+        more = (self._first_keeps_less(), self._held, pinned)
+        return Simulation(phases, kept, paged, reserved, no_more, *more), recorded
+
+    def _block(self) -> torch.Tensor:
+        """Of the host's memory, which is no memory of a GPU's."""
+        with self.live.region(HOST) if self.spec.target == "cuda" else nullcontext():
+            return torch.empty(offload.BLOCK_BYTES, dtype=torch.uint8, device=META)
 
     def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
         if self.spec.baseline.masters:

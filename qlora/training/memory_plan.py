@@ -42,6 +42,12 @@ class MemorySettings:
     layers: int = 0  # of the model; 0: not known
     plan: Plan | None = None
     planner: Planner | None = None
+    offload_activations: bool = False
+
+    @property
+    def offloaded(self) -> bool | int:
+        """Of how many layers the inputs wait on the host: of those that are recomputed, where any do."""
+        return self.offload_activations and self.gradient_checkpointing
 
     def smaller(self) -> MemorySettings | None:
         """The next smaller settings of a step: more layers recomputed, which changes no number, then half the
@@ -135,8 +141,10 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         reason = failure.reason[:120]
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
-        return MemorySettings(1 if rows == "auto" else rows, True if recompute == "auto" else recompute)
-    train = plan.recipe.train
+        moved = recipe.memory.offload_activations is True
+        recompute = True if recompute == "auto" else recompute
+        return MemorySettings(1 if rows == "auto" else rows, recompute, offload_activations=moved)
+    train, moved = plan.recipe.train, plan.recipe.memory.offload_activations is True
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
     planner = Planner(estimator, facts)
     layers, recompute = int(text.num_hidden_layers), train.gradient_checkpointing
@@ -145,7 +153,7 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         sink.emit(Notice("memory", f"{message} are recomputed", recompute - layers))
         recompute = True
     settings = MemorySettings(train.micro_batch_size, recompute, plan=plan, planner=planner)
-    return replace(settings, layers=layers)
+    return replace(settings, layers=layers, offload_activations=moved)
 
 
 def as_event(plan: Plan) -> dict[str, Any]:
