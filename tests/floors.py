@@ -77,6 +77,7 @@ FLOORS = {
     "nvidia_child": 1,
     "device": 1,
     "random_state": 1,
+    "layer_partners": 1,
     "saving": 3,
     "importers": 3,
     "recipe_file": 4,
@@ -92,7 +93,7 @@ LINES = {
         *("units", "out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "foreign_yaml", "manifest", "lock", "child_process", "cores"),
         *("processes", "torch_build", "wsl", "windows_paths", "heap", "third_party", "nvidia", "device"),
-        "random_state",
+        *("random_state", "layer_partners"),
         *("flat", "numerics", "recipe_values", "document_keys", "batch", "forward_facts"),
         *("notebook", "ask", "evaluate", "hub", "outgoing", "hub_calls", "hub_upload", "examine", "hours", "look"),
         "look_study",
@@ -203,6 +204,8 @@ LINES = {
             "layer_walk",
             "family_facts",
             "row_packing",
+            "layer_blobs",
+            "base_cache",
             "load",
             "made_up",
             "dora",
@@ -215,6 +218,7 @@ LINES = {
             "emptied",
         ),
     ],
+    "model.base_cache": ["places", "record", "contents", "writing", "reading", "keeping"],
     "data": [
         *(
             "splits",

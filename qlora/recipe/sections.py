@@ -168,6 +168,12 @@ class MemorySection(Section):
         description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
     )
 
+    cache: bool | Literal["auto"] = Field(
+        "auto",
+        description="Keep the base in 4 bit on the disk, for quick starts; auto: one of 1 GiB and more, while all take "
+        "under a tenth of the free disk",
+    )
+
     @field_validator("limit")
     @classmethod
     def _is_a_size(cls, value: str) -> str:
