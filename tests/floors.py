@@ -123,7 +123,7 @@ LINES = {
             "version4",
             "hf",
         ),
-        *("artifacts", "adapter_base", "base_check", "verify", "ollama", "combine", "cards", "pipeline"),
+        *("artifacts", "kept_codes", "adapter_base", "base_check", "verify", "ollama", "combine", "cards", "pipeline"),
         *("leaks", "parcel", "push"),
     ],
     "export.merge": ["parts", "merge"],

@@ -62,11 +62,7 @@ def load_base(
         raise ModelError(what, 'set quantization.type = "nf4", or name the original base')
     meta_model = build(base, attention)
     model = meta_model.model
-    if quantization.type != "none":
-        for name, linear in list(linear_layers(model)):
-            # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
-            if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
-                swap_linear(model, name, linear, quantization)
+    swap_all_linear(meta_model, base, quantization)
     _report(meta_model, base, quantization, sink)
     keeping = Keeping(Contents(base, meta_model, quantization), cache, sink)
     identity = keeping.fill(partial(_place, model), device)
@@ -96,6 +92,15 @@ def freeze(model: Any, device: torch.device) -> None:
             module._buffers[name] = buffer.to(device) if buffer is not None else None
     model.requires_grad_(False)
     model.is_loaded_in_4bit = any(is_4bit(module) for module in model.modules())
+
+
+def swap_all_linear(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection) -> None:
+    """Put 4-bit layers in the place of all linear ones that `quantization` puts into 4 bit, still without weights."""
+    if quantization.type != "none":
+        for name, linear in list(linear_layers(meta_model.model)):
+            # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
+            if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
+                swap_linear(meta_model.model, name, linear, quantization)
 
 
 def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:

@@ -73,6 +73,13 @@ class Keeping:
             return kept.record.identity
         return None
 
+    def kept(self, known: BaseIdentity) -> KeptBase | None:
+        """What is kept of the base that `known` is in full, None where there is nothing; none of it is read yet."""
+        if not self._wanted():
+            return None
+        self._stamps = base_watch.stamps_of(self.contents.base)
+        return next((kept for kept in self._found() if kept.record.identity.content == known.content), None)
+
     def check_room(self) -> None:
         """UserError where memory.cache = true asks for what the disk has no room for. Before weights are read."""
         if self.mode is not True or not self._wanted():
