@@ -124,7 +124,7 @@ LINES = {
             "version4",
             "hf",
         ),
-        *("artifacts", "adapter_base", "base_check", "verify", "ollama", "combine", "cards", "pipeline"),
+        *("artifacts", "kept_codes", "adapter_base", "base_check", "verify", "ollama", "combine", "cards", "pipeline"),
         *("leaks", "parcel", "push"),
     ],
     "export.merge": ["parts", "merge"],
@@ -206,6 +206,7 @@ LINES = {
             "family_facts",
             "row_packing",
             "layer_blobs",
+            "base_cache",
             "load",
             "made_up",
             "dora",
@@ -218,6 +219,7 @@ LINES = {
             "emptied",
         ),
     ],
+    "model.base_cache": ["places", "record", "contents", "writing", "reading", "keeping"],
     "data": [
         *(
             "splits",

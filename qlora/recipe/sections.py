@@ -173,6 +173,11 @@ class MemorySection(Section):
         description="Inputs of recomputed layers wait in the host's memory (0.25 GiB per 1,000 tokens of an 8B model); "
         "no number changes; auto: off",
     )
+    cache: bool | Literal["auto"] = Field(
+        "auto",
+        description="Keep the base in 4 bit on the disk, for quick starts; auto: one of 1 GiB and more, while all take "
+        "under a tenth of the free disk",
+    )
 
     @field_validator("limit")
     @classmethod

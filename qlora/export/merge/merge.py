@@ -54,7 +54,10 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class Merge:
-    """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16)."""
+    """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16).
+
+    `codes` gives a parameter of the base in 4 bit as it is kept already, or None.
+    """
 
     base: BaseFolder
     adapter: Adapter
@@ -63,6 +66,7 @@ class Merge:
     device: torch.device
     plan: Plan
     dtype: torch.dtype = torch.bfloat16
+    codes: Callable[[str], nf4.Quantized | None] = lambda parameter: None
 
     def tensors(self) -> list[MergedTensor]:
         """Every tensor of the merged model, in the order of the base's own.
@@ -146,6 +150,8 @@ class Merge:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""
         if source.storage == "packed":
             return nf4.stored_4bit(self.base, source.tensor, self.device)
+        if (kept := self.codes(source.parameter)) is not None:
+            return kept
         rows, columns = source.shape[0], math.prod(source.shape[1:])
         blocks = read_ahead(source.entry, _spans(rows, nf4.rows_in_block(columns, VALUES_PER_BLOCK)))
         with closing(blocks):
