@@ -36,7 +36,7 @@ def last_hashes(folder: Path, step: int) -> dict[str, str]:
     return {name: sha256_file(folder / "tiny" / "checkpoints" / f"step-{step:06d}" / name) for name in FILES}
 
 
-# --- a kill at each call that touches the disk ---------------------------------------------------------------------------
+# --- a kill at each call that touches the disk -----------------------------------------------------------------------
 
 CALLS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "scandir")
 
