@@ -22,6 +22,7 @@ from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.model.meta_model import choose_attention
+from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
 from qlora.report.drawn import Drawn
 
@@ -140,12 +141,14 @@ class Estimator:
 
     def _simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
-        if made_of not in self._simulators:
+        place = Place.of(recipe.memory) if self.baseline == BASELINES["qlora"] else Place()
+        if (*made_of, place) not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
             target, functions = self.machine.device_type, self._functions()
-            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions)
-            self._simulators[made_of] = Simulator(spec, _by_whole_model(self.text, self.name), self._shelf)
-        return self._simulators[made_of]
+            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions, place)
+            whole = _by_whole_model(self.text, self.name)
+            self._simulators[*made_of, place] = Simulator(spec, whole, self._shelf)
+        return self._simulators[*made_of, place]
 
     def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
@@ -201,7 +204,7 @@ class Estimator:
         of_base = (recipe.memory, recipe.quantization.type, simulation.kept["weights"], values)
         peak, gpu = sum(components.values()), machine.gpu
         of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned
-        of_host += overheads.snapshot_bytes(adapter, optimizer, True)
+        of_host += overheads.snapshot_bytes(adapter, optimizer, True) + simulator.drawn.host_bytes
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
             error_bytes=self._error(simulation, simulator),
@@ -351,6 +354,8 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
         "train.micro_batch_size": workload.rows,
         "train.gradient_checkpointing": workload.recompute,
         "memory.offload_activations": workload.offloads,
+        "memory.stream_weights": recipe.memory.stream_weights is True,
+        "memory.embedding": "host" if recipe.memory.embedding == "host" else "device",
         "train.optimizer": workload.optimizer,
         "data.max_length": workload.length,
         "lora.r": recipe.lora.r,

@@ -103,8 +103,9 @@ class Planner:
         them than it needs.
         """
         train = recipe.train
-        # Whoever has inputs wait on the host has layers recomputed.
-        free = (True,) if recipe.memory.offload_activations is True else (False, True)
+        # Whoever has inputs wait on the host, or weights come and go, has layers recomputed.
+        moved = recipe.memory.offload_activations is True or recipe.memory.stream_weights is True
+        free = (True,) if moved else (False, True)
         choices = free if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,)
         plans = []
         for recompute in choices:

@@ -35,6 +35,7 @@ from qlora.model.nf4 import (
     stored_4bit,
 )
 from qlora.model.tensors import total_bytes
+from qlora.model.weight_receiving import Place, Receiving, place_by_room, receive, took
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -50,8 +51,11 @@ def load_base(
     device: torch.device,
     sink: Sink,
     cache: Mode = "auto",
+    place: Place | None = None,
 ) -> PreTrainedModel:
     """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says.
+
+    `place` is what of it is on the host; None: its layers, where the device has no room for them.
 
     Its `base_identity` is which base it was; `base_was_kept`: the cache had it in 4 bit (`cache` is memory.cache), and
     of the base's own weights samples were read. Peak memory above what is resident: the model's final form, two blocks
@@ -64,12 +68,14 @@ def load_base(
     model = meta_model.model
     swap_all_linear(meta_model, base, quantization)
     _report(meta_model, base, quantization, sink)
+    receiving = receive(model, place or place_by_room(model, quantization, device), device)
     keeping = Keeping(Contents(base, meta_model, quantization), cache, sink)
-    identity = keeping.fill(partial(_place, model), device)
+    identity = keeping.fill(partial(_place, model), receiving.device_of)
     if identity is None:
         keeping.check_room()
+        receiving.begin_again()
         reader = WeightReader(base.config, base.tensors)
-        _stream(meta_model, reader, base, device, sink)
+        _stream(meta_model, reader, base, receiving, sink)
         identity = reader.identity()
     model.tie_weights()
     freeze(model, device)
@@ -77,6 +83,7 @@ def load_base(
     if lost:
         what = f"{base.name}: {lost[0]} got no value while loading"
         raise ModelError(what, "this model is not supported; use another")
+    receiving.finish(sink)
     model.config.name_or_path = base.name
     model.name_or_path = base.name
     model.base_identity, model.base_was_kept = identity, keeping.filled
@@ -121,13 +128,13 @@ def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiza
     return layer
 
 
-def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, device: torch.device, sink: Sink) -> None:
+def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, receiving: Receiving, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
     model = meta_model.model
     entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
     total, done = total_bytes(entries.values()), 0
     for name in sorted(entries, key=lambda name: (str(entries[name].file), entries[name].offset)):
-        source = meta_model.sources[name]
+        source, device = meta_model.sources[name], receiving.device_of(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if is_4bit(module) and leaf == "weight":
@@ -154,6 +161,7 @@ def _place(model: Any, name: str, value: Quantized | Tensor) -> None:
         module._buffers[leaf] = value
     else:
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    took(model, name)
 
 
 def _quantized(reader: WeightReader, base: BaseFolder, source: str, layer: Any, device: torch.device) -> Quantized:

@@ -28,6 +28,7 @@ from qlora.model import adapters, attention
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
+from qlora.model.weight_streaming import reset
 from qlora.recipe.sections import DataSection
 from qlora.starting_adapter import started_from
 from qlora.step import offload
@@ -88,7 +89,7 @@ class Training:
         self.objective: Objective = SupervisedObjective()
         parameters = adapters.trainable(job.model)
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
-        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
+        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from qlora.memory.plan import Plan, Planner, choose
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import ANSWERS_AT_ONCE
 from qlora.model.meta_model import has_head, text_config
+from qlora.model.weight_receiving import Place, bytes_on_device
 from qlora.recipe.reading import Recipe
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import schedule
@@ -43,6 +44,7 @@ class MemorySettings:
     plan: Plan | None = None
     planner: Planner | None = None
     offload_activations: bool = False
+    place: Place = field(default_factory=Place)  # of the base's weights
 
     @property
     def offloaded(self) -> bool | int:
@@ -64,6 +66,7 @@ class MemorySettings:
         rows, recompute = state.micro_batch_size, state.gradient_checkpointing
         if rows is None or recompute is None:
             return self
+        recompute = True if self.place.streams else recompute
         return replace(self, micro_batch_size=rows, gradient_checkpointing=recompute)
 
     def kept_in(self, state: RunState) -> RunState:
@@ -141,9 +144,9 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         reason = failure.reason[:120]
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
-        moved = recipe.memory.offload_activations is True
+        moved, place = recipe.memory.offload_activations is True, Place.of(recipe.memory)
         recompute = True if recompute == "auto" else recompute
-        return MemorySettings(1 if rows == "auto" else rows, recompute, offload_activations=moved)
+        return MemorySettings(1 if rows == "auto" else rows, recompute, offload_activations=moved, place=place)
     train, moved = plan.recipe.train, plan.recipe.memory.offload_activations is True
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
     planner = Planner(estimator, facts)
@@ -153,7 +156,7 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         sink.emit(Notice("memory", f"{message} are recomputed", recompute - layers))
         recompute = True
     settings = MemorySettings(train.micro_batch_size, recompute, plan=plan, planner=planner)
-    return replace(settings, layers=layers, offload_activations=moved)
+    return replace(settings, layers=layers, offload_activations=moved, place=Place.of(plan.recipe.memory))
 
 
 def as_event(plan: Plan) -> dict[str, Any]:
@@ -182,7 +185,7 @@ def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Me
     frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
     return Measured(
         peak_bytes=peak_bytes(device),
-        weights_bytes=_total(frozen.values()),
+        weights_bytes=bytes_on_device(model, frozen.values()),
         adapters_bytes=_total(trained),
         optimizer_bytes=optimizer.kept_bytes,
         torch_version=torch.__version__,

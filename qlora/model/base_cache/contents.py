@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from qlora.model.layer_walk import layers_of
 from qlora.model.meta_model import MetaModel, taken_tensors
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, QUANTIZER
 from qlora.model.tensors import total_bytes
+from qlora.model.weight_streaming import inside
 from qlora.recipe.sections import QuantizationSection
 
 
@@ -92,8 +94,10 @@ def groups(model: Any, sources: Mapping[str, str]) -> Iterator[tuple[str, LayerW
     """
     layers = {id(module) for module in _layers(model)}
     prefixes = [name for name, module in model.named_modules() if id(module) in layers]
-    for prefix in prefixes:
-        yield prefix, LayerWeights(model.get_submodule(prefix), partial(_is_elsewhere, sources, prefix))
+    streamed = inside(model)
+    for number, prefix in enumerate(prefixes):
+        with streamed.in_place(number) if streamed is not None else nullcontext():
+            yield prefix, LayerWeights(model.get_submodule(prefix), partial(_is_elsewhere, sources, prefix))
     inside = tuple(f"{prefix}." for prefix in prefixes)
     outside = {
         f"{name}.weight"

@@ -51,9 +51,11 @@ class Keeping:
     _stamps: places.Stamps = field(default_factory=dict, init=False)
     _is_settled: bool = field(default=False, init=False)
 
-    def fill(self, place: Callable[[str, Quantized | Tensor], None], device: torch.device) -> BaseIdentity | None:
-        """Have `place` put each value of the kept base into the model; which base it is. None where there is none:
-        what was placed until then, of one that is damaged, is not to be computed with."""
+    def fill(
+        self, place: Callable[[str, Quantized | Tensor], None], device_of: Callable[[str], torch.device]
+    ) -> BaseIdentity | None:
+        """Have `place` put each value of the kept base, on its device, into the model; which base it is. None where
+        there is none: what was placed until then, of one that is damaged, is not to be computed with."""
         if not self._wanted():
             return None
         self._stamps, began = base_watch.stamps_of(self.contents.base), time.time_ns()
@@ -62,7 +64,7 @@ class Keeping:
         for kept in self._found():
             try:
                 with places.using(kept.folder):
-                    self._place_all(kept, place, device)
+                    self._place_all(kept, place, device_of)
             except Damaged as damage:
                 self._set_aside(kept.folder, damage)
                 continue
@@ -173,7 +175,10 @@ class Keeping:
         return identity.at_the_door(base.config, taken_tensors(base, self.contents.meta_model))
 
     def _place_all(
-        self, kept: KeptBase, place: Callable[[str, Quantized | Tensor], None], device: torch.device
+        self,
+        kept: KeptBase,
+        place: Callable[[str, Quantized | Tensor], None],
+        device_of: Callable[[str], torch.device],
     ) -> None:
         done = 0
 
@@ -182,7 +187,7 @@ class Keeping:
             done += count
             self.sink.emit(Progress("load", done, kept.bytes, "B"))
 
-        for name, value in kept.values(device, read):
+        for name, value in kept.values(device_of, read):
             place(name, value)
 
     def _set_aside(self, folder: Path, damage: Damaged) -> None:

@@ -70,18 +70,23 @@ class KeptBase:
                 raise Damaged(f"{name} is in another form")
         for blob in record.blobs:
             parts = [(blob.full_name(piece), piece.part) for piece in blob.pieces]
+            if not parts:
+                raise Damaged(f"{blob.file} holds nothing")
             if len(set(parts)) != len(parts):
                 raise Damaged(f"{blob.file} holds a tensor twice")
 
-    def values(self, device: torch.device, read: Callable[[int], None]) -> Iterator[tuple[str, Quantized | Tensor]]:
-        """Every value of the model by its name, on `device`. `read` is told of bytes. Raises Damaged."""
-        tables = [torch.tensor(values, dtype=torch.float32, device=device) for values in self.record.tables]
+    def values(
+        self, device_of: Callable[[str], torch.device], read: Callable[[int], None]
+    ) -> Iterator[tuple[str, Quantized | Tensor]]:
+        """Every value of the model by its name, on its device. `read` is told of bytes. Raises Damaged."""
         with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hashing:
             for blob in self.record.blobs:
+                device = device_of(blob.full_name(blob.pieces[0]))
+                tables = [torch.tensor(values, dtype=torch.float32, device=device) for values in self.record.tables]
                 found = self.read_blob(blob, _Reading(hashing, device, read))
                 yield from self._of_blob(blob, found, tables)
                 del found
-            yield from self._plain(_Reading(hashing, device, read))
+            yield from self._plain(device_of, _Reading(hashing, torch.device("cpu"), read))
 
     def read_blob(self, blob: BlobRecord, reading: _Reading) -> dict[tuple[str, str], Tensor]:
         """The tensors of a layer by their names and parts, once all of its bytes were hashed. Raises Damaged."""
@@ -107,7 +112,9 @@ class KeptBase:
                 self._expect_form(name, piece)
                 yield name, found[name, "values"]
 
-    def _plain(self, reading: _Reading) -> Iterator[tuple[str, Tensor]]:
+    def _plain(
+        self, device_of: Callable[[str], torch.device], reading: _Reading
+    ) -> Iterator[tuple[str, Tensor]]:
         try:
             entries = read_header(self.folder / PLAIN_FILE)
         except ModelError as error:
@@ -119,6 +126,7 @@ class KeptBase:
             for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
                 self._expect_form(name, entry)
                 reading.begin()
+                reading.device = device_of(name)
                 value = reading.tensor(entry.dtype, entry.shape)
                 reading.expect(self.record.plain[name], f"{PLAIN_FILE}: {name}")
                 yield name, value
