@@ -74,7 +74,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if is_card(device):
             return figures
         # Of products added in place torch knows no count; its own of the others is asked by shapes.
-        by_shapes = addmm_flop.__wrapped__
+        by_shapes = addmm_flop.__wrapped__  # type: ignore[attr-defined]
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: by_shapes})
         with counter:
             step()

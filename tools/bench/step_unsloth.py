@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unsloth import FastLanguageModel  # isort: skip
+from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # isort: skip
 import torch
 from step_measure import Settings, resident_bytes
 from step_trl import trained

@@ -98,11 +98,11 @@ def groups(model: Any, sources: Mapping[str, str]) -> Iterator[tuple[str, LayerW
     for number, prefix in enumerate(prefixes):
         with streamed.in_place(number) if streamed is not None else nullcontext():
             yield prefix, LayerWeights(model.get_submodule(prefix), partial(_is_elsewhere, sources, prefix))
-    inside = tuple(f"{prefix}." for prefix in prefixes)
+    in_layers = tuple(f"{prefix}." for prefix in prefixes)
     outside = {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if is_4bit(module) and not f"{name}.".startswith(inside)
+        if is_4bit(module) and not f"{name}.".startswith(in_layers)
     }
     if outside:
         yield "", LayerWeights(model, lambda name: name not in outside)

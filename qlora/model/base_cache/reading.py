@@ -112,9 +112,7 @@ class KeptBase:
                 self._expect_form(name, piece)
                 yield name, found[name, "values"]
 
-    def _plain(
-        self, device_of: Callable[[str], torch.device], reading: _Reading
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _plain(self, device_of: Callable[[str], torch.device], reading: _Reading) -> Iterator[tuple[str, Tensor]]:
         try:
             entries = read_header(self.folder / PLAIN_FILE)
         except ModelError as error:
