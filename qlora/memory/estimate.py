@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from qlora import numerics
 from qlora.errors import DoesNotFit
-from qlora.memory import calibration, host, margins, overheads
+from qlora.memory import calibration, host, margins, overheads, throughput
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
-from qlora.memory.hardware import Gpu, Machine
-from qlora.memory.recomputing import of_model, share
+from qlora.memory.hardware import Machine
+from qlora.memory.recomputing import of_model
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, ValueCounts, Workload
+from qlora.memory.throughput import Speed
 from qlora.memory.trace import most_multiprocessors
 from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
+TYPICAL_BATCH = 16  # rows of a step that no recipe and no data set (`schedule.auto_batch_size` takes no more)
 PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
 
 
@@ -59,7 +61,8 @@ class Estimate(Drawn):
     `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
 
     `phases` are the peaks of load, train, self-check, evaluate, generate, resume and merge. `tokens_per_second` is what
-    the hardware could do at best; it ranks plans and promises nothing.
+    is predicted of the step (`throughput.py`): it ranks plans and promises nothing; `ideal_tokens_per_second` is what
+    the arithmetic allows at best. Both are 0 without a card.
     """
 
     peak_bytes: int
@@ -77,6 +80,8 @@ class Estimate(Drawn):
     calibrated_by: int = 0
     notes: tuple[str, ...] = ()
     limit_source: str = ""  # what the limit is, and where it comes from
+    ideal_tokens_per_second: float = 0.0
+    speed: Speed | None = None  # where the predicted time goes
 
     @property
     def fits(self) -> bool:
@@ -101,7 +106,9 @@ class Estimate(Drawn):
             "terms": dict(self.terms),
             "tensor_bytes": self.tensor_bytes,
             "paged_bytes": self.paged_bytes,
-            "tokens_per_second_ideal": round(self.tokens_per_second, 1),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "tokens_per_second_ideal": round(self.ideal_tokens_per_second, 1),
+            "speed": throughput.as_dict(self.speed) if self.speed is not None else None,
             "calibrated_by_runs": self.calibrated_by,
             "notes": list(self.notes),
         }
@@ -197,7 +204,7 @@ class Estimator:
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
         merged = 2 * (simulator.drawn.values.linear + simulator.drawn.values.other) * len(recipe.export.formats)
-        peak, gpu = sum(components.values()), machine.gpu
+        peak, speed = sum(components.values()), self._speed(recipe, facts, workload, simulation)
         of_host = overheads.CUDA_HOST_BYTES + simulation.paged + overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
@@ -210,12 +217,28 @@ class Estimator:
             terms={**terms, "fragmentation": fragmentation, "dequantized_weights": round(worst.parts["workspace"])},
             tensor_bytes=round((worst.total - simulation.paged + slack) * factor) + terms.get("cublas_workspace", 0),
             paged_bytes=simulation.paged,
-            tokens_per_second=ideal_tokens_per_second(self.text, workload, simulator, gpu) if gpu else 0.0,
+            tokens_per_second=speed.tokens_per_second if speed else 0.0,
             settings=settings_of(recipe, workload, self.baseline),
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
             limit_source=machine.source,
+            ideal_tokens_per_second=self._ideal(workload, simulator),
+            speed=speed,
         )
+
+    def _ideal(self, workload: Workload, simulator: Simulator) -> float:
+        gpu, values = self.machine.gpu, simulator.drawn.values
+        return 0.0 if gpu is None else throughput.ideal_tokens_per_second(self.text, workload, values, gpu)
+
+    def _speed(
+        self, recipe: Recipe, facts: DataFacts | None, workload: Workload, simulation: Simulation
+    ) -> Speed | None:
+        """Predicted, with an update after as many micro-batches as a step has; None without a card to predict it of."""
+        if (gpu := self.machine.gpu) is None or simulation.work is None:
+            return None
+        rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
+        passes = -(-rows // workload.rows)
+        return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes)
 
     def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
@@ -285,7 +308,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
     train = recipe.train
     rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     length = facts.longest if facts else recipe.data.max_length
-    batch = (facts.batch_size if facts else None) or (None if train.batch_size == "auto" else train.batch_size)
+    batch = batch_size_of(recipe, facts)
     evaluates = facts.has_eval if facts else bool(recipe.data.eval) or recipe.data.eval_fraction > 0
     samples = max(recipe.eval.samples, recipe.eval.exact_match_rows) if evaluates else 0
     if rows * length > MOST_TOKENS:
@@ -314,30 +337,10 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
     )
 
 
-def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator, gpu: Gpu) -> float:
-    """What the arithmetic and the dequantization allow at best.
-
-    Operations a token: two for each weight in the forward pass and two for the gradient of its input (none for the
-    frozen weight itself), two more where layers are recomputed; the head always is (chunked loss). Attention 2·s·q
-    forward and 2.5 times that backward, causal. Adapters have gradients of their weights as well. A micro-batch reads
-    each 4-bit weight and writes it in bf16 once a pass: 0.516 + 2 bytes.
-    """
-    again = share(workload, int(text.num_hidden_layers))
-    passes = 2 + again
-    hidden = int(text.hidden_size)
-    # Gemma 4 has heads of two sizes, and its configuration raises over a question for one of them.
-    width = int(text.num_attention_heads) * int(vars(text).get("head_dim") or hidden // text.num_attention_heads)
-    attention = (7 + 2 * again) * int(text.num_hidden_layers) * workload.length * width
-    operations = (
-        2 * passes * simulator.drawn.values.linear
-        + 6 * int(text.vocab_size) * hidden
-        + attention
-        + 2 * (passes + 1) * simulator.drawn.values.adapter
-    )
-    tokens = workload.rows * workload.length
-    seconds = tokens * operations / (gpu.teraflops * 1e12)
-    seconds += passes * simulator.drawn.values.linear * (0.516 + 2) / (gpu.gigabytes_per_second * 1e9)
-    return tokens / seconds
+def batch_size_of(recipe: Recipe, facts: DataFacts | None) -> int | None:
+    """Rows of a step; None where the recipe leaves it to rows that are not known."""
+    batch = recipe.train.batch_size
+    return (facts.batch_size if facts else None) or (None if batch == "auto" else batch)
 
 
 def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qlora.memory.operations import partly
 from qlora.memory.simulation import Simulation, Workload
 from qlora.memory.trace import Peak
 
@@ -56,7 +57,8 @@ def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: i
         down.append(_less(recomputed.phases["backward"], (layers - 1 - count) * recomputed.each["backward"]))
     phases["backward"] = max(down or [phases["backward end"]], key=lambda peak: peak.total)
     reserved = max(kept.reserved, recomputed.reserved, key=lambda one: one.beyond)
-    return replace(recomputed, phases=phases, reserved=reserved)
+    work = partly(kept.work, recomputed.work, count / layers)
+    return replace(recomputed, phases=phases, reserved=reserved, work=work)
 
 
 def _less(peak: Peak, activations: int) -> Peak:

@@ -24,6 +24,7 @@ from qlora.batch import Batch
 from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
+from qlora.memory.operations import OperationCounter, of_whole_model
 from qlora.memory.plain_optimizer import PlainOptimizer
 from qlora.memory.recomputing import put_together
 from qlora.memory.repeated import RepeatedOperations
@@ -120,7 +121,8 @@ class Simulator:
         long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
         reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         simulation = line.simulation(runs[0][0], runs[-1][0])
-        return replace(simulation, reserved=reserved, each=line.each(runs[0][0], runs[-1][0]))
+        work = of_whole_model([run.work for run, _ in runs], self.sizes, self.spec.layers)
+        return replace(simulation, reserved=reserved, each=line.each(runs[0][0], runs[-1][0]), work=work)
 
     def _whole(self, short: int, long: int) -> int:
         """What the whole model has, by what its two sizes have: each layer adds the same."""
@@ -149,7 +151,7 @@ class _Line:
             phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
         kept = self._all_categories(first.kept, second.kept)
         paged, held = self.at(first.paged, second.paged), self.at(first.held, second.held)
-        return Simulation(phases, kept, paged, second.reserved, second.each, second.first, held)
+        return Simulation(phases, kept, paged, second.reserved, second.each, second.first, held, second.work)
 
     def each(self, first: Simulation, second: Simulation) -> dict[str, int]:
         """Activations of each phase that one more adds."""
@@ -239,6 +241,7 @@ class _MetaModel:
             self.model.train()
             live.begin("forward")
             recorded = live.record(self.replaced)
+            live.counter = OperationCounter(workload.document_lengths) if spec.target == "cuda" else None
             recorded.set_apart([rounded(nbytes) for nbytes in optimizer.buffer_sizes])
             recorded.mark("forward")
             spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
@@ -246,7 +249,8 @@ class _MetaModel:
             recorded.mark("update")
             optimizer.clip(optimizer.gradient_norm(), 1.0)
             optimizer.step(1e-4)
-            live.tape = None
+            work = None if live.counter is None else live.counter.work()
+            live.tape = live.counter = None
             self.model.eval()
             with torch.no_grad():
                 live.begin("selfcheck")
@@ -264,7 +268,7 @@ class _MetaModel:
             self._ask(workload.asks)
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
         no_more, reserved = dict.fromkeys(phases, 0), tape.play(recorded, 0, 1, 0)
-        return Simulation(phases, kept, paged, reserved, no_more, self._first_keeps_less(), self._held), recorded
+        return Simulation(phases, kept, paged, reserved, no_more, self._keeps_less(), self._held, work), recorded
 
     def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
         if self.spec.baseline.masters:
@@ -282,7 +286,7 @@ class _MetaModel:
                 zero = torch.zeros((), dtype=parameter.dtype, device=META)
                 optimizer.add_gradient(key, zero.expand(parameter.shape))
 
-    def _first_keeps_less(self) -> int:
+    def _keeps_less(self) -> int:
         """Nothing goes back to the embedding, so that the first layer keeps less for the backward pass than another."""
         starts = self._starts
         return max(0, starts[2] + starts[0] - 2 * starts[1]) if len(starts) > 2 else 0

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from qlora.memory import tape
 from qlora.memory.asking import Asks
 from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.operations import Work
 from qlora.memory.trace import Peak
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
@@ -85,7 +86,7 @@ class Simulation:
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
     allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step. `each`:
     activations that a layer more adds to a phase, 0 where none was added; `first`: of them, what the first keeps less.
-    `held`: activations once every layer has been gone through forth, and none back.
+    `held`: activations once every layer has been gone through forth, and none back. `work`: what a step asks a GPU for.
     """
 
     phases: Mapping[str, Peak]
@@ -95,6 +96,7 @@ class Simulation:
     each: Mapping[str, int]
     first: int = 0
     held: int = 0
+    work: Work | None = None
 
     @property
     def worst(self) -> Peak:
