@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora import numerics
 from qlora.errors import DoesNotFit
-from qlora.memory import calibration, host, margins, overheads, throughput
+from qlora.memory import calibration, host, levers, margins, overheads, throughput
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Machine
+from qlora.memory.levers import Saving
 from qlora.memory.recomputing import of_model
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
@@ -82,6 +83,7 @@ class Estimate(Drawn):
     limit_source: str = ""  # what the limit is, and where it comes from
     ideal_tokens_per_second: float = 0.0
     speed: Speed | None = None  # where the predicted time goes
+    savings: Mapping[str, Saving] = field(default_factory=dict)  # what levers are likely to save, by key
 
     @property
     def fits(self) -> bool:
@@ -139,13 +141,13 @@ class Estimator:
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
-        return self._complete(recipe, facts, self._simulator(recipe))
+        return self._complete(recipe, facts, self.simulator(recipe))
 
     def values(self, recipe: Recipe) -> ValueCounts:
         """Parameters of the model that the recipe trains."""
-        return self._simulator(recipe).drawn.values
+        return self.simulator(recipe).drawn.values
 
-    def _simulator(self, recipe: Recipe) -> Simulator:
+    def simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         if made_of not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
@@ -174,11 +176,8 @@ class Estimator:
         return assumed(self.text, named, wanted, gpu.capability if gpu else 86)
 
     def _complete(self, recipe: Recipe, facts: DataFacts | None, simulator: Simulator) -> Estimate:
-        machine, factor, workload = self.machine, self.correction.factor, workload_of(recipe, facts)
-        if recipe.train.deterministic and machine.gpu is not None:
-            workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
-        workload = of_model(workload, int(self.text.num_hidden_layers))
-        workload = self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
+        machine, factor = self.machine, self.correction.factor
+        workload = self._workload(recipe, facts, simulator)
         simulation = simulator.run(workload)
         terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
         worst = simulation.worst
@@ -224,6 +223,7 @@ class Estimator:
             limit_source=machine.source,
             ideal_tokens_per_second=self._ideal(workload, simulator),
             speed=speed,
+            savings=levers.savings(self.text, workload, simulator.drawn.values, machine),
         )
 
     def _ideal(self, workload: Workload, simulator: Simulator) -> float:
@@ -239,6 +239,17 @@ class Estimator:
         rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
         passes = -(-rows // workload.rows)
         return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes)
+
+    def simulated(self, recipe: Recipe, facts: DataFacts | None = None) -> tuple[Simulator, Workload]:
+        """What an estimate of the recipe follows from."""
+        return self.simulator(recipe), self._workload(recipe, facts, self.simulator(recipe))
+
+    def _workload(self, recipe: Recipe, facts: DataFacts | None, simulator: Simulator) -> Workload:
+        machine, workload = self.machine, workload_of(recipe, facts)
+        if recipe.train.deterministic and machine.gpu is not None:
+            workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
+        workload = of_model(workload, int(self.text.num_hidden_layers))
+        return self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
 
     def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":

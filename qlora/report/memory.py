@@ -66,6 +66,7 @@ def _details(estimate: Mapping[str, Any]) -> list[Text]:
     ]
     if line := speed_line(estimate):
         lines.append(f"speed     {line}")
+    lines += [f"because   {key}: {why}" for key, why in estimate.get("reasons", {}).items()]
     lines += [f"note      {note}" for note in estimate["notes"]]
     return [Text(line, style="dim") for line in lines]
 

@@ -18,7 +18,8 @@ from qlora.device import release_memory
 from qlora.errors import DoesNotFit
 from qlora.events import Recovered, Sink
 from qlora.guarded import Attempt
-from qlora.memory.plan import changed, does_not_fit
+from qlora.memory.changes import changed
+from qlora.memory.plan import does_not_fit
 from qlora.training.memory_plan import MemorySettings
 from qlora.units import layers_of
 

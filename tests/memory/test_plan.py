@@ -10,10 +10,13 @@ import pytest
 
 from qlora import api
 from qlora.errors import DoesNotFit, ModelError
+from qlora.memory import changes
 from qlora.memory import plan as memory_plan
+from qlora.memory.changes import changed
 from qlora.memory.estimate import DataFacts, Estimate
 from qlora.memory.hardware import Machine
-from qlora.memory.plan import Planner, Question, changed
+from qlora.memory.plan import Planner
+from qlora.memory.question import Question
 from qlora.recipe.reading import Recipe, recipe_of_base
 from tests.memory.cases import GIB, NAMES
 from tests.memory.shapes import config_folder
@@ -151,7 +154,7 @@ def test_a_search_names_the_number_of_layers() -> None:
     found = Planner(ByLayers(5.0)).search(recipe())  # type: ignore[arg-type]
     assert [plan.changes for plan in found] == [
         {"train.micro_batch_size": 2, "train.gradient_checkpointing": 7},
-        {"train.micro_batch_size": 2, "train.gradient_checkpointing": True},
+        {"train.gradient_checkpointing": 3},
     ]
 
 
@@ -167,6 +170,7 @@ def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
     found = planner(6.5).search(many)
     assert [plan.changes for plan in found] == [
         {"train.micro_batch_size": 4, "train.gradient_checkpointing": True},
+        {"train.micro_batch_size": 2, "train.gradient_checkpointing": True},
         {"train.micro_batch_size": 1, "train.gradient_checkpointing": False},
     ]
     shorter = planner(2.6).search(many)
@@ -209,7 +213,10 @@ def test_a_question_is_answered_as_a_run_would_decide() -> None:
     """The search, and the estimate of "auto" keys, keep the reserve; the limit that they say is the whole one."""
     asked = recipe("train.micro_batch_size=16", "train.gradient_checkpointing=true")
     question = Question(asked, cast(Any, ByHand(6.2)))
-    assert [plan.changes for plan in question.search()] == [{"train.micro_batch_size": 2}]
+    assert [plan.changes for plan in question.search()] == [
+        {"train.micro_batch_size": 2},
+        {"train.micro_batch_size": 1},
+    ]
     assert {plan.estimate.limit_bytes for plan in question.search()} == {int(6.2 * GIB)}
     estimate = Question(recipe(*AUTO), cast(Any, ByHand(6.2))).estimate()
     assert (estimate.settings["train.micro_batch_size"], estimate.limit_bytes) == (2, int(6.2 * GIB))
@@ -232,8 +239,8 @@ def test_the_mildest_step_is_found_by_halving() -> None:
         asked.append(step)
         return f"at {step}" if step >= 11 else None
 
-    assert memory_plan.mildest(range(16), fitting) == "at 11" and len(asked) <= 5
-    assert memory_plan.mildest(range(11), fitting) is None and memory_plan.mildest([], fitting) is None
+    assert changes.mildest(range(16), fitting) == "at 11" and len(asked) <= 5
+    assert changes.mildest(range(11), fitting) is None and changes.mildest([], fitting) is None
 
 
 def test_a_model_that_cannot_be_simulated_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
