@@ -204,7 +204,8 @@ class Estimator:
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
         merged = 2 * (simulator.drawn.values.linear + simulator.drawn.values.other) * len(recipe.export.formats)
         peak, speed = sum(components.values()), self._speed(recipe, facts, workload, simulation)
-        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + overheads.snapshot_bytes(adapter, optimizer, True)
+        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned
+        of_host += overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
             error_bytes=self._error(simulation, simulator),
@@ -238,7 +239,8 @@ class Estimator:
             return None
         rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
         passes = -(-rows // workload.rows)
-        return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes)
+        copies = throughput.Copies(to_card_down=simulation.pinned, to_host_up=simulation.pinned)
+        return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes, copies)
 
     def simulated(self, recipe: Recipe, facts: DataFacts | None = None) -> tuple[Simulator, Workload]:
         """What an estimate of the recipe follows from."""
@@ -345,6 +347,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         new_tokens=max(SAMPLE_TOKENS, answer),
         documents=facts.documents if facts else 0,
         trained=min(facts.trained, length) if facts else 0,
+        offloads=recipe.memory.offload_activations is True,
     )
 
 
@@ -359,6 +362,7 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,
         "train.gradient_checkpointing": workload.recompute,
+        "memory.offload_activations": workload.offloads,
         "train.optimizer": workload.optimizer,
         "data.max_length": workload.length,
         "lora.r": recipe.lora.r,

@@ -83,7 +83,7 @@ def _single(recipe: Recipe, planner: Planner) -> Iterator[Changes]:
     elif not any(getattr(recipe.memory, lever.key.partition(".")[2], None) is True for lever in LEVERS):
         yield {"train.gradient_checkpointing": False}
     for lever in LEVERS:
-        table, _, key = lever.key.partition(".")
+        key = lever.key.partition(".")[2]
         if on_card and key in type(recipe.memory).model_fields:
             taken = getattr(recipe.memory, key) == lever.on
             also = {} if taken else {"train.gradient_checkpointing": True}

@@ -8,9 +8,9 @@ first layers only, two simulations say both kinds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from qlora.memory.recomputing import layers_of_setting
+from qlora.memory.recomputing import apart, layers_of_setting
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import Simulation, Workload
 
@@ -68,8 +68,7 @@ def _down(simulator: Simulator, workload: Workload, simulation: Simulation, laye
         step = simulation.each["backward"]
         yield from (_less(simulation, "backward", at, (layers - 2 - at) * step) for at in range(layers - 2, 0, -1))
     else:  # as `recomputing.put_together` does it: layers that kept theirs, then those that are computed again
-        none, every = (replace(workload, gradient_checkpointing=on, recomputed=0) for on in (False, True))
-        kept, again = simulator.run(none), simulator.run(every)
+        kept, again = map(simulator.run, apart(workload))
         differs = count * (kept.each["backward"] - again.each["backward"])
         for at in range(layers - 2, max(count - 1, 0), -1):
             yield _less(kept, "backward", at, differs + (layers - 2 - at) * kept.each["backward"])
@@ -86,7 +85,7 @@ class _Each:
         self.first = self.rest = simulation.each
         self.count = layers_of_setting(workload.recompute, layers)
         if workload.recomputed and len(simulator.sizes) > 1:
-            self.rest = simulator.run(replace(workload, gradient_checkpointing=False, recomputed=0)).each
+            self.rest = simulator.run(apart(workload)[0]).each
 
     def __call__(self, phase: str, layer: int) -> int:
         return (self.first if layer < self.count else self.rest)[phase]

@@ -115,7 +115,7 @@ class Search:
         if candidate.count == 0 and (found := self._asked(rows, levers, 0)).estimate.fits:
             return found
         every = self._asked(rows, levers, self.layers)
-        if not every.estimate.fits or any(lever.whole for lever in levers) or self.layers == 1:
+        if not every.estimate.fits or candidate.count >= self.layers:
             return every if every.estimate.fits else None
         return mildest(range(1, self.layers), lambda count: self._if_it_fits(rows, levers, count)) or every
 
@@ -125,7 +125,7 @@ class Search:
 
     def _asked(self, rows: int, levers: tuple[Lever, ...], count: int) -> Found:
         recipe = changed(self.recipe, {ROWS: rows})
-        recipe = changed(recipe, {one.key: one.on if one in levers else one.off for one in self.open_levers})
+        recipe = changed(recipe, {one.key: one.on for one in levers})  # "auto" is off
         if self.recipe.train.gradient_checkpointing == "auto":
             setting: bool | int = count if 0 < count < self.layers else count > 0
             recipe = changed(recipe, {RECOMPUTE: setting})
@@ -137,7 +137,8 @@ class Search:
 
 @dataclass(frozen=True)
 class Lines:
-    """What is likely of any combination, by estimates of the smallest micro-batch, with no layer recomputed and with all, and of one row more.
+    """What is likely of any combination: by estimates of the smallest micro-batch, with no layer recomputed and with
+    all, and of one row more.
 
     `divides`: the number of layers is open; else `none` and `every` are the same.
     """
@@ -205,7 +206,7 @@ def reasons(search: Search, found: Found) -> dict[str, str]:
         if lines is not None and lines.every.tokens_per_second and recipe.train.micro_batch_size != 1:
             said[ROWS] += f"; one row with every layer recomputed {_speed(lines.every)}"
     for lever in search.open_levers:
-        if value_of(recipe, lever.key) == lever.off:
+        if value_of(recipe, lever.key) != lever.on:
             said[lever.key] = "not needed: it fits without" if estimate.fits else "it saves nothing here"
             continue
         rows = int(estimate.settings[ROWS]) if lines is not None and lines.two is not None else 1

@@ -82,6 +82,7 @@ class _File:
     each: dict[str, Count]
     first: Count
     held: Count
+    pinned: Count
     work: _Work | None
 
 
@@ -120,6 +121,7 @@ class Shelf:
             each=dict(simulation.each),
             first=simulation.first,
             held=simulation.held,
+            pinned=simulation.pinned,
             work=None if simulation.work is None else _written(simulation.work),
         )
         with suppress(OSError, UserError, files.UnsafePathError):
@@ -152,8 +154,8 @@ def _shelved(read: _File) -> Shelved:
     drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, read.drawn[4])
     reserved = tape.Reserved(*read.reserved)
     work = None if read.work is None else _read(read.work)
-    found = Simulation(phases, read.kept, read.paged, reserved, read.each, read.first, read.held, work)
-    return Shelved(drawn, found)
+    more = (read.first, read.held, read.pinned, work)
+    return Shelved(drawn, Simulation(phases, read.kept, read.paged, reserved, read.each, *more))
 
 
 def _written(work: Work) -> _Work:

@@ -12,8 +12,8 @@ import gc
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,19 +24,21 @@ from qlora.batch import Batch
 from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
+from qlora.memory.lines import Line, activations_of
 from qlora.memory.operations import OperationCounter, of_whole_model
 from qlora.memory.plain_optimizer import PlainOptimizer
-from qlora.memory.recomputing import put_together
+from qlora.memory.recomputing import apart, put_together
 from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
-from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
+from qlora.memory.trace import HOST, LiveBytes, Sums
 from qlora.model import adapters, full_logits, lora_functions
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
+from qlora.step import offload
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -90,7 +92,7 @@ class Simulator:
     def _found(self, workload: Workload) -> Simulation:
         """From the shelf, else simulated and put there."""
         if workload.recomputed and len(self.sizes) > 1:
-            none, whole = (replace(workload, gradient_checkpointing=on, recomputed=0) for on in (False, True))
+            none, whole = apart(workload)
             return put_together(self.run(none), self.run(whole), self.spec.layers, workload.recomputed)
         if self.shelf is None:
             return self._simulated(workload)
@@ -107,7 +109,7 @@ class Simulator:
         if tokens <= MOST_CHUNKS * chunk:
             return self._run(workload, chunk)
         large, small = (-(-tokens // count) for count in DRAWN_CHUNKS)
-        line = _Line(large, small, chunk)  # a chunk's tensors grow with its tokens, and nothing else does
+        line = Line(large, small, chunk)  # a chunk's tensors grow with its tokens, and nothing else does
         return line.simulation(self._run(workload, large), self._run(workload, small))
 
     def _run(self, workload: Workload, chunk: int) -> Simulation:
@@ -116,7 +118,7 @@ class Simulator:
             with _collecting():
                 runs.append(model.run(workload, chunk))
         short, long = (played for _, played in (runs[0], runs[-1]))
-        line = _Line(self.sizes[0], self.sizes[-1], self.spec.layers)
+        line = Line(self.sizes[0], self.sizes[-1], self.spec.layers)
         each = tuple((Counter(long.start) - Counter(short.start)).elements())
         long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
         reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
@@ -126,41 +128,7 @@ class Simulator:
 
     def _whole(self, short: int, long: int) -> int:
         """What the whole model has, by what its two sizes have: each layer adds the same."""
-        return _Line(self.sizes[0], self.sizes[-1], self.spec.layers).at(short, long)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """What is the case at `wanted`, by what was found at `first` and at `second`: bytes go up in a line."""
-
-    first: int
-    second: int
-    wanted: int
-
-    def at(self, first: int, second: int) -> int:
-        more = (self.second - self.first) or 1
-        return round(second + (second - first) / more * (self.wanted - self.second))
-
-    def simulation(self, first: Simulation, second: Simulation) -> Simulation:
-        phases = {}
-        for name, peak in second.phases.items():
-            other = first.phases[name]
-            # The allocator's own figures go up in steps, not in a line: what the second had is not made less.
-            slack = max(peak.slack, self.at(other.slack, peak.slack))
-            reserved = max(peak.reserved, self.at(other.reserved, peak.reserved))
-            phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
-        kept = self._all_categories(first.kept, second.kept)
-        paged, held = self.at(first.paged, second.paged), self.at(first.held, second.held)
-        return Simulation(phases, kept, paged, second.reserved, second.each, second.first, held, second.work)
-
-    def each(self, first: Simulation, second: Simulation) -> dict[str, int]:
-        """Activations of each phase that one more adds."""
-        more = (self.second - self.first) or 1
-        now = {name: _activations(peak.parts) for name, peak in second.phases.items()}
-        return {name: round((now[name] - _activations(peak.parts)) / more) for name, peak in first.phases.items()}
-
-    def _all_categories(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-        return {key: max(0, self.at(first[key], second[key])) for key in CATEGORIES}
+        return Line(self.sizes[0], self.sizes[-1], self.spec.layers).at(short, long)
 
 
 @contextmanager
@@ -227,7 +195,10 @@ class _MetaModel:
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
         live.begin("start")
-        spec.baseline.set_checkpointing(self.causal_lm, workload.recompute)
+        pool = offload.Pool(META, self._block)
+        layers = len(recomputable(self.causal_lm))
+        inputs = offload.held_by(pool, workload.offloads and workload.recompute, layers)
+        spec.baseline.set_checkpointing(self.causal_lm, workload.recompute, inputs)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
                 optimizer = self._optimizer(workload.optimizer)
@@ -268,7 +239,14 @@ class _MetaModel:
             self._ask(workload.asks)
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
         no_more, reserved = dict.fromkeys(phases, 0), tape.play(recorded, 0, 1, 0)
-        return Simulation(phases, kept, paged, reserved, no_more, self._keeps_less(), self._held, work), recorded
+        pinned = pool.nbytes if spec.target == "cuda" else 0  # elsewhere it is all one memory
+        more = (self._keeps_less(), self._held, pinned, work)
+        return Simulation(phases, kept, paged, reserved, no_more, *more), recorded
+
+    def _block(self) -> torch.Tensor:
+        """Of the host's memory, which is no memory of a GPU's."""
+        with self.live.region(HOST) if self.spec.target == "cuda" else nullcontext():
+            return torch.empty(offload.BLOCK_BYTES, dtype=torch.uint8, device=META)
 
     def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
         if self.spec.baseline.masters:
@@ -304,13 +282,13 @@ class _MetaModel:
 
         def starts(*_: Any) -> None:
             if live.phase == "forward":
-                self._starts.append(_activations(live.live))
+                self._starts.append(activations_of(live.live))
 
         def trunk_done(*_: Any) -> None:
             if live.tape is not None:
                 live.tape.mark("loss")
                 live.begin("loss")
-                self._held = _activations(live.live)
+                self._held = activations_of(live.live)
 
         def gradients_of(layer: int, *_: Any) -> None:
             if live.tape is not None:
@@ -360,11 +338,6 @@ class _MetaModel:
         longer_BS = torch.cat((mask_BS, torch.ones_like(one_B1)), dim=1)
         name = name_of_cache(self.model)
         read(input_ids=one_B1, attention_mask=longer_BS, position_ids=one_B1, **{name: output[name]})
-
-
-def _activations(parts: Mapping[str, int]) -> int:
-    """With gradients, as which x A' counts where there are as many tokens as a layer is wide."""
-    return parts["activations"] + parts["gradients"]
 
 
 def _functions_of(spec: ModelSpec) -> str:

@@ -44,7 +44,8 @@ class Workload:
     `documents` are the most of a row (0: as many as have DOCUMENT_TOKENS); `multiprocessors` of the card, where sums
     are done in one order only (`trace.Sums`).
 
-    Layers are recomputed with `gradient_checkpointing`: the first `recomputed` of them, 0 is all.
+    Layers are recomputed with `gradient_checkpointing`: the first `recomputed` of them, 0 is all. `offloads`: their
+    inputs wait on the host.
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none. `asks` are the batches of a study.
@@ -66,6 +67,7 @@ class Workload:
     multiprocessors: int = 0
     asks: Asks = ()
     recomputed: int = 0
+    offloads: bool = False
 
     @property
     def recompute(self) -> bool | int:
@@ -86,7 +88,8 @@ class Simulation:
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
     allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step. `each`:
     activations that a layer more adds to a phase, 0 where none was added; `first`: of them, what the first keeps less.
-    `held`: activations once every layer has been gone through forth, and none back. `work`: what a step asks a GPU for.
+    `held`: activations once every layer has been gone through forth, and none back. `pinned` bytes are the host's.
+    `work`: what a step asks a GPU for.
     """
 
     phases: Mapping[str, Peak]
@@ -96,6 +99,7 @@ class Simulation:
     each: Mapping[str, int]
     first: int = 0
     held: int = 0
+    pinned: int = 0
     work: Work | None = None
 
     @property

@@ -27,6 +27,7 @@ from qlora.model.nf4 import product_4bit
 aten = torch.ops.aten
 
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+HOST = "host"  # what is made in this region is no memory of the device's
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
+            return
+        if category == HOST:
+            self._known[key] = weakref.ref(storage, lambda _: self._known.pop(key, None))
             return
         taken = rounded(storage.nbytes())
         block = self.allocator.allocate(taken)

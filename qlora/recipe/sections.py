@@ -168,6 +168,12 @@ class MemorySection(Section):
         description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
     )
 
+    offload_activations: bool | Literal["auto"] = Field(
+        "auto",
+        description="Inputs of recomputed layers wait in the host's memory (0.25 GiB per 1,000 tokens of an 8B model); "
+        "no number changes; auto: off",
+    )
+
     @field_validator("limit")
     @classmethod
     def _is_a_size(cls, value: str) -> str:

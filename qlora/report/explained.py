@@ -54,7 +54,11 @@ def explained_view(explained: Mapping[str, Any], limit_bytes: int) -> Renderable
     """`explained` is what `--json` prints under that name."""
     peak = explained["moments"][explained["peak_at"]]
     place = f"{_name(peak)}: {gib(_total(peak))}"
-    parts = [Text(f"the peak stands in the {place}", style="bold"), Text(""), _Picture(explained, limit_bytes)]
+    parts: list[RenderableType] = [
+        Text(f"the peak stands in the {place}", style="bold"),
+        Text(""),
+        _Picture(explained, limit_bytes),
+    ]
     parts += [Text(""), _table(explained), Text("")]
     if explained["changes"]:
         parts += [Text("what one change would do at the peak, its margin included", style="bold"), _changes(explained)]

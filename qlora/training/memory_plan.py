@@ -42,12 +42,21 @@ class MemorySettings:
     layers: int = 0  # of the model; 0: not known
     plan: Plan | None = None
     planner: Planner | None = None
+    offload_activations: bool = False
+    may_offload: bool = False  # on a GPU, where the recipe leaves it open
+
+    @property
+    def offloaded(self) -> bool | int:
+        """Of how many layers the inputs wait on the host: of those that are recomputed, where any do."""
+        return self.offload_activations and self.gradient_checkpointing
 
     def smaller(self) -> MemorySettings | None:
-        """The next smaller settings of a step: more layers recomputed, which changes no number, then half the
-        micro-batch; None at the end."""
+        """The next smaller settings of a step: more layers recomputed, then their inputs on the host, which change no
+        number, then half the micro-batch; None at the end."""
         if (more := recomputing.more(self.gradient_checkpointing, self.layers)) is not None:
             return replace(self, gradient_checkpointing=more)
+        if self.may_offload and not self.offload_activations:
+            return replace(self, offload_activations=True)
         return self.fewer_rows()
 
     def fewer_rows(self) -> MemorySettings | None:
@@ -135,8 +144,10 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         reason = failure.reason[:120]
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
-        return MemorySettings(1 if rows == "auto" else rows, True if recompute == "auto" else recompute)
-    train = plan.recipe.train
+        moved = recipe.memory.offload_activations is True
+        recompute = True if recompute == "auto" else recompute
+        return MemorySettings(1 if rows == "auto" else rows, recompute, offload_activations=moved)
+    train, moved = plan.recipe.train, plan.recipe.memory.offload_activations is True
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
     planner = Planner(estimator, facts)
     layers, recompute = int(text.num_hidden_layers), train.gradient_checkpointing
@@ -145,7 +156,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         sink.emit(Notice("memory", f"{message} are recomputed", recompute - layers))
         recompute = True
     settings = MemorySettings(train.micro_batch_size, recompute, plan=plan, planner=planner)
-    return replace(settings, layers=layers)
+    free = machine.device_type == "cuda" and recipe.memory.offload_activations == "auto"
+    return replace(settings, layers=layers, offload_activations=moved, may_offload=free)
 
 
 def as_event(plan: Plan) -> dict[str, Any]:
@@ -153,7 +165,8 @@ def as_event(plan: Plan) -> dict[str, Any]:
     estimate = plan.estimate.as_dict()
     of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
     keys = (*of_bytes, "fits", "components", "phases", "settings", "notes")
-    return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
+    of_speed = {"tokens_per_second": estimate["tokens_per_second"], "reasons": dict(plan.reasons)}
+    return {**{key: estimate[key] for key in keys}, **of_speed, "changes": dict(plan.changes)}
 
 
 @dataclass(frozen=True)
@@ -218,9 +231,9 @@ def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str,
     pairs = {"peak": {"predicted": predicted_peak, "measured": measured.peak_bytes}}
     for part in ("weights", "adapters", "optimizer"):
         pairs[part] = {"predicted": estimate.components[part], "measured": getattr(measured, f"{part}_bytes")}
-    planned = settings.plan.recipe.train
-    now = (settings.micro_batch_size, settings.gradient_checkpointing)
-    unchanged = repr((planned.micro_batch_size, planned.gradient_checkpointing)) == repr(now)  # one layer is not all
+    planned, moved = settings.plan.recipe.train, settings.plan.recipe.memory.offload_activations is True
+    now = (settings.micro_batch_size, settings.gradient_checkpointing, settings.offload_activations)
+    unchanged = repr((planned.micro_batch_size, planned.gradient_checkpointing, moved)) == repr(now)  # 1 is not all
     if on_gpu and machine.gpu is not None and unchanged:
         factor = settings.planner.estimator.correction.factor
         predicted = round(estimate.tensor_bytes / factor)

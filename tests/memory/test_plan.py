@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +16,11 @@ from qlora.memory import plan as memory_plan
 from qlora.memory.changes import changed
 from qlora.memory.estimate import DataFacts, Estimate
 from qlora.memory.hardware import Machine
+from qlora.memory.levers import LEVERS
 from qlora.memory.plan import Planner
 from qlora.memory.question import Question
 from qlora.recipe.reading import Recipe, recipe_of_base
+from qlora.recipe.sections import MemorySection
 from tests.memory.cases import GIB, NAMES
 from tests.memory.shapes import config_folder
 
@@ -89,8 +92,16 @@ def planner(limit_gib: float, facts: DataFacts | None = None) -> Planner:
     return Planner(ByHand(limit_gib), facts)  # type: ignore[arg-type]
 
 
+CLOSED = tuple(
+    f"{lever.key}={json.dumps(lever.off)}"
+    for lever in LEVERS
+    if lever.key.partition(".")[2] in MemorySection.model_fields
+)
+
+
 def recipe(*settings: str) -> Recipe:
-    return recipe_of_base("owner/name", ["data.max_length=1024", *settings])
+    """Nothing waits on the host."""
+    return recipe_of_base("owner/name", ["data.max_length=1024", *CLOSED, *settings])
 
 
 AUTO = ("train.micro_batch_size=auto", "train.gradient_checkpointing=auto")
