@@ -295,7 +295,17 @@ LINES = {
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
         *("sentences", "chunks"),
     ],
-    "step": ["soft_labels", "loss", "kernels", "lora_linear", "forward", "offload", "layerwise", "optimizer"],
+    "step": [
+        "soft_labels",
+        "loss",
+        "kernels",
+        "lora_linear",
+        "tiled_mlp",
+        "forward",
+        "offload",
+        "layerwise",
+        "optimizer",
+    ],
     "step.kernels": ["source", "launching", "operators", "trial"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": [
