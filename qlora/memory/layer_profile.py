@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qlora.memory.recomputing import apart, layers_of_setting
+from qlora.memory.recomputing import apart, layers_of_setting, saved_once
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import Simulation, Workload
 
@@ -69,7 +69,7 @@ def _down(simulator: Simulator, workload: Workload, simulation: Simulation, laye
         yield from (_less(simulation, "backward", at, (layers - 2 - at) * step) for at in range(layers - 2, 0, -1))
     else:  # as `recomputing.put_together` does it: layers that kept theirs, then those that are computed again
         kept, again = map(simulator.run, apart(workload))
-        differs = count * (kept.each["backward"] - again.each["backward"])
+        differs = count * (kept.each["backward"] - again.each["backward"]) - saved_once(kept, again, layers)
         for at in range(layers - 2, max(count - 1, 0), -1):
             yield _less(kept, "backward", at, differs + (layers - 2 - at) * kept.each["backward"])
         for at in range(min(count - 1, layers - 2), 0, -1):

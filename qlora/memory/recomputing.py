@@ -47,11 +47,15 @@ def apart(workload: Workload) -> tuple[Workload, Workload]:
     return none, replace(workload, gradient_checkpointing=True, recomputed=0)
 
 
+def saved_once(kept: Simulation, recomputed: Simulation, layers: int) -> int:
+    """What one recomputed layer is enough for: the first's hidden states are held, and what all layers are handed."""
+    return layers * (kept.each["loss"] - recomputed.each["loss"]) - (kept.held - recomputed.held)
+
+
 def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: int) -> Simulation:
     """A run that recomputes the first `count` of `layers`, by one that recomputes none and one that recomputes all."""
     phases = dict(recomputed.phases)
-    # What one recomputed layer is enough for: the first layer's hidden states are held, and what all layers are handed.
-    once = layers * (kept.each["loss"] - recomputed.each["loss"]) - (kept.held - recomputed.held)
+    once = saved_once(kept, recomputed, layers)
     # Of inputs on the host, the top layer's is none where all are recomputed: of the first `count` all are.
     an_input = recomputed.pinned // max(1, layers - 1)
     once -= an_input

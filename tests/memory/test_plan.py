@@ -10,15 +10,13 @@ from typing import Any, cast
 import pytest
 
 from qlora import api
-from qlora.errors import DoesNotFit, ModelError
-from qlora.memory import changes
+from qlora.errors import DoesNotFit
 from qlora.memory import plan as memory_plan
 from qlora.memory.changes import changed
 from qlora.memory.estimate import DataFacts, Estimate
 from qlora.memory.hardware import Machine
 from qlora.memory.levers import LEVERS
 from qlora.memory.plan import Planner
-from qlora.memory.question import Question
 from qlora.recipe.reading import Recipe, recipe_of_base
 from qlora.recipe.sections import MemorySection
 from tests.memory.cases import GIB, NAMES
@@ -220,19 +218,6 @@ def test_a_run_keeps_a_reserve_for_what_it_decides_itself() -> None:
         memory_plan.choose(cast(Any, ByHand(2.5)), recipe(*AUTO), None)
 
 
-def test_a_question_is_answered_as_a_run_would_decide() -> None:
-    """The search, and the estimate of "auto" keys, keep the reserve; the limit that they say is the whole one."""
-    asked = recipe("train.micro_batch_size=16", "train.gradient_checkpointing=true")
-    question = Question(asked, cast(Any, ByHand(6.2)))
-    assert [plan.changes for plan in question.search()] == [
-        {"train.micro_batch_size": 2},
-        {"train.micro_batch_size": 1},
-    ]
-    assert {plan.estimate.limit_bytes for plan in question.search()} == {int(6.2 * GIB)}
-    estimate = Question(recipe(*AUTO), cast(Any, ByHand(6.2))).estimate()
-    assert (estimate.settings["train.micro_batch_size"], estimate.limit_bytes) == (2, int(6.2 * GIB))
-
-
 def test_the_margin_counts_wherever_something_must_fit() -> None:
     """6 GiB are 4 rows, and with a margin of half a GiB they are not."""
     asked = recipe("train.micro_batch_size=auto", "train.gradient_checkpointing=true")
@@ -241,30 +226,3 @@ def test_the_margin_counts_wherever_something_must_fit() -> None:
         assert Planner(by_hand).decide(asked).recipe.train.micro_batch_size == rows
     error = memory_plan.does_not_fit(Planner(cast(Any, ByHand(6.2, 0.5))), recipe("train.micro_batch_size=4"))
     assert "needs 6.50 GiB of memory (a margin of 0.50 GiB included)" in error.what
-
-
-def test_the_mildest_step_is_found_by_halving() -> None:
-    asked: list[int] = []
-
-    def fitting(step: int) -> str | None:
-        asked.append(step)
-        return f"at {step}" if step >= 11 else None
-
-    assert changes.mildest(range(16), fitting) == "at 11" and len(asked) <= 5
-    assert changes.mildest(range(11), fitting) is None and changes.mildest([], fitting) is None
-
-
-def test_a_model_that_cannot_be_simulated_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    question = api.question(
-        api.recipe_or_model(str(config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path))), vram="8GiB"
-    )
-
-    def fail(*_: Any) -> None:
-        raise TypeError("what a stranger's numbers make of transformers' code")
-
-    monkeypatch.setattr(question.estimator, "estimate", fail)
-    for ask in (question.estimate, question.search, question.does_not_fit):
-        with pytest.raises(
-            ModelError, match=r"config\.json: a step of this model cannot be simulated \(what a stranger"
-        ):
-            ask()
