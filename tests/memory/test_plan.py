@@ -250,3 +250,17 @@ def test_a_model_that_cannot_be_simulated_is_said_to_be(tmp_path: Path, monkeypa
             ModelError, match=r"config\.json: a step of this model cannot be simulated \(what a stranger"
         ):
             ask()
+
+
+@pytest.mark.parametrize("limit_gib", [6.0, 70.0])
+def test_whoever_moves_inputs_to_the_host_has_layers_recomputed(limit_gib: float) -> None:
+    """Where all would fit without, too: there would be nothing to move."""
+    plan = planner(limit_gib).decide(recipe("memory.offload_activations=true"))
+    assert plan.changes == {"train.gradient_checkpointing": True}
+
+
+def test_inputs_here_and_inputs_on_the_host_are_two_questions() -> None:
+    asked = planner(6.0)
+    for setting in ("auto", "true", "false", "auto"):
+        asked.ask(recipe(f"memory.offload_activations={setting}"))
+    assert len(asked._known) == 3
