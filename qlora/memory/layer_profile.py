@@ -92,5 +92,10 @@ class _Each:
 
 
 def _less(simulation: Simulation, phase: str, layer: int, activations: int) -> Moment:
-    parts = simulation.phases[phase].parts
-    return Moment(phase, layer, {**parts, "activations": max(0, parts["activations"] - activations)})
+    """What is kept counts as a gradient where it has the shape of one (`Simulation.each`)."""
+    parts = dict(simulation.phases[phase].parts)
+    for category in ("activations", "gradients"):
+        taken = min(parts[category], activations)
+        parts[category] -= taken
+        activations -= taken
+    return Moment(phase, layer, parts)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.memory.changes import value_of
+from qlora.memory.changes import changed, value_of
 from qlora.memory.hardware import Machine
 from qlora.memory.links import copied_bytes_per_second
 from qlora.memory.simulation import ValueCounts, Workload
@@ -60,6 +60,14 @@ def free(recipe: Recipe, machine: Machine) -> tuple[Lever, ...]:
     there = [lever for lever in LEVERS if lever.key.partition(".")[2] in known]
     asks = {EMBEDDING: True, OFFLOAD: setting is not False, STREAM: setting is True or setting == "auto"}
     return tuple(lever for lever in there if asks[lever.key] and value_of(recipe, lever.key) == "auto")
+
+
+def with_what_levers_ask(recipe: Recipe) -> Recipe:
+    """Whoever wants inputs or weights to wait on the host has every layer computed a second time."""
+    known = type(recipe.memory).model_fields
+    asks = any(value_of(recipe, key) is True for key in (OFFLOAD, STREAM) if key.partition(".")[2] in known)
+    open_ = recipe.train.gradient_checkpointing == "auto"
+    return changed(recipe, {"train.gradient_checkpointing": True}) if asks and open_ else recipe
 
 
 def savings(text: Any, workload: Workload, values: ValueCounts, machine: Machine) -> Mapping[str, Saving]:

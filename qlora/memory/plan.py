@@ -14,7 +14,7 @@ from itertools import groupby
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import Changes, changed, differences, halved, mildest, toml_value
 from qlora.memory.estimate import DataFacts, Estimate, Estimator
-from qlora.memory.levers import free
+from qlora.memory.levers import free, with_what_levers_ask
 from qlora.memory.search import LARGEST_MICRO_BATCH, Found, Search, reasons
 from qlora.recipe.reading import Recipe
 from qlora.units import gib
@@ -88,7 +88,7 @@ class Planner:
         batch_size = (self.facts.batch_size if self.facts else None) or recipe.train.batch_size
         most = LARGEST_MICRO_BATCH if batch_size == "auto" else min(LARGEST_MICRO_BATCH, batch_size)
         open_levers = free(recipe, self.estimator.machine)
-        return Search(self.ask, recipe, self.estimator.layers, open_levers, most)
+        return Search(self.ask, with_what_levers_ask(recipe), self.estimator.layers, open_levers, most)
 
     def _plan(self, asked: Recipe, search: Search, found: Found) -> Plan:
         return Plan(found.recipe, differences(asked, found.recipe), found.estimate, reasons(search, found))

@@ -77,7 +77,7 @@ class _TiledMLP(torch.autograd.Function):
             found, grad_x = _tile_gradients(groups, x_ND[part], gradient[part], kernels, grad_x_ND is not None)
             for total, one in zip(sums, found, strict=True):
                 total += one
-            if grad_x_ND is not None:
+            if grad_x_ND is not None and grad_x is not None:
                 grad_x_ND[part] = grad_x
             del found, grad_x
         return (grad_x_ND, None, None, *(total.to(one.dtype) for total, one in zip(sums, flat, strict=True)))

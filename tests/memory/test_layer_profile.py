@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from qlora.memory.layer_profile import moments
+from qlora.memory.lines import activations_of
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
@@ -47,16 +48,16 @@ def test_each_layer_is_what_a_model_of_so_many_layers_has_there(simulator: Simul
     workload = Workload(1, 192, False)
     whole = {one.layer: one for one in moments(simulator, workload) if one.phase == "forward"}
     part = Simulator(lower, whole=True).run(workload).phases["forward"].parts
-    assert whole[5].parts["activations"] == pytest.approx(part["activations"], rel=0.02)
-    kept = [whole[layer].parts["activations"] for layer in range(9)]
+    assert activations_of(whole[5].parts) == pytest.approx(activations_of(part), rel=0.01)
+    kept = [activations_of(whole[layer].parts) for layer in range(9)]
     assert kept == sorted(kept) and kept[8] - kept[7] == kept[1] - kept[0]
 
 
 def test_of_layers_that_are_recomputed_the_others_add_more(simulator: Simulator) -> None:
     found = moments(simulator, Workload(1, 192, recomputed=4))
-    up = [one.parts["activations"] for one in found if one.phase == "forward"]
+    up = [activations_of(one.parts) for one in found if one.phase == "forward"]
     adds = [later - earlier for earlier, later in pairwise(up)]
     assert len(set(adds[:3])) == 1 == len(set(adds[3:])) and adds[3] > 5 * adds[0]
-    down = [one.parts["activations"] for one in found if one.phase == "backward"]
+    down = [activations_of(one.parts) for one in found if one.phase == "backward"]
     given = [earlier - later for earlier, later in pairwise(down)]
     assert given[0] > 5 * given[-2] > 0

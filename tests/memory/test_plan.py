@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +13,9 @@ from qlora.errors import DoesNotFit
 from qlora.memory import plan as memory_plan
 from qlora.memory.changes import changed
 from qlora.memory.estimate import DataFacts, Estimate
-from qlora.memory.hardware import Machine
-from qlora.memory.levers import LEVERS
 from qlora.memory.plan import Planner
-from qlora.recipe.reading import Recipe, recipe_of_base
-from qlora.recipe.sections import MemorySection
+from qlora.recipe.reading import Recipe
+from tests.memory.by_hand import AUTO, ByHand, planner, recipe
 from tests.memory.cases import GIB, NAMES
 from tests.memory.shapes import config_folder
 
@@ -63,46 +60,6 @@ def test_a_base_that_is_too_large_is_said_to_be(tmp_path: Path) -> None:
 
 
 # --- where the search looks, on a card whose needs a hand can compute -------------------------------------------------
-
-
-class ByHand:
-    """Stands in for the estimator: 2 GiB of weights, and for each token of a micro-batch 1 MiB, 4 without recomputing,
-    which is faster."""
-
-    def __init__(self, limit_gib: float, error_gib: float = 0) -> None:
-        self.layers, self.name, self.error_bytes = 1, "by hand", int(error_gib * GIB)
-        self.machine = Machine("cuda", int(limit_gib * GIB), "as given")
-
-    def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
-        rows = 1 if recipe.train.micro_batch_size == "auto" else recipe.train.micro_batch_size
-        recomputes = recipe.train.gradient_checkpointing is not False
-        length = facts.longest if facts else recipe.data.max_length
-        peak = 2 * GIB + rows * length * (1 if recomputes else 4) * (1 << 20)
-        settings = {"train.micro_batch_size": rows, "train.gradient_checkpointing": recomputes}
-        weights = {"weights": 2 * GIB, "context": 0}
-        speed = rows * (1.0 if recomputes else 1.5)
-        return Estimate(
-            peak, self.error_bytes, self.machine.limit_bytes, 0, 0, weights, {}, {}, peak, 0, speed, settings
-        )
-
-
-def planner(limit_gib: float, facts: DataFacts | None = None) -> Planner:
-    return Planner(ByHand(limit_gib), facts)  # type: ignore[arg-type]
-
-
-CLOSED = tuple(
-    f"{lever.key}={json.dumps(lever.off)}"
-    for lever in LEVERS
-    if lever.key.partition(".")[2] in MemorySection.model_fields
-)
-
-
-def recipe(*settings: str) -> Recipe:
-    """Nothing waits on the host."""
-    return recipe_of_base("owner/name", ["data.max_length=1024", *CLOSED, *settings])
-
-
-AUTO = ("train.micro_batch_size=auto", "train.gradient_checkpointing=auto")
 
 
 @pytest.mark.parametrize(
@@ -226,3 +183,17 @@ def test_the_margin_counts_wherever_something_must_fit() -> None:
         assert Planner(by_hand).decide(asked).recipe.train.micro_batch_size == rows
     error = memory_plan.does_not_fit(Planner(cast(Any, ByHand(6.2, 0.5))), recipe("train.micro_batch_size=4"))
     assert "needs 6.50 GiB of memory (a margin of 0.50 GiB included)" in error.what
+
+
+@pytest.mark.parametrize("limit_gib", [6.0, 70.0])
+def test_whoever_moves_inputs_to_the_host_has_layers_recomputed(limit_gib: float) -> None:
+    """Where all would fit without, too: there would be nothing to move."""
+    plan = planner(limit_gib).decide(recipe("memory.offload_activations=true"))
+    assert plan.changes == {"train.gradient_checkpointing": True}
+
+
+def test_inputs_here_and_inputs_on_the_host_are_two_questions() -> None:
+    asked = planner(6.0)
+    for setting in ("auto", "true", "false", "auto"):
+        asked.ask(recipe(f"memory.offload_activations={setting}"))
+    assert len(asked._known) == 3

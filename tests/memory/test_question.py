@@ -10,9 +10,9 @@ import pytest
 from qlora import api
 from qlora.errors import ModelError
 from qlora.memory.question import Question
+from tests.memory.by_hand import AUTO, ByHand, recipe
 from tests.memory.cases import GIB
 from tests.memory.shapes import config_folder
-from tests.memory.test_plan import AUTO, ByHand, recipe
 
 
 def test_a_question_is_answered_as_a_run_would_decide() -> None:
