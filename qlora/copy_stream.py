@@ -22,24 +22,35 @@ class CopyStream:
         self._own: Any = hardware.accelerator.Stream(device) if hardware.is_card(device) else None
 
     @contextmanager
-    def copying(self) -> Iterator[None]:
-        """Inside, copies with `non_blocking` run beside what is computed from now on, behind what was computed."""
+    def copying(self, after: Any = None) -> Iterator[None]:
+        """Inside, copies with `non_blocking` run beside what is computed from now on, behind what was computed; with
+        `after`, behind that point of it alone."""
         if self._own is None:
             yield
             return
-        self._own.wait_stream(hardware.accelerator.current_stream(self.device))
+        if after is None:
+            self._own.wait_stream(hardware.accelerator.current_stream(self.device))
+        else:
+            self._own.wait_event(after)
         with hardware.accelerator.stream(self._own):
             yield
 
     def mark(self) -> Any:
         """A point behind all copies that were asked for; None where they are done."""
-        if self._own is None:
-            return None
-        event = hardware.accelerator.Event()
-        event.record(self._own)
-        return event
+        return self._point(self._own)
+
+    def computed(self) -> Any:
+        """A point behind all that was asked of the device itself; None where it is done."""
+        return self._point(None if self._own is None else hardware.accelerator.current_stream(self.device))
 
     def wait(self, mark: Any) -> None:
         """What is computed from now on comes behind that point."""
         if mark is not None:
             hardware.accelerator.current_stream(self.device).wait_event(mark)
+
+    def _point(self, stream: Any) -> Any:
+        if stream is None:
+            return None
+        event = hardware.accelerator.Event()
+        event.record(stream)
+        return event

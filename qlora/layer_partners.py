@@ -6,10 +6,16 @@ device's memory all along. A layer is known by its number, from the first to the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
+
+_HELD_BY = "_layer_weights"  # the attribute of a causal model whose layers' weights somebody holds
+# Of what a layer is handed beside hidden states, these are the same whenever it is computed.
+_CONSTANTS = (bool, int, float, str, type(None))
 
 
 class Weights(Protocol):
@@ -58,3 +64,29 @@ class OnDevice:
 
 
 RESIDENT, ON_DEVICE = Resident(), OnDevice()
+
+
+def hold(causal_lm: Any, weights: Weights) -> None:
+    """From now on `weights` holds those of the layers of a causal model."""
+    setattr(causal_lm, _HELD_BY, weights)
+
+
+def weights_of(causal_lm: Any) -> Weights:
+    """Who holds the weights of the layers of a causal model (the one inside of peft's wrapper)."""
+    found: Weights = vars(causal_lm).get(_HELD_BY, RESIDENT)
+    return found
+
+
+def is_closed(layer: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
+    """Whether hidden states are all that a layer takes from other layers, and gives to them."""
+    named = layer.keywords.values() if isinstance(layer, partial) else ()
+    return isinstance(inputs[0], Tensor) and all(map(_is_constant, (*inputs[1:], *named)))
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    made = getattr(type(value), "__dataclass_params__", None)
+    if made is not None and made.frozen:  # such as a mask by documents, with its micro-batch
+        return all(_is_constant(getattr(value, one.name)) for one in fields(value))
+    return isinstance(value, _CONSTANTS) or (isinstance(value, Tensor) and not value.requires_grad)

@@ -1,4 +1,4 @@
-"""In which order copies and computing wait for each other; on a CPU nobody waits."""
+"""Who waits for whom: the order in which a stand-in's streams and events are asked."""
 
 from __future__ import annotations
 
@@ -35,3 +35,30 @@ def test_on_a_cpu_a_copy_is_done_when_it_returns() -> None:
         pass
     assert stream.mark() is None
     stream.wait(stream.mark())
+
+
+def test_without_a_card_a_copy_is_done_when_it_returns() -> None:
+    copies, to = CopyStream(CPU), torch.zeros(3)
+    with copies.copying(copies.computed()):
+        to.copy_(torch.ones(3), non_blocking=True)
+    assert copies.mark() is None and copies.computed() is None
+    copies.wait(copies.mark())
+    assert to.tolist() == [1, 1, 1]
+
+
+def test_on_a_card_copies_wait_for_what_was_computed_and_computing_for_the_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with rehearsal(monkeypatch, Card()) as card:
+        copies = CopyStream(CPU)
+        with copies.copying():
+            assert card.current_stream() is not card.default_stream()
+        assert card.current_stream() is card.default_stream()
+        assert dict(card.calls) == {"Stream.wait_stream": 1}, "all that was computed until now"
+        free = copies.computed()
+        with copies.copying(free):
+            pass
+        assert card.calls["Stream.wait_stream"] == 1 and card.calls["Stream.wait_event"] == 1, "no more than that point"
+        copies.wait(copies.mark())
+        assert card.calls["Stream.wait_event"] == 2 and card.calls["Event.record"] == 2
+        assert not card.calls["Event.synchronize"] and not card.calls["synchronize"], "the host waits for nothing"

@@ -24,6 +24,7 @@ from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.model.meta_model import choose_attention
+from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
 from qlora.report.drawn import Drawn
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
+HOST_SHARE = 0.9  # of the RAM that is free, what may be pinned or filled with what waits for the GPU
 TYPICAL_BATCH = 16  # rows of a step that no recipe and no data set (`schedule.auto_batch_size` takes no more)
 PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
 
@@ -84,10 +86,17 @@ class Estimate(Drawn):
     ideal_tokens_per_second: float = 0.0
     speed: Speed | None = None  # where the predicted time goes
     savings: Mapping[str, Saving] = field(default_factory=dict)  # what levers are likely to save, by key
+    waiting_bytes: int = 0  # of the host's memory: weights, and inputs of layers
+    host_limit_bytes: int | None = None  # what it has for them; None: not known
 
     @property
     def fits(self) -> bool:
-        return self.needed_bytes <= self.limit_bytes
+        return self.needed_bytes <= self.limit_bytes and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether what waits there leaves a reserve of the host's memory."""
+        return self.host_limit_bytes is None or self.waiting_bytes <= HOST_SHARE * self.host_limit_bytes
 
     @property
     def needed_bytes(self) -> int:
@@ -101,6 +110,7 @@ class Estimate(Drawn):
             "limit_bytes": self.limit_bytes,
             "fits": self.fits,
             "host_peak_bytes": self.host_peak_bytes,
+            "waiting_bytes": self.waiting_bytes,
             "disk_bytes": self.disk_bytes,
             "components": dict(self.components),
             "settings": dict(self.settings),
@@ -149,12 +159,14 @@ class Estimator:
 
     def simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
-        if made_of not in self._simulators:
+        place = Place.of(recipe.memory) if self.baseline == BASELINES["qlora"] else Place()
+        if (*made_of, place) not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
             target, functions = self.machine.device_type, self._functions()
-            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions)
-            self._simulators[made_of] = Simulator(spec, _by_whole_model(self.text, self.name), self._shelf)
-        return self._simulators[made_of]
+            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions, place)
+            whole = _by_whole_model(self.text, self.name)
+            self._simulators[*made_of, place] = Simulator(spec, whole, self._shelf)
+        return self._simulators[*made_of, place]
 
     def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
@@ -203,8 +215,8 @@ class Estimator:
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
         merged = 2 * (simulator.drawn.values.linear + simulator.drawn.values.other) * len(recipe.export.formats)
-        peak, speed = sum(components.values()), self._speed(recipe, facts, workload, simulation)
-        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned
+        peak, speed = sum(components.values()), self._speed(recipe, facts, workload, simulator)
+        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned + simulator.drawn.host_bytes
         of_host += overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
@@ -224,6 +236,8 @@ class Estimator:
             limit_source=machine.source,
             ideal_tokens_per_second=self._ideal(workload, simulator),
             speed=speed,
+            waiting_bytes=simulation.pinned + simulator.drawn.host_bytes,
+            host_limit_bytes=machine.host_bytes,
             savings=levers.savings(self.text, workload, simulator.drawn.values, machine),
         )
 
@@ -231,15 +245,23 @@ class Estimator:
         gpu, values = self.machine.gpu, simulator.drawn.values
         return 0.0 if gpu is None else throughput.ideal_tokens_per_second(self.text, workload, values, gpu)
 
-    def _speed(
-        self, recipe: Recipe, facts: DataFacts | None, workload: Workload, simulation: Simulation
-    ) -> Speed | None:
+    def _speed(self, recipe: Recipe, facts: DataFacts | None, workload: Workload, simulator: Simulator) -> Speed | None:
         """Predicted, with an update after as many micro-batches as a step has; None without a card to predict it of."""
+        simulation = simulator.run(workload)
         if (gpu := self.machine.gpu) is None or simulation.work is None:
             return None
         rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
         passes = -(-rows // workload.rows)
-        copies = throughput.Copies(to_card_down=simulation.pinned, to_host_up=simulation.pinned)
+        place, on_host = simulator.spec.place, simulator.drawn.host_bytes
+        rows_bytes = 2 * workload.rows * workload.length * int(self.text.hidden_size)
+        table = 2 * int(self.text.vocab_size) * int(self.text.hidden_size) if place.host_embedding else 0
+        weights = max(0, on_host - table) if place.streams else 0
+        copies = throughput.Copies(
+            to_card_up=weights,
+            to_card_down=weights + simulation.pinned,
+            to_host_up=simulation.pinned,
+            looked_up=rows_bytes if place.host_embedding else 0,
+        )
         return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes, copies)
 
     def simulated(self, recipe: Recipe, facts: DataFacts | None = None) -> tuple[Simulator, Workload]:
@@ -362,6 +384,8 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,
         "train.gradient_checkpointing": workload.recompute,
+        "memory.stream_weights": recipe.memory.stream_weights is True,
+        "memory.embedding": "host" if recipe.memory.embedding == "host" else "device",
         "memory.offload_activations": workload.offloads,
         "train.optimizer": workload.optimizer,
         "data.max_length": workload.length,

@@ -11,14 +11,12 @@ from typing import Any
 
 from qlora.memory.changes import changed, value_of
 from qlora.memory.hardware import Machine
-from qlora.memory.links import copied_bytes_per_second
+from qlora.memory.links import GATHERED_BYTES_PER_SECOND, copied_bytes_per_second
 from qlora.memory.simulation import ValueCounts, Workload
 from qlora.recipe.reading import Recipe
 
 # A 4-bit weight with its constants in 8 bit: 4 + 0.127 bits (Dettmers et al. 2023, section 3).
 BYTES_OF_WEIGHT = 0.516
-# Rows of an embedding are gathered by one thread from memory that is nowhere near: a quarter of what it copies.
-GATHERED_BYTES_PER_SECOND = 4e9
 EMBEDDING, OFFLOAD, STREAM = "memory.embedding", "memory.offload_activations", "memory.stream_weights"
 
 

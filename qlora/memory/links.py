@@ -19,6 +19,8 @@ MOVED_SHARE = 0.8
 # A mapped file on an NVMe drive of generation 4, read through in order: 5 to 7 GB/s on data sheets, and half of that
 # where pages are mapped one by one. An assumption: measure yours (qlora-doctor does not).
 DISK_BYTES_PER_SECOND = 3e9
+# Rows of an embedding are gathered by one thread from memory that is nowhere near: a quarter of what it copies.
+GATHERED_BYTES_PER_SECOND = 4e9
 LANES = 16
 # Cards of 8 or 4 lanes, by product pages; laptops have 8, whatever their chip has (their boards give no more).
 _FEWER_LANES: tuple[tuple[str, int], ...] = (

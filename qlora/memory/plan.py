@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from qlora.errors import DoesNotFit
-from qlora.memory.changes import Changes, changed, differences, halved, mildest, toml_value
+from qlora.memory.changes import Changes, changed, differences, halved, mildest, toml_value, value_of
 from qlora.memory.estimate import DataFacts, Estimate, Estimator
-from qlora.memory.levers import free, with_what_levers_ask
+from qlora.memory.levers import EMBEDDING, LEVERS, STREAM, free, with_what_levers_ask
 from qlora.memory.search import LARGEST_MICRO_BATCH, Found, Search, reasons
 from qlora.recipe.reading import Recipe
 from qlora.units import gib
@@ -110,7 +110,8 @@ class Planner:
         before = self.ask(recipe)
         enough: dict[str, Remedy] = {}  # by key: the mildest change of it that is enough
         alone: dict[str, Remedy] = {}  # by key: the change that saves most
-        levers = list(_levers(recipe, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0)))
+        on_card = self.estimator.machine.device_type == "cuda"
+        levers = list(_levers(recipe, on_card, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0)))
 
         def fitting(changes: Changes) -> Remedy | None:
             remedy = self._remedy(recipe, changes, before)
@@ -179,8 +180,13 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
         f"needs {gib(estimate.needed_bytes)} of memory{margin}, the limit is {gib(estimate.limit_bytes)} ({source}); "
         f"{gib(estimate.components['weights'])} of it are the base's weights"
     )
+    if why is None and not estimate.fits_host:
+        limit = estimate.host_limit_bytes or 0
+        what = f"{gib(estimate.waiting_bytes)} are to wait in the host's memory, which has {gib(limit)} free"
+        return DoesNotFit(what, "end other programs, or set memory.stream_weights = false and a smaller base")
     alone = estimate.components["weights"] + estimate.components["context"]
-    if recipe.quantization.type != "none" and alone > estimate.limit_bytes:
+    movable = planner.estimator.machine.device_type == "cuda" and value_of(recipe, STREAM) is not True
+    if recipe.quantization.type != "none" and alone > estimate.limit_bytes and not movable:
         return DoesNotFit(what, "nothing is enough with this base, its weights alone do not fit: use a smaller one")
     found = planner.remedies(recipe)
     if not found:
@@ -191,7 +197,7 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
     return DoesNotFit(what, lead + "; ".join(map(str, found)))
 
 
-def _levers(recipe: Recipe, shortest: int) -> Iterator[Changes]:
+def _levers(recipe: Recipe, on_card: bool, shortest: int) -> Iterator[Changes]:
     """Changes from the cheapest to the dearest; later ones of a kind go further than earlier ones."""
     train = recipe.train
     if train.micro_batch_size != "auto":
@@ -199,6 +205,9 @@ def _levers(recipe: Recipe, shortest: int) -> Iterator[Changes]:
             yield {"train.micro_batch_size": rows}
     if train.gradient_checkpointing is not True:
         yield {"train.gradient_checkpointing": True}
+    for lever in LEVERS if on_card else ():
+        if value_of(recipe, lever.key) != lever.on:
+            yield {lever.key: lever.on, **({} if lever.key == EMBEDDING else {"train.gradient_checkpointing": True})}
     if train.optimizer in ("adamw", "paged_adamw_32bit"):
         yield {"train.optimizer": "paged_adamw_8bit"}
     if recipe.quantization.type == "none":

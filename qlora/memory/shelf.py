@@ -70,11 +70,11 @@ class _Work:
 
 @dataclass(frozen=True)
 class _File:
-    """A file's content. `drawn` are the four counts of values, then the bytes that a baseline cast."""
+    """A file's content. `drawn` are the four counts of values, then bytes: a baseline's cast ones, the host's."""
 
     key: str
     eager: bool
-    drawn: Annotated[tuple[Count, ...], Field(min_length=5, max_length=5)]
+    drawn: Annotated[tuple[Count, ...], Field(min_length=6, max_length=6)]
     phases: Annotated[dict[str, _Peak], Field(max_length=32)]
     kept: dict[str, Count]
     paged: Count
@@ -92,10 +92,12 @@ class Shelf:
     def key(self, spec: ModelSpec, workload: Workload, sizes: Sequence[int]) -> str:
         """A hash of all that a simulation follows from; `sizes` are the models that are drawn."""
         config = {name: value for name, value in spec.text.to_dict().items() if name != "_name_or_path"}
-        made_of = (spec.lora.model_dump_json(), spec.quantization.model_dump_json(), repr(spec.baseline))
+        sections, place = (spec.lora.model_dump_json(), spec.quantization.model_dump_json()), repr(spec.place)
         settings = (spec.attention, spec.target, str(spec.kernel), str(spec.functions), str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
-        return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
+        return sha256_text(
+            type(spec.text).__name__, said, *sections, repr(spec.baseline), place, *settings, *_versions()
+        )
 
     def get(self, key: str) -> Shelved | None:
         try:
@@ -111,7 +113,7 @@ class Shelf:
         content = _File(
             key=key,
             eager=drawn.eager,
-            drawn=(*drawn.values, drawn.cast_bytes),
+            drawn=(*drawn.values, drawn.cast_bytes, drawn.host_bytes),
             phases={
                 name: _Peak(dict(peak.parts), peak.slack, peak.reserved) for name, peak in simulation.phases.items()
             },
@@ -151,7 +153,7 @@ def _shelved(read: _File) -> Shelved:
     phases: Mapping[str, Peak] = {
         name: Peak(peak.parts, peak.slack, peak.reserved) for name, peak in read.phases.items()
     }
-    drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, read.drawn[4])
+    drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, *read.drawn[4:])
     reserved = tape.Reserved(*read.reserved)
     work = None if read.work is None else _read(read.work)
     more = (read.first, read.held, read.pinned, work)

@@ -24,6 +24,7 @@ from qlora.batch import Batch
 from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
+from qlora.memory.host_weights import MetaStore, of_model
 from qlora.memory.lines import Line, activations_of
 from qlora.memory.operations import OperationCounter, of_whole_model
 from qlora.memory.plain_optimizer import PlainOptimizer
@@ -38,6 +39,8 @@ from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
+from qlora.model.weight_receiving import tables
+from qlora.model.weight_streaming import inside
 from qlora.step import offload
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
@@ -81,7 +84,8 @@ class Simulator:
         values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
         config = self._models[0].causal_lm.config.get_text_config()
         cast = self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
-        return Drawn(values, bool(config._attn_implementation == "eager"), cast)
+        on_host = self._whole(*(model.host_bytes for model in (self._models[0], self._models[-1])))
+        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host)
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -172,10 +176,14 @@ class _MetaModel:
         with self.live, OnMeta(spec.target):
             self.live.begin("load")
             with self.live.region("weights"):
-                load_nothing(model, spec.quantization)
+                load_nothing(model, spec.quantization, spec.place, MetaStore(self.live))
+                if (streamed := inside(model)) is not None:
+                    streamed.ring.prepare()
+                self.host_bytes = of_model(model)
                 self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
+                on_host = set(map(id, tables(model)))
                 for tensor in (*model.parameters(), *model.buffers()):
-                    self.live.adopt(tensor, "weights")
+                    self.live.adopt(tensor, HOST if id(tensor) in on_host else "weights")
             with self.live.region("adapters"):
                 # EVA's start takes rows; the adapters it gives are as large as any.
                 lora = spec.lora.model_copy(update={"init": "default"})

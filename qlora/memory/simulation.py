@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from qlora.memory import tape
@@ -11,6 +11,7 @@ from qlora.memory.asking import Asks
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.operations import Work
 from qlora.memory.trace import Peak
+from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
 DOCUMENT_TOKENS = 256  # of a document, where no rows are known
@@ -30,6 +31,7 @@ class ModelSpec:
     baseline: Baseline = BASELINES["qlora"]
     kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
     functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
+    place: Place = field(default_factory=Place)  # what of the weights is on the host
 
     @property
     def layers(self) -> int:
@@ -122,8 +124,10 @@ class ValueCounts(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before."""
+    """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
+    of weights on the host."""
 
     values: ValueCounts
     eager: bool
     cast_bytes: int
+    host_bytes: int = 0

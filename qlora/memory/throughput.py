@@ -51,12 +51,14 @@ class Copies:
 
     to_card_up    weights of streamed layers in the forward pass      to_card_down  the same in the backward pass, and
     to_host_up    hidden states that are offloaded                                  hidden states that come back
+    looked_up     rows of an embedding on the host, which are gathered there first and hidden by nothing
     from_disk     of each pass, what of the layers' weights the host's memory does not keep
     """
 
     to_card_up: int = 0
     to_card_down: int = 0
     to_host_up: int = 0
+    looked_up: int = 0
     from_disk: int = 0
 
 
@@ -91,13 +93,14 @@ def predict(work: Work, gpu: Gpu, tokens: int, passes: float = 1.0, copies: Copi
     copied_down = max(copies.to_card_down / link, disk) / whole
     up, waits_up = _layers(work.layers, gpu, copied_up, back=False)
     down, waits_down = _layers(work.layers, gpu, copied_down, back=True)
-    outside = _seconds(work.outside, gpu)
+    alone = copies.looked_up / link + copies.looked_up / links.GATHERED_BYTES_PER_SECOND
+    outside = _seconds(work.outside, gpu) + alone
     launches, moved = work.update
     update = max(launches * RATES.launch, moved / _bandwidth(gpu)) / passes
     started = (work.launches + launches / passes) * RATES.host
     device = up + down + outside + update
     idle = max(0.0, started - device)
-    return Speed(up, down, outside + idle, update, waits_up + waits_down, started > device, tokens)
+    return Speed(up, down, outside + idle, update, waits_up + waits_down + alone, started > device, tokens)
 
 
 def _layers(layers: tuple[Layers, ...], gpu: Gpu, copied: float, back: bool) -> tuple[float, float]:

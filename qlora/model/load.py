@@ -31,6 +31,7 @@ from qlora.model.nf4 import (
     stored_4bit,
 )
 from qlora.model.tensors import total_bytes
+from qlora.model.weight_receiving import Place, Receiving, place_by_room, receive, took
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -40,9 +41,16 @@ if TYPE_CHECKING:
 
 
 def load_base(
-    base: BaseFolder, quantization: QuantizationSection, attention: str, device: torch.device, sink: Sink
+    base: BaseFolder,
+    quantization: QuantizationSection,
+    attention: str,
+    device: torch.device,
+    sink: Sink,
+    place: Place | None = None,
 ) -> PreTrainedModel:
     """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says.
+
+    `place` is what of it is on the host; None: its layers, where the device has no room for them.
 
     Its `base_identity` is which base it was. Peak memory above what is resident: the model's final form, two blocks of
     rows, and scratch. Raises ModelError, for values that are not finite too.
@@ -59,13 +67,15 @@ def load_base(
                 swap_linear(model, name, linear, quantization)
     _report(meta_model, base, quantization, sink)
     reader = WeightReader(base.config, base.tensors)
-    _stream(meta_model, reader, base, device, sink)
+    receiving = receive(model, place or place_by_room(model, quantization, device), device)
+    _stream(meta_model, reader, base, receiving, sink)
     model.tie_weights()
     freeze(model, device)
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if lost:
         what = f"{base.name}: {lost[0]} got no value while loading"
         raise ModelError(what, "this model is not supported; use another")
+    receiving.finish(sink)
     model.config.name_or_path = base.name
     model.name_or_path = base.name
     model.base_identity = reader.identity()
@@ -100,28 +110,42 @@ def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiza
     return layer
 
 
-def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, device: torch.device, sink: Sink) -> None:
+def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, receiving: Receiving, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
     model = meta_model.model
     fp32 = tuple(model._keep_in_fp32_modules_strict or ())
     entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
     total, done = total_bytes(entries.values()), 0
     for name in sorted(entries, key=lambda name: (str(entries[name].file), entries[name].offset)):
-        source = meta_model.sources[name]
+        source, device = meta_model.sources[name], receiving.device_of(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if _is_4bit(module) and leaf == "weight":
-            set_4bit(module, _quantized(reader, base, source, module, device))
+            value: Quantized | Tensor = _quantized(reader, base, source, module, device)
         elif leaf in module._buffers:
-            module._buffers[leaf] = _read_as(reader, source, module._buffers[leaf].dtype, device)
+            value = _read_as(reader, source, module._buffers[leaf].dtype, device)
         elif is_stored_4bit(base, source):  # the head, stored in 4 bit
             stored = _in_4bit(reader, base, source, tuple(module._parameters[leaf].shape), device)
-            module._parameters[leaf] = nn.Parameter(dequantize(stored, torch.bfloat16), requires_grad=False)
+            value = dequantize(stored, torch.bfloat16)
         else:
             dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
-            module._parameters[leaf] = nn.Parameter(_read_as(reader, source, dtype, device), requires_grad=False)
+            value = _read_as(reader, source, dtype, device)
+        _place(model, name, value)
         done += entries[name].nbytes
         sink.emit(Progress("load", done, total, "B"))
+
+
+def _place(model: Any, name: str, value: Quantized | Tensor) -> None:
+    """Gives a model one of its values."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(value, Quantized):
+        set_4bit(module, value)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    took(model, name)
 
 
 def _quantized(reader: WeightReader, base: BaseFolder, source: str, layer: Any, device: torch.device) -> Quantized:

@@ -22,6 +22,7 @@ from torch.nn.functional import silu
 from qlora.batch import Batch
 from qlora.errors import foreign_failures
 from qlora.model.reclassed import reclassed
+from qlora.model.weight_receiving import device_of
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 TOKENS = 8  # of the watched pass
@@ -65,7 +66,7 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
     """
     names = {id(module): name for name, module in adapted.items()}
     watched = _Watched()
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=next(causal_lm.parameters()).device)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device_of(causal_lm))
     positions = torch.arange(TOKENS, device=ids.device)[None]
     starts = torch.tensor([0, TOKENS], dtype=torch.int32).to(ids.device)
     batch = Batch(ids, positions, ids, ids, ids.float(), ids[0], starts, (TOKENS,), single=True)

@@ -173,6 +173,12 @@ class MemorySection(Section):
         description="Inputs of recomputed layers wait in the host's memory (0.25 GiB per 1,000 tokens of an 8B model); "
         "no number changes; auto: off",
     )
+    stream_weights: bool | Literal["auto"] = Field(
+        "auto", description="Keep the frozen layers in the host's memory and copy each to the GPU as it is computed"
+    )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto", description="Where the embeddings are looked up; the rows are copied from the host"
+    )
 
     @field_validator("limit")
     @classmethod

@@ -40,12 +40,13 @@ class CausalParts:
 
         `on_card`: a GPU computes; None: where the weights are. A run keeps the chunks of the head that it began with.
         """
-        on_card, run = is_card(causal_lm.device) if on_card is None else on_card, numerics.of_run()
+        head, run = causal_lm.get_output_embeddings(), numerics.of_run()
+        on_card = is_card(head.weight.device) if on_card is None else on_card
         config = causal_lm.config.get_text_config()
         return cls(
             trunk=causal_lm.base_model,
             embedding=causal_lm.get_input_embeddings(),
-            head=causal_lm.get_output_embeddings(),
+            head=head,
             transform=logits_transform(config),
             chunk_tokens=(run and run.head_chunk) or chunk_tokens(config.vocab_size, on_card),
         )

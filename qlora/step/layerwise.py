@@ -26,31 +26,24 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights
+from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, weights_of
 from qlora.random_state import RandomState
 from qlora.step.offload import kept_by
 
-# Of what a layer is handed beside hidden states, these are the same whenever it is computed.
-_CONSTANTS = (bool, int, float, str, type(None))
-
 
 def set_gradient_checkpointing(
-    causal_lm: Any,
-    layers: bool | int,
-    keep_random_state: bool,
-    weights: Weights = RESIDENT,
-    inputs: Inputs = ON_DEVICE,
+    causal_lm: Any, layers: bool | int, keep_random_state: bool, inputs: Inputs = ON_DEVICE
 ) -> None:
     """Recompute the first `layers` layers in the backward pass; True is all of them, False none.
 
     `keep_random_state` is needed where a layer draws random numbers (LoRA dropout), so that the second pass draws the
-    same ones. `weights` and `inputs` of recomputed layers are held by these partners.
-    A model whose layers transformers cannot recompute is left as it is.
+    same ones. `inputs` holds those of recomputed layers. A model whose layers transformers cannot recompute stays as
+    it is.
     """
     if not causal_lm.supports_gradient_checkpointing:
         return
     numbers = {id(layer): number for number, layer in enumerate(recomputable(causal_lm))}
-    run = _Recomputed(keep_random_state, weights, inputs, numbers)
+    run = _Recomputed(keep_random_state, weights_of(causal_lm), inputs, numbers)
     causal_lm._set_gradient_checkpointing(enable=layers is not False, gradient_checkpointing_func=run)
     if not isinstance(layers, bool):
         for number, layer in enumerate(recomputable(causal_lm)):
@@ -125,15 +118,3 @@ class RunLayer(torch.autograd.Function):
         del output, outputs
         torch.autograd.backward(edges, [one for one, wanted in zip(gradients, asked, strict=True) if wanted])
         return hidden_BSD.grad  # type: ignore[no-any-return]
-
-
-def is_closed(layer: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
-    """Whether hidden states are all that a layer takes from other layers, and gives to them."""
-    named = layer.keywords.values() if isinstance(layer, partial) else ()
-    return isinstance(inputs[0], Tensor) and all(map(_is_constant, (*inputs[1:], *named)))
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, _CONSTANTS) or (isinstance(value, Tensor) and not value.requires_grad)

@@ -23,11 +23,13 @@ from qlora.data.layout import Layout
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
+from qlora.memory.measured import measure, peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
+from qlora.model.weight_streaming import reset
 from qlora.recipe.sections import DataSection
 from qlora.starting_adapter import started_from
 from qlora.step import offload
@@ -40,7 +42,7 @@ from qlora.training import health, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
-from qlora.training.memory_plan import MemorySettings, compare, measure, peak_bytes
+from qlora.training.memory_plan import MemorySettings, compare
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
 from qlora.training.step_batches import Pack, StepBatches
@@ -88,7 +90,7 @@ class Training:
         self.objective: Objective = SupervisedObjective()
         parameters = adapters.trainable(job.model)
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
-        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
+        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)

@@ -34,6 +34,7 @@ class OomRecovery:
     device: torch.device
     sink: Sink
     apply: Callable[[MemorySettings], None]
+    free: Callable[[], None] = lambda: None  # gives back what is made anew when it is needed
 
     def run(self, step: int, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """The result of `work`, done again with smaller settings until it fits; `undo` removes what a failed try left.
@@ -68,6 +69,7 @@ class OomRecovery:
             if done is not None:
                 return done[0]
             undo()
+            self.free()
             release_memory(self.device)
             settings = smaller(self.settings)
             if settings is None:
