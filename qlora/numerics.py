@@ -34,6 +34,7 @@ class Numerics(foreign_json.ForeignModel):
     head_chunk: _Count | None = None  # tokens whose logits exist at a time: gradients are summed chunk by chunk
     functions: _Text | None = None  # who computes a linear layer with its adapter
     kernels: _Text | None = None  # who multiplies: on the CPU in fp32 or bf16
+    mlp_tile: _Count | None = None  # rows of an MLP's tile, where rows are long: gradients are summed tile by tile
     compiled: bool | None = None  # layers go through torch's compiler
 
 
@@ -47,6 +48,7 @@ _WORDS = {
     "head_chunk": "tokens a chunk of the head",
     "functions": "linear layers",
     "kernels": "products",
+    "mlp_tile": "rows a tile of an MLP",
     "compiled": "compiled layers",
 }
 _OF_RUN: ContextVar[Numerics | None] = ContextVar("qlora_numerics", default=None)

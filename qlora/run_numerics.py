@@ -29,6 +29,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     from qlora.model.meta_model import choose_attention, text_config
     from qlora.step.kernels import trial
     from qlora.step.loss import chunk_tokens
+    from qlora.step.tiled_mlp import TILE_ROWS
 
     text, _ = text_config(base.config, base.name)
     named, wanted = choose_attention(text, recipe.model.attention, base.name), recipe.model.attention
@@ -41,6 +42,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         attention=named if kernel is None else name_of(kernel),
         head_chunk=(recorded.head_chunk if recorded else None) or chunk,
         functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
+        mlp_tile=TILE_ROWS if recorded is None else recorded.mlp_tile,
         compiled=False,
     )
 

@@ -109,7 +109,7 @@ FOREIGN = [
     *("data/parquet_worker.py", "data/parquet_worker.py", "data/parquet_worker.py"),
     *("data/render_worker.py", "data/token_cache.py"),
     *("doctor/caches.py", "doctor/checkup.py", "doctor/checkup.py", "doctor/stages.py"),
-    *("export/gguf/vocab.py", "export/verify/plain_open.py", "hub.py", "hub_calls.py", "memory/plan.py"),
+    *("export/gguf/vocab.py", "export/verify/plain_open.py", "hub.py", "hub_calls.py", "memory/question.py"),
     *("model/adapters.py", "model/attention_choice.py", "model/attention_choice.py"),
     *("model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),
     *("model/lora_structure.py", "model/lora_structure.py"),

@@ -13,6 +13,7 @@ from qlora.model.resolve import resolve
 from qlora.numerics import Numerics
 from qlora.recipe.reading import load_recipe
 from qlora.step.loss import chunk_tokens
+from qlora.step.tiled_mlp import TILE_ROWS
 from qlora.training import checkpoint
 from tests.runs import run_dir, train, values, write_recipe
 
@@ -49,6 +50,9 @@ def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> 
     )  # which an operation without an exact form made of it
     again = decided(tmp_path, llama, CPU, before)
     assert again.head_chunk == 48 and again.deterministic is False
+    assert new.mlp_tile == TILE_ROWS and decided(tmp_path, llama, CPU, new).mlp_tile == TILE_ROWS
+    whole = new.model_copy(update={"mlp_tile": None})  # of a version that knew no tiles
+    assert decided(tmp_path, llama, CPU, whole).mlp_tile is None
 
 
 def test_one_notice_names_every_difference(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from qlora.memory import tape
 from qlora.memory.asking import Asks
 from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.operations import Work
 from qlora.memory.trace import Peak
 from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import LoraSection, QuantizationSection
@@ -90,6 +91,7 @@ class Simulation:
     allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step. `each`:
     activations that a layer more adds to a phase, 0 where none was added; `first`: of them, what the first keeps less.
     `held`: activations once every layer has been gone through forth, and none back. `pinned` bytes are the host's.
+    `work`: what a step asks a GPU for.
     """
 
     phases: Mapping[str, Peak]
@@ -100,6 +102,7 @@ class Simulation:
     first: int = 0
     held: int = 0
     pinned: int = 0
+    work: Work | None = None
 
     @property
     def worst(self) -> Peak:

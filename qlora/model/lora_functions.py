@@ -29,6 +29,7 @@ from qlora.model.reclassed import called_as
 from qlora.numerics import Numerics
 from qlora.step.kernels import operators, trial
 from qlora.step.lora_linear import Adapter, Frozen, gated_mlp, shared_input
+from qlora.step.tiled_mlp import TILE_ROWS, in_tiles, tiled_mlp
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,6 +64,11 @@ def of_run() -> str:
     return (run.functions if run else None) or PEFT
 
 
+def tile_of_run() -> int | None:
+    """Rows of a tile of an MLP, as the run under way has it, and outside of one as a new run; None: always whole."""
+    return run.mlp_tile if (run := numerics.of_run()) else TILE_ROWS
+
+
 def of_saved(folder: Path, device: torch.device) -> str:
     """As a run computed and measured the adapter that it delivered in `folder`; peft, where nothing there says so."""
     return again(functions_of(folder), trial.work(device))
@@ -84,7 +90,8 @@ def put_in(model: PeftModel, functions: str) -> None:
         modules[id(one.module)] = one.module
     kind_of: Any = type  # for mypy, to which a class is no key of a cache
     kinds: dict[int, Any] = {id(layer): _linear(kind_of(layer), kernels) for layer in layers.values()}
-    kinds |= {id(one.module): _mlp(kind_of(one.module), one.layers, kernels) for one in gated}
+    tile = tile_of_run()
+    kinds |= {id(one.module): _mlp(kind_of(one.module), one.layers, kernels, tile) for one in gated}
     kinds |= {key: _with_shared(kind_of(module), tuple(shared[key])) for key, module in modules.items()}
     for module in causal_lm.modules():
         module.__class__ = kinds.get(id(module), module.__class__)
@@ -217,8 +224,8 @@ def _linear(kind: Any, kernels: bool) -> Any:
 
 
 @lru_cache(64)
-def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
-    """A module that computes its three layers as one function."""
+def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool, tile: int | None) -> Any:
+    """A module that computes its three layers as one function, over long rows by a `tile` of them."""
 
     class OneMLP(kind):  # type: ignore[misc]
         def forward(self, inputs: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -229,7 +236,10 @@ def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
                 return super().forward(inputs, *args, **named)  # type: ignore[no-any-return]
             frozen, adapters, dtype = now
             cast = inputs.to(dtype)
-            return gated_mlp(cast, frozen, adapters, product_dtype(cast), kernels).to(inputs.dtype)
+            how = (frozen, adapters, product_dtype(cast), kernels)
+            if tile is not None and in_tiles(cast, len(adapters[0].B), tile):
+                return tiled_mlp(cast, *how, tile).to(inputs.dtype)
+            return gated_mlp(cast, *how).to(inputs.dtype)
 
     return called_as(kind, OneMLP)
 

@@ -174,7 +174,7 @@ class MemorySection(Section):
     offload_activations: bool | Literal["auto"] = Field(
         "auto",
         description="Inputs of recomputed layers wait in the host's memory (0.25 GiB per 1,000 tokens of an 8B model); "
-        "no number changes; auto: off",
+        "no number changes",
     )
     embedding: Literal["auto", "device", "host"] = Field(
         "auto", description="Where the embeddings are looked up; the rows are copied from the host"

@@ -23,6 +23,7 @@ from qlora.data.layout import Layout
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
+from qlora.memory.measured import measure, peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention
 from qlora.model.adapter_folder import delivered_step
@@ -41,7 +42,7 @@ from qlora.training import health, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
-from qlora.training.memory_plan import MemorySettings, compare, measure, peak_bytes
+from qlora.training.memory_plan import MemorySettings, compare
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
 from qlora.training.step_batches import Pack, StepBatches

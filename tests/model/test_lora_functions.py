@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from qlora import numerics
 from qlora.events import Notice, Recorder
 from qlora.memory.simulation import Workload
 from qlora.model import adapters, lora_functions
@@ -82,6 +83,50 @@ def test_float32_gradients_are_pefts(base_of: BaseOf, family: str, quantization:
     assert max(apart({name: ours[name]}, {name: pefts[name]}) for name in pefts) <= 2e-6
 
 
+@pytest.fixture
+def in_tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of any length go through an MLP in tiles of 20, of which the last is shorter; each call's rows."""
+    rows: list[int] = []
+    tiled = lora_functions.tiled_mlp
+    monkeypatch.setattr(lora_functions, "TILE_ROWS", 20)
+    monkeypatch.setattr(lora_functions, "in_tiles", lambda x, inner, tile: tile == 20)
+    monkeypatch.setattr(
+        lora_functions, "tiled_mlp", lambda x, *about: rows.append(x.numel() // x.shape[-1]) or tiled(x, *about)
+    )
+    return rows
+
+
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("qwen2", "none"), ("gemma3", "fp4")])
+def test_float32_gradients_are_pefts_in_tiles_too(
+    base_of: BaseOf, family: str, quantization: str, in_tiles: list[int]
+) -> None:
+    if family == "gemma3":  # whose MLP is gated by another function
+        gradients(tuned(base_of(family), OURS, FP32, quantization))
+        assert not in_tiles
+        return
+    ours, pefts = (gradients(tuned(base_of(family), who, FP32, quantization)) for who in (OURS, PEFT))
+    assert max(apart({name: ours[name]}, {name: pefts[name]}) for name in pefts) <= 2e-6
+    assert set(in_tiles) == {48}
+
+
+def test_in_bf16_tiles_are_no_farther_from_the_truth_than_peft(base_of: BaseOf, in_tiles: list[int]) -> None:
+    half = {who: gradients(tuned(base_of("llama"), who, BF16)) for who in (OURS, PEFT)}
+    with numerics.in_force(Numerics(functions=OURS)):
+        whole = gradients(tuned(base_of("llama"), OURS, BF16))
+    truth = true_gradients(base_of("llama"))
+    assert apart(half[OURS], truth) <= 1.05 * apart(half[PEFT], truth)
+    assert apart(half[OURS], truth) <= 1.05 * apart(whole, truth) and in_tiles
+
+
+def test_a_run_without_tiles_goes_on_without(base_of: BaseOf, in_tiles: list[int]) -> None:
+    for recorded, calls in ((Numerics(functions=OURS), 0), (Numerics(functions=OURS, mlp_tile=20), 4)):
+        in_tiles.clear()
+        with numerics.in_force(recorded):
+            model = tuned(base_of("llama"), OURS, BF16)
+        gradients(model)
+        assert len(in_tiles) == calls, "of two layers, each computed twice"
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "phi3"])
 def test_the_loss_is_pefts_but_for_rounding(base_of: BaseOf, family: str) -> None:
     """In float32 to its last digits; in bf16 they differ by 3e-4 of it on such a model, none nearer to the truth."""
@@ -128,13 +173,10 @@ def test_eva_starts_alike(base_of: BaseOf) -> None:
     torch.testing.assert_close(found[0].float(), found[1].float(), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, family: str) -> None:
-    """The truth: the same weights, rounded to bf16, computed in float32."""
-    base = base_of(family)
-    half = {who: tuned(base, who, BF16) for who in (OURS, PEFT)}
+def true_gradients(base: BaseFolder) -> dict[str, torch.Tensor]:
+    """Of the same weights, rounded to bf16, computed in float32."""
     truth = tuned(base, PEFT, FP32)
-    for layer, rounded in zip(truth.modules(), half[PEFT].modules(), strict=True):
+    for layer, rounded in zip(truth.modules(), tuned(base, PEFT, BF16).modules(), strict=True):
         for name, parameter in layer._parameters.items():
             if parameter is not None and parameter.dtype == FP32:
                 parameter.data.copy_(rounded._parameters[name])  # type: ignore[arg-type]
@@ -144,7 +186,14 @@ def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, famil
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
             plain.weight = nn.Parameter(weight, requires_grad=False)
             layer.forward = plain.forward
-    right = gradients(truth)
+    return gradients(truth)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, family: str) -> None:
+    base = base_of(family)
+    half = {who: tuned(base, who, BF16) for who in (OURS, PEFT)}
+    right = true_gradients(base)
     assert apart(gradients(half[OURS]), right) <= 1.05 * apart(gradients(half[PEFT]), right)
 
 

@@ -202,12 +202,12 @@ def summary(settings: Settings, found: Mapping[str, list[dict[str, Any]]], name:
 
 
 def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> float | None:
-    """Of what arithmetic and dequantization allow on this card (qlora.memory.estimate); None on a CPU."""
+    """Of what arithmetic and dequantization allow on this card (qlora.memory.throughput); None on a CPU."""
     sys.path.insert(0, str(ROOT))
     from qlora.memory import hardware
-    from qlora.memory.estimate import ideal_tokens_per_second
     from qlora.memory.simulate import Simulator
     from qlora.memory.simulation import ModelSpec, Workload
+    from qlora.memory.throughput import ideal_tokens_per_second
     from qlora.model.meta_model import text_config
     from qlora.model.tensors import load_json
     from qlora.recipe.sections import LoraSection, QuantizationSection
@@ -218,9 +218,9 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
     text, _ = text_config(load_json(Path(settings.base) / "config.json"), settings.base)
     simulator = Simulator(ModelSpec(text, settings.base, LoraSection(r=settings.r), QuantizationSection()))
     workload = Workload(settings.rows, settings.length, settings.gradient_checkpointing, settings.optimizer)
-    return (
-        None if gpu is None else round(tokens_per_second / ideal_tokens_per_second(text, workload, simulator, gpu), 3)
-    )
+    if gpu is None:
+        return None
+    return round(tokens_per_second / ideal_tokens_per_second(text, workload, simulator.drawn.values, gpu), 3)
 
 
 def processor() -> str:
