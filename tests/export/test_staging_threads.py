@@ -16,7 +16,7 @@ from qlora.errors import ExportError, StoppedBySignal
 from qlora.export import staging
 from qlora.export.staging import StagedExport
 from qlora.export.write_blocks import Block
-from tests.export.test_staging import WORK, content, fill, piece
+from tests.export.staged import WORK, content, fill, piece
 
 
 @pytest.fixture(autouse=True)
