@@ -7,8 +7,9 @@ with scale = alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). An embe
 
 W is what the adapter was trained against: the base's weight as its NF4 code says it (`nf4`, rounded to bf16 as in the
 training's forward pass), or the original weight (`full`). Sums are in fp32, rounded once. Nothing is loaded as a model:
-weights are read from the base's shards in blocks of rows and handed on. In memory at a time are a block, and of a
-weight in 4 bit its codes, a quarter of its 16-bit size.
+weights are read from the base's shards in blocks of rows and handed on. In memory at a time are a block, what is read
+ahead of it (`tensors.AHEAD_BYTES`), and of a weight in 4 bit its codes, a quarter of its 16-bit size; where they come
+from the cache, those of its layer (0.1 GB of an 8B model, 0.45 of one of 70B).
 """
 
 from __future__ import annotations
