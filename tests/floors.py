@@ -206,6 +206,7 @@ LINES = {
             "made_up",
             "dora",
             "rms_norms",
+            "rotary",
             "lora_structure",
             "lora_functions",
             "adapters",
@@ -282,7 +283,7 @@ LINES = {
         *("pdf_layout", "pdf", "archives", "docx", "epub", "kinds", "worker", "parser", "read"),
         *("sentences", "chunks"),
     ],
-    "step": ["soft_labels", "loss", "kernels", "lora_linear", "forward", "layerwise", "optimizer"],
+    "step": ["soft_labels", "loss", "kernels", "lora_linear", "head_loss", "forward", "layerwise", "optimizer"],
     "step.kernels": ["source", "launching", "operators", "trial"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": [

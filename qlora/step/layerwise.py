@@ -24,6 +24,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from qlora.random_state import RandomState
+from qlora.step.lora_linear import recomputing
 
 # Of what a layer is handed beside hidden states, these are the same whenever it is computed.
 _CONSTANTS = (bool, int, float, str, type(None))
@@ -89,7 +90,7 @@ class RunLayer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (kept_BSD,) = ctx.saved_tensors
         hidden_BSD = kept_BSD.detach().requires_grad_(ctx.goes_below)
-        with torch.enable_grad(), ctx.state.drawing_again() if ctx.state else nullcontext():
+        with torch.enable_grad(), recomputing(), ctx.state.drawing_again() if ctx.state else nullcontext():
             output = ctx.layer(hidden_BSD)
         outputs = output if isinstance(output, tuple) else (output,)
         asked = [one is not None and value.requires_grad for one, value in zip(gradients, outputs, strict=True)]
