@@ -69,6 +69,7 @@ NOT_REHEARSED = {
     "model/attention_choice.py::passing: yield kernel": "nor here",
     "model/weight_stores.py::DiskStore": "weights from files; tests/model/test_weight_stores.py",
     "model/weight_stores.py::HostStore.settle": "where the system pins no more; tests/model/test_weight_stores.py",
+    "step/offload.py::Pool.said": "no input of this model takes 2 MiB; tests/training/test_offloaded_run.py",
     "model/lora_functions.py::_now: return None": "this run drops, which is peft's; tests/model/test_lora_functions.py",
 }
 # Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.

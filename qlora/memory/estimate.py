@@ -162,8 +162,10 @@ class Estimator:
         place = Place.of(recipe.memory) if self.baseline == BASELINES["qlora"] else Place()
         if (*made_of, place) not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
-            target, functions = self.machine.device_type, self._functions()
-            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions, place)
+            spec = ModelSpec(
+                *(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel),
+                *(*self._of_run(), place),
+            )
             whole = _by_whole_model(self.text, self.name)
             self._simulators[*made_of, place] = Simulator(spec, whole, self._shelf)
         return self._simulators[*made_of, place]
@@ -173,10 +175,11 @@ class Estimator:
         self.estimate(recipe, facts)
         self.held = host.held_bytes()
 
-    def _functions(self) -> str | None:
-        """Who computes linear layers in the run under way, if there is one and it is not another stack's."""
+    def _of_run(self) -> tuple[str | None, int | None]:
+        """Who computes linear layers, and in which chunks the loss comes with its gradient, in the run under way, if
+        there is one and it is not another stack's."""
         run = numerics.of_run() if self.baseline == BASELINES["qlora"] else None
-        return run.functions if run is not None else None
+        return (run.functions, run.loss_chunk or 0) if run is not None else (None, None)
 
     def _kernel(self, wanted: str) -> str | None:
         """What attends without a mask: as the run under way has decided, else as such a card would on this system."""

@@ -92,12 +92,11 @@ class Shelf:
     def key(self, spec: ModelSpec, workload: Workload, sizes: Sequence[int]) -> str:
         """A hash of all that a simulation follows from; `sizes` are the models that are drawn."""
         config = {name: value for name, value in spec.text.to_dict().items() if name != "_name_or_path"}
-        sections, place = (spec.lora.model_dump_json(), spec.quantization.model_dump_json()), repr(spec.place)
-        settings = (spec.attention, spec.target, str(spec.kernel), str(spec.functions), str(sizes), repr(workload))
+        made_of = (spec.lora.model_dump_json(), spec.quantization.model_dump_json(), repr(spec.baseline), repr(spec.place))
+        run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk))
+        settings = (spec.attention, spec.target, *run, str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
-        return sha256_text(
-            type(spec.text).__name__, said, *sections, repr(spec.baseline), place, *settings, *_versions()
-        )
+        return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
 
     def get(self, key: str) -> Shelved | None:
         try:

@@ -41,7 +41,7 @@ from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.model.weight_receiving import tables
 from qlora.model.weight_streaming import inside
-from qlora.step import offload
+from qlora.step import head_loss, offload
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -194,7 +194,8 @@ class _MetaModel:
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)
         self.live.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
         self.causal_lm = self.model.get_base_model()
-        self.parts = CausalParts.of(self.causal_lm, on_card=spec.target == "cuda")
+        parts = CausalParts.of(self.causal_lm, on_card=spec.target == "cuda")
+        self.parts = replace(parts, loss_chunk=_loss_chunk_of(spec))
 
     def run(self, workload: Workload, chunk: int) -> tuple[Simulation, tape.Tape]:
         """A run whose loss takes `chunk` tokens at a time, and the tape of its step."""
@@ -353,6 +354,13 @@ def _functions_of(spec: ModelSpec) -> str:
     if spec.baseline.name != "qlora":
         return lora_functions.PEFT
     return lora_functions.choose(spec.lora, None, spec.target == "cuda" and trial.expected())
+
+
+def _loss_chunk_of(spec: ModelSpec) -> int:
+    """As `_functions_of`."""
+    if spec.loss_chunk is not None or spec.baseline.name != "qlora":
+        return spec.loss_chunk or 0
+    return head_loss.chunk_tokens(spec.text.vocab_size) if spec.target == "cuda" and trial.expected() else 0
 
 
 def _batch(workload: Workload) -> Batch:

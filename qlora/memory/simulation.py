@@ -31,6 +31,7 @@ class ModelSpec:
     baseline: Baseline = BASELINES["qlora"]
     kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
     functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
+    loss_chunk: int | None = None  # of the loss that comes with its gradient, 0: it does not; None: as in a new run
     place: Place = field(default_factory=Place)  # what of the weights is on the host
 
     @property

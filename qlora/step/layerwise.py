@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, weights_of
 from qlora.random_state import RandomState
+from qlora.step.lora_linear import recomputing
 from qlora.step.offload import kept_by
 
 
@@ -109,7 +110,7 @@ class RunLayer(torch.autograd.Function):
     def _go_back(ctx: Any, gradients: tuple[Tensor | None, ...]) -> Tensor | None:
         ticket, ctx.ticket = ctx.ticket, None  # given up as the pass goes: a graph lives until its last node is done
         hidden_BSD = ctx.partners.inputs.give(ticket).detach().requires_grad_(ctx.goes_below)
-        with torch.enable_grad(), ctx.state.drawing_again() if ctx.state else nullcontext():
+        with torch.enable_grad(), recomputing(), ctx.state.drawing_again() if ctx.state else nullcontext():
             output = ctx.layer(hidden_BSD)
         outputs = output if isinstance(output, tuple) else (output,)
         asked = [one is not None and value.requires_grad for one, value in zip(gradients, outputs, strict=True)]

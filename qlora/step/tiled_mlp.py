@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
 
-from qlora.step.kernels import operators
-from qlora.step.lora_linear import Adapter, Frozen, _gated_backward, _Group
+from qlora.step.lora_linear import (
+    Adapter,
+    Frozen,
+    Kernels,
+    _gated_backward,
+    _gated_outputs,
+    _Group,
+    _How,
+    is_recomputing,
+)
 
 # Of a tile. A product of 1,024 rows has 896 blocks of 128 x 128 for each F of 14,336, seven for each multiprocessor of
 # an RTX 4090: taller ones would keep it no busier. Its inner tensors take 28 MiB each.
@@ -38,43 +45,49 @@ def in_tiles(inputs: Tensor, inner: int, tile: int) -> bool:
 
 
 def tiled_mlp(
-    inputs: Tensor, layers: Sequence[Frozen], adapters: Sequence[Adapter], dtype: torch.dtype, kernels: bool, tile: int
+    inputs: Tensor,
+    layers: Sequence[Frozen],
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype,
+    kernels: Kernels,
+    unread: bool,
+    tile: int,
 ) -> Tensor:
-    """As `lora_linear.gated_mlp`, of `tile` rows at a time."""
+    """As `lora_linear.gated_mlp`, of `tile` rows at a time. Where what it gives is `unread`, nothing is computed."""
     flat = [tensor for adapter in adapters for tensor in adapter]
     x_ND = inputs.reshape(-1, inputs.shape[-1])
-    y_ND = _TiledMLP.apply(x_ND, tuple(layers), (dtype, kernels, tile), *flat)  # type: ignore[no-untyped-call]
+    how = _How(dtype, kernels, False, unread and is_recomputing())
+    y_ND = _TiledMLP.apply(x_ND, tuple(layers), (how, tile), *flat)  # type: ignore[no-untyped-call]
     return y_ND.view(*inputs.shape[:-1], y_ND.shape[-1])  # type: ignore[no-any-return]
 
 
 class _TiledMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], how: Any, *flat: Tensor) -> Any:
-        dtype, kernels, tile = how
-        first, down = _groups(layers, flat, dtype)
+    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], about: tuple[_How, int], *flat: Tensor) -> Any:
+        how, tile = about
         y_ND = x_ND.new_empty(len(x_ND), flat[5].shape[0])
-        for part in _tiles(len(x_ND), tile):
-            (e, g), _ = first.outputs(x_ND[part].to(dtype), x_ND.dtype)
-            h = operators.gated(e, g) if kernels else silu(e.to(dtype)).mul_(g)
-            del e, g
-            (y,), _ = down.outputs(h, x_ND.dtype)
-            del h
-            y_ND[part] = y
-            del y
+        if not how.unread:
+            first, down = _groups(layers, flat, how)
+            for part in _tiles(len(x_ND), tile):
+                h, *_ = _gated_outputs(first, x_ND[part], how)
+                del _
+                (y,), *_ = down.outputs(h, x_ND.dtype)
+                y_ND[part] = y
+                del h, y, _
         ctx.save_for_backward(x_ND, *flat)
-        ctx.layers, ctx.how = layers, how
+        ctx.layers, ctx.about = layers, about
         return y_ND
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x_ND, *flat = ctx.saved_tensors
-        dtype, kernels, tile = ctx.how
-        groups = _groups(ctx.layers, flat, dtype)
+        how, tile = ctx.about
+        groups = _groups(ctx.layers, flat, how)
         sums = [torch.zeros_like(one, dtype=torch.float32) for one in flat]
         grad_x_ND = torch.empty_like(x_ND) if ctx.needs_input_grad[0] else None
         for part in _tiles(len(x_ND), tile):
-            found, grad_x = _tile_gradients(groups, x_ND[part], gradient[part], kernels, grad_x_ND is not None)
+            found, grad_x = _tile_gradients(groups, x_ND[part], gradient[part], how, grad_x_ND is not None)
             for total, one in zip(sums, found, strict=True):
                 total += one
             if grad_x_ND is not None and grad_x is not None:
@@ -84,18 +97,17 @@ class _TiledMLP(torch.autograd.Function):
 
 
 def _tile_gradients(
-    groups: tuple[_Group, _Group], x: Tensor, gradient: Tensor, kernels: bool, goes_below: bool
+    groups: tuple[_Group, _Group], x: Tensor, gradient: Tensor, how: _How, goes_below: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """Of the A and B of gate, up and down, and of x, by the rows of a tile."""
     first, down = groups
-    dtype, x_cast = first.dtype, x.to(first.dtype)
-    (e, g), lows = first.outputs(x_cast, x.dtype)
-    grads_y = [gradient.to(dtype)]
+    e, g, lows = _factors(first, x, how)
+    grads_y = [gradient.to(how.dtype)]
     grad_low_h = down.low_gradients(grads_y)
     grad_h = down.input_gradient(grads_y, grad_low_h)
-    h, grad_e, grad_g = _gated_backward(grad_h, e, g, kernels)
+    h, grad_e, grad_g = _gated_backward(grad_h, e, g, how.kernels)
     del grad_h, e, g
-    of_down = down.adapter_gradients(grads_y, grad_low_h, h, [h @ down.As[0].t()])
+    of_down = down.adapter_gradients(grads_y, grad_low_h, h, down.lows(h))
     del h, grads_y
     grads = [grad_e, grad_g]
     del grad_e, grad_g
@@ -104,11 +116,20 @@ def _tile_gradients(
     return [*of_first, *of_down], first.input_gradient(grads, grad_low) if goes_below else None
 
 
-def _groups(layers: Sequence[Frozen], flat: Sequence[Tensor], dtype: torch.dtype) -> tuple[_Group, _Group]:
+def _factors(first: _Group, x: Tensor, how: _How) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The outputs of gate and up, whole, and their x A'."""
+    if how.kernels == Kernels.FUSED:
+        _, (e, g), lows = _gated_outputs(first, x, how._replace(keeps=True))
+    else:
+        (e, g), lows = first.outputs(x.to(how.dtype), x.dtype)
+    return e, g, lows
+
+
+def _groups(layers: Sequence[Frozen], flat: Sequence[Tensor], how: _How) -> tuple[_Group, _Group]:
     """Gate and up, and down, with their weights as they are now, dequantized for all tiles."""
-    held = [_holding(layer, layer.weight().to(dtype)) for layer in layers]
-    first, down = _Group(held[:2], flat[:4], dtype), _Group(held[2:], flat[4:], dtype)
-    first.kind = down.kind = dtype  # a tile's gradients are not rounded before they are added up
+    held = [_holding(layer, layer.weight().to(how.dtype)) for layer in layers]
+    first, down = _Group(held[:2], flat[:4], how.dtype, how.kernels), _Group(held[2:], flat[4:], how.dtype)
+    first.kind = down.kind = how.dtype  # a tile's gradients are not rounded before they are added up
     return first, down
 
 

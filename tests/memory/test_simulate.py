@@ -239,9 +239,7 @@ GIB_OF_8B = {2048: (6.68, 6.21), 8192: (8.68, 6.80), 32768: (16.82, 9.32)}
 def test_8b_at_long_rows(tokens: int) -> None:
     """With inputs on the device and on the host."""
     text = LlamaConfig(**{**LLAMA_8B, "vocab_size": 128256}, num_hidden_layers=32, tie_word_embeddings=False)
-    spec = ModelSpec(
-        text, "8B", LoraSection(), QuantizationSection(), kernel="varlen", functions=lora_functions.IN_TRITON
-    )
+    spec = ModelSpec(text, "8B", LoraSection(), QuantizationSection(), kernel="varlen", functions=lora_functions.FUSED)
     simulator = Simulator(spec)
     found = [simulator.run(Workload(1, tokens, offloads=on)) for on in (False, True)]
     for simulation, most in zip(found, GIB_OF_8B[tokens], strict=True):

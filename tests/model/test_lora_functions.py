@@ -131,13 +131,14 @@ def test_a_run_without_tiles_goes_on_without(base_of: BaseOf, in_tiles: list[int
 def test_the_loss_is_pefts_but_for_rounding(base_of: BaseOf, family: str) -> None:
     """In float32 to its last digits; in bf16 they differ by 3e-4 of it on such a model, none nearer to the truth."""
     found = {}
-    for who in (OURS, PEFT, lora_functions.IN_TRITON):
+    for who in (OURS, PEFT, lora_functions.IN_TRITON, lora_functions.FUSED):
         causal_lm = tuned(base_of(family), who, FP32).get_base_model()
         batch = real_batch(Workload(2, 24), causal_lm.config.vocab_size)
         with torch.no_grad():
             found[who] = float(batch_loss(CausalParts.of(causal_lm), batch, SupervisedObjective()))
     assert found[OURS] == pytest.approx(found[PEFT], rel=1e-6)
     assert found[lora_functions.IN_TRITON] == pytest.approx(found[PEFT], rel=1e-6)
+    assert found[lora_functions.FUSED] == pytest.approx(found[PEFT], rel=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 5.0])
@@ -193,8 +194,10 @@ def true_gradients(base: BaseFolder) -> dict[str, torch.Tensor]:
 def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, family: str) -> None:
     base = base_of(family)
     half = {who: tuned(base, who, BF16) for who in (OURS, PEFT)}
+    half |= {who: tuned(base, who, BF16) for who in (lora_functions.IN_TRITON, lora_functions.FUSED)}
     right = true_gradients(base)
-    assert apart(gradients(half[OURS]), right) <= 1.05 * apart(gradients(half[PEFT]), right)
+    of_peft = apart(gradients(half.pop(PEFT)), right)
+    assert len(half) == 3 and all(apart(gradients(one), right) <= 1.05 * of_peft for one in half.values())
 
 
 def test_with_and_without_recomputation_the_bits_are_the_same(base_of: BaseOf) -> None:
@@ -239,7 +242,10 @@ def test_an_adapter_is_saved_and_loaded_as_ever(base_of: BaseOf, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("noted", "who"),
-    [(OURS, OURS), (lora_functions.IN_TRITON, OURS), (PEFT, PEFT), (None, PEFT), ("of a later version", PEFT)],
+    [
+        *((OURS, OURS), (lora_functions.IN_TRITON, OURS), (lora_functions.FUSED, OURS)),
+        *((PEFT, PEFT), (None, PEFT), ("of a later version", PEFT)),
+    ],
 )
 def test_a_saved_adapter_is_computed_as_its_run_did(
     base_of: BaseOf, tmp_path: Path, noted: str | None, who: str
@@ -348,10 +354,11 @@ def test_layers_of_one_input_are_computed_together(base_of: BaseOf, monkeypatch:
     assert sizes == [2, 1] * 2
 
 
+@pytest.mark.parametrize("kernels", [lora_functions.IN_TRITON, lora_functions.FUSED])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str) -> None:
+def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str, kernels: str) -> None:
     """Their twins, where there is no GPU: in float32 to rounding; of the base every bit."""
-    ours, in_triton = (tuned(base_of(family), who, FP32) for who in (OURS, lora_functions.IN_TRITON))
+    ours, in_triton = (tuned(base_of(family), who, FP32) for who in (OURS, kernels))
     layer = in_triton.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert all(
         torch.equal(lora_functions._weight_of(layer, kind, True), lora_functions._weight_of(layer, kind, False))
@@ -361,8 +368,9 @@ def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str) -> 
 
 
 def test_kernels_are_chosen_where_they_run_and_by_runs_that_had_them() -> None:
-    in_triton = lora_functions.IN_TRITON
-    assert choose(LORA, None, kernels=True) == in_triton == choose(LORA, Numerics(functions=in_triton), kernels=True)
+    in_triton, fused = lora_functions.IN_TRITON, lora_functions.FUSED
+    assert choose(LORA, None, kernels=True) == fused == choose(LORA, Numerics(functions=fused), kernels=True)
+    assert choose(LORA, Numerics(functions=in_triton), kernels=True) == in_triton
     assert choose(LORA, Numerics(functions=OURS), kernels=True) == OURS
     assert choose(LORA, Numerics(functions=in_triton)) == OURS
 

@@ -222,3 +222,26 @@ def test_where_the_system_pins_no_more_the_rest_is_pageable(tmp_path: Path, monk
         inputs = OnHost(Poisoned(CPU), 4, 4)
         assert same(gradients(model, True, inputs), kept)
         assert inputs.pool.pageable == inputs.pool.blocks - 5
+
+
+def test_what_a_person_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 2 << 20)
+    monkeypatch.setattr(offload, "BLOCK_BYTES", 4 << 20)
+    none, host = Pool(CPU), Pool(CPU)
+    assert none.said == "memory.offload_activations: no layer's input takes 2 MiB, all stay on the device"
+    host.take_back(host.lend(9 << 20))
+    assert host.said.startswith("inputs of recomputed layers wait on the host, in 12 MiB: without a GPU")
+    with rehearsal(monkeypatch, Card()):
+        card = Pool(CPU)
+        card.take_back(card.lend(9 << 20))
+        assert card.said == "inputs of recomputed layers wait on the host, in 12 MiB"
+        card.pageable = 1
+        assert card.said.endswith("; 4 MiB of them could not be pinned, whose copies wait")
+
+
+def test_who_holds_inputs() -> None:
+    pool = Pool(CPU)
+    assert offload.held_by(pool, False, 4) is ON_DEVICE
+    for moved, last in ((True, 3), (1, 0), (9, 3)):
+        held = offload.held_by(pool, moved, 4)
+        assert isinstance(held, OnHost) and (held.last, held.top) == (last, 3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora.memory.trace import LiveBytes
-from qlora.step.lora_linear import Adapter, Frozen, gated_mlp
+from qlora.step.lora_linear import Adapter, Frozen, Kernels, gated_mlp, recomputing
 from qlora.step.tiled_mlp import TILE_ROWS, in_tiles, tiled_mlp
 
 META = torch.device("meta")
@@ -37,7 +37,7 @@ class Counted:
 
 
 def run(
-    rows: int, tile: int | None, kind: torch.dtype, dtype: torch.dtype, kernels: bool = False
+    rows: int, tile: int | None, kind: torch.dtype, dtype: torch.dtype, kernels: Kernels = Kernels.NONE
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     """Output, gradients of x and of A, B, A, B, …, and which weights were asked for."""
     asked: list[int] = []
@@ -47,7 +47,7 @@ def run(
     if tile is None:
         y = gated_mlp(x, layers, adapters, dtype, kernels)
     else:
-        y = tiled_mlp(x, layers, adapters, dtype, kernels, tile)
+        y = tiled_mlp(x, layers, adapters, dtype, kernels, False, tile)
     weights = drawn(*y.shape, seed=2).to(kind)
     (y * weights).sum().backward()
     trained = [x, *(one for adapter in adapters for one in adapter)]
@@ -60,9 +60,9 @@ def apart(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return float((one - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("kernels", Kernels)
 @pytest.mark.parametrize("tile", [1, 16, 30, 64, 100])
-def test_the_numbers_of_the_whole(tile: int, kernels: bool) -> None:
+def test_the_numbers_of_the_whole(tile: int, kernels: Kernels) -> None:
     """The last tile is shorter, or longer than all rows."""
     whole, right, _ = run(64, None, torch.float32, torch.float32, kernels)
     output, found, asked = run(64, tile, torch.float32, torch.float32, kernels)
@@ -82,7 +82,7 @@ def test_in_bf16_no_farther_from_the_truth(dtype: torch.dtype) -> None:
 def test_an_input_that_is_not_trained_gets_no_gradient() -> None:
     layers = [Frozen(Counted(one.float(), [], at), None, 1.5) for at, one in enumerate(WEIGHTS)]
     adapters = [Adapter(*(one.float().requires_grad_() for one in pair)) for pair in PAIRS]
-    y = tiled_mlp(drawn(8, WIDTH, seed=1).float(), layers, adapters, torch.float32, False, 3)
+    y = tiled_mlp(drawn(8, WIDTH, seed=1).float(), layers, adapters, torch.float32, Kernels.NONE, False, 3)
     y.sum().backward()
     assert all(one.grad is not None for adapter in adapters for one in adapter)
 
@@ -90,9 +90,27 @@ def test_an_input_that_is_not_trained_gets_no_gradient() -> None:
 def test_no_rows_give_nothing() -> None:
     layers = [Frozen(Counted(one.float(), [], at), None, 1.5) for at, one in enumerate(WEIGHTS)]
     adapters = [Adapter(*(one.float().requires_grad_() for one in pair)) for pair in PAIRS]
-    y = tiled_mlp(torch.zeros(0, WIDTH, requires_grad=True), layers, adapters, torch.float32, False, 3)
+    y = tiled_mlp(torch.zeros(0, WIDTH, requires_grad=True), layers, adapters, torch.float32, Kernels.NONE, False, 3)
     y.sum().backward()
     assert y.shape == (0, WIDTH) and all(not one.grad.any() for adapter in adapters for one in adapter)  # type: ignore[union-attr]
+
+
+def test_where_nobody_reads_what_it_gives_nothing_is_computed() -> None:
+    """While a layer is computed once more; its gradients are what they are."""
+    asked: list[int] = []
+    layers = [Frozen(Counted(one.float(), asked, at), None, 1.5) for at, one in enumerate(WEIGHTS)]
+    adapters = [Adapter(*(one.float().requires_grad_() for one in pair)) for pair in PAIRS]
+    x, gradient = (drawn(40, WIDTH, seed=at).float() for at in (1, 2))
+    found = []
+    for unread in (True, False):
+        with recomputing():
+            y = tiled_mlp(x.requires_grad_(), layers, adapters, torch.float32, Kernels.NONE, unread, 16)
+        assert len(asked) == (0 if unread else 3)
+        found.append(torch.autograd.grad(y, [x, *(one for adapter in adapters for one in adapter)], gradient))
+        asked.clear()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    y = tiled_mlp(x, layers, adapters, torch.float32, Kernels.NONE, True, 16)
+    assert asked == [0, 1, 2] and y.isfinite().all(), "outside of it somebody reads it"
 
 
 def inner_bytes(rows: int, width: int, inner: int, tile: int | None) -> tuple[int, int]:
@@ -108,7 +126,7 @@ def inner_bytes(rows: int, width: int, inner: int, tile: int | None) -> tuple[in
         x, gradient = made(rows, width).requires_grad_(), made(rows, width)
         adapters = [Adapter(made(16, into).requires_grad_(), made(out, 16).requires_grad_()) for out, into in sizes]
         layers = [Frozen(lambda size=size: made(*size), None, 1.0) for size in sizes]  # type: ignore[misc]
-        how = (layers, adapters, torch.bfloat16, True)
+        how = (layers, adapters, torch.bfloat16, Kernels.FUSED, False)
         y = gated_mlp(x, *how) if tile is None else tiled_mlp(x, *how, tile)
         live.begin("backward")
         torch.autograd.grad(y, [x, *(one for adapter in adapters for one in adapter)], gradient)
