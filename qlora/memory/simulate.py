@@ -36,7 +36,7 @@ from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
-from qlora.step import head_loss
+from qlora.step import head_loss, loss
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -376,7 +376,9 @@ def _loss_chunk_of(spec: ModelSpec) -> int:
     """As `_functions_of`."""
     if spec.loss_chunk is not None or spec.baseline.name != "qlora":
         return spec.loss_chunk or 0
-    return head_loss.chunk_tokens(spec.text.vocab_size) if spec.target == "cuda" and trial.expected() else 0
+    if spec.target != "cuda":
+        return loss.chunk_tokens(spec.text.vocab_size)
+    return head_loss.chunk_tokens(spec.text.vocab_size) if trial.expected() else 0
 
 
 def _batch(workload: Workload) -> Batch:
