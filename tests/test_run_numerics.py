@@ -44,7 +44,7 @@ def test_a_card_is_known_by_its_name(tmp_path: Path, llama: Path, monkeypatch: p
 
 def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> None:
     new = decided(tmp_path, llama, CPU, None)
-    assert new.head_chunk == chunk_tokens(384)
+    assert new.head_chunk == new.loss_chunk == chunk_tokens(384)
     before = new.model_copy(
         update={"head_chunk": 48, "loss_chunk": 96, "deterministic": False}
     )  # which an operation without an exact form made of it

@@ -92,7 +92,12 @@ class Shelf:
     def key(self, spec: ModelSpec, workload: Workload, sizes: Sequence[int]) -> str:
         """A hash of all that a simulation follows from; `sizes` are the models that are drawn."""
         config = {name: value for name, value in spec.text.to_dict().items() if name != "_name_or_path"}
-        made_of = (spec.lora.model_dump_json(), spec.quantization.model_dump_json(), repr(spec.baseline), repr(spec.place))
+        made_of = (
+            spec.lora.model_dump_json(),
+            spec.quantization.model_dump_json(),
+            repr(spec.baseline),
+            repr(spec.place),
+        )
         run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk))
         settings = (spec.attention, spec.target, *run, str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)

@@ -41,7 +41,7 @@ from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.model.weight_receiving import tables
 from qlora.model.weight_streaming import inside
-from qlora.step import head_loss, offload
+from qlora.step import head_loss, loss, offload
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -360,7 +360,9 @@ def _loss_chunk_of(spec: ModelSpec) -> int:
     """As `_functions_of`."""
     if spec.loss_chunk is not None or spec.baseline.name != "qlora":
         return spec.loss_chunk or 0
-    return head_loss.chunk_tokens(spec.text.vocab_size) if spec.target == "cuda" and trial.expected() else 0
+    if spec.target != "cuda":
+        return loss.chunk_tokens(spec.text.vocab_size)
+    return head_loss.chunk_tokens(spec.text.vocab_size) if trial.expected() else 0
 
 
 def _batch(workload: Workload) -> Batch:

@@ -106,12 +106,16 @@ def put_in(model: PeftModel, functions: str) -> None:
 
 
 def say_what_stays(model: PeftModel, lora: LoraSection, sink: Sink) -> None:
-    """One notice of the layers that peft computes though they would be ours in a new run, and why."""
+    """One notice of the layers that peft computes though they would be ours in a new run, and why; and one where a
+    model turns queries and keys in a way that no kernel knows."""
     layers = [one for one in model.modules() if _is_lora(one)]
     lacks = [lack for one in layers if (lack := _lack_in(lora) or lack_of(one))]
     if lacks:
         message = f"linear layers that peft computes, in more memory and time: {'; '.join(sorted(set(lacks)))}"
         sink.emit(Notice("adapters", message, len(lacks)))
+    if of_run() == FUSED and (own := rotary.not_turned(model)):
+        message = "queries and keys are turned by the model's own function, which no kernel computes, in more time"
+        sink.emit(Notice("adapters", message, own))
 
 
 def lack_of(layer: Any) -> str:

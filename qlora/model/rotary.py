@@ -28,6 +28,9 @@ _ROWS, _HEADS, _TOKENS, _WIDTH, _TURNED = 2, (3, 1), 5, 16, 8
 _ROUNDINGS = 2**-6
 
 
+_ANGLES = "inv_freq"  # as transformers calls the buffer that angles are made of, of each kind of layer
+
+
 class Form(NamedTuple):
     """`pairs`: which columns are turned together (`operators.FORMS`); `partly`: tables may be narrower than heads."""
 
@@ -48,6 +51,13 @@ def put_in(model: nn.Module) -> int:
             module.__class__ = _turning(kind, forms[kind])
             count += 1
     return count
+
+
+def not_turned(model: nn.Module) -> int:
+    """How many modules make tables of angles, if the kernel turns by none of them."""
+    if any(getattr(one, "turned_by_kernel", False) for one in model.modules()):
+        return 0
+    return sum(any(_ANGLES in name for name in one._buffers) for one in model.modules())
 
 
 def form_of(function: Rotate) -> Form | None:
@@ -116,6 +126,7 @@ def _turning(kind: Any, forms: tuple[tuple[str, Form], ...]) -> Any:
     known: dict[str, Rotate] = {name: partial(_rotated, own=own[name], form=form) for name, form in forms}
 
     class Turning(kind):  # type: ignore[misc]
+        turned_by_kernel = True
         forward = _with(kind.forward, known)
 
     return called_as(kind, Turning)

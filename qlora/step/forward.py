@@ -112,7 +112,7 @@ def forward_backward(
     head = head_loss.head_of(parts.head, parts.transform) if parts.loss_chunk else None
     weights_T = head_loss.weights_of(objective, batch) if head is not None else None
     if head is not None and weights_T is not None:
-        # The hidden states have no name here: they would live on through the backward pass.
+        # Hidden states have no name here: going back through the layers, nobody needs them.
         share, loss = head_loss.share_and_loss(
             *_trained(parts, batch, neftune_alpha), weights_T, step_weight, head, parts.loss_chunk
         )

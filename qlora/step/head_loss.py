@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from qlora.batch import Batch
+from qlora.device import is_card
+from qlora.step import loss
 from qlora.step.kernels import operators, trial
 from qlora.step.loss import TILE_ROWS, LogitsTransform, Objective, SupervisedObjective, softcap
 
@@ -35,7 +37,9 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 def chunk_of_run(vocabulary: int, device: torch.device) -> int:
-    """Tokens a chunk in a new run on `device`; 0 where logits and loss are not done at once: without the kernel."""
+    """Tokens a chunk in a new run on `device`; 0 where loss and gradient come apart: on a GPU without the kernel."""
+    if device.type == "cpu" and not is_card(device):
+        return loss.chunk_tokens(vocabulary)  # whose logits are fp32 there while they are a product
     return chunk_tokens(vocabulary) if trial.work(device) else 0
 
 
@@ -98,9 +102,9 @@ class _OnePass(torch.autograd.Function):
             del logits_CV
         ctx.save_for_backward(grad_TD)
         ctx.kind = hidden_TD.dtype
-        loss = -(torch.cat(logprobs) * weights_T).sum()
-        ctx.mark_non_differentiable(loss)
-        return loss / step_weight, loss
+        summed = -(torch.cat(logprobs) * weights_T).sum()
+        ctx.mark_non_differentiable(summed)
+        return summed / step_weight, summed
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ from torch import nn
 from qlora import numerics
 from qlora.events import Notice, Recorder
 from qlora.memory.simulation import Workload
-from qlora.model import adapters, lora_functions
+from qlora.model import adapters, lora_functions, rotary
 from qlora.model.base_folder import BaseFolder
 from qlora.model.lora_functions import OURS, PEFT, choose, say_what_stays
 from qlora.numerics import Numerics
@@ -317,6 +317,17 @@ def test_peft_computes_what_is_another_function_and_a_notice_says_so(
     assert isinstance(notice, Notice) and why in notice.message and notice.count == 14
     say_what_stays(adapters.attach(load(base_of("llama")), LORA, 1, functions=OURS), LORA, recorder)
     assert len(recorder.events) == 1
+
+
+def test_a_rotation_that_no_kernel_knows_is_said(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, fused = Recorder(), lora_functions.FUSED
+    with numerics.in_force(Numerics(functions=fused)):
+        say_what_stays(tuned(base_of("llama"), fused, BF16), LORA, recorder)
+        assert recorder.events == []
+        monkeypatch.setattr(rotary, "form_of", lambda function: None)
+        say_what_stays(tuned(base_of("llama"), fused, BF16), LORA, recorder)
+    (notice,) = recorder.events
+    assert isinstance(notice, Notice) and "the model's own function" in notice.message and notice.count == 1
 
 
 def test_a_run_goes_on_with_the_functions_that_it_began_with() -> None:

@@ -120,6 +120,14 @@ def test_other_shapes_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
 
 
+def test_a_model_whose_own_function_is_another_is_counted() -> None:
+    """GPT-OSS pairs halves by tables of half the width; Gemma 3 has a table for each kind of layer."""
+    for family, tables in (("llama", 0), ("gemma3", 0), ("gpt_oss", 1)):
+        model: Any = make_model(make_config(family))
+        assert put_in(model) == (0 if tables else model.config.num_hidden_layers)
+        assert rotary.not_turned(model) == tables
+
+
 def test_a_module_that_turns_nothing_stays_what_it_is() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     assert put_in(module) == 0 and type(module[0]) is nn.Linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -17,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qlora import numerics
 from qlora.batch import Batch
 from qlora.memory.simulation import Workload
-from qlora.step import head_loss
+from qlora.step import head_loss, loss
 from qlora.step.forward import CausalParts, forward_backward
 from qlora.step.head_loss import chunk_tokens, head_of, share_and_loss
+from qlora.step.kernels import trial
 from qlora.step.loss import SupervisedObjective, logits_transform, token_logprobs
+from tests.card import Card, rehearsal
 from tests.families import make_config, make_model
 from tests.memory.counted import real_batch
 
@@ -61,10 +64,10 @@ def test_loss_and_gradient_are_autograds(chunk: int, name: str, bias: bool) -> N
     (expected,) = torch.autograd.grad(right / STEP_WEIGHT, hidden_TD)
     made_of = head_of(head, transform)
     assert made_of is not None
-    share, loss = share_and_loss(hidden_TD, targets_T, weights_T, STEP_WEIGHT, made_of, chunk)
+    share, summed = share_and_loss(hidden_TD, targets_T, weights_T, STEP_WEIGHT, made_of, chunk)
     (found,) = torch.autograd.grad(share, hidden_TD)
-    assert loss.item() == pytest.approx(right.item(), rel=1e-6) and not loss.requires_grad
-    assert share.item() == pytest.approx(loss.item() / STEP_WEIGHT, rel=1e-6)
+    assert summed.item() == pytest.approx(right.item(), rel=1e-6) and not summed.requires_grad
+    assert share.item() == pytest.approx(summed.item() / STEP_WEIGHT, rel=1e-6)
     assert (found - expected).norm() <= 2e-6 * expected.norm()
 
 
@@ -146,16 +149,33 @@ def gradient(family: str, loss_chunk: int, change: Any = None) -> tuple[Tensor, 
     real = head_loss.share_and_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_loss, "share_and_loss", lambda *given: calls.append(1) or real(*given))  # type: ignore[func-returns-value]
-        loss = forward_backward(replace(parts, loss_chunk=loss_chunk), batch, SupervisedObjective(), STEP_WEIGHT)
-    return model.model.layers[0].mlp.up_proj.weight.grad, float(loss), len(calls)
+        of_batch = forward_backward(replace(parts, loss_chunk=loss_chunk), batch, SupervisedObjective(), STEP_WEIGHT)
+    return model.model.layers[0].mlp.up_proj.weight.grad, float(of_batch), len(calls)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
 def test_a_step_is_the_same(family: str) -> None:
     """Gemma 2 caps its logits; its head and Qwen2's are their embeddings."""
-    (found, loss, calls), (right, before, none) = gradient(family, 32), gradient(family, 0)
-    assert (calls, none) == (1, 0) and loss == pytest.approx(before, rel=1e-6)
+    (found, now, calls), (right, before, none) = gradient(family, 32), gradient(family, 0)
+    assert (calls, none) == (1, 0) and now == pytest.approx(before, rel=1e-6)
     assert (found - right).norm() <= 2e-6 * right.norm()
+
+
+def test_going_back_through_the_layers_hidden_states_are_gone() -> None:
+    """Of 32,768 tokens of 8B a quarter of a GiB, at the highest place of a step."""
+    model, parts = parts_of("llama")
+    batch, kept, alive = real_batch(Workload(2, 24), model.config.vocab_size), [], []
+    real = head_loss.share_and_loss
+    model.model.layers[0].mlp.up_proj.weight.register_post_accumulate_grad_hook(lambda _: alive.append(kept[0]()))
+
+    def watched(hidden_TD: Tensor, *given: Any) -> Any:
+        kept.append(weakref.ref(hidden_TD))
+        return real(hidden_TD, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_loss, "share_and_loss", watched)
+        forward_backward(replace(parts, loss_chunk=32), batch, SupervisedObjective(), STEP_WEIGHT)
+    assert alive == [None]
 
 
 def with_labels(batch: Batch) -> Batch:
@@ -179,4 +199,11 @@ def test_a_run_keeps_its_own(llama: Path) -> None:
     with numerics.in_force(numerics.Numerics(loss_chunk=96)):
         assert parts_of("llama")[1].loss_chunk == 96
     assert parts_of("llama")[1].loss_chunk == 0  # outside of runs
-    assert head_loss.chunk_of_run(384, torch.device("cpu")) == 0
+
+
+def test_a_new_run_has_it_where_there_is_the_kernel_and_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert head_loss.chunk_of_run(151_936, torch.device("cpu")) == loss.chunk_tokens(151_936) == 110
+    with rehearsal(monkeypatch, Card()):
+        assert head_loss.chunk_of_run(151_936, torch.device("cpu")) == 0
+        monkeypatch.setattr(trial, "work", lambda device: True)
+        assert head_loss.chunk_of_run(151_936, torch.device("cpu")) == 384
