@@ -114,6 +114,7 @@ LINES = {
             "child",
             "combination",
             "merge",
+            "write_blocks",
             "hashed_file",
             "targets",
             "staging",
@@ -123,7 +124,7 @@ LINES = {
             "version4",
             "hf",
         ),
-        *("artifacts", "adapter_base", "base_check", "verify", "ollama", "combine", "cards", "pipeline"),
+        *("artifacts", "kept_codes", "adapter_base", "base_check", "verify", "ollama", "combine", "cards", "pipeline"),
         *("leaks", "parcel", "push"),
     ],
     "export.merge": ["parts", "merge"],
@@ -220,6 +221,7 @@ LINES = {
             "weight_stores",
             "weight_streaming",
             "weight_receiving",
+            "base_cache",
             "load",
             "made_up",
             "dora",
@@ -232,6 +234,7 @@ LINES = {
             "emptied",
         ),
     ],
+    "model.base_cache": ["places", "record", "contents", "writing", "reading", "keeping"],
     "data": [
         *(
             "splits",

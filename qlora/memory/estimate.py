@@ -214,7 +214,9 @@ class Estimator:
         largest, rank = simulator.drawn.values.largest_linear, recipe.lora.r
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
-        merged = 2 * (simulator.drawn.values.linear + simulator.drawn.values.other) * len(recipe.export.formats)
+        values = simulator.drawn.values.linear + simulator.drawn.values.other
+        merged = 2 * values * len(recipe.export.formats)
+        of_base = (recipe.memory, recipe.quantization.type, simulation.kept["weights"], values)
         peak, speed = sum(components.values()), self._speed(recipe, facts, workload, simulator)
         of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned + simulator.drawn.host_bytes
         of_host += overheads.snapshot_bytes(adapter, optimizer, True)
@@ -223,7 +225,8 @@ class Estimator:
             error_bytes=self._error(simulation, simulator),
             limit_bytes=machine.limit_bytes,
             host_peak_bytes=of_host if machine.device_type == "cuda" else peak,
-            disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
+            disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged)
+            + overheads.kept_base_bytes(*of_base),
             components=components,
             phases=phases,
             terms={**terms, "fragmentation": fragmentation, "dequantized_weights": round(worst.parts["workspace"])},

@@ -190,8 +190,8 @@ def load_model(recipe: Recipe, base: BaseFolder, prepared: Prepared, clock: Phas
     hardware.release(device)  # an earlier run's model may still be held by what refers to itself
     hardware.limit_memory(device, parse_bytes(recipe.memory.limit), context_bytes(this_machine().gpu)[0])
     with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
-        settings = (recipe.quantization, recipe.model.attention, device, clock.sink, prepared.memory.place)
-        model = load.load_base(base, *settings)
+        settings = (recipe.quantization, recipe.model.attention, device, clock.sink, recipe.memory.cache)
+        model = load.load_base(base, *settings, place=prepared.memory.place)
     eva = recipe.lora.init == "eva"
     hint = f'{_HINT}, lower data.max_length, or set lora.init = "default"' if eva else f"{_HINT}, or lower lora.r"
     with clock.phase("load", "attach adapters"), Guarded("attaching the adapters", hint):
