@@ -24,8 +24,8 @@ def without_identity(model: nn.Module) -> None:
 
 @contextmanager
 def norms_later(later: bool) -> Iterator[None]:
-    """Inside, peft reads no weight for the norms of a new DoRA layer, which begin as zeros, if they are to come `later`:
-    of streamed layers no weight is there then."""
+    """Inside, peft reads no weight for the norms of a new DoRA layer, which begin as zeros, if they come `later`: of
+    streamed layers no weight is there then."""
     if not later:
         yield
         return

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qlora.device import release_memory
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
 from qlora.model import attention_choice, linear_use
@@ -63,18 +62,16 @@ def load_base(
     if base.stored_4bit and quantization.type == "none":
         what = f'{base.name} is stored in 4 bit, so quantization.type = "none" is not possible'
         raise ModelError(what, 'set quantization.type = "nf4", or name the original base')
-    meta_model = _in_final_form(base, quantization, attention)
+    meta_model = build(base, attention)
     model = meta_model.model
+    swap_all_linear(meta_model, base, quantization)
     _report(meta_model, base, quantization, sink)
-    keeping = Keeping(Contents(base, meta_model, quantization), sink)
     receiving = receive(model, place or place_by_room(model, quantization, device), device)
+    keeping = Keeping(Contents(base, meta_model, quantization), sink)
     identity = keeping.fill(partial(_place, model), receiving.home_of, device)
     if identity is None:
         keeping.check_room()
-        if keeping.has_placed:  # of what was damaged, nothing stays
-            meta_model = _in_final_form(base, quantization, attention)
-            receiving, model = receive(meta_model.model, receiving.place, device), meta_model.model
-            release_memory(device)
+        receiving.begin_again()  # of what was damaged, nothing stays
         reader = WeightReader(base.config, base.tensors)
         _stream(meta_model, reader, base, receiving, sink)
         identity = reader.identity()
@@ -93,16 +90,6 @@ def load_base(
     return model  # type: ignore[no-any-return]
 
 
-def _in_final_form(base: BaseFolder, quantization: QuantizationSection, attention: str) -> MetaModel:
-    meta_model = build(base, attention)
-    if quantization.type != "none":
-        for name, linear in list(linear_layers(meta_model.model)):
-            # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
-            if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
-                swap_linear(meta_model.model, name, linear, quantization)
-    return meta_model
-
-
 def freeze(model: Any, device: torch.device) -> None:
     """Buffers to the device, no gradients; and the flag without which peft attaches its plain layers in silence."""
     for module in model.modules():
@@ -110,6 +97,15 @@ def freeze(model: Any, device: torch.device) -> None:
             module._buffers[name] = buffer.to(device) if buffer is not None else None
     model.requires_grad_(False)
     model.is_loaded_in_4bit = any(is_4bit(module) for module in model.modules())
+
+
+def swap_all_linear(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection) -> None:
+    """Put 4-bit layers in the place of all linear ones that `quantization` puts into 4 bit, still without weights."""
+    if quantization.type != "none":
+        for name, linear in list(linear_layers(meta_model.model)):
+            # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
+            if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
+                swap_linear(meta_model.model, name, linear, quantization)
 
 
 def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:

@@ -81,6 +81,11 @@ class Receiving:
     missing: list[set[str]] = field(default_factory=list)
     received: dict[int, LayerWeights] = field(default_factory=dict)
 
+    def begin_again(self) -> None:
+        """What has come is not to be used: all of it will come once more."""
+        self.missing = [set(wanted) for wanted in self.wanted]
+        self.received.clear()
+
     def device_of(self, name: str) -> torch.device:
         """Where the parameter `name` is made: the device, but for a table that belongs to the host."""
         return torch.device("cpu") if name.rpartition(".")[0] in self.tables else self.device

@@ -28,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, weights_of
 from qlora.random_state import RandomState
+from qlora.step.lora_linear import recomputing
+from qlora.step.offload import kept_by
 
 
 def set_gradient_checkpointing(
@@ -66,19 +68,20 @@ class _Recomputed:
     numbers: Mapping[int, int] = field(default_factory=dict)  # of layers, by their identity
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
+        module = layer.args[0] if isinstance(layer, partial) and layer.args else None
+        number = self.numbers.get(id(module), 0)
         if not inputs or not is_closed(layer, inputs):
             # What other layers read or gradients flow to is more than hidden states: Gemma 3n and 4 share keys and
             # values through a dict. torch follows that, by recomputing within one graph.
-            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.keep_random_state)
+            with kept_by(self.inputs, number, inputs):
+                return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.keep_random_state)
         hidden_BSD, *rest = inputs
-        module = layer.args[0] if isinstance(layer, partial) and layer.args else None
         parameters = module.parameters() if module is not None else ()
         if not (hidden_BSD.requires_grad or any(parameter.requires_grad for parameter in parameters)):
             return layer(*inputs)  # nothing below is trained: nobody goes back to it
         # An output has a gradient where an input has one, which the first layer's hidden states have not.
         anchor = torch.empty(0, requires_grad=True)
         state = RandomState.of(hidden_BSD.device) if self.keep_random_state else None
-        number = self.numbers.get(id(module), 0)
         return RunLayer.apply(hidden_BSD, anchor, lambda hidden: layer(hidden, *rest), state, self, number)  # type: ignore[no-untyped-call]
 
 
@@ -107,7 +110,7 @@ class RunLayer(torch.autograd.Function):
     def _go_back(ctx: Any, gradients: tuple[Tensor | None, ...]) -> Tensor | None:
         ticket, ctx.ticket = ctx.ticket, None  # given up as the pass goes: a graph lives until its last node is done
         hidden_BSD = ctx.partners.inputs.give(ticket).detach().requires_grad_(ctx.goes_below)
-        with torch.enable_grad(), ctx.state.drawing_again() if ctx.state else nullcontext():
+        with torch.enable_grad(), recomputing(), ctx.state.drawing_again() if ctx.state else nullcontext():
             output = ctx.layer(hidden_BSD)
         outputs = output if isinstance(output, tuple) else (output,)
         asked = [one is not None and value.requires_grad for one, value in zip(gradients, outputs, strict=True)]

@@ -18,7 +18,8 @@ from qlora.device import release_memory
 from qlora.errors import DoesNotFit
 from qlora.events import Recovered, Sink
 from qlora.guarded import Attempt
-from qlora.memory.plan import changed, does_not_fit
+from qlora.memory.changes import changed
+from qlora.memory.plan import does_not_fit
 from qlora.training.memory_plan import MemorySettings
 from qlora.units import layers_of
 
@@ -100,4 +101,6 @@ def _describe(before: MemorySettings, after: MemorySettings) -> str:
         return f"micro-batches of {after.micro_batch_size} instead of {before.micro_batch_size} rows"
     if after.answers_at_once != before.answers_at_once:
         return f"{after.answers_at_once} instead of {before.answers_at_once} answers at once"
+    if after.offload_activations != before.offload_activations:
+        return "inputs of recomputed layers wait on the host from now on"
     return f"the backward pass recomputes {layers_of(after.gradient_checkpointing)} from now on"

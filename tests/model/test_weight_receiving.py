@@ -28,7 +28,7 @@ def base_of(family: str, folder: Path, layers: int = 3, **overrides: Any) -> Pat
 
 
 def opened(base: Path, place: Place | None, sink: Any = None, quantization: QuantizationSection = NF4) -> Any:
-    return load.load_base(resolve(str(base), "main", Sinks()), quantization, "auto", CPU, sink or Sinks(), place)
+    return load.load_base(resolve(str(base), "main", Sinks()), quantization, "auto", CPU, sink or Sinks(), place=place)
 
 
 def test_what_is_still_auto_is_on_the_device() -> None:

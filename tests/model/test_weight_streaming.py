@@ -36,7 +36,7 @@ STREAMED = Place(streams=True, host_embedding=True)
 
 def opened(base: Path, place: Place, quantization: QuantizationSection | None = None) -> Any:
     found = resolve(str(base), "main", Sinks())
-    return load.load_base(found, quantization or QuantizationSection(), "auto", CPU, Sinks(), place)
+    return load.load_base(found, quantization or QuantizationSection(), "auto", CPU, Sinks(), place=place)
 
 
 def tuned(base: Path, place: Place, lora: LoraSection = LORA, quantization: QuantizationSection | None = None) -> Any:
@@ -143,6 +143,48 @@ def test_the_order_of_use_release_and_sending(tmp_path: Path, monkeypatch: pytes
     down = ["use 3", "release 3", "use 2", "send 1", "release 2", "use 1", "send 0", "release 1", "use 0", "release 0"]
     assert seen == up + down
     assert sum(one.startswith("send") for one in seen) == 2 * LAYERS - 4
+
+
+def test_on_a_card_a_slot_waits_for_its_last_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy waits for the point behind the layer that was in its slot, and nothing else; computing waits for the copy
+    before it reads the slot; the host waits for neither."""
+    from tests import card as stand_in
+
+    seen: list[tuple[str, int]] = []
+    record, wait, numbers = stand_in.Event.record, stand_in.Stream.wait_event, dict[int, int]()
+
+    def recorded_at(event: Any, stream: Any = None) -> None:
+        numbers[id(event)] = len(seen)
+        seen.append(("copied" if stream is not card._default else "computed", id(event)))
+        record(event, stream)
+
+    def waited(stream: Any, event: Any) -> None:
+        seen.append(("copy waits" if stream is not card._default else "computing waits", id(event)))
+        wait(stream, event)
+
+    with stand_in.rehearsal(monkeypatch, stand_in.Card()) as card:
+        model = tuned(base_of("llama", tmp_path), STREAMED, LoraSection(r=4))
+        step(model, 1)
+        held = inside(model)
+        assert held is not None
+        monkeypatch.setattr(stand_in.Event, "record", recorded_at)
+        monkeypatch.setattr(stand_in.Stream, "wait_event", waited)
+        card.calls.clear()
+        kept = []  # so that no event gets the identity of another
+        point = held.ring.copies._point
+        monkeypatch.setattr(held.ring.copies, "_point", lambda stream: (kept.append(point(stream)), kept[-1])[1])
+        for layer, ahead in ((0, 1), (1, 2), (2, 3), (3, None)):
+            held.use(layer, ahead)
+            held.release(layer)
+    names = [name for name, _ in seen]
+    assert names.count("copy waits") == names.count("copied") == names.count("computing waits") == 2
+    for at, (name, event) in enumerate(seen):
+        if name == "copy waits" and event in numbers:
+            assert names[numbers[event]] == "computed" and "computed" not in names[numbers[event] + 1 : at]
+        if name == "computing waits":
+            assert names[numbers[event]] == "copied"
+    assert any(name == "copy waits" and event in numbers for name, event in seen)
+    assert not card.calls["synchronize"] and not card.calls["Event.synchronize"]
 
 
 def test_behind_a_forward_pass_the_bottom_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,10 +5,10 @@
     python tools/bench/load.py --gigabytes 2 --repeats 5 --threads 2 --out tools/bench/results/load-cpu-2gb.json
 
 Each start is a process of its own, in turns: without a cache (`plain`), with an empty one (`first`: load, write,
-flush), with a full one (`second`). Before each, the files of base and cache are put out of the page cache, so that `disk` are
-bytes that came from the disk (/proc/self/io, read_bytes), `read` all that was asked for (rchar). Seconds are those of
-`load_base`: imports, some seconds for any start, are not in it. Peak is anonymous memory (RssAnon) over what the
-process had before. The machine's load average stands beside each figure. Linux.
+flush), with a full one (`second`). Before each, the files of base and cache are put out of the page cache, so that
+`disk` are bytes that came from the disk (/proc/self/io, read_bytes), `read` all that was asked for (rchar). Seconds are
+those of `load_base`: imports, some seconds for any start, are not in it. Peak is anonymous memory (RssAnon) over what
+the process had before. The machine's load average stands beside each figure. Linux.
 """
 
 from __future__ import annotations

@@ -42,15 +42,11 @@ YOUNG_SECONDS = 2.0
 
 @dataclass
 class Keeping:
-    """One start: `fill` from the cache, or else `keep` what was loaded from the original.
-
-    `filled`: the model is from the cache; `has_placed`: it has values from there, whether or not it has all.
-    """
+    """One start: `fill` from the cache (then it is `filled`), or else `keep` what was loaded from the original."""
 
     contents: Contents
     sink: Sink
     filled: bool = field(default=False, init=False)
-    has_placed: bool = field(default=False, init=False)
     _stamps: places.Stamps = field(default_factory=dict, init=False)
     _is_settled: bool = field(default=False, init=False)
 
@@ -83,6 +79,13 @@ class Keeping:
             self.filled = True
             return kept.record.identity
         return None
+
+    def kept(self, known: BaseIdentity) -> KeptBase | None:
+        """What is kept of the base that `known` is in full, None where there is nothing; none of it is read yet."""
+        if not self._wanted():
+            return None
+        self._stamps = base_watch.stamps_of(self.contents.base)
+        return next((kept for kept in self._found() if kept.record.identity.content == known.content), None)
 
     def check_room(self) -> None:
         """UserError where memory.cache = true asks for what the disk has no room for. Before weights are read."""
@@ -189,7 +192,6 @@ class Keeping:
             self.sink.emit(Progress("load", done, kept.bytes, "B"))
 
         for name, value in kept.values(homes, read):
-            self.has_placed = True
             place(name, value)
 
     def _set_aside(self, folder: Path, damage: Damaged) -> None:

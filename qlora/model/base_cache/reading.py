@@ -78,6 +78,8 @@ class KeptBase:
                 raise Damaged(f"{name} is in another form")
         for blob in record.blobs:
             parts = [(blob.full_name(piece), piece.part) for piece in blob.pieces]
+            if not parts:
+                raise Damaged(f"{blob.file} holds nothing")
             if len(set(parts)) != len(parts):
                 raise Damaged(f"{blob.file} holds a tensor twice")
 
@@ -86,12 +88,13 @@ class KeptBase:
         tables = [torch.tensor(values, dtype=torch.float32, device=homes.device) for values in self.record.tables]
         with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hashing:
             for blob in self.record.blobs:
-                found = self._read_blob(blob, _Reading(hashing, homes, read))
+                found = self.read_blob(blob, _Reading(hashing, homes, read))
                 yield from self._of_blob(blob, found, tables)
                 del found
             yield from self._plain(_Reading(hashing, homes, read))
 
-    def _read_blob(self, blob: BlobRecord, reading: _Reading) -> dict[tuple[str, str], Tensor]:
+    def read_blob(self, blob: BlobRecord, reading: _Reading) -> dict[tuple[str, str], Tensor]:
+        """The tensors of a layer by their names and parts, once all of its bytes were hashed. Raises Damaged."""
         found: dict[tuple[str, str], Tensor] = {}
         end = 0
         with reading.opened(self.folder / blob.file, blob.bytes):
@@ -136,6 +139,32 @@ class KeptBase:
         dtype, shape = self.contents.plain[name]
         if (found.dtype, tuple(found.shape)) != (dtype_name(dtype), shape):
             raise Damaged(f"{name} is {found.dtype} {list(found.shape)}, the model's is {dtype} {list(shape)}")
+
+
+class OneByOne:
+    """The 4-bit weights of a kept base by their names, for whoever goes over a model a tensor at a time.
+
+    The blob of a layer is read whole, checked, and held until a weight of another one is asked for.
+    """
+
+    def __init__(self, kept: KeptBase, device: torch.device) -> None:
+        self._kept, self._device = kept, device
+        self._blobs = {
+            blob.full_name(piece): blob for blob in kept.record.blobs for piece in blob.pieces if piece.part == "codes"
+        }
+        self._held: tuple[BlobRecord, dict[tuple[str, str], Tensor]] | None = None
+
+    def read(self, name: str) -> Quantized:
+        """One weight, on the device. Raises Damaged."""
+        record, blob = self._kept.record, self._blobs[name]
+        if self._held is None or self._held[0] is not blob:
+            self._held = None
+            with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hashing:
+                homes = Homes(lambda _: self._device, self._device)
+                found = self._kept.read_blob(blob, _Reading(hashing, homes, lambda _: None))
+            self._held = blob, found
+        tables = [torch.tensor(values, dtype=torch.float32, device=self._device) for values in record.tables]
+        return _quantized(name, record.four_bit[name], self._held[1], tables)
 
 
 def _quantized(name: str, kept: FourBit, found: Mapping[tuple[str, str], Tensor], tables: list[Tensor]) -> Quantized:
