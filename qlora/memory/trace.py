@@ -23,6 +23,7 @@ from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.tape import Tape
 from qlora.model.document_attention import varlen_backward
 from qlora.model.nf4 import product_4bit
+from qlora.step.kernels import operators
 
 aten = torch.ops.aten
 
@@ -164,7 +165,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor):
                 self.adopt(value, self._region or workspace or self._category(value))
-        scratch = SCRATCH.get(func) if self.target == "cuda" else None
+        scratch = (SCRATCH if self.target == "cuda" else SCRATCH_IN_TORCH).get(func)
         if scratch is not None:
             self._use_for_a_moment(scratch(self.sums, *args, **kwargs))
         return result
@@ -286,6 +287,18 @@ def _softmax_backward(_sums: Sums, grad: Tensor, *_rest: Any, **_settings: Any) 
     return (grad.nbytes,)
 
 
+def _losses_in_torch(
+    _sums: Sums, logits: Tensor, _targets: Tensor, _weights: Tensor, _factor: float, cap: float
+) -> tuple[int, ...]:
+    """step/kernels/operators.py: some rows in float32, once more in logsumexp, and what a cap's gradient is made of."""
+    copies = (logits.dtype != torch.float32) + (2 if cap else 1)
+    return (min(operators.ROWS, logits.shape[0]) * logits.shape[1] * 4,) * copies
+
+
+# As below, of our own operators in plain torch.
+SCRATCH_IN_TORCH: dict[Any, Callable[..., tuple[int, ...]]] = {
+    torch.ops.qlora.cross_entropy_.default: _losses_in_torch,
+}
 # Bytes that CUDA kernels allocate inside themselves, while their results exist already.
 SCRATCH: dict[Any, Callable[..., tuple[int, ...]]] = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qlora.memory.trace import LiveBytes
 from qlora.model import adapters, load, lora_functions
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step import head_loss
 from qlora.step.forward import CausalParts, forward_backward
 from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
@@ -40,6 +41,7 @@ def count_step(folder: Path, workload: Workload, lora: LoraSection) -> Counted:
     model = adapters.attach(loaded, lora, 0, functions=lora_functions.choose(lora))
     causal_lm = model.get_base_model()
     parts = CausalParts.of(causal_lm)
+    parts = replace(parts, loss_chunk=head_loss.chunk_of_run(causal_lm.config.vocab_size, torch.device("cpu")))
     set_gradient_checkpointing(causal_lm, workload.gradient_checkpointing, keep_random_state=False)
     optimizer = AdapterOptimizer(adapters.trainable(model), workload.optimizer, 0.0)
     batch = real_batch(workload, causal_lm.config.get_text_config().vocab_size)

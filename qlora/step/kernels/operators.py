@@ -37,7 +37,7 @@ _LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weight
 HALVES, NEIGHBOURS, NEIGHBOURS_BY_HALF = FORMS = (0, 1, 2)
 _NESTED = 256  # constants that share one of their own (bitsandbytes' double quantization)
 _VALUES = 64  # that share a constant
-_ROWS = 64  # of logits that are computed in float32 at a time, without a kernel
+ROWS = 64  # of logits that are computed in float32 at a time, without a kernel
 
 
 def gated(e: Tensor, g: Tensor) -> Tensor:
@@ -244,8 +244,8 @@ def _rope_qk_plainly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: int, 
 
 def _cross_entropy_plainly(logits: Tensor, targets: Tensor, weights: Tensor, factor: float, cap: float) -> Tensor:
     logprobs = torch.empty_like(weights)
-    for start in range(0, len(logits), _ROWS):
-        part = slice(start, start + _ROWS)
+    for start in range(0, len(logits), ROWS):
+        part = slice(start, start + ROWS)
         z = logits[part].float()
         z = z.mul_(factor) if factor != 1 else z
         z = z.div_(cap).tanh_().mul_(cap) if cap else z
