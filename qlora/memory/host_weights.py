@@ -22,18 +22,25 @@ class _There:
 
 
 class MetaStore:
-    """The blobs of a model's layers on meta; what they have is no memory of the device's."""
+    """The blobs of a model's layers on meta. Beside a GPU they are no memory of the device's; without one they are."""
 
     def __init__(self, live: LiveBytes) -> None:
         self._live = live
+        self._beside_card = live.target == "cuda"
+        self._blobs: list[Tensor] = []
         self.host_bytes = 0
 
     def moved(self, tensor: Tensor) -> Tensor:
+        if not self._beside_card:
+            return tensor
         with self._live.region(HOST):
             return torch.empty_like(tensor)
 
     def put(self, layer: int, weights: LayerWeights) -> None:
         self.host_bytes += weights.layout.nbytes
+        if not self._beside_card:
+            with self._live.region("weights"):
+                self._blobs.append(torch.empty(weights.layout.nbytes, dtype=torch.uint8, device="meta"))
 
     def settle(self, sink: Sink) -> None:
         pass

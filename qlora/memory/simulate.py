@@ -181,7 +181,7 @@ class _MetaModel:
                     streamed.ring.prepare()
                 self.host_bytes = of_model(model)
                 self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
-                on_host = set(map(id, tables(model)))
+                on_host = set(map(id, tables(model) if spec.target == "cuda" else ()))
                 for tensor in (*model.parameters(), *model.buffers()):
                     self.live.adopt(tensor, HOST if id(tensor) in on_host else "weights")
             with self.live.region("adapters"):

@@ -133,7 +133,10 @@ class Receiving:
         streamed = StreamedWeights(layers, self.store, self.device)
         streamed.put_into(self.model)
         held, slots = gib(streamed.total_bytes), gib(streamed.device_bytes)
-        sink.emit(Notice("memory", f"weights are streamed: {len(layers)} layers ({held}) through {slots}", len(layers)))
+        message = f"weights are streamed: {len(layers)} layers ({held}) through {slots}"
+        if not hardware.is_card(self.device):
+            message += "; without a GPU that is the same memory, and nothing is saved"
+        sink.emit(Notice("memory", message, len(layers)))
 
 
 def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | None = None) -> Receiving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_what_a_card_has_no_room_for_fits_streamed(name: str, vram: str, tmp_pat
     assert streamed.fits
     resident = api.question(api.recipe_or_model(str(folder), settings), vram=vram).estimate()
     assert not resident.fits
+
+
+def test_without_a_gpu_the_host_is_the_device() -> None:
+    """The blobs are in the same memory, and the two places come on top of them."""
+    kept = []
+    for place in (Place(), Place(True, True)):
+        made = simulator(place, num_hidden_layers=6)
+        made = Simulator(replace(made.spec, target="cpu"))
+        kept.append(made.run(Workload(1, 64)).kept["weights"])
+        blob = (made.drawn.host_bytes - 1024 * 256 * 2) / 6
+    assert kept[0] < kept[1] == pytest.approx(kept[0] + 2 * blob, rel=0.01)
 
 
 def test_other_stacks_stream_nothing(tmp_path: Path) -> None:

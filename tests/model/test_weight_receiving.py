@@ -16,6 +16,7 @@ from qlora.model.resolve import resolve
 from qlora.model.weight_receiving import Place, bytes_on_device, device_of, place_by_room
 from qlora.model.weight_streaming import inside
 from qlora.recipe.sections import LoraSection, MemorySection, QuantizationSection
+from qlora.step.layerwise import recomputable
 from tests.card import GIB, MIB, Card, rehearsal
 from tests.families import make_base
 
@@ -47,6 +48,8 @@ def test_no_more_than_a_layer_is_in_memory_twice(kind: str, tmp_path: Path, monk
         # A layer's matrices, its blob, its pieces as they are pinned; and what the trial of attention takes.
         assert layer <= 4 * held.layers[0].layout.nbytes + MIB / 2
         assert held.total_bytes == 12 * held.layers[0].layout.nbytes
+        matrices = [one for layer in recomputable(model) for name, one in layer.named_parameters() if "proj" in name]
+        assert len(matrices) == 12 * 7 and not any(matrix.numel() for matrix in matrices)
 
 
 def test_identity_and_form_are_those_of_a_resident_model(tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def test_memory_runs_out_while_weights_come(
         run_out(patch, at)
         recorder = train(recipe, *settings, "memory.stream_weights=true")
     (step,) = values(recorder, "recovered", "step")
-    assert resets[0] and "micro-batches of 1 instead of 2 rows" in values(recorder, "recovered", "message")[0]
+    assert resets == [True, True], "when memory had run out, and at the end"
+    assert "micro-batches of 1 instead of 2 rows" in values(recorder, "recovered", "message")[0]
     plain = write_recipe(tmp_path / "device", llama)
     with monkeypatch.context() as patch:
         fail_in_step(patch, max(step, 1))
