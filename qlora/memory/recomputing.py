@@ -59,7 +59,8 @@ def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: i
     # Of inputs on the host, the top layer's is none where all are recomputed: of the first `count` all are.
     an_input = recomputed.pinned // max(1, layers - 1)
     once -= an_input
-    for phase, more in zip(UP, (kept.first, once), strict=True):
+    # On the way up a model's own code holds what its first layer was given, wherever the layer's copy of it is.
+    for phase, more in zip(UP, (kept.first + an_input, once), strict=True):
         saved = count * (kept.each[phase] - recomputed.each[phase]) - more
         phases[phase] = _less(kept.phases[phase], saved)
     down = []
