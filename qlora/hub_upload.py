@@ -248,9 +248,8 @@ class ModelRepository:
     def _send(self, item: Outgoing, needed: _Actions, upload: _Action, say: Callable[[int], None]) -> None:
         parts, size = _parts(upload, item)
         in_parts = "chunk_size" in (upload.header or {})
-        given = (
-            None if in_parts else upload.header
-        )  # the headers of a "basic" upload; of several parts, their addresses
+        # Of a "basic" upload its headers; of several parts, what stands there are their addresses.
+        given = None if in_parts else upload.header
         etags = []
         for number, url in enumerate(parts):
             start = number * size
