@@ -112,8 +112,8 @@ def test_each_choice_has_its_reason() -> None:
     looked = search(ByHand(9.5))
     (found,) = looked.fitting()
     said = reasons(looked, found)
-    assert said[STORE.key] == "8.00 GiB are elsewhere; without it about 4.50 GiB would be missing"
-    assert said[MOVE.key] == "not needed: it fits without"
+    assert said[STORE.key] == "about 8.00 GiB wait on the host, without that 4.50 GiB would be missing"
+    assert said[MOVE.key] == "it fits without"
     assert set(said) == {"train.gradient_checkpointing", "train.micro_batch_size", MOVE.key, STORE.key}
     looked = search(ByHand(17))
     (found,) = looked.fitting()
