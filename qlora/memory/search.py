@@ -69,11 +69,12 @@ class Search:
             return [plain]
         found: list[Found] = []
         for candidate in sorted(self._candidates(first), key=lambda one: one.order):
-            if len(self.simulated) >= MOST_SIMULATIONS or len(found) >= most:
+            enough = len(found) >= most and min(map(_seconds_a_row, found)) <= candidate.seconds
+            if len(self.simulated) >= MOST_SIMULATIONS or enough:
                 break
             if (settled := self._settled(candidate)) is not None:
                 found.append(settled)
-        return found
+        return sorted(found, key=_seconds_a_row)[:most]
 
     def smallest(self) -> Found:
         """Everything done to need little: what is told where nothing fits."""
@@ -153,17 +154,25 @@ class Lines:
         times = rows if self.two is not None else 1
         a_row = max(0, self.two.needed_bytes - self.every.needed_bytes) if self.two is not None else 0
         savings = [self.saving(lever, times) for lever in levers]
-        every = self.every.needed_bytes + (times - 1) * a_row - sum(one.nbytes for one in savings)
-        kept = times * max(0, self.none.needed_bytes - self.every.needed_bytes)
-        missing = every + kept - self.every.limit_bytes
-        whole = any(lever.whole for lever in levers)
-        needed = -(-missing * self.layers // max(1, kept)) if missing > 0 else 0
-        count = self.layers if whole or not self.divides else min(self.layers, needed)
-        if every + (kept * (self.layers - count) // self.layers) > self.every.limit_bytes:
+        room = self.every.limit_bytes - self.every.needed_bytes - (times - 1) * a_row
+        room += sum(one.nbytes for one in savings)
+        if room < 0:
             return None
+        count = self.layers
+        if self.divides and not any(lever.whole for lever in levers):
+            gaps, kept = self._kept(times)
+            if gaps <= room:  # what is left over is for layers that keep what they compute
+                count = max(0, self.layers - (room - gaps) * self.layers // max(1, kept))
         if count == 0 and any(lever.key == OFFLOAD for lever in levers):
             return None  # nothing waits for the backward pass but what it needs at once
         return _Candidate(rows, tuple(levers), count, self._seconds(times, count, savings) / rows)
+
+    def _kept(self, rows: int) -> tuple[int, int]:
+        """What keeping takes: gaps between blocks, which one layer is enough for, and what all layers keep."""
+        gaps = self.none.terms.get("fragmentation", 0) - self.every.terms.get("fragmentation", 0)
+        both = max(0, self.none.needed_bytes - self.every.needed_bytes)
+        gaps = min(both, max(0, gaps))
+        return rows * gaps, rows * (both - gaps)
 
     def saving(self, lever: Lever, rows: int) -> Saving:
         known = self.every.savings.get(lever.key, Saving(0, False))
@@ -183,6 +192,11 @@ class Lines:
         up = seconds / (3 + count / self.layers)  # a third of a step is the forward pass, and recomputing one more
         waits = [max(0.0, sum(one.beside[way] for one in savings) - part) for way, part in ((0, up), (1, seconds - up))]
         return seconds + sum(waits) + sum(one.alone for one in savings)
+
+
+def _seconds_a_row(found: Found) -> float:
+    """As predicted; without a card to predict it of, whatever was found first."""
+    return _seconds(found.estimate, 0.0) / float(found.estimate.settings[ROWS])
 
 
 _WITHOUT = (_PLAIN_SECONDS, _RECOMPUTED_SECONDS)
@@ -207,13 +221,13 @@ def reasons(search: Search, found: Found) -> dict[str, str]:
             said[ROWS] += f"; one row with every layer recomputed {_speed(lines.every)}"
     for lever in search.open_levers:
         if value_of(recipe, lever.key) != lever.on:
-            said[lever.key] = "not needed: it fits without" if estimate.fits else "it saves nothing here"
+            said[lever.key] = "it fits without" if estimate.fits else "it saves nothing here"
             continue
         rows = int(estimate.settings[ROWS]) if lines is not None and lines.two is not None else 1
         saving = lines.saving(lever, rows) if lines is not None else Saving(0, False)
-        over = saving.nbytes - left
-        why = f"{gib(over)} would be missing" if over > 0 else "more would be computed twice, or fewer rows at once"
-        said[lever.key] = f"{gib(saving.nbytes)} are elsewhere; without it about {why}"
+        over, moved = saving.nbytes - left, f"about {gib(saving.nbytes)} wait on the host"
+        why = f"without that {gib(over)} would be missing" if over > 0 else "which makes room for speed"
+        said[lever.key] = f"{moved}, {why}" if estimate.fits else f"{moved}, and still it does not fit"
     return said
 
 

@@ -37,7 +37,7 @@ PARTS = (
     Part("base", "█", "blue", ("weights",)),
     Part("driver, gaps", "▒", "bright_black", ("context", "workspace")),
     Part("trained", "▓", "magenta", ("adapters", "gradients", "optimizer")),
-    Part("kept for the way back", "░", "green", ("activations",)),
+    Part("kept", "░", "green", ("activations",)),
     Part("logits", "+", "red", ("logits",)),
 )
 
@@ -155,7 +155,7 @@ def _table(explained: Mapping[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     for _ in range(len(PARTS) + 1):
         table.add_column(justify="right", no_wrap=True)
-    heads = ("GiB", *(part.name.partition(",")[0].partition(" for")[0] for part in PARTS), "all")
+    heads = ("GiB", *(part.name.partition(",")[0] for part in PARTS), "all")
     table.add_row(*(Text(head, style="dim") for head in heads))
     moments, peak = explained["moments"], explained["moments"][explained["peak_at"]]
     for _, several in groupby(moments, key=lambda moment: moment["phase"]):

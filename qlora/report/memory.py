@@ -12,6 +12,7 @@ from rich.text import Text
 from qlora.units import gib
 
 BAR_WIDTH = 24
+LEAST_SHOWN = 0.01  # of a step's time
 FULL, EIGHTHS = "█", " ▏▎▍▌▋▊▉"
 MEANINGS = {
     "weights": "the frozen base",
@@ -79,8 +80,8 @@ def speed_line(estimate: Mapping[str, Any]) -> str:
     line = f"{speed:,.0f} tokens/s predicted on such a card; arithmetic alone would allow {ideal:,.0f}"
     parts = estimate["speed"] or {"seconds": {}, "host_bound": False}
     waits = parts["seconds"].get("of_it_waiting_for_copies", 0)
-    if waits:
-        everything = sum(value for name, value in parts["seconds"].items() if not name.startswith("of_it"))
+    everything = sum(value for name, value in parts["seconds"].items() if not name.startswith("of_it"))
+    if waits > LEAST_SHOWN * everything:
         line += f"; {waits / everything:.0%} of the time waits for copies over PCIe"
     return line + ("; starting its kernels takes longer than running them" if parts["host_bound"] else "")
 

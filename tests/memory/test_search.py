@@ -98,8 +98,8 @@ def test_what_fits_as_it_is_is_asked_once() -> None:
 @pytest.mark.parametrize("limit_gib", [60, 30, 17, 11, 10, 9.5, 4, 2.0, 1.5])
 def test_no_search_simulates_more_than_nine_times(limit_gib: float) -> None:
     """A part of the layers is put together from none and all of them: it is not simulated."""
-    by_hand = ByHand(limit_gib, wrong_gib=0.4)
-    search(by_hand).fitting(3)
+    by_hand = ByHand(limit_gib, wrong_gib=20 if limit_gib == 9.5 else 0.4)  # 20: nothing that was guessed to fit does
+    search(by_hand, rows=16).fitting(3)
     parts = ((rows, *levers, part) for rows, count, *levers in by_hand.asked for part in _simulated(count))
     assert len(set(parts)) <= MOST_SIMULATIONS + 1  # the last one tried may ask for both
 
@@ -112,8 +112,8 @@ def test_each_choice_has_its_reason() -> None:
     looked = search(ByHand(9.5))
     (found,) = looked.fitting()
     said = reasons(looked, found)
-    assert said[STORE.key] == "8.00 GiB are elsewhere; without it about 4.50 GiB would be missing"
-    assert said[MOVE.key] == "not needed: it fits without"
+    assert said[STORE.key] == "about 8.00 GiB wait on the host, without that 4.50 GiB would be missing"
+    assert said[MOVE.key] == "it fits without"
     assert set(said) == {"train.gradient_checkpointing", "train.micro_batch_size", MOVE.key, STORE.key}
     looked = search(ByHand(17))
     (found,) = looked.fitting()

@@ -16,6 +16,7 @@ from qlora.memory.simulation import ModelSpec, Workload
 from qlora.model import lora_functions
 from qlora.model.meta_model import text_config
 from qlora.model.tensors import load_json
+from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step import offload
 from tests.families import make_base, make_config
@@ -229,6 +230,22 @@ def test_inputs_on_the_host_are_no_device_memory(layers: int, monkeypatch: pytes
                 assert difference >= saved * an_input, (whole, phase)
             else:
                 assert difference <= 0, phase
+
+
+# GiB of tensors of the same with layers and embedding on the host too: what it takes. Wanted are 2.0, 2.5 and 4.5
+# (issue 16); at 32,768 the peak is the way down: one layer computed again, in tiles.
+GIB_OF_STREAMED_8B = {2048: 2.09, 8192: 2.68, 32768: 5.45}
+
+
+@pytest.mark.parametrize("tokens", GIB_OF_STREAMED_8B)
+def test_8b_with_everything_on_the_host_that_may_be(tokens: int) -> None:
+    text = LlamaConfig(**{**LLAMA_8B, "vocab_size": 128256}, num_hidden_layers=32, tie_word_embeddings=False)
+    functions, place = lora_functions.IN_TRITON, Place(streams=True, host_embedding=True)
+    spec = ModelSpec(
+        text, "8B", LoraSection(), QuantizationSection(), kernel="varlen", functions=functions, place=place
+    )
+    found = Simulator(spec).run(Workload(1, tokens, offloads=True)).worst.total / 2**30
+    assert GIB_OF_STREAMED_8B[tokens] - 0.3 <= found <= GIB_OF_STREAMED_8B[tokens]
 
 
 # GiB of tensors of Llama-3.1-8B, rank 16, one row, on a card with Triton and varlen attention.
