@@ -35,6 +35,7 @@ class Numerics(foreign_json.ForeignModel):
     functions: _Text | None = None  # who computes a linear layer with its adapter
     kernels: _Text | None = None  # who multiplies: on the CPU in fp32 or bf16
     compiled: bool | None = None  # layers go through torch's compiler
+    dtype: _Text | None = None  # in which 16 bits layers compute: bf16 or fp16
 
 
 # What a field is called in a message.
@@ -48,6 +49,7 @@ _WORDS = {
     "functions": "linear layers",
     "kernels": "products",
     "compiled": "compiled layers",
+    "dtype": "model.dtype",
 }
 _OF_RUN: ContextVar[Numerics | None] = ContextVar("qlora_numerics", default=None)
 

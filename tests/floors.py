@@ -82,6 +82,7 @@ FLOORS = {
     "recipe_file": 4,
     "new_recipe": 7,
     "numerics": 1,
+    "loss_scale": 1,
     "flat": 1,
     "": 9,  # qlora/__init__.py: the public face, above all; nothing in the house imports it
 }
@@ -93,7 +94,7 @@ LINES = {
         *("files", "foreign_json", "foreign_toml", "foreign_yaml", "manifest", "lock", "child_process", "cores"),
         *("processes", "torch_build", "wsl", "windows_paths", "heap", "third_party", "nvidia", "device"),
         "random_state",
-        *("flat", "numerics", "recipe_values", "document_keys", "batch", "forward_facts"),
+        *("flat", "numerics", "loss_scale", "recipe_values", "document_keys", "batch", "forward_facts"),
         *("notebook", "ask", "evaluate", "hub", "outgoing", "hub_calls", "hub_upload", "examine", "hours", "look"),
         "look_study",
         *("checked", "export_source", "pushing", "api", "new_recipe", "prove"),
@@ -195,7 +196,16 @@ LINES = {
             "identity",
         ),
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
-        *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
+        *(
+            "adapter_notes",
+            "adapter_folder",
+            "adapter_seal",
+            "delivered_loss",
+            "base_watch",
+            "resolve",
+            "nf4",
+            "precision",
+        ),
         *("cpu_matmul", "document_mask", "document_attention", "attention", "attention_choice", "reclassed"),
         *("linear_use", "meta_model", "head_scaling", "packing_table", "tracing"),
         *(

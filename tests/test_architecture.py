@@ -114,7 +114,7 @@ FOREIGN = [
     *("model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),
     *("model/lora_structure.py", "model/lora_structure.py"),
     *("model/meta_model.py", "model/meta_model.py", "model/mixtures.py", "model/mixtures.py", "model/nf4.py"),
-    "model/rms_norms.py",
+    *("model/precision.py", "model/rms_norms.py"),
     *("model/tokenizer.py", "model/weight_names.py", "prove/suite.py"),
     *("report/sinks.py", "report/trackers.py", "step/kernels/trial.py", "training/memory_plan.py"),
 ]

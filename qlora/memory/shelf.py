@@ -71,7 +71,8 @@ class Shelf:
         """A hash of all that a simulation follows from; `sizes` are the models that are drawn."""
         config = {name: value for name, value in spec.text.to_dict().items() if name != "_name_or_path"}
         made_of = (spec.lora.model_dump_json(), spec.quantization.model_dump_json(), repr(spec.baseline))
-        settings = (spec.attention, spec.target, str(spec.kernel), str(spec.functions), str(sizes), repr(workload))
+        asked = (spec.kernel, spec.functions, spec.dtype, sizes)
+        settings = (spec.attention, spec.target, *map(str, asked), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
         return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from qlora.memory import tape
 from qlora.memory.asking import Asks
 from qlora.memory.baselines import BASELINES, Baseline
@@ -29,6 +31,11 @@ class ModelSpec:
     baseline: Baseline = BASELINES["qlora"]
     kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
     functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
+    dtype: torch.dtype = torch.bfloat16  # in which our own step computes (`precision`)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        return self.dtype if self.dtype == torch.float16 else self.baseline.adapter_dtype
 
     @property
     def layers(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
-from qlora.model import attention_choice, linear_use
+from qlora.model import attention_choice, linear_use, precision
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
 from qlora.model.identity import WeightReader
@@ -40,9 +40,15 @@ if TYPE_CHECKING:
 
 
 def load_base(
-    base: BaseFolder, quantization: QuantizationSection, attention: str, device: torch.device, sink: Sink
+    base: BaseFolder,
+    quantization: QuantizationSection,
+    attention: str,
+    device: torch.device,
+    sink: Sink,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> PreTrainedModel:
-    """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says.
+    """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says, computing in
+    `dtype`.
 
     Its `base_identity` is which base it was. Peak memory above what is resident: the model's final form, two blocks of
     rows, and scratch. Raises ModelError, for values that are not finite too.
@@ -59,7 +65,7 @@ def load_base(
                 swap_linear(model, name, linear, quantization)
     _report(meta_model, base, quantization, sink)
     reader = WeightReader(base.config, base.tensors)
-    _stream(meta_model, reader, base, device, sink)
+    _stream(meta_model, reader, (base, dtype), device, sink)
     model.tie_weights()
     freeze(model, device)
     lost = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -69,7 +75,10 @@ def load_base(
     model.config.name_or_path = base.name
     model.name_or_path = base.name
     model.base_identity = reader.identity()
+    precision.settle(model, dtype)
     attention_choice.settle(model.eval(), attention, device, sink)
+    if dtype == torch.float16:
+        precision.try_out(model, base.name, device, sink)
     return model  # type: ignore[no-any-return]
 
 
@@ -100,9 +109,15 @@ def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiza
     return layer
 
 
-def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, device: torch.device, sink: Sink) -> None:
+def _stream(
+    meta_model: MetaModel,
+    reader: WeightReader,
+    source_and_dtype: tuple[BaseFolder, torch.dtype],
+    device: torch.device,
+    sink: Sink,
+) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
-    model = meta_model.model
+    model, (base, computes) = meta_model.model, source_and_dtype
     fp32 = tuple(model._keep_in_fp32_modules_strict or ())
     entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
     total, done = total_bytes(entries.values()), 0
@@ -116,9 +131,9 @@ def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, devic
             module._buffers[leaf] = _read_as(reader, source, module._buffers[leaf].dtype, device)
         elif is_stored_4bit(base, source):  # the head, stored in 4 bit
             stored = _in_4bit(reader, base, source, tuple(module._parameters[leaf].shape), device)
-            module._parameters[leaf] = nn.Parameter(dequantize(stored, torch.bfloat16), requires_grad=False)
+            module._parameters[leaf] = nn.Parameter(dequantize(stored, computes), requires_grad=False)
         else:
-            dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
+            dtype = torch.float32 if any(part in name for part in fp32) else precision.kept_in(module, computes)
             module._parameters[leaf] = nn.Parameter(_read_as(reader, source, dtype, device), requires_grad=False)
         done += entries[name].nbytes
         sink.emit(Progress("load", done, total, "B"))

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from qlora import determinism
+from qlora import determinism, loss_scale
 from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
 from qlora.data.layout import Layout
@@ -99,7 +99,7 @@ class Training:
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.spills = SpillWatch(job.device, job.sink)
-        self.completed = RunState()  # the last state that may be saved
+        self.completed = RunState(loss_scale=loss_scale.of_new_run())  # the last state that may be saved
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
@@ -218,6 +218,7 @@ class Training:
         if state.step + 1 < self.batches.steps:  # a GPU is still at this one
             following = tuple(self.batches.order.packs_of_step(state.step + 1))
             self.ahead.prepare((following, self.recovery.settings.micro_batch_size))
+        self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
         mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
@@ -225,6 +226,10 @@ class Training:
         progress = schedule.progress_of(state.step, self.batches.steps, state.seconds, self.train)
         rate = schedule.learning_rate(progress, self.train)
         is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if math.isfinite(loss_value) and not is_finite and (smaller := loss_scale.halved(state.loss_scale)):
+            self.optimizer.zero_gradients()
+            self.sink.emit(Recovered(state.step + 1, smaller.why))
+            return self.step(replace(state, loss_scale=smaller))
         if is_finite:
             self.optimizer.clip(norm, self.train.max_grad_norm)
             self.recovery.run_once(lambda: self.optimizer.step(rate))
@@ -260,7 +265,7 @@ class Training:
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         """Forward and backward of each micro-batch; each one's summed loss, still on the device."""
-        work = partial(self._micro_steps, state, batches, step_weight)
+        work = partial(self._micro_steps, state, batches, step_weight / loss_scale.factor_of(state.loss_scale))
         return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
 
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
