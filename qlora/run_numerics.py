@@ -23,7 +23,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     Where something can be chosen, what was recorded is chosen again if it exists here: those are the fields that this
     function takes from `recorded`. All else is as it is.
     """
-    from qlora.model import lora_functions, precision
+    from qlora.model import compiled, lora_functions, precision
     from qlora.model.attention import name_of
     from qlora.model.attention_choice import choose
     from qlora.model.meta_model import choose_attention, text_config
@@ -41,7 +41,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         attention=named if kernel is None else name_of(kernel),
         head_chunk=(recorded.head_chunk if recorded else None) or chunk,
         functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
-        compiled=False,
+        compiled=compiled.choose(recipe.model.compile, device, recorded),
         dtype=precision.choose(recipe.model.dtype, device, recorded),
     )
 

@@ -8,7 +8,7 @@ what changes is the order of the sums, as it does from one processor to the next
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,8 @@ _PRODUCTS = {
     *(_ATEN.linear.default, _ATEN.matmul.default),
     *(_ATTENTION, _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default),
 }
+
+_ANSWERS: dict[str, bool] = {}
 
 
 @contextmanager
@@ -47,12 +49,19 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 
 def has_bf16_products() -> bool:
     """Whether torch has fast bf16 kernels for this processor (by oneDNN's own check: AVX512 on x86, bf16 on arm64)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _answer("bf16", torch.ops.mkldnn._is_mkldnn_bf16_supported)
 
 
 def has_fp16_products() -> bool:
     """The same of fp16 (AVX512-FP16 or AMX-FP16 on x86, fp16 on arm64)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return _answer("fp16", torch.ops.mkldnn._is_mkldnn_fp16_supported)
+
+
+def _answer(name: str, ask: Callable[[], Any]) -> bool:
+    """Asked once: torch's compiler follows a look into a dict, and no question to oneDNN."""
+    if name not in _ANSWERS:
+        _ANSWERS[name] = bool(ask())
+    return _ANSWERS[name]
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:

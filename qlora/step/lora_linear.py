@@ -74,7 +74,9 @@ def _rows(inputs: Tensor) -> Tensor:
 
 class _SharedInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], dtype: torch.dtype, *flat: Tensor) -> Any:
+    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], dtype: torch.dtype, A: Tensor, *rest: Tensor) -> Any:
+        # With `*flat` alone there are as many names as one layer has arguments: torch's compiler (2.13) then drops ctx.
+        flat = (A, *rest)
         group = _Group(layers, flat, dtype)
         outputs, lows = group.outputs(x_ND.to(dtype), x_ND.dtype)
         ctx.save_for_backward(x_ND, *lows, *flat)

@@ -24,7 +24,7 @@ from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
 from qlora.memory.spilling import SpillWatch
-from qlora.model import adapters, attention
+from qlora.model import adapters, attention, compiled
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
@@ -104,7 +104,7 @@ class Training:
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.on(job.device))
+        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.of_run(job.device))
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -173,19 +173,23 @@ class Training:
         if self.is_finished(state):
             return
 
-        def work() -> None:
+        def step() -> None:
             micro = self.recovery.settings.micro_batch_size
-            batch = self.batches.longest(micro)
             # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
-            self._gather_gradient(state, [batch] * min(2, math.ceil(self.batches.batch_size / micro)), 1.0)
+            batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
+            self._gather_gradient(state, batches, 1.0)
             self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
             self.optimizer.step(0.0)
+
+        def work() -> None:
+            step()
             if self.evaluation is not None:
                 self.evaluation.try_longest()
 
-        attempt = partial(selfcheck.restoring_state, self.optimizer, self.job.device, work)
+        restoring = partial(selfcheck.restoring_state, self.optimizer, self.job.device)
         with self.job.clock.phase("checks", "dry run"):
-            self.recovery.run(state.step, attempt, self.optimizer.zero_gradients)
+            self.recovery.run(state.step, partial(restoring, work), self.optimizer.zero_gradients)
+            restoring(partial(compiled.settle, self.causal_lm, step, self.batches.layout.width, self.sink))
 
     def evaluate_baseline(self, state: RunState) -> RunState:
         """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
