@@ -65,6 +65,7 @@ NOT_REHEARSED = {
         "CUDA's own kernels pass no trial on a CPU; tests/model/test_attention_choice.py",
     ),
     "model/attention_choice.py::passing: yield kernel": "nor here",
+    "model/compiled.py::choose: return None": "there is no Triton beside a CPU's torch; tests/model/test_compiled.py",
     "model/lora_functions.py::_now: return None": "this run drops, which is peft's; tests/model/test_lora_functions.py",
 }
 # Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.
