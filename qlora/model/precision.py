@@ -20,6 +20,7 @@ from qlora.errors import HardwareError, ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.loss_scale import FP16
 from qlora.model.adapter_folder import dtype_of
+from qlora.model.weight_streaming import inside
 from qlora.numerics import Numerics
 
 BF16 = "bf16"
@@ -69,35 +70,68 @@ def kept_in(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and _is_norm(module) else dtype
 
 
+def placed(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A value as it is kept, of which a base and the cache of bases know bf16. Raises ModelError over fp16's range."""
+    wanted = kept_in(module, dtype)
+    if value.dtype != torch.bfloat16 or wanted == torch.bfloat16:
+        return value
+    cast = value.to(wanted)
+    if not cast.is_meta and not bool(torch.isfinite(cast).all()):
+        what = f"{type(module).__name__}.{name} holds numbers over the range of fp16 (65,504)"
+        raise ModelError(what, USE_BF16)
+    return cast
+
+
 def settle(model: Any, dtype: torch.dtype) -> None:
     """Has a loaded model, on whatever device, compute in `dtype`. bf16 is how it is built."""
     if dtype != torch.float16:
         return
-    inside: set[nn.Module] = set()
+    within: set[nn.Module] = set()
     layers = {id(one) for module in model.modules() if isinstance(module, nn.ModuleList) for one in module}
+    streamed = {id(one) for one in _in_layers(model)} if inside(model) is not None else set()
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in module._parameters.items() if id(module) not in streamed else ():
             if parameter is not None and parameter.is_floating_point():
-                _cast(module, name, kept_in(module, dtype))
+                _cast(module, name, dtype)
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = module.quant_state.dtype = dtype
         is_whole = module is model or module is model.base_model or id(module) in layers
         if not is_whole and any(isinstance(child, nn.Linear) for child in module.children()):
             module.register_forward_pre_hook(_into_fp16, with_kwargs=True)
-            inside.update(module.modules())
+            within.update(module.modules())
     for module in model.modules():
         if _is_norm(module):
             module.register_forward_pre_hook(_into_fp32)
-            if module in inside:
+            if module in within:
                 module.register_forward_hook(_out_in_fp16)
     model.get_input_embeddings().register_forward_hook(_out_in_fp32)
-    model.get_output_embeddings().register_forward_pre_hook(_into_fp16, with_kwargs=True)
+    _hand_to_head(model)
     model.tie_weights()
     model.config.dtype = dtype
 
 
+def _in_layers(model: Any) -> list[nn.Module]:
+    """Modules of the layers, whose weights come and go as they were received (`placed`)."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [module for layers in lists for layer in layers for module in layer.modules()]
+
+
+def _hand_to_head(model: Any) -> None:
+    """fp16 to the head: from the norm behind the layers, so that nobody watches the head, which `step/head_loss` needs
+    as it is; where there is no such norm, at the head."""
+    children = list(model.base_model.children())
+    last = max((place for place, one in enumerate(children) if isinstance(one, nn.ModuleList)), default=len(children))
+    norms = [one for one in children[last:] if _is_norm(one)]
+    for norm in norms:
+        norm.register_forward_hook(_out_in_fp16)
+    if not norms:
+        model.get_output_embeddings().register_forward_pre_hook(_into_fp16, with_kwargs=True)
+
+
 def try_out(model: Any, name: str, device: torch.device, sink: Sink) -> None:
-    """One short forward pass of a loaded model that computes in fp16. Raises ModelError where it can't."""
+    """One short forward pass of a loaded model, if it computes in fp16. Raises ModelError where it can't."""
+    if model.config.dtype != torch.float16:
+        return
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids_BS = (torch.arange(_TRIAL_TOKENS, device=device) * 7 % vocabulary)[None]
     with foreign_failures() as failure, torch.no_grad():
@@ -124,13 +158,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
     parameter: Any = module._parameters[name]
-    if parameter.dtype == dtype or parameter.dtype == torch.float32:  # as it is kept in any model
-        return
-    cast = parameter.detach().to(dtype)
-    if not cast.is_meta and not bool(torch.isfinite(cast).all()):
-        what = f"{type(module).__name__}.{name} holds numbers over the range of fp16 (65,504)"
-        raise ModelError(what, USE_BF16)
-    module._parameters[name] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
+    cast = placed(module, name, parameter.detach(), dtype)
+    if cast.dtype != parameter.dtype:
+        module._parameters[name] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def loaded(folder: Path, recorder: Recorder | None = None, kind: str = "nf4") -> Any:
     base, section = resolve(str(folder), "main", Recorder()), QuantizationSection(type=kind)  # type: ignore[arg-type]
-    return load_base(base, section, "auto", CPU, recorder or Recorder(), torch.float16)
+    return load_base(base, section, "auto", CPU, recorder or Recorder(), dtype=torch.float16)
 
 
 def test_the_stream_is_in_fp32_and_layers_are_in_fp16(llama: Path) -> None:

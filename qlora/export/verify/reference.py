@@ -122,8 +122,11 @@ def trained_reference(
     import_bitsandbytes()
     release(source.device)  # a run's model may still be held by what refers to itself
     dtype = precision.of_saved(source.adapter.folder, source.device)
-    model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink, dtype)
+    how = (source.origin.quantization, "auto", source.device, sink, source.cache)
+    model = load.load_base(source.base, *how, dtype=dtype)
     base_check.refuse_another(source, model.base_identity)
+    if model.base_was_kept:  # a merge reads the base's own files, of which samples alone were looked at
+        base_check.read_through(source, sink)
     reference = TrainedReference(source, chat, model.base_identity)
     model = adapters.open_saved(model, source.adapter.folder)
     if imatrix and rows is not None:  # from its training rows; from evaluation rows where these are all there are
