@@ -47,6 +47,8 @@ class Cuda:
 accelerator: Any = Cuda()
 
 
+# Compute capability from which bitsandbytes has kernels for 4 bit (its installation guide, 0.50): GTX 10, P100.
+OLDEST = (6, 0)
 FINDS_NONE = "it finds none"  # what `trouble` says where torch says nothing itself
 # More than this in a context is no context: some other program took it meanwhile (150 to 500 MiB are known).
 MOST_CONTEXT_BYTES = 1 << 30
@@ -94,6 +96,11 @@ def computes_bf16(device: torch.device) -> bool:
     return not is_card(device) or bool(accelerator.is_bf16_supported(including_emulation=False))
 
 
+def trains(device: torch.device) -> bool:
+    """Whether layers can compute there in 16 bits: in bf16, or in fp16 where 4 bit has kernels."""
+    return computes_bf16(device) or capability(device) >= OLDEST
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a GPU, such as (8, 9). AMD's have none: they answer (0, 0).
 
@@ -113,8 +120,8 @@ def has_started() -> bool:
 
 
 def card() -> Card | None:
-    """The GPU that a run would use; None where there is none, or none with bf16."""
-    if not (accelerator.is_available() and accelerator.is_bf16_supported(including_emulation=False)):
+    """The GPU that a run would use; None where there is none, or one that is too old to train."""
+    if not (accelerator.is_available() and trains(current())):
         return None
     free, total = _memory(current())
     return Card(accelerator.get_device_name(), usable(free), total, capability(current()))

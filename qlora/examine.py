@@ -332,7 +332,7 @@ def _llama() -> Any:
 @contextmanager
 def _merged(run: _Run, folder: Path) -> Iterator[Callable[[Sequence[str], int], list[str]]]:
     """A merged folder's answers; it is loaded at the first question. Raises ExportError for another model's."""
-    from qlora.model import emptied, load
+    from qlora.model import emptied, load, precision
     from qlora.model.resolve import resolve
     from qlora.recipe.sections import QuantizationSection
     from qlora.study.teacher import Teacher
@@ -347,7 +347,8 @@ def _merged(run: _Run, folder: Path) -> Iterator[Callable[[Sequence[str], int], 
     def answer(texts: Sequence[str], max_new_tokens: int) -> list[str]:
         if not loaded:
             device, whole = pick_device(), QuantizationSection(type="none")
-            model = load.load_base(merged, whole, run.recipe.model.attention, device, run.sink)
+            dtype = precision.of_device(device)
+            model = load.load_base(merged, whole, run.recipe.model.attention, device, run.sink, dtype=dtype)
             loaded.append(Teacher(model, run.chat, device, run.sink, run.stop))
         teacher = loaded[0]
         return [teacher.text(written) for written in teacher.greedy(run.frame, texts, max_new_tokens)]

@@ -37,6 +37,7 @@ class Numerics(foreign_json.ForeignModel):
     kernels: _Text | None = None  # who multiplies: on the CPU in fp32 or bf16
     mlp_tile: _Count | None = None  # rows of an MLP's tile, where rows are long: gradients are summed tile by tile
     compiled: bool | None = None  # layers go through torch's compiler
+    dtype: _Text | None = None  # in which 16 bits layers compute: bf16 or fp16
 
 
 # What a field is called in a message.
@@ -52,6 +53,7 @@ _WORDS = {
     "kernels": "products",
     "mlp_tile": "rows a tile of an MLP",
     "compiled": "compiled layers",
+    "dtype": "model.dtype",
 }
 _OF_RUN: ContextVar[Numerics | None] = ContextVar("qlora_numerics", default=None)
 

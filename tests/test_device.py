@@ -33,8 +33,9 @@ def test_torchs_own_gpu_computes_where_there_is_one(is_there: bool, used: str, m
 
 
 @pytest.mark.parametrize(("is_there", "has_bf16"), [(False, False), (True, False), (True, True)])
-def test_a_card_needs_bf16_that_is_not_emulated(
-    is_there: bool, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("capability", [(5, 2), (7, 5)])
+def test_a_card_needs_bf16_that_is_not_emulated_or_kernels_of_4_bit(
+    is_there: bool, has_bf16: bool, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_bf16_supported(including_emulation: bool = True) -> bool:
         return has_bf16 or including_emulation  # as torch answers for older cards
@@ -44,9 +45,10 @@ def test_a_card_needs_bf16_that_is_not_emulated(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (5, 8))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(is_integrated=0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "RTX 3070")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert device.card() == (Card("RTX 3070", 5, 8, (8, 6)) if is_there and has_bf16 else None)
+    able = is_there and (has_bf16 or capability >= device.OLDEST)
+    assert device.card() == (Card("RTX 3070", 5, 8, capability) if able else None)
     assert device.computes_bf16(CUDA) is has_bf16
 
 

@@ -67,6 +67,7 @@ NOT_REHEARSED = {
         "CUDA's own kernels pass no trial on a CPU; tests/model/test_attention_choice.py",
     ),
     "model/attention_choice.py::passing: yield kernel": "nor here",
+    "model/compiled.py::choose: return None": "there is no Triton beside a CPU's torch; tests/model/test_compiled.py",
     "model/weight_stores.py::DiskStore": "weights from files; tests/model/test_weight_stores.py",
     "model/weight_stores.py::HostStore.settle": "where the system pins no more; tests/model/test_weight_stores.py",
     "step/offload.py::Pool.said": "no input of this model takes 2 MiB; tests/training/test_offloaded_run.py",
@@ -107,8 +108,8 @@ def rehearse(recipe: Path, short: Path, card: Card) -> list[Recorder]:
     with pytest.raises(StoppedBySignal):
         api.train(load_recipe(recipe, SETTINGS), name=recipe.stem, sink=sinks, stop=stop)
     card.limit = card.total
-    card.capability = (7, 5)
-    with pytest.raises(HardwareError, match="bf16"):
+    card.capability = (5, 2)
+    with pytest.raises(HardwareError, match="older than"):
         setup.pick_device()
     card.capability = (8, 6)
     return [first, train(recipe, *SETTINGS, mode="resume")]

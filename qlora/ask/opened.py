@@ -190,10 +190,11 @@ def tuned_model(
 ) -> Any:
     """The base as `origin` says that training held it, with the adapter in `folder` on it. `settings`: how it attends,
     and where it lies. Raises ExportError where it is another base than was trained on."""
-    from qlora.model import adapters, identity, load
+    from qlora.model import adapters, identity, load, precision
 
     attention, device = settings
-    model: Any = load.load_base(base, origin.quantization, attention, device, sink)
+    how = (origin.quantization, attention, device, sink)
+    model: Any = load.load_base(base, *how, dtype=precision.of_saved(folder, device))
     another = identity.another_base(
         origin.identity, model.base_identity, origin.fingerprint or base.fingerprint, base.fingerprint
     )
@@ -235,7 +236,7 @@ def chat_of_adapter(folder: Path, recipe: Recipe | None, base: Callable[[], Base
 
 def _open_whole(source: Named, how: HowToOpen, device: torch.device, sink: Sink) -> TorchModel:
     from qlora.data.chat import ChatTokenizer
-    from qlora.model import chat_template, load, tokenizer_files
+    from qlora.model import chat_template, load, precision, tokenizer_files
     from qlora.model.resolve import resolve
     from qlora.model.tokenizer import open_tokenizer
     from qlora.recipe.sections import ModelSection, QuantizationSection
@@ -248,7 +249,7 @@ def _open_whole(source: Named, how: HowToOpen, device: torch.device, sink: Sink)
     chat = ChatTokenizer(tokenizer, "assistant", sink, taken.embedding_rows)
     in_4bit = how.nf4 or base.stored_4bit
     section = QuantizationSection() if in_4bit else QuantizationSection(type="none")
-    model = load.load_base(base, section, "auto", device, sink)
+    model = load.load_base(base, section, "auto", device, sink, dtype=precision.of_device(device))
     return TorchModel(source.name, model, chat, device, base, _context(model, how))
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 
-from qlora.device import FINDS_NONE
+from qlora.device import FINDS_NONE, OLDEST
 from qlora.errors import HardwareError
 from qlora.nvidia import Answer, Signs
 from qlora.torch_build import TorchBuild
@@ -23,6 +23,7 @@ DRIVERS = {
 # The first driver with CUDA 12.8, whose compiler knows compute capability 10.0 and 12.0 (same notes, table 3).
 BLACKWELL_DRIVER = (570,)
 BF16 = (8, 0)
+CUDA_13 = (7, 5)  # the oldest that it compiles for (CUDA 13.0 release notes: Maxwell, Pascal and Volta are removed)
 _WHEELS = "https://download.pytorch.org/whl"
 # The torch that this package takes (pyproject.toml). An index of wheels need not have the release that is installed.
 RANGE = "torch>=2.10,<2.14"
@@ -59,9 +60,9 @@ def _cause(found: Found) -> tuple[str, str]:
     build, answer, name = found.build, found.answer, found.answer.names
     if not (found.signs.smi or found.signs.library or found.signs.has_driver):
         return "an NVIDIA card is on the bus, and its driver is not installed", _driver(13, is_there=False)
-    if answer.cards and all(card.capability is not None and card.capability < BF16 for card in answer.cards):
-        best = max(answer.cards, key=lambda card: card.capability or BF16)
-        return _no_bf16(best.name, best.capability or BF16)
+    if answer.cards and all(card.capability is not None and card.capability < OLDEST for card in answer.cards):
+        best = max(answer.cards, key=lambda card: card.capability or OLDEST)
+        return too_old(best.name, best.capability or OLDEST)
     if (old := driver_too_old(build, answer)) is not None:
         return old
     if answer.failure and (build.cuda is not None or _is_lost(answer.failure)):
@@ -94,26 +95,26 @@ def driver_too_old(build: TorchBuild, answer: Answer) -> tuple[str, str] | None:
 def cannot_compute(
     name: str, capability: tuple[int, int], compiled: list[str], build: TorchBuild
 ) -> HardwareError | None:
-    """The error of a card that torch reaches and has no kernels for, or that lacks bf16; None where it will compute.
+    """The error of a card that torch reaches and has no kernels for, or that is too old; None where it will compute.
 
     `compiled` is torch's list of architectures ("sm_86" runs on 8.6 and later 8.x, "compute_90" on all from 9.0 on).
     """
     number = "{}.{}".format(*capability)
-    if capability < BF16:
-        what, mend = _no_bf16(name, capability)
+    if capability < OLDEST:
+        what, mend = too_old(name, capability)
         return HardwareError(what, f"{mend}; or {hide()}")
     if not compiled or any(_runs(one, capability) for one in compiled):
         return None
     what = (
         f"torch {build.version} has no kernels for {name} (compute capability {number}; it has {', '.join(compiled)})"
     )
-    return HardwareError(what, f"{_pip('cu130')}; or {hide()}")
+    return HardwareError(what, f"{_pip('cu130' if capability >= CUDA_13 else 'cu126')}; or {hide()}")
 
 
-def _no_bf16(name: str, capability: tuple[int, int]) -> tuple[str, str]:
+def too_old(name: str, capability: tuple[int, int]) -> tuple[str, str]:
     """What no driver and no other torch mends."""
     number = "{}.{}".format(*capability)
-    what = f"{name} (compute capability {number}): computes no bf16, which came with Ampere (8.0, RTX 30)"
+    what = f"{name} (compute capability {number}): bitsandbytes computes 4 bit from 6.0 on (GTX 10 and newer)"
     return what, "use a newer GPU"
 
 

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 import torch
 
+from qlora import numerics
 from qlora.device import is_card
 
 PAD_TO_MULTIPLE = 8  # a row of tokens is padded to a multiple of it, which keeps tensor cores busy
@@ -27,12 +28,14 @@ class Layout:
                highest position of a micro-batch (transformers, modeling_rope_utils: longrope, dynamic)
     width      rows are at least so long, and
     rows       a micro-batch has so many, the last of them padding alone: one shape for every step
+    fixed      one width, whatever it adds
     """
 
     multiple: int = PAD_TO_MULTIPLE
     continues: bool = False
     width: int = 0
     rows: int = 0
+    fixed: bool = False
 
     def steady(self, lengths: Sequence[int]) -> Layout:
         """With one width for packs of `lengths` tokens, where that adds at most MOST_ADDED of what they have.
@@ -41,7 +44,7 @@ class Layout:
         """
         padded = [-(-length // self.multiple) * self.multiple for length in lengths]
         widest = max(padded, default=0)
-        few = self.continues and widest * len(padded) <= (1 + MOST_ADDED) * sum(padded)
+        few = self.fixed or self.continues and widest * len(padded) <= (1 + MOST_ADDED) * sum(padded)
         return replace(self, width=widest) if few else self
 
     def of_rows(self, rows: int, of_step: int) -> Layout:
@@ -50,6 +53,14 @@ class Layout:
         Elsewhere every step would compute rows of nothing.
         """
         return replace(self, rows=rows) if self.width and of_step % rows == 0 else self
+
+    @classmethod
+    def of_run(cls, device: torch.device) -> Layout:
+        """Of the steps of the run under way: in one width whatever that adds, where layers must be compiled."""
+        run = numerics.of_run()
+        if run is None or not run.compiled:
+            return cls.on(device)
+        return cls(GPU_MULTIPLE, continues=True, fixed=True)
 
     @classmethod
     def on(cls, device: torch.device) -> Layout:

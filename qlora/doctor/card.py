@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from qlora.device import OLDEST
 from qlora.doctor.finding import Figure, Finding, green, red, yellow
 from qlora.doctor.trial import Trial
 from qlora.nvidia import Answer, Card, Signs
@@ -15,7 +16,6 @@ from qlora.units import GIB
 # What a 1B base takes in 4 bit at 1 x 2,048 tokens: less is of no use (prove/shapes.py). Below this share of a card's
 # memory being free, other programs hold what a plan would use.
 LEAST_FREE_BYTES, USUAL_SHARE = 3 * GIB, 0.85
-BF16 = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def _gpu(facts: CardFacts, trial: Trial) -> Finding:
     answer, cards = trial.answer or {}, facts.answer.cards
     if cards:
         named = ", ".join(f"{card.name} (compute capability {_number(card.capability)})" for card in cards)
-        if all(card.capability is not None and card.capability < BF16 for card in cards):
-            return red("GPU", f"{named}: it computes no bf16, which came with Ampere (8.0)", "use a newer GPU")
+        if all(card.capability is not None and card.capability < OLDEST for card in cards):
+            return red("GPU", f"{named}: bitsandbytes computes 4 bit from 6.0 on (GTX 10)", "use a newer GPU")
     elif answer.get("on_card"):
         named = f"{answer['name']} (compute capability {answer['capability']})"
     elif facts.is_there:
@@ -65,7 +65,7 @@ def _gpu(facts: CardFacts, trial: Trial) -> Finding:
     else:
         notices = [str(one) for one in answer.get("notices", ())]
         if notices:  # one of AMD's, Intel's or Apple's
-            return yellow("GPU", "; ".join(notices), "a GPU of NVIDIA's with bf16 (RTX 30 or newer) trains")
+            return yellow("GPU", "; ".join(notices), "a GPU of NVIDIA's (GTX 10 or newer) trains")
         mend = "small bases train on the CPU; qlora-estimate BASE says what a card needs"
         return yellow("GPU", "none is found: the CPU trains, many times slower", mend)
     if facts.is_hidden:
@@ -105,7 +105,7 @@ def _computes(facts: CardFacts, trial: Trial) -> Finding:
     answer = trial.answer or {}
     said = "; ".join([f"it computes on {answer['name']}", *map(str, answer.get("notices", ()))])
     if not answer["computes_bf16"]:
-        return red("device", f"{answer['name']} computes no bf16", "use a GPU of compute capability 8.0 or more")
+        said += "; in fp16, with a scaled loss: it has no bf16"
     if answer["may_spill"]:
         said += "; the driver moves to RAM what does not fit, without a word, and a run is many times slower then"
         mend = "NVIDIA's control panel, CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"

@@ -106,9 +106,10 @@ def _bf16() -> Answer:
     import torch
 
     there = hardware.current()
-    left, right = (_random(SIDE, seed).to(there) for seed in (1, 2))
+    dtype = torch.bfloat16 if hardware.computes_bf16(there) else torch.float16
+    left, right = (_random(SIDE, seed).to(there, dtype) for seed in (1, 2))
     exact = left.float() @ right.float()
-    return {"apart": float((left @ right - exact).norm() / exact.norm()), "dtype": str(torch.bfloat16)}
+    return {"apart": float((left @ right - exact).norm() / exact.norm()), "dtype": str(dtype)}
 
 
 def _bitsandbytes() -> Answer:

@@ -124,14 +124,20 @@ def attention(draft: Draft, key: str, value: Any) -> None:
         draft.ours(key, "the fastest exact attention that works here is chosen by a trial")
 
 
+_FP16 = ("fp16", "float16", "half")
+
+
 def sixteen_bit(draft: Draft, key: str, value: Any) -> None:
-    """bf16, fp16 and their like: training is in bf16 here."""
+    """bf16, fp16 and their like. What is on a GPU of theirs is what is chosen here."""
     wants_bf16 = "bf" in key or value in ("bf16", "bfloat16")
+    wants_fp16 = (key.rpartition(".")[2] in ("fp16", "float16") and value in (True, "true", "yes", 1)) or value in _FP16
     on = value not in (False, "false", "no", 0)
     if not on or wants_bf16 or value == "auto":
-        draft.ours(key, "training is in bf16")
+        draft.ours(key, "training is in bf16, on a GPU without it in fp16")
+    elif wants_fp16:
+        draft.carry(key, "model.dtype", "fp16", "with a scaled loss, and adapters that the optimizer keeps in fp32")
     else:
-        draft.leave(key, value, "training is in bf16 here, not in fp16 or fp32")
+        draft.leave(key, value, "training is in bf16 or fp16 here, not in fp32")
 
 
 def checkpointing(draft: Draft, key: str, value: Any) -> None:

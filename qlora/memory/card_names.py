@@ -15,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from qlora.device import OLDEST
 from qlora.errors import HardwareError
 from qlora.memory import cards
 from qlora.units import GIB
 
 NVIDIA, AMD = "nvidia", "amd"
 BF16_FROM = 80  # compute capability; ROCm builds of torch say of every AMD card that it has bf16
+FP16_FROM = OLDEST[0] * 10 + OLDEST[1]
 MOST_CHARACTERS = 120  # of a name: the longest that a driver gives has 60
 MOST_SHOWN = 8  # names in a message
 
@@ -129,6 +131,10 @@ class Gpu:
         return self.maker == AMD or self.capability >= BF16_FROM
 
     @property
+    def trains(self) -> bool:
+        return self.computes_bf16 or self.capability >= FP16_FROM
+
+    @property
     def label(self) -> str:
         """The name with its size, for people."""
         return self.name if self.name.endswith("GB") else f"{self.name}, {self.gigabytes} GB"
@@ -207,9 +213,13 @@ def _row(name: str, gigabytes: int, usable_gib: float, *facts: float, sizes: Cou
     return Gpu(whole, gigabytes, int(usable_gib * GIB), bandwidth, teraflops, int(capability), maker)
 
 
+def _old_speed(row: cards.OldRow) -> tuple[float, float]:
+    return cards.OLD_SPEEDS.get(row[0]) or cards.SLOWEST_OLD.get(row[3] // 10, (0.0, 0.0))
+
+
 def _table() -> tuple[Gpu, ...]:
     nvidia = (*cards.GEFORCE, *cards.LAPTOPS, *cards.WORKSTATIONS, *cards.DATA_CENTRE)
-    older = [(*row[:3], 0.0, 0.0, row[3]) for row in cards.WITHOUT_BF16]
+    older = [(*row[:3], *_old_speed(row), row[3]) for row in cards.WITHOUT_BF16]
     sizes = Counter(row[0] for row in _ROWS)
     found = [_row(*row, sizes=sizes) for row in (*nvidia, *older)]
     return (*found, *(_row(*row, sizes=sizes, maker=AMD) for row in cards.AMD))
@@ -220,13 +230,13 @@ _READ = {gpu.name: _read(gpu.name) for gpu in GPUS}
 
 
 def find(name: str) -> Gpu:
-    """The card that a name means. Raises HardwareError: unknown, several, not supported, or without bf16."""
+    """The card that a name means. Raises HardwareError: unknown, several, not supported, or too old."""
     found = named(name)
-    if not any(gpu.computes_bf16 for gpu in found):
+    if not any(gpu.trains for gpu in found):
         which = found[0].name if len(found) == 1 else name[:60]
         raise HardwareError(
-            f"`gpu`: {which}: computes no bf16 (that came with Ampere, RTX 30)",
-            "name a card that does: RTX 30 or newer, A100, or AMD's from RX 6000 on",
+            f"`gpu`: {which}: is older than what bitsandbytes computes 4 bit on (compute capability 6.0, GTX 10)",
+            "name a newer card: GTX 10 and later, or AMD's from RX 6000 on",
         )
     first, *others = found
     if any((gpu.usable_bytes, gpu.capability) != (first.usable_bytes, first.capability) for gpu in others):
@@ -246,7 +256,7 @@ def named(name: str) -> list[Gpu]:
         if pattern.search(_plain(name)):
             raise HardwareError(
                 f"`gpu`: {shown!r} ({maker}) is not supported: nothing here trains on it",
-                "name a card of NVIDIA from RTX 30 on, or of AMD from RX 6000 on",
+                "name a card of NVIDIA from GTX 10 on, or of AMD from RX 6000 on",
             )
     what = f"`gpu`: {shown!r} is not in the table of GPUs"
     if of_model := next(filter(None, _of_model(wanted)), None):
@@ -263,7 +273,7 @@ def of_this_machine(name: str, total: int, capability: int) -> Gpu:
     """The table's entry for a card by its driver's name, with its own total; for an unknown one the nearest in size."""
     wanted = replace(_read(name), gigabytes=None)
     maker = AMD if AMD in wanted.makers else NVIDIA
-    rows = _meant(wanted) or [gpu for gpu in GPUS if gpu.maker == maker and gpu.computes_bf16]
+    rows = _meant(wanted) or [gpu for gpu in GPUS if gpu.maker == maker and gpu.trains]
     nearest = min(rows, key=lambda gpu: abs(gpu.usable_bytes - total))
     return replace(nearest, name=name, usable_bytes=total, capability=capability)
 

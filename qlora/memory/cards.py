@@ -13,7 +13,7 @@ A name without "Laptop" is a desktop's. Cards of one name and several sizes have
 from __future__ import annotations
 
 Row = tuple[str, int, float, float, float, int]
-OldRow = tuple[str, int, float, int]  # of a card without bf16: nothing is asked about its speed
+OldRow = tuple[str, int, float, int]  # of a card without bf16, whose speed is in OLD_SPEEDS
 
 GEFORCE: tuple[Row, ...] = (
     # NVIDIA Ampere GA102 GPU Architecture whitepaper, appendix A; product pages of the RTX 30 series
@@ -349,3 +349,27 @@ WITHOUT_BF16: tuple[OldRow, ...] = (
     ("Jetson AGX Xavier", 32, 31.73, 72),
     ("Jetson AGX Xavier", 64, 61.0, 72),
 )
+
+# Gigabytes a second and teraflops in fp16 of cards without bf16, from the product pages: tensor cores of Turing (512
+# operations a clock with float32 accumulation on GeForce cards, 1,024 on the others) and Volta, P100's double rate.
+OLD_SPEEDS: dict[str, tuple[float, float]] = {
+    "RTX 2060": (336, 25.8),
+    "RTX 2060 SUPER": (448, 28.7),
+    "RTX 2070": (448, 29.9),
+    "RTX 2070 SUPER": (448, 36.3),
+    "RTX 2080": (448, 40.3),
+    "RTX 2080 SUPER": (496, 44.6),
+    "RTX 2080 Ti": (616, 53.8),
+    "TITAN RTX": (672, 130.5),
+    "Quadro RTX 4000": (416, 57.0),
+    "Quadro RTX 5000": (448, 89.2),
+    "Quadro RTX 6000": (672, 130.5),
+    "Quadro RTX 8000": (672, 130.5),
+    "Tesla T4": (320, 65.0),
+    "TITAN V": (653, 110.0),
+    "Quadro GV100": (870, 118.5),
+    "Tesla V100": (900, 112.0),
+    "Tesla P100": (732, 18.7),
+}
+# Of the others, what the slowest of their generations have: MX150 and MX450.
+SLOWEST_OLD: dict[int, tuple[float, float]] = {6: (40, 1.0), 7: (64, 2.2)}

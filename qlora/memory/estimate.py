@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qlora import numerics
 from qlora.errors import DoesNotFit
+from qlora.loss_scale import FP16
 from qlora.memory import calibration, host, levers, margins, overheads, throughput
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
@@ -19,6 +22,7 @@ from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.throughput import Speed
 from qlora.memory.trace import most_multiprocessors
+from qlora.model import precision
 from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
@@ -160,15 +164,17 @@ class Estimator:
     def simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         place = Place.of(recipe.memory) if self.baseline == BASELINES["qlora"] else Place()
-        if (*made_of, place) not in self._simulators:
+        key = (*made_of, place, recipe.model.dtype)
+        if key not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
             spec = ModelSpec(
                 *(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel),
                 *(*self._of_run(), place),
+                dtype=self._dtype(recipe.model.dtype),
             )
             whole = _by_whole_model(self.text, self.name)
-            self._simulators[*made_of, place] = Simulator(spec, whole, self._shelf)
-        return self._simulators[*made_of, place]
+            self._simulators[key] = Simulator(spec, whole, self._shelf)
+        return self._simulators[key]
 
     def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
@@ -180,6 +186,15 @@ class Estimator:
         there is one and it is not another stack's."""
         run = numerics.of_run() if self.baseline == BASELINES["qlora"] else None
         return (run.functions, run.loss_chunk or 0) if run is not None else (None, None)
+
+    def _dtype(self, wanted: str) -> torch.dtype:
+        """In which the run under way computes, else one on such a machine would; other stacks compute in bf16."""
+        if self.baseline != BASELINES["qlora"]:
+            return torch.bfloat16
+        if numerics.of_run() is not None:
+            return precision.of_run()
+        lacks_bf16 = self.machine.gpu is not None and not self.machine.gpu.computes_bf16
+        return precision.DTYPES[FP16 if wanted == FP16 or lacks_bf16 else precision.BF16]
 
     def _kernel(self, wanted: str) -> str | None:
         """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
@@ -399,5 +414,6 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
         "quantization.type": recipe.quantization.type,
         "quantization.double_quant": recipe.quantization.double_quant,
         "model.attention": recipe.model.attention,
+        "model.dtype": recipe.model.dtype,
     }
     return settings if baseline.name == "qlora" else {**settings, "stack": baseline.name}

@@ -33,7 +33,7 @@ from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import HOST, LiveBytes, Sums
-from qlora.model import adapters, full_logits, lora_functions
+from qlora.model import adapters, full_logits, lora_functions, precision
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
@@ -181,6 +181,7 @@ class _MetaModel:
                     streamed.ring.prepare()
                 self.host_bytes = of_model(model)
                 self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
+                precision.settle(model, spec.dtype)
                 on_host = set(map(id, tables(model) if spec.target == "cuda" else ()))
                 for tensor in (*model.parameters(), *model.buffers()):
                     self.live.adopt(tensor, HOST if id(tensor) in on_host else "weights")
@@ -188,7 +189,7 @@ class _MetaModel:
                 # EVA's start takes rows; the adapters it gives are as large as any.
                 lora = spec.lora.model_copy(update={"init": "default"})
                 functions = spec.functions or _functions_of(spec)
-                self.model = adapters.attach(model, lora, 0, spec.baseline.adapter_dtype, functions=functions)
+                self.model = adapters.attach(model, lora, 0, spec.adapter_dtype, functions=functions)
         self.parameters = adapters.trainable(self.model)
         adapter = sum(parameter.numel() for parameter in self.parameters.values())
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from qlora.memory import tape
 from qlora.memory.asking import Asks
 from qlora.memory.baselines import BASELINES, Baseline
@@ -33,6 +35,11 @@ class ModelSpec:
     functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
     loss_chunk: int | None = None  # of the loss that comes with its gradient, 0: it does not; None: as in a new run
     place: Place = field(default_factory=Place)  # what of the weights is on the host
+    dtype: torch.dtype = torch.bfloat16  # in which our own step computes (`precision`)
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        return self.dtype if self.dtype == torch.float16 else self.baseline.adapter_dtype
 
     @property
     def layers(self) -> int:

@@ -133,6 +133,7 @@ class ProvenanceFile(ForeignModel):
     quantization: Quantization
     identity: BaseIdentity | None = None
     functions: Annotated[Text, Field(max_length=MAX_NAME)] | None = None
+    dtype: Annotated[Text, Field(max_length=MAX_NAME)] | None = None
 
     def section(self) -> QuantizationSection:
         return QuantizationSection(**self.quantization.model_dump())

@@ -332,6 +332,12 @@ def functions_of(folder: Path) -> str | None:
     return stored.functions if stored is not None else None
 
 
+def dtype_of(folder: Path) -> str | None:
+    """In which 16 bits an adapter was trained and measured, in the same way; None where nothing says so."""
+    stored = _own_note(folder)
+    return stored.dtype if stored is not None else None
+
+
 def _own_note(folder: Path) -> ProvenanceFile | None:
     """None in a folder that was made elsewhere."""
     if not (folder / PROVENANCE_FILE).is_file():

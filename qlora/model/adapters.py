@@ -70,8 +70,9 @@ def attach(
         except ValueError as error:  # peft knows layers that must stay as they are, such as Mamba's out_proj
             what = f"lora.target_modules: {str(error).splitlines()[0].rpartition('] ')[2]}"
             raise ModelError(what, f"name the layers: {targets} without those") from error
+        in_fp32 = dtype == torch.float16  # norms, which are trained as they are computed
         for name, parameter in trainable(peft_model).items():
-            if "lora_magnitude_vector" not in name:
+            if "lora_magnitude_vector" not in name and not (in_fp32 and ".modules_to_save." in name):
                 parameter.data = parameter.data.to(dtype)
         if lora.init == "eva":
             _start_from_inputs(peft_model, batches)

@@ -27,6 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from qlora.device import is_card
+from qlora.model.compiled_attention import StandIn, attend
 from qlora.model.document_attention import (
     CAPPED,
     HEAD_DIM_MULTIPLE,
@@ -79,6 +80,10 @@ def by_kernel(
 ) -> tuple[Tensor, None]:
     """As `attention`, where documents are told by a DocumentMask: by `kernel`, if it has what the layer asks for."""
     scale, softcap = settings.get("scaling"), settings.get("softcap")
+    if isinstance(attention_mask, StandIn):
+        if not _takes(kernel, query, key, value, settings):
+            raise ValueError(f"a layer asks for more than {kernel} attends with")
+        return attend(kernel, query, key, value, attention_mask, scale, softcap), None
     if isinstance(attention_mask, DocumentMask):
         if _takes(kernel, query, key, value, settings):
             return KERNELS[kernel](query, key, value, attention_mask, scale, softcap), None

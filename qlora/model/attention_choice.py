@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qlora import numerics
 from qlora.batch import Batch
-from qlora.device import is_card
+from qlora.device import computes_bf16, is_card
 from qlora.errors import ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.forward_facts import in_forward
@@ -184,7 +184,7 @@ def _worst(attend: Kernel, heads: Heads, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(0)
     counts = (heads.query, heads.key, heads.key, heads.query)
     drawn = [torch.randn(1, count, sum(LENGTHS), heads.width, generator=generator) for count in counts]
-    there = [one.bfloat16().to(device) for one in drawn]
+    there = [one.to(device, torch.bfloat16 if computes_bf16(device) else torch.float16) for one in drawn]
     apart = []
     for window in (None, WINDOW) if heads.windowed else (None,):
         right = _pass(one_by_one, drawn, DocumentMask(batch, window), heads.softcap)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
-from qlora.model import attention_choice, linear_use
+from qlora.model import attention_choice, linear_use, precision
 from qlora.model.base_cache.contents import Contents, dtype_of, is_4bit
 from qlora.model.base_cache.keeping import Keeping
 from qlora.model.base_folder import BaseFolder
@@ -50,8 +50,10 @@ def load_base(
     device: torch.device,
     sink: Sink,
     place: Place | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> PreTrainedModel:
-    """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says.
+    """The frozen causal model of `base` on `device`, its linear layers quantized as `quantization` says, computing in
+    `dtype`.
 
     `place` is what of it is on the host; None: its layers, where the device has no room for them.
 
@@ -63,7 +65,7 @@ def load_base(
         what = f'{base.name} is stored in 4 bit, so quantization.type = "none" is not possible'
         raise ModelError(what, 'set quantization.type = "nf4", or name the original base')
     meta_model = build(base, attention)
-    model = meta_model.model
+    model, meta_model.model.config.dtype = meta_model.model, dtype
     swap_all_linear(meta_model, base, quantization)
     _report(meta_model, base, quantization, sink)
     receiving = receive(model, place or place_by_room(model, quantization, device), device)
@@ -85,8 +87,11 @@ def load_base(
     model.config.name_or_path = base.name
     model.name_or_path = base.name
     model.base_identity, model.base_was_kept = identity, keeping.filled
+    precision.settle(model, dtype)
     attention_choice.settle(model.eval(), attention, device, sink)
-    keeping.keep(model, identity)
+    precision.try_out(model, base.name, device, sink)
+    if dtype == torch.bfloat16:  # from which fp16 is made as well
+        keeping.keep(model, identity)
     return model  # type: ignore[no-any-return]
 
 
@@ -150,7 +155,7 @@ def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, recei
 
 
 def _place(model: Any, name: str, value: Quantized | Tensor) -> None:
-    """Gives a model one of its values."""
+    """Gives a model one of its values, in the type in which it is kept (`config.dtype` is what it computes in)."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(value, Quantized):
@@ -158,7 +163,8 @@ def _place(model: Any, name: str, value: Quantized | Tensor) -> None:
     elif leaf in module._buffers:
         module._buffers[leaf] = value
     else:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        kept = precision.placed(module, leaf, value, model.config.dtype)
+        module._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
     took(model, name)
 
 

@@ -196,15 +196,20 @@ class _Shared:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
         self.inputs: Tensor | None = None
-        self.outputs: dict[int, Tensor] = {}
+        self.outputs: list[Tensor | None] = []
 
-    def of(self, layer: Any, inputs: Tensor) -> Tensor | None:
-        """A layer's output, once; None where it is not to be had like this."""
+    def of(self, place: int, inputs: Tensor) -> Tensor | None:
+        """The output of the layer at `place`, once; None where it is not to be had like this.
+
+        By place and not by the module: torch's compiler makes one graph of all layers that differ in modules alone.
+        """
         if self.inputs is None and (now := _now(self.layers, inputs)) is not None:
-            outputs = _outputs(now, inputs, self.layers[0]._kernels)
+            self.outputs = [*_outputs(now, inputs, self.layers[0]._kernels)]
             self.inputs = inputs
-            self.outputs = {id(one): output for one, output in zip(self.layers, outputs, strict=True)}
-        return self.outputs.pop(id(layer), None) if inputs is self.inputs else None
+        if inputs is not self.inputs:
+            return None
+        output, self.outputs[place] = self.outputs[place], None
+        return output
 
 
 def _outputs(now: tuple[list[Frozen], list[Adapter], torch.dtype], inputs: Tensor, kernels: Kernels) -> list[Tensor]:
@@ -224,7 +229,7 @@ def _linear(kind: Any, kernels: Kernels) -> Any:
             if args or named:
                 return super().forward(inputs, *args, **named)  # type: ignore[no-any-return]
             shared = vars(self).get("_shared")
-            known = shared.of(self, inputs) if shared is not None else None
+            known = shared[0].of(shared[1], inputs) if shared is not None else None
             if known is not None:
                 return known  # type: ignore[no-any-return]
             now = _now([self], inputs)
@@ -268,8 +273,8 @@ def _with_shared(kind: Any, groups: tuple[tuple[str, ...], ...]) -> Any:
             try:
                 for layers in members:
                     shared = _Shared(layers)
-                    for layer in layers:
-                        vars(layer)["_shared"] = shared
+                    for place, layer in enumerate(layers):
+                        vars(layer)["_shared"] = shared, place
                 return super().forward(*args, **named)
             finally:
                 for layers in members:

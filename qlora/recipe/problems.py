@@ -67,7 +67,7 @@ _FOREIGN = {
 FOREIGN_NAMES = {name: ours for ours, names in _FOREIGN.items() for name in names}
 REFUSED_NAMES = {
     "trust_remote_code": "code from a model's folder is never run here; take the key out",
-    **dict.fromkeys(("bf16", "fp16", "torch_dtype"), "training is always in bf16; take the key out"),
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype"), 'the key is model.dtype, and "auto" chooses; take this one out'),
 }
 _KEY = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
 _DOTTED = re.compile(rf"\s*({_KEY}(?:\s*\.\s*{_KEY})*)\s*=")

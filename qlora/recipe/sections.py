@@ -26,6 +26,12 @@ class ModelSection(Section):
         description="varlen: packed documents without a mask of S x S; auto: that on a GPU where a trial of it passes, "
         "else sdpa, or eager where sdpa cannot compute the model (Gemma 2's softcap)",
     )
+    dtype: Literal["auto", "bf16", "fp16"] = Field(
+        "auto", description="Layers compute in it; auto: bf16, or fp16 with a scaled loss on a GPU without bf16 (T4)"
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="Layers through torch's compiler; auto: on a GPU where five steps were faster with it"
+    )
     chat_template: Text = Field("auto", description="auto is the base's own, chatml for a base without one, or a file")
     template_kwargs: dict[Name, bool | int | float | Text] = Field(
         default_factory=dict, max_length=100, description="What the template is told, such as {enable_thinking = false}"

@@ -75,7 +75,8 @@ def recomputing() -> Iterator[None]:
 
 
 def is_recomputing() -> bool:
-    return _RECOMPUTING.get()
+    """Compiled layers give what they give: torch's compiler cannot follow a context, and makes one graph of both."""
+    return not torch.compiler.is_compiling() and _RECOMPUTING.get()
 
 
 def shared_input(
@@ -128,8 +129,9 @@ def _rows(inputs: Tensor) -> Tensor:
 
 class _SharedInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], how: Any, *flat: Tensor) -> Any:
-        dtype, kernels = how
+    def forward(ctx: Any, x_ND: Tensor, layers: Sequence[Frozen], how: Any, A: Tensor, *rest: Tensor) -> Any:
+        # With `*flat` alone there are as many names as one layer has arguments: torch's compiler (2.13) then drops ctx.
+        (dtype, kernels), flat = how, (A, *rest)
         group = _Group(layers, flat, dtype, kernels)
         outputs, lows = group.outputs(x_ND.to(dtype), x_ND.dtype)
         ctx.save_for_backward(x_ND, *lows, *flat)

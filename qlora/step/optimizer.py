@@ -77,6 +77,11 @@ class AdapterOptimizer:
             self._gradients[key].copy_(gradient)
             self._complete.add(key)
 
+    def unscale(self, factor: int) -> None:
+        """Divide the gradient by a power of two, of `qlora/loss_scale.py`: no digit is lost."""
+        if factor != 1 and self._gradient is not None:
+            self._gradient.mul_(1.0 / factor)
+
     def gradient_norm(self) -> Tensor:
         """2-norm of the whole gradient in fp32, a scalar still on the device."""
         zero, gradients = self.largest_gradients.new_zeros(()), self.gradients

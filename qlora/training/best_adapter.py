@@ -11,7 +11,7 @@ from typing import Any
 from qlora import disk, run_folder
 from qlora.events import Notice, Saved, Sink
 from qlora.export.cards import adapter_card
-from qlora.model import adapters, lora_functions
+from qlora.model import adapters, lora_functions, precision
 from qlora.model.adapter_folder import PROVENANCE_FILE, keep_private
 from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import KEY
@@ -63,6 +63,7 @@ class BestAdapter:
                 "identity": self.identity.model_dump(),
                 "quantization": self.recipe.quantization.model_dump(mode="json"),
                 "functions": lora_functions.of_run(),
+                "dtype": precision.name_of_run(),
                 "step": state.step,
                 "started_from": self.started_from and self.started_from.model_dump(),
                 KEY: None if loss is None else loss.model_dump(),

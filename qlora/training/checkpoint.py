@@ -31,6 +31,7 @@ from qlora.device import to_host
 from qlora.errors import ModelError, RunFolderError
 from qlora.events import Notice, Saved, Sink
 from qlora.foreign_json import ForeignFileError, ForeignModel
+from qlora.loss_scale import LossScale
 from qlora.model import identity
 from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import DeliveredLoss
@@ -80,6 +81,7 @@ class RunState:
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
     gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=MOST)] | None = None  # the first so many layers
     delivered: DeliveredLoss | None = None  # of the best step
+    loss_scale: LossScale | None = None  # of fp16
     numerics: Numerics | None = None  # what its numbers depend on; None where an older version saved it
 
 
@@ -118,7 +120,7 @@ def snapshot(
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
         belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
-        models = {"delivered": state.delivered, "numerics": state.numerics}
+        models = {"delivered": state.delivered, "numerics": state.numerics, "loss_scale": state.loss_scale}
         as_values = {name: None if model is None else model.model_dump() for name, model in models.items()}
         content = {"format": FORMAT, "state": {**asdict(state), **as_values}, **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlora import loss_scale
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import TrainingStopped
 from qlora.events import Notice, Sink, StepDone
@@ -61,6 +62,7 @@ def after_step(state: RunState, done: StepDone, is_finite: bool, sink: Sink) -> 
         trained_tokens=state.trained_tokens + done.trained_tokens,
         seconds=state.seconds + done.seconds,
         skipped=state.skipped + (not is_finite),
+        loss_scale=loss_scale.after_update(state.loss_scale) if is_finite else state.loss_scale,
         skipped_in_a_row=0 if is_finite else state.skipped_in_a_row + 1,
     )
     if not is_finite:

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from qlora import determinism
+from qlora import determinism, loss_scale
 from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
 from qlora.data.layout import Layout
@@ -25,7 +25,7 @@ from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
 from qlora.memory.measured import measure, peak_bytes
 from qlora.memory.spilling import SpillWatch
-from qlora.model import adapters, attention
+from qlora.model import adapters, attention, compiled
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
@@ -103,12 +103,12 @@ class Training:
         self.checkpointer = Checkpointer(job.run_dir, recipe, self.optimizer, fingerprints, job.stop, job.clock)
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.spills = SpillWatch(job.device, job.sink)
-        self.completed = RunState()  # the last state that may be saved
+        self.completed = RunState(loss_scale=loss_scale.of_new_run())  # the last state that may be saved
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.on(job.device))
+        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.of_run(job.device))
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -177,19 +177,23 @@ class Training:
         if self.is_finished(state):
             return
 
-        def work() -> None:
+        def step() -> None:
             micro = self.recovery.settings.micro_batch_size
-            batch = self.batches.longest(micro)
             # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
-            self._gather_gradient(state, [batch] * min(2, math.ceil(self.batches.batch_size / micro)), 1.0)
+            batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
+            self._gather_gradient(state, batches, 1.0)
             self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
             self.optimizer.step(0.0)
+
+        def work() -> None:
+            step()
             if self.evaluation is not None:
                 self.evaluation.try_longest()
 
-        attempt = partial(selfcheck.restoring_state, self.optimizer, self.job.device, work)
+        restoring = partial(selfcheck.restoring_state, self.optimizer, self.job.device)
         with self.job.clock.phase("checks", "dry run"):
-            self.recovery.run(state.step, attempt, self.optimizer.zero_gradients)
+            self.recovery.run(state.step, partial(restoring, work), self.optimizer.zero_gradients)
+            restoring(partial(compiled.settle, self.causal_lm, step, self.batches.layout.width, self.sink))
         if self.recovery.settings.offloaded:
             self.sink.emit(Notice("memory", self.pool.said))
 
@@ -224,6 +228,7 @@ class Training:
         if state.step + 1 < self.batches.steps:  # a GPU is still at this one
             following = tuple(self.batches.order.packs_of_step(state.step + 1))
             self.ahead.prepare((following, self.recovery.settings.micro_batch_size))
+        self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
         mean = torch.stack(losses).sum() / max(step_weight, 1e-9)
@@ -231,6 +236,10 @@ class Training:
         progress = schedule.progress_of(state.step, self.batches.steps, state.seconds, self.train)
         rate = schedule.learning_rate(progress, self.train)
         is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if math.isfinite(loss_value) and not is_finite and (smaller := loss_scale.halved(state.loss_scale)):
+            self.optimizer.zero_gradients()
+            self.sink.emit(Recovered(state.step + 1, smaller.why))
+            return self.step(replace(state, loss_scale=smaller))
         if is_finite:
             self.optimizer.clip(norm, self.train.max_grad_norm)
             self.recovery.run_once(lambda: self.optimizer.step(rate))
@@ -266,7 +275,7 @@ class Training:
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         """Forward and backward of each micro-batch; each one's summed loss, still on the device."""
-        work = partial(self._micro_steps, state, batches, step_weight)
+        work = partial(self._micro_steps, state, batches, step_weight / loss_scale.factor_of(state.loss_scale))
         return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
 
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:

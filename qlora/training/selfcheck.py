@@ -22,7 +22,7 @@ from qlora.data.prepare import PreparedSplit
 from qlora.data.short_rows import two_short_rows
 from qlora.device import random_state_kept, release_memory
 from qlora.errors import DoesNotFit, ModelError
-from qlora.model import full_logits
+from qlora.model import full_logits, precision
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training.recovery import attempt
@@ -71,6 +71,8 @@ def _compare(causal_lm: Any, parts: CausalParts, rows: PreparedSplit, device: to
         reference = torch.cat([_own_logprobs(causal_lm, rows, row, device) for row in (0, 1)])
         alone = torch.cat([_ours(parts, rows, (row,), device) for row in (0, 1)])
         packed = _ours(parts, rows, (0, 1), device)
+    if precision.of_run() == torch.float16:
+        precision.refuse_overflow(causal_lm.name_or_path, torch.cat((reference, alone, packed)))
     return SelfCheck(head=float((alone - reference).abs().mean()), leak=float((packed - reference).abs().mean()))
 
 

@@ -88,14 +88,14 @@ def preflight(recipe: Recipe, sink: Sink) -> tuple[BaseFolder, Recipe]:
 
 
 def pick_device() -> torch.device:
-    """The GPU where there is one that computes in bf16, else the CPU. Raises HardwareError for older GPUs."""
+    """The GPU where there is one, else the CPU. Raises HardwareError for a GPU that is too old to train."""
     from qlora import device as hardware
 
     processes.refuse_several()
     device = hardware.current()
-    if not hardware.computes_bf16(device):
+    if not hardware.trains(device):
         raise HardwareError(
-            f"{hardware.name_of(device)}: computes no bf16 (that came with Ampere, RTX 30)",
+            f"{hardware.name_of(device)}: older than the GPUs that bitsandbytes computes 4 bit on (GTX 10 and newer)",
             "hide it with CUDA_VISIBLE_DEVICES= to train on the CPU, or use a newer GPU",
         )
     return device
@@ -184,20 +184,21 @@ def load_model(recipe: Recipe, base: BaseFolder, prepared: Prepared, clock: Phas
     from qlora import device as hardware
     from qlora.memory.hardware import this_machine
     from qlora.memory.overheads import context_bytes
-    from qlora.model import adapters, load, lora_functions
+    from qlora.model import adapters, load, lora_functions, precision
 
     device, data, chat = pick_device(), prepared.data, prepared.chat
     hardware.release(device)  # an earlier run's model may still be held by what refers to itself
     hardware.limit_memory(device, parse_bytes(recipe.memory.limit), context_bytes(this_machine().gpu)[0])
+    dtype = precision.of_run()
     with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
         kept = replace(base, cache=recipe.memory.cache)
         settings = (recipe.quantization, recipe.model.attention, device, clock.sink, prepared.memory.place)
-        model = load.load_base(kept, *settings)
+        model = load.load_base(kept, *settings, dtype=dtype)
     eva = recipe.lora.init == "eva"
     hint = f'{_HINT}, lower data.max_length, or set lora.init = "default"' if eva else f"{_HINT}, or lower lora.r"
     with clock.phase("load", "attach adapters"), Guarded("attaching the adapters", hint):
         batches = _eva_batches(recipe, data, chat.pad_id, device) if eva else None
-        tuned = adapters.attach(model, recipe.lora, recipe.train.seed, eva_batches=batches)
+        tuned = adapters.attach(model, recipe.lora, recipe.train.seed, dtype, batches)
     lora_functions.say_what_stays(tuned, recipe.lora, clock.sink)
     return tuned
 

@@ -31,18 +31,23 @@ CAUSES = {
     ),
     "a build for the CPU, driver of CUDA 12": (Found(CPU, SMI, Answer((CARD,))), "2.13.0.cpu", "/whl/cu126"),
     "a build for the CPU, new card, driver of CUDA 12.8": (Found(CPU, SMI, Answer((BLACKWELL,))), "5090", "/whl/cu128"),
-    "a build for the CPU, cards without bf16": (
+    "a build for the CPU, cards that are too old": (
         Found(
             CPU,
             SMI,
-            Answer((replace(NEW, name="GT 1030", capability=(6, 1)), replace(NEW, name="T4", capability=(7, 5)))),
+            Answer((replace(NEW, name="GT 730", capability=(3, 5)), replace(NEW, name="M40", capability=(5, 2)))),
         ),
-        r"^T4 \(compute capability 7.5\): computes no bf16",
+        r"^M40 \(compute capability 5.2\): bitsandbytes computes 4 bit from 6.0 on",
         "^use a newer GPU; or",
     ),
-    "an old driver, a card without bf16": (
-        Found(CU130, SMI, Answer((replace(OLD, name="GTX 1080", capability=(6, 1)),))),
-        "1080.*no bf16",
+    "a build for the CPU, a card without bf16": (
+        Found(CPU, SMI, Answer((replace(NEW, name="T4", capability=(7, 5)),))),
+        "T4 is here.*built for CPUs",
+        "torch>=2.*/cu130",
+    ),
+    "an old driver, a card that is too old": (
+        Found(CU130, SMI, Answer((replace(OLD, name="GTX 980", capability=(5, 2)),))),
+        "980.*4 bit from 6.0 on",
         "^use a newer GPU; or",
     ),
     "a build for the CPU, driver too old for any": (
@@ -161,14 +166,16 @@ def test_a_driver_comes_from_where_the_system_takes_it(
         ((12, 1), ["sm_90", "compute_90"], None),
         ((10, 0), ["sm_100a"], None),
         ((9, 0), [], None),
-        ((6, 1), ["sm_61"], "bf16"),
-        ((7, 5), ["sm_75", "sm_80"], "bf16"),
+        ((5, 2), ["sm_52"], "4 bit from 6.0 on"),
+        ((6, 1), ["sm_61"], None),
+        ((6, 1), ["sm_75", "sm_80"], "no kernels.*it has sm_75"),
+        ((7, 5), ["sm_75", "sm_80"], None),
         ((12, 0), ["sm_50", "sm_80", "sm_90"], "no kernels for RTX.*12.0; it has sm_50, sm_80, sm_90"),
         ((8, 0), ["sm_86"], "no kernels"),
         ((8, 0), ["compute_86", "nonsense"], "no kernels"),
     ],
 )
-def test_a_card_without_kernels_or_bf16_is_refused(
+def test_a_card_without_kernels_or_too_old_is_refused(
     capability: tuple[int, int], compiled: list[str], words: str | None
 ) -> None:
     error = cannot_compute("RTX", capability, compiled, CU126)
@@ -176,3 +183,4 @@ def test_a_card_without_kernels_or_bf16_is_refused(
     if error is not None and words is not None:
         assert re.search(words, error.what) and "CUDA_VISIBLE_DEVICES" in error.hint
         assert ("pip install" in error.hint) == ("kernels" in words)
+        assert ("cu126" in error.hint) == ("kernels" in words and capability < (7, 5))  # which CUDA 13 left out

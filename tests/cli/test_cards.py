@@ -99,7 +99,8 @@ def test_what_is_free_before_there_is_a_context_is_asked_of_the_driver(
     [
         (CPU, None, None, "built for CPUs"),
         (CU130, "it finds none", None, "can't use it"),
-        (CU130, None, ("GTX 1080", (6, 1), ["sm_80"]), "bf16"),
+        (CU130, None, ("GTX 1080", (6, 1), ["sm_80"]), "no kernels"),
+        (CU130, None, ("GTX 980", (5, 2), ["sm_80"]), "4 bit"),
         (CU130, None, ("RTX 5090", (12, 0), ["sm_90"]), "no kernels"),
     ],
 )

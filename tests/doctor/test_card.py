@@ -69,8 +69,11 @@ def test_several_cards_have_a_line_each() -> None:
 
 
 def test_cards_that_will_not_do() -> None:
-    turing = replace(RTX, capability=(7, 5))
-    assert only(card.findings(facts(turing), ON_CPU), "GPU").colour == Colour.RED
+    kepler = replace(RTX, capability=(3, 7))
+    assert only(card.findings(facts(kepler), ON_CPU), "GPU").colour == Colour.RED
+    turing = replace(ON_CARD, answer={**(ON_CARD.answer or {}), "computes_bf16": False})
+    found = only(card.findings(facts(replace(RTX, capability=(7, 5))), turing), "device")
+    assert found.colour == Colour.GREEN and "in fp16" in found.said
     hidden = only(card.findings(facts(is_hidden=True), ON_CPU), "GPU")
     assert hidden.colour == Colour.YELLOW and "unset CUDA_VISIBLE_DEVICES" in hidden.mend
     spilling = replace(ON_CARD, answer={**(ON_CARD.answer or {}), "may_spill": True})

@@ -125,7 +125,7 @@ def test_another_goal_is_refused(tmp_path: Path, more: str) -> None:
         ("lora_dropout: 1.5", "lora.dropout", "not possible here"),
         ("learning_rate: .nan", "learning_rate", "no finite number"),
         ("val_set_size: 2000", "val_set_size", "number of rows"),
-        ("fp16: true", "fp16", "bf16"),
+        ("torch_dtype: float32", "torch_dtype", "not in fp32"),
         ("early_stopping_patience: 2", "eval.early_stopping_patience", "no rows to evaluate"),
         ("micro_batch_size: none", "micro_batch_size × gradient_accumulation_steps", "no number"),
     ],

@@ -44,10 +44,10 @@ def test_rows_are_looked_at_before_the_base(tmp_path: Path) -> None:
         setup.preflight(recipe, Recorder())
 
 
-def test_a_gpu_without_bf16_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "computes_bf16", lambda _: False)
-    monkeypatch.setattr(device, "name_of", lambda _: "GTX 1080")
-    with pytest.raises(HardwareError, match="GTX 1080: computes no bf16") as caught:
+def test_a_gpu_that_is_too_old_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "trains", lambda _: False)
+    monkeypatch.setattr(device, "name_of", lambda _: "GTX 980")
+    with pytest.raises(HardwareError, match="GTX 980: older than the GPUs") as caught:
         setup.pick_device()
     assert "CUDA_VISIBLE_DEVICES" in caught.value.hint
 

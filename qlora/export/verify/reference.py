@@ -29,7 +29,7 @@ from qlora.export.verify import candidates, evaluation, fidelity
 from qlora.export.verify.choice import Choice, MeasuredBase
 from qlora.export.verify.evaluation import ComparedLoss
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
-from qlora.model import adapters, load
+from qlora.model import adapters, load, precision
 from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import MetaModel
 from qlora.model.tokenizer import open_tokenizer
@@ -121,7 +121,9 @@ def trained_reference(
         raise ExportError("`imatrix` needs the rows of a run", "name a run's folder whose data files are still there")
     import_bitsandbytes()
     release(source.device)  # a run's model may still be held by what refers to itself
-    model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
+    dtype = precision.of_saved(source.adapter.folder, source.device)
+    how = (source.origin.quantization, "auto", source.device, sink)
+    model = load.load_base(source.base, *how, dtype=dtype)
     base_check.refuse_another(source, model.base_identity)
     if model.base_was_kept:  # a merge reads the base's own files, of which samples alone were looked at
         base_check.read_through(source, sink)
@@ -146,7 +148,8 @@ def trained_reference(
         reference.predictions = predictions
         quantization = source.origin.quantization.type
         name = "trained" if quantization == "none" else f"trained, adapter on {quantization}"
-        reference.measure(name, TRANSFORMERS, [predictions.logprobs_NV], None)
+        by = TRANSFORMERS if dtype == torch.bfloat16 else "transformers, fp16"
+        reference.measure(name, by, [predictions.logprobs_NV], None)
         yield reference
 
 

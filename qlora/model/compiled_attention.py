@@ -1,0 +1,107 @@
+"""Attention over documents as one operator: torch's compiler sees shapes of queries, and nothing of the micro-batch.
+
+How many documents a micro-batch has, and how long they are, differs from step to step; a graph that knew of it would
+be made anew for each. A compiled layer is therefore handed a stand-in for its DocumentMask, and the operator finds the
+mask where `behind` has put it last: a backward pass ends before the next micro-batch's forward pass begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora.model.document_attention import KERNELS
+from qlora.model.document_mask import DocumentMask
+
+_NO_WINDOW = 0
+_NOW: dict[int, DocumentMask] = {}  # by window
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """For a DocumentMask, by what a graph may know of it."""
+
+    window: int
+
+
+def behind(value: Any) -> Any:
+    """A stand-in for a mask of documents, which is kept; anything else is itself."""
+    if not isinstance(value, DocumentMask):
+        return value
+    window = value.window or _NO_WINDOW
+    _NOW[window] = value
+    return StandIn(window)
+
+
+def attend(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: StandIn, scale: float | None, softcap: float | None
+) -> Tensor:
+    """As KERNELS[kernel] does it, (B, S, heads, D)."""
+    return _attend(query, key, value, kernel, mask.window, scale, softcap)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """autograd records inside, which it doesn't in an operator: torch leaves its dispatch keys out there."""
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        for key in (keys.AutogradFunctionality, keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+
+
+@torch.library.custom_op("qlora::attend_documents", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, kernel: str, window: int, scale: float | None, softcap: float | None
+) -> Tensor:
+    found: Tensor = KERNELS[kernel](query, key, value, _NOW[window], scale, softcap)
+    return found.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("qlora::attend_documents_backward", mutates_args=())
+def _attend_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: str,
+    window: int,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attends once more: what a kernel keeps for its backward pass differs from kernel to kernel."""
+    with _recording():
+        query, key, value = (one.detach().requires_grad_() for one in (query, key, value))
+        output = KERNELS[kernel](query, key, value, _NOW[window], scale, softcap)
+        found = torch.autograd.grad(output, (query, key, value), gradient)
+    first, second, third = (one.contiguous() for one in found)
+    return first, second, third
+
+
+@_attend.register_fake  # type: ignore[untyped-decorator]
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    rows, heads, tokens, _width = query.shape
+    return query.new_empty((rows, tokens, heads, value.shape[-1]))
+
+
+@_attend_backward.register_fake  # type: ignore[untyped-decorator]
+def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (one.new_empty(one.shape) for one in (query, key, value))
+    return first, second, third
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _back(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return (*_attend_backward(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None, None)
+
+
+_attend.register_autograd(_back, setup_context=_keep)
