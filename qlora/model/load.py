@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
-from qlora.model import attention_choice, linear_use
+from qlora.model import attention_choice, expert_loading, experts, linear_use
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
 from qlora.model.identity import WeightReader
+from qlora.model.layer_walk import stays_fp32
 from qlora.model.meta_model import MetaModel, build, head_of, linear_layers
+from qlora.model.mixtures import experts_and_routers
 from qlora.model.nf4 import (
     VALUES_PER_BLOCK,
     Quantized,
@@ -57,6 +59,7 @@ def load_base(
             # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
             if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
                 swap_linear(model, name, linear, quantization)
+        experts.hold(model, quantization)
     _report(meta_model, base, quantization, sink)
     reader = WeightReader(base.config, base.tensors)
     _stream(meta_model, reader, base, device, sink)
@@ -103,10 +106,15 @@ def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: Quantiza
 def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, device: torch.device, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
     model = meta_model.model
-    fp32 = tuple(model._keep_in_fp32_modules_strict or ())
-    entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
-    total, done = total_bytes(entries.values()), 0
-    for name in sorted(entries, key=lambda name: (str(entries[name].file), entries[name].offset)):
+    entries = {name: [base.tensors[source]] for name, source in meta_model.sources.items()}
+    entries |= {name: [base.tensors[one.tensor] for one in pieces] for name, pieces in meta_model.experts.items()}
+    total, done = total_bytes(entry for of_one in entries.values() for entry in of_one), 0
+    for name in sorted(entries, key=lambda name: (str(entries[name][0].file), entries[name][0].offset)):
+        done += total_bytes(entries[name])
+        if name in meta_model.experts:
+            expert_loading.load(model, name, meta_model.experts[name], reader, device)
+            sink.emit(Progress("load", done, total, "B"))
+            continue
         source = meta_model.sources[name]
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -118,9 +126,8 @@ def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, devic
             stored = _in_4bit(reader, base, source, tuple(module._parameters[leaf].shape), device)
             module._parameters[leaf] = nn.Parameter(dequantize(stored, torch.bfloat16), requires_grad=False)
         else:
-            dtype = torch.float32 if any(part in name for part in fp32) else torch.bfloat16
+            dtype = torch.float32 if stays_fp32(model, name, module._parameters[leaf]) else torch.bfloat16
             module._parameters[leaf] = nn.Parameter(_read_as(reader, source, dtype, device), requires_grad=False)
-        done += entries[name].nbytes
         sink.emit(Progress("load", done, total, "B"))
 
 
@@ -192,7 +199,10 @@ def _report(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationS
         sink.emit(Notice("quantization", message, kept))
     for notice in linear_use.notices(meta_model.model):
         sink.emit(notice)
+    for notice in experts.notices(meta_model.model, quantization):
+        sink.emit(notice)
     expected = {*(layer for _, layer in linear_layers(meta_model.model)), head_of(meta_model.model)}
+    expected |= {module for _, module in experts_and_routers(meta_model.model)}
     odd = Counter(
         type(module).__name__
         for module in meta_model.model.modules()

@@ -21,7 +21,9 @@ from torch.nn.functional import silu
 
 from qlora.batch import Batch
 from qlora.errors import foreign_failures
+from qlora.model.mixtures import experts_in
 from qlora.model.reclassed import reclassed
+from qlora.step.experts import skipping
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 TOKENS = 8  # of the watched pass
@@ -70,7 +72,13 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
     starts = torch.tensor([0, TOKENS], dtype=torch.int32).to(ids.device)
     batch = Batch(ids, positions, ids, ids, ids.float(), ids[0], starts, (TOKENS,), single=True)
     linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear) or id(one) in names]
-    with foreign_failures(trial=True) as failure, evaluating(causal_lm), reclassed(linears, watched.class_of):
+    experts = [module for _, module in experts_in(causal_lm)]
+    with (
+        foreign_failures(trial=True) as failure,
+        evaluating(causal_lm),
+        skipping(experts),
+        reclassed(linears, watched.class_of),
+    ):
         hidden_states(CausalParts.of(causal_lm), batch)
     if failure.error:
         return []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qlora.model import experts
 from qlora.model.load import freeze, set_4bit, swap_linear
 from qlora.model.meta_model import linear_layers
 from qlora.model.nf4 import quantize_rows
@@ -31,6 +32,7 @@ def load_nothing(model: Any, quantization: QuantizationSection) -> None:
     ready_to_load_nothing()
     if quantization.type != "none":
         _fill_linear(model, quantization, meta, _params_on_meta())
+        _fill_experts(model, quantization, meta)
     freeze(model, meta)
 
 
@@ -49,6 +51,7 @@ def load_random(model: Any, quantization: QuantizationSection, device: torch.dev
     """Give a model on `meta` random weights on `device`, layer by layer: matrices of mean 0, vectors of ones."""
     if quantization.type != "none":
         _fill_linear(model, quantization, device, None)
+        _fill_experts(model, quantization, device)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -63,6 +66,14 @@ def _fill_linear(model: Any, quantization: QuantizationSection, device: torch.de
         read: Callable[[int, int], Tensor] = partial(_rows, width=linear.in_features, device=device)
         shape = (linear.out_features, linear.in_features)
         set_4bit(layer, quantize_rows(read, shape, quantization.type, quantization.double_quant, device), kind)
+
+
+def _fill_experts(model: Any, quantization: QuantizationSection, device: torch.device) -> None:
+    experts.hold(model, quantization)
+    for _, module, leaf in experts.projections(model):
+        if isinstance(slab := getattr(module, leaf), experts.Slab):
+            rows = partial(_rows, width=slab.shape[2], device=device)
+            experts.fill(slab, lambda _, rows=rows: rows, device)  # type: ignore[misc]
 
 
 def _rows(start: int, end: int, width: int, device: torch.device) -> Tensor:
