@@ -212,6 +212,7 @@ LINES = {
             "lora_structure",
             "lora_functions",
             "adapters",
+            "routing",
             "generate",
             "full_logits",
             "emptied",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qlora.events import Notice
 from qlora.model.cpu_matmul import product_dtype
-from qlora.model.mixtures import experts_in
+from qlora.model.mixtures import experts_in, routers_in
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, quantize_rows
 from qlora.step import experts as step_experts
 from qlora.third_party import import_bitsandbytes
@@ -126,6 +126,23 @@ def hold(model: nn.Module, quantization: QuantizationSection) -> None:
             continue
         del module._parameters[leaf]
         module.add_module(leaf, Slab((count, out, width), quantization))
+
+
+def keep_routing_still(model: nn.Module) -> None:
+    """Have a model's routers choose in training as they do in evaluation.
+
+    Some draw random numbers there, to be trained better (Phi-3.5-MoE samples its experts, Mixtral's and MiniMax' may
+    be given noise). Here they are frozen, and a layer that is computed again in the backward pass must choose the same.
+    Only what surrounds experts is meant, not a whole layer, which recomputes nothing outside of training.
+    """
+    owners = {model.get_submodule(name.rpartition(".")[0]) for name, _ in experts_in(model)}
+    blocks = [one for one in owners if not hasattr(one, "gradient_checkpointing")]
+    for block in (*blocks, *(model.get_submodule(name) for name in routers_in(model))):
+        block.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _: Any) -> None:
+    module.training = False
 
 
 def notices(model: nn.Module, quantization: QuantizationSection) -> Iterator[Notice]:

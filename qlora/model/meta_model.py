@@ -184,6 +184,7 @@ def build_unmatched(text: Any, attention: str, name: str) -> Any:
     _compute_buffers(model)
     if of_experts := [module for _, module in experts_in(model)]:
         experts.register()
+        experts.keep_routing_still(model)
         for module in of_experts:
             module.config._experts_implementation = EXPERTS
     return model

@@ -133,22 +133,25 @@ def test_experts_that_are_wrong_on_the_disk_are_named(edit: Any, what: str, tmp_
 
 
 _LOAD = """
-import resource, sys, torch
+import sys, torch, peft
+from pathlib import Path
 from qlora.events import Recorder
 from qlora.model.load import load_base
+from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import QuantizationSection
 from qlora.third_party import import_bitsandbytes
-import peft
+
+def kib(key):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
+
 import_bitsandbytes()
-now = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 base = resolve(sys.argv[1], "main", Recorder())
-from qlora.model.meta_model import build
 build(base)
-before = now()
+before = kib("VmRSS:")
 model = load_base(base, QuantizationSection(), "auto", torch.device("cpu"), Recorder())
 held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - held, held)
+print((kib("VmHWM:") - before) * 1024 - held, held)  # not getrusage's peak, which begins with the parent's
 """
 
 

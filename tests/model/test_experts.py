@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlora.model import adapters, experts
 from qlora.model.experts import Slab
+from qlora.model.meta_model import build_unmatched
 from qlora.model.mixtures import experts_in
 from qlora.model.nf4 import BLOCK, Quantized, dequantize, quantize_rows
 from qlora.recipe.sections import LoraSection, QuantizationSection
@@ -89,6 +90,8 @@ def held(config: Any) -> tuple[Any, Any]:
     plain = copy.deepcopy(model)
     own = {name: (module, leaf, getattr(module, leaf).detach()) for name, module, leaf in experts.projections(model)}
     experts.hold(model, QuantizationSection())
+    experts.keep_routing_still(model)
+    experts.keep_routing_still(plain)
     for name, (module, leaf, weights) in own.items():
         matrices = weights.transpose(1, 2) if module.is_transposed else weights
         slab = getattr(module, leaf)
@@ -136,6 +139,26 @@ def test_a_family_s_experts_give_what_transformers_computes(family: str, shape: 
     assert all(map(torch.equal, found, gradients(model)))
     set_gradient_checkpointing(model.get_base_model(), True, False)
     assert all(map(torch.equal, found, gradients(model)))
+
+
+@pytest.mark.parametrize("family", ["phimoe", "mixtral"])
+def test_a_frozen_router_draws_nothing_while_training(family: str) -> None:
+    """Phi-3.5-MoE samples its experts in training, Mixtral's router may be given noise: recomputing would differ."""
+    noise = {"router_jitter_noise": 0.3}
+    model, _ = held(make_config(family, noise))
+    ids_BS = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        calm = model.eval()(input_ids=ids_BS, use_cache=False).logits
+        assert torch.equal(calm, model.train()(input_ids=ids_BS, use_cache=False).logits)
+        loose = make_model(make_config(family, noise)).train()
+        assert not torch.equal(*(loose(input_ids=ids_BS, use_cache=False).logits for _ in range(2)))
+
+
+def test_a_layer_around_experts_is_still_recomputed() -> None:
+    """Gemma 4 has its experts in the layer itself, whose mode says whether it is computed anew."""
+    model = build_unmatched(make_config("gemma4_text"), "eager", "base")
+    routers = [name for name, one in model.named_modules() if one._forward_pre_hooks]
+    assert routers and all(".router" in name for name in routers)
 
 
 def test_experts_whose_values_fill_no_blocks_stay_in_16_bit_and_it_is_said() -> None:
