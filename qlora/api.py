@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qlora.export.combination import Combination
     from qlora.export.push import Push
     from qlora.memory.estimate import Estimate
-    from qlora.memory.plan import Question
+    from qlora.memory.question import Question
     from qlora.model.base_folder import BaseFolder
     from qlora.numerics import Numerics
     from qlora.training.checkpoint import Checkpoint, RunState
@@ -322,7 +322,7 @@ def question(
     from qlora.memory import hardware
     from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
-    from qlora.memory.plan import Question
+    from qlora.memory.question import Question
     from qlora.model import row_packing
     from qlora.model.meta_model import text_config
     from qlora.model.resolve import resolve_config

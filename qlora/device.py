@@ -379,7 +379,7 @@ def host_block(words: int, device: torch.device) -> torch.Tensor:
     """
     import torch
 
-    return _pinned(torch.empty(words, dtype=torch.int64), device)
+    return pinned(torch.empty(words, dtype=torch.int64), device)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -388,11 +388,11 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
     if not is_card(tensor.device):
         return tensor.detach().to("cpu", copy=True)
-    block = _pinned(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.device)
+    block = pinned(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.device)
     return block.copy_(tensor.detach())
 
 
-def _pinned(block: torch.Tensor, device: torch.device) -> torch.Tensor:
+def pinned(block: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The block in memory that the system leaves in its place, where a GPU `device` copies from or to it."""
     if is_card(device):
         with suppress(RuntimeError):

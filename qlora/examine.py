@@ -19,6 +19,7 @@ from qlora.ask.opened import chat_of_adapter, tokenizer_of_adapter, tuned_model
 from qlora.errors import DataError, ExportError, RunFolderError
 from qlora.events import Examined, Notice, Sink, Sinks
 from qlora.guarded import Guarded
+from qlora.model.base_cache.places import mode_beside
 from qlora.run_record import is_run
 from qlora.stop import StopRequest
 from qlora.study import exam, plain_text
@@ -175,7 +176,7 @@ class _Run:
         from qlora.training.setup import pick_device
 
         device = pick_device()
-        settings = (self.recipe.model.attention, device)
+        settings = (self.recipe.model.attention, device, mode_beside(self.recipe.memory))
         model = tuned_model(self.adapter_dir, self.origin, self.base, settings, self.sink)
         return Teacher(model, self.chat, device, self.sink, self.stop)
 

@@ -36,6 +36,7 @@ from qlora.model.adapter_folder import (
     read_adapter,
 )
 from qlora.model.adapter_seal import seal
+from qlora.model.base_cache.places import mode_beside
 from qlora.model.base_folder import MAX_SMALL_BYTES, BaseFolder
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.delivered_loss import DeliveredLoss
@@ -223,6 +224,7 @@ def _open_source(
     delivered, is_older = delivered_loss.read(adapter_dir)
     if recipe is None:
         return replace(source, delivered=delivered)
+    source = replace(source, cache=mode_beside(recipe.memory))
     datasets = run_folder.dataset_names(recipe)
     rows = None
     if with_rows:

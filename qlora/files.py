@@ -173,11 +173,46 @@ def open_to_write(path: Path, way: WayToWrite, permissions: int = 0o644) -> File
         raise
 
 
-def write_all(file: FileIO, data: bytes) -> None:
+def write_all(file: FileIO, data: bytes | memoryview) -> None:
     """Write all of `data` to a file that is not buffered: one call may take a part of it, on a disk that fills up."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
+
+
+def distrust(*places: Path) -> str | None:
+    """Why a folder and what lies in it is not to be believed; None where nobody but us and root can write to it.
+
+    `places` are folders from the root down, the last one with its files; what does not exist is no reason.
+    """
+    if not hasattr(os, "geteuid"):
+        return None  # Windows keeps a user's own folders for that user
+    for place in (*places, *(sorted(places[-1].iterdir()) if places[-1].is_dir() else ())):
+        try:
+            status = os.lstat(place)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(status.st_mode):
+            return f"{place} is a link"
+        if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+            return f"{place} is neither a file nor a folder"
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{place} belongs to another user (number {status.st_uid})"
+        if status.st_mode & 0o002 or (status.st_mode & 0o020 and not _is_private(status.st_gid)):
+            return f"{place} can be written by others (chmod go-w makes it yours)"
+    return None
+
+
+def _is_private(group: int) -> bool:
+    """Whether it is the group that many systems give each user alone: of the user's name, and without other members."""
+    import grp
+    import pwd
+
+    try:
+        user, entry = pwd.getpwuid(os.geteuid()), grp.getgrgid(group)
+    except KeyError:  # a number without a name
+        return False
+    return entry.gr_name == user.pw_name and group == user.pw_gid and not set(entry.gr_mem) - {user.pw_name}
 
 
 def _open(path: Path, flags: int, permissions: int = 0o600) -> int:

@@ -75,7 +75,7 @@ def ahead(
     is known of them and whether they decide how long is trained."""
     from qlora.memory import hardware
     from qlora.memory.estimate import Estimator
-    from qlora.memory.plan import Question
+    from qlora.memory.question import Question
     from qlora.model.meta_model import text_config
 
     machine = hardware.this_machine(recipe.memory.limit)

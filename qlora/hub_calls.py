@@ -8,6 +8,7 @@ ends, an answer has a bound, the token goes to the hub alone, and no redirect is
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ LONGEST_WAIT = 60.0  # that the hub may ask for
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 3
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")  # RFC 9110, 5.6.2: a token
+# What is said of the message itself and of who sends it is ours to say.
+_OF_MESSAGE = ("accept-encoding", "content-length", "cookie", "expect", "host", "proxy-authorization", "user-agent")
+_OF_CONNECTION = ("connection", "te", "trailer", "transfer-encoding", "upgrade")
 GO_ON = "run the same again: what has arrived is not sent twice"
 
 Chunks = Callable[[], Iterator[bytes]]
@@ -105,18 +110,25 @@ class Calls:
             "the repository may have been renamed: give the name that its page shows",
         )
 
-    def follow(self, method: str, url: str, value: Any) -> Answer:
-        """A request to an address that the hub gave, with `value` as JSON; the token goes along only to the hub."""
+    def follow(self, method: str, url: str, value: Any, given: Mapping[str, Any] | None = None) -> Answer:
+        """A request to an address that the hub gave, with `value` as JSON and the headers that it gave with it.
+
+        The token goes along only to the hub, and not where it gave another authorization.
+        """
         url = self.address(url)
         headers = {"content-type": "application/vnd.git-lfs+json", "accept": "application/vnd.git-lfs+json"}
         if self.is_own(url):
             headers["authorization"] = f"Bearer {self.token}"
         body = json.dumps(value).encode()
-        return self._tried(method, url, headers, body, False)
+        return self._tried(method, url, {**headers, **given_headers(given or {})}, body, False)
 
-    def put(self, url: str, chunks: Chunks, size: int) -> Answer:
-        """`size` bytes to an address that the hub gave, without the token. `chunks` begins anew at each try."""
-        return self._tried("PUT", self.address(url), {"content-length": str(size)}, chunks, False)
+    def put(self, url: str, chunks: Chunks, size: int, given: Mapping[str, Any] | None = None) -> Answer:
+        """`size` bytes to an address that the hub gave, with the headers that it gave with it and without the token.
+
+        `chunks` begins anew at each try.
+        """
+        headers = {**given_headers(given or {}), "content-length": str(size)}
+        return self._tried("PUT", self.address(url), headers, chunks, False)
 
     def address(self, url: Any) -> str:
         """An address that the hub gave, where it is one that bytes may go to. Raises ExportError."""
@@ -182,6 +194,22 @@ class Calls:
         # The error's text may quote a proxy's address with the password in it: of that one word is looked for.
         word = ", certificate" if "certificate" in str(failure.error).lower() else ""
         return None, f"{type(failure.error).__name__}{word}"
+
+
+def given_headers(given: Mapping[str, Any]) -> dict[str, str]:
+    """Headers that the hub gives for a request to a store, in small letters. Raises ExportError for what is none.
+
+    Left out is what describes the message and who sends it: that is said by who sends it.
+    """
+    found: dict[str, str] = {}
+    for name, value in given.items():
+        if not (_HEADER.fullmatch(name) and isinstance(value, str) and len(value) <= MAX_URL):
+            raise ExportError("the hub asks for a header that no request can have", GO_ON)
+        if not (value.isascii() and value.isprintable()):
+            raise ExportError("the hub asks for a header that no request can have", GO_ON)
+        if name.lower() not in (*_OF_MESSAGE, *_OF_CONNECTION):
+            found[name.lower()] = value.strip()
+    return found
 
 
 def _joined(url: str, location: str) -> str:

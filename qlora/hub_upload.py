@@ -247,20 +247,25 @@ class ModelRepository:
 
     def _send(self, item: Outgoing, needed: _Actions, upload: _Action, say: Callable[[int], None]) -> None:
         parts, size = _parts(upload, item)
+        in_parts = "chunk_size" in (upload.header or {})
+        given = (
+            None if in_parts else upload.header
+        )  # the headers of a "basic" upload; of several parts, their addresses
         etags = []
         for number, url in enumerate(parts):
             start = number * size
             length = min(size, item.size - start)
-            answer = self.calls.put(url, partial(self._counted, item, start, length, say), length)
+            answer = self.calls.put(url, partial(self._counted, item, start, length, say), length, given)
             if not answer.ok:
                 raise ExportError(f"{item.name}: the hub's store refuses it ({answer.status})", GO_ON)
             etags.append({"partNumber": number + 1, "etag": answer.headers.get("etag", "")})
-        if upload.header and "chunk_size" in upload.header:
+        if in_parts:
             done = self.calls.follow("POST", upload.href, {"oid": item.sha256, "parts": etags})
             if not done.ok:
                 raise ExportError(f"{item.name}: the hub's store refuses it ({done.status})", GO_ON)
         if needed.verify is not None:
-            told = self.calls.follow("POST", needed.verify.href, {"oid": item.sha256, "size": item.size})
+            value, given = {"oid": item.sha256, "size": item.size}, needed.verify.header
+            told = self.calls.follow("POST", needed.verify.href, value, given)
             if not told.ok:
                 raise ExportError(f"{item.name}: has not arrived as it was sent ({told.status})", GO_ON)
 

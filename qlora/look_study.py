@@ -172,9 +172,9 @@ def _studying(
     with determinism.for_run(recipe.train.deterministic, sink):
         numbers = run_numerics.decide(recipe, found.base, device, None)
         with numerics.in_force(numbers), fast_matmul(device):
-            chat, data, memory, lesson = setup.prepare(recipe, found, tokenizer, sink, clock)
+            _, _, memory, lesson = prepared = setup.prepare(recipe, found, tokenizer, sink, clock)
             assert lesson is not None
-            model = setup.load_model(recipe, found.base, data, chat, clock)
+            model = setup.load_model(recipe, found.base, prepared, clock)
             try:
                 yield lesson, lesson.teacher(model, device, sink, stop, memory.beside_weights), clock.phase
             finally:

@@ -32,8 +32,10 @@ class Numerics(foreign_json.ForeignModel):
     deterministic: bool | None = None  # the recipe's key; on a GPU: kernels sum in one order only
     attention: _Text | None = None  # the function that computes it
     head_chunk: _Count | None = None  # tokens whose logits exist at a time: gradients are summed chunk by chunk
+    loss_chunk: _Count | None = None  # tokens whose loss comes with its gradient (`step/head_loss`); 0: none
     functions: _Text | None = None  # who computes a linear layer with its adapter
     kernels: _Text | None = None  # who multiplies: on the CPU in fp32 or bf16
+    mlp_tile: _Count | None = None  # rows of an MLP's tile, where rows are long: gradients are summed tile by tile
     compiled: bool | None = None  # layers go through torch's compiler
 
 
@@ -45,8 +47,10 @@ _WORDS = {
     "deterministic": "train.deterministic",
     "attention": "attention",
     "head_chunk": "tokens a chunk of the head",
+    "loss_chunk": "tokens a chunk of the loss",
     "functions": "linear layers",
     "kernels": "products",
+    "mlp_tile": "rows a tile of an MLP",
     "compiled": "compiled layers",
 }
 _OF_RUN: ContextVar[Numerics | None] = ContextVar("qlora_numerics", default=None)

@@ -27,8 +27,10 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     from qlora.model.attention import name_of
     from qlora.model.attention_choice import choose
     from qlora.model.meta_model import choose_attention, text_config
+    from qlora.step import head_loss
     from qlora.step.kernels import trial
     from qlora.step.loss import chunk_tokens
+    from qlora.step.tiled_mlp import TILE_ROWS
 
     text, _ = text_config(base.config, base.name)
     named, wanted = choose_attention(text, recipe.model.attention, base.name), recipe.model.attention
@@ -40,7 +42,9 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         deterministic=exact,
         attention=named if kernel is None else name_of(kernel),
         head_chunk=(recorded.head_chunk if recorded else None) or chunk,
+        loss_chunk=(recorded.loss_chunk or 0) if recorded else head_loss.chunk_of_run(text.vocab_size, device),
         functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
+        mlp_tile=TILE_ROWS if recorded is None else recorded.mlp_tile,
         compiled=False,
     )
 

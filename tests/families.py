@@ -66,6 +66,21 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 _MODEL_TYPE = {"gemma3": "gemma3_text"}
 
+# What shares keys and values across layers, or hands each layer an embedding of its own.
+GEMMA3N = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 384,
+    "num_kv_shared_layers": 2,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "num_hidden_layers": 4,
+    "intermediate_size": [128] * 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "head_dim": 16,
+    "sliding_window": 12,
+}
+
 
 def make_config(family: str, *, vocab: int = 384, overrides: Mapping[str, Any] | None = None) -> Any:
     """The configuration of a family's tiny model; `overrides` win over everything."""

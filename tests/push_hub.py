@@ -17,6 +17,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from qlora import disk, hub_calls
+from qlora.events import Recorder
+from qlora.export.parcel import PublishedFolder
+from qlora.export.push import Contents, Push, open_destination
 from qlora.outgoing import git_hash
 
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
@@ -55,6 +58,7 @@ class PushHub:
     after: Callable[[int, Any], bool] = lambda _number, _handler: False
     endpoint: str = ""
     elsewhere: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def calls(self) -> list[str]:
         """What was asked, in order, without names of objects."""
@@ -70,104 +74,60 @@ class PushHub:
         lines = [f"{method} {path}" for method, path, _, _ in self.received]
         return b"\n".join([*(text.encode() for text in (*lines, *heads)), *map(_readable, self.received)])
 
+    def answer(self, method: str, path: str, head: dict[str, str], body: bytes) -> tuple[int, Any, dict[str, str]]:
+        if path.startswith("/store/"):
+            assert "authorization" not in head
+            return self.keep(method, path, head, body)
+        if head.get("authorization") != f"Bearer {TOKEN}":
+            return 401, {"error": "no"}, {}
+        if path == "/api/whoami-v2":
+            orgs = [{"name": name, "type": "org"} for name in self.orgs]
+            auth = {"accessToken": {"displayName": "t", "role": self.role}}
+            return 200, {"type": "user", "name": USER, "email": MAIL, "orgs": orgs, "auth": auth}, {}
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit)/main)?", path)) is not None:
+            name, what = found.groups()
+            if name not in self.repos:
+                return 404, {}, {"X_Error_Code": "RepoNotFound"}
+            return {"preupload": self.preupload, "commit": self.commit}[what](name, body) if what else self.info(name)
+        if (found := re.fullmatch(r"/([^/]+/[^/]+)/raw/(\w+)/(.+)", path)) is not None:
+            name, at, file = found.groups()
+            text = self.repos[name].files.get(file) if at == self.repos[name].head else None
+            return (200, text, {}) if isinstance(text, bytes) else (404, {}, {})
+        if (found := re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/(batch|verify)", path)) is not None:
+            return self.batch(path, json.loads(body)) if found[1] == "batch" else self.verify(head, json.loads(body))
+        return 404, {}, {}
 
-def _readable(request: tuple[str, str, dict[str, str], bytes]) -> bytes:
-    """A body, and what stands in it as base64."""
-    body = request[3]
-    found = re.findall(rb'"(?:content|sample)": "([A-Za-z0-9+/=]*)"', body)
-    return b"\n".join([body, *map(base64.b64decode, found)])
+    def keep(self, method: str, path: str, head: dict[str, str], body: bytes) -> tuple[int, Any, dict[str, str]]:
+        _, _, oid, *part = path.split("/")
+        if method == "POST":
+            told = json.loads(body)
+            if any(one["etag"] != f"etag-{one['partNumber']}" for one in told["parts"]):
+                return 400, {}, {}
+            body = b"".join(self.parts.pop((oid, one["partNumber"])) for one in told["parts"])
+        elif part:
+            assert "x-ticket" not in head  # of a multipart answer, what stands in `header` are its parts
+            self.parts[oid, int(part[0])] = body
+            return 200, b"", {"ETag": f"etag-{part[0]}"}
+        elif head.get("x-ticket") != f"for {oid}":
+            return 403, {}, {}
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.store[oid] = body
+        return 200, b"", {}
 
-
-def handler_of(hub: PushHub) -> type[BaseHTTPRequestHandler]:
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-        wbufsize = -1
-
-        def reply(self, status: int, value: Any = None, **headers: str) -> None:
-            body = value if isinstance(value, bytes) else json.dumps(value if value is not None else {}).encode()
-            self.send_response(status)
-            for name, text in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), text)
-            self.end_headers()
-            self.wfile.write(body)
-            self.wfile.flush()
-
-        def break_off(self) -> bool:
-            self.close_connection = True
-            return True
-
-        def handle_one(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            head = {name.lower(): text for name, text in self.headers.items()}
-            path = unquote(urlsplit(self.path).path)
-            with lock:
-                hub.received.append((self.command, path, head, body))
-                number = len(hub.received)
-                if hub.before(number, self):
-                    return
-                status, value, more = self.answer(path, head, body)
-                if not hub.after(number, self):
-                    self.reply(status, value, **more)
-
-        def answer(self, path: str, head: dict[str, str], body: bytes) -> tuple[int, Any, dict[str, str]]:
-            if path.startswith("/store/"):
-                assert "authorization" not in head
-                return self.keep(path, body)
-            if head.get("authorization") != f"Bearer {TOKEN}":
-                return 401, {"error": "no"}, {}
-            if path == "/api/whoami-v2":
-                orgs = [{"name": name, "type": "org"} for name in hub.orgs]
-                auth = {"accessToken": {"displayName": "t", "role": hub.role}}
-                return 200, {"type": "user", "name": USER, "email": MAIL, "orgs": orgs, "auth": auth}, {}
-            if path == "/api/repos/create":
-                return create(json.loads(body))
-            if (found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(preupload|commit)/main)?", path)) is not None:
-                name, what = found.groups()
-                if name not in hub.repos:
-                    return 404, {}, {"X_Error_Code": "RepoNotFound"}
-                return {"preupload": preupload, "commit": commit}[what](name, body) if what else info(name)
-            if (found := re.fullmatch(r"/([^/]+/[^/]+)/raw/(\w+)/(.+)", path)) is not None:
-                name, at, file = found.groups()
-                text = hub.repos[name].files.get(file) if at == hub.repos[name].head else None
-                return (200, text, {}) if isinstance(text, bytes) else (404, {}, {})
-            if (found := re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/(batch|verify)", path)) is not None:
-                return batch(path, json.loads(body)) if found[1] == "batch" else verify(json.loads(body))
-            return 404, {}, {}
-
-        def keep(self, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
-            _, _, oid, *part = path.split("/")
-            if self.command == "POST":
-                told = json.loads(body)
-                if any(one["etag"] != f"etag-{one['partNumber']}" for one in told["parts"]):
-                    return 400, {}, {}
-                body = b"".join(hub.parts.pop((oid, one["partNumber"])) for one in told["parts"])
-            elif part:
-                hub.parts[oid, int(part[0])] = body
-                return 200, b"", {"ETag": f"etag-{part[0]}"}
-            assert hashlib.sha256(body).hexdigest() == oid
-            hub.store[oid] = body
-            return 200, b"", {}
-
-        do_GET = do_POST = do_PUT = handle_one
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    def create(told: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+    def create(self, told: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
         owner, name = told["organization"], told["name"]
         assert told["type"] == "model"
-        if owner not in (USER, *hub.orgs):
+        if owner not in (USER, *self.orgs):
             return 403, {}, {}
-        if f"{owner}/{name}" in hub.repos:
+        if f"{owner}/{name}" in self.repos:
             return 409, {}, {}
-        hub.repos[f"{owner}/{name}"] = Repo(private=told["private"])
+        self.repos[f"{owner}/{name}"] = Repo(private=told["private"])
         return 200, {"url": "x"}, {}
 
-    def info(name: str) -> tuple[int, Any, dict[str, str]]:
-        repo = hub.repos[name]
+    def info(self, name: str) -> tuple[int, Any, dict[str, str]]:
+        repo = self.repos[name]
         siblings = [
             {"rfilename": file, "blobId": git_hash(text), "size": len(text)}
             if isinstance(text, bytes)
@@ -176,39 +136,40 @@ def handler_of(hub: PushHub) -> type[BaseHTTPRequestHandler]:
         ]
         return 200, {"id": name, "private": repo.private, "sha": repo.head, "siblings": siblings, "tags": []}, {}
 
-    def preupload(name: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
-        if name.split("/")[0] not in (USER, *hub.orgs):
+    def preupload(self, name: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+        if name.split("/")[0] not in (USER, *self.orgs):
             return 403, {}, {}
         found = [
             {
                 "path": one["path"],
                 "uploadMode": "lfs" if one["path"].endswith((".safetensors", ".gguf")) else "regular",
-                "shouldIgnore": one["path"] in hub.ignored,
+                "shouldIgnore": one["path"] in self.ignored,
                 "oid": None,
             }
             for one in json.loads(body)["files"]
         ]
         return 200, {"files": found}, {}
 
-    def batch(path: str, told: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+    def batch(self, path: str, told: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
         found = []
         for one in told["objects"]:
             oid, size = one["oid"], one["size"]
-            upload: dict[str, Any] = {"href": f"{hub.elsewhere}/store/{oid}", "header": {}}
+            upload: dict[str, Any] = {"href": f"{self.elsewhere}/store/{oid}", "header": {"X-Ticket": f"for {oid}"}}
             if size > CHUNK:
                 count = -(-size // CHUNK)
-                header = {str(part): f"{hub.elsewhere}/store/{oid}/{part}" for part in range(1, count + 1)}
+                header = {str(part): f"{self.elsewhere}/store/{oid}/{part}" for part in range(1, count + 1)}
                 upload["header"] = {"chunk_size": str(CHUNK), **header}
-            verify = {"href": f"{hub.endpoint}{path.replace('batch', 'verify')}"}
-            actions = {} if oid in hub.store else {"actions": {"upload": upload, "verify": verify}}
+            verify = {"href": f"{self.endpoint}{path.replace('batch', 'verify')}", "header": {"X-Ticket": oid}}
+            actions = {} if oid in self.store else {"actions": {"upload": upload, "verify": verify}}
             found.append({"oid": oid, "size": size, **actions})
         return 200, {"transfer": "multipart", "objects": found}, {}
 
-    def verify(told: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
-        return (200, {}, {}) if len(hub.store.get(told["oid"], b"")) == told["size"] else (422, {}, {})
+    def verify(self, head: dict[str, str], told: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+        arrived = head.get("x-ticket") == told["oid"] and len(self.store.get(told["oid"], b"")) == told["size"]
+        return (200 if arrived else 422), {}, {}
 
-    def commit(name: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
-        repo, (head, *lines) = hub.repos[name], [json.loads(line) for line in body.splitlines()]
+    def commit(self, name: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+        repo, (head, *lines) = self.repos[name], [json.loads(line) for line in body.splitlines()]
         if head["value"].get("parentCommit") != repo.head:
             return 412, {}, {}
         for line in lines:
@@ -218,15 +179,67 @@ def handler_of(hub: PushHub) -> type[BaseHTTPRequestHandler]:
             elif line["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
             else:
-                assert value["oid"] in hub.store
+                assert value["oid"] in self.store
                 repo.files[value["path"]] = value["oid"]
         repo.commits.append(hashlib.sha1(body).hexdigest())
         return 200, {"success": True, "commitOid": repo.head, "commitUrl": "x"}, {}
 
-    return Handler
+
+def _readable(request: tuple[str, str, dict[str, str], bytes]) -> bytes:
+    """A body, and what stands in it as base64."""
+    body = request[3]
+    found = re.findall(rb'"(?:content|sample)": "([A-Za-z0-9+/=]*)"', body)
+    return b"\n".join([body, *map(base64.b64decode, found)])
 
 
-class Quiet(ThreadingHTTPServer):
+class Handler(BaseHTTPRequestHandler):
+    """A request to the hub of its server: kept, answered, and handed to who breaks it on purpose."""
+
+    server: PushServer
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
+
+    def reply(self, status: int, value: Any = None, **headers: str) -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value if value is not None else {}).encode()
+        self.send_response(status)
+        for name, text in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def break_off(self) -> bool:
+        self.close_connection = True
+        return True
+
+    def handle_one(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        head = {name.lower(): text for name, text in self.headers.items()}
+        path = unquote(urlsplit(self.path).path)
+        hub = self.server.hub
+        with hub.lock:
+            hub.received.append((self.command, path, head, body))
+            number = len(hub.received)
+            if hub.before(number, self):
+                return
+            status, value, more = hub.answer(self.command, path, head, body)
+            if not hub.after(number, self):
+                self.reply(status, value, **more)
+
+    do_GET = do_POST = do_PUT = handle_one
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class PushServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, hub: PushHub) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.hub = hub
+
     def handle_error(self, *_: Any) -> None:
         """Who asked may have gone: that is what some tests are about."""
 
@@ -238,8 +251,7 @@ def push_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushHub]:
     from huggingface_hub import constants
 
     hub = PushHub()
-    server = Quiet(("127.0.0.1", 0), handler_of(hub))
-    server.daemon_threads = True
+    server = PushServer(hub)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     hub.elsewhere = f"http://localhost:{server.server_port}"
@@ -253,6 +265,12 @@ def push_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[PushHub]:
     server.shutdown()
     server.server_close()
     huggingface_hub.close_session()
+
+
+def push(folder: Path, name: str = "support", sink: Recorder | None = None, **settings: Any) -> Any:
+    """One published folder, sent to the repository `name`."""
+    contents = Contents.of([PublishedFolder.open(folder)])
+    return open_destination(Push(name, **settings), contents).deliver([folder], sink or Recorder())
 
 
 def an_export(

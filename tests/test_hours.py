@@ -59,7 +59,7 @@ def test_a_base_that_cannot_be_simulated_is_looked_at_all_the_same(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qlora.errors import ModelError
-    from qlora.memory.plan import Question
+    from qlora.memory.question import Question
 
     def refuses(self: Question) -> None:
         raise ModelError("base: a step of this model cannot be simulated", "use another")

@@ -14,6 +14,8 @@ FASTER = (
     "step/kernels/",
     "step/lora_linear.py",
     "step/experts.py",
+    "step/tiled_mlp.py",
+    "step/head_loss.py",
     "step/offload.py",
 )  # the same step, smaller or faster: no part of it
 

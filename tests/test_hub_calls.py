@@ -172,3 +172,24 @@ def test_a_proxys_password_is_in_no_error(calls: Calls, monkeypatch: pytest.Monk
     with pytest.raises(ExportError) as error:
         calls.ask("GET", "/api/whoami-v2")
     assert error.value.what == "the hub cannot be reached (ValueError, certificate)"
+
+
+def test_headers_that_the_hub_gives_go_to_the_store_and_change_nothing_of_ours(push_hub: PushHub, calls: Calls) -> None:
+    answering(push_hub, 200)
+    given = {"X-Amz-Meta": " a b ", "Authorization": "Basic eDp5", "Content-Length": "9", "Host": "evil", "Cookie": "x"}
+    calls.put(f"{push_hub.elsewhere}/part", lambda: iter((b"abc",)), 3, given)
+    calls.follow("POST", f"{push_hub.endpoint}/verify", {"a": 1}, {"authorization": "Basic eDp5"})
+    calls.follow("POST", f"{push_hub.endpoint}/verify", {"a": 1}, {})
+    heads = [head for _, _, head, _ in push_hub.received]
+    assert [head.get("authorization") for head in heads] == ["Basic eDp5", "Basic eDp5", f"Bearer {TOKEN}"]
+    assert heads[0]["x-amz-meta"] == "a b" and heads[0]["content-length"] == "3" and "cookie" not in heads[0]
+    assert heads[0]["host"].startswith("localhost") and heads[0]["user-agent"].startswith("qlora/")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("a b", "x"), ("", "x"), ("x", "a\r\nb: c"), ("x", 3), ("x", None), ("x\n", "y"), ("ä", "x")]
+)
+def test_a_header_that_is_none_is_not_sent(push_hub: PushHub, calls: Calls, name: str, value: Any) -> None:
+    with pytest.raises(ExportError, match="a header that no request can have"):
+        calls.put(f"{push_hub.elsewhere}/part", lambda: iter((b"abc",)), 3, {name: value})
+    assert not push_hub.received

@@ -33,6 +33,8 @@ SHORT = (
     "train.deterministic=false",
     "data.eval_fraction=0",
     "memory.limit='480MiB'",
+    "memory.stream_weights=true",
+    "memory.embedding='host'",
 )
 
 # Lines of the CUDA path that this run does not reach, by how `module::function: statement` begins, with the reason.
@@ -43,7 +45,7 @@ NOT_REHEARSED = {
     "device.py::capability: return (0, 0)": "an AMD card; tests/test_device.py",
     "device.py::_memory: free = max(": "a card that shares the RAM; tests/test_device.py",
     "device.py::is_full": "asked where the driver may spill, Windows and WSL; tests/memory/test_spilling.py",
-    "device.py::_pinned: return block": "where the system pins no more; tests/test_device.py",
+    "device.py::pinned: return block": "where the system pins no more; tests/test_device.py",
     "device.py::measure_context": "where a command begins; tests/test_device.py, tests/cli/test_cards.py",
     "device.py::context_taken: return measured": "where it was measured; tests/test_device.py",
     "device.py::on_default_stream": "nothing computes beside the default stream yet; tests/test_device.py",
@@ -65,6 +67,9 @@ NOT_REHEARSED = {
         "CUDA's own kernels pass no trial on a CPU; tests/model/test_attention_choice.py",
     ),
     "model/attention_choice.py::passing: yield kernel": "nor here",
+    "model/weight_stores.py::DiskStore": "weights from files; tests/model/test_weight_stores.py",
+    "model/weight_stores.py::HostStore.settle": "where the system pins no more; tests/model/test_weight_stores.py",
+    "step/offload.py::Pool.said": "no input of this model takes 2 MiB; tests/training/test_offloaded_run.py",
     "model/lora_functions.py::_now: return None": "this run drops, which is peft's; tests/model/test_lora_functions.py",
 }
 # Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.

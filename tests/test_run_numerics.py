@@ -13,6 +13,7 @@ from qlora.model.resolve import resolve
 from qlora.numerics import Numerics
 from qlora.recipe.reading import load_recipe
 from qlora.step.loss import chunk_tokens
+from qlora.step.tiled_mlp import TILE_ROWS
 from qlora.training import checkpoint
 from tests.runs import run_dir, train, values, write_recipe
 
@@ -43,12 +44,17 @@ def test_a_card_is_known_by_its_name(tmp_path: Path, llama: Path, monkeypatch: p
 
 def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> None:
     new = decided(tmp_path, llama, CPU, None)
-    assert new.head_chunk == chunk_tokens(384)
+    assert new.head_chunk == new.loss_chunk == chunk_tokens(384)
     before = new.model_copy(
-        update={"head_chunk": 48, "deterministic": False}
+        update={"head_chunk": 48, "loss_chunk": 96, "deterministic": False}
     )  # which an operation without an exact form made of it
     again = decided(tmp_path, llama, CPU, before)
-    assert again.head_chunk == 48 and again.deterministic is False
+    assert (again.head_chunk, again.loss_chunk, again.deterministic) == (48, 96, False)
+    older = decided(tmp_path, llama, CPU, before.model_copy(update={"loss_chunk": None}))
+    assert older.loss_chunk == 0  # of a version that asked the head once more
+    assert new.mlp_tile == TILE_ROWS and decided(tmp_path, llama, CPU, new).mlp_tile == TILE_ROWS
+    whole = new.model_copy(update={"mlp_tile": None})  # of a version that knew no tiles
+    assert decided(tmp_path, llama, CPU, whole).mlp_tile is None
 
 
 def test_one_notice_names_every_difference(tmp_path: Path) -> None:

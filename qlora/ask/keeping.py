@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from qlora.ask.llama import LlamaModel, LlamaRow, common_length
 from qlora.ask.opened import TorchModel
 from qlora.model.generate import forward_parameters, name_of_cache
+from qlora.model.weight_receiving import device_of
 
 TOKENS_AT_ONCE = 512  # of a prompt, computed in one go: between two, a stop is seen
 _WINDOW = "DynamicSlidingWindowLayer"
@@ -31,7 +32,7 @@ class TorchRow:
 
     def __init__(self, model: Any, check: Callable[[], None] = lambda: None) -> None:
         self._model = model
-        self._device = model.get_input_embeddings().weight.device
+        self._device = device_of(model)
         self._cache_name = name_of_cache(model)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
         self._cache: Any = None

@@ -18,6 +18,7 @@ from qlora import files, run_folder
 from qlora.errors import ExportError, TokenizerError
 from qlora.events import Notice, Sink
 from qlora.guarded import Guarded
+from qlora.model.base_cache.places import Mode, mode_beside
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +175,8 @@ def _open_adapter(source: Named, how: HowToOpen, device: torch.device, sink: Sin
         origin = replace(origin, quantization=QuantizationSection())
     chat = chat_of_adapter(folder, recipe, lambda: base, sink)
     attention = "auto" if recipe is None else recipe.model.attention
-    model = tuned_model(folder, origin, base, (attention, device), sink)
+    cache = mode_beside(None if recipe is None else recipe.memory)
+    model = tuned_model(folder, origin, base, (attention, device, cache), sink)
     sealed.check()
     if adapter.idle:
         message = "adapters on other parts than the text model are left out"
@@ -184,14 +186,15 @@ def _open_adapter(source: Named, how: HowToOpen, device: torch.device, sink: Sin
 
 
 def tuned_model(
-    folder: Path, origin: Provenance, base: BaseFolder, settings: tuple[str, torch.device], sink: Sink
+    folder: Path, origin: Provenance, base: BaseFolder, settings: tuple[str, torch.device, Mode], sink: Sink
 ) -> Any:
     """The base as `origin` says that training held it, with the adapter in `folder` on it. `settings`: how it attends,
-    and where it lies. Raises ExportError where it is another base than was trained on."""
+    where it lies, and whether it may be kept in 4 bit. Raises ExportError where it is another base than was trained on.
+    """
     from qlora.model import adapters, identity, load
 
-    attention, device = settings
-    model: Any = load.load_base(base, origin.quantization, attention, device, sink)
+    attention, device, cache = settings
+    model: Any = load.load_base(base, origin.quantization, attention, device, sink, cache)
     another = identity.another_base(
         origin.identity, model.base_identity, origin.fingerprint or base.fingerprint, base.fingerprint
     )

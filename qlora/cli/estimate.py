@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -26,6 +26,9 @@ def estimate(
     gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help='A card, such as "RTX 4090".')] = None,
     vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="A size, such as 8GiB.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Search settings that fit, and print the recipe change.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Draw where the peak stands, layer by layer, and what changes would save.")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a key; repeatable.")
     ] = None,
@@ -44,8 +47,18 @@ def estimate(
     does not fit.
     """
     asked = {"gpu": gpu, "vram": vram, "stack": stack}
+    wanted = _Wanted(fit, explain, plot, as_json)
     with _without_collections():
-        common.run(lambda: _run(what, set_ or [], asked, fit, plot, as_json))
+        common.run(lambda: _run(what, set_ or [], asked, wanted))
+
+
+class _Wanted(NamedTuple):
+    """What is asked beside the estimate, and in which form it is answered."""
+
+    fit: bool
+    explain: bool
+    plot: Path | None
+    as_json: bool
 
 
 @contextmanager
@@ -61,24 +74,28 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _run(what: str, overrides: list[str], asked: dict[str, Any], fit: bool, plot: Path | None, as_json: bool) -> None:
-    _refuse_early(asked, plot)
+def _run(what: str, overrides: list[str], asked: dict[str, Any], wanted: _Wanted) -> None:
+    _refuse_early(asked, wanted.plot)
     unusable = _unusable_card() if asked["gpu"] is None and asked["vram"] is None else None
     from qlora import api
 
     question = api.question(api.recipe_or_model(what, overrides), **asked)
-    if plot is not None:
-        _plot(question, plot)
-    plans = question.search() if fit else []
-    estimate = plans[0].estimate if plans else question.estimate()
+    if wanted.plot is not None:
+        _plot(question, wanted.plot)
+    plans = question.search() if wanted.fit else []
+    plan = plans[0] if plans else question.decided()
+    estimate = plan.estimate
     answer = {**estimate.as_dict(), "limit_source": estimate.limit_source}
     if question.documents is not None and asked["stack"] == "qlora":
         answer["hours"] = _hours(question)
     if unusable:
         answer["notes"].append(f"{unusable}: this is the estimate of a run on the CPU")
-    if fit:
+    answer["reasons"] = dict(plan.reasons)
+    if wanted.explain:
+        answer["explained"] = question.explain(plan).as_dict()
+    if wanted.fit:
         answer["plans"] = [_as_dict(plan) for plan in plans]
-    if as_json:
+    if wanted.as_json:
         common.answer(answer)
     else:
         with common.answering():
@@ -121,20 +138,29 @@ def _hours(question: Any) -> dict[str, Any]:
 
 
 def _as_dict(plan: Any) -> dict[str, Any]:
-    from qlora.memory.plan import toml_value
+    from qlora.memory.changes import toml_value
 
     lines = [f"{key} = {toml_value(value)}" for key, value in plan.changes.items()]
-    return {"changes": dict(plan.changes), "lines": lines, "estimate": plan.estimate.as_dict()}
+    return {
+        "changes": dict(plan.changes),
+        "lines": lines,
+        "reasons": dict(plan.reasons),
+        "estimate": plan.estimate.as_dict(),
+    }
 
 
 def _show(answer: dict[str, Any]) -> None:
     from qlora.report.ahead import hours_line
     from qlora.report.console import Terminal
+    from qlora.report.explained import explained_view
     from qlora.report.memory import estimate_view, plans_view
 
     console = Terminal()
     answer = shown.plain_values(redact_all(answer))
     console.print(estimate_view(answer))
+    if explained := answer.get("explained"):
+        console.print("")
+        console.print(explained_view(explained, answer["limit_bytes"]))
     if hours := answer.get("hours"):
         console.print(f"\n{hours_line(hours)}", soft_wrap=True)
     if plans := answer.get("plans"):

@@ -34,101 +34,117 @@ class Format(str, Enum):
 Quant = Enum("Quant", {name: name for name in GGUF_QUANTS}, type=str)  # type: ignore[misc]
 
 
+# The options, each with what `--help` says of it.
+Sources = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN_OR_ADAPTER...",
+        help="A run's folder, or a PEFT adapter folder; several of one base are combined by --weights. With --push "
+        "also exports.",
+    ),
+]
+To = Annotated[
+    list[Format] | None,
+    typer.Option(
+        "--to",
+        help="hf: safetensors with config and tokenizer. gguf: for llama.cpp, Ollama, LM Studio. adapter-gguf: the "
+        "adapter alone, for llama.cpp's --lora. adapter: of several, the combined one for PEFT. Repeatable.",
+        show_default="hf",
+    ),
+]
+Quants = Annotated[list[Quant] | None, typer.Option("--quant", help="Type of a GGUF; repeatable.", show_default="q8_0")]
+Base = Annotated[
+    Literal["auto", "nf4", "full"],
+    typer.Option(
+        "--base",
+        help="nf4: merge into the base as training saw it, dequantized. full: into its original weights. auto: the "
+        "one with the better loss on your evaluation rows, where they tell; else the nearer to the trained model.",
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model",
+        help="The base's folder or hub name, where the adapter names another place.",
+        metavar="PATH_OR_NAME",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder to write.", show_default="<run>/export/<format>")]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="W,W…",
+        help="Combine several adapters: how much of each, in their order, such as 0.7,0.3; negative: less of it.",
+    ),
+]
+Method = Annotated[
+    Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] | None,
+    typer.Option(
+        "--method",
+        help="How adapters are combined. linear: the exact sum of what they add. The others drop values first, as "
+        "PEFT does it, and need one rank.",
+        show_default="linear",
+    ),
+]
+Density = Annotated[
+    float | None,
+    typer.Option("--density", help="Share of values that such a method keeps.", show_default="0.5"),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Of what dare_linear and dare_ties drop.", show_default="0")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Reopen and measure what was written, before it gets its name.")
+]
+MaxKl = Annotated[
+    float | None, typer.Option("--max-kl", min=0.0, help="Mean KL in nats beyond which an export is an error.")
+]
+Importance = Annotated[
+    bool, typer.Option("--imatrix", help="Weigh the errors of K- and IQ-quants by the activations of your rows.")
+]
+Dtype = Annotated[Literal["bf16", "f16", "f32"], typer.Option("--dtype", help="Type of the weights in safetensors.")]
+TokenizerPre = Annotated[
+    str | None,
+    typer.Option("--tokenizer-pre", help="llama.cpp's name of the pre-tokenizer, if it is not recognised."),
+]
+PushTo = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="NAME",
+        help="Send what is exported to this repository of the hub: owner/name, or a name of your own. Private. "
+        "Also exports that are there: name their folders. With --to adapter, a run's adapter.",
+    ),
+]
+Public = Annotated[
+    bool, typer.Option("--public", help="Push to a repository that everybody may read; you are asked first.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Say yes to what a push would ask.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print what was written and measured as JSON.")]
+
+
 @app.command(cls=common.Command)
 def export(
-    source: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN_OR_ADAPTER...",
-            help="A run's folder, or a PEFT adapter folder; several of one base are combined by --weights. With --push "
-            "also exports.",
-        ),
-    ],
-    to: Annotated[
-        list[Format] | None,
-        typer.Option(
-            "--to",
-            help="hf: safetensors with config and tokenizer. gguf: for llama.cpp, Ollama, LM Studio. adapter-gguf: the "
-            "adapter alone, for llama.cpp's --lora. adapter: of several, the combined one for PEFT. Repeatable.",
-            show_default="hf",
-        ),
-    ] = None,
-    quant: Annotated[
-        list[Quant] | None, typer.Option("--quant", help="Type of a GGUF; repeatable.", show_default="q8_0")
-    ] = None,
-    base: Annotated[
-        Literal["auto", "nf4", "full"],
-        typer.Option(
-            "--base",
-            help="nf4: merge into the base as training saw it, dequantized. full: into its original weights. auto: the "
-            "one with the better loss on your evaluation rows, where they tell; else the nearer to the trained model.",
-        ),
-    ] = "auto",
-    base_model: Annotated[
-        str | None,
-        typer.Option(
-            "--base-model",
-            help="The base's folder or hub name, where the adapter names another place.",
-            metavar="PATH_OR_NAME",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write.", show_default="<run>/export/<format>")
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            metavar="W,W…",
-            help="Combine several adapters: how much of each, in their order, such as 0.7,0.3; negative: less of it.",
-        ),
-    ] = None,
-    method: Annotated[
-        Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"] | None,
-        typer.Option(
-            "--method",
-            help="How adapters are combined. linear: the exact sum of what they add. The others drop values first, as "
-            "PEFT does it, and need one rank.",
-            show_default="linear",
-        ),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option("--density", help="Share of values that such a method keeps.", show_default="0.5"),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Of what dare_linear and dare_ties drop.", show_default="0")
-    ] = None,
-    check: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Reopen and measure what was written, before it gets its name.")
-    ] = True,
-    max_kl: Annotated[
-        float | None, typer.Option("--max-kl", min=0.0, help="Mean KL in nats beyond which an export is an error.")
-    ] = None,
-    imatrix: Annotated[
-        bool, typer.Option("--imatrix", help="Weigh the errors of K- and IQ-quants by the activations of your rows.")
-    ] = False,
-    dtype: Annotated[
-        Literal["bf16", "f16", "f32"], typer.Option("--dtype", help="Type of the weights in safetensors.")
-    ] = "bf16",
-    tokenizer_pre: Annotated[
-        str | None,
-        typer.Option("--tokenizer-pre", help="llama.cpp's name of the pre-tokenizer, if it is not recognised."),
-    ] = None,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            "--push",
-            metavar="NAME",
-            help="Send what is exported to this repository of the hub: owner/name, or a name of your own. Private. "
-            "Also exports that are there: name their folders. With --to adapter, a run's adapter.",
-        ),
-    ] = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Push to a repository that everybody may read; you are asked first.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Say yes to what a push would ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written and measured as JSON.")] = False,
+    source: Sources,
+    to: To = None,
+    quant: Quants = None,
+    base: Base = "auto",
+    base_model: BaseModel = None,
+    out: Out = None,
+    weights: Weights = None,
+    method: Method = None,
+    density: Density = None,
+    seed: Seed = None,
+    check: Verify = True,
+    max_kl: MaxKl = None,
+    imatrix: Importance = False,
+    dtype: Dtype = "bf16",
+    tokenizer_pre: TokenizerPre = None,
+    push: PushTo = None,
+    public: Public = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
 ) -> None:
     """Dequantize the base, merge the adapter into it tensor by tensor, write the model and prove that it is the one.
 

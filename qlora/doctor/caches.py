@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from qlora import disk, files, hub, lock, manifest, run_folder, run_record
+from qlora import disk, files, foreign_json, hub, lock, manifest, run_folder, run_record
 from qlora.errors import foreign_failures
+from qlora.model.base_cache import places as kept_bases
 
-Kind = Literal["tokens", "reports", "unfinished", "set-aside", "measured", "hub"]
-CLEARED: tuple[Kind, ...] = ("tokens", "reports", "unfinished", "set-aside")
+Kind = Literal["tokens", "bases", "reports", "unfinished", "set-aside", "measured", "hub"]
+CLEARED: tuple[Kind, ...] = ("tokens", "bases", "reports", "unfinished", "set-aside")
 MOST_ENTRIES = 10_000  # of one folder
 # Folders of ours among the temporary ones, which a process that was killed has left: none of us needs one for a day.
 TEMPORARY = re.compile(r"qlora-(?:prove|rows|runtime)-[a-z0-9_]{8}")  # as tempfile makes them
@@ -116,6 +117,8 @@ def clear(places: Places, entries: Sequence[Kept], kinds: Sequence[str]) -> Iter
 
 def _removed(entry: Kept) -> str:
     try:
+        if entry.kind == "bases":
+            return "" if kept_bases.remove(entry.path) else "parts of it cannot be removed"
         if entry.path.is_dir():
             return "" if disk.discard(entry.path) else "parts of it cannot be removed"
         entry.path.unlink()
@@ -128,20 +131,40 @@ def _removed(entry: Kept) -> str:
 
 
 def _cached(root: Path) -> Iterator[Kept]:
-    """`tokens/<key>`, `crashes/crash-<pid>.txt`, and the pairs that estimates are corrected by."""
-    for folder in (root, root / "tokens", root / "crashes"):
+    """`tokens/<key>`, `bases/…`, `crashes/crash-<pid>.txt`, and the pairs that estimates are corrected by."""
+    for folder in (root, root / "tokens", root / kept_bases.FOLDER, root / "crashes"):
         yield from _unfinished(folder)
     for entry in _entries(root / "tokens"):
         if _ENTRY.fullmatch(entry.name):
             yield _published(entry, "tokens", "tokenized rows", "tokens")
         elif (aside := _SET_ASIDE.fullmatch(entry.name)) and _ENTRY.fullmatch(aside["name"]):
             yield _published(entry, "set-aside", "tokenized rows that had been changed", "tokens")
+    yield from _bases(root / kept_bases.FOLDER)
     for entry in _entries(root / "crashes"):
         if _REPORT.fullmatch(entry.name):
             yield _report(entry)
     for name, said in (("memory-calibration.json", "memory measured in runs"), ("proofs", "memory measured by proofs")):
         if os.path.lexists(place := root / name):
             yield Kept("measured", place, _bytes(place), f"{said}, which estimates read", "estimates are worse without")
+
+
+def _bases(folder: Path) -> Iterator[Kept]:
+    """Bases in 4 bit, and those of them that were found damaged."""
+    for entry in _entries(folder):
+        if kept_bases.NAME.fullmatch(entry.name):
+            used = time.strftime("%Y-%m-%d", time.gmtime(kept_bases.last_used(entry)))
+            one = _published(entry, "bases", f"{_base_of(entry)} in 4 bit, last used on {used}", kept_bases.KIND)
+            yield replace(one, stays=one.stays or ("a process reads it" if kept_bases.in_use(entry) else ""))
+        elif (aside := _SET_ASIDE.fullmatch(entry.name)) and kept_bases.NAME.fullmatch(aside["name"]):
+            yield Kept("set-aside", entry, _bytes(entry), "a base in 4 bit that was damaged", _not_ours(entry))
+
+
+def _base_of(folder: Path) -> str:
+    """The base's name, where the manifest says it."""
+    with suppress(foreign_json.ForeignFileError):
+        if isinstance(name := manifest.read(folder).get("base"), str):
+            return name[:200]
+    return "a base"
 
 
 def _temporary(folder: Path) -> Iterator[Kept]:

@@ -17,6 +17,7 @@ from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import MergeBase, Plan, make_plan
 from qlora.model.adapter_folder import Adapter, Provenance
 from qlora.model.adapter_seal import AdapterSeal
+from qlora.model.base_cache.places import Mode
 from qlora.model.base_folder import BaseFolder
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.model.meta_model import MetaModel, build
@@ -57,7 +58,7 @@ class Source:
 
     `name` is the run's, or the adapter folder's; `datasets` are names of files or hub datasets; `delivered` is the loss
     that the run measured of this adapter, None where that is not known; `combined` says of which adapters it was made,
-    None of one that was trained.
+    None of one that was trained; `cache` says whether the base in 4 bit may be kept.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Source:
     rows: RunRows | None = None
     delivered: DeliveredLoss | None = None
     combined: Mapping[str, Any] | None = None
+    cache: Mode = "auto"
     _plans: dict[MergeBase, Plan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property

@@ -16,6 +16,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ def fill(merge: Merge, staged: StagedExport, sink: Sink) -> int:
             if item > staged.start:
                 if tensor is members[0]:
                     staged.append("hf", name, _header(members))
-                for block in tensor.blocks(1):
-                    staged.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
-                    sink.emit(Progress("merge", done, total, "bytes"))
+                with closing(tensor.blocks(1)) as blocks:
+                    for block in blocks:
+                        staged.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
+                        sink.emit(Progress("merge", done, total, "bytes"))
                 staged.checkpoint(item)
             done += size
     sink.emit(Progress("merge", done, total, "bytes"))

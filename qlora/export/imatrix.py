@@ -30,6 +30,7 @@ from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
 from qlora.events import Progress, Sink
+from qlora.model.weight_receiving import device_of
 from qlora.recipe.sections import DataSection
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 
@@ -125,7 +126,7 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     causal_parts = CausalParts.of(causal)
-    device = next(causal.parameters()).device
+    device = device_of(causal)
     tally = _Tally({}, {})
     head = next(name for name, module in causal.named_modules() if module is causal_parts.head)
     total = sum(batch.tokens for batch in batches)

@@ -19,7 +19,7 @@ from qlora import disk
 from qlora.errors import DoesNotFit, ExportError
 from qlora.events import Exported, Notice, Sink
 from qlora.events import Fidelity as FidelityEvent
-from qlora.export import base_check, cards, hf
+from qlora.export import base_check, cards, hf, kept_codes
 from qlora.export import imatrix as importance
 from qlora.export.artifacts import DTYPES, Artifact, ExportedArtifact, ExportOptions, Report, Source
 from qlora.export.combine import copy_adapter
@@ -31,6 +31,7 @@ from qlora.export.gguf.plan import GgufPlan, Tokens
 from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.gguf.rope import Key
 from qlora.export.gguf.write import GgufFile, Tools
+from qlora.export.kept_codes import KeptCodes
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import MergeBase
 from qlora.export.staging import StagedExport, check_disk
@@ -61,6 +62,7 @@ class _Job:
     plan: GgufPlan | None = None
     merge_base: MergeBase | None = None
     reference: TrainedReference = field(init=False)
+    codes: KeptCodes | None = None
     staged: dict[str, StagedExport] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     inspections: dict[str, Inspection] = field(default_factory=dict)
@@ -73,7 +75,8 @@ class _Job:
 
     def merge(self, dtype: torch.dtype = torch.float32) -> Merge:
         assert self.merge_base is not None, "only an adapter alone is written without a merge"
-        return self.source.merge(self.merge_base, dtype)
+        merge = self.source.merge(self.merge_base, dtype)
+        return merge if self.codes is None else replace(merge, codes=self.codes.read)
 
     def identity(self, merge: Merge) -> dict[str, str]:
         """Everything that merged values depend on."""
@@ -120,6 +123,8 @@ def produce(
         verify = options.verify and merging
         job.reference = stack.enter_context(trained_reference(source, verify, options.imatrix, sink, scratch))
         job.merge_base = _choose_base(job, merge_base) if merging else None
+        if job.merge_base == "nf4":
+            job.codes = stack.enter_context(kept_codes.opened(source, job.reference.base_identity, sink))
         _write_hf(job)
         _write_ggufs(job)
         _write_adapter(job)

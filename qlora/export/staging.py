@@ -34,6 +34,7 @@ from qlora import disk, files, foreign_json, lock, manifest
 from qlora.errors import ExportError, StoppedBySignal, TargetTaken
 from qlora.export import targets
 from qlora.export.hashed_file import HashedFile
+from qlora.export.write_blocks import WriteThreads
 from qlora.lock import FolderLock, LockHeld
 from qlora.manifest import MADE_BY
 
@@ -89,10 +90,10 @@ class _StagedFolder:
 class StagedExport:
     """Folders of artifacts under way; see above. Made by `open`, used as a context manager."""
 
-    def __init__(self, folders: dict[str, _StagedFolder], start: int, hashing: ThreadPoolExecutor) -> None:
+    def __init__(self, folders: dict[str, _StagedFolder], start: int, threads: WriteThreads) -> None:
         self.start = start
         self._folders = folders
-        self._hashing = hashing
+        self._threads = threads
         self._reached = (start, {key: staged.standing for key, staged in folders.items()})
         self._unsaved_bytes = 0
         self._flushing = ThreadPoolExecutor(1, thread_name_prefix="flush")
@@ -106,31 +107,36 @@ class StagedExport:
         small, cannot be written to, or another process is at the same work.
         """
         folders: dict[str, _StagedFolder] = {}
-        hashing = ThreadPoolExecutor(1, thread_name_prefix="sha256")
+        threads = WriteThreads()
         try:
             for key, final in finals.items():
                 folders[key] = _StagedFolder(final, _take(final), {**identity, "product": key})
-            start = _restore(folders, hashing)
+            start = _restore(folders, threads)
             kept = sum(size for staged in folders.values() for size, _ in staged.standing.values())
             for final in finals.values():
                 _check_disk(final, needed_bytes - kept)
         except BaseException:
             for staged in folders.values():
                 _close(staged, keep=(staged.root / _JOURNAL).is_file())
-            hashing.shutdown()
+            threads.shutdown()
             raise
-        return cls(folders, start, hashing)
+        return cls(folders, start, threads)
 
     def folder(self, key: str) -> Path:
-        """The hidden folder of an artifact, for small files beside the streamed ones; they are written in every run."""
+        """The hidden folder of an artifact, with all in it that was appended.
+
+        For small files beside the streamed ones too; they are written in every run.
+        """
+        _flush(self._folders[key], wait=True)
         return self._folders[key].folder
 
     def append(self, key: str, file_name: str, data: Any) -> None:
-        """Add bytes (anything with a buffer of single bytes, left unchanged from now on) to a file of an artifact."""
+        """Add bytes (anything with a contiguous buffer) to a file of an artifact."""
         staged = self._folders[key]
         file = staged.files.get(file_name)
         if file is None:
-            file = staged.files[file_name] = HashedFile(files.inside(staged.folder, file_name), self._hashing)
+            _flush(staged)  # the file before: it holds memory until then
+            file = staged.files[file_name] = HashedFile(files.inside(staged.folder, file_name), self._threads)
         before = file.size
         file.append(data)
         self._unsaved_bytes += file.size - before
@@ -143,6 +149,8 @@ class StagedExport:
         self._reached = (item, reached)  # in one step: a signal may end us between any two
         if self._unsaved_bytes >= RESTART_BYTES:
             self._wait()
+            for staged in self._folders.values():
+                _flush(staged)
             self._flushed = self._flushing.submit(self._write_down, item, reached)
             self._unsaved_bytes = 0
 
@@ -154,8 +162,10 @@ class StagedExport:
         self._wait()
         staged = self._folders[key]
         before = targets.standing(staged.final, hashes=True)
+        _flush(staged)
         known = {name: file.snapshot().result() for name, file in staged.files.items()}
         for file in staged.files.values():
+            file.sync()
             file.close()
         published = disk.publish_filled(staged.folder, staged.final, known, {**(about or {}), "kind": "export"}, before)
         _close(self._folders.pop(key), keep=False)
@@ -175,11 +185,13 @@ class StagedExport:
         with suppress(OSError):  # then a later run begins at an older point
             self._wait()
             if keep:
+                for staged in self._folders.values():
+                    _flush(staged)
                 self._write_down(*self._reached)
         for staged in self._folders.values():
             _close(staged, keep)
-        self._hashing.shutdown()
         self._flushing.shutdown()
+        self._threads.shutdown()
         if isinstance(error, OSError) and error.errno in disk.DISK_FULL:
             names = ", ".join(str(staged.final) for staged in self._folders.values())
             raise ExportError(f"{names}: the disk is full", _SMALL_DISK) from error
@@ -200,6 +212,13 @@ class StagedExport:
             staged.points.append({"item": item, "files": files})
             journal = {"identity": dict(staged.identity), "points": staged.points}
             disk.write_atomic(staged.root / _JOURNAL, json.dumps(journal) + "\n")
+
+
+def _flush(staged: _StagedFolder, wait: bool = False) -> None:
+    for file in staged.files.values():
+        file.flush()
+        if wait:
+            file.wait()
 
 
 def _standing(staged: _StagedFolder) -> _Standing:
@@ -278,7 +297,7 @@ def _read_journal(root: Path) -> _Journal:
     return foreign_json.checked(_Journal, content, str(root / _JOURNAL))
 
 
-def _restore(folders: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) -> int:
+def _restore(folders: Mapping[str, _StagedFolder], threads: WriteThreads) -> int:
     """Bring every artifact to the newest point that all have reached, else to nothing. Returns that point's item."""
     for staged in folders.values():
         staged.points = _read_points(staged)
@@ -286,11 +305,11 @@ def _restore(folders: Mapping[str, _StagedFolder], hashing: ThreadPoolExecutor) 
     start = max(shared, default=0)
     try:
         for staged in folders.values():
-            _cut_back(staged, start, hashing)
+            _cut_back(staged, start, threads)
     except (OSError, ValueError, TypeError, KeyError):  # shorter, damaged or not ours: begin anew
         start = 0
         for staged in folders.values():
-            _cut_back(staged, start, hashing)
+            _cut_back(staged, start, threads)
     return start
 
 
@@ -302,7 +321,7 @@ def _read_points(staged: _StagedFolder) -> list[dict[str, Any]]:
     return [point.model_dump() for point in journal.points] if journal.identity == staged.identity else []
 
 
-def _cut_back(staged: _StagedFolder, start: int, hashing: ThreadPoolExecutor) -> None:
+def _cut_back(staged: _StagedFolder, start: int, threads: WriteThreads) -> None:
     """Leave in the artifact's folder what stood there at the point `start`. Raises OSError or ValueError otherwise."""
     staged.points = [point for point in staged.points if start and point["item"] <= start]
     kept = staged.points[-1]["files"] if start else {}
@@ -315,7 +334,7 @@ def _cut_back(staged: _StagedFolder, start: int, hashing: ThreadPoolExecutor) ->
         if not stat.S_ISDIR(status.st_mode) and name not in kept:
             (staged.folder / name).unlink()
     for name, (size, sha256) in kept.items():
-        file = HashedFile(files.inside(staged.folder, name), hashing)
+        file = HashedFile(files.inside(staged.folder, name), threads)
         if file.resume(size) != sha256:
             raise ValueError(f"{name} is damaged")
         staged.files[name], staged.standing[name] = file, (size, file.snapshot())

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
+from qlora.layer_partners import ON_DEVICE, Inputs
 from qlora.step.forward import CausalParts, batch_loss, forward_backward, hidden_states
 from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
@@ -57,9 +58,9 @@ class Baseline:
     def computing(self) -> AbstractContextManager[Any]:
         return _Autocast() if self.autocast else nullcontext()
 
-    def set_checkpointing(self, causal_lm: Any, layers: bool | int) -> None:
+    def set_checkpointing(self, causal_lm: Any, layers: bool | int, inputs: Inputs = ON_DEVICE) -> None:
         """As the step does it. A mode is off inside `backward`, so that layers recomputed there enter it again."""
-        set_gradient_checkpointing(causal_lm, layers, keep_random_state=False)
+        set_gradient_checkpointing(causal_lm, layers, keep_random_state=False, inputs=inputs)
         if self.name != "qlora" and causal_lm.supports_gradient_checkpointing:
             again = lambda: (nullcontext(), self.computing())  # noqa: E731
             recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=again)

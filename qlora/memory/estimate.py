@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora import numerics
 from qlora.errors import DoesNotFit
-from qlora.memory import calibration, host, margins, overheads
+from qlora.memory import calibration, host, levers, margins, overheads, throughput
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
-from qlora.memory.hardware import Gpu, Machine
-from qlora.memory.recomputing import of_model, share
+from qlora.memory.hardware import Machine
+from qlora.memory.levers import Saving
+from qlora.memory.recomputing import of_model
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, ValueCounts, Workload
+from qlora.memory.throughput import Speed
 from qlora.memory.trace import most_multiprocessors
 from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.model.meta_model import choose_attention
+from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
 from qlora.report.drawn import Drawn
 
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 MOST_TOKENS = 1 << 26  # of a forward pass: with 64 layers of 1,024 values, their inputs alone are 8 TiB
+HOST_SHARE = 0.9  # of the RAM that is free, what may be pinned or filled with what waits for the GPU
+TYPICAL_BATCH = 16  # rows of a step that no recipe and no data set (`schedule.auto_batch_size` takes no more)
 PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows are known
 
 
@@ -59,7 +64,8 @@ class Estimate(Drawn):
     `peak_bytes` is the best guess, `error_bytes` the margin that past errors earned: a run fits where both together do.
 
     `phases` are the peaks of load, train, self-check, evaluate, generate, resume and merge. `tokens_per_second` is what
-    the hardware could do at best; it ranks plans and promises nothing.
+    is predicted of the step (`throughput.py`): it ranks plans and promises nothing; `ideal_tokens_per_second` is what
+    the arithmetic allows at best. Both are 0 without a card.
     """
 
     peak_bytes: int
@@ -77,10 +83,20 @@ class Estimate(Drawn):
     calibrated_by: int = 0
     notes: tuple[str, ...] = ()
     limit_source: str = ""  # what the limit is, and where it comes from
+    ideal_tokens_per_second: float = 0.0
+    speed: Speed | None = None  # where the predicted time goes
+    savings: Mapping[str, Saving] = field(default_factory=dict)  # what levers are likely to save, by key
+    waiting_bytes: int = 0  # of the host's memory: weights, and inputs of layers
+    host_limit_bytes: int | None = None  # what it has for them; None: not known
 
     @property
     def fits(self) -> bool:
-        return self.needed_bytes <= self.limit_bytes
+        return self.needed_bytes <= self.limit_bytes and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Whether what waits there leaves a reserve of the host's memory."""
+        return self.host_limit_bytes is None or self.waiting_bytes <= HOST_SHARE * self.host_limit_bytes
 
     @property
     def needed_bytes(self) -> int:
@@ -94,6 +110,7 @@ class Estimate(Drawn):
             "limit_bytes": self.limit_bytes,
             "fits": self.fits,
             "host_peak_bytes": self.host_peak_bytes,
+            "waiting_bytes": self.waiting_bytes,
             "disk_bytes": self.disk_bytes,
             "components": dict(self.components),
             "settings": dict(self.settings),
@@ -101,7 +118,9 @@ class Estimate(Drawn):
             "terms": dict(self.terms),
             "tensor_bytes": self.tensor_bytes,
             "paged_bytes": self.paged_bytes,
-            "tokens_per_second_ideal": round(self.tokens_per_second, 1),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "tokens_per_second_ideal": round(self.ideal_tokens_per_second, 1),
+            "speed": throughput.as_dict(self.speed) if self.speed is not None else None,
             "calibrated_by_runs": self.calibrated_by,
             "notes": list(self.notes),
         }
@@ -132,30 +151,35 @@ class Estimator:
 
     def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
         """The peak with the recipe's settings; "auto" of micro-batch and checkpointing stand for 1 and true."""
-        return self._complete(recipe, facts, self._simulator(recipe))
+        return self._complete(recipe, facts, self.simulator(recipe))
 
     def values(self, recipe: Recipe) -> ValueCounts:
         """Parameters of the model that the recipe trains."""
-        return self._simulator(recipe).drawn.values
+        return self.simulator(recipe).drawn.values
 
-    def _simulator(self, recipe: Recipe) -> Simulator:
+    def simulator(self, recipe: Recipe) -> Simulator:
         made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
-        if made_of not in self._simulators:
+        place = Place.of(recipe.memory) if self.baseline == BASELINES["qlora"] else Place()
+        if (*made_of, place) not in self._simulators:
             kernel = self._kernel(recipe.model.attention)
-            target, functions = self.machine.device_type, self._functions()
-            spec = ModelSpec(self.text, self.name, *made_of, target, self.baseline, kernel, functions)
-            self._simulators[made_of] = Simulator(spec, _by_whole_model(self.text, self.name), self._shelf)
-        return self._simulators[made_of]
+            spec = ModelSpec(
+                *(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel),
+                *(*self._of_run(), place),
+            )
+            whole = _by_whole_model(self.text, self.name)
+            self._simulators[*made_of, place] = Simulator(spec, whole, self._shelf)
+        return self._simulators[*made_of, place]
 
     def ask_process(self, recipe: Recipe, facts: DataFacts | None) -> None:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
         self.estimate(recipe, facts)
         self.held = host.held_bytes()
 
-    def _functions(self) -> str | None:
-        """Who computes linear layers in the run under way, if there is one and it is not another stack's."""
+    def _of_run(self) -> tuple[str | None, int | None]:
+        """Who computes linear layers, and in which chunks the loss comes with its gradient, in the run under way, if
+        there is one and it is not another stack's."""
         run = numerics.of_run() if self.baseline == BASELINES["qlora"] else None
-        return run.functions if run is not None else None
+        return (run.functions, run.loss_chunk or 0) if run is not None else (None, None)
 
     def _kernel(self, wanted: str) -> str | None:
         """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
@@ -167,11 +191,8 @@ class Estimator:
         return assumed(self.text, named, wanted, gpu.capability if gpu else 86)
 
     def _complete(self, recipe: Recipe, facts: DataFacts | None, simulator: Simulator) -> Estimate:
-        machine, factor, workload = self.machine, self.correction.factor, workload_of(recipe, facts)
-        if recipe.train.deterministic and machine.gpu is not None:
-            workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
-        workload = of_model(workload, int(self.text.num_hidden_layers))
-        workload = self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
+        machine, factor = self.machine, self.correction.factor
+        workload = self._workload(recipe, facts, simulator)
         simulation = simulator.run(workload)
         terms = self._terms(recipe.train.deterministic, rows_are_read=facts is not None)
         worst = simulation.worst
@@ -196,26 +217,69 @@ class Estimator:
         largest, rank = simulator.drawn.values.largest_linear, recipe.lora.r
         phases["merge"] = overheads.merge_bytes(largest, rank) + sum(terms.values())
         adapter, optimizer = simulation.kept["adapters"], simulation.kept["optimizer"]
-        merged = 2 * (simulator.drawn.values.linear + simulator.drawn.values.other) * len(recipe.export.formats)
-        peak, gpu = sum(components.values()), machine.gpu
-        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + overheads.snapshot_bytes(adapter, optimizer, True)
+        values = simulator.drawn.values.linear + simulator.drawn.values.other
+        merged = 2 * values * len(recipe.export.formats)
+        of_base = (recipe.memory, recipe.quantization.type, simulation.kept["weights"], values)
+        peak, speed = sum(components.values()), self._speed(recipe, facts, workload, simulator)
+        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned + simulator.drawn.host_bytes
+        of_host += overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
             error_bytes=self._error(simulation, simulator),
             limit_bytes=machine.limit_bytes,
             host_peak_bytes=of_host if machine.device_type == "cuda" else peak,
-            disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged),
+            disk_bytes=overheads.disk_bytes(adapter, optimizer, recipe.checkpoint.keep, merged)
+            + overheads.kept_base_bytes(*of_base),
             components=components,
             phases=phases,
             terms={**terms, "fragmentation": fragmentation, "dequantized_weights": round(worst.parts["workspace"])},
             tensor_bytes=round((worst.total - simulation.paged + slack) * factor) + terms.get("cublas_workspace", 0),
             paged_bytes=simulation.paged,
-            tokens_per_second=ideal_tokens_per_second(self.text, workload, simulator, gpu) if gpu else 0.0,
+            tokens_per_second=speed.tokens_per_second if speed else 0.0,
             settings=settings_of(recipe, workload, self.baseline),
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
             limit_source=machine.source,
+            ideal_tokens_per_second=self._ideal(workload, simulator),
+            speed=speed,
+            waiting_bytes=simulation.pinned + simulator.drawn.host_bytes,
+            host_limit_bytes=machine.host_bytes,
+            savings=levers.savings(self.text, workload, simulator.drawn.values, machine),
         )
+
+    def _ideal(self, workload: Workload, simulator: Simulator) -> float:
+        gpu, values = self.machine.gpu, simulator.drawn.values
+        return 0.0 if gpu is None else throughput.ideal_tokens_per_second(self.text, workload, values, gpu)
+
+    def _speed(self, recipe: Recipe, facts: DataFacts | None, workload: Workload, simulator: Simulator) -> Speed | None:
+        """Predicted, with an update after as many micro-batches as a step has; None without a card to predict it of."""
+        simulation = simulator.run(workload)
+        if (gpu := self.machine.gpu) is None or simulation.work is None:
+            return None
+        rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
+        passes = -(-rows // workload.rows)
+        place, on_host = simulator.spec.place, simulator.drawn.host_bytes
+        rows_bytes = 2 * workload.rows * workload.length * int(self.text.hidden_size)
+        table = 2 * int(self.text.vocab_size) * int(self.text.hidden_size) if place.host_embedding else 0
+        weights = max(0, on_host - table) if place.streams else 0
+        copies = throughput.Copies(
+            to_card_up=weights,
+            to_card_down=weights + simulation.pinned,
+            to_host_up=simulation.pinned,
+            looked_up=rows_bytes if place.host_embedding else 0,
+        )
+        return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes, copies)
+
+    def simulated(self, recipe: Recipe, facts: DataFacts | None = None) -> tuple[Simulator, Workload]:
+        """What an estimate of the recipe follows from."""
+        return self.simulator(recipe), self._workload(recipe, facts, self.simulator(recipe))
+
+    def _workload(self, recipe: Recipe, facts: DataFacts | None, simulator: Simulator) -> Workload:
+        machine, workload = self.machine, workload_of(recipe, facts)
+        if recipe.train.deterministic and machine.gpu is not None:
+            workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
+        workload = of_model(workload, int(self.text.num_hidden_layers))
+        return self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
 
     def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
@@ -285,7 +349,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
     train = recipe.train
     rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     length = facts.longest if facts else recipe.data.max_length
-    batch = (facts.batch_size if facts else None) or (None if train.batch_size == "auto" else train.batch_size)
+    batch = batch_size_of(recipe, facts)
     evaluates = facts.has_eval if facts else bool(recipe.data.eval) or recipe.data.eval_fraction > 0
     samples = max(recipe.eval.samples, recipe.eval.exact_match_rows) if evaluates else 0
     if rows * length > MOST_TOKENS:
@@ -311,33 +375,14 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         new_tokens=max(SAMPLE_TOKENS, answer),
         documents=facts.documents if facts else 0,
         trained=min(facts.trained, length) if facts else 0,
+        offloads=recipe.memory.offload_activations is True,
     )
 
 
-def ideal_tokens_per_second(text: Any, workload: Workload, simulator: Simulator, gpu: Gpu) -> float:
-    """What the arithmetic and the dequantization allow at best.
-
-    Operations a token: two for each weight in the forward pass and two for the gradient of its input (none for the
-    frozen weight itself), two more where layers are recomputed; the head always is (chunked loss). Attention 2·s·q
-    forward and 2.5 times that backward, causal. Adapters have gradients of their weights as well. A micro-batch reads
-    each 4-bit weight and writes it in bf16 once a pass: 0.516 + 2 bytes.
-    """
-    again = share(workload, int(text.num_hidden_layers))
-    passes = 2 + again
-    hidden = int(text.hidden_size)
-    # Gemma 4 has heads of two sizes, and its configuration raises over a question for one of them.
-    width = int(text.num_attention_heads) * int(vars(text).get("head_dim") or hidden // text.num_attention_heads)
-    attention = (7 + 2 * again) * int(text.num_hidden_layers) * workload.length * width
-    operations = (
-        2 * passes * simulator.drawn.values.linear
-        + 6 * int(text.vocab_size) * hidden
-        + attention
-        + 2 * (passes + 1) * simulator.drawn.values.adapter
-    )
-    tokens = workload.rows * workload.length
-    seconds = tokens * operations / (gpu.teraflops * 1e12)
-    seconds += passes * simulator.drawn.values.linear * (0.516 + 2) / (gpu.gigabytes_per_second * 1e9)
-    return tokens / seconds
+def batch_size_of(recipe: Recipe, facts: DataFacts | None) -> int | None:
+    """Rows of a step; None where the recipe leaves it to rows that are not known."""
+    batch = recipe.train.batch_size
+    return (facts.batch_size if facts else None) or (None if batch == "auto" else batch)
 
 
 def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[str, Any]:
@@ -345,6 +390,9 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
     settings: dict[str, Any] = {
         "train.micro_batch_size": workload.rows,
         "train.gradient_checkpointing": workload.recompute,
+        "memory.stream_weights": recipe.memory.stream_weights is True,
+        "memory.embedding": "host" if recipe.memory.embedding == "host" else "device",
+        "memory.offload_activations": workload.offloads,
         "train.optimizer": workload.optimizer,
         "data.max_length": workload.length,
         "lora.r": recipe.lora.r,

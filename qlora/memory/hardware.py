@@ -17,10 +17,17 @@ from qlora.recipe.sections import parse_bytes
 from qlora.units import GIB
 
 # The card that stands for a size of memory where a recipe or `--vram` names a size only.
-CARD_OF_GIGABYTES = {6: "RTX 3060 Laptop", 8: "RTX 3070", 12: "RTX 3060 12GB", 16: "RTX 4060 Ti 16GB", 24: "RTX 3090"}
+CARD_OF_GIGABYTES = {
+    4: "RTX 3050 Ti Laptop",
+    6: "RTX 3060 Laptop",
+    8: "RTX 3070",
+    12: "RTX 3060 12GB",
+    16: "RTX 4060 Ti 16GB",
+    24: "RTX 3090",
+}
 SOLD_GIGABYTES = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 48, 80)
 DRIVER_KEEPS = ", less what its driver keeps"
-DRAWN_GIGABYTES = (6, 8, 12, 16, 24)  # of cards that people have
+DRAWN_GIGABYTES = (4, 6, 8, 12, 16, 24)  # of cards that people have
 # GB, GiB or nothing, as people write the size on a box; other units mean just that many bytes.
 _ON_THE_BOX = re.compile(r"\s*(\d{1,3})(?:\.0+)?\s*(?:g|gb|gib)?\s*", re.IGNORECASE)
 
@@ -33,6 +40,7 @@ class Machine:
     limit_bytes: int
     source: str  # where the limit comes from, for people
     gpu: Gpu | None = None
+    host_bytes: int | None = None  # of RAM, for what waits there; None: it is not this machine that is asked about
 
 
 def left_of(gigabytes: int) -> int:
@@ -83,5 +91,6 @@ def this_machine(limit: str = "auto") -> Machine:
     gives = None if limit == "auto" else parse_bytes(limit)
     if (card := device.card()) is not None:
         gpu = of_this_machine(card.name, card.total_bytes, card.capability[0] * 10 + card.capability[1])
-        return Machine("cuda", gives or card.free_bytes, "memory.limit" if gives else f"free on {card.name}", gpu)
+        source = "memory.limit" if gives else f"free on {card.name}"
+        return Machine("cuda", gives or card.free_bytes, source, gpu, device.available_ram())
     return Machine("cpu", gives or device.available_ram(), "memory.limit" if gives else "RAM available")

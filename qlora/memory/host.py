@@ -20,9 +20,8 @@ READING_BYTES = 160 * MIB
 RUNNING_BYTES = 36 * MIB
 # A run that answers questions generates in shapes of its own, and leaves holes of other sizes.
 ANSWERING_BYTES = 8 * MIB
-# A compiled kernel with its plan, and the holes that its making leaves: 538 to 586 KiB as the C library counts, of which
-# some are kept twice; 32 more of them took 34 MiB of resident memory. Every run has as many shapes as heap.settle lets
-# it keep.
+# A compiled kernel with its plan, and the holes that its making leaves: 538 to 586 KiB as the C library counts, some
+# kept twice; 32 more took 34 MiB of resident memory. Every run has as many shapes as heap.settle lets it keep.
 KERNEL_BYTES = 1080 << 10
 # A study and its exam: prompts and answers as Python's objects, labels, a search over all passages.
 STUDY_BYTES = 20 * MIB

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 
 from qlora.memory.hardware import Gpu
+from qlora.model.base_cache.places import LEAST_BYTES
+from qlora.recipe.sections import MemorySection
 from qlora.units import MIB
 
 # The CUDA context with lazily loaded kernels, after a step: 140.9 MiB on a T4 (40 multiprocessors) in each of 69
@@ -61,6 +63,15 @@ def snapshot_bytes(adapter: int, optimizer: int, pinned: bool) -> int:
 def disk_bytes(adapter: int, optimizer: int, kept: int, merged: int) -> int:
     """Checkpoints (one more than are kept exists while a new one is published), the adapter, and merged models."""
     return (kept + 1) * (adapter + optimizer) + adapter + merged
+
+
+def kept_base_bytes(memory: MemorySection, quantization: str, weights: int, values: int) -> int:
+    """What the cache takes of a base of so many values, whose weights in their final form have `weights` bytes.
+
+    Its files are taken to be in 16 bit, as nearly all are.
+    """
+    wanted = memory.cache is True or (memory.cache == "auto" and 2 * values >= LEAST_BYTES)
+    return weights if wanted and quantization != "none" else 0
 
 
 def merge_bytes(largest_values: int, rank: int) -> int:

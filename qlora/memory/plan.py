@@ -7,28 +7,22 @@ formula (bytes grow by the same amount a row) only guesses where to look.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from pathlib import Path
-from typing import Any, TypeVar
 
-from qlora.errors import DoesNotFit, ModelError, foreign_failures
+from qlora.errors import DoesNotFit
+from qlora.memory.changes import Changes, changed, differences, halved, mildest, toml_value, value_of
 from qlora.memory.estimate import DataFacts, Estimate, Estimator
-from qlora.memory.hardware import Machine
+from qlora.memory.levers import EMBEDDING, LEVERS, STREAM, free, with_what_levers_ask
+from qlora.memory.search import LARGEST_MICRO_BATCH, Found, Search, reasons
 from qlora.recipe.reading import Recipe
 from qlora.units import gib
 
 RESERVE_SHARE = 0.05  # of the limit, kept free by plans: what other programs take and what the estimate misses
-LARGEST_MICRO_BATCH = 16
+MOST_PLANS = 3  # that a search shows
 SHORTEST_LENGTH = 256  # what a search may cut rows to
 SMALLEST_RANK = 4
-
-Step = TypeVar("Step")
-Found = TypeVar("Found")
-Changes = Mapping[str, Any]  # "table.key" to the value that a recipe is changed to
 
 
 @dataclass(frozen=True)
@@ -38,6 +32,7 @@ class Plan:
     recipe: Recipe
     changes: Changes
     estimate: Estimate
+    reasons: Mapping[str, str] = field(default_factory=dict)  # of each key that was open, why it is what it is
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Planner:
         self._known: dict[str, Estimate] = {}
 
     def ask(self, recipe: Recipe) -> Estimate:
-        key = recipe.model_dump_json(include={"model", "quantization", "lora", "data", "train", "eval"})
+        key = recipe.model_dump_json(include={"model", "quantization", "lora", "data", "train", "eval", "memory"})
         if key not in self._known:
             facts, most = self.facts, recipe.data.max_length
             if facts is not None:  # rows are never longer than the recipe's limit, which a plan may lower
@@ -72,13 +67,13 @@ class Planner:
 
     def decide(self, recipe: Recipe) -> Plan:
         """The "auto" keys as the fastest values that fit; as the smallest ones where nothing does."""
-        plans = self._plans(recipe)
-        fitting = [plan for plan in plans if plan.estimate.fits]
-        return max(fitting, key=_speed) if fitting else min(plans, key=lambda plan: plan.estimate.needed_bytes)
+        search = self._search(recipe)
+        found = search.fitting()
+        return self._plan(recipe, search, found[0] if found else search.smallest())
 
     def search(self, recipe: Recipe) -> list[Plan]:
-        """Plans that fit, the fastest first: of micro-batch and checkpointing, and only where those are not enough, of
-        shorter rows, then of a smaller rank as well."""
+        """Plans that fit, the fastest first: of micro-batch, checkpointing and what may wait on the host, and only
+        where those are not enough, of shorter rows, then of a smaller rank as well."""
         free = changed(recipe, {"train.micro_batch_size": "auto", "train.gradient_checkpointing": "auto"})
         as_long, *shorter = self._shorter(free)
         fitting = self._fitting(as_long) or mildest(shorter, self._fitting)
@@ -86,60 +81,25 @@ class Planner:
         return sorted(found, key=_speed, reverse=True)
 
     def _fitting(self, recipe: Recipe) -> list[Plan]:
-        return [plan for plan in self._plans(recipe) if plan.estimate.fits]
+        search = self._search(recipe)
+        return [self._plan(recipe, search, found) for found in search.fitting(MOST_PLANS)]
+
+    def _search(self, recipe: Recipe) -> Search:
+        batch_size = (self.facts.batch_size if self.facts else None) or recipe.train.batch_size
+        most = LARGEST_MICRO_BATCH if batch_size == "auto" else min(LARGEST_MICRO_BATCH, batch_size)
+        open_levers = free(recipe, self.estimator.machine)
+        return Search(self.ask, with_what_levers_ask(recipe), self.estimator.layers, open_levers, most)
+
+    def _plan(self, asked: Recipe, search: Search, found: Found) -> Plan:
+        return Plan(found.recipe, differences(asked, found.recipe), found.estimate, reasons(search, found))
 
     def _shorter(self, recipe: Recipe) -> Iterator[Recipe]:
         yield recipe
-        for length in _halved(recipe.data.max_length, SHORTEST_LENGTH):
+        for length in halved(recipe.data.max_length, SHORTEST_LENGTH):
             recipe = changed(recipe, {"data.max_length": length})
             yield recipe
-        for rank in _halved(recipe.lora.r, SMALLEST_RANK):
+        for rank in halved(recipe.lora.r, SMALLEST_RANK):
             yield changed(recipe, {"lora.r": rank})
-
-    def _plans(self, recipe: Recipe) -> list[Plan]:
-        """Each value of checkpointing with the largest micro-batch that fits it, or with the smallest.
-
-        Layers are recomputed where that is needed: with a given micro-batch, not where it fits without, and no more of
-        them than it needs.
-        """
-        train = recipe.train
-        choices = (False, True) if train.gradient_checkpointing == "auto" else (train.gradient_checkpointing,)
-        plans = []
-        for recompute in choices:
-            fixed = changed(recipe, {"train.gradient_checkpointing": recompute})
-            best = self._largest_rows(fixed) if train.micro_batch_size == "auto" else fixed
-            plans.append(Plan(best, differences(recipe, best), self.ask(best)))
-            if train.micro_batch_size != "auto" and plans[-1].estimate.fits:
-                break
-        if len(plans) > 1 and (fewest := self._fewest_recomputed(recipe, plans[-1].recipe)):
-            plans.append(fewest)
-        return plans
-
-    def _fewest_recomputed(self, asked: Recipe, all_layers: Recipe) -> Plan | None:
-        """With as few layers recomputed as fit; None where no fewer than all do."""
-
-        def fitting(count: int) -> Plan | None:
-            recipe = changed(all_layers, {"train.gradient_checkpointing": count})
-            plan = Plan(recipe, differences(asked, recipe), self.ask(recipe))
-            return plan if plan.estimate.fits else None
-
-        return mildest(range(1, self.estimator.layers), fitting)
-
-    def _largest_rows(self, recipe: Recipe) -> Recipe:
-        """The recipe with the largest micro-batch, a power of two, that fits; with 1 where none does."""
-        batch_size = (self.facts.batch_size if self.facts else None) or recipe.train.batch_size
-        most = LARGEST_MICRO_BATCH if batch_size == "auto" else min(LARGEST_MICRO_BATCH, batch_size)
-        one = changed(recipe, {"train.micro_batch_size": 1})
-        small = self.ask(one)
-        if most == 1 or not small.fits:
-            return one
-        a_row = max(1, self.ask(changed(recipe, {"train.micro_batch_size": 2})).needed_bytes - small.needed_bytes)
-        for rows in _halved(2 * LARGEST_MICRO_BATCH, 2):
-            candidate = changed(recipe, {"train.micro_batch_size": rows})
-            likely = rows <= most and small.needed_bytes + (rows - 1) * a_row <= small.limit_bytes
-            if likely and self.ask(candidate).fits:
-                return candidate
-        return one
 
     def remedies(self, recipe: Recipe, most: int = 3) -> list[Remedy]:
         """Up to `most` changes, the cheapest first, each of which is enough alone; else one that needs several keys.
@@ -150,7 +110,8 @@ class Planner:
         before = self.ask(recipe)
         enough: dict[str, Remedy] = {}  # by key: the mildest change of it that is enough
         alone: dict[str, Remedy] = {}  # by key: the change that saves most
-        levers = list(_levers(recipe, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0)))
+        on_card = self.estimator.machine.device_type == "cuda"
+        levers = list(_levers(recipe, on_card, max(SHORTEST_LENGTH, self.facts.typical if self.facts else 0)))
 
         def fitting(changes: Changes) -> Remedy | None:
             remedy = self._remedy(recipe, changes, before)
@@ -177,76 +138,27 @@ class Planner:
         return Remedy(dict(changes), before.needed_bytes - estimate.needed_bytes, estimate)
 
 
-@dataclass(frozen=True)
-class Question:
-    """A recipe and the machine that it is to run on, without rows."""
-
-    recipe: Recipe
-    estimator: Estimator
-    documents: Any = None  # of a recipe with some: what is known of them (`study/amount.py`)
-
-    @property
-    def machine(self) -> Machine:
-        return self.estimator.machine
-
-    @property
-    def title(self) -> str:
-        base = self.estimator.name
-        name = "/".join(Path(base).parts[-2:]) if Path(base).is_absolute() else base  # as a hub name is: owner/name
-        return f"{name}, rank {self.recipe.lora.r}, {self.recipe.train.optimizer}"
-
-    def estimate(self, changes: Changes | None = None) -> Estimate:
-        """With "auto" keys decided as a run does, and `changes` made first.
-
-        Raises ModelError where it cannot be simulated.
-        """
-        with self._simulating():
-            plan = _decided(self.estimator, changed(self.recipe, changes or {}), None)
-        return _of_limit(plan, self.machine.limit_bytes).estimate
-
-    def search(self) -> list[Plan]:
-        """Plans that fit with the reserve that a run keeps for what it decides itself, the fastest first."""
-        with self._simulating():
-            plans = Planner(_with_reserve(self.estimator)).search(self.recipe)
-        return [_of_limit(plan, self.machine.limit_bytes) for plan in plans]
-
-    def does_not_fit(self) -> DoesNotFit:
-        planner = Planner(self.estimator)
-        with self._simulating():
-            return does_not_fit(planner, planner.decide(self.recipe).recipe)
-
-    @contextmanager
-    def _simulating(self) -> Iterator[None]:
-        """transformers' code runs here, on meta tensors and by a stranger's configuration."""
-        with foreign_failures() as failure:
-            yield
-        if failure.error:
-            what = f"{self.estimator.name}: config.json: a step of this model cannot be simulated ({failure.reason})"
-            raise ModelError(
-                what, "check config.json, or use another model: a run measures what it takes"
-            ) from failure.error
-
-
 def choose(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
     """The plan of a run. Keeps a reserve for what it decides itself. Raises DoesNotFit, with remedies."""
-    plan = _decided(estimator, recipe, facts)
+    plan = decided(estimator, recipe, facts)
     if not plan.estimate.fits:
         raise does_not_fit(Planner(estimator, facts), plan.recipe)
     return plan
 
 
-def _decided(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
+def decided(estimator: Estimator, recipe: Recipe, facts: DataFacts | None) -> Plan:
     """The "auto" keys as a run decides them: with a reserve, or as the smallest values where nothing leaves one."""
     changes: Changes = {}
-    if "auto" in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing):
-        plan = Planner(_with_reserve(estimator), facts).decide(recipe)
+    auto = "auto" in (recipe.train.micro_batch_size, recipe.train.gradient_checkpointing)
+    if auto or free(recipe, estimator.machine):
+        plan = Planner(with_reserve(estimator), facts).decide(recipe)
         if plan.estimate.fits:
             return plan
         recipe, changes = plan.recipe, plan.changes
     return Plan(recipe, changes, Planner(estimator, facts).ask(recipe))
 
 
-def _with_reserve(estimator: Estimator) -> Estimator:
+def with_reserve(estimator: Estimator) -> Estimator:
     """The same one, with the same models on meta, for a machine with a part of its memory kept free."""
     reserved = copy.copy(estimator)
     machine = estimator.machine
@@ -254,7 +166,7 @@ def _with_reserve(estimator: Estimator) -> Estimator:
     return reserved
 
 
-def _of_limit(plan: Plan, limit_bytes: int) -> Plan:
+def of_limit(plan: Plan, limit_bytes: int) -> Plan:
     """With the whole limit, of which the plan left a reserve."""
     return replace(plan, estimate=replace(plan.estimate, limit_bytes=limit_bytes))
 
@@ -268,8 +180,13 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
         f"needs {gib(estimate.needed_bytes)} of memory{margin}, the limit is {gib(estimate.limit_bytes)} ({source}); "
         f"{gib(estimate.components['weights'])} of it are the base's weights"
     )
+    if why is None and not estimate.fits_host:
+        limit = estimate.host_limit_bytes or 0
+        what = f"{gib(estimate.waiting_bytes)} are to wait in the host's memory, which has {gib(limit)} free"
+        return DoesNotFit(what, "end other programs, or set memory.stream_weights = false and a smaller base")
     alone = estimate.components["weights"] + estimate.components["context"]
-    if recipe.quantization.type != "none" and alone > estimate.limit_bytes:
+    movable = planner.estimator.machine.device_type == "cuda" and value_of(recipe, STREAM) is not True
+    if recipe.quantization.type != "none" and alone > estimate.limit_bytes and not movable:
         return DoesNotFit(what, "nothing is enough with this base, its weights alone do not fit: use a smaller one")
     found = planner.remedies(recipe)
     if not found:
@@ -280,73 +197,29 @@ def does_not_fit(planner: Planner, recipe: Recipe, why: str | None = None) -> Do
     return DoesNotFit(what, lead + "; ".join(map(str, found)))
 
 
-def mildest(steps: Sequence[Step], fitting: Callable[[Step], Found | None]) -> Found | None:
-    """What `fitting` finds at the first of the steps at which it finds anything; None where it does at none.
-
-    Each step goes further than the one before it: what fits at one fits at every later one, so that halving the
-    sequence asks the simulation 5 times for 16 steps.
-    """
-    if not steps or not (found := fitting(steps[-1])):
-        return None
-    least, first = 0, len(steps) - 1
-    while least < first:
-        middle = (least + first) // 2
-        if nearer := fitting(steps[middle]):
-            found, first = nearer, middle
-        else:
-            least = middle + 1
-    return found
-
-
-def _levers(recipe: Recipe, shortest: int) -> Iterator[Changes]:
+def _levers(recipe: Recipe, on_card: bool, shortest: int) -> Iterator[Changes]:
     """Changes from the cheapest to the dearest; later ones of a kind go further than earlier ones."""
     train = recipe.train
     if train.micro_batch_size != "auto":
-        for rows in _halved(train.micro_batch_size, 1):
+        for rows in halved(train.micro_batch_size, 1):
             yield {"train.micro_batch_size": rows}
     if train.gradient_checkpointing is not True:
         yield {"train.gradient_checkpointing": True}
+    for lever in LEVERS if on_card else ():
+        if value_of(recipe, lever.key) != lever.on:
+            yield {lever.key: lever.on, **({} if lever.key == EMBEDDING else {"train.gradient_checkpointing": True})}
     if train.optimizer in ("adamw", "paged_adamw_32bit"):
         yield {"train.optimizer": "paged_adamw_8bit"}
     if recipe.quantization.type == "none":
         yield {"quantization.type": "nf4"}
-    for length in _halved(recipe.data.max_length, shortest):
+    for length in halved(recipe.data.max_length, shortest):
         yield {"data.max_length": length}
-    for rank in _halved(recipe.lora.r, SMALLEST_RANK):
+    for rank in halved(recipe.lora.r, SMALLEST_RANK):
         yield {"lora.r": rank}
 
 
-def _halved(value: int, smallest: int) -> Iterator[int]:
-    """Half of it, half of that, and so on, as long as it is not below `smallest`."""
-    while value // 2 >= smallest:
-        value //= 2
-        yield value
-
-
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other values of some `table.key`s."""
-    for name, value in changes.items():
-        table, key = name.split(".")
-        section = getattr(recipe, table)
-        recipe = recipe.model_copy(update={table: section.model_copy(update={key: value})})
-    return recipe
-
-
-def differences(before: Recipe, after: Recipe) -> dict[str, Any]:
-    """`table.key` to the new value, for every key that differs."""
-    old, new = before.model_dump(), after.model_dump()
-    return {
-        f"{table}.{key}": new[table][key] for table in old for key in old[table] if old[table][key] != new[table][key]
-    }
-
-
-def toml_value(value: Any) -> str:
-    """A value as a recipe writes it: what plans change looks the same in TOML and in JSON."""
-    return json.dumps(value)
-
-
 def _speed(plan: Plan) -> tuple[float, float, int]:
-    """By the ideal speed; without a GPU in the table (0.0), by not recomputing and then by larger micro-batches."""
+    """As predicted; without a GPU in the table (0.0), by not recomputing and then by larger micro-batches."""
     settings = plan.estimate.settings
     recomputes, rows = settings["train.gradient_checkpointing"], settings["train.micro_batch_size"]
     return plan.estimate.tokens_per_second, -float("inf") if recomputes is True else -recomputes, rows

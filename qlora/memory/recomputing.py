@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qlora.memory.operations import partly
 from qlora.memory.simulation import Simulation, Workload
 from qlora.memory.trace import Peak
 
@@ -40,11 +41,24 @@ def share(workload: Workload, layers: int) -> float:
     return layers_of_setting(workload.recompute, layers) / layers
 
 
+def apart(workload: Workload) -> tuple[Workload, Workload]:
+    """The two that a run which recomputes some layers is put together from; where none is, no input waits."""
+    none = replace(workload, gradient_checkpointing=False, recomputed=0, offloads=False)
+    return none, replace(workload, gradient_checkpointing=True, recomputed=0)
+
+
+def saved_once(kept: Simulation, recomputed: Simulation, layers: int) -> int:
+    """What one recomputed layer is enough for: the first's hidden states are held, and what all layers are handed."""
+    return layers * (kept.each["loss"] - recomputed.each["loss"]) - (kept.held - recomputed.held)
+
+
 def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: int) -> Simulation:
     """A run that recomputes the first `count` of `layers`, by one that recomputes none and one that recomputes all."""
     phases = dict(recomputed.phases)
-    # What one recomputed layer is enough for: the first layer's hidden states are held, and what all layers are handed.
-    once = layers * (kept.each["loss"] - recomputed.each["loss"]) - (kept.held - recomputed.held)
+    once = saved_once(kept, recomputed, layers)
+    # Of inputs on the host, the top layer's is none where all are recomputed: of the first `count` all are.
+    an_input = recomputed.pinned // max(1, layers - 1)
+    once -= an_input
     for phase, more in zip(UP, (kept.first, once), strict=True):
         saved = count * (kept.each[phase] - recomputed.each[phase]) - more
         phases[phase] = _less(kept.phases[phase], saved)
@@ -56,7 +70,8 @@ def put_together(kept: Simulation, recomputed: Simulation, layers: int, count: i
         down.append(_less(recomputed.phases["backward"], (layers - 1 - count) * recomputed.each["backward"]))
     phases["backward"] = max(down or [phases["backward end"]], key=lambda peak: peak.total)
     reserved = max(kept.reserved, recomputed.reserved, key=lambda one: one.beyond)
-    return replace(recomputed, phases=phases, reserved=reserved)
+    work = partly(kept.work, recomputed.work, count / layers)
+    return replace(recomputed, phases=phases, reserved=reserved, pinned=count * an_input, work=work)
 
 
 def _less(peak: Peak, activations: int) -> Peak:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -23,12 +23,13 @@ from qlora import disk, files, foreign_json
 from qlora.errors import UserError
 from qlora.manifest import sha256_text
 from qlora.memory import tape
+from qlora.memory.operations import Layers, Operation, Operations, Work
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import CATEGORIES, Peak
 
 FOLDER = "simulations"
 KEPT_FILES = 200
-MAX_BYTES = 20_000  # of a file: with all phases it has 4,000
+MAX_BYTES = 60_000  # of a file: with all phases and a step's operations it has 9,000
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 ALWAYS = ("load", "forward", "update", "selfcheck")  # phases that every run has
 Count = Annotated[int, Field(ge=0, le=1 << 60)]
@@ -48,13 +49,32 @@ class _Peak:
     reserved: Count
 
 
+_Times = Annotated[float, Field(ge=-1e9, le=1e9)]
+# Bytes, arithmetic, whether it attends, how often.
+_Operations = Annotated[tuple[tuple[Count, Count, bool, _Times], ...], Field(max_length=4096)]
+
+
+@dataclass(frozen=True)
+class _Layers:
+    count: Annotated[float, Field(gt=0, le=1e9)]
+    up: _Operations
+    down: _Operations
+
+
+@dataclass(frozen=True)
+class _Work:
+    layers: Annotated[tuple[_Layers, ...], Field(min_length=1, max_length=1)]
+    outside: _Operations
+    update: tuple[Annotated[float, Field(ge=0, le=1e9)], Annotated[float, Field(ge=0, le=1e18)]]
+
+
 @dataclass(frozen=True)
 class _File:
-    """A file's content. `drawn` are the four counts of values, then the bytes that a baseline cast."""
+    """A file's content. `drawn` are the four counts of values, then bytes: a baseline's cast ones, the host's."""
 
     key: str
     eager: bool
-    drawn: Annotated[tuple[Count, ...], Field(min_length=5, max_length=5)]
+    drawn: Annotated[tuple[Count, ...], Field(min_length=6, max_length=6)]
     phases: Annotated[dict[str, _Peak], Field(max_length=32)]
     kept: dict[str, Count]
     paged: Count
@@ -62,6 +82,8 @@ class _File:
     each: dict[str, Count]
     first: Count
     held: Count
+    pinned: Count
+    work: _Work | None
 
 
 class Shelf:
@@ -70,8 +92,14 @@ class Shelf:
     def key(self, spec: ModelSpec, workload: Workload, sizes: Sequence[int]) -> str:
         """A hash of all that a simulation follows from; `sizes` are the models that are drawn."""
         config = {name: value for name, value in spec.text.to_dict().items() if name != "_name_or_path"}
-        made_of = (spec.lora.model_dump_json(), spec.quantization.model_dump_json(), repr(spec.baseline))
-        settings = (spec.attention, spec.target, str(spec.kernel), str(spec.functions), str(sizes), repr(workload))
+        made_of = (
+            spec.lora.model_dump_json(),
+            spec.quantization.model_dump_json(),
+            repr(spec.baseline),
+            repr(spec.place),
+        )
+        run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk))
+        settings = (spec.attention, spec.target, *run, str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
         return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
 
@@ -89,7 +117,7 @@ class Shelf:
         content = _File(
             key=key,
             eager=drawn.eager,
-            drawn=(*drawn.values, drawn.cast_bytes),
+            drawn=(*drawn.values, drawn.cast_bytes, drawn.host_bytes),
             phases={
                 name: _Peak(dict(peak.parts), peak.slack, peak.reserved) for name, peak in simulation.phases.items()
             },
@@ -99,6 +127,8 @@ class Shelf:
             each=dict(simulation.each),
             first=simulation.first,
             held=simulation.held,
+            pinned=simulation.pinned,
+            work=None if simulation.work is None else _written(simulation.work),
         )
         with suppress(OSError, UserError, files.UnsafePathError):
             folder = _folder()
@@ -127,9 +157,29 @@ def _shelved(read: _File) -> Shelved:
     phases: Mapping[str, Peak] = {
         name: Peak(peak.parts, peak.slack, peak.reserved) for name, peak in read.phases.items()
     }
-    drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, read.drawn[4])
+    drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, *read.drawn[4:])
     reserved = tape.Reserved(*read.reserved)
-    return Shelved(drawn, Simulation(phases, read.kept, read.paged, reserved, read.each, read.first, read.held))
+    work = None if read.work is None else _read(read.work)
+    more = (read.first, read.held, read.pinned, work)
+    return Shelved(drawn, Simulation(phases, read.kept, read.paged, reserved, read.each, *more))
+
+
+def _written(work: Work) -> _Work:
+    def flat(operations: Operations) -> Any:
+        return tuple((*operation, times) for operation, times in operations)
+
+    layers = tuple(_Layers(group.count, flat(group.up), flat(group.down)) for group in work.layers)
+    return _Work(layers, flat(work.outside), work.update)
+
+
+def _read(work: _Work) -> Work:
+    def read(operations: _Operations) -> Operations:
+        return tuple(
+            (Operation(nbytes, arithmetic, attends), times) for nbytes, arithmetic, attends, times in operations
+        )
+
+    layers = tuple(Layers(group.count, read(group.up), read(group.down)) for group in work.layers)
+    return Work(layers, read(work.outside), work.update)
 
 
 @cache

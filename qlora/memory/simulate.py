@@ -12,8 +12,8 @@ import gc
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,19 +24,25 @@ from qlora.batch import Batch
 from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
+from qlora.memory.host_weights import MetaStore, of_model
 from qlora.memory.layer_kinds import drawn_layers, period_of
+from qlora.memory.lines import Line, activations_of
+from qlora.memory.operations import OperationCounter, of_whole_model
 from qlora.memory.plain_optimizer import PlainOptimizer
-from qlora.memory.recomputing import put_together
+from qlora.memory.recomputing import apart, put_together
 from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
-from qlora.memory.trace import CATEGORIES, LiveBytes, Peak, Sums
+from qlora.memory.trace import HOST, LiveBytes, Sums
 from qlora.model import adapters, full_logits, lora_functions
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
+from qlora.model.weight_receiving import tables
+from qlora.model.weight_streaming import inside
+from qlora.step import head_loss, loss, offload
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -75,7 +81,8 @@ class Simulator:
         values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
         config = self._models[0].causal_lm.config.get_text_config()
         cast = self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
-        return Drawn(values, bool(config._attn_implementation == "eager"), cast)
+        on_host = self._whole(*(model.host_bytes for model in (self._models[0], self._models[-1])))
+        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host)
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -86,7 +93,7 @@ class Simulator:
     def _found(self, workload: Workload) -> Simulation:
         """From the shelf, else simulated and put there."""
         if workload.recomputed and len(self.sizes) > 1:
-            none, whole = (replace(workload, gradient_checkpointing=on, recomputed=0) for on in (False, True))
+            none, whole = apart(workload)
             return put_together(self.run(none), self.run(whole), self.spec.layers, workload.recomputed)
         if self.shelf is None:
             return self._simulated(workload)
@@ -103,7 +110,7 @@ class Simulator:
         if tokens <= MOST_CHUNKS * chunk:
             return self._run(workload, chunk)
         large, small = (-(-tokens // count) for count in DRAWN_CHUNKS)
-        line = _Line(large, small, chunk)  # a chunk's tensors grow with its tokens, and nothing else does
+        line = Line(large, small, chunk)  # a chunk's tensors grow with its tokens, and nothing else does
         return line.simulation(self._run(workload, large), self._run(workload, small))
 
     def _run(self, workload: Workload, chunk: int) -> Simulation:
@@ -112,50 +119,17 @@ class Simulator:
             with _collecting():
                 runs.append(model.run(workload, chunk))
         short, long = (played for _, played in (runs[0], runs[-1]))
-        line = _Line(self.sizes[0], self.sizes[-1], self.spec.layers)
+        line = Line(self.sizes[0], self.sizes[-1], self.spec.layers)
         each = tuple((Counter(long.start) - Counter(short.start)).elements())
         long.flat = [line.at(one, other) for one, other in zip(short.flat, long.flat, strict=True)]
         reserved = tape.play(long, self.sizes[-1], self._period, self.spec.layers, each)
         simulation = line.simulation(runs[0][0], runs[-1][0])
-        return replace(simulation, reserved=reserved, each=line.each(runs[0][0], runs[-1][0]))
+        work = of_whole_model([run.work for run, _ in runs], self.sizes, self.spec.layers)
+        return replace(simulation, reserved=reserved, each=line.each(runs[0][0], runs[-1][0]), work=work)
 
     def _whole(self, short: int, long: int) -> int:
         """What the whole model has, by what its two sizes have: each layer adds the same."""
-        return _Line(self.sizes[0], self.sizes[-1], self.spec.layers).at(short, long)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """What is the case at `wanted`, by what was found at `first` and at `second`: bytes go up in a line."""
-
-    first: int
-    second: int
-    wanted: int
-
-    def at(self, first: int, second: int) -> int:
-        more = (self.second - self.first) or 1
-        return round(second + (second - first) / more * (self.wanted - self.second))
-
-    def simulation(self, first: Simulation, second: Simulation) -> Simulation:
-        phases = {}
-        for name, peak in second.phases.items():
-            other = first.phases[name]
-            # The allocator's own figures go up in steps, not in a line: what the second had is not made less.
-            slack = max(peak.slack, self.at(other.slack, peak.slack))
-            reserved = max(peak.reserved, self.at(other.reserved, peak.reserved))
-            phases[name] = Peak(self._all_categories(other.parts, peak.parts), slack, reserved)
-        kept = self._all_categories(first.kept, second.kept)
-        paged, held = self.at(first.paged, second.paged), self.at(first.held, second.held)
-        return Simulation(phases, kept, paged, second.reserved, second.each, second.first, held)
-
-    def each(self, first: Simulation, second: Simulation) -> dict[str, int]:
-        """Activations of each phase that one more adds."""
-        more = (self.second - self.first) or 1
-        now = {name: _activations(peak.parts) for name, peak in second.phases.items()}
-        return {name: round((now[name] - _activations(peak.parts)) / more) for name, peak in first.phases.items()}
-
-    def _all_categories(self, first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
-        return {key: max(0, self.at(first[key], second[key])) for key in CATEGORIES}
+        return Line(self.sizes[0], self.sizes[-1], self.spec.layers).at(short, long)
 
 
 @contextmanager
@@ -199,10 +173,14 @@ class _MetaModel:
         with self.live, OnMeta(spec.target):
             self.live.begin("load")
             with self.live.region("weights"):
-                load_nothing(model, spec.quantization)
+                load_nothing(model, spec.quantization, spec.place, MetaStore(self.live))
+                if (streamed := inside(model)) is not None:
+                    streamed.ring.prepare()
+                self.host_bytes = of_model(model)
                 self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
+                on_host = set(map(id, tables(model)))
                 for tensor in (*model.parameters(), *model.buffers()):
-                    self.live.adopt(tensor, "weights")
+                    self.live.adopt(tensor, HOST if id(tensor) in on_host else "weights")
             with self.live.region("adapters"):
                 # EVA's start takes rows; the adapters it gives are as large as any.
                 lora = spec.lora.model_copy(update={"init": "default"})
@@ -213,7 +191,8 @@ class _MetaModel:
         self.values = ValueCounts(sum(linear), max(linear), everything - sum(linear), adapter)
         self.live.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
         self.causal_lm = self.model.get_base_model()
-        self.parts = CausalParts.of(self.causal_lm, on_card=spec.target == "cuda")
+        parts = CausalParts.of(self.causal_lm, on_card=spec.target == "cuda")
+        self.parts = replace(parts, loss_chunk=_loss_chunk_of(spec))
 
     def run(self, workload: Workload, chunk: int) -> tuple[Simulation, tape.Tape]:
         """A run whose loss takes `chunk` tokens at a time, and the tape of its step."""
@@ -222,7 +201,10 @@ class _MetaModel:
         live.peaks = {"load": live.peaks["load"]}
         live.renew()
         live.begin("start")
-        spec.baseline.set_checkpointing(self.causal_lm, workload.recompute)
+        pool = offload.Pool(META, self._block)
+        layers = len(recomputable(self.causal_lm))
+        inputs = offload.held_by(pool, workload.offloads and workload.recompute, layers)
+        spec.baseline.set_checkpointing(self.causal_lm, workload.recompute, inputs)
         with live, OnMeta(spec.target), spec.baseline.computing(), self._marks():
             with live.region("optimizer"):
                 optimizer = self._optimizer(workload.optimizer)
@@ -236,6 +218,7 @@ class _MetaModel:
             self.model.train()
             live.begin("forward")
             recorded = live.record(self.replaced)
+            live.counter = OperationCounter(workload.document_lengths) if spec.target == "cuda" else None
             recorded.set_apart([rounded(nbytes) for nbytes in optimizer.buffer_sizes])
             recorded.mark("forward")
             spec.baseline.forward_backward(parts, batch, workload.neftune_alpha)
@@ -243,7 +226,8 @@ class _MetaModel:
             recorded.mark("update")
             optimizer.clip(optimizer.gradient_norm(), 1.0)
             optimizer.step(1e-4)
-            live.tape = None
+            work = None if live.counter is None else live.counter.work()
+            live.tape = live.counter = None
             self.model.eval()
             with torch.no_grad():
                 live.begin("selfcheck")
@@ -261,7 +245,14 @@ class _MetaModel:
             self._ask(workload.asks)
         phases = {name: peak for name, peak in live.peaks.items() if name not in OUTSIDE}
         no_more, reserved = dict.fromkeys(phases, 0), tape.play(recorded, 0, 1, 0)
-        return Simulation(phases, kept, paged, reserved, no_more, self._first_keeps_less(), self._held), recorded
+        pinned = pool.nbytes if spec.target == "cuda" else 0  # elsewhere it is all one memory
+        more = (self._keeps_less(), self._held, pinned, work)
+        return Simulation(phases, kept, paged, reserved, no_more, *more), recorded
+
+    def _block(self) -> torch.Tensor:
+        """Of the host's memory, which is no memory of a GPU's."""
+        with self.live.region(HOST) if self.spec.target == "cuda" else nullcontext():
+            return torch.empty(offload.BLOCK_BYTES, dtype=torch.uint8, device=META)
 
     def _optimizer(self, name: str) -> AdapterOptimizer | PlainOptimizer:
         if self.spec.baseline.masters:
@@ -279,7 +270,7 @@ class _MetaModel:
                 zero = torch.zeros((), dtype=parameter.dtype, device=META)
                 optimizer.add_gradient(key, zero.expand(parameter.shape))
 
-    def _first_keeps_less(self) -> int:
+    def _keeps_less(self) -> int:
         """Nothing goes back to the embedding, so that the first layer keeps less for the backward pass than another."""
         starts = self._starts
         return max(0, starts[2] + starts[0] - 2 * starts[1]) if len(starts) > 2 else 0
@@ -297,13 +288,13 @@ class _MetaModel:
 
         def starts(*_: Any) -> None:
             if live.phase == "forward":
-                self._starts.append(_activations(live.live))
+                self._starts.append(activations_of(live.live))
 
         def trunk_done(*_: Any) -> None:
             if live.tape is not None:
                 live.tape.mark("loss")
                 live.begin("loss")
-                self._held = _activations(live.live)
+                self._held = activations_of(live.live)
 
         def gradients_of(layer: int, *_: Any) -> None:
             if live.tape is not None:
@@ -355,16 +346,20 @@ class _MetaModel:
         read(input_ids=one_B1, attention_mask=longer_BS, position_ids=one_B1, **{name: output[name]})
 
 
-def _activations(parts: Mapping[str, int]) -> int:
-    """With gradients, as which x A' counts where there are as many tokens as a layer is wide."""
-    return parts["activations"] + parts["gradients"]
-
-
 def _functions_of(spec: ModelSpec) -> str:
     """Who computes linear layers: peft in other stacks, and who does in a new run of ours."""
     if spec.baseline.name != "qlora":
         return lora_functions.PEFT
     return lora_functions.choose(spec.lora, None, spec.target == "cuda" and trial.expected())
+
+
+def _loss_chunk_of(spec: ModelSpec) -> int:
+    """As `_functions_of`."""
+    if spec.loss_chunk is not None or spec.baseline.name != "qlora":
+        return spec.loss_chunk or 0
+    if spec.target != "cuda":
+        return loss.chunk_tokens(spec.text.vocab_size)
+    return head_loss.chunk_tokens(spec.text.vocab_size) if trial.expected() else 0
 
 
 def _batch(workload: Workload) -> Batch:

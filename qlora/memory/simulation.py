@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from qlora.memory import tape
 from qlora.memory.asking import Asks
 from qlora.memory.baselines import BASELINES, Baseline
+from qlora.memory.operations import Work
 from qlora.memory.trace import Peak
+from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import LoraSection, QuantizationSection
 
 DOCUMENT_TOKENS = 256  # of a document, where no rows are known
@@ -29,6 +31,8 @@ class ModelSpec:
     baseline: Baseline = BASELINES["qlora"]
     kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
     functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
+    loss_chunk: int | None = None  # of the loss that comes with its gradient, 0: it does not; None: as in a new run
+    place: Place = field(default_factory=Place)  # what of the weights is on the host
 
     @property
     def layers(self) -> int:
@@ -43,7 +47,8 @@ class Workload:
     `documents` are the most of a row (0: as many as have DOCUMENT_TOKENS); `multiprocessors` of the card, where sums
     are done in one order only (`trace.Sums`).
 
-    Layers are recomputed with `gradient_checkpointing`: the first `recomputed` of them, 0 is all.
+    Layers are recomputed with `gradient_checkpointing`: the first `recomputed` of them, 0 is all. `offloads`: their
+    inputs wait on the host.
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
     `prompt_tokens` are answered with `new_tokens` between steps; 0 is none. `asks` are the batches of a study.
@@ -65,6 +70,7 @@ class Workload:
     multiprocessors: int = 0
     asks: Asks = ()
     recomputed: int = 0
+    offloads: bool = False
 
     @property
     def recompute(self) -> bool | int:
@@ -85,7 +91,8 @@ class Simulation:
     `paged` of the optimizer's bytes are managed by the driver, which moves them to the host when it must; the
     allocator's counters don't show them. `reserved` is what the allocator takes from the driver over the step. `each`:
     activations that a layer more adds to a phase, 0 where none was added; `first`: of them, what the first keeps less.
-    `held`: activations once every layer has been gone through forth, and none back.
+    `held`: activations once every layer has been gone through forth, and none back. `pinned` bytes are the host's.
+    `work`: what a step asks a GPU for.
     """
 
     phases: Mapping[str, Peak]
@@ -95,6 +102,8 @@ class Simulation:
     each: Mapping[str, int]
     first: int = 0
     held: int = 0
+    pinned: int = 0
+    work: Work | None = None
 
     @property
     def worst(self) -> Peak:
@@ -116,8 +125,10 @@ class ValueCounts(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before."""
+    """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
+    of weights on the host."""
 
     values: ValueCounts
     eager: bool
     cast_bytes: int
+    host_bytes: int = 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora.memory.allocator import Block, CachingAllocator, rounded
+from qlora.memory.operations import OperationCounter
 from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.tape import Tape
 from qlora.model.document_attention import varlen_backward
@@ -26,6 +27,7 @@ from qlora.model.nf4 import product_4bit
 aten = torch.ops.aten
 
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+HOST = "host"  # what is made in this region is no memory of the device's
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.vocabulary = 0
         self.allocator = CachingAllocator()
         self.tape: Tape | None = None
+        self.counter: OperationCounter | None = None
         self.repeated = RepeatedOperations()
         self.peaks: dict[str, Peak] = {}
         self._now = dict.fromkeys(CATEGORIES, 0)
@@ -151,10 +154,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 with self:  # bitsandbytes' fused kernel for few rows (backends/cuda/ops.py) takes less
                     return product_4bit(*args, **kwargs, dtype=args[0].dtype)
             if "optimizer_update" in func.name() and any(isinstance(a, Tensor) and a.is_meta for a in args):
+                self._count(func, (args, kwargs), None)
                 return None  # works in place, and knows no meta tensors
         elif func is aten._local_scalar_dense.default and args[0].is_meta:
             return self._answer(args[0])
         result = self.repeated.call(func, args, kwargs)
+        self._count(func, (args, kwargs), result)
         workspace = "workspace" if func.namespace == "bitsandbytes" and "dequantize" in func.name() else None
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor):
@@ -163,6 +168,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if scratch is not None:
             self._use_for_a_moment(scratch(self.sums, *args, **kwargs))
         return result
+
+    def _count(self, func: Any, operands: tuple[Any, Mapping[str, Any]], result: Any) -> None:
+        if self.counter is not None:
+            self.counter.see(self._phase, func, operands, result)
 
     def _answer(self, asked: Tensor) -> Any:
         """A model's forward asks its data one thing: is this row a single document? (transformers.masking_utils)"""
@@ -180,6 +189,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:
+            return
+        if category == HOST:
+            self._known[key] = weakref.ref(storage, lambda _: self._known.pop(key, None))
             return
         taken = rounded(storage.nbytes())
         block = self.allocator.allocate(taken)

@@ -24,6 +24,8 @@ from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config
 from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.model.weight_names import ClassNames
+from qlora.model.weight_receiving import device_of, refuse_on_host
+from qlora.model.weight_streaming import inside, parts_in_place
 from qlora.step.forward import CausalParts, hidden_states
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
@@ -61,10 +63,11 @@ def attach(
         what = 'lora.init = "eva" needs rows to start from'
         raise ModelError(what, 'add training rows, or set lora.init = "default"')
     training = model.training
-    with random_state_kept(next(model.parameters()).device):  # EVA draws where its layers are
+    with random_state_kept(device_of(model)):  # EVA draws where its layers are
         torch.manual_seed(seed)
         try:
-            with old_names_in_peft(), mixture_adapters.names_kept(model):
+            norms, names = dora.norms_later(inside(model) is not None), mixture_adapters.names_kept(model)
+            with old_names_in_peft(), names, norms:
                 peft_model = get_peft_model(model, _config(lora, targets, whole), autocast_adapter_dtype=False)
         except ValueError as error:  # peft knows layers that must stay as they are, such as Mamba's out_proj
             what = f"lora.target_modules: {str(error).splitlines()[0].rpartition('] ')[2]}"
@@ -75,7 +78,8 @@ def attach(
         if lora.init == "eva":
             _start_from_inputs(peft_model, batches)
     dora.without_identity(peft_model)
-    _restart_magnitudes(peft_model)
+    for part in parts_in_place(peft_model):
+        _restart_magnitudes(part)
     _check_layers(peft_model)
     mixture_adapters.check_adapted(model, asked)
     lora_functions.put_in(peft_model, functions or lora_functions.of_run())
@@ -137,7 +141,8 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
 
     saved = stored_tensors(folder)
     _resize_like(model, saved)
-    with foreign_failures() as failure, old_names_in_peft(), mixture_adapters.names_kept(model):
+    norms, names = dora.norms_later(inside(model) is not None), mixture_adapters.names_kept(model)
+    with foreign_failures() as failure, old_names_in_peft(), names, norms:
         peft_model = get_peft_model(model, peft_config(folder), ADAPTER, autocast_adapter_dtype=False)
         unread = set_peft_model_state_dict(peft_model, saved, adapter_name=ADAPTER).unexpected_keys
     if failure.error or unread:
@@ -151,7 +156,7 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
             parameter.data = stored.to(parameter.device)
     dora.without_identity(peft_model)
     _check_layers(peft_model)
-    lora_functions.put_in(peft_model, lora_functions.of_saved(folder, next(peft_model.parameters()).device))
+    lora_functions.put_in(peft_model, lora_functions.of_saved(folder, device_of(peft_model)))
     return peft_model.eval()
 
 
@@ -233,10 +238,11 @@ def _whole_modules(model: Any, names: tuple[str, ...]) -> list[str]:
         if tied.intersection(matched):
             what = f"lora.modules_to_save: {name} shares its weight with {' and '.join(sorted(tied - {*matched}))}"
             raise ModelError(what, "leave it out: trained apart, the two would no longer be one weight when merged")
-        inside = [module for key in matched for module in modules[key].modules()]
-        if any(type(module).__name__ == "Linear4bit" for module in inside):
+        within = [module for key in matched for module in modules[key].modules()]
+        if any(type(module).__name__ == "Linear4bit" for module in within):
             what = f"lora.modules_to_save: {name} is held in 4 bit and cannot be trained whole"
             raise ModelError(what, "leave it to lora.target_modules")
+        refuse_on_host(name, within)
         whole += matched
     return sorted(set(whole))
 

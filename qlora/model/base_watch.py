@@ -29,7 +29,7 @@ class BaseWatch:
     @classmethod
     def begin(cls, base: BaseFolder) -> BaseWatch:
         """Raises TokenizerError when the tokenizer cannot be read."""
-        return cls(base, _stamps(base), read_files(base.path).fingerprint)
+        return cls(base, stamps_of(base), read_files(base.path).fingerprint)
 
     def report(self, sink: Sink) -> None:
         """A notice of what has become of the base, when a run ends; none where nothing was seen."""
@@ -44,7 +44,7 @@ class BaseWatch:
             return "its folder is gone"
         try:
             now, tokenizer = check_folder(base.path, base.name, base.commit, Sinks()), read_files(base.path).fingerprint
-            stamps = _stamps(now)
+            stamps = stamps_of(now)
         except QloraError as error:
             return error.what
         except OSError as error:
@@ -59,6 +59,7 @@ class BaseWatch:
         return "its tokenizer is another one" if tokenizer != self.tokenizer else None
 
 
-def _stamps(base: BaseFolder) -> dict[str, _Stamp]:
+def stamps_of(base: BaseFolder) -> dict[str, _Stamp]:
+    """Of each file with weights, by its name: what changes when it is written to. Raises OSError."""
     found = {file.name: os.stat(file) for file in {entry.file for entry in base.tensors.values()}}
     return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}

@@ -7,6 +7,8 @@ The norm of a row of W + s B A needs the product B A. peft computes it by sendin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,27 @@ def without_identity(model: nn.Module) -> None:
     for layer in model.modules():
         if type(layer).__name__ == "DoraLinearLayer":
             layer.get_lora_weight = _product  # type: ignore[assignment]
+
+
+@contextmanager
+def norms_later(later: bool) -> Iterator[None]:
+    """Inside, peft reads no weight for the norms of a new DoRA layer, which begin as zeros, if they come `later`: of
+    streamed layers no weight is there then."""
+    if not later:
+        yield
+        return
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    own = DoraLinearLayer.update_layer
+    DoraLinearLayer.update_layer = _no_norms  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = own  # type: ignore[method-assign]
+
+
+def _no_norms(layer: Any, *, lora_B: Tensor, **_: Any) -> None:
+    layer.weight = nn.Parameter(torch.zeros(lora_B.shape[0], dtype=lora_B.dtype, device=lora_B.device))
 
 
 @torch.no_grad()

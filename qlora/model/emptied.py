@@ -11,9 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora.model import weight_streaming
+
 
 def empty(model: Any) -> None:
     """Take the values of each parameter, buffer and block constant; the model can compute nothing any more."""
+    if (streamed := weight_streaming.inside(model)) is not None:
+        streamed.close()
     for tensor in [*model.parameters(), *model.buffers(), *_block_constants(model)]:
         tensor.data = tensor.data.new_empty(0)
 

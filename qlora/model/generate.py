@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.model.weight_receiving import device_of
 from qlora.step.forward import evaluating
 
 ANSWERS_AT_ONCE = 16
@@ -66,7 +67,7 @@ def _answer(
     watch: Callable[[int], None],
 ) -> list[list[int]]:
     """One batch. B prompts, S the longest of them; the mask grows by a column a token."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     longest = max(map(len, prompts))
     ids_BS = torch.tensor([[pad_id] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from qlora import numerics
 from qlora.device import is_card
 from qlora.events import Notice, Sink
-from qlora.model import mixture_adapters, rms_norms
+from qlora.model import mixture_adapters, rms_norms, rotary
 from qlora.model.adapter_folder import functions_of
 from qlora.model.cpu_matmul import product_dtype
-from qlora.model.lora_structure import gated_of, sharing_of
+from qlora.model.lora_structure import gated_of, sharing_of, unread_of
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, dequantize
 from qlora.model.reclassed import called_as
 from qlora.numerics import Numerics
 from qlora.step.kernels import operators, trial
-from qlora.step.lora_linear import Adapter, Frozen, gated_mlp, shared_input
+from qlora.step.lora_linear import Adapter, Frozen, Kernels, gated_mlp, shared_input
+from qlora.step.tiled_mlp import TILE_ROWS, in_tiles, tiled_mlp
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 OURS, PEFT = "qlora", "peft"  # who computes a linear layer with its adapter
 IN_TRITON = "qlora in Triton"  # ours, with what lies between products in kernels: norms and dequantizing too
+FUSED = "qlora in Triton, fused"  # and queries and keys are turned by a kernel; adapters of an MLP are added in one
+_KERNELS = {OURS: Kernels.NONE, IN_TRITON: Kernels.SINGLE, FUSED: Kernels.FUSED}
 # Answers are written a token at a time: bitsandbytes' kernel for few rows reads a GPU's weight without dequantizing it.
 FEW_ROWS = 16
 
@@ -46,21 +49,26 @@ def choose(lora: LoraSection, recorded: Numerics | None = None, kernels: bool = 
     knew peft alone, and recorded nothing or that. `kernels`: those in Triton run on its device."""
     if _lack_in(lora):
         return PEFT
-    new = IN_TRITON if kernels else OURS
+    new = FUSED if kernels else OURS
     return new if recorded is None else again(recorded.functions, kernels)
 
 
 def again(recorded: str | None, kernels: bool) -> str:
     """Who computes here what `recorded` computed before: the numbers of a run, and of what it delivered, go on."""
-    if recorded not in (OURS, IN_TRITON):
+    if recorded is None or recorded not in _KERNELS:
         return PEFT
-    return IN_TRITON if kernels and recorded == IN_TRITON else OURS
+    return recorded if kernels else OURS
 
 
 def of_run() -> str:
     """As the run under way has it; outside of one it is peft, but for a saved adapter (`of_saved`)."""
     run = numerics.of_run()
     return (run.functions if run else None) or PEFT
+
+
+def tile_of_run() -> int | None:
+    """Rows of a tile of an MLP, as the run under way has it, and outside of one as a new run; None: always whole."""
+    return run.mlp_tile if (run := numerics.of_run()) else TILE_ROWS
 
 
 def of_saved(folder: Path, device: torch.device) -> str:
@@ -70,10 +78,11 @@ def of_saved(folder: Path, device: torch.device) -> str:
 
 def put_in(model: PeftModel, functions: str) -> None:
     """Has every layer of a model with adapters computed by `functions`, as far as it can be."""
-    if functions not in (OURS, IN_TRITON):
+    if functions not in _KERNELS:
         return
-    kernels = functions == IN_TRITON
-    causal_lm = model.get_base_model()
+    kernels, causal_lm = _KERNELS[functions], model.get_base_model()
+    if kernels == Kernels.FUSED:
+        rotary.put_in(causal_lm)
     layers = {name: one for name, one in causal_lm.named_modules() if _is_lora(one) and not lack_of(one)}
     gated = gated_of(layers, causal_lm)
     taken = {id(getattr(one.module, name)) for one in gated for name in one.layers}
@@ -82,9 +91,13 @@ def put_in(model: PeftModel, functions: str) -> None:
     for one in sharing_of({name: layer for name, layer in layers.items() if id(layer) not in taken}, causal_lm):
         shared[id(one.module)].append(one.layers)
         modules[id(one.module)] = one.module
+    unread = unread_of(gated, causal_lm)
     kind_of: Any = type  # for mypy, to which a class is no key of a cache
     kinds: dict[int, Any] = {id(layer): _linear(kind_of(layer), kernels) for layer in layers.values()}
-    kinds |= {id(one.module): _mlp(kind_of(one.module), one.layers, kernels) for one in gated}
+    tile = tile_of_run()
+    for mlp in gated:
+        how = (kernels, id(mlp.module) in unread, tile)
+        kinds[id(mlp.module)] = _mlp(kind_of(mlp.module), mlp.layers, *how)
     kinds |= {key: _with_shared(kind_of(module), tuple(shared[key])) for key, module in modules.items()}
     for module in causal_lm.modules():
         module.__class__ = kinds.get(id(module), module.__class__)
@@ -93,7 +106,8 @@ def put_in(model: PeftModel, functions: str) -> None:
 
 
 def say_what_stays(model: PeftModel, lora: LoraSection, sink: Sink) -> None:
-    """One notice of the layers that peft computes though they would be ours in a new run, and why."""
+    """One notice of the layers that peft computes though they would be ours in a new run, and why; and one where a
+    model turns queries and keys in a way that no kernel knows."""
     layers = [one for one in model.modules() if _is_lora(one)]
     for notice in mixture_adapters.notices(model):
         sink.emit(notice)
@@ -101,6 +115,9 @@ def say_what_stays(model: PeftModel, lora: LoraSection, sink: Sink) -> None:
     if lacks:
         message = f"linear layers that peft computes, in more memory and time: {'; '.join(sorted(set(lacks)))}"
         sink.emit(Notice("adapters", message, len(lacks)))
+    if of_run() == FUSED and (own := rotary.not_turned(model)):
+        message = "queries and keys are turned by the model's own function, which no kernel computes, in more time"
+        sink.emit(Notice("adapters", message, own))
 
 
 def lack_of(layer: Any) -> str:
@@ -186,20 +203,20 @@ class _Shared:
     def of(self, layer: Any, inputs: Tensor) -> Tensor | None:
         """A layer's output, once; None where it is not to be had like this."""
         if self.inputs is None and (now := _now(self.layers, inputs)) is not None:
-            outputs = _outputs(now, inputs)
+            outputs = _outputs(now, inputs, self.layers[0]._kernels)
             self.inputs = inputs
             self.outputs = {id(one): output for one, output in zip(self.layers, outputs, strict=True)}
         return self.outputs.pop(id(layer), None) if inputs is self.inputs else None
 
 
-def _outputs(now: tuple[list[Frozen], list[Adapter], torch.dtype], inputs: Tensor) -> list[Tensor]:
+def _outputs(now: tuple[list[Frozen], list[Adapter], torch.dtype], inputs: Tensor, kernels: Kernels) -> list[Tensor]:
     frozen, adapters, kind = now
     cast = inputs.to(kind)
-    return [output.to(inputs.dtype) for output in shared_input(cast, frozen, adapters, product_dtype(cast))]
+    return [output.to(inputs.dtype) for output in shared_input(cast, frozen, adapters, product_dtype(cast), kernels)]
 
 
 @lru_cache(64)
-def _linear(kind: Any, kernels: bool) -> Any:
+def _linear(kind: Any, kernels: Kernels) -> Any:
     """A layer of peft's whose forward pass is ours."""
 
     class OneLinear(kind):  # type: ignore[misc]
@@ -213,14 +230,15 @@ def _linear(kind: Any, kernels: bool) -> Any:
             if known is not None:
                 return known  # type: ignore[no-any-return]
             now = _now([self], inputs)
-            return super().forward(inputs) if now is None else _outputs(now, inputs)[0]
+            return super().forward(inputs) if now is None else _outputs(now, inputs, kernels)[0]
 
     return called_as(kind, OneLinear)
 
 
 @lru_cache(64)
-def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
-    """A module that computes its three layers as one function."""
+def _mlp(kind: Any, names: tuple[str, str, str], kernels: Kernels, unread: bool, tile: int | None) -> Any:
+    """A module that computes its three layers as one function, over long rows by a `tile` of them. `unread`: what it
+    gives is only added up, by its layer (`lora_structure.unread_of`); hooks may read it."""
 
     class OneMLP(kind):  # type: ignore[misc]
         def forward(self, inputs: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -231,7 +249,10 @@ def _mlp(kind: Any, names: tuple[str, str, str], kernels: bool) -> Any:
                 return super().forward(inputs, *args, **named)  # type: ignore[no-any-return]
             frozen, adapters, dtype = now
             cast = inputs.to(dtype)
-            return gated_mlp(cast, frozen, adapters, product_dtype(cast), kernels).to(inputs.dtype)
+            how = (frozen, adapters, product_dtype(cast), kernels, unread and not self._forward_hooks)
+            if tile is not None and in_tiles(cast, len(adapters[0].B), tile):
+                return tiled_mlp(cast, *how, tile).to(inputs.dtype)
+            return gated_mlp(cast, *how).to(inputs.dtype)
 
     return called_as(kind, OneMLP)
 

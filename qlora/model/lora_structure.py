@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -23,8 +24,10 @@ from qlora.batch import Batch
 from qlora.errors import foreign_failures
 from qlora.model.mixtures import experts_in
 from qlora.model.reclassed import reclassed
+from qlora.model.weight_receiving import device_of
 from qlora.step.experts import skipping
 from qlora.step.forward import CausalParts, evaluating, hidden_states
+from qlora.step.layerwise import recomputable
 
 TOKENS = 8  # of the watched pass
 SPREADS = (1.0, 30.0, 1e3)  # of numbers that an MLP is tried on
@@ -67,10 +70,6 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
     """
     names = {id(module): name for name, module in adapted.items()}
     watched = _Watched()
-    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=next(causal_lm.parameters()).device)
-    positions = torch.arange(TOKENS, device=ids.device)[None]
-    starts = torch.tensor([0, TOKENS], dtype=torch.int32).to(ids.device)
-    batch = Batch(ids, positions, ids, ids, ids.float(), ids[0], starts, (TOKENS,), single=True)
     linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear) or id(one) in names]
     experts = [module for _, module in experts_in(causal_lm)]
     with (
@@ -79,7 +78,7 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
         skipping(experts),
         reclassed(linears, watched.class_of),
     ):
-        hidden_states(CausalParts.of(causal_lm), batch)
+        hidden_states(CausalParts.of(causal_lm), _few_tokens(causal_lm))
     if failure.error:
         return []
     groups: dict[tuple[str, int], list[str]] = defaultdict(list)
@@ -94,6 +93,90 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
         for (owner, _), members in groups.items()
         if len(set(members)) > 1 and all(counts[id(causal_lm.get_submodule(f"{owner}.{one}"))] == 1 for one in members)
     ]
+
+
+def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
+    """MLPs, by identity, whose outputs their layers only add to their own: to go back through such a layer, nobody
+    needs the values. Seen in autograd's graph of a pass with nothing but marks in the place of MLPs."""
+    added: set[int] = set()
+    read: set[int] = set()
+
+    def look(layer: nn.Module, _: Any, output: Any) -> None:
+        inside = {id(one) for one in layer.modules()}
+        for one in output if isinstance(output, tuple) else (output,):
+            if isinstance(one, Tensor) and one.grad_fn is not None:
+                plainly, otherwise = _marks_below(one.grad_fn)
+                added.update(plainly & inside)
+                read.update(otherwise)
+
+    linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear)]
+    with ExitStack() as stack:
+        failure = stack.enter_context(foreign_failures(trial=True))
+        stack.enter_context(evaluating(causal_lm))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(reclassed(linears, _Watched().class_of))
+        stack.enter_context(reclassed([one.module for one in gated], _marked))
+        for layer in recomputable(causal_lm):
+            stack.callback(layer.register_forward_pre_hook(_apart).remove)
+            stack.callback(layer.register_forward_hook(look).remove)
+        hidden_states(CausalParts.of(causal_lm), _few_tokens(causal_lm))
+    return set() if failure.error else added - read
+
+
+# Of autograd's functions: what is computed there needs none of its inputs' values to go back.
+_VALUELESS = ("AddBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0")
+
+
+def _marks_below(node: Any) -> tuple[set[int], set[int]]:
+    """Marks that a graph goes down to through nothing but such functions, and marks that it goes down to otherwise."""
+    plainly: set[int] = set()
+    otherwise: set[int] = set()
+    waiting, seen = [(node, True)], set()
+    while waiting:
+        node, plain = waiting.pop()
+        if (node, plain) in seen:
+            continue
+        seen.add((node, plain))
+        owner = getattr(node, "owner", None)
+        if owner is not None:
+            (plainly if plain else otherwise).add(owner)
+            continue
+        scaled = node.name() == "MulBackward0" and node._saved_self is None  # times a constant
+        plain = plain and (scaled or node.name() in _VALUELESS)
+        waiting += [(below, plain) for below, _ in node.next_functions if below is not None]
+    return plainly, otherwise
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, owner: int) -> Tensor:
+        ctx.owner = owner
+        return torch.zeros_like(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+def _marked(kind: type) -> type:
+    class Marked(kind):  # type: ignore[misc, valid-type]
+        def forward(self, inputs: Tensor, *_: Any, **__: Any) -> Tensor:
+            return _Mark.apply(inputs, id(self))  # type: ignore[no-any-return, no-untyped-call]
+
+    return Marked
+
+
+def _apart(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A layer's own graph: it ends at the hidden states that it is given."""
+    hidden_BSD, *rest = inputs
+    return (hidden_BSD.detach().requires_grad_(), *rest)
+
+
+def _few_tokens(causal_lm: Any) -> Batch:
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device=device_of(causal_lm))
+    positions = torch.arange(TOKENS, device=ids.device)[None]
+    starts = torch.tensor([0, TOKENS], dtype=torch.int32).to(ids.device)
+    return Batch(ids, positions, ids, ids, ids.float(), ids[0], starts, (TOKENS,), single=True)
 
 
 @dataclass

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qlora.events import Sinks
 from qlora.model import experts
-from qlora.model.load import freeze, set_4bit, swap_linear
+from qlora.model.four_bit_layers import set_4bit, swap_linear
+from qlora.model.load import freeze
 from qlora.model.meta_model import linear_layers
 from qlora.model.nf4 import quantize_rows
+from qlora.model.weight_receiving import Keeper, Place, receive, took
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -26,14 +29,24 @@ if TYPE_CHECKING:
 SPREAD = 0.02  # of random weights: transformers' usual initializer_range
 
 
-def load_nothing(model: Any, quantization: QuantizationSection) -> None:
-    """Give a model on `meta` the final form that `load_base` gives it, without a byte of weights."""
+def load_nothing(
+    model: Any, quantization: QuantizationSection, place: Place | None = None, store: Keeper | None = None
+) -> None:
+    """Give a model on `meta` the final form that `load_base` gives it, without a byte of weights.
+
+    What of it is on the host by `place` is kept by `store`, which counts it.
+    """
     meta = torch.device("meta")
     ready_to_load_nothing()
+    receiving = receive(model, place or Place(), meta, store)
     if quantization.type != "none":
         _fill_linear(model, quantization, meta, _params_on_meta())
         _fill_experts(model, quantization, meta)
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, import_bitsandbytes().nn.Params4bit):
+            took(model, name)
     freeze(model, meta)
+    receiving.finish(Sinks())
 
 
 def ready_to_load_nothing() -> None:
@@ -66,6 +79,7 @@ def _fill_linear(model: Any, quantization: QuantizationSection, device: torch.de
         read: Callable[[int, int], Tensor] = partial(_rows, width=linear.in_features, device=device)
         shape = (linear.out_features, linear.in_features)
         set_4bit(layer, quantize_rows(read, shape, quantization.type, quantization.double_quant, device), kind)
+        took(model, f"{name}.weight")
 
 
 def _fill_experts(model: Any, quantization: QuantizationSection, device: torch.device) -> None:

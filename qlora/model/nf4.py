@@ -31,6 +31,8 @@ from qlora.third_party import import_bitsandbytes
 
 BLOCK = 64
 NESTED_BLOCK = 256
+# Of what makes the bytes below: raised with whatever gives a weight other ones, as bases are kept (`base_cache`).
+QUANTIZER = 1
 # Values in flight at a time: at most 16 MiB as they are read.
 VALUES_PER_BLOCK = 1 << 22
 # Values that a thread encodes at a time on the CPU: 128 KiB of fp32; more, and torch would split its part once more.
@@ -274,14 +276,14 @@ def stored_4bit(
     data = read(tensor)
     with foreign_failures() as failure:
         state = bnb.functional.QuantState.from_dict(quantization, device=device)
-        _check_state(state, data)
+        check_state(state, data)
     if failure.error:
         what = f"{base.name}: the 4-bit statistics of {tensor} cannot be read ({failure.reason})"
         raise ModelError(what, "get a clean copy of the model, or name the original one") from failure.error
     return Quantized(data.to(device), state)
 
 
-def _check_state(state: Any, data: Tensor) -> None:
+def check_state(state: Any, data: Tensor) -> None:
     """Raises ValueError where sizes disagree: bitsandbytes' kernels trust them, and would read past the end."""
     values = math.prod(state.shape)
     sizes = [("codes", data.nbytes, -(-values // 2)), ("code table", state.code.numel(), 16)]

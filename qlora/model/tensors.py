@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -46,6 +48,8 @@ DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+# What is read in advance: enough for a disk to be busy while a block is merged (16 blocks of a MiB).
+AHEAD_BYTES = 16 << 20
 _GET_A_CLEAN_COPY = "download the model again, or ask who published it for a clean copy"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # What can be read, by its name in torch.
@@ -159,6 +163,39 @@ def read_tensor(
 
     `memory`: bytes to read it into instead, at least as many as it has.
     """
+    with _open(entry.opened) as stream:
+        return _read(entry, stream, rows, memory)
+
+
+def read_ahead(entry: TensorEntry, spans: Sequence[tuple[int, int]]) -> Generator[torch.Tensor, None, None]:
+    """The rows of each of `spans`, in memory of their own, as `read_tensor` gives them.
+
+    The file is opened once, and a thread reads about AHEAD_BYTES of what comes next while the rows before are used; it
+    ends with the iterator.
+    """
+    if len(spans) < 2:
+        yield from (read_tensor(entry, span) for span in spans)
+        return
+    largest = max(end - start for start, end in spans) * (entry.nbytes // max(1, entry.shape[0]))
+    reads: deque[Future[torch.Tensor]] = deque()
+    with _open(entry.opened) as stream:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice what the system reads ahead
+        thread = ThreadPoolExecutor(1, thread_name_prefix="read")
+        try:
+            for span in spans:
+                reads.append(thread.submit(_read, entry, stream, span, None))
+                if len(reads) > AHEAD_BYTES // max(1, largest):
+                    yield reads.popleft().result()
+            while reads:
+                yield reads.popleft().result()
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+def _read(
+    entry: TensorEntry, stream: IO[bytes], rows: tuple[int, int] | None, memory: torch.Tensor | None
+) -> torch.Tensor:
     import torch
 
     shape, offset = entry.shape, entry.offset
@@ -173,8 +210,7 @@ def read_tensor(
         tensor = torch.empty(shape, dtype=dtype)
     else:
         tensor = memory[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-    with _open(entry.opened) as stream:
-        _fill(entry, stream, offset, as_bytes(tensor))
+    _fill(entry, stream, offset, as_bytes(tensor))
     return tensor
 
 
@@ -202,6 +238,8 @@ def read_spans(entry: TensorEntry, spans: Sequence[tuple[int, int]]) -> list[byt
     """Pieces of a tensor's bytes, each `(offset in the tensor, bytes)`."""
     pieces = [bytearray(count) for _, count in spans]
     with _open(entry.opened) as stream:
+        if hasattr(os, "posix_fadvise"):  # Linux would read up to 128 KiB on behind each of them
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         for (start, _), piece in zip(spans, pieces, strict=True):
             _fill(entry, stream, entry.offset + start, memoryview(piece))
     return [bytes(piece) for piece in pieces]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from qlora.model.made_up import load_random
 from qlora.model.meta_model import build_unmatched, choose_attention
 from qlora.prove.shapes import Shape, config_of
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step import head_loss
 from qlora.step.forward import CausalParts, forward_backward
 from qlora.step.kernels import trial
 from qlora.step.layerwise import set_gradient_checkpointing
@@ -87,7 +88,9 @@ def make(
     peft_model.train()
     own = AdapterOptimizer(trained, optimizer, 0.0)
     try:
-        yield Made(peft_model, CausalParts.of(causal_lm), own, device)
+        chunk = head_loss.chunk_of_run(causal_lm.config.vocab_size, device)
+        parts = replace(CausalParts.of(causal_lm), loss_chunk=chunk)
+        yield Made(peft_model, parts, own, device)
     finally:
         own.detach()  # parameters hold their hooks, and those the optimizer: no collector sees through torch's side
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 
 from qlora import device as hardware
-from qlora.memory.estimate import ideal_tokens_per_second
 from qlora.memory.hardware import Gpu
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
+from qlora.memory.throughput import ideal_tokens_per_second
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.prove.model import make, packed
 from qlora.prove.proof import Figure, Outcome, Place, Proof
@@ -48,7 +48,9 @@ def _ideal(place: Place, teraflops: float, bandwidth: float) -> float:
     text = config_of(place.shape)
     spec = ModelSpec(text, place.shape.name, LoraSection(), QuantizationSection())
     card = Gpu(place.shape.name, 0, 0, bandwidth, teraflops, 80)
-    return ideal_tokens_per_second(text, Workload(1, place.length, True, "adamw_8bit"), Simulator(spec), card)
+    return ideal_tokens_per_second(
+        text, Workload(1, place.length, True, "adamw_8bit"), Simulator(spec).drawn.values, card
+    )
 
 
 def _teraflops(place: Place) -> float:
@@ -80,6 +82,6 @@ PROOF = Proof(
     name="speed",
     promise="tokens a second, beside the ideal line that plans are ranked by",
     tolerance=f"at most {FASTER} of the ideal; how far below is measured, nothing is promised",
-    source="memory/estimate.py, ideal_tokens_per_second; rates by a matmul and a copy on this device",
+    source="memory/throughput.py, ideal_tokens_per_second; rates by a matmul and a copy on this device",
     run=run,
 )

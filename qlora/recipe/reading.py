@@ -212,6 +212,18 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             "a step of batch_size rows runs micro_batch_size rows at a time: lower micro_batch_size",
         ),
         (
+            recipe.memory.offload_activations is True and train.gradient_checkpointing is False,
+            "memory.offload_activations",
+            "memory.offload_activations = true, but train.gradient_checkpointing = false recomputes no layer",
+            'inputs of recomputed layers alone can wait on the host: gradient_checkpointing = "auto" recomputes some',
+        ),
+        (
+            recipe.memory.stream_weights is True and str(train.gradient_checkpointing) not in ("True", "auto"),
+            "train.gradient_checkpointing",
+            "memory.stream_weights recomputes every layer: its weights are gone before the backward pass",
+            'set train.gradient_checkpointing = "auto" or true, or memory.stream_weights = false',
+        ),
+        (
             wants_eval_rows and not data.eval and data.eval_fraction == 0,
             "data.eval_fraction",
             "[eval] asks for evaluation rows, but data.eval_fraction is 0 and there is no [[data.eval]]",

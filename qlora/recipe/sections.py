@@ -168,6 +168,23 @@ class MemorySection(Section):
         description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
     )
 
+    stream_weights: bool | Literal["auto"] = Field(
+        "auto", description="Keep the frozen layers in the host's memory and copy each to the GPU as it is computed"
+    )
+    offload_activations: bool | Literal["auto"] = Field(
+        "auto",
+        description="Inputs of recomputed layers wait in the host's memory (0.25 GiB per 1,000 tokens of an 8B model); "
+        "no number changes",
+    )
+    embedding: Literal["auto", "device", "host"] = Field(
+        "auto", description="Where the embeddings are looked up; the rows are copied from the host"
+    )
+    cache: bool | Literal["auto"] = Field(
+        "auto",
+        description="Keep the base in 4 bit on the disk, for quick starts; auto: one of 1 GiB and more, while all take "
+        "under a tenth of the free disk",
+    )
+
     @field_validator("limit")
     @classmethod
     def _is_a_size(cls, value: str) -> str:

@@ -64,19 +64,34 @@ def _details(estimate: Mapping[str, Any]) -> list[Text]:
         f"host      {gib(estimate['host_peak_bytes'])} of RAM; {gib(estimate['disk_bytes'])} of disk",
         f"settings  {settings}",
     ]
-    if speed := estimate["tokens_per_second_ideal"]:
-        lines.append(f"speed     at most {speed:,.0f} tokens/s on such a card")
+    if line := speed_line(estimate):
+        lines.append(f"speed     {line}")
+    lines += [f"because   {key}: {why}" for key, why in estimate.get("reasons", {}).items()]
     lines += [f"note      {note}" for note in estimate["notes"]]
     return [Text(line, style="dim") for line in lines]
+
+
+def speed_line(estimate: Mapping[str, Any]) -> str:
+    """What is predicted of the step, and what nothing could exceed; "" without a card to predict it of."""
+    speed, ideal = estimate["tokens_per_second"], estimate["tokens_per_second_ideal"]
+    if not speed:
+        return ""
+    line = f"{speed:,.0f} tokens/s predicted on such a card; arithmetic alone would allow {ideal:,.0f}"
+    parts = estimate["speed"] or {"seconds": {}, "host_bound": False}
+    waits = parts["seconds"].get("of_it_waiting_for_copies", 0)
+    if waits:
+        everything = sum(value for name, value in parts["seconds"].items() if not name.startswith("of_it"))
+        line += f"; {waits / everything:.0%} of the time waits for copies over PCIe"
+    return line + ("; starting its kernels takes longer than running them" if parts["host_bound"] else "")
 
 
 def plans_view(plans: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Plans that fit, the fastest first, and the lines of the recipe that the first one changes."""
     table = Table.grid(padding=(0, 2))
-    table.add_row(*(Text(title, style="dim") for title in ("", "peak", "margin", "at most", "recipe change")))
+    table.add_row(*(Text(title, style="dim") for title in ("", "peak", "margin", "predicted", "recipe change")))
     for number, plan in enumerate(plans, 1):
         estimate = plan["estimate"]
-        speed = estimate["tokens_per_second_ideal"]
+        speed = estimate["tokens_per_second"]
         lines = ", ".join(plan["lines"]) or "none: it fits as it is"
         peak, margin = gib(estimate["peak_bytes"]), gib(estimate["error_bytes"])
         table.add_row(str(number), peak, margin, f"{speed:,.0f} tokens/s" if speed else "", Text(lines))

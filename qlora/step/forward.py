@@ -21,6 +21,7 @@ from qlora import numerics
 from qlora.batch import Batch
 from qlora.device import is_card
 from qlora.forward_facts import in_forward
+from qlora.step import head_loss
 from qlora.step.loss import LogitsTransform, Objective, chunk_tokens, logits_transform, token_logprobs
 
 
@@ -33,6 +34,7 @@ class CausalParts:
     head: nn.Module
     transform: LogitsTransform | None
     chunk_tokens: int
+    loss_chunk: int = 0  # tokens whose loss comes with its gradient (`head_loss`); 0: the head is asked again for it
 
     @classmethod
     def of(cls, causal_lm: Any, on_card: bool | None = None) -> CausalParts:
@@ -40,14 +42,16 @@ class CausalParts:
 
         `on_card`: a GPU computes; None: where the weights are. A run keeps the chunks of the head that it began with.
         """
-        on_card, run = is_card(causal_lm.device) if on_card is None else on_card, numerics.of_run()
+        head, run = causal_lm.get_output_embeddings(), numerics.of_run()
+        on_card = is_card(head.weight.device) if on_card is None else on_card
         config = causal_lm.config.get_text_config()
         return cls(
             trunk=causal_lm.base_model,
             embedding=causal_lm.get_input_embeddings(),
-            head=causal_lm.get_output_embeddings(),
+            head=head,
             transform=logits_transform(config),
             chunk_tokens=(run and run.head_chunk) or chunk_tokens(config.vocab_size, on_card),
+            loss_chunk=(run and run.loss_chunk) or 0,
         )
 
 
@@ -80,12 +84,16 @@ def neftune_noise(embeds_BSD: Tensor, batch: Batch, alpha: float) -> Tensor:
 def batch_logprobs(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0) -> Tensor:
     """Log-probabilities (T,) of the trained targets of a micro-batch, in the order of `batch.trained_T`; (T, K) of the
     tokens of its labels where it has some."""
-    hidden_BSD = hidden_states(parts, batch, neftune_alpha)
-    hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, batch.trained_T)
-    targets_T = batch.label_ids_TK
-    if targets_T is None:
-        targets_T = batch.targets_BS.flatten().index_select(0, batch.trained_T)
+    hidden_TD, targets_T = _trained(parts, batch, neftune_alpha)
+    targets_T = targets_T if batch.label_ids_TK is None else batch.label_ids_TK
     return token_logprobs(hidden_TD, targets_T, parts.head, parts.transform, parts.chunk_tokens)
+
+
+def _trained(parts: CausalParts, batch: Batch, neftune_alpha: float) -> tuple[Tensor, Tensor]:
+    """Hidden states (T, D) and targets (T,) of the trained places."""
+    hidden_BSD = hidden_states(parts, batch, neftune_alpha)
+    picked = (one.index_select(0, batch.trained_T) for one in (hidden_BSD.flatten(0, 1), batch.targets_BS.flatten()))
+    return tuple(picked)  # type: ignore[return-value]
 
 
 def batch_loss(parts: CausalParts, batch: Batch, objective: Objective, neftune_alpha: float = 0.0) -> Tensor:
@@ -101,6 +109,15 @@ def forward_backward(
     `step_weight` is the sum of the objective's weights over all micro-batches of the step (qlora/README.md,
     token-weighted accumulation).
     """
+    head = head_loss.head_of(parts.head, parts.transform) if parts.loss_chunk else None
+    weights_T = head_loss.weights_of(objective, batch) if head is not None else None
+    if head is not None and weights_T is not None:
+        # Hidden states have no name here: going back through the layers, nobody needs them.
+        share, loss = head_loss.share_and_loss(
+            *_trained(parts, batch, neftune_alpha), weights_T, step_weight, head, parts.loss_chunk
+        )
+        share.backward()  # type: ignore[no-untyped-call]
+        return loss
     loss = batch_loss(parts, batch, objective, neftune_alpha)
     (loss / step_weight).backward()  # type: ignore[no-untyped-call]
     return loss.detach()

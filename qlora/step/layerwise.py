@@ -8,13 +8,16 @@ is what runs, hooks and adapters included.
 The lowest layers are the ones to recompute where not all are: in the backward pass the layers above them have given
 their tensors back when the first layer is computed anew. The other way round, that layer's tensors would come on top of
 all that is kept (tests/memory/test_recomputing.py has the difference).
+
+Its weights and its input may be elsewhere in between: that is up to two partners (`layer_partners.py`). Whoever holds
+weights somewhere else sees each forward pass by itself, trained or not; of a backward pass it is told here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,21 +26,25 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
+from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, weights_of
 from qlora.random_state import RandomState
+from qlora.step.lora_linear import recomputing
+from qlora.step.offload import kept_by
 
-# Of what a layer is handed beside hidden states, these are the same whenever it is computed.
-_CONSTANTS = (bool, int, float, str, type(None))
 
-
-def set_gradient_checkpointing(causal_lm: Any, layers: bool | int, keep_random_state: bool) -> None:
+def set_gradient_checkpointing(
+    causal_lm: Any, layers: bool | int, keep_random_state: bool, inputs: Inputs = ON_DEVICE
+) -> None:
     """Recompute the first `layers` layers in the backward pass; True is all of them, False none.
 
     `keep_random_state` is needed where a layer draws random numbers (LoRA dropout), so that the second pass draws the
-    same ones. A model whose layers transformers cannot recompute is left as it is.
+    same ones. `inputs` holds those of recomputed layers. A model whose layers transformers cannot recompute stays as
+    it is.
     """
     if not causal_lm.supports_gradient_checkpointing:
         return
-    run = _Recomputed(keep_random_state)
+    numbers = {id(layer): number for number, layer in enumerate(recomputable(causal_lm))}
+    run = _Recomputed(keep_random_state, weights_of(causal_lm), inputs, numbers)
     causal_lm._set_gradient_checkpointing(enable=layers is not False, gradient_checkpointing_func=run)
     if not isinstance(layers, bool):
         for number, layer in enumerate(recomputable(causal_lm)):
@@ -56,20 +63,26 @@ class _Recomputed:
     """Runs a layer: `layer` is its forward with its named inputs, `inputs` what transformers hands it by position."""
 
     keep_random_state: bool
+    weights: Weights = RESIDENT
+    inputs: Inputs = ON_DEVICE
+    numbers: Mapping[int, int] = field(default_factory=dict)  # of layers, by their identity
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        if not inputs or not _is_closed(layer, inputs):
+        module = layer.args[0] if isinstance(layer, partial) and layer.args else None
+        number = self.numbers.get(id(module), 0)
+        if not inputs or not is_closed(layer, inputs):
             # What other layers read or gradients flow to is more than hidden states: Gemma 3n and 4 share keys and
             # values through a dict. torch follows that, by recomputing within one graph.
-            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.keep_random_state)
+            with kept_by(self.inputs, number, inputs):
+                return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.keep_random_state)
         hidden_BSD, *rest = inputs
-        parameters = layer.args[0].parameters() if isinstance(layer, partial) and layer.args else ()
+        parameters = module.parameters() if module is not None else ()
         if not (hidden_BSD.requires_grad or any(parameter.requires_grad for parameter in parameters)):
             return layer(*inputs)  # nothing below is trained: nobody goes back to it
         # An output has a gradient where an input has one, which the first layer's hidden states have not.
         anchor = torch.empty(0, requires_grad=True)
         state = RandomState.of(hidden_BSD.device) if self.keep_random_state else None
-        return RunLayer.apply(hidden_BSD, anchor, lambda hidden: layer(hidden, *rest), state)  # type: ignore[no-untyped-call]
+        return RunLayer.apply(hidden_BSD, anchor, lambda hidden: layer(hidden, *rest), state, self, number)  # type: ignore[no-untyped-call]
 
 
 class RunLayer(torch.autograd.Function):
@@ -77,19 +90,27 @@ class RunLayer(torch.autograd.Function):
     where they are: in the backward pass of the second computation, inside this one's."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden_BSD: Tensor, anchor: Tensor, layer: Callable[[Tensor], Any], state: RandomState | None
-    ) -> Any:
-        ctx.save_for_backward(hidden_BSD)
+    def forward(ctx: Any, hidden_BSD: Tensor, anchor: Tensor, layer: Callable[[Tensor], Any], *about: Any) -> Any:
+        ctx.state, ctx.partners, ctx.number = about
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.state, ctx.goes_below = layer, state, hidden_BSD.requires_grad
+        ctx.layer, ctx.goes_below = layer, hidden_BSD.requires_grad
+        ctx.ticket = ctx.partners.inputs.keep(ctx.number, hidden_BSD)
         return layer(hidden_BSD)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        (kept_BSD,) = ctx.saved_tensors
-        hidden_BSD = kept_BSD.detach().requires_grad_(ctx.goes_below)
-        with torch.enable_grad(), ctx.state.drawing_again() if ctx.state else nullcontext():
+        number, weights = ctx.number, ctx.partners.weights
+        weights.use(number, number - 1 if number else None)
+        try:
+            return RunLayer._go_back(ctx, gradients), *[None] * 5
+        finally:
+            weights.release(number)
+
+    @staticmethod
+    def _go_back(ctx: Any, gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+        ticket, ctx.ticket = ctx.ticket, None  # given up as the pass goes: a graph lives until its last node is done
+        hidden_BSD = ctx.partners.inputs.give(ticket).detach().requires_grad_(ctx.goes_below)
+        with torch.enable_grad(), recomputing(), ctx.state.drawing_again() if ctx.state else nullcontext():
             output = ctx.layer(hidden_BSD)
         outputs = output if isinstance(output, tuple) else (output,)
         asked = [one is not None and value.requires_grad for one, value in zip(gradients, outputs, strict=True)]
@@ -97,16 +118,4 @@ class RunLayer(torch.autograd.Function):
         edges = [get_gradient_edge(value) for value, wanted in zip(outputs, asked, strict=True) if wanted]
         del output, outputs
         torch.autograd.backward(edges, [one for one, wanted in zip(gradients, asked, strict=True) if wanted])
-        return hidden_BSD.grad, None, None, None
-
-
-def _is_closed(layer: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
-    """Whether hidden states are all that a layer takes from other layers, and gives to them."""
-    named = layer.keywords.values() if isinstance(layer, partial) else ()
-    return isinstance(inputs[0], Tensor) and all(map(_is_constant, (*inputs[1:], *named)))
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, _CONSTANTS) or (isinstance(value, Tensor) and not value.requires_grad)
+        return hidden_BSD.grad  # type: ignore[no-any-return]

@@ -53,7 +53,7 @@ def logits_transform(config: Any) -> LogitsTransform | None:
     if divisor := _number(config, DIVISOR):
         factor *= divisor if getattr(config, "model_type", "") in MULTIPLIES_BY_DIVISOR else 1.0 / divisor
     if cap := next(filter(None, (_number(config, key) for key in CAPS)), None):
-        return partial(_softcap, cap=cap, factor=factor)
+        return partial(softcap, cap=cap, factor=factor)
     return partial(torch.mul, other=factor) if factor != 1 else None
 
 
@@ -62,7 +62,7 @@ def _number(config: Any, key: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value else None
 
 
-def _softcap(logits: Tensor, cap: float, factor: float) -> Tensor:
+def softcap(logits: Tensor, cap: float, factor: float) -> Tensor:
     return torch.tanh(logits * factor / cap if factor != 1 else logits / cap) * cap
 
 

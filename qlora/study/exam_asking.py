@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora.model.generate import forward_parameters
+from qlora.model.weight_receiving import device_of
 from qlora.step.forward import evaluating
 from qlora.study.generation import Written
 from qlora.study.prompts import Frame
@@ -58,7 +59,7 @@ class TeacherAsker:
 
 def _logprobs(model: Any, ids: Sequence[int], positions: int) -> Tensor:
     """Log-probabilities at the last `positions` places: fp32 (T, V)."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     last = {"logits_to_keep": positions} if "logits_to_keep" in forward_parameters(model) else {}
     with evaluating(model):
         logits_1SV = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **last).logits

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora.model.generate import forward_parameters, keeps_keys_alone, name_of_cache
+from qlora.model.weight_receiving import device_of
 from qlora.step.forward import evaluating
 
 TOP = 64  # log-probabilities kept of a token: 6 bytes each, and 0.957 of the mass at 32 even with a 135 M base
@@ -158,7 +159,7 @@ class _Shared:
 
     def __init__(self, model: Any, length: int = 0, cache: Any = None) -> None:
         self.model, self.length, self.cache = model, length, cache
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model)
         self.cache_name = name_of_cache(model)
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
 
@@ -259,7 +260,7 @@ def _scored(
     model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
 ) -> list[tuple[float, ...]]:
     """B rows of S tokens, padded on the left; the last L of them hold every answer."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     longest, kept = max(map(len, rows)), max(map(len, answers)) + 1
     ids_BS = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)

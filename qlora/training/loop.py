@@ -23,15 +23,18 @@ from qlora.data.layout import Layout
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
+from qlora.memory.measured import measure, peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
+from qlora.model.weight_streaming import reset
 from qlora.recipe.sections import DataSection
 from qlora.starting_adapter import started_from
+from qlora.step import offload
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
-from qlora.step.layerwise import set_gradient_checkpointing
+from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.loss import Objective, SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
@@ -39,7 +42,7 @@ from qlora.training import health, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
-from qlora.training.memory_plan import MemorySettings, compare, measure, peak_bytes
+from qlora.training.memory_plan import MemorySettings, compare
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
 from qlora.training.step_batches import Pack, StepBatches
@@ -87,7 +90,8 @@ class Training:
         self.objective: Objective = SupervisedObjective()
         parameters = adapters.trainable(job.model)
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
-        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply)
+        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
+        self.pool = offload.Pool(job.device)
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
         which = self.causal_lm.base_identity
@@ -186,6 +190,8 @@ class Training:
         attempt = partial(selfcheck.restoring_state, self.optimizer, self.job.device, work)
         with self.job.clock.phase("checks", "dry run"):
             self.recovery.run(state.step, attempt, self.optimizer.zero_gradients)
+        if self.recovery.settings.offloaded:
+            self.sink.emit(Notice("memory", self.pool.said))
 
     def evaluate_baseline(self, state: RunState) -> RunState:
         """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
@@ -389,4 +395,5 @@ class Training:
         """Take over the settings that memory decides about: at the start, and whenever it has run out."""
         self.checkpointer.saving.settle()  # a state that is being written has a copy in memory
         dropout = self.job.recipe.lora.dropout > 0
-        set_gradient_checkpointing(self.causal_lm, now.gradient_checkpointing, keep_random_state=dropout)
+        inputs = offload.held_by(self.pool, now.offloaded, len(recomputable(self.causal_lm)))
+        set_gradient_checkpointing(self.causal_lm, now.gradient_checkpointing, dropout, inputs=inputs)

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from qlora import device as device_now
 from qlora import numerics
 from qlora.data.layout import GPU_MULTIPLE
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
-from qlora.device import peak_bytes as device_peak_bytes
 from qlora.errors import foreign_failures
 from qlora.events import Notice, Sink
 from qlora.memory import calibration, hardware, host, overheads, recomputing
 from qlora.memory.estimate import DataFacts, Estimator
+from qlora.memory.measured import Measured
 from qlora.memory.plan import Plan, Planner, choose
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import ANSWERS_AT_ONCE
 from qlora.model.meta_model import has_head, text_config
+from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
-from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import schedule
 from qlora.training.checkpoint import RunState
 from qlora.units import counted
@@ -42,12 +37,22 @@ class MemorySettings:
     layers: int = 0  # of the model; 0: not known
     plan: Plan | None = None
     planner: Planner | None = None
+    place: Place = field(default_factory=Place)  # of the base's weights
+    offload_activations: bool = False
+    may_offload: bool = False  # on a GPU, where the recipe leaves it open
+
+    @property
+    def offloaded(self) -> bool | int:
+        """Of how many layers the inputs wait on the host: of those that are recomputed, where any do."""
+        return self.offload_activations and self.gradient_checkpointing
 
     def smaller(self) -> MemorySettings | None:
-        """The next smaller settings of a step: more layers recomputed, which changes no number, then half the
-        micro-batch; None at the end."""
+        """The next smaller settings of a step: more layers recomputed, then their inputs on the host, which change no
+        number, then half the micro-batch; None at the end."""
         if (more := recomputing.more(self.gradient_checkpointing, self.layers)) is not None:
             return replace(self, gradient_checkpointing=more)
+        if self.may_offload and not self.offload_activations:
+            return replace(self, offload_activations=True)
         return self.fewer_rows()
 
     def fewer_rows(self) -> MemorySettings | None:
@@ -58,6 +63,7 @@ class MemorySettings:
         rows, recompute = state.micro_batch_size, state.gradient_checkpointing
         if rows is None or recompute is None:
             return self
+        recompute = True if self.place.streams else recompute
         return replace(self, micro_batch_size=rows, gradient_checkpointing=recompute)
 
     def kept_in(self, state: RunState) -> RunState:
@@ -135,8 +141,10 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         reason = failure.reason[:120]
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
         rows, recompute = recipe.train.micro_batch_size, recipe.train.gradient_checkpointing
-        return MemorySettings(1 if rows == "auto" else rows, True if recompute == "auto" else recompute)
-    train = plan.recipe.train
+        moved, place = recipe.memory.offload_activations is True, Place.of(recipe.memory)
+        recompute = True if recompute == "auto" else recompute
+        return MemorySettings(1 if rows == "auto" else rows, recompute, offload_activations=moved, place=place)
+    train, moved = plan.recipe.train, plan.recipe.memory.offload_activations is True
     assert train.micro_batch_size != "auto" and train.gradient_checkpointing != "auto"
     planner = Planner(estimator, facts)
     layers, recompute = int(text.num_hidden_layers), train.gradient_checkpointing
@@ -145,7 +153,9 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         sink.emit(Notice("memory", f"{message} are recomputed", recompute - layers))
         recompute = True
     settings = MemorySettings(train.micro_batch_size, recompute, plan=plan, planner=planner)
-    return replace(settings, layers=layers)
+    free = machine.device_type == "cuda" and recipe.memory.offload_activations == "auto"
+    place = Place.of(plan.recipe.memory)
+    return replace(settings, layers=layers, offload_activations=moved, may_offload=free, place=place)
 
 
 def as_event(plan: Plan) -> dict[str, Any]:
@@ -153,59 +163,8 @@ def as_event(plan: Plan) -> dict[str, Any]:
     estimate = plan.estimate.as_dict()
     of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
     keys = (*of_bytes, "fits", "components", "phases", "settings", "notes")
-    return {**{key: estimate[key] for key in keys}, "changes": dict(plan.changes)}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a run really took: its peak, and what it kept all along."""
-
-    peak_bytes: int
-    weights_bytes: int
-    adapters_bytes: int
-    optimizer_bytes: int
-    torch_version: str
-
-
-def measure(model: Any, optimizer: AdapterOptimizer, device: torch.device) -> Measured:
-    """Read from the model and its optimizer as they are now."""
-    trained = list(optimizer.parameters.values())
-    known = {id(parameter) for parameter in trained}
-    frozen = {id(tensor): tensor for tensor in _tensors_of(model) if id(tensor) not in known}
-    return Measured(
-        peak_bytes=peak_bytes(device),
-        weights_bytes=_total(frozen.values()),
-        adapters_bytes=_total(trained),
-        optimizer_bytes=optimizer.kept_bytes,
-        torch_version=torch.__version__,
-    )
-
-
-def _tensors_of(model: Any) -> Iterator[Tensor]:
-    """Parameters and buffers, and the constants of 4-bit weights."""
-    yield from model.buffers()
-    for parameter in model.parameters():
-        yield parameter
-        state = getattr(parameter, "quant_state", None)
-        nested = getattr(state, "state2", None)
-        constants = (getattr(one, name, None) for one in (state, nested) for name in ("absmax", "code", "offset"))
-        yield from (value for value in constants if isinstance(value, Tensor))
-
-
-def _total(tensors: Any) -> int:
-    return sum(int(tensor.nbytes) for tensor in tensors)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """On a GPU the allocator's peak of live tensors; without one the process's peak of resident memory."""
-    if (counted := device_peak_bytes(device)) is not None:
-        return counted
-    if sys.platform == "win32":
-        return 0  # resource is a POSIX module; the CPU path on Windows has no figure
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    of_speed = {"tokens_per_second": estimate["tokens_per_second"], "reasons": dict(plan.reasons)}
+    return {**{key: estimate[key] for key in keys}, **of_speed, "changes": dict(plan.changes)}
 
 
 def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str, int]] | None:
@@ -218,9 +177,9 @@ def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str,
     pairs = {"peak": {"predicted": predicted_peak, "measured": measured.peak_bytes}}
     for part in ("weights", "adapters", "optimizer"):
         pairs[part] = {"predicted": estimate.components[part], "measured": getattr(measured, f"{part}_bytes")}
-    planned = settings.plan.recipe.train
-    now = (settings.micro_batch_size, settings.gradient_checkpointing)
-    unchanged = repr((planned.micro_batch_size, planned.gradient_checkpointing)) == repr(now)  # one layer is not all
+    planned, moved = settings.plan.recipe.train, settings.plan.recipe.memory.offload_activations is True
+    now = (settings.micro_batch_size, settings.gradient_checkpointing, settings.offload_activations)
+    unchanged = repr((planned.micro_batch_size, planned.gradient_checkpointing, moved)) == repr(now)  # 1 is not all
     if on_gpu and machine.gpu is not None and unchanged:
         factor = settings.planner.estimator.correction.factor
         predicted = round(estimate.tensor_bytes / factor)

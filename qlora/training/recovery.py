@@ -18,7 +18,8 @@ from qlora.device import release_memory
 from qlora.errors import DoesNotFit
 from qlora.events import Recovered, Sink
 from qlora.guarded import Attempt
-from qlora.memory.plan import changed, does_not_fit
+from qlora.memory.changes import changed
+from qlora.memory.plan import does_not_fit
 from qlora.training.memory_plan import MemorySettings
 from qlora.units import layers_of
 
@@ -33,6 +34,7 @@ class OomRecovery:
     device: torch.device
     sink: Sink
     apply: Callable[[MemorySettings], None]
+    free: Callable[[], None] = lambda: None  # gives back what is made anew when it is needed
 
     def run(self, step: int, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
         """The result of `work`, done again with smaller settings until it fits; `undo` removes what a failed try left.
@@ -67,6 +69,7 @@ class OomRecovery:
             if done is not None:
                 return done[0]
             undo()
+            self.free()
             release_memory(self.device)
             settings = smaller(self.settings)
             if settings is None:
@@ -98,4 +101,6 @@ def _describe(before: MemorySettings, after: MemorySettings) -> str:
         return f"micro-batches of {after.micro_batch_size} instead of {before.micro_batch_size} rows"
     if after.answers_at_once != before.answers_at_once:
         return f"{after.answers_at_once} instead of {before.answers_at_once} answers at once"
+    if after.offload_activations != before.offload_activations:
+        return "inputs of recomputed layers wait on the host from now on"
     return f"the backward pass recomputes {layers_of(after.gradient_checkpointing)} from now on"

@@ -117,9 +117,9 @@ def prepare_job(
     clock, watch = PhaseClock(sink), BaseWatch.begin(base)
     if not hardware.is_card(device):
         heap.settle()  # as the estimate takes for granted
-    chat, data, memory, lesson = prepare(recipe, found, tokenizer, sink, clock)
+    chat, data, memory, lesson = prepared = prepare(recipe, found, tokenizer, sink, clock)
     with fast_matmul(device), ExitStack() as stack:
-        model = load_model(recipe, base, data, chat, clock)
+        model = load_model(recipe, base, prepared, clock)
         stack.callback(emptied.empty, model)
         starting_adapter.put_on(model, recipe, base, run_dir)
         if lesson is not None:
@@ -179,18 +179,19 @@ def prepare_rows(recipe: Recipe, files: TokenizerFiles, sink: Sink) -> tuple[Cha
     return chat, prepare(sources, files.fingerprint, chat, recipe.train.seed, disk.cache_dir(), sink)
 
 
-def load_model(recipe: Recipe, base: BaseFolder, data: PreparedData, chat: ChatTokenizer, clock: PhaseClock) -> Any:
+def load_model(recipe: Recipe, base: BaseFolder, prepared: Prepared, clock: PhaseClock) -> Any:
     """The quantized base with fresh adapters."""
     from qlora import device as hardware
     from qlora.memory.hardware import this_machine
     from qlora.memory.overheads import context_bytes
     from qlora.model import adapters, load, lora_functions
 
-    device = pick_device()
+    device, data, chat = pick_device(), prepared.data, prepared.chat
     hardware.release(device)  # an earlier run's model may still be held by what refers to itself
     hardware.limit_memory(device, parse_bytes(recipe.memory.limit), context_bytes(this_machine().gpu)[0])
     with clock.phase("load"), Guarded("loading the base", f"{_HINT}, or use a smaller base"):
-        model = load.load_base(base, recipe.quantization, recipe.model.attention, device, clock.sink)
+        settings = (recipe.quantization, recipe.model.attention, device, clock.sink, recipe.memory.cache)
+        model = load.load_base(base, *settings, place=prepared.memory.place)
     eva = recipe.lora.init == "eva"
     hint = f'{_HINT}, lower data.max_length, or set lora.init = "default"' if eva else f"{_HINT}, or lower lora.r"
     with clock.phase("load", "attach adapters"), Guarded("attaching the adapters", hint):

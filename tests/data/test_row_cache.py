@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from qlora import disk
+from qlora import disk, files
 from qlora.data import row_cache as module
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation
-from qlora.data.row_cache import REPORT_FILE, ROWS_FILE, RowCache, RowReport, distrust
+from qlora.data.row_cache import REPORT_FILE, ROWS_FILE, RowCache, RowReport
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.token_cache import MadeRow, RowWriter
 from qlora.events import Recorder
@@ -111,11 +111,11 @@ def test_a_group_of_the_user_alone_is_nobody_else(tmp_path: Path, monkeypatch: p
     """Debian and Fedora give each user one, and a umask that lets it write."""
     plant(tmp_path / "cache")
     (tmp_path / "cache" / "tokens").chmod(0o775)
-    monkeypatch.setattr(module, "_is_private", lambda group: True)
+    monkeypatch.setattr(files, "_is_private", lambda group: True)
     assert ask(tmp_path / "cache")[0] == [6, 6, 6]
-    monkeypatch.setattr(module, "_is_private", lambda group: False)
+    monkeypatch.setattr(files, "_is_private", lambda group: False)
     assert ask(tmp_path / "cache")[0] == [1, 2, 3]
-    assert distrust(tmp_path / "nothing", tmp_path / "nothing" / "below") is None
+    assert files.distrust(tmp_path / "nothing", tmp_path / "nothing" / "below") is None
 
 
 def test_an_entry_of_other_rows_is_not_read_under_this_name(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from qlora import disk, lock
 from qlora.doctor import caches
 from qlora.doctor.caches import CLEARED, Kept, Places
+from qlora.model.base_cache import places as kept_bases
 from qlora.run_record import LOCK_FILE, RUN_FILE
 from tests.doctor.cases import KEY, published
 
@@ -76,6 +77,32 @@ def test_what_is_ours_is_listed_with_its_size_and_goes_by_its_kind(places: Place
     assert gone(places, "reports") == {"crash-77.txt"} and tokens.is_dir()
     assert gone(places) == {KEY} and not tokens.exists()
     assert (places.cache / "memory-calibration.json").exists() and places.hub is not None and places.hub.is_dir()
+
+
+def test_bases_in_4_bit_are_listed_with_their_last_use_and_go(places: Places) -> None:
+    """One that a process reads stays; one that was found damaged goes with what was set aside."""
+    bases = places.cache / kept_bases.FOLDER
+    names = [f"{digit * 32}-nf4-double-{digit * 16}" for digit in "abc"]
+    for name in names:
+        folder = bases / name
+        folder.parent.mkdir(exist_ok=True)
+        about = {"kind": kept_bases.KIND, "base": "org/Model"}
+        disk.publish_folder(folder, lambda here: (here / "x").write_bytes(b"1" * 500) and None, about)
+        kept_bases.see(folder, {})
+        os.utime(bases / f"{name}.seen", (86_400, 86_400))
+    (bases / names[2]).rename(bases / f"{names[2]}.broken1")
+    (bases / "notes").mkdir()
+    with kept_bases.using(bases / names[1]):
+        listed = found(places)
+        assert listed[names[0]].kind == "bases" and listed[names[0]].bytes > 500 and not listed[names[0]].stays
+        assert listed[names[0]].said == "org/Model in 4 bit, last used on 1970-01-02"
+        assert listed[names[1]].stays == "a process reads it" and "notes" not in listed
+        assert listed[f"{names[2]}.broken1"].kind == "set-aside"
+        assert gone(places, "bases") == {names[0]}
+    assert not (bases / f"{names[0]}.seen").exists() and (bases / names[1]).is_dir()
+    (bases / names[1] / "mine.txt").write_text("x")
+    assert "somebody has changed it" in found(places)[names[1]].stays
+    assert gone(places) == {f"{names[2]}.broken1"} and (bases / names[1] / "mine.txt").exists()
 
 
 def test_what_is_not_ours_stays(places: Places, tmp_path: Path) -> None:

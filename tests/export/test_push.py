@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -15,17 +14,12 @@ from qlora.errors import ExportError
 from qlora.events import Event, Notice, Recorder
 from qlora.export.parcel import PublishedFolder
 from qlora.export.push import Contents, Push, open_destination
-from tests.push_hub import MAIL, TOKEN, USER, PushHub, Repo, an_export, push_hub
+from tests.push_hub import TOKEN, USER, PushHub, Repo, an_export, push, push_hub
 
 __all__ = ["push_hub"]
 
 
 NOTHING = Contents((), frozenset())
-
-
-def push(folder: Path, name: str = "support", sink: Recorder | None = None, **settings: Any) -> Any:
-    contents = Contents.of([PublishedFolder.open(folder)])
-    return open_destination(Push(name, **settings), contents).deliver([folder], sink or Recorder())
 
 
 def test_an_export_arrives_in_one_commit_in_a_private_repository(tmp_path: Path, push_hub: PushHub) -> None:
@@ -354,60 +348,3 @@ def test_no_token_and_no_network_are_said_first(push_hub: PushHub, monkeypatch: 
     with pytest.raises(ExportError, match="is no name of a repository"):
         open_destination(Push("a/b/c"), NOTHING)
     assert not push_hub.received
-
-
-def test_no_path_name_address_or_token_is_in_anything_that_arrives(
-    tmp_path: Path, push_hub: PushHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home = tmp_path / "home" / "maria_owner_7"
-    work = home / "work"
-    for name, value in {"HOME": str(home), "USER": "maria_owner_7", "HOSTNAME": "anvil-of-maria"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef-wandb")
-    home.mkdir(parents=True)
-    (home / ".gitconfig").write_text('[user]\n  name = Maria\n  email = "maria@git.example.net"\n')
-    said = {
-        "format": "hf", "tensors": 2, "merged": 1, "merge_base": "nf4", "checks": [{"name": "w", "ok": True}],
-        "base": f"{work}/bases/llama", "evaluation": {"rows": f"{work}/rows of mine/rows.jsonl", "by": "maria_owner_7"},
-        "note": "/mnt/disk7/maria/elsewhere/rows.jsonl",
-    }  # fmt: skip
-    card = f"""---
-tags: [qlora]
----
-
-# On {work}/runs/support and file://{home}/x/notes.md
-
-Asked by maria_owner_7 on anvil-of-maria <maria@private.example.com>, key 0123456789abcdef-wandb, {TOKEN}.
-C:\\Users\\maria_owner_7\\data.jsonl, ~/secret/rows.jsonl and https://huggingface.co/owner/base stay apart.
-"""
-    folder = an_export(
-        work / "runs" / "hf", revision=None, README__md=card.encode(), export__json=json.dumps(said).encode(),
-        Modelfile=f'FROM ./x.gguf\nSYSTEM """Write to maria@private.example.com, files in {work}/a.txt"""\n'.encode(),
-    )  # fmt: skip
-    sink = Recorder()
-    push(folder, sink=sink)
-    arrived = push_hub.everything()
-    for text in ("maria_owner_7", "anvil-of", "maria@", "0123456789abcdef-wandb", TOKEN, MAIL, str(tmp_path), "disk7"):
-        assert text.encode() not in arrived, text
-    assert b"https://huggingface.co/owner/base" in arrived and b"FROM ./x.gguf" in arrived
-    files = push_hub.repos[f"{USER}/support"].files
-    sent = json.loads(files["export.json"])
-    assert (sent["base"], sent["evaluation"]["rows"], sent["note"]) == ("llama", "rows.jsonl", "rows.jsonl")
-    assert b"base_model" not in files["README.md"]  # type: ignore[operator]
-    notice = next(one for one in sink.events if isinstance(one, Notice) and "left out of what is sent" in one.message)
-    assert notice.message.startswith("Modelfile, README.md, export.json: ") and (notice.count or 0) >= 6
-    agents = {head["user-agent"] for _, _, head, _ in push_hub.received}
-    assert len(agents) == 1 and agents.pop().startswith("qlora/")
-    for file, data in {
-        "config__json": json.dumps({"_name_or_path": f"{work}/base"}).encode(),
-        "chat_template__jinja": b"{# by maria@git.example.net #}",
-        "tokenizer__json": json.dumps({"x": str(home)}).encode(),
-        "big__gguf": bytes(100_000) + str(work).encode() + bytes(5_000_000),
-        "notes__md": b"see /home/somebody/x",
-        "LICENSE": TOKEN.encode(),
-    }.items():
-        name, count = file.replace("__", "."), len(push_hub.received)
-        odd = an_export(work / f"odd-{name}", revision=None, **{file: data})
-        with pytest.raises(ExportError, match=rf"{name}: holds .* (in line|at byte) [0-9].*is not pushed"):
-            push(odd)
-        assert all(method == "GET" or "/preupload/" in path for method, path, _, _ in push_hub.received[count:])

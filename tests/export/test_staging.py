@@ -16,28 +16,7 @@ from qlora.errors import ExportError, StoppedBySignal, TargetTaken
 from qlora.export import staging
 from qlora.export.hashed_file import HashedFile
 from qlora.export.staging import StagedExport
-
-WORK = {"adapter": "a", "dtype": "bf16"}
-
-
-def piece(item: int) -> bytes:
-    return bytes([item % 251]) * (1000 + item)
-
-
-class Killed(BaseException):
-    """Leaves staged folders as a kill would: nothing of the writer runs any more."""
-
-
-def fill(staged: StagedExport, keys: tuple[str, ...], items: int = 20, until: int = 99) -> None:
-    for item in range(1, items + 1):
-        if item > staged.start:
-            for key in keys:
-                staged.append(key, f"part{item // 8}.bin", piece(item))
-            if item == until:
-                raise Killed
-            staged.checkpoint(item)
-    for key in keys:
-        (staged.folder(key) / "config.json").write_text("{}")
+from tests.export.staged import WORK, Killed, content, fill, piece
 
 
 def killed(finals: dict[str, Path], until: int, work: dict[str, str] = WORK) -> int:
@@ -57,10 +36,6 @@ def finished(finals: dict[str, Path], work: dict[str, str] = WORK) -> int:
         for key in finals:
             staged.publish(key)
         return staged.start
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(autouse=True)

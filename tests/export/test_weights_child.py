@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora.errors import ExportError
 from qlora.export.gguf import write
 from qlora.export.gguf.encode import encode
+from qlora.export.verify.weights_child import _product
 from tests.export.cases import KINDS
 from tests.export.reopened import QUANTS, Case
 from tests.families import make_base
@@ -189,3 +190,16 @@ def test_another_type_than_planned_and_a_broken_header_are_named(case: Case, tmp
     file.write_bytes(b"GGUF" + b"\xff" * 60)
     with pytest.raises(ExportError, match="opens: its header cannot be read"):
         case.require_file("f16", file)
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e15, 1e25])
+def test_sums_of_products_keep_their_size_whatever_it_is(scale: float) -> None:
+    """Squares of 1e-30 and 1e25 are nothing and infinity in fp32."""
+    one, other = torch.randn(2, 1 << 16, generator=torch.Generator().manual_seed(4)).mul(scale).unbind()
+    for first, second in ((one, one), (one, one + other)):
+        exact = float((first.double() * second.double()).sum())
+        assert _product(first, second) == pytest.approx(exact, rel=1e-4)
+    assert _product(torch.zeros(5), one[:5]) == 0.0

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qlora.disk import sha256_file
 
@@ -29,3 +34,34 @@ SETTINGS = (
 def last_hashes(folder: Path, step: int) -> dict[str, str]:
     """sha256 of adapter and optimizer of the checkpoint after `step`, in the folder of a `Warm` run."""
     return {name: sha256_file(folder / "tiny" / "checkpoints" / f"step-{step:06d}" / name) for name in FILES}
+
+
+# --- a kill at each call that touches the disk -----------------------------------------------------------------------
+
+CALLS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "scandir")
+
+
+@contextmanager
+def tripwire(at: int) -> Iterator[list[str]]:
+    """Count the calls that touch the disk, of all threads; SIGKILL before the one numbered `at` (0: never)."""
+    seen: list[str] = []
+    turn = threading.Lock()
+    before = {name: getattr(os, name) for name in CALLS}
+
+    def wrapped(name: str) -> Callable[..., Any]:
+        def call(*values: Any, **named: Any) -> Any:
+            with turn:
+                seen.append(name)
+                if len(seen) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return before[name](*values, **named)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, wrapped(name))
+    try:
+        yield seen
+    finally:
+        for name in CALLS:
+            setattr(os, name, before[name])

@@ -222,7 +222,8 @@ def warm(recipe_file: Path, *overrides: str) -> Warm:
     tokenizer = read_files(base.path)
     chat, data = setup.prepare_rows(recipe, tokenizer, sink)
     with numerics.in_force(Numerics(functions=lora_functions.choose(recipe.lora))):
-        model = setup.load_model(recipe, base, data, chat, PhaseClock(sink))
+        prepared = setup.Prepared(chat, data, MemorySettings(1, True), None)
+        model = setup.load_model(recipe, base, prepared, PhaseClock(sink))
     device = next(model.parameters()).device
     parts = {
         "model": model,

@@ -6,10 +6,8 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from qlora.model.identity import Fingerprints
 from qlora.saving import Saving
 from qlora.training import checkpoint
 from qlora.training.checkpoint import RunState
-from tests.faults.cases import EVERY, SETTINGS, last_hashes
+from tests.faults.cases import EVERY, SETTINGS, last_hashes, tripwire
 from tests.faults.forks import Warm, finished, fork, in_child, warm
 from tests.runs import write_recipe
 from tests.training.cases import ABOUT, optimizer
@@ -80,34 +78,6 @@ def newest_step(folder: Path) -> int:
 
 
 # --- at each call of disk.py -----------------------------------------------------------------------------------------
-
-CALLS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "chmod", "scandir")
-
-
-@contextmanager
-def tripwire(at: int) -> Iterator[list[str]]:
-    """Count the calls that touch the disk, of all threads; SIGKILL before the one numbered `at` (0: never)."""
-    seen: list[str] = []
-    turn = threading.Lock()
-    before = {name: getattr(os, name) for name in CALLS}
-
-    def wrapped(name: str) -> Callable[..., Any]:
-        def call(*values: Any, **named: Any) -> Any:
-            with turn:
-                seen.append(name)
-                if len(seen) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return before[name](*values, **named)
-
-        return call
-
-    for name in CALLS:
-        setattr(os, name, wrapped(name))
-    try:
-        yield seen
-    finally:
-        for name in CALLS:
-            setattr(os, name, before[name])
 
 
 def watched(ready: Warm, folder: Path, at: int, counts: Path | None = None) -> Any:

@@ -48,7 +48,8 @@ def fails(*_: Any, **__: Any) -> Any:
 
 def load_model(*overrides: str) -> Any:
     nothing: Any = SimpleNamespace(pad_id=0)
-    return setup.load_model(recipe_of_base("a/b", overrides), nothing, nothing, nothing, PhaseClock(Recorder()))
+    prepared = setup.Prepared(nothing, nothing, MemorySettings(1, True), None)
+    return setup.load_model(recipe_of_base("a/b", overrides), nothing, prepared, PhaseClock(Recorder()))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.2-1B-Instruct": _model(_LLAMA, True, 2048, 8192, 16, 32, 8, 128256),
     "meta-llama/Llama-3.1-8B-Instruct": _model(_LLAMA, False, 4096, 14336, 32, 32, 8, 128256),
     "meta-llama/Llama-3.1-70B-Instruct": _model(_LLAMA, False, 8192, 28672, 80, 64, 8, 128256),
+    "meta-llama/Llama-3.3-70B-Instruct": _model(_LLAMA, False, 8192, 28672, 80, 64, 8, 128256),
     "mistralai/Mistral-7B-Instruct-v0.3": _model(_MISTRAL, False, 4096, 14336, 32, 32, 8, 32768),
     "Qwen/Qwen3-4B": _model(_QWEN3, True, 2560, 9728, 36, 32, 8, 151936),
     "Qwen/Qwen3-14B": _model(_QWEN3, False, 5120, 17408, 40, 40, 8, 151936),

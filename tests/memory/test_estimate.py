@@ -10,8 +10,8 @@ import pytest
 from qlora import api
 from qlora.errors import DoesNotFit
 from qlora.memory import hardware
+from qlora.memory.changes import changed
 from qlora.memory.estimate import DataFacts, Estimator, workload_of
-from qlora.memory.plan import changed
 from qlora.memory.trace import CATEGORIES
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.recipe.reading import load_recipe, recipe_of_base

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qlora.memory import hardware, overheads
+from qlora.model.base_cache import places
 from qlora.model.identity import Fingerprints
+from qlora.recipe.sections import MemorySection
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training import checkpoint
 from qlora.training.checkpoint import RunState
@@ -39,6 +42,16 @@ def test_checkpoints_take_the_disk_that_is_foreseen(tmp_path: Path, monkeypatch:
     delivered = weight.nbytes  # the folder `adapter/` is not written here
     foreseen = overheads.disk_bytes(weight.nbytes, state, kept, merged=0) - delivered
     assert foreseen <= max(taken) < foreseen * 1.01
+
+
+@pytest.mark.parametrize("cache", ["auto", True, False])
+def test_a_kept_base_takes_the_disk_that_is_foreseen(cache: Any) -> None:
+    def kept(values: int, quantization: str = "nf4") -> int:
+        return overheads.kept_base_bytes(MemorySection(cache=cache), quantization, 700, values)
+
+    assert kept(places.LEAST_BYTES // 2) == (700 if cache else 0)
+    assert kept(places.LEAST_BYTES // 2 - 1) == (700 if cache is True else 0)
+    assert kept(1 << 40, "none") == 0
 
 
 def test_a_copy_of_the_state_takes_what_a_checkpoint_does(tmp_path: Path) -> None:

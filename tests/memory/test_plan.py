@@ -9,12 +9,13 @@ from typing import Any, cast
 import pytest
 
 from qlora import api
-from qlora.errors import DoesNotFit, ModelError
+from qlora.errors import DoesNotFit
 from qlora.memory import plan as memory_plan
+from qlora.memory.changes import changed
 from qlora.memory.estimate import DataFacts, Estimate
-from qlora.memory.hardware import Machine
-from qlora.memory.plan import Planner, Question, changed
-from qlora.recipe.reading import Recipe, recipe_of_base
+from qlora.memory.plan import Planner
+from qlora.recipe.reading import Recipe
+from tests.memory.by_hand import AUTO, ByHand, planner, recipe
 from tests.memory.cases import GIB, NAMES
 from tests.memory.shapes import config_folder
 
@@ -54,43 +55,11 @@ def test_each_remedy_is_cheapest_first_and_enough(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_base_that_is_too_large_is_said_to_be(tmp_path: Path) -> None:
     recipe = api.recipe_or_model(str(config_folder(NAMES[8], tmp_path)))
-    error = api.question(recipe, vram="4GiB").does_not_fit()
+    error = api.question(recipe, vram="1GiB").does_not_fit()
     assert "nothing is enough with this base" in error.hint and "are the base's weights" in error.what
 
 
 # --- where the search looks, on a card whose needs a hand can compute -------------------------------------------------
-
-
-class ByHand:
-    """Stands in for the estimator: 2 GiB of weights, and for each token of a micro-batch 1 MiB, 4 without recomputing,
-    which is faster."""
-
-    def __init__(self, limit_gib: float, error_gib: float = 0) -> None:
-        self.layers, self.name, self.error_bytes = 1, "by hand", int(error_gib * GIB)
-        self.machine = Machine("cuda", int(limit_gib * GIB), "as given")
-
-    def estimate(self, recipe: Recipe, facts: DataFacts | None = None) -> Estimate:
-        rows = 1 if recipe.train.micro_batch_size == "auto" else recipe.train.micro_batch_size
-        recomputes = recipe.train.gradient_checkpointing is not False
-        length = facts.longest if facts else recipe.data.max_length
-        peak = 2 * GIB + rows * length * (1 if recomputes else 4) * (1 << 20)
-        settings = {"train.micro_batch_size": rows, "train.gradient_checkpointing": recomputes}
-        weights = {"weights": 2 * GIB, "context": 0}
-        speed = rows * (1.0 if recomputes else 1.5)
-        return Estimate(
-            peak, self.error_bytes, self.machine.limit_bytes, 0, 0, weights, {}, {}, peak, 0, speed, settings
-        )
-
-
-def planner(limit_gib: float, facts: DataFacts | None = None) -> Planner:
-    return Planner(ByHand(limit_gib), facts)  # type: ignore[arg-type]
-
-
-def recipe(*settings: str) -> Recipe:
-    return recipe_of_base("owner/name", ["data.max_length=1024", *settings])
-
-
-AUTO = ("train.micro_batch_size=auto", "train.gradient_checkpointing=auto")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +120,7 @@ def test_a_search_names_the_number_of_layers() -> None:
     found = Planner(ByLayers(5.0)).search(recipe())  # type: ignore[arg-type]
     assert [plan.changes for plan in found] == [
         {"train.micro_batch_size": 2, "train.gradient_checkpointing": 7},
-        {"train.micro_batch_size": 2, "train.gradient_checkpointing": True},
+        {"train.gradient_checkpointing": 3},
     ]
 
 
@@ -167,6 +136,7 @@ def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
     found = planner(6.5).search(many)
     assert [plan.changes for plan in found] == [
         {"train.micro_batch_size": 4, "train.gradient_checkpointing": True},
+        {"train.micro_batch_size": 2, "train.gradient_checkpointing": True},
         {"train.micro_batch_size": 1, "train.gradient_checkpointing": False},
     ]
     shorter = planner(2.6).search(many)
@@ -205,16 +175,6 @@ def test_a_run_keeps_a_reserve_for_what_it_decides_itself() -> None:
         memory_plan.choose(cast(Any, ByHand(2.5)), recipe(*AUTO), None)
 
 
-def test_a_question_is_answered_as_a_run_would_decide() -> None:
-    """The search, and the estimate of "auto" keys, keep the reserve; the limit that they say is the whole one."""
-    asked = recipe("train.micro_batch_size=16", "train.gradient_checkpointing=true")
-    question = Question(asked, cast(Any, ByHand(6.2)))
-    assert [plan.changes for plan in question.search()] == [{"train.micro_batch_size": 2}]
-    assert {plan.estimate.limit_bytes for plan in question.search()} == {int(6.2 * GIB)}
-    estimate = Question(recipe(*AUTO), cast(Any, ByHand(6.2))).estimate()
-    assert (estimate.settings["train.micro_batch_size"], estimate.limit_bytes) == (2, int(6.2 * GIB))
-
-
 def test_the_margin_counts_wherever_something_must_fit() -> None:
     """6 GiB are 4 rows, and with a margin of half a GiB they are not."""
     asked = recipe("train.micro_batch_size=auto", "train.gradient_checkpointing=true")
@@ -225,28 +185,15 @@ def test_the_margin_counts_wherever_something_must_fit() -> None:
     assert "needs 6.50 GiB of memory (a margin of 0.50 GiB included)" in error.what
 
 
-def test_the_mildest_step_is_found_by_halving() -> None:
-    asked: list[int] = []
-
-    def fitting(step: int) -> str | None:
-        asked.append(step)
-        return f"at {step}" if step >= 11 else None
-
-    assert memory_plan.mildest(range(16), fitting) == "at 11" and len(asked) <= 5
-    assert memory_plan.mildest(range(11), fitting) is None and memory_plan.mildest([], fitting) is None
+@pytest.mark.parametrize("limit_gib", [6.0, 70.0])
+def test_whoever_moves_inputs_to_the_host_has_layers_recomputed(limit_gib: float) -> None:
+    """Where all would fit without, too: there would be nothing to move."""
+    plan = planner(limit_gib).decide(recipe("memory.offload_activations=true"))
+    assert plan.changes == {"train.gradient_checkpointing": True}
 
 
-def test_a_model_that_cannot_be_simulated_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    question = api.question(
-        api.recipe_or_model(str(config_folder("HuggingFaceTB/SmolLM2-135M-Instruct", tmp_path))), vram="8GiB"
-    )
-
-    def fail(*_: Any) -> None:
-        raise TypeError("what a stranger's numbers make of transformers' code")
-
-    monkeypatch.setattr(question.estimator, "estimate", fail)
-    for ask in (question.estimate, question.search, question.does_not_fit):
-        with pytest.raises(
-            ModelError, match=r"config\.json: a step of this model cannot be simulated \(what a stranger"
-        ):
-            ask()
+def test_inputs_here_and_inputs_on_the_host_are_two_questions() -> None:
+    asked = planner(6.0)
+    for setting in ("auto", "true", "false", "auto"):
+        asked.ask(recipe(f"memory.offload_activations={setting}"))
+    assert len(asked._known) == 3

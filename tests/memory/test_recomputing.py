@@ -10,6 +10,7 @@ from qlora.memory.recomputing import layers_of_setting, more, of_model, share
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step import offload
 from tests.families import make_config
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 9, "layer_types": None}
@@ -20,25 +21,33 @@ def spec_of(family: str, **overrides: object) -> ModelSpec:
     return ModelSpec(text, family, LoraSection(r=8), QuantizationSection())
 
 
+@pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize(
     ("family", "layers"),
     [("llama", 7), pytest.param("gemma2", 10, marks=pytest.mark.slow)],
 )
-def test_a_part_is_what_the_whole_model_takes_with_it(family: str, layers: int) -> None:
+def test_a_part_is_what_the_whole_model_takes_with_it(
+    family: str, layers: int, offloads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The peak within 0.5 %, of few, half and nearly all layers; lower phases within 2."""
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(offload, "BLOCK_BYTES", 1 << 16)
     spec = spec_of(family, num_hidden_layers=layers)
     short, whole = Simulator(spec), Simulator(spec, whole=True)
     assert len(short.sizes) == 2 and whole.sizes == [layers]
     highest = []
     for count in (1, 4, layers - 1):
-        workload = Workload(1, 256, recomputed=count, evaluates=False)
+        workload = Workload(1, 256, recomputed=count, evaluates=False, offloads=offloads)
         found, full = short.run(workload), whole.run(workload)
         for phase, within in (("forward", 0.02), ("loss", 0.005), ("backward", 0.02), ("backward end", 0.01)):
             assert found.phases[phase].total == pytest.approx(full.phases[phase].total, rel=within), (count, phase)
         assert found.worst.total == pytest.approx(full.worst.total, rel=0.005), count
+        assert found.pinned == full.pinned == offloads * count * 256 * 256 * 2, count
         highest.append(found.worst.total)
     assert highest == sorted(highest, reverse=True)
-    none, every = (short.run(Workload(1, 256, gradient_checkpointing=on)).worst.total for on in (False, True))
+    none, every = (
+        short.run(Workload(1, 256, gradient_checkpointing=on, offloads=offloads)).worst.total for on in (False, True)
+    )
     assert none > highest[0] and highest[-1] >= every
 
 

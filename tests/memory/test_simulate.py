@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from qlora.memory import simulate, trace
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
+from qlora.model import lora_functions
 from qlora.model.meta_model import text_config
 from qlora.model.tensors import load_json
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step import offload
 from tests.families import make_base, make_config
 from tests.memory.counted import count_step
 from tests.mixtures import make_config as make_mixture
+from tests.step.launches import LLAMA_8B
 
 ROOT = Path(__file__).parent.parent.parent
 STEP = ("forward", "loss", "backward", "backward end")
@@ -208,3 +212,41 @@ def test_what_a_program_has_frozen_stays_frozen() -> None:
     with simulate._collecting():
         pass
     assert gc.get_freeze_count() > 0
+
+
+@pytest.mark.parametrize("layers", [7, 16])
+def test_inputs_on_the_host_are_no_device_memory(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card all but the top layer's are pinned, and two of them on the device at a time; a CPU has one memory."""
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(offload, "BLOCK_BYTES", 1 << 15)
+    overrides = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": layers, "layer_types": None}
+    text = make_config("llama", vocab=512, overrides=overrides)
+    an_input = 512 * 256 * 2
+    for target, whole in (("cuda", True), ("cuda", False), ("cpu", True)):
+        simulator = Simulator(ModelSpec(text, "tiny", LORA, QuantizationSection(), target=target), whole)
+        here, away = (simulator.run(Workload(1, 512, evaluates=False, offloads=on)) for on in (False, True))
+        on_card = target == "cuda"
+        assert here.pinned == 0 and away.pinned == on_card * (layers - 1) * an_input
+        for phase, saved in (("forward", layers - 2), ("loss", layers - 2), ("backward", layers - 3)):
+            difference = here.phases[phase].total - away.phases[phase].total
+            if on_card:
+                assert difference >= saved * an_input, (whole, phase)
+            else:
+                assert difference <= 0, phase
+
+
+# GiB of tensors of Llama-3.1-8B, rank 16, one row, on a card with Triton and varlen attention.
+GIB_OF_8B = {2048: (6.68, 6.21), 8192: (8.68, 6.80), 32768: (16.82, 9.32)}
+
+
+@pytest.mark.parametrize("tokens", GIB_OF_8B)
+def test_8b_at_long_rows(tokens: int) -> None:
+    """With inputs on the device and on the host."""
+    text = LlamaConfig(**{**LLAMA_8B, "vocab_size": 128256}, num_hidden_layers=32, tie_word_embeddings=False)
+    spec = ModelSpec(text, "8B", LoraSection(), QuantizationSection(), kernel="varlen", functions=lora_functions.FUSED)
+    simulator = Simulator(spec)
+    found = [simulator.run(Workload(1, tokens, offloads=on)) for on in (False, True)]
+    for simulation, most in zip(found, GIB_OF_8B[tokens], strict=True):
+        assert most - 0.3 <= simulation.worst.total / 2**30 <= most
+    a_thousand = found[1].pinned / 2**30 / (tokens / 1000)
+    assert 0.23 <= a_thousand <= 0.25, "of the host, pinned"

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from qlora import numerics
 from qlora.events import Notice, Recorder
 from qlora.memory.simulation import Workload
-from qlora.model import adapters, lora_functions
+from qlora.model import adapters, lora_functions, rotary
 from qlora.model.base_folder import BaseFolder
 from qlora.model.lora_functions import OURS, PEFT, choose, say_what_stays
 from qlora.numerics import Numerics
@@ -82,17 +83,62 @@ def test_float32_gradients_are_pefts(base_of: BaseOf, family: str, quantization:
     assert max(apart({name: ours[name]}, {name: pefts[name]}) for name in pefts) <= 2e-6
 
 
+@pytest.fixture
+def in_tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of any length go through an MLP in tiles of 20, of which the last is shorter; each call's rows."""
+    rows: list[int] = []
+    tiled = lora_functions.tiled_mlp
+    monkeypatch.setattr(lora_functions, "TILE_ROWS", 20)
+    monkeypatch.setattr(lora_functions, "in_tiles", lambda x, inner, tile: tile == 20)
+    monkeypatch.setattr(
+        lora_functions, "tiled_mlp", lambda x, *about: rows.append(x.numel() // x.shape[-1]) or tiled(x, *about)
+    )
+    return rows
+
+
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("qwen2", "none"), ("gemma3", "fp4")])
+def test_float32_gradients_are_pefts_in_tiles_too(
+    base_of: BaseOf, family: str, quantization: str, in_tiles: list[int]
+) -> None:
+    if family == "gemma3":  # whose MLP is gated by another function
+        gradients(tuned(base_of(family), OURS, FP32, quantization))
+        assert not in_tiles
+        return
+    ours, pefts = (gradients(tuned(base_of(family), who, FP32, quantization)) for who in (OURS, PEFT))
+    assert max(apart({name: ours[name]}, {name: pefts[name]}) for name in pefts) <= 2e-6
+    assert set(in_tiles) == {48}
+
+
+def test_in_bf16_tiles_are_no_farther_from_the_truth_than_peft(base_of: BaseOf, in_tiles: list[int]) -> None:
+    half = {who: gradients(tuned(base_of("llama"), who, BF16)) for who in (OURS, PEFT)}
+    with numerics.in_force(Numerics(functions=OURS)):
+        whole = gradients(tuned(base_of("llama"), OURS, BF16))
+    truth = true_gradients(base_of("llama"))
+    assert apart(half[OURS], truth) <= 1.05 * apart(half[PEFT], truth)
+    assert apart(half[OURS], truth) <= 1.05 * apart(whole, truth) and in_tiles
+
+
+def test_a_run_without_tiles_goes_on_without(base_of: BaseOf, in_tiles: list[int]) -> None:
+    for recorded, calls in ((Numerics(functions=OURS), 0), (Numerics(functions=OURS, mlp_tile=20), 4)):
+        in_tiles.clear()
+        with numerics.in_force(recorded):
+            model = tuned(base_of("llama"), OURS, BF16)
+        gradients(model)
+        assert len(in_tiles) == calls, "of two layers, each computed twice"
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "phi3"])
 def test_the_loss_is_pefts_but_for_rounding(base_of: BaseOf, family: str) -> None:
     """In float32 to its last digits; in bf16 they differ by 3e-4 of it on such a model, none nearer to the truth."""
     found = {}
-    for who in (OURS, PEFT, lora_functions.IN_TRITON):
+    for who in (OURS, PEFT, lora_functions.IN_TRITON, lora_functions.FUSED):
         causal_lm = tuned(base_of(family), who, FP32).get_base_model()
         batch = real_batch(Workload(2, 24), causal_lm.config.vocab_size)
         with torch.no_grad():
             found[who] = float(batch_loss(CausalParts.of(causal_lm), batch, SupervisedObjective()))
     assert found[OURS] == pytest.approx(found[PEFT], rel=1e-6)
     assert found[lora_functions.IN_TRITON] == pytest.approx(found[PEFT], rel=1e-6)
+    assert found[lora_functions.FUSED] == pytest.approx(found[PEFT], rel=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 5.0])
@@ -128,13 +174,10 @@ def test_eva_starts_alike(base_of: BaseOf) -> None:
     torch.testing.assert_close(found[0].float(), found[1].float(), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, family: str) -> None:
-    """The truth: the same weights, rounded to bf16, computed in float32."""
-    base = base_of(family)
-    half = {who: tuned(base, who, BF16) for who in (OURS, PEFT)}
+def true_gradients(base: BaseFolder) -> dict[str, torch.Tensor]:
+    """Of the same weights, rounded to bf16, computed in float32."""
     truth = tuned(base, PEFT, FP32)
-    for layer, rounded in zip(truth.modules(), half[PEFT].modules(), strict=True):
+    for layer, rounded in zip(truth.modules(), tuned(base, PEFT, BF16).modules(), strict=True):
         for name, parameter in layer._parameters.items():
             if parameter is not None and parameter.dtype == FP32:
                 parameter.data.copy_(rounded._parameters[name])  # type: ignore[arg-type]
@@ -144,8 +187,17 @@ def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, famil
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
             plain.weight = nn.Parameter(weight, requires_grad=False)
             layer.forward = plain.forward
-    right = gradients(truth)
-    assert apart(gradients(half[OURS]), right) <= 1.05 * apart(gradients(half[PEFT]), right)
+    return gradients(truth)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_bf16_gradients_are_as_near_to_the_truth_as_pefts(base_of: BaseOf, family: str) -> None:
+    base = base_of(family)
+    half = {who: tuned(base, who, BF16) for who in (OURS, PEFT)}
+    half |= {who: tuned(base, who, BF16) for who in (lora_functions.IN_TRITON, lora_functions.FUSED)}
+    right = true_gradients(base)
+    of_peft = apart(gradients(half.pop(PEFT)), right)
+    assert len(half) == 3 and all(apart(gradients(one), right) <= 1.05 * of_peft for one in half.values())
 
 
 def test_with_and_without_recomputation_the_bits_are_the_same(base_of: BaseOf) -> None:
@@ -190,7 +242,10 @@ def test_an_adapter_is_saved_and_loaded_as_ever(base_of: BaseOf, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("noted", "who"),
-    [(OURS, OURS), (lora_functions.IN_TRITON, OURS), (PEFT, PEFT), (None, PEFT), ("of a later version", PEFT)],
+    [
+        *((OURS, OURS), (lora_functions.IN_TRITON, OURS), (lora_functions.FUSED, OURS)),
+        *((PEFT, PEFT), (None, PEFT), ("of a later version", PEFT)),
+    ],
 )
 def test_a_saved_adapter_is_computed_as_its_run_did(
     base_of: BaseOf, tmp_path: Path, noted: str | None, who: str
@@ -264,6 +319,17 @@ def test_peft_computes_what_is_another_function_and_a_notice_says_so(
     assert len(recorder.events) == 1
 
 
+def test_a_rotation_that_no_kernel_knows_is_said(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, fused = Recorder(), lora_functions.FUSED
+    with numerics.in_force(Numerics(functions=fused)):
+        say_what_stays(tuned(base_of("llama"), fused, BF16), LORA, recorder)
+        assert recorder.events == []
+        monkeypatch.setattr(rotary, "form_of", lambda function: None)
+        say_what_stays(tuned(base_of("llama"), fused, BF16), LORA, recorder)
+    (notice,) = recorder.events
+    assert isinstance(notice, Notice) and "the model's own function" in notice.message and notice.count == 1
+
+
 def test_a_run_goes_on_with_the_functions_that_it_began_with() -> None:
     assert choose(LORA) == OURS == choose(LORA, Numerics(functions=OURS))
     assert choose(LORA, Numerics()) == PEFT == choose(LORA, Numerics(functions=PEFT))
@@ -299,10 +365,11 @@ def test_layers_of_one_input_are_computed_together(base_of: BaseOf, monkeypatch:
     assert sizes == [2, 1] * 2
 
 
+@pytest.mark.parametrize("kernels", [lora_functions.IN_TRITON, lora_functions.FUSED])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str) -> None:
+def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str, kernels: str) -> None:
     """Their twins, where there is no GPU: in float32 to rounding; of the base every bit."""
-    ours, in_triton = (tuned(base_of(family), who, FP32) for who in (OURS, lora_functions.IN_TRITON))
+    ours, in_triton = (tuned(base_of(family), who, FP32) for who in (OURS, kernels))
     layer = in_triton.get_base_model().model.layers[0].mlp.up_proj.base_layer
     assert all(
         torch.equal(lora_functions._weight_of(layer, kind, True), lora_functions._weight_of(layer, kind, False))
@@ -312,8 +379,9 @@ def test_with_kernels_the_numbers_are_the_same(base_of: BaseOf, family: str) -> 
 
 
 def test_kernels_are_chosen_where_they_run_and_by_runs_that_had_them() -> None:
-    in_triton = lora_functions.IN_TRITON
-    assert choose(LORA, None, kernels=True) == in_triton == choose(LORA, Numerics(functions=in_triton), kernels=True)
+    in_triton, fused = lora_functions.IN_TRITON, lora_functions.FUSED
+    assert choose(LORA, None, kernels=True) == fused == choose(LORA, Numerics(functions=fused), kernels=True)
+    assert choose(LORA, Numerics(functions=in_triton), kernels=True) == in_triton
     assert choose(LORA, Numerics(functions=OURS), kernels=True) == OURS
     assert choose(LORA, Numerics(functions=in_triton)) == OURS
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, silu
 
 from qlora.model.attention import register
-from qlora.model.lora_structure import gated_of, sharing_of
+from qlora.model.lora_structure import Gated, gated_of, sharing_of, unread_of
 from tests.families import make_config, make_model
 
 
@@ -68,3 +68,35 @@ def test_a_trunk_that_cannot_be_run_shares_nothing() -> None:
     layers = {name: one for name, one in model.named_modules() if name.endswith("_proj")}
     model.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
     assert sharing_of(layers, model) == []
+
+
+def mlps_of(model: Any) -> list[Gated]:
+    return [Gated(layer.mlp, ("gate_proj", "up_proj", "down_proj")) for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("family", "unread"),
+    [("llama", True), ("qwen3", True), ("granite", True), ("gemma2", False), ("gemma3", False), ("olmo2", False)],
+)
+def test_outputs_that_are_only_added_are_seen(family: str, unread: bool, device: str) -> None:
+    """Granite multiplies them by a constant; Gemma's and OLMo's norms behind an MLP read what it gives."""
+    register()
+    model: Any = make_model(make_config(family)).to(device)
+    kinds = [type(one) for one in model.modules()]
+    assert unread_of(mlps_of(model), model) == ({id(layer.mlp) for layer in model.model.layers} if unread else set())
+    assert [type(one) for one in model.modules()] == kinds
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+
+
+def test_an_output_that_is_read_as_well_is_not_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is added, and its size decides about something: what a layer gives then follows from its values."""
+    model: Any = make_model(make_config("llama"))
+    layer = type(model.model.layers[0])
+    real = layer.forward
+
+    def twice(self: Any, hidden: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return real(self, hidden, *rest, **named) + self.mlp(hidden).square()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(layer, "forward", twice)
+    assert unread_of(mlps_of(model), model) == set()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from blake3 import blake3
 
 from qlora.model import nf4
 from qlora.model.nf4 import (
@@ -232,3 +233,22 @@ def test_nbytes_is_what_the_format_promises() -> None:
     quantized = quantize(weight_of((256, 4096)), "nf4", True, CPU)
     tensors = (quantized.data, quantized.state.absmax, quantized.state.state2.absmax)
     assert sum(tensor.nbytes for tensor in tensors) * 8 / (256 * 4096) == pytest.approx(4 + 8 / 64 + 32 / (64 * 256))
+
+
+# Of the version's bytes. Bases are kept under it: whoever changes what a weight becomes raises `QUANTIZER`, and adds a
+# line here.
+BYTES_OF = {1: "2cf8526aca1de39d65c614ca1ad6e2b95090d4e7394d675ac23f35c09c449f39"}
+
+
+def test_the_versions_bytes_are_the_ones_that_were_kept_under_it() -> None:
+    digest = blake3()
+    weight = ((torch.arange(300 * 130) * 7919 % 10007 - 5003).float() / 1e5).reshape(300, 130).bfloat16()
+    weight[3] = 0
+    for quant_type, double in KINDS:
+        made = quantize_rows(lambda start, end: weight[start:end], (300, 130), quant_type, double, CPU)
+        state = made.state
+        parts = [made.data, state.absmax, state.code]
+        parts += [state.state2.absmax, state.state2.code, state.offset.reshape(1)] if double else []
+        for part in parts:
+            digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest() == BYTES_OF[nf4.QUANTIZER]

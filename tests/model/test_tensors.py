@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from qlora.errors import ModelError
-from qlora.model.tensors import MAX_HEADER_BYTES, find_tensors, read_header, read_spans, read_tensor
+from qlora.model import tensors
+from qlora.model.tensors import MAX_HEADER_BYTES, find_tensors, read_ahead, read_header, read_spans, read_tensor
 
 F32_4 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -196,3 +199,33 @@ def test_a_folder_without_safetensors_says_what_it_has(tmp_path: Path, file: str
     (tmp_path / file).write_bytes(b"\x80\x04.")
     with pytest.raises(ModelError, match=what):
         find_tensors(tmp_path)
+
+
+def test_rows_read_ahead_are_the_rows_and_the_thread_ends_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(10, 3)
+    save_file({"w": weight}, tmp_path / "model.safetensors")
+    entry = find_tensors(tmp_path)["w"]
+    spans = [(0, 4), (4, 8), (8, 10)]
+    for ahead in (0, 1 << 20):  # none, and all
+        monkeypatch.setattr(tensors, "AHEAD_BYTES", ahead)
+        for taken in (spans, spans[1:2], []):
+            assert [rows.tolist() for rows in read_ahead(entry, taken)] == [weight[a:b].tolist() for a, b in taken]
+    with closing(read_ahead(entry, spans)) as half:
+        next(half)
+    with pytest.raises(ModelError, match="ends before its tensors do"):
+        os.truncate(tmp_path / "model.safetensors", entry.offset + 50)
+        list(read_ahead(entry, spans))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
+
+
+def test_no_more_is_read_ahead_than_was_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": torch.zeros(40, 4)}, tmp_path / "model.safetensors")
+    entry, read, done = find_tensors(tmp_path)["w"], tensors._fill, list[int]()
+    monkeypatch.setattr(tensors, "AHEAD_BYTES", 3 * 16)
+    monkeypatch.setattr(tensors, "_fill", lambda *given: (read(*given), done.append(1)))
+    with closing(read_ahead(entry, [(row, row + 1) for row in range(40)])) as rows:
+        next(rows)
+        time.sleep(0.2)
+        assert len(done) == 4, "the one that is used and three of 16 bytes"

@@ -20,6 +20,7 @@ from tests.recipe.cases import SMALL, problems, write
         ('[quantization]\ntype = "int8"', "'nf4', 'fp4' or 'none'"),
         ("[train]\nepochs = 2\nmax_steps = 5", "give one of them"),
         ("[train]\nbatch_size = 1\nmicro_batch_size = 4", "more than train.batch_size"),
+        ("[memory]\noffload_activations = true\n[train]\ngradient_checkpointing = false", "recomputes no layer"),
         ("[data]\neval_fraction = 0\n[eval]\nexact_match_rows = 5", "eval_fraction is 0"),
         ('[lora]\nuse_dora = true\ninit = "eva"', "cannot go together"),
     ],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from qlora.report.memory import bar, estimate_view, plans_view, verdict
+from qlora.report.memory import bar, estimate_view, plans_view, speed_line, verdict
 
 GIB = 1 << 30
 ESTIMATE: dict[str, Any] = {
@@ -21,7 +21,9 @@ ESTIMATE: dict[str, Any] = {
     "settings": {"lora.r": 8},
     "host_peak_bytes": 2 * GIB,
     "disk_bytes": GIB // 2,
+    "tokens_per_second": 540.0,
     "tokens_per_second_ideal": 736.0,
+    "speed": None,
     "notes": ["it depends"],
 }
 
@@ -45,7 +47,20 @@ def test_each_part_the_limit_and_where_it_comes_from() -> None:
     for words in ("weights", "5.00 GiB", "the frozen base", "RTX 4060, 8 GB", "it fits: 1.50 GiB are left"):
         assert words in text
     assert text.startswith("limit 8.00 GiB: RTX 4060, 8 GB")
-    assert "at most 736 tokens/s" in text and "it depends" in text and "lora.r = 8" in text
+    assert (
+        "540 tokens/s predicted on such a card; arithmetic alone would allow 736" in text
+        and "it depends" in text
+        and "lora.r = 8" in text
+    )
+
+
+def test_where_predicted_time_goes_is_said_where_it_is_not_computed() -> None:
+    waiting = {"seconds": {"layers_forward": 3.0, "of_it_waiting_for_copies": 1.0}, "host_bound": True}
+    line = speed_line({**ESTIMATE, "speed": waiting})
+    assert "33% of the time waits for copies" in line and line.endswith(
+        "starting its kernels takes longer than running them"
+    )
+    assert speed_line({**ESTIMATE, "tokens_per_second": 0.0}) == ""
 
 
 def test_what_is_missing_is_counted() -> None:

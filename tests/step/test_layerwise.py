@@ -10,45 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora.events import Sinks
 from qlora.memory.simulation import Workload
-from qlora.model import adapters, load
+from qlora.model import adapters
 from qlora.model.cpu_matmul import fast_matmul
-from qlora.model.resolve import resolve
-from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step import layerwise
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
 from qlora.step.layerwise import RunLayer, set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
 from tests.families import FAMILIES, make_base
 from tests.memory.counted import real_batch
-
-CPU = torch.device("cpu")
-LORA = LoraSection(r=4, dropout=0.1)
-# What shares keys and values across layers, or hands each layer an embedding of its own.
-GEMMA3N = {
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 384,
-    "num_kv_shared_layers": 2,
-    "laurel_rank": 4,
-    "altup_num_inputs": 2,
-    "num_hidden_layers": 4,
-    "intermediate_size": [128] * 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "activation_sparsity_pattern": [0.0] * 4,
-    "head_dim": 16,
-    "sliding_window": 12,
-}
-
-
-def opened(folder: Path, lora: LoraSection = LORA) -> Any:
-    model = load.load_base(resolve(str(folder), "main", Sinks()), QuantizationSection(), "auto", CPU, Sinks())
-    attached = adapters.attach(model, lora, 0)
-    with torch.no_grad():
-        for number, parameter in enumerate(adapters.trainable(attached).values()):
-            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-            parameter.copy_(0.05 * drawn)
-    return attached.train()
+from tests.step.opened import CPU, GEMMA3N, LORA, opened
 
 
 def gradients(model: Any, layers: bool | int, alpha: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:

@@ -26,7 +26,7 @@ def test_a_row_is_one_document_or_several(documents: int, trained: int) -> None:
     assert batch.input_ids_BS.tolist() == [list(range(24)), list(range(24, 48))]
     assert [row.unique().numel() for row in batch.document_ids_BS] == [documents] * 2
     assert batch.trained_T.numel() == 2 * trained
-    settings = Settings("base", 2, 24, 1, 1, 8, "adamw", True, 1, documents)
+    settings = Settings("base", 2, 24, 1, 1, 8, "adamw", True, True, 1, documents)
     figures = figures_of(settings, [2.0], 1.0, 0, "cpu")
     assert figures["trained_tokens_per_second"] == 2 * trained / 2.0
 

@@ -13,10 +13,10 @@ from qlora.errors import DoesNotFit
 from qlora.events import Recorder
 from qlora.memory import calibration, hardware, host
 from qlora.memory.hardware import Machine
+from qlora.memory.measured import Measured
 from qlora.model import load
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.training import memory_plan
-from qlora.training.memory_plan import Measured
 from qlora.units import GIB
 from tests.runs import train, values, write_recipe
 

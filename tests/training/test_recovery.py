@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qlora.errors import DoesNotFit
 from qlora.events import Recorder
 from qlora.model import adapters
 from qlora.step import forward
-from qlora.training import loop, selfcheck
+from qlora.training import loop, memory_plan, selfcheck
 from qlora.training.evaluate import RunEvaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery, attempt
@@ -186,6 +187,39 @@ def test_twenty_in_a_row_within_a_run_keep_no_tensor(
     assert len(recorder.of("recovered")) == len(held) == 20
     assert held[-1] == held[0] > 0
     assert values(recorder, "step", "step") == [1, 2, 3]
+
+
+def test_what_changes_no_number_is_taken_before_rows_are_split() -> None:
+    now: MemorySettings | None = MemorySettings(4, False, layers=8, may_offload=True)
+    taken = []
+    while now is not None:
+        taken.append((now.gradient_checkpointing, now.offload_activations, now.micro_batch_size))
+        now = now.smaller()
+    assert taken[:5] == [(False, False, 4), (2, False, 4), (4, False, 4), (True, False, 4), (True, True, 4)]
+    assert taken[5:] == [(True, True, 2), (True, True, 1)]
+    closed = MemorySettings(4, True, layers=8).smaller()
+    assert closed is not None and not closed.offload_activations and closed.micro_batch_size == 2
+
+
+def test_inputs_that_go_to_the_host_change_no_bit(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out with all layers recomputed: the inputs go, the micro-batch stays, and the run is the same run."""
+    from qlora.step import offload
+
+    monkeypatch.setattr(offload, "SMALLEST_BYTES", 0)
+    straight, failing = write_recipe(tmp_path / "straight", llama), write_recipe(tmp_path / "failing", llama)
+    dropout = (*RUN, *ALL, "train.micro_batch_size=2", "lora.dropout=0.2", "data.packing=true")
+    train(straight, *dropout)
+    plan_run = memory_plan.plan_run
+
+    def on_a_card(*about: Any) -> MemorySettings:
+        return replace(plan_run(*about), may_offload=True)
+
+    monkeypatch.setattr(memory_plan, "plan_run", on_a_card)
+    fail_at(monkeypatch, 1)
+    recorder = train(failing, *dropout)
+    assert hashes(failing, 3) == hashes(straight, 3)
+    (event,) = recorder.of("recovered")
+    assert "inputs of recomputed layers wait on the host" in event.as_dict()["message"]
 
 
 def test_more_recomputed_layers_change_no_bit(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,28 @@ def test_one_value_that_the_sample_misses_is_found_before_a_step_and_before_an_e
     for to, verify in (("hf", False), ("adapter-gguf", False), ("hf", True)):
         said, tasks = refused(lambda sink, *how: exported(project, sink, to, verify), ExportError)  # noqa: B023
         assert "another fine-tune of the same shape" in said and tasks[-1] == ("load" if verify else "check base")
+    assert not list((run_dir(project) / "export").glob("*"))
+
+
+def test_what_an_export_reads_is_read_through_though_the_model_is_from_the_cache(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples, sizes and times are those of the kept base, and one value of the original is another: the run goes on
+    as it was, with the bytes that it was trained on, and nothing is made of the others."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    base = project.parent / "base"
+    weights, past = base / "model.safetensors", time.time() - 60
+    os.utime(weights, (past, past))
+    cached = (*SETTINGS, "memory.cache=true")
+    api.train(load_recipe(project, cached), name="other", mode="new", sink=Recorder())
+    change_unsampled_value(base)
+    os.utime(weights, (past, past))
+    sink = Recorder()
+    api.train(load_recipe(project, cached), name=project.stem, mode="resume", sink=sink)
+    assert any("read from the cache" in one for one in values(sink, "notice", "message"))
+    for to in ("hf", "adapter-gguf"):
+        said, tasks = refused(lambda sink, to=to: exported(project, sink, to, verify=True), ExportError)  # type: ignore[misc]
+        assert "another fine-tune of the same shape" in said and "check base" in tasks
     assert not list((run_dir(project) / "export").glob("*"))
 
 

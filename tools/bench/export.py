@@ -1,18 +1,22 @@
-"""Times exports of a random model of a given shape against `cp` of the same bytes, and samples their memory.
+"""Times exports of a random model of a given shape against `cp` of the same bytes, and counts what they take.
 
-    python tools/bench/export.py --folder DIR [--shape 8b|tiny] [--layers N] [--jobs hf-full,hf-nf4,q8_0,q4_k_m]
+    python tools/bench/export.py --folder DIR [--shape 8b|tiny] [--layers N] [--jobs hf-full,q8_0] [--name NAME]
 
-The model (Llama 3.1 8B's shape: 16 GB) is made in DIR and removed at the end. Each job is a process of its own, begun
-with nothing of the model in the page cache, and its time counts from its start to its end, imports and flushing to the
-disk included. `cp` is timed before each job; beside it stands `cp` with a flush, since an export does not end before
-its bytes are on the disk. Peak anonymous memory (RssAnon) is sampled every 50 ms. Verification is off. The figures go
-to tools/bench/results/export-<shape>.json.
+The model (Llama 3.1 8B's shape: 16 GB) is made in DIR and removed at the end; beside it lies one copy or one export at
+a time, so that 8B needs 33 GB. Each job is a process of its own, begun with nothing of the model in the page cache,
+and its time counts from its start to its end, imports and flushing to the disk included. `cp` is timed before each job;
+beside it stands `cp` with a flush, since an export does not end before its bytes are on the disk. Counted are seconds
+of processors (user and system), bytes that came from the disk and went to it, resident memory at its highest (files
+that are mapped included) and anonymous memory (VmHWM and RssAnon, looked at every 50 ms), and the machine's load before
+the job began. Verification is off. The figures go to tools/bench/results/export-<name>.json; by itself the name is the
+shape's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,7 +24,8 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "recipes" / "quickstart" / "base"
 SAMPLE_SECONDS = 0.05
+SPARE_BYTES = 1 << 30  # left on the disk beside the model and one copy of it
 SHARD_BYTES = 5_000_000_000
 RANK = 16
 
@@ -61,12 +67,20 @@ JOBS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One job. `over_cp` and `over_cp_flushed` are against the median of all copies of the model's bytes."""
+    """One job. `over_cp` and `over_cp_flushed` are against the median of all copies of the model's bytes.
+
+    `result_bytes` is the size of what was made; read and written is what the disk saw, of the job and its children.
+    """
 
     job: str
     seconds: float
+    processor_seconds: float
+    peak_resident_mib: float
     peak_anonymous_mib: float
+    read_bytes: int
     written_bytes: int
+    result_bytes: int
+    load_before: float
     over_cp: float = 0.0
     over_cp_flushed: float = 0.0
 
@@ -74,6 +88,7 @@ class Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where the model lies meanwhile (twice its size)")
+    parser.add_argument("--name", help="of the results file, by itself the shape's")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--jobs", default="hf-full,hf-nf4,q8_0,q4_k_m", help=f"of {', '.join(JOBS)}")
@@ -84,13 +99,21 @@ def main() -> None:
         return
     shape = {**SHAPES[chosen.shape], **({"num_hidden_layers": chosen.layers} if chosen.layers else {})}
     work = Path(chosen.folder).resolve() / "export-bench"
+    check_room(work, shape)
     work.mkdir(parents=True)
     try:
         make_model(work / "base", shape)
         make_adapter(work / "adapter", work / "base", shape)
-        report(measure(work, chosen.jobs.split(",")), chosen.shape, shape)
+        report(measure(work, chosen.jobs.split(",")), chosen.name or chosen.shape, shape)
     finally:
         shutil.rmtree(work)
+
+
+def check_room(work: Path, shape: dict[str, Any]) -> None:
+    place = next(folder for folder in (work, *work.parents) if folder.exists())
+    needed, free = 2 * model_bytes(shape) + SPARE_BYTES, shutil.disk_usage(place).free
+    if free < needed:
+        raise SystemExit(f"{place}: {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free; fewer --layers?")
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -116,6 +139,10 @@ def tensor_shapes(shape: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {**shapes, "model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
 
+def model_bytes(shape: dict[str, Any]) -> int:
+    return sum(2 * math.prod(size) for size in tensor_shapes(shape).values())
+
+
 def make_model(folder: Path, shape: dict[str, Any]) -> None:
     """Shards of a random block of bf16, repeated: written as fast as the disk takes it."""
     import torch
@@ -133,8 +160,7 @@ def make_model(folder: Path, shape: dict[str, Any]) -> None:
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys(group, file)
         write_shard(folder / file, group, block)
-    total = sum(2 * torch.Size(size).numel() for size in tensor_shapes(shape).values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": model_bytes(shape)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     given = json.loads((TOKENIZER / "config.json").read_text())
     config = {**given, **shape, "head_dim": shape["hidden_size"] // shape["num_attention_heads"]}
@@ -184,27 +210,19 @@ def make_adapter(folder: Path, base: Path, shape: dict[str, Any]) -> None:
 
 def measure(work: Path, jobs: list[str]) -> list[Measured]:
     """Each job after a copy, so that a disk that changes its pace meets both."""
-    out, done = work / "out", []
-    copies: list[tuple[float, float]] = []
+    done: list[Measured] = []
+    copies: list[tuple[Measured, float]] = []
     for job in jobs:
         copies.append(timed_copy(work))
         forget(work)
         command = [sys.executable, __file__, "--folder", str(work), "--job", job]
-        seconds, peak = watched(command)
-        written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        shutil.rmtree(out)
-        done.append(Measured(job, seconds, peak, written))
-        print(f"{job}: {seconds:.1f} s, cp {copies[-1][0]:.1f} s, flushed {copies[-1][1]:.1f} s", file=sys.stderr)
-    plain, flushed = (statistics.median(times) for times in zip(*copies, strict=True))
-    size = sum(path.stat().st_size for path in (work / "base").iterdir())
-    return [
-        Measured("cp", plain, 0.0, size, 1.0, plain / flushed),
-        Measured("cp, flushed", flushed, 0.0, size, flushed / plain, 1.0),
-        *(
-            Measured(m.job, m.seconds, m.peak_anonymous_mib, m.written_bytes, m.seconds / plain, m.seconds / flushed)
-            for m in done
-        ),
-    ]
+        done.append(watched(job, command, work / "out"))
+        plain, flushed = copies[-1][0].seconds, copies[-1][1]
+        print(f"{job}: {done[-1].seconds:.1f} s, cp {plain:.1f} s, flushed {flushed:.1f} s", file=sys.stderr)
+    plain, flushed = statistics.median(one.seconds for one, _ in copies), statistics.median(one for _, one in copies)
+    rows = [copies[0][0], replace(copies[0][0], job="cp, flushed", seconds=flushed), *done]
+    rows[0] = replace(rows[0], seconds=plain)
+    return [replace(one, over_cp=one.seconds / plain, over_cp_flushed=one.seconds / flushed) for one in rows]
 
 
 def run_job(work: Path, job: str) -> None:
@@ -215,19 +233,21 @@ def run_job(work: Path, job: str) -> None:
     api.merge_and_export(work / "adapter", out=work / "out", options=options, **JOBS[job])
 
 
-def timed_copy(work: Path) -> tuple[float, float]:
-    """Seconds of `cp` of the model, and with its bytes flushed to the disk."""
+def timed_copy(work: Path) -> tuple[Measured, float]:
+    """`cp` of the model, and its seconds with its bytes flushed to the disk."""
     forget(work)
-    target = work / "copy"
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", "--reflink=never", str(work / "base"), str(target)], check=True)
-    plain = time.perf_counter() - began
-    for path in target.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    flushed = time.perf_counter() - began
-    shutil.rmtree(target)
-    return plain, flushed
+    target, began = work / "copy", time.perf_counter()
+    command = ["cp", "-r", "--reflink=never", str(work / "base"), str(target)]
+
+    def flush() -> float:
+        for path in target.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        return time.perf_counter() - began
+
+    flushed: list[float] = []
+    copied = watched("cp", command, target, lambda: flushed.append(flush()))
+    return copied, flushed[0]
 
 
 def forget(folder: Path) -> None:
@@ -239,36 +259,57 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def watched(command: list[str]) -> tuple[float, float]:
-    """Seconds of a command, and its peak anonymous memory in MiB."""
-    began = time.perf_counter()
+def watched(job: str, command: list[str], made: Path, at_the_end: Callable[[], object] = lambda: None) -> Measured:
+    """A command and what it took. What it `made` is weighed and removed, after `at_the_end`."""
+    load, began, peak_kib = os.getloadavg()[0], time.perf_counter(), (0, 0)
     process = subprocess.Popen(command, cwd=ROOT)
-    peak_kib = 0
-    while process.poll() is None:
-        peak_kib = max(peak_kib, anonymous_kib(process.pid))
+    while True:
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            break
+        resident, anonymous = memory_kib(process.pid)
+        peak_kib = max(peak_kib[0], resident), max(peak_kib[1], anonymous)
         time.sleep(SAMPLE_SECONDS)
     seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit {process.returncode}")
-    return seconds, peak_kib / 1024
+    at_the_end()
+    size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
+    shutil.rmtree(made)
+    return Measured(
+        job,
+        seconds,
+        processor_seconds=used.ru_utime + used.ru_stime,
+        peak_resident_mib=peak_kib[0] / 1024,
+        peak_anonymous_mib=peak_kib[1] / 1024,
+        read_bytes=used.ru_inblock * 512,  # in blocks of 512 bytes: getrusage(2) on Linux
+        written_bytes=used.ru_oublock * 512,
+        result_bytes=size,
+        load_before=load,
+    )
 
 
-def anonymous_kib(pid: int) -> int:
+def memory_kib(pid: int) -> tuple[int, int]:
+    """Of a process that runs: the most that was resident, and what is anonymous now."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+        return 0, 0
+    found = {line.partition(":")[0]: line.split()[1] for line in lines if line.endswith(" kB")}
+    return int(found.get("VmHWM", 0)), int(found.get("RssAnon", 0))
 
 
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
 def report(measured: list[Measured], name: str, shape: dict[str, Any]) -> None:
-    print(f"{'job':14} {'seconds':>9} {'x cp':>7} {'x cp flushed':>13} {'peak MiB':>9} {'GB written':>11}")
+    print(f"{'job':14} {'seconds':>8} {'x cp':>6} {'flushed':>8} {'processor s':>12} ", end="")
+    print(f"{'RSS MiB':>8} {'anon':>6} {'GB read':>8} {'written':>8} {'made':>6} {'load':>5}")
     for m in measured:
-        line = f"{m.job:14} {m.seconds:9.1f} {m.over_cp:7.2f} {m.over_cp_flushed:13.2f} {m.peak_anonymous_mib:9.0f}"
-        print(f"{line} {m.written_bytes / 1e9:11.2f}")
+        line = f"{m.job:14} {m.seconds:8.1f} {m.over_cp:6.2f} {m.over_cp_flushed:8.2f} {m.processor_seconds:12.1f} "
+        line += f"{m.peak_resident_mib:8.0f} {m.peak_anonymous_mib:6.0f} {m.read_bytes / 1e9:8.2f} "
+        print(f"{line}{m.written_bytes / 1e9:8.2f} {m.result_bytes / 1e9:6.2f} {m.load_before:5.1f}")
     result = {
         "command": "python " + " ".join(["tools/bench/export.py", *without_folder(sys.argv[1:])]),
         "commit": git_commit(),

@@ -63,7 +63,7 @@ def seconds_of(base: BaseFolder, reader: type[WeightReader], quantization: str) 
     device = current()
     before, load.WeightReader = load.WeightReader, reader  # type: ignore[misc, attr-defined]
     started, worked = time.perf_counter(), time.process_time()
-    model = load.load_base(base, QuantizationSection(type=quantization), "auto", device, Sinks())  # type: ignore[arg-type]
+    model = load.load_base(base, QuantizationSection(type=quantization), "auto", device, Sinks(), False)  # type: ignore[arg-type]
     taken = time.perf_counter() - started, time.process_time() - worked
     load.WeightReader = before  # type: ignore[misc, attr-defined]
     del model

@@ -2,6 +2,7 @@
 
     python tools/bench/step.py --base recipes/quickstart/base --length 400 --vs trl --trl-python VENV/bin/python
     python tools/bench/step.py --shape 8b --length 2048 --vs trl --trl-python VENV/bin/python
+    python tools/bench/step.py --shape 8b --length 2048 --vs unsloth --unsloth-python VENV/bin/python
 
 Each stack works in a process of its own, and the processes take turns (ours, theirs, ours, theirs, …), so that a
 machine that grows warm or is shared weighs on both alike. Both read the same base from the same folder, train the same
@@ -57,16 +58,18 @@ def main() -> None:
             steps=arguments.steps,
             r=arguments.r,
             optimizer=arguments.optimizer,
-            gradient_checkpointing=not arguments.no_checkpointing,
+            gradient_checkpointing=arguments.checkpointing == "both",
+            theirs_checkpointing=arguments.checkpointing != "none",
             threads=arguments.threads,
         )
         packed = [PACKED] if arguments.documents > 1 else []
-        stacks = ["qlora", *packed, *([arguments.vs] if arguments.vs else [])]
+        stacks = ["qlora", *packed, *arguments.vs]
         found: dict[str, list[dict[str, Any]]] = {stack: [] for stack in stacks}
         for turn in range(arguments.repeats):
             for stack in stacks:
                 print(f"turn {turn + 1} of {arguments.repeats}: {stack}", file=sys.stderr)
-                python = arguments.trl_python if stack == "trl" else sys.executable
+                pythons = {"trl": arguments.trl_python, "unsloth": arguments.unsloth_python}
+                python = pythons.get(stack, sys.executable)
                 asked = replace(settings, documents=arguments.documents) if stack == PACKED else settings
                 found[stack].append(run_worker(stack, python, asked))
         report = summary(settings, found, arguments.shape if not arguments.base else Path(base).name)
@@ -89,13 +92,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="turns of each stack")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"])
-    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument(
+        "--checkpointing",
+        choices=["both", "theirs", "none"],
+        default="both",
+        help="who recomputes layers; 'theirs': what the defaults of both do where memory allows it",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each process")
-    parser.add_argument("--vs", choices=["trl"], help="another stack to run beside ours")
+    parser.add_argument("--vs", choices=["trl", "unsloth"], action="append", default=[], help="a stack beside ours")
     parser.add_argument("--trl-python", default=sys.executable, help="python of an environment with trl")
+    parser.add_argument("--unsloth-python", default=sys.executable, help="python of one with unsloth")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="name of the results file")
-    parser.add_argument("--worker", choices=["qlora", PACKED, "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["qlora", PACKED, "trl", "unsloth"], help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -119,6 +128,10 @@ def work(stack: str, settings: Settings) -> dict[str, Any]:
         import step_qlora
 
         return step_qlora.run(settings)
+    if stack == "unsloth":
+        import step_unsloth
+
+        return step_unsloth.run(settings)
     import step_trl
 
     return step_trl.run(settings)
@@ -181,6 +194,7 @@ def summary(settings: Settings, found: Mapping[str, list[dict[str, Any]]], name:
             for stack, other in medians.items()
             if stack not in ("qlora", PACKED)
         },
+        "share_of_limit": statistics.median(turn.get("share_of_limit", 0.0) for turn in found["qlora"]) or None,
         "share_of_ideal": ideal_share(settings, found["qlora"][0]["device"], ours["trained_tokens_per_second"]),
         "turns": dict(found),
     }
@@ -188,12 +202,12 @@ def summary(settings: Settings, found: Mapping[str, list[dict[str, Any]]], name:
 
 
 def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> float | None:
-    """Of what arithmetic and dequantization allow on this card (qlora.memory.estimate); None on a CPU."""
+    """Of what arithmetic and dequantization allow on this card (qlora.memory.throughput); None on a CPU."""
     sys.path.insert(0, str(ROOT))
     from qlora.memory import hardware
-    from qlora.memory.estimate import ideal_tokens_per_second
     from qlora.memory.simulate import Simulator
     from qlora.memory.simulation import ModelSpec, Workload
+    from qlora.memory.throughput import ideal_tokens_per_second
     from qlora.model.meta_model import text_config
     from qlora.model.tensors import load_json
     from qlora.recipe.sections import LoraSection, QuantizationSection
@@ -204,9 +218,9 @@ def ideal_share(settings: Settings, device: str, tokens_per_second: float) -> fl
     text, _ = text_config(load_json(Path(settings.base) / "config.json"), settings.base)
     simulator = Simulator(ModelSpec(text, settings.base, LoraSection(r=settings.r), QuantizationSection()))
     workload = Workload(settings.rows, settings.length, settings.gradient_checkpointing, settings.optimizer)
-    return (
-        None if gpu is None else round(tokens_per_second / ideal_tokens_per_second(text, workload, simulator, gpu), 3)
-    )
+    if gpu is None:
+        return None
+    return round(tokens_per_second / ideal_tokens_per_second(text, workload, simulator.drawn.values, gpu), 3)
 
 
 def processor() -> str:
@@ -237,6 +251,8 @@ def show(report: Mapping[str, Any]) -> None:
     for stack, ratio in report["ratio"].items():
         told = f"{ratio['trained_tokens_per_second']:.2f}× as fast, {ratio['peak_bytes']:.2f}× the peak"
         print(f"ours against {stack}: {told}")
+    if report["share_of_limit"] is not None:
+        print(f"of what the processor's matrix products allow: {report['share_of_limit']:.1%}")
     if report["share_of_ideal"] is not None:
         print(f"share of the ideal: {report['share_of_ideal']:.1%}")
 

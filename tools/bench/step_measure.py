@@ -27,7 +27,8 @@ class Settings:
     steps: int
     r: int
     optimizer: str
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool  # ours
+    theirs_checkpointing: bool
     threads: int
     documents: int = 1  # that share a row: real packs hold several, and take other kernels than one document does
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (the other stack has these before it counts too)
+import peft  # noqa: F401
+import torch
 from step_measure import Settings, figures_of, resident_bytes, synchronize, token_rows
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from transformers import AutoModelForCausalLM  # noqa: F401
 
 from qlora import heap
 from qlora.batch import Batch
@@ -17,7 +24,7 @@ from qlora.data.token_cache import PreparedSplit
 from qlora.device import is_card, release
 from qlora.events import Sinks
 from qlora.model import adapters, load, lora_functions
-from qlora.model.cpu_matmul import fast_matmul
+from qlora.model.cpu_matmul import fast_matmul, has_bf16_products
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, forward_backward
@@ -49,16 +56,44 @@ def run(settings: Settings) -> dict[str, Any]:
     step_weight = sum(objective.weight(batch) for batch in micro_batches)
     seconds = []
     peft_model.train()
+
+    def step() -> Tensor:
+        loss = sum(forward_backward(parts, batch, objective, step_weight) for batch in micro_batches)
+        optimizer.clip(optimizer.gradient_norm(), 1.0)
+        optimizer.step(1e-4)
+        return torch.as_tensor(loss)
+
     with fast_matmul(device):
         for _ in range(settings.steps + 1):
             synchronize(device.type)
             began = time.perf_counter()
-            loss = sum(forward_backward(parts, batch, objective, step_weight) for batch in micro_batches)
-            optimizer.clip(optimizer.gradient_norm(), 1.0)
-            optimizer.step(1e-4)
+            loss = step()
             synchronize(device.type)
             seconds.append(time.perf_counter() - began)
-    return figures_of(settings, seconds[1:], float(loss) / step_weight, before, device.type)
+        figures = figures_of(settings, seconds[1:], float(loss) / step_weight, before, device.type)
+        if is_card(device):
+            return figures
+        # Of products added in place torch knows no count; its own of the others is asked by shapes.
+        by_shapes = addmm_flop.__wrapped__  # type: ignore[attr-defined]
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: by_shapes})
+        with counter:
+            step()
+    limit_seconds = counter.get_total_flops() / fastest_products()
+    return {**figures, "share_of_limit": round(limit_seconds / statistics.median(seconds[1:]), 3)}
+
+
+def fastest_products() -> float:
+    """FLOP/s of this processor's matrix products: of 1,024 x 1,024 matrices, in the faster one of two types."""
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        one = torch.randn(1024, 1024).to(dtype)
+        seconds = []
+        for _ in range(5 if dtype == torch.float32 or has_bf16_products() else 0):
+            began = time.perf_counter()
+            torch.mm(one, one)
+            seconds.append(time.perf_counter() - began)
+        rates += [2 * 1024**3 / min(seconds)] if seconds else []
+    return max(rates)
 
 
 def micro_batch(rows: Sequence[Sequence[int]], documents: int) -> Batch:

@@ -51,6 +51,13 @@ def run(settings: Settings) -> dict[str, Any]:
     before = resident_bytes()
     on_gpu = torch.cuda.is_available()
     model = load(settings.base, on_gpu)
+    lora = LoraConfig(r=settings.r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return trained(model, settings, before, lora)
+
+
+def trained(model: Any, settings: Settings, before: int, lora: LoraConfig | None) -> dict[str, Any]:
+    """What SFTTrainer's steps take; `lora` for a model that has no adapters yet."""
+    on_gpu = torch.cuda.is_available()
     vocabulary = model.config.get_text_config().vocab_size
     rows = [row for batch in token_rows(settings, vocabulary) for row in batch] * (settings.steps + 1)
     clock = Clock("cuda" if on_gpu else "cpu")
@@ -60,7 +67,7 @@ def run(settings: Settings) -> dict[str, Any]:
             args=config_of(settings, scratch, on_gpu),
             train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
             processing_class=tokenizer_of(settings.base, vocabulary),
-            peft_config=LoraConfig(r=settings.r, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            peft_config=lora,
             callbacks=[clock],
         )
         trainer.train()
@@ -90,7 +97,7 @@ def config_of(settings: Settings, scratch: str, on_gpu: bool) -> Any:
         max_steps=settings.steps + 1,
         max_length=settings.length,
         packing=False,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=settings.theirs_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         optim=OPTIMIZERS[settings.optimizer],
         learning_rate=1e-4,

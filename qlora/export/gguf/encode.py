@@ -7,7 +7,10 @@ through ggml. A row is encoded by itself, so a weight may come in any blocks of 
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,6 +35,31 @@ BELOW_HALF = 0.5 - 2.0**-25
 _LIMITS = {GGMLQuantizationType.F16: 65520.0, GGMLQuantizationType.Q8_0: 127 * 65519.0}
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """Rows on their way to bytes: `out` is what they will be, when all `pieces` are done."""
+
+    out: np.ndarray
+    pieces: Sequence[Future[bool]] = ()
+    fault: str = ""
+
+    def result(self) -> np.ndarray:
+        """The bytes. Raises ExportError where a piece of them could not be written."""
+        if not all(piece.result() for piece in self.pieces):
+            raise ExportError(self.fault, "export as bf16 or f32, and check the base and the importance matrix")
+        return self.out
+
+
+@contextmanager
+def encoding_threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch computes with; what they have not begun when the block is left is not done."""
+    pool = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="encode")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def encode(
     rows_RC: Tensor,
     kind: GGMLQuantizationType,
@@ -46,6 +74,21 @@ def encode(
     and legacy types; ours ignore it, as ggml's do. Raises ExportError, naming `name`, for values that are not finite
     or too large for `kind`, and for an importance of another length.
     """
+    with encoding_threads() as pool:
+        return begin(rows_RC, kind, (library, importance_C), name, pool).result()
+
+
+def begin(
+    rows_RC: Tensor,
+    kind: GGMLQuantizationType,
+    how: tuple[Ggml | None, np.ndarray | None],
+    name: str,
+    pool: Executor,
+) -> Encoding:
+    """`encode`, with the library and the importance as `how`; what ggml encodes is done by the threads of `pool`.
+
+    Until it is done `rows_RC` is left as it is. What is wrong with the rows is raised at once.
+    """
     assert rows_RC.dtype == torch.float32, f"{name} is {rows_RC.dtype}"
     columns = rows_RC.shape[-1]
     block, size = GGML_QUANT_SIZES[kind]
@@ -54,21 +97,20 @@ def encode(
     _check_range(rows, kind, name)
     shape = (*rows_RC.shape[:-1], columns // block * size)
     if kind == GGMLQuantizationType.F32:
-        return rows.numpy().view(np.uint8).reshape(shape)
+        return Encoding(rows.numpy().view(np.uint8).reshape(shape))
     out = np.empty((rows.shape[0], shape[-1]), dtype=np.uint8)
-    if kind in NATIVE:
-        for start, end in _pieces(rows, NATIVE_PIECE):
-            piece = torch.from_numpy(out[start:end])
-            if kind in _SIXTEEN_BIT:
-                piece.view(_SIXTEEN_BIT[kind]).copy_(rows[start:end])
-            else:
-                _write_q8_0(rows[start:end], piece)
-    else:
+    if kind not in NATIVE:
+        library, importance = how[0], _check_importance(how[1], columns, name)
         assert library is not None, f"{kind.name} needs ggml"
-        if not _quantize(rows, out, kind, library, _check_importance(importance_C, columns, name)):
-            what = f"{name}: a block's scale overflows in {kind.name}"
-            raise ExportError(what, "export as bf16 or f32, and check the base and the importance matrix")
-    return out.reshape(shape)
+        pieces = _quantize(rows, out, kind, (library, importance), pool)
+        return Encoding(out.reshape(shape), pieces, f"{name}: a block's scale overflows in {kind.name}")
+    for start, end in _pieces(rows, NATIVE_PIECE):
+        piece = torch.from_numpy(out[start:end])
+        if kind in _SIXTEEN_BIT:
+            piece.view(_SIXTEEN_BIT[kind]).copy_(rows[start:end])
+        else:
+            _write_q8_0(rows[start:end], piece)
+    return Encoding(out.reshape(shape))
 
 
 def _pieces(rows_RC: Tensor, values: int) -> list[tuple[int, int]]:
@@ -120,14 +162,16 @@ def _write_q8_0(rows_RC: Tensor, out_RB: Tensor) -> None:
 
 
 def _quantize(
-    rows_RC: Tensor, out_RB: np.ndarray, kind: GGMLQuantizationType, library: Ggml, importance_C: np.ndarray | None
-) -> bool:
-    """Fills `out_RB` by as many threads as torch computes with; false where a block cannot be written."""
-    values = rows_RC.numpy()
+    rows_RC: Tensor,
+    out_RB: np.ndarray,
+    kind: GGMLQuantizationType,
+    how: tuple[Ggml, np.ndarray | None],
+    pool: Executor,
+) -> list[Future[bool]]:
+    """Have `pool` fill `out_RB` piece by piece; false where a block cannot be written."""
+    values, (library, importance_C) = rows_RC.numpy(), how
 
-    def write(piece: tuple[int, int]) -> bool:
-        start, end = piece
+    def write(start: int, end: int) -> bool:
         return library.quantize(kind, values[start:end], out_RB[start:end], importance_C)
 
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        return all(pool.map(write, _pieces(rows_RC, GGML_PIECE)))
+    return [pool.submit(write, *piece) for piece in _pieces(rows_RC, GGML_PIECE)]

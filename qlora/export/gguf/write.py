@@ -7,8 +7,12 @@ no 16-bit model in between, neither on the disk nor in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import gguf
 import numpy as np
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from qlora.events import Progress, Sink
 from qlora.export.gguf.architectures import Layout
-from qlora.export.gguf.encode import encode
+from qlora.export.gguf.encode import Encoding, begin, encode, encoding_threads
 from qlora.export.gguf.family import GgufTensor
 from qlora.export.gguf.metadata import ALIGNMENT, Entry, header, padded
 from qlora.export.llama_cpp.library import Ggml
@@ -75,41 +79,86 @@ def write(
             staged.append(file.product, file.name, file.header(layout))
             for constant in layout.constants.values():
                 staged.append(file.product, file.name, padded(constant.tobytes()))
-    for number, tensor in enumerate(layout.tensors, 1):
-        if number > staged.start:
-            _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools)
-            if number == len(layout.tensors) or layout.tensors[number].name != tensor.name:
-                _end(tensor, files, staged, tools)
-            staged.checkpoint(number)
-        done += math.prod(tensor.shape)
-        sink.emit(Progress("gguf", done, total, "weights"))
+    with encoding_threads() as pool:
+        queue = _InOrder(pool)
+        for number, tensor in enumerate(layout.tensors, 1):
+            if number > staged.start:
+                _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools, queue)
+                if number == len(layout.tensors) or layout.tensors[number].name != tensor.name:
+                    queue.add(partial(_end, tensor, files, staged, tools))
+                queue.add(partial(staged.checkpoint, number))
+            done += math.prod(tensor.shape)
+            queue.add(partial(sink.emit, Progress("gguf", done, total, "weights")))
+        queue.finish()
+
+
+class _InOrder:
+    """What this thread does in this order, some of it when `pool` has encoded a block; what need not wait is done now.
+
+    So the threads have work while the next blocks are read and merged, over the ends of tensors too: GGML_PIECE values
+    at a time, four in a block. Waiting are two blocks and half a one a thread (of 2 MiB, and what they are encoded to).
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self._most = 2 + torch.get_num_threads() // 2
+        self._waiting: deque[tuple[bool, Callable[[], None]]] = deque()
+        self._encoded = 0  # of those that wait
+
+    def add(self, do: Callable[[], None], encoded: bool = False) -> None:
+        """Have `do` done, which waits for a block where `encoded`."""
+        self._waiting.append((encoded, do))
+        self._encoded += encoded
+        while self._waiting and not 0 < self._encoded <= self._most:
+            self._next()
+
+    def finish(self) -> None:
+        while self._waiting:
+            self._next()
+
+    def _next(self) -> None:
+        encoded, do = self._waiting.popleft()
+        self._encoded -= encoded
+        do()
 
 
 def _write_tensor(
-    tensor: GgufTensor, merged: MergedTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools
+    tensor: GgufTensor,
+    merged: MergedTensor,
+    files: Sequence[GgufFile],
+    staged: StagedExport,
+    tools: Tools,
+    queue: _InOrder,
 ) -> None:
-    for block in _taken(tensor, merged):
-        rows = tensor.to_gguf(block.to(torch.float32)).contiguous()
-        encoded: dict[gguf.GGMLQuantizationType, NDArray[np.uint8]] = {}
-        for file in files:
-            kind = file.types[tensor.name]
-            if kind not in encoded:
-                encoded[kind] = encode(rows, kind, tools.library, tools.importance.get(tensor.name), tensor.name)
-            staged.append(file.product, file.name, encoded[kind])
+    how, kinds = (tools.library, tools.importance.get(tensor.name)), {file.types[tensor.name] for file in files}
+    with closing(_taken(tensor, merged)) as blocks:
+        for block in blocks:
+            rows = tensor.to_gguf(block.to(torch.float32)).contiguous()
+            encoded = {kind: begin(rows, kind, how, tensor.name, queue.pool) for kind in kinds}
+            waits = any(one.pieces for one in encoded.values())
+            queue.add(partial(_append, tensor.name, encoded, files, staged), waits)
 
 
-def _taken(tensor: GgufTensor, merged: MergedTensor) -> Iterator[Tensor]:
+def _append(
+    name: str, encoded: Mapping[gguf.GGMLQuantizationType, Encoding], files: Sequence[GgufFile], staged: StagedExport
+) -> None:
+    for file in files:
+        staged.append(file.product, file.name, encoded[file.types[name]].result())
+
+
+def _taken(tensor: GgufTensor, merged: MergedTensor) -> Generator[Tensor, None, None]:
     """The merged rows that the tensor takes, in blocks."""
     first, last = tensor.taken
     start = 0
-    for block in merged.blocks(tensor.unit):
-        if tensor.place is None:
-            yield block
-            continue
-        part = block[max(0, first - start) : max(0, last - start)]
-        start += block.shape[0]
-        if part.shape[0]:
-            yield part
+    with closing(merged.blocks(tensor.unit)) as blocks:
+        for block in blocks:
+            if tensor.place is None:
+                yield block
+                continue
+            part = block[max(0, first - start) : max(0, last - start)]
+            start += block.shape[0]
+            if part.shape[0]:
+                yield part
 
 
 def _end(tensor: GgufTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools) -> None:

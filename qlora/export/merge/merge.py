@@ -7,14 +7,16 @@ with scale = alpha / r, or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023). An embe
 
 W is what the adapter was trained against: the base's weight as its NF4 code says it (`nf4`, rounded to bf16 as in the
 training's forward pass), or the original weight (`full`). Sums are in fp32, rounded once. Nothing is loaded as a model:
-weights are read from the base's shards in blocks of rows and handed on. In memory at a time are a block, and of a
-weight in 4 bit its codes, a quarter of its 16-bit size.
+weights are read from the base's shards in blocks of rows and handed on. In memory at a time are a block, what is read
+ahead of it (`tensors.AHEAD_BYTES`), and of a weight in 4 bit its codes, a quarter of its 16-bit size; where they come
+from the cache, those of its layer (0.1 GB of an 8B model, 0.45 of one of 70B).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +29,7 @@ from qlora.export.merge.parts import VALUES_PER_BLOCK, MergeBase, ParameterSourc
 from qlora.model import nf4
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.tensors import read_tensor
+from qlora.model.tensors import read_ahead, read_tensor
 from qlora.recipe.sections import QuantizationSection
 from qlora.version import __version__
 
@@ -50,13 +52,16 @@ class MergedTensor:
     name: str
     parameter: str
     shape: tuple[int, ...]
-    blocks: Callable[[int], Iterator[Tensor]]
+    blocks: Callable[[int], Generator[Tensor, None, None]]
     dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16)."""
+    """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16).
+
+    `codes` gives a parameter of the base in 4 bit as it is kept already, or None.
+    """
 
     base: BaseFolder
     adapter: Adapter
@@ -65,6 +70,7 @@ class Merge:
     device: torch.device
     plan: Plan
     dtype: torch.dtype = torch.bfloat16
+    codes: Callable[[str], nf4.Quantized | None] = lambda parameter: None
 
     def tensors(self) -> list[MergedTensor]:
         """Every tensor of the merged model, in the order of the base's own.
@@ -123,7 +129,7 @@ class Merge:
     def _dtype(self, source: ParameterSource) -> torch.dtype:
         return torch.float32 if source.in_fp32 else self.dtype
 
-    def _blocks(self, source: ParameterSource, unit: int) -> Iterator[Tensor]:
+    def _blocks(self, source: ParameterSource, unit: int) -> Generator[Tensor, None, None]:
         """Blocks of rows of one parameter, merged, on the CPU."""
         add = _adder(source.lora, self.device, lambda: self._base_blocks(source, 1)) if source.lora else None
         start = 0
@@ -140,28 +146,35 @@ class Merge:
         if len(source.shape) < 2:
             yield read_tensor(source.entry)
             return
-        read: Callable[[int, int], Tensor] = lambda start, end: read_tensor(source.entry, (start, end))  # noqa: E731
         rows, columns = source.shape[0], math.prod(source.shape[1:])
+        read = None
         if source.storage != "plain":
             quantized = self._quantized(source)
             read, unit = nf4.row_reader(quantized, torch.bfloat16), math.lcm(unit, nf4.row_unit(quantized))
-        step = max(1, VALUES_PER_BLOCK // max(1, unit * columns)) * unit
-        for start in range(0, rows, step):
-            yield read(start, min(rows, start + step))
+        spans = _spans(rows, max(1, VALUES_PER_BLOCK // max(1, unit * columns)) * unit)
+        yield from read_ahead(source.entry, spans) if read is None else (read(*span) for span in spans)
 
     def _quantized(self, source: ParameterSource) -> nf4.Quantized:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""
         if source.storage == "packed":
             return nf4.stored_4bit(self.base, source.tensor, self.device)
-        quantization, entry = self.quantization, source.entry
-        return nf4.quantize_rows(
-            lambda start, end: read_tensor(entry, (start, end)).to(torch.bfloat16),
-            source.shape,
-            quantization.type,
-            quantization.double_quant,
-            self.device,
-            VALUES_PER_BLOCK,
-        )
+        if (kept := self.codes(source.parameter)) is not None:
+            return kept
+        rows, columns = source.shape[0], math.prod(source.shape[1:])
+        blocks = read_ahead(source.entry, _spans(rows, nf4.rows_in_block(columns, VALUES_PER_BLOCK)))
+        with closing(blocks):
+            return nf4.quantize_rows(
+                lambda start, end: next(blocks).to(torch.bfloat16),  # it asks for the same rows, in order
+                source.shape,
+                self.quantization.type,
+                self.quantization.double_quant,
+                self.device,
+                VALUES_PER_BLOCK,
+            )
+
+
+def _spans(rows: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 # --- arithmetic on blocks of rows -------------------------------------------------------------------------------------

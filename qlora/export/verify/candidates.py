@@ -16,6 +16,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlora.batch import Batch
@@ -132,9 +133,19 @@ def dequantized_rows(entry: Any, start: int, end: int) -> Tensor:
     stacked matrices the rows are counted through."""
     flat = len(entry.shape) == 1
     data = entry.data.reshape(1, -1) if flat else entry.data.reshape(-1, entry.data.shape[-1])[start:end]
-    # A copy: an F32 tensor would be the mapped file itself, which is read-only.
-    block = torch.from_numpy(np.array(gguf.quants.dequantize(data, entry.tensor_type)))
+    block = torch.from_numpy(_dequantize(data, entry.tensor_type))
     return block[0] if flat else block
+
+
+def _dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> NDArray[np.float32]:
+    """What gguf makes of bytes, in memory of its own; of Q8_0, most of what is exported, without its groups of rows."""
+    if kind == gguf.GGMLQuantizationType.Q8_0:
+        blocks = data.reshape(*data.shape[:-1], -1, 34)
+        values: NDArray[np.float32] = blocks[..., 2:].view(np.int8).astype(np.float32)
+        values *= blocks[..., :2].copy().view(np.float16).astype(np.float32)
+        return values.reshape(*data.shape[:-1], -1)
+    found: NDArray[np.float32] = gguf.quants.dequantize(data, kind)
+    return found.copy() if np.may_share_memory(found, data) else found  # F32 is the mapped file, which is read-only
 
 
 def _fetch(model: Any, weights: Weights, name: str, empty: Tensor) -> Tensor:

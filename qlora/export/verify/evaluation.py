@@ -28,6 +28,7 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Sink
 from qlora.export.verify.fidelity import MOST_TOKENS
 from qlora.model.delivered_loss import DeliveredLoss
+from qlora.model.weight_receiving import device_of
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective, SupervisedObjective
 
@@ -145,7 +146,7 @@ def compare(model: Any, rows: EvalRows, recorded: DeliveredLoss, sink: Sink) -> 
         sink.emit(Notice("verify", f"{message}: it is not compared"))
         return None
     causal_lm = model.get_base_model()
-    parts, device = CausalParts.of(causal_lm), next(causal_lm.parameters()).device
+    parts, device = CausalParts.of(causal_lm), device_of(causal_lm)
     with evaluating(model):
         losses = [summed_loss(parts, SupervisedObjective(), batch, device) for batch in rows.sample(recorded.every)]
     here, there = mean(losses), recorded.sample_loss

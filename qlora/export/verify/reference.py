@@ -122,8 +122,10 @@ def trained_reference(
         raise ExportError("`imatrix` needs the rows of a run", "name a run's folder whose data files are still there")
     import_bitsandbytes()
     release(source.device)  # a run's model may still be held by what refers to itself
-    model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink)
+    model = load.load_base(source.base, source.origin.quantization, "auto", source.device, sink, source.cache)
     base_check.refuse_another(source, model.base_identity)
+    if model.base_was_kept:  # a merge reads the base's own files, of which samples alone were looked at
+        base_check.read_through(source, sink)
     reference = TrainedReference(source, chat, model.base_identity)
     model = adapters.open_saved(model, source.adapter.folder)
     if imatrix and rows is not None:  # from its training rows; from evaluation rows where these are all there are

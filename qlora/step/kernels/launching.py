@@ -14,6 +14,11 @@ from qlora import device
 BLOCK = 1024
 DEQUANTIZED_BYTES = 512  # of codes a program: 1,024 values
 LARGEST_ROW = 16384  # values of a norm's row, which one program holds in registers
+TILE = (16, 128)  # rows and columns of what takes an adapter's share: 8 values a thread of TILE_WARPS, of e and of g
+TILE_WARPS = 8
+PAIRS = 1024  # that are turned at a time, of several heads
+# Of a row of logits at a time, 8 values a thread; the second time a row (512 KiB of 262,144) is read from the L2 cache.
+LOGITS, LOGITS_WARPS = 2048, 8
 
 
 def gated(e: Tensor, g: Tensor, h: Tensor) -> None:
@@ -60,6 +65,49 @@ def dequantize(codes: Tensor, tables: tuple[Tensor, ...], weight: Tensor) -> Non
     with _on(codes):
         grid = (_cover(count, DEQUANTIZED_BYTES),)
         source.dequantize[grid](codes, values, absmax, constants, nested, offset, weight, count, **settings)
+
+
+def gated_adapted(
+    pair: tuple[Tensor, Tensor], adapters: tuple[Tensor, ...], scales: Any, keeps: bool, h: Tensor
+) -> None:
+    """`pair`: e and g; `adapters`: x A' of both, then B of both."""
+    from qlora.step.kernels import source
+
+    (rows, width), (low_e, low_g, up_e, up_g) = h.shape, adapters
+    sizes = (rows, width, low_e.stride(0), low_g.stride(0), up_e.shape[1], up_g.shape[1], *scales)
+    shape = {"KEEPS": keeps, "ROWS": TILE[0], "COLUMNS": TILE[1], "num_warps": TILE_WARPS}
+    with _on(h):
+        grid = (_cover(rows, TILE[0]), _cover(width, TILE[1]))
+        source.gated_adapted[grid](*pair, low_e, low_g, up_e, up_g, h, *sizes, **shape)
+
+
+def rope_qk(pair: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor], form: int, back: bool, into: Any) -> None:
+    """`pair`: q and k (B, heads, S, D), values of a head side by side; `tables`: cosines and sines (B or 1, S, R)."""
+    from qlora.step.kernels import source
+
+    (q, k), (cos, sin) = pair, tables
+    (rows, q_heads, length, width), turned = q.shape, cos.shape[-1]
+    table_row = length * turned if cos.shape[0] > 1 else 0
+    sizes = (length, q_heads, k.shape[1], *q.stride()[:3], *k.stride()[:3], table_row, width, turned)
+    with _on(q):
+        source.rope_qk[(rows * length,)](q, k, cos, sin, *into, *sizes, **turning(width, turned, form, back))
+
+
+def turning(width: int, turned: int, form: int, back: bool) -> dict[str, Any]:
+    """A program's constants, for heads of so many columns of which so many are turned."""
+    half, rest = row_block(turned // 2), width - turned
+    heads = max(1, PAIRS // half)
+    return {"BACK": back, "FORM": form, "HEADS": heads, "HALF": half, "REST": row_block(rest) if rest else 0}
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, scaling: tuple[float, float], into: Tensor) -> None:
+    """`scaling`: what logits are multiplied by, and their cap (0: none); `into`: log-probabilities in float32."""
+    from qlora.step.kernels import source
+
+    rows, width = logits.shape
+    shape = {"CAPPED": scaling[1] > 0, "BLOCK": min(LOGITS, row_block(width)), "num_warps": LOGITS_WARPS}
+    with _on(logits):
+        source.cross_entropy[(rows,)](logits, targets, weights, into, width, *scaling, **shape)
 
 
 def row_block(width: int) -> int:

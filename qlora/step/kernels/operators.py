@@ -5,6 +5,7 @@ On a GPU a kernel runs, on `meta` its outputs are made, and on a CPU its twin ru
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,21 @@ _LIBRARY.define(
     "dequantize(Tensor codes, Tensor values, Tensor absmax, Tensor constants, Tensor nested, Tensor offset, "
     "int rows, int columns, ScalarType dtype) -> Tensor"
 )
+_LIBRARY.define(
+    "gated_adapted(Tensor e, Tensor g, Tensor low_e, Tensor low_g, Tensor up_e, Tensor up_g, float scale_e, "
+    "float scale_g) -> Tensor"
+)
+_LIBRARY.define(
+    "gated_adapted_(Tensor(a!) e, Tensor(b!) g, Tensor low_e, Tensor low_g, Tensor up_e, Tensor up_g, float scale_e, "
+    "float scale_g) -> Tensor"
+)
+_LIBRARY.define("rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, int form, bool back) -> (Tensor, Tensor)")
+_LIBRARY.define("cross_entropy_(Tensor(a!) logits, Tensor targets, Tensor weights, float factor, float cap) -> Tensor")
+# Which columns of a head are turned together: i and i + half of them; 2i and 2i + 1; these by the angle of column i.
+HALVES, NEIGHBOURS, NEIGHBOURS_BY_HALF = FORMS = (0, 1, 2)
 _NESTED = 256  # constants that share one of their own (bitsandbytes' double quantization)
 _VALUES = 64  # that share a constant
+_ROWS = 64  # of logits that are computed in float32 at a time, without a kernel
 
 
 def gated(e: Tensor, g: Tensor) -> Tensor:
@@ -58,6 +72,34 @@ def dequantize(codes: Tensor, tables: tuple[Tensor, ...], shape: tuple[int, int]
     return torch.ops.qlora.dequantize(codes, *tables, *shape, dtype)  # type: ignore[no-any-return]
 
 
+def gated_adapted(
+    e: Tensor, g: Tensor, adapters: tuple[Tensor, ...], scales: tuple[float, float], keeps: bool
+) -> Tensor:
+    """silu(e) * g of outputs (N, F) that lack their adapters' share, scale * low B'.
+
+    `adapters` are low (N, r) of both, then B (F, r) of both. `keeps`: the whole outputs go over e and g.
+    """
+    operator = torch.ops.qlora.gated_adapted_ if keeps else torch.ops.qlora.gated_adapted
+    return operator(e, g, *adapters, *scales)  # type: ignore[no-any-return]
+
+
+def rope_qk(q: Tensor, k: Tensor, tables: tuple[Tensor, Tensor], form: int, back: bool) -> tuple[Tensor, Tensor]:
+    """q and k (B, heads, S, D) turned by their positions (Su et al. 2021, section 3.4.2), laid out as (B, S, heads, D).
+
+    `tables` are cosines and sines (B or 1, S, R); R of D columns are turned, the others stay. `back`: by the negative
+    angles, which is what becomes of gradients.
+    """
+    return torch.ops.qlora.rope_qk(q, k, *tables, form, back)  # type: ignore[no-any-return]
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor, factor: float, cap: float) -> Tensor:
+    """Log-probabilities (N,) of `targets`, in float32; over logits (N, V) go the gradients of -sum(weights * them).
+
+    What a model does with its logits is part of it: times `factor`, then cap * tanh(logits / cap) where `cap` is not 0.
+    """
+    return torch.ops.qlora.cross_entropy_(logits, targets, weights, factor, cap)  # type: ignore[no-any-return]
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +127,24 @@ def _dequantize_on_card(codes: Tensor, *rest: Any) -> Tensor:
     return weight
 
 
+def _gated_adapted_on_card(keeps: bool, e: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    h = torch.empty_like(e)
+    launching.gated_adapted((e, g), rest[:4], rest[4:], keeps, h)
+    return h
+
+
+def _rope_qk_on_card(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: int, back: bool) -> tuple[Tensor, Tensor]:
+    into = _rope_qk_on_meta(q, k)
+    launching.rope_qk((q, k), (cos, sin), form, back, into)
+    return into
+
+
+def _cross_entropy_on_card(logits: Tensor, targets: Tensor, weights: Tensor, *scaling: float) -> Tensor:
+    into = torch.empty_like(weights)
+    launching.cross_entropy(logits, targets, weights, scaling, into)  # type: ignore[arg-type]
+    return into
+
+
 # --- on meta ----------------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +155,16 @@ def _rms_norm_on_meta(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> 
 def _dequantize_on_meta(codes: Tensor, *rest: Any) -> Tensor:
     *_, rows, columns, dtype = rest
     return torch.empty((rows, columns), dtype=dtype, device=codes.device)
+
+
+def _rope_qk_on_meta(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _token_by_token(q), _token_by_token(k)
+
+
+def _token_by_token(x: Tensor) -> Tensor:
+    """Room for (B, heads, S, D), in which the heads of a token lie side by side: attention and products take it so."""
+    _, heads, length, width = x.shape
+    return x.new_empty_strided(x.shape, (length * heads * width, width, heads * width, 1))
 
 
 # --- in plain torch ---------------------------------------------------------------------------------------------------
@@ -144,6 +214,51 @@ def _dequantize_plainly(
     return both.view(rows, columns).to(dtype)  # type: ignore[arg-type]
 
 
+def _gated_adapted_plainly(keeps: bool, e: Tensor, g: Tensor, *rest: Any) -> Tensor:
+    low_e, low_g, up_e, up_g, *scales = rest
+    whole = []
+    for y, low, up, scale in ((e, low_e, up_e, scales[0]), (g, low_g, up_g, scales[1])):
+        whole.append((y.float() + low.float() @ up.float().t() * scale).to(y.dtype))
+    h = _gated_plainly(*whole)
+    for y, one in zip((e, g), whole, strict=True) if keeps else ():
+        y.copy_(one)
+    return h
+
+
+def _rope_qk_plainly(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, form: int, back: bool) -> tuple[Tensor, Tensor]:
+    into, turned = _rope_qk_on_meta(q, k), cos.shape[-1]
+    halves = (slice(turned // 2), slice(turned // 2, turned))
+    pairs = {HALVES: halves, NEIGHBOURS: (slice(0, turned, 2), slice(1, turned, 2))}
+    first, second = pairs[min(form, NEIGHBOURS)]
+    angles = (halves[0], halves[0]) if form == NEIGHBOURS_BY_HALF else (first, second)
+    wide_cos, wide_sin = (one.float().unsqueeze(1) for one in (cos, sin))
+    first_cos, second_cos, first_sin, second_sin = (one[..., at] for one in (wide_cos, wide_sin) for at in angles)
+    onto_first, onto_second = (second_sin, -first_sin) if back else (-first_sin, second_sin)
+    for x, to in zip((q, k), into, strict=True):
+        one, other = x[..., first].float(), x[..., second].float()
+        to[..., first] = (one * first_cos + other * onto_first).to(x.dtype)
+        to[..., second] = (other * second_cos + one * onto_second).to(x.dtype)
+        to[..., turned:] = x[..., turned:]
+    return into
+
+
+def _cross_entropy_plainly(logits: Tensor, targets: Tensor, weights: Tensor, factor: float, cap: float) -> Tensor:
+    logprobs = torch.empty_like(weights)
+    for start in range(0, len(logits), _ROWS):
+        part = slice(start, start + _ROWS)
+        z = logits[part].float()
+        z = z.mul_(factor) if factor != 1 else z
+        z = z.div_(cap).tanh_().mul_(cap) if cap else z
+        log_total, rows = z.logsumexp(dim=-1, keepdim=True), torch.arange(len(z), device=z.device)
+        logprobs[part] = z[rows, targets[part]] - log_total[:, 0]
+        inner = 1 - (z / cap).square_() if cap else None
+        gradient = z.sub_(log_total).exp_()
+        gradient[rows, targets[part]] -= 1
+        gradient *= (weights[part] * factor)[:, None]
+        logits[part] = gradient if inner is None else gradient.mul_(inner)
+    return logprobs
+
+
 def _register(name: str, on_card: Any, on_meta: Any, plainly: Any) -> None:
     for key, function in (("CUDA", on_card), ("Meta", on_meta), ("CPU", plainly)):
         _LIBRARY.impl(name, function, key)
@@ -157,5 +272,24 @@ _register(
     _rms_norm_backward_on_card,
     lambda grad_y, x, *rest: torch.empty_like(x),
     _rms_norm_backward_plainly,
+)
+_register(
+    "gated_adapted",
+    partial(_gated_adapted_on_card, False),
+    lambda e, *rest: torch.empty_like(e),
+    partial(_gated_adapted_plainly, False),
+)
+_register(
+    "gated_adapted_",
+    partial(_gated_adapted_on_card, True),
+    lambda e, *rest: torch.empty_like(e),
+    partial(_gated_adapted_plainly, True),
+)
+_register("rope_qk", _rope_qk_on_card, _rope_qk_on_meta, _rope_qk_plainly)
+_register(
+    "cross_entropy_",
+    _cross_entropy_on_card,
+    lambda logits, targets, weights, *scaling: torch.empty_like(weights),
+    _cross_entropy_plainly,
 )
 _register("dequantize", _dequantize_on_card, _dequantize_on_meta, _dequantize_plainly)

@@ -100,3 +100,148 @@ def dequantize(
     both = tl.interleave(first, second)
     into = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
     tl.store(weight_ptr + into, both.to(weight_ptr.dtype.element_ty), mask=into < 2 * count)
+
+
+@triton.jit
+def gated_adapted(
+    e_ptr, g_ptr, low_e_ptr, low_g_ptr, up_e_ptr, up_g_ptr, h_ptr,
+    rows, width, low_e_row, low_g_row, rank_e, rank_g, scale_e, scale_g,
+    KEEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """h = silu(e) * g, where e and g (rows, width) still lack scale * low B' of their adapters; low (rows, rank) and
+    B (width, rank). KEEPS: the sums go into the places of e and g, rounded as they are read again."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row_inside, column_inside = row < rows, column < width
+    at = row[:, None] * width + column[None, :]
+    inside = row_inside[:, None] & column_inside[None, :]
+    e = adapted(e_ptr, low_e_ptr, up_e_ptr, row, column, rows, width, low_e_row, rank_e, scale_e, ROWS, COLUMNS)
+    g = adapted(g_ptr, low_g_ptr, up_g_ptr, row, column, rows, width, low_g_row, rank_g, scale_g, ROWS, COLUMNS)
+    if KEEPS:
+        tl.store(e_ptr + at, e, mask=inside)
+        tl.store(g_ptr + at, g, mask=inside)
+    wide = e.to(tl.float32)
+    h = wide / (1.0 + tl.exp(-wide)) * g.to(tl.float32)
+    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def adapted(
+    y_ptr, low_ptr, up_ptr, row, column, rows, width, low_row, rank, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """A tile of y + scale * low B', as outer products: a rank is too small for tensor cores to gain by."""
+    row_inside, column_inside = row < rows, column < width
+    share = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for at in range(rank):
+        low = tl.load(low_ptr + row * low_row + at, mask=row_inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + column * rank + at, mask=column_inside, other=0.0).to(tl.float32)
+        share += low[:, None] * up[None, :]
+    inside = row_inside[:, None] & column_inside[None, :]
+    y = tl.load(y_ptr + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    return (y + share * scale).to(y_ptr.dtype.element_ty)
+
+
+@triton.jit
+def rope_qk(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, into_q_ptr, into_k_ptr, length, q_heads, k_heads,
+    q_row, q_head, q_token, k_row, k_head, k_token, table_row, width, turned,
+    BACK: tl.constexpr, FORM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """The heads of a token a program, from (B, heads, S, width) of any strides into (B, S, heads, width).
+
+    FORM 0: columns i and i + turned/2 are a pair; 1: columns 2i and 2i + 1; 2: as 1, whose angle is that of column i.
+    BACK: turned back, as gradients are. Columns behind `turned` are copied (REST of them, or 0).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    row, place = token // length, token % length
+    at = tl.arange(0, HALF)
+    inside = at < turned // 2
+    first = at if FORM == 0 else 2 * at
+    second = at + turned // 2 if FORM == 0 else 2 * at + 1
+    table = row * table_row + place * turned
+    first_angle = table + (at if FORM == 2 else first)
+    second_angle = table + (at if FORM == 2 else second)
+    first_cos = tl.load(cos_ptr + first_angle, mask=inside, other=0.0).to(tl.float32)
+    second_cos = tl.load(cos_ptr + second_angle, mask=inside, other=0.0).to(tl.float32)
+    first_sin = tl.load(sin_ptr + first_angle, mask=inside, other=0.0).to(tl.float32)
+    second_sin = tl.load(sin_ptr + second_angle, mask=inside, other=0.0).to(tl.float32)
+    onto_first = second_sin if BACK else -first_sin
+    onto_second = -first_sin if BACK else second_sin
+    q_from, k_from = q_ptr + row * q_row + place * q_token, k_ptr + row * k_row + place * k_token
+    q_to, k_to = into_q_ptr + token * q_heads * width, into_k_ptr + token * k_heads * width
+    for start in range(0, q_heads, HEADS):
+        turn(
+            q_from, q_to, start, q_heads, q_head, width, turned, first, second, inside,
+            first_cos, second_cos, onto_first, onto_second, HEADS, REST,
+        )  # fmt: skip
+    for start in range(0, k_heads, HEADS):
+        turn(
+            k_from, k_to, start, k_heads, k_head, width, turned, first, second, inside,
+            first_cos, second_cos, onto_first, onto_second, HEADS, REST,
+        )  # fmt: skip
+
+
+@triton.jit
+def turn(
+    x_ptr, into_ptr, start, heads, head_stride, width, turned, first, second, inside,
+    first_cos, second_cos, onto_first, onto_second, HEADS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads from the `start`-th on, each pair (x, y) of columns by its angle."""
+    head = start + tl.arange(0, HEADS)
+    there = (head < heads)[:, None] & inside[None, :]
+    source, into = x_ptr + head[:, None] * head_stride, into_ptr + head[:, None] * width
+    x = tl.load(source + first[None, :], mask=there, other=0.0).to(tl.float32)
+    y = tl.load(source + second[None, :], mask=there, other=0.0).to(tl.float32)
+    kind = into_ptr.dtype.element_ty
+    tl.store(into + first[None, :], (x * first_cos[None, :] + y * onto_first[None, :]).to(kind), mask=there)
+    tl.store(into + second[None, :], (y * second_cos[None, :] + x * onto_second[None, :]).to(kind), mask=there)
+    if REST > 0:
+        rest = turned + tl.arange(0, REST)
+        beside = (head < heads)[:, None] & (rest < width)[None, :]
+        tl.store(into + rest[None, :], tl.load(source + rest[None, :], mask=beside), mask=beside)
+
+
+@triton.jit
+def cross_entropy(
+    logits_ptr, targets_ptr, weights_ptr, logprobs_ptr, width, factor, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Over a row of logits goes the gradient of -weight * log-probability of its target, which is put out.
+
+    z = factor * logit, and with CAPPED cap * tanh(z / cap). Two ways through the row: its largest z and the sum of
+    exp(z - largest), kept for each place of a block and joined behind the last one; then the gradient.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * width
+    target, weight = tl.load(targets_ptr + row), tl.load(weights_ptr + row)
+    # Before the sums, at which all threads meet: behind them one may be overwriting it already.
+    of_target = scaled(tl.load(logits_ptr + target).to(tl.float32), factor, cap, CAPPED)
+    at = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), -3.0e38, dtype=tl.float32)  # finite: from infinity nothing can be taken away
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + at < width
+        z = scaled(tl.load(logits_ptr + start + at, mask=inside, other=0.0).to(tl.float32), factor, cap, CAPPED)
+        higher = tl.where(inside, tl.maximum(largest, z), largest)
+        total = total * tl.exp(largest - higher) + tl.where(inside, tl.exp(z - higher), 0.0)
+        largest = higher
+    top = tl.max(largest, axis=0)
+    log_total = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    tl.store(logprobs_ptr + row, of_target - log_total)
+    for start in range(0, width, BLOCK):
+        inside = start + at < width
+        z = scaled(tl.load(logits_ptr + start + at, mask=inside, other=0.0).to(tl.float32), factor, cap, CAPPED)
+        gradient = (tl.exp(z - log_total) - tl.where(start + at == target, 1.0, 0.0)) * weight * factor
+        if CAPPED:
+            gradient *= 1.0 - (z / cap) * (z / cap)
+        tl.store(logits_ptr + start + at, gradient.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scaled(logits, factor, cap, CAPPED: tl.constexpr):
+    """factor * logit; CAPPED: cap * tanh of it over cap, by exponentials that cannot overflow."""
+    z = logits * factor
+    if CAPPED:
+        shrunk = tl.exp(-2.0 * tl.abs(z) / cap)
+        size = cap * (1.0 - shrunk) / (1.0 + shrunk)
+        z = tl.where(z < 0, -size, size)
+    return z

@@ -54,4 +54,40 @@ def _outcomes(device: torch.device) -> list[Tensor]:
         found += [y, inverse, operators.rms_norm_backward(x.flip(1), x, weight, inverse, from_one)]
     over = [x.flip(1), x.clone(), x.flip(0)]
     operators.gated_backward_(over[0], over[1], over[2])
-    return [one.cpu() for one in (*found, *over)]
+    return [one.cpu() for one in (*found, *over, *_fused(x), *_turned(x), *_losses(x))]
+
+
+def _fused(x: Tensor) -> list[Tensor]:
+    """More rows and columns than a tile has, and another rank for each of two adapters."""
+    e, g = x.view(-1, 1).repeat(1, 150)[:40], x.view(1, -1).repeat(40, 1)[:, :150].contiguous()
+    low_e, low_g, up_e, up_g = (x.view(-1)[: rows * rank].view(rows, rank) for rows, rank in _SHARES)
+    adapters, scales = (low_e, low_g, torch.cat([up_e] * 5), torch.cat([up_g] * 5)), (0.5, 2.0)
+    return [
+        operators.gated_adapted(e, g, adapters, scales, False),
+        operators.gated_adapted(e, g, adapters, scales, True),
+        *(e, g),
+    ]
+
+
+_SHARES = ((40, 3), (40, 4), (30, 3), (30, 4))
+
+
+def _turned(x: Tensor) -> list[Tensor]:
+    """q of three heads and k of one, (2, heads, 4, 8), of which all columns are turned, or 6."""
+    values = x.view(-1)
+    q, k = values.view(2, 4, 3, 8).transpose(1, 2), values[:64].view(2, 1, 4, 8)
+    found: list[Tensor] = []
+    for form in operators.FORMS:
+        for back, turned in ((False, 8), (True, 6)):
+            tables = (values[: 4 * turned].view(1, 4, turned), values[-8 * turned :].view(2, 4, turned)[:1])
+            found += operators.rope_qk(q, k, tables, form, back)
+    return found
+
+
+def _losses(x: Tensor) -> list[Tensor]:
+    """Rows longer than what is read at a time, plain, and scaled and capped."""
+    found, weights = [], torch.tensor([0.5, 2.0], device=x.device)
+    for factor, cap in ((1.0, 0.0), (2.0, 4.0)):
+        logits, targets = x.repeat(1, 50), torch.tensor([4000, 4799], device=x.device)
+        found += [operators.cross_entropy_(logits, targets, weights, factor, cap), logits]
+    return found

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from qlora.errors import ExportError
 from qlora.events import Progress, Recorder
+from qlora.export.gguf import encode
 from qlora.export.gguf.plan import Tokens, plan
 from qlora.export.gguf.write import GgufFile, Tools, write
 from qlora.export.staging import StagedExport
@@ -84,3 +90,61 @@ def test_a_pass_that_was_stopped_is_gone_on_with(llama: Path, tmp_path: Path) ->
     read.clear()
     assert run(tmp_path / "stopped", -1) == whole
     assert read == [tensor.parameter for tensor in planned.layout.tensors[5:]]
+
+
+class SlowGgml:
+    """In the place of ggml: a piece takes a while, and its bytes say which values they are of."""
+
+    def __init__(self) -> None:
+        self.drawn, self.at_once, self.most = random.Random(3), 0, 0
+        self.counting = threading.Lock()
+
+    def quantize(self, kind: object, rows_RC: np.ndarray, out_RB: np.ndarray, importance: object) -> bool:
+        with self.counting:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        time.sleep(self.drawn.random() / 200)
+        out_RB[:] = rows_RC.astype(np.float16).view(np.uint8)[:, : out_RB.shape[1]]
+        with self.counting:
+            self.at_once -= 1
+        return bool(np.isfinite(rows_RC).all()) and float(np.abs(rows_RC).max()) < 1e3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_that_are_encoded_side_by_side_are_written_in_order(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    base = resolve(str(llama), "main", Recorder())
+    planned = plan(base, None, Tokens(), ("f16",))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(encode, "GGML_PIECE", 512)
+    kinds = planned.choices["f16"].types
+    ggml_kinds = {name: gguf.GGMLQuantizationType.Q5_0 if kind.name == "F16" else kind for name, kind in kinds.items()}
+    file = GgufFile("a", "model.gguf", (), ggml_kinds)
+    ggml, written = SlowGgml(), []
+    monkeypatch.setattr(StagedExport, "append", lambda self, key, name, data: written.append(bytes(memoryview(data))))
+    with StagedExport.open({"a": tmp_path / "x"}, {}, 1 << 20) as staged:
+        write(planned.layout, plain_tensors(base), [file], staged, Tools(ggml, {}), Recorder())  # type: ignore[arg-type]
+    expected = file.header(planned.layout)
+    for tensor in planned.layout.tensors:
+        rows = tensor.to_gguf(load_file(llama / "model.safetensors")[tensor.parameter].float()).contiguous()
+        made = encode.encode(rows, ggml_kinds[tensor.name], SlowGgml())  # type: ignore[arg-type]
+        expected += made.tobytes() + bytes(-made.nbytes % 32)
+    assert b"".join(written) == expected
+    assert ggml.most == threads
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+def test_a_scale_that_overflows_ends_the_pass_and_its_threads(llama: Path, tmp_path: Path) -> None:
+    base = resolve(str(llama), "main", Recorder())
+    planned = plan(base, None, Tokens(), ("f16",))
+    types = dict.fromkeys(planned.choices["f16"].types, gguf.GGMLQuantizationType.Q5_0)
+    large = plain_tensors(base)
+    object.__setattr__(large[3], "blocks", lambda unit: (torch.full(large[3].shape, 1e4) for _ in range(1)))
+    with (
+        pytest.raises(ExportError, match="scale overflows in Q5_0"),
+        StagedExport.open({"a": tmp_path / "x"}, {}, 1 << 20) as staged,
+    ):
+        write(planned.layout, large, [GgufFile("a", "f", (), types)], staged, Tools(SlowGgml(), {}), Recorder())  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("encode", "write", "sha256"))]

@@ -13,12 +13,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qlora.step.kernels import launching, source
+from qlora.step.kernels import launching, operators, source
 
 WIDTH = launching.LARGEST_ROW
 TABLES = {"values_ptr": "*fp32", "constants_ptr": "*fp32", "nested_ptr": "*fp32", "offset_ptr": "*fp32"}
 ROW = {"width": "i32", "weight_ptr": "*bf16", "inverse_ptr": "*fp32"}
 ROW_SHAPE = {"FROM_ONE": False, "BLOCK": launching.row_block(WIDTH)}
+HEADS_SHAPE = launching.turning(256, 192, operators.HALVES, True)  # the widest heads, of which not all is turned
+ADAPTED = {f"{name}_ptr": "*bf16" for name in ("e", "g", "low_e", "low_g", "up_e", "up_g", "h")}
+SIZES = dict.fromkeys(("rows", "width", "low_e_row", "low_g_row", "rank_e", "rank_g"), "i32")
+TURNED = {f"{name}_ptr": "*bf16" for name in ("q", "k", "cos", "sin", "into_q", "into_k")}
+STRIDES = {f"{name}_{place}": "i32" for name in ("q", "k") for place in ("heads", "row", "head", "token")}
 # Of each kernel: its arguments' types, its constants, its warps.
 KERNELS = {
     "gated": ({"e_ptr": "*bf16", "g_ptr": "*bf16", "h_ptr": "*bf16", "count": "i64"}, {"BLOCK": launching.BLOCK}, 4),
@@ -33,6 +38,32 @@ KERNELS = {
         ROW_SHAPE,
         launching.warps(WIDTH),
     ),
+    **{
+        f"gated_adapted{'_' * keeps}": (
+            {**ADAPTED, **SIZES, "scale_e": "fp32", "scale_g": "fp32"},
+            {"KEEPS": keeps, "ROWS": launching.TILE[0], "COLUMNS": launching.TILE[1]},
+            launching.TILE_WARPS,
+        )
+        for keeps in (False, True)
+    },
+    "rope_qk": (
+        {**TURNED, **STRIDES, "length": "i32", "table_row": "i32", "width": "i32", "turned": "i32"},
+        HEADS_SHAPE,
+        4,
+    ),
+    "cross_entropy": (
+        {
+            "logits_ptr": "*bf16",
+            "targets_ptr": "*i64",
+            "weights_ptr": "*fp32",
+            "logprobs_ptr": "*fp32",
+            "width": "i32",
+            "factor": "fp32",
+            "cap": "fp32",
+        },
+        {"CAPPED": True, "BLOCK": launching.LOGITS},
+        launching.LOGITS_WARPS,
+    ),
     "dequantize": (
         {"codes_ptr": "*u8", "absmax_ptr": "*u8", "weight_ptr": "*bf16", "count": "i64", **TABLES},
         {"BLOCK": launching.DEQUANTIZED_BYTES},
@@ -43,7 +74,7 @@ KERNELS = {
 
 def resources(name: str, capability: int) -> dict[str, int]:
     types, constants, warps = KERNELS[name]
-    kernel = getattr(source, name)
+    kernel = getattr(source, name.rstrip("_"))
     signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
     asked = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     options = {"num_warps": warps, "enable_fp_fusion": name != "dequantize"}

@@ -53,6 +53,49 @@ def norms(kind: torch.dtype) -> dict[str, float]:
     return found
 
 
+def adapted(kind: torch.dtype) -> dict[str, float]:
+    """Tiles that are not full, another rank and another row of x A' for each of the two."""
+    found = {}
+    for keeps in (False, True):
+        e, g, both = torch.randn(40, 150).to(kind), torch.randn(40, 150).to(kind), torch.randn(40, 9).to(kind)
+        ups = torch.randn(150, 3).to(kind), torch.randn(150, 6).to(kind)
+        adapters, scales = (both[:, :3], both[:, 3:], *ups), (0.5, 2.0)
+        (own_e, own_g), h = (e.clone(), g.clone()), torch.empty_like(e)
+        launching.gated_adapted((own_e, own_g), adapters, scales, keeps, h)
+        right = operators.gated_adapted(e, g, adapters, scales, keeps)
+        pairs = ((h, right), (own_e, e), (own_g, g))
+        found[f"gated adapted {keeps}"] = max(apart(*pair) for pair in pairs)
+    return found
+
+
+def turned(kind: torch.dtype) -> dict[str, float]:
+    """Heads that lie apart, tables for every row and for all rows, columns that stay."""
+    found = {}
+    for form in operators.FORMS:
+        for back, turned, rows in ((False, 16, 2), (True, 16, 1), (False, 12, 1), (True, 12, 2)):
+            q, k = torch.randn(2, 7, 5, 16).to(kind).transpose(1, 2), torch.randn(2, 3, 7, 20).to(kind)[..., 2:18]
+            tables = torch.randn(rows, 7, turned).to(kind), torch.randn(rows, 7, turned).to(kind)
+            into = ops.rope_qk(q.to("meta"), k.to("meta"), *(one.to("meta") for one in tables), form, back)
+            into = tuple(torch.empty_strided(one.shape, one.stride(), dtype=kind) for one in into)
+            launching.rope_qk((q, k), tables, form, back, into)
+            right = operators.rope_qk(q, k, tables, form, back)
+            found[f"rope {form} {back} {turned}"] = max(apart(*pair) for pair in zip(into, right, strict=True))
+    return found
+
+
+def losses(kind: torch.dtype) -> dict[str, float]:
+    """Rows that are no whole number of blocks, with a logit of minus infinity in each."""
+    found = {}
+    for factor, cap in ((1.0, 0.0), (0.5, 0.0), (2.0, 3.0)):
+        logits, weights = (3 * torch.randn(3, 9001)).to(kind), torch.tensor([1.0, 0.0, 2.5])
+        logits[:, 5000] = -float("inf")
+        targets, own, into = torch.tensor([0, 4096, 9000]), logits.clone(), torch.empty(3)
+        launching.cross_entropy(own, targets, weights, (factor, cap), into)
+        right = operators.cross_entropy_(logits, targets, weights, factor, cap)
+        found[f"loss {factor} {cap}"] = max(apart(into, right), apart(own, logits))
+    return found
+
+
 def dequantized(kind: torch.dtype) -> dict[str, float]:
     """To the bit: values whose last program is not full, and a last nested block that is not either."""
     weight = torch.randn(70, 448).bfloat16()
@@ -69,4 +112,5 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     launching._on = lambda tensor: nullcontext()  # type: ignore[assignment]
     kinds = (torch.float32, torch.float16)
-    print(json.dumps({str(kind): gated(kind) | norms(kind) | dequantized(kind) for kind in kinds}))
+    work = (gated, norms, adapted, turned, losses, dequantized)
+    print(json.dumps({str(kind): {name: far for one in work for name, far in one(kind).items()} for kind in kinds}))

@@ -29,7 +29,10 @@ def test_a_card_has_them_where_triton_is_and_what_they_give_is_right(monkeypatch
     trial._right.cache_clear()
 
 
-KERNELS = ("gated", "gated_backward_", "rms_norm", "rms_norm_backward", "dequantize")
+KERNELS = (
+    *("gated", "gated_adapted", "gated_backward_", "rms_norm", "rms_norm_backward", "dequantize"),
+    *("rope_qk", "cross_entropy_"),
+)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "fails"])

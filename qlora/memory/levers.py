@@ -1,0 +1,82 @@
+"""What makes a step smaller and changes no number that is learned: each with its key, and what it is likely to save.
+
+The guesses say where a search looks first; what is said of a plan was simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.memory.changes import changed, value_of
+from qlora.memory.hardware import Machine
+from qlora.memory.links import GATHERED_BYTES_PER_SECOND, copied_bytes_per_second
+from qlora.memory.simulation import ValueCounts, Workload
+from qlora.recipe.reading import Recipe
+
+# A 4-bit weight with its constants in 8 bit: 4 + 0.127 bits (Dettmers et al. 2023, section 3).
+BYTES_OF_WEIGHT = 0.516
+EMBEDDING, OFFLOAD, STREAM = "memory.embedding", "memory.offload_activations", "memory.stream_weights"
+
+
+@dataclass(frozen=True)
+class Lever:
+    """A key, its value with the lever off and on, and whether it asks for all layers to be recomputed."""
+
+    key: str
+    off: Any
+    on: Any
+    whole: bool = False
+
+
+LEVERS = (
+    Lever(EMBEDDING, "device", "host"),
+    Lever(OFFLOAD, False, True),
+    Lever(STREAM, False, True, whole=True),
+)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Of one lever, of one micro-batch as it was simulated: bytes on the device, which grow with its rows or do not;
+    seconds of copies beside the forward and beside the backward pass; and seconds that nothing hides."""
+
+    nbytes: int
+    by_rows: bool
+    beside: tuple[float, float] = (0.0, 0.0)
+    alone: float = 0.0
+
+
+def free(recipe: Recipe, machine: Machine) -> tuple[Lever, ...]:
+    """Those that the recipe leaves open. Without a GPU there is one memory, and nothing to move; what waits for a
+    second computation of a layer needs one."""
+    if machine.device_type != "cuda":
+        return ()
+    setting = recipe.train.gradient_checkpointing
+    known = type(recipe.memory).model_fields
+    there = [lever for lever in LEVERS if lever.key.partition(".")[2] in known]
+    asks = {EMBEDDING: True, OFFLOAD: setting is not False, STREAM: setting is True or setting == "auto"}
+    return tuple(lever for lever in there if asks[lever.key] and value_of(recipe, lever.key) == "auto")
+
+
+def with_what_levers_ask(recipe: Recipe) -> Recipe:
+    """Whoever wants inputs or weights to wait on the host has every layer computed a second time."""
+    known = type(recipe.memory).model_fields
+    asks = any(value_of(recipe, key) is True for key in (OFFLOAD, STREAM) if key.partition(".")[2] in known)
+    open_ = recipe.train.gradient_checkpointing == "auto"
+    return changed(recipe, {"train.gradient_checkpointing": True}) if asks and open_ else recipe
+
+
+def savings(text: Any, workload: Workload, values: ValueCounts, machine: Machine) -> Mapping[str, Saving]:
+    """What each lever is likely to save, of this workload."""
+    layers, hidden, tokens = int(text.num_hidden_layers), int(text.hidden_size), workload.rows * workload.length
+    link = copied_bytes_per_second(machine.gpu) if machine.gpu is not None else float("inf")
+    looked_up, inputs = 2 * tokens * hidden, 2 * tokens * hidden * max(0, layers - 2)
+    weights = int(values.linear * BYTES_OF_WEIGHT)
+    table = 0 if getattr(text, "tie_word_embeddings", False) else 2 * int(text.vocab_size) * hidden - looked_up
+    return {
+        EMBEDDING: Saving(max(0, table), False, alone=looked_up / link + looked_up / GATHERED_BYTES_PER_SECOND),
+        OFFLOAD: Saving(inputs, True, (inputs / link, inputs / link)),
+        STREAM: Saving(weights * max(0, layers - 2) // layers, False, (weights / link, weights / link)),
+    }

@@ -1,0 +1,113 @@
+"""Head and loss in one pass: the gradient is there when the loss is, so that a chunk's logits are made once.
+
+Where each token's weight in the loss is known beforehand, so is the gradient of its logits: (softmax - one-hot) times
+that weight. Of a chunk, logits = h W', over them goes their gradient, and the hidden states' is that times W: two
+products in place of three (`loss.token_logprobs` makes logits again in the backward pass), one copy of the logits in
+place of four, and no graph. Losses that weigh tokens by their log-probabilities, soft labels, and heads that are
+trained or are more than a product keep that function. The weights are those of the step, divided by its sum: gradients
+are rounded once, and nothing is multiplied behind.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from qlora.batch import Batch
+from qlora.device import is_card
+from qlora.step import loss
+from qlora.step.kernels import operators, trial
+from qlora.step.loss import TILE_ROWS, LogitsTransform, Objective, SupervisedObjective, softcap
+
+# Logits of one chunk in bf16: with 512 tokens and more the head's weight, read twice, takes a GPU less time than the
+# products (128,256 x 4,096: 1.05 GB, 2.1 ms of an RTX 4090's 1 TB/s, beside 3.3 ms of its 165 TFLOP/s); from 1,024 on
+# nothing is gained. 128 MiB are half of what the four copies of `loss.CHUNK_BYTES` take.
+CHUNK_BYTES, MOST_TOKENS = 128 << 20, 1024
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens a chunk: whole tiles of a GPU's products, as many as CHUNK_BYTES hold."""
+    tokens = CHUNK_BYTES // (2 * vocabulary) // TILE_ROWS * TILE_ROWS
+    return min(MOST_TOKENS, max(TILE_ROWS, tokens))
+
+
+def chunk_of_run(vocabulary: int, device: torch.device) -> int:
+    """Tokens a chunk in a new run on `device`; 0 where loss and gradient come apart: on a GPU without the kernel."""
+    if device.type == "cpu" and not is_card(device):
+        return loss.chunk_tokens(vocabulary)  # whose logits are fp32 there while they are a product
+    return chunk_tokens(vocabulary) if trial.work(device) else 0
+
+
+class Head(NamedTuple):
+    """A head that is one product, with what a model does to its logits: times `factor`, then capped (0: not)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    factor: float
+    cap: float
+
+
+def head_of(head: nn.Module, transform: LogitsTransform | None) -> Head | None:
+    """What `head` is made of; None where it is trained, watched, or another thing than a product."""
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or any(one.requires_grad for one in head.parameters()):
+        return None
+    scaling = _scaling(transform)
+    return None if scaling is None else Head(head.weight, head.bias, *scaling)  # type: ignore[arg-type]
+
+
+def _scaling(transform: LogitsTransform | None) -> tuple[float, float] | None:
+    if transform is None:
+        return 1.0, 0.0
+    function, named = (transform.func, transform.keywords) if isinstance(transform, partial) else (None, {})
+    if function is softcap:
+        return named["factor"], named["cap"]
+    return (named["other"], 0.0) if function is torch.mul else None
+
+
+def weights_of(objective: Objective, batch: Batch) -> Tensor | None:
+    """The weight of each trained token's negative log-probability in the sum; None where it is not known beforehand."""
+    if not isinstance(objective, SupervisedObjective) or batch.label_ids_TK is not None:
+        return None
+    return batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)
+
+
+def share_and_loss(
+    hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor, step_weight: float, head: Head, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The summed loss over `step_weight`, to go back through, and the summed loss, to report."""
+    return _OnePass.apply(hidden_TD, targets_T, weights_T, step_weight, head, chunk)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor, step_weight: float, head: Head, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        kind = head.weight.dtype  # Mamba's layers hand on fp32
+        grad_TD = torch.empty(hidden_TD.shape, dtype=kind, device=hidden_TD.device)
+        shares_T, logprobs = weights_T / step_weight, []
+        for start in range(0, len(hidden_TD), chunk):
+            part = slice(start, start + chunk)
+            logits_CV = linear(hidden_TD[part].to(kind), head.weight, head.bias)
+            scaling = (head.factor, head.cap)
+            logprobs.append(operators.cross_entropy_(logits_CV, targets_T[part], shares_T[part], *scaling))
+            grad_TD[part] = logits_CV @ head.weight
+            del logits_CV
+        ctx.save_for_backward(grad_TD)
+        ctx.kind = hidden_TD.dtype
+        summed = -(torch.cat(logprobs) * weights_T).sum()
+        ctx.mark_non_differentiable(summed)
+        return summed / step_weight, summed
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> Any:
+        (grad_TD,) = ctx.saved_tensors
+        return (grad_TD.mul_(gradient).to(ctx.kind), None, None, None, None, None)

@@ -1,0 +1,37 @@
+"""Levers: which a recipe leaves open, and what each is likely to save."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora.memory import hardware
+from qlora.memory.changes import changed
+from qlora.memory.hardware import Machine
+from qlora.memory.levers import EMBEDDING, LEVERS, OFFLOAD, STREAM, free, savings
+from qlora.memory.simulation import ValueCounts, Workload
+from qlora.recipe.reading import recipe_of_base
+from tests.families import make_config
+
+GIB = 1 << 30
+MOVE = next(lever for lever in LEVERS if lever.key == OFFLOAD)
+
+
+def test_levers_are_open_where_the_recipe_leaves_them_so_and_there_is_a_card() -> None:
+    card, host = Machine("cuda", 8 * GIB, "as given"), Machine("cpu", 8 * GIB, "RAM")
+    asked = recipe_of_base("owner/name", ["train.gradient_checkpointing=auto"])
+    assert MOVE in free(asked, card) and free(asked, host) == ()
+    assert MOVE not in free(changed(asked, {MOVE.key: False}), card)
+    assert MOVE not in free(changed(asked, {"train.gradient_checkpointing": False}), card)
+
+
+def test_what_levers_are_likely_to_save() -> None:
+    """Of Llama-3.1-8B at 2,048 tokens: inputs 16 MiB a layer, an embedding of 0.98 GiB, 3.35 GiB of layers in 4 bit."""
+    text = make_config("llama", vocab=128_256, overrides={"hidden_size": 4096, "num_hidden_layers": 32})
+    values = ValueCounts(6_979_321_856, 1, 1, 1)
+    card = hardware.asked_for("RTX 4090", None, "auto")
+    found = savings(text, Workload(1, 2048), values, card)
+    assert found[OFFLOAD].nbytes == 30 * 16 << 20
+    assert found[STREAM].nbytes == pytest.approx(3.35 * GIB * 30 / 32, rel=0.01)
+    assert found[EMBEDDING].nbytes == pytest.approx(0.98 * GIB, rel=0.02)
+    # 3.6 GB over 25 GB/s, each way (CUDA.md 2.3: 0.29 s for both)
+    assert sum(found[STREAM].beside) == pytest.approx(0.29, rel=0.03)

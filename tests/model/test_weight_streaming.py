@@ -1,0 +1,305 @@
+"""A model whose layers come and go computes what a resident one computes; who is used, released and sent when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora.errors import ModelError
+from qlora.events import Sinks
+from qlora.layer_partners import RESIDENT, weights_of
+from qlora.memory.simulation import Workload
+from qlora.model import adapters, emptied, load, weight_streaming
+from qlora.model.cpu_matmul import fast_matmul
+from qlora.model.generate import greedy
+from qlora.model.resolve import resolve
+from qlora.model.weight_receiving import Place
+from qlora.model.weight_stores import HostStore
+from qlora.model.weight_streaming import Ring, StreamedWeights, inside
+from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
+from qlora.step.layerwise import recomputable, set_gradient_checkpointing
+from qlora.step.loss import SupervisedObjective
+from tests.families import FAMILIES, GEMMA3N, make_base
+from tests.memory.counted import real_batch
+
+CPU = torch.device("cpu")
+LAYERS = 4
+LORA = LoraSection(r=4, dropout=0.1)
+STREAMED = Place(streams=True, host_embedding=True)
+
+
+def opened(base: Path, place: Place, quantization: QuantizationSection | None = None) -> Any:
+    found = resolve(str(base), "main", Sinks())
+    return load.load_base(found, quantization or QuantizationSection(), "auto", CPU, Sinks(), place=place)
+
+
+def tuned(base: Path, place: Place, lora: LoraSection = LORA, quantization: QuantizationSection | None = None) -> Any:
+    model = adapters.attach(opened(base, place, quantization), lora, 0, functions="qlora")
+    with torch.no_grad():
+        for number, parameter in enumerate(adapters.trainable(model).values()):
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.add_((0.05 * drawn).to(parameter.dtype))
+    set_gradient_checkpointing(model.get_base_model(), True, keep_random_state=True)
+    return model.train()
+
+
+def step(model: Any, micro_batches: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+    causal_lm, losses = model.get_base_model(), []
+    model.zero_grad()
+    with fast_matmul(CPU):
+        for micro_step in range(micro_batches):
+            seed_micro_batch(7, 3, micro_step)
+            batch = real_batch(Workload(2, 40 - 8 * micro_step), causal_lm.config.get_text_config().vocab_size)
+            losses.append(forward_backward(CausalParts.of(causal_lm), batch, SupervisedObjective(), 9.0, 5.0))
+    found = {name: parameter.grad.clone() for name, parameter in adapters.trainable(model).items()}
+    return torch.stack(losses), found
+
+
+def base_of(family: str, folder: Path, layers: int = LAYERS) -> Path:
+    return make_base(family, folder, overrides={"num_hidden_layers": layers, "layer_types": None})
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer leaves behind holds no weight of anybody's."""
+    let_go = Ring.let_go
+
+    def poisoned(ring: Ring, layer: int) -> None:
+        slot = ring._slot_of(layer)
+        let_go(ring, layer)
+        assert slot is not None
+        slot.blob.fill_(0xFF)
+        slot.layer = None
+
+    monkeypatch.setattr(Ring, "let_go", poisoned)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_bits_from_poisoned_slots(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of(family, tmp_path)
+    loss, gradients = step(tuned(base, Place()))
+    poison(monkeypatch)
+    again, found = step(tuned(base, STREAMED))
+    assert torch.equal(again, loss) and found.keys() == gradients.keys()
+    assert [name for name in found if not torch.equal(found[name], gradients[name])] == []
+    assert any(bool(gradient.any()) for gradient in found.values())
+
+
+KINDS = {
+    "DoRA": (LoraSection(r=4, use_dora=True), QuantizationSection()),
+    "16 bit": (LORA, QuantizationSection(type="none")),
+    "one quantization": (LORA, QuantizationSection(double_quant=False)),
+    "ours": (LoraSection(r=4), QuantizationSection()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_adapters_and_forms(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, settings = base_of("llama", tmp_path), KINDS[kind]
+    loss, gradients = step(tuned(base, Place(), *settings))
+    poison(monkeypatch)
+    again, found = step(tuned(base, STREAMED, *settings))
+    assert torch.equal(again, loss) and all(torch.equal(found[name], gradients[name]) for name in gradients)
+
+
+def test_answers_and_logits_of_a_live_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, found = base_of("llama", tmp_path), []
+    for place in (Place(), STREAMED):
+        model = tuned(base, place)
+        if place.streams:
+            poison(monkeypatch)
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.arange(24)[None]).logits
+        answers = greedy(model, [[5, 6, 7], [8, 9]], {2}, 6, 0)
+        found.append((logits, answers))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    seen: list[str] = []
+
+    def watch(owner: Any, name: str, said: Callable[..., str]) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *about: (seen.append(said(*about)), real(*about))[1])
+
+    watch(StreamedWeights, "use", lambda _, layer, ahead: f"use {layer}")
+    watch(StreamedWeights, "release", lambda _, layer: f"release {layer}")
+    watch(HostStore, "send", lambda _, layer, *__: f"send {layer}")
+    return seen
+
+
+def test_the_order_of_use_release_and_sending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next layer is on its way while one is used, in the direction of the pass; at the turns nothing is sent."""
+    model = tuned(base_of("llama", tmp_path), STREAMED)
+    step(model, 1)  # layers 0 and 1 are there now
+    seen = recorded(monkeypatch)
+    step(model, 1)
+    up = ["use 0", "release 0", "use 1", "send 2", "release 1", "use 2", "send 3", "release 2", "use 3", "release 3"]
+    down = ["use 3", "release 3", "use 2", "send 1", "release 2", "use 1", "send 0", "release 1", "use 0", "release 0"]
+    assert seen == up + down
+    assert sum(one.startswith("send") for one in seen) == 2 * LAYERS - 4
+
+
+def test_on_a_card_a_slot_waits_for_its_last_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy waits for the point behind the layer that was in its slot, and nothing else; computing waits for the copy
+    before it reads the slot; the host waits for neither."""
+    from tests import card as stand_in
+
+    seen: list[tuple[str, int]] = []
+    record, wait, numbers = stand_in.Event.record, stand_in.Stream.wait_event, dict[int, int]()
+
+    def recorded_at(event: Any, stream: Any = None) -> None:
+        numbers[id(event)] = len(seen)
+        seen.append(("copied" if stream is not card._default else "computed", id(event)))
+        record(event, stream)
+
+    def waited(stream: Any, event: Any) -> None:
+        seen.append(("copy waits" if stream is not card._default else "computing waits", id(event)))
+        wait(stream, event)
+
+    with stand_in.rehearsal(monkeypatch, stand_in.Card()) as card:
+        model = tuned(base_of("llama", tmp_path), STREAMED, LoraSection(r=4))
+        step(model, 1)
+        held = inside(model)
+        assert held is not None
+        monkeypatch.setattr(stand_in.Event, "record", recorded_at)
+        monkeypatch.setattr(stand_in.Stream, "wait_event", waited)
+        card.calls.clear()
+        kept = []  # so that no event gets the identity of another
+        point = held.ring.copies._point
+        monkeypatch.setattr(held.ring.copies, "_point", lambda stream: (kept.append(point(stream)), kept[-1])[1])
+        for layer, ahead in ((0, 1), (1, 2), (2, 3), (3, None)):
+            held.use(layer, ahead)
+            held.release(layer)
+    names = [name for name, _ in seen]
+    assert names.count("copy waits") == names.count("copied") == names.count("computing waits") == 2
+    for at, (name, event) in enumerate(seen):
+        if name == "copy waits" and event in numbers:
+            assert names[numbers[event]] == "computed" and "computed" not in names[numbers[event] + 1 : at]
+        if name == "computing waits":
+            assert names[numbers[event]] == "copied"
+    assert any(name == "copy waits" and event in numbers for name, event in seen)
+    assert not card.calls["synchronize"] and not card.calls["Event.synchronize"]
+
+
+def test_behind_a_forward_pass_the_bottom_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(base_of("llama", tmp_path), STREAMED)
+    seen = recorded(monkeypatch)
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=torch.arange(4)[None])
+    sends = [one for one in seen if one.startswith("send")]
+    assert sends == [f"send {number}" for number in (0, 1, 2, 3, 0, 1, 2, 3, 0)]
+
+
+def test_between_its_uses_a_layer_cannot_be_read(tmp_path: Path) -> None:
+    model = opened(base_of("llama", tmp_path), STREAMED)
+    linear, inputs = recomputable(model)[2].mlp.up_proj, torch.ones(1, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises((RuntimeError, AttributeError, TypeError)):
+        linear(inputs)
+    streamed = inside(model)
+    assert streamed is not None and linear.weight.numel() == 0
+    with streamed.in_place(2):
+        assert linear(inputs).isfinite().all()
+        slot = streamed.ring.hold(2)
+        host = streamed.store._blobs[2].pieces[0]  # type: ignore[attr-defined]
+        assert torch.equal(slot[: len(host)], host), "the bytes of the slot are the host's"
+    assert linear.weight.numel() == 0
+
+
+def test_live_bytes_are_two_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stand-in what the host holds counts as well, and is taken off: the rest of a model of 24 layers is no more
+    than one of four layers that is resident, with the adapters and the inputs of 20 more."""
+    from qlora.model.weight_stores import HostBytes
+    from tests.card import Card, rehearsal
+
+    peaks = []
+    for layers, place in ((4, Place()), (24, Place(streams=True))):
+        base = base_of("llama", tmp_path / str(layers), layers)
+        with rehearsal(monkeypatch, Card()) as card:
+            rooms: list[HostBytes] = []
+            begin = HostBytes.__init__
+
+            def noted(room: HostBytes, *about: Any, begin: Any = begin, rooms: Any = rooms) -> None:
+                begin(room, *about)
+                rooms.append(room)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(HostBytes, "__init__", noted)
+                model = tuned(base, place, LoraSection(r=4))
+            on_host = sum(piece.untyped_storage().nbytes() for room in rooms for piece in room.pieces)
+            rounded = sum(-(-piece.untyped_storage().nbytes() // 512) * 512 for room in rooms for piece in room.pieces)
+            assert on_host <= rounded
+            card.highest = card.live
+            step(model, 1)
+            peaks.append((card.highest - rounded, model))
+    (resident, small), (streamed, large) = peaks
+    per_layer = sum(p.nbytes for p in adapters.trainable(small).values()) / 4
+    adapters_and_gradients = 20 * 2 * per_layer * 1.25  # tensors of a card begin at multiples of 512 bytes
+    inputs = 20 * 2 * 40 * 64 * 2
+    norms = 20 * 2 * 512
+    tables = 20 * 7 * 3 * 512  # a matrix's tables and offset, which stay
+    assert streamed <= resident + adapters_and_gradients + inputs + norms + tables
+    held = inside(large)
+    assert held is not None and held.total_bytes > 4 * held.device_bytes
+
+
+def test_what_shares_keys_and_values_is_refused(tmp_path: Path) -> None:
+    base = make_base("gemma3n_text", tmp_path, overrides=GEMMA3N)
+    with pytest.raises(ModelError, match="its layers share keys and values") as caught:
+        opened(base, STREAMED)
+    assert "memory.stream_weights = false" in caught.value.hint
+
+
+def test_a_layer_that_is_not_computed_anew_is_refused(tmp_path: Path) -> None:
+    model = tuned(base_of("llama", tmp_path), STREAMED)
+    set_gradient_checkpointing(model.get_base_model(), 2, keep_random_state=True)
+    with pytest.raises(ModelError, match="is not recomputed"):
+        step(model)
+    held = inside(model)
+    assert held is not None and held._depths == [0] * LAYERS
+
+
+def test_a_failure_leaves_no_layer_in_use_and_reset_gives_the_slots_back(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path)
+    loss, gradients = step(tuned(base, Place()))
+    model = tuned(base, STREAMED)
+    held = inside(model)
+    assert held is not None
+    for where in ("forward", "backward"):
+        calls = []
+
+        def fails(*_: Any, calls: Any = calls, where: str = where) -> None:
+            calls.append(1)
+            if len(calls) == (2 if where == "forward" else 7):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        hook = recomputable(model)[1].mlp.register_forward_pre_hook(fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            for _ in range(4):
+                step(model)
+        hook.remove()
+        assert held._depths == [0] * LAYERS
+        weight_streaming.reset(model)
+        assert held.ring.slots == []
+        assert recomputable(model)[1].mlp.up_proj.weight.numel() == 0
+    again, found = step(model)
+    assert torch.equal(again, loss) and all(torch.equal(found[name], gradients[name]) for name in gradients)
+
+
+def test_an_empty_model_holds_nothing(tmp_path: Path) -> None:
+    model = tuned(base_of("llama", tmp_path), STREAMED)
+    held = inside(model)
+    step(model)
+    emptied.empty(model)
+    assert held is not None and held.store.host_bytes == 0 and held.ring.slots == []
+
+
+def test_who_holds_a_resident_model() -> None:
+    assert weights_of(torch.nn.Linear(1, 1)) is RESIDENT and inside(torch.nn.Linear(1, 1)) is None
+    weight_streaming.reset(torch.nn.Linear(1, 1))
