@@ -12,7 +12,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class MetaModel:
     sources: Mapping[str, str]
     skipped: tuple[str, ...]
     attention: str
-    experts: Mapping[str, tuple[Piece, ...]]
+    experts: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
 
 def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
