@@ -43,6 +43,7 @@ from qlora.events import (
     Progress,
     Recovered,
     Rejected,
+    Routed,
     Sampled,
     Saved,
     Sink,
@@ -68,7 +69,19 @@ __all__ += ["Combination", "Push", "push_exports", "open_chat", "Sampling", "wri
 __all__ += ["Sink", "StopRequest", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
 __all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
-__all__ += ["Event", "Start", "Plan", "Notice", "Progress", "StepDone", "Evaluated", "Sampled", "Saved", "Recovered"]
+__all__ += [
+    "Event",
+    "Start",
+    "Plan",
+    "Notice",
+    "Progress",
+    "StepDone",
+    "Evaluated",
+    "Routed",
+    "Sampled",
+    "Saved",
+    "Recovered",
+]
 __all__ += ["Rejected", "Fidelity", "Examined", "Exported", "End"]
 
 _HOMES = {

@@ -121,6 +121,17 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True)
+class Routed(Event):
+    """Where evaluation tokens went in each layer with experts (model/routing.py): shares of 0 to 1, a value a layer."""
+
+    kind: ClassVar[str] = "routing"
+    step: int
+    hit: tuple[float, ...]
+    largest: tuple[float, ...]
+    changed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Sampled(Event):
     """One greedy answer of the model being tuned, beside the untuned base's."""
 

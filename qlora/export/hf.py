@@ -48,7 +48,7 @@ _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
 
 def planned_bytes(merge: Merge) -> int:
     """Bytes of weights that `fill` will write."""
-    return sum(_nbytes(tensor, merge.dtype) for tensor in merge.tensors())
+    return sum(map(_nbytes, merge.tensors()))
 
 
 def fill(merge: Merge, staged: StagedExport, sink: Sink) -> int:
@@ -57,16 +57,16 @@ def fill(merge: Merge, staged: StagedExport, sink: Sink) -> int:
     The product is not published, and its card is left to the caller. Raises ExportError when a reopened shard is not
     what was meant to be written.
     """
-    shards = _plan_shards(merge.tensors(), merge.dtype)
-    total = sum(_nbytes(tensor, merge.dtype) for members in shards.values() for tensor in members)
+    shards = _plan_shards(merge.tensors())
+    total = sum(_nbytes(tensor) for members in shards.values() for tensor in members)
     item = done = 0
     for name, members in shards.items():
         for tensor in members:
             item += 1
-            size = _nbytes(tensor, merge.dtype)
+            size = _nbytes(tensor)
             if item > staged.start:
                 if tensor is members[0]:
-                    staged.append("hf", name, _header(members, merge.dtype))
+                    staged.append("hf", name, _header(members))
                 with closing(tensor.blocks(1)) as blocks:
                     for block in blocks:
                         staged.append("hf", name, block.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -120,16 +120,16 @@ def add_stop_token(folder: Path, end_ids: Sequence[int], sink: Sink) -> None:
     sink.emit(Notice("export", message))
 
 
-def _nbytes(tensor: MergedTensor, dtype: torch.dtype) -> int:
-    return math.prod(tensor.shape) * dtype.itemsize
+def _nbytes(tensor: MergedTensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _plan_shards(tensors: Sequence[MergedTensor], dtype: torch.dtype) -> dict[str, list[MergedTensor]]:
+def _plan_shards(tensors: Sequence[MergedTensor]) -> dict[str, list[MergedTensor]]:
     """Tensors by file name, in order, at most SHARD_BYTES a file unless one tensor alone is larger."""
     groups: list[list[MergedTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = _nbytes(tensor, dtype)
+        size = _nbytes(tensor)
         if groups[-1] and filled + size > SHARD_BYTES:
             groups.append([])
             filled = 0
@@ -140,14 +140,14 @@ def _plan_shards(tensors: Sequence[MergedTensor], dtype: torch.dtype) -> dict[st
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _header(tensors: Sequence[MergedTensor], dtype: torch.dtype) -> bytes:
+def _header(tensors: Sequence[MergedTensor]) -> bytes:
     """What a shard begins with: names, shapes and places of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
-        end = offset + _nbytes(tensor, dtype)
+        end = offset + _nbytes(tensor)
         header[tensor.name] = {
-            "dtype": DTYPE_NAMES[dtype][0],
+            "dtype": DTYPE_NAMES[tensor.dtype][0],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

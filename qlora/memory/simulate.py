@@ -25,6 +25,7 @@ from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
 from qlora.memory.host_weights import MetaStore, of_model
+from qlora.memory.layer_kinds import drawn_layers, period_of
 from qlora.memory.lines import Line, activations_of
 from qlora.memory.operations import OperationCounter, of_whole_model
 from qlora.memory.plain_optimizer import PlainOptimizer
@@ -48,9 +49,6 @@ from qlora.step.layerwise import recomputable
 from qlora.step.optimizer import AdapterOptimizer
 
 META = torch.device("meta")
-# From three layers on every phase grows by the same bytes a layer (tests/memory/test_simulate.py); with two, there is
-# none between the first and the last layer of the backward pass.
-FEWEST_LAYERS = 3
 # Chunks of the head's loss that are run one by one (14 ms each); of more, the peak is drawn from larger chunks.
 MOST_CHUNKS = 256
 DRAWN_CHUNKS = (8, 16)
@@ -65,9 +63,8 @@ class Simulator:
 
     def __init__(self, spec: ModelSpec, whole: bool = False, shelf: Shelf | None = None) -> None:
         self.spec, self.shelf = spec, shelf
-        self._period = period = _period(spec.text)
-        first = -(-FEWEST_LAYERS // period) * period
-        sizes = [first, first + period]
+        self._period = period_of(spec.text)
+        sizes = list(drawn_layers(spec.text))
         self.sizes = sizes if not whole and spec.layers > sizes[-1] else [spec.layers]
         self._known: dict[Workload, Simulation] = {}  # plans, searches and pictures ask the same again
 
@@ -168,7 +165,7 @@ class _MetaModel:
         self.live.vocabulary = int(spec.text.vocab_size)
         text = with_layers(spec.text, layers)
         model = build_unmatched(text, choose_attention(text, spec.attention, spec.name, spec.target), spec.name)
-        check_layers(model, spec.name, spec.text if layers < spec.layers else None)
+        check_layers(model, spec.name)
         if spec.kernel is not None:
             model.config._attn_implementation = name_of(spec.kernel)
         linear = [layer.weight.numel() for _, layer in linear_layers(model)]
@@ -383,9 +380,3 @@ def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, tu
         if match := re.search(r"\.(\d+)\.", name):
             found.setdefault(int(match[1]), (name, parameter))
     return found
-
-
-def _period(text: Any) -> int:
-    """After how many layers the kinds of layers repeat: 1 for most, 2 for Gemma 2, 6 for Gemma 3."""
-    kinds = list(getattr(text, "layer_types", None) or ())
-    return next((period for period in range(1, len(kinds)) if kinds[period:] == kinds[:-period]), 1)

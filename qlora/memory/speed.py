@@ -75,7 +75,7 @@ def of_processor() -> Speed:
     from torch import nn
 
     from qlora.model.cpu_matmul import fast_matmul
-    from qlora.model.load import set_4bit, swap_linear
+    from qlora.model.four_bit_layers import set_4bit, swap_linear
     from qlora.model.nf4 import quantize_rows
     from qlora.recipe.sections import QuantizationSection
 

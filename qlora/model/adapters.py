@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.device import random_state_kept
 from qlora.errors import ModelError, foreign_failures
-from qlora.model import dora, lora_functions
+from qlora.model import dora, lora_functions, mixture_adapters
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config, stored_tensors
 from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
@@ -56,6 +56,7 @@ def attach(
     from peft import get_peft_model
 
     targets = _targets(model, lora.target_modules)
+    asked = {layer for name in targets for layer in _named(name, (key for key, _ in linear_layers(model)))}
     whole = _whole_modules(model, lora.modules_to_save)
     batches = list(eva_batches or ())
     if lora.init == "eva" and not batches:
@@ -65,7 +66,8 @@ def attach(
     with random_state_kept(device_of(model)):  # EVA draws where its layers are
         torch.manual_seed(seed)
         try:
-            with old_names_in_peft(), dora.norms_later(inside(model) is not None):
+            norms, names = dora.norms_later(inside(model) is not None), mixture_adapters.names_kept(model)
+            with old_names_in_peft(), names, norms:
                 peft_model = get_peft_model(model, _config(lora, targets, whole), autocast_adapter_dtype=False)
         except ValueError as error:  # peft knows layers that must stay as they are, such as Mamba's out_proj
             what = f"lora.target_modules: {str(error).splitlines()[0].rpartition('] ')[2]}"
@@ -80,6 +82,7 @@ def attach(
     for part in parts_in_place(peft_model):
         _restart_magnitudes(part)
     _check_layers(peft_model)
+    mixture_adapters.check_adapted(model, asked)
     lora_functions.put_in(peft_model, functions or lora_functions.of_run())
     return peft_model.train(training)
 
@@ -125,7 +128,8 @@ def load_into(model: PeftModel, folder: Path) -> None:
             f"{folder / ADAPTER_FILE}: {what}",
             "use the recipe that made this adapter, or start afresh with mode='fresh'",
         )
-    set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
+    with mixture_adapters.names_kept(model.get_base_model()):
+        set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
 
 
 def open_saved(model: Any, folder: Path) -> PeftModel:
@@ -138,7 +142,8 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
 
     saved = stored_tensors(folder)
     _resize_like(model, saved)
-    with foreign_failures() as failure, old_names_in_peft(), dora.norms_later(inside(model) is not None):
+    norms, names = dora.norms_later(inside(model) is not None), mixture_adapters.names_kept(model)
+    with foreign_failures() as failure, old_names_in_peft(), names, norms:
         peft_model = get_peft_model(model, peft_config(folder), ADAPTER, autocast_adapter_dtype=False)
         unread = set_peft_model_state_dict(peft_model, saved, adapter_name=ADAPTER).unexpected_keys
     if failure.error or unread:
@@ -193,8 +198,10 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
     layers = dict(linear_layers(model))
     suffixes = sorted({name.rpartition(".")[2] for name in layers})
     if wanted == "all-linear":
-        matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
-        return suffixes if matched == layers.keys() else sorted(layers)
+        meant = mixture_adapters.loadable(model, layers)
+        last = sorted({name.rpartition(".")[2] for name in meant})
+        matched = sorted(name for name, _ in model.named_modules() if name.rpartition(".")[2] in last)
+        return last if matched == meant else meant
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     head = next((name for name, module in model.named_modules() if module is head_of(model)), "lm_head")
     kept = use_of(model, layers).kept
@@ -203,11 +210,12 @@ def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
             what = f"lora.target_modules: {name} is the head, which is computed in pieces and takes no adapter"
             raise ModelError(what, "leave it out, or train it whole with lora.modules_to_save")
         if not _named(name, layers):
+            mixture_adapters.refuse(model, name, "lora.target_modules")
             what = f"lora.target_modules: the model has no linear layer {name!r}"
             if _named(name, kept):
                 what = f"lora.target_modules: the model reads or shares {name} by itself: it takes no adapter"
             raise ModelError(what, f'use "all-linear" or some of: {", ".join(suffixes)}')
-    if any(_named(name, kept) for name in names):
+    if any(_named(name, kept) for name in names) or mixture_adapters.is_mixture(model):
         return sorted({layer for name in names for layer in _named(name, layers)})
     return sorted(set(names))
 
@@ -223,6 +231,7 @@ def _whole_modules(model: Any, names: tuple[str, ...]) -> list[str]:
     tied = {key.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for key in pair}
     whole: list[str] = []
     for name in names:
+        mixture_adapters.refuse(model, name, "lora.modules_to_save")
         matched = [key for key in modules if key == name or key.endswith(f".{name}")]
         if not matched:
             what = f"lora.modules_to_save: the model has no module {name!r}"

@@ -184,24 +184,30 @@ def _fused(
     """`scaled_dot_product_attention` of meta tensors as aten/src/ATen/native/transformers/attention.cpp chooses it.
 
     A boolean mask becomes one of the query's type first. CUDA's flash kernel takes no mask: with one, it is the
-    memory-efficient kernel, whose mask is padded to rows of 16.
+    memory-efficient kernel, whose mask is padded to rows of 16. Flash kernels take values as wide as queries alone
+    (DeepSeek's are not): the CPU then computes the scores, a card takes the memory-efficient kernel.
     """
-    aten = torch.ops.aten
+    aten, as_wide = torch.ops.aten, query.shape[-1] == value.shape[-1]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         no = torch.scalar_tensor(float("-inf"), dtype=query.dtype, device=query.device)
         attn_mask = torch.where(attn_mask, 0.0, no)
+    if target == "cpu" and not as_wide:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     if target == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
         )[0]
-    if attn_mask is None:
+    if attn_mask is None and as_wide:
         return aten._scaled_dot_product_flash_attention(  # type: ignore[no-any-return]
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
-    if over := attn_mask.shape[-1] % 16:
-        attn_mask = torch.nn.functional.pad(attn_mask, (0, 16 - over))[..., : attn_mask.shape[-1]]
-    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if attn_mask is not None:
+        if over := attn_mask.shape[-1] % 16:
+            attn_mask = torch.nn.functional.pad(attn_mask, (0, 16 - over))[..., : attn_mask.shape[-1]]
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     needs_gradient = torch.is_grad_enabled() and query.requires_grad
     return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
-        query, key, value, attn_mask.expand(shape), needs_gradient, dropout_p, is_causal, scale=scale
+        query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
     )[0]

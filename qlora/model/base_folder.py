@@ -1,7 +1,7 @@
 """A folder with a base in it, and what is refused of one, before any weight is read.
 
-`config.json` and the headers of the weights show all of it: pickles, weights that another tool has quantized, fused
-experts, models that are not causal, and configurations that try to choose code.
+`config.json` and the headers of the weights show all of it: pickles, weights that another tool has quantized, experts
+in code of their own, models that are not causal, and configurations that try to choose code.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from qlora.errors import ModelError
 from qlora.events import Notice, Sink
 from qlora.model.alternatives import text_model_like
 from qlora.model.config_bounds import check_config_values, check_generation_values, check_layers_exist
-from qlora.model.mixtures import refuse_mixture, speaks_of_experts
+from qlora.model.mixtures import refuse_mixture
 from qlora.model.tensors import (
     FLOAT_DTYPES,
-    INDEX_FILE,
     PICKLE_MAGICS,
     TensorEntry,
     find_tensors,
     load_json,
-    read_index,
 )
 
 # Everything a base needs and nothing that could run.
@@ -49,7 +47,6 @@ IMPLEMENTATION_KEYS = ("attn_implementation", "_attn_implementation", "experts_i
 # The largest tokenizer known to us (Gemma 3) has 33 MB, the largest merges.txt 2 MB.
 MAX_SMALL_BYTES = 256_000_000
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-_EXPERTS = re.compile(r"(^|\.)(experts|block_sparse_moe)\.")
 _OF_LINKS = "if the links are yours, put the files themselves there (cp -RL); if not, get the model from its publisher"
 _FROM_ITS_PUBLISHER = "do not use this copy; get the model from its original publisher"
 # What quantized copies add to their original's name: Qwen3-8B-FP8, Llama-3-8B-GPTQ-Int4, gemma-3-4b-quantized.w4a16
@@ -168,8 +165,6 @@ def _check_quantization(config: Mapping[str, Any], where: str) -> None:
         if details.get("load_in_4bit"):
             return
         method = "bitsandbytes 8-bit"
-    if speaks_of_experts(config):  # its 16-bit copy would be refused as well, once it is downloaded
-        refuse_mixture(config, where)
     raise ModelError(f"{where}: its weights are already quantized ({method[:60]})", original_of(where))
 
 
@@ -222,20 +217,7 @@ def check_tokenizer_config(folder: Path) -> None:
                 raise ModelError(what, _FROM_ITS_PUBLISHER)
 
 
-def refuse_experts(name: str, folder: Path) -> None:
-    """Refuses fused experts by the index alone, before the weights are downloaded."""
-    index = folder / INDEX_FILE
-    if index.is_file() and any(_EXPERTS.search(key) for key in read_index(index)):
-        metadata = load_json(index).get("metadata")
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        size = f"{total / 2**30:.1f} GiB with the rest of the model" if isinstance(total, int) else "of unknown size"
-        raise _experts_error(name, size)
-
-
 def _check_tensors(tensors: Mapping[str, TensorEntry], where: str) -> None:
-    if experts := [entry for key, entry in tensors.items() if _EXPERTS.search(key)]:
-        values = sum(entry.numel for entry in experts)
-        raise _experts_error(where, f"{values * 2 / 2**30:.2f} GiB in 16 bit")
     for name, entry in tensors.items():
         if entry.dtype.startswith("F8") or entry.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
             raise ModelError(f"{where}: {name} is stored in {entry.dtype}", original_of(where))
@@ -244,11 +226,6 @@ def _check_tensors(tensors: Mapping[str, TensorEntry], where: str) -> None:
         in_4bit = any(f"{name}.quant_state.bitsandbytes__{kind}" in tensors for kind in ("nf4", "fp4"))
         if name.endswith(".weight") and entry.dtype not in FLOAT_DTYPES and not in_4bit:
             raise ModelError(f"{where}: {name} is stored in {entry.dtype}", original_of(where))
-
-
-def _experts_error(where: str, size: str) -> ModelError:
-    what = f"{where}: a mixture of experts; its fused experts ({size}) cannot be held in 4 bit yet"
-    return ModelError(what, f"use a dense model, such as {text_model_like(None, where)}")
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:

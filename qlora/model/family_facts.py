@@ -28,6 +28,7 @@ from qlora.model import head_scaling
 from qlora.model.config_filter import content_key, with_layers
 from qlora.model.layer_walk import WeightHolder, layers_of, trained_hidden, trained_hidden_states
 from qlora.model.meta_model import build_unmatched, choose_attention
+from qlora.model.mixtures import experts_in
 from qlora.model.packing_table import LARGEST_LEAK, LEAKS
 from qlora.model.tracing import POSITIONS, TOKENS, Mixing, Trace, row_length
 from qlora.step.forward import CausalParts, hidden_states
@@ -110,9 +111,12 @@ def _built(text: Any, name: str) -> Any:
     """The model on meta, its attention traced; with attention of its own where its class knows no registered one."""
     try:
         with _tracing_attention():
-            return build_unmatched(copy.deepcopy(text), TRACED, name)
+            model = build_unmatched(copy.deepcopy(text), TRACED, name)
     except ModelError:
-        return build_unmatched(text, choose_attention(text, "auto", name), name)
+        model = build_unmatched(text, choose_attention(text, "auto", name), name)
+    for _, module in experts_in(model):
+        module.config._experts_implementation = TRACED
+    return model
 
 
 def _short(text: Any) -> Any:
@@ -214,6 +218,14 @@ class _Seen:
         self.trace.name(output, ("attention", *seen, *settings), TOKENS)
         return output
 
+    def choose(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        """In the place of experts, which compute each token by itself: (T, D) stands for all that they see."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            output = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device="meta")
+        seen = map(self.trace.number, (*inputs, *module.parameters(recurse=False)))
+        self.trace.name(output, ("experts", *seen), TOKENS)
+        return output
+
     def _judge_mask(self, kind: str, mask: Tensor) -> None:
         with torch.utils._python_dispatch._disable_current_modes():
             allowed_SS = (mask if mask.dtype == torch.bool else mask > -1).reshape(-1, *mask.shape[-2:])[0]
@@ -241,8 +253,9 @@ def two_documents(lengths: tuple[int, ...]) -> Batch:
 
 @contextmanager
 def _tracing_attention(seen: _Seen | None = None) -> Iterator[None]:
-    """The name TRACED means attention that is looked at by `seen`; its masks are made in full."""
+    """The name TRACED means attention that is looked at by `seen`, its masks made in full; and experts, as it says."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.masking_utils import sdpa_mask
 
     def attention(
@@ -256,5 +269,7 @@ def _tracing_attention(seen: _Seen | None = None) -> Iterator[None]:
         return sdpa_mask(*args, **{**named, **skips})
 
     AttentionInterface.register(TRACED, attention)
+    if seen is not None:
+        ALL_EXPERTS_FUNCTIONS.register(TRACED, seen.choose)
     AttentionMaskInterface.register(TRACED, full_mask)
     yield

@@ -10,6 +10,7 @@ layer (masks, positions, rotary tables), then to do what comes after the last on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,9 +64,18 @@ class WeightHolder:
         values = self.fetch(name, empty)
         if not isinstance(empty, nn.Parameter):
             return values.to(self.device, empty.dtype)
-        in_fp32 = any(part in name for part in self.model._keep_in_fp32_modules_strict or ())
-        values = values.to(self.device, torch.float32 if in_fp32 else self.dtype)
+        values = values.to(self.device, torch.float32 if stays_fp32(self.model, name, empty) else self.dtype)
         return nn.Parameter(values, requires_grad=False)
+
+
+def stays_fp32(model: Any, name: str, empty: Tensor) -> bool:
+    """Whether transformers keeps the parameter `name`, whose place `empty` has, in fp32 whatever the model's type.
+
+    It has a list of whole parts of names; and a router may be made in fp32 (Hunyuan's, by its constructor).
+    """
+    kept = model._keep_in_fp32_modules_strict or ()
+    listed = any(re.search(rf"(^|\.){part}($|\.)", name) for part in kept)
+    return listed or (empty.dtype == torch.float32 and re.search(r"\.(gate|router)\.", name) is not None)
 
 
 @dataclass

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Sink
-from qlora.model import attention_choice, linear_use, precision
+from qlora.model import attention_choice, expert_loading, experts, linear_use, precision
 from qlora.model.base_cache.contents import Contents, dtype_of, is_4bit
 from qlora.model.base_cache.keeping import Keeping
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import reduce_config
+from qlora.model.four_bit_layers import set_4bit, swap_linear
 from qlora.model.identity import WeightReader
 from qlora.model.meta_model import MetaModel, build, head_of, linear_layers
+from qlora.model.mixtures import experts_and_routers
 from qlora.model.nf4 import (
     VALUES_PER_BLOCK,
     Quantized,
@@ -35,7 +37,6 @@ from qlora.model.nf4 import (
 )
 from qlora.model.tensors import total_bytes
 from qlora.model.weight_receiving import Place, Receiving, place_by_room, receive, took
-from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,32 +112,21 @@ def swap_all_linear(meta_model: MetaModel, base: BaseFolder, quantization: Quant
             # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
             if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
                 swap_linear(meta_model.model, name, linear, quantization)
-
-
-def swap_linear(model: Any, name: str, linear: nn.Linear, quantization: QuantizationSection) -> Any:
-    """Puts a 4-bit layer, still without weights, in the place of a linear layer, and returns it."""
-    layer = import_bitsandbytes().nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=torch.bfloat16,
-        compress_statistics=quantization.double_quant,
-        quant_type=quantization.type,
-        device="meta",
-    )
-    # On CPUs with AVX512-BF16 the layer's first evaluation forward would rewrite its weight in place into another
-    # packing, and training, dequantizing and merging afterwards would read garbage.
-    layer.support_avx512bf16_for_cpu = False
-    model.set_submodule(name, layer)
-    return layer
+        experts.hold(meta_model.model, quantization)
 
 
 def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, receiving: Receiving, sink: Sink) -> None:
     """Fills the model in the order of the files, so that a disk is read from front to back."""
     model = meta_model.model
-    entries = {name: base.tensors[source] for name, source in meta_model.sources.items()}
-    total, done = total_bytes(entries.values()), 0
-    for name in sorted(entries, key=lambda name: (str(entries[name].file), entries[name].offset)):
+    entries = {name: [base.tensors[source]] for name, source in meta_model.sources.items()}
+    entries |= {name: [base.tensors[one.tensor] for one in pieces] for name, pieces in meta_model.experts.items()}
+    total, done = total_bytes(entry for of_one in entries.values() for entry in of_one), 0
+    for name in sorted(entries, key=lambda name: (str(entries[name][0].file), entries[name][0].offset)):
+        done += total_bytes(entries[name])
+        if name in meta_model.experts:
+            expert_loading.load(model, name, meta_model.experts[name], reader, receiving.device)
+            sink.emit(Progress("load", done, total, "B"))
+            continue
         source, device = meta_model.sources[name], receiving.device_of(name)
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -150,7 +140,6 @@ def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, recei
         else:
             value = _read_as(reader, source, dtype_of(model, name), device)
         _place(model, name, value)
-        done += entries[name].nbytes
         sink.emit(Progress("load", done, total, "B"))
 
 
@@ -190,22 +179,6 @@ def _in_4bit(
     return stored
 
 
-def set_4bit(layer: Any, quantized: Quantized, kind: Any = None) -> None:
-    """Gives a 4-bit layer its weight, as bitsandbytes does it itself (as a parameter of class `kind`)."""
-    layer.weight = (kind or import_bitsandbytes().nn.Params4bit)(
-        quantized.data,
-        requires_grad=False,
-        quant_state=quantized.state,
-        blocksize=quantized.state.blocksize,
-        compress_statistics=quantized.state.nested,
-        quant_type=quantized.state.quant_type,
-        quant_storage=quantized.data.dtype,
-        module=layer,
-        bnb_quantized=True,
-    )
-    layer.quant_state = quantized.state
-
-
 def _read_as(reader: WeightReader, source: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The tensor in `dtype` on `device`, cast in blocks of rows so that no second copy of it exists."""
     entry = reader.tensors[source]
@@ -236,7 +209,10 @@ def _report(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationS
         sink.emit(Notice("quantization", message, kept))
     for notice in linear_use.notices(meta_model.model):
         sink.emit(notice)
+    for notice in experts.notices(meta_model.model, quantization):
+        sink.emit(notice)
     expected = {*(layer for _, layer in linear_layers(meta_model.model)), head_of(meta_model.model)}
+    expected |= {module for _, module in experts_and_routers(meta_model.model)}
     odd = Counter(
         type(module).__name__
         for module in meta_model.model.modules()

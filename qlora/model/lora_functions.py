@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qlora import numerics
 from qlora.device import is_card
 from qlora.events import Notice, Sink
-from qlora.model import rms_norms, rotary
+from qlora.model import mixture_adapters, rms_norms, rotary
 from qlora.model.adapter_folder import functions_of
 from qlora.model.cpu_matmul import product_dtype
 from qlora.model.lora_structure import gated_of, sharing_of, unread_of
@@ -109,6 +109,8 @@ def say_what_stays(model: PeftModel, lora: LoraSection, sink: Sink) -> None:
     """One notice of the layers that peft computes though they would be ours in a new run, and why; and one where a
     model turns queries and keys in a way that no kernel knows."""
     layers = [one for one in model.modules() if _is_lora(one)]
+    for notice in mixture_adapters.notices(model):
+        sink.emit(notice)
     lacks = [lack for one in layers if (lack := _lack_in(lora) or lack_of(one))]
     if lacks:
         message = f"linear layers that peft computes, in more memory and time: {'; '.join(sorted(set(lacks)))}"

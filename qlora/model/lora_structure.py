@@ -22,8 +22,10 @@ from torch.nn.functional import silu
 
 from qlora.batch import Batch
 from qlora.errors import foreign_failures
+from qlora.model.mixtures import experts_in
 from qlora.model.reclassed import reclassed
 from qlora.model.weight_receiving import device_of
+from qlora.step.experts import skipping
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 from qlora.step.layerwise import recomputable
 
@@ -69,7 +71,13 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
     names = {id(module): name for name, module in adapted.items()}
     watched = _Watched()
     linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear) or id(one) in names]
-    with foreign_failures(trial=True) as failure, evaluating(causal_lm), reclassed(linears, watched.class_of):
+    experts = [module for _, module in experts_in(causal_lm)]
+    with (
+        foreign_failures(trial=True) as failure,
+        evaluating(causal_lm),
+        skipping(experts),
+        reclassed(linears, watched.class_of),
+    ):
         hidden_states(CausalParts.of(causal_lm), _few_tokens(causal_lm))
     if failure.error:
         return []

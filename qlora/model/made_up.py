@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora.events import Sinks
-from qlora.model.load import freeze, set_4bit, swap_linear
+from qlora.model import experts
+from qlora.model.four_bit_layers import set_4bit, swap_linear
+from qlora.model.load import freeze
 from qlora.model.meta_model import linear_layers
 from qlora.model.nf4 import quantize_rows
 from qlora.model.weight_receiving import Keeper, Place, receive, took
@@ -39,6 +41,7 @@ def load_nothing(
     receiving = receive(model, place or Place(), meta, store)
     if quantization.type != "none":
         _fill_linear(model, quantization, meta, _params_on_meta())
+        _fill_experts(model, quantization, meta)
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, import_bitsandbytes().nn.Params4bit):
             took(model, name)
@@ -61,6 +64,7 @@ def load_random(model: Any, quantization: QuantizationSection, device: torch.dev
     """Give a model on `meta` random weights on `device`, layer by layer: matrices of mean 0, vectors of ones."""
     if quantization.type != "none":
         _fill_linear(model, quantization, device, None)
+        _fill_experts(model, quantization, device)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -76,6 +80,14 @@ def _fill_linear(model: Any, quantization: QuantizationSection, device: torch.de
         shape = (linear.out_features, linear.in_features)
         set_4bit(layer, quantize_rows(read, shape, quantization.type, quantization.double_quant, device), kind)
         took(model, f"{name}.weight")
+
+
+def _fill_experts(model: Any, quantization: QuantizationSection, device: torch.device) -> None:
+    experts.hold(model, quantization)
+    for _, module, leaf in experts.projections(model):
+        if isinstance(slab := getattr(module, leaf), experts.Slab):
+            rows = partial(_rows, width=slab.shape[2], device=device)
+            experts.fill(slab, lambda _, rows=rows: rows, device)  # type: ignore[misc]
 
 
 def _rows(start: int, end: int, width: int, device: torch.device) -> Tensor:

@@ -9,10 +9,10 @@ checkpoint is taken by itself, as the causal model of its `text_config`.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +20,17 @@ from torch import nn
 
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
+from qlora.model import experts
 from qlora.model.alternatives import text_model_like
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
+from qlora.model.expert_pieces import Piece, in_order, piece_of
 from qlora.model.linear_use import use_of
+from qlora.model.mixtures import experts_in, routers_in
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
 from qlora.model.weight_names import text_name
+from qlora.step.experts import NAME as EXPERTS
 
 # nn.Linear and subclasses of it that compute the same, so that a 4-bit layer may take their place; and that one.
 PLAIN_LINEARS = ("Linear", "FalconLinear", "Linear4bit")
@@ -46,13 +50,15 @@ COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 class MetaModel:
     """`model` without weights; `sources` from parameter (or stored buffer) to checkpoint name; `skipped` are not used.
 
-    `attention` is what the model was built with; `skipped` leaves out companions of 4-bit weights.
+    `attention` is what the model was built with; `skipped` leaves out companions of 4-bit weights. `experts` are the
+    pieces of the projections of experts, by parameter, which are not among the `sources`.
     """
 
     model: Any
     sources: Mapping[str, str]
     skipped: tuple[str, ...]
     attention: str
+    experts: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
 
 def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
@@ -66,8 +72,8 @@ def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
     model = build_unmatched(text, chosen, base.name)
     _untie_if_stored_apart(base, text, model)
     check_layers(model, base.name)
-    sources, skipped = _match(base, model, multimodal)
-    return MetaModel(model, sources, skipped, chosen)
+    sources, skipped, pieces = _match(base, model, multimodal)
+    return MetaModel(model, sources, skipped, chosen, pieces)
 
 
 def has_head(base: BaseFolder) -> bool:
@@ -77,7 +83,7 @@ def has_head(base: BaseFolder) -> bool:
 
 def taken_tensors(base: BaseFolder, meta_model: MetaModel) -> dict[str, TensorEntry]:
     """The tensors of the checkpoint that the model takes, statistics of 4-bit weights among them: what `load` reads."""
-    taken = set(meta_model.sources.values())
+    taken = {*meta_model.sources.values(), *(one.tensor for pieces in meta_model.experts.values() for one in pieces)}
     return {
         name: entry
         for name, entry in base.tensors.items()
@@ -176,6 +182,11 @@ def build_unmatched(text: Any, attention: str, name: str) -> Any:
     with _refusing(name):
         model = _from_config(text, attention, include_buffers=False)
     _compute_buffers(model)
+    if of_experts := [module for _, module in experts_in(model)]:
+        experts.register()
+        experts.keep_routing_still(model)
+        for module in of_experts:
+            module.config._experts_implementation = EXPERTS
     return model
 
 
@@ -210,13 +221,16 @@ def head_of(model: Any) -> Any:
 def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     """Every linear layer but the head, by name: what is kept in 4 bit, and what "all-linear" means.
 
-    Layers whose weight the model reads by itself are left out (see `linear_use`).
+    Layers whose weight the model reads by itself are left out (see `linear_use`), and what chooses experts.
     """
-    head = head_of(model)
+    head, routers = head_of(model), routers_in(model)
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and type(module).__name__ in PLAIN_LINEARS
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and type(module).__name__ in PLAIN_LINEARS
+        and name not in routers
     }
     kept = use_of(model, found).kept
     yield from ((name, module) for name, module in found.items() if name not in kept)
@@ -258,7 +272,9 @@ def _text_names(names: Mapping[str, TensorEntry], multimodal: bool) -> dict[str,
     return {text_name(name) if multimodal else name: name for name in names}
 
 
-def _match(base: BaseFolder, model: Any, multimodal: bool) -> tuple[dict[str, str], tuple[str, ...]]:
+def _match(
+    base: BaseFolder, model: Any, multimodal: bool
+) -> tuple[dict[str, str], tuple[str, ...], dict[str, tuple[Piece, ...]]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
@@ -266,15 +282,23 @@ def _match(base: BaseFolder, model: Any, multimodal: bool) -> tuple[dict[str, st
     converters = [step for step in mapping if isinstance(step, WeightConverter)]
     renamings = [step for step in mapping if not isinstance(step, WeightConverter)]
     wanted = model.state_dict()
+    stacked = {name: module for name, module, _ in experts.projections(model)}
+    pieces: dict[str, list[Piece]] = defaultdict(list)
     sources: dict[str, str] = {}
     skipped = []
     for plain, name in _text_names(base.tensors, multimodal).items():
         if _is_companion(name, base):
             continue
         target, converted = rename_source_key(plain, renamings, converters, model.base_model_prefix, wanted)
+        piece = Piece(name, None) if converted is None else piece_of(name, plain, converted, converters)
+        if target in stacked and piece is not None:
+            if piece.expert is not None and stacked[target].is_transposed:
+                raise _another_layout(base, name)
+            pieces[target].append(piece)
+            _check_piece(base, piece, target, tuple(wanted[target].shape))
+            continue
         if converted is not None and target in wanted:
-            what = f"{base.name}: {name} is stored in another layout than the model computes with"
-            raise ModelError(what, "this model is not supported yet; use another one")
+            raise _another_layout(base, name)
         if target not in wanted:
             skipped.append(name)
             continue
@@ -282,16 +306,36 @@ def _match(base: BaseFolder, model: Any, multimodal: bool) -> tuple[dict[str, st
             raise ModelError(f"{base.name}: {name} and {sources[target]} are the same parameter", "get a clean copy")
         stored, shape = base.tensors[name].shape, tuple(wanted[target].shape)
         if stored != shape and not is_stored_4bit(base, name):
-            what = f"{base.name}: {name} is {list(stored)}, but the configuration makes {target} {list(shape)}"
-            raise ModelError(what, "config.json and weights are of different models; get a clean copy")
+            raise _another_shape(base, name, target, shape)
         sources[target] = name
     tied = model.all_tied_weights_keys
     skipped += [sources.pop(target) for target in sources.keys() & tied]
-    missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in {*sources, *tied}]
+    there = {*sources, *tied, *pieces}
+    missing = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in there]
     if missing:
         what = f"{base.name}: {len(missing)} of its tensors are missing, the first is {missing[0]}"
         raise ModelError(what, "download the model again; a base without its head cannot be trained here")
-    return sources, tuple(sorted(skipped))
+    ordered = {name: in_order(base.name, name, wanted[name].shape[0], found) for name, found in pieces.items()}
+    return sources, tuple(sorted(skipped)), ordered
+
+
+def _check_piece(base: BaseFolder, piece: Piece, parameter: str, shape: tuple[int, ...]) -> None:
+    """Raises ModelError for a tensor of experts that is not the shape of its share of the parameter."""
+    expected = shape if piece.expert is None else (shape[1] // piece.parts, *shape[2:])
+    if base.tensors[piece.tensor].shape != expected:
+        raise _another_shape(base, piece.tensor, f"{piece.in_words} of {parameter}", expected)
+
+
+def _another_layout(base: BaseFolder, name: str) -> ModelError:
+    what = f"{base.name}: {name} is stored in another layout than the model computes with"
+    return ModelError(what, "this model is not supported yet; use another one")
+
+
+def _another_shape(base: BaseFolder, name: str, target: str, shape: tuple[int, ...]) -> ModelError:
+    what = (
+        f"{base.name}: {name} is {list(base.tensors[name].shape)}, but the configuration makes {target} {list(shape)}"
+    )
+    return ModelError(what, "config.json and weights are of different models; get a clean copy")
 
 
 def _is_companion(name: str, base: BaseFolder) -> bool:
@@ -317,15 +361,8 @@ def _untie_if_stored_apart(base: BaseFolder, text: Any, model: Any) -> None:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _experts(stacked: Iterable[str]) -> list[str]:
-    return [key for key in stacked if re.search("expert|moe", key)]
-
-
-def check_layers(model: Any, name: str, text: Any = None) -> None:
-    """Refuses models whose weights lie where 4-bit layers and adapters do not reach.
-
-    `text` is the configuration of the whole model where `model` has a few of its layers.
-    """
+def check_layers(model: Any, name: str) -> None:
+    """Refuses models whose weights lie where 4-bit layers and adapters do not reach."""
     from transformers.pytorch_utils import Conv1D
 
     another = f"use another model, such as {text_model_like(model.config.model_type, name)}"
@@ -334,14 +371,12 @@ def check_layers(model: Any, name: str, text: Any = None) -> None:
     if any(isinstance(module, Conv1D) for module in model.modules()):
         what = f"{name}: {type(model).__name__} keeps its layers transposed (Conv1D), which 4-bit layers do not"
         raise ModelError(what, another)
-    stacked = {key: parameter for key, parameter in model.named_parameters() if parameter.ndim == 3}
-    if _experts(stacked):
-        if text is not None:  # a few layers say nothing of the others, which need not have as many experts
-            with torch.device("meta"):
-                whole = _from_config(copy.deepcopy(text), None, include_buffers=True)
-            stacked = {key: parameter for key, parameter in whole.named_parameters() if parameter.ndim == 3}
-        gib = sum(stacked[key].numel() for key in _experts(stacked)) * 2 / 2**30
-        what = f"{name}: its fused experts ({gib:.2f} GiB in 16 bit) cannot be held in 4 bit yet"
+    held = {key for key, _, _ in experts.projections(model)}
+    stacked = [key for key, one in model.named_parameters() if one.ndim == 3 and key not in held]
+    if lost := next((key for key in stacked if "expert" in key or "moe" in key), None):
+        what = (
+            f"{name}: {lost} holds experts that are computed by code of {type(model).__name__}'s own, in 16 bit alone"
+        )
         raise ModelError(what, another)
     if next(linear_layers(model), None) is None:
         raise ModelError(f"{name}: {type(model).__name__} has no linear layers to adapt", another)

@@ -21,7 +21,6 @@ from qlora.model.base_folder import (
     check_folder,
     check_model_type,
     load_config,
-    refuse_experts,
 )
 from qlora.model.tensors import PICKLE_ENDINGS, SINGLE_FILE
 
@@ -95,7 +94,6 @@ def _download(snapshot: hub.Snapshot, sink: Sink) -> Path:
         why = f"has its weights as pickle only ({pickles[0]}), which can run code" if pickles else "has no safetensors"
         raise repository.error(why, "use a repository or revision with safetensors weights")
     snapshot.fetch(small)
-    refuse_experts(repository.name, folder)
     return snapshot.fetch([SINGLE_FILE] if SINGLE_FILE in weights else weights, sink)
 
 

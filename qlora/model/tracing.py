@@ -247,8 +247,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if contracted or outer:
                 self.note("attends in code of its own")
             return
-        if packet == "embedding":  # ids of tokens choose rows of a table
-            return
+        if packet == "embedding" or (packet == "index" and not origins[0] & TOKENS):
+            return  # ids of tokens, or the experts that they chose, choose rows of a table
         if packet in _NORMS:
             normalized = len(call.args[_NORMS[packet]])
             if any(dim >= -normalized for dim in self.token_dims(inputs[0])):

@@ -71,6 +71,7 @@ class ConsoleSink:
             events.Progress: self._progress,
             events.StepDone: self._step,
             events.Evaluated: self._evaluated,
+            events.Routed: self._routed,
             events.Sampled: self._sampled,
             events.Saved: self._saved,
             events.Recovered: self._recovered,
@@ -151,6 +152,11 @@ class ConsoleSink:
         if event.best and event.exact_match is None:
             parts.append("· best so far")
         self._print(Text(" ".join(parts), style="cyan"))
+
+    def _routed(self, event: events.Routed) -> None:
+        least, most, changed = min(event.hit), max(event.largest), max(event.changed)
+        words = f"experts: {least:.0%} are hit in every layer, one takes up to {most:.0%}"
+        self._print(Text(f"{words}, {changed:.1%} of tokens go elsewhere than untuned", style="dim"))
 
     def _sampled(self, event: events.Sampled) -> None:
         self.task = None

@@ -68,6 +68,13 @@ class Evaluation(Read):
     best: bool = False
 
 
+class Routing(Read):
+    step: int = Field(ge=0, le=MAX_STEP)
+    hit: list[float] = Field(max_length=MAX_KEPT)
+    largest: list[float] = Field(max_length=MAX_KEPT)
+    changed: list[float] = Field(max_length=MAX_KEPT)
+
+
 class Sample(Read):
     step: int = Field(ge=0, le=MAX_STEP)
     prompt: str

@@ -91,6 +91,7 @@ class RunLog:
         self.steps = Steps()
         self.evaluations: dict[int, run_events.Evaluation] = {}
         self.samples: list[run_events.Sample] = []  # of the last step that has some
+        self.routing: run_events.Routing | None = None  # of the last evaluation, of a mixture of experts
         self.told: dict[tuple[str, str], Told] = {}
         self.saved: Counter[str] = Counter()
         self.rejected: dict[tuple[str, str], run_events.Rejected] = {}
@@ -177,6 +178,9 @@ class RunLog:
             self.left_out["evaluations"] += 1
         self._mark("evaluated", f"evaluated at step {read.step:,}")
 
+    def _routed(self, read: run_events.Routing) -> None:
+        self.routing = read
+
     def _sampled(self, read: run_events.Sample) -> None:
         if self.samples and self.samples[0].step != read.step:
             self.samples = []
@@ -262,6 +266,7 @@ _READERS: dict[str, tuple[type[run_events.Read], Callable[[RunLog, Any], None]]]
     "start": (run_events.Started, RunLog._started),
     "plan": (run_events.Planned, RunLog._planned),
     "eval": (run_events.Evaluation, RunLog._evaluated),
+    "routing": (run_events.Routing, RunLog._routed),
     "sample": (run_events.Sample, RunLog._sampled),
     "notice": (run_events.Said, RunLog._noticed),
     "saved": (run_events.Saved, RunLog._was_saved),

@@ -45,6 +45,7 @@ def _one(run: Run) -> Iterator[Element]:
     yield classed("div", "charts", *map(curves.draw, run_sections.charts([run])))
     yield from _details(run)
     yield from _section(run_sections.samples([run]))
+    yield from _section(run_sections.experts(run))
     yield from _tables(run)
 
 

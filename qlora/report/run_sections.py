@@ -238,6 +238,16 @@ def samples(runs: Sequence[Run]) -> Iterator[Element]:
         yield classed("div", "row", element("small", "question"), _words(prompt), classed("div", "answers", *boxes))
 
 
+def experts(run: Run) -> Iterator[Element]:
+    """Where the evaluation rows' tokens went at the last evaluation, of a mixture of experts, a row a layer."""
+    found = run.log.routing
+    if found is not None:
+        yield element("h2", f"Experts, at step {found.step:,}")
+        shares = zip(found.hit, found.largest, found.changed, strict=False)
+        rows = [[f"{layer:,}", *map(percent, of_layer)] for layer, of_layer in enumerate(shares, start=1)]
+        yield table(("layer with experts", "experts hit", "the largest's share", "tokens that go elsewhere"), rows)
+
+
 def _words(text: str) -> Element:
     return classed("pre", "words", text if text.strip() else "(nothing)", dir="auto")
 

@@ -24,7 +24,7 @@ from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Evaluated, Progress, Sampled
 from qlora.export.verify.evaluation import EvalRows, mean, summed_loss
-from qlora.model import generate
+from qlora.model import generate, routing
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.recipe.sections import DataSection, EvalSection
 from qlora.step.forward import CausalParts, batch_loss, evaluating
@@ -66,6 +66,7 @@ class RunEvaluation:
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
+    routed: Sequence[routing.LayerRouting] = ()  # of the last measuring, of a mixture of experts
     delivered: DeliveredLoss | None = None  # what the last measuring says to whoever checks the adapter later
 
     @cached_property
@@ -105,6 +106,8 @@ class RunEvaluation:
     def emit_eval(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
         perplexity = None if loss is None else math.exp(min(loss, 700.0))
         self.recovery.sink.emit(Evaluated(step, loss, perplexity, matches, len(self.split.lengths), best))
+        if self.routed and loss is not None:
+            self.recovery.sink.emit(routing.event(step, self.routed))
 
     def emit_samples(self, step: int, answers: Sequence[str]) -> None:
         """Each answer of `sample_answers` beside the untuned model's."""
@@ -125,6 +128,8 @@ class RunEvaluation:
                 losses.append(summed_loss(self.parts, self.objective, batch, self.recovery.device))
                 done += len(batch.input_ids_BS)
                 self.recovery.sink.emit(Progress("evaluate", done, packs))
+            first = lambda: next(iter(rows.batches())).to(self.recovery.device)  # noqa: E731
+            self.routed = routing.compared(self.model, self.parts, first)
         self.delivered = rows.record(step, losses)
         return mean(losses)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from qlora.errors import ModelError
 from qlora.memory import simulate, trace
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
@@ -21,6 +20,7 @@ from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step import offload
 from tests.families import make_base, make_config
 from tests.memory.counted import count_step
+from tests.mixtures import make_config as make_mixture
 from tests.step.launches import LLAMA_8B
 
 ROOT = Path(__file__).parent.parent.parent
@@ -139,15 +139,19 @@ def test_many_chunks_of_the_head_are_drawn_from_larger_ones(monkeypatch: pytest.
     assert drawn.kept == every.kept and drawn.paged == every.paged
 
 
-def test_experts_that_are_refused_are_those_of_all_layers() -> None:
-    """The message tells what a user has to hold, not what the few layers that are drawn have."""
-    overrides = {"num_hidden_layers": 12, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
-    text = make_config(
-        "qwen3_moe", overrides={**overrides, "hidden_size": 1024, "decoder_sparse_step": 1, "mlp_only_layers": []}
-    )
-    gib = 12 * 8 * 3 * 1024 * 1024 * 2 / 2**30
-    with pytest.raises(ModelError, match=rf"its fused experts \({gib:.2f} GiB in 16 bit\)"):
-        _ = Simulator(ModelSpec(text, "tiny", LORA, QuantizationSection())).drawn
+def test_experts_are_counted_in_the_bytes_that_they_are_held_in() -> None:
+    """Of a mixture whose first layer is dense: what is drawn of few layers is what all of them take."""
+    overrides = {"num_hidden_layers": 6, "mlp_layer_types": ["dense", *["sparse"] * 5], "v_head_dim": 32}
+    spec = ModelSpec(make_mixture("glm4_moe_lite", overrides), "tiny", LORA, QuantizationSection())
+    drawn, every = Simulator(spec), Simulator(spec, whole=True)
+    assert drawn.sizes == [4, 5] and every.sizes == [6]
+    short, whole = drawn.run(Workload(1, 64)), every.run(Workload(1, 64))
+    assert short.kept == whole.kept
+    assert {name: peak.parts["weights"] for name, peak in short.phases.items()} == {
+        name: peak.parts["weights"] for name, peak in whole.phases.items()
+    }
+    for name, peak in whole.phases.items():
+        assert short.phases[name].total == pytest.approx(peak.total, rel=0.02)
 
 
 def test_a_step_that_never_ends_is_not_simulated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from qlora.model import cpu_matmul, load, nf4
+from qlora.model import cpu_matmul, nf4
+from qlora.model.four_bit_layers import set_4bit
 from qlora.third_party import import_bitsandbytes
 from tests.model.nf4_reference import quantize
 
@@ -66,7 +67,7 @@ def test_a_4bit_layer_computes_with_the_same_rounded_weight(without_kernels: Non
     layer = import_bitsandbytes().nn.Linear4bit(128, 64, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4")
     layer.support_avx512bf16_for_cpu = False
     quantized = quantize(weight, "nf4", nested, CPU)
-    load.set_4bit(layer, quantized)
+    set_4bit(layer, quantized)
     layer.bias = torch.nn.Parameter(torch.randn(64, generator=generator).bfloat16())
     inputs = torch.randn(9, 128, generator=generator).bfloat16().requires_grad_()
     with cpu_matmul.fast_matmul(CPU):

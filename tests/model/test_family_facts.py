@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama
 from qlora.errors import ModelError
 from qlora.model import family_facts, packing_table
 from qlora.model.family_facts import facts_of, trainable_facts
-from tests import all_families
+from tests import all_families, mixtures
 from tests.families import make_config
 from tools.packing_table import measure, too_lenient
 
@@ -50,6 +50,26 @@ def test_what_is_seen_is_what_is_measured(family: str, packing: str, by_layers: 
     assert facts.packing == packing
     assert (facts.layerwise == "") is by_layers and facts.head == ""
     measured = measure(all_families.make_config(family))
+    assert too_lenient(facts, measured) == []
+    assert (measured.leak > packing_table.LARGEST_LEAK) is bool(packing)
+
+
+MIXED = [
+    ("qwen3_moe", ""),
+    ("gemma4_text", ""),
+    ("gpt_oss", "GptOssAttention lets documents of one pack see each other"),
+    ("qwen3_5_moe_text", "Qwen3_5MoeGatedDeltaNet convolves over tokens"),
+    *(pytest.param(family, "", marks=pytest.mark.slow) for family in ("mixtral", "glm4_moe_lite", "deepseek_v3")),
+]
+
+
+@pytest.mark.parametrize(("family", "packing"), MIXED)
+@pytest.mark.usefixtures("unknown_families")
+def test_mixtures_share_packs(family: str, packing: str) -> None:
+    """Routing is each token's own affair; what keeps rows apart is attention, as in dense models."""
+    facts = facts_of(mixtures.make_config(family), family)
+    assert (facts.packing, facts.layerwise, facts.head) == (packing, "", "")
+    measured = measure(mixtures.make_config(family))
     assert too_lenient(facts, measured) == []
     assert (measured.leak > packing_table.LARGEST_LEAK) is bool(packing)
 

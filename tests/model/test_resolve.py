@@ -12,6 +12,7 @@ import pytest
 from qlora.errors import ModelError
 from qlora.events import Notice, Progress, Recorder
 from qlora.model.resolve import resolve, resolve_config
+from tests.all_families import make_config as make_mixture
 from tests.families import make_base
 from tests.hub_server import TOKEN, Hub, repository, serve
 from tests.model.conftest import at, change_config, load, refused
@@ -110,15 +111,16 @@ def test_repositories_without_weights_to_train(tmp_path: Path, folder: Path, ser
     hub.files["pytorch_model.bin"] = hub.files.pop("model.safetensors")
     serve(hub)
     assert "pickle only (pytorch_model.bin)" in refused("owner/tiny").what
-    index = {
-        "metadata": {"total_size": 93 << 30},
-        "weight_map": {"model.layers.0.mlp.experts.0.w1.weight": "model-1.safetensors"},
-    }
-    hub.files |= {"model.safetensors.index.json": json.dumps(index).encode(), "model-1.safetensors": b"never fetched"}
-    assert "93.0 GiB" in refused("owner/tiny").what
-    assert "model-1.safetensors" not in hub.downloaded()
     del hub.files["config.json"]
     assert "no config.json" in refused("owner/tiny").what
+
+
+def test_experts_that_cannot_be_held_are_known_before_the_weights(folder: Path, serve: Callable[[Hub], Any]) -> None:
+    hub = repository(folder)
+    hub.files["config.json"] = json.dumps(make_mixture("llama4_text").to_dict()).encode()
+    serve(hub)
+    assert "llama4_text is a mixture of 16 experts" in refused("owner/tiny").what
+    assert "model.safetensors" not in hub.downloaded()
 
 
 def test_a_configuration_alone(folder: Path, serve: Callable[[Hub], Any]) -> None:

@@ -57,6 +57,9 @@ def plan(
     that needs a ggml that is not installed, and for a tokenizer that llama.cpp would read in another way.
     """
     meta_model = meta_model or build(base)
+    if meta_model.experts:
+        what = f"{base.name}: is a mixture of experts, which cannot be written as GGUF yet"
+        raise ExportError(what, "export a folder of safetensors (hf), which llama.cpp's own converter reads")
     if shapes is None:
         weights = meta_model.model.state_dict()
         shapes = {name: tuple(weights[name].shape) for name in meta_model.sources}

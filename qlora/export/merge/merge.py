@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,12 +46,14 @@ class MergedTensor:
     parameter  in the causal (text) model, such as "model.layers.0.self_attn.q_proj.weight"
     blocks     `blocks(unit)` reads, merges and yields it when it is called: consecutive blocks of rows on the CPU, each
                a multiple of `unit` rows (the last one what is left); under two dimensions a tensor comes whole
+    dtype      of the blocks: the merge's, or fp32 where the model computes with it in fp32 whatever its type
     """
 
     name: str
     parameter: str
     shape: tuple[int, ...]
     blocks: Callable[[int], Generator[Tensor, None, None]]
+    dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,11 @@ class Merge:
         }
 
     def _tensor(self, source: ParameterSource) -> MergedTensor:
-        return MergedTensor(source.name, source.parameter, source.shape, lambda unit: self._blocks(source, unit))
+        blocks = partial(self._blocks, source)
+        return MergedTensor(source.name, source.parameter, source.shape, blocks, self._dtype(source))
+
+    def _dtype(self, source: ParameterSource) -> torch.dtype:
+        return torch.float32 if source.in_fp32 else self.dtype
 
     def _blocks(self, source: ParameterSource, unit: int) -> Generator[Tensor, None, None]:
         """Blocks of rows of one parameter, merged, on the CPU."""
@@ -132,7 +139,7 @@ class Merge:
             if source.rows is not None:
                 block = _with_rows(block, source.rows, start)
             start += block.shape[0] if block.ndim else 1
-            yield block.to(dtype=self.dtype).cpu()
+            yield block.to(dtype=self._dtype(source)).cpu()
 
     def _base_blocks(self, source: ParameterSource, unit: int) -> Iterator[Tensor]:
         """What the adapter is added to: as it is stored, or bf16 where it comes from 4 bit."""

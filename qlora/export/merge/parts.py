@@ -17,9 +17,12 @@ from qlora.errors import ExportError
 from qlora.model.adapter_config import shown
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
+from qlora.model.expert_pieces import Piece
+from qlora.model.layer_walk import stays_fp32
 from qlora.model.meta_model import MetaModel, head_of, linear_layers
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
+from qlora.model.weight_names import text_name
 from qlora.recipe.sections import QuantizationSection
 
 # 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the
@@ -38,6 +41,7 @@ class ParameterSource:
     tensor   its name in the base's checkpoint
     storage  "plain": as `entry` stores it; "packed": as 4-bit codes in the checkpoint; "coded": to be put into 4 bit as
              training did
+    in_fp32  stored so, and computed so whatever the model's type, as some routers are: written so too
     """
 
     name: str
@@ -48,6 +52,7 @@ class ParameterSource:
     storage: Storage = "plain"
     lora: LoraModule | None = None
     rows: TokenRows | None = None
+    in_fp32: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,11 @@ def is_multimodal(base: BaseFolder) -> bool:
     return isinstance(base.config.get("text_config"), Mapping)
 
 
+def name_of_piece(base: BaseFolder, piece: Piece) -> str:
+    """What a tensor of experts is called in a merged checkpoint: as in the base's, or in its text model's alone."""
+    return text_name(piece.tensor) if is_multimodal(base) else piece.tensor
+
+
 def make_plan(
     base: BaseFolder, meta_model: MetaModel, adapter: Adapter, merge_base: MergeBase, quantization: QuantizationSection
 ) -> Plan:
@@ -89,11 +99,20 @@ def make_plan(
     # A base stored in 4 bit keeps some layers in 16 bit on purpose: those are never quantized.
     in_4bit = merge_base == "nf4" and quantization.type != "none" and not base.stored_4bit
     coded = {f"{name}.weight" for name, _ in linear_layers(model)} if in_4bit else set()
+    weights = dict(model.named_parameters(remove_duplicate=False))
     own: dict[str, ParameterSource] = {}
     for parameter, tensor in meta_model.sources.items():
         name = parameter if is_multimodal(base) else tensor
         storage: Storage = "packed" if is_stored_4bit(base, tensor) else "coded" if parameter in coded else "plain"
-        own[parameter] = ParameterSource(name, parameter, tensor, shapes[parameter], base.tensors[tensor], storage)
+        entry = base.tensors[tensor]
+        in_fp32 = entry.dtype == "F32" and parameter in weights and stays_fp32(model, parameter, weights[parameter])
+        own[parameter] = ParameterSource(name, parameter, tensor, shapes[parameter], entry, storage, in_fp32=in_fp32)
+    for pieces in meta_model.experts.values():
+        for piece in pieces:  # frozen, whatever the layers beside them were trained on: their bytes are the base's own
+            name, entry = name_of_piece(base, piece), base.tensors[piece.tensor]
+            own[name] = ParameterSource(name, name, piece.tensor, entry.shape, entry)
+    places = {tensor: place for place, tensor in enumerate(base.tensors)}
+    own = dict(sorted(own.items(), key=lambda item: places[item[1].tensor]))
     modules = {id(module): name for name, module in model.named_modules()}
     embeddings = f"{modules[id(model.get_input_embeddings())]}.weight"
     head = f"{modules[id(head_of(model))]}.weight"

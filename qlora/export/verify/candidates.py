@@ -24,7 +24,7 @@ from qlora.device import free_bytes
 from qlora.errors import ExportError
 from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import MergedTensor
-from qlora.export.merge.parts import VALUES_PER_BLOCK
+from qlora.export.merge.parts import VALUES_PER_BLOCK, name_of_piece
 from qlora.model.base_folder import BaseFolder
 from qlora.model.family_facts import facts_of
 from qlora.model.layer_walk import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
@@ -43,7 +43,19 @@ def of_merge(tensors: Iterable[MergedTensor]) -> Weights:
 
 def of_folder(meta_model: MetaModel, folder: BaseFolder) -> Weights:
     """Weights read from a folder of safetensors, `meta_model` built from that same folder."""
-    return {name: partial(read_tensor, folder.tensors[source]) for name, source in meta_model.sources.items()}
+    weights = {name: partial(read_tensor, folder.tensors[source]) for name, source in meta_model.sources.items()}
+    pieces = [piece for of_one in meta_model.experts.values() for piece in of_one]
+    weights |= {name_of_piece(folder, piece): partial(read_tensor, folder.tensors[piece.tensor]) for piece in pieces}
+    return with_experts(weights, meta_model, folder)
+
+
+def with_experts(weights: Weights, meta_model: MetaModel, base: BaseFolder) -> Weights:
+    """`weights` with the projections of experts, whose pieces are among them by their names in the checkpoint."""
+    found = dict(weights)
+    for parameter, pieces in meta_model.experts.items():
+        shape = tuple(meta_model.model.get_parameter(parameter).shape)
+        found[parameter] = partial(_stacked, [weights[name_of_piece(base, piece)] for piece in pieces], shape)
+    return found
 
 
 def of_gguf(file: Path, tensors: Iterable[GgufTensor]) -> Weights:
@@ -161,6 +173,18 @@ def _blocks(entry: Any, tensor: GgufTensor) -> Iterator[Tensor]:
     step = max(1, VALUES_PER_BLOCK // columns // tensor.unit) * tensor.unit if len(tensor.shape) > 1 else rows
     for start in range(0, rows, step):
         yield tensor.inverse(dequantized_rows(entry, tensor.at + start, tensor.at + min(rows, start + step)))
+
+
+def _stacked(pieces: Sequence[Callable[[], Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """A projection of experts of its pieces: one of all of them, or each expert's rows one after the other."""
+    if len(pieces) == 1:
+        return pieces[0]()
+    first = pieces[0]()
+    whole = torch.empty(len(pieces), *first.shape, dtype=first.dtype)
+    whole[0] = first
+    for number, piece in enumerate(pieces[1:], start=1):
+        whole[number] = piece()
+    return whole.view(shape)
 
 
 def _gather(tensor: MergedTensor) -> Tensor:

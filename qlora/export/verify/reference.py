@@ -72,7 +72,8 @@ class TrainedReference:
 
     def measure_merge(self, merge_base: MergeBase) -> MeasuredBase:
         """How near and how good the model merged on `merge_base` is, in bf16, its weights merged as they are needed."""
-        weights = candidates.of_merge(self.source.merge(merge_base, torch.bfloat16).tensors())
+        merged = candidates.of_merge(self.source.merge(merge_base, torch.bfloat16).tensors())
+        weights = candidates.with_experts(merged, self.source.meta_model, self.source.base)
         losses: list[torch.Tensor] = []
         line = self.measure_weights(f"merged on {merge_base}", weights, None, losses=losses)
         return MeasuredBase(line.kl, torch.cat(losses))

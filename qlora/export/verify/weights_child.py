@@ -207,14 +207,15 @@ def _summary(wrong: list[str], otherwise: str) -> str:
 
 
 def open_folder(folder: Path, merge: Merge, dtype: str) -> _File:
-    """A folder of safetensors."""
-    planned = {tensor.name: tensor for tensor in merge.tensors()}
+    """A folder of safetensors, of the type `dtype` but for what stays in fp32."""
+    planned = {tensor.name: tensor for tensor in replace(merge, dtype=_ROUNDED[dtype]).tensors()}
+    names = {kind: name for name, kind in _ROUNDED.items()}
     try:
         found = find_tensors(folder)
     except UserError as error:
         return _File([("opens", False, error.what)])
     wrong = _compare(
-        {name: (tensor.shape, dtype) for name, tensor in planned.items()},
+        {name: (tensor.shape, names[tensor.dtype]) for name, tensor in planned.items()},
         {name: (entry.shape, entry.dtype) for name, entry in found.items()},
     )
     file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors"))])

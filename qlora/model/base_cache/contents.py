@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qlora.model.base_cache.record import FORM, Settings
 from qlora.model.base_folder import BaseFolder
 from qlora.model.layer_blobs import ALIGNMENT, LayerWeights
-from qlora.model.layer_walk import layers_of
+from qlora.model.layer_walk import layers_of, stays_fp32
 from qlora.model.meta_model import MetaModel, taken_tensors
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, QUANTIZER
 from qlora.model.tensors import total_bytes
@@ -125,8 +125,7 @@ def value_of(model: Any, name: str) -> Tensor:
 
 def dtype_of(model: Any, name: str) -> torch.dtype:
     """The type that a parameter has once it is loaded, where it is not in 4 bit: bf16 but for what stays in fp32."""
-    in_fp32 = any(part in name for part in model._keep_in_fp32_modules_strict or ())
-    return torch.float32 if in_fp32 else torch.bfloat16
+    return torch.float32 if stays_fp32(model, name, value_of(model, name)) else torch.bfloat16
 
 
 def _final(model: Any, name: str) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -89,6 +89,10 @@ class Keeping:
 
     def check_room(self) -> None:
         """UserError where memory.cache = true asks for what the disk has no room for. Before weights are read."""
+        if self._mode is True and self.contents.meta_model.experts:
+            base = self.contents.base.name
+            what = f"memory.cache = true: {base} is a mixture of experts, which is not kept in 4 bit yet"
+            raise UserError(what, 'set memory.cache = "auto"')
         if self._mode is not True or not self._wanted():
             return
         needed, free = self.contents.kept_bytes, disk.free_bytes(places.root())
@@ -125,7 +129,8 @@ class Keeping:
         return self.contents.base.cache
 
     def _wanted(self) -> bool:
-        return self._mode is not False and self.contents.quantization.type != "none"
+        has_experts = bool(self.contents.meta_model.experts)  # slabs are no parameters, which alone are in blobs
+        return self._mode is not False and self.contents.quantization.type != "none" and not has_experts
 
     def _worth_it(self) -> bool:
         """For "auto": what is small is loaded as quickly without, and what is stored in 4 bit has no more bytes."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora.disk import size_of
-from qlora.model import load as module
+from qlora.model import four_bit_layers as module
 from qlora.model.base_cache.contents import Contents
 from qlora.model.meta_model import build, linear_layers
 from qlora.recipe.sections import QuantizationSection

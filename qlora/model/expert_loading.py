@@ -1,0 +1,60 @@
+"""Experts from their files into their slabs, one expert at a time: what is in memory beside the slab is one of them.
+
+transformers stacks all experts of a layer before it quantizes them, which takes a layer's 16-bit weights and more
+(huggingface/transformers#47514). A tensor is read from front to back and once, as its hash wants it: a whole expert
+where the file has all of them in one tensor, else blocks of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.model.expert_pieces import Piece
+from qlora.model.experts import Slab, fill
+from qlora.model.identity import WeightReader
+
+
+def load(model: Any, parameter: str, pieces: Sequence[Piece], reader: WeightReader, device: torch.device) -> None:
+    """Give a projection of experts, a slab or a parameter in 16 bit, its weights. Raises ModelError."""
+    owner, _, leaf = parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    held = getattr(module, leaf)
+    if isinstance(held, Slab):
+        fill(held, partial(_rows_of, reader, pieces, held.shape, module.is_transposed), device)
+        return
+    whole = torch.empty(held.shape, dtype=torch.bfloat16, device=device)
+    for expert in range(held.shape[0]):
+        if pieces[0].expert is None:
+            whole[expert].copy_(reader.read(pieces[0].tensor, (expert, expert + 1))[0])
+        else:
+            rows, columns = held.shape[1:]
+            whole[expert].copy_(_rows_of(reader, pieces, (held.shape[0], rows, columns), False, expert)(0, rows))
+    module._parameters[leaf] = nn.Parameter(whole, requires_grad=False)
+
+
+def _rows_of(
+    reader: WeightReader, pieces: Sequence[Piece], shape: tuple[int, int, int], transposed: bool, expert: int
+) -> Any:
+    """A function from `start` and `end` to these rows of an expert (out, in) in bf16; blocks are asked for in order."""
+    if pieces[0].expert is None:
+        whole = reader.read(pieces[0].tensor, (expert, expert + 1))[0]
+        matrix = whole.t() if transposed else whole
+        return lambda start, end: matrix[start:end].to(torch.bfloat16)
+    parts = pieces[0].parts
+    own, rows = pieces[expert * parts : (expert + 1) * parts], shape[1] // parts
+
+    def read(start: int, end: int) -> Tensor:
+        block = torch.empty(end - start, shape[2], dtype=torch.bfloat16)
+        for number, piece in enumerate(own):  # gate's rows, then up's
+            first, last = max(start, number * rows), min(end, (number + 1) * rows)
+            if first < last:
+                taken = reader.read(piece.tensor, (first - number * rows, last - number * rows))
+                block[first - start : last - start].copy_(taken)
+        return block
+
+    return read

@@ -1,0 +1,174 @@
+"""Experts in 4 bit: each expert of a projection is a 2-D weight, quantized by itself, bit for bit as `nf4`.
+
+transformers keeps the experts of a layer in one 3-D parameter, which bitsandbytes' layers never see. Here a `Slab`
+takes its place: codes, block constants and nested constants of all experts, each expert's apart (4.127 bit a value from
+16,384 values an expert on), so that any range of them is read by three kernels. All of it are buffers: what moves,
+streams, counts or empties a layer's tensors finds them like any other.
+
+Always (E, out, in), blocks of 64 running over the flattened expert. Where an expert's values are no multiple of 64 the
+projection stays in 16 bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.events import Notice
+from qlora.model.cpu_matmul import product_dtype
+from qlora.model.mixtures import experts_in, routers_in
+from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, quantize_rows
+from qlora.step import experts as step_experts
+from qlora.third_party import import_bitsandbytes
+
+if TYPE_CHECKING:
+    from qlora.recipe.sections import QuantizationSection
+
+
+class Slab(nn.Module):
+    """The experts of one projection in 4 bit.
+
+    codes         (E, out * in / 2) uint8, two values a byte
+    absmax        (E, blocks) fp32; with double quantization uint8, rounded up to whole nested blocks
+    nested_absmax (E, blocks / 256) fp32, `offset` (E,) fp32: of double quantization alone
+    table, nested_table: what codes mean
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor
+    offset: Tensor
+    table: Tensor
+    nested_table: Tensor
+
+    def __init__(self, shape: tuple[int, int, int], quantization: QuantizationSection) -> None:
+        super().__init__()
+        self.shape = shape
+        self.quant_type, self.nested = quantization.type, quantization.double_quant
+        count, values = shape[0], math.prod(shape[1:])
+        assert values % BLOCK == 0, "blocks that run from expert to expert"
+        self.blocks = values // BLOCK
+        nested = -(-self.blocks // NESTED_BLOCK)
+        meta = torch.device("meta")
+        sizes = {"codes": ((count, values // 2), torch.uint8), "table": ((16,), torch.float32)}
+        if self.nested:
+            sizes["absmax"] = (count, nested * NESTED_BLOCK), torch.uint8
+            sizes |= {"nested_absmax": ((count, nested), torch.float32), "offset": ((count,), torch.float32)}
+            sizes["nested_table"] = (256,), torch.float32
+        else:
+            sizes["absmax"] = (count, self.blocks), torch.float32
+        for name, (size, dtype) in sizes.items():
+            self.register_buffer(name, torch.empty(size, dtype=dtype, device=meta), persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def allocate(self, device: torch.device) -> None:
+        """Room for all experts on `device`, without values."""
+        for name, buffer in list(self.named_buffers()):
+            self._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+
+    def put(self, expert: int, quantized: Quantized) -> None:
+        """Give an expert its weight, as `quantize_rows` made it of (out, in)."""
+        state = quantized.state
+        assert tuple(state.shape) == self.shape[1:], "an expert of another shape"
+        self.codes[expert] = quantized.data.view(-1)
+        self.absmax[expert, : self.blocks] = state.absmax
+        self.table.copy_(state.code)
+        if self.nested:
+            self.nested_absmax[expert] = state.state2.absmax
+            self.nested_table.copy_(state.state2.code)
+            self.offset[expert] = state.offset
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Experts `first` up to `last` (not included), (n, out, in): code times constant, in fp32, rounded once."""
+        ops, count = torch.ops.bitsandbytes, last - first
+        absmax = self.absmax[first:last]
+        if self.nested:
+            nested = (self.nested_absmax[first:last].reshape(-1), self.nested_table, NESTED_BLOCK, torch.float32)
+            absmax = ops.dequantize_blockwise.default(absmax.reshape(-1), *nested).view(count, -1)
+            absmax = absmax[:, : self.blocks] + self.offset[first:last, None]
+        # As rows of one block each: of rows that are no multiple of 64 wide bitsandbytes' kernel on CPUs (0.50.2) makes
+        # other numbers, off by half of the largest value at 96 or 80: it begins blocks anew in each row.
+        shape = (count * self.blocks, BLOCK)
+        codes = self.codes[first:last].reshape(-1, 1)
+        weights: Tensor = ops.dequantize_4bit.default(codes, absmax.reshape(-1), BLOCK, self.quant_type, shape, dtype)
+        return weights.view(count, *self.shape[1:])
+
+
+def register() -> None:
+    """Make our function of experts known to transformers, and bitsandbytes' operators to torch."""
+    import_bitsandbytes()
+    step_experts.register(product_dtype)
+
+
+def projections(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """The projections of a model's experts, plain or held: each one's full name, its module, and its name there."""
+    for owner, module in experts_in(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.ndim == 3:
+                yield f"{owner}.{name}", module, name
+        for name, child in module.named_children():
+            if isinstance(child, Slab):
+                yield f"{owner}.{name}", module, name
+
+
+def hold(model: nn.Module, quantization: QuantizationSection) -> None:
+    """Put slabs, still without weights, in the places of the experts' 3-D parameters, as far as blocks fit in them."""
+    for _, module, leaf in list(projections(model)):
+        count, out, width = step_experts.Plain(module, leaf).shape
+        if out * width % BLOCK:
+            continue
+        del module._parameters[leaf]
+        module.add_module(leaf, Slab((count, out, width), quantization))
+
+
+def keep_routing_still(model: nn.Module) -> None:
+    """Have a model's routers choose in training as they do in evaluation.
+
+    Some draw random numbers there, to be trained better (Phi-3.5-MoE samples its experts, Mixtral's and MiniMax' may
+    be given noise). Here they are frozen, and a layer that is computed again in the backward pass must choose the same.
+    Only what surrounds experts is meant, not a whole layer, which recomputes nothing outside of training.
+    """
+    owners = {model.get_submodule(name.rpartition(".")[0]) for name, _ in experts_in(model)}
+    blocks = [one for one in owners if not hasattr(one, "gradient_checkpointing")]
+    for block in (*blocks, *(model.get_submodule(name) for name in routers_in(model))):
+        block.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _: Any) -> None:
+    module.training = False
+
+
+def notices(model: nn.Module, quantization: QuantizationSection) -> Iterator[Notice]:
+    """What a reader of the recipe must know of how a model's experts are held."""
+    found = [(module, leaf) for _, module, leaf in projections(model)]
+    if not found:
+        return
+    count = max(getattr(module, leaf).shape[0] for module, leaf in found)
+    slabs = [slab for module, leaf in found if isinstance(slab := getattr(module, leaf), Slab)]
+    layers = len({id(module) for module, _ in found})
+    if slabs:
+        size = sum(slab.nbytes for slab in slabs) / 2**30
+        message = f"{count} experts in each of {layers} layers are held in 4 bit ({size:.2f} GiB); routers stay in 16"
+        yield Notice("quantization", message, len(slabs))
+    if quantization.type != "none" and (odd := len(found) - len(slabs)):
+        message = (
+            f"projections of experts that stay in 16 bit: {odd}, whose values are no multiple of {BLOCK} an expert"
+        )
+        yield Notice("quantization", message, odd)
+
+
+def fill(slab: Slab, read_rows: Callable[[int], Callable[[int, int], Tensor]], device: torch.device) -> None:
+    """Quantize the experts one after the other; `read_rows(expert)` gives rows of one of them, (end - start, in).
+
+    On meta, where each takes the same, the first alone.
+    """
+    slab.allocate(device)
+    for expert in range(1 if device.type == "meta" else slab.shape[0]):
+        slab.put(expert, quantize_rows(read_rows(expert), slab.shape[1:], slab.quant_type, slab.nested, device))
