@@ -227,6 +227,7 @@ LINES = {
             "precision",
             "base_cache",
             "expert_loading",
+            "load_notices",
             "load",
             "made_up",
             "mixture_adapters",

@@ -44,7 +44,7 @@ class Layout:
         """
         padded = [-(-length // self.multiple) * self.multiple for length in lengths]
         widest = max(padded, default=0)
-        few = self.fixed or self.continues and widest * len(padded) <= (1 + MOST_ADDED) * sum(padded)
+        few = self.fixed or (self.continues and widest * len(padded) <= (1 + MOST_ADDED) * sum(padded))
         return replace(self, width=widest) if few else self
 
     def of_rows(self, rows: int, of_step: int) -> Layout:

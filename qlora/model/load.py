@@ -8,7 +8,6 @@ costs 2.5 GB on an 8B model and changes no result that we could measure.)
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import ModelError
-from qlora.events import Notice, Progress, Sink
-from qlora.model import attention_choice, expert_loading, experts, linear_use, precision
+from qlora.events import Progress, Sink
+from qlora.model import attention_choice, expert_loading, experts, precision
 from qlora.model.base_cache.contents import Contents, dtype_of, is_4bit
 from qlora.model.base_cache.keeping import Keeping
 from qlora.model.base_folder import BaseFolder
-from qlora.model.config_filter import reduce_config
 from qlora.model.four_bit_layers import set_4bit, swap_linear
 from qlora.model.identity import WeightReader
-from qlora.model.meta_model import MetaModel, build, head_of, linear_layers
-from qlora.model.mixtures import experts_and_routers
+from qlora.model.load_notices import report
+from qlora.model.meta_model import MetaModel, build, linear_layers
 from qlora.model.nf4 import (
     VALUES_PER_BLOCK,
     Quantized,
@@ -68,7 +66,7 @@ def load_base(
     meta_model = build(base, attention)
     model, meta_model.model.config.dtype = meta_model.model, dtype
     swap_all_linear(meta_model, base, quantization)
-    _report(meta_model, base, quantization, sink)
+    report(meta_model, base, quantization, sink)
     receiving = receive(model, place or place_by_room(model, quantization, device), device)
     keeping = Keeping(Contents(base, meta_model, quantization), sink)
     identity = keeping.fill(partial(_place, model), receiving.home_of, device)
@@ -191,35 +189,3 @@ def _read_as(reader: WeightReader, source: str, dtype: torch.dtype, device: torc
         end = min(rows, start + step)
         whole[start:end].copy_(reader.read(source, (start, end)))
     return whole
-
-
-def _report(meta_model: MetaModel, base: BaseFolder, quantization: QuantizationSection, sink: Sink) -> None:
-    """Emit what differs from what a reader of the recipe would expect."""
-    if dropped := reduce_config(base.config).dropped:
-        some = ", ".join(dropped[:5]) + (", …" if len(dropped) > 5 else "")
-        message = f"keys of config.json that this model does not know are not read: {some}"
-        sink.emit(Notice("model", message, len(dropped)))
-    if meta_model.skipped:
-        mib = total_bytes(base.tensors[name] for name in meta_model.skipped) / 2**20
-        message = f"{len(meta_model.skipped)} tensors ({mib:.1f} MiB) that the text model does not use are skipped"
-        sink.emit(Notice("model", f"{message}, {meta_model.skipped[0]} among them", len(meta_model.skipped)))
-    if base.stored_4bit:
-        kept = sum(is_4bit(module) for module in meta_model.model.modules())
-        message = f"the base is stored in 4 bit and stays as it is: {kept} layers, the others in 16 bit"
-        sink.emit(Notice("quantization", message, kept))
-    for notice in linear_use.notices(meta_model.model):
-        sink.emit(notice)
-    for notice in experts.notices(meta_model.model, quantization):
-        sink.emit(notice)
-    expected = {*(layer for _, layer in linear_layers(meta_model.model)), head_of(meta_model.model)}
-    expected |= {module for _, module in experts_and_routers(meta_model.model)}
-    odd = Counter(
-        type(module).__name__
-        for module in meta_model.model.modules()
-        if module not in expected
-        and not isinstance(module, nn.Embedding)
-        and any(weight.ndim > 1 for weight in module.parameters(recurse=False))
-    )
-    if odd and quantization.type != "none":
-        layers = ", ".join(f"{count} {kind}" for kind, count in sorted(odd.items()))
-        sink.emit(Notice("quantization", f"layers that stay in 16 bit: {layers}", sum(odd.values())))
