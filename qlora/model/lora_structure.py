@@ -25,6 +25,7 @@ from qlora.errors import foreign_failures
 from qlora.model.mixtures import experts_in
 from qlora.model.reclassed import reclassed
 from qlora.model.weight_receiving import device_of
+from qlora.model.weight_streaming import inside
 from qlora.step.experts import skipping
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 from qlora.step.layerwise import recomputable
@@ -54,8 +55,8 @@ def gated_of(adapted: Mapping[str, nn.Module], model: nn.Module) -> list[Gated]:
     found = []
     for owner, names in _by_owner(adapted).items():
         module = model.get_submodule(owner)
-        inside = sum(len(list(adapted[f"{owner}.{name}"].parameters())) for name in names if owner)
-        if len(names) == 3 and owner and inside == len(list(module.parameters())):
+        of_layers = sum(len(list(adapted[f"{owner}.{name}"].parameters())) for name in names if owner)
+        if len(names) == 3 and owner and of_layers == len(list(module.parameters())):
             with foreign_failures(trial=True) as failure:
                 order = _order(module, names)
             if not failure.error and order is not None:
@@ -102,11 +103,11 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
     read: set[int] = set()
 
     def look(layer: nn.Module, _: Any, output: Any) -> None:
-        inside = {id(one) for one in layer.modules()}
+        own = {id(one) for one in layer.modules()}
         for one in output if isinstance(output, tuple) else (output,):
             if isinstance(one, Tensor) and one.grad_fn is not None:
                 plainly, otherwise = _marks_below(one.grad_fn)
-                added.update(plainly & inside)
+                added.update(plainly & own)
                 read.update(otherwise)
 
     linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear)]
@@ -116,6 +117,8 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(reclassed(linears, _Watched().class_of))
         stack.enter_context(reclassed([one.module for one in gated], _marked))
+        if (streamed := inside(causal_lm)) is not None:
+            stack.enter_context(streamed.left_alone())
         for layer in recomputable(causal_lm):
             stack.callback(layer.register_forward_pre_hook(_apart).remove)
             stack.callback(layer.register_forward_hook(look).remove)

@@ -118,6 +118,7 @@ class StreamedWeights:
         self.layers, self.store, self.device = tuple(layers), store, device
         self.ring = Ring(store, max(layer.layout.nbytes for layer in layers), device)
         self._depths = [0] * len(layers)
+        self._is_left_alone = False
 
     @property
     def device_bytes(self) -> int:
@@ -153,6 +154,15 @@ class StreamedWeights:
         finally:
             self.release(layer)
 
+    @contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """Forward passes inside compute without weights, and ask for none."""
+        self._is_left_alone = True
+        try:
+            yield
+        finally:
+            self._is_left_alone = False
+
     def reset(self) -> None:
         """No layer is in use, whatever went wrong, and the slots are given back until one is."""
         for number, depth in enumerate(self._depths):
@@ -174,6 +184,8 @@ class StreamedWeights:
         hold(causal_lm, self)
 
     def _before(self, number: int, layer: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if self._is_left_alone:
+            return
         following: int | None = (number + 1) % len(self.layers)  # at the top: the next pass begins at the bottom
         if torch.is_grad_enabled() and _is_gone_back_through(layer, inputs):
             _refuse_what_is_kept(layer, inputs, named)
