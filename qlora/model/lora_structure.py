@@ -25,6 +25,7 @@ from qlora.errors import foreign_failures
 from qlora.model.mixtures import experts_in
 from qlora.model.reclassed import reclassed
 from qlora.model.weight_receiving import device_of
+from qlora.model.weight_streaming import inside
 from qlora.step.experts import skipping
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 from qlora.step.layerwise import recomputable
@@ -102,11 +103,11 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
     read: set[int] = set()
 
     def look(layer: nn.Module, _: Any, output: Any) -> None:
-        inside = {id(one) for one in layer.modules()}
+        own = {id(one) for one in layer.modules()}
         for one in output if isinstance(output, tuple) else (output,):
             if isinstance(one, Tensor) and one.grad_fn is not None:
                 plainly, otherwise = _marks_below(one.grad_fn)
-                added.update(plainly & inside)
+                added.update(plainly & own)
                 read.update(otherwise)
 
     linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear)]
@@ -114,7 +115,11 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
         failure = stack.enter_context(foreign_failures(trial=True))
         stack.enter_context(evaluating(causal_lm))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(reclassed(linears, _Watched().class_of))
+        if (streamed := inside(causal_lm)) is not None:
+            stack.enter_context(streamed.looked_at())
+        watched = _Watched()
+        stack.callback(watched.calls.clear)  # a class lives until cycles are collected, and would hold every graph
+        stack.enter_context(reclassed(linears, watched.class_of))
         stack.enter_context(reclassed([one.module for one in gated], _marked))
         for layer in recomputable(causal_lm):
             stack.callback(layer.register_forward_pre_hook(_apart).remove)
