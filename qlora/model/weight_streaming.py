@@ -174,7 +174,7 @@ class StreamedWeights:
         self.ring.empty()
 
     def close(self) -> None:
-        """The model can compute nothing any more. A GPU that failed fails here again, and why the run ended is known."""
+        """The model can compute nothing any more. A GPU that failed fails here again: why the run ended is known."""
         try:
             self.reset()
         except RuntimeError as error:
