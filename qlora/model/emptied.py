@@ -18,6 +18,8 @@ def empty(model: Any) -> None:
     """Take the values of each parameter, buffer and block constant; the model can compute nothing any more."""
     if (streamed := weight_streaming.inside(model)) is not None:
         streamed.close()
+    for module in model.modules():  # what runs its layers holds blocks of the host's memory for their inputs
+        vars(module).pop("_gradient_checkpointing_func", None)
     for tensor in [*model.parameters(), *model.buffers(), *_block_constants(model)]:
         tensor.data = tensor.data.new_empty(0)
 

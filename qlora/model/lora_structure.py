@@ -115,10 +115,12 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
         failure = stack.enter_context(foreign_failures(trial=True))
         stack.enter_context(evaluating(causal_lm))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(reclassed(linears, _Watched().class_of))
-        stack.enter_context(reclassed([one.module for one in gated], _marked))
         if (streamed := inside(causal_lm)) is not None:
-            stack.enter_context(streamed.left_alone())
+            stack.enter_context(streamed.looked_at())
+        watched = _Watched()
+        stack.callback(watched.calls.clear)  # a class lives until cycles are collected, and would hold every graph
+        stack.enter_context(reclassed(linears, watched.class_of))
+        stack.enter_context(reclassed([one.module for one in gated], _marked))
         for layer in recomputable(causal_lm):
             stack.callback(layer.register_forward_pre_hook(_apart).remove)
             stack.callback(layer.register_forward_hook(look).remove)

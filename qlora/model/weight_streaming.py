@@ -30,6 +30,7 @@ from qlora.model.layer_blobs import LayerWeights
 from qlora.model.layer_walk import layers_of
 from qlora.model.mixtures import experts_in
 from qlora.model.weight_stores import Arriving, Store
+from qlora.out_of_memory import gpu_fault
 from qlora.step.layerwise import recomputable
 
 SLOTS = 2
@@ -118,7 +119,7 @@ class StreamedWeights:
         self.layers, self.store, self.device = tuple(layers), store, device
         self.ring = Ring(store, max(layer.layout.nbytes for layer in layers), device)
         self._depths = [0] * len(layers)
-        self._is_left_alone = False
+        self._looked_at = False
 
     @property
     def device_bytes(self) -> int:
@@ -134,7 +135,8 @@ class StreamedWeights:
         if not self._depths[layer]:
             self.layers[layer].point(self.ring.hold(layer))
         self._depths[layer] += 1
-        if ahead is not None:
+        # A nested call knows less: transformers up to 5.3 runs a layer's hooks again while it is gone back through.
+        if ahead is not None and self._depths[layer] == 1:
             self.ring.ask_for(ahead)
 
     def release(self, layer: int) -> None:
@@ -148,20 +150,20 @@ class StreamedWeights:
     @contextmanager
     def in_place(self, layer: int) -> Iterator[None]:
         """A layer's weights are there inside, for whoever reads them outside of a forward pass."""
-        self.use(layer, None)
         try:
+            self.use(layer, None)
             yield
         finally:
             self.release(layer)
 
     @contextmanager
-    def left_alone(self) -> Iterator[None]:
-        """Forward passes inside compute without weights, and ask for none."""
-        self._is_left_alone = True
+    def looked_at(self) -> Iterator[None]:
+        """Inside, a pass with a graph is not refused: its graph is looked at, and nobody goes back through it."""
+        self._looked_at = True
         try:
             yield
         finally:
-            self._is_left_alone = False
+            self._looked_at = False
 
     def reset(self) -> None:
         """No layer is in use, whatever went wrong, and the slots are given back until one is."""
@@ -172,8 +174,13 @@ class StreamedWeights:
         self.ring.empty()
 
     def close(self) -> None:
-        """The model can compute nothing any more."""
-        self.reset()
+        """The model can compute nothing any more. A GPU that failed fails here again: why the run ended is known."""
+        try:
+            self.reset()
+        except RuntimeError as error:
+            if gpu_fault(error) is None:
+                raise
+            self.ring.slots = []
         self.store.close()
 
     def put_into(self, causal_lm: Any) -> None:
@@ -184,11 +191,10 @@ class StreamedWeights:
         hold(causal_lm, self)
 
     def _before(self, number: int, layer: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        if self._is_left_alone:
-            return
         following: int | None = (number + 1) % len(self.layers)  # at the top: the next pass begins at the bottom
-        if torch.is_grad_enabled() and _is_gone_back_through(layer, inputs):
+        if torch.is_grad_enabled() and not self._looked_at and _is_gone_back_through(layer, inputs):
             _refuse_what_is_kept(layer, inputs, named)
+        if layer.training:
             following = following or None  # at the top it turns
         self.use(number, following)
 

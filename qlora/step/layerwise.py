@@ -68,7 +68,7 @@ class _Recomputed:
     numbers: Mapping[int, int] = field(default_factory=dict)  # of layers, by their identity
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        module = layer.args[0] if isinstance(layer, partial) and layer.args else None
+        module = _module_of(layer)
         number = self.numbers.get(id(module), 0)
         if not inputs or not is_closed(layer, inputs):
             # What other layers read or gradients flow to is more than hidden states: Gemma 3n and 4 share keys and
@@ -83,6 +83,14 @@ class _Recomputed:
         anchor = torch.empty(0, requires_grad=True)
         state = RandomState.of(hidden_BSD.device) if self.keep_random_state else None
         return RunLayer.apply(hidden_BSD, anchor, lambda hidden: layer(hidden, *rest), state, self, number)  # type: ignore[no-untyped-call]
+
+
+def _module_of(layer: Callable[..., Any]) -> Any:
+    """The layer behind what transformers hands us: the first argument of a class's forward, or, in versions up to
+    5.3, what a method is bound to. None where it is neither."""
+    if not isinstance(layer, partial):
+        return None
+    return layer.args[0] if layer.args else getattr(layer.func, "__self__", None)
 
 
 class RunLayer(torch.autograd.Function):
@@ -100,8 +108,8 @@ class RunLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         number, weights = ctx.number, ctx.partners.weights
-        weights.use(number, number - 1 if number else None)
         try:
+            weights.use(number, number - 1 if number else None)
             return RunLayer._go_back(ctx, gradients), *[None] * 5
         finally:
             weights.release(number)

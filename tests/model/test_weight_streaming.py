@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,40 @@ def test_an_empty_model_holds_nothing(tmp_path: Path) -> None:
 def test_who_holds_a_resident_model() -> None:
     assert weights_of(torch.nn.Linear(1, 1)) is RESIDENT and inside(torch.nn.Linear(1, 1)) is None
     weight_streaming.reset(torch.nn.Linear(1, 1))
+
+
+def test_a_transformers_that_runs_hooks_again_going_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 5.3 it hands over a bound method, hooks included, and not a class's forward with the layer."""
+    base = base_of("llama", tmp_path)
+    loss, gradients = step(tuned(base, Place()))
+    model = tuned(base, STREAMED)
+    kind = type(recomputable(model)[0])
+    forward = getattr(kind.forward, "__wrapped__", kind.forward)
+
+    def call(layer: Any, *inputs: Any, **named: Any) -> Any:
+        run = partial(super(kind, layer).__call__, **named)
+        if layer.gradient_checkpointing and layer.training:
+            return layer._gradient_checkpointing_func(run, *inputs)
+        return run(*inputs)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    monkeypatch.setattr(kind, "__call__", call)
+    step(model, 1)
+    seen = recorded(monkeypatch)
+    step(model, 1)
+    assert sum(one.startswith("send") for one in seen) == 2 * LAYERS - 4
+    poison(monkeypatch)
+    again, found = step(model)
+    assert torch.equal(again, loss) and all(torch.equal(found[name], gradients[name]) for name in gradients)
+
+
+def test_the_structure_of_a_streamed_model_is_looked_at(tmp_path: Path) -> None:
+    """That pass has a graph and no layer of it is recomputed: it is not refused, and what is trained still is."""
+    model = tuned(base_of("llama", tmp_path), STREAMED)
+    held = inside(model)
+    assert held is not None
+    with torch.enable_grad(), held.looked_at():
+        model.eval()(input_ids=torch.arange(4)[None])
+    with pytest.raises(ModelError, match="is not recomputed"):
+        model(input_ids=torch.arange(4)[None])
+    assert held._depths == [0] * LAYERS

@@ -24,6 +24,7 @@ from qlora import disk, files, lock
 from qlora.errors import UserError
 from qlora.events import Notice, Progress, Sink
 from qlora.foreign_json import ForeignFileError
+from qlora.guarded import Attempt
 from qlora.model import base_watch, identity
 from qlora.model.base_cache import places, record, writing
 from qlora.model.base_cache.contents import Contents
@@ -49,6 +50,7 @@ class Keeping:
     filled: bool = field(default=False, init=False)
     _stamps: places.Stamps = field(default_factory=dict, init=False)
     _is_settled: bool = field(default=False, init=False)
+    _may_be_there: bool = field(default=False, init=False)  # what is read once more may be what is kept already
 
     def fill(
         self,
@@ -93,7 +95,7 @@ class Keeping:
             base = self.contents.base.name
             what = f"memory.cache = true: {base} is a mixture of experts, which is not kept in 4 bit yet"
             raise UserError(what, 'set memory.cache = "auto"')
-        if self._mode is not True or not self._wanted():
+        if self._mode is not True or not self._wanted() or self._may_be_there:
             return
         needed, free = self.contents.kept_bytes, disk.free_bytes(places.root())
         if free < needed + SPARE_BYTES:
@@ -114,8 +116,10 @@ class Keeping:
             if base_watch.stamps_of(self.contents.base) != self._stamps:
                 self._say("the base's files were written to while they were read: it is not kept in 4 bit")
                 return
-            with places.writing(places.root()):
+            with places.writing(places.root()), Attempt() as memory:
                 self._keep(model, known)
+            if memory.reason:
+                self._say(f"the base could not be kept in 4 bit ({memory.reason}): the next start reads the original")
         except lock.LockHeld:
             self._say("another process keeps a base in the cache: this one is not kept this time")
         except (OSError, UserError, files.UnsafePathError) as error:
@@ -177,6 +181,7 @@ class Keeping:
         if known.model_copy(update={"content": None}) != self._at_the_door:
             return None
         if not places.was_seen(folder, self._stamps):
+            self._may_be_there = True
             self._say("the base's files were copied or written to since they were read: they are read once more")
             return None
         kept = KeptBase(folder, sized, self.contents)

@@ -67,6 +67,9 @@ class KeptBase:
         names = sorted(record.names())
         if names != sorted(contents.meta_model.sources) or record.four_bit.keys() != contents.four_bit.keys():
             raise Damaged("its tensors are others than the model's")
+        codes = {blob.full_name(piece) for blob in record.blobs for piece in blob.pieces if piece.part == "codes"}
+        if codes != record.four_bit.keys():
+            raise Damaged("not the same tensors are in 4 bit")
         wanted = contents.quantization
         for name, one in record.four_bit.items():
             kind = (one.quant_type, one.nested is not None)

@@ -18,6 +18,7 @@ from qlora.events import Progress, Recorder
 from qlora.model import identity
 from qlora.model import load as module
 from qlora.model.base_cache import keeping, places
+from qlora.model.layer_blobs import LayerWeights
 from qlora.model.load import load_base
 from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import QuantizationSection
@@ -192,6 +193,35 @@ def test_true_without_room_is_an_error_before_a_weight_is_read(base: Path, monke
         load(base)
     assert "memory.cache = true" in error.value.what and "are free" in error.value.what and error.value.exit_code == 2
     assert "QLORA_CACHE" in error.value.hint and read["original"] == 0 and not places.root().exists()
+
+
+def test_true_needs_no_room_for_what_is_there(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the original is read once more, and nothing is written of it."""
+    load(base)
+    aged(base, 120)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 0)
+    model, said = load(base)
+    assert not model.base_was_kept and "read once more" in said[0] and len(said) == 1
+    assert load(base)[0].base_was_kept
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_costs_nothing_but_the_cache(
+    base: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    plain, _ = load(base, cache=False)
+
+    def fails(_: LayerWeights) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerWeights, "pack", fails)
+        model, said = load(base)
+    assert_same(model, plain)
+    assert said[-1].startswith("the base could not be kept in 4 bit (") and not kept()
+    assert [path.name for path in places.root().iterdir()] == [".lock"]
+    load(base)
+    assert load(base)[0].base_was_kept
 
 
 def test_auto_stays_under_a_tenth_of_the_free_disk(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

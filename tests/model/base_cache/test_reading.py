@@ -65,6 +65,10 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
     "a tensor twice": lambda folder: resealed(
         folder, lambda said: said["blobs"][0]["pieces"].append({**said["blobs"][0]["pieces"][-1], "shape": [0]})
     ),
+    "values in the place of codes": lambda folder: resealed(
+        folder,
+        lambda said: next(one for one in said["blobs"][0]["pieces"] if one["part"] == "codes").update(part="values"),
+    ),
     "a part less": lambda folder: resealed(folder, lambda said: said["blobs"][0]["pieces"].pop()),
     "another layer": lambda folder: resealed(folder, lambda said: said["blobs"][0].update(layer="model.layers.1")),
     "constants of another length": lambda folder: resealed(
