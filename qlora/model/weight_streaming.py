@@ -117,6 +117,7 @@ class StreamedWeights:
         self.layers, self.store, self.device = tuple(layers), store, device
         self.ring = Ring(store, max(layer.layout.nbytes for layer in layers), device)
         self._depths = [0] * len(layers)
+        self._goes_back = True
 
     @property
     def device_bytes(self) -> int:
@@ -152,6 +153,15 @@ class StreamedWeights:
         finally:
             self.release(layer)
 
+    @contextmanager
+    def only_forward(self) -> Iterator[None]:
+        """Nobody goes back through what is computed inside: a graph is made to be looked at."""
+        self._goes_back = False
+        try:
+            yield
+        finally:
+            self._goes_back = True
+
     def reset(self) -> None:
         """No layer is in use, whatever went wrong, and the slots are given back until one is."""
         for number, depth in enumerate(self._depths):
@@ -174,7 +184,7 @@ class StreamedWeights:
 
     def _before(self, number: int, layer: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         following: int | None = (number + 1) % len(self.layers)  # at the top: the next pass begins at the bottom
-        if torch.is_grad_enabled() and _is_gone_back_through(layer, inputs):
+        if self._goes_back and torch.is_grad_enabled() and _is_gone_back_through(layer, inputs):
             _refuse_what_is_kept(layer, inputs, named)
             following = following or None  # at the top it turns
         self.use(number, following)

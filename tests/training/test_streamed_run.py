@@ -73,6 +73,16 @@ def test_stopped_and_resumed_otherwise(
     assert values(recorder, "end", "reason") == ["finished"]
 
 
+def test_without_dropout(tmp_path: Path, llama: Path) -> None:
+    """The default: adapters are computed by our functions, for which a graph of each layer is looked at."""
+    found, settings = [], ("train.max_steps=3", "data.max_length=96", "train.gradient_checkpointing=true")
+    for name, on_host in (("host", "true"), ("device", "false")):
+        recipe = write_recipe(tmp_path / name, llama)
+        train(recipe, *settings, "lora.dropout=0", f"memory.stream_weights={on_host}")
+        found.append(hashes(recipe, 3))
+    assert found[0] == found[1]
+
+
 def test_from_the_disk(tmp_path: Path, llama: Path, resident: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """RAM holds none of the layers: a run that is stopped, has its files damaged, ends and is resumed is the same."""
     monkeypatch.setattr(keeping, "RAM_SHARE", 0.0)
