@@ -244,7 +244,7 @@ LINES = {
             "emptied",
         ),
     ],
-    "model.base_cache": ["places", "record", "contents", "writing", "reading", "keeping"],
+    "model.base_cache": ["places", "record", "contents", "writing", "reading", "layers_on_disk", "keeping"],
     "data": [
         *(
             "splits",

@@ -11,10 +11,6 @@ from tests.floors import MODULES, PACKAGE, ROOT
 
 # Names that nothing in the package uses, and why they stay.
 UNUSED = {
-    **dict.fromkeys(
-        (f"qlora.model.weight_stores:{name}" for name in ("DiskStore", "STAGING_BLOBS", "_Read")),
-        "the cache of bases gives it its files",
-    ),
     "qlora.data.source_files:_Unchanged.readable": "Python's buffered reader asks it",
     **dict.fromkeys(
         (f"qlora.data.documents.tags:_Tags.handle_{name}" for name in ("data", "endtag", "starttag")),

@@ -15,6 +15,7 @@ from qlora.memory import calibration, host, levers, margins, overheads, throughp
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Machine
+from qlora.memory.host_weights import from_disk
 from qlora.memory.levers import Saving
 from qlora.memory.recomputing import of_model
 from qlora.memory.shelf import Shelf
@@ -29,6 +30,7 @@ from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
 from qlora.model.meta_model import choose_attention
 from qlora.model.weight_receiving import Place
+from qlora.model.weight_stores import STAGING_BLOBS
 from qlora.recipe.reading import Recipe
 from qlora.report.drawn import Drawn
 
@@ -236,7 +238,10 @@ class Estimator:
         merged = 2 * values * len(recipe.export.formats)
         of_base = (recipe.memory, recipe.quantization.type, simulation.kept["weights"], values)
         peak, speed = sum(components.values()), self._speed(recipe, facts, workload, simulator)
-        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + simulation.pinned + simulator.drawn.host_bytes
+        on_disk = self._on_disk(recipe, simulator)[1]
+        staged = STAGING_BLOBS * on_disk // int(self.text.num_hidden_layers)
+        waiting = simulation.pinned + simulator.drawn.host_bytes - on_disk + staged
+        of_host = overheads.CUDA_HOST_BYTES + simulation.paged + waiting
         of_host += overheads.snapshot_bytes(adapter, optimizer, True)
         return Estimate(
             peak_bytes=max(peak, phases["merge"]),
@@ -257,7 +262,7 @@ class Estimator:
             limit_source=machine.source,
             ideal_tokens_per_second=self._ideal(workload, simulator),
             speed=speed,
-            waiting_bytes=simulation.pinned + simulator.drawn.host_bytes,
+            waiting_bytes=waiting,
             host_limit_bytes=machine.host_bytes,
             savings=levers.savings(self.text, workload, simulator.drawn.values, machine),
         )
@@ -273,17 +278,23 @@ class Estimator:
             return None
         rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
         passes = -(-rows // workload.rows)
-        place, on_host = simulator.spec.place, simulator.drawn.host_bytes
+        place, (weights, on_disk) = simulator.spec.place, self._on_disk(recipe, simulator)
         rows_bytes = 2 * workload.rows * workload.length * int(self.text.hidden_size)
-        table = 2 * int(self.text.vocab_size) * int(self.text.hidden_size) if place.host_embedding else 0
-        weights = max(0, on_host - table) if place.streams else 0
         copies = throughput.Copies(
             to_card_up=weights,
             to_card_down=weights + simulation.pinned,
             to_host_up=simulation.pinned,
             looked_up=rows_bytes if place.host_embedding else 0,
+            from_disk=on_disk,
         )
         return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes, copies)
+
+    def _on_disk(self, recipe: Recipe, simulator: Simulator) -> tuple[int, int]:
+        """Bytes of streamed layers, and of them those that are read from files."""
+        place = simulator.spec.place
+        table = 2 * int(self.text.vocab_size) * int(self.text.hidden_size) if place.host_embedding else 0
+        weights = max(0, simulator.drawn.host_bytes - table) if place.streams else 0
+        return weights, from_disk(weights, self.machine.host_bytes, recipe)
 
     def simulated(self, recipe: Recipe, facts: DataFacts | None = None) -> tuple[Simulator, Workload]:
         """What an estimate of the recipe follows from."""

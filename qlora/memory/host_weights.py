@@ -10,10 +10,12 @@ from torch import Tensor
 from qlora.copy_stream import CopyStream
 from qlora.events import Sink
 from qlora.memory.trace import HOST, LiveBytes
+from qlora.model.base_cache.layers_on_disk import RAM_SHARE
 from qlora.model.layer_blobs import LayerWeights
 from qlora.model.weight_receiving import tables
 from qlora.model.weight_stores import Arriving
 from qlora.model.weight_streaming import inside
+from qlora.recipe.reading import Recipe
 
 
 class _There:
@@ -50,6 +52,13 @@ class MetaStore:
 
     def close(self) -> None:
         pass
+
+
+def from_disk(weights: int, free: int | None, recipe: Recipe) -> int:
+    """Of the bytes of streamed layers, what a run reads from files in each pass: all, where RAM is too short for them
+    and the base may be kept (`model/base_cache/layers_on_disk.py`). `free`: None where no machine is asked about."""
+    may = recipe.memory.cache is not False and recipe.quantization.type != "none"
+    return weights if may and free is not None and weights > RAM_SHARE * free else 0
 
 
 def of_model(model: Any) -> int:

@@ -11,6 +11,7 @@ Files are read, not mapped: one that becomes shorter while it is mapped ends the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -152,13 +153,15 @@ class _Read:
 class DiskStore:
     """Blobs in files, one a layer and nothing else in it. A thread reads a layer while the one before is computed.
 
-    `hashes` are the files' BLAKE3, each compared when its file is first read; "" is not compared.
+    `hashes` are the files' BLAKE3, each compared when its file is first read, and once more when its size or time is
+    another one than then; "" is not compared.
     """
 
     def __init__(
         self, paths: Sequence[Path], nbytes: Sequence[int], hashes: Sequence[str], device: torch.device
     ) -> None:
-        self._paths, self._nbytes, self._hashes = tuple(paths), tuple(nbytes), list(hashes)
+        self._paths, self._nbytes, self._hashes = tuple(paths), tuple(nbytes), tuple(hashes)
+        self._compared: list[tuple[int, int] | None] = [None] * len(self._paths)  # size and time of the file then
         count = STAGING_BLOBS if hardware.is_card(device) else 0  # else it is read to where it is computed with
         self._staging = [HostBytes(max(self._nbytes), device) for _ in range(count)]
         self._left: list[Any] = [None] * count  # a point behind the last copy from each
@@ -192,9 +195,11 @@ class DiskStore:
     def _read(self, layer: int, places: Sequence[Tensor]) -> None:
         """Fills the places with a layer's file. Raises ModelError for one that is not what was written."""
         path, wanted, reason = self._paths[layer], self._hashes[layer], ""
-        found = blake3() if wanted else None
+        found = stamp = None
         try:
             with files.open_to_read(path) as file:
+                stamp = _stamp(file)
+                found = blake3() if wanted and stamp != self._compared[layer] else None
                 for place in places:
                     view = as_bytes(place)
                     while view and (count := file.readinto(view)):
@@ -207,8 +212,14 @@ class DiskStore:
         if not reason and found is not None and found.hexdigest() != wanted:
             reason = "its hash is another one"
         if reason:
-            raise ModelError(f"{path}: a layer's weights cannot be read ({reason})", "remove its folder, and resume")
-        self._hashes[layer] = ""
+            hint = "resume the run: it reads the original where what is kept is damaged"
+            raise ModelError(f"{path}: a layer's weights cannot be read ({reason})", hint)
+        self._compared[layer] = stamp
+
+
+def _stamp(file: Any) -> tuple[int, int]:
+    about = os.fstat(file.fileno())
+    return about.st_size, about.st_mtime_ns
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]], copies: CopyStream, after: Any) -> Any:

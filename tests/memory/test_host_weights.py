@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from qlora import api
-from qlora.memory.estimate import Estimate
+from qlora.memory import links
+from qlora.memory.estimate import Estimate, Estimator
+from qlora.memory.hardware import asked_for
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
 from qlora.model.meta_model import text_config
@@ -94,7 +96,8 @@ def test_what_a_card_has_no_room_for_fits_streamed(name: str, vram: str, tmp_pat
     settings = ("data.max_length=2048", "train.gradient_checkpointing=true")
     streamed = api.question(api.recipe_or_model(str(folder), (*settings, *ON_HOST)), vram=vram).estimate()
     assert streamed.fits
-    resident = api.question(api.recipe_or_model(str(folder), settings), vram=vram).estimate()
+    stays = ("memory.stream_weights=false", 'memory.embedding="device"')
+    resident = api.question(api.recipe_or_model(str(folder), (*settings, *stays)), vram=vram).estimate()
     assert not resident.fits
 
 
@@ -112,3 +115,25 @@ def test_without_a_gpu_the_host_is_the_device() -> None:
 def test_other_stacks_stream_nothing(tmp_path: Path) -> None:
     plain = ask(tmp_path, 8, *ON_HOST, gpu="RTX 4090", stack="plain")
     assert plain.components["weights"] > 5 * GIB
+
+
+def test_what_ram_has_no_room_for_is_read_from_the_disk(tmp_path: Path) -> None:
+    """All layers are then: two of them wait in RAM, and each pass takes as long as the disk needs for all."""
+    folder, settings = config_folder(NAMES[8], tmp_path), ("data.max_length=2048", "eval.samples=0", *ON_HOST)
+    layers = 32 * LAYER * 0.516
+
+    def estimate(free: int, *more: str) -> Estimate:
+        recipe = api.recipe_or_model(str(folder), (*settings, *more))
+        machine = replace(asked_for("RTX 4090", None, "auto"), host_bytes=free)
+        text, name = text_config(EIGHT, "8B")[0], "8B"
+        return Estimator(text, name, machine).estimate(recipe)
+
+    held, read, refused = estimate(6 * GIB), estimate(4 * GIB), estimate(3 * GIB, "memory.cache=false")
+    assert held.waiting_bytes == pytest.approx(layers + TABLE_BYTES, rel=0.01)
+    assert read.waiting_bytes == pytest.approx(layers / 16 + TABLE_BYTES, rel=0.01)
+    assert refused.waiting_bytes == held.waiting_bytes
+    assert held.fits_host and read.fits_host and not refused.fits_host
+    assert held.host_peak_bytes - read.host_peak_bytes == held.waiting_bytes - read.waiting_bytes
+    assert held.speed is not None and read.speed is not None
+    assert read.speed.up == pytest.approx(layers / links.DISK_BYTES_PER_SECOND, rel=0.01)
+    assert read.speed.down >= 0.99 * read.speed.up > held.speed.up

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,22 @@ def test_a_file_that_is_not_what_was_written_is_an_error(damage: str, tmp_path: 
     store.close()
 
 
-def test_a_hash_is_compared_once(tmp_path: Path) -> None:
-    kept = blobs(500)
+def test_a_hash_is_compared_once_and_when_the_file_was_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, hashed = blobs(500), list[int]()
     store = disk_store(tmp_path, kept)
-    sent(store, 0, 500)
-    other = blobs(100, 500)[1]
-    (tmp_path / "0.blob").write_bytes(other.numpy().tobytes())
-    assert torch.equal(sent(store, 0, 500), other), "later on it is the page cache's and not looked at again"
+    monkeypatch.setattr(weight_stores, "blake3", lambda: (hashed.append(1), blake3())[1])
+    for _ in range(3):
+        sent(store, 0, 500)
+    assert len(hashed) == 1
+    path, raw = tmp_path / "0.blob", bytearray(kept[0].numpy().tobytes())
+    os.utime(path, ns=(0, 10**9))
+    assert torch.equal(sent(store, 0, 500), kept[0]) and len(hashed) == 2, "touched, and the same"
+    raw[3] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(ModelError, match="its hash is another one"):
+        sent(store, 0, 500)
     store.close()
 
 

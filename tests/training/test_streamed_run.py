@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.errors import RecipeError
+from qlora.errors import ModelError, RecipeError
 from qlora.layer_partners import weights_of
 from qlora.model import weight_streaming
+from qlora.model.base_cache import keeping, places
+from qlora.model.base_cache.layers_on_disk import LayersOnDisk
 from qlora.model.weight_stores import HostStore
 from qlora.model.weight_streaming import Ring
 from qlora.recipe.reading import load_recipe
@@ -69,6 +71,49 @@ def test_stopped_and_resumed_otherwise(
     recorder = train(recipe, *(RESIDENT if first == ON else ON), mode="resume")
     assert hashes(recipe, STEPS) == resident
     assert values(recorder, "end", "reason") == ["finished"]
+
+
+def test_without_dropout(tmp_path: Path, llama: Path) -> None:
+    """The default: adapters are computed by our functions, for which a graph of each layer is looked at."""
+    found, settings = [], ("train.max_steps=3", "data.max_length=96", "train.gradient_checkpointing=true")
+    for name, on_host in (("host", "true"), ("device", "false")):
+        recipe = write_recipe(tmp_path / name, llama)
+        train(recipe, *settings, "lora.dropout=0", f"memory.stream_weights={on_host}")
+        found.append(hashes(recipe, 3))
+    assert found[0] == found[1]
+
+
+def test_from_the_disk(tmp_path: Path, llama: Path, resident: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAM holds none of the layers: a run that is stopped, has its files damaged, ends and is resumed is the same."""
+    monkeypatch.setattr(keeping, "RAM_SHARE", 0.0)
+    recipe, held = write_recipe(tmp_path, llama), list[int]()
+    send = LayersOnDisk.send
+
+    def counted(store: LayersOnDisk, layer: int, *rest: Any) -> Any:
+        held.append(store.host_bytes)
+        if len(held) == 400:
+            damage(places.held(places.root())[0].folder / f"layer-{layer:05d}.blob")
+        return send(store, layer, *rest)
+
+    monkeypatch.setattr(LayersOnDisk, "send", counted)
+    on_disk = (*ON, "memory.cache=true")
+    train(recipe, *on_disk, stop_after=4)
+    with pytest.raises(ModelError) as caught:
+        train(recipe, *on_disk, mode="resume")
+    assert "its hash is another one" in caught.value.what and "resume" in caught.value.hint
+    recorder = train(recipe, *on_disk, mode="resume")
+    assert hashes(recipe, STEPS) == resident
+    said = values(recorder, "notice", "message")
+    assert any("layers are read from files" in text for text in said)
+    assert any("not read from the cache" in text for text in said), "it was damaged"
+    assert len(held) > 400 and not any(held), "of no layer are bytes in RAM"
+    assert not list(places.root().glob("*.use-*"))
+
+
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[16] ^= 1
+    path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("setting", ["false", "1"])

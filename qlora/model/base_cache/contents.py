@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -82,6 +82,17 @@ class Contents:
         if self.base.stored_4bit:
             return max(plain, self.original_bytes)
         return plain + sum(_bytes_4bit(shape, self.quantization.double_quant) for shape in self.four_bit.values())
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """What these of its values have in a blob; of a base that is stored in 4 bit, as we would put it there."""
+        found = 0
+        for name in names:
+            if shape := self.four_bit.get(name):
+                found += _bytes_4bit(shape, self.quantization.double_quant)
+            else:
+                dtype, whole = self.plain[name]
+                found += math.prod(whole) * dtype.itemsize
+        return found
 
 
 def is_4bit(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora import disk, files, lock
+from qlora.device import available_ram
 from qlora.errors import UserError
 from qlora.events import Notice, Progress, Sink
 from qlora.foreign_json import ForeignFileError
@@ -28,6 +29,7 @@ from qlora.guarded import Attempt
 from qlora.model import base_watch, identity
 from qlora.model.base_cache import places, record, writing
 from qlora.model.base_cache.contents import Contents
+from qlora.model.base_cache.layers_on_disk import RAM_SHARE, LayersOnDisk
 from qlora.model.base_cache.reading import Damaged, Homes, KeptBase, Unreadable
 from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import taken_tensors
@@ -48,9 +50,35 @@ class Keeping:
     contents: Contents
     sink: Sink
     filled: bool = field(default=False, init=False)
+    layers: LayersOnDisk | None = field(default=None, init=False)  # of a streamed model that RAM is too short for
     _stamps: places.Stamps = field(default_factory=dict, init=False)
     _is_settled: bool = field(default=False, init=False)
     _may_be_there: bool = field(default=False, init=False)  # what is read once more may be what is kept already
+
+    def on_disk(
+        self, names: Sequence[str], matrices: Sequence[frozenset[str]], device: torch.device
+    ) -> LayersOnDisk | None:
+        """For streamed layers, each with its `matrices`, which the host's memory would not hold: they are read from the
+        kept base once it is there. None where there are none, or nothing may be kept. Raises UserError where neither
+        memory nor disk holds them."""
+        if not names or not self._wanted():
+            return None
+        nbytes = self.contents.bytes_of(
+            f"{layer}.{name}" for layer, own in zip(names, matrices, strict=True) for name in own
+        )
+        free = available_ram()
+        if nbytes <= RAM_SHARE * free:
+            return None
+        bases, needs = places.root(), f"streamed layers take {gib(nbytes)}, of RAM {gib(free)} are free"
+        ending, room = self.contents.settings.ending, disk.free_bytes(bases) - SPARE_BYTES
+        if room < nbytes and not any(one.folder.name.endswith(ending) for one in places.held(bases)):
+            if nbytes <= free:  # as tight as the plan allows it
+                self._say(f"{needs}, and {bases} has no room for them: they stay in RAM")
+                return None
+            hint = "make room there, or name another folder in QLORA_CACHE"
+            raise UserError(f"{needs}, and {gib(max(0, room))} in {bases}", hint)
+        self.layers = LayersOnDisk(names, needs, device)
+        return self.layers
 
     def fill(
         self,
@@ -71,8 +99,12 @@ class Keeping:
         for kept in self._found():
             try:
                 with places.using(kept.folder):
+                    if self.layers is not None:
+                        self.layers.read_from(kept.folder, kept.record)
                     self._place_all(kept, place, Homes(home_of, device))
             except Damaged as damage:
+                if self.layers is not None:
+                    self.layers.leave()
                 self._set_aside(kept.folder, damage)
                 return None
             places.touch(kept.folder)
@@ -228,6 +260,8 @@ class Keeping:
             size = gib(contents.kept_bytes)
             self._say(f"the base is kept in 4 bit, {size} in {bases}: the next start reads no more than that")
             self._write(folder, model, known)
+        if self.layers is not None:
+            self.layers.read_from(folder, record.read(folder).record)
         if self._is_settled:
             places.see(folder, self._stamps)
 
