@@ -24,6 +24,7 @@ from qlora.batch import Batch
 from qlora.errors import foreign_failures
 from qlora.model.reclassed import reclassed
 from qlora.model.weight_receiving import device_of
+from qlora.model.weight_streaming import only_forth
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 from qlora.step.layerwise import recomputable
 
@@ -106,6 +107,7 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
         failure = stack.enter_context(foreign_failures(trial=True))
         stack.enter_context(evaluating(causal_lm))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(only_forth())
         stack.enter_context(reclassed(linears, _Watched().class_of))
         stack.enter_context(reclassed([one.module for one in gated], _marked))
         for layer in recomputable(causal_lm):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +34,17 @@ from qlora.step.layerwise import recomputable
 
 SLOTS = 2
 HINT = "set memory.stream_weights = false, or use another base"
+_ONLY_FORTH: ContextVar[bool] = ContextVar("qlora_only_forth", default=False)
+
+
+@contextmanager
+def only_forth() -> Iterator[None]:
+    """Inside the block nobody goes back through what is computed, whatever graph it leaves: no layer is refused."""
+    token = _ONLY_FORTH.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_FORTH.reset(token)
 
 
 @dataclass
@@ -174,7 +186,7 @@ class StreamedWeights:
 
     def _before(self, number: int, layer: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         following: int | None = (number + 1) % len(self.layers)  # at the top: the next pass begins at the bottom
-        if torch.is_grad_enabled() and _is_gone_back_through(layer, inputs):
+        if torch.is_grad_enabled() and not _ONLY_FORTH.get() and _is_gone_back_through(layer, inputs):
             _refuse_what_is_kept(layer, inputs, named)
             following = following or None  # at the top it turns
         self.use(number, following)
