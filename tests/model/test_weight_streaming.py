@@ -18,6 +18,7 @@ from qlora.memory.simulation import Workload
 from qlora.model import adapters, emptied, load, weight_streaming
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.generate import greedy
+from qlora.model.lora_structure import Gated, unread_of
 from qlora.model.resolve import resolve
 from qlora.model.weight_receiving import Place
 from qlora.model.weight_stores import HostStore
@@ -264,6 +265,17 @@ def test_a_layer_that_is_not_computed_anew_is_refused(tmp_path: Path) -> None:
         step(model)
     held = inside(model)
     assert held is not None and held._depths == [0] * LAYERS
+
+
+def test_outputs_that_nobody_reads_are_seen_in_streamed_layers_too(tmp_path: Path) -> None:
+    base = make_base("llama", tmp_path / "base")
+    models = [tuned(base, place, LoraSection(r=4)).get_base_model() for place in (Place(), STREAMED)]
+    classes = [[type(one).__mro__[0] for one in model.modules() if type(one).__name__ == "LlamaMLP"] for model in models]
+    assert classes[0] and classes[0] == classes[1]  # one class for each way to compute
+    gated = [Gated(one, ("gate_proj", "up_proj", "down_proj")) for one in models[1].modules() if type(one) in classes[1]]
+    assert unread_of(gated, models[1]) == {id(one.module) for one in gated}
+    with pytest.raises(ModelError, match="not recomputed"), torch.enable_grad():
+        models[1].eval()(torch.ones(1, 4, dtype=torch.int64))  # outside of a look at it nothing is let pass
 
 
 def test_a_failure_leaves_no_layer_in_use_and_reset_gives_the_slots_back(tmp_path: Path) -> None:
