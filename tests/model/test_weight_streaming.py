@@ -269,9 +269,13 @@ def test_a_layer_that_is_not_computed_anew_is_refused(tmp_path: Path) -> None:
 def test_outputs_that_nobody_reads_are_seen_in_streamed_layers_too(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     models = [tuned(base, place, LoraSection(r=4)).get_base_model() for place in (Place(), STREAMED)]
-    classes = [[type(one).__mro__[0] for one in model.modules() if type(one).__name__ == "LlamaMLP"] for model in models]
+    classes = [
+        [type(one).__mro__[0] for one in model.modules() if type(one).__name__ == "LlamaMLP"] for model in models
+    ]
     assert classes[0] and classes[0] == classes[1]  # one class for each way to compute
-    gated = [Gated(one, ("gate_proj", "up_proj", "down_proj")) for one in models[1].modules() if type(one) in classes[1]]
+    gated = [
+        Gated(one, ("gate_proj", "up_proj", "down_proj")) for one in models[1].modules() if type(one) in classes[1]
+    ]
     assert unread_of(gated, models[1]) == {id(one.module) for one in gated}
     with pytest.raises(ModelError, match="not recomputed"), torch.enable_grad():
         models[1].eval()(torch.ones(1, 4, dtype=torch.int64))  # outside of a look at it nothing is let pass
