@@ -260,16 +260,15 @@ class Estimator:
             calibrated_by=self.correction.runs,
             notes=self._notes(simulation, workload),
             limit_source=machine.source,
-            ideal_tokens_per_second=self._ideal(workload, simulator),
+            ideal_tokens_per_second=self._most(simulation, workload),
             speed=speed,
             waiting_bytes=waiting,
             host_limit_bytes=machine.host_bytes,
             savings=levers.savings(self.text, workload, simulator.drawn.values, machine),
         )
 
-    def _ideal(self, workload: Workload, simulator: Simulator) -> float:
-        gpu, values = self.machine.gpu, simulator.drawn.values
-        return 0.0 if gpu is None else throughput.ideal_tokens_per_second(self.text, workload, values, gpu)
+    def _most(self, simulation: Simulation, workload: Workload) -> float:
+        return throughput.most_tokens_per_second(simulation.work, self.machine.gpu, workload.rows * workload.length)
 
     def _speed(self, recipe: Recipe, facts: DataFacts | None, workload: Workload, simulator: Simulator) -> Speed | None:
         """Predicted, with an update after as many micro-batches as a step has; None without a card to predict it of."""

@@ -90,10 +90,12 @@ class OperationCounter:
         name = func.name().partition(".")[0]
         if func.namespace == "prim" or name in LAID_OUT_ONLY or func.is_view:
             return None
-        args = operands[0]
-        read = {one.untyped_storage()._cdata: one for one in tree_leaves(operands) if isinstance(one, Tensor)}
+        args, tensors = operands[0], [one for one in tree_leaves(operands) if isinstance(one, Tensor)]
+        # By their places: the parts of a streamed layer's weights share a storage, and each of them is read.
+        read = {(_storage(one), one.storage_offset()): one for one in tensors}
+        storages = set(map(_storage, tensors))
         results = result if isinstance(result, (tuple, list)) else (result,)
-        new = [one for one in results if isinstance(one, Tensor) and one.untyped_storage()._cdata not in read]
+        new = [one for one in results if isinstance(one, Tensor) and _storage(one) not in storages]
         new += [one for at, one in enumerate(args) if _is_written(func, at) for one in tree_leaves(one)]
         new = [one for one in new if isinstance(one, Tensor)]
         if not new:
@@ -170,6 +172,10 @@ def _product(name: str, args: Sequence[Any]) -> int:
         return 0
     left, right = args[1:3] if "addmm" in name or "baddbmm" in name else args[:2]
     return 2 * int(left.numel()) * int(right.shape[0 if name == "aten::linear" else -1])
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -141,6 +141,12 @@ def as_dict(speed: Speed) -> dict[str, Any]:
     }
 
 
+def most_tokens_per_second(work: Work | None, gpu: Gpu | None, tokens: int) -> float:
+    """Of a micro-batch whose operations are `work`, were there nothing but their arithmetic, all at the data sheet's
+    rate: no prediction is above it. 0 without a card."""
+    return 0.0 if work is None or gpu is None else tokens * gpu.teraflops * 1e12 / max(1.0, work.arithmetic)
+
+
 def ideal_tokens_per_second(text: Any, workload: Workload, values: ValueCounts, gpu: Gpu) -> float:
     """What the arithmetic and the dequantization allow at best.
 

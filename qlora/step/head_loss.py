@@ -102,7 +102,7 @@ class _OnePass(torch.autograd.Function):
             del logits_CV
         ctx.save_for_backward(grad_TD)
         ctx.kind = hidden_TD.dtype
-        summed = -(torch.cat(logprobs) * weights_T).sum()
+        summed = -(torch.cat(logprobs) * weights_T).sum() if logprobs else weights_T.new_zeros(())  # no trained token
         ctx.mark_non_differentiable(summed)
         return summed / step_weight, summed
 

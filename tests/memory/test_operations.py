@@ -38,6 +38,13 @@ def test_a_product_reads_both_operands_once_and_has_two_operations_a_value_and_c
     assert linear is not None and linear.arithmetic == 192
 
 
+def test_two_parts_of_one_storage_are_both_read_and_one_part_handed_over_twice_once() -> None:
+    """Codes and constants of a streamed weight are views of one blob; a square is read once."""
+    blob, out = meta(40), meta(32)
+    assert seen(aten.mul.Tensor, blob[:32], blob[32:], result=out) == Operation(2 * (32 + 8 + 32), 0, False)
+    assert seen(aten.mul.Tensor, blob[:32], blob[:32], result=out) == Operation(2 * (32 + 32), 0, False)
+
+
 def test_views_and_memory_that_is_not_written_start_nothing() -> None:
     one = meta(4, 8)
     assert seen(aten.view.default, one, [8, 4], result=one.view(8, 4)) is None
@@ -108,7 +115,7 @@ def test_the_step_of_an_8b_is_what_was_counted_apart_from_this() -> None:
     """As peft computes it, one row of 2,048 tokens with a mask: 99 launches and 4.29 GB a layer forth, 9.75 GB back,
     and 102.7 TFLOP a step, by a counter of its own (CUDA.md 2.1, Llama-3.1-8B, rank 16)."""
     text, _ = text_config({**SHAPES[NAMES[8]], "pad_token_id": 0}, NAMES[8])
-    spec = ModelSpec(text, NAMES[8], LoraSection(r=16), QuantizationSection(), functions="peft")
+    spec = ModelSpec(text, NAMES[8], LoraSection(r=16), QuantizationSection(), functions="peft", loss_chunk=0)
     work = Simulator(spec).run(Workload(1, 2048, evaluates=False, documents=4)).work
     assert work is not None
     (layers,) = work.layers

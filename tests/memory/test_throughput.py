@@ -10,7 +10,7 @@ from qlora.memory.card_names import Gpu, find
 from qlora.memory.operations import Layers, Operation, Work
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
-from qlora.memory.throughput import RATES, Copies, as_dict, predict
+from qlora.memory.throughput import RATES, Copies, as_dict, most_tokens_per_second, predict
 from qlora.model.meta_model import text_config
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.memory.cases import NAMES
@@ -56,10 +56,19 @@ def test_a_host_that_starts_kernels_too_slowly_is_waited_for() -> None:
     assert as_dict(many)["host_bound"] is True
 
 
+def test_no_prediction_is_above_what_arithmetic_allows() -> None:
+    """A layer that is computed anew leaves out its last product: what is counted is the bound, not a formula."""
+    layers = work(Layers(32, ((COMPUTES, 5),), ((COMPUTES, 14),)), outside=((COMPUTES, 3),))
+    most = most_tokens_per_second(layers, CARD, 512)
+    assert most == pytest.approx(512 / (32 * 19 + 3)) and predict(layers, CARD, 512).tokens_per_second < most
+    assert most_tokens_per_second(None, CARD, 512) == 0 == most_tokens_per_second(layers, None, 512)
+
+
 @cache
 def step(rows: int, functions: str | None, kernel: str | None, documents: int) -> Work:
     text, _ = text_config({**SHAPES[NAMES[8]], "pad_token_id": 0}, NAMES[8])
-    spec = ModelSpec(text, NAMES[8], LoraSection(r=16), QuantizationSection(), kernel=kernel, functions=functions)
+    how = {"kernel": kernel, "functions": functions, "loss_chunk": 0}  # the head is asked again, as others ask it
+    spec = ModelSpec(text, NAMES[8], LoraSection(r=16), QuantizationSection(), **how)  # type: ignore[arg-type]
     workload = Workload(rows, 2048, evaluates=False, documents=documents, optimizer="adamw_8bit", packed=documents > 1)
     found = Simulator(spec).run(workload).work
     assert found is not None

@@ -207,3 +207,12 @@ def test_a_new_run_has_it_where_there_is_the_kernel_and_without_a_gpu(monkeypatc
         assert head_loss.chunk_of_run(151_936, torch.device("cpu")) == 0
         monkeypatch.setattr(trial, "work", lambda device: True)
         assert head_loss.chunk_of_run(151_936, torch.device("cpu")) == 384
+
+
+def test_a_micro_batch_without_a_trained_token_has_no_loss() -> None:
+    hidden_TD, targets_T, weights_T, head = case()
+    known = head_of(head, None)
+    assert known is not None
+    share, loss_ = share_and_loss(hidden_TD[:0], targets_T[:0], weights_T[:0], STEP_WEIGHT, known, 16)
+    share.backward()  # type: ignore[no-untyped-call]
+    assert loss_ == 0 and hidden_TD.grad is not None and not hidden_TD.grad.any()
