@@ -21,6 +21,9 @@ UNUSED = {
         "html.parser calls it",
     ),
     "qlora.ask.transport:_Writer.writable": "Python's socketserver asks it of a file",
+    **dict.fromkeys(
+        (f"qlora.model.compiled_attention:{name}" for name in ("_shape", "_shapes")), "torch asks for shapes"
+    ),
     "qlora.memory.trace:LiveBytes._should_skip_dynamo": "torch asks a mode for it",
     "qlora.report.console:Terminal.on_broken_pipe": "rich calls it",
     "qlora.report.drawn:Drawn._repr_mimebundle_": "Jupyter calls it",

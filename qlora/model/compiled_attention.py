@@ -84,13 +84,13 @@ def _attend_backward(
 
 
 @_attend.register_fake  # type: ignore[untyped-decorator]
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+def _shape(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     rows, heads, tokens, _width = query.shape
     return query.new_empty((rows, tokens, heads, value.shape[-1]))
 
 
 @_attend_backward.register_fake  # type: ignore[untyped-decorator]
-def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     first, second, third = (one.new_empty(one.shape) for one in (query, key, value))
     return first, second, third
 

@@ -55,8 +55,8 @@ def gated_of(adapted: Mapping[str, nn.Module], model: nn.Module) -> list[Gated]:
     found = []
     for owner, names in _by_owner(adapted).items():
         module = model.get_submodule(owner)
-        inside = sum(len(list(adapted[f"{owner}.{name}"].parameters())) for name in names if owner)
-        if len(names) == 3 and owner and inside == len(list(module.parameters())):
+        of_layers = sum(len(list(adapted[f"{owner}.{name}"].parameters())) for name in names if owner)
+        if len(names) == 3 and owner and of_layers == len(list(module.parameters())):
             with foreign_failures(trial=True) as failure:
                 order = _order(module, names)
             if not failure.error and order is not None:
