@@ -105,11 +105,11 @@ class OnHost:
         self._leaving = Flight()
         self._version = 0
 
-    def keep(self, layer: int, x: Tensor) -> Away | Tensor:
+    def keep(self, layer: int, x: Tensor) -> Away | tuple[Tensor, int]:
         """Called before the layer is computed, which the copy runs beside."""
         self._let_go()
         if layer == self.top or x.nbytes < SMALLEST_BYTES or not x.is_contiguous():
-            return x.detach()
+            return ON_DEVICE.keep(layer, x.detach())
         below = self._newest() if self._newest is not None else None
         ticket = Away(x, self.pool.lend(x.nbytes), below)
         weakref.finalize(ticket, self._end, ticket.blocks, ticket.flight).atexit = False
@@ -123,12 +123,12 @@ class OnHost:
             self._let_go()
         return ticket
 
-    def give(self, ticket: Away | Tensor) -> Tensor:
+    def give(self, ticket: Away | tuple[Tensor, int]) -> Tensor:
         self._let_go()
-        if isinstance(ticket, Tensor):
+        if isinstance(ticket, tuple):
             if self._newest is not None and (waiting := self._newest()) is not None:
                 self._ask_for(waiting)
-            return ticket
+            return ON_DEVICE.give(ticket)
         self._ask_for(ticket)
         x, below = ticket.flight.tensor, ticket.below
         assert x is not None, "an input is given once"

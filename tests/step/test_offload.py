@@ -129,14 +129,14 @@ def test_blocks_are_made_once_and_serve_every_width(tmp_path: Path) -> None:
 def test_a_small_input_and_one_that_lies_apart_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = OnHost(Pool(CPU), 4, 4)
     apart = torch.randn(8, 6).t()
-    assert inputs.keep(0, apart).data_ptr() == apart.data_ptr()
+    assert inputs.give(inputs.keep(0, apart)).data_ptr() == apart.data_ptr()
     whole = torch.randn(6, 8)
     monkeypatch.setattr(offload, "SMALLEST_BYTES", whole.nbytes + 1)
-    assert inputs.keep(0, whole).data_ptr() == whole.data_ptr()
+    assert inputs.give(inputs.keep(0, whole)).data_ptr() == whole.data_ptr()
     monkeypatch.setattr(offload, "SMALLEST_BYTES", whole.nbytes)
     ticket = inputs.keep(0, whole)
     assert isinstance(ticket, Away) and torch.equal(inputs.give(ticket), whole)
-    assert inputs.keep(3, whole).data_ptr() == whole.data_ptr(), "the top layer's"
+    assert inputs.give(inputs.keep(3, whole)).data_ptr() == whole.data_ptr(), "the top layer's"
 
 
 def test_layers_that_share_keys_go_to_the_host_as_well(tmp_path: Path) -> None:
@@ -190,6 +190,15 @@ def test_a_layer_that_changes_its_input_is_an_error() -> None:
     x.add_(1)
     with pytest.raises(RuntimeError, match="in its place"):
         inputs.keep(1, torch.randn(4, 4))
+
+
+def test_so_is_one_that_changes_an_input_that_stays() -> None:
+    inputs = OnHost(Pool(CPU), 4, 4)
+    x = torch.randn(4, 4)
+    ticket = inputs.keep(3, x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="in its place"):
+        inputs.give(ticket)
 
 
 def test_on_a_card_copies_wait_for_computing_and_computing_for_copies(
