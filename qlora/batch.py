@@ -6,7 +6,7 @@ positions of the N, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Batch:
     document_lengths   the same on the host, as lengths
     label_ids_TK       int64, and label_logprobs_TK, fp32: for each trained place the likeliest tokens and what they are
                        to have, -inf where there are fewer than K (`data/label_rows.py`). None: its target alone
+    host_ids_BS        input_ids_BS where they were before they were moved, for embeddings that are looked up there
     single             whether each row is one document by its positions, so that no mask has to keep documents apart
     """
 
@@ -43,6 +44,7 @@ class Batch:
     single: bool = False
     label_ids_TK: torch.Tensor | None = None
     label_logprobs_TK: torch.Tensor | None = None
+    host_ids_BS: torch.Tensor | None = None
 
     @property
     def max_document(self) -> int:
@@ -59,4 +61,5 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(value.to(device, non_blocking=True) if hasattr(value, "to") else value for value in moved))
+        placed = Batch(*(value.to(device, non_blocking=True) if hasattr(value, "to") else value for value in moved))
+        return replace(placed, host_ids_BS=self.input_ids_BS)

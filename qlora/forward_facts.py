@@ -22,6 +22,14 @@ def in_forward(batch: Batch) -> Iterator[None]:
         _IN_FORWARD.reset(token)
 
 
+def host_ids(input_ids: Any) -> Any:
+    """Ids on the host where they are those of the micro-batch of this forward pass, which began there; else they are
+    read back, for which the host waits (an answer's tokens are made on the device)."""
+    batch = _IN_FORWARD.get()
+    known = batch is not None and input_ids is batch.input_ids_BS and batch.host_ids_BS is not None
+    return batch.host_ids_BS if batch is not None and known else input_ids.cpu()
+
+
 def of_forward(position_ids: Any = None) -> Batch | None:
     """The micro-batch whose forward pass this thread is in; None where it is in none, or `position_ids` is another's.
 

@@ -21,6 +21,9 @@ def test_a_batch_moves_whole_and_leaves_the_first_where_it_is() -> None:
     assert (moved.document_lengths, moved.single, moved.max_document) == ((3, 5), False, 5)
     for field in fields(batch):
         before, after = getattr(batch, field.name), getattr(moved, field.name)
+        if field.name == "host_ids_BS":
+            assert before is None and after is batch.input_ids_BS, "moved, and still known on the host"
+            continue
         if not isinstance(before, torch.Tensor):
             assert before is after
             continue

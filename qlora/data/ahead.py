@@ -59,7 +59,7 @@ class BlockBatch(Batch):
         assert self.block is not None
         moved = self.block.to(device, non_blocking=True).view(torch.uint8)
         values: dict[str, Any] = {field.name: _same_view(getattr(self, field.name), moved) for field in fields(Batch)}
-        return Batch(**values)
+        return Batch(**{**values, "host_ids_BS": self.input_ids_BS})
 
 
 def in_one_block(batch: Batch, device: torch.device) -> BlockBatch:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlora import device as hardware
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
+from qlora.forward_facts import host_ids
 from qlora.model.layer_blobs import LayerWeights
 from qlora.model.meta_model import linear_layers
 from qlora.model.reclassed import called_as
@@ -253,7 +254,7 @@ def _on_host(kind: Any, device: torch.device) -> Any:
         def forward(self, input_ids: Tensor) -> Tensor:
             if input_ids.is_meta:
                 return torch.empty((*input_ids.shape, self.weight.shape[1]), dtype=self.weight.dtype, device=device)
-            rows: Tensor = super().forward(input_ids.cpu())
+            rows: Tensor = super().forward(host_ids(input_ids))
             return hardware.pinned(rows, device).to(device, non_blocking=True)
 
     return called_as(kind, OnHost)

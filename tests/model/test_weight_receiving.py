@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora.data.ahead import in_one_block
+from qlora.data.loader import collate
 from qlora.errors import ModelError
 from qlora.events import Recorder, Sinks
 from qlora.model import adapters, load, weight_receiving
@@ -16,8 +19,10 @@ from qlora.model.resolve import resolve
 from qlora.model.weight_receiving import Place, bytes_on_device, device_of, place_by_room
 from qlora.model.weight_streaming import inside
 from qlora.recipe.sections import LoraSection, MemorySection, QuantizationSection
+from qlora.step.forward import CausalParts, hidden_states
 from qlora.step.layerwise import recomputable
 from tests.card import GIB, MIB, Card, rehearsal
+from tests.data.cases import split_of
 from tests.families import make_base
 
 CPU = torch.device("cpu")
@@ -134,3 +139,26 @@ def test_a_layer_that_got_no_value_is_named(tmp_path: Path) -> None:
     receiving = weight_receiving.receive(model, Place(streams=True), CPU)
     with pytest.raises(ModelError, match=r"model\.layers\.0\.\S+ got no value while loading"):
         receiving.finish(Sinks())
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+def test_a_micro_batch_looks_its_rows_up_by_the_ids_that_the_host_has(
+    tmp_path: Path, in_block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read back, for which a GPU would have to be waited for; where tokens are made there, ids are."""
+    base = base_of("llama", tmp_path)
+    resident, model = opened(base, Place()), opened(base, Place(host_embedding=True))
+    on_host = collate(split_of([3, 2, 16]), [(0, 1), (2,)], 0, 24)
+    on_host.input_ids_BS.remainder_(300)
+    batch = (in_one_block(on_host, CPU) if in_block else on_host).to(CPU)
+    wanted = hidden_states(CausalParts.of(resident), batch)
+    read_back, cpu = list[Tensor](), Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: (read_back.append(tensor), cpu(tensor))[1])
+    for noise in (0.0, 5.0):
+        found = hidden_states(CausalParts.of(model), batch, noise)
+        assert torch.equal(found, wanted) or noise
+    assert not read_back
+    unknown = replace(batch, host_ids_BS=None)
+    assert torch.equal(hidden_states(CausalParts.of(model), unknown), wanted)
+    model(input_ids=batch.input_ids_BS)
+    assert len(read_back) == 2
