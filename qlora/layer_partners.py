@@ -6,9 +6,7 @@ device's memory all along. A layer is known by its number, from the first to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +16,6 @@ from torch import Tensor
 _HELD_BY = "_layer_weights"  # the attribute of a causal model whose layers' weights somebody holds
 # Of what a layer is handed beside hidden states, these are the same whenever it is computed.
 _CONSTANTS = (bool, int, float, str, type(None))
-_LOOKING: ContextVar[bool] = ContextVar("qlora_looking_at_graphs", default=False)
 
 
 class Weights(Protocol):
@@ -78,20 +75,6 @@ def weights_of(causal_lm: Any) -> Weights:
     """Who holds the weights of the layers of a causal model (the one inside of peft's wrapper)."""
     found: Weights = vars(causal_lm).get(_HELD_BY, RESIDENT)
     return found
-
-
-@contextmanager
-def looking_at_graphs() -> Iterator[None]:
-    """Inside the block autograd's graphs are looked at, and nobody goes back through one: what it keeps may be gone."""
-    token = _LOOKING.set(True)
-    try:
-        yield
-    finally:
-        _LOOKING.reset(token)
-
-
-def is_looking_at_graphs() -> bool:
-    return _LOOKING.get()
 
 
 def is_closed(layer: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:

@@ -22,7 +22,6 @@ from torch.nn.functional import silu
 
 from qlora.batch import Batch
 from qlora.errors import foreign_failures
-from qlora.layer_partners import looking_at_graphs
 from qlora.model.reclassed import reclassed
 from qlora.model.weight_receiving import device_of
 from qlora.step.forward import CausalParts, evaluating, hidden_states
@@ -107,7 +106,6 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
         failure = stack.enter_context(foreign_failures(trial=True))
         stack.enter_context(evaluating(causal_lm))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(looking_at_graphs())
         stack.enter_context(reclassed(linears, _Watched().class_of))
         stack.enter_context(reclassed([one.module for one in gated], _marked))
         for layer in recomputable(causal_lm):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qlora.copy_stream import CopyStream
 from qlora.device import synchronize
 from qlora.errors import ModelError
-from qlora.layer_partners import hold, is_closed, is_looking_at_graphs, weights_of
+from qlora.layer_partners import hold, is_closed, weights_of
 from qlora.model.layer_blobs import LayerWeights
 from qlora.model.layer_walk import layers_of
 from qlora.model.weight_stores import Arriving, Store
@@ -174,7 +174,7 @@ class StreamedWeights:
 
     def _before(self, number: int, layer: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         following: int | None = (number + 1) % len(self.layers)  # at the top: the next pass begins at the bottom
-        if torch.is_grad_enabled() and not is_looking_at_graphs() and _is_gone_back_through(layer, inputs):
+        if torch.is_grad_enabled() and _is_gone_back_through(layer, inputs):
             _refuse_what_is_kept(layer, inputs, named)
             following = following or None  # at the top it turns
         self.use(number, following)
