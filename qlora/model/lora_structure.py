@@ -22,10 +22,7 @@ from torch.nn.functional import silu
 
 from qlora.batch import Batch
 from qlora.errors import foreign_failures
-<<<<<<< HEAD
 from qlora.model.mixtures import experts_in
-=======
->>>>>>> breaks
 from qlora.model.reclassed import reclassed
 from qlora.model.weight_receiving import device_of
 from qlora.model.weight_streaming import inside
@@ -118,15 +115,11 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
         failure = stack.enter_context(foreign_failures(trial=True))
         stack.enter_context(evaluating(causal_lm))
         stack.enter_context(torch.enable_grad())
-<<<<<<< HEAD
         if (streamed := inside(causal_lm)) is not None:
             stack.enter_context(streamed.looked_at())
         watched = _Watched()
         stack.callback(watched.calls.clear)  # a class lives until cycles are collected, and would hold every graph
         stack.enter_context(reclassed(linears, watched.class_of))
-=======
-        stack.enter_context(reclassed(linears, _Watched().class_of))
->>>>>>> breaks
         stack.enter_context(reclassed([one.module for one in gated], _marked))
         for layer in recomputable(causal_lm):
             stack.callback(layer.register_forward_pre_hook(_apart).remove)

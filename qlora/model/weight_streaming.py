@@ -192,11 +192,7 @@ class StreamedWeights:
 
     def _before(self, number: int, layer: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         following: int | None = (number + 1) % len(self.layers)  # at the top: the next pass begins at the bottom
-<<<<<<< HEAD
         if torch.is_grad_enabled() and not self._looked_at and _is_gone_back_through(layer, inputs):
-=======
-        if torch.is_grad_enabled() and _is_gone_back_through(layer, inputs):
->>>>>>> breaks
             _refuse_what_is_kept(layer, inputs, named)
         if layer.training:
             following = following or None  # at the top it turns
