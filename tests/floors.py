@@ -189,6 +189,7 @@ LINES = {
         "speed",
         "changes",
         "levers",
+        "spec",
         "estimate",
         "search",
         "plan",

@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qlora import numerics
 from qlora.errors import DoesNotFit
-from qlora.loss_scale import FP16
 from qlora.memory import calibration, host, levers, margins, overheads, throughput
 from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
@@ -20,15 +16,12 @@ from qlora.memory.levers import Saving
 from qlora.memory.recomputing import of_model
 from qlora.memory.shelf import Shelf
 from qlora.memory.simulate import Simulator
-from qlora.memory.simulation import TRAIN_PHASES, ModelSpec, Simulation, ValueCounts, Workload
+from qlora.memory.simulation import TRAIN_PHASES, Simulation, ValueCounts, Workload
+from qlora.memory.spec import spec_of
 from qlora.memory.throughput import Speed
 from qlora.memory.trace import most_multiprocessors
-from qlora.model import precision
-from qlora.model.attention import kernel_of
-from qlora.model.attention_choice import assumed
 from qlora.model.family_facts import facts_of
 from qlora.model.generate import SAMPLE_TOKENS
-from qlora.model.meta_model import choose_attention
 from qlora.model.weight_receiving import Place
 from qlora.model.weight_stores import STAGING_BLOBS
 from qlora.recipe.reading import Recipe
@@ -164,16 +157,10 @@ class Estimator:
         return self.simulator(recipe).drawn.values
 
     def simulator(self, recipe: Recipe) -> Simulator:
-        made_of = (recipe.lora, recipe.quantization, recipe.model.attention)
         place = Place.of(recipe.memory) if self.baseline == BASELINES["qlora"] else Place()
-        key = (*made_of, place, recipe.model.dtype)
+        key = (recipe.lora, recipe.quantization, recipe.model.attention, place, recipe.model.dtype)
         if key not in self._simulators:
-            kernel = self._kernel(recipe.model.attention)
-            spec = ModelSpec(
-                *(self.text, self.name, *made_of, self.machine.device_type, self.baseline, kernel),
-                *(*self._of_run(), place),
-                dtype=self._dtype(recipe.model.dtype),
-            )
+            spec = spec_of(self.text, self.name, self.machine, self.baseline, recipe)
             whole = _by_whole_model(self.text, self.name)
             self._simulators[key] = Simulator(spec, whole, self._shelf)
         return self._simulators[key]
@@ -182,30 +169,6 @@ class Estimator:
         """Ask once a step was drawn what the process holds: a run needs the model's code as well."""
         self.estimate(recipe, facts)
         self.held = host.held_bytes()
-
-    def _of_run(self) -> tuple[str | None, int | None]:
-        """Who computes linear layers, and in which chunks the loss comes with its gradient, in the run under way, if
-        there is one and it is not another stack's."""
-        run = numerics.of_run() if self.baseline == BASELINES["qlora"] else None
-        return (run.functions, run.loss_chunk or 0) if run is not None else (None, None)
-
-    def _dtype(self, wanted: str) -> torch.dtype:
-        """In which the run under way computes, else one on such a machine would; other stacks compute in bf16."""
-        if self.baseline != BASELINES["qlora"]:
-            return torch.bfloat16
-        if numerics.of_run() is not None:
-            return precision.of_run()
-        lacks_bf16 = self.machine.gpu is not None and not self.machine.gpu.computes_bf16
-        return precision.DTYPES[FP16 if wanted == FP16 or lacks_bf16 else precision.BF16]
-
-    def _kernel(self, wanted: str) -> str | None:
-        """What attends without a mask: as the run under way has decided, else as such a card would on this system."""
-        if self.machine.device_type != "cuda" or self.baseline != BASELINES["qlora"]:
-            return None
-        named, gpu, run = choose_attention(self.text, wanted, self.name), self.machine.gpu, numerics.of_run()
-        if run is not None and run.attention is not None:
-            return kernel_of(run.attention)
-        return assumed(self.text, named, wanted, gpu.capability if gpu else 86)
 
     def _complete(self, recipe: Recipe, facts: DataFacts | None, simulator: Simulator) -> Estimate:
         machine, factor = self.machine, self.correction.factor
