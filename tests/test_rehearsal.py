@@ -68,6 +68,9 @@ NOT_REHEARSED = {
     ),
     "model/attention_choice.py::passing: yield kernel": "nor here",
     "model/compiled.py::choose: return None": "there is no Triton beside a CPU's torch; tests/model/test_compiled.py",
+    "memory/plan.py::does_not_fit": "weights that are streamed by hand, or not in 4 bit; tests/memory/test_plan.py",
+    "memory/plan.py::_levers": "of what fits nothing is asked; tests/memory/test_plan.py",
+    "model/base_cache/reading.py::_Reading.tensor": "a base of 1 GiB and more; tests/model/base_cache/test_reading.py",
     "model/base_cache/layers_on_disk.py": "RAM has room here; tests/training/test_streamed_run.py",
     "model/weight_stores.py::DiskStore": "the same; tests/model/test_weight_stores.py",
     "model/weight_stores.py::HostStore.settle": "where the system pins no more; tests/model/test_weight_stores.py",
@@ -77,6 +80,8 @@ NOT_REHEARSED = {
 # Code that asks for a type of device itself, with the reason: most mean the CPU's own kernels.
 ASKS_A_TYPE = {
     "model/cpu_matmul.py": "the CPU's products; on a card there are none to replace",
+    "step/head_loss.py": "the CPU keeps its chunks; meta tensors stand for a card",
+    "step/experts.py": "grouped products of bf16 are a GPU's; the CPU multiplies expert by expert",
     "flat/moments.py": "meta tensors are updated in one run, as a card's are",
     "prove/suite.py": "a person names it",
     "cli/prove.py": "a person names it",

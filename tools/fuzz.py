@@ -31,6 +31,7 @@ FILES = {
     "test_bases": "base",
     "test_templates": "base",
     "test_tokenizers": "base",
+    "test_kept_bases": "base",
     "test_adapters": "adapter",
     "test_changed_under_its_feet": "run",
     "test_links": "run",

@@ -33,7 +33,8 @@ def _batch(place: Place, number: int) -> Batch:
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
-    values = [getattr(batch, field.name) for field in fields(batch)]
+    """What a step computes with; `host_ids_BS` stays where it was made."""
+    values = [getattr(batch, field.name) for field in fields(batch) if field.name != "host_ids_BS"]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 

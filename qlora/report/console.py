@@ -154,7 +154,8 @@ class ConsoleSink:
         self._print(Text(" ".join(parts), style="cyan"))
 
     def _routed(self, event: events.Routed) -> None:
-        least, most, changed = min(event.hit), max(event.largest), max(event.changed)
+        shares = [max(values or (0.0,)) for values in (event.largest, event.changed)]
+        least, most, changed = min(event.hit or (0.0,)), *shares
         words = f"experts: {least:.0%} are hit in every layer, one takes up to {most:.0%}"
         self._print(Text(f"{words}, {changed:.1%} of tokens go elsewhere than untuned", style="dim"))
 

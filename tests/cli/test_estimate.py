@@ -95,16 +95,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     ("name", "plans"),
     [
         ("meta-llama/Llama-3.1-8B-Instruct", 1),
-        pytest.param("meta-llama/Llama-3.1-70B-Instruct", 3, marks=pytest.mark.slow),
+        pytest.param("meta-llama/Llama-3.1-70B-Instruct", 4, marks=pytest.mark.slow),
     ],
 )
 def test_json_in_seconds(name: str, plans: int, tmp_path: Path) -> None:
-    """Two short models, whatever the size, one step of them a plan (where it fits as it is: one), and nothing twice."""
+    """Two short models, whatever the size, and two more where layers are streamed; one step of them a plan (where it
+    fits as it is: one), and nothing twice."""
     folder = config_folder(name, tmp_path)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     done = run_in_a_process(tmp_path / "cache", str(folder), "--gpu", "RTX 4090", "--json")
     drawn, operations, unneeded = counted(done)
-    assert drawn == [3, 4] and 0 < operations <= plans * MOST_OPERATIONS and not unneeded
+    assert drawn in ([3, 4], [3, 4] * 2) and 0 < operations <= plans * MOST_OPERATIONS and not unneeded
     answer = json.loads(done.stdout)
     assert set(answer) >= KEYS
     assert done.returncode == (0 if answer["fits"] else 3)
@@ -142,7 +143,6 @@ def test_a_card_that_torch_cannot_use_is_told(run: Run, tmp_path: Path, monkeypa
     [
         ("--gpu", "RTX 9999"),
         ("--gpu", "RTX 4060 Ti"),
-        ("--gpu", "T4"),
         ("--gpu", "Arc A770"),
         ("--vram", "lots"),
         ("--plot", "/nowhere/at/all.png"),

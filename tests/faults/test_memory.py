@@ -63,7 +63,7 @@ def load_model(*overrides: str) -> Any:
 def test_before_a_run(
     place: Any, name: str, overrides: tuple[str, ...], doing: str, cure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "load_base", lambda *_: None)
+    monkeypatch.setattr(load, "load_base", lambda *_, **__: None)
     monkeypatch.setattr(place, name, runs_out)
     with pytest.raises(DoesNotFit, match=f"out of memory while {doing}: CUDA error: CUBLAS") as caught:
         load_model(*overrides)
@@ -189,7 +189,7 @@ def test_the_limit_is_the_cards_before_a_weight_is_loaded(monkeypatch: pytest.Mo
     """4 MiB of the stand-in are the driver's: they count against `memory.limit`, and are not free without one."""
     limits: list[int] = []
     with rehearsal(monkeypatch, Card(total=GIB)) as card:
-        monkeypatch.setattr(load, "load_base", lambda *_: limits.append(card.limit))
+        monkeypatch.setattr(load, "load_base", lambda *_, **__: limits.append(card.limit))
         monkeypatch.setattr(adapters, "attach", lambda *_, **__: torch.nn.Module())
         for overrides in (('memory.limit="512MiB"',), ()):
             load_model(*overrides)
@@ -242,11 +242,11 @@ def test_no_tensor_of_a_run_is_alive_when_another_model_is_loaded(
     alive: list[list[int]] = []
     load_base, train = load.load_base, loop.run
 
-    def loading(*arguments: Any) -> Any:
+    def loading(*arguments: Any, **named: Any) -> Any:
         alive.append([sum(not one.expired() for one in of_run) for of_run in known])
         if len(alive) == 2:  # the export's
             raise ExportError("enough is known", "go on")
-        return load_base(*arguments)
+        return load_base(*arguments, **named)
 
     def running(job: Any, resume_from: Any) -> Any:
         model = job.model

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,8 +164,12 @@ def test_attention_by_documents_is_told_and_trains_the_same(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, where both round alike: in bf16 losses are 8e-4 apart at the first step, and more at each next."""
-    attach = partial(adapters.attach, dtype=torch.float32)
-    monkeypatch.setattr(adapters, "attach", lambda model, *about, **how: attach(model.float(), *about, **how))
+    attach = adapters.attach
+
+    def in_float32(model: Any, lora: Any, seed: int, _: torch.dtype, *about: Any) -> Any:
+        return attach(model.float(), lora, seed, torch.float32, *about)
+
+    monkeypatch.setattr(adapters, "attach", in_float32)
     settings = (*SHORT, "train.max_steps=3", 'quantization.type="none"')
     masked, by_documents = (write_recipe(tmp_path / name, llama) for name in ("masked", "documents"))
     one, other = train(masked, *settings), train(by_documents, *settings, 'model.attention="varlen"')

@@ -57,7 +57,11 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
 def in_fp32(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """Adapters in float32, and the gradient of every step as the optimizer gets it."""
     attach = adapters.attach
-    monkeypatch.setattr(adapters, "attach", lambda *args, **kwargs: attach(*args, dtype=torch.float32, **kwargs))
+
+    def attached(model: Any, lora: Any, seed: int, _: torch.dtype, *about: Any) -> Any:
+        return attach(model, lora, seed, torch.float32, *about)
+
+    monkeypatch.setattr(adapters, "attach", attached)
     seen: list[dict[str, torch.Tensor]] = []
     norm = loop.AdapterOptimizer.gradient_norm
 
