@@ -60,7 +60,7 @@ NOT_REHEARSED = {
     'flat/managed.py::why_not: return "bitsandbytes': "another build of it; tests/flat/test_managed.py",
     "flat/managed.py::why_not: needed": "without room in RAM; tests/flat/test_managed.py",
     "flat/managed.py::why_not: return f'paging needs": "without room in RAM; tests/flat/test_managed.py",
-    "memory/estimate.py::Estimator._kernel: return assumed": "asked of a card before a run; tests/memory",
+    "memory/spec.py::_kernel: return assumed": "asked of a card before a run; tests/memory",
     "memory/spilling.py": "Windows and WSL; tests/memory/test_spilling.py",
     **dict.fromkeys(
         (f"model/attention_choice.py::choose: {one}" for one in ("return (kernel", "raise _imp", "return (None, '')")),

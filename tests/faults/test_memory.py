@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from qlora.export.child import Outcome
 from qlora.export.llama_cpp import runtime
 from qlora.export.verify import weights
 from qlora.memory.spilling import SpillWatch
-from qlora.model import adapters, load
+from qlora.model import adapters, load, lora_functions
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.saving import Saving
 from qlora.stop import StopRequest
@@ -46,10 +47,18 @@ def fails(*_: Any, **__: Any) -> Any:
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A base of which nobody reads anything."""
+
+    cache: str = "auto"
+
+
 def load_model(*overrides: str) -> Any:
     nothing: Any = SimpleNamespace(pad_id=0)
     prepared = setup.Prepared(nothing, nothing, MemorySettings(1, True), None)
-    return setup.load_model(recipe_of_base("a/b", overrides), nothing, prepared, PhaseClock(Recorder()))
+    base: Any = _Base()
+    return setup.load_model(recipe_of_base("a/b", overrides), base, prepared, PhaseClock(Recorder()))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +200,7 @@ def test_the_limit_is_the_cards_before_a_weight_is_loaded(monkeypatch: pytest.Mo
     with rehearsal(monkeypatch, Card(total=GIB)) as card:
         monkeypatch.setattr(load, "load_base", lambda *_, **__: limits.append(card.limit))
         monkeypatch.setattr(adapters, "attach", lambda *_, **__: torch.nn.Module())
+        monkeypatch.setattr(lora_functions, "say_what_stays", lambda *_: None)
         for overrides in (('memory.limit="512MiB"',), ()):
             load_model(*overrides)
     assert [round(limit / MIB) for limit in limits] == [508, 1020]

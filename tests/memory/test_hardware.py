@@ -38,7 +38,7 @@ def test_any_other_size_and_the_limit_of_a_recipe_mean_just_that(text: str, coun
 
 def test_cards_that_stand_for_a_size_are_in_the_table() -> None:
     assert [hardware.find(name).gigabytes for name in hardware.CARD_OF_GIGABYTES.values()] == [4, 6, 8, 12, 16, 24]
-    assert list(hardware.common_cards()) == ["6 GB", "8 GB", "12 GB", "16 GB", "24 GB"]
+    assert list(hardware.common_cards()) == ["4 GB", "6 GB", "8 GB", "12 GB", "16 GB", "24 GB"]
 
 
 @pytest.mark.parametrize(

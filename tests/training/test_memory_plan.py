@@ -23,7 +23,12 @@ from tests.runs import train, values, write_recipe
 SHORT = ("train.max_steps=2", "eval.samples=0", "data.eval_fraction=0")
 # A micro-batch of 64 long rows with everything kept: some 3 GiB on a base of 100 kB.
 HUGE = (
-    *("train.micro_batch_size=64", "train.batch_size=64", "data.max_length=4096", "train.gradient_checkpointing=false"),
+    *(
+        "train.micro_batch_size=128",
+        "train.batch_size=128",
+        "data.max_length=4096",
+        "train.gradient_checkpointing=false",
+    ),
     *('memory.limit="1GiB"', "eval.samples=0", "data.eval_fraction=0", "data.packing=false"),
 )
 
@@ -33,7 +38,7 @@ def long_rows(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setattr(host, "held_bytes", lambda: 500 << 20)  # the tests' own process may hold 2 GiB
     recipe = write_recipe(tmp_path, llama)
     row = '{"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "%s"}]}\n'
-    (recipe.parent / "rows.jsonl").write_text((row % ("lamp " * 900)) * 80)
+    (recipe.parent / "rows.jsonl").write_text((row % ("lamp " * 900)) * 160)
     return recipe
 
 
