@@ -17,9 +17,9 @@ from qlora.step import layerwise
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
 from qlora.step.layerwise import RunLayer, set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
-from tests.families import FAMILIES, make_base
+from tests.families import FAMILIES, GEMMA3N, make_base
 from tests.memory.counted import real_batch
-from tests.step.opened import CPU, GEMMA3N, LORA, opened
+from tests.step.opened import CPU, LORA, opened
 
 
 def gradients(model: Any, layers: bool | int, alpha: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:

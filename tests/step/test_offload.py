@@ -20,9 +20,9 @@ from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
 from qlora.step.loss import SupervisedObjective
 from qlora.step.offload import Away, OnHost, Pool
 from tests.card import Card, rehearsal
-from tests.families import FAMILIES, make_base
+from tests.families import FAMILIES, GEMMA3N, make_base
 from tests.memory.counted import real_batch
-from tests.step.opened import GEMMA3N, LORA, opened
+from tests.step.opened import LORA, opened
 
 CPU = torch.device("cpu")
 POISON = 0xFF  # in bf16 and fp32: not a number

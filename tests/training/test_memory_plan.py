@@ -21,7 +21,7 @@ from qlora.units import GIB
 from tests.runs import train, values, write_recipe
 
 SHORT = ("train.max_steps=2", "eval.samples=0", "data.eval_fraction=0")
-# A micro-batch of 64 long rows with everything kept: some 3 GiB on a base of 100 kB.
+# A micro-batch of 128 long rows with everything kept: over a GiB on a base of 100 kB.
 HUGE = (
     *(
         "train.micro_batch_size=128",
