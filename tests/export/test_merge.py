@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -135,8 +136,11 @@ thread.join()
 print((max(peaks) - peaks[0]) // 1024)
 """
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert int(done.stdout.split()[-1]) < 96
+    # With the threshold left to glibc, what threads have freed stays in their arenas, up to 90 MiB, by chance.
+    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root, env=settings)
+    assert int(done.stdout.split()[-1]) < 48  # 21, and 37 on NF4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
