@@ -102,7 +102,7 @@ def _wrong(error: ValidationError, where: str) -> ForeignFileError:
 
 
 def reason(item: Any, table: str) -> str:
-    """What an error of pydantic says, without Python's types and our classes: a `table`, as that kind of file has it."""
+    """What an error of pydantic says, without Python's types and our classes; a `table` as that kind of file has it."""
     wanted = {"tuple_type": "a list", "list_type": "a list", "set_type": "a list"}
     wanted |= dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), table)
     if (kind := wanted.get(item["type"])) is not None:
