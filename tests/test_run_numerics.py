@@ -52,6 +52,7 @@ def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> 
     assert (again.head_chunk, again.loss_chunk, again.deterministic) == (48, 96, False)
     older = decided(tmp_path, llama, CPU, before.model_copy(update={"loss_chunk": None}))
     assert older.loss_chunk == 0  # of a version that asked the head once more
+    assert new.experts is None  # a model without any
     assert new.mlp_tile == TILE_ROWS and decided(tmp_path, llama, CPU, new).mlp_tile == TILE_ROWS
     whole = new.model_copy(update={"mlp_tile": None})  # of a version that knew no tiles
     assert decided(tmp_path, llama, CPU, whole).mlp_tile is None

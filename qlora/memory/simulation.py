@@ -36,6 +36,7 @@ class ModelSpec:
     loss_chunk: int | None = None  # of the loss that comes with its gradient, 0: it does not; None: as in a new run
     place: Place = field(default_factory=Place)  # what of the weights is on the host
     dtype: torch.dtype = torch.bfloat16  # in which our own step computes (`precision`)
+    experts: str | None = None  # who multiplies with experts in 4 bit; None: who does in a new run
 
     @property
     def adapter_dtype(self) -> torch.dtype:

@@ -15,17 +15,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from qlora.step.kernels import experts as kernels
+from qlora.step.kernels import trial
+from qlora.step.kernels.experts import Packed as Packed
 
 NAME, NOTHING = "qlora", "qlora_nothing"  # of our functions in transformers' interface; the second gives zeros
 # Of weights in the type that they are multiplied in, at a time: Qwen3-30B's 768 MiB a projection would be the peak of
 # its step at 2,048 tokens (1,201 MiB in one piece, 763 in such chunks, 634 in chunks of 64 MiB, of four times as many).
 CHUNK_BYTES = 256 << 20
 _ALIGNED_BYTES = 16  # of a row, for torch's grouped product on a card (aten/native/cuda/GroupedBlas.cpp)
+# Who multiplies rows with experts that are held in 4 bit: torch, with chunks of them in 16 bit, or our kernel.
+IN_CHUNKS, IN_TRITON = "in chunks", "qlora in Triton"
 
 
 class Stack(Protocol):
@@ -36,6 +42,22 @@ class Stack(Protocol):
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Experts `first` up to `last` (not included), (n, out, in)."""
+
+
+@runtime_checkable
+class PackedStack(Protocol):
+    """A stack that the kernel can decode: `block` values share a constant (64 of NF4, 32 of MXFP4).
+
+    `by`: who multiplies with it, as the run under way says; None: the kernel, wherever it runs.
+    """
+
+    block: int
+    by: str | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def packed(self) -> Packed: ...
 
 
 class Plain:
@@ -200,6 +222,8 @@ class GroupedLinear(torch.autograd.Function):
 
 def grouped(rows: Tensor, stack: Stack, routing: Routing, dtype: torch.dtype, back: bool = False) -> Tensor:
     """Sorted rows times the transposed weight of their expert; `back`: times the weight. Products are in `dtype`."""
+    if isinstance(stack, PackedStack) and _in_triton(stack, rows, dtype):
+        return kernels.grouped(rows, stack.packed(), routing.ends_E, (*stack.shape[1:], stack.block), back)
     count, out, width = stack.shape
     columns = width if back else out
     experts = max(1, min(count, CHUNK_BYTES // (out * width * dtype.itemsize)))
@@ -215,6 +239,13 @@ def grouped(rows: Tensor, stack: Stack, routing: Routing, dtype: torch.dtype, ba
         result[begin:end] = part
         del part
     return rows.new_empty(0, columns) if result is None else result
+
+
+def _in_triton(stack: PackedStack, rows: Tensor, dtype: torch.dtype) -> bool:
+    """Meta tensors stand for a card that has the kernel where the stack says so."""
+    if stack.by == IN_CHUNKS or rows.dtype != dtype or not kernels.fits(stack.shape, stack.block):
+        return False
+    return stack.by == IN_TRITON if rows.is_meta else trial.multiplies_experts(rows.device)
 
 
 def _products(rows: Tensor, factors: Tensor, routing: Routing, first: int, begin: int) -> Tensor:
