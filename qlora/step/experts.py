@@ -83,12 +83,20 @@ class Routing:
     expert_S  the expert of each sorted row
     order_S   where each sorted row comes from
     inverse_S where each row went
+    token_S   the token of each sorted row
     ends_E    behind the last sorted row of each expert
+
+    `kernel`: in one launch, to the same numbers.
     """
 
-    def __init__(self, index_TK: Tensor, count: int) -> None:
+    def __init__(self, index_TK: Tensor, count: int, kernel: bool = False) -> None:
         self.choices = index_TK.shape[1]
+        if kernel:
+            places = kernels.route(index_TK, count)
+            self.expert_S, self.order_S, self.inverse_S, self.token_S, self.ends_E = places
+            return
         self.expert_S, self.order_S = torch.sort(index_TK.reshape(-1), stable=True)
+        self.token_S = self.order_S // self.choices
         self.inverse_S = torch.argsort(self.order_S)
         numbers = torch.arange(count, dtype=self.expert_S.dtype, device=index_TK.device)
         self.ends_E = torch.searchsorted(self.expert_S, numbers, right=True).int()
@@ -140,7 +148,7 @@ def experts_forward(
     """What transformers' own forward of a decorated module gives, (T, H): the weighted sum of each token's experts."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = stack_of(module, first), stack_of(module, "down_proj")
-    routing, dtype = Routing(index_TK, up.shape[0]), product_dtype(hidden_TH)
+    routing, dtype = Routing(index_TK, up.shape[0], has_kernel(up, index_TK)), product_dtype(hidden_TH)
     rows = Spread.apply(hidden_TH, routing)  # type: ignore[no-untyped-call]
     rows = GroupedLinear.apply(rows, up, routing, dtype)  # type: ignore[no-untyped-call]
     if module.has_bias:
@@ -182,7 +190,7 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, routing: Routing) -> Tensor:
         ctx.routing = routing
-        return hidden_TH[routing.order_S // routing.choices]
+        return hidden_TH[routing.token_S]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -222,7 +230,7 @@ class GroupedLinear(torch.autograd.Function):
 
 def grouped(rows: Tensor, stack: Stack, routing: Routing, dtype: torch.dtype, back: bool = False) -> Tensor:
     """Sorted rows times the transposed weight of their expert; `back`: times the weight. Products are in `dtype`."""
-    if isinstance(stack, PackedStack) and _in_triton(stack, rows, dtype):
+    if rows.dtype == dtype and isinstance(stack, PackedStack) and has_kernel(stack, rows):
         return kernels.grouped(rows, stack.packed(), routing.ends_E, (*stack.shape[1:], stack.block), back)
     count, out, width = stack.shape
     columns = width if back else out
@@ -241,11 +249,12 @@ def grouped(rows: Tensor, stack: Stack, routing: Routing, dtype: torch.dtype, ba
     return rows.new_empty(0, columns) if result is None else result
 
 
-def _in_triton(stack: PackedStack, rows: Tensor, dtype: torch.dtype) -> bool:
-    """Meta tensors stand for a card that has the kernel where the stack says so."""
-    if stack.by == IN_CHUNKS or rows.dtype != dtype or not kernels.fits(stack.shape, stack.block):
+def has_kernel(stack: Stack, like: Tensor) -> bool:
+    """Whether a stack's products are the kernel's where `like` is. Meta tensors stand for a card that has it where the
+    stack says so."""
+    if not isinstance(stack, PackedStack) or stack.by == IN_CHUNKS or not kernels.fits(stack.shape, stack.block):
         return False
-    return stack.by == IN_TRITON if rows.is_meta else trial.multiplies_experts(rows.device)
+    return stack.by == IN_TRITON if like.is_meta else trial.multiplies_experts(like.device)
 
 
 def _products(rows: Tensor, factors: Tensor, routing: Routing, first: int, begin: int) -> Tensor:

@@ -22,6 +22,7 @@ from qlora.step.experts import (
     Spread,
     experts_forward,
     grouped,
+    has_kernel,
 )
 from qlora.step.kernels import trial
 from tests.step.launches import Counter
@@ -214,7 +215,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("how", ["random", "even", "skewed", "one token"])
 def test_the_kernel_multiplies_where_it_runs_and_gives_what_chunks_give(how: str) -> None:
-    routing = Routing(routed(how), COUNT)
+    routing, sorted_by_torch = Routing(routed(how), COUNT, True), Routing(routed(how), COUNT)
+    assert all(
+        torch.equal(one, vars(sorted_by_torch)[name]) for name, one in vars(routing).items() if name[-2:-1] == "_"
+    )
     stack, plain = InFourBits((COUNT, 48, 64)), InFourBits((COUNT, 48, 64), IN_CHUNKS)
     assert isinstance(stack, PackedStack) and not isinstance(Counting(torch.empty(1, 1, 1)), PackedStack)
     for one, other in zip(through(stack, routing), through(plain, routing), strict=True):
@@ -261,11 +265,13 @@ def on_meta(shape: tuple[int, int, int], nested: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_the_products_of_a_layer_of_qwen3_30b_are_four_launches(back: bool) -> None:
-    """Forth or back: constants in 32 bit and a product, of each projection; no row is counted on the host, for what is
-    on meta has no numbers. With a floor: weights are read once, in 4 bit (each expert of 1,536 x 2,048 in 1.5 MiB)."""
-    routing = Routing(torch.empty(2048, 8, dtype=torch.int64, device="meta"), 128)
+def test_sort_and_products_of_a_layer_of_qwen3_30b_are_five_launches(back: bool) -> None:
+    """Forth or back: the sort, then constants in 32 bit and a product, of each projection; nothing is read on the host,
+    for what is on meta has no numbers. With a floor: weights are read once, in 4 bit (of 1,536 x 2,048: 1.5 MiB)."""
+    index_TK = torch.empty(2048, 8, dtype=torch.int64, device="meta")
     with Counter() as counter:
+        routing = Routing(index_TK, 128, has_kernel(on_meta(QWEN3_30B[0]), index_TK))
+        assert counter.launches == 1
         for shape in QWEN3_30B:
             slab = on_meta(shape)
             before = counter.cost
@@ -278,7 +284,7 @@ def test_the_products_of_a_layer_of_qwen3_30b_are_four_launches(back: bool) -> N
             assert asked.launches == 2
             # Constants are written and read; beside them their own 8 bits, the nested ones, tables and ends.
             assert there + 2 * constants + values // 64 < asked.nbytes < 1.01 * (there + 2 * constants + values // 64)
-    assert counter.cost.launches == 4
+    assert counter.launches == 5  # the issue allows 6
     assert "bounds" not in vars(routing)
 
 

@@ -1,4 +1,5 @@
-"""The product of rows, sorted by expert, with experts in 4 bit: one launch, nothing read back, no weight in 16 bit.
+"""The product of rows, sorted by expert, with experts in 4 bit: one launch, nothing read back, no weight in 16 bit; and
+the sort itself.
 
 As `operators.py`: on a GPU the kernel, on `meta` its result, on a CPU the twin in plain torch. Tiles are of fixed sizes
 that follow from shapes alone: a layer that is computed once more in the backward pass must sum in the same order, or
@@ -21,6 +22,7 @@ _LIBRARY.define(
     "int block, bool high_first, bool back) -> Tensor"
 )
 _LIBRARY.define("unnest(Tensor absmax, Tensor nested, Tensor table, Tensor offset, int blocks) -> Tensor")
+_LIBRARY.define("route(Tensor index, int experts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 NESTED = 256  # constants of NF4 that share one of their own (bitsandbytes' double quantization)
 # Of a tile. With fewer rows an expert than FEW on average half of 64 would be empty: 16 are the least that tensor cores
 # multiply (Triton's dot). With 64 x 128 x 32 two programs share an SM (111 to 118 registers a thread, 16 KiB; twice as
@@ -30,6 +32,7 @@ COLUMNS, DEPTH = 128, 32
 MOST_EXPERTS = 4096  # whose ends a program looks through; 512 are the most that a published family has (Qwen3-Next)
 MOST_VALUES = 2**31  # of an expert: places in it are counted in 32 bits
 UNNESTED = 1024  # constants a program
+CHOICES, CHOICES_WARPS = 1024, 4  # that a program of `route` looks at at a time
 
 
 class Packed(NamedTuple):
@@ -72,6 +75,12 @@ def unnest(absmax: Tensor, nested: Tensor, table: Tensor, offset: Tensor, blocks
     """Constants (E, blocks) in float32 of constants in 8 bit (E, whole nested blocks), each expert's own: nested
     (E, blocks / 256), table (256,), offset (E,)."""
     return torch.ops.qlora.unnest(absmax, nested, table, offset, blocks)  # type: ignore[no-any-return]
+
+
+def route(index_TK: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What a stable sort of the choices (T, K) of `count` experts gives: the expert of each sorted row (S,), where it
+    comes from, where each row went, the token of each sorted row; and where the rows of each expert end (E,)."""
+    return torch.ops.qlora.route(index_TK, count)  # type: ignore[no-any-return]
 
 
 def tile_rows(rows: int, experts: int) -> int:
@@ -124,6 +133,22 @@ def _unnest_on_card(absmax: Tensor, nested: Tensor, table: Tensor, offset: Tenso
     return into
 
 
+def launch_route(index_TK: Tensor, into: tuple[Tensor, ...]) -> None:
+    """`into`: expert, order, inverse, token, ends."""
+    from qlora.step.kernels import experts_source
+
+    rows, choices = index_TK.numel(), index_TK.shape[1]
+    with launching._on(index_TK):
+        settings = {"BLOCK": CHOICES, "num_warps": CHOICES_WARPS}
+        experts_source.route[(len(into[4]),)](index_TK, *into, rows, choices, **settings)
+
+
+def _route_on_card(index_TK: Tensor, count: int) -> tuple[Tensor, ...]:
+    into = _route_on_meta(index_TK, count)
+    launch_route(index_TK.contiguous(), into)
+    return into
+
+
 # --- on meta ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +159,11 @@ def _grouped_on_meta(rows: Tensor, *rest: Any) -> Tensor:
 
 def _unnest_on_meta(absmax: Tensor, nested: Tensor, table: Tensor, offset: Tensor, blocks: int) -> Tensor:
     return nested.new_empty(absmax.shape[0], blocks)
+
+
+def _route_on_meta(index_TK: Tensor, count: int) -> tuple[Tensor, ...]:
+    places = [index_TK.new_empty(index_TK.numel(), dtype=torch.int64) for _ in range(4)]
+    return (*places, index_TK.new_empty(count, dtype=torch.int32))
 
 
 # --- in plain torch ---------------------------------------------------------------------------------------------------
@@ -165,6 +195,12 @@ def _unnest_plainly(absmax: Tensor, nested: Tensor, table: Tensor, offset: Tenso
     return (wide + offset[:, None])[:, :blocks].contiguous()
 
 
+def _route_plainly(index_TK: Tensor, count: int) -> tuple[Tensor, ...]:
+    expert_S, order_S = torch.sort(index_TK.reshape(-1), stable=True)
+    ends_E = torch.searchsorted(expert_S, torch.arange(count), right=True).int()
+    return expert_S.long(), order_S, torch.argsort(order_S), order_S // index_TK.shape[1], ends_E
+
+
 def _register(name: str, on_card: Any, on_meta: Any, plainly: Any) -> None:
     for key, function in (("CUDA", on_card), ("Meta", on_meta), ("CPU", plainly)):
         _LIBRARY.impl(name, function, key)
@@ -172,3 +208,4 @@ def _register(name: str, on_card: Any, on_meta: Any, plainly: Any) -> None:
 
 _register("grouped_4bit", _grouped_on_card, _grouped_on_meta, _grouped_plainly)
 _register("unnest", _unnest_on_card, _unnest_on_meta, _unnest_plainly)
+_register("route", _route_on_card, _route_on_meta, _route_plainly)

@@ -138,3 +138,33 @@ def unnest(absmax_ptr, nested_ptr, table_ptr, offset_ptr, into_ptr, blocks, padd
     nested = tl.load(nested_ptr + expert * (padded // 256) + at // 256, mask=inside, other=0.0)
     constant = tl.load(table_ptr + index, mask=inside, other=0.0) * nested + tl.load(offset_ptr + expert)
     tl.store(into_ptr + expert * blocks + at, constant, mask=inside)
+
+
+@triton.jit
+def route(
+    index_ptr, expert_ptr, order_ptr, inverse_ptr, token_ptr, ends_ptr, rows, choices, BLOCK: tl.constexpr
+):  # fmt: skip
+    """An expert a program: the rows that chose it, in their order, behind those of the experts before it.
+
+    Every program goes through all choices twice, from the L2 cache (128 KiB of 16,384 rows): once to count, so that it
+    knows where its rows begin, and once to put down the number of each.
+    """
+    expert = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    before = tl.zeros((BLOCK,), dtype=tl.int32)
+    own = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, rows, BLOCK):
+        chosen = tl.load(index_ptr + start + at, mask=start + at < rows, other=-1)
+        before += ((chosen >= 0) & (chosen < expert)).to(tl.int32)
+        own += (chosen == expert).to(tl.int32)
+    place = tl.sum(before, axis=0)
+    tl.store(ends_ptr + expert, place + tl.sum(own, axis=0))
+    for start in range(0, rows, BLOCK):
+        row = start + at
+        here = tl.load(index_ptr + row, mask=row < rows, other=-1) == expert
+        to = place + tl.cumsum(here.to(tl.int32), axis=0) - 1
+        tl.store(order_ptr + to, row.to(tl.int64), mask=here)
+        tl.store(token_ptr + to, (row // choices).to(tl.int64), mask=here)
+        tl.store(expert_ptr + to, expert.to(tl.int64), mask=here)
+        tl.store(inverse_ptr + row, to.to(tl.int64), mask=here)
+        place += tl.sum(here.to(tl.int32), axis=0)

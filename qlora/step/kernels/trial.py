@@ -44,7 +44,7 @@ def multiplies_experts(device: torch.device) -> bool:
 
 @lru_cache(8)
 def _right_with_experts(device: torch.device) -> bool:
-    """Constants to the bit; a product in bf16 is a sum in another order, rounded once."""
+    """Constants and places to the bit; a product in bf16 is a sum in another order, rounded once."""
     return _alike(_of_experts, device, _BF16)
 
 
@@ -58,17 +58,18 @@ def _alike(outcomes: Callable[[torch.device], list[Tensor]], device: torch.devic
 
 
 def _of_experts(device: torch.device) -> list[Tensor]:
-    """Constants; and products of more columns than a tile has, for tiles of few and of many rows: three experts, one
-    of them without rows, in NF4's form and in MXFP4's, forth and back."""
-    number = torch.arange(3 * 300, device=device)
+    """Constants and places; and products of more columns than a tile has, for tiles of few and of many rows: three
+    experts, one of them without rows, in NF4's form and in MXFP4's, forth and back."""
     of_constants = (torch.linspace(-1, 1, 6).view(3, 2), torch.linspace(-1, 1, 256), torch.tensor([0.01, 0.2, 0.3]))
     nested, values, offset = (one.to(device) for one in of_constants)
     absmax = (torch.arange(3 * 512, device=device) * 7 % 256).to(torch.uint8).view(3, 512)
-    constants = experts.unnest(absmax, nested, values, offset, 300)
-    found, (out, width) = [constants], (150, 128)
+    constants = experts.unnest(absmax, nested, values, offset, 288)
+    choices = torch.arange(1200, device=device).view(400, 3) * 7 % 11 % 4  # more than are looked at at a time
+    exact = torch.cat([one.flatten().float() for one in (constants, *experts.route(choices, 5))])
+    found, (out, width) = [exact], (144, 128)
     codes = (torch.arange(3 * out * width // 2, device=device) * 37 % 256).to(torch.uint8).view(3, -1)
     table = torch.linspace(-1, 1, 16, device=device)
-    powers = (120 + number[:600].view(1, 600).repeat(3, 1) % 9).to(torch.uint8)
+    powers = (120 + torch.arange(3 * 576, device=device).view(3, 576) % 9).to(torch.uint8)
     forms = ((Packed(codes, constants, table, True), 64), (Packed(codes, powers, table, False), 32))
     for rows, (packed, block), back in product((20, 200), forms, (False, True)):
         ends = torch.tensor([rows - 11, rows - 11, rows], dtype=torch.int32, device=device)

@@ -74,6 +74,16 @@ KERNELS = {
     ),
 }
 OF_EXPERTS = {
+    "route": (
+        {
+            **{f"{name}_ptr": "*i64" for name in ("index", "expert", "order", "inverse", "token")},
+            "ends_ptr": "*i32",
+            "rows": "i32",
+            "choices": "i32",
+        },
+        {"BLOCK": experts.CHOICES},
+        experts.CHOICES_WARPS,
+    ),
     "unnest": (
         {
             "absmax_ptr": "*u8",

@@ -147,13 +147,25 @@ def unnested(kind: torch.dtype) -> dict[str, float]:
     return {"unnest": float((into != experts.unnest(*about, 1100)).sum())}
 
 
+def routed(kind: torch.dtype) -> dict[str, float]:
+    """To the number: more choices than a program looks at at a time, and none; experts that nobody chose."""
+    wrong = 0.0
+    for tokens, most in ((1500, 4), (700, 1), (1, 7), (0, 7)):
+        index_TK = torch.randint(0, most, (tokens, 2))
+        right = experts.route(index_TK, 7)
+        into = tuple(torch.full_like(one, -1) for one in right)
+        experts.launch_route(index_TK, into)
+        wrong += sum(float((one != other).sum()) for one, other in zip(into, right, strict=True))
+    return {"route": wrong}
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     launching._on = lambda tensor: nullcontext()  # type: ignore[assignment]
     kinds = (torch.float32, torch.float16)
     modules = {
         "source": (gated, norms, adapted, turned, losses, dequantized),
-        "experts_source": (with_experts, unnested),
+        "experts_source": (with_experts, unnested, routed),
     }
     work = modules[sys.argv[1]]
     print(json.dumps({str(kind): {name: far for one in work for name, far in one(kind).items()} for kind in kinds}))

@@ -96,3 +96,18 @@ def test_on_meta_they_make_what_a_card_makes() -> None:
     forth = experts.grouped(rows, packed, ends, (OUT, WIDTH, 64), False)
     back = experts.grouped(forth, packed, ends, (OUT, WIDTH, 64), True)
     assert [(one.shape, one.dtype) for one in (forth, back)] == [((40, OUT), rows.dtype), ((40, WIDTH), rows.dtype)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_a_route_is_a_stable_sort(tokens: int) -> None:
+    index_TK = torch.randint(0, 4, (tokens, 3), generator=torch.Generator().manual_seed(0))
+    expert_S, order_S, inverse_S, token_S, ends_E = experts.route(index_TK, 6)
+    flat, number = index_TK.flatten(), torch.arange(3 * tokens)
+    assert torch.equal(expert_S, flat.sort(stable=True).values) and torch.equal(flat[order_S], expert_S)
+    same = expert_S[1:] == expert_S[:-1]
+    assert bool((order_S[1:] > order_S[:-1])[same].all()) and torch.equal(order_S[inverse_S], number)
+    assert torch.equal(token_S, order_S // 3)
+    assert ends_E.dtype == torch.int32 and ends_E.tolist() == [int((flat <= one).sum()) for one in range(6)]
+    on_meta = experts.route(index_TK.to("meta"), 6)
+    found = (expert_S, order_S, inverse_S, token_S, ends_E)
+    assert [(one.shape, one.dtype) for one in on_meta] == [(one.shape, one.dtype) for one in found]
