@@ -340,7 +340,7 @@ LINES = {
         "layerwise",
         "optimizer",
     ],
-    "step.kernels": ["source", "launching", "operators", "trial"],
+    "step.kernels": ["source", "experts_source", "launching", "operators", "experts", "trial"],
     "recipe": ["sections", "problems", "reading", "pins"],
     "report": [
         "files",

@@ -37,6 +37,7 @@ class ModelSpec:
     head_block: int = 0  # rows of the head that are there at a time, as a run has recorded them; 0: none has
     place: Place = field(default_factory=Place)  # what of the weights is on the host
     dtype: torch.dtype = torch.bfloat16  # in which our own step computes (`precision`)
+    experts: str | None = None  # who multiplies with experts in 4 bit; None: who does in a new run
 
     @property
     def adapter_dtype(self) -> torch.dtype:

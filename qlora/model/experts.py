@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qlora import numerics
 from qlora.events import Notice
 from qlora.model.cpu_matmul import product_dtype
-from qlora.model.mixtures import experts_in, routers_in
+from qlora.model.mixtures import experts_in, routers_in, speaks_of_experts
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, quantize_rows
+from qlora.numerics import Numerics
 from qlora.step import experts as step_experts
+from qlora.step.kernels import experts as kernels
+from qlora.step.kernels import trial
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -44,10 +48,11 @@ class Slab(nn.Module):
     offset: Tensor
     table: Tensor
     nested_table: Tensor
+    block = BLOCK
 
     def __init__(self, shape: tuple[int, int, int], quantization: QuantizationSection) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.by = shape, of_run()
         self.quant_type, self.nested = quantization.type, quantization.double_quant
         count, values = shape[0], math.prod(shape[1:])
         assert values % BLOCK == 0, "blocks that run from expert to expert"
@@ -99,6 +104,38 @@ class Slab(nn.Module):
         codes = self.codes[first:last].reshape(-1, 1)
         weights: Tensor = ops.dequantize_4bit.default(codes, absmax.reshape(-1), BLOCK, self.quant_type, shape, dtype)
         return weights.view(count, *self.shape[1:])
+
+    def packed(self) -> step_experts.Packed:
+        """All experts as the kernel decodes them; their constants in 32 bit (Qwen3-30B: 24 MiB) while it runs."""
+        constants = self.absmax
+        if self.nested:
+            about = (self.nested_absmax, self.nested_table, self.offset, self.blocks)
+            constants = kernels.unnest(self.absmax, *about)
+        return step_experts.Packed(self.codes, constants, self.table, True)
+
+
+def choose(config: Any, device: torch.device, recorded: Numerics | None) -> str | None:
+    """Who multiplies with experts in a run: a run that goes on, as it began (`recorded`; older versions knew chunks
+    alone), where this device can. None for a model without experts."""
+    if not speaks_of_experts(config):
+        return None
+    before = None if recorded is None else recorded.experts or step_experts.IN_CHUNKS
+    if before == step_experts.IN_CHUNKS or not trial.multiplies_experts(device):
+        return step_experts.IN_CHUNKS
+    return step_experts.IN_TRITON
+
+
+def of_run() -> str | None:
+    """As the run under way has it; outside of one the kernel, wherever it runs."""
+    run = numerics.of_run()
+    return (run.experts or step_experts.IN_CHUNKS) if run else None
+
+
+def compute_by(model: nn.Module, by: str | None) -> None:
+    """Who is to multiply with the experts of a model that are held in 4 bit."""
+    for module in model.modules():
+        if isinstance(module, step_experts.PackedStack):
+            module.by = by
 
 
 def register() -> None:
