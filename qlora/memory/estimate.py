@@ -227,7 +227,7 @@ class Estimator:
             speed=speed,
             waiting_bytes=waiting,
             host_limit_bytes=machine.host_bytes,
-            savings=levers.savings(self.text, workload, simulator.drawn.values, machine),
+            savings=levers.savings(self.text, workload, simulator.drawn, machine),
         )
 
     def _most(self, simulation: Simulation, workload: Workload) -> float:

@@ -133,9 +133,10 @@ class ValueCounts(NamedTuple):
 
 class Drawn(NamedTuple):
     """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
-    of weights on the host."""
+    of weights on the host, and of experts in 4 bit wherever they are."""
 
     values: ValueCounts
     eager: bool
     cast_bytes: int
     host_bytes: int = 0
+    stacked_bytes: int = 0

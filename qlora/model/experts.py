@@ -65,8 +65,8 @@ class Slab(nn.Module):
         else:
             sizes["absmax"] = (count, self.blocks), torch.float32
         self.sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = sizes
-        for name, (size, dtype) in sizes.items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype, device=meta), persistent=False)
+        for name, (size, dtype) in sizes.items():  # of no bytes, also to who counts storages on meta
+            self.register_buffer(name, torch.empty((), dtype=dtype, device=meta).expand(size), persistent=False)
 
     @property
     def nbytes(self) -> int:
