@@ -231,7 +231,7 @@ class Estimator:
         )
 
     def _savings(self, workload: Workload, simulator: Simulator) -> Mapping[str, Saving]:
-        return levers.savings(self.text, workload, simulator.drawn.values, self.machine, simulator.spec.place)
+        return levers.savings(self.text, workload, simulator.drawn, self.machine, simulator.spec.place)
 
     def _most(self, simulation: Simulation, workload: Workload) -> float:
         return throughput.most_tokens_per_second(simulation.work, self.machine.gpu, workload.rows * workload.length)

@@ -38,6 +38,7 @@ from qlora.model import adapters, experts, full_logits, lora_functions, precisio
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
+from qlora.model.layer_blobs import stacks_of
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.model.weight_receiving import tables
@@ -84,7 +85,8 @@ class Simulator:
         cast = self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
         on_host = self._whole(*(model.host_bytes for model in (self._models[0], self._models[-1])))
         tables = self._models[0].tables
-        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host, *tables)
+        stacked = self._whole(*(model.stacked_bytes for model in (self._models[0], self._models[-1])))
+        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host, *tables, stacked)
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -179,6 +181,7 @@ class _MetaModel:
                 if (streamed := inside(model)) is not None:
                     streamed.ring.prepare()
                 self.host_bytes, self.tables = of_model(model), (of_tables(model), of_head(model))
+                self.stacked_bytes = sum(stack.nbytes for _, stack in stacks_of(model))
                 self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
                 precision.settle(model, spec.dtype)
                 experts.compute_by(model, _experts_of(spec))

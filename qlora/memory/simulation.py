@@ -136,7 +136,7 @@ class ValueCounts(NamedTuple):
 class Drawn(NamedTuple):
     """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
     of weights on the host, and of these what is in tables of the vocabulary, and of these in a head that comes in
-    blocks."""
+    blocks; last, of experts in 4 bit wherever they are."""
 
     values: ValueCounts
     eager: bool
@@ -144,3 +144,4 @@ class Drawn(NamedTuple):
     host_bytes: int = 0
     table_bytes: int = 0
     head_bytes: int = 0
+    stacked_bytes: int = 0

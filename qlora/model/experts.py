@@ -12,7 +12,7 @@ projection stays in 16 bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,9 @@ class Slab(nn.Module):
     table, nested_table: what codes mean
     """
 
+    IN_BLOB = ("codes", "absmax", "nested_absmax", "offset")  # what a streamed layer's blob holds (`layer_blobs`)
+    TABLES = ("table", "nested_table")  # of all experts, and small: they stay where they are computed with
+
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor
@@ -66,17 +69,23 @@ class Slab(nn.Module):
             sizes["nested_table"] = (256,), torch.float32
         else:
             sizes["absmax"] = (count, self.blocks), torch.float32
-        for name, (size, dtype) in sizes.items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype, device=meta), persistent=False)
+        self.sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = sizes
+        for name, (size, dtype) in sizes.items():  # of no bytes, also to who counts storages on meta
+            self.register_buffer(name, torch.empty((), dtype=dtype, device=meta).expand(size), persistent=False)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers())
+        """Of all its buffers, wherever they are."""
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in self.sizes.values())
 
     def allocate(self, device: torch.device) -> None:
         """Room for all experts on `device`, without values."""
-        for name, buffer in list(self.named_buffers()):
-            self._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+        for name, (size, dtype) in self.sizes.items():
+            self._buffers[name] = torch.zeros(size, dtype=dtype, device=device)
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        """Have these as they are, such as a kept base has them."""
+        self._buffers.update(buffers)
 
     def put(self, expert: int, quantized: Quantized) -> None:
         """Give an expert its weight, as `quantize_rows` made it of (out, in)."""
