@@ -59,6 +59,8 @@ def test_with_layers_and_embeddings_the_head_goes() -> None:
     assert not none[EMBEDDING].head and not streams[STREAM].head and HEAD not in streams
     small = savings(make_config("llama"), Workload(1, 2048), values, card)
     assert small[HEAD].nbytes == 0 and not small[EMBEDDING].with_head(small[HEAD]).head
+
+
 def test_experts_are_of_what_streaming_saves() -> None:
     """They are no layers that "all-linear" means, and nine tenths of a mixture."""
     text, card = make_config("llama", overrides={"num_hidden_layers": 4}), hardware.asked_for("RTX 4090", None, "auto")
