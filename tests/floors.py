@@ -208,6 +208,8 @@ LINES = {
             "tokenizer",
             "config_bounds",
             "config_filter",
+            "mxfp4_config",
+            "mxfp4",
             "mixtures",
             "tensors",
             "identity",
