@@ -216,7 +216,15 @@ LINES = {
         ),
         *("base_folder", "weight_names", "tokenizer_files", "chat_template", "adapter_config", "adapter_tensors"),
         *("adapter_notes", "adapter_folder", "adapter_seal", "delivered_loss", "base_watch", "resolve", "nf4"),
-        *("cpu_matmul", "document_mask", "document_attention", "compiled_attention", "attention", "attention_choice"),
+        *(
+            "cpu_matmul",
+            "document_mask",
+            "document_attention",
+            "sink_attention",
+            "compiled_attention",
+            "attention",
+            "attention_choice",
+        ),
         *("reclassed", "four_bit_layers", "experts", "expert_pieces", "linear_use", "meta_model", "head_scaling"),
         *("packing_table", "tracing"),
         *(

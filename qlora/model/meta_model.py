@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora import numerics
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model import experts, mxfp4_config
@@ -28,6 +29,7 @@ from qlora.model.expert_pieces import Piece, another_shape, check_piece, form_of
 from qlora.model.linear_use import use_of
 from qlora.model.mixtures import experts_in, routers_in
 from qlora.model.nf4 import is_stored_4bit
+from qlora.model.sink_attention import has_sinks
 from qlora.model.tensors import TensorEntry, read_tensor
 from qlora.model.weight_names import text_name
 from qlora.step.experts import NAME as EXPERTS
@@ -239,20 +241,21 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:
     """The attention function's name; eager where sdpa cannot compute what the model needs.
 
-    `target` is the device that a model on `meta` stands for (see `attention.register`).
+    `target` is the device that a model on `meta` stands for (see `attention.register`). A run that began with eager
+    goes on so.
     """
     from transformers import AutoModelForCausalLM
 
-    ours = our_attention.register(target)
+    ours, run = our_attention.register(target, has_sinks(text)), numerics.of_run()
     model_class = AutoModelForCausalLM._model_mapping[type(text)]
     lack = None
     if getattr(text, "attn_logit_softcapping", None) is not None:
         lack = "it caps attention scores, which sdpa does not"
-    elif not getattr(model_class, "_supports_sdpa", False):
+    elif not getattr(model_class, "_supports_sdpa", False) and not has_sinks(text):
         lack = "transformers has no sdpa for it"
     if wanted == "sdpa" and lack:
         raise ModelError(f'model.attention = "sdpa" is not possible for {name}: {lack}', 'use "auto" or "eager"')
-    if wanted == "eager" or lack:
+    if wanted == "eager" or lack or (wanted == "auto" and run is not None and run.attention == "eager"):
         return "eager"
     return "sdpa" if text.model_type in OWN_ATTENTION else ours
 
