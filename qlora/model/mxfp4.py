@@ -38,17 +38,14 @@ class Mxfp4Stack(nn.Module):
     codes   (E, out * in / 2) uint8, two values a byte
     scales  (E, out * in / 32) uint8
     table   (16,) fp32: what a code means
-    pairs   (256, 2) fp32: what a byte of two codes means, doubled: by halves of the scales no power of two that a value
-            needs is beyond fp32 (ggml does so too: kvalues_mxfp4)
     """
 
     IN_BLOB: ClassVar[tuple[str, ...]] = ("codes", "scales")  # weights, which may be elsewhere
-    TABLES: ClassVar[tuple[str, ...]] = ("table", "pairs")  # what all experts share
+    TABLES: ClassVar[tuple[str, ...]] = ("table",)  # what all experts share
 
     codes: Tensor
     scales: Tensor
     table: Tensor
-    pairs: Tensor
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -60,7 +57,6 @@ class Mxfp4Stack(nn.Module):
             "codes": ((count, values // 2), torch.uint8),
             "scales": ((count, self.blocks), torch.uint8),
             "table": ((16,), torch.float32),
-            "pairs": ((256, 2), torch.float32),
         }
         for name, (size, dtype) in self.sizes.items():
             self.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"), persistent=False)
@@ -70,13 +66,11 @@ class Mxfp4Stack(nn.Module):
         return sum(math.prod(size) * dtype.itemsize for size, dtype in self.sizes.values())
 
     def allocate(self, device: torch.device) -> None:
-        """Room for all experts on `device`, without values, and the tables."""
+        """Room for all experts on `device`, without values, and the table."""
         for name in self.IN_BLOB:
             size, dtype = self.sizes[name]
             self._buffers[name] = torch.zeros(size, dtype=dtype, device=device)
-        table = torch.tensor([*VALUES, *(-value for value in VALUES)])
-        self._buffers["table"] = table.to(device)
-        self._buffers["pairs"] = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=1).mul(2).to(device)
+        self._buffers["table"] = torch.tensor([*VALUES, *(-value for value in VALUES)]).to(device)
 
     def take(self, buffers: Mapping[str, Tensor]) -> None:
         """Have these buffers as they are."""
@@ -91,19 +85,26 @@ class Mxfp4Stack(nn.Module):
         """Experts `first` up to `last` (not included), (n, out, in): code times scale, rounded once, if at all."""
         weights = torch.empty((last - first, *self.shape[1:]), dtype=dtype, device=self.codes.device)
         each = max(1, PLACES_BYTES // (4 * self.codes.shape[1]))
+        both = _pairs(self.table, dtype)
         for start in range(first, last, each):
             end = min(last, start + each)
             room = weights[start - first : end - first]
-            _decode_into(room, self.codes[start:end], self.scales[start:end], self.pairs)
+            _decode_into(room, self.codes[start:end], self.scales[start:end], both)
         return weights
 
 
-def _decode_into(room: Tensor, codes: Tensor, scales: Tensor, pairs: Tensor) -> None:
-    """Fill `room` (n, out, in), contiguous, with what `codes` and `scales` say; `pairs` as a stack has them.
+def _pairs(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """What each byte of two codes means in `dtype`, (256,) of numbers twice as wide: a place gives two values.
 
-    A table of pairs, taken for numbers of twice a value's width, gives two values for each place.
+    Doubled: by halves of the scales no power of two that a value needs is beyond fp32 (ggml does so too, ggml-common.h,
+    kvalues_mxfp4).
     """
-    both = pairs.to(room.dtype).view(torch.int64 if room.dtype == torch.float32 else torch.int32).view(-1)
+    both = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=1).mul_(2).to(dtype)
+    return both.view(torch.int64 if dtype == torch.float32 else torch.int32).view(-1)
+
+
+def _decode_into(room: Tensor, codes: Tensor, scales: Tensor, both: Tensor) -> None:
+    """Fill `room` (n, out, in), contiguous, with what `codes` and `scales` say; `both` as `_pairs` makes it."""
     torch.index_select(both, 0, codes.reshape(-1).int(), out=room.view(-1).view(both.dtype))
     factors = _halves(scales.reshape(-1, 1))
     # Powers of two are exact in bf16; fp16 ends too early for them.

@@ -226,7 +226,7 @@ def _by_blocks(seen: Tensor, scale: float) -> _Kernel:
             of_scores = (weights * ((own @ v.transpose(2, 3)).float() - delta) * scale).to(q.dtype)
             of_queries[:, :, here] = of_scores @ k
             of_keys += of_scores.transpose(2, 3) @ q[:, :, here]
-        shared = (one.unflatten(1, (-1, groups)).sum(dim=2).to(q.dtype) for one in (of_keys, of_values))
+        shared = (one.view(len(one), -1, groups, *one.shape[2:]).sum(dim=2).to(q.dtype) for one in (of_keys, of_values))
         return (of_queries, *shared)
 
     return _Kernel(forward, backward, lambda sink: sink[None, :, None], lambda sums: sums[..., None], heads=1)
