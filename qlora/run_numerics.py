@@ -33,7 +33,9 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     from qlora.step.tiled_mlp import TILE_ROWS
 
     text, _ = text_config(base.config, base.name)
-    named, wanted = choose_attention(text, recipe.model.attention, base.name), recipe.model.attention
+    wanted = recipe.model.attention
+    as_before = wanted == "auto" and recorded is not None and recorded.attention == "eager"
+    named = choose_attention(text, "eager" if as_before else wanted, base.name)
     kernel, _ = choose(text, named, wanted, device, recorded.attention if recorded else None)
     chunk = chunk_tokens(text.vocab_size, hardware.is_card(device))
     exact = recipe.train.deterministic and (recorded is None or recorded.deterministic is not False)
