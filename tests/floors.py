@@ -233,6 +233,7 @@ LINES = {
             "load",
             "made_up",
             "expert_lora",
+            "expert_check",
             "mixture_adapters",
             "dora",
             "eva",

@@ -122,8 +122,9 @@ def take_experts(
         raise ExportError(f"{where}: target_parameters fits no tensor of the adapter", "save the adapter again")
     names = names_in_file(f"{owner}.{leaf}" for owner, leaves in owners.items() for leaf in leaves)
     patterned = {name: f"{stored_owner(stored, module)}.{name.rpartition('.')[2]}" for name, module in names.items()}
-    ranks = first_matches(config.rank_pattern, [*patterned.values()], f"{where}: rank_pattern")
-    alphas = first_matches(config.alpha_pattern, [*patterned.values()], f"{where}: alpha_pattern")
+    own = [*patterned.values()]
+    ranks = first_matches(config.rank_pattern, own, f"{where}: rank_pattern") if own else {}
+    alphas = first_matches(config.alpha_pattern, own, f"{where}: alpha_pattern") if own else {}
     found = {}
     for name, module in names.items():
         a, b = roles["a"].pop(module, None), roles["b"].pop(module, None)
