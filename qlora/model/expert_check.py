@@ -54,7 +54,7 @@ def plain(module: Any, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) 
     """What a module of experts gives for tokens (T, H), in float32, each expert by its own weights."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     total_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32, device=hidden_TH.device)
-    for expert in index_TK.unique().tolist():
+    for expert in sorted(set(index_TK.flatten().tolist())):
         token, choice = (index_TK == expert).nonzero(as_tuple=True)
         rows = _product(module, first, expert, hidden_TH[token].float())
         rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)

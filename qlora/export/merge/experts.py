@@ -38,6 +38,8 @@ from qlora.recipe.sections import QuantizationSection
 # 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the
 # kernel. (Merging 14336 x 4096 on one thread of an EPYC: 1.2 G values a second, and 0.36 with 1 << 22.)
 VALUES_PER_BLOCK = 1 << 19
+See = Callable[[Tensor], None]  # what is shown each block of rows as it is read
+Watch = Callable[[TensorEntry], See | None]
 _KEPT = 3  # projections whose B is kept, and experts whose codes are: files have gate, up and down of an expert in turn
 
 
@@ -138,21 +140,26 @@ def _check_places(
         raise ExportError(what, "report this base: its experts are stored in a way that is not known here")
 
 
-def merged_blocks(part: ExpertPart, unit: int, device: torch.device, reading: Reading) -> Generator[Tensor, None, None]:
+def merged_blocks(
+    part: ExpertPart, unit: int, device: torch.device, reading: Reading, watch: Watch = lambda entry: None
+) -> Generator[Tensor, None, None]:
     """Blocks of the tensor's first dimension, each of a multiple of `unit` (the last one what is left), merged, fp32.
 
+    `watch` gives what sees all rows of the tensor as it is read, or None; experts in 4 bit are not read in its order.
     Raises ExportError where an adapter that is not zero has changed nothing of its expert.
     """
+    see = watch(part.entry) if part.quantized is None else None
     if part.piece.expert is not None:
-        yield from _of_one(part, part.piece.expert, unit, device, reading)
+        yield from _of_one(part, part.piece.expert, unit, device, reading, see)
         return
     for first in range(0, part.shape[0], unit):
         experts = range(first, min(part.shape[0], first + unit))
-        yield torch.cat([next(_of_one(part, expert, 0, device, reading))[None] for expert in experts])
+        whole = [[*_of_one(part, expert, 0, device, reading, see)] for expert in experts]
+        yield torch.cat([blocks[0][None] for blocks in whole])
 
 
 def _of_one(
-    part: ExpertPart, expert: int, unit: int, device: torch.device, reading: Reading
+    part: ExpertPart, expert: int, unit: int, device: torch.device, reading: Reading, see: See | None
 ) -> Generator[Tensor, None, None]:
     """Merged rows of one expert, in blocks; with `unit` 0 all of them, as the tensor has them."""
     first, last = part.rows
@@ -161,7 +168,7 @@ def _of_one(
     columns, changed = part.shape[2], False
     step = last - first if unit == 0 else max(1, VALUES_PER_BLOCK // max(1, unit * columns)) * unit
     spans = [(start, min(last - first, start + step)) for start in range(0, last - first, step)]
-    with closing(_base_blocks(part, expert, spans, device, reading)) as blocks:
+    with closing(_base_blocks(part, expert, spans, device, reading, see)) as blocks:
         for (start, end), block in zip(spans, blocks, strict=True):
             before = block.to(device, torch.float32)
             merged = torch.addmm(before, high_OR[first + start : first + end], low_RI, alpha=part.adapter.scale)
@@ -184,16 +191,24 @@ def _matrices(part: ExpertPart, expert: int, device: torch.device, reading: Read
 
 
 def _base_blocks(
-    part: ExpertPart, expert: int, spans: list[tuple[int, int]], device: torch.device, reading: Reading
+    part: ExpertPart,
+    expert: int,
+    spans: list[tuple[int, int]],
+    device: torch.device,
+    reading: Reading,
+    see: See | None,
 ) -> Generator[Tensor, None, None]:
     """What is added to, (rows, in): as it is stored, or bf16 where training had it in 4 bit."""
     if part.quantized is not None:
         slab, first = _coded(part, expert, device, reading), part.rows[0]
         yield from (slab.read_rows(first + start, first + end, torch.bfloat16) for start, end in spans)
     elif part.piece.expert is None:
-        yield _rows_of(part, expert)(*spans[0])
+        whole = read_tensor(part.entry, (expert, expert + 1))
+        if see is not None:
+            see(whole)
+        yield whole[0].t() if part.transposed else whole[0]
     else:
-        with closing(read_ahead(part.entry, spans)) as blocks:
+        with closing(read_ahead(part.entry, spans, see)) as blocks:
             yield from blocks
 
 
@@ -210,11 +225,11 @@ def _coded(part: ExpertPart, expert: int, device: torch.device, reading: Reading
 
 
 def _rows_of(part: ExpertPart, expert: int) -> Callable[[int, int], Tensor]:
-    """A function from `start` and `end` to these rows of an expert, (rows, in), as they are stored."""
+    """A function from `start` and `end` to these rows of an expert, (rows, in), in bf16 as they were quantized."""
     if part.piece.expert is None:
         whole = read_tensor(part.entry, (expert, expert + 1))[0]
         matrix = whole.t() if part.transposed else whole
-        return lambda start, end: matrix[start:end].to(_read_type(part, whole))
+        return lambda start, end: matrix[start:end].to(torch.bfloat16)
     share = part.shape[1] // part.piece.parts
 
     def read(start: int, end: int) -> Tensor:
@@ -226,10 +241,6 @@ def _rows_of(part: ExpertPart, expert: int) -> Callable[[int, int], Tensor]:
         return torch.cat(taken).to(torch.bfloat16)
 
     return read
-
-
-def _read_type(part: ExpertPart, stored: Tensor) -> torch.dtype:
-    return stored.dtype if part.quantized is None else torch.bfloat16
 
 
 def _make_room(kept: dict[Any, Any]) -> None:
