@@ -21,7 +21,7 @@ from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from tests.export.cases import NF4, exported, kl, logits, merge_of, opened, trained
+from tests.export.cases import NF4, exported, kl, logits, merge_of, of_peft, opened, trained
 from tests.mixtures import make_base, narrow
 
 PLAIN = QuantizationSection(type="none")
@@ -162,3 +162,34 @@ def test_blocks_are_small_and_rows_of_coded_experts_are_their_slab_s(tmp_path: P
     assert max(shape.numel() for shape in blocks) <= 5 * 64
     found = merged(base, tmp_path / "adapter", **ON_NF4)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("targets", [["experts.gate_up_proj", "experts.down_proj"], ["1.mlp.experts.down_proj"]])
+def test_another_trainer_s_adapter_is_merged_as_peft_merges_it(targets: list[str], tmp_path: Path) -> None:
+    """One wrapper alone, whose name does not say which projection it is on, and ranks of their own."""
+    base = base_of("qwen3_moe", tmp_path / "base", "narrow")
+    keys = {"target_modules": ["q_proj"], "rank_pattern": {"experts.gate_up_proj": 6}, "use_rslora": True}
+    model = of_peft(base, tmp_path / "adapter", target_parameters=targets, **keys)
+    ours, wanted = merged(base, tmp_path / "adapter"), model.merge_and_unload().state_dict()
+    for name, value in wanted.items():
+        assert float((ours[name].float() - value).abs().max()) <= 1e-6 * float(value.abs().max()), name
+
+
+def test_what_has_no_place_in_it_is_refused_by_name(tmp_path: Path) -> None:
+    """Adapters on experts are not combined, and stand in no adapter file."""
+    from qlora import api
+    from qlora.export import combine
+    from qlora.export.combination import Combination
+    from qlora.export.gguf import lora
+
+    base = base_of("qwen3_moe", tmp_path / "base")
+    trained(base, tmp_path / "adapter", LORA, PLAIN)
+    adapter = read_adapter(tmp_path / "adapter")
+    members = [combine.Member(name, adapter, 0.5) for name in ("one", "other")]
+    for refused in (lambda: combine.check(members, Combination((0.5, 0.5))), lambda: lora.check(adapter)):
+        with pytest.raises(ExportError, match="adapters on experts") as refusal:
+            refused()
+        assert refusal.value.hint
+    with pytest.raises(ExportError):
+        api.merge_and_export(tmp_path / "adapter", to="adapter-gguf", out=tmp_path / "out")
