@@ -17,6 +17,7 @@ FASTER = (
     "step/expert_lora.py",
     "step/tiled_mlp.py",
     "step/head_loss.py",
+    "step/head_blocks.py",
     "step/offload.py",
 )  # the same step, smaller or faster: no part of it
 

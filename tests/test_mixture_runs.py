@@ -103,20 +103,6 @@ def test_a_mixture_is_refused_as_gguf_before_a_weight_is_read(tmp_path: Path, mo
     assert refusal.value.hint and "\n" not in refusal.value.what + refusal.value.hint
 
 
-@pytest.mark.parametrize(
-    ("key", "what"),
-    [
-        ("memory.cache=true", "is a mixture of experts, which is not kept in 4 bit yet"),
-        ("memory.stream_weights=true", "its experts are held on the device"),
-    ],
-)
-def test_what_mixtures_cannot_do_yet_is_refused_in_two_lines(key: str, what: str, tmp_path: Path) -> None:
-    recipe = runs.write_recipe(tmp_path, make_base("qwen3_moe", tmp_path / "base"))
-    with pytest.raises(UserError, match=what) as refusal:
-        runs.train(recipe, *SETTINGS, key)
-    assert refusal.value.hint and "\n" not in refusal.value.what + refusal.value.hint
-
-
 def test_what_becomes_of_a_mixture_is_said(tmp_path: Path) -> None:
     base = make_base("qwen3_moe", tmp_path / "base")
     sink = runs.train(runs.write_recipe(tmp_path, base), *SETTINGS, "train.max_steps=1")

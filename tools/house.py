@@ -41,6 +41,7 @@ FASTER = (
     "step/expert_lora.py",
     "step/tiled_mlp.py",
     "step/head_loss.py",
+    "step/head_blocks.py",
     "step/offload.py",
 )
 MODULES_A_LINE = 3

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.model import precision
 from qlora.model.expert_pieces import Piece
 from qlora.model.experts import Slab, fill
 from qlora.model.identity import WeightReader
+from qlora.model.weight_receiving import took
 
 
 def load(model: Any, parameter: str, pieces: Sequence[Piece], reader: WeightReader, device: torch.device) -> None:
@@ -26,7 +28,15 @@ def load(model: Any, parameter: str, pieces: Sequence[Piece], reader: WeightRead
     held = getattr(module, leaf)
     if isinstance(held, Slab):
         fill(held, partial(_rows_of, reader, pieces, held.shape, module.is_transposed), device)
-        return
+    else:
+        whole = _in_16_bit(held, pieces, reader, device)
+        kept = precision.placed(module, leaf, whole, model.config.dtype)
+        module._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
+    took(model, parameter)
+
+
+def _in_16_bit(held: Tensor, pieces: Sequence[Piece], reader: WeightReader, device: torch.device) -> Tensor:
+    """All experts of a projection in bf16, as `held`, which has their shape, has them."""
     whole = torch.empty(held.shape, dtype=torch.bfloat16, device=device)
     for expert in range(held.shape[0]):
         if pieces[0].expert is None:
@@ -34,7 +44,7 @@ def load(model: Any, parameter: str, pieces: Sequence[Piece], reader: WeightRead
         else:
             rows, columns = held.shape[1:]
             whole[expert].copy_(_rows_of(reader, pieces, (held.shape[0], rows, columns), False, expert)(0, rows))
-    module._parameters[leaf] = nn.Parameter(whole, requires_grad=False)
+    return whole
 
 
 def _rows_of(

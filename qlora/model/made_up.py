@@ -84,10 +84,11 @@ def _fill_linear(model: Any, quantization: QuantizationSection, device: torch.de
 
 def _fill_experts(model: Any, quantization: QuantizationSection, device: torch.device) -> None:
     experts.hold(model, quantization)
-    for _, module, leaf in experts.projections(model):
+    for name, module, leaf in list(experts.projections(model)):
         if isinstance(slab := getattr(module, leaf), experts.Slab):
             rows = partial(_rows, width=slab.shape[2], device=device)
             experts.fill(slab, lambda _, rows=rows: rows, device)  # type: ignore[misc]
+            took(model, name)
 
 
 def _rows(start: int, end: int, width: int, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
-from qlora.model import experts
+from qlora.model import experts, key_sharing
 from qlora.model.alternatives import text_model_like
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
@@ -182,6 +182,7 @@ def build_unmatched(text: Any, attention: str, name: str) -> Any:
     with _refusing(name):
         model = _from_config(text, attention, include_buffers=False)
     _compute_buffers(model)
+    key_sharing.settle(model)
     if of_experts := [module for _, module in experts_in(model)]:
         experts.register()
         experts.keep_routing_still(model)

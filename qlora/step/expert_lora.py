@@ -59,7 +59,7 @@ class How(NamedTuple):
     spread: bool
 
     def rows(self, inputs: Tensor) -> Tensor:
-        return inputs[self.routing.order_S // self.routing.choices] if self.spread else inputs
+        return inputs[self.routing.token_S] if self.spread else inputs
 
 
 class AdaptedLinear(torch.autograd.Function):
@@ -110,6 +110,7 @@ def _outer(low_SR: Tensor, wide_SN: Tensor, how: How) -> Tensor:
     """Each expert's low' wide over its own rows, (E, r, N), in the type of products; zeros of one without rows."""
     routing, count = how.routing, how.routing.ends_E.shape[0]
     if low_SR.is_meta:
+        torch.mm(low_SR.t(), wide_SN)  # whose arithmetic it is, for an estimate of time
         return wide_SN.new_empty((count, low_SR.shape[1], wide_SN.shape[1]), dtype=how.dtype)
     if wide_SN.is_cuda and how.dtype == torch.bfloat16 and wide_SN.shape[1] % _ALIGNED_RANK == 0:
         found = grouped_mm(low_SR.to(how.dtype).t(), wide_SN.to(how.dtype), offs=routing.ends_E)
