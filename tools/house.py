@@ -38,6 +38,7 @@ FASTER = (
     "step/kernels",
     "step/lora_linear.py",
     "step/experts.py",
+    "step/expert_lora.py",
     "step/tiled_mlp.py",
     "step/head_loss.py",
     "step/head_blocks.py",

@@ -248,6 +248,18 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             'merge it instead: formats = ["gguf:q8_0"]',
         ),
         (
+            lora.experts and (lora.dropout > 0 or lora.use_dora or lora.init == "eva"),
+            "lora.experts",
+            f"lora.experts = true and {_not_with_experts(lora)} cannot go together",
+            "adapters on experts are plain products of two matrices: take one of the two lines out",
+        ),
+        (
+            lora.experts and "adapter-gguf" in export.formats,
+            "export.formats",
+            "adapter-gguf cannot hold adapters on experts (lora.experts)",
+            'merge it instead: formats = ["hf"]',
+        ),
+        (
             lora.use_dora and lora.init == "eva",
             "lora.init",
             'lora.init = "eva" and lora.use_dora cannot go together (DoRA starts from the plain LoRA product)',
@@ -255,6 +267,10 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
         ),
     )
     return [Problem(index.where(tuple(key.split("."))), what, hint) for wrong, key, what, hint in checks if wrong]
+
+
+def _not_with_experts(lora: sections.LoraSection) -> str:
+    return "lora.dropout" if lora.dropout else "lora.use_dora = true" if lora.use_dora else f'lora.init = "{lora.init}"'
 
 
 def looks_like_folder(base: str) -> bool:

@@ -56,6 +56,7 @@ class LoraSection(Section):
     target_modules: Literal["all-linear"] | Names = Field(
         "all-linear", description="all-linear (every linear layer but the head), or names such as ['q_proj', 'v_proj']"
     )
+    experts: bool = Field(False, description="Adapters on a mixture's experts too; routers stay frozen")
     init: Literal["default", "gaussian", "eva"] = Field(
         "default", description="Start of the A matrices; eva: main directions of the layers' inputs on your rows"
     )

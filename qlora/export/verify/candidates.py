@@ -23,8 +23,8 @@ from qlora.batch import Batch
 from qlora.device import free_bytes
 from qlora.errors import ExportError
 from qlora.export.gguf.family import GgufTensor
+from qlora.export.merge.experts import VALUES_PER_BLOCK, name_of_piece
 from qlora.export.merge.merge import MergedTensor
-from qlora.export.merge.parts import VALUES_PER_BLOCK, name_of_piece
 from qlora.model.base_folder import BaseFolder
 from qlora.model.family_facts import facts_of
 from qlora.model.layer_walk import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
