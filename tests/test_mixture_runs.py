@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ FAMILIES = [
         for family in ("gpt_oss", "qwen3_5_moe_text", "gemma4_text", "glm4_moe_lite", "mixtral", "deepseek_v3")
     ),
 ]
+# Of each kind of layout: an expert and matrix a tensor; in turns and transposed; by head; a state; fused; permuted.
+GGUF_FAMILIES = [
+    "qwen3_moe",
+    *(
+        pytest.param(family, marks=pytest.mark.slow)
+        for family in ("gpt_oss", "glm4_moe_lite", "qwen3_5_moe_text", "gemma4_text", "mixtral", "granitemoeshared")
+    ),
+]
+_TURNED = {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}
+AS_GGUF: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"norm_topk_prob": True},
+    "gpt_oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    "qwen3_5_moe_text": {"head_dim": 32, "rope_parameters": _TURNED},
+    "mixtral": {"sliding_window": None},
+}
 STEPS = 4
 SETTINGS = (
     *(
@@ -94,11 +110,40 @@ def opens(folder: Path) -> None:
         assert torch.isfinite(model(input_ids=torch.arange(4, 40)[None]).logits).all()
 
 
-def test_a_mixture_is_refused_as_gguf_before_a_weight_is_read(tmp_path: Path, monkeypatch: Any) -> None:
-    base = make_base("qwen3_moe", tmp_path / "base")
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_a_mixture_is_trained_to_a_verified_gguf(family: str, tmp_path: Path) -> None:
+    """By the run itself: each weight compared, llama.cpp's predictions measured; beside it the adapter alone."""
+    base = make_base(family, tmp_path / "base", shards=2, overrides=AS_GGUF.get(family))
     recipe = runs.write_recipe(tmp_path, base)
+    runs.train(recipe, *SETTINGS, "export.imatrix=true", 'export.formats=["gguf:f32", "gguf:q8_0", "gguf:mxfp4_moe"]')
+    made = runs.run_dir(recipe) / "export"
+    lines = {}
+    for quant in ("f32", "q8_0", "mxfp4_moe"):
+        told = json.loads((made / f"gguf-{quant}" / "export.json").read_text())
+        assert all(check["ok"] for check in told["checks"]) and any(
+            "tensors" in check["detail"] for check in told["checks"]
+        )
+        lines |= {line["name"]: line for line in told["fidelity"]}
+    merged = next(line for name, line in lines.items() if name.startswith("merged on"))
+    f32, q8_0, mxfp4 = (lines[f"gguf-{quant}"] for quant in ("f32", "q8_0", "mxfp4_moe"))
+    assert "llama" in f32["measured_by"] and f32["kl"] <= max(1.2 * merged["kl"], 2e-3)
+    assert f32["kl"] <= MOST_KL and q8_0["kl"] <= MOST_KL and f32["bytes"] > q8_0["bytes"] > mxfp4["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "what"),
+    [
+        ("qwen3_moe", {}, "norm_topk_prob = False of qwen3_moe"),
+        ("olmoe", {}, "2 key heads for 4 heads in olmoe"),
+        ("hunyuan_v1_moe", {}, "'hunyuan_v1_moe' models cannot be written as GGUF here"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused_before_a_weight_is_read(
+    family: str, overrides: dict[str, Any], what: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    recipe = runs.write_recipe(tmp_path, make_base(family, tmp_path / "base", overrides=overrides))
     monkeypatch.setattr("qlora.model.load.load_base", None)  # nothing is loaded
-    with pytest.raises(ExportError, match="is a mixture of experts, which cannot be written as GGUF yet") as refusal:
+    with pytest.raises(ExportError, match=what) as refusal:
         runs.train(recipe, *SETTINGS, 'export.formats=["gguf:q8_0"]')
     assert refusal.value.hint and "\n" not in refusal.value.what + refusal.value.hint
 
@@ -110,7 +155,7 @@ def test_what_becomes_of_a_mixture_is_said(tmp_path: Path) -> None:
     for wanted in (
         "8 experts in each of 2 layers are held in 4 bit (",
         "experts and routers stay frozen",
-        "cannot be exported as GGUF",
+        "cannot be exported as GGUF: llama.cpp cannot express norm_topk_prob = False",
     ):
         assert any(wanted in message for message in said), wanted
     assert not any("stay in 16 bit:" in message for message in said)  # routers are no layers that were left out

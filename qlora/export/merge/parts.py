@@ -84,6 +84,17 @@ class Plan:
         return any(source.as_bytes for source in self.merged.values())
 
 
+def expert_pieces(base: BaseFolder, meta_model: MetaModel) -> dict[str, tuple[str, Piece]]:
+    """The parameters that a merged model may have of experts, by name: the projection that each belongs to, and what of
+    it it is: pieces as they are stored, or a projection whole."""
+    whole = {projection: (projection, Piece(projection, None)) for projection in meta_model.experts}
+    return whole | {
+        name_of_piece(base, piece): (projection, piece)
+        for projection, pieces in meta_model.experts.items()
+        for piece in pieces
+    }
+
+
 def make_plan(
     base: BaseFolder, meta_model: MetaModel, adapter: Adapter, merge_base: MergeBase, quantization: QuantizationSection
 ) -> Plan:
