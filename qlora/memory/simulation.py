@@ -75,6 +75,8 @@ class Workload:
     prompt_tokens: int = 0
     new_tokens: int = 0
     trained: int = 0
+    compares: bool = False  # answers with each other (`step/objectives.py`)
+    rows_of_pack: int = 1  # of `rows`, those that a pair takes whose sides do not share one
     documents: int = 0
     multiprocessors: int = 0
     asks: Asks = ()
