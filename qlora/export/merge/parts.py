@@ -21,7 +21,7 @@ from qlora.model.adapter_config import shown
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
 from qlora.model.expert_layout import ExpertAdapter
-from qlora.model.expert_pieces import form_of
+from qlora.model.expert_pieces import Piece, form_of
 from qlora.model.layer_walk import stays_fp32
 from qlora.model.meta_model import MetaModel, head_of, linear_layers
 from qlora.model.nf4 import is_stored_4bit
