@@ -112,7 +112,7 @@ LINES = {
         *("checked", "export_source", "pushing", "api", "new_recipe", "prove"),
     ],
     "cli": [
-        *("surroundings", "common", "card_trouble", "cards", "keys", "verify_resume", "recipes"),
+        *("surroundings", "common", "card_trouble", "cards", "together", "keys", "verify_resume", "recipes"),
         *("export", "estimate", "data", "exam", "report", "evaluate", "conversation", "chat", "prove"),
         *("doctor_child", "doctor", "train"),
     ],
@@ -129,7 +129,7 @@ LINES = {
             "selfcheck",
             "health",
         ),
-        *("step_batches", "best_adapter", "setup", "reference", "loop"),
+        *("step_batches", "best_adapter", "setup", "reference", "processes", "loop", "follower"),
     ],
     "export": [
         *(

@@ -24,7 +24,9 @@ FASTER = (
     "training/reference.py",
     "training/preferences.py",
     "training/questions.py",
-)  # the same step, smaller or faster, or other losses than a plain run's: no part of it
+    "training/processes.py",
+    "training/follower.py",
+)  # the same step, smaller, faster or shared, or other losses than a plain run's: no part of it
 
 
 def drawn_modules() -> list[tuple[int, str]]:

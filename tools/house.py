@@ -48,6 +48,8 @@ FASTER = (
     "training/reference.py",
     "training/preferences.py",
     "training/questions.py",
+    "training/processes.py",
+    "training/follower.py",
 )
 MODULES_A_LINE = 3
 

@@ -43,7 +43,7 @@ def settle(sink: Sink) -> None:
         _without_nvidia(build, sink)
         return
     answer, visible = Answer(), os.environ.get(VISIBLE)  # the user's own, before one card is chosen
-    if build.cuda is None or _several(signs):
+    if build.cuda is None or _several(signs) or processes.of_run().local_size > 1:
         answer = nvidia.ask(signs)
         if answer.means_no_card(signs):
             _without_nvidia(build, sink)
@@ -71,6 +71,9 @@ def _without_nvidia(build: TorchBuild, sink: Sink) -> None:
         if hides := next((name for name in AMDS if os.environ.get(name, "all").strip() in ("", "-1")), None):
             sink.emit(Notice(TOPIC, f"{hides} hides every GPU: the CPU trains, on purpose"))
             return
+        if processes.of_run().local_size > 1:
+            what = "several processes on AMD's cards are not built: which process has which card is not settled there"
+            raise HardwareError(what, processes.HINT)
         if said := device.trouble():
             what = f"an AMD card is here, and torch {build.version} (ROCm {build.hip}) can't use it: {said}"
             raise HardwareError(what, f"see what rocminfo says, and whether you may open /dev/kfd; or {hide()}")
@@ -93,6 +96,9 @@ def _several(signs: nvidia.Signs) -> bool:
 def _choose(signs: nvidia.Signs, answer: Answer, sink: Sink) -> None:
     """Of several cards, the one with most free memory; those that compute no bf16 are none where others do."""
     cards = _allowed(answer.cards)
+    if processes.of_run().local_size > 1:
+        _choose_own(cards)
+        return
     if cards is None:
         sink.emit(Notice(TOPIC, f"{VISIBLE}={os.environ[VISIBLE][:60]}: of these cards the first is taken"))
         return
@@ -106,6 +112,19 @@ def _choose(signs: nvidia.Signs, answer: Answer, sink: Sink) -> None:
     sink.emit(
         Notice(TOPIC, f"GPU {_described(best, held.get(best.uuid, []))}: taken, as most is free; {others}", len(cards))
     )
+
+
+def _choose_own(cards: list[Card] | None) -> None:
+    """Of one of several processes on this machine: the card of its number there, in the order of CUDA_VISIBLE_DEVICES
+    or of the driver. Raises HardwareError where there are fewer cards than processes."""
+    place = processes.of_run()
+    names = [card.uuid for card in cards] if cards is not None else os.environ[VISIBLE].split(",")
+    if len(names) < place.local_size:
+        what = f"{place.local_size} processes on this machine, and {len(names)} cards that they may use"
+        raise HardwareError(
+            what, "start one process a card: torchrun --nproc-per-node, accelerate launch --num_processes"
+        )
+    os.environ[VISIBLE] = names[place.local_rank].strip()
 
 
 def _allowed(cards: tuple[Card, ...]) -> list[Card] | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qlora import files, shown
+from qlora import files, processes, shown
 from qlora.cli import common, recipes
 from qlora.redaction import redact
 
@@ -125,13 +125,23 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
 
 def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
     """Do what is wanted. Returns a line to be said when the screen is closed."""
+    if (place := processes.launched()).size == 1:
+        return _lead(path, overrides, wanted, screen)
+    from qlora.cli import together
+
+    with together.joined(place, wanted, screen.stop) as first:
+        return _lead(path, overrides, wanted, screen) if first else None
+
+
+def _lead(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
+    """`_work` of the only process, or of the first of several."""
     from qlora.recipe.reading import load_recipe
 
     last = None
     files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
     from qlora import api, determinism
-    from qlora.cli import cards
+    from qlora.cli import cards, together
     from qlora.events import Sinks
     from qlora.report.console import ConsoleSink
 
@@ -140,7 +150,9 @@ def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
     sink = Sinks(screen)
     if loaded.train.deterministic:
         determinism.fix_workspace()
-    cards.settle(sink)
+    together.refuse_unbuilt(loaded)
+    if processes.of_run().size == 1:  # else every process has done so
+        cards.settle(sink)
     if wanted == "check":
         common.tell(*api.check(loaded, sink=sink).lines())
     elif wanted == "verify-resume":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from qlora import device
+from qlora import device, processes
 from qlora.errors import HardwareError
 from qlora.memory import cards
 from qlora.memory.card_names import Gpu as Gpu
@@ -88,9 +88,14 @@ def _of_size(vram: str) -> Machine:
 
 def this_machine(limit: str = "auto") -> Machine:
     """The machine we run on: its GPU when it has one that trains, else its RAM. `limit` is `memory.limit`."""
-    gives = None if limit == "auto" else parse_bytes(limit)
+    gives, beside = None if limit == "auto" else parse_bytes(limit), processes.of_run().local_size
+    ram = device.available_ram() // beside  # each process holds a base of its own
     if (card := device.card()) is not None:
         gpu = of_this_machine(card.name, card.total_bytes, card.capability[0] * 10 + card.capability[1])
         source = "memory.limit" if gives else f"free on {card.name}"
-        return Machine("cuda", gives or card.free_bytes, source, gpu, device.available_ram())
-    return Machine("cpu", gives or device.available_ram(), "memory.limit" if gives else "RAM available")
+        return Machine("cuda", gives or card.free_bytes, source, gpu, ram)
+    return Machine("cpu", gives or ram, "memory.limit" if gives else f"RAM available{_shared(beside)}")
+
+
+def _shared(count: int) -> str:
+    return f", shared by {count} processes" if count > 1 else ""

@@ -12,7 +12,7 @@ the device after each. A parameter without a gradient is left out, as there: nei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -68,14 +68,28 @@ class AdapterOptimizer:
     @torch.no_grad()
     def add_gradient(self, key: str, gradient: Tensor) -> None:
         """Add a micro-batch's gradient of one parameter to those of the others."""
-        if self._gradient is None:
-            self._gradient = self._layout.zeros(self.device)
-            self._gradients = self._in_order(self._gradient)
+        self._make_gradient()
         if key in self._complete:
             self._gradients[key].add_(gradient)
         else:
             self._gradients[key].copy_(gradient)
             self._complete.add(key)
+
+    @torch.no_grad()
+    def flat_gradient(self, complete: Iterable[str]) -> Tensor:
+        """The buffer of all gradients, zero where there is none here, for others' to be added to it; from now on the
+        parameters `complete` have one."""
+        flat = self._make_gradient()
+        for key in self._gradients.keys() - self._complete:
+            self._gradients[key].zero_()
+        self._complete = set(complete)
+        return flat
+
+    def _make_gradient(self) -> Tensor:
+        if self._gradient is None:
+            self._gradient = self._layout.zeros(self.device)
+            self._gradients = self._in_order(self._gradient)
+        return self._gradient
 
     def unscale(self, factor: int) -> None:
         """Divide the gradient by a power of two, of `qlora/loss_scale.py`: no digit is lost."""

@@ -38,7 +38,7 @@ from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, preferences, reference, schedule, selfcheck
+from qlora.training import health, preferences, processes, reference, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
@@ -74,6 +74,7 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
             job.sink.emit(training.end("stopped by itself"))
             raise
         finally:
+            training.partners.end()
             training.optimizer.detach()
 
 
@@ -104,6 +105,8 @@ class Training:
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.spills = SpillWatch(job.device, job.sink)
         self.completed = RunState(loss_scale=loss_scale.of_new_run())  # the last state that may be saved
+        keep = lambda: self.checkpointer.save(self.completed, last_chance=True)  # noqa: E731
+        self.partners = processes.of_run(self.optimizer, job.stop, keep)
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
@@ -155,6 +158,7 @@ class Training:
         if resume_from is not None:
             self.completed = self._with_best(resume_from)
         self.checkpointer.check_room()
+        self.partners.begin(self.job, self.batches.data, self.recovery.settings, plan.accumulation)
         return self.completed
 
     def _with_best(self, resume_from: Checkpoint) -> RunState:
@@ -225,7 +229,8 @@ class Training:
         def gather() -> list[torch.Tensor]:
             now = self.recovery.settings.micro_batch_size
             fitting = batches if now == micro else self._micro_batches((packs, now))
-            return self._gather_gradient(state, fitting, step_weight)
+            work = partial(self._gather_gradient, state, fitting, step_weight)
+            return self.partners.gather(state, self.recovery.settings, work)
 
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
         if state.step + 1 < self.batches.steps:  # a GPU is still at this one
@@ -244,6 +249,7 @@ class Training:
             self.sink.emit(Recovered(state.step + 1, smaller.why))
             return self.step(replace(state, loss_scale=smaller))
         if is_finite:
+            self.partners.update(rate)
             self.optimizer.clip(norm, self.train.max_grad_norm)
             self.recovery.run_once(lambda: self.optimizer.step(rate))
         else:
@@ -288,8 +294,8 @@ class Training:
         losses = []
         for micro_step, batch in enumerate(batches):
             self.job.stop.check()
-            if batch.trained_T.numel() == 0:
-                losses.append(torch.zeros((), device=self.job.device))  # it adds nothing to loss nor gradient
+            if batch.trained_T.numel() == 0 or not self.partners.mine(micro_step):
+                losses.append(torch.zeros((), device=self.job.device))  # it adds nothing to loss nor gradient here
                 continue
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)

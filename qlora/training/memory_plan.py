@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qlora import device as device_now
-from qlora import numerics
+from qlora import numerics, processes
 from qlora.data import judged_splits
 from qlora.data.layout import GPU_MULTIPLE
 from qlora.data.loader import TrainOrder
@@ -95,7 +95,7 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
     order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1)
     return DataFacts(
         longest=padded,
-        batch_size=schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train),
+        batch_size=-(-schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train) // processes.of_run().size),
         prompt_tokens=prompt_tokens,
         has_eval=bool(data.eval.lengths),
         documents=max(map(len, order.epoch_packs(0)), default=1),

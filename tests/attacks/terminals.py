@@ -68,6 +68,16 @@ def with_streams(
 
     `before` is called in the child first (to become another user, say).
     """
+    return os.waitstatus_to_exitcode(os.waitpid(begun(work, streams, settings, before), 0)[1])
+
+
+def begun(
+    work: Callable[[], None],
+    streams: Mapping[int, str | None],
+    settings: Mapping[str, str | None] | None = None,
+    before: Callable[[], None] | None = None,
+) -> int:
+    """The number of such a child, which its caller waits for."""
     pid = os.fork()
     if pid == 0:
         for number, file in streams.items():
@@ -79,7 +89,7 @@ def with_streams(
         if before is not None:
             before()
         _be(work, settings or {})
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def _be(work: Callable[[], None], settings: Mapping[str, str | None]) -> NoReturn:

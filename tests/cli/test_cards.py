@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from qlora import device, nvidia, third_party, torch_build
+from qlora import device, nvidia, processes, third_party, torch_build
 from qlora.cli import cards
 from qlora.errors import HardwareError
 from qlora.events import Recorder
 from qlora.nvidia import Answer, Card, Signs
+from qlora.processes import Place
 from qlora.torch_build import TorchBuild
 from tests.cli.cases import expect_two_lines, run
 from tests.runs import write_recipe
@@ -303,6 +304,22 @@ def test_the_allocator_is_set_before_torch_on_linux_alone(
 def test_several_processes_are_refused_first(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HardwareError, match="WORLD_SIZE=2"):
+        told()
+
+
+def test_each_of_several_processes_takes_the_card_of_its_number(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system.signs, system.facts, system.listed = SMI, ("RTX 3090", (8, 6), ["sm_86"]), 2
+    system.answer = Answer((card(0, 1), card(1, 20)))
+    with processes.taken(Place(5, 6, 1, 2)):
+        assert told() == "" and os.environ["CUDA_VISIBLE_DEVICES"] == system.answer.cards[1].uuid
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    with processes.taken(Place(1, 2, 1, 2)):
+        told()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == system.answer.cards[0].uuid
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with processes.taken(Place(0, 3, 0, 3)), pytest.raises(HardwareError, match=r"3 processes .* and 2 cards"):
         told()
 
 

@@ -1,0 +1,61 @@
+"""Several processes of one run for tests: forks of this one, as a launcher would start them, each with its words."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.attacks.terminals import begun, command
+from tests.runs import run_dir
+
+SECONDS = 240.0
+Hook = Callable[[], None]  # what a process does to itself before it begins
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@dataclass
+class Ended:
+    """Exit codes and words of the processes, by their numbers."""
+
+    codes: list[int]
+    said: list[str]
+
+
+def train(recipe: Path, count: int, *overrides: str, hooks: Mapping[int, Hook] | None = None, flag: str = "") -> Ended:
+    """`qlora-train` by `count` processes, to their end; those that take over SECONDS are killed."""
+    port, folder, pids = free_port(), recipe.parent / f"said-{time.monotonic_ns()}", []
+    folder.mkdir()
+    words = [word for item in overrides for word in ("--set", item)]
+    work = command("train", str(recipe), *words, *([flag] if flag else []))
+    for rank in range(count):
+        settings = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+        settings |= {"LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        said = str(folder / str(rank))
+        settings = settings if count > 1 else {}
+        pids.append(begun(work, {0: os.devnull, 1: said, 2: said}, settings, (hooks or {}).get(rank)))
+    codes = [_wait(pid, time.monotonic() + SECONDS) for pid in pids]
+    return Ended(codes, [(folder / str(rank)).read_text() for rank in range(count)])
+
+
+def _wait(pid: int, until: float) -> int:
+    while time.monotonic() < until:
+        if (found := os.waitpid(pid, os.WNOHANG))[0]:
+            return os.waitstatus_to_exitcode(found[1])
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -1
+
+
+def masters(recipe: Path, step: int) -> Path:
+    return run_dir(recipe) / "checkpoints" / f"step-{step:06d}" / "optimizer.safetensors"
