@@ -43,6 +43,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         attention=named if kernel is None else name_of(kernel),
         head_chunk=(recorded.head_chunk if recorded else None) or chunk,
         loss_chunk=(recorded.loss_chunk or 0) if recorded else head_loss.chunk_of_run(text.vocab_size, device),
+        head_block=(recorded.head_block or 0) if recorded else None,  # a new run's follows from where its head is
         functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
         mlp_tile=TILE_ROWS if recorded is None else recorded.mlp_tile,
         compiled=compiled.choose(recipe.model.compile, device, recorded),

@@ -71,11 +71,11 @@ class _Work:
 @dataclass(frozen=True)
 class _File:
     """A file's content. `drawn` are the four counts of values, then bytes: a baseline's cast ones, the host's, and
-    those of stacks of experts."""
+    of these those of tables and of a head, and those of stacks of experts."""
 
     key: str
     eager: bool
-    drawn: Annotated[tuple[Count, ...], Field(min_length=7, max_length=7)]
+    drawn: Annotated[tuple[Count, ...], Field(min_length=9, max_length=9)]
     phases: Annotated[dict[str, _Peak], Field(max_length=32)]
     kept: dict[str, Count]
     paged: Count
@@ -99,7 +99,7 @@ class Shelf:
             repr(spec.baseline),
             repr(spec.place),
         )
-        run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk), str(spec.dtype))
+        run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk), str(spec.head_block), str(spec.dtype))
         settings = (spec.attention, spec.target, *run, str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
         return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
@@ -118,7 +118,7 @@ class Shelf:
         content = _File(
             key=key,
             eager=drawn.eager,
-            drawn=(*drawn.values, drawn.cast_bytes, drawn.host_bytes, drawn.stacked_bytes),
+            drawn=(*drawn.values, *drawn[2:]),
             phases={
                 name: _Peak(dict(peak.parts), peak.slack, peak.reserved) for name, peak in simulation.phases.items()
             },

@@ -57,6 +57,7 @@ class Copies:
     to_card_up    weights of streamed layers in the forward pass      to_card_down  the same in the backward pass, and
     to_host_up    hidden states that are offloaded                                  hidden states that come back
     looked_up     rows of an embedding on the host, which are gathered there first and hidden by nothing
+    of_head       a head's blocks, once for the loss and once for its gradient
     from_disk     of each pass, what of the layers' weights the host's memory does not keep
     """
 
@@ -64,6 +65,7 @@ class Copies:
     to_card_down: int = 0
     to_host_up: int = 0
     looked_up: int = 0
+    of_head: int = 0
     from_disk: int = 0
 
 
@@ -99,7 +101,8 @@ def predict(work: Work, gpu: Gpu, tokens: int, passes: float = 1.0, copies: Copi
     up, waits_up = _layers(work.layers, gpu, copied_up, back=False)
     down, waits_down = _layers(work.layers, gpu, copied_down, back=True)
     alone = copies.looked_up / link + copies.looked_up / links.GATHERED_BYTES_PER_SECOND
-    outside = _seconds(work.outside, gpu) + alone
+    computed, of_head = _seconds(work.outside, gpu), 2 * copies.of_head / link
+    outside, alone = max(computed, of_head) + alone, max(0.0, of_head - computed) + alone
     launches, moved = work.update
     update = max(launches * RATES.launch, moved / _bandwidth(gpu)) / passes
     of_work = sum(times * _launches(operation, gpu) for operation, times in work.micro_batch)

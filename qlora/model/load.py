@@ -35,7 +35,7 @@ from qlora.model.nf4 import (
     stored_4bit,
 )
 from qlora.model.tensors import total_bytes
-from qlora.model.weight_receiving import Place, Receiving, place_by_room, receive, took
+from qlora.model.weight_receiving import Place, Receiving, place_by_room, receive, settled, took
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,7 +93,7 @@ def load_base(
     precision.try_out(model, base.name, device, sink)
     if dtype == torch.bfloat16:  # from which fp16 is made as well
         keeping.keep(model, identity)
-    return model  # type: ignore[no-any-return]
+    return settled(model, sink)  # type: ignore[no-any-return]
 
 
 def freeze(model: Any, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +111,21 @@ class Ring:
         return slot
 
 
+class Ends(Protocol):
+    def reset(self) -> None:
+        """Its places on the device are given back until they are needed."""
+
+    def close(self) -> None:
+        """As `reset`, and what it has on the host."""
+
+
 class StreamedWeights:
     """The frozen weights of a model's layers, held by a store; `layer_partners.Weights` of who runs the layers."""
 
     def __init__(self, layers: Sequence[LayerWeights], store: Store, device: torch.device) -> None:
         self.layers, self.store, self.device = tuple(layers), store, device
         self.ring = Ring(store, max(layer.layout.nbytes for layer in layers), device)
+        self.beside: list[Ends] = []  # what else comes and goes, and is given back with the layers
         self._depths = [0] * len(layers)
         self._looked_at = False
 
@@ -171,6 +180,8 @@ class StreamedWeights:
                 self.layers[number].take_away(self.device)
         self._depths = [0] * len(self._depths)
         self.ring.empty()
+        for one in self.beside:
+            one.reset()
 
     def close(self) -> None:
         """The model can compute nothing any more. A GPU that failed fails here again: why the run ended is known."""
@@ -181,6 +192,8 @@ class StreamedWeights:
                 raise
             self.ring.slots = []
         self.store.close()
+        for one in self.beside:
+            one.close()
 
     def put_into(self, causal_lm: Any) -> None:
         """From now on each layer's forward pass asks for its weights."""

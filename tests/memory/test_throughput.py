@@ -56,6 +56,14 @@ def test_copies_count_where_they_take_longer_than_the_layer_beside_them() -> Non
     assert predict(layers, CARD, 1, copies=Copies(from_disk=30 * 10**9)).up == pytest.approx(10)
 
 
+def test_a_head_comes_twice_beside_what_is_computed_with_it() -> None:
+    computed, link = Work((Layers(1, (), ()),), ((MOVES, 4),), (0, 0)), 16 * 16e9 / 8 * 128 / 130 * 0.8
+    alone = predict(computed, CARD, 1)
+    assert predict(computed, CARD, 1, copies=Copies(of_head=10**9)).outside == alone.outside
+    slow = predict(computed, CARD, 1, copies=Copies(of_head=int(5 * link)))
+    assert slow.outside == pytest.approx(10) and slow.waits == pytest.approx(10 - alone.outside)
+
+
 def test_an_update_is_shared_by_its_micro_batches() -> None:
     whole = Work((Layers(1, ((MOVES, 1),), ()),), (), (1, 85 * 10**7))
     one, four = (predict(whole, CARD, 1, passes=passes).update for passes in (1, 4))

@@ -112,12 +112,15 @@ class Keeping:
             return kept.record.identity
         return None
 
-    def kept(self, known: BaseIdentity) -> KeptBase | None:
-        """What is kept of the base that `known` is in full, None where there is nothing; none of it is read yet."""
+    def kept(self, known: Callable[[], BaseIdentity]) -> KeptBase | None:
+        """What is kept of the base, None where there is nothing; none of it is read yet.
+
+        `known`, its identity in full, is asked for where something is kept of a base that a sample shows to be it.
+        """
         if not self._wanted():
             return None
         self._stamps = base_watch.stamps_of(self.contents.base)
-        return next((kept for kept in self._found() if kept.record.identity.content == known.content), None)
+        return next((kept for kept in self._found() if kept.record.identity.content == known().content), None)
 
     def check_room(self) -> None:
         """UserError where memory.cache = true asks for what the disk has no room for. Before weights are read."""
