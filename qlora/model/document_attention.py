@@ -73,11 +73,6 @@ def has_varlen() -> bool:
     return _varlen_attn() is not None
 
 
-def varlen_backward() -> Any:
-    """torch's operation for the backward pass of `varlen`; None where there is none."""
-    return None if not has_varlen() else torch.ops.torch_attn._varlen_attn_backward.default
-
-
 def efficient(
     query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, softcap: float | None
 ) -> Tensor:

@@ -12,19 +12,23 @@ projection stays in 16 bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora import numerics
 from qlora.events import Notice
 from qlora.model import mxfp4_config
 from qlora.model.cpu_matmul import product_dtype
-from qlora.model.mixtures import experts_in, routers_in
+from qlora.model.mixtures import experts_in, routers_in, speaks_of_experts
 from qlora.model.mxfp4 import Mxfp4Stack
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, quantize_rows
+from qlora.numerics import Numerics
 from qlora.step import experts as step_experts
+from qlora.step.kernels import experts as kernels
+from qlora.step.kernels import trial
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -40,16 +44,20 @@ class Slab(nn.Module):
     table, nested_table: what codes mean
     """
 
+    IN_BLOB = ("codes", "absmax", "nested_absmax", "offset")  # what a streamed layer's blob holds (`layer_blobs`)
+    TABLES = ("table", "nested_table")  # of all experts, and small: they stay where they are computed with
+
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor
     offset: Tensor
     table: Tensor
     nested_table: Tensor
+    block = BLOCK
 
     def __init__(self, shape: tuple[int, int, int], quantization: QuantizationSection) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.by = shape, of_run()
         self.quant_type, self.nested = quantization.type, quantization.double_quant
         count, values = shape[0], math.prod(shape[1:])
         assert values % BLOCK == 0, "blocks that run from expert to expert"
@@ -63,17 +71,23 @@ class Slab(nn.Module):
             sizes["nested_table"] = (256,), torch.float32
         else:
             sizes["absmax"] = (count, self.blocks), torch.float32
-        for name, (size, dtype) in sizes.items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype, device=meta), persistent=False)
+        self.sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = sizes
+        for name, (size, dtype) in sizes.items():  # of no bytes, also to who counts storages on meta
+            self.register_buffer(name, torch.empty((), dtype=dtype, device=meta).expand(size), persistent=False)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers())
+        """Of all its buffers, wherever they are."""
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in self.sizes.values())
 
     def allocate(self, device: torch.device) -> None:
         """Room for all experts on `device`, without values."""
-        for name, buffer in list(self.named_buffers()):
-            self._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+        for name, (size, dtype) in self.sizes.items():
+            self._buffers[name] = torch.zeros(size, dtype=dtype, device=device)
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        """Have these as they are, such as a kept base has them."""
+        self._buffers.update(buffers)
 
     def put(self, expert: int, quantized: Quantized) -> None:
         """Give an expert its weight, as `quantize_rows` made it of (out, in)."""
@@ -102,6 +116,38 @@ class Slab(nn.Module):
         weights: Tensor = ops.dequantize_4bit.default(codes, absmax.reshape(-1), BLOCK, self.quant_type, shape, dtype)
         return weights.view(count, *self.shape[1:])
 
+    def packed(self) -> step_experts.Packed:
+        """All experts as the kernel decodes them; their constants in 32 bit (Qwen3-30B: 24 MiB) while it runs."""
+        constants = self.absmax
+        if self.nested:
+            about = (self.nested_absmax, self.nested_table, self.offset, self.blocks)
+            constants = kernels.unnest(self.absmax, *about)
+        return step_experts.Packed(self.codes, constants, self.table, True)
+
+
+def choose(config: Any, device: torch.device, recorded: Numerics | None) -> str | None:
+    """Who multiplies with experts in a run: a run that goes on, as it began (`recorded`; older versions knew chunks
+    alone), where this device can. None for a model without experts."""
+    if not speaks_of_experts(config):
+        return None
+    before = None if recorded is None else recorded.experts or step_experts.IN_CHUNKS
+    if before == step_experts.IN_CHUNKS or not trial.multiplies_experts(device):
+        return step_experts.IN_CHUNKS
+    return step_experts.IN_TRITON
+
+
+def of_run() -> str | None:
+    """As the run under way has it; outside of one the kernel, wherever it runs."""
+    run = numerics.of_run()
+    return (run.experts or step_experts.IN_CHUNKS) if run else None
+
+
+def compute_by(model: nn.Module, by: str | None) -> None:
+    """Who is to multiply with the experts of a model that are held in 4 bit."""
+    for module in model.modules():
+        if isinstance(module, step_experts.PackedStack):
+            module.by = by
+
 
 def register() -> None:
     """Make our function of experts known to transformers, and bitsandbytes' operators to torch."""
@@ -128,7 +174,7 @@ def hold(model: Any, quantization: QuantizationSection) -> None:
     for name, module, leaf in list(projections(model)):
         shape = step_experts.Plain(module, leaf).shape
         if mxfp4_config.holds(model.config, name.rpartition(".")[0]):
-            stack: nn.Module = Mxfp4Stack(shape)
+            stack: nn.Module = Mxfp4Stack(shape, of_run())
         elif quantization.type == "none" or shape[1] * shape[2] % BLOCK:
             continue
         else:

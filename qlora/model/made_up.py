@@ -86,15 +86,18 @@ def _fill_linear(model: Any, quantization: QuantizationSection, device: torch.de
 
 def _fill_experts(model: Any, quantization: QuantizationSection, device: torch.device) -> None:
     experts.hold(model, quantization)
-    for _, module, leaf in experts.projections(model):
-        if isinstance(held := getattr(module, leaf), Mxfp4Stack):
+    for name, module, leaf in list(experts.projections(model)):
+        held = getattr(module, leaf)
+        if isinstance(held, Mxfp4Stack):
             held.allocate(device)
             if device.type != "meta":
                 held.codes.random_(256)
                 held.scales.fill_(_SPREAD_SCALE)
+            took(model, name)
         elif isinstance(slab := held, experts.Slab):
             rows = partial(_rows, width=slab.shape[2], device=device)
             experts.fill(slab, lambda _, rows=rows: rows, device)  # type: ignore[misc]
+            took(model, name)
 
 
 def _rows(start: int, end: int, width: int, device: torch.device) -> Tensor:

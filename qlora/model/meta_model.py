@@ -21,7 +21,7 @@ from torch import nn
 from qlora import numerics
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
-from qlora.model import experts, mxfp4_config
+from qlora.model import experts, key_sharing, mxfp4_config
 from qlora.model.alternatives import text_model_like
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
@@ -184,6 +184,7 @@ def build_unmatched(text: Any, attention: str, name: str) -> Any:
     with _refusing(name):
         model = _from_config(text, attention, include_buffers=False)
     _compute_buffers(model)
+    key_sharing.settle(model)
     if of_experts := [module for _, module in experts_in(model)]:
         experts.register()
         experts.keep_routing_still(model)

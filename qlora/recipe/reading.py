@@ -185,7 +185,7 @@ def _real_location(location: tuple[int | str, ...], raw: Mapping[str, Any]) -> t
 def _message(item: Any) -> str:
     if item["type"] == "missing":
         return "is missing"
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = foreign_json.reason(item, "a table")
     return f"is wrong: {message[0].lower()}{message[1:]}{foreign_json.shown(item)}"
 
 
@@ -193,7 +193,7 @@ def _hint(dotted: str, item: Any) -> str:
     key = ".".join(part for part in dotted.split(".") if not part.isdigit())
     if field := _fields().get(key):
         return f"{key}: {field.description}"
-    if item["type"] == "missing":
+    if item["type"] == "missing" or key in ("data.train", "data.eval"):
         return 'the smallest recipe is [model] with base = "..." and [[data.train]] with path = "..."'
     return "see the recipe's keys in the README, or `qlora-train --schema`"
 

@@ -29,7 +29,7 @@ from qlora.export.merge.parts import VALUES_PER_BLOCK, MergeBase, ParameterSourc
 from qlora.model import mxfp4, nf4
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.tensors import read_ahead, read_tensor
+from qlora.model.tensors import TensorEntry, read_ahead, read_tensor
 from qlora.recipe.sections import QuantizationSection
 from qlora.version import __version__
 
@@ -61,7 +61,8 @@ class MergedTensor:
 class Merge:
     """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16).
 
-    `codes` gives a parameter of the base in 4 bit as it is kept already, or None.
+    `codes` gives a parameter of the base in 4 bit as it is kept already, or None; `watch`, what sees all rows of a
+    tensor of the base as it is read, or None.
     """
 
     base: BaseFolder
@@ -72,6 +73,7 @@ class Merge:
     plan: Plan
     dtype: torch.dtype = torch.bfloat16
     codes: Callable[[str], nf4.Quantized | None] = lambda parameter: None
+    watch: Callable[[str, TensorEntry], Callable[[Tensor], None] | None] = lambda tensor, entry: None
 
     def tensors(self) -> list[MergedTensor]:
         """Every tensor of the merged model, in the order of the base's own.
@@ -149,7 +151,10 @@ class Merge:
     def _base_blocks(self, source: ParameterSource, unit: int) -> Iterator[Tensor]:
         """What the adapter is added to: as it is stored, or bf16 where it comes from 4 bit."""
         if len(source.shape) < 2:
-            yield read_tensor(source.entry)
+            whole = read_tensor(source.entry)
+            if (see := self.watch(source.tensor, source.entry)) is not None:
+                see(whole)
+            yield whole
             return
         if source.storage == "mxfp4":
             yield from self._experts(source)
@@ -160,7 +165,10 @@ class Merge:
             quantized = self._quantized(source)
             read, unit = nf4.row_reader(quantized, torch.bfloat16), math.lcm(unit, nf4.row_unit(quantized))
         spans = _spans(rows, max(1, VALUES_PER_BLOCK // max(1, unit * columns)) * unit)
-        yield from read_ahead(source.entry, spans) if read is None else (read(*span) for span in spans)
+        yield from self._read_ahead(source, spans) if read is None else (read(*span) for span in spans)
+
+    def _read_ahead(self, source: ParameterSource, spans: list[tuple[int, int]]) -> Generator[Tensor, None, None]:
+        return read_ahead(source.entry, spans, self.watch(source.tensor, source.entry))
 
     def _experts(self, source: ParameterSource) -> Iterator[Tensor]:
         """Experts in MXFP4 in bf16, one after the other, with the sides that their parameter has: (1, in, out)."""
@@ -176,7 +184,7 @@ class Merge:
         if (kept := self.codes(source.parameter)) is not None:
             return kept
         rows, columns = source.shape[0], math.prod(source.shape[1:])
-        blocks = read_ahead(source.entry, _spans(rows, nf4.rows_in_block(columns, VALUES_PER_BLOCK)))
+        blocks = self._read_ahead(source, _spans(rows, nf4.rows_in_block(columns, VALUES_PER_BLOCK)))
         with closing(blocks):
             return nf4.quantize_rows(
                 lambda start, end: next(blocks).to(torch.bfloat16),  # it asks for the same rows, in order
