@@ -1,4 +1,4 @@
-"""Mixtures: types and bytes of every tensor against llama.cpp's own `llama_model_quantize`, with an importance and without.
+"""Mixtures: types and bytes of every tensor against llama.cpp's own `llama_model_quantize`, weighted and not.
 
 llama.cpp quantizes our F32 file; our writer makes the same quant of the same base, encoded by that library's own ggml.
 The oracle is the libllama of a prebuilt package (`pip install --no-deps llama-cpp-py-sync`), asked through ctypes.
