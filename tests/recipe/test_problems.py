@@ -29,7 +29,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         ("sequence_len = 8", "here this is called data.max_length"),
         ("gradient_accumulation_steps = 4", "here this is called train.batch_size"),
         ("trust_remote_code = true", "never run here"),
-        ("zzz = 1", "keys of [train]: epochs, max_steps"),
+        ("zzz = 1", "keys of [train]: objective, beta"),
     ],
 )
 def test_unknown_keys_get_the_right_name(tmp_path: Path, line: str, hint: str) -> None:
@@ -85,3 +85,19 @@ def test_lines_survive_multiline_values_and_comments(tmp_path: Path) -> None:
     text += '[[data.train]]\npath="a"\n[[data.train]]\npathh="b"\n'
     found = problems(tmp_path, text)
     assert [where for where, _, _ in found] == ["recipe.toml:8", "recipe.toml:11", "recipe.toml:12"]
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [
+        ('"a.jsonl"', "data.train is wrong: input should be a list"),
+        ('["a.jsonl"]', "train.0 is wrong: input should be a table"),
+    ],
+)
+def test_rows_that_are_named_by_a_string_alone_are_told_how_to_stand_there(
+    tmp_path: Path, train: str, what: str
+) -> None:
+    """The first thing that a newcomer tries; Python's types are no words for it."""
+    ((where, found, hint),) = problems(tmp_path, f'[model]\nbase = "x"\n[data]\ntrain = {train}\n')
+    assert what in found and "tuple" not in found and '[[data.train]] with path = "..."' in hint
+    assert where == "recipe.toml:4"
