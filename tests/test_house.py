@@ -16,6 +16,7 @@ FASTER = (
     "step/experts.py",
     "step/tiled_mlp.py",
     "step/head_loss.py",
+    "step/head_blocks.py",
     "step/offload.py",
 )  # the same step, smaller or faster: no part of it
 

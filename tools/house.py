@@ -40,6 +40,7 @@ FASTER = (
     "step/experts.py",
     "step/tiled_mlp.py",
     "step/head_loss.py",
+    "step/head_blocks.py",
     "step/offload.py",
 )
 MODULES_A_LINE = 3

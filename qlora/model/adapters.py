@@ -24,7 +24,7 @@ from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config
 from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.model.weight_names import ClassNames
-from qlora.model.weight_receiving import device_of, refuse_on_host
+from qlora.model.weight_receiving import device_of, for_saved, refuse_on_host
 from qlora.model.weight_streaming import inside, parts_in_place
 from qlora.step.forward import CausalParts, hidden_states
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
@@ -141,6 +141,7 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
     from peft import get_peft_model, set_peft_model_state_dict
 
     saved = stored_tensors(folder)
+    for_saved(model, saved)
     _resize_like(model, saved)
     norms, names = dora.norms_later(inside(model) is not None), mixture_adapters.names_kept(model)
     with foreign_failures() as failure, old_names_in_peft(), names, norms:
@@ -243,7 +244,7 @@ def _whole_modules(model: Any, names: tuple[str, ...]) -> list[str]:
         if any(type(module).__name__ == "Linear4bit" for module in within):
             what = f"lora.modules_to_save: {name} is held in 4 bit and cannot be trained whole"
             raise ModelError(what, "leave it to lora.target_modules")
-        refuse_on_host(name, within)
+        refuse_on_host(model, name, within)
         whole += matched
     return sorted(set(whole))
 

@@ -183,7 +183,7 @@ class MemorySection(Section):
         "no number changes",
     )
     embedding: Literal["auto", "device", "host"] = Field(
-        "auto", description="Where the embeddings are looked up; the rows are copied from the host"
+        "auto", description="Where embeddings are looked up; with streamed weights, the head is there too"
     )
     cache: bool | Literal["auto"] = Field(
         "auto",

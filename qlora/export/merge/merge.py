@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qlora import disk
 from qlora.export.merge.parts import VALUES_PER_BLOCK, MergeBase, ParameterSource, Plan, is_multimodal
-from qlora.model import nf4
+from qlora.model import mxfp4, nf4
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import TensorEntry, read_ahead, read_tensor
@@ -46,7 +46,8 @@ class MergedTensor:
     parameter  in the causal (text) model, such as "model.layers.0.self_attn.q_proj.weight"
     blocks     `blocks(unit)` reads, merges and yields it when it is called: consecutive blocks of rows on the CPU, each
                a multiple of `unit` rows (the last one what is left); under two dimensions a tensor comes whole
-    dtype      of the blocks: the merge's, or fp32 where the model computes with it in fp32 whatever its type
+    dtype      of the blocks: the merge's, fp32 where the model computes with it in fp32 whatever its type, or uint8 of
+               experts in MXFP4
     """
 
     name: str
@@ -98,13 +99,15 @@ class Merge:
 
     def text_config(self) -> dict[str, Any]:
         """The merged model's configuration: the base's (of a multimodal one, its text model's) with what merging
-        changes: the size of the vocabulary, head tied or not, no quantization. The dtype stands as the base says it.
+        changes: the size of the vocabulary, head tied or not, no quantization but that of experts in MXFP4. The dtype
+        stands as the base says it.
         """
         config = dict(self.base.config)
         if is_multimodal(self.base):
             whole = {key: config[key] for key in _OF_ALL_PARTS if key in config}
             config = {**whole, **config["text_config"], "architectures": [self.plan.architecture]}
-        config.pop("quantization_config", None)
+        if not self.plan.in_mxfp4:
+            config.pop("quantization_config", None)
         if self.vocabulary_resized:
             config["vocab_size"] = self.plan.merged[self.plan.embeddings].shape[0]
         if self.plan.parted or (self.plan.own_head and config.get("tie_word_embeddings")):
@@ -129,6 +132,8 @@ class Merge:
         return MergedTensor(source.name, source.parameter, source.shape, blocks, self._dtype(source))
 
     def _dtype(self, source: ParameterSource) -> torch.dtype:
+        if source.as_bytes:
+            return torch.uint8
         return torch.float32 if source.in_fp32 else self.dtype
 
     def _blocks(self, source: ParameterSource, unit: int) -> Generator[Tensor, None, None]:
@@ -151,6 +156,9 @@ class Merge:
                 see(whole)
             yield whole
             return
+        if source.storage == "mxfp4":
+            yield from self._experts(source)
+            return
         rows, columns = source.shape[0], math.prod(source.shape[1:])
         read = None
         if source.storage != "plain":
@@ -161,6 +169,13 @@ class Merge:
 
     def _read_ahead(self, source: ParameterSource, spans: list[tuple[int, int]]) -> Generator[Tensor, None, None]:
         return read_ahead(source.entry, spans, self.watch(source.tensor, source.entry))
+
+    def _experts(self, source: ParameterSource) -> Iterator[Tensor]:
+        """Experts in MXFP4 in bf16, one after the other, with the sides that their parameter has: (1, in, out)."""
+        assert source.scales is not None
+        for span in _spans(source.shape[0], 1):
+            matrix = mxfp4.decoded(read_tensor(source.entry, span), read_tensor(source.scales, span), torch.bfloat16)
+            yield matrix.transpose(1, 2).contiguous()
 
     def _quantized(self, source: ParameterSource) -> nf4.Quantized:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""

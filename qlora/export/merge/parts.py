@@ -7,7 +7,7 @@ apart. (peft's own merge adds to both at once, which is another model than the t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +17,7 @@ from qlora.errors import ExportError
 from qlora.model.adapter_config import shown
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.expert_pieces import Piece
+from qlora.model.expert_pieces import Piece, form_of
 from qlora.model.layer_walk import stays_fp32
 from qlora.model.meta_model import MetaModel, head_of, linear_layers
 from qlora.model.nf4 import is_stored_4bit
@@ -30,7 +30,7 @@ from qlora.recipe.sections import QuantizationSection
 VALUES_PER_BLOCK = 1 << 19
 
 MergeBase = Literal["nf4", "full"]
-Storage = Literal["plain", "packed", "coded"]
+Storage = Literal["plain", "packed", "coded", "mxfp4"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class ParameterSource:
     name     in the written checkpoint
     tensor   its name in the base's checkpoint
     storage  "plain": as `entry` stores it; "packed": as 4-bit codes in the checkpoint; "coded": to be put into 4 bit as
-             training did
+             training did; "mxfp4": experts as published, whose codes are `entry`, to be written in 16 bit
+    scales   of "mxfp4"
     in_fp32  stored so, and computed so whatever the model's type, as some routers are: written so too
     """
 
@@ -53,6 +54,12 @@ class ParameterSource:
     lora: LoraModule | None = None
     rows: TokenRows | None = None
     in_fp32: bool = False
+    scales: TensorEntry | None = None
+
+    @property
+    def as_bytes(self) -> bool:
+        """Whether its bytes are written as they are stored: codes or scales of experts in MXFP4."""
+        return self.storage == "plain" and self.entry.dtype == "U8"
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,11 @@ class Plan:
     embeddings: str
     own_head: bool
     parted: bool
+
+    @property
+    def in_mxfp4(self) -> bool:
+        """Whether experts stay in MXFP4, as config.json goes on to say."""
+        return any(source.as_bytes for source in self.merged.values())
 
 
 def is_multimodal(base: BaseFolder) -> bool:
@@ -107,10 +119,7 @@ def make_plan(
         entry = base.tensors[tensor]
         in_fp32 = entry.dtype == "F32" and parameter in weights and stays_fp32(model, parameter, weights[parameter])
         own[parameter] = ParameterSource(name, parameter, tensor, shapes[parameter], entry, storage, in_fp32=in_fp32)
-    for pieces in meta_model.experts.values():
-        for piece in pieces:  # frozen, whatever the layers beside them were trained on: their bytes are the base's own
-            name, entry = name_of_piece(base, piece), base.tensors[piece.tensor]
-            own[name] = ParameterSource(name, name, piece.tensor, entry.shape, entry)
+    own |= {source.parameter: source for source in _of_experts(base, meta_model, adapter, shapes)}
     places = {tensor: place for place, tensor in enumerate(base.tensors)}
     own = dict(sorted(own.items(), key=lambda item: places[item[1].tensor]))
     modules = {id(module): name for name, module in model.named_modules()}
@@ -127,6 +136,27 @@ def make_plan(
         hint = "the vocabulary was resized, but one of the two not saved: save with save_embedding_layers=True"
         raise ExportError(f"{adapter.folder}: {what}", hint)
     return Plan(merged, own, type(model).__name__, embeddings, head in merged, bool(parted))
+
+
+def _of_experts(
+    base: BaseFolder, meta_model: MetaModel, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[ParameterSource]:
+    """Of the experts' tensors: frozen, whatever the layers beside them were trained on, their bytes are the base's own.
+
+    An adapter on one of them would be rounded away in MXFP4 (its error is a ninth of a weight, 0.11): then all that is
+    in it is written in 16 bit, as the parameters have it, since config.json says one thing of all.
+    """
+    adapted = any(name in meta_model.experts for name in adapter.parameters)
+    for parameter, pieces in meta_model.experts.items():
+        if adapted and pieces[0].form:
+            (entry, blocks), (scales, _) = ((base.tensors[one.tensor], one) for one in pieces)
+            name = form_of(name_of_piece(base, blocks))[1]
+            shape = shapes[parameter]
+            yield ParameterSource(name, parameter, blocks.tensor, shape, entry, "mxfp4", scales=scales)
+            continue
+        for piece in pieces:
+            name, entry = name_of_piece(base, piece), base.tensors[piece.tensor]
+            yield ParameterSource(name, name, piece.tensor, entry.shape, entry)
 
 
 def _changed(source: ParameterSource, adapter: Adapter) -> ParameterSource:

@@ -29,6 +29,7 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.family_facts import facts_of
 from qlora.model.layer_walk import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
 from qlora.model.meta_model import MetaModel
+from qlora.model.mxfp4 import decoded
 from qlora.model.tensors import read_tensor
 from qlora.step.forward import CausalParts, hidden_states
 from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
@@ -53,8 +54,11 @@ def with_experts(weights: Weights, meta_model: MetaModel, base: BaseFolder) -> W
     """`weights` with the projections of experts, whose pieces are among them by their names in the checkpoint."""
     found = dict(weights)
     for parameter, pieces in meta_model.experts.items():
+        if parameter in weights:  # merged, and so in 16 bit
+            continue
         shape = tuple(meta_model.model.get_parameter(parameter).shape)
-        found[parameter] = partial(_stacked, [weights[name_of_piece(base, piece)] for piece in pieces], shape)
+        own = [weights[name_of_piece(base, piece)] for piece in pieces]
+        found[parameter] = partial(_unpacked, *own) if pieces[0].form else partial(_stacked, own, shape)
     return found
 
 
@@ -173,6 +177,11 @@ def _blocks(entry: Any, tensor: GgufTensor) -> Iterator[Tensor]:
     step = max(1, VALUES_PER_BLOCK // columns // tensor.unit) * tensor.unit if len(tensor.shape) > 1 else rows
     for start in range(0, rows, step):
         yield tensor.inverse(dequantized_rows(entry, tensor.at + start, tensor.at + min(rows, start + step)))
+
+
+def _unpacked(blocks: Callable[[], Tensor], scales: Callable[[], Tensor]) -> Tensor:
+    """A projection of experts in MXFP4 in bf16, with its parameter's sides: (E, in, out)."""
+    return decoded(blocks(), scales(), torch.bfloat16).transpose(1, 2)
 
 
 def _stacked(pieces: Sequence[Callable[[], Tensor]], shape: tuple[int, ...]) -> Tensor:

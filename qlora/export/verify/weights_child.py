@@ -4,9 +4,9 @@ A process of its own, because a damaged file may take down the one that reads it
 blocks of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so
 that a merge that forgot a module or added it twice is seen. (DoRA, whole weights, token rows are taken from `merge`.)
 
-F32, F16 and BF16 must hold each value, rounded once. Quantized blocks cannot be compared value by value; what is
-measured instead is how much of the delta is in them (1 is right, 0 was forgotten, 2 stands in them twice), and how
-large the whole error is.
+F32, F16 and BF16 must hold each value, rounded once, and bytes (of experts in MXFP4) must be the base's own. Quantized
+blocks cannot be compared value by value; what is measured instead is how much of the delta is in them (1 is right, 0
+was forgotten, 2 stands in them twice), and how large the whole error is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from qlora.model.resolve import resolve
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
 from qlora.recipe.sections import QuantizationSection
 
-_ROUNDED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ROUNDED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 # Sums of r products in another order, relative to the largest value of a block.
 _FP32_NOISE = 1e-6
 # Largest error of quantized weights relative to their size, 2.5 times what Gaussian weights show (Q8_0 0.5 %, Q6_K
@@ -88,7 +88,7 @@ class _Tally:
             expected = expected[first - start : last - start]
             base = None if base is None else base[first - start : last - start]
             start, end = first - self.taken[0], last - self.taken[0]
-        written, expected = self._written(start, end, reading), self.change(expected)
+        written, expected = self._written(start, end, reading), self.change(expected.float())
         self.values += written.numel()
         if not _is_finite(written):
             self.not_finite += int((~torch.isfinite(written)).sum())
