@@ -98,10 +98,16 @@ def checked(model: type[Model], value: Any, where: str) -> Model:
 def _wrong(error: ValidationError, where: str) -> ForeignFileError:
     first = error.errors(include_url=False)[0]
     key = ".".join(repr(str(part)[:_SHOWN])[1:-1] for part in first["loc"]) or "the value"
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "model_type":  # it names our class
-        reason = "Input should be a JSON object"
-    return ForeignFileError(f"{where}: {key} is wrong: {reason}{shown(first)}")
+    return ForeignFileError(f"{where}: {key} is wrong: {reason(first, 'a JSON object')}{shown(first)}")
+
+
+def reason(item: Any, table: str) -> str:
+    """What an error of pydantic says, without Python's types and our classes; a `table` as that kind of file has it."""
+    wanted = {"tuple_type": "a list", "list_type": "a list", "set_type": "a list"}
+    wanted |= dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), table)
+    if (kind := wanted.get(item["type"])) is not None:
+        return f"Input should be {kind}"
+    return str(item["msg"]).removeprefix("Value error, ")
 
 
 def checked_dataclass(kind: type[Data], value: Any, where: str) -> Data:

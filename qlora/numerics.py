@@ -33,11 +33,13 @@ class Numerics(foreign_json.ForeignModel):
     attention: _Text | None = None  # the function that computes it
     head_chunk: _Count | None = None  # tokens whose logits exist at a time: gradients are summed chunk by chunk
     loss_chunk: _Count | None = None  # tokens whose loss comes with its gradient (`step/head_loss`); 0: none
+    head_block: _Count | None = None  # rows of the head that are there at a time (`step/head_blocks`); 0: all
     functions: _Text | None = None  # who computes a linear layer with its adapter
     kernels: _Text | None = None  # who multiplies: on the CPU in fp32 or bf16
     mlp_tile: _Count | None = None  # rows of an MLP's tile, where rows are long: gradients are summed tile by tile
     compiled: bool | None = None  # layers go through torch's compiler
     dtype: _Text | None = None  # in which 16 bits layers compute: bf16 or fp16
+    experts: _Text | None = None  # who multiplies with experts in 4 bit: torch in chunks, or a kernel
 
 
 # What a field is called in a message.
@@ -49,11 +51,13 @@ _WORDS = {
     "attention": "attention",
     "head_chunk": "tokens a chunk of the head",
     "loss_chunk": "tokens a chunk of the loss",
+    "head_block": "rows a block of the head",
     "functions": "linear layers",
     "kernels": "products",
     "mlp_tile": "rows a tile of an MLP",
     "compiled": "compiled layers",
     "dtype": "model.dtype",
+    "experts": "experts",
 }
 _OF_RUN: ContextVar[Numerics | None] = ContextVar("qlora_numerics", default=None)
 

@@ -52,6 +52,10 @@ def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> 
     assert (again.head_chunk, again.loss_chunk, again.deterministic) == (48, 96, False)
     older = decided(tmp_path, llama, CPU, before.model_copy(update={"loss_chunk": None}))
     assert older.loss_chunk == 0  # of a version that asked the head once more
+    assert new.head_block is None, "which follows from where its head is"
+    in_blocks = new.model_copy(update={"head_block": 64})
+    assert (again.head_block, decided(tmp_path, llama, CPU, in_blocks).head_block) == (0, 64)
+    assert new.experts is None  # a model without any
     assert new.mlp_tile == TILE_ROWS and decided(tmp_path, llama, CPU, new).mlp_tile == TILE_ROWS
     whole = new.model_copy(update={"mlp_tile": None})  # of a version that knew no tiles
     assert decided(tmp_path, llama, CPU, whole).mlp_tile is None
@@ -87,4 +91,5 @@ def test_a_run_keeps_them_and_goes_on_with_them(tmp_path: Path, llama: Path, mon
     (said,) = [notice for notice in values(again, "notice", "message") if "bit for bit" in notice]
     assert said.endswith(f"threads {torch.get_num_threads()} (now 99)")
     ended = checkpoint.newest(run_dir(recipe), Recorder())
-    assert ended is not None and ended.state.numerics == saved.state.numerics.model_copy(update={"threads": 99})
+    now = {"threads": 99, "head_block": 0}  # a run that goes on knows that its head was whole
+    assert ended is not None and ended.state.numerics == saved.state.numerics.model_copy(update=now)

@@ -1,7 +1,7 @@
 """Whether the base of an export is the one that its adapter was trained on.
 
 At the door a sample of the weights decides, so that a wrong base is refused in a second; their whole content decides
-before anything is published: it is taken while the trained model is loaded, or in a pass of its own where it is not.
+before anything is published: it is taken while the trained model is loaded, or while a merge reads (`base_content`).
 """
 
 from __future__ import annotations
@@ -43,12 +43,3 @@ def refuse_another(source: Source, now: BaseIdentity) -> None:
             f"{source.adapter.folder}: was trained on another base than {base.name} is now: {difference}",
             f"put the base back as it was at training ({origin.revision}), or name that one with `base_model`",
         )
-
-
-def staged_as(source: Source, now: BaseIdentity) -> dict[str, str]:
-    """What of the base a half-written export must share with one that goes on with it.
-
-    An adapter that knows its base by shapes alone was trained by a version whose half-written exports do so too.
-    """
-    older = source.origin.identity is None and source.origin.fingerprint is not None
-    return {} if older else {"content": str(now.content), "config": now.config}

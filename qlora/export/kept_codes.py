@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from qlora.events import Notice, Sink
 from qlora.export.artifacts import Source
+from qlora.export.base_content import BaseContent
 from qlora.model.base_cache import places
 from qlora.model.base_cache.contents import Contents
 from qlora.model.base_cache.keeping import Keeping
 from qlora.model.base_cache.reading import Damaged, OneByOne
-from qlora.model.identity import BaseIdentity
 from qlora.model.load import swap_all_linear
 from qlora.model.nf4 import Quantized
 
@@ -42,14 +42,17 @@ class KeptCodes:
 
 
 @contextmanager
-def opened(source: Source, known: BaseIdentity, sink: Sink) -> Iterator[KeptCodes | None]:
-    """What is kept of the source's base, `known` with its content, for the time of the block; None where nothing is."""
+def opened(source: Source, content: BaseContent, sink: Sink) -> Iterator[KeptCodes | None]:
+    """What is kept of the source's base for the time of the block, None where nothing is.
+
+    Its `content` is asked for where a sample of it is kept: a merge onto what is kept reads none of the base's weights.
+    """
     base, quantization = source.base, source.origin.quantization
     kept = None
     if quantization.type != "none" and not base.stored_4bit and base.cache is not False:
         meta_model = replace(source.meta_model, model=copy.deepcopy(source.meta_model.model))
         swap_all_linear(meta_model, base, quantization)
-        kept = Keeping(Contents(base, meta_model, quantization), sink).kept(known)
+        kept = Keeping(Contents(base, meta_model, quantization), sink).kept(content.identity)
     if kept is None:
         yield None
         return

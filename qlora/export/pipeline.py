@@ -19,7 +19,7 @@ from qlora import disk
 from qlora.errors import DoesNotFit, ExportError
 from qlora.events import Exported, Notice, Sink
 from qlora.events import Fidelity as FidelityEvent
-from qlora.export import base_check, cards, hf, kept_codes
+from qlora.export import cards, hf, kept_codes
 from qlora.export import imatrix as importance
 from qlora.export.artifacts import DTYPES, Artifact, ExportedArtifact, ExportOptions, Report, Source
 from qlora.export.combine import copy_adapter
@@ -75,12 +75,12 @@ class _Job:
 
     def merge(self, dtype: torch.dtype = torch.float32) -> Merge:
         assert self.merge_base is not None, "only an adapter alone is written without a merge"
-        merge = self.source.merge(self.merge_base, dtype)
+        merge = replace(self.source.merge(self.merge_base, dtype), watch=self.reference.content.watched)
         return merge if self.codes is None else replace(merge, codes=self.codes.read)
 
     def identity(self, merge: Merge) -> dict[str, str]:
         """Everything that merged values depend on."""
-        return {**merge.identity(), **base_check.staged_as(self.source, self.reference.base_identity)}
+        return {**merge.identity(), **self.reference.content.staged_as()}
 
     def named(self, prefix: str) -> list[Artifact]:
         return [artifact for artifact in self.artifacts if artifact.key.startswith(prefix)]
@@ -124,11 +124,12 @@ def produce(
         job.reference = stack.enter_context(trained_reference(source, verify, options.imatrix, sink, scratch))
         job.merge_base = _choose_base(job, merge_base) if merging else None
         if job.merge_base == "nf4":
-            job.codes = stack.enter_context(kept_codes.opened(source, job.reference.base_identity, sink))
+            job.codes = stack.enter_context(kept_codes.opened(source, job.reference.content, sink))
         _write_hf(job)
         _write_ggufs(job)
         _write_adapter(job)
         _write_combined(job)
+        job.reference.content.identity()  # another base than was trained on is refused here at the latest
         if options.verify:
             _verify(job)
         source.seal.check()
@@ -366,7 +367,7 @@ def _write_companions(job: _Job, artifact: Artifact, merge: Merge | None) -> Non
     results = [asdict(check) for check in found.checks] if found else []
     loss = job.reference.evaluation
     compared = None if loss is None else asdict(loss)
-    known = job.reference.base_identity.model_dump()
+    known = job.reference.content.identity().model_dump()
     more = {"base_identity": known, "tensors": job.tensors[artifact.key], "checks": results, "evaluation": compared}
     chosen = job.reference.choice
     more["choice"] = None if chosen is None else asdict(chosen)

@@ -230,8 +230,11 @@ class Estimator:
             speed=speed,
             waiting_bytes=waiting,
             host_limit_bytes=machine.host_bytes,
-            savings=levers.savings(self.text, workload, simulator.drawn.values, machine),
+            savings=self._savings(workload, simulator),
         )
+
+    def _savings(self, workload: Workload, simulator: Simulator) -> Mapping[str, Saving]:
+        return levers.savings(self.text, workload, simulator.drawn, self.machine, simulator.spec.place)
 
     def _most(self, simulation: Simulation, workload: Workload) -> float:
         return throughput.most_tokens_per_second(simulation.work, self.machine.gpu, workload.rows * workload.length)
@@ -250,15 +253,14 @@ class Estimator:
             to_card_down=weights + simulation.pinned,
             to_host_up=simulation.pinned,
             looked_up=rows_bytes if place.host_embedding else 0,
+            of_head=simulator.drawn.head_bytes,
             from_disk=on_disk,
         )
         return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes, copies)
 
     def _on_disk(self, recipe: Recipe, simulator: Simulator) -> tuple[int, int]:
         """Bytes of streamed layers, and of them those that are read from files."""
-        place = simulator.spec.place
-        table = 2 * int(self.text.vocab_size) * int(self.text.hidden_size) if place.host_embedding else 0
-        weights = max(0, simulator.drawn.host_bytes - table) if place.streams else 0
+        weights = simulator.drawn.host_bytes - simulator.drawn.table_bytes
         return weights, from_disk(weights, self.machine.host_bytes, recipe)
 
     def simulated(self, recipe: Recipe, facts: DataFacts | None = None) -> tuple[Simulator, Workload]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from qlora.copy_stream import CopyStream
 from qlora.events import Sink
 from qlora.memory.trace import HOST, LiveBytes
+from qlora.model import head_streaming
 from qlora.model.base_cache.layers_on_disk import RAM_SHARE
 from qlora.model.layer_blobs import LayerWeights
 from qlora.model.weight_receiving import tables
@@ -64,4 +65,15 @@ def from_disk(weights: int, free: int | None, recipe: Recipe) -> int:
 def of_model(model: Any) -> int:
     """Bytes of a model's weights on the host: what its store holds, and its embeddings where they are there."""
     streamed = inside(model)
-    return (streamed.store.host_bytes if streamed is not None else 0) + sum(table.nbytes for table in tables(model))
+    return (streamed.store.host_bytes if streamed is not None else 0) + of_tables(model)
+
+
+def of_tables(model: Any) -> int:
+    """Of them, those of embeddings and head."""
+    return sum(table.nbytes for table in tables(model))
+
+
+def of_head(model: Any) -> int:
+    """Of them, those of a head that comes in blocks."""
+    sender = head_streaming.inside(model)
+    return 0 if sender is None else sender.host_bytes

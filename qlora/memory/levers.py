@@ -12,12 +12,16 @@ from typing import Any
 from qlora.memory.changes import changed, value_of
 from qlora.memory.hardware import Machine
 from qlora.memory.links import GATHERED_BYTES_PER_SECOND, copied_bytes_per_second
-from qlora.memory.simulation import ValueCounts, Workload
+from qlora.memory.simulation import Drawn, Workload
+from qlora.model.weight_receiving import Place
+from qlora.model.weight_streaming import SLOTS
 from qlora.recipe.reading import Recipe
+from qlora.step import head_blocks
 
 # A 4-bit weight with its constants in 8 bit: 4 + 0.127 bits (Dettmers et al. 2023, section 3).
 BYTES_OF_WEIGHT = 0.516
 EMBEDDING, OFFLOAD, STREAM = "memory.embedding", "memory.offload_activations", "memory.stream_weights"
+HEAD = f"{EMBEDDING} and {STREAM}"  # what both save together beside what each saves: with both the head comes in blocks
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Lever:
     whole: bool = False
 
 
+ON_DEVICE = Place()
 LEVERS = (
     Lever(EMBEDDING, "device", "host"),
     Lever(OFFLOAD, False, True),
@@ -40,12 +45,19 @@ LEVERS = (
 @dataclass(frozen=True)
 class Saving:
     """Of one lever, of one micro-batch as it was simulated: bytes on the device, which grow with its rows or do not;
-    seconds of copies beside the forward and beside the backward pass; and seconds that nothing hides."""
+    seconds of copies beside the forward and beside the backward pass; and seconds that nothing hides. `head`: its bytes
+    are among them."""
 
     nbytes: int
     by_rows: bool
     beside: tuple[float, float] = (0.0, 0.0)
     alone: float = 0.0
+    head: bool = False
+
+    def with_head(self, head: Saving) -> Saving:
+        """Both, where the head is worth it."""
+        both = (self.nbytes + head.nbytes, self.by_rows, self.beside, self.alone + head.alone, True)
+        return Saving(*both) if head.nbytes else self
 
 
 def free(recipe: Recipe, machine: Machine) -> tuple[Lever, ...]:
@@ -68,15 +80,32 @@ def with_what_levers_ask(recipe: Recipe) -> Recipe:
     return changed(recipe, {"train.gradient_checkpointing": True}) if asks and open_ else recipe
 
 
-def savings(text: Any, workload: Workload, values: ValueCounts, machine: Machine) -> Mapping[str, Saving]:
-    """What each lever is likely to save, of this workload."""
+def savings(
+    text: Any, workload: Workload, drawn: Drawn, machine: Machine, place: Place = ON_DEVICE
+) -> Mapping[str, Saving]:
+    """What each lever is likely to save, of this workload of a model that has of its weights on the host what `place`
+    says: with the second of layers and embeddings goes the head."""
     layers, hidden, tokens = int(text.num_hidden_layers), int(text.hidden_size), workload.rows * workload.length
     link = copied_bytes_per_second(machine.gpu) if machine.gpu is not None else float("inf")
     looked_up, inputs = 2 * tokens * hidden, 2 * tokens * hidden * max(0, layers - 2)
-    weights = int(values.linear * BYTES_OF_WEIGHT)
+    weights = int(drawn.values.linear * BYTES_OF_WEIGHT) + drawn.stacked_bytes
     table = 0 if getattr(text, "tie_word_embeddings", False) else 2 * int(text.vocab_size) * hidden - looked_up
-    return {
+    found = {
         EMBEDDING: Saving(max(0, table), False, alone=looked_up / link + looked_up / GATHERED_BYTES_PER_SECOND),
         OFFLOAD: Saving(inputs, True, (inputs / link, inputs / link)),
         STREAM: Saving(weights * max(0, layers - 2) // layers, False, (weights / link, weights / link)),
     }
+    head = _of_head(int(text.vocab_size), hidden, tokens, machine)
+    if place.streams == place.host_embedding:
+        return found | {HEAD: head}
+    last = EMBEDDING if place.streams else STREAM
+    return found | {last: found[last].with_head(head)}
+
+
+def _of_head(vocabulary: int, hidden: int, tokens: int, machine: Machine) -> Saving:
+    """It comes twice, beside three products with it."""
+    whole, places = 2 * vocabulary * hidden, SLOTS * 2 * hidden * head_blocks.rows_of(vocabulary, hidden)
+    if machine.gpu is None or whole <= places:
+        return Saving(0, False)
+    computed = 3 * whole * tokens / (machine.gpu.teraflops * 1e12)
+    return Saving(whole - places, False, alone=max(0.0, 2 * whole / copied_bytes_per_second(machine.gpu) - computed))

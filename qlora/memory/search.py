@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora.memory.changes import changed, halved, mildest, value_of
 from qlora.memory.estimate import Estimate
-from qlora.memory.levers import OFFLOAD, Lever, Saving
+from qlora.memory.levers import EMBEDDING, HEAD, OFFLOAD, STREAM, Lever, Saving
 from qlora.recipe.reading import Recipe
 from qlora.units import gib
 
@@ -154,6 +154,7 @@ class Lines:
         times = rows if self.two is not None else 1
         a_row = max(0, self.two.needed_bytes - self.every.needed_bytes) if self.two is not None else 0
         savings = [self.saving(lever, times) for lever in levers]
+        savings += [self.of_head()] if {EMBEDDING, STREAM} <= {lever.key for lever in levers} else []
         room = self.every.limit_bytes - self.every.needed_bytes - (times - 1) * a_row
         room += sum(one.nbytes for one in savings)
         if room < 0:
@@ -180,6 +181,10 @@ class Lines:
             return known
         up, down = known.beside
         return Saving(known.nbytes * rows, True, (up * rows, down * rows), known.alone * rows)
+
+    def of_head(self) -> Saving:
+        """What embeddings and layers on the host save together beside what each saves."""
+        return self.every.savings.get(HEAD, Saving(0, False))
 
     def _seconds(self, rows: int, count: int, savings: Sequence[Saving]) -> float:
         """Of a micro-batch: on the line, with copies where they take longer than what they run beside."""
@@ -225,7 +230,10 @@ def reasons(search: Search, found: Found) -> dict[str, str]:
             continue
         rows = int(estimate.settings[ROWS]) if lines is not None and lines.two is not None else 1
         saving = lines.saving(lever, rows) if lines is not None else Saving(0, False)
+        if lines is not None and lever.key == EMBEDDING and value_of(recipe, STREAM) is True:
+            saving = saving.with_head(lines.of_head())
         over, moved = saving.nbytes - left, f"about {gib(saving.nbytes)} wait on the host"
+        moved += ", the head's among them, which comes in blocks" if saving.head else ""
         why = f"without that {gib(over)} would be missing" if over > 0 else "which makes room for speed"
         said[lever.key] = f"{moved}, {why}" if estimate.fits else f"{moved}, and still it does not fit"
     return said

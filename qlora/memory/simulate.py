@@ -24,7 +24,7 @@ from qlora.batch import Batch
 from qlora.memory import tape
 from qlora.memory.allocator import rounded
 from qlora.memory.asking import Asks, ask
-from qlora.memory.host_weights import MetaStore, of_model
+from qlora.memory.host_weights import MetaStore, of_head, of_model, of_tables
 from qlora.memory.layer_kinds import drawn_layers, period_of
 from qlora.memory.lines import Line, activations_of
 from qlora.memory.operations import OperationCounter, of_whole_model
@@ -34,15 +34,17 @@ from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import HOST, LiveBytes, Sums
-from qlora.model import adapters, full_logits, lora_functions, precision
+from qlora.model import adapters, experts, full_logits, lora_functions, precision
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
+from qlora.model.layer_blobs import stacks_of
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.model.weight_receiving import tables
 from qlora.model.weight_streaming import inside
-from qlora.step import head_loss, loss, offload
+from qlora.step import head_blocks, head_loss, loss, offload
+from qlora.step.experts import IN_CHUNKS, IN_TRITON
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -82,7 +84,9 @@ class Simulator:
         config = self._models[0].causal_lm.config.get_text_config()
         cast = self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
         on_host = self._whole(*(model.host_bytes for model in (self._models[0], self._models[-1])))
-        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host)
+        tables = self._models[0].tables
+        stacked = self._whole(*(model.stacked_bytes for model in (self._models[0], self._models[-1])))
+        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host, *tables, stacked)
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -107,7 +111,7 @@ class Simulator:
 
     def _simulated(self, workload: Workload) -> Simulation:
         tokens, chunk = workload.rows * workload.length, self._models[0].parts.chunk_tokens
-        if tokens <= MOST_CHUNKS * chunk:
+        if tokens <= MOST_CHUNKS * chunk or self._models[0].parts.head_block:
             return self._run(workload, chunk)
         large, small = (-(-tokens // count) for count in DRAWN_CHUNKS)
         line = Line(large, small, chunk)  # a chunk's tensors grow with its tokens, and nothing else does
@@ -176,9 +180,11 @@ class _MetaModel:
                 load_nothing(model, spec.quantization, spec.place, MetaStore(self.live))
                 if (streamed := inside(model)) is not None:
                     streamed.ring.prepare()
-                self.host_bytes = of_model(model)
+                self.host_bytes, self.tables = of_model(model), (of_tables(model), of_head(model))
+                self.stacked_bytes = sum(stack.nbytes for _, stack in stacks_of(model))
                 self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
                 precision.settle(model, spec.dtype)
+                experts.compute_by(model, _experts_of(spec))
                 on_host = set(map(id, tables(model) if spec.target == "cuda" else ()))
                 for tensor in (*model.parameters(), *model.buffers()):
                     self.live.adopt(tensor, HOST if id(tensor) in on_host else "weights")
@@ -193,7 +199,8 @@ class _MetaModel:
         self.live.gradient_shapes = {tuple(parameter.shape) for parameter in self.parameters.values()}
         self.causal_lm = self.model.get_base_model()
         parts = CausalParts.of(self.causal_lm, on_card=spec.target == "cuda")
-        self.parts = replace(parts, loss_chunk=_loss_chunk_of(spec))
+        block = spec.head_block if head_blocks.sender_of(parts.head) is None else parts.head_block
+        self.parts = replace(parts, head_block=block, loss_chunk=0 if block else _loss_chunk_of(spec))
 
     def run(self, workload: Workload, chunk: int) -> tuple[Simulation, tape.Tape]:
         """A run whose loss takes `chunk` tokens at a time, and the tape of its step."""
@@ -352,6 +359,13 @@ def _functions_of(spec: ModelSpec) -> str:
     if spec.baseline.name != "qlora":
         return lora_functions.PEFT
     return lora_functions.choose(spec.lora, None, spec.target == "cuda" and trial.expected())
+
+
+def _experts_of(spec: ModelSpec) -> str:
+    """As `_functions_of`."""
+    if spec.experts is not None or spec.baseline.name != "qlora":
+        return spec.experts or IN_CHUNKS
+    return IN_TRITON if spec.target == "cuda" and trial.expected() else IN_CHUNKS
 
 
 def _loss_chunk_of(spec: ModelSpec) -> int:

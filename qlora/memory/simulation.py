@@ -34,8 +34,10 @@ class ModelSpec:
     kernel: str | None = None  # what attends to documents (`attention_choice.assumed`); None: sdpa or eager with a mask
     functions: str | None = None  # who computes linear layers; None: who does in a new run of this `lora`
     loss_chunk: int | None = None  # of the loss that comes with its gradient, 0: it does not; None: as in a new run
+    head_block: int = 0  # rows of the head that are there at a time, as a run has recorded them; 0: none has
     place: Place = field(default_factory=Place)  # what of the weights is on the host
     dtype: torch.dtype = torch.bfloat16  # in which our own step computes (`precision`)
+    experts: str | None = None  # who multiplies with experts in 4 bit; None: who does in a new run
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -135,9 +137,13 @@ class ValueCounts(NamedTuple):
 
 class Drawn(NamedTuple):
     """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
-    of weights on the host."""
+    of weights on the host, and of these what is in tables of the vocabulary, and of these in a head that comes in
+    blocks; last, of experts in 4 bit wherever they are."""
 
     values: ValueCounts
     eager: bool
     cast_bytes: int
     host_bytes: int = 0
+    table_bytes: int = 0
+    head_bytes: int = 0
+    stacked_bytes: int = 0

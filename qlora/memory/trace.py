@@ -21,7 +21,6 @@ from qlora.memory.allocator import Block, CachingAllocator, rounded
 from qlora.memory.operations import OperationCounter
 from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.tape import Tape
-from qlora.model.document_attention import varlen_backward
 from qlora.model.nf4 import product_4bit
 from qlora.step.kernels import operators
 
@@ -165,7 +164,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor):
                 self.adopt(value, self._region or workspace or self._category(value))
-        scratch = (SCRATCH if self.target == "cuda" else SCRATCH_IN_TORCH).get(func)
+        scratch = (SCRATCH if self.target == "cuda" else SCRATCH_IN_TORCH).get(func.name())
         if scratch is not None:
             self._use_for_a_moment(scratch(self.sums, *args, **kwargs))
         return result
@@ -296,14 +295,15 @@ def _losses_in_torch(
 
 
 # As below, of our own operators in plain torch.
-SCRATCH_IN_TORCH: dict[Any, Callable[..., tuple[int, ...]]] = {
-    torch.ops.qlora.cross_entropy_.default: _losses_in_torch,
+SCRATCH_IN_TORCH: dict[str, Callable[..., tuple[int, ...]]] = {
+    "qlora::cross_entropy_": _losses_in_torch,
 }
-# Bytes that CUDA kernels allocate inside themselves, while their results exist already.
-SCRATCH: dict[Any, Callable[..., tuple[int, ...]]] = {
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
-    aten._efficient_attention_backward.default: _efficient_documents_backward,
-    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
-    aten._softmax_backward_data.default: _softmax_backward,
-    **({varlen_backward(): _varlen_backward} if varlen_backward() is not None else {}),
+# Bytes that CUDA kernels allocate inside themselves, while their results exist already. By name: the module of the last
+# one brings torch's compiler with it, half of the time that an estimate for the CPU takes.
+SCRATCH: dict[str, Callable[..., tuple[int, ...]]] = {
+    "aten::_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+    "aten::_efficient_attention_backward": _efficient_documents_backward,
+    "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "aten::_softmax_backward_data": _softmax_backward,
+    "torch_attn::_varlen_attn_backward": _varlen_backward,
 }

@@ -167,15 +167,17 @@ class WeightReader:
 
     def identity(self) -> BaseIdentity:
         """Of the tensors that were read: the whole of each. Raises ModelError where a value is not finite."""
+        digests = self.digests()
+        return _with_content(self.config, {name: self.tensors[name] for name in digests}, digests)
+
+    def digests(self) -> dict[str, bytes]:
+        """blake3 of the bytes of each tensor that was read. Raises ModelError where a value is not finite."""
         self._look_at_last()
         if self._seen is not None:
             self._seen.result()
-        taken = {name: self.tensors[name] for name in sorted(self._digests)}
-        assert all(self._bytes[name] == entry.nbytes for name, entry in taken.items()), "a tensor was read in part"
-        content = blake3()
-        for name, entry in taken.items():
-            content.update(_described(name, entry) + self._digests[name].digest())
-        return at_the_door(self.config, taken).model_copy(update={"content": content.hexdigest()})
+        whole = all(self._bytes[name] == self.tensors[name].nbytes for name in self._digests)
+        assert whole, "a tensor was read in part"
+        return {name: digest.digest() for name, digest in self._digests.items()}
 
     def _look_at_last(self) -> None:
         if self._seen is not None:
@@ -189,13 +191,17 @@ class WeightReader:
         refuse_not_finite(name, self.tensors[name], tensor)
 
 
-def read_through(config: Mapping[str, Any], taken: Mapping[str, TensorEntry], sink: Sink) -> BaseIdentity:
+def read_through(
+    config: Mapping[str, Any], taken: Mapping[str, TensorEntry], sink: Sink, digests: Mapping[str, bytes] | None = None
+) -> BaseIdentity:
     """The whole identity of a base that is not loaded: its tensors `taken` are read once, in the order of the files.
 
-    Raises ModelError where a value is not finite.
+    `digests` are blake3 of the bytes of those that have been read already. Raises ModelError where a value is not
+    finite.
     """
-    reader, done, total = WeightReader(config, taken), 0, total_bytes(taken.values())
-    for name, entry in sorted(taken.items(), key=lambda item: (str(item[1].file), item[1].offset)):
+    left = {name: entry for name, entry in taken.items() if name not in (digests or {})}
+    reader, done, total = WeightReader(config, left), 0, total_bytes(left.values())
+    for name, entry in sorted(left.items(), key=lambda item: (str(item[1].file), item[1].offset)):
         rows = entry.shape[0] if entry.shape else 1
         step = max(1, BLOCK_BYTES * rows // max(1, entry.nbytes))
         spans = [(start, min(rows, start + step)) for start in range(0, rows, step)] if step < rows else [None]
@@ -203,7 +209,16 @@ def read_through(config: Mapping[str, Any], taken: Mapping[str, TensorEntry], si
             reader.read(name, span)
         done += entry.nbytes
         sink.emit(Progress("check base", done, total, "B"))
-    return reader.identity()
+    return _with_content(config, taken, {**(digests or {}), **reader.digests()})
+
+
+def _with_content(
+    config: Mapping[str, Any], taken: Mapping[str, TensorEntry], digests: Mapping[str, bytes]
+) -> BaseIdentity:
+    content = blake3()
+    for name in sorted(taken):
+        content.update(_described(name, taken[name]) + digests[name])
+    return at_the_door(config, taken).model_copy(update={"content": content.hexdigest()})
 
 
 def _described(name: str, entry: TensorEntry) -> bytes:

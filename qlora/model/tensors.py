@@ -14,7 +14,7 @@ import math
 import os
 import struct
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,14 +167,24 @@ def read_tensor(
         return _read(entry, stream, rows, memory)
 
 
-def read_ahead(entry: TensorEntry, spans: Sequence[tuple[int, int]]) -> Generator[torch.Tensor, None, None]:
+def read_ahead(
+    entry: TensorEntry, spans: Sequence[tuple[int, int]], see: Callable[[torch.Tensor], None] | None = None
+) -> Generator[torch.Tensor, None, None]:
     """The rows of each of `spans`, in memory of their own, as `read_tensor` gives them.
 
     The file is opened once, and a thread reads about AHEAD_BYTES of what comes next while the rows before are used; it
-    ends with the iterator.
+    ends with the iterator. It calls `see` with the rows that it has read, before anybody else has them.
     """
+
+    def read(stream: IO[bytes], span: tuple[int, int]) -> torch.Tensor:
+        rows = _read(entry, stream, span, None)
+        if see is not None:
+            see(rows)
+        return rows
+
     if len(spans) < 2:
-        yield from (read_tensor(entry, span) for span in spans)
+        with _open(entry.opened) as stream:
+            yield from (read(stream, span) for span in spans)
         return
     largest = max(end - start for start, end in spans) * (entry.nbytes // max(1, entry.shape[0]))
     reads: deque[Future[torch.Tensor]] = deque()
@@ -184,7 +194,7 @@ def read_ahead(entry: TensorEntry, spans: Sequence[tuple[int, int]]) -> Generato
         thread = ThreadPoolExecutor(1, thread_name_prefix="read")
         try:
             for span in spans:
-                reads.append(thread.submit(_read, entry, stream, span, None))
+                reads.append(thread.submit(read, stream, span))
                 if len(reads) > AHEAD_BYTES // max(1, largest):
                     yield reads.popleft().result()
             while reads:

@@ -5,12 +5,14 @@ host as it comes: beside what stays, the device holds one matrix. What is loaded
 base's files, from the cache of bases, or on meta for the estimator.
 
 Embeddings are tables of which a micro-batch needs a few rows: on the host they are looked up there, and the rows are
-copied. A head that is tied to them is a matrix that the device multiplies by: then nothing is saved, and they stay.
+copied. The head is a matrix that the device multiplies by: with layers and embeddings on the host it is there as well,
+and comes in blocks (`head_streaming.py`), tied to them or not. Without streamed layers it stays, with what is tied to
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,13 +23,17 @@ from qlora import device as hardware
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
 from qlora.forward_facts import host_ids
-from qlora.model.layer_blobs import LayerWeights
+from qlora.model import head_streaming
+from qlora.model.layer_blobs import LayerWeights, matrix_at, parts_of, put_part, stacks_of
 from qlora.model.meta_model import linear_layers
 from qlora.model.reclassed import called_as
 from qlora.model.weight_stores import HostStore, Store
 from qlora.model.weight_streaming import HINT, StreamedWeights, inside, lack_of
+from qlora.report.figures import human_bytes
+from qlora.step import head_blocks
+from qlora.step.head_blocks import device_of as device_of_head
 from qlora.step.layerwise import recomputable
-from qlora.units import GIB, gib
+from qlora.units import GIB
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import MemorySection, QuantizationSection
@@ -44,10 +50,15 @@ _ROWS_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Place:
-    """What of a model is on the host: its layers, its embeddings. The recipe's [memory], decided."""
+    """What of a model is on the host: layers, embeddings, and with both the head. The recipe's [memory], decided."""
 
     streams: bool = False
     host_embedding: bool = False
+
+    @property
+    def host_head(self) -> bool:
+        """Whether the head is there too, where that saves something."""
+        return self.streams and self.host_embedding
 
     @classmethod
     def of(cls, section: MemorySection) -> Place:
@@ -77,6 +88,7 @@ class Receiving:
     device: torch.device
     store: Keeper | None = None
     tables: frozenset[str] = frozenset()  # embeddings that are looked up on the host
+    head: str = ""  # that comes in blocks; "": it is on the device
     names: list[str] = field(default_factory=list)
     wanted: list[frozenset[str]] = field(default_factory=list)
     missing: list[set[str]] = field(default_factory=list)
@@ -85,11 +97,14 @@ class Receiving:
     def begin_again(self) -> None:
         """What has come is not to be used: all of it will come once more."""
         self.missing = [set(wanted) for wanted in self.wanted]
+        for weights in self.received.values():
+            weights.begin_again()
         self.received.clear()
 
     def device_of(self, name: str) -> torch.device:
         """Where the parameter `name` is made: the device, but for a table that belongs to the host."""
-        return torch.device("cpu") if name.rpartition(".")[0] in self.tables else self.device
+        on_host = name.rpartition(".")[0] in self.tables or (self.head and name == f"{self.head}.weight")
+        return torch.device("cpu") if on_host else self.device
 
     def home_of(self, name: str) -> torch.device:
         """Where what needs no computing is best read to: the host for what is streamed from there."""
@@ -110,7 +125,7 @@ class Receiving:
 
     def _took(self, number: int, name: str, store: Keeper) -> None:
         layer = self.model.get_submodule(self.names[number])
-        _move(layer.get_parameter(name), store)
+        _move(matrix_at(layer, name), store)
         self.missing[number].discard(name)
         if not self.missing[number]:
             wanted = self.wanted[number]
@@ -123,7 +138,7 @@ class Receiving:
         """All has come: from now on the model computes like any other, on its device. Raises ModelError if not all."""
         delattr(self.model, _KEPT)
         if self.place.host_embedding:
-            _put_on_host(self.model, self.tables, self.device, sink)
+            _put_on_host(self.model, self.tables, self.device, sink, bool(self.head))
         if self.store is None:
             return
         if lost := sorted(set(range(len(self.names))) - self.received.keys()):
@@ -133,7 +148,13 @@ class Receiving:
         layers = [self.received[number] for number in range(len(self.names))]
         streamed = StreamedWeights(layers, self.store, self.device)
         streamed.put_into(self.model)
-        held, slots = gib(streamed.total_bytes), gib(streamed.device_bytes)
+        if self.head:
+            head = self.model.get_submodule(self.head)
+            same = [name for name in self.tables if self.model.get_submodule(name).weight is head.weight]
+            tied = self.model.get_submodule(same[0]) if same else None
+            streamed.beside.append(head_streaming.put_in(head, tied, self.device, sink))
+            setattr(head, _ON_HOST, True)
+        held, slots = human_bytes(streamed.total_bytes), human_bytes(streamed.device_bytes)
         message = f"weights are streamed: {len(layers)} layers ({held}) through {slots}"
         if not hardware.is_card(self.device):
             message += "; without a GPU that is the same memory, and nothing is saved"
@@ -144,8 +165,10 @@ def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | 
     """Begin to load a model whose layers have their final form and no values. Raises ModelError where its layers
     cannot be streamed."""
     receiving = Receiving(causal_lm, place, device)
+    if place.host_head and not lack_of(causal_lm):
+        receiving.head = _host_head(causal_lm)
     if place.host_embedding:
-        receiving.tables = frozenset(_host_tables(causal_lm))
+        receiving.tables = frozenset(_host_tables(causal_lm, receiving.head))
     if place.streams:
         if lack := lack_of(causal_lm):
             raise ModelError(f"memory.stream_weights: {type(causal_lm).__name__}: {lack}", HINT)
@@ -155,15 +178,23 @@ def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | 
         receiving.store = store or HostStore(len(layers), device)
         receiving.names = [full_names[id(layer)] for layer in layers]
         for name, layer in zip(receiving.names, layers, strict=True):
-            own = (key for key, parameter in layer.named_parameters() if parameter.ndim > 1)
+            own = [key for key, parameter in layer.named_parameters() if parameter.ndim > 1]
+            own += [key for key, _ in stacks_of(layer)]
             receiving.wanted.append(frozenset(key for key in own if f"{name}.{key}" not in shared))
         receiving.missing = [set(wanted) for wanted in receiving.wanted]
     setattr(causal_lm, _KEPT, receiving)
     return receiving
 
 
+def settled(model: Any, sink: Sink) -> Any:
+    """The model, once nobody reads its tables as they were loaded: what is copied in pieces lies in them."""
+    if (sender := head_streaming.inside(model)) is not None:
+        sender.pin(sink)
+    return model
+
+
 def took(causal_lm: Any, name: str) -> None:
-    """The parameter `name` of a model that is being loaded has its value."""
+    """The parameter or stack `name` of a model that is being loaded has its value."""
     receiving: Receiving | None = vars(causal_lm).get(_KEPT)
     if receiving is not None:
         receiving.took(name)
@@ -177,22 +208,50 @@ def place_by_room(causal_lm: Any, quantization: QuantizationSection, device: tor
     linear = sum(layer.weight.numel() for _, layer in linear_layers(causal_lm))
     others = sum(parameter.numel() for parameter in causal_lm.parameters()) - linear
     of_linear = _BYTES_IN_4BIT if quantization.type != "none" else 2
-    return Place(streams=linear * of_linear + 2 * others + _ROOM_BESIDE_BYTES > hardware.free_bytes(device))
+    stacked = sum(stack.nbytes for _, stack in stacks_of(causal_lm))
+    free = hardware.free_bytes(device) - _ROOM_BESIDE_BYTES
+    streams = linear * of_linear + 2 * others + stacked > free
+    return Place(streams=streams, host_embedding=2 * others > free)
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model computes, whatever of it is elsewhere: its head is never."""
-    found: torch.device = model.get_output_embeddings().weight.device
-    return found
+    """Where a model computes, whatever of it is elsewhere."""
+    return device_of_head(model.get_output_embeddings())
 
 
 def tables(model: Any) -> list[Tensor]:
-    """Of a model's embeddings, those on the host."""
-    return [module.weight for module in model.modules() if vars(module).get(_ON_HOST)]
+    """Of a model's embeddings and its head, those on the host, each once."""
+    found = [module.weight for module in model.modules() if vars(module).get(_ON_HOST)]
+    return [*{id(table): table for table in found}.values()]
 
 
-def refuse_on_host(name: str, modules: Iterable[nn.Module]) -> None:
-    """Raises ModelError where one of the modules that are to be trained whole as `name` is a table on the host."""
+def give_head_back(model: Any) -> None:
+    """The head on the device, as it is in other models: it is to be trained or replaced."""
+    sender, streamed = head_streaming.inside(model), inside(model)
+    if sender is None or streamed is None:
+        return
+    if (tied := sender.tied) is not None:
+        tied.__class__ = type(tied).__mro__[1]  # as it was before `_on_host`
+        for key, buffer in tied._buffers.items():
+            tied._buffers[key] = buffer if buffer is None else buffer.to(sender.device)
+    for module in (sender.head, tied):
+        if module is not None:
+            vars(module).pop(_ON_HOST)
+    sender.give_back()
+    streamed.beside.remove(sender)
+
+
+def for_saved(model: Any, saved: Iterable[str]) -> None:
+    """Before an adapter with these tensors is put on a model: a head that it replaces is on the device."""
+    if any("lora_" not in name for name in saved):
+        give_head_back(model)
+
+
+def refuse_on_host(model: Any, name: str, modules: Collection[nn.Module]) -> None:
+    """Raises ModelError where one of the modules that are to be trained whole as `name` is a table on the host. The
+    head comes back from there."""
+    if any(module is model.get_output_embeddings() for module in modules):
+        give_head_back(model)
     if any(vars(module).get(_ON_HOST) for module in modules):
         what = f"lora.modules_to_save: {name} is looked up on the host, where nothing is trained"
         raise ModelError(what, 'set memory.embedding = "device"')
@@ -207,54 +266,81 @@ def bytes_on_device(model: Any, tensors: Iterable[Tensor]) -> int:
     return held + (streamed.device_bytes if streamed is not None else 0)
 
 
-def _move(parameter: Any, store: Keeper) -> None:
-    """A matrix and its constants to the host; small tables stay."""
-    parameter.requires_grad_(False)
-    parameter.data = store.moved(parameter.data)
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        state.absmax = store.moved(state.absmax)
-        if state.nested:
-            state.state2.absmax = store.moved(state.state2.absmax)
+def _move(matrix: Any, store: Keeper) -> None:
+    """A matrix and its constants to the host, or a stack of them; small tables stay."""
+    if isinstance(matrix, nn.Parameter):
+        matrix.requires_grad_(False)
+    for part, tensor in list(parts_of(matrix)):
+        put_part(matrix, part, store.moved(tensor))
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------------
 
 
-def _host_tables(causal_lm: Any) -> Iterator[str]:
-    """Names of the embeddings of ids whose table nothing else reads."""
+def _host_tables(causal_lm: Any, head: str) -> Iterator[str]:
+    """Names of the embeddings of ids whose table nothing else reads, but for a `head` that is on the host too."""
     main = causal_lm.get_input_embeddings()
-    shared = {name for pair in causal_lm.all_tied_weights_keys.items() for name in pair}
+    pairs = [{*pair} for pair in causal_lm.all_tied_weights_keys.items()]
+    shared = {name for pair in pairs if f"{head}.weight" not in pair for name in pair}
     for name, module in causal_lm.named_modules():
         large = isinstance(module, nn.Embedding) and module.num_embeddings >= _ROWS_SHARE * main.weight.shape[0]
         if large and f"{name}.weight" not in shared:
             yield name
 
 
-def _put_on_host(causal_lm: Any, tables: frozenset[str], device: torch.device, sink: Sink) -> None:
+def _host_head(causal_lm: Any) -> str:
+    """The name of a head that comes in blocks; "" where it stays: nothing is saved, or others than the embeddings have
+    its table too."""
+    head, main = causal_lm.get_output_embeddings(), causal_lm.get_input_embeddings()
+    names = {id(module): name for name, module in causal_lm.named_modules()}
+    own, pair = f"{names[id(head)]}.weight", {f"{names[id(one)]}.weight" for one in (head, main)}
+    tied = [{*one} for one in causal_lm.all_tied_weights_keys.items() if own in one]
+    return names[id(head)] if head_streaming.saves(head) and all(one == pair for one in tied) else ""
+
+
+def _put_on_host(causal_lm: Any, tables: frozenset[str], device: torch.device, sink: Sink, with_head: bool) -> None:
     """Have embeddings looked up on the host, and say what that saves."""
     saved = 0
     for name in sorted(tables):
         module = causal_lm.get_submodule(name)
         for key, buffer in module._buffers.items():
             module._buffers[key] = buffer if buffer is None or buffer.is_meta else buffer.cpu()
-        module.__class__ = _on_host(type(module), device)
+        if with_head:
+            module.padding_idx = None  # whose row has no gradient, as no row has; not among those that are looked up
+        module.__class__ = _on_host(type(module), device, causal_lm.get_output_embeddings() if with_head else None)
         setattr(module, _ON_HOST, True)
         saved += module.weight.nbytes
-    message = f"embeddings are looked up on the host: {gib(saved)} less on the device"
+    message = f"embeddings are looked up on the host: {human_bytes(saved)} less on the device"
     if not saved:
         message = 'memory.embedding = "host" saves nothing: the head multiplies by the same table, which stays'
     sink.emit(Notice("memory", message))
 
 
-def _on_host(kind: Any, device: torch.device) -> Any:
-    """An embedding whose table and buffers are on the host, and whose rows are wanted on `device`."""
+def _on_host(kind: Any, device: torch.device, head: Any) -> Any:
+    """An embedding whose table and buffers are on the host, and whose rows are wanted on `device`. Once its table is
+    cut into a head's blocks, rows are taken from those."""
 
     class OnHost(kind):  # type: ignore[misc]
+        weight: nn.Parameter
+
         def forward(self, input_ids: Tensor) -> Tensor:
             if input_ids.is_meta:
                 return torch.empty((*input_ids.shape, self.weight.shape[1]), dtype=self.weight.dtype, device=device)
-            rows: Tensor = super().forward(host_ids(input_ids))
+            ids = host_ids(input_ids)
+            if self.weight.is_meta:
+                rows: Tensor = self._of_blocks(ids)
+            else:
+                rows = super().forward(ids)
             return hardware.pinned(rows, device).to(device, non_blocking=True)
+
+        def _of_blocks(self, ids: Tensor) -> Tensor:
+            """What the model's own class does with rows is done with those that are asked for, as a table."""
+            sender, table = head_blocks.sender_of(head), self.weight
+            assert isinstance(sender, head_streaming.StreamedHead)
+            self.weight = nn.Parameter(sender.look_up(ids).flatten(0, -2), requires_grad=False)
+            try:
+                return super().forward(torch.arange(ids.numel()).view(ids.shape))  # type: ignore[no-any-return]
+            finally:
+                self.weight = table
 
     return called_as(kind, OnHost)

@@ -136,7 +136,7 @@ class HostStore:
     def send(self, layer: int, slot: Tensor, copies: CopyStream, after: Any) -> Arriving:
         blob = self._blobs[layer]
         assert blob is not None, f"layer {layer} has no blob"
-        return _Copied(copies, _copy(blob.beside(slot[: blob.nbytes]), copies, after))
+        return copied(blob.beside(slot[: blob.nbytes]), copies, after)
 
     def close(self) -> None:
         self._blobs = [None] * len(self._blobs)
@@ -220,6 +220,11 @@ class DiskStore:
 def _stamp(file: Any) -> tuple[int, int]:
     about = os.fstat(file.fileno())
     return about.st_size, about.st_mtime_ns
+
+
+def copied(pairs: Sequence[tuple[Tensor, Tensor]], copies: CopyStream, after: Any) -> Arriving:
+    """Have each part of a slot copied from its place on the host, behind the point `after` of what is computed."""
+    return _Copied(copies, _copy(pairs, copies, after))
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]], copies: CopyStream, after: Any) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from qlora.errors import ModelError
 from qlora.layer_partners import hold, is_closed, weights_of
 from qlora.model.layer_blobs import LayerWeights
 from qlora.model.layer_walk import layers_of
-from qlora.model.mixtures import experts_in
 from qlora.model.weight_stores import Arriving, Store
 from qlora.out_of_memory import gpu_fault
 from qlora.step.layerwise import recomputable
@@ -112,12 +111,21 @@ class Ring:
         return slot
 
 
+class Ends(Protocol):
+    def reset(self) -> None:
+        """Its places on the device are given back until they are needed."""
+
+    def close(self) -> None:
+        """As `reset`, and what it has on the host."""
+
+
 class StreamedWeights:
     """The frozen weights of a model's layers, held by a store; `layer_partners.Weights` of who runs the layers."""
 
     def __init__(self, layers: Sequence[LayerWeights], store: Store, device: torch.device) -> None:
         self.layers, self.store, self.device = tuple(layers), store, device
         self.ring = Ring(store, max(layer.layout.nbytes for layer in layers), device)
+        self.beside: list[Ends] = []  # what else comes and goes, and is given back with the layers
         self._depths = [0] * len(layers)
         self._looked_at = False
 
@@ -172,6 +180,8 @@ class StreamedWeights:
                 self.layers[number].take_away(self.device)
         self._depths = [0] * len(self._depths)
         self.ring.empty()
+        for one in self.beside:
+            one.reset()
 
     def close(self) -> None:
         """The model can compute nothing any more. A GPU that failed fails here again: why the run ended is known."""
@@ -182,6 +192,8 @@ class StreamedWeights:
                 raise
             self.ring.slots = []
         self.store.close()
+        for one in self.beside:
+            one.close()
 
     def put_into(self, causal_lm: Any) -> None:
         """From now on each layer's forward pass asks for its weights."""
@@ -244,8 +256,6 @@ def lack_of(causal_lm: Any) -> str:
     """Why the layers of a model cannot be streamed; "" where they can."""
     if not causal_lm.supports_gradient_checkpointing:
         return "transformers cannot recompute its layers"
-    if next(experts_in(causal_lm), None) is not None:
-        return "its experts are held on the device, where streaming the layers around them saves next to nothing"
     if getattr(causal_lm.config.get_text_config(), "num_kv_shared_layers", None):
         return "its layers share keys and values"
     try:

@@ -185,7 +185,7 @@ def _real_location(location: tuple[int | str, ...], raw: Mapping[str, Any]) -> t
 def _message(item: Any) -> str:
     if item["type"] == "missing":
         return "is missing"
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = foreign_json.reason(item, "a table")
     return f"is wrong: {message[0].lower()}{message[1:]}{foreign_json.shown(item)}"
 
 
@@ -193,7 +193,7 @@ def _hint(dotted: str, item: Any) -> str:
     key = ".".join(part for part in dotted.split(".") if not part.isdigit())
     if field := _fields().get(key):
         return f"{key}: {field.description}"
-    if item["type"] == "missing":
+    if item["type"] == "missing" or key in ("data.train", "data.eval"):
         return 'the smallest recipe is [model] with base = "..." and [[data.train]] with path = "..."'
     return "see the recipe's keys in the README, or `qlora-train --schema`"
 
@@ -248,6 +248,18 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             'merge it instead: formats = ["gguf:q8_0"]',
         ),
         (
+            lora.experts and (lora.dropout > 0 or lora.use_dora or lora.init == "eva"),
+            "lora.experts",
+            f"lora.experts = true and {_not_with_experts(lora)} cannot go together",
+            "adapters on experts are plain products of two matrices: take one of the two lines out",
+        ),
+        (
+            lora.experts and "adapter-gguf" in export.formats,
+            "export.formats",
+            "adapter-gguf cannot hold adapters on experts (lora.experts)",
+            'merge it instead: formats = ["hf"]',
+        ),
+        (
             lora.use_dora and lora.init == "eva",
             "lora.init",
             'lora.init = "eva" and lora.use_dora cannot go together (DoRA starts from the plain LoRA product)',
@@ -258,6 +270,10 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
     found = [(key.split("."), what, hint) for wrong, key, what, hint in checks if wrong]
     places = (tuple(int(part) if part.isdigit() else part for part in parts) for parts, _, _ in found)
     return [Problem(index.where(place), what, hint) for place, (_, what, hint) in zip(places, found, strict=True)]
+
+
+def _not_with_experts(lora: sections.LoraSection) -> str:
+    return "lora.dropout" if lora.dropout else "lora.use_dora = true" if lora.use_dora else f'lora.init = "{lora.init}"'
 
 
 def looks_like_folder(base: str) -> bool:

@@ -13,7 +13,7 @@ from qlora.objective_keys import ObjectiveKeys
 from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Sinks, Text
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
-GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
+GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "mxfp4_moe", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
 EXPORT_FORMATS = ("hf", "adapter-gguf", *(f"gguf:{quant}" for quant in GGUF_QUANTS))
 
 
@@ -57,6 +57,7 @@ class LoraSection(Section):
     target_modules: Literal["all-linear"] | Names = Field(
         "all-linear", description="all-linear (every linear layer but the head), or names such as ['q_proj', 'v_proj']"
     )
+    experts: bool = Field(False, description="Adapters on a mixture's experts too; routers stay frozen")
     init: Literal["default", "gaussian", "eva"] = Field(
         "default", description="Start of the A matrices; eva: main directions of the layers' inputs on your rows"
     )
@@ -190,7 +191,7 @@ class MemorySection(Section):
         "no number changes",
     )
     embedding: Literal["auto", "device", "host"] = Field(
-        "auto", description="Where the embeddings are looked up; the rows are copied from the host"
+        "auto", description="Where embeddings are looked up; with streamed weights, the head is there too"
     )
     cache: bool | Literal["auto"] = Field(
         "auto",

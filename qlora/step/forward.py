@@ -21,7 +21,7 @@ from qlora import numerics
 from qlora.batch import Batch
 from qlora.device import is_card
 from qlora.forward_facts import in_forward
-from qlora.step import head_loss
+from qlora.step import head_blocks, head_loss
 from qlora.step.loss import LogitsTransform, Objective, chunk_tokens, logits_transform, token_logprobs
 
 
@@ -35,23 +35,24 @@ class CausalParts:
     transform: LogitsTransform | None
     chunk_tokens: int
     loss_chunk: int = 0  # tokens whose loss comes with its gradient (`head_loss`); 0: the head is asked again for it
+    head_block: int = 0  # rows of the head that are there at a time (`head_blocks`); 0: all of them
 
     @classmethod
     def of(cls, causal_lm: Any, on_card: bool | None = None) -> CausalParts:
         """Take a transformers causal LM apart (the model inside a PEFT wrapper: `peft_model.get_base_model()`).
-
-        `on_card`: a GPU computes; None: where the weights are. A run keeps the chunks of the head that it began with.
+        `on_card`: a GPU computes; None: where the weights are. A run keeps the pieces of the head that it began with.
         """
         head, run = causal_lm.get_output_embeddings(), numerics.of_run()
-        on_card = is_card(head.weight.device) if on_card is None else on_card
-        config = causal_lm.config.get_text_config()
+        on_card = is_card(head_blocks.device_of(head)) if on_card is None else on_card
+        config, block = causal_lm.config.get_text_config(), head_blocks.rows_of_run(head, run)
         return cls(
             trunk=causal_lm.base_model,
             embedding=causal_lm.get_input_embeddings(),
             head=head,
             transform=logits_transform(config),
             chunk_tokens=(run and run.head_chunk) or chunk_tokens(config.vocab_size, on_card),
-            loss_chunk=(run and run.loss_chunk) or 0,
+            loss_chunk=0 if block else (run and run.loss_chunk) or 0,
+            head_block=block,
         )
 
 
@@ -85,8 +86,10 @@ def batch_logprobs(parts: CausalParts, batch: Batch, neftune_alpha: float = 0.0)
     """Log-probabilities (T,) of the trained targets of a micro-batch, in the order of `batch.trained_T`; (T, K) of the
     tokens of its labels where it has some."""
     hidden_TD, targets_T = _trained(parts, batch, neftune_alpha)
-    targets_T = targets_T if batch.label_ids_TK is None else batch.label_ids_TK
-    return token_logprobs(hidden_TD, targets_T, parts.head, parts.transform, parts.chunk_tokens)
+    asked = (hidden_TD, targets_T if batch.label_ids_TK is None else batch.label_ids_TK, parts.head, parts.transform)
+    if parts.head_block:
+        return head_blocks.token_logprobs(*asked, parts.head_block)
+    return token_logprobs(*asked, parts.chunk_tokens)
 
 
 def _trained(parts: CausalParts, batch: Batch, neftune_alpha: float) -> tuple[Tensor, Tensor]:
@@ -137,9 +140,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def seed_micro_batch(seed: int, step: int, micro_step: int) -> None:
-    """Set the random state that dropout and NEFTune draw from: a function of the recipe and the place in the run.
-
-    Nothing random has to be saved for that: a resumed run, a replayed step and the first one draw the same numbers.
-    """
+    """Seed what dropout and NEFTune draw, by the recipe and the place in the run: a resumed run draws the same numbers,
+    a replayed step too, and nothing random is saved for it."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro_step}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -61,11 +61,11 @@ def head_of(head: nn.Module, transform: LogitsTransform | None) -> Head | None:
         return None
     if head._forward_hooks or head._forward_pre_hooks or any(one.requires_grad for one in head.parameters()):
         return None
-    scaling = _scaling(transform)
+    scaling = scaling_of(transform)
     return None if scaling is None else Head(head.weight, head.bias, *scaling)  # type: ignore[arg-type]
 
 
-def _scaling(transform: LogitsTransform | None) -> tuple[float, float] | None:
+def scaling_of(transform: LogitsTransform | None) -> tuple[float, float] | None:
     if transform is None:
         return 1.0, 0.0
     function, named = (transform.func, transform.keywords) if isinstance(transform, partial) else (None, {})

@@ -25,7 +25,7 @@ from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
 from qlora.memory.measured import measure, peak_bytes
 from qlora.memory.spilling import SpillWatch
-from qlora.model import adapters, attention, compiled
+from qlora.model import adapters, attention, compiled, expert_check
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
@@ -189,7 +189,8 @@ class Training:
             self.optimizer.step(0.0)
 
         def work() -> None:
-            step()
+            with expert_check.watched(self.causal_lm):
+                step()
             if self.evaluation is not None:
                 self.evaluation.try_longest()
 

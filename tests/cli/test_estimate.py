@@ -219,3 +219,9 @@ def test_the_line_of_a_picture_goes_up_with_the_length_of_rows(
     assert short[0] < long[0] and limits == [
         ("a card sold with 4 GB, less what its driver keeps (3.81 GiB)", json.loads(done.stdout)["limit_bytes"])
     ]
+
+
+def test_an_estimate_begins_without_torch_s_compiler() -> None:
+    """It comes with attention over documents (`torch.nn.attention.varlen`), which a processor does not use."""
+    code = "import sys\nfrom qlora.memory import estimate\nsys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

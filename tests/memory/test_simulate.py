@@ -256,9 +256,9 @@ def test_inputs_on_the_host_are_no_device_memory(layers: int, monkeypatch: pytes
                 assert difference <= 0, phase
 
 
-# GiB of tensors of the same with layers and embedding on the host too: what it takes. Wanted are 2.0, 2.5 and 4.5
-# (issue 16); at 32,768 the peak is the way down: one layer computed again, in tiles.
-GIB_OF_STREAMED_8B = {2048: 2.09, 8192: 2.68, 32768: 5.45}
+# GiB of tensors of the same with layers, embedding and head on the host too. At most 2.0, 2.5 and 4.5 were wanted; at
+# 32,768 the peak is the way down: one layer computed again, in tiles.
+GIB_OF_STREAMED_8B = {2048: 1.10, 8192: 1.70, 32768: 4.47}
 
 
 @pytest.mark.parametrize("tokens", GIB_OF_STREAMED_8B)
@@ -269,7 +269,7 @@ def test_8b_with_everything_on_the_host_that_may_be(tokens: int) -> None:
         text, "8B", LoraSection(), QuantizationSection(), kernel="varlen", functions=functions, place=place
     )
     found = Simulator(spec).run(Workload(1, tokens, offloads=True)).worst.total / 2**30
-    assert GIB_OF_STREAMED_8B[tokens] - 0.3 <= found <= GIB_OF_STREAMED_8B[tokens]
+    assert GIB_OF_STREAMED_8B[tokens] - 0.2 <= found <= GIB_OF_STREAMED_8B[tokens]
 
 
 # GiB of tensors of Llama-3.1-8B, rank 16, one row, on a card with Triton and varlen attention. While a layer is gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -31,6 +32,17 @@ def test_an_operation_takes_the_longest_of_memory_arithmetic_and_a_launch() -> N
     assert predict(work(Layers(1, ((attends, 1),), ())), CARD, 1).seconds == pytest.approx(1 / 0.55)
 
 
+def test_a_grouped_product_is_slower_by_half_a_tile_an_expert_and_loops_where_no_kernel_is() -> None:
+    few, many = (Operation(8, 10**9, False, 8, rows, False) for rows in (8 * 64, 8 * 6400))
+    seconds = [predict(work(Layers(1, ((one, 1),), ())), CARD, 1).seconds for one in (few, many)]
+    assert seconds == pytest.approx([1.5 / 0.6, 1.005 / 0.6])
+    looped, fused = (Operation(8, 8, False, 1000, 64_000, loops) for loops in (True, False))
+    starts = [predict(work(Layers(1, ((one, 1),), ())), CARD, 1).seconds for one in (looped, fused)]
+    assert starts == pytest.approx([1000 * RATES.host, RATES.host])
+    hopper = replace(CARD, capability=90)
+    assert predict(work(Layers(1, ((looped, 1),), ())), hopper, 1).seconds == pytest.approx(RATES.host)
+
+
 def test_copies_count_where_they_take_longer_than_the_layer_beside_them() -> None:
     layers = work(Layers(2, ((MOVES, 1),), ((MOVES, 3),)))
     alone = predict(layers, CARD, 1)
@@ -42,6 +54,14 @@ def test_copies_count_where_they_take_longer_than_the_layer_beside_them() -> Non
     offloaded = predict(layers, CARD, 1, copies=Copies(to_host_up=int(10 * link), to_card_up=int(8 * link)))
     assert offloaded.up == pytest.approx(10)  # each direction by itself
     assert predict(layers, CARD, 1, copies=Copies(from_disk=30 * 10**9)).up == pytest.approx(10)
+
+
+def test_a_head_comes_twice_beside_what_is_computed_with_it() -> None:
+    computed, link = Work((Layers(1, (), ()),), ((MOVES, 4),), (0, 0)), 16 * 16e9 / 8 * 128 / 130 * 0.8
+    alone = predict(computed, CARD, 1)
+    assert predict(computed, CARD, 1, copies=Copies(of_head=10**9)).outside == alone.outside
+    slow = predict(computed, CARD, 1, copies=Copies(of_head=int(5 * link)))
+    assert slow.outside == pytest.approx(10) and slow.waits == pytest.approx(10 - alone.outside)
 
 
 def test_an_update_is_shared_by_its_micro_batches() -> None:

@@ -99,6 +99,7 @@ def test_the_softmaxs_backward_has_a_temporary_of_its_own_on_a_gpu() -> None:
 
 def varlen_backward(lengths: list[int], sums: Sums, heads: int = 32, shared: int = 8) -> int:
     """Bytes beyond its results that the backward pass of attention over documents takes on a GPU."""
+    assert document_attention.has_varlen()  # what registers it
     mode, width, tokens = LiveBytes("cuda"), 128, sum(lengths)
     mode.sums = sums
     mode.begin("backward")
@@ -108,7 +109,7 @@ def varlen_backward(lengths: list[int], sums: Sums, heads: int = 32, shared: int
     starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta")
     seed = torch.empty(2, dtype=torch.uint64, device="meta")
     with mode:
-        document_attention.varlen_backward()(
+        torch.ops.torch_attn._varlen_attn_backward.default(
             states[0], states[1], *keys, states[0], lse, starts, starts, max(lengths), max(lengths), True, seed
         )
     return mode.peaks["backward"].parts["workspace"]

@@ -85,3 +85,19 @@ def test_lines_survive_multiline_values_and_comments(tmp_path: Path) -> None:
     text += '[[data.train]]\npath="a"\n[[data.train]]\npathh="b"\n'
     found = problems(tmp_path, text)
     assert [where for where, _, _ in found] == ["recipe.toml:8", "recipe.toml:11", "recipe.toml:12"]
+
+
+@pytest.mark.parametrize(
+    ("train", "what"),
+    [
+        ('"a.jsonl"', "data.train is wrong: input should be a list"),
+        ('["a.jsonl"]', "train.0 is wrong: input should be a table"),
+    ],
+)
+def test_rows_that_are_named_by_a_string_alone_are_told_how_to_stand_there(
+    tmp_path: Path, train: str, what: str
+) -> None:
+    """The first thing that a newcomer tries; Python's types are no words for it."""
+    ((where, found, hint),) = problems(tmp_path, f'[model]\nbase = "x"\n[data]\ntrain = {train}\n')
+    assert what in found and "tuple" not in found and '[[data.train]] with path = "..."' in hint
+    assert where == "recipe.toml:4"

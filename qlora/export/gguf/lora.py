@@ -29,6 +29,8 @@ def check(adapter: Adapter) -> None:
     hint = "merge it instead: to='gguf'"
     if any(module.magnitude is not None for module in adapter.lora.values()):
         raise ExportError(f"{adapter.folder}: DoRA's magnitudes cannot stand in an adapter file", hint)
+    if experts := sorted(adapter.experts):
+        raise ExportError(f"{adapter.folder}: {experts[0]} has adapters on experts, which no adapter file holds", hint)
     if whole := sorted({*adapter.whole, *adapter.rows}):
         raise ExportError(f"{adapter.folder}: {whole[0]} was trained whole, which an adapter file cannot hold", hint)
     if embeddings := sorted(name for name, module in adapter.lora.items() if module.embedding):

@@ -24,6 +24,7 @@ from qlora.errors import ExportError
 from qlora.events import Notice, Sink
 from qlora.export import base_check
 from qlora.export.artifacts import Source
+from qlora.export.base_content import BaseContent
 from qlora.export.imatrix import Imatrix, choose_packs, collect
 from qlora.export.merge.parts import MergeBase
 from qlora.export.verify import candidates, evaluation, fidelity
@@ -31,7 +32,6 @@ from qlora.export.verify.choice import Choice, MeasuredBase
 from qlora.export.verify.evaluation import ComparedLoss
 from qlora.export.verify.fidelity import Fidelity, Positions, Reference
 from qlora.model import adapters, load, precision
-from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import MetaModel
 from qlora.model.tokenizer import open_tokenizer
 from qlora.model.tokenizer_files import of_export
@@ -46,14 +46,14 @@ PROBE_LENGTH = 512
 class TrainedReference:
     """What is known of the trained model, and the table of what was measured against it.
 
-    `base_identity` is the base's, with its content; `predictions` is None without verification, `imatrix` unless asked
+    `content` is the base's; `predictions` is None without verification, `imatrix` unless asked
     for, `evaluation` (the loss of the run's rows beside the one that it delivered) where there is nothing to compare,
     `choice` (of the merge base) where there was none.
     """
 
     source: Source
     chat: ChatFormat
-    base_identity: BaseIdentity
+    content: BaseContent
     predictions: Reference | None = None
     imatrix: Imatrix | None = None
     evaluation: ComparedLoss | None = None
@@ -117,7 +117,7 @@ def trained_reference(
     tokenizer = rows.chat.tokenizer if rows else _tokenizer_alone(source)
     chat = ChatFormat.of(tokenizer)
     if not verify and not imatrix:
-        yield TrainedReference(source, chat, base_check.read_through(source, sink))
+        yield TrainedReference(source, chat, BaseContent(source, sink))
         return
     if imatrix and rows is None:
         raise ExportError("`imatrix` needs the rows of a run", "name a run's folder whose data files are still there")
@@ -129,7 +129,7 @@ def trained_reference(
     base_check.refuse_another(source, model.base_identity)
     if model.base_was_kept:  # a merge reads the base's own files, of which samples alone were looked at
         base_check.read_through(source, sink)
-    reference = TrainedReference(source, chat, model.base_identity)
+    reference = TrainedReference(source, chat, BaseContent(source, sink, model.base_identity))
     model = adapters.open_saved(model, source.adapter.folder)
     if imatrix and rows is not None:  # from its training rows; from evaluation rows where these are all there are
         split, packs = choose_packs((rows.data.train, rows.data.eval), rows.section)

@@ -19,6 +19,7 @@ from qlora.export.gguf.vocab import metadata
 from qlora.export.gguf.write import GgufFile, Tools, write
 from qlora.export.llama_cpp import runtime
 from qlora.export.merge.merge import MergedTensor
+from qlora.export.merge.parts import expert_pieces
 from qlora.export.staging import StagedExport
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import build
@@ -66,9 +67,14 @@ def plain_tensors(base: BaseFolder) -> list[MergedTensor]:
     """The base's own weights as if they were merged."""
     meta_model = build(base)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.model.state_dict().items()}
+    of_experts = expert_pieces(base, meta_model)
     return [
         MergedTensor(source, name, shapes[name], partial(_whole, base.tensors[source]))
         for name, source in meta_model.sources.items()
+    ] + [
+        MergedTensor(piece.tensor, name, (entry := base.tensors[piece.tensor]).shape, partial(_whole, entry))
+        for name, (_, piece) in of_experts.items()
+        if piece.tensor in base.tensors
     ]
 
 
