@@ -99,8 +99,8 @@ class Shelf:
             repr(spec.baseline),
             repr(spec.place),
         )
-        run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk), str(spec.head_block), str(spec.dtype))
-        settings = (spec.attention, spec.target, *run, str(sizes), repr(workload))
+        run = (spec.kernel, spec.functions, spec.loss_chunk, spec.head_block, spec.dtype, spec.experts)
+        settings = (spec.attention, spec.target, *map(str, run), str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
         return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
 

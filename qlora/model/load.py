@@ -112,7 +112,7 @@ def swap_all_linear(meta_model: MetaModel, base: BaseFolder, quantization: Quant
             # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
             if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
                 swap_linear(meta_model.model, name, linear, quantization)
-        experts.hold(meta_model.model, quantization)
+    experts.hold(meta_model.model, quantization)
 
 
 def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, receiving: Receiving, sink: Sink) -> None:
