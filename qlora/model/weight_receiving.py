@@ -210,8 +210,7 @@ def place_by_room(causal_lm: Any, quantization: QuantizationSection, device: tor
     of_linear = _BYTES_IN_4BIT if quantization.type != "none" else 2
     stacked = sum(stack.nbytes for _, stack in stacks_of(causal_lm))
     free = hardware.free_bytes(device) - _ROOM_BESIDE_BYTES
-    streams = linear * of_linear + 2 * others + stacked > free
-    return Place(streams=streams, host_embedding=2 * others > free)
+    return Place(streams=linear * of_linear + 2 * others + stacked > free, host_embedding=2 * others > free)
 
 
 def device_of(model: Any) -> torch.device:
