@@ -121,6 +121,7 @@ class Training:
                 section=job.recipe.eval,
                 recovery=self.recovery,
                 clock=job.clock,
+                began=partial(reference.as_it_began, job),
                 check_stop=job.stop.check,
             )
 
