@@ -237,3 +237,12 @@ def test_a_dense_base_has_no_experts_to_train(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr("qlora.model.load.load_base", None)
     with pytest.raises(UserError, match=r"lora.experts = true: the base is no mixture of experts"):
         runs.train(recipe, *WITH_EXPERTS)
+
+
+def test_experts_that_are_streamed_are_trained_alike(tmp_path: Path) -> None:
+    """Their adapters stay where they are trained, and their weights come a layer at a time: the same bits."""
+    base = make_base("qwen3_moe", tmp_path / "base")
+    one, other = (runs.write_recipe(tmp_path / name, base) for name in ("resident", "streamed"))
+    runs.train(one, *WITH_EXPERTS, "train.max_steps=2", "memory.stream_weights=false")
+    runs.train(other, *WITH_EXPERTS, "train.max_steps=2", "memory.stream_weights=true")
+    assert runs.hashes(one, 2) == runs.hashes(other, 2)
