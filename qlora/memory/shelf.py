@@ -71,7 +71,7 @@ class _Work:
 @dataclass(frozen=True)
 class _File:
     """A file's content. `drawn` are the four counts of values, then bytes: a baseline's cast ones, the host's, and
-    of these those of tables and of a head; last those of stacks of experts."""
+    of these those of tables and of a head, and those of stacks of experts."""
 
     key: str
     eager: bool
