@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import MergedTensor
+from qlora.model.mxfp4 import FORMS
 
-BLOCKS, SCALES = "blocks", "scales"  # model/mxfp4.py, FORMS
+SCALES = FORMS[1]
 
 
 def repack(blocks: Tensor, scales: Tensor) -> Tensor:

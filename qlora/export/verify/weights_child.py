@@ -346,7 +346,8 @@ def _expected(
 
 def side_by_side(merged: Iterable[Tensor], base: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of `merged`, and as many rows of `base`, which comes in blocks of its own (experts are merged singly)."""
-    coming, held = iter(base), []
+    coming = iter(base)
+    held: list[Tensor] = []
     for block in merged:
         if not block.ndim:
             yield block, next(coming)
