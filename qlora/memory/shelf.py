@@ -71,7 +71,7 @@ class _Work:
 @dataclass(frozen=True)
 class _File:
     """A file's content. `drawn` are the four counts of values, then bytes: a baseline's cast ones, the host's, and
-    of these those of tables and of a head; last those of stacks of experts."""
+    of these those of tables and of a head, and those of stacks of experts."""
 
     key: str
     eager: bool
@@ -99,9 +99,8 @@ class Shelf:
             repr(spec.baseline),
             repr(spec.place),
         )
-        run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk), str(spec.head_block), str(spec.dtype))
-        run = (*run, str(spec.experts))
-        settings = (spec.attention, spec.target, *run, str(sizes), repr(workload))
+        run = (spec.kernel, spec.functions, spec.loss_chunk, spec.head_block, spec.dtype, spec.experts)
+        settings = (spec.attention, spec.target, *map(str, run), str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
         return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
 
@@ -176,7 +175,7 @@ def _written(work: Work) -> _Work:
 
 def _read(work: _Work) -> Work:
     def read(operations: _Operations) -> Operations:
-        return tuple((Operation(*operation), times) for *operation, times in operations)
+        return tuple((Operation(*one[:3], *one[3:6]), one[6]) for one in operations)
 
     layers = tuple(Layers(group.count, read(group.up), read(group.down)) for group in work.layers)
     return Work(layers, read(work.outside), work.update)

@@ -385,7 +385,11 @@ def _batch(workload: Workload) -> Batch:
     trained = torch.empty(workload.rows * (workload.trained or workload.length), dtype=torch.int64, device=META)
     lengths = workload.document_lengths
     starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=META)
-    return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained, starts, lengths, not workload.packed)
+    batch = Batch(ids[0], ids[1], ids[2], ids[3], weights, trained, starts, lengths, not workload.packed)
+    if not workload.compares:
+        return batch
+    signs, reference = (torch.empty(-(-len(lengths) // 2) * 2, dtype=torch.float32, device=META) for _ in range(2))
+    return replace(batch, answer_T=torch.empty_like(trained), signs_R=signs, reference_R=reference)
 
 
 def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, tuple[str, nn.Parameter]]:

@@ -75,6 +75,8 @@ class Workload:
     prompt_tokens: int = 0
     new_tokens: int = 0
     trained: int = 0
+    compares: bool = False  # answers with each other (`step/objectives.py`)
+    rows_of_pack: int = 1  # of `rows`, those that a pair takes whose sides do not share one
     documents: int = 0
     multiprocessors: int = 0
     asks: Asks = ()
@@ -135,8 +137,8 @@ class ValueCounts(NamedTuple):
 
 class Drawn(NamedTuple):
     """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
-    of weights on the host, and of these what is in tables of the vocabulary, and of these in a head that comes in
-    blocks; last, of experts in 4 bit wherever they are."""
+    of weights on the host, of these what is in tables of the vocabulary and of these in a head that comes in blocks,
+    and of experts in 4 bit wherever they are."""
 
     values: ValueCounts
     eager: bool

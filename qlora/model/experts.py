@@ -116,6 +116,21 @@ class Slab(nn.Module):
         weights: Tensor = ops.dequantize_4bit.default(codes, absmax.reshape(-1), BLOCK, self.quant_type, shape, dtype)
         return weights.view(count, *self.shape[1:])
 
+    def read_rows(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Rows of a slab of one expert, (end - start, in), as `read` gives them; the blocks that they lie in alone."""
+        assert self.shape[0] == 1, "rows of several experts"
+        width = self.shape[2]
+        first, last = start * width // BLOCK, -(-end * width // BLOCK)
+        ops, absmax = torch.ops.bitsandbytes, self.absmax[0]
+        if self.nested:
+            nested = (self.nested_absmax[0], self.nested_table, NESTED_BLOCK, torch.float32)
+            absmax = ops.dequantize_blockwise.default(absmax, *nested)[: self.blocks] + self.offset
+        codes = self.codes[0, first * BLOCK // 2 : last * BLOCK // 2, None]
+        how = (BLOCK, self.quant_type, (last - first, BLOCK), dtype)
+        weights: Tensor = ops.dequantize_4bit.default(codes, absmax[first:last], *how)
+        begin = start * width - first * BLOCK
+        return weights.view(-1)[begin : begin + (end - start) * width].view(-1, width)
+
     def packed(self) -> step_experts.Packed:
         """All experts as the kernel decodes them; their constants in 32 bit (Qwen3-30B: 24 MiB) while it runs."""
         constants = self.absmax

@@ -26,6 +26,7 @@ from qlora.step.kernels import trial
 from qlora.step.kernels.experts import Packed as Packed
 
 NAME, NOTHING = "qlora", "qlora_nothing"  # of our functions in transformers' interface; the second gives zeros
+ADAPTER = "_adapter"  # behind a projection's name: the attribute of its module that has its adapter, where it has one
 # Of weights in the type that they are multiplied in, at a time: Qwen3-30B's 768 MiB a projection would be the peak of
 # its step at 2,048 tokens (1,201 MiB in one piece, 763 in such chunks, 634 in chunks of 64 MiB, of four times as many).
 CHUNK_BYTES = 256 << 20
@@ -149,12 +150,20 @@ def experts_forward(
     first = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = stack_of(module, first), stack_of(module, "down_proj")
     routing, dtype = Routing(index_TK, up.shape[0], has_kernel(up, index_TK)), product_dtype(hidden_TH)
-    rows = Spread.apply(hidden_TH, routing)  # type: ignore[no-untyped-call]
-    rows = GroupedLinear.apply(rows, up, routing, dtype)  # type: ignore[no-untyped-call]
+    adapted = getattr(module, first + ADAPTER, None)
+    if adapted is not None and adapted.is_on:
+        rows = adapted.beside(up, routing, dtype, hidden_TH, spread=True)
+    else:
+        rows = Spread.apply(hidden_TH, routing)  # type: ignore[no-untyped-call]
+        rows = GroupedLinear.apply(rows, up, routing, dtype)  # type: ignore[no-untyped-call]
     if module.has_bias:
         rows = rows + getattr(module, f"{first}_bias")[routing.expert_S]
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    rows = GroupedLinear.apply(rows, down, routing, dtype)  # type: ignore[no-untyped-call]
+    adapted = getattr(module, "down_proj" + ADAPTER, None)
+    if adapted is not None and adapted.is_on:
+        rows = adapted.beside(down, routing, dtype, rows, spread=False)
+    else:
+        rows = GroupedLinear.apply(rows, down, routing, dtype)  # type: ignore[no-untyped-call]
     if module.has_bias:
         rows = rows + module.down_proj_bias[routing.expert_S]
     if module.has_post_expert_norm:

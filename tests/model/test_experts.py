@@ -13,17 +13,16 @@ from qlora import numerics
 from qlora.model import adapters, experts
 from qlora.model.experts import Slab
 from qlora.model.meta_model import build_unmatched
-from qlora.model.mixtures import experts_in
 from qlora.model.nf4 import BLOCK, Quantized, dequantize, quantize_rows
 from qlora.numerics import Numerics
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step import experts as step_experts
-from qlora.step.experts import NAME
 from qlora.step.kernels import experts as kernels
 from qlora.step.kernels import trial
 from qlora.step.layerwise import set_gradient_checkpointing
 from tests.families import make_model
 from tests.mixtures import FAMILIES, VOCAB, make_config, narrow
+from tests.model.mixture_cases import held
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -123,27 +122,6 @@ def test_a_slab_is_made_of_buffers_like_any_layer_s() -> None:
     }
     assert not slab.state_dict() and not list(slab.parameters())
     assert all(buffer.is_meta for buffer in slab.to("meta").buffers())
-
-
-def held(config: Any) -> tuple[Any, Any]:
-    """A model whose experts are in 4 bit, and one with the same weights dequantized that computes them eagerly."""
-    experts.register()
-    model = make_model(config)
-    plain = copy.deepcopy(model)
-    own = {name: (module, leaf, getattr(module, leaf).detach()) for name, module, leaf in experts.projections(model)}
-    experts.hold(model, QuantizationSection())
-    experts.keep_routing_still(model)
-    experts.keep_routing_still(plain)
-    for name, (module, leaf, weights) in own.items():
-        matrices = weights.transpose(1, 2) if module.is_transposed else weights
-        slab = getattr(module, leaf)
-        experts.fill(slab, lambda expert, of=matrices: lambda start, end: of[expert][start:end], CPU)
-        back = slab.read(0, slab.shape[0], torch.float32)
-        plain.get_parameter(name).data = back.transpose(1, 2).contiguous() if module.is_transposed else back
-    for one, function in ((model, NAME), (plain, "eager")):
-        for _, module in experts_in(one):
-            module.config._experts_implementation = function
-    return model, plain
 
 
 def with_adapters(model: Any) -> Any:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from qlora import disk
+from qlora.export.merge.experts import Reading, merged_blocks
 from qlora.export.merge.parts import VALUES_PER_BLOCK, MergeBase, ParameterSource, Plan, is_multimodal
 from qlora.model import mxfp4, nf4
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows
@@ -62,7 +63,7 @@ class Merge:
     """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16).
 
     `codes` gives a parameter of the base in 4 bit as it is kept already, or None; `watch`, what sees all rows of a
-    tensor of the base as it is read, or None.
+    tensor of the base as it is read, or None; `of_experts` is what is kept while experts are merged.
     """
 
     base: BaseFolder
@@ -74,6 +75,7 @@ class Merge:
     dtype: torch.dtype = torch.bfloat16
     codes: Callable[[str], nf4.Quantized | None] = lambda parameter: None
     watch: Callable[[str, TensorEntry], Callable[[Tensor], None] | None] = lambda tensor, entry: None
+    of_experts: Reading = field(default_factory=Reading, compare=False, repr=False)
 
     def tensors(self) -> list[MergedTensor]:
         """Every tensor of the merged model, in the order of the base's own.
@@ -138,6 +140,11 @@ class Merge:
 
     def _blocks(self, source: ParameterSource, unit: int) -> Generator[Tensor, None, None]:
         """Blocks of rows of one parameter, merged, on the CPU."""
+        if source.expert is not None:
+            watched = partial(self.watch, source.tensor)
+            for block in merged_blocks(source.expert, unit, self.device, self.of_experts, watched):
+                yield block.to(dtype=self._dtype(source)).cpu()
+            return
         add = _adder(source.lora, self.device, lambda: self._base_blocks(source, 1)) if source.lora else None
         start = 0
         for block in self._base_blocks(source, unit):
