@@ -237,6 +237,7 @@ LINES = {
             "weight_streaming",
             "head_streaming",
             "weight_receiving",
+            "weight_moving",
             "precision",
             "base_cache",
             "expert_loading",
