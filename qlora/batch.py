@@ -30,6 +30,10 @@ class Batch:
     label_ids_TK       int64, and label_logprobs_TK, fp32: for each trained place the likeliest tokens and what they are
                        to have, -inf where there are fewer than K (`data/label_rows.py`). None: its target alone
     host_ids_BS        input_ids_BS where they were before they were moved, for embeddings that are looked up there
+    answer_T           int64, of objectives of preference: for each trained place the number of its answer among the
+                       R of the micro-batch, whose signs_R are 1 (better, good) or -1, and whose log-probabilities by
+                       the model as it was are reference_R, both fp32 (`data/judged_splits.py`)
+    others             on the host: what the objective asks about beside it
     single             whether each row is one document by its positions, so that no mask has to keep documents apart
     """
 
@@ -45,6 +49,10 @@ class Batch:
     label_ids_TK: torch.Tensor | None = None
     label_logprobs_TK: torch.Tensor | None = None
     host_ids_BS: torch.Tensor | None = None
+    answer_T: torch.Tensor | None = None
+    signs_R: torch.Tensor | None = None
+    reference_R: torch.Tensor | None = None
+    others: tuple[Batch, ...] = ()
 
     @property
     def max_document(self) -> int:

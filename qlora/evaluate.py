@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from qlora.data.token_cache import PreparedSplit
     from qlora.recipe.reading import Recipe
     from qlora.recipe.sections import DataSection
-    from qlora.training.evaluate import Question
+    from qlora.training.questions import Question
 
 MOST_MODELS = 8
 FEW_ROWS = 20  # below, an interval holds the mean less often than it says
@@ -95,7 +95,7 @@ def _asked(found: Sequence[Named], data: str | Path, how: HowToEvaluate, sink: S
     from qlora.ask.likelihood import Asked
     from qlora.data.hub_rows import localize
     from qlora.data.prepare import check_files
-    from qlora.training.evaluate import answer_tokens, questions_of
+    from qlora.training.questions import answer_tokens, questions_of
 
     recipe = _recipe_of(found)
     section = _section(data, recipe, how)

@@ -121,6 +121,26 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True)
+class Preferred(Event):
+    """How pairs of answers (of kto: answers) were told apart: of a step's rows before its update, or `evaluated`.
+
+    `accuracy` is a share of 0 to 1; rewards are means over answers (`step/objectives.py`). `divergence` is KTO's, in
+    nats an answer; `kl` that of the reference from the model on evaluation rows, in nats a token. None: not measured.
+    """
+
+    kind: ClassVar[str] = "preference"
+    step: int
+    evaluated: bool
+    compared: int
+    accuracy: float
+    margin: float | None
+    better_reward: float | None
+    worse_reward: float | None
+    divergence: float | None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
 class Routed(Event):
     """Where evaluation tokens went in each layer with experts (model/routing.py): shares of 0 to 1, a value a layer."""
 

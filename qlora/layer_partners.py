@@ -16,6 +16,7 @@ from torch import Tensor
 from qlora.errors import ModelError
 
 _HELD_BY = "_layer_weights"  # the attribute of a causal model whose layers' weights somebody holds
+_UNREAD = "_unread_inputs"  # of a layer: names of what it is handed and no layer reads
 # Of what a layer is handed beside hidden states, these are the same whenever it is computed.
 _CONSTANTS = (bool, int, float, str, type(None))
 
@@ -79,6 +80,11 @@ def weights_of(causal_lm: Any) -> Weights:
     return found
 
 
+def let_unread(layer: Any, name: str) -> None:
+    """What `layer` is handed as `name` ties it to no other layer."""
+    setattr(layer, _UNREAD, (*getattr(layer, _UNREAD, ()), name))
+
+
 def number_of(layer: Any, numbers: Mapping[int, int], weights: Weights) -> int:
     """The number of a layer, by its identity. One that is not among them has none: 0 stands for it where all weights
     are on the device. Raises ModelError where they are not: it would be computed with those of another layer."""
@@ -91,8 +97,18 @@ def number_of(layer: Any, numbers: Mapping[int, int], weights: Weights) -> int:
 
 def is_closed(layer: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:
     """Whether hidden states are all that a layer takes from other layers, and gives to them."""
-    named = layer.keywords.values() if isinstance(layer, partial) else ()
-    return isinstance(inputs[0], Tensor) and all(map(_is_constant, (*inputs[1:], *named)))
+    named = layer.keywords if isinstance(layer, partial) else {}
+    unread = getattr(module_of(layer), _UNREAD, ())
+    read = (value for name, value in named.items() if name not in unread)
+    return isinstance(inputs[0], Tensor) and all(map(_is_constant, (*inputs[1:], *read)))
+
+
+def module_of(layer: Callable[..., Any]) -> Any:
+    """The layer behind what transformers hands us: the first argument of a class's forward, or, in versions up to
+    5.3, what a method is bound to. None where it is neither."""
+    if not isinstance(layer, partial):
+        return None
+    return layer.args[0] if layer.args else getattr(layer.func, "__self__", None)
 
 
 def _is_constant(value: Any) -> bool:

@@ -23,6 +23,8 @@ from qlora import files, foreign_json
 
 MANIFEST = "manifest.json"
 MADE_BY = "qlora"
+# Of a manifest: that of a kept base has 1,350 bytes a matrix, and takes up to 40,000 (`base_cache/record.py`).
+MAX_BYTES = 64_000_000
 _SELF = "sha256"  # of the manifest itself
 _EXPORT_FILE = "export.json"  # which every export has, and nothing else: up to version 0.5 a manifest has no `kind`
 
@@ -122,7 +124,7 @@ def verify(folder: Path) -> str | None:
 
 def read(folder: Path) -> dict[str, Any]:
     """A published folder's manifest; its files may have changed since. Raises ForeignFileError (a ValueError)."""
-    return foreign_json.load_object(folder / MANIFEST)
+    return foreign_json.load_object(folder / MANIFEST, MAX_BYTES)
 
 
 def recorded(folder: Path) -> dict[str, Recorded]:

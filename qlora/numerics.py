@@ -39,6 +39,7 @@ class Numerics(foreign_json.ForeignModel):
     mlp_tile: _Count | None = None  # rows of an MLP's tile, where rows are long: gradients are summed tile by tile
     compiled: bool | None = None  # layers go through torch's compiler
     dtype: _Text | None = None  # in which 16 bits layers compute: bf16 or fp16
+    experts: _Text | None = None  # who multiplies with experts in 4 bit: torch in chunks, or a kernel
 
 
 # What a field is called in a message.
@@ -56,6 +57,7 @@ _WORDS = {
     "mlp_tile": "rows a tile of an MLP",
     "compiled": "compiled layers",
     "dtype": "model.dtype",
+    "experts": "experts",
 }
 _OF_RUN: ContextVar[Numerics | None] = ContextVar("qlora_numerics", default=None)
 

@@ -23,7 +23,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     Where something can be chosen, what was recorded is chosen again if it exists here: those are the fields that this
     function takes from `recorded`. All else is as it is.
     """
-    from qlora.model import compiled, lora_functions, precision
+    from qlora.model import compiled, experts, lora_functions, precision
     from qlora.model.attention import name_of
     from qlora.model.attention_choice import choose
     from qlora.model.meta_model import choose_attention, text_config
@@ -33,7 +33,9 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     from qlora.step.tiled_mlp import TILE_ROWS
 
     text, _ = text_config(base.config, base.name)
-    named, wanted = choose_attention(text, recipe.model.attention, base.name), recipe.model.attention
+    wanted = recipe.model.attention
+    as_before = wanted == "auto" and recorded is not None and recorded.attention == "eager"
+    named = choose_attention(text, "eager" if as_before else wanted, base.name)
     kernel, _ = choose(text, named, wanted, device, recorded.attention if recorded else None)
     chunk = chunk_tokens(text.vocab_size, hardware.is_card(device))
     exact = recipe.train.deterministic and (recorded is None or recorded.deterministic is not False)
@@ -48,6 +50,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         mlp_tile=TILE_ROWS if recorded is None else recorded.mlp_tile,
         compiled=compiled.choose(recipe.model.compile, device, recorded),
         dtype=precision.choose(recipe.model.dtype, device, recorded),
+        experts=experts.choose(base.config, device, recorded),
     )
 
 

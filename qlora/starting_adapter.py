@@ -75,6 +75,7 @@ def settled(recipe: Recipe, base: BaseFolder, run_dir: Path | None, sink: Sink) 
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.model.state_dict().items()}
     layers = [f"{name}.weight" for name, _ in linear_layers(meta_model.model)]
     _refuse_strange(folder, adapter, shapes, layers)
+    _refuse_other_experts(folder, adapter, meta_model.model)
     taken = _keys_of(adapter, layers)
     _refuse_differing(recipe, adapter, taken, layers, shapes)
     _say(recipe, folder, adapter, origin, sink)
@@ -247,6 +248,27 @@ def _refuse_strange(
         raise RecipeError([Problem(KEY, f"{folder}: {problem[0]}", problem[1])])
 
 
+def _refuse_other_experts(folder: Path, adapter: Adapter, causal_lm: Any) -> None:
+    """Adapters on experts that are not on all of them, alike, and of the base's shapes: raises RecipeError."""
+    from qlora.model.experts import projections
+
+    if not adapter.experts:
+        return
+    some, problem = next(iter(adapter.lora.values())), None
+    held = {name: (module, leaf) for name, module, leaf in projections(causal_lm)}
+    for name, expert in adapter.experts.items():
+        module, leaf = held[name]
+        if reason := expert.misfit(tuple(getattr(module, leaf).shape), module.is_transposed):
+            problem = f"the adapter of {shown(name)} {reason}", "name the base that it was trained on as model.base"
+        elif (expert.rank, expert.alpha) != (some.a.shape[0], some.alpha):
+            alike = f"rank {expert.rank} and alpha {expert.alpha:g} on experts, {some.a.shape[0]} and {some.alpha:g} on"
+            problem = f"has {alike} layers, and one of each is trained", _MERGE_FIRST
+    if lost := sorted(held.keys() - adapter.experts.keys()):
+        problem = f"has adapters on some experts and none on {lost[0]}, and all are trained", _MERGE_FIRST
+    if problem is not None:
+        raise RecipeError([Problem(KEY, f"{folder}: {problem[0]}", problem[1])])
+
+
 def _keys_of(adapter: Adapter, layers: Iterable[str]) -> dict[str, Any]:
     """The keys of [lora] that make fresh matrices of the adapter's shapes and scale; `layers` are the base's."""
     some = next(iter(adapter.lora.values()), None)
@@ -256,6 +278,7 @@ def _keys_of(adapter: Adapter, layers: Iterable[str]) -> dict[str, Any]:
         "use_rslora": adapter.config.use_rslora,
         "use_dora": some is not None and some.magnitude is not None,
         "target_modules": _named(set(adapter.lora), set(layers)),
+        "experts": bool(adapter.experts),
         "modules_to_save": tuple(sorted({name.rpartition(".")[0] for name in adapter.whole})),
     }
 
@@ -313,7 +336,8 @@ def _say(recipe: Recipe, folder: Path, adapter: Adapter, origin: Provenance, sin
     some = next(iter(adapter.lora.values()))
     dtypes = sorted({lora.a.dtype for lora in adapter.lora.values()})
     message = f"begins with the adapter of {run_folder.name_of(folder)}: rank {some.a.shape[0]}, alpha {some.alpha:g}, "
-    message += f"{len(adapter.lora)} layers, as it has them; the optimizer begins anew"
+    of_experts = f" and {len(adapter.experts)} projections of experts" if adapter.experts else ""
+    message += f"{len(adapter.lora)} layers{of_experts}, as it has them; the optimizer begins anew"
     if dtypes != ["BF16"]:
         message += f"; its matrices are {' and '.join(dtypes)}, and are trained on in BF16"
     sink.emit(Notice("lora", message))

@@ -14,11 +14,17 @@ FASTER = (
     "step/kernels/",
     "step/lora_linear.py",
     "step/experts.py",
+    "step/expert_lora.py",
     "step/tiled_mlp.py",
     "step/head_loss.py",
     "step/head_blocks.py",
     "step/offload.py",
-)  # the same step, smaller or faster: no part of it
+    "step/objectives.py",
+    "step/soft_labels.py",
+    "training/reference.py",
+    "training/preferences.py",
+    "training/questions.py",
+)  # the same step, smaller or faster, or other losses than a plain run's: no part of it
 
 
 def drawn_modules() -> list[tuple[int, str]]:

@@ -55,6 +55,7 @@ def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> 
     assert new.head_block is None, "which follows from where its head is"
     in_blocks = new.model_copy(update={"head_block": 64})
     assert (again.head_block, decided(tmp_path, llama, CPU, in_blocks).head_block) == (0, 64)
+    assert new.experts is None  # a model without any
     assert new.mlp_tile == TILE_ROWS and decided(tmp_path, llama, CPU, new).mlp_tile == TILE_ROWS
     whole = new.model_copy(update={"mlp_tile": None})  # of a version that knew no tiles
     assert decided(tmp_path, llama, CPU, whole).mlp_tile is None

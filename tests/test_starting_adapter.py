@@ -15,10 +15,12 @@ from qlora.errors import ExportError, QloraError, RecipeError, RunFolderError
 from qlora.events import Recorder
 from qlora.export.combine import copy_adapter
 from qlora.model.adapter_folder import read_adapter
+from qlora.model.resolve import resolve
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.recorded import load_recorded
 from tests.export.cases import edit, name_the_base, of_peft
 from tests.families import make_base
+from tests.mixtures import make_base as make_mixture
 from tests.runs import EVERYTHING, hashes, run_dir, train, values, write_recipe
 
 FEW = (
@@ -276,3 +278,26 @@ def test_the_copy_that_a_killed_run_left_is_what_it_began_with(tmp_path: Path, l
     (place / "start" / FILE).write_bytes(b"damaged")
     starting_adapter.take(recipe, place, 3, True, sink)
     assert "its checkpoint has all it needs" in values(sink, "notice", "message")[-1]
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_adapters_on_some_experts_alone_are_not_trained_on(tmp_path: Path) -> None:
+    """One projection of two, another rank, exchanged sides: named; both projections, as peft trains them, go on."""
+    base = make_mixture("qwen3_moe", tmp_path / "base")
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    kinds = {
+        "all": ({"target_parameters": both}, ""),
+        "some": ({"target_parameters": both[1:]}, "has adapters on some experts and none on model.layers.0.mlp.exp"),
+        "ranks": ({"target_parameters": both, "rank_pattern": {"gate_up_proj": 8}}, "and one of each is trained"),
+    }
+    for name, (keys, what) in kinds.items():
+        of_peft(base, tmp_path / name, target_modules=["q_proj"], **keys)
+        name_the_base(tmp_path / name, base)
+        recipe = load_recipe(second(tmp_path / f"of-{name}", base, tmp_path / name), FEW)
+        if not what:
+            found = starting_adapter.settled(recipe, resolve(str(base), "main", Recorder()), None, Recorder()).lora
+            assert (found.experts, found.r, found.alpha, found.target_modules) == (True, 4, 6.0, ("q_proj",))
+            continue
+        with pytest.raises(RecipeError) as refusal:
+            starting_adapter.settled(recipe, resolve(str(base), "main", Recorder()), None, Recorder())
+        assert what in str(refusal.value) and refusal.value.problems[0].hint

@@ -33,15 +33,21 @@ SPINE: dict[str, tuple[str, ...]] = {
     "A step": ("step",),
     "A run": ("training",),
 }
-# Of the step's room, what makes the same step smaller or faster and changes nothing of what it does.
+# What makes the same step smaller or faster and changes nothing of what it does, and losses that a plain run has not.
 FASTER = (
     "step/kernels",
     "step/lora_linear.py",
     "step/experts.py",
+    "step/expert_lora.py",
     "step/tiled_mlp.py",
     "step/head_loss.py",
     "step/head_blocks.py",
     "step/offload.py",
+    "step/objectives.py",
+    "step/soft_labels.py",
+    "training/reference.py",
+    "training/preferences.py",
+    "training/questions.py",
 )
 MODULES_A_LINE = 3
 

@@ -24,7 +24,7 @@ from qlora.export.gguf.probes import PROBE_TEXTS
 from qlora.export.llama_cpp import runtime
 from qlora.export.verify.fidelity import REFERENCE_BYTES, live_logprobs
 from qlora.model import generate
-from qlora.training.evaluate import Question
+from qlora.training.questions import Question
 
 GGUF_AT_ONCE = 64  # answers of one process: each loads the file
 _PROBES = 20  # texts that a file's tokens are compared on

@@ -16,7 +16,7 @@ from qlora.ask.likelihood import Asked, RowScores
 from qlora.data.documents.language import language_of
 from qlora.study import metrics, ratios
 from qlora.study.words import LANGUAGES
-from qlora.training.evaluate import same_answer, without_thoughts
+from qlora.training.questions import same_answer, without_thoughts
 
 MOST_SOURCES = 50
 

@@ -161,7 +161,7 @@ def open_model(source: Named, how: HowToOpen, sink: Sink) -> Iterator[TorchModel
 
 def _open_adapter(source: Named, how: HowToOpen, device: torch.device, sink: Sink) -> TorchModel:
     from qlora.export import adapter_base
-    from qlora.model import adapter_seal
+    from qlora.model import adapter_seal, mixture_adapters
     from qlora.model.adapter_folder import provenance, read_adapter
     from qlora.recipe.sections import QuantizationSection
 
@@ -170,6 +170,7 @@ def _open_adapter(source: Named, how: HowToOpen, device: torch.device, sink: Sin
     adapter = read_adapter(folder)
     origin, recipe = provenance(folder, adapter.config), run_folder.recipe_of(folder, sink)
     base = adapter_base.open_base(adapter, origin, how.base_model, sink)
+    mixture_adapters.refuse_other_experts(adapter, base)
     origin = adapter_base.as_trained(origin, base, "auto")
     if how.nf4 and origin.quantization.type == "none":
         origin = replace(origin, quantization=QuantizationSection())

@@ -24,7 +24,7 @@ FORMAT_COLUMNS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-_TURNS = (
+TURN_COLUMNS = (
     *("messages", "conversations", "conversation", "dialog", "dialogue", "dialogues", "chat", "turns", "contents"),
     *("chat_messages", "message_list", "chat_history"),
 )
@@ -44,6 +44,7 @@ _NO_CONTENT = re.compile(
 )
 _MAX_NAMES = 10
 _MAX_LOOKED_AT = 1_000  # columns: a table may have 10,000
+_COMPARED = 'to learn from both, objective = "dpo" under [train]'
 _HINT_OF_MESSAGES = 'join the turns of each conversation to one row: {"messages": [{"role": …, "content": …}, …]}'
 
 
@@ -85,7 +86,7 @@ def column_names(columns: Collection[str]) -> str:
 
 def _by_other_names(row: Mapping[str, Any]) -> Reading | None:
     """The reading that is the only one by the names of the columns; None where there is none, or more than one."""
-    found = _columns_of(row, _TURNS)
+    found = _columns_of(row, TURN_COLUMNS)
     if len(found) == 1 and is_turns(row[found[0]]):
         return Reading("messages", {"messages": found[0]})
     questions, answers = _columns_of(row, QUESTION_WORDS), _columns_of(row, ANSWER_WORDS)
@@ -158,22 +159,23 @@ def _piece(row: Mapping[str, Any]) -> str:
 def check_preference(row: Mapping[str, Any]) -> None:
     """Raise RowError for rows of a better and a worse answer; the line of the recipe trains the better one."""
     names = {plain_word(name): name for name, value in row.items() if not is_blank(value)}
-    for better, worse in _preferences(names):
+    for better, worse in preferences_of(names):
         chosen = row[better]
-        what = f"these are preference rows (columns {better} and {worse}), which are not trained on"
+        what = f"these are preference rows (columns {better} and {worse}), from which sft does not learn"
         turns = isinstance(chosen, list) and is_turns(chosen) and len(chosen) > 1
-        question = next((names[word] for word in (*QUESTION_WORDS, *_TURNS) if word in names), None)
+        question = next((names[word] for word in (*QUESTION_WORDS, *TURN_COLUMNS) if word in names), None)
         if turns and role_of(chosen[0].get("role") or chosen[0].get("from")) != "assistant":
-            raise RowError(what, f"to train the better answers: {_line('messages', messages=better)}")
+            raise RowError(what, f"{_COMPARED}; to train the better answers: {_line('messages', messages=better)}")
         if question is not None:
             line = _line("prompt-completion", prompt=question, completion=better)
-            raise RowError(what, f"to train the better answers: {line}")
+            raise RowError(what, f"{_COMPARED}; to train the better answers: {line}")
         raise RowError(
             what, f"write the better answers, with their questions, into a file of their own, without {worse}"
         )
 
 
-def _preferences(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def preferences_of(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Columns of a better and a worse answer, of the names by their plain words."""
     for better, worse in (("chosen", "rejected"), ("preferred", "non_preferred"), ("winner", "loser")):
         for word, name in names.items():
             other = word.replace(better, worse)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.data.column_words import Reading, detect, renamed
 from qlora.data.formats import Conversation, to_conversation
+from qlora.data.judged import to_judged
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import SourceFile
 from qlora.data.sources import SourceRow, raw_rows
 from qlora.errors import DataError
+from qlora.objective_keys import JUDGED
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import DataSection, SourceSection
@@ -39,6 +41,8 @@ def conversation_of(
     try:
         if isinstance(row, RowError):
             raise row
+        if format in JUDGED:
+            return to_judged(row, format)
         reading, name = Reading(format.replace("documents", "text")), file_of(where)
         if format == "auto":
             reading = readings.get(name) or detect(row)

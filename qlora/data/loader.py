@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from qlora.batch import Batch
-from qlora.data import label_rows
+from qlora.data import judged_splits, label_rows
 from qlora.data.layout import ON_CPU, Layout, documents_of
-from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 
 if TYPE_CHECKING:
@@ -83,15 +82,15 @@ class TrainOrder:
     def _make_packs(self, epoch: int) -> list[tuple[int, ...]]:
         rows = _shuffled(list(self._drawn(epoch)), self._seed, epoch, "rows")
         if not self._data.packing:
-            return [(row,) for row in rows]
-        packs = pack([self._split.lengths[row] for row in rows], self._data.max_length)
-        return _shuffled([tuple(rows[at] for at in members) for members in packs], self._seed, epoch, "packs")
+            return [judged_splits.unit(self._split, row) for row in rows]
+        packs = judged_splits.packs_of(self._split, rows, self._data.max_length)
+        return _shuffled(packs, self._seed, epoch, "packs")
 
     def _drawn(self, epoch: int) -> Iterator[int]:
-        """Rows of the epoch: of a source with weight 2.5 each row twice, and half of them once more."""
+        """Rows (of pairs the first): of a source with weight 2.5 each row twice, and half of them once more."""
         of_source: dict[int, list[int]] = {}
-        for row, source in enumerate(self._split.sources):
-            of_source.setdefault(source, []).append(row)
+        for row in range(0, len(self._split.sources), judged_splits.unit_size(self._split)):
+            of_source.setdefault(self._split.sources[row], []).append(row)
         for source, rows in sorted(of_source.items()):
             times = math.floor(self._data.train[source].weight)
             part = round((self._data.train[source].weight - times) * len(rows))
@@ -102,9 +101,11 @@ class TrainOrder:
 
 def eval_packs(split: PreparedSplit, data: DataSection) -> list[tuple[int, ...]]:
     """All rows to evaluate on, each once; longest first, so that what does not fit fails at once."""
+    rows = range(0, len(split.lengths), judged_splits.unit_size(split))
     if data.packing:
-        return pack(split.lengths, data.max_length)
-    return [(row,) for row in sorted(range(len(split.lengths)), key=lambda row: (-split.lengths[row], row))]
+        return judged_splits.packs_of(split, rows, data.max_length)
+    units = (judged_splits.unit(split, row) for row in rows)
+    return sorted(units, key=lambda unit: (-max(split.lengths[row] for row in unit), unit))
 
 
 def collate(
@@ -115,6 +116,7 @@ def collate(
     Padding is known by its place, never by its id: it is a document of its own and its weights are 0.
     Raises ValueError when a pack is over max_length.
     """
+    asked, packs = packs, judged_splits.apart(split, packs, max_length)
     longest = max(sum(split.lengths[row] for row in members) for members in packs)
     if longest > max_length:
         raise ValueError(f"a pack has {longest} tokens, over max_length = {max_length}")
@@ -140,10 +142,13 @@ def collate(
         documents_BS[number, start:] = len(members)
         padding_S = torch.arange(first, first + width - start)
         positions_BS[number, start:] = padding_S.clamp_(max=longest_document - 1) if layout.continues else padding_S
-    trained_T = weights_BS.flatten().nonzero().squeeze(1)
+    judgements = judged_splits.judgements(split, packs, documents_BS, weights_BS)
+    trained_T = weights_BS.abs_().flatten().nonzero().squeeze(1)
     made = (ids_BS, positions_BS, documents_BS, targets_BS, weights_BS, trained_T)
     documents = documents_of([[split.lengths[row] for row in members] for members in packs], width, layout)
-    return Batch(*made, *documents, **label_rows.collated(split, packs, targets_BS.flatten()[trained_T]))
+    others = (collate(*other, pad_id, max_length, layout) for other in judged_splits.others(split, asked, max_length))
+    labels = label_rows.collated(split, packs, targets_BS.flatten()[trained_T])
+    return Batch(*made, *documents, **labels, **judgements, others=tuple(others))
 
 
 def _shuffled(items: list[T], seed: int, epoch: int, purpose: str) -> list[T]:

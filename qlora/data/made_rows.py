@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora.data import judged_rows
 from qlora.data.chat import ChatTokenizer, TokenRow
 from qlora.data.column_words import Reading
 from qlora.data.control_tokens import told
@@ -27,6 +28,7 @@ from qlora.data.text_pieces import cut, is_text_file
 from qlora.data.token_cache import MadeRow
 from qlora.data.unread import Remark
 from qlora.errors import QloraError, TokenizerError
+from qlora.objective_keys import JUDGED
 
 Raw = dict[str, Any] | RowError | Line
 
@@ -89,7 +91,10 @@ class RowMaker:
                     made.remarks.append((where, item.remarks))
             items.append((where, item))
         try:
-            made.rows = list(self._rows(items, made, is_document))
+            if batch.format in JUDGED:
+                made.rows = list(judged_rows.rows(chat, self.limits, items))
+            else:
+                made.rows = list(self._rows(items, made, is_document))
         except TokenizerError as error:
             made.error = error
         made.dropped = dict(chat.dropped - dropped)

@@ -22,7 +22,7 @@ _RATINGS = (
     *("correct", "is_correct", "approved", "is_approved"),
 )
 _REVERSED = ("rejected", "is_rejected", "disliked", "thumbs_down", "bad", "is_bad", "undesirable")
-_ALL_RATINGS = frozenset((*_RATINGS, *_REVERSED))
+ALL_RATINGS = frozenset((*_RATINGS, *_REVERSED))
 _GOOD = {"true", "1", "good", "chosen", "desirable", "like", "liked", "up", "thumbs_up", "upvote", "accepted", "yes"}
 _BAD = {
     *("false", "0", "_1", "bad", "rejected", "undesirable", "dislike", "disliked", "down", "thumbs_down", "downvote"),
@@ -52,7 +52,7 @@ def ignoring(key: str) -> str:
 
 def check_rating(fields: Fields) -> None:
     """Raise RowError for an answer that is marked as a bad one. A mark of a good one is read; others stay unread."""
-    for key in fields.among(_ALL_RATINGS):
+    for key in fields.among(ALL_RATINGS):
         value = fields.peek(key)
         if is_blank(value) or isinstance(value, list | tuple | dict):
             continue
@@ -64,6 +64,15 @@ def check_rating(fields: Fields) -> None:
             raise RowError(f"{fields.where(key)} is {value!r}: {_MARKED_BAD}", _rating_hint(fields, key))
         if word in good:
             fields.take(key)
+
+
+def is_rated_good(key: str, value: Any) -> bool:
+    """What a mark says. Raises RowError for one that says neither."""
+    word = {"👍": "up", "👎": "down"}.get(value, _word(value)) if isinstance(value, str) else _word(value)
+    good, bad = (_BAD, _GOOD) if plain_word(key) in _REVERSED else (_GOOD, _BAD)
+    if word not in good and word not in bad:
+        raise RowError(f"{key} is {_shown(value)}: a mark is true or false", f"write {key} as true or false")
+    return word in good
 
 
 _MARKED_BAD = "this marks a bad answer, which would be trained as a good one"

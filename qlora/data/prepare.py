@@ -19,6 +19,7 @@ from qlora import disk
 from qlora.data import dropped
 from qlora.data.chat import ChatTokenizer
 from qlora.data.conversations import bad_row, conversations, file_of, leave_out
+from qlora.data.judged_rows import in_length, judged
 from qlora.data.limits import text_limits
 from qlora.data.made_rows import MadeBatch, RawBatch, RowMaker
 from qlora.data.raw_batches import raw_batches
@@ -115,6 +116,8 @@ def prepare(
         if held_out:
             message = f"{len(held_out)} of {len(stored.digests)} rows held out for evaluation"
             sink.emit(Notice("split", message, len(held_out)))
+    train = judged(train, [source.format for source in data.train], data.packing)
+    evaluation = judged(evaluation, [source.format for source in data.eval or data.train], data.packing)
     now, older = map(disk.sha256_text, keys, eval_keys)
     return PreparedData(train, evaluation, now, disk.sha256_text(content), older, tuple(reports))
 
@@ -225,7 +228,8 @@ class _Tokenization:
             self.report.dropped[kind] = self.report.dropped.get(kind, 0) + count
         for where, pieces in made.pieces:
             self.report.cut_text(where, pieces)
-        for where, found in made.rows:
+        are_pairs, cuts = source.format == "preference", self.data.truncation == "cut"
+        for where, found in in_length(made.rows, self.data.max_length, cuts) if are_pairs else made.rows:
             row: MadeRow | RowError | None = found
             if isinstance(row, MadeRow) and len(row.ids) > self.data.max_length:
                 row = self._shortened(source, row, where)

@@ -64,6 +64,21 @@ class RowLabels(NamedTuple):
     logprobs: numpy.ndarray
 
 
+class Preference(NamedTuple):
+    """Of a split whose rows are answers to be compared (`judged_splits.py`).
+
+    paired      rows 2i and 2i + 1 are the better and the worse answer to one question
+    together    both may share a row of tensors
+    reference   log-probability of each row's answer by the model as it was; None: not known, or not needed
+    others      a split of as many rows: the questions with answers of other questions, for KTO
+    """
+
+    paired: bool
+    together: bool = True
+    reference: Sequence[float] | None = None
+    others: PreparedSplit | None = None
+
+
 LabelsOf = Callable[[int], RowLabels | None]  # of a row of a split; None for one that is trained on its tokens
 
 
@@ -78,6 +93,7 @@ class PreparedSplit:
     sources   index of the row's source in [[data.train]] or [[data.eval]]
     prompts   JSON of each row's Prompt, "" for a row without a last answer in words
     labels    the labels of each row that are probabilities; None: every row is trained on its tokens
+    preference  of answers to be compared; None: rows are learnt from by themselves
     """
 
     rows: Sequence[TokenRow]
@@ -87,6 +103,7 @@ class PreparedSplit:
     sources: Sequence[int]
     prompts: Sequence[str] = ()
     labels: LabelsOf | None = None
+    preference: Preference | None = None
 
     def prompt(self, index: int) -> Prompt | None:
         """The row's last answer and what comes before it; None where there is none in words."""

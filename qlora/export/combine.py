@@ -58,6 +58,9 @@ def check(members: Sequence[Member], combination: Combination) -> None:
         if held:
             what = f"{folder}: has trained {shown(next(iter(held)))} whole, and only low-rank matrices add up"
             raise ExportError(what, "combine adapters without modules_to_save and without new tokens")
+        if experts := sorted(adapter.experts):
+            what = f"{folder}: has adapters on experts ({shown(experts[0])}), which are not combined"
+            raise ExportError(what, "combine adapters on layers alone, or export this one by itself")
         if dora := next((name for name, lora in adapter.lora.items() if lora.magnitude is not None), None):
             what = f"{folder}: is DoRA ({shown(dora)}), whose magnitudes do not add up"
             raise ExportError(what, "combine plain LoRA adapters")

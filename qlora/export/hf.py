@@ -41,6 +41,7 @@ DTYPE_NAMES = {
     torch.bfloat16: ("BF16", "bfloat16"),
     torch.float16: ("F16", "float16"),
     torch.float32: ("F32", "float32"),
+    torch.uint8: ("U8", "uint8"),  # experts in MXFP4, as they were published
 }
 # Of rope_parameters, what version 4 does not look for in rope_scaling.
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")

@@ -172,7 +172,7 @@ RULES: Rules = {
         ("loss_watchdog_threshold", "loss_watchdog_patience"), ours("spikes are said; what is not finite stops")
     ),
     "lora_model_dir": datasets.adapter,
-    "lora_target_parameters": left("adapters on the experts of a mixture are not built"),
+    "lora_target_parameters": left("lora.experts = true adapts all of a mixture's experts"),
     **dict.fromkeys(("quantize_moe_experts", "unfrozen_parameters", "qat", "quantization"), left("not built")),
     "gptq": off("the base's 16-bit weights are needed"),
     "lora_fan_in_fan_out": off("layers of GPT-2's shape are not trained"),

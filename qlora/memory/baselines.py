@@ -21,9 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
 from qlora.layer_partners import ON_DEVICE, Inputs
+from qlora.objective_keys import ObjectiveKeys
 from qlora.step.forward import CausalParts, batch_loss, forward_backward, hidden_states
 from qlora.step.layerwise import set_gradient_checkpointing
-from qlora.step.loss import SupervisedObjective
+from qlora.step.loss import Objective
+from qlora.step.objectives import objective_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Baseline:
 
     def forward_backward(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> None:
         if self.chunked_loss:
-            forward_backward(parts, batch, SupervisedObjective(), 1.0, neftune_alpha)
+            forward_backward(parts, batch, _objective_of(batch), 1.0, neftune_alpha)
         else:
             loss, logits = self._whole_loss(parts, batch, neftune_alpha)
             held = logits if self.keeps_logits else None
@@ -78,7 +80,7 @@ class Baseline:
 
     def evaluate(self, parts: CausalParts, batch: Batch) -> None:
         if self.chunked_loss:
-            batch_loss(parts, batch, SupervisedObjective())
+            batch_loss(parts, batch, _objective_of(batch))
         else:
             self._whole_loss(parts, batch, 0.0)
 
@@ -109,6 +111,11 @@ BASELINES: dict[str, Baseline] = {
     ),
     "torchtune": Baseline("torchtune", masters=False),
 }
+
+
+def _objective_of(batch: Batch) -> Objective:
+    """Whichever compares answers does: they differ in what they do with a number an answer."""
+    return objective_of(ObjectiveKeys(objective="sft" if batch.signs_R is None else "dpo"))
 
 
 class _Autocast(TorchFunctionMode):

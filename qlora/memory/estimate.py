@@ -40,6 +40,8 @@ PROMPT_SHARE = 0.5  # of a row, which a prompt is taken to fill where no rows ar
 class DataFacts:
     """What is known of the rows: the longest row of a micro-batch, rows of a step, the longest prompt to be answered.
 
+    `rows_of_pack`: of tensors, that a pack may become where the sides of a pair do not share one.
+
     `answer_tokens` is the longest answer of exact match, 0 without one. `asks` are the batches of a study.
     No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
     than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
@@ -53,6 +55,7 @@ class DataFacts:
     documents: int = 0
     trained: int = 0
     answer_tokens: int = 0
+    rows_of_pack: int = 1
     asks: PlainAsks = ()
 
 
@@ -231,7 +234,7 @@ class Estimator:
         )
 
     def _savings(self, workload: Workload, simulator: Simulator) -> Mapping[str, Saving]:
-        return levers.savings(self.text, workload, simulator.drawn.values, self.machine, simulator.spec.place)
+        return levers.savings(self.text, workload, simulator.drawn, self.machine, simulator.spec.place)
 
     def _most(self, simulation: Simulation, workload: Workload) -> float:
         return throughput.most_tokens_per_second(simulation.work, self.machine.gpu, workload.rows * workload.length)
@@ -242,7 +245,7 @@ class Estimator:
         if (gpu := self.machine.gpu) is None or simulation.work is None:
             return None
         rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
-        passes = -(-rows // workload.rows)
+        passes = -(-rows * workload.rows_of_pack // workload.rows)
         place, (weights, on_disk) = simulator.spec.place, self._on_disk(recipe, simulator)
         rows_bytes = 2 * workload.rows * workload.length * int(self.text.hidden_size)
         copies = throughput.Copies(
@@ -338,6 +341,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
     """
     train = recipe.train
     rows = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    rows *= (rows_of_pack := facts.rows_of_pack if facts else 1)
     length = facts.longest if facts else recipe.data.max_length
     batch = batch_size_of(recipe, facts)
     evaluates = facts.has_eval if facts else bool(recipe.data.eval) or recipe.data.eval_fraction > 0
@@ -357,7 +361,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         recomputed=0 if isinstance(train.gradient_checkpointing, (bool, str)) else train.gradient_checkpointing,
         optimizer=train.optimizer,
         packed=recipe.data.packing,
-        accumulates=batch is None or batch > rows,
+        accumulates=batch is None or batch * rows_of_pack > rows,
         neftune_alpha=train.neftune_alpha,
         evaluates=evaluates,
         samples=samples if prompt else 0,
@@ -366,6 +370,8 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         documents=facts.documents if facts else 0,
         trained=min(facts.trained, length) if facts else 0,
         offloads=recipe.memory.offload_activations is True,
+        compares=train.objective != "sft",
+        rows_of_pack=rows_of_pack,
     )
 
 
@@ -378,7 +384,7 @@ def batch_size_of(recipe: Recipe, facts: DataFacts | None) -> int | None:
 def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[str, Any]:
     """The settings that an estimate is of, by their names in the recipe."""
     settings: dict[str, Any] = {
-        "train.micro_batch_size": workload.rows,
+        "train.micro_batch_size": workload.rows // workload.rows_of_pack,
         "train.gradient_checkpointing": workload.recompute,
         "memory.stream_weights": recipe.memory.stream_weights is True,
         "memory.embedding": "host" if recipe.memory.embedding == "host" else "device",

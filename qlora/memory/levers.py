@@ -12,7 +12,7 @@ from typing import Any
 from qlora.memory.changes import changed, value_of
 from qlora.memory.hardware import Machine
 from qlora.memory.links import GATHERED_BYTES_PER_SECOND, copied_bytes_per_second
-from qlora.memory.simulation import ValueCounts, Workload
+from qlora.memory.simulation import Drawn, Workload
 from qlora.model.weight_receiving import Place
 from qlora.model.weight_streaming import SLOTS
 from qlora.recipe.reading import Recipe
@@ -81,14 +81,14 @@ def with_what_levers_ask(recipe: Recipe) -> Recipe:
 
 
 def savings(
-    text: Any, workload: Workload, values: ValueCounts, machine: Machine, place: Place = ON_DEVICE
+    text: Any, workload: Workload, drawn: Drawn, machine: Machine, place: Place = ON_DEVICE
 ) -> Mapping[str, Saving]:
     """What each lever is likely to save, of this workload of a model that has of its weights on the host what `place`
     says: with the second of layers and embeddings goes the head."""
     layers, hidden, tokens = int(text.num_hidden_layers), int(text.hidden_size), workload.rows * workload.length
     link = copied_bytes_per_second(machine.gpu) if machine.gpu is not None else float("inf")
     looked_up, inputs = 2 * tokens * hidden, 2 * tokens * hidden * max(0, layers - 2)
-    weights = int(values.linear * BYTES_OF_WEIGHT)
+    weights = int(drawn.values.linear * BYTES_OF_WEIGHT) + drawn.stacked_bytes
     table = 0 if getattr(text, "tie_word_embeddings", False) else 2 * int(text.vocab_size) * hidden - looked_up
     found = {
         EMBEDDING: Saving(max(0, table), False, alone=looked_up / link + looked_up / GATHERED_BYTES_PER_SECOND),

@@ -21,15 +21,25 @@ FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 # These read as many values as they give, not their whole table.
 READ_WHAT_THEY_GIVE = ("aten::embedding", "aten::index_select", "aten::gather")
 LAID_OUT_ONLY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::_unsafe_view")
+# torch's own: fused on compute capability 9.0 and 10.0, else a loop of products (pytorch#186620, #194227).
+LOOPED_PRODUCT = "aten::_grouped_mm"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::linear")
 
 
 class Operation(NamedTuple):
-    """One launch: bytes that it reads and writes, operations of arithmetic, and whether it attends."""
+    """One launch: bytes that it reads and writes, operations of arithmetic, and whether it attends.
+
+    Of a grouped product, of rows that are sorted by expert: how many `experts` and `rows`, and whether `loops`: a card
+    without a grouped product of its own does it as one product an expert. Dequantizing what experts are multiplied by
+    is an operation like any other, the same whatever the number of rows.
+    """
 
     nbytes: int
     arithmetic: int
     attends: bool
+    experts: int = 0
+    rows: int = 0
+    loops: bool = False
 
 
 Operations = tuple[tuple[Operation, float], ...]  # each with how often
@@ -103,6 +113,9 @@ class OperationCounter:
         written = sum(map(_bytes, new))
         taken = written if name in READ_WHAT_THEY_GIVE else sum(map(_bytes, read.values()))
         attends = "attention" in name or "varlen_attn" in name
+        if "grouped" in name:  # torch's, and those of `step/kernels`: rows (S, in) first
+            arithmetic, loops = 2 * args[0].numel() * new[0].shape[-1], name == LOOPED_PRODUCT
+            return Operation(taken + written, arithmetic, False, _experts_of(args), int(args[0].shape[0]), loops)
         return Operation(taken + written, self._attention(name, args) if attends else _product(name, args), attends)
 
     def _attention(self, name: str, args: Sequence[Any]) -> int:
@@ -172,6 +185,11 @@ def _product(name: str, args: Sequence[Any]) -> int:
         return 0
     left, right = args[1:3] if "addmm" in name or "baddbmm" in name else args[:2]
     return 2 * int(left.numel()) * int(right.shape[0 if name == "aten::linear" else -1])
+
+
+def _experts_of(args: Sequence[Any]) -> int:
+    """Of what a grouped product is given beside its rows: the second argument is (E, …), in whatever form."""
+    return int(args[1].shape[0])
 
 
 def _storage(tensor: Tensor) -> int:

@@ -50,8 +50,8 @@ class _Peak:
 
 
 _Times = Annotated[float, Field(ge=-1e9, le=1e9)]
-# Bytes, arithmetic, whether it attends, how often.
-_Operations = Annotated[tuple[tuple[Count, Count, bool, _Times], ...], Field(max_length=4096)]
+# Bytes, arithmetic, whether it attends, of grouped products experts, rows, and whether they loop; how often.
+_Operations = Annotated[tuple[tuple[Count, Count, bool, Count, Count, bool, _Times], ...], Field(max_length=4096)]
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class _Work:
 @dataclass(frozen=True)
 class _File:
     """A file's content. `drawn` are the four counts of values, then bytes: a baseline's cast ones, the host's, and
-    of these those of tables and of a head."""
+    of these those of tables and of a head, and those of stacks of experts."""
 
     key: str
     eager: bool
-    drawn: Annotated[tuple[Count, ...], Field(min_length=8, max_length=8)]
+    drawn: Annotated[tuple[Count, ...], Field(min_length=9, max_length=9)]
     phases: Annotated[dict[str, _Peak], Field(max_length=32)]
     kept: dict[str, Count]
     paged: Count
@@ -99,8 +99,8 @@ class Shelf:
             repr(spec.baseline),
             repr(spec.place),
         )
-        run = (str(spec.kernel), str(spec.functions), str(spec.loss_chunk), str(spec.head_block), str(spec.dtype))
-        settings = (spec.attention, spec.target, *run, str(sizes), repr(workload))
+        run = (spec.kernel, spec.functions, spec.loss_chunk, spec.head_block, spec.dtype, spec.experts)
+        settings = (spec.attention, spec.target, *map(str, run), str(sizes), repr(workload))
         said = json.dumps(config, sort_keys=True, default=str)
         return sha256_text(type(spec.text).__name__, said, *made_of, *settings, *_versions())
 
@@ -175,9 +175,7 @@ def _written(work: Work) -> _Work:
 
 def _read(work: _Work) -> Work:
     def read(operations: _Operations) -> Operations:
-        return tuple(
-            (Operation(nbytes, arithmetic, attends), times) for nbytes, arithmetic, attends, times in operations
-        )
+        return tuple((Operation(*one[:3], *one[3:6]), one[6]) for one in operations)
 
     layers = tuple(Layers(group.count, read(group.up), read(group.down)) for group in work.layers)
     return Work(layers, read(work.outside), work.update)

@@ -34,15 +34,17 @@ from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.shelf import Shelf, Shelved
 from qlora.memory.simulation import Drawn, ModelSpec, Simulation, ValueCounts, Workload
 from qlora.memory.trace import HOST, LiveBytes, Sums
-from qlora.model import adapters, full_logits, lora_functions, precision
+from qlora.model import adapters, experts, full_logits, lora_functions, precision
 from qlora.model.attention import OnMeta, name_of
 from qlora.model.config_filter import with_layers
 from qlora.model.generate import ANSWERS_AT_ONCE, name_of_cache
+from qlora.model.layer_blobs import stacks_of
 from qlora.model.made_up import load_nothing, ready_to_load_nothing
 from qlora.model.meta_model import build_unmatched, check_layers, choose_attention, linear_layers
 from qlora.model.weight_receiving import tables
 from qlora.model.weight_streaming import inside
 from qlora.step import head_blocks, head_loss, loss, offload
+from qlora.step.experts import IN_CHUNKS, IN_TRITON
 from qlora.step.forward import CausalParts, batch_logprobs
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
@@ -83,7 +85,8 @@ class Simulator:
         cast = self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
         on_host = self._whole(*(model.host_bytes for model in (self._models[0], self._models[-1])))
         tables = self._models[0].tables
-        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host, *tables)
+        stacked = self._whole(*(model.stacked_bytes for model in (self._models[0], self._models[-1])))
+        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host, *tables, stacked)
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -178,8 +181,10 @@ class _MetaModel:
                 if (streamed := inside(model)) is not None:
                     streamed.ring.prepare()
                 self.host_bytes, self.tables = of_model(model), (of_tables(model), of_head(model))
+                self.stacked_bytes = sum(stack.nbytes for _, stack in stacks_of(model))
                 self.replaced = spec.baseline.settle(model, spec.quantization.type != "none")
                 precision.settle(model, spec.dtype)
+                experts.compute_by(model, _experts_of(spec))
                 on_host = set(map(id, tables(model) if spec.target == "cuda" else ()))
                 for tensor in (*model.parameters(), *model.buffers()):
                     self.live.adopt(tensor, HOST if id(tensor) in on_host else "weights")
@@ -356,6 +361,13 @@ def _functions_of(spec: ModelSpec) -> str:
     return lora_functions.choose(spec.lora, None, spec.target == "cuda" and trial.expected())
 
 
+def _experts_of(spec: ModelSpec) -> str:
+    """As `_functions_of`."""
+    if spec.experts is not None or spec.baseline.name != "qlora":
+        return spec.experts or IN_CHUNKS
+    return IN_TRITON if spec.target == "cuda" and trial.expected() else IN_CHUNKS
+
+
 def _loss_chunk_of(spec: ModelSpec) -> int:
     """As `_functions_of`."""
     if spec.loss_chunk is not None or spec.baseline.name != "qlora":
@@ -373,7 +385,11 @@ def _batch(workload: Workload) -> Batch:
     trained = torch.empty(workload.rows * (workload.trained or workload.length), dtype=torch.int64, device=META)
     lengths = workload.document_lengths
     starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=META)
-    return Batch(ids[0], ids[1], ids[2], ids[3], weights, trained, starts, lengths, not workload.packed)
+    batch = Batch(ids[0], ids[1], ids[2], ids[3], weights, trained, starts, lengths, not workload.packed)
+    if not workload.compares:
+        return batch
+    signs, reference = (torch.empty(-(-len(lengths) // 2) * 2, dtype=torch.float32, device=META) for _ in range(2))
+    return replace(batch, answer_T=torch.empty_like(trained), signs_R=signs, reference_R=reference)
 
 
 def _first_of_each_layer(parameters: Mapping[str, nn.Parameter]) -> dict[int, tuple[str, nn.Parameter]]:

@@ -37,6 +37,7 @@ class ModelSpec:
     head_block: int = 0  # rows of the head that are there at a time, as a run has recorded them; 0: none has
     place: Place = field(default_factory=Place)  # what of the weights is on the host
     dtype: torch.dtype = torch.bfloat16  # in which our own step computes (`precision`)
+    experts: str | None = None  # who multiplies with experts in 4 bit; None: who does in a new run
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -74,6 +75,8 @@ class Workload:
     prompt_tokens: int = 0
     new_tokens: int = 0
     trained: int = 0
+    compares: bool = False  # answers with each other (`step/objectives.py`)
+    rows_of_pack: int = 1  # of `rows`, those that a pair takes whose sides do not share one
     documents: int = 0
     multiprocessors: int = 0
     asks: Asks = ()
@@ -134,8 +137,8 @@ class ValueCounts(NamedTuple):
 
 class Drawn(NamedTuple):
     """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
-    of weights on the host, and of these what is in tables of the vocabulary, and of these in a head that comes in
-    blocks."""
+    of weights on the host, of these what is in tables of the vocabulary and of these in a head that comes in blocks,
+    and of experts in 4 bit wherever they are."""
 
     values: ValueCounts
     eager: bool
@@ -143,3 +146,4 @@ class Drawn(NamedTuple):
     host_bytes: int = 0
     table_bytes: int = 0
     head_bytes: int = 0
+    stacked_bytes: int = 0

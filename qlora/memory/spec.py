@@ -11,7 +11,7 @@ from qlora.loss_scale import FP16
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Machine
 from qlora.memory.simulation import ModelSpec
-from qlora.model import precision
+from qlora.model import experts, precision
 from qlora.model.attention import kernel_of
 from qlora.model.attention_choice import assumed
 from qlora.model.meta_model import choose_attention
@@ -31,6 +31,7 @@ def spec_of(text: Any, name: str, machine: Machine, baseline: Baseline, recipe: 
         head_block=(run.head_block or 0) if run is not None else 0,
         place=Place.of(recipe.memory) if ours else Place(),
         dtype=_dtype(machine, recipe.model.dtype) if ours else torch.bfloat16,
+        experts=experts.of_run() if ours else None,
     )
 
 

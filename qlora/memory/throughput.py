@@ -27,6 +27,8 @@ class Rates:
     hot         the same of data centre's cards from Hopper on: 0.75 of the data sheet, where the power limit lowers the
                 clock under load, and of that as much as of the others'
     attention   of its products: flash attention forth and back (Dao 2023, figure 4: 0.5 to 0.6 on Ampere and Ada)
+    grouped     of its products with few rows each, which do not fill a card: 0.6 of the data sheet, an assumption
+                between attention's and large products'
     launch      seconds between two kernels of one stream, however short they are
     host        seconds that Python and the dispatcher take to start one: the card waits where that is longer
     """
@@ -35,6 +37,7 @@ class Rates:
     arithmetic: float = 0.88
     hot: float = 0.75 * 0.88
     attention: float = 0.55
+    grouped: float = 0.6
     launch: float = 2.5e-6
     host: float = 7e-6
 
@@ -43,6 +46,8 @@ class Rates:
 # Llama-3.1-8B, compiled: 2,413 tokens/s); tests/memory/test_throughput.py states how far ours is from it.
 RATES = Rates()
 HOT_CAPABILITIES = (90, 94, 95, 100, 103)
+# Rows of a tile of a product: an expert's last one is half empty on average.
+TILE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def predict(work: Work, gpu: Gpu, tokens: int, passes: float = 1.0, copies: Copi
     outside, alone = max(computed, of_head) + alone, max(0.0, of_head - computed) + alone
     launches, moved = work.update
     update = max(launches * RATES.launch, moved / _bandwidth(gpu)) / passes
-    started = (work.launches + launches / passes) * RATES.host
+    of_work = sum(times * _launches(operation, gpu) for operation, times in work.micro_batch)
+    started = (of_work + launches / passes) * RATES.host
     device = up + down + outside + update
     idle = max(0.0, started - device)
     return Speed(up, down, outside + idle, update, waits_up + waits_down + alone, started > device, tokens)
@@ -123,8 +129,16 @@ def _seconds(operations: Operations, gpu: Gpu) -> float:
 def _operation_seconds(operation: Operation, gpu: Gpu) -> float:
     peak = gpu.teraflops * 1e12
     share = RATES.hot if gpu.capability in HOT_CAPABILITIES else RATES.arithmetic
+    if operation.experts:
+        share = min(share, RATES.grouped) * operation.rows / (operation.rows + operation.experts * TILE_ROWS / 2)
     rate = peak * (RATES.attention if operation.attends else share)
-    return max(operation.nbytes / _bandwidth(gpu), operation.arithmetic / rate, RATES.launch)
+    launches = _launches(operation, gpu) * RATES.launch
+    return max(operation.nbytes / _bandwidth(gpu), operation.arithmetic / rate, launches)
+
+
+def _launches(operation: Operation, gpu: Gpu) -> int:
+    """Kernels that a card starts for it."""
+    return operation.experts if operation.loops and gpu.capability not in HOT_CAPABILITIES else 1
 
 
 def _bandwidth(gpu: Gpu) -> float:

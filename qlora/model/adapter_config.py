@@ -108,6 +108,7 @@ class AdapterConfig(ForeignModel):
     ensure_weight_tying: bool = False
     init_lora_weights: Annotated[bool | str, BeforeValidator(_start)] = True
     target_modules: Names | None = None
+    target_parameters: PlainNames | None = None
     exclude_modules: Names | None = None
     modules_to_save: PlainNames | None = None
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=MAX_ENTRIES)] = Field(default_factory=dict)
@@ -115,6 +116,7 @@ class AdapterConfig(ForeignModel):
     trainable_token_indices: Annotated[list[int] | dict[str, list[int]], BeforeValidator(_token_rows)] | None = None
     base_model_name_or_path: Annotated[Text, Field(max_length=MAX_PATH)] = ""
     revision: Annotated[Text, Field(max_length=MAX_NAME)] = "main"
+    peft_version: Annotated[Text, Field(max_length=MAX_NAME)] = ""
 
 
 class Quantization(ForeignModel):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from qlora.model.adapter_config import AdapterConfig, ProvenanceFile, first_matc
 from qlora.model.adapter_notes import trained_on
 from qlora.model.adapter_tensors import ADAPTER_FILE as ADAPTER_FILE
 from qlora.model.adapter_tensors import read_tensors
+from qlora.model.expert_layout import ExpertAdapter, take_experts
 from qlora.model.identity import BaseIdentity
 from qlora.model.tensors import TensorEntry, read_tensor
 from qlora.model.weight_names import PREFIX, text_module
@@ -33,13 +34,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_CONFIG = "adapter_config.json"
+NO_LAYERS = "dummy-target-modules"  # peft's own word for an adapter on none (utils/constants.py)
 PROVENANCE_FILE = "qlora.json"
 
 VALUES_PER_BLOCK = 1 << 22  # 16 MiB of fp32
 
 # adapter_config.json keys that change the arithmetic in ways that a plain merge cannot express.
 UNMERGEABLE = {
-    "target_parameters": "adapters on bare parameters",
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron layers",
     "alora_invocation_tokens": "adapters that switch on in mid-text (aLoRA)",
@@ -102,6 +103,7 @@ class Adapter:
     rows     single trained token rows
     tensors  all of them as an adapter on the causal model stores them, by names without `weight_names.PREFIX`
     idle     modules of other parts of a multimodal model whose low-rank matrices never moved
+    experts  low-rank matrices of all experts of a projection
     """
 
     folder: Path
@@ -112,11 +114,12 @@ class Adapter:
     rows: Mapping[str, TokenRows]
     tensors: Mapping[str, TensorEntry]
     idle: tuple[str, ...] = ()
+    experts: Mapping[str, ExpertAdapter] = field(default_factory=dict)
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Every parameter that the adapter changes, sorted."""
-        return tuple(sorted({*self.lora, *self.whole, *self.rows}))
+        return tuple(sorted({*self.lora, *self.experts, *self.whole, *self.rows}))
 
 
 def keep_private(folder: Path, base: str) -> None:
@@ -145,6 +148,11 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
     return {PREFIX + name: read_tensor(entry) for name, entry in _open(folder).tensors.items()}
 
 
+def experts_in(folder: Path) -> Mapping[str, ExpertAdapter]:
+    """The adapters on experts in a folder, by parameter. Raises ExportError as `stored_tensors` does."""
+    return _open(folder).experts
+
+
 def peft_config(folder: Path) -> LoraConfig:
     """The adapter's configuration as peft is to take it: modules, ranks and alphas by the names of its own tensors.
 
@@ -157,7 +165,7 @@ def peft_config(folder: Path) -> LoraConfig:
     config, file = adapter.config, folder / ADAPTER_CONFIG
     modules = {name.removesuffix(".weight"): lora.a.shape[0] for name, lora in adapter.lora.items()}
     alphas = {name.removesuffix(".weight"): lora.alpha for name, lora in adapter.lora.items()}
-    if not modules and not isinstance(config.target_modules, list):
+    if not modules and not adapter.experts and not isinstance(config.target_modules, list):
         raise ExportError(f"{file}: target_modules fits no tensor of the adapter", "save the adapter again")
     usual = Counter(modules.values()).most_common(1)[0][0] if modules else config.r
     return LoraConfig(
@@ -165,7 +173,7 @@ def peft_config(folder: Path) -> LoraConfig:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         rank_pattern=_by_value(modules, usual, f"{file}: rank_pattern"),
         alpha_pattern=_by_value(alphas, config.lora_alpha, f"{file}: alpha_pattern"),
-        target_modules=list(modules) or config.target_modules,
+        target_modules=list(modules) or (NO_LAYERS if adapter.experts else config.target_modules),
         modules_to_save=[text_module(name) for name in config.modules_to_save or ()] or None,
         trainable_token_indices=_in_the_text(config.trainable_token_indices),
         use_rslora=config.use_rslora,
@@ -218,6 +226,7 @@ def _open(folder: Path) -> Adapter:
 
 def _sort_tensors(folder: Path, config: AdapterConfig) -> Adapter:
     file, found = folder / ADAPTER_FILE, read_tensors(folder)
+    experts = take_experts(found.roles, config, found.stored, file)
     modules = {**found.roles["a"], **found.roles["embedding_a"]}
     ranks = {module: entry.shape[0] for module, entry in modules.items() if entry.shape}
     alphas = alphas_of(ranks, config, file, found.stored)
@@ -225,7 +234,7 @@ def _sort_tensors(folder: Path, config: AdapterConfig) -> Adapter:
     if config.use_dora and any(module.magnitude is None for module in lora.values()):
         raise ExportError(f"{file}: use_dora is set but magnitudes are missing", "save the adapter again")
     rows = {f"{module}.weight": _rows(module, entry, config, file) for module, entry in found.roles["rows"].items()}
-    return Adapter(folder, config, lora, found.whole, found.under, rows, found.all, found.idle)
+    return Adapter(folder, config, lora, found.whole, found.under, rows, found.all, found.idle, experts)
 
 
 def _module(
@@ -281,6 +290,7 @@ def _entries(adapter: Adapter) -> Iterable[tuple[str, TensorEntry]]:
     """Every tensor that is read, by the name of the parameter that it changes."""
     for name, lora in adapter.lora.items():
         yield from ((name, entry) for entry in (lora.a, lora.b, lora.magnitude) if entry is not None)
+    yield from ((name, entry) for name, expert in adapter.experts.items() for entry in (expert.a, expert.b))
     yield from ((name, entry) for kind in (adapter.whole, adapter.under) for name, entry in kind.items())
     yield from ((name, rows.values) for name, rows in adapter.rows.items())
 

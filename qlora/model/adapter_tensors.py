@@ -51,7 +51,7 @@ class AdapterTensors:
     idle    modules of other parts of the model whose adapters never moved; nothing else names them
     """
 
-    roles: Mapping[str, Mapping[str, TensorEntry]]
+    roles: Mapping[str, dict[str, TensorEntry]]
     whole: Mapping[str, TensorEntry]
     under: Mapping[str, TensorEntry]
     all: Mapping[str, TensorEntry]

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from qlora.batch import Batch
 from qlora.device import random_state_kept
 from qlora.errors import ModelError, foreign_failures
-from qlora.model import dora, lora_functions, mixture_adapters
+from qlora.model import dora, eva, lora_functions, mixture_adapters
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, peft_config, stored_tensors
 from qlora.model.linear_use import use_of
 from qlora.model.meta_model import head_of, linear_layers
 from qlora.model.weight_names import ClassNames
 from qlora.model.weight_receiving import device_of, for_saved, refuse_on_host
 from qlora.model.weight_streaming import inside, parts_in_place
-from qlora.step.forward import CausalParts, hidden_states
 from qlora.third_party import import_bitsandbytes, old_names_in_peft
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from qlora.recipe.sections import LoraSection
 
 ADAPTER = "default"
-# Passes over the given batches after which EVA's components count as never converging (20 is usual).
-EVA_MAX_FORWARDS = 500
 
 
 def attach(
@@ -76,11 +73,13 @@ def attach(
         for name, parameter in trainable(peft_model).items():
             if "lora_magnitude_vector" not in name and not (in_fp32 and ".modules_to_save." in name):
                 parameter.data = parameter.data.to(dtype)
+        if lora.experts:
+            mixture_adapters.attach_to_experts(model, lora, dtype)
         if lora.init == "eva":
-            _start_from_inputs(peft_model, batches)
+            eva.start_from_inputs(peft_model, batches, ADAPTER)
     dora.without_identity(peft_model)
     for part in parts_in_place(peft_model):
-        _restart_magnitudes(part)
+        dora.restart_magnitudes(part, ADAPTER)
     _check_layers(peft_model)
     mixture_adapters.check_adapted(model, asked)
     lora_functions.put_in(peft_model, functions or lora_functions.of_run())
@@ -103,6 +102,7 @@ def save(model: PeftModel, folder: Path, base_name: str, commit: str | None, nam
 
     # save_embedding_layers=True or "auto" would ask the hub for the base's configuration.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    state = mixture_adapters.with_experts(model, state)
     stored = {names.of_tensor(name) if names else name: tensor for name, tensor in state.items()}
     tensors = {name: stored[name].detach().cpu().contiguous() for name in sorted(stored)}
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
@@ -111,6 +111,7 @@ def save(model: PeftModel, folder: Path, base_name: str, commit: str | None, nam
     config |= {"base_model_name_or_path": base_name, "revision": commit, "inference_mode": True}
     # peft writes its sets in an order that differs from process to process.
     config["target_modules"] = sorted(config["target_modules"])
+    config["target_parameters"] = mixture_adapters.targets_of_experts(model) or None
     config = names.of_config(config) if names else config
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -121,6 +122,7 @@ def load_into(model: PeftModel, folder: Path) -> None:
 
     stored = stored_tensors(folder)
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    wanted = mixture_adapters.with_experts(model, wanted)
     ours, theirs = ({(name, tensor.shape) for name, tensor in state.items()} for state in (wanted, stored))
     if differing := sorted({name for name, _ in ours ^ theirs}):
         what = f"{len(differing)} tensors do not fit the recipe's adapter, {differing[0]} first"
@@ -128,8 +130,9 @@ def load_into(model: PeftModel, folder: Path) -> None:
             f"{folder / ADAPTER_FILE}: {what}",
             "use the recipe that made this adapter, or start afresh with mode='fresh'",
         )
+    beside = mixture_adapters.load_experts(model, stored)
     with mixture_adapters.names_kept(model.get_base_model()):
-        set_peft_model_state_dict(model, stored, adapter_name=ADAPTER)
+        set_peft_model_state_dict(model, beside, adapter_name=ADAPTER)
 
 
 def open_saved(model: Any, folder: Path) -> PeftModel:
@@ -140,7 +143,7 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
     import_bitsandbytes()
     from peft import get_peft_model, set_peft_model_state_dict
 
-    saved = stored_tensors(folder)
+    of_experts, saved = mixture_adapters.parted(folder, stored_tensors(folder))
     for_saved(model, saved)
     _resize_like(model, saved)
     norms, names = dora.norms_later(inside(model) is not None), mixture_adapters.names_kept(model)
@@ -151,6 +154,7 @@ def open_saved(model: Any, folder: Path) -> PeftModel:
         reason = failure.reason if failure.error else f"{len(unread)} of its tensors have no place, {unread[0]} first"
         what = f"{folder}: does not fit this base ({reason})"
         raise ModelError(what, "name the base that it was trained on with `base_model`") from failure.error
+    mixture_adapters.put_on_experts(model, folder, of_experts)
     # peft gives every tensor the base's dtype: DoRA's magnitudes would be rounded to bf16 (0.4 % of their size).
     for name, parameter in peft_model.named_parameters():
         stored = saved.get(name.replace(f".{ADAPTER}.weight", "").replace(f".{ADAPTER}", ""))
@@ -247,49 +251,6 @@ def _whole_modules(model: Any, names: tuple[str, ...]) -> list[str]:
         refuse_on_host(model, name, within)
         whole += matched
     return sorted(set(whole))
-
-
-def _start_from_inputs(model: PeftModel, batches: list[Batch]) -> None:
-    """EVA (arXiv:2410.07170): A becomes the main directions of each layer's inputs at trained positions."""
-    from peft import initialize_lora_eva_weights
-
-    forwards, parts = 0, CausalParts.of(model.get_base_model())
-
-    def forward(_: Any, batch: Batch) -> None:
-        nonlocal forwards
-        forwards += 1
-        if forwards > EVA_MAX_FORWARDS:
-            what = f'lora.init = "eva" has not converged after {EVA_MAX_FORWARDS} passes over the first rows'
-            raise ModelError(what, 'use more or longer rows, a smaller lora.r, or lora.init = "default"')
-        hidden_states(parts, batch)  # and no head: the logits of all positions are gigabytes, and no adapter's inputs
-
-    def trained_positions(batch: Batch, _: Any) -> Tensor:
-        return (batch.loss_weights_BS > 0).nonzero()
-
-    initialize_lora_eva_weights(
-        model,
-        dataloader=batches,
-        forward_fn=forward,
-        prepare_model_inputs_fn=trained_positions,
-        adapter_name=ADAPTER,
-        show_progress_bar=False,
-    )
-
-
-def _restart_magnitudes(model: Any) -> None:
-    """DoRA's magnitudes as its forward pass computes norms, so that their quotient is exactly 1 at step 0."""
-    for layer in model.modules():
-        magnitudes = getattr(layer, "lora_magnitude_vector", None)
-        if not magnitudes or ADAPTER not in magnitudes:
-            continue
-        magnitude = magnitudes[ADAPTER]
-        magnitude.update_layer(
-            base_layer=layer.get_base_layer(),
-            lora_A=layer.lora_A[ADAPTER].weight.detach(),
-            lora_B=layer.lora_B[ADAPTER].weight.detach(),
-            scaling=layer.scaling[ADAPTER],
-        )
-        magnitude.weight.data = magnitude.weight.data.float()
 
 
 def _check_layers(model: Any) -> None:

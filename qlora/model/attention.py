@@ -1,10 +1,10 @@
 """Attention through our own registered function, so that there is one place to change it.
 
-It is transformers' sdpa with two additions. Documents packed into a row are kept apart by a mask that transformers
+It is transformers' sdpa with three additions. Documents packed into a row are kept apart by a mask that transformers
 makes from `position_ids` (they restart at 0 with each document); sliding windows are part of the same mask. Where a
 kernel is chosen that takes the documents themselves (`attention_choice`), the function is registered under that
-kernel's name, and what reaches it in a training forward is a `DocumentMask`. Three things must hold, and the model's
-caller sees to them:
+kernel's name, and what reaches it in a training forward is a `DocumentMask`. Sinks, which sdpa has none of, are put
+beside what a kernel computes (`sink_attention`). Three things must hold, and the model's caller sees to them:
 
 * `attention_mask` is None. A 2-D mask switches the making of document masks off; a 4-D one drops sliding windows.
 * `use_cache` is False. A cache switches it off as well, and a cache is the default, in training too. Gradient
@@ -27,7 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from qlora.device import is_card
-from qlora.model.compiled_attention import StandIn, attend
+from qlora.model import compiled_attention, sink_attention
+from qlora.model.compiled_attention import Scores, StandIn, attend
 from qlora.model.document_attention import (
     CAPPED,
     HEAD_DIM_MULTIPLE,
@@ -39,12 +40,15 @@ from qlora.model.document_attention import (
 from qlora.model.document_mask import DocumentMask, answer_from_the_batch, by_documents
 
 NAME = "qlora_sdpa"
+# The same for models with sinks: transformers refuses them whatever has sdpa in its name (modeling_utils.py).
+SINKS = "qlora_sinks"
 
 
-def register(target: str | None = None) -> str:
+def register(target: str | None = None, sinks: bool = False) -> str:
     """Makes the functions known to transformers (as often as one likes) and returns the name of the one with a mask.
 
-    `target` ("cuda" or "cpu") is for meta tensors: attention then is the operation that this device would run.
+    `target` ("cuda" or "cpu") is for meta tensors: attention then is the operation that this device would run; `sinks`:
+    the name for a model that has some.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -53,7 +57,8 @@ def register(target: str | None = None) -> str:
     for kernel in KERNELS:
         AttentionInterface.register(name_of(kernel), partial(by_kernel, kernel=kernel))
         AttentionMaskInterface.register(name_of(kernel), by_documents)
-    name = NAME if target is None else f"{NAME}_for_{target}"
+    name = SINKS if sinks else NAME
+    name = name if target is None else f"{name}_for_{target}"
     AttentionInterface.register(name, attention if target is None else partial(attention, target=target))
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
@@ -72,21 +77,22 @@ def kernel_of(name: str) -> str | None:
 def shown(model: Any) -> str:
     """What a model attends with, for people: "sdpa", "eager", or a kernel of `document_attention`."""
     name = str(getattr(model.config, "_attn_implementation", None))
-    return kernel_of(name) or ("sdpa" if name.startswith(NAME) else name)
+    return kernel_of(name) or ("sdpa" if name.startswith((NAME, SINKS)) else name)
 
 
 def by_kernel(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, kernel: str, **settings: Any
 ) -> tuple[Tensor, None]:
     """As `attention`, where documents are told by a DocumentMask: by `kernel`, if it has what the layer asks for."""
-    scale, softcap = settings.get("scaling"), settings.get("softcap")
+    scale, softcap, sinks = (settings.get(name) for name in ("scaling", "softcap", "s_aux"))
+    scores = Scores(scale, softcap, sinks)
     if isinstance(attention_mask, StandIn):
-        if not _takes(kernel, query, key, value, settings):
+        if not _takes(kernel, query, key, value, settings) or (sinks is not None and sinks.requires_grad):
             raise ValueError(f"a layer asks for more than {kernel} attends with")
-        return attend(kernel, query, key, value, attention_mask, scale, softcap), None
+        return attend(kernel, query, key, value, attention_mask, scores), None
     if isinstance(attention_mask, DocumentMask):
         if _takes(kernel, query, key, value, settings):
-            return KERNELS[kernel](query, key, value, attention_mask, scale, softcap), None
+            return compiled_attention.by_kernel(kernel, query, key, value, attention_mask, scores), None
         attention_mask = attention_mask.as_tensor()
     if softcap is None:
         return attention(module, query, key, value, attention_mask, **settings)
@@ -110,6 +116,10 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if (sinks := settings.get("s_aux")) is not None:
+        device_type, scale = target or query.device.type, settings.get("scaling")
+        output = sink_attention.with_mask(query, key, value, attention_mask, (scale, sinks), device_type)
+        return output.contiguous(), None
     on_meta = OnMeta(target) if query.is_meta and target is not None else None
     groups = getattr(module, "num_key_value_groups", 1)
     with on_meta or _kernel_order(query.device):
@@ -126,10 +136,12 @@ def attention(
 
 def _takes(kernel: str, query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> bool:
     """Whether the kernel computes what this call asks for."""
-    asks = [settings.get(name) for name in ("position_bias", "cache", "s_aux", "head_mask")]
+    asks = [settings.get(name) for name in ("position_bias", "cache", "head_mask")]
     plain = not settings.get("dropout") and settings.get("is_causal") is not False and asks == [None] * len(asks)
     widths = {query.shape[-1], key.shape[-1], value.shape[-1]}
     fits = len(widths) == 1 and query.shape[-1] <= MOST_HEAD_DIM and query.shape[-1] % HEAD_DIM_MULTIPLE == 0
+    if settings.get("s_aux") is not None:
+        return plain and fits and kernel in sink_attention.KERNELS and settings.get("softcap") is None
     return plain and fits and (kernel in CAPPED or settings.get("softcap") is None)
 
 

@@ -24,9 +24,11 @@ from qlora.device import computes_bf16, is_card
 from qlora.errors import ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.forward_facts import in_forward
-from qlora.model.attention import NAME, name_of
+from qlora.model import sink_attention
+from qlora.model.attention import NAME, SINKS, name_of
 from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM, Kernel, has_varlen, one_by_one
 from qlora.model.document_mask import DocumentMask
+from qlora.model.sink_attention import SinkKernel, by_definition, has_sinks
 
 # Documents of the trial: of more and of less than a block of 128, and shorter than WINDOW. Together two such blocks:
 # with fewer than 128 queries flex_attention takes another kernel (flex_decoding) than the one that trains.
@@ -46,6 +48,7 @@ class Heads:
     width: int
     windowed: bool
     softcap: float | None
+    sinks: bool = False
 
 
 def choose(
@@ -90,11 +93,12 @@ def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
 
     A run takes what was decided when it began. Raises ModelError where "varlen" is asked for and cannot be had.
     """
+    _settle_sinks(model, device, sink)
     run, name = numerics.of_run(), today(model)
     lacks: list[str] = []
     recorded, taken = run.attention if run else None, False
     for kernel in passing(model.config.get_text_config(), name, wanted, device, recorded, lacks):
-        lack = _differs(model, kernel, device)
+        lack = _differs(model, kernel, (name, name_of(kernel)), device)
         if not lack:
             model.config._attn_implementation, taken = name_of(kernel), True
             break
@@ -141,7 +145,7 @@ def lack_of(config: Any, name: str) -> str:
     if not getattr(config, "num_attention_heads", None):
         return "it has no heads that attend"
     heads = heads_of(config)
-    if not name.startswith(NAME) and (name != "eager" or heads.softcap is None):
+    if not name.startswith((NAME, SINKS)) and (name != "eager" or heads.softcap is None):
         return f"transformers computes its attention by {name} alone"
     if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "is_causal", True) is False:
         return "its mask is more than documents and windows"
@@ -158,7 +162,7 @@ def heads_of(config: Any) -> Heads:
     key = known.get("num_key_value_heads") or query
     width = known.get("head_dim") or int(config.hidden_size) // query
     windowed = known.get("sliding_window") is not None
-    return Heads(query, int(key), int(width), windowed, known.get("attn_logit_softcapping"))
+    return Heads(query, int(key), int(width), windowed, known.get("attn_logit_softcapping"), has_sinks(config))
 
 
 def candidates(config: Any, one_by_one: bool) -> Sequence[str]:
@@ -171,14 +175,14 @@ def candidates(config: Any, one_by_one: bool) -> Sequence[str]:
 def tried(kernel: str, heads: Heads, device: torch.device) -> str:
     """Why a kernel is not taken on the device; "" where its output and gradients are right."""
     with foreign_failures(trial=True) as failure:
-        worst = _worst(KERNELS[kernel], heads, device)
+        worst = _worst((sink_attention.KERNELS if heads.sinks else KERNELS)[kernel], heads, device)
     if failure.error:
         return f"{kernel}: {failure.reason[:120]}"
     return "" if worst <= KERNEL_TOLERANCE else f"{kernel}: off by {worst:.2f} in a trial"
 
 
 @lru_cache(64)  # which keeps no error: memory that ran out may be there again at the next run
-def _worst(attend: Kernel, heads: Heads, device: torch.device) -> float:
+def _worst(attend: Kernel | SinkKernel, heads: Heads, device: torch.device) -> float:
     """How far output and gradients are from what is right, at most; not a number where one of them is none."""
     batch = trial_batch(vocabulary=2)
     generator = torch.Generator().manual_seed(0)
@@ -186,18 +190,22 @@ def _worst(attend: Kernel, heads: Heads, device: torch.device) -> float:
     drawn = [torch.randn(1, count, sum(LENGTHS), heads.width, generator=generator) for count in counts]
     there = [one.to(device, torch.bfloat16 if computes_bf16(device) else torch.float16) for one in drawn]
     apart = []
+    reference: Any = by_definition if heads.sinks else one_by_one
+    more = torch.randn(heads.query, generator=generator) if heads.sinks else heads.softcap
     for window in (None, WINDOW) if heads.windowed else (None,):
-        right = _pass(one_by_one, drawn, DocumentMask(batch, window), heads.softcap)
-        found = _pass(attend, there, DocumentMask(batch.to(device), window), heads.softcap)
+        right = _pass(reference, drawn, DocumentMask(batch, window), more)
+        there_too = more.to(there[0]) if isinstance(more, Tensor) else more
+        found = _pass(attend, there, DocumentMask(batch.to(device), window), there_too)
         apart += [_relative(one, other) for one, other in zip(found, right, strict=True)]
     return float(torch.tensor(apart).max())  # Python's `max` passes over what is not a number
 
 
-def _pass(attend: Kernel, drawn: Sequence[Tensor], mask: DocumentMask, softcap: float | None) -> list[Tensor]:
-    """Output and gradients of query, key and value, for a gradient of the output that is drawn too."""
+def _pass(attend: Any, drawn: Sequence[Tensor], mask: DocumentMask, more: float | Tensor | None) -> list[Tensor]:
+    """Output and gradients of query, key and value, for a gradient of the output that is drawn too; `more` are sinks,
+    or the cap of scores."""
     query, key, value = (one.detach().requires_grad_() for one in drawn[:3])
     with torch.enable_grad():
-        output = attend(query, key, value, mask, None, softcap)
+        output = attend(query, key, value, mask, None, more)
         gradients = torch.autograd.grad(output, (query, key, value), drawn[3].transpose(1, 2))
     return [output.detach(), *gradients]
 
@@ -207,24 +215,38 @@ def _relative(found: Tensor, right: Tensor) -> float:
     return float((found.double().cpu() - right).norm() / right.norm())
 
 
-def trial_batch(vocabulary: int) -> Batch:
-    """One row of three documents whose last tokens are not trained."""
-    ids_BS = (torch.arange(sum(LENGTHS)) * 7 % vocabulary)[None]
-    positions_BS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    documents_BS = torch.cat([torch.full((length,), number) for number, length in enumerate(LENGTHS)])[None]
-    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+def trial_batch(vocabulary: int, lengths: tuple[int, ...] = LENGTHS) -> Batch:
+    """One row of documents, three by default, whose last tokens are not trained."""
+    ids_BS = (torch.arange(sum(lengths)) * 7 % vocabulary)[None]
+    positions_BS = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents_BS = torch.cat([torch.full((length,), number) for number, length in enumerate(lengths)])[None]
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     weights_BS = torch.ones(ids_BS.shape)
     trained_T = torch.arange(ids_BS.numel())
-    return Batch(ids_BS, positions_BS, documents_BS, ids_BS.roll(-1, 1), weights_BS, trained_T, starts, LENGTHS)
+    return Batch(ids_BS, positions_BS, documents_BS, ids_BS.roll(-1, 1), weights_BS, trained_T, starts, lengths)
 
 
-def _differs(model: Any, kernel: str, device: torch.device) -> str:
-    """Why the model's hidden states with a kernel are not those with its mask; "" where they are."""
-    batch = trial_batch(int(model.config.get_text_config().vocab_size)).to(device)
+def _settle_sinks(model: Any, device: torch.device, sink: Sink) -> None:
+    """Has a model with sinks attend as transformers' own code does, where ours is not the same on this device."""
+    if today(model) != SINKS:
+        return
+    if lack := _differs(model, "sinks beside a kernel", ("eager", SINKS), device):
+        model.config._attn_implementation = "eager"
+        sink.emit(Notice("attention", f"eager attention is used, with scores of heads * S * S: {lack}"))
+
+
+def _differs(model: Any, kernel: str, names: tuple[str, str], device: torch.device) -> str:
+    """Why the model's hidden states with a kernel, under the second name, are not those under the first; "" where they
+    are."""
+    config = model.config.get_text_config()
+    # gpt-oss' own masks know nothing of documents (modeling_gpt_oss.py hands no positions on): its rows are one each.
+    lengths = (sum(LENGTHS),) if has_sinks(config) else LENGTHS
+    batch = trial_batch(int(config.vocab_size), lengths).to(device)
     named = {"position_ids": batch.position_ids_BS, "attention_mask": None, "use_cache": False}
     with foreign_failures(trial=True) as failure, torch.no_grad(), in_forward(batch):
-        right = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
-        with _attending(model, name_of(kernel)):
+        with _attending(model, names[0]):
+            right = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
+        with _attending(model, names[1]):
             found = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
         worst = _relative(found, right)
     if failure.error:

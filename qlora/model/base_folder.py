@@ -1,7 +1,8 @@
 """A folder with a base in it, and what is refused of one, before any weight is read.
 
-`config.json` and the headers of the weights show all of it: pickles, weights that another tool has quantized, experts
-in code of their own, models that are not causal, and configurations that try to choose code.
+`config.json` and the headers of the weights show all of it: pickles, weights that another tool has quantized (but for
+experts in MXFP4, which are held so), experts in code of their own, models that are not causal, and configurations that
+try to choose code.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qlora import files
 from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
+from qlora.model import mxfp4_config
 from qlora.model.alternatives import text_model_like
 from qlora.model.config_bounds import check_config_values, check_generation_values, check_layers_exist
 from qlora.model.mixtures import refuse_mixture
@@ -161,6 +163,9 @@ def _check_quantization(config: Mapping[str, Any], where: str) -> None:
         return
     details = stored if isinstance(stored, dict) else {"quant_method": stored}
     method = str(details.get("quant_method", "bitsandbytes"))
+    if mxfp4_config.is_known(config):
+        mxfp4_config.refuse(config, where)
+        return
     if method == "bitsandbytes":
         if details.get("load_in_4bit"):
             return

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.model import sink_attention
 from qlora.model.document_attention import KERNELS
 from qlora.model.document_mask import DocumentMask
 
@@ -38,11 +39,27 @@ def behind(value: Any) -> Any:
     return StandIn(window)
 
 
-def attend(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: StandIn, scale: float | None, softcap: float | None
-) -> Tensor:
-    """As KERNELS[kernel] does it, (B, S, heads, D)."""
-    return _attend(query, key, value, kernel, mask.window, scale, softcap)  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of a layer's scores: their scale and cap (None: the usual one, none), and one more a head (heads,),
+    of no token (`sink_attention`)."""
+
+    scale: float | None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def attend(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: StandIn, scores: Scores) -> Tensor:
+    """As `by_kernel`, (B, S, heads, D). Sinks get no gradient."""
+    settings = (scores.scale, scores.softcap, scores.sinks)
+    return _attend(query, key, value, kernel, mask.window, *settings)  # type: ignore[no-any-return]
+
+
+def by_kernel(kernel: str, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scores: Scores) -> Tensor:
+    """Attention over documents by one of KERNELS, or by the one of that name that has sinks."""
+    if scores.sinks is not None:
+        return sink_attention.KERNELS[kernel](query, key, value, mask, scores.scale, scores.sinks)
+    return KERNELS[kernel](query, key, value, mask, scores.scale, scores.softcap)
 
 
 @contextmanager
@@ -57,9 +74,16 @@ def _recording() -> Iterator[None]:
 
 @torch.library.custom_op("qlora::attend_documents", mutates_args=())
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, kernel: str, window: int, scale: float | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: str,
+    window: int,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    found: Tensor = KERNELS[kernel](query, key, value, _NOW[window], scale, softcap)
+    found = by_kernel(kernel, query, key, value, _NOW[window], Scores(scale, softcap, sinks))
     return found.clone(memory_format=torch.contiguous_format)
 
 
@@ -73,11 +97,12 @@ def _attend_backward(
     window: int,
     scale: float | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attends once more: what a kernel keeps for its backward pass differs from kernel to kernel."""
     with _recording():
         query, key, value = (one.detach().requires_grad_() for one in (query, key, value))
-        output = KERNELS[kernel](query, key, value, _NOW[window], scale, softcap)
+        output = by_kernel(kernel, query, key, value, _NOW[window], Scores(scale, softcap, sinks))
         found = torch.autograd.grad(output, (query, key, value), gradient)
     first, second, third = (one.contiguous() for one in found)
     return first, second, third
@@ -96,12 +121,13 @@ def _shapes(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.settings = inputs[3:]
+    ctx.save_for_backward(*inputs[:3], inputs[-1])
+    ctx.settings = inputs[3:-1]
 
 
 def _back(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    return (*_attend_backward(gradient, *ctx.saved_tensors, *ctx.settings), None, None, None, None)
+    query, key, value, sinks = ctx.saved_tensors
+    return (*_attend_backward(gradient, query, key, value, *ctx.settings, sinks), None, None, None, None, None)
 
 
 _attend.register_autograd(_back, setup_context=_keep)

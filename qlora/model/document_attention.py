@@ -45,11 +45,16 @@ def varlen(
     if attend is None or softcap is not None:
         raise NotImplementedError("this torch has no varlen_attn with windows, shared keys and a scale")
     batch = mask.batch
-    left = -1 if _sees_all(mask) else _window(mask) - 1
     most, starts = batch.max_document, batch.cu_seqlens
-    q, k, v = (_flat(one) for one in (query, key, value))
-    output = attend(q, k, v, starts, starts, most, most, window_size=(left, 0), enable_gqa=True, scale=scale)
-    return output.view(*_output_shape(query))  # type: ignore[no-any-return]
+    q, k, v = (flat(one) for one in (query, key, value))
+    window = varlen_window(mask)
+    output = attend(q, k, v, starts, starts, most, most, window_size=window, enable_gqa=True, scale=scale)
+    return output.view(*output_shape(query))  # type: ignore[no-any-return]
+
+
+def varlen_window(mask: DocumentMask) -> tuple[int, int]:
+    """Tokens before and behind a token that it sees, as flash kernels take them: -1 is all."""
+    return (-1 if _sees_all(mask) else _window(mask) - 1), 0
 
 
 @cache
@@ -77,22 +82,37 @@ def efficient(
     """
     if softcap is not None:
         raise NotImplementedError("the memory-efficient kernel has no cap")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        return _by_starts(q, k, v, mask, starts, longest, scale)
+
+    return by_length_classes(query, key, value, mask, attend)
+
+
+def by_length_classes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: DocumentMask,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
+) -> Tensor:
+    """`attend` (query, key, value (N, heads, D), where documents start, the longest) for documents of like length."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    q, k, v = (_flat(one) for one in (query, key, value))
+    q, k, v = (flat(one) for one in (query, key, value))
     lengths, classes = mask.batch.document_lengths, _length_classes(mask)
     if not classes:
         assert mask.batch.cu_seqlens is not None
-        return _by_starts(q, k, v, mask, mask.batch.cu_seqlens, max(lengths), scale).view(*_output_shape(query))
+        return attend(q, k, v, mask.batch.cu_seqlens, max(lengths)).view(*output_shape(query))
     pieces = [torch.split(one, list(lengths)) for one in (q, k, v)]
     outputs: list[Tensor] = [q] * len(lengths)
     for one in classes:
         q, k, v = (torch.cat([documents[at] for at in one.members]) for documents in pieces)
-        output = _by_starts(q, k, v, mask, one.starts, one.longest, scale)
+        output = attend(q, k, v, one.starts, one.longest)
         for at, part in zip(one.members, torch.split(output, [lengths[at] for at in one.members]), strict=True):
             outputs[at] = part
-    return torch.cat(outputs).view(*_output_shape(query))
+    return torch.cat(outputs).view(*output_shape(query))
 
 
 def _by_starts(
@@ -153,7 +173,7 @@ def one_by_one(
     """Each document by itself, by sdpa, or by its scores where they are capped."""
     lengths, window = mask.batch.document_lengths, mask.window
     parts = []
-    for q, k, v in zip(*(torch.split(_flat(one), list(lengths)) for one in (query, key, value)), strict=True):
+    for q, k, v in zip(*(torch.split(flat(one), list(lengths)) for one in (query, key, value)), strict=True):
         alone = (q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None])
         band = None if window is None or len(q) <= window else causal_band(len(q), window, q.device)
         if softcap is not None:
@@ -163,7 +183,7 @@ def one_by_one(
             shared = q.shape[1] != k.shape[1]
             output = scaled_dot_product_attention(*alone, band, is_causal=band is None, scale=scale, enable_gqa=shared)
         parts.append(output[0].transpose(0, 1))
-    return torch.cat(parts).view(*_output_shape(query))
+    return torch.cat(parts).view(*output_shape(query))
 
 
 def causal_band(length: int, window: int, device: torch.device) -> Tensor:
@@ -267,12 +287,12 @@ def _window(mask: DocumentMask) -> int:
     return mask.window
 
 
-def _flat(states: Tensor) -> Tensor:
+def flat(states: Tensor) -> Tensor:
     """(B, heads, S, D) as (N, heads, D)."""
     return states.transpose(1, 2).flatten(0, 1)
 
 
-def _output_shape(query: Tensor) -> tuple[int, int, int, int]:
+def output_shape(query: Tensor) -> tuple[int, int, int, int]:
     rows, heads, length, width = query.shape
     return rows, length, heads, width
 

@@ -22,6 +22,22 @@ def without_identity(model: nn.Module) -> None:
             layer.get_lora_weight = _product  # type: ignore[assignment]
 
 
+def restart_magnitudes(model: Any, adapter: str) -> None:
+    """DoRA's magnitudes as its forward pass computes norms, so that their quotient is exactly 1 at step 0."""
+    for layer in model.modules():
+        magnitudes = getattr(layer, "lora_magnitude_vector", None)
+        if not magnitudes or adapter not in magnitudes:
+            continue
+        magnitude = magnitudes[adapter]
+        magnitude.update_layer(
+            base_layer=layer.get_base_layer(),
+            lora_A=layer.lora_A[adapter].weight.detach(),
+            lora_B=layer.lora_B[adapter].weight.detach(),
+            scaling=layer.scaling[adapter],
+        )
+        magnitude.weight.data = magnitude.weight.data.float()
+
+
 @contextmanager
 def norms_later(later: bool) -> Iterator[None]:
     """Inside, peft reads no weight for the norms of a new DoRA layer, which begin as zeros, if they come `later`: of

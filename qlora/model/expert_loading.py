@@ -2,7 +2,8 @@
 
 transformers stacks all experts of a layer before it quantizes them, which takes a layer's 16-bit weights and more
 (huggingface/transformers#47514). A tensor is read from front to back and once, as its hash wants it: a whole expert
-where the file has all of them in one tensor, else blocks of its rows.
+where the file has all of them in one tensor, else blocks of its rows. What is published in MXFP4 goes as it is to
+where it stays: codes of all experts, then scales, or in the order in which the files have them.
 """
 
 from __future__ import annotations
@@ -14,19 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.errors import ModelError
+from qlora.model import precision
 from qlora.model.expert_pieces import Piece
 from qlora.model.experts import Slab, fill
 from qlora.model.identity import WeightReader
+from qlora.model.mxfp4 import MOST_SCALE, Mxfp4Stack
+from qlora.model.weight_receiving import took
 
 
 def load(model: Any, parameter: str, pieces: Sequence[Piece], reader: WeightReader, device: torch.device) -> None:
-    """Give a projection of experts, a slab or a parameter in 16 bit, its weights. Raises ModelError."""
+    """Give a projection of experts, a stack in 4 bit or a parameter in 16, its weights. Raises ModelError."""
     owner, _, leaf = parameter.rpartition(".")
     module = model.get_submodule(owner)
     held = getattr(module, leaf)
-    if isinstance(held, Slab):
+    if isinstance(held, Mxfp4Stack):
+        _take_as_published(held, pieces, reader, device)
+    elif isinstance(held, Slab):
         fill(held, partial(_rows_of, reader, pieces, held.shape, module.is_transposed), device)
-        return
+    else:
+        whole = _in_16_bit(held, pieces, reader, device)
+        kept = precision.placed(module, leaf, whole, model.config.dtype)
+        module._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
+    took(model, parameter)
+
+
+def _in_16_bit(held: Tensor, pieces: Sequence[Piece], reader: WeightReader, device: torch.device) -> Tensor:
+    """All experts of a projection in bf16, as `held`, which has their shape, has them."""
     whole = torch.empty(held.shape, dtype=torch.bfloat16, device=device)
     for expert in range(held.shape[0]):
         if pieces[0].expert is None:
@@ -34,7 +49,21 @@ def load(model: Any, parameter: str, pieces: Sequence[Piece], reader: WeightRead
         else:
             rows, columns = held.shape[1:]
             whole[expert].copy_(_rows_of(reader, pieces, (held.shape[0], rows, columns), False, expert)(0, rows))
-    module._parameters[leaf] = nn.Parameter(whole, requires_grad=False)
+    return whole
+
+
+def _take_as_published(stack: Mxfp4Stack, pieces: Sequence[Piece], reader: WeightReader, device: torch.device) -> None:
+    stack.allocate(device)
+    for piece in sorted(
+        pieces, key=lambda one: (str(reader.tensors[one.tensor].file), reader.tensors[one.tensor].offset)
+    ):
+        for expert in range(stack.shape[0]):
+            stored = reader.read(piece.tensor, (expert, expert + 1))[0]
+            if piece.form == "scales" and int(stored.max()) > MOST_SCALE:
+                what = f"{reader.tensors[piece.tensor].file}: {piece.tensor} holds a scale of {int(stored.max())}"
+                hint = "download the model again, or ask who published it for a clean copy"
+                raise ModelError(f"{what}, with which values are not finite (NaN or infinity)", hint)
+            stack.put(expert, piece.form, stored)
 
 
 def _rows_of(

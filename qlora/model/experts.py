@@ -12,17 +12,23 @@ projection stays in 16 bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora import numerics
 from qlora.events import Notice
+from qlora.model import mxfp4_config
 from qlora.model.cpu_matmul import product_dtype
-from qlora.model.mixtures import experts_in, routers_in
+from qlora.model.mixtures import experts_in, routers_in, speaks_of_experts
+from qlora.model.mxfp4 import Mxfp4Stack
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, Quantized, quantize_rows
+from qlora.numerics import Numerics
 from qlora.step import experts as step_experts
+from qlora.step.kernels import experts as kernels
+from qlora.step.kernels import trial
 from qlora.third_party import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -38,16 +44,20 @@ class Slab(nn.Module):
     table, nested_table: what codes mean
     """
 
+    IN_BLOB = ("codes", "absmax", "nested_absmax", "offset")  # what a streamed layer's blob holds (`layer_blobs`)
+    TABLES = ("table", "nested_table")  # of all experts, and small: they stay where they are computed with
+
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor
     offset: Tensor
     table: Tensor
     nested_table: Tensor
+    block = BLOCK
 
     def __init__(self, shape: tuple[int, int, int], quantization: QuantizationSection) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.by = shape, of_run()
         self.quant_type, self.nested = quantization.type, quantization.double_quant
         count, values = shape[0], math.prod(shape[1:])
         assert values % BLOCK == 0, "blocks that run from expert to expert"
@@ -61,17 +71,23 @@ class Slab(nn.Module):
             sizes["nested_table"] = (256,), torch.float32
         else:
             sizes["absmax"] = (count, self.blocks), torch.float32
-        for name, (size, dtype) in sizes.items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype, device=meta), persistent=False)
+        self.sizes: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = sizes
+        for name, (size, dtype) in sizes.items():  # of no bytes, also to who counts storages on meta
+            self.register_buffer(name, torch.empty((), dtype=dtype, device=meta).expand(size), persistent=False)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers())
+        """Of all its buffers, wherever they are."""
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in self.sizes.values())
 
     def allocate(self, device: torch.device) -> None:
         """Room for all experts on `device`, without values."""
-        for name, buffer in list(self.named_buffers()):
-            self._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+        for name, (size, dtype) in self.sizes.items():
+            self._buffers[name] = torch.zeros(size, dtype=dtype, device=device)
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        """Have these as they are, such as a kept base has them."""
+        self._buffers.update(buffers)
 
     def put(self, expert: int, quantized: Quantized) -> None:
         """Give an expert its weight, as `quantize_rows` made it of (out, in)."""
@@ -100,6 +116,53 @@ class Slab(nn.Module):
         weights: Tensor = ops.dequantize_4bit.default(codes, absmax.reshape(-1), BLOCK, self.quant_type, shape, dtype)
         return weights.view(count, *self.shape[1:])
 
+    def read_rows(self, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Rows of a slab of one expert, (end - start, in), as `read` gives them; the blocks that they lie in alone."""
+        assert self.shape[0] == 1, "rows of several experts"
+        width = self.shape[2]
+        first, last = start * width // BLOCK, -(-end * width // BLOCK)
+        ops, absmax = torch.ops.bitsandbytes, self.absmax[0]
+        if self.nested:
+            nested = (self.nested_absmax[0], self.nested_table, NESTED_BLOCK, torch.float32)
+            absmax = ops.dequantize_blockwise.default(absmax, *nested)[: self.blocks] + self.offset
+        codes = self.codes[0, first * BLOCK // 2 : last * BLOCK // 2, None]
+        how = (BLOCK, self.quant_type, (last - first, BLOCK), dtype)
+        weights: Tensor = ops.dequantize_4bit.default(codes, absmax[first:last], *how)
+        begin = start * width - first * BLOCK
+        return weights.view(-1)[begin : begin + (end - start) * width].view(-1, width)
+
+    def packed(self) -> step_experts.Packed:
+        """All experts as the kernel decodes them; their constants in 32 bit (Qwen3-30B: 24 MiB) while it runs."""
+        constants = self.absmax
+        if self.nested:
+            about = (self.nested_absmax, self.nested_table, self.offset, self.blocks)
+            constants = kernels.unnest(self.absmax, *about)
+        return step_experts.Packed(self.codes, constants, self.table, True)
+
+
+def choose(config: Any, device: torch.device, recorded: Numerics | None) -> str | None:
+    """Who multiplies with experts in a run: a run that goes on, as it began (`recorded`; older versions knew chunks
+    alone), where this device can. None for a model without experts."""
+    if not speaks_of_experts(config):
+        return None
+    before = None if recorded is None else recorded.experts or step_experts.IN_CHUNKS
+    if before == step_experts.IN_CHUNKS or not trial.multiplies_experts(device):
+        return step_experts.IN_CHUNKS
+    return step_experts.IN_TRITON
+
+
+def of_run() -> str | None:
+    """As the run under way has it; outside of one the kernel, wherever it runs."""
+    run = numerics.of_run()
+    return (run.experts or step_experts.IN_CHUNKS) if run else None
+
+
+def compute_by(model: nn.Module, by: str | None) -> None:
+    """Who is to multiply with the experts of a model that are held in 4 bit."""
+    for module in model.modules():
+        if isinstance(module, step_experts.PackedStack):
+            module.by = by
+
 
 def register() -> None:
     """Make our function of experts known to transformers, and bitsandbytes' operators to torch."""
@@ -114,18 +177,25 @@ def projections(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
             if parameter is not None and parameter.ndim == 3:
                 yield f"{owner}.{name}", module, name
         for name, child in module.named_children():
-            if isinstance(child, Slab):
+            if isinstance(child, Slab | Mxfp4Stack):
                 yield f"{owner}.{name}", module, name
 
 
-def hold(model: nn.Module, quantization: QuantizationSection) -> None:
-    """Put slabs, still without weights, in the places of the experts' 3-D parameters, as far as blocks fit in them."""
-    for _, module, leaf in list(projections(model)):
-        count, out, width = step_experts.Plain(module, leaf).shape
-        if out * width % BLOCK:
+def hold(model: Any, quantization: QuantizationSection) -> None:
+    """Put slabs, still without weights, in the places of the experts' 3-D parameters, as far as blocks fit in them.
+
+    What config.json says to be in MXFP4 stays in that, whatever `quantization` says of the rest.
+    """
+    for name, module, leaf in list(projections(model)):
+        shape = step_experts.Plain(module, leaf).shape
+        if mxfp4_config.holds(model.config, name.rpartition(".")[0]):
+            stack: nn.Module = Mxfp4Stack(shape, of_run())
+        elif quantization.type == "none" or shape[1] * shape[2] % BLOCK:
             continue
+        else:
+            stack = Slab(shape, quantization)
         del module._parameters[leaf]
-        module.add_module(leaf, Slab((count, out, width), quantization))
+        module.add_module(leaf, stack)
 
 
 def keep_routing_still(model: nn.Module) -> None:
@@ -150,14 +220,20 @@ def notices(model: nn.Module, quantization: QuantizationSection) -> Iterator[Not
     found = [(module, leaf) for _, module, leaf in projections(model)]
     if not found:
         return
-    count = max(getattr(module, leaf).shape[0] for module, leaf in found)
-    slabs = [slab for module, leaf in found if isinstance(slab := getattr(module, leaf), Slab)]
-    layers = len({id(module) for module, _ in found})
-    if slabs:
-        size = sum(slab.nbytes for slab in slabs) / 2**30
-        message = f"{count} experts in each of {layers} layers are held in 4 bit ({size:.2f} GiB); routers stay in 16"
-        yield Notice("quantization", message, len(slabs))
-    if quantization.type != "none" and (odd := len(found) - len(slabs)):
+    held = [(id(module), getattr(module, leaf)) for module, leaf in found]
+    count = max(one.shape[0] for _, one in held)
+    for kind, how in (
+        (Slab, "are held in 4 bit ({size}); routers stay in 16"),
+        (Mxfp4Stack, "stay in MXFP4 as published ({size}, 4.25 bit), not rounded again; attention is in {rest}"),
+    ):
+        if stacks := [(owner, one) for owner, one in held if isinstance(one, kind)]:
+            size = f"{sum(one.nbytes for _, one in stacks) / 2**30:.2f} GiB"
+            rest = "16 bit" if quantization.type == "none" else quantization.type.upper()
+            layers = len({owner for owner, _ in stacks})
+            message = f"{count} experts in each of {layers} layers {how.format(size=size, rest=rest)}"
+            yield Notice("quantization", message, len(stacks))
+    odd = sum(isinstance(one, Tensor) for _, one in held)
+    if quantization.type != "none" and odd:
         message = (
             f"projections of experts that stay in 16 bit: {odd}, whose values are no multiple of {BLOCK} an expert"
         )

@@ -19,6 +19,7 @@ from qlora.events import Progress, Sink
 from qlora.model import attention_choice, expert_loading, experts, precision
 from qlora.model.base_cache.contents import Contents, dtype_of, is_4bit
 from qlora.model.base_cache.keeping import Keeping
+from qlora.model.base_cache.reading import Kept, Stacked
 from qlora.model.base_folder import BaseFolder
 from qlora.model.four_bit_layers import set_4bit, swap_linear
 from qlora.model.identity import WeightReader
@@ -111,7 +112,7 @@ def swap_all_linear(meta_model: MetaModel, base: BaseFolder, quantization: Quant
             # Whoever stored a base in 4 bit left some layers in 16 bit on purpose.
             if not base.stored_4bit or is_stored_4bit(base, meta_model.sources[f"{name}.weight"]):
                 swap_linear(meta_model.model, name, linear, quantization)
-        experts.hold(meta_model.model, quantization)
+    experts.hold(meta_model.model, quantization)
 
 
 def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, receiving: Receiving, sink: Sink) -> None:
@@ -130,7 +131,7 @@ def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, recei
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if is_4bit(module) and leaf == "weight":
-            value: Quantized | Tensor = _quantized(reader, base, source, module, device)
+            value: Kept = _quantized(reader, base, source, module, device)
         elif leaf in module._buffers:
             value = _read_as(reader, source, module._buffers[leaf].dtype, device)
         elif is_stored_4bit(base, source):  # the head, stored in 4 bit
@@ -142,12 +143,14 @@ def _stream(meta_model: MetaModel, reader: WeightReader, base: BaseFolder, recei
         sink.emit(Progress("load", done, total, "B"))
 
 
-def _place(model: Any, name: str, value: Quantized | Tensor) -> None:
+def _place(model: Any, name: str, value: Kept) -> None:
     """Gives a model one of its values, in the type in which it is kept (`config.dtype` is what it computes in)."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(value, Quantized):
         set_4bit(module, value)
+    elif isinstance(value, Stacked):
+        getattr(module, leaf).take(value.buffers)
     elif leaf in module._buffers:
         module._buffers[leaf] = value
     else:

@@ -19,6 +19,7 @@ from qlora.model import experts
 from qlora.model.four_bit_layers import set_4bit, swap_linear
 from qlora.model.load import freeze
 from qlora.model.meta_model import linear_layers
+from qlora.model.mxfp4 import Mxfp4Stack
 from qlora.model.nf4 import quantize_rows
 from qlora.model.weight_receiving import Keeper, Place, receive, took
 from qlora.third_party import import_bitsandbytes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qlora.recipe.sections import QuantizationSection
 
 SPREAD = 0.02  # of random weights: transformers' usual initializer_range
+_SPREAD_SCALE = 120  # of MXFP4: codes of any kind have a spread of 2.9, times 2^-7 that is 0.023
 
 
 def load_nothing(
@@ -41,7 +43,7 @@ def load_nothing(
     receiving = receive(model, place or Place(), meta, store)
     if quantization.type != "none":
         _fill_linear(model, quantization, meta, _params_on_meta())
-        _fill_experts(model, quantization, meta)
+    _fill_experts(model, quantization, meta)
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, import_bitsandbytes().nn.Params4bit):
             took(model, name)
@@ -64,7 +66,7 @@ def load_random(model: Any, quantization: QuantizationSection, device: torch.dev
     """Give a model on `meta` random weights on `device`, layer by layer: matrices of mean 0, vectors of ones."""
     if quantization.type != "none":
         _fill_linear(model, quantization, device, None)
-        _fill_experts(model, quantization, device)
+    _fill_experts(model, quantization, device)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -84,10 +86,18 @@ def _fill_linear(model: Any, quantization: QuantizationSection, device: torch.de
 
 def _fill_experts(model: Any, quantization: QuantizationSection, device: torch.device) -> None:
     experts.hold(model, quantization)
-    for _, module, leaf in experts.projections(model):
-        if isinstance(slab := getattr(module, leaf), experts.Slab):
+    for name, module, leaf in list(experts.projections(model)):
+        held = getattr(module, leaf)
+        if isinstance(held, Mxfp4Stack):
+            held.allocate(device)
+            if device.type != "meta":
+                held.codes.random_(256)
+                held.scales.fill_(_SPREAD_SCALE)
+            took(model, name)
+        elif isinstance(slab := held, experts.Slab):
             rows = partial(_rows, width=slab.shape[2], device=device)
             experts.fill(slab, lambda _, rows=rows: rows, device)  # type: ignore[misc]
+            took(model, name)
 
 
 def _rows(start: int, end: int, width: int, device: torch.device) -> Tensor:

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora import numerics
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
-from qlora.model import experts
+from qlora.model import experts, key_sharing, mxfp4_config
 from qlora.model.alternatives import text_model_like
 from qlora.model.base_folder import BaseFolder
 from qlora.model.config_filter import open_config, with_layers
-from qlora.model.expert_pieces import Piece, in_order, piece_of
+from qlora.model.expert_pieces import Piece, another_shape, check_piece, form_of, in_order, piece_of
 from qlora.model.linear_use import use_of
 from qlora.model.mixtures import experts_in, routers_in
 from qlora.model.nf4 import is_stored_4bit
+from qlora.model.sink_attention import has_sinks
 from qlora.model.tensors import TensorEntry, read_tensor
 from qlora.model.weight_names import text_name
 from qlora.step.experts import NAME as EXPERTS
@@ -182,6 +184,7 @@ def build_unmatched(text: Any, attention: str, name: str) -> Any:
     with _refusing(name):
         model = _from_config(text, attention, include_buffers=False)
     _compute_buffers(model)
+    key_sharing.settle(model)
     if of_experts := [module for _, module in experts_in(model)]:
         experts.register()
         experts.keep_routing_still(model)
@@ -239,20 +242,21 @@ def linear_layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
 def choose_attention(text: Any, wanted: str, name: str, target: str | None = None) -> str:
     """The attention function's name; eager where sdpa cannot compute what the model needs.
 
-    `target` is the device that a model on `meta` stands for (see `attention.register`).
+    `target` is the device that a model on `meta` stands for (see `attention.register`). A run that began with eager
+    goes on so.
     """
     from transformers import AutoModelForCausalLM
 
-    ours = our_attention.register(target)
+    ours, run = our_attention.register(target, has_sinks(text)), numerics.of_run()
     model_class = AutoModelForCausalLM._model_mapping[type(text)]
     lack = None
     if getattr(text, "attn_logit_softcapping", None) is not None:
         lack = "it caps attention scores, which sdpa does not"
-    elif not getattr(model_class, "_supports_sdpa", False):
+    elif not getattr(model_class, "_supports_sdpa", False) and not has_sinks(text):
         lack = "transformers has no sdpa for it"
     if wanted == "sdpa" and lack:
         raise ModelError(f'model.attention = "sdpa" is not possible for {name}: {lack}', 'use "auto" or "eager"')
-    if wanted == "eager" or lack:
+    if wanted == "eager" or lack or (wanted == "auto" and run is not None and run.attention == "eager"):
         return "eager"
     return "sdpa" if text.model_type in OWN_ATTENTION else ours
 
@@ -282,6 +286,10 @@ def _match(
     converters = [step for step in mapping if isinstance(step, WeightConverter)]
     renamings = [step for step in mapping if not isinstance(step, WeightConverter)]
     wanted = model.state_dict()
+
+    def renamed(name: str) -> tuple[str, str | None]:
+        return rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)  # type: ignore[no-any-return]
+
     stacked = {name: module for name, module, _ in experts.projections(model)}
     pieces: dict[str, list[Piece]] = defaultdict(list)
     sources: dict[str, str] = {}
@@ -289,13 +297,18 @@ def _match(
     for plain, name in _text_names(base.tensors, multimodal).items():
         if _is_companion(name, base):
             continue
-        target, converted = rename_source_key(plain, renamings, converters, model.base_model_prefix, wanted)
-        piece = Piece(name, None) if converted is None else piece_of(name, plain, converted, converters)
+        form, stem = form_of(plain)
+        target, converted = renamed(stem)
+        if form and target not in stacked:
+            form, (target, converted) = "", renamed(plain)
+        piece: Piece | None = Piece(name, None, form=form)
+        if converted is not None and not form:
+            piece = piece_of(name, plain, converted, converters)
         if target in stacked and piece is not None:
             if piece.expert is not None and stacked[target].is_transposed:
                 raise _another_layout(base, name)
             pieces[target].append(piece)
-            _check_piece(base, piece, target, tuple(wanted[target].shape))
+            check_piece(base.name, base.tensors[piece.tensor], piece, target, stacked[target])
             continue
         if converted is not None and target in wanted:
             raise _another_layout(base, name)
@@ -306,7 +319,7 @@ def _match(
             raise ModelError(f"{base.name}: {name} and {sources[target]} are the same parameter", "get a clean copy")
         stored, shape = base.tensors[name].shape, tuple(wanted[target].shape)
         if stored != shape and not is_stored_4bit(base, name):
-            raise _another_shape(base, name, target, shape)
+            raise another_shape(base.name, name, stored, target, shape)
         sources[target] = name
     tied = model.all_tied_weights_keys
     skipped += [sources.pop(target) for target in sources.keys() & tied]
@@ -315,27 +328,17 @@ def _match(
     if missing:
         what = f"{base.name}: {len(missing)} of its tensors are missing, the first is {missing[0]}"
         raise ModelError(what, "download the model again; a base without its head cannot be trained here")
-    ordered = {name: in_order(base.name, name, wanted[name].shape[0], found) for name, found in pieces.items()}
+    in_mxfp4 = {name for name in pieces if mxfp4_config.holds(model.config, name.rpartition(".")[0])}
+    ordered = {
+        name: in_order(base.name, name, wanted[name].shape[0], found, name in in_mxfp4)
+        for name, found in pieces.items()
+    }
     return sources, tuple(sorted(skipped)), ordered
-
-
-def _check_piece(base: BaseFolder, piece: Piece, parameter: str, shape: tuple[int, ...]) -> None:
-    """Raises ModelError for a tensor of experts that is not the shape of its share of the parameter."""
-    expected = shape if piece.expert is None else (shape[1] // piece.parts, *shape[2:])
-    if base.tensors[piece.tensor].shape != expected:
-        raise _another_shape(base, piece.tensor, f"{piece.in_words} of {parameter}", expected)
 
 
 def _another_layout(base: BaseFolder, name: str) -> ModelError:
     what = f"{base.name}: {name} is stored in another layout than the model computes with"
     return ModelError(what, "this model is not supported yet; use another one")
-
-
-def _another_shape(base: BaseFolder, name: str, target: str, shape: tuple[int, ...]) -> ModelError:
-    what = (
-        f"{base.name}: {name} is {list(base.tensors[name].shape)}, but the configuration makes {target} {list(shape)}"
-    )
-    return ModelError(what, "config.json and weights are of different models; get a clean copy")
 
 
 def _is_companion(name: str, base: BaseFolder) -> bool:

@@ -11,15 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from qlora.errors import ModelError
+from qlora.errors import ExportError, ModelError
 from qlora.events import Notice
+from qlora.model import adapter_folder
+from qlora.model.adapter_config import shown
+from qlora.model.base_folder import BaseFolder
+from qlora.model.expert_layout import names_in_file
 from qlora.model.experts import projections
-from qlora.model.meta_model import linear_layers
+from qlora.model.meta_model import build, linear_layers
 from qlora.model.mixtures import experts_in, routers_in
+from qlora.model.weight_names import PREFIX
+from qlora.step.experts import ADAPTER
+
+if TYPE_CHECKING:
+    from qlora.recipe.sections import LoraSection
 
 _FIXED = "merge this adapter to use it, or load it with a peft that carries the fix of peft#3711 (0.21.2 does not)"
 
@@ -51,7 +62,10 @@ def refuse(model: Any, name: str, key: str) -> None:
     of_experts = [*(own for own, _ in experts_in(model)), *(own for own, _, _ in projections(model))]
     for kind, names in (("chooses or weighs experts and stays as it is", routers_in(model)), ("", of_experts)):
         if any(own == name or own.endswith(f".{name}") for own in names):
-            what = f"{key}: {name} {kind}" if kind else f"{key}: {name} are experts, which take no adapter yet"
+            if not kind:
+                what = f"{key}: {name} are experts, which are parameters and no layers"
+                raise ModelError(what, "write lora.experts = true to adapt all of them, and leave this name out")
+            what = f"{key}: {name} {kind}"
             raise ModelError(what, "leave it out: attention and dense layers are adapted beside the frozen experts")
 
 
@@ -68,6 +82,69 @@ def check_adapted(model: Any, asked: set[str]) -> None:
         odd = min(asked ^ adapted)
         what = f"peft has adapted {len(adapted):,} layers, not the {len(asked):,} that were asked for ({odd})"
         raise ModelError(what, "use the version of peft that this one was tested with, and report it")
+
+
+def attach_to_experts(causal_lm: Any, lora: LoraSection, dtype: torch.dtype) -> None:
+    """`expert_lora.attach`; that module and those below it are for mixtures alone, and begin with peft."""
+    from qlora.model import expert_lora
+
+    expert_lora.attach(causal_lm, lora, dtype)
+    wanted, found = {name for name, _, _ in projections(causal_lm)}, dict(expert_lora.adapted(causal_lm))
+    assert found.keys() == wanted, "projections of experts without an adapter"
+
+
+def with_experts(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What peft gives as the `state` of a tuned model, with its experts' adapters as peft would have saved them."""
+    from qlora.model import expert_lora
+
+    own = tuple(f"{name}{ADAPTER}." for name, _ in expert_lora.adapted(model.get_base_model()))
+    beside = {name: tensor for name, tensor in state.items() if not name.removeprefix(PREFIX).startswith(own)}
+    return {**beside, **expert_lora.stored_state(model)}
+
+
+def targets_of_experts(model: Any) -> list[str]:
+    """What an adapter's configuration says of them (`target_parameters`)."""
+    from qlora.model import expert_lora
+
+    return expert_lora.targets(model)
+
+
+def load_experts(model: Any, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the adapters on experts what `with_experts` gave; what is left of `stored` is peft's to load."""
+    from qlora.model import expert_lora
+
+    expert_lora.load_state(model, stored)
+    own = expert_lora.stored_state(model)
+    return {name: tensor for name, tensor in stored.items() if name not in own}
+
+
+def parted(folder: Path, stored: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A saved adapter's matrices: those of experts, and those that are peft's to load."""
+    modules = names_in_file(adapter_folder.experts_in(folder)).values()
+    own = {f"{PREFIX}{module}.lora_{which}.weight" for module in modules for which in "AB"}
+    of_experts = {name: stored[name] for name in own}
+    return of_experts, {name: tensor for name, tensor in stored.items() if name not in own}
+
+
+def put_on_experts(causal_lm: Any, folder: Path, of_experts: Mapping[str, Tensor]) -> None:
+    """Put a saved adapter's matrices on the experts that are theirs. Raises ModelError where the base has none such."""
+    from qlora.model import expert_lora
+
+    expert_lora.put_on(causal_lm, adapter_folder.experts_in(folder), of_experts)
+
+
+def refuse_other_experts(adapter: adapter_folder.Adapter, base: BaseFolder) -> None:
+    """Raises ExportError for adapters on experts that are not the base's, before a weight of it is read."""
+    if not adapter.experts:
+        return
+    from qlora.model import expert_lora
+
+    held = {name: (module, leaf) for name, module, leaf in projections(build(base).model)}
+    for name, expert in adapter.experts.items():
+        lost = f"is on none of the experts of {base.name}"
+        if reason := expert_lora.misfit_of(expert, *held[name]) if name in held else lost:
+            what = f"{adapter.folder}: the adapter of {shown(name)} {reason}"
+            raise ExportError(what, "name the base that it was trained on, or save it with peft 0.19 or newer")
 
 
 @contextmanager
@@ -102,10 +179,27 @@ def notices(model: Any) -> Iterator[Notice]:
     adapted = adapted_layers(causal_lm)
     layers = {name for name, _ in linear_layers(causal_lm) if ".lora_" not in name}
     layers = {name.removesuffix(".base_layer") for name in layers}
-    yield Notice("adapters", "experts and routers stay frozen: adapters are on the layers beside them", len(adapted))
+    yield _of_experts(causal_lm, len(adapted))
     if taken := rewritten(causal_lm, adapted):
         message = f"peft takes layers such as {taken[0]} for experts when it loads an adapter: {_FIXED}"
         yield Notice("adapters", message, len(taken))
     elif left := rewritten(causal_lm, layers - adapted):
         message = f"dense and shared layers such as {left[0]} get no adapter, since peft takes them for experts: name"
         yield Notice("adapters", f"{message} them in lora.target_modules to train them, and {_FIXED}", len(left))
+
+
+def _of_experts(causal_lm: nn.Module, layers: int) -> Notice:
+    """Whether experts have adapters, and what the update does to those that nothing went to."""
+    from qlora.model import expert_lora
+
+    found = [module for _, module in expert_lora.adapted(causal_lm)]
+    if not found:
+        return Notice("adapters", "experts and routers stay frozen: adapters are on the layers beside them", layers)
+    values = sum(parameter.numel() for module in found for parameter in module.parameters())
+    count, rank, _ = found[0].lora_A.shape
+    message = (
+        f"adapters on the {count} experts of each of {len(found)} projections, rank {rank} ({values:,} values), beside "
+        f"those on layers; routers stay frozen. Experts that no token of a step goes to follow their moments and "
+        f"weight decay, as peft's do"
+    )
+    return Notice("adapters", message, len(found))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qlora.errors import ModelError, foreign_failures
+from qlora.model import mxfp4_config
 from qlora.model.alternatives import text_model_like
 from qlora.model.config_filter import open_config, with_layers
 
@@ -69,7 +70,7 @@ def refuse_mixture(config: Mapping[str, Any], where: str) -> None:
     text = opened.get_text_config(decoder=True)
     if isinstance(text, dict):
         reason = "which transformers knows no text model of"
-    elif not (reason := _lack(text, stored_4bit="quantization_config" in config)):
+    elif not (reason := _lack(text, "quantization_config" in config and not mxfp4_config.is_stated(config))):
         return
     counts = [(key, value) for key, value in _entries(values) if _COUNT.search(key) and not _NO_COUNT.search(key)]
     of_several = next(((key, value) for key, value in counts if isinstance(value, int) and value > 1), None)

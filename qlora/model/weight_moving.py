@@ -15,7 +15,7 @@ from torch import nn
 from qlora import device as hardware
 from qlora import numerics
 from qlora.events import Sink
-from qlora.model.layer_blobs import LayerWeights, matrices_of
+from qlora.model.layer_blobs import LayerWeights, matrices_of, parts_of, stacks_of
 from qlora.model.weight_receiving import Place, host_tables, move_to, put_on_host, say_streamed, tables
 from qlora.model.weight_stores import HostStore
 from qlora.model.weight_streaming import StreamedWeights, inside, lack_of
@@ -31,7 +31,9 @@ def movable(model: Any, section: MemorySection, device: torch.device) -> Place:
     """What of a model may still go to the host: on a GPU, what the recipe leaves open, there is, and has room there."""
     if not hardware.is_card(device):
         return Place()
-    run, held = numerics.of_run(), sum(one.nbytes for layer in recomputable(model) for _, one in matrices_of(layer))
+    run, layers = numerics.of_run(), recomputable(model)
+    matrices = [one for layer in layers for _, one in (*matrices_of(layer), *stacks_of(layer))]
+    held = sum(tensor.nbytes for matrix in matrices for _, tensor in parts_of(matrix))
     compiled = run is not None and bool(run.compiled)  # whose graphs have the weights where they were
     may_stream = not compiled and not lack_of(model) and held <= RAM_SHARE * hardware.available_ram()
     return Place(
@@ -67,9 +69,9 @@ def _stream(model: Any, device: torch.device, sink: Sink) -> None:
     for number, layer in enumerate(layers):
         kept = {name for name, parameter in layer.named_parameters() if id(parameter) in shared}
         one = LayerWeights(layer, kept=kept.__contains__)
-        for name, parameter in matrices_of(layer):
+        for name, matrix in (*matrices_of(layer), *stacks_of(layer)):
             if name not in kept:
-                move_to(parameter, store)
+                move_to(matrix, store)
         store.put(number, one)
         one.take_away(device)
         weights.append(one)

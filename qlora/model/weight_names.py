@@ -126,7 +126,7 @@ class ClassNames:
         """
         renamed = {
             key: [self.of(name) for name in config[key]]
-            for key in ("target_modules", "modules_to_save")
+            for key in ("target_modules", "target_parameters", "modules_to_save")
             if isinstance(config.get(key), list)
         }
         return {**config, **renamed, "exclude_modules": rf"(?:.*\.)?(?:{'|'.join(self.others)})(?:\..*)?"}

@@ -24,7 +24,7 @@ from qlora.errors import ModelError
 from qlora.events import Notice, Sink
 from qlora.forward_facts import host_ids
 from qlora.model import head_streaming
-from qlora.model.layer_blobs import LayerWeights
+from qlora.model.layer_blobs import LayerWeights, matrix_at, parts_of, put_part, stacks_of
 from qlora.model.meta_model import linear_layers
 from qlora.model.reclassed import called_as
 from qlora.model.weight_stores import HostStore, Store
@@ -96,6 +96,8 @@ class Receiving:
     def begin_again(self) -> None:
         """What has come is not to be used: all of it will come once more."""
         self.missing = [set(wanted) for wanted in self.wanted]
+        for weights in self.received.values():
+            weights.begin_again()
         self.received.clear()
 
     def device_of(self, name: str) -> torch.device:
@@ -122,7 +124,7 @@ class Receiving:
 
     def _took(self, number: int, name: str, store: Keeper) -> None:
         layer = self.model.get_submodule(self.names[number])
-        move_to(layer.get_parameter(name), store)
+        move_to(matrix_at(layer, name), store)
         self.missing[number].discard(name)
         if not self.missing[number]:
             wanted = self.wanted[number]
@@ -179,7 +181,8 @@ def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | 
         receiving.store = store or HostStore(len(layers), device)
         receiving.names = [full_names[id(layer)] for layer in layers]
         for name, layer in zip(receiving.names, layers, strict=True):
-            own = (key for key, parameter in layer.named_parameters() if parameter.ndim > 1)
+            own = [key for key, parameter in layer.named_parameters() if parameter.ndim > 1]
+            own += [key for key, _ in stacks_of(layer)]
             receiving.wanted.append(frozenset(key for key in own if f"{name}.{key}" not in shared))
         receiving.missing = [set(wanted) for wanted in receiving.wanted]
     setattr(causal_lm, _KEPT, receiving)
@@ -194,7 +197,7 @@ def settled(model: Any, sink: Sink) -> Any:
 
 
 def took(causal_lm: Any, name: str) -> None:
-    """The parameter `name` of a model that is being loaded has its value."""
+    """The parameter or stack `name` of a model that is being loaded has its value."""
     receiving: Receiving | None = vars(causal_lm).get(_KEPT)
     if receiving is not None:
         receiving.took(name)
@@ -208,8 +211,9 @@ def place_by_room(causal_lm: Any, quantization: QuantizationSection, device: tor
     linear = sum(layer.weight.numel() for _, layer in linear_layers(causal_lm))
     others = sum(parameter.numel() for parameter in causal_lm.parameters()) - linear
     of_linear = _BYTES_IN_4BIT if quantization.type != "none" else 2
+    stacked = sum(stack.nbytes for _, stack in stacks_of(causal_lm))
     free = hardware.free_bytes(device) - _ROOM_BESIDE_BYTES
-    return Place(streams=linear * of_linear + 2 * others > free, host_embedding=2 * others > free)
+    return Place(streams=linear * of_linear + 2 * others + stacked > free, host_embedding=2 * others > free)
 
 
 def device_of(model: Any) -> torch.device:
@@ -264,15 +268,12 @@ def bytes_on_device(model: Any, tensors: Iterable[Tensor]) -> int:
     return held + (streamed.device_bytes if streamed is not None else 0)
 
 
-def move_to(parameter: Any, store: Keeper) -> None:
-    """A matrix and its constants to the host; small tables stay."""
-    parameter.requires_grad_(False)
-    parameter.data = store.moved(parameter.data)
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        state.absmax = store.moved(state.absmax)
-        if state.nested:
-            state.state2.absmax = store.moved(state.state2.absmax)
+def move_to(matrix: Any, store: Keeper) -> None:
+    """A matrix and its constants to the host, or a stack of them; small tables stay."""
+    if isinstance(matrix, nn.Parameter):
+        matrix.requires_grad_(False)
+    for part, tensor in list(parts_of(matrix)):
+        put_part(matrix, part, store.moved(tensor))
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from qlora.errors import ModelError
 from qlora.layer_partners import hold, is_closed, weights_of
 from qlora.model.layer_blobs import LayerWeights
 from qlora.model.layer_walk import layers_of
-from qlora.model.mixtures import experts_in
 from qlora.model.weight_stores import Arriving, Store
 from qlora.out_of_memory import gpu_fault
 from qlora.step.layerwise import recomputable
@@ -257,8 +256,6 @@ def lack_of(causal_lm: Any) -> str:
     """Why the layers of a model cannot be streamed; "" where they can."""
     if not causal_lm.supports_gradient_checkpointing:
         return "transformers cannot recompute its layers"
-    if next(experts_in(causal_lm), None) is not None:
-        return "its experts are held on the device, where streaming the layers around them saves next to nothing"
     if getattr(causal_lm.config.get_text_config(), "num_kv_shared_layers", None):
         return "its layers share keys and values"
     try:

@@ -31,6 +31,7 @@ _FOREIGN = {
     "lora.target_modules": ("lora_target", "lora_target_modules"),
     'lora.target_modules = "all-linear"': ("lora_target_linear",),
     "lora.modules_to_save": ("lora_modules_to_save",),
+    "lora.experts": ("target_parameters", "lora_target_parameters"),
     "lora.init": ("init_lora_weights",),
     "lora.use_dora": ("peft_use_dora",),
     "lora.use_rslora": ("peft_use_rslora",),

@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora import document_keys, files, foreign_json, foreign_toml
+from qlora import document_keys, files, foreign_json, foreign_toml, objective_keys
 from qlora.errors import Problem, RecipeError, UserError
 from qlora.recipe import sections
 from qlora.recipe.problems import LineIndex, Location, apply_override, explain_unknown_key, short, toml_problem
@@ -93,7 +93,7 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) ->
             problems.append(Problem(index.where((table,)), what, hint))
     if problems := problems + cross_checks(recipe, index):
         raise RecipeError(problems)
-    return recipe
+    return objective_keys.settled(recipe)
 
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:
@@ -248,13 +248,32 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             'merge it instead: formats = ["gguf:q8_0"]',
         ),
         (
+            lora.experts and (lora.dropout > 0 or lora.use_dora or lora.init == "eva"),
+            "lora.experts",
+            f"lora.experts = true and {_not_with_experts(lora)} cannot go together",
+            "adapters on experts are plain products of two matrices: take one of the two lines out",
+        ),
+        (
+            lora.experts and "adapter-gguf" in export.formats,
+            "export.formats",
+            "adapter-gguf cannot hold adapters on experts (lora.experts)",
+            'merge it instead: formats = ["hf"]',
+        ),
+        (
             lora.use_dora and lora.init == "eva",
             "lora.init",
             'lora.init = "eva" and lora.use_dora cannot go together (DoRA starts from the plain LoRA product)',
             "use one of them",
         ),
+        *objective_keys.cross_checks(recipe),
     )
-    return [Problem(index.where(tuple(key.split("."))), what, hint) for wrong, key, what, hint in checks if wrong]
+    found = [(key.split("."), what, hint) for wrong, key, what, hint in checks if wrong]
+    places = (tuple(int(part) if part.isdigit() else part for part in parts) for parts, _, _ in found)
+    return [Problem(index.where(place), what, hint) for place, (_, what, hint) in zip(places, found, strict=True)]
+
+
+def _not_with_experts(lora: sections.LoraSection) -> str:
+    return "lora.dropout" if lora.dropout else "lora.use_dora = true" if lora.use_dora else f'lora.init = "{lora.init}"'
 
 
 def looks_like_folder(base: str) -> bool:

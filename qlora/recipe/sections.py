@@ -9,10 +9,11 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora.document_keys import DocumentsSection
+from qlora.objective_keys import ObjectiveKeys
 from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Sinks, Text
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
-GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
+GGUF_QUANTS = ("f32", "f16", "bf16", "q8_0", "mxfp4_moe", "q6_k", "q5_k_m", "q4_k_m", "q4_k_s", "q3_k_m", "iq4_xs")
 EXPORT_FORMATS = ("hf", "adapter-gguf", *(f"gguf:{quant}" for quant in GGUF_QUANTS))
 
 
@@ -56,6 +57,7 @@ class LoraSection(Section):
     target_modules: Literal["all-linear"] | Names = Field(
         "all-linear", description="all-linear (every linear layer but the head), or names such as ['q_proj', 'v_proj']"
     )
+    experts: bool = Field(False, description="Adapters on a mixture's experts too; routers stay frozen")
     init: Literal["default", "gaussian", "eva"] = Field(
         "default", description="Start of the A matrices; eva: main directions of the layers' inputs on your rows"
     )
@@ -69,16 +71,22 @@ class LoraSection(Section):
     modules_to_save: Names = Field((), description="Modules trained and saved whole, such as ['lm_head']")
 
 
+SourceFormat = Literal[
+    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "documents", "preference", "kto"
+]
+
+
 class SourceSection(Section):
     """One source of rows."""
 
     path: Text = Field(
         description="File, glob, folder or folder:SPLIT, relative to the recipe, or hub:NAME[@revision][:split]",
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "documents"] = Field(
+    format: SourceFormat = Field(
         "auto",
         description="How a row is read; auto: the format whose columns are all there, also under usual other names; "
-        "documents: passages of md, html, txt, pdf, docx and epub as plain text, which teaches style, not facts",
+        "documents: passages of md, html, txt, pdf, docx and epub as plain text, which teaches style, not facts; "
+        "preference (chosen, rejected) and kto (completion, label) are for other objectives than sft",
     )
     weight: float = Field(1.0, gt=0, le=100, description="Times each row is seen in an epoch; 0.5 draws half of them")
     columns: dict[Text, Text] = Field(
@@ -116,7 +124,7 @@ class DataSection(Section):
     max_bad_rows: Count = Field(0, description="Broken rows to leave out, counted and listed, before giving up")
 
 
-class TrainSection(Section):
+class TrainSection(ObjectiveKeys):
     """The optimization."""
 
     epochs: float | None = Field(

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from qlora import events
 from qlora.report import exam
-from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline
+from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline, told_apart
 from qlora.units import layers_of
 
 PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
@@ -62,6 +62,7 @@ class ConsoleSink:
         self.last_eval: events.Evaluated | None = None
         self.task: events.Progress | None = None
         self.plain_at = 0.0
+        self.preferred = ""  # how the last step told its pairs apart
         self.title = ""
         self.sample_step = -1
         self.handlers: dict[type[events.Event], Callable[[Any], None]] = {
@@ -71,6 +72,7 @@ class ConsoleSink:
             events.Progress: self._progress,
             events.StepDone: self._step,
             events.Evaluated: self._evaluated,
+            events.Preferred: self._preferred,
             events.Routed: self._routed,
             events.Sampled: self._sampled,
             events.Saved: self._saved,
@@ -145,13 +147,21 @@ class ConsoleSink:
         self.task = None
         self.last_eval = event
         parts = [f"evaluation at step {event.step}:"] if event.step else ["untuned base:"]
-        if event.loss is not None and event.perplexity is not None:
-            parts.append(f"loss {event.loss:.4f} · perplexity {event.perplexity:.2f}")
+        if event.loss is not None:
+            words = "" if event.perplexity is None else f" · perplexity {event.perplexity:.2f}"
+            parts.append(f"loss {event.loss:.4f}{words}")
         if event.exact_match is not None:
             parts.append(f"· exact match {event.exact_match:.1%}")
         if event.best and event.exact_match is None:
             parts.append("· best so far")
         self._print(Text(" ".join(parts), style="cyan"))
+
+    def _preferred(self, event: events.Preferred) -> None:
+        words = told_apart(event.accuracy, event.margin, event.divergence, event.kl)
+        if event.evaluated:
+            self._print(Text(f"of {event.compared:,} held out: {words}", style="cyan"))
+        else:
+            self.preferred = words
 
     def _routed(self, event: events.Routed) -> None:
         shares = [max(values or (0.0,)) for values in (event.largest, event.changed)]
@@ -237,13 +247,15 @@ class ConsoleSink:
         grid.add_row("loss", Text.assemble((f"{step.loss:.4f}  ", "bold"), (sparkline(self.losses, width), "green")))
         if self.last_eval is not None and self.last_eval.loss is not None:
             grid.add_row("evaluation", f"{self.last_eval.loss:.4f} at step {self.last_eval.step}")
+        if self.preferred:
+            grid.add_row("answers", self.preferred)
         grid.add_row("rate", f"{step.learning_rate:.2e}   gradient norm {step.grad_norm:.3f}")
         grid.add_row("speed", f"{step.tokens_per_second:,.0f} tokens/s   peak {human_bytes(step.peak_bytes)}")
         title = Text(self.title)
         return Panel(grid, title=title, title_align="left", box=box.ROUNDED, expand=False, border_style="dim")
 
     def _step_line(self, step: events.StepDone) -> str:
-        left = self._time_left(step, " · ")
+        left = self._time_left(step, " · ") + (f" · before it: {self.preferred}" if self.preferred else "")
         return (
             f"step {step.step}/{self._steps(step)} · loss {step.loss:.4f} · lr {step.learning_rate:.2e} · "
             f"{step.tokens_per_second:,.0f} tokens/s · peak {human_bytes(step.peak_bytes)}{left}"

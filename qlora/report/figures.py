@@ -71,3 +71,15 @@ def names_of(paths: Sequence[str]) -> list[str]:
             taken += 1
         names.append("/".join(one[-taken:]))
     return names
+
+
+def told_apart(accuracy: float, margin: float | None, divergence: float | None, kl: float | None) -> str:
+    """Of a step or an evaluation, the figures that it has."""
+    parts = [f"{accuracy:.1%} told apart"]
+    if margin is not None:
+        parts.append(f"margin {margin:.3f}")
+    if divergence is not None:
+        parts.append(f"divergence {divergence:.3f} nats an answer")
+    if kl is not None:
+        parts.append(f"KL to the reference {kl:.4f} nats a token")
+    return " · ".join(parts)

@@ -68,6 +68,18 @@ class Evaluation(Read):
     best: bool = False
 
 
+class Preference(Read):
+    step: int = Field(ge=0, le=MAX_STEP)
+    evaluated: bool
+    compared: int
+    accuracy: float
+    margin: float | None = None
+    better_reward: float | None = None
+    worse_reward: float | None = None
+    divergence: float | None = None
+    kl: float | None = None
+
+
 class Routing(Read):
     step: int = Field(ge=0, le=MAX_STEP)
     hit: list[float] = Field(max_length=MAX_KEPT)

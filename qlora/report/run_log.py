@@ -91,6 +91,7 @@ class RunLog:
         self.steps = Steps()
         self.evaluations: dict[int, run_events.Evaluation] = {}
         self.samples: list[run_events.Sample] = []  # of the last step that has some
+        self.preferred: tuple[dict[int, run_events.Preference], ...] = ({}, {})  # of steps, of evaluations
         self.routing: run_events.Routing | None = None  # of the last evaluation, of a mixture of experts
         self.told: dict[tuple[str, str], Told] = {}
         self.saved: Counter[str] = Counter()
@@ -159,6 +160,8 @@ class RunLog:
         done = read.resumed_from_step or 0  # a run without a checkpoint begins anew
         self.steps.forget_after(done)
         self.evaluations = {step: one for step, one in self.evaluations.items() if step <= done}
+        kept = ({step: one for step, one in found.items() if step <= done} for found in self.preferred)
+        self.preferred = tuple(kept)
         pause = self._pause if self.processes else 0.0
         if len(self.processes) < MAX_KEPT:
             self.processes.append(Process(self.at, done, pause))
@@ -177,6 +180,13 @@ class RunLog:
         else:
             self.left_out["evaluations"] += 1
         self._mark("evaluated", f"evaluated at step {read.step:,}")
+
+    def _was_preferred(self, read: run_events.Preference) -> None:
+        kept = self.preferred[read.evaluated]
+        if read.step in kept or len(kept) < MAX_STEPS // 10:
+            kept[read.step] = read
+        else:
+            self.left_out["preferences"] += 1
 
     def _routed(self, read: run_events.Routing) -> None:
         self.routing = read
@@ -266,6 +276,7 @@ _READERS: dict[str, tuple[type[run_events.Read], Callable[[RunLog, Any], None]]]
     "start": (run_events.Started, RunLog._started),
     "plan": (run_events.Planned, RunLog._planned),
     "eval": (run_events.Evaluation, RunLog._evaluated),
+    "preference": (run_events.Preference, RunLog._was_preferred),
     "routing": (run_events.Routing, RunLog._routed),
     "sample": (run_events.Sample, RunLog._sampled),
     "notice": (run_events.Said, RunLog._noticed),

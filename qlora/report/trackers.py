@@ -21,7 +21,7 @@ from typing import Any
 
 from qlora import disk, files
 from qlora.errors import UserError, foreign_failures
-from qlora.events import Evaluated, Event, Notice, Sink, Start, StepDone
+from qlora.events import Evaluated, Event, Notice, Preferred, Sink, Start, StepDone
 from qlora.recipe.reading import FREE_SECTIONS, Recipe
 from qlora.redaction import redact_all
 from qlora.report.run_files import flattened
@@ -37,6 +37,8 @@ PACKAGES = {
 PROJECT = "qlora"  # under which a tracker that has projects keeps the runs
 _MAX_RECORD_BYTES = 1 << 28
 _STEP = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
+_SIDES = ("train", "eval", "preference", "preference_eval")
+_PREFERENCE = ("accuracy", "margin", "better_reward", "worse_reward", "divergence", "kl")
 _EVALUATION = ("loss", "perplexity", "exact_match")
 # What wandb would record beside what it is given: the repository, the command line with its arguments, the screen.
 _WANDB = {
@@ -98,6 +100,9 @@ class TrackerSink:
             self._open()
         elif isinstance(event, StepDone):
             self._log("train", event.step, {key: getattr(event, key) for key in _STEP})
+        elif isinstance(event, Preferred):
+            side = "preference_eval" if event.evaluated else "preference"
+            self._log(side, event.step, {key: getattr(event, key) for key in _PREFERENCE})
         elif isinstance(event, Evaluated):
             self._log("eval", event.step, {key: getattr(event, key) for key in _EVALUATION})
 
@@ -130,7 +135,7 @@ class Sent:
         self.path = path
         self.run: str | None = None
         self._fingerprint = fingerprint
-        self._last = {"train": -1, "eval": -1}
+        self._last = dict.fromkeys(_SIDES, -1)
         self._file: FileIO | None = None
         if path.exists() and self._read(goes_on=step > 0):
             self._file = disk.open_to_write(path, "append")
@@ -141,7 +146,7 @@ class Sent:
 
     def begin(self, run: str) -> None:
         """A new run of the tracker."""
-        self.run, self._last = run, {"train": -1, "eval": -1}
+        self.run, self._last = run, dict.fromkeys(_SIDES, -1)
         self._file = disk.open_to_write(self.path, "replace")
         files.write_all(self._file, f"{run} {self._fingerprint}\n".encode())
 

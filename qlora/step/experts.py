@@ -15,17 +15,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.step.kernels import experts as kernels
+from qlora.step.kernels import trial
+from qlora.step.kernels.experts import Packed as Packed
+
 NAME, NOTHING = "qlora", "qlora_nothing"  # of our functions in transformers' interface; the second gives zeros
+ADAPTER = "_adapter"  # behind a projection's name: the attribute of its module that has its adapter, where it has one
 # Of weights in the type that they are multiplied in, at a time: Qwen3-30B's 768 MiB a projection would be the peak of
 # its step at 2,048 tokens (1,201 MiB in one piece, 763 in such chunks, 634 in chunks of 64 MiB, of four times as many).
 CHUNK_BYTES = 256 << 20
 _ALIGNED_BYTES = 16  # of a row, for torch's grouped product on a card (aten/native/cuda/GroupedBlas.cpp)
+# Who multiplies rows with experts that are held in 4 bit: torch, with chunks of them in 16 bit, or our kernel.
+IN_CHUNKS, IN_TRITON = "in chunks", "qlora in Triton"
 
 
 class Stack(Protocol):
@@ -36,6 +43,22 @@ class Stack(Protocol):
 
     def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Experts `first` up to `last` (not included), (n, out, in)."""
+
+
+@runtime_checkable
+class PackedStack(Protocol):
+    """A stack that the kernel can decode: `block` values share a constant (64 of NF4, 32 of MXFP4).
+
+    `by`: who multiplies with it, as the run under way says; None: the kernel, wherever it runs.
+    """
+
+    block: int
+    by: str | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    def packed(self) -> Packed: ...
 
 
 class Plain:
@@ -61,12 +84,20 @@ class Routing:
     expert_S  the expert of each sorted row
     order_S   where each sorted row comes from
     inverse_S where each row went
+    token_S   the token of each sorted row
     ends_E    behind the last sorted row of each expert
+
+    `kernel`: in one launch, to the same numbers.
     """
 
-    def __init__(self, index_TK: Tensor, count: int) -> None:
+    def __init__(self, index_TK: Tensor, count: int, kernel: bool = False) -> None:
         self.choices = index_TK.shape[1]
+        if kernel:
+            places = kernels.route(index_TK, count)
+            self.expert_S, self.order_S, self.inverse_S, self.token_S, self.ends_E = places
+            return
         self.expert_S, self.order_S = torch.sort(index_TK.reshape(-1), stable=True)
+        self.token_S = self.order_S // self.choices
         self.inverse_S = torch.argsort(self.order_S)
         numbers = torch.arange(count, dtype=self.expert_S.dtype, device=index_TK.device)
         self.ends_E = torch.searchsorted(self.expert_S, numbers, right=True).int()
@@ -118,13 +149,21 @@ def experts_forward(
     """What transformers' own forward of a decorated module gives, (T, H): the weighted sum of each token's experts."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = stack_of(module, first), stack_of(module, "down_proj")
-    routing, dtype = Routing(index_TK, up.shape[0]), product_dtype(hidden_TH)
-    rows = Spread.apply(hidden_TH, routing)  # type: ignore[no-untyped-call]
-    rows = GroupedLinear.apply(rows, up, routing, dtype)  # type: ignore[no-untyped-call]
+    routing, dtype = Routing(index_TK, up.shape[0], has_kernel(up, index_TK)), product_dtype(hidden_TH)
+    adapted = getattr(module, first + ADAPTER, None)
+    if adapted is not None and adapted.is_on:
+        rows = adapted.beside(up, routing, dtype, hidden_TH, spread=True)
+    else:
+        rows = Spread.apply(hidden_TH, routing)  # type: ignore[no-untyped-call]
+        rows = GroupedLinear.apply(rows, up, routing, dtype)  # type: ignore[no-untyped-call]
     if module.has_bias:
         rows = rows + getattr(module, f"{first}_bias")[routing.expert_S]
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
-    rows = GroupedLinear.apply(rows, down, routing, dtype)  # type: ignore[no-untyped-call]
+    adapted = getattr(module, "down_proj" + ADAPTER, None)
+    if adapted is not None and adapted.is_on:
+        rows = adapted.beside(down, routing, dtype, rows, spread=False)
+    else:
+        rows = GroupedLinear.apply(rows, down, routing, dtype)  # type: ignore[no-untyped-call]
     if module.has_bias:
         rows = rows + module.down_proj_bias[routing.expert_S]
     if module.has_post_expert_norm:
@@ -160,7 +199,7 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, routing: Routing) -> Tensor:
         ctx.routing = routing
-        return hidden_TH[routing.order_S // routing.choices]
+        return hidden_TH[routing.token_S]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -200,6 +239,8 @@ class GroupedLinear(torch.autograd.Function):
 
 def grouped(rows: Tensor, stack: Stack, routing: Routing, dtype: torch.dtype, back: bool = False) -> Tensor:
     """Sorted rows times the transposed weight of their expert; `back`: times the weight. Products are in `dtype`."""
+    if rows.dtype == dtype and isinstance(stack, PackedStack) and has_kernel(stack, rows):
+        return kernels.grouped(rows, stack.packed(), routing.ends_E, (*stack.shape[1:], stack.block), back)
     count, out, width = stack.shape
     columns = width if back else out
     experts = max(1, min(count, CHUNK_BYTES // (out * width * dtype.itemsize)))
@@ -217,11 +258,19 @@ def grouped(rows: Tensor, stack: Stack, routing: Routing, dtype: torch.dtype, ba
     return rows.new_empty(0, columns) if result is None else result
 
 
+def has_kernel(stack: Stack, like: Tensor) -> bool:
+    """Whether a stack's products are the kernel's where `like` is. Meta tensors stand for a card that has it where the
+    stack says so."""
+    if not isinstance(stack, PackedStack) or stack.by == IN_CHUNKS or not kernels.fits(stack.shape, stack.block):
+        return False
+    return stack.by == IN_TRITON if like.is_meta else trial.multiplies_experts(like.device)
+
+
 def _products(rows: Tensor, factors: Tensor, routing: Routing, first: int, begin: int) -> Tensor:
     """Sorted rows of the experts from `first` on, the first of them row `begin`, times their `factors` (n, in, out)."""
     count = factors.shape[0]
     if rows.is_meta:
-        return rows.new_empty(rows.shape[0], factors.shape[2])
+        return _on_meta(rows, factors, routing.ends_E[first : first + count])
     if count == 1:
         return rows @ factors[0]
     if rows.is_cuda and rows.dtype == torch.bfloat16 and _is_aligned(factors):
@@ -232,6 +281,15 @@ def _products(rows: Tensor, factors: Tensor, routing: Routing, first: int, begin
         if start < end:
             torch.mm(rows[start - begin : end - begin], factors[number], out=result[start - begin : end - begin])
     return result
+
+
+def _on_meta(rows: Tensor, factors: Tensor, ends: Tensor) -> Tensor:
+    """What a card would give, asked for by the operation that it is asked for there: an estimate sees that. (It is for
+    bf16 alone, and values of fp16 are as large.)"""
+    if rows.dtype in (torch.bfloat16, torch.float16) and _is_aligned(factors):
+        bf16 = torch.bfloat16
+        return torch.nn.functional.grouped_mm(rows.view(bf16), factors.view(bf16), offs=ends).view(rows.dtype)
+    return torch.mm(rows, factors[0])
 
 
 def _is_aligned(factors: Tensor) -> bool:

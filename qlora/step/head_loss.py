@@ -3,13 +3,15 @@
 Where each token's weight in the loss is known beforehand, so is the gradient of its logits: (softmax - one-hot) times
 that weight. Of a chunk, logits = h W', over them goes their gradient, and the hidden states' is that times W: two
 products in place of three (`loss.token_logprobs` makes logits again in the backward pass), one copy of the logits in
-place of four, and no graph. Losses that weigh tokens by their log-probabilities, soft labels, and heads that are
-trained or are more than a product keep that function. The weights are those of the step, divided by its sum: gradients
+place of four, and no graph. Where weights follow from the log-probabilities (`objectives.py`), these are made first, by
+a pass that keeps no logits: three products again, and the memory of one copy. Soft labels, and heads that are
+trained or are more than a product, keep that function. The weights are those of the step, divided by its sum: gradients
 are rounded once, and nothing is multiplied behind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from qlora.device import is_card
 from qlora.step import loss
 from qlora.step.kernels import operators, trial
 from qlora.step.loss import TILE_ROWS, LogitsTransform, Objective, SupervisedObjective, softcap
+from qlora.step.objectives import PreferenceObjective
 
 # Logits of one chunk in bf16: with 512 tokens and more the head's weight, read twice, takes a GPU less time than the
 # products (128,256 x 4,096: 1.05 GB, 2.1 ms of an RTX 4090's 1 TB/s, beside 3.3 ms of its 165 TFLOP/s); from 1,024 on
@@ -71,18 +74,42 @@ def scaling_of(transform: LogitsTransform | None) -> tuple[float, float] | None:
     return (named["other"], 0.0) if function is torch.mul else None
 
 
-def weights_of(objective: Objective, batch: Batch) -> Tensor | None:
-    """The weight of each trained token's negative log-probability in the sum; None where it is not known beforehand."""
+Weigh = Callable[[Tensor], tuple[Tensor, Tensor]]  # of log-probabilities: what each weighs, and the summed loss
+
+
+def weights_of(objective: Objective, batch: Batch) -> Tensor | Weigh | None:
+    """The weight of each trained token's negative log-probability in the sum, or what makes them of log-probabilities;
+    None where they are more than weights."""
+    if isinstance(objective, PreferenceObjective):
+        return partial(objective.weigh, batch=batch)
     if not isinstance(objective, SupervisedObjective) or batch.label_ids_TK is not None:
         return None
     return batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)
 
 
 def share_and_loss(
-    hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor, step_weight: float, head: Head, chunk: int
+    hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor | Weigh, step_weight: float, head: Head, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss over `step_weight`, to go back through, and the summed loss, to report."""
+    """The summed loss over `step_weight`, to go back through, and the summed loss, to report.
+
+    Of weights that follow from log-probabilities, the first is no loss: its gradient is.
+    """
+    if not isinstance(weights_T, Tensor):
+        weights_T, summed = weights_T(_logprobs(hidden_TD.detach(), targets_T, head, chunk))
+        return _OnePass.apply(hidden_TD, targets_T, weights_T, step_weight, head, chunk)[0], summed  # type: ignore[no-untyped-call]
     return _OnePass.apply(hidden_TD, targets_T, weights_T, step_weight, head, chunk)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _logprobs(hidden_TD: Tensor, targets_T: Tensor, head: Head, chunk: int) -> Tensor:
+    """Log-probabilities of the targets, as the pass with the gradient will have them."""
+    nothing_T, logprobs = torch.zeros_like(targets_T, dtype=torch.float32), []
+    for start in range(0, len(hidden_TD), chunk):
+        part = slice(start, start + chunk)
+        logits_CV = linear(hidden_TD[part].to(head.weight.dtype), head.weight, head.bias)
+        scaling = (head.factor, head.cap)
+        logprobs.append(operators.cross_entropy_(logits_CV, targets_T[part], nothing_T[part], *scaling))
+        del logits_CV
+    return torch.cat(logprobs) if logprobs else nothing_T
 
 
 class _OnePass(torch.autograd.Function):

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, number_of, weights_of
+from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, module_of, number_of, weights_of
 from qlora.random_state import RandomState
 from qlora.step.lora_linear import recomputing
 from qlora.step.offload import kept_by
@@ -68,7 +67,7 @@ class _Recomputed:
     numbers: Mapping[int, int] = field(default_factory=dict)  # of layers, by their identity
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
-        module = _module_of(layer)
+        module = module_of(layer)
         number = number_of(module, self.numbers, self.weights)
         if not inputs or not is_closed(layer, inputs):
             # What other layers read or gradients flow to is more than hidden states: Gemma 3n and 4 share keys and
@@ -83,14 +82,6 @@ class _Recomputed:
         anchor = torch.empty(0, requires_grad=True)
         state = RandomState.of(hidden_BSD.device) if self.keep_random_state else None
         return RunLayer.apply(hidden_BSD, anchor, lambda hidden: layer(hidden, *rest), state, self, number)  # type: ignore[no-untyped-call]
-
-
-def _module_of(layer: Callable[..., Any]) -> Any:
-    """The layer behind what transformers hands us: the first argument of a class's forward, or, in versions up to
-    5.3, what a method is bound to. None where it is neither."""
-    if not isinstance(layer, partial):
-        return None
-    return layer.args[0] if layer.args else getattr(layer.func, "__self__", None)
 
 
 class RunLayer(torch.autograd.Function):

@@ -7,14 +7,10 @@ emitting are two calls: what a stop has interrupted must not be emitted.
 
 from __future__ import annotations
 
-import math
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from typing import Any
 
 from qlora.batch import Batch
@@ -22,28 +18,18 @@ from qlora.data.chat import ChatTokenizer
 from qlora.data.layout import Layout
 from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
-from qlora.events import Evaluated, Progress, Sampled
+from qlora.events import Evaluated, Preferred, Progress, Sampled
 from qlora.export.verify.evaluation import EvalRows, mean, summed_loss
 from qlora.model import generate, routing
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.recipe.sections import DataSection, EvalSection
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
+from qlora.training import preferences
 from qlora.training.checkpoint import RunState
 from qlora.training.phases import PhaseClock
+from qlora.training.questions import Question, answer_tokens, questions_of, same_answer
 from qlora.training.recovery import OomRecovery
-
-_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
-EXTRA_TOKENS = 8  # exact match allows the longest expected answer and a little more
-
-
-@dataclass(frozen=True)
-class Question:
-    """An evaluation row as a prompt and the answer it wants."""
-
-    prompt_ids: list[int]
-    asked: str
-    expected: str
 
 
 @dataclass
@@ -63,10 +49,12 @@ class RunEvaluation:
     section: EvalSection
     recovery: OomRecovery
     clock: PhaseClock
+    began: preferences.Began | None = None  # what the model is compared with
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
     routed: Sequence[routing.LayerRouting] = ()  # of the last measuring, of a mixture of experts
+    preferred: Preferred | None = None  # and of an objective of preference
     delivered: DeliveredLoss | None = None  # what the last measuring says to whoever checks the adapter later
 
     @cached_property
@@ -104,8 +92,10 @@ class RunEvaluation:
         return self._sample_answers(step, self.samples)
 
     def emit_eval(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
-        perplexity = None if loss is None else math.exp(min(loss, 700.0))
+        perplexity = preferences.perplexity(self.objective, loss)
         self.recovery.sink.emit(Evaluated(step, loss, perplexity, matches, len(self.split.lengths), best))
+        if self.preferred is not None and self.preferred.step == step and loss is not None:
+            self.recovery.sink.emit(self.preferred)
         if self.routed and loss is not None:
             self.recovery.sink.emit(routing.event(step, self.routed))
 
@@ -122,6 +112,7 @@ class RunEvaluation:
         at_once, layout = self.recovery.settings.micro_batch_size, Layout.on(self.recovery.device)
         rows = EvalRows(self.split, self.data, self.chat.pad_id, at_once, layout)
         losses, done, packs = [], 0, sum(map(len, rows.micro_batches))
+        preferences.begin(self.objective, rows.batches(), self.model, self.parts, self.recovery.device)
         with evaluating(self.model):
             for batch in rows.batches():
                 self.check_stop()
@@ -130,7 +121,10 @@ class RunEvaluation:
                 self.recovery.sink.emit(Progress("evaluate", done, packs))
             first = lambda: next(iter(rows.batches())).to(self.recovery.device)  # noqa: E731
             self.routed = routing.compared(self.model, self.parts, first)
-        self.delivered = rows.record(step, losses)
+        of_run = (self.objective, self.model, self.parts)
+        kl = preferences.kl_to_reference(*of_run, rows.batches(), self.began) if self.began else None
+        self.preferred = preferences.figures(self.objective, step, evaluated=True, kl=kl)
+        self.delivered = rows.record(step, preferences.plain_losses(self.objective, losses))
         return mean(losses)
 
     def _sample_answers(self, step: int, questions: Sequence[Question], untuned: bool = False) -> list[str]:
@@ -171,33 +165,3 @@ def with_evaluation(state: RunState, loss: float, patience: int) -> RunState:
         evaluations_without_improvement=waited,
         stopped_early=state.stopped_early or (0 < patience <= waited),
     )
-
-
-def questions_of(split: PreparedSplit, chat: ChatTokenizer, limit: int) -> list[Question]:
-    """The first `limit` rows of a split that have a question and an answer."""
-    found: list[Question] = []
-    prompts = filter(None, map(split.prompt, range(len(split.lengths))))
-    for messages, tools, expected in islice(prompts, limit):
-        asked = next((m["content"] for m in reversed(messages) if m.get("role") == "user"), "")
-        found.append(Question(chat.prompt_ids(messages, tools), str(asked or ""), expected))
-    return found
-
-
-def answer_tokens(questions: Sequence[Question], chat: ChatTokenizer) -> int:
-    """How long an answer to one of the questions may be for exact match; 0 without a question."""
-    lengths = [len(chat.tokenizer.encode(q.expected, add_special_tokens=False)) for q in questions]
-    return max(lengths) + EXTRA_TOKENS if lengths else 0
-
-
-def same_answer(given: str, expected: str) -> bool:
-    """Equal after NFC, strip and casefold; a leading block of reasoning is not part of an answer."""
-    return _normal(given) == _normal(expected)
-
-
-def without_thoughts(text: str) -> str:
-    """An answer without a leading block of reasoning."""
-    return _THINKING.sub("", text)
-
-
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFC", without_thoughts(text)).strip().casefold()

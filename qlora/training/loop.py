@@ -25,7 +25,7 @@ from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
 from qlora.memory.measured import measure, peak_bytes
 from qlora.memory.spilling import SpillWatch
-from qlora.model import adapters, attention, compiled, weight_moving
+from qlora.model import adapters, attention, compiled, expert_check, weight_moving
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
@@ -35,10 +35,10 @@ from qlora.starting_adapter import started_from
 from qlora.step import offload
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
 from qlora.step.layerwise import recomputable, set_gradient_checkpointing
-from qlora.step.loss import Objective, SupervisedObjective
+from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, schedule, selfcheck
+from qlora.training import health, preferences, reference, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
@@ -87,7 +87,7 @@ class Training:
         self.train = recipe.train
         self.causal_lm = job.model.get_base_model()
         self.parts = CausalParts.of(self.causal_lm)
-        self.objective: Objective = SupervisedObjective()
+        self.objective = objective_of(recipe.train)
         parameters = adapters.trainable(job.model)
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
         memory = replace(job.memory, may_move=weight_moving.movable(self.causal_lm, recipe.memory, job.device))
@@ -122,6 +122,7 @@ class Training:
                 section=job.recipe.eval,
                 recovery=self.recovery,
                 clock=job.clock,
+                began=partial(reference.as_it_began, job),
                 check_stop=job.stop.check,
             )
 
@@ -142,6 +143,8 @@ class Training:
         if check is not None and self.batches.data.packing and check.leak_message:
             self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
             self._use_rows(self.batches.data.model_copy(update={"packing": False}))
+        self.job = replace(self.job, data=reference.prepared(self.job, self.parts, self.batches.data))
+        self._use_rows(self.batches.data)
         if why := self.optimizer.moments.not_paged:
             self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: {why}"))
         counts = self.job.model.get_nb_trainable_parameters()
@@ -187,7 +190,8 @@ class Training:
             self.optimizer.step(0.0)
 
         def work() -> None:
-            step()
+            with expert_check.watched(self.causal_lm):
+                step()
             if self.evaluation is not None:
                 self.evaluation.try_longest()
 
@@ -268,6 +272,7 @@ class Training:
             raise health.too_many_skips(state)
         if is_finite:
             self.sink.emit(done)
+            preferences.emit(self.objective, done.step, self.sink)
         return state
 
     def _micro_batches(self, wanted: tuple[Sequence[Pack], int]) -> list[Batch]:
@@ -280,6 +285,7 @@ class Training:
         return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
 
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
+        preferences.begin(self.objective, batches, self.job.model, self.parts, self.job.device)
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from qlora import device as device_now
 from qlora import numerics
+from qlora.data import judged_splits
 from qlora.data.layout import GPU_MULTIPLE
 from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
@@ -103,6 +104,7 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
         documents=max(map(len, order.epoch_packs(0)), default=1),
         typical=sorted(lengths)[len(lengths) // 2] if lengths else 0,
         trained=_most_trained(recipe, data, padded),
+        rows_of_pack=max(judged_splits.most_rows(one, recipe.data) for one in (data.train, data.eval)),
     )
 
 

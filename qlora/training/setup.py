@@ -139,12 +139,12 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
     from qlora.model.meta_model import text_config
     from qlora.model.weight_names import embedding_rows
     from qlora.study.lesson import Lesson
-    from qlora.training import evaluate, memory_plan
+    from qlora.training import memory_plan, questions
 
     base, lesson, planned = found.base, None, None
     with clock.phase("rows"):
         chat, data = prepare_rows(recipe, tokenizer, sink)
-        asked = evaluate.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
+        asked = questions.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
         rows = embedding_rows(base.tensors) or text_config(base.config, base.name)[0].vocab_size
         check_ids(chat.tokenizer, data, (question.prompt_ids for question in asked), rows, base.name)
         say_stray_padding(chat.tokenizer, rows, base.name, sink)
@@ -155,7 +155,7 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)
         foresee_measuring(recipe.export, base, hardware.this_machine(recipe.memory.limit).limit_bytes, sink)
         prompt_tokens = max((len(question.prompt_ids) for question in asked), default=0)
-        exact = evaluate.answer_tokens(asked[: recipe.eval.exact_match_rows], chat)
+        exact = questions.answer_tokens(asked[: recipe.eval.exact_match_rows], chat)
         facts = memory_plan.data_facts(*(planned or (recipe, data)), prompt_tokens)
         facts = replace(facts, answer_tokens=exact, asks=lesson.batches if lesson else ())
         memory = memory_plan.plan_run(recipe, base, facts, sink)

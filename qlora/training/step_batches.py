@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora.batch import Batch
+from qlora.data.judged_splits import apart
 from qlora.data.layout import ON_CPU, Layout
 from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
@@ -44,7 +45,9 @@ class StepBatches:
         batch_size = schedule.auto_batch_size(len(trial.epoch_packs(0)), train)
         order = TrainOrder(split, data, train.seed, batch_size)
         steps = train.max_steps or order.steps(train.epochs or schedule.DEFAULT_EPOCHS)
-        layout = layout.steady([sum(split.lengths[i] for i in pack) for pack in order.epoch_packs(0)])
+        layout = layout.steady(
+            [sum(split.lengths[i] for i in row) for row in apart(split, order.epoch_packs(0), data.max_length)]
+        )
         return cls(split, data, pad_id, batch_size, order, steps, layout)
 
     def plan(self, now: MemorySettings, eval_rows: int, trainable_parameters: int, total_parameters: int) -> Plan:

@@ -11,7 +11,7 @@ from qlora.ask.measured import Measured, figures_of
 from qlora.data.chat import TokenRow
 from qlora.data.token_cache import PreparedSplit
 from qlora.events import Recorder
-from qlora.training.evaluate import Question
+from qlora.training.questions import Question
 
 ROWS, ASKED = 30, 10
 

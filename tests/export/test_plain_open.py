@@ -32,6 +32,26 @@ def test_a_folder_opens_as_its_own_class(folder: Path) -> None:
     assert opens(folder) == ("opens in transformers", True, "as Gemma3ForCausalLM")
 
 
+def test_experts_in_mxfp4_open_without_kernels_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.mxfp4 import make_base as make_mxfp4
+
+    base, asked, plainly = make_mxfp4(tmp_path / "base"), [], AutoModelForCausalLM.from_pretrained
+
+    def opened(folder: Path, **how: object) -> object:
+        asked.append(how["quantization_config"].dequantize)  # type: ignore[attr-defined]
+        return plainly(folder, **how)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", opened)
+    assert opens(base) == ("opens in transformers", True, "as GptOssForCausalLM") and asked == [True]
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("model.layers.0.mlp.experts.down_proj_bias")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert not opens(base)[1]
+
+
 def test_names_that_nothing_reads_and_weights_that_are_missing_are_named(folder: Path) -> None:
     name = "model.layers.1.self_attn.q_proj.weight"
     change(folder, name, name.replace("q_proj", "query"))

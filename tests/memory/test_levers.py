@@ -10,7 +10,7 @@ from qlora.memory import hardware
 from qlora.memory.changes import changed
 from qlora.memory.hardware import Machine
 from qlora.memory.levers import EMBEDDING, HEAD, LEVERS, OFFLOAD, STREAM, Saving, free, savings
-from qlora.memory.simulation import ValueCounts, Workload
+from qlora.memory.simulation import Drawn, ValueCounts, Workload
 from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import recipe_of_base
 from tests.families import make_config
@@ -30,9 +30,9 @@ def test_levers_are_open_where_the_recipe_leaves_them_so_and_there_is_a_card() -
 def test_what_levers_are_likely_to_save() -> None:
     """Of Llama-3.1-8B at 2,048 tokens: inputs 16 MiB a layer, an embedding of 0.98 GiB, 3.35 GiB of layers in 4 bit."""
     text = make_config("llama", vocab=128_256, overrides={"hidden_size": 4096, "num_hidden_layers": 32})
-    values = ValueCounts(6_979_321_856, 1, 1, 1)
+    drawn = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), False, 0)
     card = hardware.asked_for("RTX 4090", None, "auto")
-    found = savings(text, Workload(1, 2048), values, card)
+    found = savings(text, Workload(1, 2048), drawn, card)
     assert found[OFFLOAD].nbytes == 30 * 16 << 20
     assert found[STREAM].nbytes == pytest.approx(3.35 * GIB * 30 / 32, rel=0.01)
     assert found[EMBEDDING].nbytes == pytest.approx(0.98 * GIB, rel=0.02)
@@ -40,13 +40,22 @@ def test_what_levers_are_likely_to_save() -> None:
     assert sum(found[STREAM].beside) == pytest.approx(0.29, rel=0.03)
 
 
+def test_experts_are_of_what_streaming_saves() -> None:
+    """They are no layers that "all-linear" means, and nine tenths of a mixture."""
+    text, card = make_config("llama", overrides={"num_hidden_layers": 4}), hardware.asked_for("RTX 4090", None, "auto")
+    without, there = (Drawn(ValueCounts(10**9, 1, 1, 1), False, 0, stacked_bytes=stacked) for stacked in (0, 8 * GIB))
+    found = [savings(text, Workload(1, 2048), drawn, card)[STREAM] for drawn in (without, there)]
+    assert found[1].nbytes - found[0].nbytes == 8 * GIB * 2 // 4
+    assert found[1].beside[0] > 10 * found[0].beside[0]
+
+
 def test_with_layers_and_embeddings_the_head_goes() -> None:
     """Of 0.98 GiB the two places of its blocks stay, 0.12 GiB; whichever of the two is taken second has it."""
     text = make_config("llama", vocab=128_256, overrides={"hidden_size": 4096, "num_hidden_layers": 32})
-    values, card = ValueCounts(6_979_321_856, 1, 1, 1), hardware.asked_for("RTX 4090", None, "auto")
+    drawn, card = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), False, 0), hardware.asked_for("RTX 4090", None, "auto")
 
     def found(place: Place) -> Mapping[str, Saving]:
-        return savings(text, Workload(1, 2048), values, card, place)
+        return savings(text, Workload(1, 2048), drawn, card, place)
 
     none, streams, host = found(Place()), found(Place(streams=True)), found(Place(host_embedding=True))
     head = none[HEAD]
@@ -56,5 +65,5 @@ def test_with_layers_and_embeddings_the_head_goes() -> None:
     assert streams[EMBEDDING].nbytes == none[EMBEDDING].nbytes + head.nbytes and streams[EMBEDDING].head
     assert host[STREAM].nbytes == none[STREAM].nbytes + head.nbytes and host[STREAM].head
     assert not none[EMBEDDING].head and not streams[STREAM].head and HEAD not in streams
-    small = savings(make_config("llama"), Workload(1, 2048), values, card)
+    small = savings(make_config("llama"), Workload(1, 2048), drawn, card)
     assert small[HEAD].nbytes == 0 and not small[EMBEDDING].with_head(small[HEAD]).head

@@ -9,8 +9,11 @@ from torch import Tensor
 from qlora.memory.operations import Layers, Operation, OperationCounter, Work, of_whole_model, partly
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
+from qlora.memory.trace import LiveBytes
+from qlora.model.experts import Slab
 from qlora.model.meta_model import text_config
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step.experts import Routing, grouped
 from tests.families import make_config
 from tests.memory.cases import NAMES
 from tests.memory.shapes import SHAPES
@@ -123,3 +126,30 @@ def test_the_step_of_an_8b_is_what_was_counted_apart_from_this() -> None:
     assert sum(times * one.nbytes for one, times in layers.up) == pytest.approx(4.29e9, rel=0.005)
     assert sum(times * one.nbytes for one, times in layers.down) == pytest.approx(9.75e9, rel=0.02)
     assert work.arithmetic == pytest.approx(102.7e12, rel=0.001)
+
+
+def test_a_grouped_product_has_the_arithmetic_of_its_rows() -> None:
+    """Each row is multiplied once, whatever the number of experts; all of their weights are read."""
+    rows, factors, ends = meta(64, 8), meta(4, 8, 3), torch.empty(4, dtype=torch.int32, device="meta")
+    found = seen(aten._grouped_mm.default, rows, factors, ends, result=meta(64, 3))
+    assert found == Operation(2 * (64 * 8 + 4 * 8 * 3 + 64 * 3) + 4 * 4, 2 * 64 * 8 * 3, False, 4, 64, True)
+
+
+def test_products_of_experts_are_seen_on_meta() -> None:
+    """A slab on meta asks for what a card is asked for: its weights in chunks, and a grouped product of each."""
+    section = QuantizationSection()
+    slab = Slab((8, 64, 128), section)
+    slab.allocate(torch.device("meta"))
+    routing, counter = Routing(torch.empty(32, 2, dtype=torch.int64, device="meta"), 8), OperationCounter((32,))
+    live = LiveBytes("cuda")
+    live.counter = counter
+    for dtype in (torch.bfloat16, torch.float16):
+        counter.seen.clear()
+        with live:
+            live.begin("forward")
+            result = grouped(torch.empty(64, 128, dtype=dtype, device="meta"), slab, routing, dtype)
+        assert result.shape == (64, 64) and result.dtype == dtype
+        products = [one for one in counter.seen["forward"] if one.experts]
+        assert [(one.arithmetic, one.experts, one.rows) for one in products] == [(2 * 64 * 128 * 64, 8, 64)]
+        dequantized = [one for one in counter.seen["forward"] if one.nbytes > 2 * 8 * 64 * 128 and not one.arithmetic]
+        assert dequantized, "once a product, whatever the rows"

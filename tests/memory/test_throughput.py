@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -29,6 +30,17 @@ def test_an_operation_takes_the_longest_of_memory_arithmetic_and_a_launch() -> N
         assert predict(work(Layers(1, ((operation, 1),), ())), CARD, 1).seconds == pytest.approx(seconds)
     attends = Operation(8, 10**9, True)
     assert predict(work(Layers(1, ((attends, 1),), ())), CARD, 1).seconds == pytest.approx(1 / 0.55)
+
+
+def test_a_grouped_product_is_slower_by_half_a_tile_an_expert_and_loops_where_no_kernel_is() -> None:
+    few, many = (Operation(8, 10**9, False, 8, rows, False) for rows in (8 * 64, 8 * 6400))
+    seconds = [predict(work(Layers(1, ((one, 1),), ())), CARD, 1).seconds for one in (few, many)]
+    assert seconds == pytest.approx([1.5 / 0.6, 1.005 / 0.6])
+    looped, fused = (Operation(8, 8, False, 1000, 64_000, loops) for loops in (True, False))
+    starts = [predict(work(Layers(1, ((one, 1),), ())), CARD, 1).seconds for one in (looped, fused)]
+    assert starts == pytest.approx([1000 * RATES.host, RATES.host])
+    hopper = replace(CARD, capability=90)
+    assert predict(work(Layers(1, ((looped, 1),), ())), hopper, 1).seconds == pytest.approx(RATES.host)
 
 
 def test_copies_count_where_they_take_longer_than_the_layer_beside_them() -> None:

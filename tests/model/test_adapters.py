@@ -14,7 +14,6 @@ from peft.tuners.lora.bnb import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from qlora import device
-from qlora.batch import Batch
 from qlora.errors import ModelError
 from qlora.model.adapters import attach, load_into, open_saved, save, trainable
 from qlora.model.base_folder import BaseFolder
@@ -205,39 +204,6 @@ def test_a_cards_random_state_is_seeded_and_given_back(base_of: BaseOf, monkeypa
     monkeypatch.setattr(torch, "manual_seed", seed_everything)
     attach(model, LoraSection(r=4), seed=1)
     assert 1 in seeds and states["now"].tolist() == [5]
-
-
-def test_eva_starts_from_the_inputs_of_trained_positions(base_of: BaseOf) -> None:
-    """A's rows are orthonormal directions of the layer's inputs, the base is untouched, and step 0 is still nothing."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, 12, (2, 32), generator=generator)  # few tokens: inputs with clear directions
-    weights = torch.ones(2, 32)
-    weights[:, :8] = 0
-    positions = torch.arange(32).expand(2, -1)
-    batch = Batch(ids, positions, torch.zeros_like(ids), ids, weights, weights.flatten().nonzero().flatten())
-    model = load(base_of("llama"))
-    before = logits(model, INPUT_IDS)
-    lora = LoraSection(r=2, init="eva", target_modules=("q_proj", "down_proj"))
-    asked_head: list[Any] = []
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda *_: asked_head.append(1))
-    model = attach(model, lora, seed=1, eva_batches=[batch])
-    handle.remove()
-    assert not asked_head  # all positions' logits: more than a step takes
-    assert torch.equal(logits(model, INPUT_IDS), before)
-    for name, parameter in trainable(model).items():
-        assert parameter.dtype == torch.bfloat16 and parameter.shape[0 if "lora_A" in name else 1] == 2
-        if "lora_A" in name:
-            product = parameter.float() @ parameter.float().T
-            assert torch.allclose(product, torch.eye(2), atol=0.02), name
-    seen: list[torch.Tensor] = []
-    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    logits(model, ids)
-    handle.remove()
-    inputs = seen[0][weights > 0].float()
-    _, _, directions = torch.linalg.svd(inputs - inputs.mean(dim=0), full_matrices=False)
-    alignment = torch.linalg.svdvals(layer.lora_A["default"].weight.detach().float() @ directions[:2].T)
-    assert alignment.min() > 0.95
 
 
 def test_global_training_mode_is_kept(base_of: BaseOf) -> None:

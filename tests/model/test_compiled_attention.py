@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qlora.model import compiled_attention
+from qlora.model import compiled_attention, sink_attention
 from qlora.model.attention_choice import LENGTHS, trial_batch
+from qlora.model.compiled_attention import Scores
 from qlora.model.document_attention import KERNELS, one_by_one
 from qlora.model.document_mask import DocumentMask
 
@@ -25,7 +26,7 @@ def test_output_and_gradients_are_those_of_the_kernel() -> None:
         inputs = drawn()
         right = one_by_one(*inputs, mask, 0.3, None)
         wanted = torch.autograd.grad(right.square().sum(), inputs)
-        found = compiled_attention.attend(KERNEL, *inputs, compiled_attention.behind(mask), 0.3, None)
+        found = compiled_attention.attend(KERNEL, *inputs, compiled_attention.behind(mask), Scores(0.3))
         assert torch.equal(found, right)
         for one, other in zip(torch.autograd.grad(found.square().sum(), inputs), wanted, strict=True):
             assert torch.equal(one, other)
@@ -44,5 +45,16 @@ def test_the_operator_is_sound() -> None:
     """Its shapes on fake tensors, its gradient and its aliasing, as torch checks them."""
     query, key, value = drawn()
     stand_in = compiled_attention.behind(DocumentMask(trial_batch(2), None))
-    arguments = (query, key, value, KERNEL, stand_in.window, None, None)
-    torch.library.opcheck(compiled_attention._attend, arguments)
+    for sinks in (None, torch.arange(4.0)):
+        arguments = (query, key, value, KERNEL, stand_in.window, None, None, sinks)
+        torch.library.opcheck(compiled_attention._attend, arguments)
+
+
+def test_sinks_go_through_the_operator() -> None:
+    mask, inputs, sinks = DocumentMask(trial_batch(2), 48), drawn(), torch.arange(4.0) - 1
+    right = sink_attention.one_by_one(*inputs, mask, 0.3, sinks)
+    wanted = torch.autograd.grad(right.square().sum(), inputs)
+    found = compiled_attention.attend(KERNEL, *inputs, compiled_attention.behind(mask), Scores(0.3, None, sinks))
+    assert torch.equal(found, right)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), inputs), wanted, strict=True):
+        assert torch.equal(one, other)

@@ -9,16 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qlora import numerics
 from qlora.model import adapters, experts
 from qlora.model.experts import Slab
 from qlora.model.meta_model import build_unmatched
-from qlora.model.mixtures import experts_in
 from qlora.model.nf4 import BLOCK, Quantized, dequantize, quantize_rows
+from qlora.numerics import Numerics
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.experts import NAME
+from qlora.step import experts as step_experts
+from qlora.step.kernels import experts as kernels
+from qlora.step.kernels import trial
 from qlora.step.layerwise import set_gradient_checkpointing
 from tests.families import make_model
 from tests.mixtures import FAMILIES, VOCAB, make_config, narrow
+from tests.model.mixture_cases import held
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -62,6 +66,43 @@ def test_each_expert_is_the_weight_that_nf4_makes_of_it(
         assert off < 0.2  # half of the widest step of both types, and what rounding the constants adds
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_kernel_is_given_the_bits_that_are_read(kind: str, double_quant: bool) -> None:
+    """More constants an expert than share a nested one, and no whole number of those."""
+    weights = torch.randn((3, 272, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
+    slab = filled(weights, QuantizationSection(type=kind, double_quant=double_quant))
+    assert isinstance(slab, step_experts.PackedStack) and kernels.fits(slab.shape, slab.block)
+    about, ends = (272, 64, slab.block), torch.tensor([64, 128, 192]).int()
+    found = kernels.grouped(torch.eye(64).repeat(3, 1), slab.packed(), ends, about, False)
+    assert torch.equal(found.view(3, 64, 272).transpose(1, 2), slab.read(0, 3, torch.float32))
+
+
+def test_who_multiplies_is_what_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new run's kernel where it runs; a run of a version that knew none goes on in chunks, and one whose kernel is
+    not here as well."""
+    mixture, dense = make_config("qwen3_moe").to_dict(), {"model_type": "llama", "num_hidden_layers": 1}
+    assert experts.choose(mixture, CPU, None) == step_experts.IN_CHUNKS
+    assert experts.choose(mixture, CPU, Numerics(experts=step_experts.IN_TRITON)) == step_experts.IN_CHUNKS
+    monkeypatch.setattr(trial, "multiplies_experts", lambda device: True)
+    assert experts.choose(mixture, CPU, None) == step_experts.IN_TRITON
+    assert experts.choose(mixture, CPU, Numerics()) == step_experts.IN_CHUNKS
+    assert experts.choose(mixture, CPU, Numerics(experts=step_experts.IN_TRITON)) == step_experts.IN_TRITON
+    assert experts.choose(dense, CPU, None) is None
+
+
+def test_slabs_are_multiplied_as_their_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided as they are made: a backward pass computes layers in a thread of its own, which knows of no run."""
+    shape, quantization = (2, 64, 64), QuantizationSection()
+    assert Slab(shape, quantization).by is None
+    for said, by in ((step_experts.IN_TRITON, step_experts.IN_TRITON), (None, step_experts.IN_CHUNKS)):
+        with numerics.in_force(Numerics(experts=said)):
+            assert Slab(shape, quantization).by == by
+    model = nn.ModuleList([Slab(shape, quantization), nn.Linear(2, 2)])
+    experts.compute_by(model, step_experts.IN_TRITON)
+    assert model[0].by == step_experts.IN_TRITON and not hasattr(model[1], "by")
+
+
 def test_a_slab_has_4_127_bits_a_value() -> None:
     slab = Slab((8, 256, 64), QuantizationSection())
     assert slab.nbytes * 8 / (8 * 256 * 64) == pytest.approx(
@@ -81,27 +122,6 @@ def test_a_slab_is_made_of_buffers_like_any_layer_s() -> None:
     }
     assert not slab.state_dict() and not list(slab.parameters())
     assert all(buffer.is_meta for buffer in slab.to("meta").buffers())
-
-
-def held(config: Any) -> tuple[Any, Any]:
-    """A model whose experts are in 4 bit, and one with the same weights dequantized that computes them eagerly."""
-    experts.register()
-    model = make_model(config)
-    plain = copy.deepcopy(model)
-    own = {name: (module, leaf, getattr(module, leaf).detach()) for name, module, leaf in experts.projections(model)}
-    experts.hold(model, QuantizationSection())
-    experts.keep_routing_still(model)
-    experts.keep_routing_still(plain)
-    for name, (module, leaf, weights) in own.items():
-        matrices = weights.transpose(1, 2) if module.is_transposed else weights
-        slab = getattr(module, leaf)
-        experts.fill(slab, lambda expert, of=matrices: lambda start, end: of[expert][start:end], CPU)
-        back = slab.read(0, slab.shape[0], torch.float32)
-        plain.get_parameter(name).data = back.transpose(1, 2).contiguous() if module.is_transposed else back
-    for one, function in ((model, NAME), (plain, "eager")):
-        for _, module in experts_in(one):
-            module.config._experts_implementation = function
-    return model, plain
 
 
 def with_adapters(model: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from qlora.errors import ModelError
 from qlora.events import Notice, Recorder
@@ -19,6 +18,7 @@ from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.families import make_config as make_dense
 from tests.mixtures import FAMILIES, make_base, make_config
 from tests.model.conftest import at
+from tests.model.mixture_cases import logits
 
 CPU = torch.device("cpu")
 MLPS = ("gate_proj", "up_proj", "down_proj")
@@ -81,8 +81,16 @@ def test_peft_s_functions_are_its_own_again_and_dense_models_never_lose_them() -
         ("qwen3_moe", {"target_modules": ("mlp.gate",)}, "lora.target_modules: mlp.gate chooses or weighs experts"),
         ("gemma4_text", {"target_modules": ("router.proj",)}, "router.proj chooses or weighs experts"),
         ("qwen2_moe", {"target_modules": ("shared_expert_gate",)}, "shared_expert_gate chooses or weighs"),
-        ("qwen3_moe", {"target_modules": ("gate_up_proj",)}, "gate_up_proj are experts, which take no adapter yet"),
-        ("qwen3_moe", {"target_modules": ("q_proj", "experts")}, "experts are experts, which take no adapter yet"),
+        (
+            "qwen3_moe",
+            {"target_modules": ("gate_up_proj",)},
+            "gate_up_proj are experts, which are parameters and no layers",
+        ),
+        (
+            "qwen3_moe",
+            {"target_modules": ("q_proj", "experts")},
+            "experts are experts, which are parameters and no layers",
+        ),
         ("qwen3_moe", {"modules_to_save": ("mlp.gate",)}, "lora.modules_to_save: mlp.gate chooses or weighs experts"),
         ("qwen3_moe", {"modules_to_save": ("experts",)}, "lora.modules_to_save: experts are experts"),
     ],
@@ -108,14 +116,6 @@ def tuned(family: str, folder: Path, lora: LoraSection, sink: Recorder) -> Any:
         if "lora_B" in name:
             parameter.data = (0.1 * torch.randn(parameter.shape, generator=generator)).bfloat16()
     return found.eval()
-
-
-def logits(model: Any) -> Tensor:
-    for module in model.modules():
-        if getattr(getattr(module, "config", None), "_experts_implementation", None) is not None:
-            module.config._experts_implementation = "eager"
-    with torch.no_grad():
-        return model(input_ids=torch.arange(4, 40)[None], use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,15 +18,18 @@ from qlora.memory.simulation import Workload
 from qlora.model import adapters, emptied, load, weight_streaming
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.model.generate import greedy
+from qlora.model.layer_blobs import stacks_of
 from qlora.model.lora_structure import Gated, unread_of
 from qlora.model.resolve import resolve
 from qlora.model.weight_receiving import Place
 from qlora.model.weight_stores import HostStore
 from qlora.model.weight_streaming import Ring, StreamedWeights, inside
 from qlora.recipe.sections import LoraSection, QuantizationSection
+from qlora.step import layerwise
 from qlora.step.forward import CausalParts, forward_backward, seed_micro_batch
 from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.loss import SupervisedObjective
+from tests import mixtures
 from tests.families import FAMILIES, GEMMA3N, make_base
 from tests.memory.counted import real_batch
 
@@ -90,6 +93,37 @@ def test_the_same_bits_from_poisoned_slots(family: str, tmp_path: Path, monkeypa
     assert torch.equal(again, loss) and found.keys() == gradients.keys()
     assert [name for name in found if not torch.equal(found[name], gradients[name])] == []
     assert any(bool(gradient.any()) for gradient in found.values())
+
+
+@pytest.mark.parametrize("family", mixtures.FAMILIES)
+def test_a_mixture_has_the_same_bits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts, routers, shared experts: all of a layer's matrices come and go with it."""
+    base = mixtures.make_base(family, tmp_path)
+    resident = tuned(base, Place())
+    loss, gradients = step(resident)
+    poison(monkeypatch)
+    model = tuned(base, STREAMED)
+    again, found = step(model)
+    assert torch.equal(again, loss) and found.keys() == gradients.keys()
+    assert [name for name in found if not torch.equal(found[name], gradients[name])] == []
+    assert any(bool(gradient.any()) for gradient in found.values())
+    stacks = [stack for _, stack in stacks_of(model)]
+    assert stacks and all(stack.codes is None and stack.table.numel() == 16 for stack in stacks)
+    held = inside(model)
+    assert held is not None
+    blobs = sum(stack.nbytes - 16 * 4 - 256 * 4 for stack in stacks)
+    assert blobs < held.total_bytes and sum(one.nbytes for _, one in model.named_buffers() if one.numel() > 999) == 0
+
+
+def test_between_its_uses_an_expert_cannot_be_read(tmp_path: Path) -> None:
+    model = opened(mixtures.make_base("qwen3_moe", tmp_path), STREAMED)
+    experts = recomputable(model)[1].mlp.experts
+    with pytest.raises(TypeError):
+        experts.gate_up_proj.read(0, 1, torch.bfloat16)
+    held = inside(model)
+    assert held is not None
+    with held.in_place(1):
+        assert torch.isfinite(experts.gate_up_proj.read(0, 8, torch.bfloat16)).all()
 
 
 KINDS = {
@@ -256,6 +290,33 @@ def test_what_shares_keys_and_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="its layers share keys and values") as caught:
         opened(base, STREAMED)
     assert "memory.stream_weights = false" in caught.value.hint
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_keys_that_no_layer_takes_from_another_tie_none(
+    shared: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 4 26B-A4B is handed a dict for them, and shares none: its layers are run by us, resident and streamed."""
+    kinds = ["sliding_attention", "full_attention"] * (3 if shared else 2)
+    overrides = {"num_kv_shared_layers": shared, "layer_types": kinds, "num_hidden_layers": len(kinds)}
+    base = mixtures.make_base("gemma4_text", tmp_path, overrides=overrides)
+    if shared:
+        with pytest.raises(ModelError, match="share keys and values"):
+            opened(base, STREAMED)
+        return
+    seen: list[bool] = []
+    closed = layerwise.is_closed
+
+    def watched(layer: Any, inputs: tuple[Any, ...]) -> bool:
+        assert "shared_kv_states" in layer.keywords
+        seen.append(closed(layer, inputs))
+        return seen[-1]
+
+    monkeypatch.setattr(layerwise, "is_closed", watched)
+    loss, gradients = step(tuned(base, Place()))
+    again, found = step(tuned(base, STREAMED))
+    assert all(seen) and len(seen) == 2 * 2 * len(kinds)
+    assert torch.equal(again, loss) and all(torch.equal(found[name], gradients[name]) for name in gradients)
 
 
 def test_a_layer_that_is_not_computed_anew_is_refused(tmp_path: Path) -> None:

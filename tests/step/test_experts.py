@@ -10,7 +10,22 @@ import torch
 from torch import Tensor
 
 from qlora.step import experts
-from qlora.step.experts import GroupedLinear, Permute, Plain, Routing, Spread, experts_forward, grouped
+from qlora.step.experts import (
+    IN_CHUNKS,
+    IN_TRITON,
+    GroupedLinear,
+    Packed,
+    PackedStack,
+    Permute,
+    Plain,
+    Routing,
+    Spread,
+    experts_forward,
+    grouped,
+    has_kernel,
+)
+from qlora.step.kernels import trial
+from tests.step.launches import Counter
 
 TOKENS, CHOICES, COUNT = 12, 3, 5
 
@@ -157,3 +172,125 @@ def test_experts_can_be_left_out_for_a_time() -> None:
         assert not module(hidden_TH, index_TK, weights_TK).any()
     assert module.config._experts_implementation == experts.NAME
     assert module(hidden_TH, index_TK, weights_TK).any()
+
+
+class InFourBits:
+    """A stack that the kernel can decode, and that says how often it was read otherwise."""
+
+    block = 64
+
+    def __init__(self, shape: tuple[int, int, int], by: str | None = None, where: str = "cpu") -> None:
+        generator, values = torch.Generator().manual_seed(4), math.prod(shape[1:])
+        self.shape, self.by, self.reads, self.unpacked = shape, by, 0, 0
+        self.codes = torch.randint(0, 256, (shape[0], values // 2), generator=generator).to(torch.uint8).to(where)
+        self.constants = torch.rand(shape[0], values // 64, generator=generator).to(where)
+        self.table = torch.linspace(-1, 1, 16).to(where)
+
+    def packed(self) -> Packed:
+        self.unpacked += 1
+        return Packed(self.codes, self.constants, self.table, True)
+
+    def read(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        self.reads += 1
+        codes = self.codes[first:last]
+        values = self.table[torch.stack((codes >> 4, codes & 15), dim=-1).int()].view(last - first, -1, 64)
+        return (values * self.constants[first:last, :, None]).view(last - first, *self.shape[1:]).to(dtype)
+
+
+def through(stack: Any, routing: Routing, kind: torch.dtype = torch.float32) -> list[Tensor]:
+    """A product with a stack, and the gradient of its rows."""
+    width = stack.shape[2]
+    rows = torch.randn(routing.rows, width, generator=torch.Generator().manual_seed(5)).to(kind).requires_grad_()
+    found = GroupedLinear.apply(rows, stack, routing, kind)
+    found.backward(torch.linspace(-1, 1, found.numel()).view_as(found).to(kind))
+    return [found.detach(), rows.grad]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin stands in for the kernel."""
+    monkeypatch.setattr(trial, "multiplies_experts", lambda device: True)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("how", ["random", "even", "skewed", "one token"])
+def test_the_kernel_multiplies_where_it_runs_and_gives_what_chunks_give(how: str) -> None:
+    routing, sorted_by_torch = Routing(routed(how), COUNT, True), Routing(routed(how), COUNT)
+    assert all(
+        torch.equal(one, vars(sorted_by_torch)[name]) for name, one in vars(routing).items() if name[-2:-1] == "_"
+    )
+    stack, plain = InFourBits((COUNT, 48, 64)), InFourBits((COUNT, 48, 64), IN_CHUNKS)
+    assert isinstance(stack, PackedStack) and not isinstance(Counting(torch.empty(1, 1, 1)), PackedStack)
+    for one, other in zip(through(stack, routing), through(plain, routing), strict=True):
+        torch.testing.assert_close(one, other)
+    assert (stack.reads, stack.unpacked) == (0, 2) and plain.reads >= 2 and plain.unpacked == 0
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(
+    ("shape", "by", "dtype"),
+    [
+        ((COUNT, 48, 80), None, torch.float32),  # blocks run over the ends of rows
+        ((COUNT, 24, 64), None, torch.float32),
+        ((COUNT, 48, 64), IN_CHUNKS, torch.float32),  # as the run began
+        ((COUNT, 48, 64), IN_TRITON, torch.bfloat16),  # of rows in float32
+    ],
+)
+def test_what_the_kernel_does_not_fit_is_multiplied_in_chunks(
+    shape: tuple[int, int, int], by: str | None, dtype: torch.dtype
+) -> None:
+    stack, routing = InFourBits(shape, by), Routing(routed("random"), COUNT)
+    grouped(torch.randn(routing.rows, shape[2]), stack, routing, dtype)
+    assert stack.reads > 0 and stack.unpacked == 0
+
+
+def test_a_run_with_the_kernel_goes_on_in_chunks_where_there_is_none() -> None:
+    stack, routing = InFourBits((COUNT, 48, 64), IN_TRITON), Routing(routed("random"), COUNT)
+    through(stack, routing)
+    assert stack.reads > 0 and stack.unpacked == 0
+
+
+QWEN3_30B = ((128, 1536, 2048), (128, 2048, 768))  # gate and up, down, by its config.json
+ROWS = 2048 * 8  # of 2,048 tokens
+
+
+def on_meta(shape: tuple[int, int, int], nested: bool = True) -> Any:
+    """A slab of NF4 as a model on meta has it."""
+    from qlora.model.experts import Slab
+    from qlora.recipe.sections import QuantizationSection
+
+    slab = Slab(shape, QuantizationSection(double_quant=nested))
+    slab.by = IN_TRITON
+    return slab
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_sort_and_products_of_a_layer_of_qwen3_30b_are_five_launches(back: bool) -> None:
+    """Forth or back: the sort, then constants in 32 bit and a product, of each projection; nothing is read on the host,
+    for what is on meta has no numbers. With a floor: weights are read once, in 4 bit (of 1,536 x 2,048: 1.5 MiB)."""
+    index_TK = torch.empty(2048, 8, dtype=torch.int64, device="meta")
+    with Counter() as counter:
+        routing = Routing(index_TK, 128, has_kernel(on_meta(QWEN3_30B[0]), index_TK))
+        assert counter.launches == 1
+        for shape in QWEN3_30B:
+            slab = on_meta(shape)
+            before = counter.cost
+            rows = torch.empty(ROWS, shape[1 if back else 2], dtype=torch.bfloat16, device="meta")
+            grouped(rows, slab, routing, torch.bfloat16, back)
+            asked = counter.cost.less(before)
+            values = math.prod(shape)
+            constants = 4 * values // 64
+            there = values // 2 + 2 * ROWS * (shape[1] + shape[2])  # codes, rows and results
+            assert asked.launches == 2
+            # Constants are written and read; beside them their own 8 bits, the nested ones, tables and ends.
+            assert there + 2 * constants + values // 64 < asked.nbytes < 1.01 * (there + 2 * constants + values // 64)
+    assert counter.launches == 5  # the issue allows 6
+    assert "bounds" not in vars(routing)
+
+
+def test_constants_of_a_layer_take_what_they_are_said_to() -> None:
+    """24 MiB of Qwen3-30B's gate and up, for as long as its product runs, in place of 256 MiB of weights in 16 bit."""
+    assert on_meta(QWEN3_30B[0]).packed().constants.nbytes == 24 << 20
+    assert on_meta(QWEN3_30B[1]).packed().constants.nbytes == 12 << 20
+    plain = on_meta(QWEN3_30B[0], nested=False)
+    assert plain.packed().constants is plain.absmax

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from qlora import disk
+from qlora.model.weight_stores import HostStore
+from qlora.model.weight_streaming import Ring
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopRequest
 from qlora.study import exam_questions
@@ -118,3 +121,54 @@ def signed_anew(folder: Path, **files: bytes) -> Path:
 
     disk.publish_folder(folder, write, about)
     return folder
+
+
+def poison_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a streamed layer leaves behind in its slot holds no weight of anybody's."""
+    let_go = Ring.let_go
+
+    def poison(ring: Ring, layer: int) -> None:
+        slot = ring._slot_of(layer)
+        let_go(ring, layer)
+        if slot is not None and not slot.blob.is_meta:
+            slot.blob.fill_(0xFF)
+            slot.layer = None
+
+    monkeypatch.setattr(Ring, "let_go", poison)
+
+
+def damage(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[16] ^= 1
+    path.write_bytes(raw)
+
+
+def run_out_of_slots(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """Memory runs out once, when a blob is sent for the `at`th time; says after how many slots were there."""
+    seen: list[int] = []
+    send = HostStore.send
+
+    def counted(store: HostStore, layer: int, *rest: Any) -> Any:
+        seen.append(layer)
+        if len(seen) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB. GPU 0 has 1.00 MiB free.")
+        return send(store, layer, *rest)
+
+    monkeypatch.setattr(HostStore, "send", counted)
+    return seen
+
+
+def fail_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Memory runs out once in the forward pass of that step."""
+    from qlora.training.loop import Training
+
+    done: list[int] = []
+    gather = Training._micro_steps
+
+    def failing(training: Training, state: Any, batches: Any, weight: float) -> Any:
+        if not done and state.step + 1 == step:
+            done.append(step)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB. GPU 0 has 1.00 MiB free.")
+        return gather(training, state, batches, weight)
+
+    monkeypatch.setattr(Training, "_micro_steps", failing)

@@ -12,9 +12,10 @@ import torch
 from qlora.events import Recorder
 from qlora.recipe.sections import EvalSection
 from qlora.training.checkpoint import RunState
-from qlora.training.evaluate import Question, RunEvaluation, with_evaluation
+from qlora.training.evaluate import RunEvaluation, with_evaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.phases import PhaseClock
+from qlora.training.questions import Question
 from qlora.training.recovery import OomRecovery
 from tests.data.cases import data_of, split_of
 from tests.runs import train, values, write_recipe

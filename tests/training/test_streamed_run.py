@@ -14,10 +14,10 @@ from qlora.model import weight_streaming
 from qlora.model.base_cache import keeping, places
 from qlora.model.base_cache.layers_on_disk import LayersOnDisk
 from qlora.model.weight_stores import HostStore
-from qlora.model.weight_streaming import Ring
 from qlora.recipe.reading import load_recipe
 from tests.card import MIB, Card, rehearsal
 from tests.runs import EVERYTHING, hashes, run_dir, train, values, write_recipe
+from tests.training.cases import damage, fail_in_step, poison_slots, run_out_of_slots
 
 STEPS = 20
 ALL = (*EVERYTHING, f"train.max_steps={STEPS}", "checkpoint.every_steps=5")
@@ -28,16 +28,7 @@ ON = (*ALL, "memory.stream_weights=true", 'memory.embedding="host"')
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer leaves behind holds no weight of anybody's."""
-    let_go = Ring.let_go
-
-    def poison(ring: Ring, layer: int) -> None:
-        slot = ring._slot_of(layer)
-        let_go(ring, layer)
-        if slot is not None and not slot.blob.is_meta:
-            slot.blob.fill_(0xFF)
-            slot.layer = None
-
-    monkeypatch.setattr(Ring, "let_go", poison)
+    poison_slots(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +103,6 @@ def test_from_the_disk(tmp_path: Path, llama: Path, resident: dict[str, str], mo
     assert not list(places.root().glob("*.use-*"))
 
 
-def damage(path: Path) -> None:
-    raw = bytearray(path.read_bytes())
-    raw[16] ^= 1
-    path.write_bytes(raw)
-
-
 @pytest.mark.parametrize("setting", ["false", "1"])
 def test_layers_that_are_kept_are_refused(tmp_path: Path, llama: Path, setting: str) -> None:
     recipe = write_recipe(tmp_path, llama)
@@ -126,37 +111,6 @@ def test_layers_that_are_kept_are_refused(tmp_path: Path, llama: Path, setting: 
         load_recipe(recipe, overrides)
     (problem,) = caught.value.problems
     assert "recomputes every layer" in problem.what and 'gradient_checkpointing = "auto"' in problem.hint
-
-
-def run_out(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
-    """Memory runs out once, when a blob is sent for the `at`th time; says after how many slots were there."""
-    seen: list[int] = []
-    send = HostStore.send
-
-    def counted(store: HostStore, layer: int, *rest: Any) -> Any:
-        seen.append(layer)
-        if len(seen) == at:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB. GPU 0 has 1.00 MiB free.")
-        return send(store, layer, *rest)
-
-    monkeypatch.setattr(HostStore, "send", counted)
-    return seen
-
-
-def fail_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Memory runs out once in the forward pass of that step."""
-    from qlora.training.loop import Training
-
-    done: list[int] = []
-    gather = Training._micro_steps
-
-    def failing(training: Training, state: Any, batches: Any, weight: float) -> Any:
-        if not done and state.step + 1 == step:
-            done.append(step)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB. GPU 0 has 1.00 MiB free.")
-        return gather(training, state, batches, weight)
-
-    monkeypatch.setattr(Training, "_micro_steps", failing)
 
 
 # Blobs that are sent in the check and the dry run, and then on the way up and on the way down of the first step.
@@ -173,7 +127,7 @@ def test_memory_runs_out_while_weights_come(
         patch.setattr(
             weight_streaming.StreamedWeights, "reset", lambda held: (reset(held), resets.append(not held.ring.slots))[0]
         )
-        run_out(patch, at)
+        run_out_of_slots(patch, at)
         recorder = train(recipe, *settings, "memory.stream_weights=true")
     (step,) = values(recorder, "recovered", "step")
     assert resets == [True, True], "when memory had run out, and at the end"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -16,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora.errors import ExportError
-from qlora.export.gguf import rope
+from qlora.export.gguf import experts, rope
 from qlora.export.gguf.families import FAMILIES
 from qlora.export.gguf.family import NOTHING, Change, Facts, Family, GgufTensor, Place, check_config, of_all_layers
 from qlora.export.gguf.rope import Key
+from qlora.model.expert_pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Layout:
     layers: int
     heads: int
     kv_heads: int
+    experts: int = 0  # of a layer
 
     @property
     def stored(self) -> dict[str, tuple[int, ...]]:
@@ -42,13 +45,18 @@ class Layout:
 
     @property
     def inputs(self) -> list[tuple[str, str, Any]]:
-        """Parameter, name in the file, and the order of the columns there (None: the parameter's) of each matrix."""
-        tensors = [tensor for tensor in self.tensors if len(tensor.stored) == 2]
-        return [(tensor.parameter, tensor.name, tensor.change.columns) for tensor in tensors]
+        """Parameter, name in the file, and the order of the columns there (None: the parameter's) of each matrix and
+        of each stack of experts."""
+        tensors = {tensor.name: tensor for tensor in self.tensors if tensor.projection or len(tensor.stored) == 2}
+        return [(one.projection or one.parameter, name, one.change.columns) for name, one in tensors.items()]
 
 
-def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+def lay_out(
+    model: Any, shapes: Mapping[str, tuple[int, ...]], pieces: Mapping[str, tuple[str, Piece]] = MappingProxyType({})
+) -> Layout:
     """The layout of a causal model (weights may be on `meta`, buffers are read) whose stored parameters are `shapes`.
+
+    `pieces`: those of them that are pieces of projections of experts, and of which (`merge.parts.expert_pieces`).
 
     Raises ExportError for a family, a setting or a parameter that llama.cpp cannot express.
     """
@@ -59,7 +67,7 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         raise ExportError(what, "export with to='hf'; recipes/MODELS.md lists the families that can")
     head_dim = int(of_all_layers(config, "head_dim") or config.hidden_size // config.num_attention_heads)
     dims = int(head_dim * float(_flat_rope(config).get("partial_rotary_factor") or 1.0))
-    facts = Facts(config, shapes, head_dim, dims, "lm_head.weight" not in shapes)
+    facts = Facts(config, shapes, head_dim, dims, "lm_head.weight" not in shapes, experts.expert_tensors(model, pieces))
     family = family.instead(facts) or family
     _check(family, facts)
     turns = rope.reference_ropes(model)
@@ -76,6 +84,7 @@ def lay_out(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=_first(keys["attention.head_count_kv"]),
+        experts=int(keys.get("expert_count") or 0),
     )
 
 
@@ -90,7 +99,7 @@ def _shape_keys(facts: Facts, family: Family) -> list[Key]:
         ("block_count", config.num_hidden_layers),
         ("context_length", config.max_position_embeddings),
         ("embedding_length", config.hidden_size),
-        ("feed_forward_length", config.intermediate_size),
+        ("feed_forward_length", getattr(config, "intermediate_size", None)),
         ("attention.head_count", config.num_attention_heads),
         ("attention.head_count_kv", facts.value("num_key_value_heads")),
         ("attention.key_length", facts.head_dim),
@@ -120,9 +129,14 @@ def _tensors(facts: Facts, family: Family) -> tuple[GgufTensor, ...]:
     for parameter, shape in facts.shapes.items():
         change = _change(parameter, changes)
         adapts = change.linear and not parameter.removesuffix(".weight").endswith(family.unadapted)
-        if places := family.places(parameter, facts):
+        of_experts = facts.experts.get(parameter)
+        places = family.places(parameter, facts) or (
+            experts.places(of_experts, tuple(shape), family.fused) if of_experts else ()
+        )
+        if places:
             placed = [_placed(parameter, tuple(shape), change, place) for place in places]
-            tensors += [replace(tensor, adapts=adapts) for tensor in placed]
+            projection = of_experts.projection if of_experts else ""
+            tensors += [replace(tensor, adapts=adapts, projection=projection) for tensor in placed]
             continue
         named = parameter
         for part, other in family.renamed.items():
@@ -140,8 +154,9 @@ def _tensors(facts: Facts, family: Family) -> tuple[GgufTensor, ...]:
 
 def _placed(parameter: str, shape: tuple[int, ...], change: Change, place: Place) -> GgufTensor:
     """The rows of a parameter that `place` says."""
-    rows = (shape[0] if place.last is None else place.last) - place.first
-    return GgufTensor(place.name, parameter, change.shape((rows, *shape[1:])), change, change.unit(rows, 1), place)
+    rows, change = (shape[0] if place.last is None else place.last) - place.first, place.change or change
+    unit = place.unit or change.unit(rows, 1)
+    return GgufTensor(place.name, parameter, change.shape((rows, *shape[1:])), change, unit, place, rows=rows)
 
 
 def _change(parameter: str, changes: Mapping[str, Change]) -> Change:
@@ -167,7 +182,7 @@ def _check(family: Family, facts: Facts) -> None:
 
 
 def _notices(facts: Facts, family: Family, constants: Mapping[str, Any]) -> tuple[str, ...]:
-    notices = []
+    notices = [*family.notices(facts)]
     config = facts.config
     if family.windows is None and any(facts.sliding):
         window = int(config.sliding_window)

@@ -9,6 +9,7 @@ the usual one is refused by name, before a row is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
+from qlora.model.expert_pieces import Piece
 
 QKV = ("q_proj", "k_proj", "v_proj")
 OTHERS = ("o_proj", "gate_proj", "up_proj", "down_proj")
@@ -72,20 +74,35 @@ INTERLEAVE = Change(
 @dataclass(frozen=True)
 class Place:
     """Where some rows of a parameter stand: rows `first` up to `last` (None: all) in the file's tensor `name`, of shape
-    `stored` where others stand in it too, from its row `at` on."""
+    `stored` where others stand in it too, from its row `at` on. `change`: what is done to them (None: what the family
+    says), `unit` rows at a time (0: as the change says)."""
 
     name: str
     first: int = 0
     last: int | None = None
     at: int = 0
     stored: Shape | None = None
+    change: Change | None = None
+    unit: int = 0
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """A tensor of the checkpoint that holds experts: `piece` of the parameter `projection` of `count` experts, which
+    is (E, in, out) where `transposed`, and has gate and up in turns where not `concatenated`."""
+
+    projection: str
+    piece: Piece
+    count: int
+    transposed: bool = False
+    concatenated: bool = True
 
 
 @dataclass(frozen=True)
 class GgufTensor:
     """Rows of a tensor of the file (in all but a few families the whole tensor) and the parameter of the causal model
     that fills them. `shape` is that of these rows, `unit`: rows that change together. `adapts`: llama.cpp looks for an
-    adapter when it computes with them."""
+    adapter when it computes with them. `projection`: of experts, the parameter that the tensor is a piece of."""
 
     name: str
     parameter: str
@@ -94,6 +111,8 @@ class GgufTensor:
     unit: int
     place: Place | None = None  # None: a whole parameter is a whole tensor
     adapts: bool = True
+    rows: int | None = None  # of the parameter (None: as many as `shape` has)
+    projection: str = ""
 
     @property
     def stored(self) -> Shape:
@@ -109,7 +128,15 @@ class GgufTensor:
     def taken(self) -> tuple[int, int]:
         """The rows of the parameter that stand here: from, up to."""
         first = self.place.first if self.place else 0
-        return first, first + (self.shape[0] if self.shape else 1)
+        return first, first + self._count
+
+    @property
+    def _count(self) -> int:
+        return self.rows if self.rows is not None else self.shape[0] if self.shape else 1
+
+    def matrix_rows(self, count: int) -> int:
+        """How many rows of the file's tensor, taken as a matrix, so many rows of the parameter are (whole units)."""
+        return count * math.prod(self.shape[:-1]) // self._count if len(self.shape) > 1 else count
 
     def to_gguf(self, rows: Tensor) -> Tensor:
         """Whole units of rows as llama.cpp wants them."""
@@ -117,7 +144,8 @@ class GgufTensor:
         return changed if self.change.columns is None else changed[:, self.change.columns]
 
     def inverse(self, rows: Tensor) -> Tensor:
-        """Whole units of rows back in the order and scale of transformers."""
+        """Whole units of rows back in the order and scale of transformers; zeros where another tensor holds a share of
+        the same rows, so that all of them together are the parameter's."""
         if self.change.columns is not None:
             rows = rows[:, torch.argsort(self.change.columns)]
         return self.change.inverse(rows, self.unit)
@@ -137,6 +165,7 @@ class Facts:
     head_dim: int
     rotated: int  # dims of a head that turn with the position
     tied: bool  # no head of its own is stored
+    experts: Mapping[str, ExpertTensor] = field(default_factory=dict)  # by name among `shapes`
 
     def value(self, key: str) -> Any:
         """A value of the configuration, None where it has none."""
@@ -187,6 +216,10 @@ def no_other(facts: Facts) -> Family | None:
     return None
 
 
+def no_notices(facts: Facts) -> Sequence[str]:
+    return ()
+
+
 def no_check(facts: Facts) -> None:
     return None
 
@@ -231,10 +264,12 @@ class Family:
     epsilon: tuple[str, str] = ("rms_norm_eps", "attention.layer_norm_rms_epsilon")  # transformers' name and GGUF's
     renamed: Mapping[str, str] = field(default_factory=dict)  # parts of parameters' names that gguf's table calls so
     places: Places = no_places  # of parameters that are no tensor of their own in the file
+    fused: bool = False  # gate and up of its experts are one tensor
     rope: Callable[[Facts, Mapping[str, ReferenceRope]], Rope] | None = None  # None: `rope.describe` says it
     instead: Callable[[Facts], Family | None] = no_other  # another declaration for some configurations of the type
     constants: Callable[[Facts], Mapping[str, NDArray[np.float32]]] = no_constants  # tensors beside the model's
     keys: Callable[[Facts], Sequence[Key]] = no_keys  # beside the usual ones; wins over them, None takes one out
+    notices: Callable[[Facts], Sequence[str]] = no_notices  # what its graph is known to compute a little otherwise
     check: Callable[[Facts], None] = no_check  # raises `refused` for what its graph computes otherwise
     reads: frozenset[str] = frozenset()  # keys of the configuration that `keys` and `check` take, beside USUAL
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # other keys, and what they may be

@@ -13,6 +13,7 @@ from qlora.export.gguf.architectures import Layout, lay_out
 from qlora.export.gguf.quant_mixes import QUANTS, MixHparams, TypeChoice, choose_types
 from qlora.export.gguf.vocab import Vocab, read_vocab
 from qlora.export.llama_cpp.library import Ggml, find_library
+from qlora.export.merge.parts import expert_pieces
 from qlora.files import inside
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import MetaModel, build
@@ -57,16 +58,20 @@ def plan(
     that needs a ggml that is not installed, and for a tokenizer that llama.cpp would read in another way.
     """
     meta_model = meta_model or build(base)
-    if meta_model.experts:
-        what = f"{base.name}: is a mixture of experts, which cannot be written as GGUF yet"
-        raise ExportError(what, "export a folder of safetensors (hf), which llama.cpp's own converter reads")
+    pieces = expert_pieces(base, meta_model)
     if shapes is None:
         weights = meta_model.model.state_dict()
         shapes = {name: tuple(weights[name].shape) for name in meta_model.sources}
-    layout = lay_out(meta_model.model, shapes)
+        stored = {name: base.tensors.get(piece.tensor) for name, (_, piece) in pieces.items()}
+        shapes |= {name: entry.shape for name, entry in stored.items() if entry is not None}
+    layout = lay_out(meta_model.model, shapes, pieces)
+    mixed = [quant for quant in quants if QUANTS[quant].of_experts]
+    if mixed and not layout.experts:
+        what = f"{mixed[0]}: puts experts into MXFP4, and {base.name} has none"
+        raise ExportError(what, "take q8_0, which it would be, or q4_k_m")
     with _tokenizer_folder(base, tokens.files) as folder:
         vocab = read_vocab(folder, shapes["model.embed_tokens.weight"][0], pre=tokens.pre, template=tokens.template)
-    hparams = MixHparams(layout.layers, layout.heads, layout.kv_heads)
+    hparams = MixHparams(layout.layers, layout.heads, layout.kv_heads, layout.experts)
     named = list(layout.stored.items())
     choices = {quant: choose_types(quant, layout.arch, hparams, named, has_imatrix) for quant in quants}
     needed = any(QUANTS[quant].needs_library for quant in quants)

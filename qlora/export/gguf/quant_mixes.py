@@ -6,7 +6,8 @@ the architectures that we write; f32, f16, bf16 and q8_0 come out as its convert
 Files then have the sizes and the quality that users know by the name.
 
 1. One-dimensional tensors (norms, biases, RoPE factors), names ending in `_norm.weight`, those not ending in `.weight`
-   and kernels of convolutions stay F32: they are small, and the runtime's kernels take nothing else for them.
+   kernels of convolutions and what chooses experts stay F32: they are small, the runtime's kernels take nothing else
+   for the former, and rounded scores would choose other experts.
 2. The head gets the quant's `head` type: its errors go straight into the logits. A tied model has no `output.weight`,
    and `token_embd.weight` is the head.
 3. All others get the first of the quant's rules that fits their role and place, else its default.
@@ -33,13 +34,15 @@ Q5_0, Q5_1, Q8_0 = GGMLQuantizationType.Q5_0, GGMLQuantizationType.Q5_1, GGMLQua
 Q3_K, Q4_K = GGMLQuantizationType.Q3_K, GGMLQuantizationType.Q4_K
 Q5_K, Q6_K = GGMLQuantizationType.Q5_K, GGMLQuantizationType.Q6_K
 Q4_0, IQ4_XS, IQ4_NL = GGMLQuantizationType.Q4_0, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.IQ4_NL
+MXFP4 = GGMLQuantizationType.MXFP4
 
 # GGUF's names of the architectures whose rules these are: all that we write. Mistral's files say "llama". Others
-# (Falcon, mixtures of experts) have exceptions of their own.
+# (Falcon) have exceptions of their own.
 ARCHITECTURES = tuple(sorted({MODEL_ARCH_NAMES[family.arch] for family in FAMILIES.values()}))
 
 # Small matrices that llama.cpp's kernels read as F32: kernels of convolutions, coefficients of a handful of streams.
 SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "altup_correct_coef.weight", "altup_predict_coef.weight")
+ROUTER = "ffn_gate_inp.weight"
 # Not so small ones that its quantizer leaves in 16 bit (llama-quant.cpp, tensor_allows_quantization).
 KEPT = re.compile(r"altup|laurel|per_layer_model_proj")
 
@@ -55,6 +58,7 @@ class MixHparams:
     layers: int
     heads: int
     kv_heads: int
+    experts: int = 0  # `expert_count`
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights of `role` (the middle of `blk.N.<role>.weight`) get `kind` where `fits`."""
+    """Weights of `role` (the middle of `blk.N.<role>.weight`, of experts without its end) get `kind` where `fits`."""
 
     role: str
     kind: GGMLQuantizationType
@@ -84,6 +88,7 @@ class Quant:
     default: GGMLQuantizationType
     head: GGMLQuantizationType
     rules: tuple[Rule, ...] = ()
+    of_experts: GGMLQuantizationType | None = None  # of stacked matrices; `default` is for all others
 
     @property
     def file_type(self) -> int:
@@ -93,7 +98,7 @@ class Quant:
     @property
     def needs_library(self) -> bool:
         """Whether it takes ggml to write it."""
-        return self.default not in NATIVE
+        return self.default not in NATIVE or self.of_experts is not None
 
 
 class Fallback(NamedTuple):
@@ -140,6 +145,11 @@ def outer_and_every_third(place: Place) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
+def eight_experts(place: Place) -> bool:
+    """Mixtral's number, and only that (llama-quant.cpp): experts are so large that finer attention costs nothing."""
+    return place.model.experts == 8
+
+
 def grouped_by_four(place: Place) -> bool:
     """Four query heads or more share a value head: attn_v is a small tensor, and finer bits cost little."""
     return place.model.heads >= 4 * place.model.kv_heads > 0
@@ -150,6 +160,8 @@ def first_eighth_unweighted(place: Place) -> bool:
     return first_part(8)(place) and not place.has_imatrix
 
 
+_EIGHT_Q8_0 = tuple(Rule(role, Q8_0, eight_experts) for role in ("attn_v", "attn_k"))
+_EIGHT_OUTPUT = Rule("attn_output", Q5_K, eight_experts)
 _SIX_BITS_OUTSIDE = tuple(Rule(role, Q6_K, outer_and_every_third) for role in ("attn_v", "ffn_down"))
 # In each: values and what goes down from the feed-forward part are added to the residual stream as they are, so their
 # errors stay; queries, keys, gate and up only steer and bear the default.
@@ -158,17 +170,28 @@ QUANTS: Mapping[str, Quant] = {
     "f16": Quant("F16", F16, F16),
     "bf16": Quant("BF16", BF16, BF16),
     "q8_0": Quant("Q8_0", Q8_0, Q8_0),
-    "q6_k": Quant("Q6_K", Q6_K, Q6_K),
-    "q5_k_m": Quant("Q5_K_M", Q5_K, Q6_K, _SIX_BITS_OUTSIDE),
-    "q4_k_m": Quant("Q4_K_M", Q4_K, Q6_K, _SIX_BITS_OUTSIDE),
+    "mxfp4_moe": Quant("MXFP4_MOE", Q8_0, Q8_0, of_experts=MXFP4),
+    "q6_k": Quant("Q6_K", Q6_K, Q6_K, _EIGHT_Q8_0),
+    "q5_k_m": Quant("Q5_K_M", Q5_K, Q6_K, (*_EIGHT_Q8_0, *_SIX_BITS_OUTSIDE)),
+    "q4_k_m": Quant("Q4_K_M", Q4_K, Q6_K, (*_EIGHT_Q8_0, _EIGHT_OUTPUT, *_SIX_BITS_OUTSIDE)),
     "q4_k_s": Quant(
-        "Q4_K_S", Q4_K, Q6_K, (Rule("attn_v", Q5_K, first_layers(4)), Rule("ffn_down", Q5_K, first_part(8)))
+        "Q4_K_S",
+        Q4_K,
+        Q6_K,
+        (
+            *_EIGHT_Q8_0,
+            _EIGHT_OUTPUT,
+            Rule("attn_v", Q5_K, first_layers(4)),
+            Rule("ffn_down", Q5_K, first_part(8)),
+        ),
     ),
     "q3_k_m": Quant(
         "Q3_K_M",
         Q3_K,
         Q6_K,
         (
+            *_EIGHT_Q8_0,
+            _EIGHT_OUTPUT,
             Rule("attn_v", Q5_K, first_layers(2)),
             Rule("attn_v", Q4_K, everywhere),
             Rule("ffn_down", Q5_K, first_part(16)),
@@ -177,13 +200,21 @@ QUANTS: Mapping[str, Quant] = {
         ),
     ),
     "iq4_xs": Quant(
-        "IQ4_XS", IQ4_XS, Q6_K, (Rule("attn_v", Q5_K, grouped_by_four), Rule("ffn_down", Q5_K, first_eighth_unweighted))
+        "IQ4_XS",
+        IQ4_XS,
+        Q6_K,
+        (
+            *_EIGHT_Q8_0,
+            _EIGHT_OUTPUT,
+            Rule("attn_v", Q5_K, grouped_by_four),
+            Rule("ffn_down", Q5_K, first_eighth_unweighted),
+        ),
     ),
 }
 
 _LAYER_WEIGHT = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 # llama.cpp numbers attn_v as it meets them, layer by layer: where only some layers attend, or some have no values of
-# their own, the number is not the layer's. Of ffn_down each layer has one.
+# their own, the number is not the layer's. ffn_down goes by the layer, and so do those of experts, routed or shared.
 
 
 def choose_types(
@@ -209,6 +240,8 @@ def choose_types(
         wanted = chosen.head if name == head else _by_rules(name, chosen, place, values)
         if stays_f32(name, shape):
             wanted = F32
+        elif chosen.of_experts and len(matrix_dims(shape)) > 2:  # and of heads (deepseek2): llama.cpp goes by the dims
+            wanted = chosen.of_experts
         elif KEPT.search(name) and chosen.needs_library:
             wanted = BF16
         types[name] = fit(wanted, shape[-1])
@@ -218,9 +251,14 @@ def choose_types(
 
 
 def stays_f32(name: str, shape: tuple[int, ...]) -> bool:
-    """Rule 1. A single row counts as one-dimensional: ggml drops leading dimensions of 1."""
-    one_dimensional = len(shape) < 2 or shape[0] == 1
-    return one_dimensional or not name.endswith(".weight") or name.endswith(("_norm.weight", *SMALL))
+    """Rule 1."""
+    flat = len(matrix_dims(shape)) < 2
+    return flat or not name.endswith(".weight") or name.endswith(("_norm.weight", ROUTER, *SMALL))
+
+
+def matrix_dims(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape as ggml has it, which drops leading dimensions of 1: a single row counts as one-dimensional."""
+    return matrix_dims(shape[1:]) if len(shape) > 1 and shape[0] == 1 else shape
 
 
 def fit(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
@@ -247,7 +285,7 @@ def _numbered_values(names: Sequence[str]) -> dict[str, int]:
 
 def _role(match: re.Match[str]) -> str:
     """A projection of query, key and value in one (Phi-3) is handled as the most sensitive of the three."""
-    return "attn_v" if match[2] == "attn_qkv" else match[2]
+    return "attn_v" if match[2] == "attn_qkv" else match[2].removesuffix("_exps").removesuffix("_shexp")
 
 
 def _by_rules(name: str, quant: Quant, place: Place, values: Mapping[str, int]) -> GGMLQuantizationType:

@@ -85,6 +85,24 @@ def plain(base: float, dims: int, own: ReferenceRope) -> Rope:
     return Rope((("rope.freq_base", base),), {})
 
 
+def rounded_yarn(config: Any, dims: int, model: Mapping[str, ReferenceRope]) -> Rope:
+    """yarn positions whose ramp the model does not round, as near as llama.cpp comes to them, which does.
+
+    The ramp alone may differ: what is not on it must be the model's own.
+    """
+    rope, own = {**config.rope_parameters, "truncate": True}, model[""]
+    base = number(rope, "rope_theta")
+    keys, scaled, attention = _yarn(config, rope, frequencies(base, dims))
+    outside = np.isclose(scaled, frequencies(base, dims)) | np.isclose(
+        scaled * number(rope, "factor"), frequencies(base, dims)
+    )
+    if own.frequencies.shape != scaled.shape:
+        raise refused("these rotary positions: it would turn by other angles than the model")
+    same = np.where(outside, own.frequencies, scaled)
+    compare(scaled, attention, ReferenceRope(same, own.attention))
+    return Rope((("rope.freq_base", base), *keys), {})
+
+
 def _one(config: Any, rope: Mapping[str, Any], dims: int, own: ReferenceRope, takes_factors: Collection[str]) -> Rope:
     kind = str(rope.get("rope_type", "default"))
     base = number(rope, "rope_theta")

@@ -59,7 +59,7 @@ class Tools:
     """What encoding needs beside the weights: ggml for K- and I-quants, and the importance of input channels."""
 
     library: Ggml | None
-    importance: Mapping[str, NDArray[np.float32]]  # by name in the file
+    importance: Mapping[str, NDArray[np.float32]]  # by name in the file: (in,), of experts (E, in)
 
 
 def write(
@@ -130,13 +130,22 @@ def _write_tensor(
     tools: Tools,
     queue: _InOrder,
 ) -> None:
-    how, kinds = (tools.library, tools.importance.get(tensor.name)), {file.types[tensor.name] for file in files}
+    kinds, at = {file.types[tensor.name] for file in files}, tensor.at
     with closing(_taken(tensor, merged)) as blocks:
         for block in blocks:
-            rows = tensor.to_gguf(block.to(torch.float32)).contiguous()
-            encoded = {kind: begin(rows, kind, how, tensor.name, queue.pool) for kind in kinds}
-            waits = any(one.pieces for one in encoded.values())
-            queue.add(partial(_append, tensor.name, encoded, files, staged), waits)
+            changed = tensor.to_gguf(block.to(torch.float32)).contiguous()
+            for rows in changed if changed.ndim == 3 else (changed,):  # an expert, a head: each has its own importance
+                how = tools.library, _importance(tensor, at, tools)
+                encoded = {kind: begin(rows, kind, how, tensor.name, queue.pool) for kind in kinds}
+                waits = any(one.pieces for one in encoded.values())
+                queue.add(partial(_append, tensor.name, encoded, files, staged), waits)
+                at += rows.shape[0] if rows.ndim else 1
+
+
+def _importance(tensor: GgufTensor, at: int, tools: Tools) -> NDArray[np.float32] | None:
+    """The importance (in,) of the tensor's row `at`: of experts, those of the expert that it is of."""
+    found = tools.importance.get(tensor.name)
+    return found[at // tensor.stored[-2]] if found is not None and found.ndim == 2 else found
 
 
 def _append(
@@ -163,9 +172,7 @@ def _taken(tensor: GgufTensor, merged: MergedTensor) -> Generator[Tensor, None, 
 
 def _end(tensor: GgufTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools) -> None:
     """Rows of zeros that no parameter fills, and bytes up to where the next tensor may begin."""
-    rows = (
-        math.prod(tensor.stored[:-1]) - tensor.at - (tensor.shape[0] if tensor.place else math.prod(tensor.shape[:-1]))
-    )
+    rows = math.prod(tensor.stored[:-1]) - tensor.at - math.prod(tensor.shape[:-1])
     for file in files:
         kind = file.types[tensor.name]
         if tensor.place and rows:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from qlora import disk
+from qlora.export.merge.experts import Reading, merged_blocks
 from qlora.export.merge.parts import VALUES_PER_BLOCK, MergeBase, ParameterSource, Plan, is_multimodal
-from qlora.model import nf4
+from qlora.model import mxfp4, nf4
 from qlora.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_FILE, Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
 from qlora.model.tensors import TensorEntry, read_ahead, read_tensor
@@ -46,7 +47,8 @@ class MergedTensor:
     parameter  in the causal (text) model, such as "model.layers.0.self_attn.q_proj.weight"
     blocks     `blocks(unit)` reads, merges and yields it when it is called: consecutive blocks of rows on the CPU, each
                a multiple of `unit` rows (the last one what is left); under two dimensions a tensor comes whole
-    dtype      of the blocks: the merge's, or fp32 where the model computes with it in fp32 whatever its type
+    dtype      of the blocks: the merge's, fp32 where the model computes with it in fp32 whatever its type, or uint8 of
+               experts in MXFP4
     """
 
     name: str
@@ -61,7 +63,7 @@ class Merge:
     """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16).
 
     `codes` gives a parameter of the base in 4 bit as it is kept already, or None; `watch`, what sees all rows of a
-    tensor of the base as it is read, or None.
+    tensor of the base as it is read, or None; `of_experts` is what is kept while experts are merged.
     """
 
     base: BaseFolder
@@ -73,6 +75,7 @@ class Merge:
     dtype: torch.dtype = torch.bfloat16
     codes: Callable[[str], nf4.Quantized | None] = lambda parameter: None
     watch: Callable[[str, TensorEntry], Callable[[Tensor], None] | None] = lambda tensor, entry: None
+    of_experts: Reading = field(default_factory=Reading, compare=False, repr=False)
 
     def tensors(self) -> list[MergedTensor]:
         """Every tensor of the merged model, in the order of the base's own.
@@ -98,13 +101,15 @@ class Merge:
 
     def text_config(self) -> dict[str, Any]:
         """The merged model's configuration: the base's (of a multimodal one, its text model's) with what merging
-        changes: the size of the vocabulary, head tied or not, no quantization. The dtype stands as the base says it.
+        changes: the size of the vocabulary, head tied or not, no quantization but that of experts in MXFP4. The dtype
+        stands as the base says it.
         """
         config = dict(self.base.config)
         if is_multimodal(self.base):
             whole = {key: config[key] for key in _OF_ALL_PARTS if key in config}
             config = {**whole, **config["text_config"], "architectures": [self.plan.architecture]}
-        config.pop("quantization_config", None)
+        if not self.plan.in_mxfp4:
+            config.pop("quantization_config", None)
         if self.vocabulary_resized:
             config["vocab_size"] = self.plan.merged[self.plan.embeddings].shape[0]
         if self.plan.parted or (self.plan.own_head and config.get("tie_word_embeddings")):
@@ -129,10 +134,17 @@ class Merge:
         return MergedTensor(source.name, source.parameter, source.shape, blocks, self._dtype(source))
 
     def _dtype(self, source: ParameterSource) -> torch.dtype:
+        if source.as_bytes:
+            return torch.uint8
         return torch.float32 if source.in_fp32 else self.dtype
 
     def _blocks(self, source: ParameterSource, unit: int) -> Generator[Tensor, None, None]:
         """Blocks of rows of one parameter, merged, on the CPU."""
+        if source.expert is not None:
+            watched = partial(self.watch, source.tensor)
+            for block in merged_blocks(source.expert, unit, self.device, self.of_experts, watched):
+                yield block.to(dtype=self._dtype(source)).cpu()
+            return
         add = _adder(source.lora, self.device, lambda: self._base_blocks(source, 1)) if source.lora else None
         start = 0
         for block in self._base_blocks(source, unit):
@@ -151,6 +163,9 @@ class Merge:
                 see(whole)
             yield whole
             return
+        if source.storage == "mxfp4":
+            yield from self._experts(source)
+            return
         rows, columns = source.shape[0], math.prod(source.shape[1:])
         read = None
         if source.storage != "plain":
@@ -161,6 +176,13 @@ class Merge:
 
     def _read_ahead(self, source: ParameterSource, spans: list[tuple[int, int]]) -> Generator[Tensor, None, None]:
         return read_ahead(source.entry, spans, self.watch(source.tensor, source.entry))
+
+    def _experts(self, source: ParameterSource) -> Iterator[Tensor]:
+        """Experts in MXFP4 in bf16, one after the other, with the sides that their parameter has: (1, in, out)."""
+        assert source.scales is not None
+        for span in _spans(source.shape[0], 1):
+            matrix = mxfp4.decoded(read_tensor(source.entry, span), read_tensor(source.scales, span), torch.bfloat16)
+            yield matrix.transpose(1, 2).contiguous()
 
     def _quantized(self, source: ParameterSource) -> nf4.Quantized:
         """The weight in 4 bit, as loading it for training makes it: from bf16 rows, statistics over the whole."""

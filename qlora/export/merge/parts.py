@@ -7,30 +7,29 @@ apart. (peft's own merge adds to both at once, which is another model than the t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from qlora.errors import ExportError
+from qlora.export.merge.experts import VALUES_PER_BLOCK as VALUES_PER_BLOCK
+from qlora.export.merge.experts import ExpertPart, name_of_piece, parts_of_experts
+from qlora.export.merge.experts import is_multimodal as is_multimodal
 from qlora.model.adapter_config import shown
 from qlora.model.adapter_folder import Adapter, LoraModule, TokenRows
 from qlora.model.base_folder import BaseFolder
-from qlora.model.expert_pieces import Piece
+from qlora.model.expert_layout import ExpertAdapter
+from qlora.model.expert_pieces import Piece, form_of
 from qlora.model.layer_walk import stays_fp32
 from qlora.model.meta_model import MetaModel, head_of, linear_layers
 from qlora.model.nf4 import is_stored_4bit
 from qlora.model.tensors import TensorEntry, read_tensor
-from qlora.model.weight_names import text_name
 from qlora.recipe.sections import QuantizationSection
 
-# 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the
-# kernel. (Merging 14336 x 4096 on one thread of an EPYC: 1.2 G values a second, and 0.36 with 1 << 22.)
-VALUES_PER_BLOCK = 1 << 19
-
 MergeBase = Literal["nf4", "full"]
-Storage = Literal["plain", "packed", "coded"]
+Storage = Literal["plain", "packed", "coded", "mxfp4"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,10 @@ class ParameterSource:
     name     in the written checkpoint
     tensor   its name in the base's checkpoint
     storage  "plain": as `entry` stores it; "packed": as 4-bit codes in the checkpoint; "coded": to be put into 4 bit as
-             training did
+             training did; "mxfp4": experts as published, whose codes are `entry`, to be written in 16 bit
+    scales   of "mxfp4"
     in_fp32  stored so, and computed so whatever the model's type, as some routers are: written so too
+    expert   what of a projection of experts it is, where the adapter changes that: its own adapter is in it
     """
 
     name: str
@@ -53,6 +54,13 @@ class ParameterSource:
     lora: LoraModule | None = None
     rows: TokenRows | None = None
     in_fp32: bool = False
+    scales: TensorEntry | None = None
+    expert: ExpertPart | None = None
+
+    @property
+    def as_bytes(self) -> bool:
+        """Whether its bytes are written as they are stored: codes or scales of experts in MXFP4."""
+        return self.storage == "plain" and self.entry.dtype == "U8"
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,21 @@ class Plan:
     own_head: bool
     parted: bool
 
+    @property
+    def in_mxfp4(self) -> bool:
+        """Whether experts stay in MXFP4, as config.json goes on to say."""
+        return any(source.as_bytes for source in self.merged.values())
 
-def is_multimodal(base: BaseFolder) -> bool:
-    """Whether the base's text model is a part of it, so that the merged model has another config and other names."""
-    return isinstance(base.config.get("text_config"), Mapping)
 
-
-def name_of_piece(base: BaseFolder, piece: Piece) -> str:
-    """What a tensor of experts is called in a merged checkpoint: as in the base's, or in its text model's alone."""
-    return text_name(piece.tensor) if is_multimodal(base) else piece.tensor
+def expert_pieces(base: BaseFolder, meta_model: MetaModel) -> dict[str, tuple[str, Piece]]:
+    """The parameters that a merged model may have of experts, by name: the projection that each belongs to, and what of
+    it it is: pieces as they are stored, or a projection whole."""
+    whole = {projection: (projection, Piece(projection, None)) for projection in meta_model.experts}
+    return whole | {
+        name_of_piece(base, piece): (projection, piece)
+        for projection, pieces in meta_model.experts.items()
+        for piece in pieces
+    }
 
 
 def make_plan(
@@ -107,10 +121,8 @@ def make_plan(
         entry = base.tensors[tensor]
         in_fp32 = entry.dtype == "F32" and parameter in weights and stays_fp32(model, parameter, weights[parameter])
         own[parameter] = ParameterSource(name, parameter, tensor, shapes[parameter], entry, storage, in_fp32=in_fp32)
-    for pieces in meta_model.experts.values():
-        for piece in pieces:  # frozen, whatever the layers beside them were trained on: their bytes are the base's own
-            name, entry = name_of_piece(base, piece), base.tensors[piece.tensor]
-            own[name] = ParameterSource(name, name, piece.tensor, entry.shape, entry)
+    own |= {source.parameter: source for source in _of_experts(base, meta_model, adapter, shapes)}
+    expert_parts = parts_of_experts(base, meta_model, adapter, quantization if in_4bit else None)
     places = {tensor: place for place, tensor in enumerate(base.tensors)}
     own = dict(sorted(own.items(), key=lambda item: places[item[1].tensor]))
     modules = {id(module): name for name, module in model.named_modules()}
@@ -119,6 +131,7 @@ def make_plan(
     tied = None if head in own else replace(own[embeddings], name=head, parameter=head)
     _check(base.name, adapter, {**own, head: tied or own[head]}, (embeddings, head))
     merged = {name: _changed(source, adapter) for name, source in own.items()}
+    merged |= {name: replace(own[name], expert=part) for name, part in expert_parts.items()}
     parted = tied and _parted_head(adapter, tied, merged[embeddings])
     if parted:
         merged[head] = parted
@@ -127,6 +140,27 @@ def make_plan(
         hint = "the vocabulary was resized, but one of the two not saved: save with save_embedding_layers=True"
         raise ExportError(f"{adapter.folder}: {what}", hint)
     return Plan(merged, own, type(model).__name__, embeddings, head in merged, bool(parted))
+
+
+def _of_experts(
+    base: BaseFolder, meta_model: MetaModel, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[ParameterSource]:
+    """Of the experts' tensors: frozen, whatever the layers beside them were trained on, their bytes are the base's own.
+
+    An adapter on one of them would be rounded away in MXFP4 (its error is a ninth of a weight, 0.11): then all that is
+    in it is written in 16 bit, as the parameters have it, since config.json says one thing of all.
+    """
+    adapted = bool(adapter.experts)
+    for parameter, pieces in meta_model.experts.items():
+        if adapted and pieces[0].form:
+            (entry, blocks), (scales, _) = ((base.tensors[one.tensor], one) for one in pieces)
+            name = form_of(name_of_piece(base, blocks))[1]
+            shape = shapes[parameter]
+            yield ParameterSource(name, parameter, blocks.tensor, shape, entry, "mxfp4", scales=scales)
+            continue
+        for piece in pieces:
+            name, entry = name_of_piece(base, piece), base.tensors[piece.tensor]
+            yield ParameterSource(name, name, piece.tensor, entry.shape, entry)
 
 
 def _changed(source: ParameterSource, adapter: Adapter) -> ParameterSource:
@@ -187,7 +221,8 @@ def _check(name: str, adapter: Adapter, base: Mapping[str, ParameterSource], voc
     folder, hint = adapter.folder, "name the base that it was trained on with `base_model`"
     if not adapter.parameters:
         raise ExportError(f"{folder}: nothing to merge, the adapter holds no tensors", "train it first")
-    if lost := [parameter for parameter in (*adapter.under, *adapter.parameters) if parameter not in base]:
+    named = [parameter for parameter in adapter.parameters if parameter not in adapter.experts]
+    if lost := [parameter for parameter in (*adapter.under, *named) if parameter not in base]:
         more = f", and {len(lost) - 1:,} more" if len(lost) > 1 else ""
         raise ExportError(f"{folder}: {shown(lost[0])} is not in the base {name}{more}", hint)
     owners = tuple(weight.removesuffix("weight") for weight in vocabulary)
@@ -204,9 +239,11 @@ def _check(name: str, adapter: Adapter, base: Mapping[str, ParameterSource], voc
         if not fits:
             trained = source.lora.shape if source.lora else source.rows and source.rows.values.shape
             raise ExportError(f"{folder}: {shown(parameter)} is {trained} here and {source.shape} in {name}", hint)
-    if not adapter.whole and not adapter.rows and not any(map(_moves, adapter.lora.values())):
+    low_rank: list[LoraModule | ExpertAdapter] = [*adapter.lora.values(), *adapter.experts.values()]
+    if not adapter.whole and not adapter.rows and not any(map(_moves, low_rank)):
         raise ExportError(f"{folder}: nothing to merge, every lora_B is zero", "train it first")
 
 
-def _moves(lora: LoraModule) -> bool:
-    return lora.magnitude is not None or all(bool(read_tensor(entry).any()) for entry in (lora.a, lora.b))
+def _moves(lora: LoraModule | ExpertAdapter) -> bool:
+    has_magnitude = isinstance(lora, LoraModule) and lora.magnitude is not None
+    return has_magnitude or all(bool(read_tensor(entry).any()) for entry in (lora.a, lora.b))

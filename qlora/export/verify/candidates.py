@@ -23,12 +23,13 @@ from qlora.batch import Batch
 from qlora.device import free_bytes
 from qlora.errors import ExportError
 from qlora.export.gguf.family import GgufTensor
+from qlora.export.merge.experts import VALUES_PER_BLOCK, name_of_piece
 from qlora.export.merge.merge import MergedTensor
-from qlora.export.merge.parts import VALUES_PER_BLOCK, name_of_piece
 from qlora.model.base_folder import BaseFolder
 from qlora.model.family_facts import facts_of
 from qlora.model.layer_walk import WeightHolder, layers_of, move_buffers, trained_hidden, trained_hidden_states
 from qlora.model.meta_model import MetaModel
+from qlora.model.mxfp4 import decoded
 from qlora.model.tensors import read_tensor
 from qlora.step.forward import CausalParts, hidden_states
 from qlora.step.loss import LogitsTransform, chunk_tokens, logits_transform
@@ -53,8 +54,11 @@ def with_experts(weights: Weights, meta_model: MetaModel, base: BaseFolder) -> W
     """`weights` with the projections of experts, whose pieces are among them by their names in the checkpoint."""
     found = dict(weights)
     for parameter, pieces in meta_model.experts.items():
+        if parameter in weights:  # merged, and so in 16 bit
+            continue
         shape = tuple(meta_model.model.get_parameter(parameter).shape)
-        found[parameter] = partial(_stacked, [weights[name_of_piece(base, piece)] for piece in pieces], shape)
+        own = [weights[name_of_piece(base, piece)] for piece in pieces]
+        found[parameter] = partial(_unpacked, *own) if pieces[0].form else partial(_stacked, own, shape)
     return found
 
 
@@ -165,14 +169,31 @@ def _fetch(model: Any, weights: Weights, name: str, empty: Tensor) -> Tensor:
 
 def _dequantized(stored: Mapping[str, Any], pieces: Sequence[GgufTensor]) -> Tensor:
     """A whole parameter in transformers' order, dequantized a block of rows at a time."""
-    return torch.cat([block for piece in pieces for block in _blocks(stored[piece.name], piece)])
+    parts: dict[tuple[int, int], Tensor] = {}
+    for piece in pieces:
+        rows = torch.cat(list(_blocks(stored[piece.name], piece)))
+        there = parts.get(piece.taken)  # another tensor holds a share of the same rows
+        parts[piece.taken] = rows if there is None else there.add_(rows)
+    return torch.cat(list(parts.values()))
 
 
 def _blocks(entry: Any, tensor: GgufTensor) -> Iterator[Tensor]:
-    rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
-    step = max(1, VALUES_PER_BLOCK // columns // tensor.unit) * tensor.unit if len(tensor.shape) > 1 else rows
-    for start in range(0, rows, step):
-        yield tensor.inverse(dequantized_rows(entry, tensor.at + start, tensor.at + min(rows, start + step)))
+    if len(tensor.shape) < 2:
+        yield tensor.inverse(dequantized_rows(entry, 0, 1))
+        return
+    first, last = tensor.taken
+    values = math.prod(tensor.shape) // (last - first)  # of a row
+    step = max(1, VALUES_PER_BLOCK // values // tensor.unit) * tensor.unit
+    for start in range(0, last - first, step):
+        count = min(last - first, start + step) - start
+        at = tensor.at + tensor.matrix_rows(start)
+        rows = dequantized_rows(entry, at, at + tensor.matrix_rows(count))
+        yield tensor.inverse(rows.reshape(-1, *tensor.shape[1:]))
+
+
+def _unpacked(blocks: Callable[[], Tensor], scales: Callable[[], Tensor]) -> Tensor:
+    """A projection of experts in MXFP4 in bf16, with its parameter's sides: (E, in, out)."""
+    return decoded(blocks(), scales(), torch.bfloat16).transpose(1, 2)
 
 
 def _stacked(pieces: Sequence[Callable[[], Tensor]], shape: tuple[int, ...]) -> Tensor:

@@ -63,7 +63,9 @@ def inspect_gguf(
     found, size = runtime.find_runtime(), file.stat().st_size
     if found is None:
         checks.append(Check("llama.cpp", True, 'not asked: pip install "qlora[gguf]" brings one'))
-        line = reference.measure_weights(name, candidates.of_gguf(file, plan.layout.tensors), size)
+        source, stored = reference.source, candidates.of_gguf(file, plan.layout.tensors)
+        weights_of = candidates.with_experts(stored, source.meta_model, source.base)
+        line = reference.measure_weights(name, weights_of, size)
         return Inspection(tuple(checks), line)
     rows = reference.positions.documents()
     texts = tuple(comparable(PROBE_TEXTS, plan.vocab.limits, plan.vocab.specials))

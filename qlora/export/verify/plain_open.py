@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.errors import foreign_failures
+from qlora.model import mxfp4_config
+from qlora.model.tensors import load_json
 from qlora.third_party import draw_no_bars
 
 Result = tuple[str, bool, str]  # what was checked, whether it holds, in detail
@@ -38,8 +40,11 @@ def opens(folder: Path) -> Result:
 
 
 def _model(folder: Path) -> tuple[Any, Mapping[str, Any]]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Mxfp4Config
 
+    # Where it finds Triton and a GPU, transformers would get kernels for MXFP4 from the hub.
+    in_mxfp4 = mxfp4_config.is_stated(load_json(folder / "config.json"))
+    how = {"quantization_config": Mxfp4Config(dequantize=True)} if in_mxfp4 else {}
     return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
         folder,
         dtype="auto",
@@ -47,6 +52,7 @@ def _model(folder: Path) -> tuple[Any, Mapping[str, Any]]:
         output_loading_info=True,
         local_files_only=True,
         trust_remote_code=False,
+        **how,
     )
 
 

@@ -4,9 +4,9 @@ A process of its own, because a damaged file may take down the one that reads it
 blocks of rows, and knows by itself what must stand in the files: base + scale · B A, written out here a second time, so
 that a merge that forgot a module or added it twice is seen. (DoRA, whole weights, token rows are taken from `merge`.)
 
-F32, F16 and BF16 must hold each value, rounded once. Quantized blocks cannot be compared value by value; what is
-measured instead is how much of the delta is in them (1 is right, 0 was forgotten, 2 stands in them twice), and how
-large the whole error is.
+F32, F16 and BF16 must hold each value, rounded once, and bytes (of experts in MXFP4) must be the base's own. Quantized
+blocks cannot be compared value by value; what is measured instead is how much of the delta is in them (1 is right, 0
+was forgotten, 2 stands in them twice), and how large the whole error is.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from qlora.errors import UserError
 from qlora.events import Sinks
 from qlora.export import child
 from qlora.export.gguf.architectures import Layout, lay_out
+from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import Merge, MergedTensor
-from qlora.export.merge.parts import make_plan
+from qlora.export.merge.parts import expert_pieces, make_plan
 from qlora.export.verify import plain_open
 from qlora.export.verify.candidates import dequantized_rows
 from qlora.export.verify.plain_open import Result
@@ -40,12 +41,12 @@ from qlora.model.resolve import resolve
 from qlora.model.tensors import TensorEntry, find_tensors, read_tensor
 from qlora.recipe.sections import QuantizationSection
 
-_ROUNDED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ROUNDED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 # Sums of r products in another order, relative to the largest value of a block.
 _FP32_NOISE = 1e-6
 # Largest error of quantized weights relative to their size, 2.5 times what Gaussian weights show (Q8_0 0.5 %, Q6_K
-# 1.8 %, Q5_0 4.3 %, Q4_K 7.1 %, IQ4_XS 7.7 %, Q3_K 15 %). A forgotten permutation makes it 140 %.
-_LARGEST_ERROR = {"Q8": 0.02, "Q6": 0.05, "Q5": 0.1, "Q4": 0.2, "IQ4": 0.2, "Q3": 0.4}
+# 1.8 %, Q5_0 4.3 %, Q4_K 7.1 %, IQ4_XS 7.7 %, MXFP4 11.4 %, Q3_K 15 %). A forgotten permutation makes it 140 %.
+_LARGEST_ERROR = {"Q8": 0.02, "Q6": 0.05, "Q5": 0.1, "Q4": 0.2, "IQ4": 0.2, "MXFP4": 0.3, "Q3": 0.4}
 # How much of its delta a quantized weight may seem to hold. A right one holds all of it on a base in 16 bit (0.95 to
 # 1.06 measured), but on a dequantized NF4 base, whose values stand on a grid themselves, a small delta is partly
 # rounded away or enlarged (deltas from 0.15 % to 10 % of the weights: Q8_0 0.99 to 1.16, Q5_0 0.6 to 1.2, Q4_K 0.58 to
@@ -88,7 +89,8 @@ class _Tally:
             expected = expected[first - start : last - start]
             base = None if base is None else base[first - start : last - start]
             start, end = first - self.taken[0], last - self.taken[0]
-        written, expected = self._written(start, end, reading), self.change(expected)
+        expected = self.change(expected.float())
+        written = self._written(start, end, reading).reshape(expected.shape)
         self.values += written.numel()
         if not _is_finite(written):
             self.not_finite += int((~torch.isfinite(written)).sum())
@@ -244,7 +246,7 @@ def open_gguf(path: Path, layout: Layout, types: Mapping[str, str], keys: Mappin
     file = _File([("names, shapes, types", not wrong, _summary(wrong, f"{len(found)} tensors")), _keys(reader, keys)])
     if not wrong:
         for tensor in layout.tensors:
-            rows = partial(_rows_from, found[tensor.name], tensor.at)
+            rows = partial(_rows_from, found[tensor.name], tensor)
             taken = None if tensor.place is None else tensor.taken
             tally = _Tally(types[tensor.name], rows, tensor.to_gguf, tensor.unit, taken)
             file.tallies[tensor.parameter, tensor.name] = tally
@@ -276,8 +278,9 @@ def _compare(planned: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def _rows_from(entry: Any, first: int, start: int, end: int) -> Tensor:
-    return dequantized_rows(entry, first + start, first + end)
+def _rows_from(entry: Any, tensor: GgufTensor, start: int, end: int) -> Tensor:
+    first, last = (tensor.at + tensor.matrix_rows(count) for count in (start, end))
+    return dequantized_rows(entry, first, last)
 
 
 def _rows(entry: TensorEntry, start: int, end: int) -> Tensor:
@@ -361,7 +364,8 @@ def _results(request: Mapping[str, Any]) -> list[list[Result]]:
             files.append(open_folder(path, merge, target["dtype"]))
             files[-1].results.append(plain_open.opens(path))
         else:
-            layout = lay_out(meta_model.model, {tensor.parameter: tensor.shape for tensor in merge.tensors()})
+            shapes = {tensor.parameter: tensor.shape for tensor in merge.tensors()}
+            layout = lay_out(meta_model.model, shapes, expert_pieces(base, meta_model))
             files.append(open_gguf(path, layout, target["types"], target["keys"]))
     compare_weights(merge, files)
     return [file.conclude() for file in files]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qlora.model.base_cache.record import FORM, Settings
 from qlora.model.base_folder import BaseFolder
-from qlora.model.layer_blobs import ALIGNMENT, LayerWeights
+from qlora.model.layer_blobs import ALIGNMENT, LayerWeights, stacks_of
 from qlora.model.layer_walk import layers_of, stays_fp32
 from qlora.model.meta_model import MetaModel, taken_tensors
 from qlora.model.nf4 import BLOCK, NESTED_BLOCK, QUANTIZER
@@ -34,8 +34,8 @@ from qlora.step.layerwise import recomputable
 class Contents:
     """Of `base` as `meta_model` holds it, its 4-bit layers in place, and how it is put into 4 bit.
 
-    `four_bit` are weights that are kept in 4 bit, with their shapes; `plain` all other values that come from the files,
-    with the type that they get.
+    `four_bit` are weights that are kept in 4 bit, with their shapes; `stacks` the experts of a projection that are;
+    `plain` all other values that come from the files, with the type that they get.
     """
 
     base: BaseFolder
@@ -51,7 +51,18 @@ class Contents:
     @cached_property
     def plain(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         model = self.meta_model.model
-        return {name: _final(model, name) for name in self.meta_model.sources if name not in self.four_bit}
+        return {
+            name: _final(model, name) for name in self.names if name not in self.four_bit.keys() | self.stacks.keys()
+        }
+
+    @cached_property
+    def stacks(self) -> Mapping[str, Any]:
+        return dict(stacks_of(self.meta_model.model))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of all values that come from the files."""
+        return (*self.meta_model.sources, *self.meta_model.experts)
 
     @cached_property
     def settings(self) -> Settings:
@@ -60,6 +71,11 @@ class Contents:
         forms = [
             [name, sources[name], *(self.four_bit.get(name) or (str(self.plain[name][0]), self.plain[name][1]))]
             for name in sorted(sources)
+        ]
+        pieces = self.meta_model.experts
+        forms += [
+            [name, [one.tensor for one in pieces[name]], *(self._form_of_stack(name) or map(str, self.plain[name]))]
+            for name in sorted(pieces)
         ]
         return Settings(
             form=FORM,
@@ -81,7 +97,7 @@ class Contents:
         plain = sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.plain.values())
         if self.base.stored_4bit:
             return max(plain, self.original_bytes)
-        return plain + sum(_bytes_4bit(shape, self.quantization.double_quant) for shape in self.four_bit.values())
+        return plain + self.bytes_of((*self.four_bit, *self.stacks))
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """What these of its values have in a blob; of a base that is stored in 4 bit, as we would put it there."""
@@ -89,21 +105,34 @@ class Contents:
         for name in names:
             if shape := self.four_bit.get(name):
                 found += _bytes_4bit(shape, self.quantization.double_quant)
+            elif stack := self.stacks.get(name):
+                sizes = (math.prod(stack.sizes[part][0]) * stack.sizes[part][1].itemsize for part in _parts(stack))
+                found += sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
             else:
                 dtype, whole = self.plain[name]
                 found += math.prod(whole) * dtype.itemsize
         return found
+
+    def _form_of_stack(self, name: str) -> list[Any] | None:
+        """How the experts of a projection are held; None where that is in 16 bit."""
+        if (stack := self.stacks.get(name)) is None:
+            return None
+        return [stack.quant_type, list(stack.shape), [[part, *map(str, stack.sizes[part])] for part in _parts(stack)]]
+
+
+def _parts(stack: Any) -> list[str]:
+    return [part for part in stack.IN_BLOB if part in stack.sizes]
 
 
 def is_4bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
 
 
-def groups(model: Any, sources: Mapping[str, str]) -> Iterator[tuple[str, LayerWeights]]:
+def groups(model: Any, names: Collection[str]) -> Iterator[tuple[str, LayerWeights]]:
     """Of a loaded model: each decoder layer's name and matrices; under "" the 4-bit ones that are in no layer.
 
-    A layer that is streamed is on the device while it is had. A matrix that several layers share is in the blob of the
-    one under whose name the files have it.
+    `names` are those under which the files have a value. A layer that is streamed is on the device while it is had. A
+    matrix that several layers share is in the blob of the one under whose name the files have it.
     """
     layers = {id(module) for module in _layers(model)}
     prefixes = [name for name, module in model.named_modules() if id(module) in layers]
@@ -111,7 +140,7 @@ def groups(model: Any, sources: Mapping[str, str]) -> Iterator[tuple[str, LayerW
     for prefix in prefixes:
         layer = model.get_submodule(prefix)
         with nullcontext() if streamed is None else streamed.in_place(numbers[id(layer)]):
-            yield prefix, LayerWeights(layer, partial(_is_elsewhere, sources, prefix))
+            yield prefix, LayerWeights(layer, partial(_is_elsewhere, names, prefix))
     beginnings = tuple(f"{prefix}." for prefix in prefixes)
     outside = {
         f"{name}.weight"
@@ -122,8 +151,8 @@ def groups(model: Any, sources: Mapping[str, str]) -> Iterator[tuple[str, LayerW
         yield "", LayerWeights(model, lambda name: name not in outside)
 
 
-def _is_elsewhere(sources: Mapping[str, str], prefix: str, name: str) -> bool:
-    return f"{prefix}.{name}" not in sources
+def _is_elsewhere(names: Collection[str], prefix: str, name: str) -> bool:
+    return f"{prefix}.{name}" not in names
 
 
 def value_of(model: Any, name: str) -> Tensor:

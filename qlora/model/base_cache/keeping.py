@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlora import disk, files, lock
 from qlora.device import available_ram
@@ -30,10 +29,9 @@ from qlora.model import base_watch, identity
 from qlora.model.base_cache import places, record, writing
 from qlora.model.base_cache.contents import Contents
 from qlora.model.base_cache.layers_on_disk import RAM_SHARE, LayersOnDisk
-from qlora.model.base_cache.reading import Damaged, Homes, KeptBase, Unreadable
+from qlora.model.base_cache.reading import Damaged, Homes, Kept, KeptBase, Unreadable
 from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import taken_tensors
-from qlora.model.nf4 import Quantized
 from qlora.units import gib
 
 SHARE = 10  # "auto": all that is kept takes at most this part of what were free without it
@@ -82,7 +80,7 @@ class Keeping:
 
     def fill(
         self,
-        place: Callable[[str, Quantized | Tensor], None],
+        place: Callable[[str, Kept], None],
         home_of: Callable[[str], torch.device],
         device: torch.device,
     ) -> BaseIdentity | None:
@@ -126,10 +124,6 @@ class Keeping:
 
     def check_room(self) -> None:
         """UserError where memory.cache = true asks for what the disk has no room for. Before weights are read."""
-        if self._mode is True and self.contents.meta_model.experts:
-            base = self.contents.base.name
-            what = f"memory.cache = true: {base} is a mixture of experts, which is not kept in 4 bit yet"
-            raise UserError(what, 'set memory.cache = "auto"')
         if self._mode is not True or not self._wanted() or self._may_be_there:
             return
         needed, free = self.contents.kept_bytes, disk.free_bytes(places.root())
@@ -168,8 +162,7 @@ class Keeping:
         return self.contents.base.cache
 
     def _wanted(self) -> bool:
-        has_experts = bool(self.contents.meta_model.experts)  # slabs are no parameters, which alone are in blobs
-        return self._mode is not False and self.contents.quantization.type != "none" and not has_experts
+        return self._mode is not False and self.contents.quantization.type != "none"
 
     def _worth_it(self) -> bool:
         """For "auto": what is small is loaded as quickly without, and what is stored in 4 bit has no more bytes."""
@@ -228,7 +221,7 @@ class Keeping:
         base = self.contents.base
         return identity.at_the_door(base.config, taken_tensors(base, self.contents.meta_model))
 
-    def _place_all(self, kept: KeptBase, place: Callable[[str, Quantized | Tensor], None], homes: Homes) -> None:
+    def _place_all(self, kept: KeptBase, place: Callable[[str, Kept], None], homes: Homes) -> None:
         done = 0
 
         def read(count: int) -> None:

@@ -38,6 +38,16 @@ class Unreadable(Damaged):
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """The experts of a projection in 4 bit: every buffer of the stack that holds them, by its name."""
+
+    buffers: Mapping[str, Tensor]
+
+
+Kept = Quantized | Stacked | Tensor
+
+
+@dataclass(frozen=True)
 class Homes:
     """Where values are to lie: `of` a parameter by its name, and the `device` that computes."""
 
@@ -64,12 +74,13 @@ class KeptBase:
     def check(self) -> None:
         """Whether it holds each value of the model once, in its form. Raises Damaged."""
         record, contents = self.record, self.contents
-        names = sorted(record.names())
-        if names != sorted(contents.meta_model.sources) or record.four_bit.keys() != contents.four_bit.keys():
+        held = (record.four_bit.keys(), record.stacks.keys()) == (contents.four_bit.keys(), contents.stacks.keys())
+        if sorted(record.names()) != sorted(contents.names) or not held:
             raise Damaged("its tensors are others than the model's")
         codes = {blob.full_name(piece) for blob in record.blobs for piece in blob.pieces if piece.part == "codes"}
-        if codes != record.four_bit.keys():
+        if codes != record.four_bit.keys() | record.stacks.keys():
             raise Damaged("not the same tensors are in 4 bit")
+        self._check_stacks()
         wanted = contents.quantization
         for name, one in record.four_bit.items():
             kind = (one.quant_type, one.nested is not None)
@@ -86,7 +97,24 @@ class KeptBase:
             if len(set(parts)) != len(parts):
                 raise Damaged(f"{blob.file} holds a tensor twice")
 
-    def values(self, homes: Homes, read: Callable[[int], None]) -> Iterator[tuple[str, Quantized | Tensor]]:
+    def _check_stacks(self) -> None:
+        """Whether each has its parts and tables in the model's shapes. Raises Damaged."""
+        found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+        for blob in self.record.blobs:
+            for piece in blob.pieces:
+                found.setdefault(blob.full_name(piece), {})[piece.part] = piece.dtype, tuple(piece.shape)
+        for name, one in self.record.stacks.items():
+            stack = self.contents.stacks[name]
+            sizes = {key: (dtype_name(dtype), shape) for key, (shape, dtype) in stack.sizes.items()}
+            wanted = {part: size for part, size in sizes.items() if part in stack.IN_BLOB}
+            if (tuple(one.shape), one.quant_type) != (tuple(stack.shape), stack.quant_type) or found[name] != wanted:
+                raise Damaged(f"{name} is in another form")
+            lengths = {key: shape for key, (_, shape) in sizes.items() if key in stack.TABLES}
+            tables, there = self.record.tables, one.tables.items()
+            if {key: (len(tables[number]),) for key, number in there if number < len(tables)} != lengths:
+                raise Damaged(f"{name} has no table")
+
+    def values(self, homes: Homes, read: Callable[[int], None]) -> Iterator[tuple[str, Kept]]:
         """Every value of the model by its name, where it is to lie. `read` is told of bytes. Raises Damaged."""
         tables = [torch.tensor(values, dtype=torch.float32, device=homes.device) for values in self.record.tables]
         with ThreadPoolExecutor(1, thread_name_prefix="blake3") as hashing:
@@ -113,10 +141,13 @@ class KeptBase:
 
     def _of_blob(
         self, blob: BlobRecord, found: Mapping[tuple[str, str], Tensor], tables: list[Tensor]
-    ) -> Iterator[tuple[str, Quantized | Tensor]]:
+    ) -> Iterator[tuple[str, Kept]]:
         for piece in blob.pieces:
             name = blob.full_name(piece)
-            if piece.part == "codes":
+            if piece.part == "codes" and (stack := self.record.stacks.get(name)) is not None:
+                parts = {part: tensor for (owner, part), tensor in found.items() if owner == name}
+                yield name, Stacked({**parts, **{key: tables[number].clone() for key, number in stack.tables.items()}})
+            elif piece.part == "codes":
                 yield name, _quantized(name, self.record.four_bit[name], found, tables)
             elif piece.part == "values":
                 self._expect_form(name, piece)

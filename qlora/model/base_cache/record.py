@@ -23,6 +23,10 @@ from qlora.model.tensors import DTYPE_BITS, TORCH_DTYPES
 
 PLAIN_FILE = "others.safetensors"  # embeddings, head, norms, biases: what is in no layer's blob
 FORM = 1  # of the files; another one is another folder
+# A matrix has up to 1,350 bytes and 45 values of the manifest: as many as fit into what `manifest.read` takes. The
+# largest base known to us without experts has 882 of them (Llama 3.1 405B); of experts, a stack counts as one.
+MOST_MATRICES = 40_000
+MOST_PIECES = 10_000  # of a layer, and layers
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Shape = Annotated[list[Count], Field(max_length=8)]
@@ -66,11 +70,20 @@ class FourBit(ForeignModel):
     nested: Nested | None
 
 
+class StackRecord(ForeignModel):
+    """What belongs to all experts of a projection in 4 bit: `tables` are the numbers of the tables that it has, by the
+    names of its buffers. Offsets are an expert's own, and in the blob."""
+
+    shape: Annotated[list[Count], Field(min_length=3, max_length=3)]
+    quant_type: Annotated[str, Field(pattern=r"^[a-z0-9]{3,16}$")]
+    tables: Annotated[dict[str, Count], Field(max_length=4)]
+
+
 class PieceRecord(ForeignModel):
     """A tensor in a blob, as `layer_blobs.Piece`."""
 
     name: str
-    part: Literal["codes", "absmax", "nested_absmax", "values"]
+    part: Literal["codes", "absmax", "nested_absmax", "offset", "scales", "values"]
     dtype: Dtype
     shape: Shape
     offset: Count
@@ -87,7 +100,7 @@ class BlobRecord(ForeignModel):
     file: Annotated[str, Field(pattern=r"^(?:layer-[0-9]{5}|outside)\.blob$")]
     bytes: Count
     blake3: Hash
-    pieces: Annotated[list[PieceRecord], Field(max_length=10_000)]
+    pieces: Annotated[list[PieceRecord], Field(max_length=MOST_PIECES)]
 
     def full_name(self, piece: PieceRecord) -> str:
         return f"{self.layer}.{piece.name}" if self.layer else piece.name
@@ -113,9 +126,10 @@ class Record(ForeignModel):
     settings: Settings
     original_bytes: Count
     tables: Annotated[list[Annotated[list[float], Field(max_length=256)]], Field(max_length=64)]
-    four_bit: Annotated[dict[str, FourBit], Field(max_length=200_000)]
-    blobs: Annotated[list[BlobRecord], Field(max_length=10_000)]
-    plain: Annotated[dict[str, Hash], Field(max_length=200_000)]
+    four_bit: Annotated[dict[str, FourBit], Field(max_length=MOST_MATRICES)]
+    stacks: Annotated[dict[str, StackRecord], Field(max_length=MOST_MATRICES)] = Field(default_factory=dict)
+    blobs: Annotated[list[BlobRecord], Field(max_length=MOST_PIECES)]
+    plain: Annotated[dict[str, Hash], Field(max_length=MOST_MATRICES)]
 
     def names(self) -> Iterator[str]:
         """The parameters that it holds, once for each time that it does."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,12 +23,15 @@ from torch import Tensor
 from qlora import disk, files
 from qlora.model.base_cache.contents import Contents, groups, value_of
 from qlora.model.base_cache.record import (
+    MOST_MATRICES,
+    MOST_PIECES,
     PLAIN_FILE,
     BlobRecord,
     FourBit,
     Nested,
     PieceRecord,
     Record,
+    StackRecord,
     dtype_name,
 )
 from qlora.model.identity import BaseIdentity
@@ -62,11 +65,13 @@ def write(
 
     Raises CannotKeep where the model holds something else than `contents` foresees, OSError.
     """
+    _refuse_too_many(contents.names)
     tables, blobs, sha256 = _Tables(), [], {}
     with ThreadPoolExecutor(1, thread_name_prefix="hashes") as hashing:
-        for number, (prefix, weights) in enumerate(groups(model, contents.meta_model.sources)):
+        for number, (prefix, weights) in enumerate(groups(model, frozenset(contents.names))):
             if not weights.layout.pieces:
                 continue
+            _refuse_too_many(weights.layout.pieces, MOST_PIECES)
             name = f"layer-{number:05d}.blob" if prefix else "outside.blob"
             with _hashed_file(folder / name, hashing, written) as file:
                 file.append(weights.pack())
@@ -82,13 +87,20 @@ def write(
         settings=contents.settings,
         original_bytes=contents.original_bytes,
         four_bit={name: _four_bit(value_of(model, name), tables) for name in contents.four_bit},
+        stacks={name: _stack(model.get_submodule(name), tables) for name in contents.stacks},
         tables=tables.found,
         blobs=blobs,
         plain=hashes,
     )
-    if sorted(record.names()) != sorted(contents.meta_model.sources) or contents.four_bit.keys() & hashes.keys():
+    if sorted(record.names()) != sorted(contents.names) or contents.four_bit.keys() & hashes.keys():
         raise CannotKeep("its layers hold their weights in another way than is known here")
     return record, sha256
+
+
+def _refuse_too_many(names: Sized, most: int = MOST_MATRICES) -> None:
+    """Raises CannotKeep before a manifest is written that nobody would read."""
+    if len(names) > most:
+        raise CannotKeep(f"it has {len(names):,} weights where {most:,} are the most that is kept")
 
 
 def _blob_record(layer: str, file: str, weights: LayerWeights, blake3_hex: str) -> BlobRecord:
@@ -121,6 +133,11 @@ def _four_bit(weight: Any, tables: _Tables) -> FourBit:
         code=tables.number(state.code),
         nested=nested,
     )
+
+
+def _stack(stack: Any, tables: _Tables) -> StackRecord:
+    found = {name: tables.number(stack._buffers[name]) for name in stack.TABLES if name in stack._buffers}
+    return StackRecord(shape=list(stack.shape), quant_type=stack.quant_type, tables=found)
 
 
 def _write_plain(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from qlora.device import is_card
 from qlora.errors import foreign_failures
-from qlora.step.kernels import operators
+from qlora.step.kernels import experts, operators
+from qlora.step.kernels.experts import Packed
 
 # Relative to what is right, in float32: a kernel that computes something else is off by 0.1 and more.
 TOLERANCE = 1e-4
+_BF16 = 2**-7  # the step of bf16's 8 bits
 
 
 def expected() -> bool:
@@ -30,12 +34,48 @@ def work(device: torch.device) -> bool:
 @lru_cache(8)
 def _right(device: torch.device) -> bool:
     """Every kernel gives there what its twin gives on a CPU; weights to the bit."""
+    return _alike(_outcomes, device, TOLERANCE)
+
+
+def multiplies_experts(device: torch.device) -> bool:
+    """As `work`, of the product with experts in 4 bit."""
+    return is_card(device) and find_spec("triton") is not None and _right_with_experts(device)
+
+
+@lru_cache(8)
+def _right_with_experts(device: torch.device) -> bool:
+    """Constants and places to the bit; a product in bf16 is a sum in another order, rounded once."""
+    return _alike(_of_experts, device, _BF16)
+
+
+def _alike(outcomes: Callable[[torch.device], list[Tensor]], device: torch.device, tolerance: float) -> bool:
+    """Whether `device` gives what a CPU does: of the outcomes the first to the bit, the others relatively."""
     with foreign_failures(trial=True) as failure:
-        (right_weight, *right), (weight, *found) = _outcomes(torch.device("cpu")), _outcomes(device)
-    if failure.error is not None:
+        (exact, *right), (first, *found) = outcomes(torch.device("cpu")), outcomes(device)
+    if failure.error is not None or not torch.equal(first, exact):
         return False
-    near = all((one - other).norm() <= TOLERANCE * other.norm() for one, other in zip(found, right, strict=True))
-    return near and torch.equal(weight, right_weight)
+    return all((one - other).norm() <= tolerance * other.norm() for one, other in zip(found, right, strict=True))
+
+
+def _of_experts(device: torch.device) -> list[Tensor]:
+    """Constants and places; and products of more columns than a tile has, for tiles of few and of many rows: three
+    experts, one of them without rows, in NF4's form and in MXFP4's, forth and back."""
+    of_constants = (torch.linspace(-1, 1, 6).view(3, 2), torch.linspace(-1, 1, 256), torch.tensor([0.01, 0.2, 0.3]))
+    nested, values, offset = (one.to(device) for one in of_constants)
+    absmax = (torch.arange(3 * 512, device=device) * 7 % 256).to(torch.uint8).view(3, 512)
+    constants = experts.unnest(absmax, nested, values, offset, 288)
+    choices = torch.arange(1200, device=device).view(400, 3) * 7 % 11 % 4  # more than are looked at at a time
+    exact = torch.cat([one.flatten().float() for one in (constants, *experts.route(choices, 5))])
+    found, (out, width) = [exact], (144, 128)
+    codes = (torch.arange(3 * out * width // 2, device=device) * 37 % 256).to(torch.uint8).view(3, -1)
+    table = torch.linspace(-1, 1, 16, device=device)
+    powers = (120 + torch.arange(3 * 576, device=device).view(3, 576) % 9).to(torch.uint8)
+    forms = ((Packed(codes, constants, table, True), 64), (Packed(codes, powers, table, False), 32))
+    for rows, (packed, block), back in product((20, 200), forms, (False, True)):
+        ends = torch.tensor([rows - 11, rows - 11, rows], dtype=torch.int32, device=device)
+        x = torch.linspace(-1, 1, rows * (out if back else width), device=device).sin().bfloat16()
+        found.append(experts.grouped(x.view(rows, -1), packed, ends, (out, width, block), back).float())
+    return [one.cpu() for one in found]
 
 
 def _outcomes(device: torch.device) -> list[Tensor]:

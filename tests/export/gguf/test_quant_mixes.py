@@ -94,9 +94,10 @@ def test_vectors_and_norms_stay_f32(quant: str) -> None:
 def test_the_head_is_six_bits_also_when_it_is_the_embedding(quant: str) -> None:
     apart = choose_types(quant, "llama", MixHparams(2, 4, 2), layout(2)).types
     tied = choose_types(quant, "llama", MixHparams(2, 4, 2), layout(2, tied=True)).types
-    assert apart["output.weight"].name == "Q6_K"
+    head = "Q8_0" if quant == "mxfp4_moe" else "Q6_K"
+    assert apart["output.weight"].name == head
     assert apart["token_embd.weight"] == QUANTS[quant].default
-    assert tied["token_embd.weight"].name == "Q6_K"
+    assert tied["token_embd.weight"].name == head
 
 
 def test_order_in_the_file_does_not_matter() -> None:
@@ -181,7 +182,7 @@ def test_file_types_are_llama_cpps_numbers() -> None:
     """include/llama.h, enum llama_ftype."""
     assert {name: quant.file_type for name, quant in QUANTS.items()} == {
         "f32": 0, "f16": 1, "q8_0": 7, "q3_k_m": 12, "q4_k_s": 14, "q4_k_m": 15, "q5_k_m": 17,
-        "q6_k": 18, "iq4_xs": 30, "bf16": 32,
+        "q6_k": 18, "iq4_xs": 30, "bf16": 32, "mxfp4_moe": 38,
     }  # fmt: skip
     assert {quant.label.lower() for quant in QUANTS.values()} == set(QUANTS)
 
@@ -215,3 +216,68 @@ def test_small_matrices_stay_as_kernels_read_them(quant: str) -> None:
 
 
 NATIVE = ("f32", "f16", "bf16", "q8_0")
+
+
+def mixture(layers: int, experts: int, inner: int = 512) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a mixture with shared experts, and with keys by head."""
+    dense = [(name, shape) for name, shape in layout(layers) if "ffn" not in name]
+    for layer in range(layers):
+        shapes = {
+            "ffn_gate_inp.weight": (experts, 256),
+            "ffn_gate_exps.weight": (experts, inner, 256),
+            "ffn_up_exps.weight": (experts, inner, 256),
+            "ffn_down_exps.weight": (experts, 256, inner),
+            "ffn_down_exps.bias": (experts, 256),
+            "ffn_gate_inp_shexp.weight": (256,),
+            "ffn_down_shexp.weight": (256, inner),
+            "attn_k_b.weight": (4, 256, 256),
+        }
+        dense += [(f"blk.{layer}.{name}", shape) for name, shape in shapes.items()]
+    return dense
+
+
+def choose_mixture(quant: str, experts: int, inner: int = 512) -> TypeChoice:
+    return choose_types(quant, "qwen3moe", MixHparams(8, 4, 2, experts), mixture(8, experts, inner))
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_what_chooses_experts_is_never_rounded(quant: str) -> None:
+    types = choose_mixture(quant, 16).types
+    for name in ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ffn_down_exps.bias"):
+        assert {types[f"blk.{layer}.{name}"].name for layer in range(8)} == {"F32"}
+
+
+def test_experts_and_shared_ones_are_feed_forward_parts_of_their_layer() -> None:
+    choice = choose_mixture("q4_k_m", 16)
+    for role in ("ffn_down_exps", "ffn_down_shexp", "attn_v"):
+        assert by_layer(choice, role) == BY_HAND["q4_k_m", 8][0]
+    for role in ("ffn_gate_exps", "ffn_up_exps", "attn_k", "attn_output", "attn_k_b"):
+        assert by_layer(choice, role) == " ".join(["Q4_K"] * 8)
+
+
+@pytest.mark.parametrize("quant", [name for name in K_QUANTS if name != "mxfp4_moe"])
+def test_eight_experts_and_only_eight_have_finer_attention(quant: str) -> None:
+    """llama-quant.cpp: values and keys in Q8_0, what leaves attention in Q5_K for all but the two finest."""
+    eight, nine = choose_mixture(quant, 8), choose_mixture(quant, 9)
+    assert by_layer(eight, "attn_v") == by_layer(eight, "attn_k") == " ".join(["Q8_0"] * 8)
+    fine = quant in ("q6_k", "q5_k_m")
+    output = QUANTS[quant].default.name if fine else "Q5_K"
+    assert by_layer(eight, "attn_output") == " ".join([output] * 8)
+    assert by_layer(nine, "attn_k") == " ".join([QUANTS[quant].default.name] * 8)
+    assert by_layer(nine, "attn_v") == by_layer(choose(quant, 8), "attn_v")
+    assert by_layer(nine, "attn_output") == by_layer(choose(quant, 8), "attn_output")
+
+
+def test_mxfp4_is_for_what_is_stacked() -> None:
+    types = choose_mixture("mxfp4_moe", 16).types
+    stacked = {name for name, kind in types.items() if kind.name == "MXFP4"}
+    assert stacked == {name for name, shape in mixture(8, 16) if len(shape) == 3}
+    rest = {kind.name for name, kind in types.items() if name not in stacked and not name.endswith("_norm.weight")}
+    assert rest == {"Q8_0", "F32"}
+
+
+def test_experts_whose_width_is_no_whole_block_fall_back() -> None:
+    """Gemma 4's 704 and gpt-oss' 2,880: rows of what leaves the feed-forward part are no multiple of 256."""
+    choice = choose_mixture("q4_k_m", 16, 704)
+    assert {fallback.got.name for fallback in choice.fallbacks} == {"Q5_0", "Q8_0"}
+    assert {name.split(".")[2] for name, _, _ in choice.fallbacks} == {"ffn_down_exps", "ffn_down_shexp"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from qlora.export.gguf.vocab import metadata
 from qlora.export.gguf.write import GgufFile, Tools, write
 from qlora.export.llama_cpp import runtime
 from qlora.export.merge.merge import MergedTensor
+from qlora.export.merge.parts import expert_pieces
 from qlora.export.staging import StagedExport
 from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import build
@@ -40,7 +43,13 @@ def write_base(
     return write_planned(base, change(plan(base, None, Tokens(), quants)), plain_tensors(base), out)
 
 
-def write_planned(base: BaseFolder, planned: GgufPlan, tensors: Sequence[MergedTensor], out: Path) -> dict[str, Path]:
+def write_planned(
+    base: BaseFolder,
+    planned: GgufPlan,
+    tensors: Sequence[MergedTensor],
+    out: Path,
+    importance: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> dict[str, Path]:
     """Write these tensors of the base as `planned`, a file for each quant of the plan."""
     quants = tuple(planned.choices)
     general = general_keys(About.of(base, "tiny", ["rows"]), "model", planned.vocab.strips_after_specials)
@@ -56,7 +65,7 @@ def write_planned(base: BaseFolder, planned: GgufPlan, tensors: Sequence[MergedT
     ]
     finals = {quant: out / quant for quant in quants}
     with StagedExport.open(finals, {}, 1 << 20) as workshop:
-        write(planned.layout, tensors, files, workshop, Tools(planned.library, {}), Recorder())
+        write(planned.layout, tensors, files, workshop, Tools(planned.library, importance), Recorder())
         for quant in quants:
             workshop.publish(quant)
     return {quant: finals[quant] / f"{quant}.gguf" for quant in quants}
@@ -66,9 +75,14 @@ def plain_tensors(base: BaseFolder) -> list[MergedTensor]:
     """The base's own weights as if they were merged."""
     meta_model = build(base)
     shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.model.state_dict().items()}
+    of_experts = expert_pieces(base, meta_model)
     return [
         MergedTensor(source, name, shapes[name], partial(_whole, base.tensors[source]))
         for name, source in meta_model.sources.items()
+    ] + [
+        MergedTensor(piece.tensor, name, (entry := base.tensors[piece.tensor]).shape, partial(_whole, entry))
+        for name, (_, piece) in of_experts.items()
+        if piece.tensor in base.tensors
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from qlora.disk import size_of
 from qlora.model import four_bit_layers as module
 from qlora.model.base_cache.contents import Contents
+from qlora.model.load import swap_all_linear
 from qlora.model.meta_model import build, linear_layers
 from qlora.recipe.sections import QuantizationSection
+from tests import mixtures
 from tests.families import FAMILIES, make_base
 from tests.model.base_cache.cases import aged, base_at, kept, load
 
@@ -35,6 +38,23 @@ def test_the_size_is_known_to_the_byte(tmp_path: Path, family: str) -> None:
         manifest = (folder / "manifest.json").stat().st_size
         assert foreseen.kept_bytes == size_of(folder) - manifest - header
         assert foreseen.original_bytes == sum(entry.nbytes for entry in base_at(base).tensors.values())
+
+
+@pytest.mark.parametrize("family", mixtures.FAMILIES)
+def test_the_size_of_a_mixture_too(tmp_path: Path, family: str) -> None:
+    base = aged(mixtures.make_base(family, tmp_path / "base"))
+    load(base)
+    meta_model = build(base_at(base))
+    swap_all_linear(meta_model, base_at(base), QuantizationSection())
+    foreseen, folder = Contents(base_at(base), meta_model, QuantizationSection()), kept()[0]
+    header = 8 + int.from_bytes((folder / "others.safetensors").read_bytes()[:8], "little")
+    manifest = (folder / "manifest.json").stat().st_size
+    assert foreseen.kept_bytes == size_of(folder) - manifest - header
+    assert folder.name.endswith(foreseen.settings.ending)
+    several = next(name for name, of_one in meta_model.experts.items() if len(of_one) > 1 or of_one[0].expert is None)
+    other = dict(meta_model.experts) | {several: meta_model.experts[several][::-1]}
+    changed = Contents(base_at(base), replace(meta_model, experts=other), QuantizationSection()).settings
+    assert (changed.ending == foreseen.settings.ending) is (len(other[several]) == 1), "which tensor is which expert"
 
 
 def test_whatever_decides_the_bytes_is_in_the_folders_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

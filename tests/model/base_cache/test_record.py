@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qlora import manifest
+from qlora import foreign_json, manifest
 from qlora.foreign_json import ForeignFileError
 from qlora.model.base_cache import record
 from tests.model.base_cache.cases import kept, load, resealed
@@ -51,6 +51,37 @@ def test_lies_are_refused(base: Path, lie: Callable[[dict[str, Any]], Any]) -> N
     resealed(folder, lie)
     with pytest.raises(ForeignFileError):
         record.read(folder)
+
+
+def test_a_base_of_many_matrices_is_read(base: Path) -> None:
+    """Its manifest is larger than what is read of other files of JSON; of the most matrices it is within its bound."""
+    load(base)
+    folder, count = kept()[0], 15_000
+
+    def repeat(said: dict[str, Any]) -> None:
+        name, one = next(iter(said["four_bit"].items()))
+        (blob,) = [blob for blob in said["blobs"] if name.startswith(f"{blob['layer']}.")]
+        pieces = [piece for piece in blob["pieces"] if f"{blob['layer']}.{piece['name']}" == name]
+        said["blobs"] = []
+        for layer in range(count // 500):
+            file = f"layer-{layer:05d}.blob"
+            many = [
+                {**piece, "name": f"{piece['name']}.{number}", "shape": [0]}
+                for number in range(500)
+                for piece in pieces
+            ]
+            ends = [{**piece, "offset": 16 * at} for at, piece in enumerate(many)]
+            said["blobs"].append(
+                {**blob, "file": file, "layer": f"model.layers.{layer}", "pieces": ends, "bytes": 24_000}
+            )
+            said["files"][file] = {**said["files"]["layer-00000.blob"], "bytes": 24_000}
+        said["four_bit"] = {f"{name}.{number}": one for number in range(count)}
+
+    resealed(folder, repeat)
+    size = (folder / manifest.MANIFEST).stat().st_size
+    assert size > foreign_json.MAX_BYTES and size / count * record.MOST_MATRICES < manifest.MAX_BYTES
+    assert len(record.read(folder).record.four_bit) == count
+    assert manifest.standing(folder, hashes=False).whose == "changed", "ours, with other files than it says"
 
 
 def test_without_a_seal_it_is_none(base: Path) -> None:

@@ -81,6 +81,13 @@ def test_a_model_that_holds_more_than_is_known_is_not_kept(base: Path, monkeypat
     assert [path.name for path in places.root().iterdir()] == [".lock"]
 
 
+def test_more_matrices_than_a_manifest_holds_are_not_kept(base: Path, monkeypatch: Any) -> None:
+    """A manifest that nobody reads would be set aside at each start, and the base be written again."""
+    monkeypatch.setattr(writing._refuse_too_many, "__defaults__", (5,))
+    _, said = load(base)
+    assert "is not kept in 4 bit: it has 21 weights where 5 are the most" in said[-1] and not kept()
+
+
 def test_matrices_in_4_bit_outside_of_layers_are_in_a_blob_of_their_own(tmp_path: Path, monkeypatch: Any) -> None:
     """OPT's projections of the embeddings; and a model whose layers are not found has one blob."""
     monkeypatch.setattr("qlora.model.base_cache.contents.layers_of", lambda model: (_ for _ in ()).throw(LookupError()))

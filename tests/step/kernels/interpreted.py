@@ -1,14 +1,16 @@
 """Each kernel by Triton's interpreter against its twin: a process of its own, for Triton asks once how it is to run.
 
-Prints, for each kernel and type, how far the two are apart, relative to the largest value. (bf16 is left out: the
-interpreter cuts it off where a GPU rounds it.)
+Prints, for each kernel of a module and each type, how far the two are apart, relative to the largest value. (bf16 is
+left out: the interpreter cuts it off where a GPU rounds it.)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import nullcontext
+from itertools import product
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor
 
 from qlora.model.nf4 import quantize_rows
-from qlora.step.kernels import launching, operators
+from qlora.step.kernels import experts, launching, operators
+from qlora.step.kernels.experts import Packed
 
 ops = torch.ops.qlora
 
@@ -108,9 +111,61 @@ def dequantized(kind: torch.dtype) -> dict[str, float]:
     return {"dequantize": float((found != right).sum())}
 
 
+# Rows of each of five experts: even, all of one, none at the ends, one row, as many as a tile has and one more.
+ROUTINGS = ((20, 20, 20, 20, 20), (0, 0, 90, 0, 0), (0, 70, 0, 20, 0), (1, 0, 0, 0, 0), (64, 65, 63, 1, 7))
+
+
+def with_experts(kind: torch.dtype) -> dict[str, float]:
+    """Experts narrow and wide, whose sides are no whole number of tiles; NF4's form and MXFP4's, forth and back."""
+    found = {}
+    for (out, width), back, mx in product(((144, 192), (272, 64)), (False, True), (False, True)):
+        block = 32 if mx else 64
+        codes = torch.randint(0, 256, (5, out * width // 2)).to(torch.uint8)
+        sizes = torch.rand(5, out * width // block) + 0.5
+        packed = Packed(codes, torch.randint(120, 130, sizes.shape).to(torch.uint8) if mx else sizes, TABLE, not mx)
+        far = []
+        for routing in ROUTINGS:
+            ends = torch.tensor(routing).cumsum(0).int()
+            rows = torch.randn(int(ends[-1]), out if back else width).to(kind)
+            about = (int(out), int(width), block)
+            into = torch.full((len(rows), width if back else out), float("nan")).to(kind)
+            experts.launch(rows, (*packed[:3], ends), (*about, not mx), back, into)
+            far.append(apart(into, experts.grouped(rows, packed, ends, about, back)))
+        found[f"experts {out}x{width} {'back' if back else 'forth'} {'mxfp4' if mx else 'nf4'}"] = max(far)
+    return found
+
+
+TABLE = torch.linspace(-1, 1, 16)
+
+
+def unnested(kind: torch.dtype) -> dict[str, float]:
+    """To the bit, in whatever type rows are: more blocks than a program takes, the last of them not full."""
+    absmax, nested = torch.randint(0, 256, (3, 1280)).to(torch.uint8), torch.rand(3, 5)
+    about = (absmax, nested, torch.randn(256), torch.randn(3))
+    into = torch.empty(3, 1100)
+    experts.launch_unnest(*about, into)
+    return {"unnest": float((into != experts.unnest(*about, 1100)).sum())}
+
+
+def routed(kind: torch.dtype) -> dict[str, float]:
+    """To the number: more choices than a program looks at at a time, and none; experts that nobody chose."""
+    wrong = 0.0
+    for tokens, most in ((1500, 4), (700, 1), (1, 7), (0, 7)):
+        index_TK = torch.randint(0, most, (tokens, 2))
+        right = experts.route(index_TK, 7)
+        into = tuple(torch.full_like(one, -1) for one in right)
+        experts.launch_route(index_TK, into)
+        wrong += sum(float((one != other).sum()) for one, other in zip(into, right, strict=True))
+    return {"route": wrong}
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     launching._on = lambda tensor: nullcontext()  # type: ignore[assignment]
     kinds = (torch.float32, torch.float16)
-    work = (gated, norms, adapted, turned, losses, dequantized)
+    modules = {
+        "source": (gated, norms, adapted, turned, losses, dequantized),
+        "experts_source": (with_experts, unnested, routed),
+    }
+    work = modules[sys.argv[1]]
     print(json.dumps({str(kind): {name: far for one in work for name, far in one(kind).items()} for kind in kinds}))

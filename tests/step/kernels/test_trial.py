@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.step.kernels import operators, trial
+from qlora.step.kernels import experts, operators, trial
 from tests.card import Card, rehearsal
 
 CPU = torch.device("cpu")
@@ -67,3 +67,45 @@ def test_what_is_wrong_or_fails_is_not_taken(monkeypatch: pytest.MonkeyPatch, ke
 def test_every_kernel_is_tried() -> None:
     own = {name for name, one in vars(operators).items() if isfunction(one) and one.__module__ == operators.__name__}
     assert {name for name in own if not name.startswith("_")} == set(KERNELS)
+
+
+def test_a_card_multiplies_experts_where_triton_is_and_what_that_gives_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trial._right_with_experts.cache_clear()
+    monkeypatch.setattr(trial, "find_spec", lambda name: name)
+    assert not trial.multiplies_experts(CPU)
+    with rehearsal(monkeypatch, Card()):
+        assert trial.multiplies_experts(CPU)  # the twins stand in for the kernels
+        monkeypatch.setattr(trial, "find_spec", lambda name: None)
+        assert not trial.multiplies_experts(CPU)
+    trial._right_with_experts.cache_clear()
+
+
+def spoiled(result: Any, how: str) -> Any:
+    if isinstance(result, tuple):
+        return (*result[:3], spoiled(result[3], how), result[4])
+    if how == "fails":
+        raise RuntimeError("Triton Error [CUDA]: no kernel image")
+    return result.flip(0) if how == "other experts" else result + 2**-20 * (how == "last bits")
+
+
+@pytest.mark.parametrize("fault", ["other experts", "fails", "last bits"])
+@pytest.mark.parametrize("kernel", ["grouped", "unnest", "route"])
+def test_a_product_with_experts_that_is_wrong_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, fault: str
+) -> None:
+    """Constants must be right to the bit, products to what rounding makes of them."""
+    real, outcomes = getattr(experts, kernel), trial._of_experts
+    there: list[bool] = []
+
+    def outcomes_there(device: torch.device) -> list[torch.Tensor]:
+        there.append(bool(there))
+        return outcomes(device)
+
+    trial._right_with_experts.cache_clear()
+    monkeypatch.setattr(experts, kernel, lambda *given: spoiled(real(*given), fault) if there[-1] else real(*given))
+    monkeypatch.setattr(trial, "_of_experts", outcomes_there)
+    harmless = (kernel, fault) == ("grouped", "last bits")
+    assert trial._right_with_experts(CPU) is harmless and there == [False, True]
+    trial._right_with_experts.cache_clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qlora.export.gguf.families import gemma, layer_norm, llama_like, recurrent, windowed
+from qlora.export.gguf.families import gemma, latent, layer_norm, llama_like, mixtures, recurrent, windowed
 from qlora.export.gguf.family import Family
 
 # By transformers' model type.
@@ -14,4 +14,6 @@ FAMILIES: Mapping[str, Family] = {
     **layer_norm.FAMILIES,
     **gemma.FAMILIES,
     **recurrent.FAMILIES,
+    **mixtures.FAMILIES,
+    **latent.FAMILIES,
 }

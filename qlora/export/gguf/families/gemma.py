@@ -7,6 +7,7 @@ usual one; their last layers have no keys and values but those of the last layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import gguf
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora.export.gguf import rope
-from qlora.export.gguf.family import GELU, Facts, Family, Place, Windows, norms_plus_one
+from qlora.export.gguf.experts import block_of, expert_keys
+from qlora.export.gguf.family import GELU, Facts, Family, Place, Windows, no_other, norms_plus_one
 from qlora.export.gguf.rope import Key, ReferenceRope, Rope, refused
 
 # --- Gemma 3n ---------------------------------------------------------------------------------------------------------
@@ -196,6 +198,23 @@ def _check_4(facts: Facts) -> None:
         _check_shared(facts, own)
 
 
+def _mixture(facts: Facts) -> Family | None:
+    """Experts beside a dense part: the router has a scale of its own, and each expert one of its result."""
+    return _MIXTURE if facts.experts else None
+
+
+def _mixture_keys(facts: Facts) -> Sequence[Key]:
+    return [*_keys_4(facts), *expert_keys(facts)]
+
+
+def _mixture_places(parameter: str, facts: Facts) -> Sequence[Place]:
+    """Two names that gguf's table does not have (gemma4.cpp)."""
+    for end, name in ((".router.scale", "ffn_gate_inp"), (".router.per_expert_scale", "ffn_down_exps")):
+        if parameter.endswith(end):
+            return (Place(f"{block_of(parameter)}.{name}.scale"),)
+    return _places_by_layer(parameter, facts)
+
+
 _READS_4 = frozenset(
     (
         *("final_logit_softcapping", "use_bidirectional_attention", "vocab_size_per_layer_input", "attention_k_eq_v"),
@@ -214,9 +233,10 @@ _GEMMA_4 = Family(
     rope=_rope_4,
     keys=_keys_4,
     check=_check_4,
-    reads=_READS_4,
-    fixed={"enable_moe_block": (False, None)},
+    reads=_READS_4 | {"enable_moe_block"},
+    instead=_mixture,
 )
+_MIXTURE = replace(_GEMMA_4, places=_mixture_places, fused=True, keys=_mixture_keys, instead=no_other)
 
 FAMILIES: Mapping[str, Family] = {
     "gemma": Family(

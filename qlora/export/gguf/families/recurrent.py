@@ -246,11 +246,14 @@ def _ordered(name: str, order: Tensor, inner: Change = NOTHING) -> Change:
 _A = Change("A", lambda rows, unit: -torch.exp(rows), lambda rows, unit: torch.log(-rows), whole=True, linear=False)
 
 
+STATE_CHANGES: Changes = {"linear_attn.A_log": _A, "linear_attn.conv1d": KERNEL}
+
+
 def _qwen_changes(facts: Facts) -> Changes:
     config = facts.config
     plain = {"linear_attn.norm": NOTHING, "norm": PLUS_ONE}
     if config.linear_num_key_heads == config.linear_num_value_heads:
-        return {**plain, "linear_attn.A_log": _A, "linear_attn.conv1d": KERNEL}
+        return {**plain, **STATE_CHANGES}
     values, heads = _tiled(facts, config.linear_value_head_dim), _tiled(facts, 1)
     before = 2 * config.linear_num_key_heads * config.linear_key_head_dim
     mixed = torch.cat([torch.arange(before), before + values])
@@ -295,15 +298,22 @@ def _qwen_keys(facts: Facts) -> Sequence[Key]:
     ]
 
 
-def _check_qwen(facts: Facts) -> None:
+def check_linear_heads(facts: Facts) -> None:
     config = facts.config
     if config.linear_key_head_dim != config.linear_value_head_dim:
         raise refused(f"value heads of {config.linear_value_head_dim} and keys of {config.linear_key_head_dim} dims")
     if config.linear_num_value_heads % config.linear_num_key_heads:
         raise refused(f"{config.linear_num_value_heads} value heads for {config.linear_num_key_heads} key heads")
     if _interval(facts) is None:
-        raise refused("these layer_types of qwen3_5 (every Nth layer attends, the others carry a state)")
+        name = config.model_type.removesuffix("_text")
+        raise refused(f"these layer_types of {name} (every Nth layer attends, the others carry a state)")
+
+
+def _check_qwen(facts: Facts) -> None:
+    check_linear_heads(facts)
     sections = _sections(facts)
+    if sum(sections) > facts.head_dim:
+        raise refused(f"mrope_section = {sections[:3]} for heads of {facts.head_dim} dims")
     # ggml, GGML_ROPE_TYPE_IMROPE: pair p is of the third p % 3; beyond its section it would not turn at all.
     pairs = [pair % sum(sections) for pair in range(facts.rotated // 2)]
     if len(sections) != 4 or any(pair >= 3 * sections[pair % 3] for pair in pairs):

@@ -20,11 +20,12 @@ import torch
 from qlora.errors import ExportError
 from qlora.events import Recorder
 from qlora.export.gguf.architectures import lay_out
-from qlora.export.gguf.family import NOTHING
+from qlora.export.gguf.family import NOTHING, Change, GgufTensor
 from qlora.export.gguf.plan import GgufPlan, Tokens, plan
 from qlora.export.llama_cpp.runtime import Request
 from qlora.export.llama_cpp.runtime_child import Failed
 from qlora.model.resolve import resolve
+from tests import mixtures
 from tests.export import llama
 from tests.export.gguf import written
 from tests.export.gguf.cases import shapes_of
@@ -53,6 +54,7 @@ class Case:
     note: str = ""  # what makes this case another one than the family's first
     damped: Mapping[str, float] = field(default_factory=dict)
     adjust: Callable[[Any], None] = lambda model: None
+    mixture: bool = False  # of those in tests.mixtures
 
     @property
     def name(self) -> str:
@@ -114,9 +116,14 @@ def neutral_tensors(part: str) -> Fault:
 
     def fault(planned: GgufPlan) -> GgufPlan:
         value = 0.0 if part.endswith("bias") else 1.0
-        blank = replace(NOTHING, to_gguf=lambda rows, unit: torch.full_like(rows, value), name=f"blank {part}")
+
+        def blank(tensor: GgufTensor) -> Change:
+            own = tensor.change
+            made = lambda rows, unit: torch.full_like(own.to_gguf(rows, unit), value)  # noqa: E731
+            return replace(own, to_gguf=made, name=f"blank {part}")
+
         tensors = tuple(
-            replace(tensor, change=blank, unit=1) if part in tensor.name else tensor
+            replace(tensor, change=blank(tensor)) if part in tensor.name else tensor
             for tensor in planned.layout.tensors
         )
         assert tensors != planned.layout.tensors
@@ -132,7 +139,20 @@ def rows() -> list[list[int]]:
 
 def tiny(case: Case, **fields: Any) -> Any:
     """The case's model, with other `fields`. transformers writes into the dictionaries that it is given."""
-    return make_model(make_config(case.model_type, vocab=VOCAB, overrides=copy.deepcopy({**case.fields, **fields})))
+    own = copy.deepcopy({**case.fields, **fields})
+    if case.mixture:
+        return stir(make_model(mixtures.make_config(case.model_type, own)))
+    return make_model(make_config(case.model_type, vocab=VOCAB, overrides=own))
+
+
+def stir(model: Any) -> Any:
+    """Random values where transformers begins a mixture's biases with zeros."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, values in model.state_dict().items():
+            if name.endswith(("e_score_correction_bias", "_proj_bias")):
+                values.add_(0.3 * torch.randn(values.shape, generator=generator))
+    return model
 
 
 def make_base(case: Case, folder: Path) -> Path:

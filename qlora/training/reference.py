@@ -1,0 +1,185 @@
+"""What the model thought of each answer before the run: log-probabilities that objectives of preference compare with.
+
+There is no second model. The reference is the base with its adapters off, or the adapter that the run began with
+(`lora.from`), and each answer is asked about once, before the first step. What it says lies in `reference/` in the
+run's folder, known by the base, the rows' tokens (and so by template and truncation), where the run began, and what its
+numbers depend on; a run that goes on reads it there, and computes it again where any of these is another one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from qlora import disk, numerics, run_folder
+from qlora.data import judged_splits
+from qlora.data.layout import Layout
+from qlora.data.loader import collate, eval_packs
+from qlora.data.prepare import PreparedData, PreparedSplit
+from qlora.errors import DataError, ModelError, RunFolderError
+from qlora.events import Notice, Progress
+from qlora.model import adapters
+from qlora.model.tensors import read_file
+from qlora.recipe.sections import DataSection
+from qlora.saving import WRITE_ERRORS
+from qlora.starting_adapter import START, started_from
+from qlora.step.forward import CausalParts, batch_logprobs, evaluating
+from qlora.step.objectives import answers_of
+from qlora.training.setup import Job
+
+FOLDER, FILE = "reference", "logprobs.safetensors"
+CODE_VERSION = 1  # raise it whenever the numbers come out otherwise
+
+Logprobs = dict[str, torch.Tensor]  # by the name of a split
+
+
+def prepared(job: Job, parts: CausalParts, section: DataSection) -> PreparedData:
+    """The rows as the objective needs them; `section` has packing as it is really done. Called before any weight of
+    the run has changed, so that the model is where the run began.
+
+    Raises DataError for rows of another objective, RunFolderError where the start of the run is gone.
+    """
+    data, keys = job.data, job.recipe.train
+    for split in (data.train, data.eval):
+        if split.lengths and (split.preference is None) != (keys.objective == "sft"):
+            what = f'train.objective = "{keys.objective}" does not learn from rows of this format'
+            raise DataError(what, 'name the format: "preference" for pairs, "kto" for marked answers; others for "sft"')
+    if keys.objective == "sft":
+        return data
+    train, evaluation = (_of_objective(split, section, keys.objective) for split in (data.train, data.eval))
+    if keys.needs_reference:
+        asked = _Asked(job, parts, section, {**_named("train", train), **_named("eval", evaluation)})
+        with job.clock.phase("checks"):
+            found = asked.logprobs()
+        train, evaluation = _with(train, "train", found), _with(evaluation, "eval", found)
+    return replace(data, train=train, eval=evaluation)
+
+
+@contextmanager
+def as_it_began(job: Job) -> Iterator[bool]:
+    """Inside the block the model is what the run began with, behind it what it was; False where that is not known."""
+    start = job.run_dir / START
+    if job.recipe.lora.from_adapter is None:
+        with job.model.disable_adapter():
+            yield True
+    elif disk.verify_folder(start) is not None:
+        yield False
+    else:
+        now = {key: parameter.detach().clone() for key, parameter in adapters.trainable(job.model).items()}
+        adapters.load_into(job.model, start)
+        try:
+            yield True
+        finally:
+            with torch.no_grad():
+                for key, parameter in adapters.trainable(job.model).items():
+                    parameter.copy_(now[key])
+
+
+def _of_objective(split: PreparedSplit, section: DataSection, objective: str) -> PreparedSplit:
+    split = judged_splits.with_packing(split, section.packing)
+    if objective != "kto" or len(split.lengths) < 2 or split.preference is None:
+        return split
+    return replace(split, preference=split.preference._replace(others=judged_splits.mismatched(split)))
+
+
+def _named(name: str, split: PreparedSplit) -> dict[str, PreparedSplit]:
+    """The splits to ask about: that of the rows, and KTO's other one."""
+    others = None if split.preference is None else split.preference.others
+    return {f"{name}{end}": one for end, one in (("", split), ("_others", others)) if one is not None and one.lengths}
+
+
+def _with(split: PreparedSplit, name: str, found: Logprobs) -> PreparedSplit:
+    if split.preference is None or name not in found:
+        return split
+    others = split.preference.others
+    if others is not None and others.preference is not None:
+        told = others.preference._replace(reference=found[f"{name}_others"].tolist())
+        others = replace(others, preference=told)
+    return replace(split, preference=split.preference._replace(reference=found[name].tolist(), others=others))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    job: Job
+    parts: CausalParts
+    section: DataSection
+    splits: dict[str, PreparedSplit]
+
+    def logprobs(self) -> Logprobs:
+        """From the run's folder where they are of this very question; else asked for, and put there."""
+        folder, key = self.job.run_dir / FOLDER, self._key()
+        if (kept := self._kept(folder, key)) is not None:
+            return kept
+        if self.job.recipe.lora.from_adapter is not None and disk.verify_folder(self.job.run_dir / START) is not None:
+            what = f"{self.job.run_dir / START}: the adapter that the run compares with is gone or changed"
+            raise RunFolderError(what, "put it back to go on, or start anew with mode='fresh'")
+        found = {name: torch.tensor(self._asked(name, split)) for name, split in self.splits.items()}
+        try:
+            about = {"kind": FOLDER, "key": key}
+            made = disk.publish_folder(folder, lambda place: save_file(found, place / FILE), about)
+            if made.aside is not None:
+                self._say(f"what was in its place had been changed; {run_folder.kept(made.aside)}")
+        except WRITE_ERRORS as error:
+            reason = getattr(error, "strerror", None) or error
+            self._say(f"{folder} cannot be written ({reason}): a resumed run asks the reference again")
+        return found
+
+    def _say(self, message: str) -> None:
+        self.job.sink.emit(Notice("reference", message))
+
+    def _key(self) -> str:
+        """Of all that the numbers follow from."""
+        run, began = numerics.of_run(), started_from(self.job.recipe, self.job.run_dir)
+        made_by = {
+            "code": CODE_VERSION,
+            "base": self._identity(),
+            "quantization": self.job.recipe.quantization.model_dump(mode="json"),
+            "start": began and began.sha256,
+            "rows": self.job.data.content_fingerprint,
+            "splits": {name: len(split.lengths) for name, split in self.splits.items()},
+            "layout": [self.section.max_length, self.section.packing],
+            "numerics": run and run.model_dump(),
+        }
+        return disk.sha256_text(json.dumps(made_by, sort_keys=True))
+
+    def _identity(self) -> str:
+        identity = self.job.model.get_base_model().base_identity
+        return str(identity.content or identity.sampled)
+
+    def _kept(self, folder: Path, key: str) -> Logprobs | None:
+        if not folder.exists():
+            return None
+        try:
+            damage = disk.verify_folder(folder)
+            if damage is None and disk.read_manifest(folder).get("key") != key:
+                damage = "it is of another base, of other rows, or computed otherwise"
+            found = {} if damage is not None else read_file(folder / FILE)
+        except (ModelError, OSError) as error:
+            damage, found = str(error), {}
+        fits = {name: (len(split.lengths),) for name, split in self.splits.items()}
+        if damage is None and {name: tuple(one.shape) for name, one in found.items()} == fits:
+            self._say(f"log-probabilities of {sum(shape[0] for shape in fits.values())} answers read from {folder}")
+            return found
+        self._say(f"{folder} is not read ({damage or 'it has other rows'}): the reference is asked again")
+        return None
+
+    def _asked(self, name: str, split: PreparedSplit) -> list[float]:
+        """Log-probability of each row's answer. A pack at a time: whatever fits later, these numbers stay the same."""
+        job, found = self.job, [0.0] * len(split.lengths)
+        packs, layout = eval_packs(split, self.section), Layout.on(job.device)
+        off = nullcontext() if job.recipe.lora.from_adapter is not None else job.model.disable_adapter()
+        with evaluating(job.model), off:
+            for number, pack in enumerate(packs, 1):
+                job.stop.check()
+                batch = collate(split, [pack], job.chat.pad_id, self.section.max_length, layout).to(job.device)
+                answers = answers_of(batch_logprobs(self.parts, batch), batch)
+                for row, value in zip(pack, answers.logprobs_R.tolist(), strict=True):
+                    found[row] = value
+                job.sink.emit(Progress(f"reference: {name}", number, len(packs)))
+        return found

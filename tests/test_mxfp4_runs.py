@@ -1,0 +1,93 @@
+"""gpt-oss in MXFP4 from a recipe to a folder that plain transformers opens: its experts' bytes are never touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from qlora import api
+from qlora.events import End, Notice, Recorder
+from qlora.model.load import load_base
+from qlora.recipe.sections import QuantizationSection
+from tests import runs
+from tests.model.conftest import at
+from tests.mxfp4 import STATED, make_base
+
+PACKED = ("_blocks", "_scales")
+STEPS = 4
+SETTINGS = (
+    *(f"train.max_steps={STEPS}", "train.learning_rate=2e-3", "train.batch_size=4", "train.warmup_ratio=0"),
+    *("eval.samples=1", "data.eval_fraction=0.25", "data.max_length=96", "checkpoint.every_steps=1"),
+)
+MOST_KL = 0.15  # nats: attention in 16 bit beside the 4 bit that was trained on, of random weights at their widest
+PEAK = Path("/proc/self/clear_refs")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Of each tensor of a checkpoint."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[name] = f"{tensor.dtype} {hashlib.sha256(values).hexdigest()}"
+    return found
+
+
+def plainly(folder: Path) -> Any:
+    """By plain transformers, every weight at its place. Without kernels it dequantizes the experts."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model
+
+
+def test_gpt_oss_in_mxfp4_is_trained_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", shards=2)
+    one, other = (runs.write_recipe(tmp_path / name, base) for name in ("straight", "stopped"))
+    if PEAK.is_file():  # what other tests took in this process is none of this run's peak (proc(5))
+        PEAK.write_text("5")
+    sink = runs.train(one, *SETTINGS)
+    runs.train(other, *SETTINGS, stop_after=2)
+    runs.train(other, *SETTINGS, mode="resume")
+    assert runs.hashes(one, STEPS) == runs.hashes(other, STEPS)
+    run_dir = runs.run_dir(one)
+    (end,) = (event for event in sink.events if isinstance(event, End))
+    peak, weights = end.memory["peak"], end.memory["weights"]
+    assert 0.9 * peak["measured"] <= peak["predicted"] <= 1.25 * peak["measured"]
+    assert weights["measured"] <= weights["predicted"] <= 1.15 * weights["measured"]  # rounded up to 512 bytes each
+    said = [event.message for event in sink.events if isinstance(event, Notice)]
+    assert any("stay in MXFP4 as published" in message and "attention is in NF4" in message for message in said)
+    exported = api.merge_and_export(run_dir, to="hf", merge_base="full", sink=Recorder())
+    assert all(check[2] for check in exported.checks)
+    assert next(line for line in exported.fidelity if line.name == "hf").kl <= MOST_KL
+    before, after = hashes(base), hashes(exported.folder)
+    assert before.keys() == after.keys()
+    packed = [name for name in before if name.endswith(PACKED)]
+    assert len(packed) == 8 and all(before[name] == after[name] for name in packed)
+    config = json.loads((exported.folder / "config.json").read_text())
+    assert config["quantization_config"] == STATED
+    adapted(run_dir, base, exported.folder)
+
+
+def adapted(run_dir: Path, base: Path, folder: Path) -> None:
+    """The merged folder is the base with the adapter, which plain peft opens, both by plain transformers."""
+    from peft import PeftModel
+
+    ids = torch.arange(4, 40)[None]
+    tuned = PeftModel.from_pretrained(plainly(base).float(), run_dir / "adapter").eval()
+    names = {name for name, _ in tuned.named_parameters() if ".lora_" in name}
+    saved = load_file(run_dir / "adapter" / "adapter_model.safetensors")
+    assert len(names) == len(saved) > 0
+    with torch.no_grad():
+        merged, wanted = plainly(folder).float()(input_ids=ids).logits, tuned(input_ids=ids).logits
+        untuned = plainly(base).float()(input_ids=ids).logits
+        ours = load_base(at(folder), QuantizationSection(type="none"), "auto", torch.device("cpu"), Recorder())
+        ours = ours.float()(input_ids=ids).logits
+    assert (merged - wanted).norm() < 0.2 * (untuned - wanted).norm()  # attention is rounded to bf16 once more
+    assert (ours - merged).norm() < 1e-5 * merged.norm()
