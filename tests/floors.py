@@ -279,6 +279,7 @@ LINES = {
             "weight_streaming",
             "head_streaming",
             "weight_receiving",
+            "weight_moving",
             "precision",
             "base_cache",
             "expert_loading",
