@@ -68,6 +68,7 @@ class Figures(NamedTuple):
     worse_reward: float
     loss: float  # of all tokens of all answers, in nats
     tokens: float
+    likelier: float  # pairs whose better answer is the likelier one, a token; 0 of kto
 
     @classmethod
     def of(cls, values: Iterable[Tensor]) -> Figures:
@@ -164,10 +165,11 @@ class PreferenceObjective:
             right = answers.signs_R * (rewards_R - self.keys.strength * self.divergence) > 0
         else:
             right = rewards_R[0::2] > rewards_R[1::2]
-        ones = torch.ones_like(right)
+        ones, means_R = torch.ones_like(right), answers.means_R
+        likelier = torch.zeros_like(right) if self.keys.objective == "kto" else means_R[0::2] > means_R[1::2]
         values = (
             *(ones, right, good_R, ~good_R),
             *(torch.where(good_R, rewards_R, 0.0), torch.where(good_R, 0.0, rewards_R)),
-            *(-answers.logprobs_R, answers.tokens_R),
+            *(-answers.logprobs_R, answers.tokens_R, likelier),
         )
         return torch.stack([value.double().sum() for value in values])
