@@ -61,7 +61,7 @@ class Figures(NamedTuple):
     """
 
     compared: float  # pairs, of kto answers
-    right: float  # of these, in which the better answer has the higher reward (of kto: a good one more than 0)
+    right: float  # of these, whose better answer has the higher reward, ties half (of kto: a good one over z)
     better: float  # answers
     worse: float
     better_reward: float  # sums
@@ -164,7 +164,7 @@ class PreferenceObjective:
         if self.keys.objective == "kto":
             right = answers.signs_R * (rewards_R - self.keys.strength * self.divergence) > 0
         else:
-            right = rewards_R[0::2] > rewards_R[1::2]
+            right = 0.5 + 0.5 * torch.sign(rewards_R[0::2] - rewards_R[1::2])  # the same model says: half
         ones, means_R = torch.ones_like(right), answers.means_R
         likelier = torch.zeros_like(right) if self.keys.objective == "kto" else means_R[0::2] > means_R[1::2]
         values = (
