@@ -189,7 +189,7 @@ def hold(model: Any, quantization: QuantizationSection) -> None:
     for name, module, leaf in list(projections(model)):
         shape = step_experts.Plain(module, leaf).shape
         if mxfp4_config.holds(model.config, name.rpartition(".")[0]):
-            stack: nn.Module = Mxfp4Stack(shape)
+            stack: nn.Module = Mxfp4Stack(shape, of_run())
         elif quantization.type == "none" or shape[1] * shape[2] % BLOCK:
             continue
         else:

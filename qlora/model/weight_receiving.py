@@ -29,11 +29,10 @@ from qlora.model.meta_model import linear_layers
 from qlora.model.reclassed import called_as
 from qlora.model.weight_stores import HostStore, Store
 from qlora.model.weight_streaming import HINT, StreamedWeights, inside, lack_of
-from qlora.report.figures import human_bytes
 from qlora.step import head_blocks
 from qlora.step.head_blocks import device_of as device_of_head
 from qlora.step.layerwise import recomputable
-from qlora.units import GIB
+from qlora.units import GIB, gib
 
 if TYPE_CHECKING:
     from qlora.recipe.sections import MemorySection, QuantizationSection
@@ -154,7 +153,7 @@ class Receiving:
             tied = self.model.get_submodule(same[0]) if same else None
             streamed.beside.append(head_streaming.put_in(head, tied, self.device, sink))
             setattr(head, _ON_HOST, True)
-        held, slots = human_bytes(streamed.total_bytes), human_bytes(streamed.device_bytes)
+        held, slots = gib(streamed.total_bytes), gib(streamed.device_bytes)
         message = f"weights are streamed: {len(layers)} layers ({held}) through {slots}"
         if not hardware.is_card(self.device):
             message += "; without a GPU that is the same memory, and nothing is saved"
@@ -210,8 +209,7 @@ def place_by_room(causal_lm: Any, quantization: QuantizationSection, device: tor
     of_linear = _BYTES_IN_4BIT if quantization.type != "none" else 2
     stacked = sum(stack.nbytes for _, stack in stacks_of(causal_lm))
     free = hardware.free_bytes(device) - _ROOM_BESIDE_BYTES
-    streams = linear * of_linear + 2 * others + stacked > free
-    return Place(streams=streams, host_embedding=2 * others > free)
+    return Place(streams=linear * of_linear + 2 * others + stacked > free, host_embedding=2 * others > free)
 
 
 def device_of(model: Any) -> torch.device:
@@ -310,7 +308,7 @@ def _put_on_host(causal_lm: Any, tables: frozenset[str], device: torch.device, s
         module.__class__ = _on_host(type(module), device, causal_lm.get_output_embeddings() if with_head else None)
         setattr(module, _ON_HOST, True)
         saved += module.weight.nbytes
-    message = f"embeddings are looked up on the host: {human_bytes(saved)} less on the device"
+    message = f"embeddings are looked up on the host: {gib(saved)} less on the device"
     if not saved:
         message = 'memory.embedding = "host" saves nothing: the head multiplies by the same table, which stays'
     sink.emit(Notice("memory", message))
