@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
-from qlora.memory.simulate import Simulator
+from qlora.memory.baselines import BASELINES
+from qlora.memory.simulate import Simulator, _experts_of
 from qlora.memory.simulation import ModelSpec, Workload
 from qlora.model.emptied import _block_constants
 from qlora.model.experts import projections
@@ -17,6 +20,7 @@ from qlora.model.meta_model import build_unmatched
 from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.experts import IN_CHUNKS, IN_TRITON
+from qlora.step.kernels import trial
 from tests.memory.mixture_shapes import PUBLISHED, QWEN3, config_of
 
 GIB = 2**30
@@ -103,6 +107,22 @@ def test_by_the_kernel_a_step_has_no_weights_in_16_bit() -> None:
         peaks[by] = [number / 2**20 for number in (phases["forward"].total, highest)]
     forward, highest = (one - other for one, other in zip(peaks[IN_CHUNKS], peaks[IN_TRITON], strict=True))
     assert 230 < forward < 252 and 120 < highest < 252
+
+
+def test_an_estimate_takes_the_form_that_a_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 4 bit the kernel where Triton is; in fp16 a card may be too old for it."""
+    monkeypatch.setattr(trial, "expected", lambda: True)
+    spec = ModelSpec(None, "qwen3", LoraSection(), QuantizationSection())
+    assert _experts_of(spec) == IN_TRITON
+    others = (
+        {"dtype": torch.float16},
+        {"target": "cpu"},
+        {"experts": IN_CHUNKS},
+        {"baseline": next(one for name, one in BASELINES.items() if name != "qlora")},
+    )
+    assert [_experts_of(replace(spec, **changed)) for changed in others] == [IN_CHUNKS] * 4
+    monkeypatch.setattr(trial, "expected", lambda: False)
+    assert _experts_of(spec) == IN_CHUNKS
 
 
 @pytest.mark.slow
