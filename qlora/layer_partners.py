@@ -6,12 +6,14 @@ device's memory all along. A layer is known by its number, from the first to the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from qlora.errors import ModelError
 
 _HELD_BY = "_layer_weights"  # the attribute of a causal model whose layers' weights somebody holds
 _UNREAD = "_unread_inputs"  # of a layer: names of what it is handed and no layer reads
@@ -81,6 +83,16 @@ def weights_of(causal_lm: Any) -> Weights:
 def let_unread(layer: Any, name: str) -> None:
     """What `layer` is handed as `name` ties it to no other layer."""
     setattr(layer, _UNREAD, (*getattr(layer, _UNREAD, ()), name))
+
+
+def number_of(layer: Any, numbers: Mapping[int, int], weights: Weights) -> int:
+    """The number of a layer, by its identity. One that is not among them has none: 0 stands for it where all weights
+    are on the device. Raises ModelError where they are not: it would be computed with those of another layer."""
+    number = numbers.get(id(layer))
+    if number is None and weights is not RESIDENT:
+        what = f"a layer ({type(layer).__name__}) is not among those whose weights are streamed"
+        raise ModelError(what, "set memory.stream_weights = false")
+    return number or 0
 
 
 def is_closed(layer: Callable[..., Any], inputs: tuple[Any, ...]) -> bool:

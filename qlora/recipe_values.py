@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -19,6 +19,11 @@ def once_each(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError("names one of them twice")
     return names
+
+
+def or_auto(annotation: Any) -> str:
+    """'true, false or "auto": ' before what a key says of itself, where that is what it takes; "" for others."""
+    return 'true, false or "auto": ' if {*get_args(annotation)} == {bool, Literal["auto"]} else ""
 
 
 # Bounds are far beyond any use: they keep what a recipe can ask for from filling the memory before it is refused.

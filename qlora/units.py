@@ -5,7 +5,9 @@ GIB = 1 << 30
 
 
 def gib(count: float) -> str:
-    """ "1.50 GiB"."""
+    """ "1.50 GiB"; of less than a hundredth in MiB or KiB, as "1.5 MiB"."""
+    if 0 < count < GIB / 100:
+        return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 1024:.1f} KiB"
     return f"{count / GIB:.2f} GiB"
 
 

@@ -10,13 +10,23 @@ import pytest
 import torch
 
 from qlora.batch import Batch
-from qlora.layer_partners import RESIDENT, OnDevice, Resident, hold, is_closed, weights_of
+from qlora.errors import ModelError
+from qlora.layer_partners import RESIDENT, OnDevice, Resident, hold, is_closed, number_of, weights_of
 from qlora.model.document_mask import DocumentMask
 
 
 def test_an_input_on_the_device_is_itself() -> None:
     x, partner = torch.ones(2, 3), OnDevice()
     assert partner.give(partner.keep(4, x)) is x
+
+
+def test_a_layer_that_nobody_knows_is_not_computed_with_anothers_weights() -> None:
+    known, unknown = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    numbers = {id(known): 3}
+    assert number_of(known, numbers, RESIDENT) == number_of(known, numbers, Resident()) == 3
+    assert number_of(unknown, numbers, RESIDENT) == 0
+    with pytest.raises(ModelError, match="a layer \\(Linear\\) is not among those whose weights are streamed"):
+        number_of(unknown, numbers, Resident())
 
 
 def test_an_input_that_was_changed_in_its_place_is_an_error() -> None:

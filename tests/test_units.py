@@ -8,7 +8,11 @@ from qlora.units import GIB, MIB, counted, gib, layers_of
 
 def test_sizes_are_those_that_recipes_and_messages_mean() -> None:
     assert parse_bytes("1GiB") == GIB and parse_bytes("1MiB") == MIB
-    assert gib(1.5 * GIB) == "1.50 GiB"
+    assert gib(1.5 * GIB) == "1.50 GiB" and gib(0) == "0.00 GiB"
+
+
+def test_of_little_the_size_is_said_too() -> None:
+    assert [gib(size) for size in (GIB / 100, 1.5 * MIB, 1536)] == ["0.01 GiB", "1.5 MiB", "1.5 KiB"]
 
 
 def test_one_and_many() -> None:

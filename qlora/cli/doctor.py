@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CHILD = "qlora.cli.doctor_child"
 RUNS = Path("runs")  # output.dir, where a recipe does not say
 Device = Literal["cpu", "cuda"]
-Cleared = Literal["tokens", "bases", "reports", "unfinished", "set-aside", "all"]
+Cleared = Literal["tokens", "bases", "compiled", "reports", "unfinished", "set-aside", "all"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 

@@ -44,6 +44,7 @@ _NO_CONTENT = re.compile(
 )
 _MAX_NAMES = 10
 _MAX_LOOKED_AT = 1_000  # columns: a table may have 10,000
+_COMPARED = 'to learn from both, objective = "dpo" under [train]'
 _HINT_OF_MESSAGES = 'join the turns of each conversation to one row: {"messages": [{"role": …, "content": …}, …]}'
 
 
@@ -164,10 +165,10 @@ def check_preference(row: Mapping[str, Any]) -> None:
         turns = isinstance(chosen, list) and is_turns(chosen) and len(chosen) > 1
         question = next((names[word] for word in (*QUESTION_WORDS, *TURN_COLUMNS) if word in names), None)
         if turns and role_of(chosen[0].get("role") or chosen[0].get("from")) != "assistant":
-            raise RowError(what, f"to train the better answers: {_line('messages', messages=better)}")
+            raise RowError(what, f"{_COMPARED}; to train the better answers: {_line('messages', messages=better)}")
         if question is not None:
             line = _line("prompt-completion", prompt=question, completion=better)
-            raise RowError(what, f"to train the better answers: {line}")
+            raise RowError(what, f"{_COMPARED}; to train the better answers: {line}")
         raise RowError(
             what, f"write the better answers, with their questions, into a file of their own, without {worse}"
         )

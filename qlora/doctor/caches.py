@@ -24,14 +24,16 @@ from qlora import disk, files, foreign_json, hub, lock, manifest, run_folder, ru
 from qlora.errors import foreign_failures
 from qlora.model.base_cache import places as kept_bases
 
-Kind = Literal["tokens", "bases", "reports", "unfinished", "set-aside", "measured", "hub"]
-CLEARED: tuple[Kind, ...] = ("tokens", "bases", "reports", "unfinished", "set-aside")
+Kind = Literal["tokens", "bases", "compiled", "reports", "unfinished", "set-aside", "measured", "hub"]
+CLEARED: tuple[Kind, ...] = ("tokens", "bases", "compiled", "reports", "unfinished", "set-aside")
 MOST_ENTRIES = 10_000  # of one folder
 # Folders of ours among the temporary ones, which a process that was killed has left: none of us needs one for a day.
 TEMPORARY = re.compile(r"qlora-(?:prove|rows|runtime)-[a-z0-9_]{8}")  # as tempfile makes them
 OLD_SECONDS = 24 * 3600
+COMPILED, WRITING_SECONDS = "compiled", 600  # of the cache; a graph of a layer is made in a minute at most
 _SET_ASIDE = re.compile(r"(?P<name>.+)\.(?:broken)?[1-9][0-9]{0,5}")
 _REPORT = re.compile(r"crash-[0-9]{1,10}\.txt")
+_OF_COMPILER = re.compile(r"[a-z0-9_]+")  # folders: two letters of a hash, or what is kept (fxgraph, triton)
 _ENTRY = re.compile(r"[0-9a-f]{32}")
 _BROKEN = re.compile(r"step-[0-9]{6,16}\.broken[1-9][0-9]{0,5}")
 _PART = re.compile(r"\..+\.part")  # what an export works in
@@ -140,6 +142,8 @@ def _cached(root: Path) -> Iterator[Kept]:
         elif (aside := _SET_ASIDE.fullmatch(entry.name)) and _ENTRY.fullmatch(aside["name"]):
             yield _published(entry, "set-aside", "tokenized rows that had been changed", "tokens")
     yield from _bases(root / kept_bases.FOLDER)
+    if os.path.lexists(compiled := root / COMPILED):
+        yield _compiled(compiled)
     for entry in _entries(root / "crashes"):
         if _REPORT.fullmatch(entry.name):
             yield _report(entry)
@@ -157,6 +161,17 @@ def _bases(folder: Path) -> Iterator[Kept]:
             yield replace(one, stays=one.stays or ("a process reads it" if kept_bases.in_use(entry) else ""))
         elif (aside := _SET_ASIDE.fullmatch(entry.name)) and kept_bases.NAME.fullmatch(aside["name"]):
             yield Kept("set-aside", entry, _bytes(entry), "a base in 4 bit that was damaged", _not_ours(entry))
+
+
+def _compiled(folder: Path) -> Kept:
+    """What torch's compiler has made of layers; it makes again what is gone. A run that compiles writes to it."""
+    stays = _not_ours(folder) or ("" if folder.is_dir() else "it is not a folder")
+    others = [one.name for one in _entries(folder) if not (one.is_dir() and _OF_COMPILER.fullmatch(one.name))]
+    if not stays and others:
+        stays = f"it holds {others[0]}, which the compiler has not made"
+    if not stays and time.time() - max(one.st_mtime for one in _statuses(folder)) < WRITING_SECONDS:
+        stays = "a process has just written to it"
+    return Kept("compiled", folder, _bytes(folder), "layers as torch's compiler made them", stays)
 
 
 def _base_of(folder: Path) -> str:
@@ -269,7 +284,7 @@ def _not_ours(path: Path) -> str:
     if any(map(files.is_link, (path, *path.parents))):  # where to look was resolved: none is the user's own
         return "it is a link, or lies behind one"
     try:
-        found = [os.lstat(path), *(manifest.contents(path).values() if path.is_dir() else ())]
+        found = _statuses(path)
     except OSError as error:
         return f"it cannot be looked at ({error.strerror or error})"
     me = os.geteuid() if hasattr(os, "geteuid") else None
@@ -310,11 +325,14 @@ def _no_run_alone(run: Path, first: Path) -> str:
 def _is_old(path: Path) -> bool:
     """Whether nothing in it was written for a day."""
     try:
-        found = [os.lstat(path), *(manifest.contents(path).values() if path.is_dir() else ())]
+        newest: float = max(one.st_mtime for one in _statuses(path))
     except OSError:
         return False
-    newest: float = max(one.st_mtime for one in found)
     return time.time() - newest > OLD_SECONDS
+
+
+def _statuses(path: Path) -> list[os.stat_result]:
+    return [os.lstat(path), *(manifest.contents(path).values() if path.is_dir() else ())]
 
 
 def _bytes(path: Path) -> int:

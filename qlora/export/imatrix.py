@@ -4,9 +4,12 @@ K- and IQ-quants weigh a weight's rounding error with the mean square of the cha
 collected in our own forward pass, where packed documents are isolated as in training: the model that is measured is the
 one that was trained, in 4 bit and with its adapter, and nothing has to be converted before. Padding is left out.
 
+Of experts each one is measured by itself, on the positions that were sent to it.
+
 The file is llama.cpp's (tools/imatrix, in GGUF): for each tensor NAME, `NAME.in_sum2` holds the sums of
-squares of its inputs in float32 and `NAME.counts` the number of positions; tools/quantize divides the one by the other,
-and takes 1 for every channel of a tensor without positions.
+squares of its inputs in float32 and `NAME.counts` the number of positions, of experts a row and a number each;
+tools/quantize divides the one by the other, and takes 1 for every channel of a tensor, or of an expert, without
+positions.
 """
 
 from __future__ import annotations
@@ -29,12 +32,15 @@ from qlora.data.loader import eval_packs
 from qlora.data.packing import pack
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
-from qlora.events import Progress, Sink
+from qlora.events import Notice, Progress, Sink
+from qlora.model.mixtures import experts_in
 from qlora.model.weight_receiving import device_of
 from qlora.recipe.sections import DataSection
+from qlora.step.experts import Routing
 from qlora.step.forward import CausalParts, evaluating, hidden_states
 
 Floats = NDArray[np.float32]
+Counts = int | NDArray[np.int64]  # of a layer, or of each of a layer's experts
 # Parameter, its name in the file, and which of the parameter's columns each column there is (None: the same).
 Inputs = Iterable[tuple[str, str, Any]]
 
@@ -44,6 +50,7 @@ Inputs = Iterable[tuple[str, str, Any]]
 MAX_TOKENS = 131_072
 CHUNK_TOKENS = 512
 VALUES_PER_BLOCK = 1 << 23  # 32 MiB of fp32 in flight
+FIRST, SECOND = "gate_up_proj", "down_proj"  # transformers' names of a layer's experts
 SUMS, COUNTS = ".in_sum2", ".counts"
 DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 
@@ -52,30 +59,34 @@ DATASETS, CHUNK_COUNT, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "
 class Imatrix:
     """What was measured, by parameter name of the causal model (`renamed`: by GGUF tensor name).
 
-    sums    sums of squared inputs (in_features,), float32
-    counts  positions that went into each sum
+    sums    sums of squared inputs (in_features,), of experts (E, in_features), float32
+    counts  positions that went into each sum, of experts (E,)
     tokens  positions of all rows used, without padding
     """
 
     sums: Mapping[str, Floats]
-    counts: Mapping[str, int]
+    counts: Mapping[str, Counts]
     tokens: int
 
     def importance(self) -> dict[str, Floats]:
-        """What the quantizer takes (in_features,), float32: mean squares; ones where nothing was counted.
+        """What the quantizer takes, as large as the sums, float32: mean squares; ones where nothing was counted.
 
         Divided in float32, as tools/quantize/quantize.cpp does, so that the same file gives the same bytes.
         """
-        return {
-            name: sums / np.float32(self.counts[name]) if self.counts[name] > 0 else np.ones_like(sums)
-            for name, sums in self.sums.items()
-        }
+        return {name: _mean(sums, self.counts[name]) for name, sums in self.sums.items()}
+
+    def unseen_experts(self) -> tuple[int, int]:
+        """How many experts no position was sent to, and how many there are, counted once for a layer."""
+        of_experts = [counts for name, counts in self.counts.items() if _is_first(name) and not isinstance(counts, int)]
+        return sum(int((counts == 0).sum()) for counts in of_experts), sum(len(counts) for counts in of_experts)
 
     def sha256(self) -> str:
         """Of names, sums and counts: what a quantized file depends on."""
         digest = hashlib.sha256()
         for name in sorted(self.sums):
-            digest.update(f"{name} {self.counts[name]} ".encode() + self.sums[name].tobytes())
+            counts = self.counts[name]
+            counted = counts if isinstance(counts, int) else counts.tolist()
+            digest.update(f"{name} {counted} ".encode() + self.sums[name].tobytes())
         return digest.hexdigest()
 
     def renamed(self, inputs: Inputs) -> Imatrix:
@@ -86,6 +97,17 @@ class Imatrix:
             {new: self.counts[old] for old, new, columns in kept},
             self.tokens,
         )
+
+
+def _mean(sums: Floats, counts: Counts) -> Floats:
+    counts_1 = np.asarray(counts, dtype=np.float32)[..., None]
+    means: Floats = np.where(counts_1 > 0, sums / np.maximum(counts_1, 1), np.float32(1))
+    return means
+
+
+def _is_first(name: str) -> bool:
+    """Whether a parameter is the first of the two of a layer's experts."""
+    return name.endswith(FIRST)
 
 
 # --- which rows -------------------------------------------------------------------------------------------------------
@@ -118,7 +140,8 @@ def choose_packs(
 
 
 def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
-    """Sums of squares of every linear layer's inputs, and of the head's, over all positions that are no padding.
+    """Sums of squares of the inputs of every linear layer, of each expert and of the head, over all positions that are
+    no padding.
 
     `model` is a causal model with or without peft around it; it is left as it was: no gradients, no hooks, the same
     training flags, no random number drawn. The head is named even where it is tied to the embeddings. Raises
@@ -127,7 +150,7 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     causal_parts = CausalParts.of(causal)
     device = device_of(causal)
-    tally = _Tally({}, {})
+    tally = _Tally({}, {}, {})
     head = next(name for name, module in causal.named_modules() if module is causal_parts.head)
     total = sum(batch.tokens for batch in batches)
     done = tokens = 0
@@ -144,7 +167,15 @@ def collect(model: Any, batches: Sequence[Batch], sink: Sink) -> Imatrix:
         if not np.isfinite(total_I).all():
             what = f"the importance matrix has numbers that are not finite: the inputs of {name} overflow"
             raise ExportError(what, "leave out `imatrix`; a model with such activations should be looked at")
-    return Imatrix(sums, tally.counts, tokens)
+    of_experts: dict[str, Counts] = {name: counts_E.cpu().numpy() for name, counts_E in tally.by_expert.items()}
+    found = Imatrix(sums, {**tally.counts, **of_experts}, tokens)
+    unseen, experts = found.unseen_experts()
+    if unseen:
+        message = (
+            f"{unseen:,} of {experts:,} experts were sent no token of these rows: all their channels weigh the same"
+        )
+        sink.emit(Notice("imatrix", message))
+    return found
 
 
 def real_positions(batch: Batch) -> Tensor:
@@ -163,6 +194,7 @@ def real_positions(batch: Batch) -> Tensor:
 class _Tally:
     sums: dict[str, Tensor]
     counts: dict[str, int]
+    by_expert: dict[str, Tensor]
     kept_N: Tensor | None = None
 
     def add(self, name: str, inputs: Tensor) -> None:
@@ -178,14 +210,66 @@ class _Tally:
             self.sums[name] += block.float().square().sum(dim=0)
         self.counts[name] += len(self.kept_N)
 
+    def add_experts(self, name: str, rows_RI: Tensor, experts_RK: Tensor, token_R: Tensor, experts: int) -> None:
+        """Add the squares of rows (R, I), each of which went to `experts_RK`, where their tokens are kept ones.
+
+        As a product with ones where an expert got a row: an addition by index adds up in any order on a card.
+        """
+        assert self.kept_N is not None
+        width, device = rows_RI.shape[1], rows_RI.device
+        if name not in self.sums:
+            self.sums[name] = torch.zeros(experts, width, dtype=torch.float32, device=device)
+            self.by_expert[name] = torch.zeros(experts, dtype=torch.int64, device=device)
+        numbers_E11 = torch.arange(experts, device=device)[:, None, None]
+        kept_R = torch.isin(token_R, self.kept_N)
+        step = max(1, VALUES_PER_BLOCK // max(experts * experts_RK.shape[1], width))
+        for start in range(0, rows_RI.shape[0], step):
+            here = slice(start, start + step)
+            got_ER = (experts_RK[here] == numbers_E11).any(dim=2) & kept_R[here]
+            self.sums[name] += got_ER.float() @ rows_RI[here].detach().float().square()
+            self.by_expert[name] += got_ER.sum(dim=1)
+
 
 @contextmanager
 def _observed(causal: Any, tally: _Tally) -> Iterator[None]:
     with ExitStack() as hooks:
+        for name, module in experts_in(causal):
+            if module.has_gate:  # llama.cpp has no others of ours
+                hooks.enter_context(_observed_experts(name, module, tally))
         for name, module in _linear_layers(causal):
             hook = module.register_forward_pre_hook(lambda _, args, name=f"{name}.weight": tally.add(name, args[0]))
             hooks.enter_context(hook)
         yield
+
+
+@contextmanager
+def _observed_experts(name: str, module: Any, tally: _Tally) -> Iterator[None]:
+    """What a layer's experts are given: hidden states at their call; what goes down where gate and up have met."""
+    routings: list[Routing] = []
+    gate, is_own = module._apply_gate, "_apply_gate" in vars(module)
+
+    def given(_: Any, args: tuple[Tensor, ...]) -> None:
+        hidden_TH, index_TK, count = args[0], args[1], int(module.num_experts)
+        routings[:] = [Routing(index_TK, count)]
+        tokens_T = torch.arange(hidden_TH.shape[0], device=hidden_TH.device)
+        tally.add_experts(f"{name}.{FIRST}", hidden_TH, index_TK, tokens_T, count)
+
+    def gated(rows_SI: Tensor) -> Tensor:
+        result_SI: Tensor = gate(rows_SI)
+        routing, count = routings[0], int(module.num_experts)
+        token_S = routing.order_S // routing.choices
+        tally.add_experts(f"{name}.{SECOND}", result_SI, routing.expert_S[:, None], token_S, count)
+        return result_SI
+
+    module._apply_gate = gated
+    try:
+        with module.register_forward_pre_hook(given):
+            yield
+    finally:
+        if is_own:
+            module._apply_gate = gate
+        else:
+            del module._apply_gate
 
 
 def _linear_layers(causal: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -228,7 +312,8 @@ def write(imatrix: Imatrix, path: Path, inputs: Inputs, datasets: Sequence[str])
     writer.add_uint32(CHUNK_SIZE, CHUNK_TOKENS)
     for name in sorted(named.sums):
         writer.add_tensor(name + SUMS, named.sums[name])
-        writer.add_tensor(name + COUNTS, np.array([named.counts[name]], dtype=np.float32))
+        counts = np.asarray(named.counts[name], dtype=np.float32)
+        writer.add_tensor(name + COUNTS, counts.reshape(1) if counts.ndim == 0 else counts[:, None])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -74,7 +74,7 @@ class Search:
                 break
             if (settled := self._settled(candidate)) is not None:
                 found.append(settled)
-        return sorted(found, key=_seconds_a_row)[:most]
+        return _worth(sorted(found, key=_seconds_a_row))[:most]
 
     def smallest(self) -> Found:
         """Everything done to need little: what is told where nothing fits."""
@@ -197,6 +197,16 @@ class Lines:
         up = seconds / (3 + count / self.layers)  # a third of a step is the forward pass, and recomputing one more
         waits = [max(0.0, sum(one.beside[way] for one in savings) - part) for way, part in ((0, up), (1, seconds - up))]
         return seconds + sum(waits) + sum(one.alone for one in savings)
+
+
+def _worth(found: Sequence[Found]) -> list[Found]:
+    """Of plans, the fastest first, all but those that are slower than another and need no less."""
+    kept: list[Found] = []
+    for one in found:
+        faster = [other for other in kept if _seconds_a_row(other) < _seconds_a_row(one)]
+        if all(other.estimate.needed_bytes > one.estimate.needed_bytes for other in faster):
+            kept.append(one)
+    return kept
 
 
 def _seconds_a_row(found: Found) -> float:

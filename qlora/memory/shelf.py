@@ -71,7 +71,7 @@ class _Work:
 @dataclass(frozen=True)
 class _File:
     """A file's content. `drawn` are the four counts of values, then bytes: a baseline's cast ones, the host's, and
-    of these those of tables and of a head; last those of stacks of experts."""
+    of these those of tables and of a head, and those of stacks of experts."""
 
     key: str
     eager: bool
@@ -175,7 +175,7 @@ def _written(work: Work) -> _Work:
 
 def _read(work: _Work) -> Work:
     def read(operations: _Operations) -> Operations:
-        return tuple((Operation(*operation), times) for *operation, times in operations)
+        return tuple((Operation(*one[:-1]), one[-1]) for one in operations)
 
     layers = tuple(Layers(group.count, read(group.up), read(group.down)) for group in work.layers)
     return Work(layers, read(work.outside), work.update)

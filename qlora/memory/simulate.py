@@ -362,10 +362,11 @@ def _functions_of(spec: ModelSpec) -> str:
 
 
 def _experts_of(spec: ModelSpec) -> str:
-    """As `_functions_of`."""
+    """As `_functions_of`; who computes in fp16 may have a card from before Ampere, which has no kernel for it."""
     if spec.experts is not None or spec.baseline.name != "qlora":
         return spec.experts or IN_CHUNKS
-    return IN_TRITON if spec.target == "cuda" and trial.expected() else IN_CHUNKS
+    may = spec.target == "cuda" and spec.dtype == torch.bfloat16 and trial.expected()
+    return IN_TRITON if may else IN_CHUNKS
 
 
 def _loss_chunk_of(spec: ModelSpec) -> int:

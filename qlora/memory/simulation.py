@@ -137,8 +137,8 @@ class ValueCounts(NamedTuple):
 
 class Drawn(NamedTuple):
     """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
-    of weights on the host, and of these what is in tables of the vocabulary, and of these in a head that comes in
-    blocks; last, of experts in 4 bit wherever they are."""
+    of weights on the host, of these what is in tables of the vocabulary and of these in a head that comes in blocks,
+    and of experts in 4 bit wherever they are."""
 
     values: ValueCounts
     eager: bool

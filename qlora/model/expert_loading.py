@@ -34,22 +34,21 @@ def load(model: Any, parameter: str, pieces: Sequence[Piece], reader: WeightRead
     elif isinstance(held, Slab):
         fill(held, partial(_rows_of, reader, pieces, held.shape, module.is_transposed), device)
     else:
-        whole = _in_16_bit(held.shape, pieces, reader, device)
+        whole = _in_16_bit(held, pieces, reader, device)
         kept = precision.placed(module, leaf, whole, model.config.dtype)
         module._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
     took(model, parameter)
 
 
-def _in_16_bit(
-    shape: tuple[int, int, int], pieces: Sequence[Piece], reader: WeightReader, device: torch.device
-) -> Tensor:
-    """All experts of a projection in bf16."""
-    whole = torch.empty(shape, dtype=torch.bfloat16, device=device)
-    for expert in range(shape[0]):
+def _in_16_bit(held: Tensor, pieces: Sequence[Piece], reader: WeightReader, device: torch.device) -> Tensor:
+    """All experts of a projection in bf16, as `held`, which has their shape, has them."""
+    whole = torch.empty(held.shape, dtype=torch.bfloat16, device=device)
+    for expert in range(held.shape[0]):
         if pieces[0].expert is None:
             whole[expert].copy_(reader.read(pieces[0].tensor, (expert, expert + 1))[0])
         else:
-            whole[expert].copy_(_rows_of(reader, pieces, shape, False, expert)(0, shape[1]))
+            rows, columns = held.shape[1:]
+            whole[expert].copy_(_rows_of(reader, pieces, (held.shape[0], rows, columns), False, expert)(0, rows))
     return whole
 
 

@@ -26,9 +26,9 @@ from qlora.events import Notice, Sink
 from qlora.model.reclassed import called_as
 from qlora.model.weight_stores import Arriving, copied
 from qlora.model.weight_streaming import SLOTS, Ring
-from qlora.report.figures import human_bytes
 from qlora.step import head_blocks
 from qlora.step.head_blocks import Block
+from qlora.units import gib
 
 
 class StreamedHead:
@@ -145,7 +145,7 @@ def put_in(head: Any, tied: nn.Module | None, device: torch.device, sink: Sink) 
             what = f"rows a block of the head 0 (now {rows})"
             sink.emit(Notice("resume", f"the rest of the run is not bit for bit what it would have been: {what}", 1))
         numerics.correct(run.model_copy(update={"head_block": rows}))
-    held, places = human_bytes(sender.host_bytes), human_bytes(SLOTS * sender.ring.nbytes)
+    held, places = gib(sender.host_bytes), gib(SLOTS * sender.ring.nbytes)
     message = f"the head is streamed: {len(sender.starts)} blocks of {rows:,} rows ({held}) through {places}"
     sink.emit(Notice("memory", f"{message}, while a loss or logits are computed", len(sender.starts)))
     return sender

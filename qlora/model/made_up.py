@@ -87,7 +87,8 @@ def _fill_linear(model: Any, quantization: QuantizationSection, device: torch.de
 def _fill_experts(model: Any, quantization: QuantizationSection, device: torch.device) -> None:
     experts.hold(model, quantization)
     for name, module, leaf in list(experts.projections(model)):
-        if isinstance(held := getattr(module, leaf), Mxfp4Stack):
+        held = getattr(module, leaf)
+        if isinstance(held, Mxfp4Stack):
             held.allocate(device)
             if device.type != "meta":
                 held.codes.random_(256)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.model.mxfp4_config import BLOCK
+from qlora.step.experts import Packed
 
 # The largest scale of which every code is finite in bf16: 6 is 1.5 * 2^2, and bf16 ends behind 1.99 * 2^127. A scale of
 # 255 is not a number at all (5.2 and 5.4 of the specification).
@@ -38,6 +39,8 @@ class Mxfp4Stack(nn.Module):
     codes   (E, out * in / 2) uint8, two values a byte
     scales  (E, out * in / 32) uint8
     table   (16,) fp32: what a code means
+
+    `by`: who multiplies with them (`step/experts.py`, PackedStack).
     """
 
     IN_BLOB: ClassVar[tuple[str, ...]] = ("codes", "scales")  # weights, which may be elsewhere
@@ -46,10 +49,11 @@ class Mxfp4Stack(nn.Module):
     codes: Tensor
     scales: Tensor
     table: Tensor
+    block = BLOCK
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, int, int], by: str | None = None) -> None:
         super().__init__()
-        self.shape, self.quant_type = shape, "mxfp4"
+        self.shape, self.quant_type, self.by = shape, "mxfp4", by
         count, values = shape[0], math.prod(shape[1:])
         assert shape[2] % BLOCK == 0, "a row that ends inside a block"
         self.blocks = values // BLOCK
@@ -58,8 +62,8 @@ class Mxfp4Stack(nn.Module):
             "scales": ((count, self.blocks), torch.uint8),
             "table": ((16,), torch.float32),
         }
-        for name, (size, dtype) in self.sizes.items():
-            self.register_buffer(name, torch.empty(size, dtype=dtype, device="meta"), persistent=False)
+        for name, (size, dtype) in self.sizes.items():  # of no bytes, also to who counts storages on meta
+            self.register_buffer(name, torch.empty((), dtype=dtype, device="meta").expand(size), persistent=False)
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +74,7 @@ class Mxfp4Stack(nn.Module):
         for name in self.IN_BLOB:
             size, dtype = self.sizes[name]
             self._buffers[name] = torch.zeros(size, dtype=dtype, device=device)
-        self._buffers["table"] = torch.tensor([*VALUES, *(-value for value in VALUES)]).to(device)
+        self._buffers["table"] = _table(device)
 
     def take(self, buffers: Mapping[str, Tensor]) -> None:
         """Have these buffers as they are."""
@@ -91,6 +95,14 @@ class Mxfp4Stack(nn.Module):
             room = weights[start - first : end - first]
             _decode_into(room, self.codes[start:end], self.scales[start:end], both)
         return weights
+
+    def packed(self) -> Packed:
+        """All experts as the kernel decodes them, which makes powers of two of their scales itself."""
+        return Packed(self.codes, self.scales, self.table, False)
+
+
+def _table(device: torch.device) -> Tensor:
+    return torch.tensor([*VALUES, *(-value for value in VALUES)]).to(device)
 
 
 def _pairs(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,8 +126,8 @@ def _decode_into(room: Tensor, codes: Tensor, scales: Tensor, both: Tensor) -> N
 def decoded(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights (n, out, in) of stored tensors: blocks (n, out, in / 32, 16), scales (n, out, in / 32)."""
     stack = Mxfp4Stack((blocks.shape[0], blocks.shape[1], blocks.shape[2] * BLOCK))
-    stack.allocate(blocks.device)
-    stack.take({"codes": blocks.reshape(len(blocks), -1), "scales": scales.reshape(len(scales), -1)})
+    codes, constants = (one.reshape(len(one), -1) for one in (blocks, scales))
+    stack.take({"codes": codes, "scales": constants, "table": _table(blocks.device)})
     return stack.read(0, len(blocks), dtype)
 
 

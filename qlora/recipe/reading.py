@@ -19,7 +19,7 @@ from qlora import document_keys, files, foreign_json, foreign_toml, objective_ke
 from qlora.errors import Problem, RecipeError, UserError
 from qlora.recipe import sections
 from qlora.recipe.problems import LineIndex, Location, apply_override, explain_unknown_key, short, toml_problem
-from qlora.recipe_values import Section
+from qlora.recipe_values import Section, or_auto
 
 
 class Recipe(Section):
@@ -192,7 +192,7 @@ def _message(item: Any) -> str:
 def _hint(dotted: str, item: Any) -> str:
     key = ".".join(part for part in dotted.split(".") if not part.isdigit())
     if field := _fields().get(key):
-        return f"{key}: {field.description}"
+        return f"{key}: {or_auto(field.annotation)}{field.description}"
     if item["type"] == "missing" or key in ("data.train", "data.eval"):
         return 'the smallest recipe is [model] with base = "..." and [[data.train]] with path = "..."'
     return "see the recipe's keys in the README, or `qlora-train --schema`"

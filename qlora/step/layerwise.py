@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, module_of, weights_of
+from qlora.layer_partners import ON_DEVICE, RESIDENT, Inputs, Weights, is_closed, module_of, number_of, weights_of
 from qlora.random_state import RandomState
 from qlora.step.lora_linear import recomputing
 from qlora.step.offload import kept_by
@@ -68,7 +68,7 @@ class _Recomputed:
 
     def __call__(self, layer: Callable[..., Any], *inputs: Any) -> Any:
         module = module_of(layer)
-        number = self.numbers.get(id(module), 0)
+        number = number_of(module, self.numbers, self.weights)
         if not inputs or not is_closed(layer, inputs):
             # What other layers read or gradients flow to is more than hidden states: Gemma 3n and 4 share keys and
             # values through a dict. torch follows that, by recomputing within one graph.

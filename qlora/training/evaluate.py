@@ -49,6 +49,7 @@ class RunEvaluation:
     section: EvalSection
     recovery: OomRecovery
     clock: PhaseClock
+    began: preferences.Began | None = None  # what the model is compared with
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
@@ -120,7 +121,9 @@ class RunEvaluation:
                 self.recovery.sink.emit(Progress("evaluate", done, packs))
             first = lambda: next(iter(rows.batches())).to(self.recovery.device)  # noqa: E731
             self.routed = routing.compared(self.model, self.parts, first)
-        self.preferred = preferences.figures(self.objective, step, evaluated=True)
+        of_run = (self.objective, self.model, self.parts)
+        kl = preferences.kl_to_reference(*of_run, rows.batches(), self.began) if self.began else None
+        self.preferred = preferences.figures(self.objective, step, evaluated=True, kl=kl)
         self.delivered = rows.record(step, preferences.plain_losses(self.objective, losses))
         return mean(losses)
 

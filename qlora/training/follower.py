@@ -26,6 +26,7 @@ from qlora.loss_scale import LossScale
 from qlora.memory.changes import changed
 from qlora.model.resolve import resolve
 from qlora.model.tokenizer_files import TokenizerFiles
+from qlora.model.weight_receiving import Place
 from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe
 from qlora.stop import StopAsked, StopRequest
@@ -118,6 +119,7 @@ class Following(Training):
         self.channel = channel
         self._use_rows(job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._apply(self.recovery.settings)
+        self._take(word["settings"])
 
     def take_state(self, word: Word) -> None:
         shown(self.channel, self.optimizer, FINE, step=1)
@@ -164,7 +166,8 @@ class Following(Training):
 
     def _take(self, told: Word) -> None:
         """Process 0's settings, where they are others now."""
-        if (settings := replace(self.recovery.settings, **told)) != self.recovery.settings:
+        settings = replace(self.recovery.settings, **{**told, "place": Place(**told["place"])})
+        if settings != self.recovery.settings:
             self.recovery.settings = settings
             self._apply(settings)
 

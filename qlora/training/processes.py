@@ -20,7 +20,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -225,6 +225,7 @@ def of_settings(settings: MemorySettings) -> Word:
         "micro_batch_size": settings.micro_batch_size,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "offload_activations": settings.offload_activations,
+        "place": asdict(settings.place),
     }
 
 

@@ -9,7 +9,8 @@ numbers depend on; a run that goes on reads it there, and computes it again wher
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedData, PreparedSplit
 from qlora.errors import DataError, ModelError, RunFolderError
 from qlora.events import Notice, Progress
+from qlora.model import adapters
 from qlora.model.tensors import read_file
 from qlora.recipe.sections import DataSection
 from qlora.saving import WRITE_ERRORS
@@ -57,6 +59,26 @@ def prepared(job: Job, parts: CausalParts, section: DataSection) -> PreparedData
             found = asked.logprobs()
         train, evaluation = _with(train, "train", found), _with(evaluation, "eval", found)
     return replace(data, train=train, eval=evaluation)
+
+
+@contextmanager
+def as_it_began(job: Job) -> Iterator[bool]:
+    """Inside the block the model is what the run began with, behind it what it was; False where that is not known."""
+    start = job.run_dir / START
+    if job.recipe.lora.from_adapter is None:
+        with job.model.disable_adapter():
+            yield True
+    elif disk.verify_folder(start) is not None:
+        yield False
+    else:
+        now = {key: parameter.detach().clone() for key, parameter in adapters.trainable(job.model).items()}
+        adapters.load_into(job.model, start)
+        try:
+            yield True
+        finally:
+            with torch.no_grad():
+                for key, parameter in adapters.trainable(job.model).items():
+                    parameter.copy_(now[key])
 
 
 def _of_objective(split: PreparedSplit, section: DataSection, objective: str) -> PreparedSplit:
@@ -151,8 +173,8 @@ class _Asked:
         """Log-probability of each row's answer. A pack at a time: whatever fits later, these numbers stay the same."""
         job, found = self.job, [0.0] * len(split.lengths)
         packs, layout = eval_packs(split, self.section), Layout.on(job.device)
-        as_it_was = nullcontext() if job.recipe.lora.from_adapter is not None else job.model.disable_adapter()
-        with evaluating(job.model), as_it_was:
+        off = nullcontext() if job.recipe.lora.from_adapter is not None else job.model.disable_adapter()
+        with evaluating(job.model), off:
             for number, pack in enumerate(packs, 1):
                 job.stop.check()
                 batch = collate(split, [pack], job.chat.pad_id, self.section.max_length, layout).to(job.device)

@@ -13,6 +13,7 @@ import pytest
 from qlora import disk, lock
 from qlora.doctor import caches
 from qlora.doctor.caches import CLEARED, Kept, Places
+from qlora.model import compiled
 from qlora.model.base_cache import places as kept_bases
 from qlora.run_record import LOCK_FILE, RUN_FILE
 from tests.doctor.cases import KEY, published
@@ -77,6 +78,28 @@ def test_what_is_ours_is_listed_with_its_size_and_goes_by_its_kind(places: Place
     assert gone(places, "reports") == {"crash-77.txt"} and tokens.is_dir()
     assert gone(places) == {KEY} and not tokens.exists()
     assert (places.cache / "memory-calibration.json").exists() and places.hub is not None and places.hub.is_dir()
+
+
+def test_what_the_compiler_has_made_is_listed_and_goes(places: Places, tmp_path: Path) -> None:
+    """Not while somebody writes to it, nor with what somebody has put there, nor through a link."""
+    folder = places.cache / caches.COMPILED
+    assert caches.COMPILED == compiled.FOLDER and caches.COMPILED not in found(places)
+    for name in ("ab", "fxgraph"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "x.py").write_bytes(b"1" * 500)
+    listed = found(places)[caches.COMPILED]
+    assert (listed.kind, listed.stays) == ("compiled", "a process has just written to it") and listed.bytes >= 1000
+    assert gone(places, "compiled") == set()
+    for one in (folder / "ab" / "x.py", folder / "fxgraph" / "x.py", folder / "ab", folder / "fxgraph", folder):
+        os.utime(one, (86_400, 86_400))
+    (folder / "notes.txt").write_text("mine")
+    os.utime(folder / "notes.txt", (86_400, 86_400))
+    assert "it holds notes.txt" in found(places)[caches.COMPILED].stays
+    (folder / "notes.txt").unlink()
+    os.utime(folder, (86_400, 86_400))
+    assert gone(places, "tokens") == set() and gone(places, "compiled") == {caches.COMPILED} and not folder.exists()
+    folder.symlink_to(tmp_path)
+    assert "a link" in found(places)[caches.COMPILED].stays
 
 
 def test_bases_in_4_bit_are_listed_with_their_last_use_and_go(places: Places) -> None:

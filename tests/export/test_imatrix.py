@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,11 +16,12 @@ from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.errors import ExportError
-from qlora.events import Progress, Recorder
+from qlora.events import Notice, Progress, Recorder
 from qlora.export import imatrix
 from qlora.model import adapters, load
 from qlora.model.resolve import resolve
 from qlora.recipe.sections import DataSection, LoraSection, QuantizationSection
+from tests import mixtures
 from tests.families import make_config, make_model
 
 LENGTHS = (30, 7, 22, 9, 13, 40)
@@ -256,3 +258,99 @@ def test_importance_is_the_mean_square_in_float32_and_one_without_a_count() -> N
 def test_a_file_names_its_rows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dataset"):
         imatrix.write(example(), tmp_path / "imatrix.gguf", INPUTS, [])
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def experts_by_hand(model: Any, split: PreparedSplit) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Sums in fp64 and counts of each expert, token by token through transformers' own forward of its experts."""
+    wanted: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def note(name: str, module: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor) -> None:
+        count = module.num_experts
+        inner = module.down_proj.shape[1 if module.is_transposed else 2]
+        for leaf, width in (("gate_up_proj", hidden_TH.shape[1]), ("down_proj", inner)):
+            wanted.setdefault(f"{name}.{leaf}", (np.zeros((count, width)), np.zeros(count, dtype=np.int64)))
+        first, down = wanted[f"{name}.gate_up_proj"], wanted[f"{name}.down_proj"]
+        for token, chosen in enumerate(index_TK.tolist()):
+            for expert in chosen:
+                weight, row = module.gate_up_proj[expert].detach(), hidden_TH[token][None]
+                rows = row @ weight if module.is_transposed else row @ weight.T
+                inner = module._apply_gate(rows + module.gate_up_proj_bias[expert] if module.has_bias else rows)
+                first[0][expert] += row[0].double().square().numpy()
+                down[0][expert] += inner[0].detach().double().square().numpy()
+                first[1][expert] += 1
+                down[1][expert] += 1
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: note(name, module, args[0], args[1]))
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+    ]
+    with torch.no_grad():
+        for row in split.rows:
+            model(input_ids=torch.tensor([row.input_ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return wanted
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_each_expert_is_measured_on_what_it_was_sent(family: str, tmp_path: Path) -> None:
+    """Packed, padded and sorted by expert: the sums and counts of each row alone, expert by expert."""
+    base = resolve(str(mixtures.make_base(family, tmp_path / "base")), "main", Recorder())
+    plain = QuantizationSection(type="none")
+    model = load.load_base(base, plain, "auto", torch.device("cpu"), Recorder()).float().eval()
+    names = set(vars(model.model.layers[0].mlp.experts))
+    found = imatrix.collect(model, batches_of(), Recorder())
+    assert set(vars(model.model.layers[0].mlp.experts)) == names  # left as it was
+    wanted = experts_by_hand(model, split_of())
+    assert len(wanted) == 4
+    for name, (sums, counts) in wanted.items():
+        assert np.array_equal(found.counts[name], counts) and counts.sum() == 2 * sum(LENGTHS), name
+        assert np.allclose(found.sums[name], sums, rtol=1e-4, atol=1e-6), name
+
+
+def of_experts() -> imatrix.Imatrix:
+    sums = np.array([[4.0, 8.0], [0.0, 0.0], [9.0, 3.0]], dtype=np.float32)
+    counts = np.array([2, 0, 3])
+    name = "model.layers.0.mlp.experts"
+    return imatrix.Imatrix(
+        {f"{name}.gate_up_proj": sums, f"{name}.down_proj": sums},
+        {f"{name}.gate_up_proj": counts, f"{name}.down_proj": counts},
+        5,
+    )
+
+
+def test_experts_without_a_token_weigh_all_their_channels_the_same() -> None:
+    found = of_experts()
+    means = found.importance()["model.layers.0.mlp.experts.down_proj"]
+    assert means.tolist() == [[2, 4], [1, 1], [3, 1]] and means.dtype == np.float32
+    assert found.unseen_experts() == (1, 3)
+
+
+def test_experts_without_a_token_are_told(tmp_path: Path) -> None:
+    """Two rows of a token each reach few of eight experts."""
+    base = resolve(str(mixtures.make_base("qwen3_moe", tmp_path / "base")), "main", Recorder())
+    model = load.load_base(base, QuantizationSection(), "auto", torch.device("cpu"), Recorder())
+    sink, split = Recorder(), split_of((2, 2))
+    found = imatrix.collect(model, [collate(split, [(0,), (1,)], 0, DATA.max_length)], sink)
+    unseen, experts = found.unseen_experts()
+    assert 0 < unseen < experts == 16
+    (notice,) = [event for event in sink.events if isinstance(event, Notice)]
+    assert notice.message.startswith(f"{unseen} of 16 experts were sent no token")
+
+
+def test_a_file_has_a_row_and_a_count_for_each_expert(tmp_path: Path) -> None:
+    """As llama-imatrix writes stacks: in_sum2 (E, in), counts (E, 1), under the name of each tensor they are of."""
+    names = [("gate_up_proj", "ffn_gate_exps"), ("gate_up_proj", "ffn_up_exps"), ("down_proj", "ffn_down_exps")]
+    inputs = [(f"model.layers.0.mlp.experts.{own}", f"blk.0.{name}.weight", None) for own, name in names]
+    imatrix.write(of_experts(), tmp_path / "imatrix.gguf", inputs, ["rows"])
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    for _, name in names:
+        assert stored[f"blk.0.{name}.weight.in_sum2"].data.tolist() == [[4, 8], [0, 0], [9, 3]]
+        assert stored[f"blk.0.{name}.weight.counts"].data.tolist() == [[2], [0], [3]]
+    other = of_experts()
+    other.counts["model.layers.0.mlp.experts.down_proj"][1] = 1
+    assert other.sha256() != of_experts().sha256()

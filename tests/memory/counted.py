@@ -17,11 +17,12 @@ from qlora.memory.simulation import Workload
 from qlora.memory.trace import LiveBytes
 from qlora.model import adapters, load, lora_functions
 from qlora.model.resolve import resolve
+from qlora.objective_keys import ObjectiveKeys
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step import head_loss
 from qlora.step.forward import CausalParts, forward_backward
 from qlora.step.layerwise import set_gradient_checkpointing
-from qlora.step.loss import SupervisedObjective
+from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 
 
@@ -45,6 +46,7 @@ def count_step(folder: Path, workload: Workload, lora: LoraSection) -> Counted:
     set_gradient_checkpointing(causal_lm, workload.gradient_checkpointing, keep_random_state=False)
     optimizer = AdapterOptimizer(adapters.trainable(model), workload.optimizer, 0.0)
     batch = real_batch(workload, causal_lm.config.get_text_config().vocab_size)
+    objective = objective_of(ObjectiveKeys(objective="dpo" if workload.compares else "sft"))
     model.train()
     _give_gradients(optimizer)
     optimizer.step(0.0)
@@ -54,7 +56,7 @@ def count_step(folder: Path, workload: Workload, lora: LoraSection) -> Counted:
         return sum(rounded(storage) for storage in _storages(model, optimizer, batch).values())
 
     def step() -> None:
-        forward_backward(parts, batch, SupervisedObjective(), 1.0, workload.neftune_alpha)
+        forward_backward(parts, batch, objective, 1.0, workload.neftune_alpha)
 
     before = held()
     by_profiler = before + _peak_above(step)
@@ -77,7 +79,12 @@ def real_batch(workload: Workload, vocabulary: int) -> Batch:
     positions = torch.cat((torch.arange(half), torch.arange(length - half))).repeat(rows, 1)
     documents = (torch.arange(length) >= half).long().repeat(rows, 1)
     trained = torch.arange(rows * length)
-    return Batch(ids, positions, documents, torch.roll(ids, -1, 1), torch.ones(rows, length), trained)
+    batch = Batch(ids, positions, documents, torch.roll(ids, -1, 1), torch.ones(rows, length), trained)
+    if not workload.compares:
+        return batch
+    answers = (documents + 2 * torch.arange(rows)[:, None]).flatten()
+    signs = torch.tensor([1.0, -1.0] * rows)
+    return replace(batch, answer_T=answers, signs_R=signs, reference_R=torch.zeros(2 * rows))
 
 
 def _give_gradients(optimizer: AdapterOptimizer) -> None:

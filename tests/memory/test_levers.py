@@ -40,14 +40,22 @@ def test_what_levers_are_likely_to_save() -> None:
     assert sum(found[STREAM].beside) == pytest.approx(0.29, rel=0.03)
 
 
+def test_experts_are_of_what_streaming_saves() -> None:
+    """They are no layers that "all-linear" means, and nine tenths of a mixture."""
+    text, card = make_config("llama", overrides={"num_hidden_layers": 4}), hardware.asked_for("RTX 4090", None, "auto")
+    without, there = (Drawn(ValueCounts(10**9, 1, 1, 1), False, 0, stacked_bytes=stacked) for stacked in (0, 8 * GIB))
+    found = [savings(text, Workload(1, 2048), drawn, card)[STREAM] for drawn in (without, there)]
+    assert found[1].nbytes - found[0].nbytes == 8 * GIB * 2 // 4
+    assert found[1].beside[0] > 10 * found[0].beside[0]
+
+
 def test_with_layers_and_embeddings_the_head_goes() -> None:
     """Of 0.98 GiB the two places of its blocks stay, 0.12 GiB; whichever of the two is taken second has it."""
     text = make_config("llama", vocab=128_256, overrides={"hidden_size": 4096, "num_hidden_layers": 32})
-    values = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), False, 0)
-    card = hardware.asked_for("RTX 4090", None, "auto")
+    drawn, card = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), False, 0), hardware.asked_for("RTX 4090", None, "auto")
 
     def found(place: Place) -> Mapping[str, Saving]:
-        return savings(text, Workload(1, 2048), values, card, place)
+        return savings(text, Workload(1, 2048), drawn, card, place)
 
     none, streams, host = found(Place()), found(Place(streams=True)), found(Place(host_embedding=True))
     head = none[HEAD]
@@ -57,14 +65,5 @@ def test_with_layers_and_embeddings_the_head_goes() -> None:
     assert streams[EMBEDDING].nbytes == none[EMBEDDING].nbytes + head.nbytes and streams[EMBEDDING].head
     assert host[STREAM].nbytes == none[STREAM].nbytes + head.nbytes and host[STREAM].head
     assert not none[EMBEDDING].head and not streams[STREAM].head and HEAD not in streams
-    small = savings(make_config("llama"), Workload(1, 2048), values, card)
+    small = savings(make_config("llama"), Workload(1, 2048), drawn, card)
     assert small[HEAD].nbytes == 0 and not small[EMBEDDING].with_head(small[HEAD]).head
-
-
-def test_experts_are_of_what_streaming_saves() -> None:
-    """They are no layers that "all-linear" means, and nine tenths of a mixture."""
-    text, card = make_config("llama", overrides={"num_hidden_layers": 4}), hardware.asked_for("RTX 4090", None, "auto")
-    without, there = (Drawn(ValueCounts(10**9, 1, 1, 1), False, 0, stacked_bytes=stacked) for stacked in (0, 8 * GIB))
-    found = [savings(text, Workload(1, 2048), drawn, card)[STREAM] for drawn in (without, there)]
-    assert found[1].nbytes - found[0].nbytes == 8 * GIB * 2 // 4
-    assert found[1].beside[0] > 10 * found[0].beside[0]

@@ -120,10 +120,7 @@ def test_no_more_layers_are_recomputed_than_needed(limit_gib: float, setting: bo
 
 def test_a_search_names_the_number_of_layers() -> None:
     found = Planner(ByLayers(5.0)).search(recipe())  # type: ignore[arg-type]
-    assert [plan.changes for plan in found] == [
-        {"train.micro_batch_size": 2, "train.gradient_checkpointing": 7},
-        {"train.gradient_checkpointing": 3},
-    ]
+    assert [plan.changes for plan in found] == [{"train.micro_batch_size": 2, "train.gradient_checkpointing": 7}]
 
 
 def test_a_micro_batch_is_no_larger_than_its_batch_and_a_row_no_longer_than_the_data() -> None:
@@ -139,8 +136,7 @@ def test_a_search_shortens_rows_only_where_nothing_else_is_enough() -> None:
     assert [plan.changes for plan in found] == [
         {"train.micro_batch_size": 4, "train.gradient_checkpointing": True},
         {"train.micro_batch_size": 2, "train.gradient_checkpointing": True},
-        {"train.micro_batch_size": 1, "train.gradient_checkpointing": False},
-    ]
+    ], "one row that keeps everything is slower, and needs as much as four"
     shorter = planner(2.6).search(many)
     assert {plan.recipe.data.max_length for plan in shorter} == {512}
     assert planner(2.0).search(recipe()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from qlora.memory.estimate import Estimate, Estimator
 from qlora.memory.hardware import Machine
 from qlora.memory.levers import Lever, Saving
 from qlora.memory.plan import Planner
-from qlora.memory.search import MOST_SIMULATIONS, Found, Search, reasons
+from qlora.memory.search import MOST_SIMULATIONS, Found, Search, _worth, reasons
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import Workload
 from qlora.recipe.reading import Recipe, recipe_of_base
@@ -106,6 +107,20 @@ def test_no_search_simulates_more_than_nine_times(limit_gib: float) -> None:
 
 def _simulated(count: int) -> tuple[int, ...]:
     return (0, 10) if 0 < count < 10 else (count,)
+
+
+def test_a_plan_that_a_faster_one_beats_in_memory_too_is_not_shown() -> None:
+    """MOVE costs no time; STORE costs half of the speed and saves a lot. Nothing is known of speeds: all are shown."""
+    for limit in (60, 17, 11, 10, 4):
+        found = search(ByHand(limit)).fitting(3)
+        pairs = [(1 / one.estimate.tokens_per_second, one.estimate.needed_bytes) for one in found]
+        for slower, needed in pairs:
+            assert all(other > needed for seconds, other in pairs if seconds < slower), limit
+    found = search(ByHand(17)).fitting(3)
+    unknown = [replace(one, estimate=replace(one.estimate, tokens_per_second=0.0)) for one in found]
+    assert len(found) > 1 and _worth(unknown) == unknown
+    slower = replace(found[0], estimate=replace(found[0].estimate, tokens_per_second=0.1))
+    assert _worth([found[0], slower]) == [found[0]]
 
 
 def test_each_choice_has_its_reason() -> None:

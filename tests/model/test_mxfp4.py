@@ -12,6 +12,7 @@ from torch import Tensor
 from qlora.memory.trace import LiveBytes
 from qlora.model import mxfp4
 from qlora.model.mxfp4 import Mxfp4Stack, decoded
+from qlora.step.experts import PackedStack
 from tests.mxfp4 import encode
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -80,6 +81,17 @@ def test_any_range_of_experts_is_read_in_pieces_as_in_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(mxfp4, "PLACES_BYTES", 1)
     for first, last in ((0, 4), (1, 3), (3, 4), (2, 2)):
         assert torch.equal(stack.read(first, last, torch.bfloat16), whole[first:last])
+
+
+def test_what_a_kernel_is_given_makes_the_same_values() -> None:
+    """Codes, scales and table apart; the earlier value is in the low half of a byte."""
+    stack = stack_of(*random())
+    assert isinstance(stack, PackedStack)
+    codes, scales, table, high_first = stack.packed()
+    halves = (codes >> 4, codes & 15) if high_first else (codes & 15, codes >> 4)
+    values = table[torch.stack(halves, dim=-1).flatten(1).int()]
+    constants = torch.exp2(scales.float() - 127).repeat_interleave(stack.block, dim=1)
+    assert torch.equal((values * constants).view(stack.shape), stack.read(0, 4, torch.float32))
 
 
 def test_encoding_what_was_decoded_gives_the_same_bytes() -> None:

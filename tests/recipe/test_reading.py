@@ -30,6 +30,16 @@ def test_wrong_values_say_what_is_allowed(tmp_path: Path, line: str, message: st
     assert message in what and where.startswith("recipe.toml:") and hint
 
 
+@pytest.mark.parametrize(
+    "key", ["memory.stream_weights", "memory.offload_activations", "memory.cache", "model.compile"]
+)
+def test_what_a_program_may_decide_names_auto(tmp_path: Path, key: str) -> None:
+    table, _, name = key.partition(".")
+    wrong = SMALL.replace("[model]", f"[model]\n{name} = 3") if table == "model" else f"{SMALL}[{table}]\n{name} = 3\n"
+    ((_, what, hint),) = problems(tmp_path, wrong)
+    assert f"{key} is wrong" in what and hint.startswith(f'{key}: true, false or "auto": ')
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     for path, message in ((tmp_path, "is a folder"), (tmp_path / "none.toml", "no such recipe")):
         with pytest.raises(RecipeError, match=message):

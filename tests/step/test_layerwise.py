@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qlora.errors import ModelError
+from qlora.layer_partners import Resident
 from qlora.memory.simulation import Workload
 from qlora.model import adapters
 from qlora.model.cpu_matmul import fast_matmul
@@ -79,6 +81,15 @@ def test_layers_that_share_keys_and_values_are_recomputed_in_one_graph(
     again, found = gradients(model, True)
     assert torch.equal(again, loss) and all(torch.equal(found[name], kept[name]) for name in kept)
     assert torchs and not ours
+
+
+def test_a_layer_of_no_number_is_not_run_with_weights_that_are_elsewhere() -> None:
+    class Elsewhere(Resident):
+        """Says nothing of layers, and is not `RESIDENT`."""
+
+    run, hidden = layerwise._Recomputed(False, weights=Elsewhere()), torch.ones(3, 2, requires_grad=True)
+    with pytest.raises(ModelError, match="not among those whose weights are streamed"):
+        run(partial(Pair.forward, Pair()), hidden, 1.0)
 
 
 def test_a_layer_below_the_lowest_adapter_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

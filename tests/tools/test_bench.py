@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.floors import ROOT
 
@@ -37,3 +38,34 @@ def test_results_have_the_cards_name_and_a_laptops_says_so() -> None:
     found = {"hardware": {"device": "NVIDIA GeForce RTX 4060 Laptop GPU"}, "model": {"shape": "3b"}}
     assert file_name(found) == "prove-nvidia-geforce-rtx-4060-laptop-gpu-3b.json"
     assert (Path(BENCH) / "results").is_dir()
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+SMALL |= {"num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 96, "eos_token_id": 3}
+
+
+def test_both_forms_of_experts_are_measured_and_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin stands in for the kernel: the forms' losses agree, and the results have their figures."""
+    import experts as bench  # type: ignore[import-not-found]
+
+    from qlora.step.kernels import experts as kernels
+    from qlora.step.kernels import trial
+
+    cpu, asked, real = torch.device("cpu"), [], kernels.grouped
+    alone = bench.measured(2, 24, 1, cpu, **SMALL)
+    assert set(alone) == {"in chunks", "qlora in Triton"} and alone["qlora in Triton"].startswith("left out: ")
+    monkeypatch.setattr(trial, "multiplies_experts", lambda device: True)
+    monkeypatch.setattr(kernels, "grouped", lambda *given: asked.append(1) or real(*given))
+    both = bench.measured(2, 24, 2, cpu, **SMALL)
+    assert len(asked) >= 3 * 2 * 2 * 3  # steps, layers, projections; forth, recomputed and back
+    first, second = both["qlora in Triton"], both["in chunks"]
+    assert first["loss"] == pytest.approx(second["loss"], rel=0.01) and first["tokens_per_second"] > 0
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import experts as bench
+
+    monkeypatch.setattr(sys, "argv", ["experts.py"])
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    assert end.value.code == 2 and "needs a GPU" in capsys.readouterr().err

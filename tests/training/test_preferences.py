@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from qlora import api
 from qlora.errors import QloraError
-from qlora.training import reference
+from qlora.events import Recorder
+from qlora.training import loop, reference
 from tests.runs import hashes, run_dir, train, values
 from tests.training.preference_cases import ALL, notices, write_recipe
 
@@ -28,6 +32,7 @@ def test_a_run_tells_answers_apart_and_goes_on_bit_for_bit(tmp_path: Path, llama
     assert list(steps) == [*range(1, 9)] and list(evaluated) == [0, 3, 6, 8]
     assert [event.as_dict() for event in (*first.of("preference"), *second.of("preference"))] == told
     assert evaluated[8]["margin"] > evaluated[0]["margin"] and evaluated[8]["accuracy"] >= 0.9
+    assert evaluated[0]["kl"] == pytest.approx(0, abs=1e-6) and evaluated[8]["kl"] > 1e-3
     assert values(whole, "eval", "perplexity") == [None] * len(values(whole, "eval", "perplexity"))
     kept = run_dir(straight) / reference.FOLDER
     assert kept.is_dir() == (objective in ("dpo", "ipo", "kto"))
@@ -42,6 +47,33 @@ def test_the_size_of_a_micro_batch_changes_no_gradient(tmp_path: Path, llama: Pa
         some = ("train.batch_size=4", f"train.micro_batch_size={micro}", "train.max_steps=1", "data.packing=false")
         norms[micro] = values(train(recipe, *some, "eval.samples=0"), "step", "grad_norm")[0]
     assert norms[1] == pytest.approx(norms[4], rel=2e-2)  # in bf16
+
+
+def test_what_ran_out_of_memory_is_compared_again(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pairs in smaller micro-batches, each counted once."""
+    real, calls = loop.forward_backward, iter(range(10_000))
+
+    def failing(*arguments: Any) -> Any:
+        if next(calls) == 2:  # of the first step, behind those of the dry run
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB.")
+        return real(*arguments)
+
+    recipe = write_recipe(tmp_path, llama, "dpo")
+    some = ("train.batch_size=4", "train.micro_batch_size=4", "train.max_steps=2", "eval.samples=0")
+    monkeypatch.setattr(loop, "forward_backward", failing)
+    recorder = train(recipe, *some, "train.gradient_checkpointing=true", "data.packing=false")
+    assert len(recorder.of("recovered")) == 1
+    told = [event.as_dict() for event in recorder.of("preference") if not event.as_dict()["evaluated"]]
+    assert [(event["step"], event["compared"]) for event in told] == [(1, 4), (2, 4)]
+
+
+def test_what_was_learned_from_pairs_is_exported_as_any_adapter(tmp_path: Path, llama: Path) -> None:
+    """The rows' own loss is delivered, whatever the objective was: an export measures it again and compares."""
+    recipe, recorder = write_recipe(tmp_path, llama, "dpo"), Recorder()
+    train(recipe, *ALL)
+    exported = api.merge_and_export(run_dir(recipe), to="hf", sink=recorder)
+    assert exported.fidelity and all(line.kl < 0.05 for line in exported.fidelity)
+    assert any("is the one that was trained" in said for said in notices(recorder, "verify"))
 
 
 @pytest.mark.parametrize(

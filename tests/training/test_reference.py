@@ -66,11 +66,16 @@ def test_a_run_that_goes_on_with_an_adapter_compares_with_that(tmp_path: Path, l
     second = write_recipe(tmp_path / "second", llama, "dpo", name="on")
     second.write_text(second.read_text() + f'[lora]\nfrom = "{run_dir(first)}"\n')
     keys = [key for key in ALL if not key.startswith("lora.")]
-    begun = train(second, *keys, stop_after=3)
+    begun = train(second, *keys, stop_after=4)
     at_first = next(event.as_dict() for event in begun.of("preference"))
-    assert abs(at_first["margin"]) < 0.05  # compared with itself
+    assert abs(at_first["margin"]) < 0.05 and at_first["kl"] == pytest.approx(0, abs=1e-6)  # compared with itself
+    assert [event.as_dict()["kl"] for event in begun.of("preference") if event.as_dict()["evaluated"]][-1] > 1e-6
     shutil.rmtree(run_dir(second) / reference.FOLDER)
-    train(second, *keys, mode="resume", stop_after=4)
+    train(second, *keys, mode="resume")
+    seldom = second.with_name("seldom.toml")  # asked where it began no more than at its ends
+    seldom.write_text(second.read_text())
+    train(seldom, *keys, "eval.every_steps=100")
+    assert hashes(seldom, 8) == hashes(second, 8)
     assert (run_dir(second) / reference.FOLDER).is_dir()
     shutil.rmtree(run_dir(second) / reference.FOLDER)
     shutil.rmtree(run_dir(second) / "start")

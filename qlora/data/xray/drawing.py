@@ -64,7 +64,14 @@ def _row(split: PreparedSplit, row: int, tokenizer: PreTrainedTokenizerBase) -> 
     tokens = split.rows[row]
     ids, trained = tokens.input_ids[:MAX_TOKENS], [weight != 0 for weight in tokens.loss_weights[:MAX_TOKENS]]
     pieces = tuple(_pieces(ids, trained, tokenizer))
-    return DrawnRow(split.wheres[row], split.sources[row], split.lengths[row], split.trained[row], pieces)
+    worse = any(weight < 0 for weight in tokens.loss_weights)
+    return DrawnRow(
+        split.wheres[row] + (" (the worse answer)" if worse else ""),
+        split.sources[row],
+        split.lengths[row],
+        split.trained[row],
+        pieces,
+    )
 
 
 def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:

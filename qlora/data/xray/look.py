@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
+from qlora.data.judged_splits import apart, unit_size
 from qlora.data.prepare import PreparedData
 from qlora.data.row_cache import RowReport, SourceCounts
 from qlora.data.token_cache import PreparedSplit
@@ -119,10 +120,15 @@ class Seen:
 
 
 def look(
-    base: str, data: DataSection, chat: ChatTokenizer, prepared: PreparedData, packs: Sequence[Sequence[int]], rows: int
+    base: str,
+    data: DataSection,
+    chat: ChatTokenizer,
+    prepared: PreparedData,
+    packs: Sequence[tuple[int, ...]],
+    rows: int,
 ) -> Seen:
     """Look at the rows of a recipe's [data]. `packs`: of the first epoch; `rows`: so many of them are drawn."""
-    ids = tokens.Ids.of(chat)
+    ids, packs = tokens.Ids.of(chat), apart(prepared.train, packs, data.max_length)
     train_facts, answers = tokens.look(prepared.train, ids)
     train = _split(prepared.train, train_facts, ids)
     evaluation, leaked = None, None
@@ -196,15 +202,22 @@ def _split(split: PreparedSplit, facts: tokens.RowFacts, ids: tokens.Ids) -> Spl
         not_ended=_found(split, not_ended.tolist()),
         bos=None if ids.bos is None else (bos[0], bos[1], bos[2]),
         copies=_pairs(split, list(zip(again.tolist(), original.tolist(), strict=True))),
-        alike=_pairs(split, near.pairs),
+        alike=_pairs(split, [pair for pair in near.pairs if not _of_one(split, *pair)]),
         compared=near.compared,
         all_compared=near.whole,
-        conflicting=_found(split, _conflicting(facts)),
+        conflicting=_found(split, _conflicting(split, facts)),
     )
 
 
-def _conflicting(facts: tokens.RowFacts) -> list[int]:
+def _of_one(split: PreparedSplit, row: int, other: int) -> bool:
+    """Whether two rows are the answers of one pair."""
+    return unit_size(split) > 1 and row // 2 == other // 2
+
+
+def _conflicting(split: PreparedSplit, facts: tokens.RowFacts) -> list[int]:
     """Rows whose question other rows answer otherwise."""
+    if split.preference is not None:  # what such rows are for
+        return []
     distinct = numpy.unique(numpy.stack([facts.questions, facts.answers], 1), axis=0)
     questions, answers = numpy.unique(distinct[:, 0], return_counts=True)
     disputed = questions[(answers > 1) & (questions != 0)]

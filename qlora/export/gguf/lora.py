@@ -40,9 +40,14 @@ def check(adapter: Adapter) -> None:
 def check_layout(adapter: Adapter, layout: Layout) -> None:
     """Raises ExportError where llama.cpp would not look for the adapter of a weight that this one has."""
     for tensor in layout.tensors:
-        if tensor.parameter in adapter.lora and not (tensor.adapts and len(tensor.stored) == 2):
+        adapted = tensor.parameter in adapter.lora or tensor.projection in adapter.lora
+        if adapted and not (tensor.adapts and len(tensor.stored) == 2):
             what = f"{adapter.folder}: llama.cpp computes with {tensor.name} without a look for an adapter"
             raise ExportError(what, "merge it instead: to='gguf'")
+    placed = {tensor.parameter for tensor in layout.tensors}
+    if lost := sorted(adapter.lora.keys() - placed):
+        what = f"{adapter.folder}: {lost[0]} has an adapter and no place of its own in a GGUF file"
+        raise ExportError(what, "merge it instead: to='gguf'")
 
 
 def planned_bytes(adapter: Adapter, layout: Layout) -> int:

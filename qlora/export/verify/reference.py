@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from qlora.data.chat import ChatFormat
+from qlora.data.judged_splits import with_packing
 from qlora.data.loader import collate
 from qlora.device import release
 from qlora.errors import ExportError
@@ -169,7 +170,8 @@ def _compare_loss(source: Source, model: Any, sink: Sink) -> ComparedLoss | None
         sink.emit(Notice("verify", message))
         return None
     section = source.rows.section.model_copy(update={"packing": source.delivered.packing})
-    rows = evaluation.EvalRows(source.rows.data.eval, section, source.rows.chat.pad_id, source.delivered.packs_at_once)
+    split = with_packing(source.rows.data.eval, section.packing)
+    rows = evaluation.EvalRows(split, section, source.rows.chat.pad_id, source.delivered.packs_at_once)
     return evaluation.compare(model, rows, source.delivered, sink)
 
 

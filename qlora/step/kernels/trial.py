@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from qlora.device import is_card
+from qlora.device import computes_bf16, is_card
 from qlora.errors import foreign_failures
 from qlora.step.kernels import experts, operators
 from qlora.step.kernels.experts import Packed
@@ -38,8 +38,10 @@ def _right(device: torch.device) -> bool:
 
 
 def multiplies_experts(device: torch.device) -> bool:
-    """As `work`, of the product with experts in 4 bit."""
-    return is_card(device) and find_spec("triton") is not None and _right_with_experts(device)
+    """As `work`, of the product with experts in 4 bit; from Ampere on, for which Triton has tensor cores (for Turing it
+    makes single sums of the product, 255 registers with 400 bytes spilled: torch's chunks are faster)."""
+    may = is_card(device) and computes_bf16(device) and find_spec("triton") is not None
+    return may and _right_with_experts(device)
 
 
 @lru_cache(8)

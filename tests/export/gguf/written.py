@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,7 +43,13 @@ def write_base(
     return write_planned(base, change(plan(base, None, Tokens(), quants)), plain_tensors(base), out)
 
 
-def write_planned(base: BaseFolder, planned: GgufPlan, tensors: Sequence[MergedTensor], out: Path) -> dict[str, Path]:
+def write_planned(
+    base: BaseFolder,
+    planned: GgufPlan,
+    tensors: Sequence[MergedTensor],
+    out: Path,
+    importance: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> dict[str, Path]:
     """Write these tensors of the base as `planned`, a file for each quant of the plan."""
     quants = tuple(planned.choices)
     general = general_keys(About.of(base, "tiny", ["rows"]), "model", planned.vocab.strips_after_specials)
@@ -57,7 +65,7 @@ def write_planned(base: BaseFolder, planned: GgufPlan, tensors: Sequence[MergedT
     ]
     finals = {quant: out / quant for quant in quants}
     with StagedExport.open(finals, {}, 1 << 20) as workshop:
-        write(planned.layout, tensors, files, workshop, Tools(planned.library, {}), Recorder())
+        write(planned.layout, tensors, files, workshop, Tools(planned.library, importance), Recorder())
         for quant in quants:
             workshop.publish(quant)
     return {quant: finals[quant] / f"{quant}.gguf" for quant in quants}

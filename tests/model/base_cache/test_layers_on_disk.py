@@ -177,7 +177,7 @@ def test_without_room_on_the_disk_as_well(base: Path, short: None, monkeypatch: 
         patch.setattr(keeping, "available_ram", lambda: 1000)
         with pytest.raises(UserError) as caught:
             load(base, cache="auto", place=STREAMED)
-        assert "of RAM 0.00 GiB are free" in caught.value.what and "QLORA_CACHE" in caught.value.hint
+        assert "of RAM 1.0 KiB are free" in caught.value.what and "QLORA_CACHE" in caught.value.hint
     load(base)
     monkeypatch.setattr(disk, "free_bytes", lambda path: 0)
     assert files_of(load(base, place=STREAMED)[0])

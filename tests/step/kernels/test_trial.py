@@ -79,6 +79,9 @@ def test_a_card_multiplies_experts_where_triton_is_and_what_that_gives_is_right(
         assert trial.multiplies_experts(CPU)  # the twins stand in for the kernels
         monkeypatch.setattr(trial, "find_spec", lambda name: None)
         assert not trial.multiplies_experts(CPU)
+        monkeypatch.setattr(trial, "find_spec", lambda name: name)
+        monkeypatch.setattr(trial, "computes_bf16", lambda device: False)  # a T4, without bf16
+        assert not trial.multiplies_experts(CPU)
     trial._right_with_experts.cache_clear()
 
 

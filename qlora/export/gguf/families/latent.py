@@ -139,11 +139,14 @@ _READS = TRAINING | {
 }
 _FIXED: Mapping[str, tuple[Any, ...]] = {"rope_interleave": (True, None)}
 _BIAS = {"e_score_correction_bias": "e_score_correction.bias"}
+# A file of adapters on these loads and changes nothing (shown): the graph multiplies by them as by plain matrices.
+_PASSED_OVER = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "self_attn.q_proj", "lm_head")
 _DEEPSEEK = Family(
     gguf.MODEL_ARCH.DEEPSEEK2,
     "silu",
     partial_rope=True,
     head="own",
+    unadapted=_PASSED_OVER,
     renamed=_BIAS,
     places=_latent_places,
     rope=_rope,
