@@ -38,6 +38,7 @@ def start_from_inputs(model: PeftModel, batches: list[Batch], adapter: str) -> N
         model,
         dataloader=batches,
         forward_fn=forward,
+        gather_distributed_inputs=False,  # of several processes the first starts alone, and tells the others
         prepare_model_inputs_fn=trained_positions,
         adapter_name=adapter,
         show_progress_bar=False,

@@ -83,6 +83,8 @@ class Channel:
             self._gradients = dist.new_group(backend="nccl", timeout=limit) if on_card else self._words
         except (RuntimeError, ValueError) as error:
             raise _gone(place, " ".join(str(error).split())[:200]) from error
+        if on_card:  # NCCL takes its buffers now, so that what is free is known when the run is planned
+            self.add(torch.zeros(1, device=device))
 
     def tell(self, word: Word | None, seconds: float = WORD_SECONDS) -> Word:
         """Process 0's word, to all."""

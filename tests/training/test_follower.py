@@ -86,6 +86,30 @@ def test_they_end_where_one_does(tmp_path: Path, llama: Path, alone: dict[str, P
     assert len(said) == 1 and said[0]["count"] == count
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("memory.stream_weights=true", "memory.offload_activations=true"),
+        ('lora.init="eva"',),
+        ("lora.use_dora=true",),
+        ('lora.modules_to_save=["lm_head"]', "train.gradient_checkpointing=true"),
+    ],
+)
+def test_so_do_other_ways_to_train(tmp_path: Path, llama: Path, keys: tuple[str, ...]) -> None:
+    """Where weights lie and what is trained is each process's own, and begins as process 0 begins."""
+    one = together(tmp_path / "one", llama, 1, "train.max_steps=3", "eval.samples=0", *keys)
+    two = together(tmp_path / "two", llama, 2, "train.max_steps=3", "eval.samples=0", *keys)
+    assert apart(one, two, 3) <= 1e-6
+
+
+@pytest.mark.slow
+def test_they_go_on_with_an_adapter(tmp_path: Path, llama: Path, alone: dict[str, Path]) -> None:
+    keys = ("train.max_steps=2", "eval.samples=0", f'lora.from="{run_dir(alone["true"])}"')
+    one, two = (together(tmp_path / str(count), llama, count, *keys) for count in (1, 2))
+    assert apart(one, two, 2) <= 1e-6
+
+
 def stops_after(step: int) -> Hook:
     """The process gets a SIGTERM of its own as it comes to the step after that one."""
 
