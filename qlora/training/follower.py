@@ -18,7 +18,7 @@ import torch
 
 from qlora import determinism, loss_scale, numerics
 from qlora.device import release_memory
-from qlora.errors import ModelError, QloraError, RunFolderError
+from qlora.errors import ModelError, QloraError, RunFolderError, TrainingStopped
 from qlora.events import Sinks
 from qlora.foreign_json import checked
 from qlora.guarded import Attempt, Guarded
@@ -43,6 +43,7 @@ from qlora.training.processes import (
     copy_state,
     show_failure,
     shown,
+    trained,
 )
 from qlora.training.setup import Job, prepare_job
 
@@ -122,6 +123,10 @@ class Following(Training):
         self._take(word["settings"])
 
     def take_state(self, word: Word) -> None:
+        if word["trained"] != trained(self.optimizer):
+            show_failure(self.channel, TrainingStopped.exit_code, word["parameters"])
+            what = f"{self.channel.place}: what is trained here has other names or shapes than in process 0"
+            raise TrainingStopped(what, "give every machine the same versions of qlora, transformers and peft")
         shown(self.channel, self.optimizer, FINE, step=1)
         copy_state(self.channel, self.optimizer, word["counters"])
 

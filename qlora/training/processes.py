@@ -189,6 +189,12 @@ def add_up(channel: Channel, optimizer: AdapterOptimizer, losses: Tensor, comple
     channel.add(losses)
 
 
+def trained(optimizer: AdapterOptimizer) -> str:
+    """sha256 of names and shapes of what is trained: processes exchange it in one order, without names."""
+    shapes = [(key, list(master.shape)) for key, master in optimizer.masters.items()]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
 def copy_state(channel: Channel, optimizer: AdapterOptimizer, counters: Mapping[str, int]) -> None:
     """Process 0's masters and moments, in every process; `counters` are its numbers of updates."""
     if channel.place.rank:
@@ -329,7 +335,8 @@ class Leader(Partners):
         if self._have_state:
             return
         _, counters = self.optimizer.state()
-        self.channel.tell({"do": "state", "counters": counters, "parameters": len(self.optimizer.masters)})
+        word = {"do": "state", "counters": counters, "parameters": len(self.optimizer.masters)}
+        self.channel.tell({**word, "trained": trained(self.optimizer)})
         rank, code = shown(self.channel, self.optimizer, FINE, step=1).worst
         if code != FINE:
             self._failed(rank, code)

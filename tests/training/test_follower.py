@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora.errors import DoesNotFit
+from qlora.memory.changes import changed
 from qlora.model.load import load_base
 from qlora.report.files import read_events
 from qlora.training import follower, processes
@@ -132,12 +133,12 @@ def at_step(step: int, do: Any) -> Hook:
     def hook() -> None:
         compute = Following.compute
 
-        def changed(training: Following, word: Any) -> Any:
+        def doing(training: Following, word: Any) -> Any:
             if word["step"] == step:
                 do(training)
             return compute(training, word)
 
-        Following.compute = changed  # type: ignore[method-assign]
+        Following.compute = doing  # type: ignore[method-assign]
 
     return hook
 
@@ -284,3 +285,14 @@ def test_another_machine_s_other_rows_are_refused(tmp_path: Path, llama: Path) -
     recipe = write_recipe(tmp_path, llama)
     ended = train(recipe, 2, *FAST, hooks={1: hook})
     assert ended.codes == [4, 2] and "process 1 of 2: the rows" in ended.said[1], ended.said
+
+
+@pytest.mark.slow
+def test_another_model_than_the_first_process_trains_is_refused(tmp_path: Path, llama: Path) -> None:
+    def hook() -> None:
+        recipe_of = follower._recipe
+        follower._recipe = lambda word: changed(recipe_of(word), {"lora.r": 4})
+
+    recipe = write_recipe(tmp_path, llama)
+    ended = train(recipe, 2, *FAST, hooks={1: hook})
+    assert ended.codes == [4, 4] and "other names or shapes" in ended.said[1], ended.said
