@@ -125,7 +125,8 @@ class Preferred(Event):
     """How pairs of answers (of kto: answers) were told apart: of a step's rows before its update, or `evaluated`.
 
     `accuracy` is a share of 0 to 1; rewards are means over answers (`step/objectives.py`). `divergence` is KTO's, in
-    nats an answer; `kl` that of the reference from the model on evaluation rows, in nats a token. None: not measured.
+    nats an answer; `kl` that of the reference from the model on evaluation rows, in nats a token; `likelier` the share
+    of pairs whose better answer has the higher log-probability a token. None: not measured.
     """
 
     kind: ClassVar[str] = "preference"
@@ -138,6 +139,7 @@ class Preferred(Event):
     worse_reward: float | None
     divergence: float | None
     kl: float | None = None
+    likelier: float | None = None
 
 
 @dataclass(frozen=True)

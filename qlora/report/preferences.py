@@ -35,11 +35,21 @@ def section(evaluations: Mapping[int, Preference]) -> Iterator[Element]:
     if not evaluations:
         return
     yield element("h2", "Better and worse answers")
-    heads = ("step", "compared", "told apart", "margin", "better reward", "worse reward", "divergence", "KL")
+    heads = (
+        "step",
+        "compared",
+        "told apart",
+        "margin",
+        "better reward",
+        "worse reward",
+        "divergence",
+        "KL",
+        "likelier, share",
+    )
     rows: list[Sequence[str]] = []
     for step in sorted(evaluations)[-_MOST:]:
         one = evaluations[step]
-        figures = (one.margin, one.better_reward, one.worse_reward, one.divergence, one.kl)
+        figures = (one.margin, one.better_reward, one.worse_reward, one.divergence, one.kl, one.likelier)
         shown = ["" if value is None else f"{value:.4f}" for value in figures]
         rows.append([f"{step:,}", f"{one.compared:,}", f"{100 * one.accuracy:.1f} %", *shown])
     yield table(heads, rows)

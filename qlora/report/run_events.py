@@ -78,6 +78,7 @@ class Preference(Read):
     worse_reward: float | None = None
     divergence: float | None = None
     kl: float | None = None
+    likelier: float | None = None
 
 
 class Routing(Read):

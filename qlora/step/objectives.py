@@ -61,13 +61,14 @@ class Figures(NamedTuple):
     """
 
     compared: float  # pairs, of kto answers
-    right: float  # of these, in which the better answer has the higher reward (of kto: a good one more than 0)
+    right: float  # of these, whose better answer has the higher reward, ties half (of kto: a good one over z)
     better: float  # answers
     worse: float
     better_reward: float  # sums
     worse_reward: float
     loss: float  # of all tokens of all answers, in nats
     tokens: float
+    likelier: float  # pairs whose better answer is the likelier one, a token; 0 of kto
 
     @classmethod
     def of(cls, values: Iterable[Tensor]) -> Figures:
@@ -163,11 +164,12 @@ class PreferenceObjective:
         if self.keys.objective == "kto":
             right = answers.signs_R * (rewards_R - self.keys.strength * self.divergence) > 0
         else:
-            right = rewards_R[0::2] > rewards_R[1::2]
-        ones = torch.ones_like(right)
+            right = 0.5 + 0.5 * torch.sign(rewards_R[0::2] - rewards_R[1::2])  # the same model says: half
+        ones, means_R = torch.ones_like(right), answers.means_R
+        likelier = torch.zeros_like(right) if self.keys.objective == "kto" else means_R[0::2] > means_R[1::2]
         values = (
             *(ones, right, good_R, ~good_R),
             *(torch.where(good_R, rewards_R, 0.0), torch.where(good_R, 0.0, rewards_R)),
-            *(-answers.logprobs_R, answers.tokens_R),
+            *(-answers.logprobs_R, answers.tokens_R, likelier),
         )
         return torch.stack([value.double().sum() for value in values])

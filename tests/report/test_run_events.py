@@ -18,7 +18,7 @@ WRITTEN: tuple[Event, ...] = (
     events.Notice("a", "b", 3),
     events.StepDone(1, 0.1, 2.0, 1e-3, 0.5, 100, 40, 50.0, 1 << 20, 2.0),
     events.Evaluated(0, None, None, 0.5, 3, False),
-    events.Preferred(1, True, 8, 0.75, 0.5, 0.25, -0.25, None, 0.01),
+    events.Preferred(1, True, 8, 0.75, 0.5, 0.25, -0.25, None, 0.01, 0.5),
     events.Routed(1, (1.0, 0.5), (0.25, 0.5), (0.0, 0.125)),
     events.Sampled(1, "a", "b", "c", "d"),
     events.Saved("adapter", 1, "p", 3),
