@@ -111,11 +111,19 @@ def opens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
-def test_a_mixture_is_trained_to_a_verified_gguf(family: str, tmp_path: Path) -> None:
-    """By the run itself: each weight compared, llama.cpp's predictions measured; beside it the adapter alone."""
+@pytest.mark.parametrize("experts", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["beside", "experts"])
+def test_a_mixture_is_trained_to_a_verified_gguf(family: str, experts: bool, tmp_path: Path) -> None:
+    """By the run itself: each weight compared, llama.cpp's predictions measured; with adapters on experts too."""
     base = make_base(family, tmp_path / "base", shards=2, overrides=AS_GGUF.get(family))
     recipe = runs.write_recipe(tmp_path, base)
-    runs.train(recipe, *SETTINGS, "export.imatrix=true", 'export.formats=["gguf:f32", "gguf:q8_0", "gguf:mxfp4_moe"]')
+    of_experts = f"lora.experts={'true' if experts else 'false'}"
+    runs.train(
+        recipe,
+        *SETTINGS,
+        of_experts,
+        "export.imatrix=true",
+        'export.formats=["gguf:f32", "gguf:q8_0", "gguf:mxfp4_moe"]',
+    )
     made = runs.run_dir(recipe) / "export"
     lines = {}
     for quant in ("f32", "q8_0", "mxfp4_moe"):
