@@ -183,7 +183,7 @@ LINES = {
             "families",
             "architectures",
         ),
-        *("encode", "quant_mixes", "plan", "write", "lora", "same_model"),
+        *("packed", "encode", "quant_mixes", "plan", "write", "lora", "same_model"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent", "mixtures", "latent"],
     "study": [
