@@ -183,7 +183,7 @@ LINES = {
             "families",
             "architectures",
         ),
-        *("encode", "quant_mixes", "plan", "write", "lora", "same_model"),
+        *("packed", "encode", "quant_mixes", "plan", "write", "lora", "same_model"),
     ],
     "export.gguf.families": ["llama_like", "windowed", "layer_norm", "gemma", "recurrent", "mixtures", "latent"],
     "study": [
@@ -279,6 +279,7 @@ LINES = {
             "weight_streaming",
             "head_streaming",
             "weight_receiving",
+            "weight_moving",
             "precision",
             "base_cache",
             "expert_loading",

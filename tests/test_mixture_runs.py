@@ -111,11 +111,19 @@ def opens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
-def test_a_mixture_is_trained_to_a_verified_gguf(family: str, tmp_path: Path) -> None:
-    """By the run itself: each weight compared, llama.cpp's predictions measured; beside it the adapter alone."""
+@pytest.mark.parametrize("experts", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["beside", "experts"])
+def test_a_mixture_is_trained_to_a_verified_gguf(family: str, experts: bool, tmp_path: Path) -> None:
+    """By the run itself: each weight compared, llama.cpp's predictions measured; with adapters on experts too."""
     base = make_base(family, tmp_path / "base", shards=2, overrides=AS_GGUF.get(family))
     recipe = runs.write_recipe(tmp_path, base)
-    runs.train(recipe, *SETTINGS, "export.imatrix=true", 'export.formats=["gguf:f32", "gguf:q8_0", "gguf:mxfp4_moe"]')
+    of_experts = f"lora.experts={'true' if experts else 'false'}"
+    runs.train(
+        recipe,
+        *SETTINGS,
+        of_experts,
+        "export.imatrix=true",
+        'export.formats=["gguf:f32", "gguf:q8_0", "gguf:mxfp4_moe"]',
+    )
     made = runs.run_dir(recipe) / "export"
     lines = {}
     for quant in ("f32", "q8_0", "mxfp4_moe"):
@@ -237,3 +245,12 @@ def test_a_dense_base_has_no_experts_to_train(tmp_path: Path, monkeypatch: Any) 
     monkeypatch.setattr("qlora.model.load.load_base", None)
     with pytest.raises(UserError, match=r"lora.experts = true: the base is no mixture of experts"):
         runs.train(recipe, *WITH_EXPERTS)
+
+
+def test_experts_that_are_streamed_are_trained_alike(tmp_path: Path) -> None:
+    """Their adapters stay where they are trained, and their weights come a layer at a time: the same bits."""
+    base = make_base("qwen3_moe", tmp_path / "base")
+    one, other = (runs.write_recipe(tmp_path / name, base) for name in ("resident", "streamed"))
+    runs.train(one, *WITH_EXPERTS, "train.max_steps=2", "memory.stream_weights=false")
+    runs.train(other, *WITH_EXPERTS, "train.max_steps=2", "memory.stream_weights=true")
+    assert runs.hashes(one, 2) == runs.hashes(other, 2)

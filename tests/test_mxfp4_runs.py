@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -91,3 +92,43 @@ def adapted(run_dir: Path, base: Path, folder: Path) -> None:
         ours = ours.float()(input_ids=ids).logits
     assert (merged - wanted).norm() < 0.2 * (untuned - wanted).norm()  # attention is rounded to bf16 once more
     assert (ours - merged).norm() < 1e-5 * merged.norm()
+
+
+def test_experts_in_mxfp4_are_trained_and_merged_in_16_bit(tmp_path: Path) -> None:
+    """Adapters on experts that stay in their published form: stopped and gone on with, opened by plain peft; written in
+    16 bit with what was learned in them, and config.json says nothing of MXFP4."""
+    base = make_base(tmp_path / "base", shards=2)
+    settings = (*SETTINGS, "lora.experts=true", "lora.r=4")
+    one, other = (runs.write_recipe(tmp_path / name, base) for name in ("straight", "stopped"))
+    sink = runs.train(one, *settings)
+    runs.train(other, *settings, stop_after=2)
+    runs.train(other, *settings, mode="resume")
+    assert runs.hashes(one, STEPS) == runs.hashes(other, STEPS)
+    said = [event.message for event in sink.events if isinstance(event, Notice)]
+    assert any("stay in MXFP4 as published" in message for message in said)
+    assert any("adapters on the" in message and "of each of 4 projections" in message for message in said)
+    run_dir = runs.run_dir(one)
+    exported = api.merge_and_export(run_dir, to="hf", merge_base="full", sink=Recorder())
+    assert all(check[2] for check in exported.checks)
+    assert next(line for line in exported.fidelity if line.name == "hf").kl <= MOST_KL
+    written: dict[str, torch.Tensor] = {}
+    for file in exported.folder.glob("*.safetensors"):
+        written |= load_file(file)
+    assert not any(name.endswith(PACKED) for name in written)
+    assert {written[name].dtype for name in written if name.endswith("experts.gate_up_proj")} == {torch.bfloat16}
+    assert "quantization_config" not in json.loads((exported.folder / "config.json").read_text())
+    adapted(run_dir, base, exported.folder)
+
+
+def test_streamed_and_read_from_the_cache_it_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert's bytes go through a layer's blob, of the host and of a kept base."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    base, found = make_base(tmp_path / "base"), []
+    ways = (("memory.cache=false",), ("memory.cache=true",), ("memory.cache=true", "memory.stream_weights=true"))
+    for number, keys in enumerate(ways):
+        recipe = runs.write_recipe(tmp_path / str(number), base)
+        sink = runs.train(recipe, *SETTINGS, "train.max_steps=2", *keys)
+        found.append(runs.hashes(recipe, 2))
+        said = [event.message for event in sink.events if isinstance(event, Notice)]
+        assert any("from the cache" in one for one in said) == (number == 2)
+    assert found[0] == found[1] == found[2]

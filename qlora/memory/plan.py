@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import Changes, changed, differences, halved, mildest, toml_value, value_of
@@ -223,3 +224,12 @@ def _speed(plan: Plan) -> tuple[float, float, int]:
     settings = plan.estimate.settings
     recomputes, rows = settings["train.gradient_checkpointing"], settings["train.micro_batch_size"]
     return plan.estimate.tokens_per_second, -float("inf") if recomputes is True else -recomputes, rows
+
+
+def as_event(plan: Plan) -> dict[str, Any]:
+    """What a plan event says about memory: plain values."""
+    estimate = plan.estimate.as_dict()
+    of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
+    keys = (*of_bytes, "fits", "components", "phases", "settings", "notes")
+    of_speed = {"tokens_per_second": estimate["tokens_per_second"], "reasons": dict(plan.reasons)}
+    return {**{key: estimate[key] for key in keys}, **of_speed, "changes": dict(plan.changes)}

@@ -175,7 +175,7 @@ def _written(work: Work) -> _Work:
 
 def _read(work: _Work) -> Work:
     def read(operations: _Operations) -> Operations:
-        return tuple((Operation(*one[:3], *one[3:6]), one[6]) for one in operations)
+        return tuple((Operation(*one[:-1]), one[-1]) for one in operations)
 
     layers = tuple(Layers(group.count, read(group.up), read(group.down)) for group in work.layers)
     return Work(layers, read(work.outside), work.update)

@@ -232,12 +232,21 @@ def notices(model: nn.Module, quantization: QuantizationSection) -> Iterator[Not
             layers = len({owner for owner, _ in stacks})
             message = f"{count} experts in each of {layers} layers {how.format(size=size, rest=rest)}"
             yield Notice("quantization", message, len(stacks))
+    if unfit := sum(_is_unfit(one) for _, one in held):
+        message = "projections of experts whose sides the kernel does not fit, multiplied in more memory and time"
+        yield Notice("quantization", message, unfit)
     odd = sum(isinstance(one, Tensor) for _, one in held)
     if quantization.type != "none" and odd:
         message = (
             f"projections of experts that stay in 16 bit: {odd}, whose values are no multiple of {BLOCK} an expert"
         )
         yield Notice("quantization", message, odd)
+
+
+def _is_unfit(stack: Any) -> bool:
+    """Whether a run by the kernel multiplies with a stack in chunks."""
+    packed = isinstance(stack, step_experts.PackedStack) and stack.by == step_experts.IN_TRITON
+    return packed and not kernels.fits(stack.shape, stack.block)
 
 
 def fill(slab: Slab, read_rows: Callable[[int], Callable[[int, int], Tensor]], device: torch.device) -> None:

@@ -124,7 +124,7 @@ class Receiving:
 
     def _took(self, number: int, name: str, store: Keeper) -> None:
         layer = self.model.get_submodule(self.names[number])
-        _move(matrix_at(layer, name), store)
+        move_to(matrix_at(layer, name), store)
         self.missing[number].discard(name)
         if not self.missing[number]:
             wanted = self.wanted[number]
@@ -137,7 +137,7 @@ class Receiving:
         """All has come: from now on the model computes like any other, on its device. Raises ModelError if not all."""
         delattr(self.model, _KEPT)
         if self.place.host_embedding:
-            _put_on_host(self.model, self.tables, self.device, sink, bool(self.head))
+            put_on_host(self.model, self.tables, self.device, sink, bool(self.head))
         if self.store is None:
             return
         if lost := sorted(set(range(len(self.names))) - self.received.keys()):
@@ -153,11 +153,15 @@ class Receiving:
             tied = self.model.get_submodule(same[0]) if same else None
             streamed.beside.append(head_streaming.put_in(head, tied, self.device, sink))
             setattr(head, _ON_HOST, True)
-        held, slots = gib(streamed.total_bytes), gib(streamed.device_bytes)
-        message = f"weights are streamed: {len(layers)} layers ({held}) through {slots}"
-        if not hardware.is_card(self.device):
-            message += "; without a GPU that is the same memory, and nothing is saved"
-        sink.emit(Notice("memory", message, len(layers)))
+        say_streamed(streamed, self.device, sink)
+
+
+def say_streamed(streamed: StreamedWeights, device: torch.device, sink: Sink) -> None:
+    count, held, slots = len(streamed.layers), gib(streamed.total_bytes), gib(streamed.device_bytes)
+    message = f"weights are streamed: {count} layers ({held}) through {slots}"
+    if not hardware.is_card(device):
+        message += "; without a GPU that is the same memory, and nothing is saved"
+    sink.emit(Notice("memory", message, count))
 
 
 def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | None = None) -> Receiving:
@@ -167,7 +171,7 @@ def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | 
     if place.host_head and not lack_of(causal_lm):
         receiving.head = _host_head(causal_lm)
     if place.host_embedding:
-        receiving.tables = frozenset(_host_tables(causal_lm, receiving.head))
+        receiving.tables = frozenset(host_tables(causal_lm, receiving.head))
     if place.streams:
         if lack := lack_of(causal_lm):
             raise ModelError(f"memory.stream_weights: {type(causal_lm).__name__}: {lack}", HINT)
@@ -264,7 +268,7 @@ def bytes_on_device(model: Any, tensors: Iterable[Tensor]) -> int:
     return held + (streamed.device_bytes if streamed is not None else 0)
 
 
-def _move(matrix: Any, store: Keeper) -> None:
+def move_to(matrix: Any, store: Keeper) -> None:
     """A matrix and its constants to the host, or a stack of them; small tables stay."""
     if isinstance(matrix, nn.Parameter):
         matrix.requires_grad_(False)
@@ -275,7 +279,7 @@ def _move(matrix: Any, store: Keeper) -> None:
 # --- embeddings -------------------------------------------------------------------------------------------------------
 
 
-def _host_tables(causal_lm: Any, head: str) -> Iterator[str]:
+def host_tables(causal_lm: Any, head: str) -> Iterator[str]:
     """Names of the embeddings of ids whose table nothing else reads, but for a `head` that is on the host too."""
     main = causal_lm.get_input_embeddings()
     pairs = [{*pair} for pair in causal_lm.all_tied_weights_keys.items()]
@@ -296,7 +300,9 @@ def _host_head(causal_lm: Any) -> str:
     return names[id(head)] if head_streaming.saves(head) and all(one == pair for one in tied) else ""
 
 
-def _put_on_host(causal_lm: Any, tables: frozenset[str], device: torch.device, sink: Sink, with_head: bool) -> None:
+def put_on_host(
+    causal_lm: Any, tables: frozenset[str], device: torch.device, sink: Sink, with_head: bool = False
+) -> None:
     """Have embeddings looked up on the host, and say what that saves."""
     saved = 0
     for name in sorted(tables):

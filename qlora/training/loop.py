@@ -25,7 +25,7 @@ from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
 from qlora.memory.measured import measure, peak_bytes
 from qlora.memory.spilling import SpillWatch
-from qlora.model import adapters, attention, compiled, expert_check
+from qlora.model import adapters, attention, compiled, expert_check, weight_moving
 from qlora.model.adapter_folder import delivered_step
 from qlora.model.adapter_seal import damage
 from qlora.model.identity import Fingerprints
@@ -90,7 +90,8 @@ class Training:
         self.objective = objective_of(recipe.train)
         parameters = adapters.trainable(job.model)
         self.optimizer = AdapterOptimizer(parameters, recipe.train.optimizer, recipe.train.weight_decay)
-        self.recovery = OomRecovery(job.memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
+        memory = replace(job.memory, may_move=weight_moving.movable(self.causal_lm, recipe.memory, job.device))
+        self.recovery = OomRecovery(memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
@@ -409,6 +410,7 @@ class Training:
     def _apply(self, now: MemorySettings) -> None:
         """Take over the settings that memory decides about: at the start, and whenever it has run out."""
         self.checkpointer.saving.settle()  # a state that is being written has a copy in memory
+        weight_moving.move(self.causal_lm, now.place, self.job.device, self.sink)
         dropout = self.job.recipe.lora.dropout > 0
         inputs = offload.held_by(self.pool, now.offloaded, len(recomputable(self.causal_lm)))
         set_gradient_checkpointing(self.causal_lm, now.gradient_checkpointing, dropout, inputs=inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from qlora import device as device_now
 from qlora import numerics
@@ -41,6 +40,7 @@ class MemorySettings:
     place: Place = field(default_factory=Place)  # of the base's weights
     offload_activations: bool = False
     may_offload: bool = False  # on a GPU, where the recipe leaves it open
+    may_move: Place = field(default_factory=Place)  # of weights, to the host (`weight_moving`)
 
     @property
     def offloaded(self) -> bool | int:
@@ -48,13 +48,16 @@ class MemorySettings:
         return self.offload_activations and self.gradient_checkpointing
 
     def smaller(self) -> MemorySettings | None:
-        """The next smaller settings of a step: more layers recomputed, then their inputs on the host, which change no
-        number, then half the micro-batch; None at the end."""
+        """The next smaller settings of a step: more layers recomputed, their inputs and embeddings on the host, which
+        change no number, half the micro-batch, and at last layers on the host, which take time; None at the end."""
         if (more := recomputing.more(self.gradient_checkpointing, self.layers)) is not None:
             return replace(self, gradient_checkpointing=more)
         if self.may_offload and not self.offload_activations:
             return replace(self, offload_activations=True)
-        return self.fewer_rows()
+        if self.may_move.host_embedding and not self.place.host_embedding:
+            return replace(self, place=replace(self.place, host_embedding=True))
+        last = self.may_move.streams and not self.place.streams and self.gradient_checkpointing is True
+        return self.fewer_rows() or (replace(self, place=replace(self.place, streams=True)) if last else None)
 
     def fewer_rows(self) -> MemorySettings | None:
         return replace(self, micro_batch_size=self.micro_batch_size // 2) if self.micro_batch_size > 1 else None
@@ -160,15 +163,6 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     return replace(settings, layers=layers, offload_activations=moved, may_offload=free, place=place)
 
 
-def as_event(plan: Plan) -> dict[str, Any]:
-    """What a plan event says about memory: plain values."""
-    estimate = plan.estimate.as_dict()
-    of_bytes = ("peak_bytes", "error_bytes", "limit_bytes", "host_peak_bytes", "disk_bytes")
-    keys = (*of_bytes, "fits", "components", "phases", "settings", "notes")
-    of_speed = {"tokens_per_second": estimate["tokens_per_second"], "reasons": dict(plan.reasons)}
-    return {**{key: estimate[key] for key in keys}, **of_speed, "changes": dict(plan.changes)}
-
-
 def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str, int]] | None:
     """Predicted beside measured, part by part; on a GPU the pair is remembered for later estimates."""
     if settings.plan is None or settings.planner is None:
@@ -180,8 +174,9 @@ def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str,
     for part in ("weights", "adapters", "optimizer"):
         pairs[part] = {"predicted": estimate.components[part], "measured": getattr(measured, f"{part}_bytes")}
     planned, moved = settings.plan.recipe.train, settings.plan.recipe.memory.offload_activations is True
-    now = (settings.micro_batch_size, settings.gradient_checkpointing, settings.offload_activations)
-    unchanged = repr((planned.micro_batch_size, planned.gradient_checkpointing, moved)) == repr(now)  # 1 is not all
+    now = (settings.micro_batch_size, settings.gradient_checkpointing, settings.offload_activations, settings.place)
+    before = (planned.micro_batch_size, planned.gradient_checkpointing, moved, Place.of(settings.plan.recipe.memory))
+    unchanged = repr(before) == repr(now)  # 1 is not all
     if on_gpu and machine.gpu is not None and unchanged:
         factor = settings.planner.estimator.correction.factor
         predicted = round(estimate.tensor_bytes / factor)

@@ -103,4 +103,6 @@ def _describe(before: MemorySettings, after: MemorySettings) -> str:
         return f"{after.answers_at_once} instead of {before.answers_at_once} answers at once"
     if after.offload_activations != before.offload_activations:
         return "inputs of recomputed layers wait on the host from now on"
+    if after.place != before.place:
+        return f"{'layers' if after.place.streams else 'embeddings'} are on the host from now on"
     return f"the backward pass recomputes {layers_of(after.gradient_checkpointing)} from now on"

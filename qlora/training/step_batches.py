@@ -16,8 +16,9 @@ from qlora.data.layout import ON_CPU, Layout
 from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
 from qlora.events import Plan
+from qlora.memory.plan import as_event
 from qlora.recipe.sections import DataSection, TrainSection
-from qlora.training import memory_plan, schedule
+from qlora.training import schedule
 from qlora.training.memory_plan import MemorySettings
 
 Pack = tuple[int, ...]  # rows of the split
@@ -75,7 +76,7 @@ class StepBatches:
                 f"{packs} {unit} an epoch ÷ {batch} a step = {per_epoch} steps an epoch; "
                 f"{batch} {unit} a step = {math.ceil(batch / micro)} micro-batches of {micro}"
             ),
-            memory=None if now.plan is None else memory_plan.as_event(now.plan),
+            memory=None if now.plan is None else as_event(now.plan),
         )
 
     def longest(self, micro_batch_size: int) -> Batch:

@@ -116,3 +116,23 @@ def test_a_plain_copy_of_gpt_oss_is_merged_as_before(tmp_path: Path) -> None:
     trained(base, tmp_path / "adapter", KINDS["plain"])
     merge = merge_of(base, tmp_path / "adapter", dtype=torch.bfloat16)
     assert not merge.plan.in_mxfp4 and {tensor.dtype for tensor in merge.tensors()} == {torch.bfloat16}
+
+
+def test_adapters_on_experts_are_added_to_the_published_values(tmp_path: Path) -> None:
+    """As peft adds them to what transformers decodes, on either base: experts have one form in both."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    base = make_base(tmp_path / "base")
+    trained(base, tmp_path / "adapter", KINDS["plain"].model_copy(update={"experts": True}))
+    how = Mxfp4Config(dequantize=True)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=how).float()
+    model = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"), autocast_adapter_dtype=False)
+    wanted = model.merge_and_unload().state_dict()
+    for merge_base in ("full", "nf4"):
+        merge = merge_of(base, tmp_path / "adapter", merge_base=merge_base, quantization=NF4)
+        tensors = {tensor.name: tensor for tensor in merge.tensors()}
+        names = [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+        assert len(names) == 4 and set(names) <= set(merge.changed)
+        for name in names:
+            assert float((whole(tensors[name]) - wanted[name]).abs().max()) <= 1e-6 * float(wanted[name].abs().max())

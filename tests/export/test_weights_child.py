@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora.errors import ExportError
 from qlora.export.gguf import write
 from qlora.export.gguf.encode import encode
-from qlora.export.verify.weights_child import _product
+from qlora.export.verify.weights_child import _product, side_by_side
 from tests.export.cases import KINDS
 from tests.export.reopened import QUANTS, Case
 from tests.families import make_base
@@ -203,3 +203,13 @@ def test_sums_of_products_keep_their_size_whatever_it_is(scale: float) -> None:
         exact = float((first.double() * second.double()).sum())
         assert _product(first, second) == pytest.approx(exact, rel=1e-4)
     assert _product(torch.zeros(5), one[:5]) == 0.0
+
+
+def test_blocks_of_two_sizes_are_put_side_by_side() -> None:
+    """Experts are merged one by one, and read several at a time: rows meet rows of the same number."""
+    rows = torch.arange(14.0).view(7, 2)
+    pairs = [*side_by_side(rows.split([1, 1, 2, 3]), rows.split([3, 2, 2]))]
+    assert [len(one) for one, _ in pairs] == [1, 1, 2, 3]
+    assert all(torch.equal(one, other) for one, other in pairs)
+    (scalar,) = side_by_side([torch.tensor(1.0)], [torch.tensor(2.0)])
+    assert [float(value) for value in scalar] == [1.0, 2.0]

@@ -48,6 +48,14 @@ PUBLISHED = {
     "Gemma 4 26B-A4B": ("gemma4_text", GEMMA4, 13.16, 25.2),
 }
 
+# By the names that recipes have for them.
+BASES = {
+    "Qwen/Qwen3-30B-A3B": "Qwen3-30B-A3B",
+    "Qwen/Qwen3.6-35B-A3B": "Qwen3.6-35B-A3B",
+    "openai/gpt-oss-20b": "gpt-oss-20b",
+    "zai-org/GLM-4.7-Flash": "GLM-4.7-Flash",
+}
+
 
 def config_of(name: str) -> Any:
     from transformers import CONFIG_MAPPING

@@ -18,6 +18,7 @@ from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.units import gib
 from tests import all_families
 from tests.memory.cases import ask
+from tests.memory.mixture_shapes import BASES, folder_of
 from tests.memory.shapes import SHAPES, config_folder
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
@@ -73,16 +74,26 @@ def test_a_laptops_card_has_its_own_limit_and_the_same_peak(tmp_path: Path) -> N
     assert laptop.limit_bytes < desktop.limit_bytes and laptop.tensor_bytes == desktop.tensor_bytes
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+SLOW_RECIPES = ("glm-4.7-flash-24gb", "qwen3.6-35b-a3b-24gb", "gpt-oss-20b-16gb")  # mixtures: half a minute each
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in SLOW_RECIPES else [])
+        for file in sorted(RECIPES.glob("*.toml"))
+    ],
+)
 def test_every_recipe_fits_the_card_in_its_name(file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(file)
-    if recipe.model.base not in SHAPES:
-        mixtures = ("glm-4.7-flash-24gb", "qwen3.6-35b-a3b-24gb")  # tests/memory/test_mixture_bytes.py
-        assert file.stem in ("quickstart", "manuals", *mixtures)
+    mixture = BASES.get(recipe.model.base)
+    if recipe.model.base not in SHAPES and mixture is None:
+        assert file.stem in ("quickstart", "manuals")
         return
     named = file.stem.rpartition("-")[2]
     gigabytes = int(named[:-2]) if named.endswith("gb") else SMALLEST_CARD[file.stem]
-    local = changed(recipe, {"model.base": str(config_folder(recipe.model.base, tmp_path))})
+    folder = config_folder(recipe.model.base, tmp_path) if mixture is None else folder_of(mixture, tmp_path)
+    local = changed(recipe, {"model.base": str(folder)})
     limit = hardware.common_cards()[f"{gigabytes} GB"]
     estimate = api.estimate_memory(local, vram=f"{limit}B")
     assert estimate.fits, f"{gib(estimate.peak_bytes)} of {gib(limit)}"

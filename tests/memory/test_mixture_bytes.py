@@ -41,6 +41,7 @@ def held(model: Any) -> Iterator[Tensor]:
             yield tensor
 
 
+NAME = "Qwen3-30B-A3B"
 QUICK = ("gpt-oss-20b", "Gemma 4 26B-A4B")
 
 
@@ -102,3 +103,21 @@ def test_by_the_kernel_a_step_has_no_weights_in_16_bit() -> None:
         peaks[by] = [number / 2**20 for number in (phases["forward"].total, highest)]
     forward, highest = (one - other for one, other in zip(peaks[IN_CHUNKS], peaks[IN_TRITON], strict=True))
     assert 230 < forward < 252 and 120 < highest < 252
+
+
+@pytest.mark.slow
+def test_adapters_on_experts_of_qwen3_30b_take_what_was_counted() -> None:
+    """629 million values at rank 16: 12 bytes each with masters, gradients and 8-bit moments. Beside them nothing but
+    what is as narrow as the rank is kept, and a step of rank 4 is next to one without."""
+    peaks = {}
+    for rank in (4, 16):
+        lora = LoraSection(r=rank, experts=True)
+        simulator = Simulator(ModelSpec(config_of(NAME), NAME, lora, QuantizationSection(), target="cuda"))
+        simulation = simulator.run(Workload(1, 2048))
+        peaks[rank] = max(simulation.phases.values(), key=lambda peak: peak.total)
+        assert simulator.drawn.values.adapter / 1e6 == pytest.approx((629.1 + 13.4) * rank / 16, abs=0.1)
+    parts = peaks[16].parts
+    of_training = sum(parts[name] for name in ("adapters", "gradients", "optimizer"))
+    assert of_training == pytest.approx(12 * 642.5e6, rel=0.01)
+    assert peaks[4].total < 18.3 * GIB and peaks[16].total < 23.7 * GIB
+    assert abs(parts["activations"] - peaks[4].parts["activations"]) < 0.1 * GIB

@@ -91,6 +91,16 @@ def test_who_multiplies_is_what_the_run_says(monkeypatch: pytest.MonkeyPatch) ->
     assert experts.choose(dense, CPU, None) is None
 
 
+def test_what_the_kernel_does_not_fit_is_said() -> None:
+    """Of a run by the kernel: blocks of 64 in rows of 32 (the down projection of tiny experts) run over their ends."""
+    quantization, model = QuantizationSection(), make_model(make_config("qwen3_moe"))
+    experts.hold(model, quantization)
+    for by, said in ((step_experts.IN_TRITON, [2]), (step_experts.IN_CHUNKS, [])):
+        experts.compute_by(model, by)
+        found = experts.notices(model, quantization)
+        assert [notice.count for notice in found if "kernel does not fit" in notice.message] == said
+
+
 def test_slabs_are_multiplied_as_their_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decided as they are made: a backward pass computes layers in a thread of its own, which knows of no run."""
     shape, quantization = (2, 64, 64), QuantizationSection()

@@ -14,6 +14,7 @@ from qlora.events import Recorder
 from qlora.memory import calibration, hardware, host
 from qlora.memory.hardware import Machine
 from qlora.memory.measured import Measured
+from qlora.memory.plan import as_event
 from qlora.model import load
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.training import memory_plan
@@ -76,7 +77,7 @@ def test_auto_is_the_fastest_that_fits_and_the_plan_says_so(llama: Path, monkeyp
         limited = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"limit": f"{limit}B"})})
         settings = memory_plan.plan_run(limited, base, facts, Recorder())
         assert settings.plan is not None
-        memory = memory_plan.as_event(settings.plan)
+        memory = as_event(settings.plan)
         assert memory["limit_bytes"] == pytest.approx(0.95 * limit, rel=1e-6)
         assert memory["peak_bytes"] + memory["error_bytes"] <= memory["limit_bytes"]
         assert memory["changes"]["train.micro_batch_size"] == settings.micro_batch_size

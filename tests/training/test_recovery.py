@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 from qlora.errors import DoesNotFit
 from qlora.events import Recorder
 from qlora.model import adapters
+from qlora.model.weight_receiving import Place
 from qlora.step import forward
 from qlora.training import loop, memory_plan, selfcheck
 from qlora.training.evaluate import RunEvaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery, attempt
 from qlora.training.selfcheck import SelfCheck
+from tests.card import Card, rehearsal
 from tests.runs import hashes, run_dir, train, values, write_recipe
 
 RUN = (
@@ -329,3 +331,35 @@ def test_the_reason_is_told_without_the_whole_message() -> None:
         raise out_of_memory()
 
     assert attempt(work) == (None, "out of memory: Tried to allocate 2.00 GiB")
+
+
+def test_weights_go_to_the_host_before_a_run_ends(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings, which cost little, before rows are split; layers when nothing else is left. No number changes."""
+    settings = (*RUN, *ALL, "train.micro_batch_size=1", "lora.dropout=0", "memory.offload_activations=false")
+    plain, recipe = write_recipe(tmp_path / "plain", llama), write_recipe(tmp_path / "out", llama)
+    with rehearsal(monkeypatch, Card()):
+        train(plain, *settings)
+    with monkeypatch.context() as patch, rehearsal(patch, Card()):
+        fail_at(patch, 2, 4)
+        recorder = train(recipe, *settings)
+    said = [message.partition(": ")[2].partition(";")[0] for message in values(recorder, "recovered", "message")]
+    assert [one.rpartition(": ")[2] for one in said] == [
+        "embeddings are on the host from now on",
+        "layers are on the host from now on",
+    ]
+    assert hashes(recipe, 3) == hashes(plain, 3)
+    notices = values(recorder, "notice", "message")
+    assert any("weights are streamed: 2 layers" in one for one in notices)
+    with monkeypatch.context() as patch, rehearsal(patch, Card()):
+        fail_at(patch, 0, 1, 2)
+        with pytest.raises(DoesNotFit):
+            train(write_recipe(tmp_path / "none", llama), *settings)
+
+
+def test_rows_are_split_before_layers_are_streamed() -> None:
+    now = MemorySettings(2, True, layers=4, may_move=Place(True, True))
+    steps = []
+    while (smaller := now.smaller()) is not None:
+        now = smaller
+        steps.append((now.micro_batch_size, now.place.host_embedding, now.place.streams))
+    assert steps == [(2, True, False), (1, True, False), (1, True, True)]

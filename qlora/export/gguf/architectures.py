@@ -44,6 +44,11 @@ class Layout:
         return {tensor.name: tensor.stored for tensor in self.tensors}
 
     @property
+    def kept(self) -> set[str]:
+        """Names of the tensors whose values stay in MXFP4 as they were published."""
+        return {tensor.name for tensor in self.tensors if tensor.packed}
+
+    @property
     def inputs(self) -> list[tuple[str, str, Any]]:
         """Parameter, name in the file, and the order of the columns there (None: the parameter's) of each matrix and
         of each stack of experts."""
@@ -135,8 +140,8 @@ def _tensors(facts: Facts, family: Family) -> tuple[GgufTensor, ...]:
         )
         if places:
             placed = [_placed(parameter, tuple(shape), change, place) for place in places]
-            projection = of_experts.projection if of_experts else ""
-            tensors += [replace(tensor, adapts=adapts, projection=projection) for tensor in placed]
+            of = (of_experts.projection, of_experts.piece.form) if of_experts else ("", "")
+            tensors += [replace(one, adapts=adapts, projection=of[0], packed=of[1]) for one in placed]
             continue
         named = parameter
         for part, other in family.renamed.items():

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +76,8 @@ def places(tensor: ExpertTensor, shape: Shape, fused: bool) -> Sequence[Place]:
 
 def _of_all(tensor: ExpertTensor, shape: Shape, named: Sequence[str]) -> Sequence[Place]:
     """Of a tensor of all experts, rows of which are experts."""
+    if tensor.piece.form:
+        return _in_mxfp4(tensor, shape, named)
     out = shape[2] if tensor.transposed else shape[1]
     if len(named) == 1:
         return (Place(named[0], change=turned(tensor.transposed, slice(None), out)),)
@@ -81,6 +85,26 @@ def _of_all(tensor: ExpertTensor, shape: Shape, named: Sequence[str]) -> Sequenc
     return tuple(
         Place(name, change=turned(tensor.transposed, share, out)) for name, share in zip(named, shares, strict=True)
     )
+
+
+def _in_mxfp4(tensor: ExpertTensor, shape: Shape, named: Sequence[str]) -> Sequence[Place]:
+    """Of codes (E, out, in / 32, 16) or scales (E, out, in / 32), which are never stored transposed."""
+    count, out, width = shape[0], shape[1], shape[2] * 32
+    shares = [slice(None)]
+    if len(named) > 1:
+        shares = [slice(0, out, 2), slice(1, out, 2)]
+        if tensor.concatenated:
+            shares = [slice(0, out // 2), slice(out // 2, out)]
+    found = []
+    for name, share in zip(named, shares, strict=True):
+        stored = (count, len(range(*share.indices(out))), width)
+        change = replace(turned(False, share, out), shape=partial(_always, stored))
+        found.append(Place(name, stored=stored, change=change))
+    return found
+
+
+def _always(shape: Shape, _: Shape) -> Shape:
+    return shape
 
 
 def turned(transposed: bool, share: slice, out: int) -> Change:

@@ -113,6 +113,7 @@ class GgufTensor:
     adapts: bool = True
     rows: int | None = None  # of the parameter (None: as many as `shape` has)
     projection: str = ""
+    packed: str = ""  # of experts that stay in MXFP4: whether the parameter is their "blocks" or their "scales"
 
     @property
     def stored(self) -> Shape:

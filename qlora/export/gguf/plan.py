@@ -19,6 +19,8 @@ from qlora.model.base_folder import BaseFolder
 from qlora.model.meta_model import MetaModel, build
 from qlora.model.tokenizer_files import TokenizerFiles, read_files
 
+_KEPT = "experts stay in MXFP4, as they were published, in every quant: another type would round them a second time"
+
 
 @dataclass(frozen=True)
 class GgufPlan:
@@ -32,7 +34,8 @@ class GgufPlan:
     @property
     def notices(self) -> tuple[str, ...]:
         fallbacks = [f"{quant}: {notice}" for quant, choice in self.choices.items() if (notice := choice.notice())]
-        return (*self.layout.notices, *self.vocab.warnings, *fallbacks)
+        kept = [_KEPT] if self.layout.kept and self.choices else []
+        return (*self.layout.notices, *self.vocab.warnings, *fallbacks, *kept)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def plan(
     hparams = MixHparams(layout.layers, layout.heads, layout.kv_heads, layout.experts)
     named = list(layout.stored.items())
     choices = {quant: choose_types(quant, layout.arch, hparams, named, has_imatrix) for quant in quants}
+    choices = {quant: choice.keeping(layout.kept) for quant, choice in choices.items()}
     needed = any(QUANTS[quant].needs_library for quant in quants)
     return GgufPlan(layout, vocab, choices, find_library() if needed else None)
 

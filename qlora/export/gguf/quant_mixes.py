@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -115,6 +115,11 @@ class TypeChoice:
 
     types: Mapping[str, GGMLQuantizationType]
     fallbacks: tuple[Fallback, ...]
+
+    def keeping(self, names: Collection[str]) -> TypeChoice:
+        """The same but for tensors that are in MXFP4 already and stay so."""
+        fallbacks = tuple(fallback for fallback in self.fallbacks if fallback.name not in names)
+        return TypeChoice({**self.types, **dict.fromkeys(names, MXFP4)}, fallbacks)
 
     def notice(self) -> str | None:
         """The fallbacks in one line for the user; None when there are none."""

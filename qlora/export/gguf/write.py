@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlora.events import Progress, Sink
+from qlora.export.gguf import packed
 from qlora.export.gguf.architectures import Layout
 from qlora.export.gguf.encode import Encoding, begin, encode, encoding_threads
 from qlora.export.gguf.family import GgufTensor
@@ -83,7 +84,10 @@ def write(
         queue = _InOrder(pool)
         for number, tensor in enumerate(layout.tensors, 1):
             if number > staged.start:
-                _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools, queue)
+                if tensor.packed:
+                    _write_packed(tensor, layout, by_parameter, files, staged, queue)
+                else:
+                    _write_tensor(tensor, by_parameter[tensor.parameter], files, staged, tools, queue)
                 if number == len(layout.tensors) or layout.tensors[number].name != tensor.name:
                     queue.add(partial(_end, tensor, files, staged, tools))
                 queue.add(partial(staged.checkpoint, number))
@@ -142,6 +146,24 @@ def _write_tensor(
                 at += rows.shape[0] if rows.ndim else 1
 
 
+def _write_packed(
+    tensor: GgufTensor,
+    layout: Layout,
+    merged: Mapping[str, MergedTensor],
+    files: Sequence[GgufFile],
+    staged: StagedExport,
+    queue: _InOrder,
+) -> None:
+    """Experts in MXFP4: codes and scales, two tensors of the base, become the bytes of one, once for the two."""
+    if tensor.packed == packed.SCALES:
+        return
+    (scales,) = (one for one in layout.tensors if one.name == tensor.name and one.packed == packed.SCALES)
+    for expert in packed.experts_of(tensor, merged[tensor.parameter], merged[scales.parameter]):
+        content = expert.contiguous().numpy()
+        for file in files:
+            queue.add(partial(staged.append, file.product, file.name, content))
+
+
 def _importance(tensor: GgufTensor, at: int, tools: Tools) -> NDArray[np.float32] | None:
     """The importance (in,) of the tensor's row `at`: of experts, those of the expert that it is of."""
     found = tools.importance.get(tensor.name)
@@ -172,7 +194,7 @@ def _taken(tensor: GgufTensor, merged: MergedTensor) -> Generator[Tensor, None, 
 
 def _end(tensor: GgufTensor, files: Sequence[GgufFile], staged: StagedExport, tools: Tools) -> None:
     """Rows of zeros that no parameter fills, and bytes up to where the next tensor may begin."""
-    rows = math.prod(tensor.stored[:-1]) - tensor.at - math.prod(tensor.shape[:-1])
+    rows = 0 if tensor.packed else math.prod(tensor.stored[:-1]) - tensor.at - math.prod(tensor.shape[:-1])
     for file in files:
         kind = file.types[tensor.name]
         if tensor.place and rows:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qlora.errors import ExportError
+from qlora.model import mxfp4
 from qlora.model.adapter_config import shown
 from qlora.model.adapter_folder import Adapter
 from qlora.model.base_folder import BaseFolder
@@ -51,6 +52,7 @@ class ExpertPart:
     shape       of the projection, (E, out, in), `transposed` on the disk where all experts are in one tensor
     siblings    the tensors of that expert's parts in their order, or the one of all experts
     quantized   as training held it, for a merge on that; None: the original values
+    scales      of codes in MXFP4, which the one of `siblings` has; it is written in 16 bit, `transposed`
     """
 
     parameter: str
@@ -60,6 +62,7 @@ class ExpertPart:
     transposed: bool
     siblings: tuple[TensorEntry, ...]
     quantized: QuantizationSection | None = None
+    scales: TensorEntry | None = None
 
     @property
     def entry(self) -> TensorEntry:
@@ -111,6 +114,13 @@ def parts_of_experts(
             what = f"{adapter.folder}: the adapter of {shown(parameter)} {reason}"
             raise ExportError(what, "name the base that it was trained on, or save it with peft 0.19 or newer")
         shape = (held[0], held[2], held[1]) if module.is_transposed else held
+        if pieces[0].form:
+            entries = tuple(base.tensors[one.tensor] for one in pieces)
+            whole = Piece(parameter, None)
+            part = ExpertPart(parameter, lora, whole, shape, module.is_transposed, entries[:1], None, entries[1])
+            found[parameter] = part
+            places.update((parameter, expert, 0) for expert in range(shape[0]))
+            continue
         coded = quantized if shape[1] * shape[2] % BLOCK == 0 else None  # else training held it in 16 bit
         for piece in pieces:
             own = [one for one in pieces if one.expert == piece.expert]
@@ -148,7 +158,7 @@ def merged_blocks(
     `watch` gives what sees all rows of the tensor as it is read, or None; experts in 4 bit are not read in its order.
     Raises ExportError where an adapter that is not zero has changed nothing of its expert.
     """
-    see = watch(part.entry) if part.quantized is None else None
+    see = watch(part.entry) if part.quantized is None and part.scales is None else None
     if part.piece.expert is not None:
         yield from _of_one(part, part.piece.expert, unit, device, reading, see)
         return
@@ -202,6 +212,9 @@ def _base_blocks(
     if part.quantized is not None:
         slab, first = _coded(part, expert, device, reading), part.rows[0]
         yield from (slab.read_rows(first + start, first + end, torch.bfloat16) for start, end in spans)
+    elif part.scales is not None:
+        codes, scales = (read_tensor(entry, (expert, expert + 1)) for entry in (part.entry, part.scales))
+        yield mxfp4.decoded(codes, scales, torch.bfloat16)[0]
     elif part.piece.expert is None:
         whole = read_tensor(part.entry, (expert, expert + 1))
         if see is not None:

@@ -150,7 +150,7 @@ def _of_experts(
     An adapter on one of them would be rounded away in MXFP4 (its error is a ninth of a weight, 0.11): then all that is
     in it is written in 16 bit, as the parameters have it, since config.json says one thing of all.
     """
-    adapted = bool(adapter.experts)
+    adapted = any(parameter in meta_model.experts for parameter in adapter.parameters)
     for parameter, pieces in meta_model.experts.items():
         if adapted and pieces[0].form:
             (entry, blocks), (scales, _) = ((base.tensors[one.tensor], one) for one in pieces)

@@ -23,6 +23,7 @@ from qlora.batch import Batch
 from qlora.device import free_bytes
 from qlora.errors import ExportError
 from qlora.export.gguf.family import GgufTensor
+from qlora.export.gguf.packed import unpack
 from qlora.export.merge.experts import VALUES_PER_BLOCK, name_of_piece
 from qlora.export.merge.merge import MergedTensor
 from qlora.model.base_folder import BaseFolder
@@ -141,6 +142,12 @@ def dequantized_rows(entry: Any, start: int, end: int) -> Tensor:
     return block[0] if flat else block
 
 
+def packed_rows(entry: Any, tensor: GgufTensor, start: int, end: int) -> Tensor:
+    """The codes, or the scales, that a tensor in MXFP4 has of experts, as they are published, as fp32."""
+    stored = torch.from_numpy(entry.data.reshape(*tensor.stored[:2], -1)[start:end].copy())
+    return unpack(stored, tensor.packed).float()
+
+
 def _dequantize(data: NDArray[Any], kind: gguf.GGMLQuantizationType) -> NDArray[np.float32]:
     """What gguf makes of bytes, in memory of its own; of Q8_0, most of what is exported, without its groups of rows."""
     if kind == gguf.GGMLQuantizationType.Q8_0:
@@ -180,6 +187,10 @@ def _dequantized(stored: Mapping[str, Any], pieces: Sequence[GgufTensor]) -> Ten
 def _blocks(entry: Any, tensor: GgufTensor) -> Iterator[Tensor]:
     if len(tensor.shape) < 2:
         yield tensor.inverse(dequantized_rows(entry, 0, 1))
+        return
+    if tensor.packed:
+        for expert in range(tensor.stored[0]):
+            yield tensor.inverse(packed_rows(entry, tensor, expert, expert + 1).to(torch.uint8))
         return
     first, last = tensor.taken
     values = math.prod(tensor.shape) // (last - first)  # of a row

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,7 +33,7 @@ from qlora.export.gguf.family import GgufTensor
 from qlora.export.merge.merge import Merge, MergedTensor
 from qlora.export.merge.parts import expert_pieces, make_plan
 from qlora.export.verify import plain_open
-from qlora.export.verify.candidates import dequantized_rows
+from qlora.export.verify.candidates import dequantized_rows, packed_rows
 from qlora.export.verify.plain_open import Result
 from qlora.model.adapter_folder import read_adapter
 from qlora.model.meta_model import build
@@ -248,7 +248,10 @@ def open_gguf(path: Path, layout: Layout, types: Mapping[str, str], keys: Mappin
         for tensor in layout.tensors:
             rows = partial(_rows_from, found[tensor.name], tensor)
             taken = None if tensor.place is None else tensor.taken
-            tally = _Tally(types[tensor.name], rows, tensor.to_gguf, tensor.unit, taken)
+            kind = types[tensor.name]
+            if tensor.packed:
+                kind, rows = "U8", partial(packed_rows, found[tensor.name], tensor)
+            tally = _Tally(kind, rows, tensor.to_gguf, tensor.unit, taken)
             file.tallies[tensor.parameter, tensor.name] = tally
     return file
 
@@ -336,9 +339,24 @@ def _expected(
             yield torch.add(block, b_OR[start : start + len(block)] @ a_RI, alpha=lora.scale), block
             start += len(block)
     elif name in merge.changed:
-        yield from zip(tensor.blocks(unit), before.blocks(unit), strict=True)
+        yield from side_by_side(tensor.blocks(unit), before.blocks(unit))
     else:
         yield from ((block, block) for block in before.blocks(unit))
+
+
+def side_by_side(merged: Iterable[Tensor], base: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of `merged`, and as many rows of `base`, which comes in blocks of its own (experts are merged singly)."""
+    coming = iter(base)
+    held: list[Tensor] = []
+    for block in merged:
+        if not block.ndim:
+            yield block, next(coming)
+            continue
+        while sum(map(len, held)) < len(block):
+            held.append(next(coming))
+        rows = held[0] if len(held) == 1 else torch.cat(held)
+        yield block, rows[: len(block)]
+        held = [rows[len(block) :]] if len(rows) > len(block) else []
 
 
 def main(request_file: Path) -> int:

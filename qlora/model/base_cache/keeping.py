@@ -35,6 +35,7 @@ from qlora.model.meta_model import taken_tensors
 from qlora.units import gib
 
 SHARE = 10  # "auto": all that is kept takes at most this part of what were free without it
+WORTH_SHARE = 0.75  # "auto": of the original's bytes, what a kept base has at most
 SPARE_BYTES = 256 << 20  # of the disk, left to checkpoints and the like
 # Files that were written to so shortly before they are read may be written to again in the same tick of a clock (FAT
 # counts in steps of 2 s): their time says nothing yet.
@@ -165,10 +166,11 @@ class Keeping:
         return self._mode is not False and self.contents.quantization.type != "none"
 
     def _worth_it(self) -> bool:
-        """For "auto": what is small is loaded as quickly without, and what is stored in 4 bit has no more bytes."""
-        return self._mode is True or not (
-            self.contents.base.stored_4bit or self.contents.original_bytes < places.LEAST_BYTES
-        )
+        """For "auto": what is small is loaded as quickly without, and what is stored in 4 bit has no more bytes, nor
+        much more where its experts are (gpt-oss in MXFP4)."""
+        saves = self.contents.kept_bytes <= WORTH_SHARE * self.contents.original_bytes
+        small = self.contents.base.stored_4bit or self.contents.original_bytes < places.LEAST_BYTES
+        return self._mode is True or (saves and not small)
 
     def _say(self, message: str) -> None:
         self.sink.emit(Notice("cache", message))

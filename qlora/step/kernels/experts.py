@@ -54,13 +54,8 @@ def fits(shape: tuple[int, int, int], block: int) -> bool:
     """Whether the kernel can multiply with experts of a shape (E, out, in): blocks must end where rows do, and rows
     begin where 16 bytes can be read at once."""
     count, out, width = shape
-    return (
-        width % block == 0
-        and block % DEPTH == 0
-        and out % 16 == 0
-        and count <= MOST_EXPERTS
-        and out * width < MOST_VALUES
-    )
+    fitting = width % block == 0 and block % DEPTH == 0 and out % 16 == 0
+    return fitting and count <= MOST_EXPERTS and out * width < MOST_VALUES
 
 
 def grouped(rows: Tensor, packed: Packed, ends_E: Tensor, shape: tuple[int, int, int], back: bool) -> Tensor:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.model.base_cache import keeping, record
+from qlora.model.base_cache import keeping, places, record
 from qlora.model.base_cache.layers_on_disk import LayersOnDisk
 from qlora.model.experts import Slab
+from qlora.model.mxfp4 import Mxfp4Stack
 from qlora.model.weight_receiving import Place
 from qlora.model.weight_streaming import inside
 from qlora.recipe.sections import QuantizationSection
+from tests import mxfp4
 from tests.mixtures import FAMILIES, make_base
 from tests.model.base_cache.cases import aged, assert_same, counted, kept, load, resealed
 from tests.model.conftest import logits
@@ -121,6 +123,39 @@ def test_layers_stay_on_the_disk_where_ram_is_short(tmp_path: Path, monkeypatch:
         flip(streamed.store._files[0].path) if model.base_was_kept else None  # type: ignore[union-attr]
     third, said = load(base, place=STREAMED)
     assert "is damaged" in said[0] and torch.equal(answer(third), answer(plain))
+
+
+@pytest.mark.parametrize("place", [Place(), STREAMED], ids=["resident", "streamed"])
+def test_experts_in_mxfp4_are_kept_as_they_are_published(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = aged(mxfp4.make_base(tmp_path / "base"))
+    plain, _ = load(base, cache=False)
+    stacks = [name for name, module in plain.named_modules() if isinstance(module, Mxfp4Stack)]
+    first, _ = load(base, place=place)
+    assert torch.equal(answer(first), answer(plain))
+    with counted(monkeypatch) as read:
+        second, said = load(base, place=place)
+    assert "is read from the cache" in said[0] and read["original"] == 0
+    assert torch.equal(answer(second), answer(plain))
+    found = record.read(kept()[0]).record
+    assert stacks and found.stacks.keys() == set(stacks)
+    assert {one.quant_type for one in found.stacks.values()} == {"mxfp4"}
+    assert {piece.part for blob in found.blobs for piece in blob.pieces if blob.full_name(piece) == stacks[0]} == {
+        "codes",
+        "scales",
+    }
+
+
+def test_auto_keeps_no_base_that_would_have_as_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "LEAST_BYTES", 0)
+    base = aged(make_base("qwen3_moe", tmp_path / "base"))
+    monkeypatch.setattr(keeping, "WORTH_SHARE", 0.1)
+    assert load(base, cache="auto")[1] == [] and not kept()
+    monkeypatch.undo()
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(places, "LEAST_BYTES", 0)
+    assert "is kept in 4 bit" in load(base, cache="auto")[1][0]
 
 
 LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
