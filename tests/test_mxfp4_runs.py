@@ -94,6 +94,20 @@ def adapted(run_dir: Path, base: Path, folder: Path) -> None:
     assert (ours - merged).norm() < 1e-5 * merged.norm()
 
 
+def test_streamed_and_read_from_the_cache_it_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert's bytes go through a layer's blob, of the host and of a kept base."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    base, found = make_base(tmp_path / "base"), []
+    ways = (("memory.cache=false",), ("memory.cache=true",), ("memory.cache=true", "memory.stream_weights=true"))
+    for number, keys in enumerate(ways):
+        recipe = runs.write_recipe(tmp_path / str(number), base)
+        sink = runs.train(recipe, *SETTINGS, "train.max_steps=2", *keys)
+        found.append(runs.hashes(recipe, 2))
+        said = [event.message for event in sink.events if isinstance(event, Notice)]
+        assert any("from the cache" in one for one in said) == (number == 2)
+    assert found[0] == found[1] == found[2]
+
+
 def test_experts_in_mxfp4_are_trained_and_merged_in_16_bit(tmp_path: Path) -> None:
     """Adapters on experts that stay in their published form: stopped and gone on with, opened by plain peft; written in
     16 bit with what was learned in them, and config.json says nothing of MXFP4."""
@@ -118,17 +132,3 @@ def test_experts_in_mxfp4_are_trained_and_merged_in_16_bit(tmp_path: Path) -> No
     assert {written[name].dtype for name in written if name.endswith("experts.gate_up_proj")} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((exported.folder / "config.json").read_text())
     adapted(run_dir, base, exported.folder)
-
-
-def test_streamed_and_read_from_the_cache_it_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each expert's bytes go through a layer's blob, of the host and of a kept base."""
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    base, found = make_base(tmp_path / "base"), []
-    ways = (("memory.cache=false",), ("memory.cache=true",), ("memory.cache=true", "memory.stream_weights=true"))
-    for number, keys in enumerate(ways):
-        recipe = runs.write_recipe(tmp_path / str(number), base)
-        sink = runs.train(recipe, *SETTINGS, "train.max_steps=2", *keys)
-        found.append(runs.hashes(recipe, 2))
-        said = [event.message for event in sink.events if isinstance(event, Notice)]
-        assert any("from the cache" in one for one in said) == (number == 2)
-    assert found[0] == found[1] == found[2]

@@ -105,8 +105,8 @@ def predict(work: Work, gpu: Gpu, tokens: int, passes: float = 1.0, copies: Copi
     outside, alone = max(computed, of_head) + alone, max(0.0, of_head - computed) + alone
     launches, moved = work.update
     update = max(launches * RATES.launch, moved / _bandwidth(gpu)) / passes
-    of_work = sum(times * _launches(operation, gpu) for operation, times in work.micro_batch)
-    started = (of_work + launches / passes) * RATES.host
+    of_loops = sum(times * (_launches(operation, gpu) - 1) for operation, times in work.micro_batch)
+    started = (work.launches + of_loops + launches / passes) * RATES.host
     device = up + down + outside + update
     idle = max(0.0, started - device)
     return Speed(up, down, outside + idle, update, waits_up + waits_down + alone, started > device, tokens)

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora.model.document_attention import by_length_classes, causal_band, flat, output_shape, varlen_window
+from qlora.model.document_attention import (
+    by_length_classes,
+    causal_band,
+    flat,
+    has_varlen,
+    output_shape,
+    varlen_window,
+)
 from qlora.model.document_mask import DocumentMask
 
 # Whose attention hands its sinks to the registered function as `s_aux`, and has no more to it.
@@ -84,7 +91,9 @@ class _WithSinks(torch.autograd.Function):
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask, scale: float | None, sinks: Tensor) -> Tensor:
-    """By torch.nn.attention.varlen's flash kernel, whose L is (heads, N)."""
+    """By torch.nn.attention.varlen's flash kernel, whose L is (heads, N). Raises NotImplementedError without it."""
+    if not has_varlen():  # which imports what makes the operators known
+        raise NotImplementedError("this torch has no varlen_attn with windows, shared keys and a scale")
     ops, batch = torch.ops.torch_attn, mask.batch
     window, starts, most = varlen_window(mask), batch.cu_seqlens, batch.max_document
     places, shared = (starts, starts, most, most), query.shape[1] != key.shape[1]

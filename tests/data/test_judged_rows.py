@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from qlora.data import judged_rows
+from qlora.data.judged import Judged
 from qlora.data.limits import TextLimits
 from qlora.data.made_rows import RawBatch, RowMaker, packed, unpacked
 from qlora.data.prepare import PreparedData, prepare
@@ -43,6 +45,13 @@ def test_a_pair_is_two_rows_and_the_worse_one_has_negative_weights() -> None:
     assert max(better.weights) == 1 and min(better.weights) == 0
     assert min(worse.weights) == -1 and max(worse.weights) == 0
     assert '"It is a lamp."' in better.prompt and not worse.prompt
+
+
+def test_answers_of_the_same_tokens_are_no_pair() -> None:
+    """Whatever made them differ before the template wrote them."""
+    messages = ({"role": "user", "content": "What?"}, {"role": "assistant", "content": "A lamp."})
+    ((where, row),) = judged_rows.rows(family_chat("qwen2"), TextLimits(), [("a:1", Judged(messages, worse=messages))])
+    assert where == "a:1" and isinstance(row, RowError) and row.reason == judged_rows.SAME
 
 
 def test_pairs_stay_together_when_rows_are_held_out(tmp_path: Path) -> None:

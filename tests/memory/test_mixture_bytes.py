@@ -19,8 +19,9 @@ from qlora.model.made_up import load_nothing
 from qlora.model.meta_model import build_unmatched
 from qlora.model.weight_receiving import Place
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.experts import IN_CHUNKS, IN_TRITON
+from qlora.step.experts import IN_CHUNKS, IN_TRITON, Routing
 from qlora.step.kernels import trial
+from tests import mixtures
 from tests.memory.mixture_shapes import PUBLISHED, QWEN3, config_of
 
 GIB = 2**30
@@ -79,7 +80,26 @@ def test_streamed_no_more_than_slots_and_head_are_on_the_card(name: str) -> None
     assert simulation.phases["load"].total < loaded * GIB
     assert max(peak.total for peak in simulation.phases.values()) < highest * GIB
     assert simulator.drawn.host_bytes > 0.9 * (PUBLISHED[name][2] - 3) * GIB
-    assert simulator.drawn.stacked_bytes > 0.85 * simulator.drawn.host_bytes
+    tables = simulator.drawn.table_bytes
+    assert simulator.drawn.stacked_bytes > 0.85 * (simulator.drawn.host_bytes - tables)
+
+
+@pytest.mark.parametrize("by", [IN_TRITON, IN_CHUNKS])
+@pytest.mark.parametrize("streams", [False, True], ids=["resident", "streamed"])
+def test_by_the_kernel_no_number_of_the_device_is_read(by: str, streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows of experts end is asked of a card by chunks of experts alone."""
+    bounds, asked = Routing.__dict__["bounds"], list[bool]()
+    even = bounds.func
+    monkeypatch.setattr(bounds, "func", lambda routing: (asked.append(routing.ends_E.is_meta), even(routing))[1])
+    config = mixtures.make_config("qwen3_moe", {"hidden_size": 128, "moe_intermediate_size": 128})
+    section, place = QuantizationSection(), Place(streams, streams)
+    spec = ModelSpec(config, "small", LoraSection(r=4), section, target="cuda", place=place, experts=by)
+    simulator = Simulator(spec)
+    assert simulator.drawn.stacked_bytes
+    asked.clear()  # when it was built, the use of its layers was looked at, plain experts in them
+    simulation = simulator.run(Workload(1, 64, evaluates=False))
+    assert any(asked) is (by == IN_CHUNKS)
+    assert simulation.work is not None and any(operation.experts for operation, _ in simulation.work.micro_batch)
 
 
 @pytest.mark.slow

@@ -59,3 +59,18 @@ def test_a_search_finds_plans_and_explains_one(tmp_path: Path) -> None:
     assert any("memory.stream_weights" in plan.changes for plan in plans)
     explained = asked.explain(plans[0])
     assert len(explained.moments) > 2 * 48 and explained.changes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_of_models_says_what_the_estimate_does(name: str, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "recipes" / "MODELS.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+    weights, resident, streamed = map(float, line.split("|")[2:5])
+    assert weights == pytest.approx(PUBLISHED[name][2], abs=0.1)
+    fixed = ("train.micro_batch_size=1", "train.gradient_checkpointing=true", "memory.offload_activations=false")
+    places = {"RTX 4090": ("false", "device", resident), "RTX 3070": ("true", "host", streamed)}
+    for card, (streams, embedding, said) in places.items():
+        settings = (f"memory.stream_weights={streams}", f'memory.embedding="{embedding}"', "data.max_length=2048")
+        asked = api.recipe_or_model(str(folder_of(name, tmp_path)), (*settings, *fixed))
+        assert api.question(asked, gpu=card).estimate().needed_bytes / GIB == pytest.approx(said, abs=0.1)

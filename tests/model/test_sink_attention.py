@@ -16,7 +16,7 @@ from qlora.events import Recorder
 from qlora.memory.trace import LiveBytes
 from qlora.model import attention, attention_choice, sink_attention
 from qlora.model.attention_choice import LENGTHS, Heads, settle, trial_batch, tried
-from qlora.model.document_attention import KERNELS
+from qlora.model.document_attention import KERNELS, has_varlen
 from qlora.model.document_mask import DocumentMask
 from qlora.model.family_facts import two_documents
 from qlora.model.meta_model import choose_attention
@@ -137,6 +137,7 @@ def _efficient_attention_backward(
 
 @pytest.fixture
 def card_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert has_varlen()  # which makes torch_attn's operators known
     for space, made in (
         (torch.ops.torch_attn, (_varlen_attn, _varlen_attn_backward)),
         (torch.ops.aten, (_efficient_attention_forward, _efficient_attention_backward)),
