@@ -120,7 +120,7 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
 FEW = ("qwen3_moe", "gpt_oss", "qwen3_5_moe_text", "glm4_moe_lite")
 FAMILIES = [
     *FEW,
-    *(pytest.param(family, marks=pytest.mark.slow) for family in MIXTURES if family not in FEW),
+    *(pytest.param(family, marks=pytest.mark.every) for family in MIXTURES if family not in FEW),
 ]
 # Experts narrower than the model is wide (2 I < H), whose rows are no multiple of 64: what hides no exchanged sides.
 NARROW = 24

@@ -33,7 +33,7 @@ FORMS = [
     "gpt_oss",
     "granitemoe",
     *(
-        pytest.param(family, marks=pytest.mark.slow)
+        pytest.param(family, marks=pytest.mark.every)
         for family in ("mixtral", "gemma4_text", "glm4_moe_lite", "qwen3_5_moe_text", "nemotron_h", "lfm2_moe", "jamba")
     ),
 ]

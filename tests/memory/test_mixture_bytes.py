@@ -51,7 +51,7 @@ QUICK = ("gpt-oss-20b", "Gemma 4 26B-A4B")
 
 
 @pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED if name not in QUICK)]
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.every) for name in PUBLISHED if name not in QUICK)]
 )
 def test_weights_take_what_was_counted(name: str) -> None:
     """Without a byte of them: the model as loading would leave it, on meta."""
@@ -68,7 +68,7 @@ def test_weights_take_what_was_counted(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["Qwen3-30B-A3B", *(pytest.param(name, marks=pytest.mark.slow) for name in STREAMED if name != "Qwen3-30B-A3B")],
+    ["Qwen3-30B-A3B", *(pytest.param(name, marks=pytest.mark.every) for name in STREAMED if name != "Qwen3-30B-A3B")],
 )
 def test_streamed_no_more_than_slots_and_head_are_on_the_card(name: str) -> None:
     """While it is loaded too: the experts of a layer are on the host before the next layer's come."""

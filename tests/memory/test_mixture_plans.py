@@ -12,7 +12,7 @@ from tests.memory.mixture_shapes import PUBLISHED, folder_of
 
 GIB = 1 << 30
 SMALL = "Qwen3-30B-A3B"
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED if name != SMALL]
+OTHERS = [pytest.param(name, marks=pytest.mark.every) for name in PUBLISHED if name != SMALL]
 
 
 def question(name: str, parent: Path, vram: str, *overrides: str) -> Question:

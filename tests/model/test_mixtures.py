@@ -47,7 +47,7 @@ def test_experts_in_code_of_their_own_are_refused_by_name_and_count(family: str,
     assert said(make_config(family)).startswith(f"base: {family} is a mixture of {count}, ")
 
 
-@pytest.mark.slow
+@pytest.mark.every
 @pytest.mark.parametrize("family", [family for family in MIXTURES if family not in (*SAMPLE, *NO_MODEL)])
 def test_every_other_mixture_is_taken(family: str) -> None:
     refuse_mixture(make_config(family).to_dict(), "base")

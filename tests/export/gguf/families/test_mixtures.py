@@ -37,7 +37,7 @@ SEEN = 0.1
 
 
 def cases(fast: tuple[str, ...], some: list[Case]) -> list[Any]:
-    return [pytest.param(case, id=case.name, marks=() if case.name in fast else pytest.mark.slow) for case in some]
+    return [pytest.param(case, id=case.name, marks=() if case.name in fast else pytest.mark.every) for case in some]
 
 
 def make_base(case: Case, folder: Path, fields: Mapping[str, Any]) -> Path:
@@ -64,7 +64,7 @@ def difference(base: Path, file: Path, case: Case | None = None) -> float:
     return float((reference - found).abs().max())
 
 
-@pytest.mark.parametrize("narrow", [pytest.param(False, marks=pytest.mark.slow), True], ids=["wide", "narrow"])
+@pytest.mark.parametrize("narrow", [pytest.param(False, marks=pytest.mark.every), True], ids=["wide", "narrow"])
 @pytest.mark.parametrize("case", cases(FAST, [*FIRST.values()]))
 def test_log_probabilities_equal_transformers(case: Case, narrow: bool, tmp_path: Path) -> None:
     """Experts wider and narrower than half of the model, whose sides cannot be told apart by their lengths then."""
@@ -110,7 +110,7 @@ TRAPS = [
 
 
 @pytest.mark.parametrize(
-    ("family", "fields", "message"), [TRAPS[0], *(pytest.param(*trap, marks=pytest.mark.slow) for trap in TRAPS[1:])]
+    ("family", "fields", "message"), [TRAPS[0], *(pytest.param(*trap, marks=pytest.mark.every) for trap in TRAPS[1:])]
 )
 def test_silent_traps_are_refused_and_are_true(
     family: str, fields: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
