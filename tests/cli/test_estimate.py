@@ -122,7 +122,7 @@ def test_the_table_the_search_and_the_exit_code(run: Run, tmp_path: Path) -> Non
     assert fitting.stdout.startswith("limit 5.66 GiB: a card sold with 6 GB, less what its driver keeps")
     for word in ("weights", "activations", "peak", "limit", "it fits", "the fastest first", "[train]"):
         assert word in fitting.stdout, fitting.stdout
-    too_large = run(folder, "--vram", "1GiB")
+    too_large = run(folder, "--vram", "512MiB")
     assert too_large.returncode == 3 and "it does not fit" in too_large.stdout
     assert too_large.stderr.startswith("error: needs ") and "Traceback" not in too_large.stderr
 
