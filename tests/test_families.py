@@ -39,6 +39,7 @@ def test_a_loss_that_is_not_transformers_own_is_seen(tmp_path: Path) -> None:
 
 def test_the_page_has_a_row_for_every_family() -> None:
     page = (Path(__file__).parent.parent / "recipes" / "MODELS.md").read_text(encoding="utf-8")
+    page = page.partition("\nMixtures of experts, held")[0]
     # The first is the head.
     rows = [line.split("|")[1].strip(" `") for line in page.splitlines() if line.startswith("| `")]
     assert rows[1:] == list(DENSE) and len(FAMILIES) == len(DENSE) + len(MIXTURES) >= 82
