@@ -74,6 +74,7 @@ NOT_REHEARSED = {
     "model/base_cache/layers_on_disk.py": "RAM has room here; tests/training/test_streamed_run.py",
     "model/weight_stores.py::DiskStore": "the same; tests/model/test_weight_stores.py",
     "model/weight_stores.py::HostStore.settle": "where the system pins no more; tests/model/test_weight_stores.py",
+    "training/processes.py": "one process trains here; tests/training/test_follower.py, on CPUs",
     "step/offload.py::Pool.said": "no input of this model takes 2 MiB; tests/training/test_offloaded_run.py",
     "model/lora_functions.py::_now: return None": "this run drops, which is peft's; tests/model/test_lora_functions.py",
 }
@@ -81,6 +82,7 @@ NOT_REHEARSED = {
 ASKS_A_TYPE = {
     "model/cpu_matmul.py": "the CPU's products; on a card there are none to replace",
     "step/head_loss.py": "the CPU keeps its chunks; meta tensors stand for a card",
+    "step/expert_lora.py": "the same of adapters on experts",
     "step/experts.py": "grouped products of bf16 are a GPU's; the CPU multiplies expert by expert",
     "flat/moments.py": "meta tensors are updated in one run, as a card's are",
     "prove/suite.py": "a person names it",
