@@ -16,7 +16,7 @@ OPTIMIZERS = {
 }
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant_with_warmup": "constant"}
 # What follows from one GPU, a base in safetensors and tokens of its own; the same words for every trainer.
-ONE_GPU = "one GPU trains here"
+ONE_GPU = "torchrun starts a process a card here, each with the whole model"
 ITS_TOKENS = "tokens, padding and classes are the base's own, read from its folder"
 SPEED = "how it is computed, and not what is learned: decided here by the card"
 
