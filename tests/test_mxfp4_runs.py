@@ -16,6 +16,7 @@ from qlora.events import End, Notice, Recorder
 from qlora.model.load import load_base
 from qlora.recipe.sections import QuantizationSection
 from tests import runs
+from tests.model.base_cache.cases import aged
 from tests.model.conftest import at
 from tests.mxfp4 import STATED, make_base
 
@@ -97,7 +98,7 @@ def adapted(run_dir: Path, base: Path, folder: Path) -> None:
 def test_streamed_and_read_from_the_cache_it_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert's bytes go through a layer's blob, of the host and of a kept base."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
-    base, found = make_base(tmp_path / "base"), []
+    base, found = aged(make_base(tmp_path / "base")), []
     ways = (("memory.cache=false",), ("memory.cache=true",), ("memory.cache=true", "memory.stream_weights=true"))
     for number, keys in enumerate(ways):
         recipe = runs.write_recipe(tmp_path / str(number), base)

@@ -144,7 +144,8 @@ class _Asked:
             "rows": self.job.data.content_fingerprint,
             "splits": {name: len(split.lengths) for name, split in self.splits.items()},
             "layout": [self.section.max_length, self.section.packing],
-            "numerics": run and run.model_dump(),
+            "numerics": run and run.model_dump(exclude={"head_block"}),
+            "head_block": self.parts.head_block,  # known where the head is; a run that begins leaves it to that
         }
         return disk.sha256_text(json.dumps(made_by, sort_keys=True))
 

@@ -70,7 +70,8 @@ def test_a_mixture_stored_in_4_bit_is_refused_by_its_configuration(tmp_path: Pat
 
 
 def test_a_mixture_that_another_tool_has_quantized_is_refused_with_its_original(tmp_path: Path) -> None:
-    folder = make_base("gpt_oss", tmp_path / "gpt-oss-20b")
+    """gpt-oss' own MXFP4 is taken as it is."""
+    folder = make_base("qwen3_moe", tmp_path / "gpt-oss-20b")
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
     with pytest.raises(ModelError, match=r"already quantized \(mxfp4\)") as refusal:

@@ -265,7 +265,7 @@ def test_levers_are_pulled_in_order_and_then_the_run_ends_with_remedies(
         "micro-batches of 2 instead of 4 rows",
         "micro-batches of 1 instead of 2 rows",
     ]
-    assert caught.value.exit_code == 3 and "GiB" in caught.value.hint
+    assert caught.value.exit_code == 3 and "iB" in caught.value.hint
 
 
 def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
