@@ -4,11 +4,14 @@ dense ones: what a family has of its own is there (shared experts, dense first l
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.families import END_OF_TURN_ID, PAD_ID, make_model, make_tokenizer, split_into_shards
 
@@ -157,3 +160,13 @@ def make_base(
         split_into_shards(folder, shards)
     make_tokenizer(VOCAB).save_pretrained(folder)
     return folder
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """Of each tensor of a checkpoint."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[name] = f"{tensor.dtype} {hashlib.sha256(values).hexdigest()}"
+    return found

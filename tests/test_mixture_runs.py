@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from qlora import api
 from qlora.errors import ExportError, UserError
 from qlora.events import End, Notice, Recorder
 from tests import runs
-from tests.mixtures import make_base
+from tests.mixtures import make_base, tensor_hashes
 
 # In this order of the issue that asked for them.
 FAMILIES = [
@@ -57,16 +56,6 @@ MOST_KL = 0.15  # nats: the experts' own 16 bit beside the 4 bit that was traine
 PEAK = Path("/proc/self/clear_refs")
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Of each tensor of a checkpoint."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[name] = f"{tensor.dtype} {hashlib.sha256(values).hexdigest()}"
-    return found
-
-
 def is_expert(name: str) -> bool:
     return ".experts." in name or ".block_sparse_moe.input_linear" in name
 
@@ -87,7 +76,7 @@ def test_a_mixture_is_trained_stopped_gone_on_with_and_merged(family: str, tmp_p
     assert 0.9 * peak["measured"] <= peak["predicted"] <= 1.25 * peak["measured"]
     assert end.memory["weights"]["predicted"] >= end.memory["weights"]["measured"]
     exported = api.merge_and_export(run_dir, to="hf", sink=Recorder())
-    before, after = hashes(base), hashes(exported.folder)
+    before, after = tensor_hashes(base), tensor_hashes(exported.folder)
     assert before.keys() == after.keys()
     experts = [name for name in before if is_expert(name)]
     assert len(experts) > 1 and all(before[name] == after[name] for name in experts)
@@ -191,7 +180,7 @@ def test_experts_are_trained_stopped_gone_on_with_and_merged(family: str, tmp_pa
         assert least * about["measured"] <= about["predicted"] <= 1.25 * about["measured"], (part, about)
     assert any("adapters on the" in event.message for event in sink.events if isinstance(event, Notice))
     exported = api.merge_and_export(run_dir, to="hf", sink=Recorder())
-    before, after = hashes(base), hashes(exported.folder)
+    before, after = tensor_hashes(base), tensor_hashes(exported.folder)
     assert before.keys() == after.keys()
     experts = [name for name in before if is_expert(name) and "bias" not in name]
     assert len(experts) > 1 and all(before[name] != after[name] for name in experts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from qlora.events import End, Notice, Recorder
 from qlora.model.load import load_base
 from qlora.recipe.sections import QuantizationSection
 from tests import runs
+from tests.mixtures import tensor_hashes
 from tests.model.base_cache.cases import aged
 from tests.model.conftest import at
 from tests.mxfp4 import STATED, make_base
@@ -28,16 +28,6 @@ SETTINGS = (
 )
 MOST_KL = 0.15  # nats: attention in 16 bit beside the 4 bit that was trained on, of random weights at their widest
 PEAK = Path("/proc/self/clear_refs")
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Of each tensor of a checkpoint."""
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        for name, tensor in load_file(file).items():
-            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[name] = f"{tensor.dtype} {hashlib.sha256(values).hexdigest()}"
-    return found
 
 
 def plainly(folder: Path) -> Any:
@@ -68,7 +58,7 @@ def test_gpt_oss_in_mxfp4_is_trained_stopped_gone_on_with_and_merged(tmp_path: P
     exported = api.merge_and_export(run_dir, to="hf", merge_base="full", sink=Recorder())
     assert all(check[2] for check in exported.checks)
     assert next(line for line in exported.fidelity if line.name == "hf").kl <= MOST_KL
-    before, after = hashes(base), hashes(exported.folder)
+    before, after = tensor_hashes(base), tensor_hashes(exported.folder)
     assert before.keys() == after.keys()
     packed = [name for name in before if name.endswith(PACKED)]
     assert len(packed) == 8 and all(before[name] == after[name] for name in packed)
