@@ -73,6 +73,8 @@ FLOORS = {
     "wsl": 1,
     "units": 1,
     "heap": 1,
+    "page_cache": 1,
+    "collections_off": 1,
     "torch_build": 1,
     "nvidia": 1,
     "nvidia_child": 1,
@@ -96,7 +98,7 @@ LINES = {
         *("units", "out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "foreign_yaml", "manifest", "lock", "child_process", "cores"),
         *("processes", "torch_build", "wsl", "windows_paths", "heap", "third_party", "nvidia", "device"),
-        *("random_state", "layer_partners", "copy_stream"),
+        *("random_state", "layer_partners", "copy_stream", "page_cache", "collections_off"),
         *(
             "flat",
             "numerics",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,6 +10,7 @@ import typer
 
 from qlora import shown
 from qlora.cli import common
+from qlora.collections_off import without_collections
 from qlora.redaction import redact_all
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -48,7 +46,7 @@ def estimate(
     """
     asked = {"gpu": gpu, "vram": vram, "stack": stack}
     wanted = _Wanted(fit, explain, plot, as_json)
-    with _without_collections():
+    with without_collections():  # the command ends before cycles would matter; a simulation looks for its own
         common.run(lambda: _run(what, set_ or [], asked, wanted))
 
 
@@ -59,19 +57,6 @@ class _Wanted(NamedTuple):
     explain: bool
     plot: Path | None
     as_json: bool
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Python looks for cycles among its objects whenever it has made some hundreds: a sixth of the processor time of
-    imports and one simulation, which looks for its own. The command ends before they would matter."""
-    looks = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if looks:
-            gc.enable()
 
 
 def _run(what: str, overrides: list[str], asked: dict[str, Any], wanted: _Wanted) -> None:
