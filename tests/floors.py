@@ -120,8 +120,10 @@ LINES = {
         *(
             "phases",
             "schedule",
+            "dividing",
             "preferences",
             "questions",
+            "measuring",
             "checkpoint",
             "memory_plan",
             "recovery",
@@ -129,7 +131,17 @@ LINES = {
             "selfcheck",
             "health",
         ),
-        *("step_batches", "best_adapter", "setup", "reference", "processes", "loop", "follower"),
+        *(
+            "step_batches",
+            "best_adapter",
+            "setup",
+            "reference",
+            "handing",
+            "exchanging",
+            "processes",
+            "loop",
+            "follower",
+        ),
     ],
     "export": [
         *(

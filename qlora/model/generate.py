@@ -44,18 +44,23 @@ def greedy(
     if name_of_cache(model) == "state":
         batch_size = 1  # padding would be read into it: RWKV takes no mask
     answers: list[list[int]] = [[] for _ in prompts]
-    total = len(prompts) * max_new_tokens
-    by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    total, before = len(prompts) * max_new_tokens, 0
     with evaluating(model):
-        for start in range(0, len(by_length), batch_size):
-            chosen = by_length[start : start + batch_size]
+        for chosen in asked_together(prompts, batch_size):
             texts = [prompts[index] for index in chosen]
-            watch_batch = partial(lambda before, done: watch(before + done, total), start * max_new_tokens)
+            watch_batch = partial(lambda before, done: watch(before + done, total), before)
+            before += len(chosen) * max_new_tokens
             batch = _answer(model, texts, set(end_token_ids), max_new_tokens, pad_id, watch_batch)
             for index, answer in zip(chosen, batch, strict=True):
                 answers[index] = answer
     watch(total, total)
     return answers
+
+
+def asked_together(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """The numbers of the prompts that share a batch: those of similar length, the longest first."""
+    by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
 
 
 def _answer(

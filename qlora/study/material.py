@@ -50,10 +50,12 @@ class Material:
 
 
 class Found(NamedTuple):
-    """What a run was given: its base, and its documents where it has some."""
+    """What a run was given: its base, its documents where it has some, or the lesson that another process had of them
+    (`training/handing.py`)."""
 
     base: BaseFolder
     material: Material | None
+    lesson: Any = None
 
 
 def read(
