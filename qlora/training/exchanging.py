@@ -81,7 +81,7 @@ def add_up(
 
 
 def bytes_of_step(optimizer: AdapterOptimizer, micro_batches: int, seen: list[Tensor] | None) -> int:
-    """What `add_up` adds up in each step: a gradient in fp32, as long as the masters, losses in fp32, figures in fp64."""
+    """What `add_up` adds up in each step: a gradient as long as the masters, losses in fp32, figures in fp64."""
     return optimizer.buffer_sizes[0] + 4 * micro_batches + (0 if seen is None else 8 * len(Figures._fields))
 
 
