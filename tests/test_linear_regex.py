@@ -23,7 +23,12 @@ def test_what_keeps_a_backtracking_engine_busy_for_years_takes_no_time() -> None
 
 @pytest.mark.parametrize(
     ("pattern", "why"),
-    [("(?=a)b", "look-around"), (r"(a)\1", "backreference"), ("(", "unclosed"), ("a{9999}{999}", "size limit|too large")],
+    [
+        ("(?=a)b", "look-around"),
+        (r"(a)\1", "backreference"),
+        ("(", "unclosed"),
+        ("a{9999}{999}", "size limit|too large"),
+    ],
 )
 def test_what_cannot_be_matched_in_linear_time_is_refused(pattern: str, why: str) -> None:
     with pytest.raises(UnsafePatternError, match=why):

@@ -23,6 +23,7 @@ answers they are counted (TRL, mask_truncated_completions).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from qlora.batch import Batch
 from qlora.objective_keys import ObjectiveKeys
-from qlora.step.loss import SupervisedObjective
+from qlora.step.loss import LogitsTransform, SupervisedObjective
 
 BESIDE_DEVIATION = 1e-4  # TRL's; what keeps equal rewards from being divided by nothing
 
@@ -81,7 +82,8 @@ class GroupObjective:
         old_T = known.old_T if keys.num_iterations > 1 else logprobs_T.detach()
         ratios_T = torch.exp(logprobs_T - old_T)
         gains_T = ratios_T * known.advantages_T
-        cut_T = ratios_T.clamp(1 - keys.epsilon, 1 + keys.above) * known.advantages_T
+        below, above = keys.clip
+        cut_T = ratios_T.clamp(1 - below, 1 + above) * known.advantages_T
         losses_T = -torch.minimum(gains_T, cut_T)
         further_T = known.reference_T - logprobs_T
         divergences_T = torch.exp(further_T) - further_T - 1
@@ -126,3 +128,18 @@ def token_weight(tokens: int, keys: ObjectiveKeys) -> float:
     """What each token of an answer of so many weighs in the summed loss."""
     ways = {"grpo": 1 / max(tokens, 1), "dapo": 1.0, "dr_grpo": 1 / keys.max_completion_length}
     return ways[keys.loss_type]
+
+
+def at_temperature(transform: LogitsTransform | None, temperature: float) -> LogitsTransform | None:
+    """What is done to the logits, and then they are divided by `temperature`; one factor where it can be one."""
+    if temperature == 1:
+        return transform
+    if transform is None:
+        return partial(torch.mul, other=1 / temperature)
+    if isinstance(transform, partial) and transform.func is torch.mul:
+        return partial(torch.mul, other=transform.keywords["other"] / temperature)
+    return partial(_then_divided, transform=transform, by=temperature)
+
+
+def _then_divided(logits: Tensor, transform: LogitsTransform, by: float) -> Tensor:
+    return transform(logits) / by
