@@ -38,6 +38,7 @@ FLOORS = {
     "report": 3,
     "run_record": 3,
     "recorded": 3,
+    "rewards": 3,
     "run_numerics": 5,
     "starting_adapter": 5,
     "determinism": 3,
@@ -115,6 +116,7 @@ LINES = {
         "look_study",
         *("checked", "export_source", "pushing", "api", "new_recipe", "prove"),
     ],
+    "rewards": ["compare", "worker", "child", "sources", "scoring"],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "together", "keys", "verify_resume", "recipes"),
         *("export", "estimate", "data", "exam", "report", "evaluate", "conversation", "chat", "prove"),
@@ -326,6 +328,7 @@ LINES = {
             "turns",
             "formats",
             "judged",
+            "rewarded",
             "limits",
             "render_worker",
             "render",

@@ -24,12 +24,13 @@ from qlora.model import generate, routing
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.recipe.sections import DataSection, EvalSection
 from qlora.reward_events import Rewarded
+from qlora.rewards.compare import same_answer
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
 from qlora.training import preferences
 from qlora.training.checkpoint import RunState
 from qlora.training.phases import PhaseClock
-from qlora.training.questions import Question, answer_tokens, questions_of, same_answer
+from qlora.training.questions import Question, answer_tokens, questions_of
 from qlora.training.recovery import OomRecovery
 
 

@@ -1,4 +1,4 @@
-"""GRPO's loss and gradient against its formula, written anew over the model's own logits; its advantages and figures."""
+"""GRPO's loss and gradient against its formula, over the model's own logits; its advantages and figures."""
 
 from __future__ import annotations
 
