@@ -30,6 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from qlora.batch import Batch
 from qlora.objective_keys import ObjectiveKeys
+from qlora.step.group_relative import GroupObjective
 from qlora.step.loss import Objective, SupervisedObjective
 
 Share = Callable[[Sequence[Batch], Callable[[Batch], Tensor]], Sequence[Tensor]]  # what is asked of each, in order
@@ -79,6 +80,8 @@ class Figures(NamedTuple):
 
 def objective_of(keys: ObjectiveKeys) -> Objective:
     """What a run with these keys minimizes."""
+    if keys.objective == "grpo":
+        return GroupObjective(keys)
     return SupervisedObjective() if keys.objective == "sft" else PreferenceObjective(keys)
 
 

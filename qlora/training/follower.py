@@ -86,7 +86,7 @@ def _loaded(
         if base.fingerprint != word["base"]:
             raise ModelError(f"{channel.place}: {base.name} is another base here", "give every machine the same files")
         tokenizer = TokenizerFiles({name: b64decode(data) for name, data in word["tokenizer"].items()})
-        with prepare_job(recipe, NOWHERE, Found(base, None, handed), tokenizer, sink, stop) as job:
+        with prepare_job(recipe, NOWHERE, Found(base, None, lesson=handed), tokenizer, sink, stop) as job:
             if job.data.fingerprint != word["rows"]:
                 what = f"{channel.place}: the rows of [[data.train]] or [[data.eval]] are others here"
                 raise RunFolderError(what, "give every machine the same files, under the same paths")

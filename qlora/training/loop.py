@@ -38,7 +38,8 @@ from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, preferences, processes, reference, schedule, selfcheck
+from qlora.training import health, preferences, processes, reference, rollouts, schedule, selfcheck
+from qlora.training.answered import AnsweredBatches
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
@@ -94,6 +95,8 @@ class Training:
         memory = replace(job.memory, may_move=weight_moving.movable(self.causal_lm, recipe.memory, job.device))
         self.recovery = OomRecovery(memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
+        self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery)
+        self.parts_of_step = self.parts if self.rollouts is None else self.rollouts.parts
         self.partners = processes.of_run(self.optimizer, job.stop, self.keep, preferences.seen_by(self.objective))
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
@@ -111,7 +114,12 @@ class Training:
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.of_run(job.device))
+        rows, pad_id = job.data.train, job.chat.pad_id
+        self.batches: StepBatches | AnsweredBatches
+        if self.rollouts is None:
+            self.batches = StepBatches.of(rows, section, self.train, pad_id, Layout.of_run(job.device))
+        else:
+            self.batches = self.rollouts.over(section)
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -125,6 +133,7 @@ class Training:
                 recovery=self.recovery,
                 clock=job.clock,
                 began=partial(reference.as_it_began, job),
+                judge=self.rollouts and self.rollouts.judged,
                 check_stop=job.stop.check,
                 shares=self.partners,
             )
@@ -231,6 +240,8 @@ class Training:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
         packs = self.batches.order.packs_of_step(state.step)
+        if self.rollouts is not None:
+            state = self.rollouts.before(state, packs)
         micro = self.recovery.settings.micro_batch_size
         batches = self.ahead.take((tuple(packs), micro))
         step_weight = sum(self.objective.weight(batch) for batch in batches)
@@ -242,7 +253,7 @@ class Training:
             return self.partners.gather(state, self.recovery.settings, work)
 
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
-        if state.step + 1 < self.batches.steps:  # a GPU is still at this one
+        if state.step + 1 < self.batches.steps and self.rollouts is None:  # a GPU is still at this one
             following = tuple(self.batches.order.packs_of_step(state.step + 1))
             self.ahead.prepare((following, self.recovery.settings.micro_batch_size))
         self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
@@ -286,6 +297,8 @@ class Training:
         if is_finite:
             self.sink.emit(done)
             preferences.emit(self.objective, done.step, self.sink)
+            if self.rollouts is not None:
+                self.rollouts.emit(done.step)
         return state
 
     def _micro_batches(self, wanted: tuple[Sequence[Pack], int]) -> list[Batch]:
@@ -308,7 +321,8 @@ class Training:
                 continue
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)
-            losses.append(forward_backward(self.parts, placed, self.objective, step_weight, self.train.neftune_alpha))
+            share = (self.objective, step_weight, self.train.neftune_alpha)
+            losses.append(forward_backward(self.parts_of_step, placed, *share))
         self.job.stop.check()
         return losses
 
