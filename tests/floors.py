@@ -249,7 +249,18 @@ LINES = {
         "question",
         "spilling",
     ],
-    "importers": ["draft", "tracking", "values", "datasets", "axolotl", "llama_factory", "unsloth", "trl", "read"],
+    "importers": [
+        "draft",
+        "tracking",
+        "values",
+        "preferences",
+        "datasets",
+        "axolotl",
+        "llama_factory",
+        "unsloth",
+        "trl",
+        "read",
+    ],
     "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
