@@ -6,10 +6,10 @@ Shao et al. 2024, 2402.03300 (DeepSeekMath), equation 3 with the outcome's advan
     r = exp(pi - old), q = ref - pi,  A = (R - mean of the group) / (deviation of the group + 1e-4)
 
 `pi`, `old` and `ref` are log-probabilities of the token by the model, by the model that drew it, and by what the run
-began with, all of logits over the temperature that it was drawn at (so TRL's GRPOTrainer); e' is e, or more (clip-higher
-of DAPO, Yu et al. 2025, 2503.14476, section 3.1); the second term is the k3 estimate of the KL (equation 4). While one
-step is taken on each answer, old is pi itself, without its gradient. What a token counts in the step's loss, TRL's
-names for the ways:
+began with, all of logits over the temperature that it was drawn at (so TRL's GRPOTrainer). e' is e, or more (DAPO's
+clip-higher: Yu et al. 2025, 2503.14476, section 3.1); the second term is the k3 estimate of the KL (equation 4). While
+one step is taken on each answer, old is pi itself, without its gradient. What a token counts in the step's loss, by
+TRL's names:
 
     grpo      a mean over answers of means over their tokens (DeepSeekMath, equation 3)
     dapo      a mean over all tokens of the step (DAPO, section 3.3)

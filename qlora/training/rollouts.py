@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
-from typing import Any
 
 from qlora.data.layout import Layout
 from qlora.data.token_cache import Prompt
