@@ -139,19 +139,8 @@ LINES = {
             "selfcheck",
             "health",
         ),
-        *(
-            "step_batches",
-            "best_adapter",
-            "setup",
-            "reference",
-            "handing",
-            "exchanging",
-            "processes",
-            "loop",
-            "follower",
-        ),
         *("step_batches", "best_adapter", "setup", "reference", "ending", "answered", "generations", "rollouts"),
-        *("processes", "loop", "follower"),
+        *("handing", "exchanging", "processes", "loop", "follower"),
     ],
     "export": [
         *(
