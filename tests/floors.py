@@ -45,6 +45,7 @@ FLOORS = {
     "step": 2,
     "recipe": 2,
     "events": 2,
+    "reward_events": 2,
     "disk": 2,
     "stop": 2,
     "out_of_memory": 1,
@@ -98,6 +99,7 @@ LINES = {
     "": [
         *("units", "out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "foreign_yaml", "manifest", "lock", "child_process", "cores"),
+        *("events", "reward_events"),
         *("processes", "torch_build", "wsl", "windows_paths", "heap", "third_party", "nvidia", "device"),
         *("random_state", "layer_partners", "copy_stream"),
         *(
@@ -126,8 +128,10 @@ LINES = {
         *(
             "phases",
             "schedule",
+            "dividing",
             "preferences",
             "questions",
+            "measuring",
             "checkpoint",
             "memory_plan",
             "recovery",
@@ -135,7 +139,8 @@ LINES = {
             "selfcheck",
             "health",
         ),
-        *("step_batches", "best_adapter", "setup", "reference", "processes", "loop", "follower"),
+        *("step_batches", "best_adapter", "setup", "reference", "ending", "answered", "generations", "rollouts"),
+        *("handing", "exchanging", "processes", "loop", "follower"),
     ],
     "export": [
         *(
@@ -237,7 +242,18 @@ LINES = {
         "question",
         "spilling",
     ],
-    "importers": ["draft", "tracking", "values", "datasets", "axolotl", "llama_factory", "unsloth", "trl", "read"],
+    "importers": [
+        "draft",
+        "tracking",
+        "values",
+        "preferences",
+        "datasets",
+        "axolotl",
+        "llama_factory",
+        "unsloth",
+        "trl",
+        "read",
+    ],
     "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(
@@ -305,6 +321,7 @@ LINES = {
             "adapters",
             "routing",
             "generate",
+            "sampled",
             "full_logits",
             "emptied",
         ),
@@ -385,6 +402,7 @@ LINES = {
     "step": [
         "soft_labels",
         "loss",
+        "group_relative",
         "objectives",
         "kernels",
         "lora_linear",
@@ -418,7 +436,17 @@ LINES = {
         "page",
         "xray",
         "xray_page",
-        *("curves", "run_events", "preferences", "run_log", "run_files", "timeline", "run_sections", "run_page"),
+        *(
+            "curves",
+            "run_events",
+            "preferences",
+            "rewards",
+            "run_log",
+            "run_files",
+            "timeline",
+            "run_sections",
+            "run_page",
+        ),
         *("results", "write", "trackers", "sinks"),
     ],
     "doctor": [

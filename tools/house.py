@@ -44,12 +44,21 @@ FASTER = (
     "step/head_blocks.py",
     "step/offload.py",
     "step/objectives.py",
+    "step/group_relative.py",
     "step/soft_labels.py",
     "training/reference.py",
     "training/preferences.py",
     "training/questions.py",
+    "training/dividing.py",
+    "training/measuring.py",
+    "training/handing.py",
+    "training/exchanging.py",
     "training/processes.py",
     "training/follower.py",
+    "training/answered.py",
+    "training/ending.py",
+    "training/generations.py",
+    "training/rollouts.py",
 )
 MODULES_A_LINE = 3
 

@@ -23,7 +23,7 @@ from qlora.data.layout import Layout
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
-from qlora.memory.measured import measure, peak_bytes
+from qlora.memory.measured import peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention, compiled, expert_check, weight_moving
 from qlora.model.adapter_folder import delivered_step
@@ -42,8 +42,9 @@ from qlora.training import health, preferences, processes, reference, rollouts, 
 from qlora.training.answered import AnsweredBatches
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
+from qlora.training.ending import ended
 from qlora.training.evaluate import RunEvaluation, with_evaluation
-from qlora.training.memory_plan import MemorySettings, compare
+from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
 from qlora.training.step_batches import Pack, StepBatches
@@ -97,6 +98,7 @@ class Training:
         self.pool = offload.Pool(job.device)
         self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery)
         self.parts_of_step = self.parts if self.rollouts is None else self.rollouts.parts
+        self.partners = processes.of_run(self.optimizer, job.stop, self.keep, preferences.seen_by(self.objective))
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
         which = self.causal_lm.base_identity
@@ -109,8 +111,6 @@ class Training:
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.spills = SpillWatch(job.device, job.sink)
         self.completed = RunState(loss_scale=loss_scale.of_new_run())  # the last state that may be saved
-        keep = lambda: self.checkpointer.save(self.completed, last_chance=True)  # noqa: E731
-        self.partners = processes.of_run(self.optimizer, job.stop, keep)
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
@@ -134,9 +134,13 @@ class Training:
                 recovery=self.recovery,
                 clock=job.clock,
                 began=partial(reference.as_it_began, job),
-                judge=self.rollouts and self.rollouts.judged,
+                judge=None if self.rollouts is None else self.rollouts.judged,
                 check_stop=job.stop.check,
+                shares=self.partners,
             )
+
+    def keep(self) -> None:
+        self.checkpointer.save(self.completed, last_chance=True)
 
     def saved(self) -> str:
         """What of this run is on the disk, for an error."""
@@ -155,8 +159,10 @@ class Training:
         if check is not None and self.batches.data.packing and check.leak_message:
             self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
             self._use_rows(self.batches.data.model_copy(update={"packing": False}))
-        self.job = replace(self.job, data=reference.prepared(self.job, self.parts, self.batches.data))
-        self._use_rows(self.batches.data)
+        data, now = self.batches.data, self.recovery.settings
+        self.partners.load(self.job, data, now)
+        self.job = replace(self.job, data=reference.prepared(self.job, self.parts, data, self.partners, now))
+        self._use_rows(data)
         if why := self.optimizer.moments.not_paged:
             self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: {why}"))
         counts = self.job.model.get_nb_trainable_parameters()
@@ -169,7 +175,7 @@ class Training:
         if resume_from is not None:
             self.completed = self._with_best(resume_from)
         self.checkpointer.check_room()
-        self.partners.begin(self.job, self.batches.data, self.recovery.settings, plan.accumulation)
+        self.partners.begin(self.job, plan.accumulation)
         return self.completed
 
     def _with_best(self, resume_from: Checkpoint) -> RunState:
@@ -194,13 +200,7 @@ class Training:
         if self.is_finished(state):
             return
 
-        def step() -> None:
-            micro = self.recovery.settings.micro_batch_size
-            # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
-            batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
-            self._gather_gradient(state, batches, 1.0)
-            self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
-            self.optimizer.step(0.0)
+        step = partial(self.dry_step, state)
 
         def work() -> None:
             with expert_check.watched(self.causal_lm):
@@ -214,6 +214,14 @@ class Training:
             restoring(partial(compiled.settle, self.causal_lm, step, self.batches.layout.width, self.sink))
         if self.recovery.settings.offloaded:
             self.sink.emit(Notice("memory", self.pool.said))
+
+    def dry_step(self, state: RunState) -> None:
+        micro = self.recovery.settings.micro_batch_size
+        # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
+        batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
+        self._gather_gradient(state, batches, 1.0)
+        self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
+        self.optimizer.step(0.0)
 
     def evaluate_baseline(self, state: RunState) -> RunState:
         """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
@@ -304,7 +312,7 @@ class Training:
         return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
 
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
-        preferences.begin(self.objective, batches, self.job.model, self.parts, self.job.device)
+        preferences.begin(self.objective, batches, self.job.model, self.parts, self.partners.shared)
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):
@@ -405,25 +413,8 @@ class Training:
         return state
 
     def end(self, reason: str, state: RunState | None = None, delivered: int | None = None) -> End:
-        state = state or self.completed
-        folder = self.job.run_dir / "adapter"
-        return End(
-            reason=reason,
-            step=state.step,
-            steps=self.batches.steps,
-            seconds=state.seconds,
-            tokens=state.tokens,
-            trained_tokens=state.trained_tokens,
-            train_loss=state.train_loss,
-            eval_loss=state.eval_loss,
-            exact_match_before=state.exact_match_before,
-            exact_match_after=state.exact_match_after,
-            peak_bytes=peak_bytes(self.job.device),
-            adapter=str(folder) if folder.is_dir() else None,
-            adapter_step=delivered if delivered is not None else state.best_step,
-            memory=compare(self.recovery.settings, measure(self.job.model, self.optimizer, self.job.device)),
-            phases={name: round(seconds, 3) for name, seconds in self.job.clock.seconds.items()},
-        )
+        said = (reason, self.batches.steps, delivered)
+        return ended(self.job, state or self.completed, self.optimizer, self.recovery.settings, said)
 
     # --- memory --------------------------------------------------------------------------------------------------
 
