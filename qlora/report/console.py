@@ -25,6 +25,7 @@ from rich.text import Text
 from qlora import events
 from qlora.report import exam
 from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline, told_apart
+from qlora.report.team import card_lines
 from qlora.units import layers_of
 
 PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
@@ -295,6 +296,8 @@ def plan_table(plan: events.Plan) -> Table:
         error = plan.memory.get("error_bytes", 0)  # a plan of an older run has none
         beside = f" ± {human_bytes(error)}" if error else ""
         table.add_row("memory", f"{human_bytes(peak)}{beside} predicted at the peak, {human_bytes(limit)} allowed{why}")
+    if plan.cards:
+        table.add_row("cards", card_lines(plan.cards))
     if plan.resume is not None:
         table.add_row("resume", plan.resume)
     return table

@@ -11,12 +11,14 @@ from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora import determinism, loss_scale, numerics
+from qlora import determinism, loss_scale, numerics, processes
+from qlora.dealing import Cut, Shares, dealt
 from qlora.device import release_memory
 from qlora.errors import ModelError, QloraError, RunFolderError, TrainingStopped
 from qlora.events import Sinks
@@ -38,6 +40,7 @@ from qlora.training.processes import (
     NO_MEMORY,
     STOP,
     Channel,
+    Follower,
     Word,
     add_up,
     copy_state,
@@ -46,6 +49,8 @@ from qlora.training.processes import (
     trained,
 )
 from qlora.training.setup import Job, prepare_job
+from qlora.training.sharing import timed
+from qlora.training.step_batches import Pack
 
 NOWHERE = Path("/nonexistent")  # a follower's run folder: nothing is read or written there
 
@@ -101,7 +106,7 @@ def _loaded(channel: Channel, word: Word, stop: StopRequest) -> Iterator[Followi
 def _recipe(word: Word) -> Recipe:
     """The run's, as it concerns a follower: nothing to begin with, to keep or to export, and memory as decided."""
     recipe = Recipe.model_validate(word["recipe"])
-    settings = word["settings"]
+    settings = word["settings"][processes.of_run().rank]
     values: dict[str, Any] = {
         f"train.{name}": settings[name] for name in ("micro_batch_size", "gradient_checkpointing")
     }
@@ -118,9 +123,10 @@ class Following(Training):
     def __init__(self, job: Job, channel: Channel, word: Word) -> None:
         super().__init__(job)
         self.channel = channel
+        self.partners = self.part = Follower(channel)
         self._use_rows(job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._apply(self.recovery.settings)
-        self._take(word["settings"])
+        self._take(word)
 
     def take_state(self, word: Word) -> None:
         if word["trained"] != trained(self.optimizer):
@@ -134,15 +140,19 @@ class Following(Training):
         """Our part of a step, and then the whole gradient with its norm; None where the step is not done."""
         scale = None if word["scale"] is None else checked(LossScale, word["scale"], "process 0")
         state = RunState(step=word["step"], loss_scale=scale)
-        self._take(word["settings"])
+        self._take(word)
         self.optimizer.zero_gradients()
-        packs, micro = tuple(self.batches.order.packs_of_step(state.step)), self.recovery.settings.micro_batch_size
-        losses, code = None, 1
+        shares, measures = checked(Shares, word["shares"], "process 0"), word["measures"]
+        packs, cut = self._dealt(state.step, shares)
+        self.part.owners = cut.owners
+        losses, code, took = None, 1, 0
         try:
-            batches = self.ahead.take((packs, micro))
+            batches = self.ahead.take((packs, cut))
             step_weight = sum(self.objective.weight(batch) for batch in batches)
             with Attempt():
-                losses, code = self._gather_gradient(state, batches, step_weight), FINE
+                work = partial(self._gather_gradient, state, batches, step_weight)
+                losses, took = timed(work, self.job.device, measures)
+                code = FINE
             code = NO_MEMORY if losses is None else code
         except StopAsked:
             code = STOP
@@ -150,12 +160,12 @@ class Following(Training):
             code = error.exit_code
             raise
         finally:
-            found = shown(self.channel, self.optimizer, code, state.step)
+            found = shown(self.channel, self.optimizer, code, state.step, took)
         if losses is None or found.worst[1] != FINE:
             self._let_go()
             return None
         if state.step + 1 < self.batches.steps:
-            self.ahead.prepare((tuple(self.batches.order.packs_of_step(state.step + 1)), micro))
+            self.ahead.prepare(self._dealt(state.step + 1, shares))
         add_up(self.channel, self.optimizer, torch.stack(losses), found.complete)
         self.optimizer.unscale(loss_scale.factor_of(scale))
         return self.optimizer.gradient_norm()
@@ -169,8 +179,14 @@ class Following(Training):
         self.recovery.free()
         release_memory(self.job.device)
 
-    def _take(self, told: Word) -> None:
-        """Process 0's settings, where they are others now."""
+    def _dealt(self, step: int, shares: Shares) -> tuple[tuple[Pack, ...], Cut]:
+        """The packs of a step, and who computes which of them."""
+        packs = tuple(self.batches.order.packs_of_step(step))
+        return packs, dealt(self.batches.lengths(packs), shares)
+
+    def _take(self, word: Word) -> None:
+        """Our settings as process 0 has them, where they are others now."""
+        told = word["settings"][self.channel.place.rank]
         settings = replace(self.recovery.settings, **{**told, "place": Place(**told["place"])})
         if settings != self.recovery.settings:
             self.recovery.settings = settings

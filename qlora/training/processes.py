@@ -1,10 +1,10 @@
 """A run of several processes: the micro-batches of a step are dealt to them, and their gradients are added up.
 
 Process 0 runs the loop as if it were alone: it alone has the run's folder, evaluates, saves and decides. The others
-follow (`training/follower.py`): they wait for its word, compute micro-batch j of a step where j mod N is their number,
-and make the same update. Each micro-batch's loss is divided by the weight of the whole step, so the gradients' sum is
-that of one process, whatever the rows' lengths; it is one `all_reduce` of the flat fp32 buffer. What is random follows
-from the step and from j.
+follow (`training/follower.py`): they wait for its word, compute the micro-batches of a step that are theirs by the
+shares that it tells (`training/sharing.py`), and make the same update. Each micro-batch's loss is divided by the weight
+of the whole step, so the gradients' sum is that of one process, whatever the rows' lengths; it is one `all_reduce` of
+the flat fp32 buffer. What is random follows from the step and from the micro-batch's number in it.
 
 Words go by gloo over the host's network, as JSON, and so do the flags that every process shows before gradients are
 summed: one that ran out of memory, was asked to stop or has failed says so there, and nobody waits for it in NCCL. A
@@ -17,7 +17,7 @@ import hashlib
 import json
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -30,16 +30,20 @@ from torch import Tensor
 
 from qlora import device as hardware
 from qlora import numerics
+from qlora.dealing import Cut, in_order
 from qlora.errors import DoesNotFit, Problem, RecipeError, TrainingStopped
 from qlora.events import Notice
+from qlora.foreign_json import checked, parse_object
 from qlora.guarded import Attempt
 from qlora.processes import Place
+from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked, StopRequest
 from qlora.training.checkpoint import RunState
 from qlora.training.memory_plan import MemorySettings
+from qlora.training.sharing import Sharing, timed
 
 if TYPE_CHECKING:
     from qlora.training.setup import Job
@@ -49,10 +53,12 @@ WAIT_SECONDS = 1800  # for the slowest process's part of a step: its first step 
 WORD_SECONDS = 86_400  # for process 0's next word: it evaluates, saves and tokenizes alone
 LEAVE_SECONDS = 60  # to be told that the run is over
 POLL_SECONDS = 0.0005  # Python handles signals between looks
+RANK_BYTES = 1024  # of what a process says of its card, as JSON
 SAME_EVERY = 100  # steps between comparisons of the processes' weights
 FINE, NO_MEMORY, STOP = 0, 1000, 1001  # what a process shows; else the exit code of its error
 
 Word = dict[str, Any]
+Work = Callable[[Cut], list[Tensor]]  # this process's part of a step: the loss of each of all its micro-batches
 
 
 def refuse_unbuilt(recipe: Recipe) -> None:
@@ -100,6 +106,15 @@ class Channel:
         work = lambda: dist.all_reduce(values, dist.ReduceOp.MAX, group=self._words, async_op=True)  # noqa: E731
         self._do(work, WAIT_SECONDS)
 
+    def tell_ranks(self, own: Rank) -> tuple[Rank, ...]:
+        """What each process computes with, by their numbers."""
+        content = torch.zeros(self.place.size, RANK_BYTES, dtype=torch.uint8)
+        encoded = own.model_dump_json().encode()[:RANK_BYTES]
+        content[self.place.rank, : len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        self.largest(content)
+        words = [bytes(row).rstrip(b"\0") for row in content.numpy()]
+        return tuple(checked(Rank, parse_object(word, f"process {n}"), f"process {n}") for n, word in enumerate(words))
+
     def add(self, values: Tensor) -> None:
         """Each value on the device becomes the sum of all processes'."""
         work = lambda: dist.all_reduce(values, group=self._gradients, async_op=True)  # noqa: E731
@@ -140,6 +155,7 @@ class Shown:
 
     codes: list[int]
     complete: Tensor  # which parameters have a gradient somewhere
+    took: tuple[int, ...] = ()  # microseconds of each, where they were measured
 
     @property
     def worst(self) -> tuple[int, int]:
@@ -150,29 +166,31 @@ class Shown:
         return (self.codes.index(order[0]), order[0]) if order else (0, FINE)
 
 
-def shown(channel: Channel, optimizer: AdapterOptimizer, code: int, step: int) -> Shown:
-    """Show how this process's part of a step went, and see the others'."""
+def shown(channel: Channel, optimizer: AdapterOptimizer, code: int, step: int, took: int = 0) -> Shown:
+    """Show how this process's part of a step went, and in how many microseconds, and see the others'."""
     gradients = optimizer.gradients
     complete = [int(key in gradients) for key in optimizer.masters]
-    return _shown(channel, code, _digest(optimizer) if step % SAME_EVERY == 0 else 0, complete, step)
+    return _shown(channel, (code, took), _digest(optimizer) if step % SAME_EVERY == 0 else 0, complete, step)
 
 
 def show_failure(channel: Channel, code: int, parameters: int) -> None:
     """The same of a process that has not come so far as to have an optimizer."""
-    _shown(channel, code, 0, [0] * parameters, 1)
+    _shown(channel, (code, 0), 0, [0] * parameters, 1)
 
 
-def _shown(channel: Channel, code: int, digest: int, complete: list[int], step: int) -> Shown:
-    size, rank = channel.place.size, channel.place.rank
-    values = torch.zeros(2 * size + len(complete), dtype=torch.int64)
-    values[rank], values[size + rank], values[2 * size :] = code, digest, torch.tensor(complete)
+def _shown(channel: Channel, part: tuple[int, int], digest: int, complete: list[int], step: int) -> Shown:
+    size, rank, known = channel.place.size, channel.place.rank, len(complete)
+    values = torch.zeros(3 * size + known, dtype=torch.int64)
+    values[rank], values[size + rank], values[2 * size : 2 * size + known] = part[0], digest, torch.tensor(complete)
+    values[2 * size + known + rank] = part[1]
     channel.largest(values)
     digests = values[size : 2 * size].tolist()
     if len(set(digests)) > 1:
         other = next(number for number, digest in enumerate(digests) if digest != digests[0])
         what = f"step {step}: the weights of process {other} are not those of process 0"
         raise TrainingStopped(what, "the newest checkpoint is whole: go on with mode='resume'; please report this")
-    return Shown(values[:size].tolist(), values[2 * size :])
+    took = tuple(values[2 * size + known :].tolist())
+    return Shown(values[:size].tolist(), values[2 * size : 2 * size + known], took)
 
 
 def _digest(optimizer: AdapterOptimizer) -> int:
@@ -206,7 +224,7 @@ def copy_state(channel: Channel, optimizer: AdapterOptimizer, counters: Mapping[
         optimizer.load_state(tensors, counters)
 
 
-def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
+def word_of(job: Job, data: DataSection, settings: MemorySettings, all_settings: Sequence[MemorySettings]) -> Word:
     """All that another process needs to load the same run, its rows and its base read by itself."""
     recipe, plan, planner = job.recipe, settings.plan, settings.planner
     idle = set() if recipe.data.documents else {"study", "exam"}  # as in a run's recipe.toml
@@ -223,7 +241,7 @@ def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
         "rows": job.data.fingerprint,
         "packing": data.packing,
         "limit": limit,
-        "settings": of_settings(settings),
+        "settings": [of_settings(one) for one in all_settings],
     }
 
 
@@ -243,13 +261,21 @@ class Partners:
     def begin(self, job: Job, data: DataSection, settings: MemorySettings, micro_batches: int) -> None:
         """When rows and memory are settled."""
 
+    def cut(self, _state: RunState, lengths: Sequence[int], settings: MemorySettings) -> Cut:
+        """The micro-batches of a step whose packs have so many tokens, and whose they are."""
+        return in_order(len(lengths), settings.micro_batch_size)
+
     def mine(self, _micro_step: int) -> bool:
         """Whether this process computes that micro-batch of the step under way."""
         return True
 
-    def gather(self, _state: RunState, _settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def gather(self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work) -> list[Tensor]:
         """The loss of each micro-batch of the step, whose gradient is in the optimizer then. `work` does ours."""
-        return work()
+        return work(self.cut(state, lengths, settings))
+
+    def after_step(self, state: RunState, _settings: MemorySettings) -> RunState:
+        """With what the processes' shares of the next steps follow from."""
+        return state
 
     def update(self, rate: float) -> None:
         """The update that is made here is theirs too."""
@@ -265,50 +291,81 @@ class Leader(Partners):
         self, channel: Channel, optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None]
     ) -> None:
         self.channel, self.optimizer, self.stop, self.keep = channel, optimizer, stop, keep
-        self._dealing = self._have_state = False
+        self._have_state = False
+        self._owners: tuple[int, ...] | None = None  # of the step that is being computed
+        self._sharing: Sharing | None = None
+
+    @property
+    def sharing(self) -> Sharing:
+        assert self._sharing is not None, "`begin` comes first"
+        return self._sharing
 
     def begin(self, job: Job, data: DataSection, settings: MemorySettings, micro_batches: int) -> None:
         size = self.channel.place.size
+        self._sharing = Sharing.of(settings, size, job.recipe, job.sink)
         most = -(-micro_batches // size)
         message = f"{size} processes: of {micro_batches} micro-batches a step each computes at most {most}"
+        if self.sharing.others:
+            message = f"{size} processes: each computes of a step as many packs as it is fast"
         if idle := max(0, size - micro_batches):
             message += f"; {idle} of them have none: lower train.micro_batch_size or raise train.batch_size"
         job.sink.emit(Notice("processes", message, size))
-        self.channel.tell(word_of(job, data, settings))
+        self.channel.tell(word_of(job, data, settings, self.sharing.settings(settings)))
+
+    def cut(self, state: RunState, lengths: Sequence[int], settings: MemorySettings) -> Cut:
+        return self.sharing.cut(state, lengths, settings)
 
     def mine(self, micro_step: int) -> bool:
-        return not self._dealing or micro_step % self.channel.place.size == 0
+        return self._owners is None or self._owners[micro_step] == 0
 
-    def gather(self, state: RunState, settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def after_step(self, state: RunState, settings: MemorySettings) -> RunState:
+        return self.sharing.after_step(state, settings)
+
+    def gather(self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work) -> list[Tensor]:
         with self._keeping():
-            return self._gather(state, settings, work)
+            while (losses := self._gather(state, lengths, settings, work)) is None:
+                self.optimizer.zero_gradients()
+            return losses
 
-    def _gather(self, state: RunState, settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def _gather(
+        self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work
+    ) -> list[Tensor] | None:
+        """None where another process takes smaller settings and the step is to be done again."""
         self._copy_state()
-        scale = None if state.loss_scale is None else state.loss_scale.model_dump()
-        self.channel.tell({"do": "step", "step": state.step, "scale": scale, "settings": of_settings(settings)})
-        losses, code = None, 1  # what is raised by `work` is shown to the others, who wait for our part
-        self._dealing = True
+        sharing, cut = self.sharing, self.cut(state, lengths, settings)
+        scale, told = None if state.loss_scale is None else state.loss_scale.model_dump(), sharing.settings(settings)
+        measures = sharing.measures(state)
+        shares = {"shares": sharing.shares(state, settings).model_dump(), "measures": measures}
+        word = {"do": "step", "step": state.step, "scale": scale, "settings": [of_settings(one) for one in told]}
+        self.channel.tell({**word, **shares})
+        losses, code, took = None, 1, 0  # what is raised by `work` is shown to the others, who wait for our part
+        self._owners = cut.owners
         try:
             with Attempt() as memory:
-                losses, code = work(), FINE
+                losses, took = timed(lambda: work(cut), self.optimizer.device, measures)
+                code = FINE
             code = NO_MEMORY if losses is None else code
         except StopAsked:
             code = STOP
             raise
         finally:
-            self._dealing = False
-            found = shown(self.channel, self.optimizer, code, state.step)
+            self._owners = None
+            found = shown(self.channel, self.optimizer, code, state.step, took)
         rank, code = found.worst
         if code == NO_MEMORY:
             reason = memory.reason if rank == 0 else "see its own lines"
-            raise torch.OutOfMemoryError(f"CUDA out of memory in process {rank} of {len(found.codes)}: {reason}")
+            why = f"CUDA out of memory in process {rank} of {len(found.codes)}: {reason}"
+            if rank and sharing.smaller(rank, why, state.step + 1):
+                return None
+            raise torch.OutOfMemoryError(why)
         if code == STOP:
             if not self.stop.is_set:
                 self.stop.set(15)  # SIGTERM: how a launcher ends processes
             raise StopAsked
         if code != FINE or losses is None:
             self._failed(rank, code)
+        if measures:
+            sharing.measured = cut.work_of(lengths, len(found.codes)), found.took
         together = torch.stack(losses)
         add_up(self.channel, self.optimizer, together, found.complete)
         return list(together)
@@ -355,9 +412,10 @@ class Follower(Partners):
 
     def __init__(self, channel: Channel) -> None:
         self.place = channel.place
+        self.owners: tuple[int, ...] = ()  # of the step under way, as it was told
 
     def mine(self, micro_step: int) -> bool:
-        return micro_step % self.place.size == self.place.rank
+        return self.owners[micro_step] == self.place.rank
 
 
 def leave(channel: Channel) -> None:
