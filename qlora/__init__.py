@@ -24,6 +24,7 @@ from qlora.errors import (
     ModelError,
     QloraError,
     RecipeError,
+    RewardError,
     RunFolderError,
     StoppedBySignal,
     TargetTaken,
@@ -69,7 +70,15 @@ __all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "E
 __all__ += ["Combination", "Push", "push_exports", "open_chat", "Sampling", "write_report"]
 __all__ += ["Sink", "StopRequest", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
-__all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
+__all__ += [
+    "HardwareError",
+    "RewardError",
+    "ExportError",
+    "TargetTaken",
+    "DoesNotFit",
+    "TrainingStopped",
+    "StoppedBySignal",
+]
 __all__ += [
     "Event",
     "Start",

@@ -22,6 +22,7 @@ from qlora.recipe.sections import ExportSection
 from qlora.report import results
 from qlora.report.drawn import Drawn
 from qlora.report.sinks import check_sinks, open_sinks
+from qlora.rewards import sources
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
 from qlora.study.material import Found
@@ -81,26 +82,31 @@ def train(
     mode: Mode = "new",
     sink: Sink | None = None,
     stop: StopRequest | None = None,
+    rewards: Sequence[str] = (),
 ) -> TrainResult:
     """Train a recipe to its end, then export what it asks for.
 
     `name` is the run's folder in `output.dir`; a recipe file gives its own. `mode`: "new" refuses an existing run,
     "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of
     `qlora.errors`. In a notebook it draws itself, without a `sink` of yours, and an interrupt saves and stops it.
+    `rewards` are functions for objective = "grpo", each "FILE.py:FUNCTION": code that is run, so no recipe names any.
     """
     loaded, run_name = _named(recipe, name)
     with at_work(sink, stop, drawn="console" in loaded.report.sinks) as (shared, request):
-        return _claimed(loaded, run_name, mode, shared, request)
+        return _claimed(loaded, (run_name, rewards), mode, shared, request)
 
 
-def _claimed(loaded: Recipe, run_name: str, mode: Mode, shared: Sinks, stop: StopRequest) -> TrainResult:
+def _claimed(
+    loaded: Recipe, named: tuple[str, Sequence[str]], mode: Mode, shared: Sinks, stop: StopRequest
+) -> TrainResult:
     """Check the recipe, take its folder, and train there."""
-    run_dir, open_length = run_folder.path_of(loaded, run_name), not defaults.has_length(loaded)
+    run_dir, open_length = run_folder.path_of(loaded, named[0]), not defaults.has_length(loaded)
     check_sinks(loaded)
     run_folder.check_claim(run_dir, loaded, mode)
     with guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
             loaded = run_folder.resumed(run_dir, loaded, shared)
+        judged_by = sources.of_run(loaded.train, named[1], run_dir if mode == "resume" else None)
         loaded, documents = material.read(loaded, open_length, shared, run_dir if mode == "resume" else None)
         base, loaded = setup.preflight(loaded, shared)
         if mode != "resume":
@@ -110,7 +116,7 @@ def _claimed(loaded: Recipe, run_name: str, mode: Mode, shared: Sinks, stop: Sto
             if claim.aside is not None:
                 shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
                 material.take_over(claim.aside.folder, run_dir, shared)
-            result = _train(loaded, run_dir, Found(base, documents), mode, shared, stop)
+            result = _train(loaded, run_dir, Found(base, documents, judged_by), mode, shared, stop)
             return replace(result, set_aside=claim.aside)
         finally:
             claim.release()
@@ -133,6 +139,7 @@ def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, 
     if run_folder.write_recipe(run_dir, recipe, base.commit):  # first: from here on the folder is known to be a run's
         what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
         sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
+    sources.write_record(run_dir, found.rewards)
     starting_adapter.take(recipe, run_dir, step, mode == "resume", sink)
     written = open_sinks(recipe, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
@@ -176,6 +183,7 @@ def _run(
 ) -> RunState:
     """Load and train; `resumed` is whether the run goes on, and from which checkpoint if it has one."""
     from qlora.model import chat_template, tokenizer_files
+    from qlora.rewards import scoring
     from qlora.training import loop
 
     base, (goes_on, resume_from) = found.base, resumed
@@ -183,8 +191,12 @@ def _run(
     tokenizer = tokenizer_files.take(run_dir, base.path, goes_on, sink, choose)
     if goes_on:
         tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sink)
-    with setup.prepare_job(recipe, run_dir, found, tokenizer, sink, stop) as job:
-        device = job.device
+    with (
+        scoring.opened(recipe.train, found.rewards, sink) as judge,
+        setup.prepare_job(recipe, run_dir, found, tokenizer, sink, stop) as job,
+    ):
+        job, device = replace(job, rewards=judge), job.device
+        scoring.try_on(judge, job.data.train, sink)
         state = loop.run(job, resume_from)
         if job.exam is not None:
             job.exam.after(run_dir)
@@ -193,18 +205,22 @@ def _run(
     return state
 
 
-def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
-    """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
+def check(recipe: Recipe | str | Path, *, sink: Sink | None = None, rewards: Sequence[str] = ()) -> Checked:
+    """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read. `rewards` as
+    `train` takes them: they judge the rows' own answers.
+    """
     from qlora import hours
     from qlora.model import row_packing
     from qlora.model.chat_template import chosen
     from qlora.model.tokenizer_files import read_files
+    from qlora.rewards.scoring import opened, try_on
     from qlora.study.amount import Documents
 
     loaded, _ = _named(recipe, "check")
     check_sinks(loaded)
     with at_work(sink) as (shared, _), guarded("checking the recipe", "end other programs that hold memory"):
         open_length = not defaults.has_length(loaded)
+        judged_by = sources.of_run(loaded.train, rewards)
         loaded, documents = material.read(loaded, open_length, shared)
         base, loaded = setup.preflight(loaded, shared)
         loaded = starting_adapter.settled(loaded, base, None, shared)
@@ -212,6 +228,8 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
         found = Found(base, documents)
         _, data, memory, lesson = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
+        with opened(loaded.train, judged_by, shared) as judge:
+            try_on(judge, data.train, shared)
         planned = memory.plan.estimate if memory.plan else None
         if lesson is None:
             return Checked(data, planned)

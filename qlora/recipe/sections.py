@@ -72,7 +72,7 @@ class LoraSection(Section):
 
 
 SourceFormat = Literal[
-    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "documents", "preference", "kto"
+    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "documents", "preference", "kto", "grpo"
 ]
 
 
@@ -86,7 +86,7 @@ class SourceSection(Section):
         "auto",
         description="How a row is read; auto: the format whose columns are all there, also under usual other names; "
         "documents: passages of md, html, txt, pdf, docx and epub as plain text, which teaches style, not facts; "
-        "preference (chosen, rejected) and kto (completion, label) are for other objectives than sft",
+        "preference (chosen, rejected), kto (completion, label), grpo (prompt, answer): of objectives other than sft",
     )
     weight: float = Field(1.0, gt=0, le=100, description="Times each row is seen in an epoch; 0.5 draws half of them")
     columns: dict[Text, Text] = Field(

@@ -30,6 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from qlora.batch import Batch
 from qlora.objective_keys import ObjectiveKeys
+from qlora.step.group_relative import GroupObjective
 from qlora.step.loss import Objective, SupervisedObjective
 
 # The surest that a mean log-probability is taken to be: at 0 the odds of ORPO are infinite, and so is their gradient.
@@ -77,6 +78,8 @@ class Figures(NamedTuple):
 
 def objective_of(keys: ObjectiveKeys) -> Objective:
     """What a run with these keys minimizes."""
+    if keys.objective == "grpo":
+        return GroupObjective(keys)
     return SupervisedObjective() if keys.objective == "sft" else PreferenceObjective(keys)
 
 

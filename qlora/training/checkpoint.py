@@ -81,6 +81,8 @@ class RunState:
     stopped_early: bool = False
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
     gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=MOST)] | None = None  # the first so many layers
+    answers_at_once: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    answers: str | None = None  # sha256 of the drawing that the last step learned from
     delivered: DeliveredLoss | None = None  # of the best step
     loss_scale: LossScale | None = None  # of fp16
     numerics: Numerics | None = None  # what its numbers depend on; None where an older version saved it

@@ -23,12 +23,14 @@ from qlora.export.verify.evaluation import EvalRows, mean, summed_loss
 from qlora.model import generate, routing
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.recipe.sections import DataSection, EvalSection
+from qlora.reward_events import Rewarded
+from qlora.rewards.compare import same_answer
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
 from qlora.training import preferences
 from qlora.training.checkpoint import RunState
 from qlora.training.phases import PhaseClock
-from qlora.training.questions import Question, answer_tokens, questions_of, same_answer
+from qlora.training.questions import Question, answer_tokens, questions_of
 from qlora.training.recovery import OomRecovery
 
 
@@ -50,11 +52,12 @@ class RunEvaluation:
     recovery: OomRecovery
     clock: PhaseClock
     began: preferences.Began | None = None  # what the model is compared with
+    judge: Callable[[int], Rewarded | None] | None = None  # of objectives that draw answers: what they are worth
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
     routed: Sequence[routing.LayerRouting] = ()  # of the last measuring, of a mixture of experts
-    preferred: Preferred | None = None  # and of an objective of preference
+    told: Preferred | Rewarded | None = None  # and of an objective of preference, or of rewards
     delivered: DeliveredLoss | None = None  # what the last measuring says to whoever checks the adapter later
 
     @cached_property
@@ -68,9 +71,12 @@ class RunEvaluation:
             batch_loss(self.parts, batch.to(self.recovery.device), self.objective)
 
     def loss(self, step: int) -> float:
-        """The objective's mean over all evaluation rows; nats per trained token where it is supervised."""
+        """The objective's mean over all evaluation rows; nats per trained token where it is supervised, and less than
+        no reward where answers are judged."""
         with self.clock.phase("evaluation"):
-            return self.recovery.run_forward(step, partial(self._loss, step))
+            loss = self.recovery.run_forward(step, partial(self._loss, step))
+            self.told = self.judge(step) if self.judge else self.told
+        return loss if not isinstance(self.told, Rewarded) else -self.told.reward
 
     def exact_match(self, step: int) -> float | None:
         """Share of questions answered exactly; None where that was not asked for, or no row is a question."""
@@ -94,8 +100,8 @@ class RunEvaluation:
     def emit_eval(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
         perplexity = preferences.perplexity(self.objective, loss)
         self.recovery.sink.emit(Evaluated(step, loss, perplexity, matches, len(self.split.lengths), best))
-        if self.preferred is not None and self.preferred.step == step and loss is not None:
-            self.recovery.sink.emit(self.preferred)
+        if self.told is not None and self.told.step == step and loss is not None:
+            self.recovery.sink.emit(self.told)
         if self.routed and loss is not None:
             self.recovery.sink.emit(routing.event(step, self.routed))
 
@@ -123,7 +129,7 @@ class RunEvaluation:
             self.routed = routing.compared(self.model, self.parts, first)
         of_run = (self.objective, self.model, self.parts)
         kl = preferences.kl_to_reference(*of_run, rows.batches(), self.began) if self.began else None
-        self.preferred = preferences.figures(self.objective, step, evaluated=True, kl=kl)
+        self.told = preferences.figures(self.objective, step, evaluated=True, kl=kl)
         self.delivered = rows.record(step, preferences.plain_losses(self.objective, losses))
         return mean(losses)
 

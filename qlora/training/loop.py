@@ -39,7 +39,8 @@ from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, preferences, processes, reference, schedule, selfcheck
+from qlora.training import health, preferences, processes, reference, rollouts, schedule, selfcheck
+from qlora.training.answered import AnsweredBatches
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.evaluate import RunEvaluation, with_evaluation
@@ -95,6 +96,8 @@ class Training:
         memory = replace(job.memory, may_move=weight_moving.movable(self.causal_lm, recipe.memory, job.device))
         self.recovery = OomRecovery(memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
+        self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery)
+        self.parts_of_step = self.parts if self.rollouts is None else self.rollouts.parts
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
         which = self.causal_lm.base_identity
@@ -113,7 +116,12 @@ class Training:
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.of_run(job.device))
+        rows, pad_id = job.data.train, job.chat.pad_id
+        self.batches: StepBatches | AnsweredBatches
+        if self.rollouts is None:
+            self.batches = StepBatches.of(rows, section, self.train, pad_id, Layout.of_run(job.device))
+        else:
+            self.batches = self.rollouts.over(section)
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -127,6 +135,7 @@ class Training:
                 recovery=self.recovery,
                 clock=job.clock,
                 began=partial(reference.as_it_began, job),
+                judge=self.rollouts and self.rollouts.judged,
                 check_stop=job.stop.check,
             )
 
@@ -225,6 +234,8 @@ class Training:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
         packs = self.batches.order.packs_of_step(state.step)
+        if self.rollouts is not None:
+            state = self.rollouts.before(state, packs)
         lengths = self.batches.lengths(packs)
         cut = self.partners.cut(state, lengths, self.recovery.settings)
         batches = self.ahead.take((tuple(packs), cut))
@@ -236,7 +247,7 @@ class Training:
 
         gather = lambda: self.partners.gather(state, lengths, self.recovery.settings, work)  # noqa: E731
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
-        if state.step + 1 < self.batches.steps:  # a GPU is still at this one
+        if state.step + 1 < self.batches.steps and self.rollouts is None:  # a GPU is still at this one
             self.ahead.prepare(self._following(state))
         self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
         norm = self.optimizer.gradient_norm()
@@ -280,6 +291,8 @@ class Training:
         if is_finite:
             self.sink.emit(done)
             preferences.emit(self.objective, done.step, self.sink)
+            if self.rollouts is not None:
+                self.rollouts.emit(done.step)
         return state
 
     def _following(self, state: RunState) -> tuple[tuple[Pack, ...], Cut]:
@@ -307,7 +320,8 @@ class Training:
                 continue
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)
-            losses.append(forward_backward(self.parts, placed, self.objective, step_weight, self.train.neftune_alpha))
+            share = (self.objective, step_weight, self.train.neftune_alpha)
+            losses.append(forward_backward(self.parts_of_step, placed, *share))
         self.job.stop.check()
         return losses
 

@@ -70,13 +70,14 @@ class MemorySettings:
         if rows is None or recompute is None:
             return self
         recompute = True if self.place.streams else recompute
-        return replace(self, micro_batch_size=rows, gradient_checkpointing=recompute)
+        at_once = state.answers_at_once or self.answers_at_once
+        return replace(self, micro_batch_size=rows, gradient_checkpointing=recompute, answers_at_once=at_once)
 
     def kept_in(self, state: RunState) -> RunState:
         """The state from which a resumed run goes on with these settings."""
         rows, recompute = self.micro_batch_size, self.gradient_checkpointing
-        numbers = numerics.of_run()
-        return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute, numerics=numbers)
+        made = {"numerics": numerics.of_run(), "answers_at_once": self.answers_at_once}
+        return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute, **made)
 
     @property
     def beside_weights(self) -> int | None:

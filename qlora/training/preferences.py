@@ -15,7 +15,8 @@ from qlora.events import Preferred, Sink
 from qlora.export.verify.fidelity import MOST_TOKENS
 from qlora.model.weight_receiving import device_of
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating, hidden_states
-from qlora.step.loss import Objective
+from qlora.step.group_relative import GroupObjective
+from qlora.step.loss import Objective, SupervisedObjective
 from qlora.step.objectives import Figures, PreferenceObjective
 
 Began = Callable[[], AbstractContextManager[bool]]  # inside, the model is what the run began with, if that is known
@@ -23,6 +24,8 @@ Began = Callable[[], AbstractContextManager[bool]]  # inside, the model is what 
 
 def begin(objective: Objective, batches: Iterable[Batch], model: Any, parts: CausalParts, device: torch.device) -> None:
     """Before the micro-batches of a step, or of an evaluation: what the objective must know of all of them."""
+    if isinstance(objective, GroupObjective):
+        objective.begin()
     if not isinstance(objective, PreferenceObjective):
         return
     with evaluating(model):
@@ -98,7 +101,7 @@ def plain_losses(objective: Objective, losses: Sequence[tuple[Tensor, float]]) -
 
 
 def perplexity(objective: Objective, loss: float | None) -> float | None:
-    """Of a supervised loss; that of preference is none of words."""
-    if loss is None or isinstance(objective, PreferenceObjective):
+    """Of a supervised loss; that of preference, or of rewards, is none of words."""
+    if loss is None or not isinstance(objective, SupervisedObjective):
         return None
     return math.exp(min(loss, 700.0))

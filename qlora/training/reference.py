@@ -34,6 +34,7 @@ from qlora.step.objectives import answers_of
 from qlora.training.setup import Job
 
 FOLDER, FILE = "reference", "logprobs.safetensors"
+_PLAIN = ("sft", "grpo")  # whose rows show an answer; of answers that are drawn, the reference is asked then
 CODE_VERSION = 1  # raise it whenever the numbers come out otherwise
 
 Logprobs = dict[str, torch.Tensor]  # by the name of a split
@@ -47,10 +48,10 @@ def prepared(job: Job, parts: CausalParts, section: DataSection) -> PreparedData
     """
     data, keys = job.data, job.recipe.train
     for split in (data.train, data.eval):
-        if split.lengths and (split.preference is None) != (keys.objective == "sft"):
+        if split.lengths and (split.preference is None) != (keys.objective in _PLAIN):
             what = f'train.objective = "{keys.objective}" does not learn from rows of this format'
             raise DataError(what, 'name the format: "preference" for pairs, "kto" for marked answers; others for "sft"')
-    if keys.objective == "sft":
+    if keys.objective in _PLAIN:
         return data
     train, evaluation = (_of_objective(split, section, keys.objective) for split in (data.train, data.eval))
     if keys.needs_reference:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qlora.model.base_folder import BaseFolder
     from qlora.model.base_watch import BaseWatch
     from qlora.model.tokenizer_files import TokenizerFiles
+    from qlora.rewards.scoring import Rewards
     from qlora.stop import StopRequest
     from qlora.study.lesson import Lesson
     from qlora.study.material import Found
@@ -58,6 +59,7 @@ class Job:
     clock: PhaseClock
     watch: BaseWatch
     exam: RunExam | None = None  # of what documents taught
+    rewards: Rewards | None = None  # what answers that grpo draws are worth
 
 
 class Prepared(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ from torch import Tensor
 from qlora.data import judged_splits
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
-from qlora.events import Recorder
-from qlora.model import adapters, load
-from qlora.model.resolve import resolve
 from qlora.objective_keys import ObjectiveKeys
-from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating, forward_backward
 from qlora.step.loss import SupervisedObjective
 from qlora.step.objectives import Figures, PreferenceObjective, answers_of, objective_of
 from tests.data.judged_cases import judged_split
+from tests.step.adapted import adapted, gradients
 
 PAIRS = [(5, 9, 6), (3, 4, 12), (7, 2, 2), (4, 20, 1), (6, 5, 8)]
 KEYS: dict[str, dict[str, Any]] = {
@@ -39,16 +35,7 @@ KEYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(llama: Path) -> Any:
-    """The tiny base in fp32 with fp32 adapters whose B is not zero."""
-    base = resolve(str(llama), "main", Recorder())
-    network = load.load_base(base, QuantizationSection(type="none"), "auto", torch.device("cpu"), Recorder()).float()
-    wrapped = adapters.attach(network, LoraSection(r=4), seed=0, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in adapters.trainable(wrapped).items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return wrapped.train()
+    return adapted(llama)
 
 
 def keys_of(name: str) -> ObjectiveKeys:
@@ -118,12 +105,6 @@ def plain_loss(model: Any, split: PreparedSplit, keys: ObjectiveKeys) -> Tensor:
             loss = loss + keys.sft_weight * -w / n_w
         losses.append(loss)
     return torch.stack(losses).mean()
-
-
-def gradients(model: Any, work: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss = work()
-    return float(loss), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("packed", [True, False])
