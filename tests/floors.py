@@ -139,8 +139,10 @@ LINES = {
         *(
             "phases",
             "schedule",
+            "dividing",
             "preferences",
             "questions",
+            "measuring",
             "checkpoint",
             "memory_plan",
             "recovery",
@@ -148,7 +150,8 @@ LINES = {
             "selfcheck",
             "health",
         ),
-        *("step_batches", "best_adapter", "setup", "reference", "sharing", "processes", "loop", "follower"),
+        *("step_batches", "best_adapter", "setup", "reference", "handing", "exchanging", "sharing"),
+        *("processes", "loop", "follower"),
     ],
     "export": [
         *(

@@ -24,6 +24,10 @@ FASTER = (
     "training/reference.py",
     "training/preferences.py",
     "training/questions.py",
+    "training/dividing.py",
+    "training/measuring.py",
+    "training/handing.py",
+    "training/exchanging.py",
     "training/processes.py",
     "training/follower.py",
 )  # the same step, smaller, faster or shared, or other losses than a plain run's: no part of it

@@ -48,6 +48,10 @@ FASTER = (
     "training/reference.py",
     "training/preferences.py",
     "training/questions.py",
+    "training/dividing.py",
+    "training/measuring.py",
+    "training/handing.py",
+    "training/exchanging.py",
     "training/processes.py",
     "training/follower.py",
 )

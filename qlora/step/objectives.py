@@ -21,7 +21,7 @@ answer of a pair, s the logistic function:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ from qlora.batch import Batch
 from qlora.objective_keys import ObjectiveKeys
 from qlora.step.group_relative import GroupObjective
 from qlora.step.loss import Objective, SupervisedObjective
+
+Share = Callable[[Sequence[Batch], Callable[[Batch], Tensor]], Sequence[Tensor]]  # what is asked of each, in order
 
 # The surest that a mean log-probability is taken to be: at 0 the odds of ORPO are infinite, and so is their gradient.
 SUREST = -(2.0**-20)
@@ -92,6 +94,11 @@ def answers_of(logprobs_T: Tensor, batch: Batch) -> Answers:
     return Answers(logprobs_R, tokens_R, batch.reference_R, batch.signs_R)
 
 
+def alone(batches: Sequence[Batch], ask: Callable[[Batch], Tensor]) -> list[Tensor]:
+    """A `Share` of one process."""
+    return [ask(batch) for batch in batches]
+
+
 class PreferenceObjective:
     """An `Objective` (see `loss.py`) over answers, with the figures of what it was asked about since `begin`."""
 
@@ -100,18 +107,24 @@ class PreferenceObjective:
         self.seen: list[Tensor] = []  # of each micro-batch, on its device: the values of `Figures`
         self.divergence: Tensor | float = 0.0  # z of kto
 
-    def begin(self, batches: Iterable[Batch], ask: Callable[[Batch], Tensor]) -> None:
-        """Begin with the micro-batches of a step, or of an evaluation; `ask` gives a batch's log-probabilities.
+    def begin(self, batches: Sequence[Batch], ask: Callable[[Batch], Tensor], share: Share = alone) -> None:
+        """Begin with the micro-batches of a step, or of an evaluation; `ask` gives a batch's log-probabilities, `share`
+        has them all asked, by whichever process.
 
         KTO's z is the mean of pi - ref over answers that belong to other questions, 0 at least, without a gradient
         (equation 8, and its estimate from a micro-batch below it; TRL takes the next answer of a micro-batch as well).
         It is one number of the whole step here, so that it does not depend on how many micro-batches that has.
         """
-        self.seen, self.divergence = [], 0.0
+        self.seen.clear()
+        self.divergence = 0.0
         if self.keys.objective != "kto":
             return
-        gains = [answers_of(ask(other), other).gains_R for batch in batches for other in batch.others]
-        if gains:
+
+        def of_others(batch: Batch) -> Tensor:
+            gains = [answers_of(ask(other), other).gains_R for other in batch.others]
+            return torch.cat(gains) if gains else torch.zeros(0)
+
+        if gains := [one.float() for one in share(batches, of_others) if one.numel()]:
             self.divergence = torch.cat(gains).mean().clamp(min=0.0)
 
     def weight(self, batch: Batch) -> float:

@@ -33,13 +33,19 @@ clock = time.monotonic
 Done = TypeVar("Done")
 
 
-def timed(work: Callable[[], Done], device: torch.device, measures: bool) -> tuple[Done, int]:
-    """The result of `work`, and microseconds until the device had done it; 0 where nothing is measured."""
-    began = clock()
-    done = work()
-    if measures:
-        hardware.synchronize(device)
-    return done, max(1, round(1e6 * (clock() - began))) if measures else 0
+class Stopwatch:
+    """`took`: microseconds until the device had done what was asked of it; 0 where nothing `measures`."""
+
+    def __init__(self, device: torch.device, measures: bool) -> None:
+        self.device, self.measures, self.took = device, measures, 0
+
+    def during(self, work: Callable[[], Done]) -> Done:
+        began = clock()
+        done = work()
+        if self.measures:
+            hardware.synchronize(self.device)
+            self.took = max(1, round(1e6 * (clock() - began)))
+        return done
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from qlora.dealing import Shares
@@ -12,7 +13,7 @@ from qlora.recipe.reading import recipe_of_base
 from qlora.training import sharing
 from qlora.training.checkpoint import RunState
 from qlora.training.memory_plan import MemorySettings
-from qlora.training.sharing import Sharing, timed
+from qlora.training.sharing import Sharing, Stopwatch
 
 OWN = MemorySettings(4, True)
 LENGTHS = [64] * 16
@@ -113,11 +114,9 @@ def test_the_card_that_runs_out_takes_smaller_settings_alone_and_they_are_kept()
     assert again.shares(state, OWN).rows == (4, 1)  # as it fitted before
 
 
-def test_a_clock_is_read_where_it_is_asked_for(monkeypatch: object) -> None:
-    times = iter([1.0, 1.5, 2.0, 2.0])
-    before, sharing.clock = sharing.clock, lambda: next(times)
-    try:
-        assert timed(lambda: "done", torch.device("cpu"), measures=True) == ("done", 500_000)
-        assert timed(lambda: "done", torch.device("cpu"), measures=False) == ("done", 0)
-    finally:
-        sharing.clock = before
+def test_a_clock_is_read_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 1.5, 2.0])
+    monkeypatch.setattr(sharing, "clock", lambda: next(times))
+    watch, idle = Stopwatch(torch.device("cpu"), measures=True), Stopwatch(torch.device("cpu"), measures=False)
+    assert watch.during(lambda: "done") == "done" and watch.took == 500_000
+    assert idle.during(lambda: "done") == "done" and idle.took == 0

@@ -21,8 +21,7 @@ from qlora.training import sharing
 from qlora.training.loop import Training
 from qlora.training.processes import Partners
 from tests.runs import hashes, run_dir, write_recipe
-from tests.together import Hook, masters, train
-from tests.training.test_follower import apart, stops_after
+from tests.together import Hook, apart, masters, stops_after, train
 
 STEPS = 7
 SETTINGS = (
