@@ -90,6 +90,20 @@ class Preference(Read):
     likelier: float | None = None
 
 
+class Rewards(Read):
+    step: int = Field(ge=0, le=MAX_STEP)
+    evaluated: bool
+    answers: int
+    reward: float
+    rewards: dict[str, float] = Field(default_factory=dict, max_length=100)
+    tokens: float = 0.0
+    cut: float = 0.0
+    without_signal: float | None = None
+    kl: float | None = None
+    clipped: float | None = None
+    mismatch: float | None = None
+
+
 class Routing(Read):
     step: int = Field(ge=0, le=MAX_STEP)
     hit: list[float] = Field(max_length=MAX_KEPT)

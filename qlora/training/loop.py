@@ -24,7 +24,7 @@ from qlora.dealing import Cut
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
-from qlora.memory.measured import measure, peak_bytes
+from qlora.memory.measured import peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention, compiled, expert_check, weight_moving
 from qlora.model.adapter_folder import delivered_step
@@ -43,8 +43,9 @@ from qlora.training import health, preferences, processes, reference, rollouts, 
 from qlora.training.answered import AnsweredBatches
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
+from qlora.training.ending import ended
 from qlora.training.evaluate import RunEvaluation, with_evaluation
-from qlora.training.memory_plan import MemorySettings, compare
+from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
 from qlora.training.step_batches import Pack, StepBatches
@@ -134,7 +135,7 @@ class Training:
                 recovery=self.recovery,
                 clock=job.clock,
                 began=partial(reference.as_it_began, job),
-                judge=self.rollouts and self.rollouts.judged,
+                judge=None if self.rollouts is None else self.rollouts.judged,
                 check_stop=job.stop.check,
                 shares=self.partners,
             )
@@ -418,25 +419,8 @@ class Training:
         return state
 
     def end(self, reason: str, state: RunState | None = None, delivered: int | None = None) -> End:
-        state = state or self.completed
-        folder = self.job.run_dir / "adapter"
-        return End(
-            reason=reason,
-            step=state.step,
-            steps=self.batches.steps,
-            seconds=state.seconds,
-            tokens=state.tokens,
-            trained_tokens=state.trained_tokens,
-            train_loss=state.train_loss,
-            eval_loss=state.eval_loss,
-            exact_match_before=state.exact_match_before,
-            exact_match_after=state.exact_match_after,
-            peak_bytes=peak_bytes(self.job.device),
-            adapter=str(folder) if folder.is_dir() else None,
-            adapter_step=delivered if delivered is not None else state.best_step,
-            memory=compare(self.recovery.settings, measure(self.job.model, self.optimizer, self.job.device)),
-            phases={name: round(seconds, 3) for name, seconds in self.job.clock.seconds.items()},
-        )
+        said = (reason, self.batches.steps, delivered)
+        return ended(self.job, state or self.completed, self.optimizer, self.recovery.settings, said)
 
     # --- memory --------------------------------------------------------------------------------------------------
 

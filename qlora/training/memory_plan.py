@@ -76,8 +76,8 @@ class MemorySettings:
     def kept_in(self, state: RunState) -> RunState:
         """The state from which a resumed run goes on with these settings."""
         rows, recompute = self.micro_batch_size, self.gradient_checkpointing
-        made = {"numerics": numerics.of_run(), "answers_at_once": self.answers_at_once}
-        return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute, **made)
+        state = replace(state, numerics=numerics.of_run(), answers_at_once=self.answers_at_once)
+        return replace(state, micro_batch_size=rows, gradient_checkpointing=recompute)
 
     @property
     def beside_weights(self) -> int | None:
