@@ -74,6 +74,8 @@ FLOORS = {
     "version": 1,
     "windows_paths": 1,
     "processes": 1,
+    "ranks": 1,
+    "dealing": 1,
     "wsl": 1,
     "units": 1,
     "heap": 1,
@@ -102,7 +104,8 @@ LINES = {
         *("units", "out_of_memory", "shown", "redaction", "errors", "guarded"),
         *("files", "foreign_json", "foreign_toml", "foreign_yaml", "manifest", "lock", "child_process", "cores"),
         *("events", "reward_events"),
-        *("processes", "torch_build", "wsl", "windows_paths", "heap", "third_party", "nvidia", "device"),
+        *("processes", "ranks", "dealing", "torch_build", "wsl", "windows_paths", "heap", "third_party", "nvidia"),
+        "device",
         *("random_state", "layer_partners", "copy_stream", "page_cache", "collections_off"),
         *(
             "flat",
@@ -123,7 +126,7 @@ LINES = {
     "rewards": ["compare", "worker", "child", "sources", "scoring"],
     "cli": [
         *("surroundings", "common", "card_trouble", "cards", "together", "keys", "verify_resume", "recipes"),
-        *("export", "estimate", "data", "exam", "report", "evaluate", "conversation", "chat", "prove"),
+        *("export", "team_estimate", "estimate", "data", "exam", "report", "evaluate", "conversation", "chat", "prove"),
         *("doctor_child", "doctor", "train"),
     ],
     "training": [
@@ -142,7 +145,7 @@ LINES = {
             "health",
         ),
         *("step_batches", "best_adapter", "setup", "reference", "ending", "answered", "generations", "rollouts"),
-        *("handing", "exchanging", "processes", "loop", "follower"),
+        *("handing", "exchanging", "sharing", "processes", "loop", "follower"),
     ],
     "export": [
         *(
@@ -239,9 +242,11 @@ LINES = {
         "estimate",
         "search",
         "plan",
+        "several",
         "layer_profile",
         "explained",
         "question",
+        "team_question",
         "spilling",
     ],
     "importers": [
@@ -425,6 +430,7 @@ LINES = {
         "figures",
         "ahead",
         "memory",
+        "team",
         "explained",
         "picture",
         "exam",
@@ -447,6 +453,7 @@ LINES = {
             "run_files",
             "timeline",
             "run_sections",
+            "run_team",
             "run_page",
         ),
         *("results", "write", "trackers", "sinks"),
