@@ -218,6 +218,7 @@ LINES = {
         "recomputing",
         "shelf",
         "simulate",
+        "at_once",
         "cards",
         "card_names",
         "hardware",
