@@ -122,7 +122,7 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class Preferred(Event):
-    """How pairs of answers (of kto: answers) were told apart: of a step's rows before its update, or `evaluated`.
+    """How pairs of answers (or marked answers) were told apart: of a step's rows before its update, or `evaluated`.
 
     `accuracy` is a share of 0 to 1; rewards are means over answers (`step/objectives.py`). `divergence` is KTO's, in
     nats an answer; `kl` that of the reference from the model on evaluation rows, in nats a token; `likelier` the share

@@ -128,8 +128,10 @@ LINES = {
         *(
             "phases",
             "schedule",
+            "dividing",
             "preferences",
             "questions",
+            "measuring",
             "checkpoint",
             "memory_plan",
             "recovery",
@@ -138,7 +140,7 @@ LINES = {
             "health",
         ),
         *("step_batches", "best_adapter", "setup", "reference", "ending", "answered", "generations", "rollouts"),
-        *("processes", "loop", "follower"),
+        *("handing", "exchanging", "processes", "loop", "follower"),
     ],
     "export": [
         *(
@@ -241,7 +243,18 @@ LINES = {
         "question",
         "spilling",
     ],
-    "importers": ["draft", "tracking", "values", "datasets", "axolotl", "llama_factory", "unsloth", "trl", "read"],
+    "importers": [
+        "draft",
+        "tracking",
+        "values",
+        "preferences",
+        "datasets",
+        "axolotl",
+        "llama_factory",
+        "unsloth",
+        "trl",
+        "read",
+    ],
     "flat": ["layout", "methods", "managed", "moments"],
     "model": [
         *(

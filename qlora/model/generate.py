@@ -71,18 +71,23 @@ def answers_to(
     alone = name_of_cache(model) == "state"  # padding would be read into it: RWKV takes no mask
     at_once, most = 1 if alone else asked.batch_size, asked.max_new_tokens
     answers: list[list[int]] = [[] for _ in prompts]
-    total = len(prompts) * most
-    by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    total, before = len(prompts) * most, 0
     with evaluating(model):
-        for start in range(0, len(by_length), at_once):
-            chosen = by_length[start : start + at_once]
+        for chosen in asked_together(prompts, at_once):
             texts = [prompts[index] for index in chosen]
-            watch = partial(lambda before, done: asked.watch(before + done, total), start * most)
+            watch = partial(lambda before, done: asked.watch(before + done, total), before)
+            before += len(chosen) * most
             batch = _answer(model, texts, asked, watch, choosing(chosen))
             for index, answer in zip(chosen, batch, strict=True):
                 answers[index] = answer
     asked.watch(total, total)
     return answers
+
+
+def asked_together(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """The numbers of the prompts that share a batch: those of similar length, the longest first."""
+    by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
 
 
 def _answer(

@@ -51,11 +51,13 @@ class Material:
 
 
 class Found(NamedTuple):
-    """What a run was given: its base, its documents where it has some, and what judges the answers that it draws."""
+    """What a run was given: its base, its documents where it has some, what judges the answers that it draws, or the
+    lesson that another process had of the documents (`training/handing.py`)."""
 
     base: BaseFolder
     material: Material | None
     rewards: tuple[RewardSource, ...] = ()
+    lesson: Any = None
 
 
 def read(

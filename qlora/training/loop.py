@@ -98,6 +98,7 @@ class Training:
         self.pool = offload.Pool(job.device)
         self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery)
         self.parts_of_step = self.parts if self.rollouts is None else self.rollouts.parts
+        self.partners = processes.of_run(self.optimizer, job.stop, self.keep, preferences.seen_by(self.objective))
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
         which = self.causal_lm.base_identity
@@ -110,8 +111,6 @@ class Training:
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.spills = SpillWatch(job.device, job.sink)
         self.completed = RunState(loss_scale=loss_scale.of_new_run())  # the last state that may be saved
-        keep = lambda: self.checkpointer.save(self.completed, last_chance=True)  # noqa: E731
-        self.partners = processes.of_run(self.optimizer, job.stop, keep)
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
@@ -137,7 +136,11 @@ class Training:
                 began=partial(reference.as_it_began, job),
                 judge=None if self.rollouts is None else self.rollouts.judged,
                 check_stop=job.stop.check,
+                shares=self.partners,
             )
+
+    def keep(self) -> None:
+        self.checkpointer.save(self.completed, last_chance=True)
 
     def saved(self) -> str:
         """What of this run is on the disk, for an error."""
@@ -156,8 +159,10 @@ class Training:
         if check is not None and self.batches.data.packing and check.leak_message:
             self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
             self._use_rows(self.batches.data.model_copy(update={"packing": False}))
-        self.job = replace(self.job, data=reference.prepared(self.job, self.parts, self.batches.data))
-        self._use_rows(self.batches.data)
+        data, now = self.batches.data, self.recovery.settings
+        self.partners.load(self.job, data, now)
+        self.job = replace(self.job, data=reference.prepared(self.job, self.parts, data, self.partners, now))
+        self._use_rows(data)
         if why := self.optimizer.moments.not_paged:
             self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: {why}"))
         counts = self.job.model.get_nb_trainable_parameters()
@@ -170,7 +175,7 @@ class Training:
         if resume_from is not None:
             self.completed = self._with_best(resume_from)
         self.checkpointer.check_room()
-        self.partners.begin(self.job, self.batches.data, self.recovery.settings, plan.accumulation)
+        self.partners.begin(self.job, plan.accumulation)
         return self.completed
 
     def _with_best(self, resume_from: Checkpoint) -> RunState:
@@ -195,13 +200,7 @@ class Training:
         if self.is_finished(state):
             return
 
-        def step() -> None:
-            micro = self.recovery.settings.micro_batch_size
-            # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
-            batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
-            self._gather_gradient(state, batches, 1.0)
-            self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
-            self.optimizer.step(0.0)
+        step = partial(self.dry_step, state)
 
         def work() -> None:
             with expert_check.watched(self.causal_lm):
@@ -215,6 +214,14 @@ class Training:
             restoring(partial(compiled.settle, self.causal_lm, step, self.batches.layout.width, self.sink))
         if self.recovery.settings.offloaded:
             self.sink.emit(Notice("memory", self.pool.said))
+
+    def dry_step(self, state: RunState) -> None:
+        micro = self.recovery.settings.micro_batch_size
+        # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
+        batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
+        self._gather_gradient(state, batches, 1.0)
+        self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
+        self.optimizer.step(0.0)
 
     def evaluate_baseline(self, state: RunState) -> RunState:
         """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
@@ -305,7 +312,7 @@ class Training:
         return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
 
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
-        preferences.begin(self.objective, batches, self.job.model, self.parts, self.job.device)
+        preferences.begin(self.objective, batches, self.job.model, self.parts, self.partners.shared)
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):

@@ -13,14 +13,13 @@ process that is killed closes its connections, which the others notice at once; 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,13 +31,14 @@ from qlora import device as hardware
 from qlora import numerics
 from qlora.errors import DoesNotFit, Problem, RecipeError, TrainingStopped
 from qlora.events import Notice
-from qlora.guarded import Attempt
 from qlora.processes import Place
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked, StopRequest
+from qlora.training import dividing, exchanging, handing
 from qlora.training.checkpoint import RunState
+from qlora.training.dividing import FINE, NO_MEMORY, STOP, Item, Shares, Word
 from qlora.training.memory_plan import MemorySettings
 
 if TYPE_CHECKING:
@@ -49,25 +49,15 @@ WAIT_SECONDS = 1800  # for the slowest process's part of a step: its first step 
 WORD_SECONDS = 86_400  # for process 0's next word: it evaluates, saves and tokenizes alone
 LEAVE_SECONDS = 60  # to be told that the run is over
 POLL_SECONDS = 0.0005  # Python handles signals between looks
-SAME_EVERY = 100  # steps between comparisons of the processes' weights
-FINE, NO_MEMORY, STOP = 0, 1000, 1001  # what a process shows; else the exit code of its error
-
-Word = dict[str, Any]
+SLOW_POLL_SECONDS = 0.01
+SHARED_OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
 
 
 def refuse_unbuilt(recipe: Recipe) -> None:
     """Raises RecipeError for what several processes do not do yet."""
-    unbuilt = {
-        "train.objective": recipe.train.objective != "sft" and f'"{recipe.train.objective}"',
-        "data.documents": bool(recipe.data.documents) and "documents to be learnt by heart",
-        "model.compile": recipe.model.compile is True and "true",
-    }
-    if problems := [
-        Problem(key, f"{what}: not built for several processes", "start it as one process, without torchrun")
-        for key, what in unbuilt.items()
-        if what
-    ]:
-        raise RecipeError(problems)
+    if recipe.train.objective not in SHARED_OBJECTIVES:
+        what = f'"{recipe.train.objective}": not built for several processes'
+        raise RecipeError([Problem("train.objective", what, "start it as one process, without torchrun")])
 
 
 class Channel:
@@ -105,6 +95,10 @@ class Channel:
         work = lambda: dist.all_reduce(values, group=self._gradients, async_op=True)  # noqa: E731
         self._do(work, WAIT_SECONDS)
 
+    def collect(self, values: Tensor) -> None:
+        """Each integer on the host becomes the sum of all processes'."""
+        self._do(lambda: dist.all_reduce(values, group=self._words, async_op=True), WAIT_SECONDS)
+
     def copy(self, values: Tensor) -> None:
         """Values on the host become those of process 0."""
         self._do(lambda: dist.broadcast(values, 0, group=self._words, async_op=True), WAIT_SECONDS)
@@ -116,13 +110,13 @@ class Channel:
                 dist.destroy_process_group()
 
     def _do(self, begin: Callable[[], Any], seconds: float) -> None:
-        until = time.monotonic() + seconds
+        began = time.monotonic()
         try:
             work = begin()
             while not work.is_completed():
-                if time.monotonic() > until:
+                if (waited := time.monotonic() - began) > seconds:
                     raise RuntimeError(f"no answer for {seconds:.0f} s")
-                time.sleep(POLL_SECONDS)
+                time.sleep(POLL_SECONDS if waited < 1 else SLOW_POLL_SECONDS)  # process 0 may study for hours
             work.wait()
         except RuntimeError as error:
             self.is_open = False  # what is under way cannot be ended in order
@@ -134,88 +128,16 @@ def _gone(place: Place, why: str) -> TrainingStopped:
     return TrainingStopped(what, "look for its own error above, then go on with mode='resume'")
 
 
-@dataclass
-class Shown:
-    """What each process shows before gradients are summed."""
-
-    codes: list[int]
-    complete: Tensor  # which parameters have a gradient somewhere
-
-    @property
-    def worst(self) -> tuple[int, int]:
-        """A process that is not fine, and its code: one that failed before one that was asked to stop."""
-        order = [code for code in self.codes if code not in (FINE, NO_MEMORY, STOP)] or [
-            code for code in (STOP, NO_MEMORY) if code in self.codes
-        ]
-        return (self.codes.index(order[0]), order[0]) if order else (0, FINE)
-
-
-def shown(channel: Channel, optimizer: AdapterOptimizer, code: int, step: int) -> Shown:
-    """Show how this process's part of a step went, and see the others'."""
-    gradients = optimizer.gradients
-    complete = [int(key in gradients) for key in optimizer.masters]
-    return _shown(channel, code, _digest(optimizer) if step % SAME_EVERY == 0 else 0, complete, step)
-
-
-def show_failure(channel: Channel, code: int, parameters: int) -> None:
-    """The same of a process that has not come so far as to have an optimizer."""
-    _shown(channel, code, 0, [0] * parameters, 1)
-
-
-def _shown(channel: Channel, code: int, digest: int, complete: list[int], step: int) -> Shown:
-    size, rank = channel.place.size, channel.place.rank
-    values = torch.zeros(2 * size + len(complete), dtype=torch.int64)
-    values[rank], values[size + rank], values[2 * size :] = code, digest, torch.tensor(complete)
-    channel.largest(values)
-    digests = values[size : 2 * size].tolist()
-    if len(set(digests)) > 1:
-        other = next(number for number, digest in enumerate(digests) if digest != digests[0])
-        what = f"step {step}: the weights of process {other} are not those of process 0"
-        raise TrainingStopped(what, "the newest checkpoint is whole: go on with mode='resume'; please report this")
-    return Shown(values[:size].tolist(), values[2 * size :])
-
-
-def _digest(optimizer: AdapterOptimizer) -> int:
-    sha = hashlib.sha256()
-    for master in optimizer.masters.values():
-        sha.update(hardware.to_host(master).contiguous().numpy().data)
-    return int.from_bytes(sha.digest()[:7], "little") + 1
-
-
-def add_up(channel: Channel, optimizer: AdapterOptimizer, losses: Tensor, complete: Tensor) -> None:
-    """The step's gradient and its micro-batches' losses, of all processes."""
-    keys = [key for key, there in zip(optimizer.masters, complete.tolist(), strict=True) if there]
-    channel.add(optimizer.flat_gradient(keys))
-    channel.add(losses)
-
-
-def trained(optimizer: AdapterOptimizer) -> str:
-    """sha256 of names and shapes of what is trained: processes exchange it in one order, without names."""
-    shapes = [(key, list(master.shape)) for key, master in optimizer.masters.items()]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-
-
-def copy_state(channel: Channel, optimizer: AdapterOptimizer, counters: Mapping[str, int]) -> None:
-    """Process 0's masters and moments, in every process; `counters` are its numbers of updates."""
-    if channel.place.rank:
-        optimizer.updates = dict(counters)  # they decide which moments there are
-    tensors, _ = optimizer.state()
-    for name in sorted(tensors):
-        channel.copy(tensors[name].view(torch.uint8))
-    if channel.place.rank:
-        optimizer.load_state(tensors, counters)
-
-
 def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
     """All that another process needs to load the same run, its rows and its base read by itself."""
     recipe, plan, planner = job.recipe, settings.plan, settings.planner
-    idle = set() if recipe.data.documents else {"study", "exam"}  # as in a run's recipe.toml
     chosen = recipe if plan is None else recipe.model_copy(update={"memory": plan.recipe.memory})
     limit = planner.estimator.machine.limit_bytes if planner and not hardware.is_card(job.device) else None
-    numbers = numerics.of_run()
+    numbers, learnt = numerics.of_run(), handing.learnt_by(job)
     return {
         "do": "begin",
-        "recipe": chosen.model_dump(mode="json", exclude_none=True, exclude=idle),
+        "recipe": handing.without_documents(chosen, learnt),
+        "study": handing.told(recipe, learnt),
         "tokenizer": {name: b64encode(data).decode() for name, data in job.tokenizer.content.items()},
         "numerics": None if numbers is None else numbers.model_dump(mode="json"),
         "commit": job.base.commit,
@@ -231,17 +153,21 @@ def of_settings(settings: MemorySettings) -> Word:
     """What decides about memory and may change under way."""
     return {
         "micro_batch_size": settings.micro_batch_size,
+        "answers_at_once": settings.answers_at_once,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "offload_activations": settings.offload_activations,
         "place": asdict(settings.place),
     }
 
 
-class Partners:
+class Partners(Shares):
     """The other processes of a run, as the loop knows them: here there are none."""
 
-    def begin(self, job: Job, data: DataSection, settings: MemorySettings, micro_batches: int) -> None:
-        """When rows and memory are settled."""
+    def load(self, job: Job, data: DataSection, settings: MemorySettings) -> None:
+        """When base, rows and memory are settled."""
+
+    def begin(self, job: Job, micro_batches: int) -> None:
+        """When all is settled, and the state that the run begins or goes on with is in the optimizer."""
 
     def mine(self, _micro_step: int) -> bool:
         """Whether this process computes that micro-batch of the step under way."""
@@ -262,22 +188,49 @@ class Leader(Partners):
     """Process 0's side."""
 
     def __init__(
-        self, channel: Channel, optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None]
+        self,
+        channel: Channel,
+        optimizer: AdapterOptimizer,
+        stop: StopRequest,
+        keep: Callable[[], None],
+        seen: list[Tensor] | None = None,
     ) -> None:
-        self.channel, self.optimizer, self.stop, self.keep = channel, optimizer, stop, keep
+        self.channel, self.optimizer, self.stop, self.keep, self.seen = channel, optimizer, stop, keep, seen
         self._dealing = self._have_state = False
 
-    def begin(self, job: Job, data: DataSection, settings: MemorySettings, micro_batches: int) -> None:
+    def load(self, job: Job, data: DataSection, settings: MemorySettings) -> None:
+        self.channel.tell(word_of(job, data, settings))
+        handing.give(self.channel, job.recipe, handing.learnt_by(job))
+
+    def begin(self, job: Job, micro_batches: int) -> None:
         size = self.channel.place.size
         most = -(-micro_batches // size)
         message = f"{size} processes: of {micro_batches} micro-batches a step each computes at most {most}"
         if idle := max(0, size - micro_batches):
             message += f"; {idle} of them have none: lower train.micro_batch_size or raise train.batch_size"
-        job.sink.emit(Notice("processes", message, size))
-        self.channel.tell(word_of(job, data, settings))
+        summed = exchanging.bytes_of_step(self.optimizer, micro_batches, self.seen)
+        job.sink.emit(Notice("processes", f"{message}; {summed / 2**20:,.2f} MiB a step are added up", size))
+        self._have_state = False  # what was asked of them before was asked of the untrained model
+        if job.recipe.train.objective != "sft":
+            handing.give_reference(self.channel, self.channel.tell, job.data)
 
     def mine(self, micro_step: int) -> bool:
         return not self._dealing or micro_step % self.channel.place.size == 0
+
+    @contextmanager
+    def called(self, word: Word, settings: MemorySettings) -> Iterator[None]:
+        with self._keeping():
+            self._copy_state()
+            self.channel.tell({**word, "settings": of_settings(settings)})
+            if word.get("weights"):
+                exchanging.copy_weights(self.channel, self.optimizer)
+            with self._dealt():
+                yield
+
+    def shared(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
+        if not self._dealing:
+            return super().shared(items, work)
+        return dividing.divided(self.channel, items, work, self._ended)
 
     def gather(self, state: RunState, settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
         with self._keeping():
@@ -287,31 +240,36 @@ class Leader(Partners):
         self._copy_state()
         scale = None if state.loss_scale is None else state.loss_scale.model_dump()
         self.channel.tell({"do": "step", "step": state.step, "scale": scale, "settings": of_settings(settings)})
-        losses, code = None, 1  # what is raised by `work` is shown to the others, who wait for our part
+        with self._dealt():
+            losses, found, reason = dividing.shown(
+                work, lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step)
+            )
+        if losses is None or found.worst[1] != FINE:
+            self._ended(found.codes, reason)
+        together = torch.stack(losses)
+        exchanging.add_up(self.channel, self.optimizer, together, found.complete, self.seen)
+        return list(together)
+
+    @contextmanager
+    def _dealt(self) -> Iterator[None]:
+        """Inside, work is shared with the others, who have been told of it."""
         self._dealing = True
         try:
-            with Attempt() as memory:
-                losses, code = work(), FINE
-            code = NO_MEMORY if losses is None else code
-        except StopAsked:
-            code = STOP
-            raise
+            yield
         finally:
             self._dealing = False
-            found = shown(self.channel, self.optimizer, code, state.step)
-        rank, code = found.worst
+
+    def _ended(self, codes: list[int], reason: str) -> NoReturn:
+        """Raises what comes of a process that is not fine; `reason`: why memory ran out here."""
+        rank, code = dividing.worst(codes)
         if code == NO_MEMORY:
-            reason = memory.reason if rank == 0 else "see its own lines"
-            raise torch.OutOfMemoryError(f"CUDA out of memory in process {rank} of {len(found.codes)}: {reason}")
+            reason = reason if rank == 0 else "see its own lines"
+            raise torch.OutOfMemoryError(f"CUDA out of memory in process {rank} of {len(codes)}: {reason}")
         if code == STOP:
             if not self.stop.is_set:
                 self.stop.set(15)  # SIGTERM: how a launcher ends processes
             raise StopAsked
-        if code != FINE or losses is None:
-            self._failed(rank, code)
-        together = torch.stack(losses)
-        add_up(self.channel, self.optimizer, together, found.complete)
-        return list(together)
+        self._failed(rank, code)
 
     def update(self, rate: float) -> None:
         with self._keeping():
@@ -336,11 +294,13 @@ class Leader(Partners):
             return
         _, counters = self.optimizer.state()
         word = {"do": "state", "counters": counters, "parameters": len(self.optimizer.masters)}
-        self.channel.tell({**word, "trained": trained(self.optimizer)})
-        rank, code = shown(self.channel, self.optimizer, FINE, step=1).worst
+        run = numerics.of_run()
+        numbers = None if run is None else run.model_dump(mode="json")  # the dry run may have decided some
+        self.channel.tell({**word, "trained": exchanging.trained(self.optimizer), "numerics": numbers})
+        rank, code = exchanging.shown(self.channel, self.optimizer, FINE, step=1).worst
         if code != FINE:
             self._failed(rank, code)
-        copy_state(self.channel, self.optimizer, counters)
+        exchanging.copy_state(self.channel, self.optimizer, counters)
         self._have_state = True
 
     def _failed(self, rank: int, code: int) -> NoReturn:
@@ -354,10 +314,29 @@ class Follower(Partners):
     """As the others' own training knows them."""
 
     def __init__(self, channel: Channel) -> None:
-        self.place = channel.place
+        self.channel, self.is_dealing = channel, False
 
     def mine(self, micro_step: int) -> bool:
-        return micro_step % self.place.size == self.place.rank
+        return not self.is_dealing or micro_step % self.channel.place.size == self.channel.place.rank
+
+    def shared(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
+        if not self.is_dealing:
+            return super().shared(items, work)
+        return dividing.divided(self.channel, items, work, self._ended)
+
+    @contextmanager
+    def dealt(self) -> Iterator[None]:
+        """Inside, this process does its part of what process 0 has told of."""
+        self.is_dealing = True
+        try:
+            yield
+        finally:
+            self.is_dealing = False
+
+    def _ended(self, codes: list[int], _reason: str) -> NoReturn:
+        if dividing.worst(codes)[1] == NO_MEMORY:
+            raise torch.OutOfMemoryError("CUDA out of memory in a process of the run")
+        raise StopAsked  # process 0 says what is to be done
 
 
 def leave(channel: Channel) -> None:
@@ -382,9 +361,11 @@ def joined(channel: Channel) -> Iterator[None]:
         leave(channel)
 
 
-def of_run(optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None]) -> Partners:
-    """The partners of the run that is under way; `keep` saves its last completed step."""
+def of_run(
+    optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None], seen: list[Tensor] | None = None
+) -> Partners:
+    """The partners of the run that is under way; `keep` saves its last completed step, `seen` is the objective's."""
     channel = _CHANNEL.get()
     if channel is None:
         return Partners()
-    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep)
+    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep, seen)

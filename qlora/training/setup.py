@@ -143,7 +143,8 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
     from qlora.study.lesson import Lesson
     from qlora.training import memory_plan, questions
 
-    base, lesson, planned = found.base, None, None
+    base, planned = found.base, None
+    lesson: Lesson | None = found.lesson
     with clock.phase("rows"):
         chat, data = prepare_rows(recipe, tokenizer, sink)
         asked = questions.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
@@ -152,6 +153,7 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
         say_stray_padding(chat.tokenizer, rows, base.name, sink)
         if found.material is not None:
             lesson = Lesson.of(found.material, recipe, chat, sink)
+        if lesson is not None:
             planned = lesson.foreseen(data)
     with clock.phase("checks", "plan memory"):
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)

@@ -15,8 +15,9 @@ from qlora.recipe.reading import load_recipe
 from qlora.stop import StopAsked, StopRequest
 from qlora.training import processes
 from qlora.training.checkpoint import RunState
+from qlora.training.dividing import FINE, NO_MEMORY, STOP
 from qlora.training.memory_plan import MemorySettings
-from qlora.training.processes import FINE, NO_MEMORY, STOP, Leader, Partners, shown
+from qlora.training.processes import Leader, Partners
 from tests.runs import write_recipe
 from tests.training.cases import optimizer
 
@@ -46,6 +47,9 @@ class Wire:
     def add(self, values: Tensor) -> None:
         self.added.append(values.clone())
         values += 1
+
+    def collect(self, values: Tensor) -> None:
+        pass
 
     def copy(self, values: Tensor) -> None:
         pass
@@ -146,20 +150,10 @@ def test_a_failure_there_is_named_and_what_is_done_is_saved(code: int, error: ty
     assert kept == ["saved"]
 
 
-def test_weights_are_compared_now_and_then() -> None:
-    wire: Any = Wire(digest=5)
-    with pytest.raises(TrainingStopped, match="step 200: the weights of process 1 are not those of process 0"):
-        shown(wire, optimizer(), FINE, 200)
-    wire.digest = None
-    shown(wire, optimizer(), FINE, 201)
-
-
-@pytest.mark.parametrize(
-    ("key", "words"),
-    [('train.objective="orpo"', 'train.objective: "orpo"'), ("model.compile=true", "model.compile: true")],
-)
-def test_what_is_not_built_is_refused_by_name(tmp_path: Path, key: str, words: str) -> None:
-    recipe = write_recipe(tmp_path, tmp_path / "base")
-    processes.refuse_unbuilt(load_recipe(recipe))
-    with pytest.raises(RecipeError, match=f"{words}: not built for several processes"):
-        processes.refuse_unbuilt(load_recipe(recipe, [key]))
+def test_what_is_not_built_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, tmp_path / "base"))
+    for built in processes.SHARED_OBJECTIVES:
+        processes.refuse_unbuilt(load_recipe(tmp_path / "tiny.toml", [f"train.objective={built!r}"]))
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"objective": "another"})})
+    with pytest.raises(RecipeError, match='"another": not built for several processes'):
+        processes.refuse_unbuilt(other)
