@@ -225,6 +225,7 @@ LINES = {
         "recomputing",
         "shelf",
         "simulate",
+        "at_once",
         "cards",
         "card_names",
         "hardware",
