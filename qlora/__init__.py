@@ -52,6 +52,7 @@ from qlora.events import (
     Start,
     StepDone,
 )
+from qlora.reward_events import Rewarded
 from qlora.stop import StopRequest
 from qlora.version import __version__
 
@@ -88,6 +89,7 @@ __all__ += [
     "StepDone",
     "Evaluated",
     "Preferred",
+    "Rewarded",
     "Routed",
     "Sampled",
     "Saved",

@@ -35,6 +35,7 @@ class Batch:
                        the model as it was are reference_R, both fp32 (`data/judged_splits.py`)
     drawn_KT           fp32, of answers that the model has drawn: what is known of each trained token of them, a row
                        each (`step/group_relative.py`)
+    paired             whether these are pairs: answers 2i and 2i + 1 are the better and the worse one to a question
     others             on the host: what the objective asks about beside it
     single             whether each row is one document by its positions, so that no mask has to keep documents apart
     """
@@ -55,6 +56,7 @@ class Batch:
     signs_R: torch.Tensor | None = None
     reference_R: torch.Tensor | None = None
     drawn_KT: torch.Tensor | None = None
+    paired: bool = False
     others: tuple[Batch, ...] = ()
 
     @property

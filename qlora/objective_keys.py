@@ -6,7 +6,7 @@ it is a good one (`kto`). No objective can learn from the rows of another: that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, cast
 
 from pydantic import Field, model_validator
@@ -25,6 +25,17 @@ BETAS = {"dpo": 0.1, "ipo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1, "grpo": 
 _OF_ROWS = {"sft": "auto", "kto": "kto", "grpo": "grpo"}  # the format of each objective; the others' is preference
 GAMMA = 1.0
 _LEARNT = {"kto": "answers marked good or bad", "grpo": "questions with a right answer"}
+# Peak learning rates where the recipe gives none: what LoRA wants is about ten times that of training all weights
+# (Schulman et al. 2025, "LoRA Without Regret"), of which the papers have 1e-6 (DPO, 2305.18290, appendix B; IPO as DPO;
+# SimPO 3e-7 to 1e-6, 2405.14734, appendix B; KTO 5e-7 to 5e-6 by its authors' README, 1e-6 in TRL) and 8e-6 (ORPO,
+# 2403.07691, appendix C); GRPO has 1e-6 (2402.03300, section 4.2). TRL's and LLaMA-Factory's LoRA examples have 5e-6
+# for all but ORPO. At SFT's 2e-4 a model of natural language drifts far from its reference within a few steps.
+LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "ipo": 1e-5, "orpo": 8e-5, "simpo": 1e-5, "kto": 1e-5, "grpo": 1e-5}
+
+
+def usual_rate(section: Mapping[str, Any]) -> float:
+    """The peak learning rate of a [train] with these keys, which names none."""
+    return LEARNING_RATES[section.get("objective", "sft")]
 
 
 class ObjectiveKeys(GrpoKeys):
@@ -49,6 +60,12 @@ class ObjectiveKeys(GrpoKeys):
     simpo_gamma: float | None = Field(
         None, ge=0, le=1000, description="simpo: margin between the two answers' rewards (1.0)"
     )
+    desirable_weight: float | None = Field(
+        None, gt=0, le=1000, description="kto: weight of each good answer; where bad ones are many, bad ÷ good (1.0)"
+    )
+    undesirable_weight: float | None = Field(
+        None, gt=0, le=1000, description="kto: weight of each bad answer; where good ones are many, good ÷ bad (1.0)"
+    )
 
     @property
     def strength(self) -> float:
@@ -63,6 +80,15 @@ class ObjectiveKeys(GrpoKeys):
     @property
     def margin(self) -> float:
         return self.simpo_gamma if self.simpo_gamma is not None else GAMMA
+
+    @property
+    def of_good(self) -> float:
+        """Lambda of KTO's good answers; its paper wants good · of_good ÷ (bad · of_bad) of 1 to 4/3 (section 4.2)."""
+        return self.desirable_weight if self.desirable_weight is not None else 1.0
+
+    @property
+    def of_bad(self) -> float:
+        return self.undesirable_weight if self.undesirable_weight is not None else 1.0
 
     @property
     def needs_reference(self) -> bool:
@@ -82,6 +108,8 @@ class ObjectiveKeys(GrpoKeys):
             "sft_weight": (self.sft_weight is not None, ("dpo", "ipo", "orpo", "simpo")),
             "simpo_gamma": (self.simpo_gamma is not None, ("simpo",)),
             **dict.fromkeys(grpo_keys.given(dict(self)), (True, ("grpo",))),
+            "desirable_weight": (self.desirable_weight is not None, ("kto",)),
+            "undesirable_weight": (self.undesirable_weight is not None, ("kto",)),
         }
         if self.beta == 0 and self.objective in OBJECTIVES[1:-1]:
             raise ValueError(f'beta = 0 leaves nothing of objective = "{self.objective}" (only grpo may have it)')
@@ -97,11 +125,15 @@ def settled(given: R) -> R:
     if recipe.train.objective == "sft":
         return given
     meant = {"auto": _OF_ROWS.get(recipe.train.objective, "preference")}
-    sides = {
+    sides: dict[str, Any] = {
         side: tuple(one.model_copy(update={"format": meant.get(one.format, one.format)}) for one in sources)
         for side in ("train", "eval")
         if (sources := getattr(recipe.data, side))
     }
+    if recipe.train.objective == "grpo":
+        sides["packing"] = (
+            False  # of answers, which are not known beforehand; and of rows that they are measured beside
+        )
     data = recipe.data.model_copy(update=sides)
     return cast(R, recipe.model_copy(update={"data": data})) if sides else given
 

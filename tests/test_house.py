@@ -20,6 +20,7 @@ FASTER = (
     "step/head_blocks.py",
     "step/offload.py",
     "step/objectives.py",
+    "step/group_relative.py",
     "step/soft_labels.py",
     "training/reference.py",
     "training/preferences.py",
@@ -30,6 +31,10 @@ FASTER = (
     "training/exchanging.py",
     "training/processes.py",
     "training/follower.py",
+    "training/answered.py",
+    "training/ending.py",
+    "training/generations.py",
+    "training/rollouts.py",
 )  # the same step, smaller, faster or shared, or other losses than a plain run's: no part of it
 
 

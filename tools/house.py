@@ -44,6 +44,7 @@ FASTER = (
     "step/head_blocks.py",
     "step/offload.py",
     "step/objectives.py",
+    "step/group_relative.py",
     "step/soft_labels.py",
     "training/reference.py",
     "training/preferences.py",
@@ -54,6 +55,10 @@ FASTER = (
     "training/exchanging.py",
     "training/processes.py",
     "training/follower.py",
+    "training/answered.py",
+    "training/ending.py",
+    "training/generations.py",
+    "training/rollouts.py",
 )
 MODULES_A_LINE = 3
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora.document_keys import DocumentsSection
-from qlora.objective_keys import ObjectiveKeys
+from qlora.objective_keys import ObjectiveKeys, usual_rate
 from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Sinks, Text
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
@@ -140,7 +140,9 @@ class TrainSection(ObjectiveKeys):
         1,
         description="Rows per forward pass: a step of 16 at 4 runs 4 passes; auto: the fastest that fits memory.limit",
     )
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Learning rate at its peak")
+    learning_rate: float = Field(
+        default_factory=usual_rate, gt=0, le=1, description="Learning rate at its peak (orpo 8e-5, dpo and others 1e-5)"
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Course of the learning rate after the warm-up"
     )

@@ -50,7 +50,8 @@ def figures(objective: Objective, step: int, evaluated: bool = False, kl: float 
     margin = None if better is None or worse is None else better - worse
     divergence = float(objective.divergence) if objective.keys.objective == "kto" else None
     accuracy = seen.right / seen.compared
-    likelier = None if divergence is not None else seen.likelier / seen.compared
+    marked = seen.compared == seen.better + seen.worse  # answers by themselves, without a better or a worse one
+    likelier = None if marked else seen.likelier / seen.compared
     return Preferred(step, evaluated, round(seen.compared), accuracy, margin, better, worse, divergence, kl, likelier)
 
 

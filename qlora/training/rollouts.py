@@ -144,7 +144,8 @@ class Rollouts:
                 self.job.stop.check()
                 if batch.trained_T.numel():
                     values += batch_logprobs(self.parts, batch.to(self.job.device)).tolist()
-        found, start = [], 0
+        found: list[tuple[float, ...]] = []
+        start = 0
         for answer in answers:
             count = len(answer.token_ids) if self.batches.weight_of(answer) else 0
             found.append(tuple(values[start : start + count]))
@@ -217,7 +218,8 @@ class Rollouts:
     def _questions(self) -> list[tuple[Prompt, tuple[int, ...]]]:
         """Of the evaluation rows, the first that ask something; and their tokens."""
         split, chat = self.job.data.eval, self.job.chat
-        most, found = max(JUDGED_QUESTIONS, self.job.recipe.eval.exact_match_rows), []
+        most = max(JUDGED_QUESTIONS, self.job.recipe.eval.exact_match_rows)
+        found: list[tuple[Prompt, tuple[int, ...]]] = []
         for row in range(len(split.lengths)):
             if len(found) < most and (prompt := split.prompt(row)) is not None:
                 found.append((prompt, tuple(chat.prompt_ids(prompt.messages, prompt.tools))))

@@ -30,6 +30,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.25},
     "simpo": {"simpo_gamma": 0.4, "sft_weight": 0.1},
     "kto": {"beta": 0.4},
+    "weighed kto": {"objective": "kto", "beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.6},
 }
 
 
@@ -85,7 +86,8 @@ def plain_loss(model: Any, split: PreparedSplit, keys: ObjectiveKeys) -> Tensor:
         z = torch.stack(gains).mean().clamp(min=0)
         for row, (logprob, _) in enumerate(asked):
             above = beta * (logprob - reference[row] - z)
-            losses.append(1 - sigmoid(above if row % 2 == 0 else -above))
+            good, bad = keys.desirable_weight or 1.0, keys.undesirable_weight or 1.0
+            losses.append(good * (1 - sigmoid(above)) if row % 2 == 0 else bad * (1 - sigmoid(-above)))
         return torch.stack(losses).mean()
     for row in range(0, len(asked), 2):
         (w, n_w), (l, n_l) = asked[row], asked[row + 1]  # noqa: E741
@@ -121,10 +123,10 @@ def test_loss_and_gradient_are_the_papers(model: Any, name: str, loss_chunk: int
         objective = objective_of(keys)
         assert isinstance(objective, PreferenceObjective)
         weight = sum(objective.weight(batch) for batch in batches)
-        assert weight == (10 if name == "kto" else 5)
+        assert weight == (10 if keys.objective == "kto" else 5)
         with evaluating(model):
             objective.begin(batches, lambda batch: batch_logprobs(parts, batch))
-        assert 0 < float(objective.divergence) < 9 or name != "kto"
+        assert 0 < float(objective.divergence) < 9 or keys.objective != "kto"
         return torch.stack([forward_backward(parts, batch, objective, weight) for batch in batches]).sum() / weight
 
     def plain() -> Tensor:
@@ -155,23 +157,29 @@ def test_what_the_step_knows_of_its_answers(model: Any) -> None:
 def test_figures_count_pairs_and_answers(model: Any) -> None:
     split = with_reference(judged_split(PAIRS))
     parts = CausalParts.of(model.get_base_model())
-    batches = [collate(split, [(0, 1, 2, 3)], 0, 64), collate(split, [(4, 5)], 0, 64)]
-    for name in ("dpo", "kto"):
-        objective = objective_of(keys_of(name))
+    pairs = [collate(split, [(0, 1, 2, 3)], 0, 64), collate(split, [(4, 5)], 0, 64)]
+    for name in ("dpo", "kto", "marked"):
+        objective = objective_of(keys_of("kto" if name == "marked" else name))
+        batches = [replace(batch, paired=name != "marked") for batch in pairs]
         assert isinstance(objective, PreferenceObjective)
         with torch.no_grad():
             objective.begin(batches, lambda batch: batch_logprobs(parts, batch))
             for batch in batches:
                 objective.loss(batch_logprobs(parts, batch), batch)
         seen = Figures.of(objective.seen)
-        assert (seen.compared, seen.better, seen.worse, seen.tokens) == (6 if name == "kto" else 3, 3, 3, 35)
+        assert [batch.paired for batch in pairs] == [True, True]
+        assert (seen.compared, seen.better, seen.worse, seen.tokens) == (6 if name == "marked" else 3, 3, 3, 35)
         with torch.no_grad():
             plain = [float(plain_logprob(model.get_base_model(), split, row)[0]) for row in range(6)]
         assert seen.loss == pytest.approx(-sum(plain), rel=1e-5)
         rewards = [objective.keys.strength * (x - r) for x, r in zip(plain, split.preference.reference, strict=False)]  # type: ignore[union-attr, arg-type]
         assert seen.better_reward == pytest.approx(sum(rewards[0::2]), rel=1e-4)
         assert seen.worse_reward == pytest.approx(sum(rewards[1::2]), rel=1e-4)
-        if name == "dpo":
+        above = [reward - objective.keys.strength * float(objective.divergence) for reward in rewards]
+        if name == "marked":
+            assert seen.right == sum(x > 0 for x in above[0::2]) + sum(x < 0 for x in above[1::2])
+            assert seen.likelier == 0
+        else:
             assert seen.right == sum(w > l for w, l in zip(rewards[0::2], rewards[1::2], strict=True))  # noqa: E741
         objective.begin([], lambda batch: torch.zeros(0))
         assert not objective.seen
