@@ -85,9 +85,8 @@ def _run(recipe: Path, count: int, place: Path) -> list[dict[str, Any]]:
 
 def _tokens_per_second(events: list[dict[str, Any]]) -> float:
     steps = [event for event in events if event["event"] == "step"][WARM_UP:]
-    return statistics.median(event["tokens"] for event in steps) / statistics.median(
-        event["seconds"] for event in steps
-    )
+    tokens, seconds = (statistics.median(float(event[key]) for event in steps) for key in ("tokens", "seconds"))
+    return tokens / seconds
 
 
 def _said(events: list[dict[str, Any]]) -> str:
