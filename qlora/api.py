@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
 from qlora.checked import Checked
+from qlora.collections_off import without_collections
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Sink, Sinks
@@ -264,12 +265,13 @@ def merge_and_export(
     become one; "adapter" is then a format too. `push` sends what was made to a repository of the hub; of one run,
     "adapter" then means the one that it delivered. What is there already, of just this request, is not made again.
     """
-    from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
-    from qlora.export.push import Contents, made_before, open_destination
-    from qlora.export.staging import check_part
-    from qlora.export.targets import check_place
-    from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
-    from qlora.pushing import delivered
+    with without_collections():
+        from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
+        from qlora.export.push import Contents, made_before, open_destination
+        from qlora.export.staging import check_part
+        from qlora.export.targets import check_place
+        from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
+        from qlora.pushing import delivered
 
     chosen, formats = options or ExportOptions(), [to] if isinstance(to, str) else list(to)
     as_it_lies = push is not None and combine is None and "adapter" in formats
@@ -303,7 +305,8 @@ def merge_and_export(
 
 def export_options(**chosen: Any) -> ExportOptions:
     """`ExportOptions` of an export, for callers that must not import torch before they need it."""
-    from qlora.export.artifacts import ExportOptions
+    with without_collections():
+        from qlora.export.artifacts import ExportOptions
 
     return ExportOptions(**chosen)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -13,6 +10,7 @@ import typer
 
 from qlora import shown
 from qlora.cli import common, team_estimate
+from qlora.collections_off import without_collections
 from qlora.redaction import redact_all
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ def estimate(
     """
     asked = {"gpu": gpu or [], "vram": vram or [], "stack": stack}
     wanted = _Wanted(fit, explain, plot, as_json)
-    with _without_collections():
+    with without_collections():  # the command ends before cycles would matter; a simulation looks for its own
         common.run(lambda: _run(what, set_ or [], asked, wanted))
 
 
@@ -68,19 +66,6 @@ class _Wanted(NamedTuple):
     explain: bool
     plot: Path | None
     as_json: bool
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Python looks for cycles among its objects whenever it has made some hundreds: a sixth of the processor time of
-    imports and one simulation, which looks for its own. The command ends before they would matter."""
-    looks = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if looks:
-            gc.enable()
 
 
 def _run(what: str, overrides: list[str], asked: dict[str, Any], wanted: _Wanted) -> None:

@@ -99,9 +99,12 @@ def data_facts(recipe: Recipe, data: PreparedData, prompt_tokens: int) -> DataFa
     longest = max([longest, *data.eval.lengths])
     padded = min(recipe.data.max_length, -(-longest // GPU_MULTIPLE) * GPU_MULTIPLE)
     order = TrainOrder(data.train, recipe.data, recipe.train.seed, 1)
+    rows = schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train) * recipe.train.answers_per_row
+    prompts = [length - trained for length, trained in zip(lengths, data.train.trained, strict=True)]
     return DataFacts(
         longest=padded,
-        batch_size=-(-schedule.auto_batch_size(len(order.epoch_packs(0)), recipe.train) // processes.of_run().size),
+        asked_tokens=max([prompt_tokens, *prompts]),
+        batch_size=-(-rows // processes.of_run().size),
         prompt_tokens=prompt_tokens,
         has_eval=bool(data.eval.lengths),
         documents=max(map(len, order.epoch_packs(0)), default=1),
@@ -161,7 +164,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
         message = f"train.gradient_checkpointing = {recompute}: the model has {counted(layers, 'layer')}; all of them"
         sink.emit(Notice("memory", f"{message} are recomputed", recompute - layers))
         recompute = True
-    settings = MemorySettings(train.micro_batch_size, recompute, plan=plan, planner=planner)
+    at_once = plan.estimate.answers_at_once
+    settings = MemorySettings(train.micro_batch_size, recompute, at_once, plan=plan, planner=planner)
     free = machine.device_type == "cuda" and recipe.memory.offload_activations == "auto"
     place = Place.of(plan.recipe.memory)
     return replace(settings, layers=layers, offload_activations=moved, may_offload=free, place=place, cards=cards)
