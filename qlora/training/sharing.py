@@ -126,7 +126,7 @@ class Sharing:
         self.opened = True
         if state.shares is not None and known is not state.shares:
             before = len(state.shares.cards)
-            message = f"shared by {self.count} processes from now on, {before} before: the cards are others"
+            message = f"shared by {self.count} processes from now on, by {before} before, whose shares hold no more"
             self.sink.emit(Notice("shares", message, self.count))
         elif state.shares is not None:  # what fitted goes on
             self.others = {
