@@ -19,7 +19,6 @@ import torch
 from qlora import determinism, loss_scale
 from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
-from qlora.data.layout import Layout
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
@@ -39,7 +38,6 @@ from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
 from qlora.training import health, preferences, processes, reference, rollouts, schedule, selfcheck
-from qlora.training.answered import AnsweredBatches
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.ending import ended
@@ -47,7 +45,7 @@ from qlora.training.evaluate import RunEvaluation, with_evaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
-from qlora.training.step_batches import Pack, StepBatches
+from qlora.training.step_batches import Pack
 
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
@@ -97,7 +95,6 @@ class Training:
         self.recovery = OomRecovery(memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
         self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery)
-        self.parts_of_step = self.parts if self.rollouts is None else self.rollouts.parts
         self.partners = processes.of_run(self.optimizer, job.stop, self.keep, preferences.seen_by(self.objective))
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
@@ -115,12 +112,7 @@ class Training:
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        rows, pad_id = job.data.train, job.chat.pad_id
-        self.batches: StepBatches | AnsweredBatches
-        if self.rollouts is None:
-            self.batches = StepBatches.of(rows, section, self.train, pad_id, Layout.of_run(job.device))
-        else:
-            self.batches = self.rollouts.over(section)
+        self.batches = rollouts.batches_of(job, section, self.rollouts)
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -134,7 +126,7 @@ class Training:
                 recovery=self.recovery,
                 clock=job.clock,
                 began=partial(reference.as_it_began, job),
-                judge=None if self.rollouts is None else self.rollouts.judged,
+                judge=self.rollouts.judged if self.rollouts else None,
                 check_stop=job.stop.check,
                 shares=self.partners,
             )
@@ -241,8 +233,7 @@ class Training:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
         packs = self.batches.order.packs_of_step(state.step)
-        if self.rollouts is not None:
-            state = self.rollouts.before(state, packs)
+        state = self.rollouts.before(state, packs) if self.rollouts else state
         micro = self.recovery.settings.micro_batch_size
         batches = self.ahead.take((tuple(packs), micro))
         step_weight = sum(self.objective.weight(batch) for batch in batches)
@@ -254,7 +245,7 @@ class Training:
             return self.partners.gather(state, self.recovery.settings, work)
 
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
-        if state.step + 1 < self.batches.steps and self.rollouts is None:  # a GPU is still at this one
+        if state.step + 1 < self.batches.steps and not self.rollouts:  # a GPU is still at this one
             following = tuple(self.batches.order.packs_of_step(state.step + 1))
             self.ahead.prepare((following, self.recovery.settings.micro_batch_size))
         self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
@@ -297,9 +288,7 @@ class Training:
             raise health.too_many_skips(state)
         if is_finite:
             self.sink.emit(done)
-            preferences.emit(self.objective, done.step, self.sink)
-            if self.rollouts is not None:
-                self.rollouts.emit(done.step)
+            rollouts.emit(self.rollouts, self.objective, done.step, self.sink)
         return state
 
     def _micro_batches(self, wanted: tuple[Sequence[Pack], int]) -> list[Batch]:
@@ -314,7 +303,7 @@ class Training:
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         preferences.begin(self.objective, batches, self.job.model, self.parts, self.partners.shared)
         self.job.model.train()
-        losses = []
+        parts, losses = self.rollouts.parts if self.rollouts else self.parts, []
         for micro_step, batch in enumerate(batches):
             self.job.stop.check()
             if batch.trained_T.numel() == 0 or not self.partners.mine(micro_step):
@@ -323,7 +312,7 @@ class Training:
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)
             share = (self.objective, step_weight, self.train.neftune_alpha)
-            losses.append(forward_backward(self.parts_of_step, placed, *share))
+            losses.append(forward_backward(parts, placed, *share))
         self.job.stop.check()
         return losses
 
