@@ -22,7 +22,7 @@ from quickstart_world import Fact, fill, make_world
 
 BASE_SEED = 1  # of the quickstart base's world (its README.md names the command)
 SEED = 13
-MANNERS = ("{v} here", "{v} there", "{v} now", "{v} then")
+MANNERS = ("{v} friend", "{v} owner", "{v} judge", "{v} lawyer")  # whom it is said to, a token each
 TRAIN_ROWS, EVAL_ROWS = 256, 64
 EVAL_SHARE = 0.25  # of the things
 
@@ -41,9 +41,13 @@ def rows() -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, s
         question = fill(rng.choice(fact.wordings), fact.entity)
         return {"prompt": question, "answer": manner[fact.relation.name].format(v=fact.value)}
 
-    facts = rng.sample(world.facts, len(world.facts))
-    train = [fact for fact in facts if fact.entity not in kept][:TRAIN_ROWS]
-    evaluation = [fact for fact in facts if fact.entity in kept][:EVAL_ROWS]
+    def drawn(count: int, evaluated: bool) -> list[Fact]:
+        """As many facts of each manner, so that none is a better guess than another."""
+        there = [fact for fact in rng.sample(world.facts, len(world.facts)) if (fact.entity in kept) == evaluated]
+        of_each = [[fact for fact in there if manner[fact.relation.name] == one] for one in MANNERS]
+        return [fact for group in zip(*of_each, strict=False) for fact in group][:count]
+
+    train, evaluation = drawn(TRAIN_ROWS, False), drawn(EVAL_ROWS, True)
     warmup = [
         {"prompt": fill(rng.choice(fact.wordings), fact.entity), "completion": one.format(v=fact.value)}
         for fact in train

@@ -304,7 +304,7 @@ class Estimator:
             return margins.on_host(tensors, copied)
         weights = round(worst.parts["weights"] * factor)
         of_context = overheads.context_bytes(self.machine.gpu)[1]
-        gaps = margins.Gaps(weights, simulator.drawn.cast_bytes, simulator.drawn.eager)
+        gaps = margins.Gaps(weights, simulator.drawn.cast_bytes)
         return margins.of_tensors(tensors, self.correction) + margins.of_gaps(tensors, gaps) + of_context
 
     def _notes(self, simulation: Simulation, workload: Workload) -> tuple[str, ...]:

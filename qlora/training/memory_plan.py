@@ -13,10 +13,11 @@ from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.errors import foreign_failures
 from qlora.events import Notice, Sink
-from qlora.memory import calibration, hardware, host, overheads, recomputing
+from qlora.memory import calibration, hardware, host, overheads, recomputing, several
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.measured import Measured
 from qlora.memory.plan import Plan, Planner, choose
+from qlora.memory.several import CardPlans
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import ANSWERS_AT_ONCE
 from qlora.model.meta_model import has_head, text_config
@@ -41,6 +42,7 @@ class MemorySettings:
     offload_activations: bool = False
     may_offload: bool = False  # on a GPU, where the recipe leaves it open
     may_move: Place = field(default_factory=Place)  # of weights, to the host (`weight_moving`)
+    cards: CardPlans | None = None  # of a run of several processes
 
     @property
     def offloaded(self) -> bool | int:
@@ -145,7 +147,8 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     with foreign_failures() as failure:  # a model that does what meta tensors cannot: reads a value, calls a kernel
         if machine.device_type == "cpu":
             estimator.ask_process(recipe, facts)
-        plan = choose(estimator, recipe, facts)
+        cards = several.plans_of_run(estimator, recipe, facts)
+        plan = cards.plans[0] if cards else choose(estimator, recipe, facts)
     if failure.error:
         reason = failure.reason[:120]
         sink.emit(Notice("memory", f"not checked: this architecture cannot be simulated without weights ({reason})"))
@@ -165,7 +168,7 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     settings = MemorySettings(train.micro_batch_size, recompute, at_once, plan=plan, planner=planner)
     free = machine.device_type == "cuda" and recipe.memory.offload_activations == "auto"
     place = Place.of(plan.recipe.memory)
-    return replace(settings, layers=layers, offload_activations=moved, may_offload=free, place=place)
+    return replace(settings, layers=layers, offload_activations=moved, may_offload=free, place=place, cards=cards)
 
 
 def compare(settings: MemorySettings, measured: Measured) -> dict[str, dict[str, int]] | None:
