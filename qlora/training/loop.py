@@ -21,9 +21,8 @@ from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
 from qlora.dealing import Cut
 from qlora.errors import StoppedBySignal, TrainingStopped
-from qlora.events import End, Notice, Recovered, StepDone
+from qlora.events import End, Notice, Recovered
 from qlora.guarded import Guarded
-from qlora.memory.measured import peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention, compiled, expert_check, weight_moving
 from qlora.model.adapter_folder import delivered_step
@@ -38,11 +37,11 @@ from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, preferences, processes, reference, rollouts, schedule, selfcheck
+from qlora.training import health, preferences, processes, reference, rollouts, rows_of_run, schedule, selfcheck
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
-from qlora.training.ending import ended
-from qlora.training.evaluate import RunEvaluation, with_evaluation
+from qlora.training.ending import ended, step_done
+from qlora.training.evaluate import with_evaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
@@ -112,25 +111,9 @@ class Training:
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
-        job = self.job
-        self.batches = rollouts.batches_of(job, section, self.rollouts)
-        self.evaluation: RunEvaluation | None = None
-        if len(job.data.eval.lengths):
-            self.evaluation = RunEvaluation(
-                model=job.model,
-                parts=self.parts,
-                objective=self.objective,
-                chat=job.chat,
-                split=job.data.eval,
-                data=section,
-                section=job.recipe.eval,
-                recovery=self.recovery,
-                clock=job.clock,
-                began=partial(reference.as_it_began, job),
-                judge=self.rollouts.judged if self.rollouts else None,
-                check_stop=job.stop.check,
-                shares=self.partners,
-            )
+        of_step = (self.parts, self.objective, self.rollouts)
+        self.batches = rows_of_run.batches_of(self.job, section, self.rollouts)
+        self.evaluation = rows_of_run.evaluation_of(self.job, section, of_step, self.recovery, self.partners)
 
     def keep(self) -> None:
         self.checkpointer.save(self.completed, last_chance=True)
@@ -266,20 +249,9 @@ class Training:
             self.recovery.run_once(lambda: self.optimizer.step(rate))
         else:
             self._skip(state, losses, packs, self.partners.cut(state, lengths, self.recovery.settings))
-        seconds = time.monotonic() - started
-        tokens = self.batches.tokens(packs)
-        done = StepDone(
-            step=state.step + 1,
-            epoch=self.batches.order.epoch_of_step(state.step + 1),
-            loss=loss_value,
-            learning_rate=rate,
-            grad_norm=norm_value,
-            tokens=tokens,
-            trained_tokens=sum(int(batch.trained_T.numel()) for batch in batches),
-            tokens_per_second=tokens / seconds,
-            peak_bytes=peak_bytes(self.job.device),
-            seconds=seconds,
-        )
+        epoch, numbers = self.batches.order.epoch_of_step(state.step + 1), (loss_value, rate, norm_value)
+        tokens = (self.batches.tokens(packs), sum(int(batch.trained_T.numel()) for batch in batches))
+        done = step_done((state.step + 1, epoch), numbers, tokens, time.monotonic() - started, self.job.device)
         self.spills.after_step(done)
         state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
         state = self.partners.after_step(state, self.recovery.settings)

@@ -31,7 +31,7 @@ from qlora.training.checkpoint import RunState
 from qlora.training.generations import FOLDER, Kept
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
-from qlora.training.step_batches import Pack, StepBatches
+from qlora.training.step_batches import Pack
 
 JUDGED_QUESTIONS = (
     32  # of the evaluation rows at least: their mean reward is known to 9 points (p = 0.5, one deviation)
@@ -45,14 +45,6 @@ def of_run(job: Job, parts: CausalParts, objective: Objective, recovery: OomReco
         return None
     parts = replace(parts, transform=at_temperature(parts.transform, job.recipe.train.temperature))
     return Rollouts(job, parts, objective, recovery)
-
-
-def batches_of(job: Job, section: DataSection, drawn: Rollouts | None) -> StepBatches | AnsweredBatches:
-    """What the steps of the run read: rows, or answers to them."""
-    if drawn is not None:
-        return drawn.over(section)
-    rows, layout = job.data.train, Layout.of_run(job.device)
-    return StepBatches.of(rows, section, job.recipe.train, job.chat.pad_id, layout)
 
 
 def emit(drawn: Rollouts | None, objective: Objective, step: int, sink: Sink) -> None:
