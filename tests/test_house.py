@@ -26,6 +26,7 @@ FASTER = (
     "training/questions.py",
     "training/processes.py",
     "training/follower.py",
+    "training/words.py",
 )  # the same step, smaller, faster or shared, or other losses than a plain run's: no part of it
 
 

@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from qlora.report.files import read_events
+from qlora.training.loop import Training
 from tests.attacks.terminals import begun, command
 from tests.runs import run_dir
 
@@ -59,3 +62,23 @@ def _wait(pid: int, until: float) -> int:
 
 def masters(recipe: Path, step: int) -> Path:
     return run_dir(recipe) / "checkpoints" / f"step-{step:06d}" / "optimizer.safetensors"
+
+
+def events(recipe: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(run_dir(recipe) / "events.jsonl") if event["event"] == kind]
+
+
+def stops_after(step: int) -> Hook:
+    """The process gets a SIGTERM of its own as it comes to the step after that one."""
+
+    def hook() -> None:
+        gather = Training._micro_steps
+
+        def stopping(training: Training, state: Any, *rest: Any) -> Any:
+            if state.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return gather(training, state, *rest)
+
+        Training._micro_steps = stopping  # type: ignore[method-assign]
+
+    return hook

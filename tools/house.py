@@ -50,6 +50,7 @@ FASTER = (
     "training/questions.py",
     "training/processes.py",
     "training/follower.py",
+    "training/words.py",
 )
 MODULES_A_LINE = 3
 

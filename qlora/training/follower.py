@@ -38,7 +38,6 @@ from qlora.training.processes import (
     NO_MEMORY,
     STOP,
     Channel,
-    Word,
     add_up,
     copy_state,
     show_failure,
@@ -46,6 +45,7 @@ from qlora.training.processes import (
     trained,
 )
 from qlora.training.setup import Job, prepare_job
+from qlora.training.words import Word
 
 NOWHERE = Path("/nonexistent")  # a follower's run folder: nothing is read or written there
 
@@ -71,8 +71,12 @@ def follow(channel: Channel, stop: StopRequest) -> None:
 
 def _confess(channel: Channel, code: int) -> None:
     """Show that the run was not loaded, as soon as process 0 asks."""
-    if (word := channel.tell(None))["do"] == "state":
+    while (word := channel.tell(None))["do"] == "settle":
+        pass
+    if word["do"] == "state":
         show_failure(channel, code, word["parameters"])
+    elif word["do"] == "serve":
+        channel.gathers.fail(code)
 
 
 @contextmanager
@@ -122,6 +126,12 @@ class Following(Training):
         self._apply(self.recovery.settings)
         self._take(word["settings"])
 
+    def settle(self, word: Word) -> None:
+        """What process 0's checks have changed since it began."""
+        numerics.correct(checked(Numerics, word["numerics"], "process 0"))
+        self._use_rows(self.job.recipe.data.model_copy(update={"packing": word["packing"]}))
+        self._take(word["settings"])
+
     def take_state(self, word: Word) -> None:
         if word["trained"] != trained(self.optimizer):
             show_failure(self.channel, TrainingStopped.exit_code, word["parameters"])
@@ -141,7 +151,7 @@ class Following(Training):
         try:
             batches = self.ahead.take((packs, micro))
             step_weight = sum(self.objective.weight(batch) for batch in batches)
-            with Attempt():
+            with self.channel.gathers.session(), Attempt():
                 losses, code = self._gather_gradient(state, batches, step_weight), FINE
             code = NO_MEMORY if losses is None else code
         except StopAsked:
@@ -181,7 +191,11 @@ def _follow(channel: Channel, training: Following) -> None:
     norm: torch.Tensor | None = None
     with Guarded("training", "lower data.max_length or lora.r, or use a smaller base"):
         while (word := channel.tell(None))["do"] != "end":
-            if word["do"] == "state":
+            if word["do"] == "serve":
+                channel.gathers.answer()
+            elif word["do"] == "settle":
+                training.settle(word)
+            elif word["do"] == "state":
                 training.take_state(word)
             elif word["do"] == "step":
                 norm = training.compute(word)

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -29,9 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora import device as hardware
-from qlora import numerics
+from qlora import gathering
 from qlora.errors import DoesNotFit, Problem, RecipeError, TrainingStopped
 from qlora.events import Notice
+from qlora.gathering import Gathers, Network, finished
 from qlora.guarded import Attempt
 from qlora.processes import Place
 from qlora.recipe.reading import Recipe
@@ -40,6 +40,7 @@ from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked, StopRequest
 from qlora.training.checkpoint import RunState
 from qlora.training.memory_plan import MemorySettings
+from qlora.training.words import Word, of_settings, word_of
 
 if TYPE_CHECKING:
     from qlora.training.setup import Job
@@ -48,11 +49,8 @@ JOIN_SECONDS = 600  # for all processes to be there; torchrun starts them within
 WAIT_SECONDS = 1800  # for the slowest process's part of a step: its first step may compile kernels
 WORD_SECONDS = 86_400  # for process 0's next word: it evaluates, saves and tokenizes alone
 LEAVE_SECONDS = 60  # to be told that the run is over
-POLL_SECONDS = 0.0005  # Python handles signals between looks
 SAME_EVERY = 100  # steps between comparisons of the processes' weights
 FINE, NO_MEMORY, STOP = 0, 1000, 1001  # what a process shows; else the exit code of its error
-
-Word = dict[str, Any]
 
 
 def refuse_unbuilt(recipe: Recipe) -> None:
@@ -81,13 +79,20 @@ class Channel:
             limit = timedelta(seconds=WORD_SECONDS)
             self._words = dist.new_group(backend="gloo", timeout=limit)
             self._gradients = dist.new_group(backend="nccl", timeout=limit) if on_card else self._words
+            wires = Network(place, self._gradients if on_card else None, self._lose, limit)
         except (RuntimeError, ValueError) as error:
             raise _gone(place, " ".join(str(error).split())[:200]) from error
+        self.gathers = Gathers(wires, lambda: self._tell({"do": "serve"}), WAIT_SECONDS, WORD_SECONDS)
+        self.has_begun = False  # process 0's first word was told
         if on_card:  # NCCL takes its buffers now, so that what is free is known when the run is planned
             self.add(torch.zeros(1, device=device))
 
     def tell(self, word: Word | None, seconds: float = WORD_SECONDS) -> Word:
-        """Process 0's word, to all."""
+        """Process 0's word, to all; what it gathered alone until then is over."""
+        self.gathers.end(min(seconds, WAIT_SECONDS))
+        return self._tell(word, seconds)
+
+    def _tell(self, word: Word | None, seconds: float = WORD_SECONDS) -> Word:
         encoded = json.dumps(word).encode() if word is not None else b""
         size = torch.tensor([len(encoded)])
         self._do(lambda: dist.broadcast(size, 0, group=self._words, async_op=True), seconds)
@@ -110,23 +115,23 @@ class Channel:
         self._do(lambda: dist.broadcast(values, 0, group=self._words, async_op=True), WAIT_SECONDS)
 
     def close(self) -> None:
+        self.gathers.close()
         if self.is_open:
             self.is_open = False
             with suppress(RuntimeError):
                 dist.destroy_process_group()
 
     def _do(self, begin: Callable[[], Any], seconds: float) -> None:
-        until = time.monotonic() + seconds
         try:
-            work = begin()
-            while not work.is_completed():
-                if time.monotonic() > until:
-                    raise RuntimeError(f"no answer for {seconds:.0f} s")
-                time.sleep(POLL_SECONDS)
-            work.wait()
+            if not self.is_open:
+                raise RuntimeError("as was seen before")
+            finished(begin, seconds)
         except RuntimeError as error:
-            self.is_open = False  # what is under way cannot be ended in order
-            raise _gone(self.place, " ".join(str(error).split())[-200:]) from error
+            raise self._lose(error) from error
+
+    def _lose(self, error: RuntimeError) -> TrainingStopped:
+        self.is_open = False  # what is under way cannot be ended in order
+        return _gone(self.place, " ".join(str(error).split())[-200:])
 
 
 def _gone(place: Place, why: str) -> TrainingStopped:
@@ -206,37 +211,6 @@ def copy_state(channel: Channel, optimizer: AdapterOptimizer, counters: Mapping[
         optimizer.load_state(tensors, counters)
 
 
-def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
-    """All that another process needs to load the same run, its rows and its base read by itself."""
-    recipe, plan, planner = job.recipe, settings.plan, settings.planner
-    idle = set() if recipe.data.documents else {"study", "exam"}  # as in a run's recipe.toml
-    chosen = recipe if plan is None else recipe.model_copy(update={"memory": plan.recipe.memory})
-    limit = planner.estimator.machine.limit_bytes if planner and not hardware.is_card(job.device) else None
-    numbers = numerics.of_run()
-    return {
-        "do": "begin",
-        "recipe": chosen.model_dump(mode="json", exclude_none=True, exclude=idle),
-        "tokenizer": {name: b64encode(data).decode() for name, data in job.tokenizer.content.items()},
-        "numerics": None if numbers is None else numbers.model_dump(mode="json"),
-        "commit": job.base.commit,
-        "base": job.base.fingerprint,
-        "rows": job.data.fingerprint,
-        "packing": data.packing,
-        "limit": limit,
-        "settings": of_settings(settings),
-    }
-
-
-def of_settings(settings: MemorySettings) -> Word:
-    """What decides about memory and may change under way."""
-    return {
-        "micro_batch_size": settings.micro_batch_size,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "offload_activations": settings.offload_activations,
-        "place": asdict(settings.place),
-    }
-
-
 class Partners:
     """The other processes of a run, as the loop knows them: here there are none."""
 
@@ -254,6 +228,9 @@ class Partners:
     def update(self, rate: float) -> None:
         """The update that is made here is theirs too."""
 
+    def lost(self) -> None:
+        """A process is gone, or has failed: what is done is kept."""
+
     def end(self) -> None:
         """No step follows."""
 
@@ -265,7 +242,7 @@ class Leader(Partners):
         self, channel: Channel, optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None]
     ) -> None:
         self.channel, self.optimizer, self.stop, self.keep = channel, optimizer, stop, keep
-        self._dealing = self._have_state = False
+        self._dealing = self._have_state = self._kept = False
 
     def begin(self, job: Job, data: DataSection, settings: MemorySettings, micro_batches: int) -> None:
         size = self.channel.place.size
@@ -274,7 +251,10 @@ class Leader(Partners):
         if idle := max(0, size - micro_batches):
             message += f"; {idle} of them have none: lower train.micro_batch_size or raise train.batch_size"
         job.sink.emit(Notice("processes", message, size))
-        self.channel.tell(word_of(job, data, settings))
+        word = word_of(job, data, settings)
+        if self.channel.has_begun:
+            word = {"do": "settle"} | {key: word[key] for key in ("numerics", "packing", "settings")}
+        self.channel.tell(word)
 
     def mine(self, micro_step: int) -> bool:
         return not self._dealing or micro_step % self.channel.place.size == 0
@@ -290,7 +270,7 @@ class Leader(Partners):
         losses, code = None, 1  # what is raised by `work` is shown to the others, who wait for our part
         self._dealing = True
         try:
-            with Attempt() as memory:
+            with self.channel.gathers.session(), Attempt() as memory:
                 losses, code = work(), FINE
             code = NO_MEMORY if losses is None else code
         except StopAsked:
@@ -326,9 +306,18 @@ class Leader(Partners):
         try:
             yield
         except (TrainingStopped, DoesNotFit):
+            self._keep()
+            raise
+
+    def _keep(self) -> None:
+        if not self._kept:
+            self._kept = True
             self.optimizer.zero_gradients()
             self.keep()
-            raise
+
+    def lost(self) -> None:
+        if not self.channel.is_open:
+            self._keep()
 
     def _copy_state(self) -> None:
         """Once: see whether all have loaded, and give them the state that the run begins or goes on with."""
@@ -344,10 +333,7 @@ class Leader(Partners):
         self._have_state = True
 
     def _failed(self, rank: int, code: int) -> NoReturn:
-        what = f"process {rank} of {self.channel.place.size} has failed with exit code {code}: its own lines say why"
-        if code == DoesNotFit.exit_code:
-            raise DoesNotFit(what, "every card must hold its part: lower data.max_length or lora.r, or leave it out")
-        raise TrainingStopped(what, "see to it, then go on with mode='resume'")
+        raise gathering.failure(self.channel.place, rank, code)
 
 
 class Follower(Partners):
@@ -375,11 +361,22 @@ _CHANNEL: ContextVar[Channel | None] = ContextVar("qlora_channel", default=None)
 def joined(channel: Channel) -> Iterator[None]:
     """Inside the block, a run of this process is that of all."""
     token = _CHANNEL.set(channel)
+    if channel.place.rank == 0:
+        channel.gathers.tell = partial(_begin_early, channel)
     try:
-        yield
+        with gathering.taken(channel.gathers):
+            try:
+                yield
+            finally:
+                leave(channel)
     finally:
         _CHANNEL.reset(token)
-        leave(channel)
+
+
+def _begin_early(channel: Channel, job: Job) -> None:
+    """All load at once a base of which each holds a part: process 0's own checks need the others' parts."""
+    channel.tell(word_of(job, job.recipe.data, job.memory))
+    channel.has_begun = True
 
 
 def of_run(optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None]) -> Partners:

@@ -15,12 +15,11 @@ from safetensors.torch import load_file
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import changed
 from qlora.model.load import load_base
-from qlora.report.files import read_events
 from qlora.training import follower, processes
 from qlora.training.follower import Following
 from qlora.training.loop import Training
 from tests.runs import hashes, run_dir, write_recipe
-from tests.together import Ended, Hook, masters, train
+from tests.together import Ended, Hook, events, masters, stops_after, train
 
 LOADED = load_base  # what a run imports lies in this process, from which its processes are forked
 STEPS = 6
@@ -68,10 +67,6 @@ def apart(one: Path, other: Path, step: int = STEPS) -> float:
     return max(float((left[name] - right[name]).abs().max()) for name in names)
 
 
-def events(recipe: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(run_dir(recipe) / "events.jsonl") if event["event"] == kind]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "packing"), [(2, "true"), (2, "false"), (4, "true"), (4, "false")])
 def test_they_end_where_one_does(tmp_path: Path, llama: Path, alone: dict[str, Path], count: int, packing: str) -> None:
@@ -109,22 +104,6 @@ def test_they_go_on_with_an_adapter(tmp_path: Path, llama: Path, alone: dict[str
     keys = ("train.max_steps=2", "eval.samples=0", f'lora.from="{run_dir(alone["true"])}"')
     one, two = (together(tmp_path / str(count), llama, count, *keys) for count in (1, 2))
     assert apart(one, two, 2) <= 1e-6
-
-
-def stops_after(step: int) -> Hook:
-    """The process gets a SIGTERM of its own as it comes to the step after that one."""
-
-    def hook() -> None:
-        gather = Training._micro_steps
-
-        def stopping(training: Training, state: Any, *rest: Any) -> Any:
-            if state.step == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return gather(training, state, *rest)
-
-        Training._micro_steps = stopping  # type: ignore[method-assign]
-
-    return hook
 
 
 def at_step(step: int, do: Any) -> Hook:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora.errors import DoesNotFit, RecipeError, TrainingStopped
+from qlora.gathering import Gathers
 from qlora.processes import Place
 from qlora.recipe.reading import load_recipe
 from qlora.stop import StopAsked, StopRequest
@@ -27,7 +28,8 @@ class Wire:
     """A channel to one other process, which shows `code` and a gradient of ones for `its` parameters."""
 
     def __init__(self, code: int = FINE, its: int = 4, digest: int | None = None) -> None:
-        self.place, self.is_open = Place(0, 2, 0, 2), True
+        self.place, self.is_open, self.has_begun = Place(0, 2, 0, 2), True, False
+        self.gathers = Gathers(self, lambda: None, 1.0, 1.0)  # type: ignore[arg-type]
         self.code, self.its, self.digest, self.words, self.added = code, its, digest, [], []
         self.asked = 0
 
