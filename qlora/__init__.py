@@ -24,6 +24,7 @@ from qlora.errors import (
     ModelError,
     QloraError,
     RecipeError,
+    RewardError,
     RunFolderError,
     StoppedBySignal,
     TargetTaken,
@@ -51,6 +52,7 @@ from qlora.events import (
     Start,
     StepDone,
 )
+from qlora.reward_events import Rewarded
 from qlora.stop import StopRequest
 from qlora.version import __version__
 
@@ -69,7 +71,15 @@ __all__ = ["Recipe", "train", "check", "estimate_memory", "merge_and_export", "E
 __all__ += ["Combination", "Push", "push_exports", "open_chat", "Sampling", "write_report"]
 __all__ += ["Sink", "StopRequest", "__version__"]
 __all__ += ["QloraError", "UserError", "RecipeError", "DataError", "ModelError", "TokenizerError", "RunFolderError"]
-__all__ += ["HardwareError", "ExportError", "TargetTaken", "DoesNotFit", "TrainingStopped", "StoppedBySignal"]
+__all__ += [
+    "HardwareError",
+    "RewardError",
+    "ExportError",
+    "TargetTaken",
+    "DoesNotFit",
+    "TrainingStopped",
+    "StoppedBySignal",
+]
 __all__ += [
     "Event",
     "Start",
@@ -79,6 +89,7 @@ __all__ += [
     "StepDone",
     "Evaluated",
     "Preferred",
+    "Rewarded",
     "Routed",
     "Sampled",
     "Saved",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
 from qlora.checked import Checked
+from qlora.collections_off import without_collections
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Sink, Sinks
@@ -22,6 +23,7 @@ from qlora.recipe.sections import ExportSection
 from qlora.report import results
 from qlora.report.drawn import Drawn
 from qlora.report.sinks import check_sinks, open_sinks
+from qlora.rewards import sources
 from qlora.stop import StopRequest
 from qlora.study import defaults, material
 from qlora.study.material import Found
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from qlora.export.combination import Combination
     from qlora.export.push import Push
     from qlora.memory.estimate import Estimate
+    from qlora.memory.hardware import Machine, TeamCard
     from qlora.memory.question import Question
+    from qlora.memory.team_question import TeamQuestion
     from qlora.model.base_folder import BaseFolder
     from qlora.numerics import Numerics
     from qlora.training.checkpoint import Checkpoint, RunState
@@ -79,26 +83,31 @@ def train(
     mode: Mode = "new",
     sink: Sink | None = None,
     stop: StopRequest | None = None,
+    rewards: Sequence[str] = (),
 ) -> TrainResult:
     """Train a recipe to its end, then export what it asks for.
 
     `name` is the run's folder in `output.dir`; a recipe file gives its own. `mode`: "new" refuses an existing run,
     "resume" goes on from its newest checkpoint, "fresh" renames it and starts anew. Raises the errors of
     `qlora.errors`. In a notebook it draws itself, without a `sink` of yours, and an interrupt saves and stops it.
+    `rewards` are functions for objective = "grpo", each "FILE.py:FUNCTION": code that is run, so no recipe names any.
     """
     loaded, run_name = _named(recipe, name)
     with at_work(sink, stop, drawn="console" in loaded.report.sinks) as (shared, request):
-        return _claimed(loaded, run_name, mode, shared, request)
+        return _claimed(loaded, (run_name, rewards), mode, shared, request)
 
 
-def _claimed(loaded: Recipe, run_name: str, mode: Mode, shared: Sinks, stop: StopRequest) -> TrainResult:
+def _claimed(
+    loaded: Recipe, named: tuple[str, Sequence[str]], mode: Mode, shared: Sinks, stop: StopRequest
+) -> TrainResult:
     """Check the recipe, take its folder, and train there."""
-    run_dir, open_length = run_folder.path_of(loaded, run_name), not defaults.has_length(loaded)
+    run_dir, open_length = run_folder.path_of(loaded, named[0]), not defaults.has_length(loaded)
     check_sinks(loaded)
     run_folder.check_claim(run_dir, loaded, mode)
     with guarded("setting up the run", "end other programs that hold memory, or use a smaller base"):
         if mode == "resume":
             loaded = run_folder.resumed(run_dir, loaded, shared)
+        judged_by = sources.of_run(loaded.train, named[1], run_dir if mode == "resume" else None)
         loaded, documents = material.read(loaded, open_length, shared, run_dir if mode == "resume" else None)
         base, loaded = setup.preflight(loaded, shared)
         if mode != "resume":
@@ -108,7 +117,7 @@ def _claimed(loaded: Recipe, run_name: str, mode: Mode, shared: Sinks, stop: Sto
             if claim.aside is not None:
                 shared.emit(Notice("run", f"a run was here before: {run_folder.kept(claim.aside)}"))
                 material.take_over(claim.aside.folder, run_dir, shared)
-            result = _train(loaded, run_dir, Found(base, documents), mode, shared, stop)
+            result = _train(loaded, run_dir, Found(base, documents, judged_by), mode, shared, stop)
             return replace(result, set_aside=claim.aside)
         finally:
             claim.release()
@@ -131,6 +140,7 @@ def _train(recipe: Recipe, run_dir: Path, found: Found, mode: Mode, sink: Sink, 
     if run_folder.write_recipe(run_dir, recipe, base.commit):  # first: from here on the folder is known to be a run's
         what = "a path in the recipe looks like a token or password: recipe.toml, and the adapter's files if it is the"
         sink.emit(Notice("secrets", f"{what} base's, hold it and can be read by you alone: publish none of them"))
+    sources.write_record(run_dir, found.rewards)
     starting_adapter.take(recipe, run_dir, step, mode == "resume", sink)
     written = open_sinks(recipe, run_dir, step or 0, sink)
     sinks = Sinks(sink, *written)
@@ -174,6 +184,7 @@ def _run(
 ) -> RunState:
     """Load and train; `resumed` is whether the run goes on, and from which checkpoint if it has one."""
     from qlora.model import chat_template, tokenizer_files
+    from qlora.rewards import scoring
     from qlora.training import loop
 
     base, (goes_on, resume_from) = found.base, resumed
@@ -181,8 +192,12 @@ def _run(
     tokenizer = tokenizer_files.take(run_dir, base.path, goes_on, sink, choose)
     if goes_on:
         tokenizer = chat_template.as_before(tokenizer, base.name, run_dir / "adapter", sink)
-    with setup.prepare_job(recipe, run_dir, found, tokenizer, sink, stop) as job:
-        device = job.device
+    with (
+        scoring.opened(recipe.train, found.rewards, sink) as judge,
+        setup.prepare_job(recipe, run_dir, found, tokenizer, sink, stop) as job,
+    ):
+        job, device = replace(job, rewards=judge), job.device
+        scoring.try_on(judge, job.data.train, sink)
         state = loop.run(job, resume_from)
         if job.exam is not None:
             job.exam.after(run_dir)
@@ -191,18 +206,22 @@ def _run(
     return state
 
 
-def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
-    """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read."""
+def check(recipe: Recipe | str | Path, *, sink: Sink | None = None, rewards: Sequence[str] = ()) -> Checked:
+    """Validate recipe, base, tokenizer, every row, and that it fits; stop before any weight is read. `rewards` as
+    `train` takes them: they judge the rows' own answers.
+    """
     from qlora import hours
     from qlora.model import row_packing
     from qlora.model.chat_template import chosen
     from qlora.model.tokenizer_files import read_files
+    from qlora.rewards.scoring import opened, try_on
     from qlora.study.amount import Documents
 
     loaded, _ = _named(recipe, "check")
     check_sinks(loaded)
     with at_work(sink) as (shared, _), guarded("checking the recipe", "end other programs that hold memory"):
         open_length = not defaults.has_length(loaded)
+        judged_by = sources.of_run(loaded.train, rewards)
         loaded, documents = material.read(loaded, open_length, shared)
         base, loaded = setup.preflight(loaded, shared)
         loaded = starting_adapter.settled(loaded, base, None, shared)
@@ -210,6 +229,8 @@ def check(recipe: Recipe | str | Path, *, sink: Sink | None = None) -> Checked:
         tokenizer = chosen(read_files(base.path), loaded.model, base.name, shared)
         found = Found(base, documents)
         _, data, memory, lesson = setup.prepare(loaded, found, tokenizer, shared, PhaseClock(shared))
+        with opened(loaded.train, judged_by, shared) as judge:
+            try_on(judge, data.train, shared)
         planned = memory.plan.estimate if memory.plan else None
         if lesson is None:
             return Checked(data, planned)
@@ -244,12 +265,13 @@ def merge_and_export(
     become one; "adapter" is then a format too. `push` sends what was made to a repository of the hub; of one run,
     "adapter" then means the one that it delivered. What is there already, of just this request, is not made again.
     """
-    from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
-    from qlora.export.push import Contents, made_before, open_destination
-    from qlora.export.staging import check_part
-    from qlora.export.targets import check_place
-    from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
-    from qlora.pushing import delivered
+    with without_collections():
+        from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
+        from qlora.export.push import Contents, made_before, open_destination
+        from qlora.export.staging import check_part
+        from qlora.export.targets import check_place
+        from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
+        from qlora.pushing import delivered
 
     chosen, formats = options or ExportOptions(), [to] if isinstance(to, str) else list(to)
     as_it_lies = push is not None and combine is None and "adapter" in formats
@@ -283,7 +305,8 @@ def merge_and_export(
 
 def export_options(**chosen: Any) -> ExportOptions:
     """`ExportOptions` of an export, for callers that must not import torch before they need it."""
-    from qlora.export.artifacts import ExportOptions
+    with without_collections():
+        from qlora.export.artifacts import ExportOptions
 
     return ExportOptions(**chosen)
 
@@ -321,6 +344,16 @@ def question(
     """What is asked about a recipe's memory, ready to be answered several times."""
     from qlora.memory import hardware
     from qlora.memory.baselines import BASELINES
+
+    if gpu is not None and vram is not None:
+        raise RecipeError([Problem("qlora-estimate", "`gpu` and `vram` both name the limit", "give one of them")])
+    if stack not in BASELINES:
+        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
+    return _question(recipe, hardware.asked_for(gpu, vram, recipe.memory.limit), stack, sink)
+
+
+def _question(recipe: Recipe, machine: Machine, stack: str, sink: Sink | None) -> Question:
+    from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
     from qlora.memory.question import Question
     from qlora.model import row_packing
@@ -328,16 +361,19 @@ def question(
     from qlora.model.resolve import resolve_config
     from qlora.study import room
 
-    if gpu is not None and vram is not None:
-        raise RecipeError([Problem("qlora-estimate", "`gpu` and `vram` both name the limit", "give one of them")])
-    if stack not in BASELINES:
-        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
-    machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = resolve_config(recipe.model.base, recipe.model.revision, gate(sink))
     text, _ = text_config(config, recipe.model.base)
     estimator = Estimator(text, recipe.model.base, machine, BASELINES[stack])
     recipe, estimator.asks, documents = room.foreseen(starting_adapter.sized(recipe), gate(sink))
     return Question(row_packing.settled(recipe, config, gate(sink)), estimator, documents)
+
+
+def team_question(recipe: Recipe, cards: Sequence[TeamCard], *, sink: Sink | None = None) -> TeamQuestion:
+    """As `question`, about several cards of one run."""
+    from qlora.memory.team_question import TeamQuestion
+
+    first = cards[0].machine
+    return TeamQuestion.of(_question(recipe, first, "qlora", sink), cards)
 
 
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:

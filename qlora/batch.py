@@ -33,6 +33,9 @@ class Batch:
     answer_T           int64, of objectives of preference: for each trained place the number of its answer among the
                        R of the micro-batch, whose signs_R are 1 (better, good) or -1, and whose log-probabilities by
                        the model as it was are reference_R, both fp32 (`data/judged_splits.py`)
+    drawn_KT           fp32, of answers that the model has drawn: what is known of each trained token of them, a row
+                       each (`step/group_relative.py`)
+    paired             whether these are pairs: answers 2i and 2i + 1 are the better and the worse one to a question
     others             on the host: what the objective asks about beside it
     single             whether each row is one document by its positions, so that no mask has to keep documents apart
     """
@@ -52,6 +55,8 @@ class Batch:
     answer_T: torch.Tensor | None = None
     signs_R: torch.Tensor | None = None
     reference_R: torch.Tensor | None = None
+    drawn_KT: torch.Tensor | None = None
+    paired: bool = False
     others: tuple[Batch, ...] = ()
 
     @property

@@ -8,6 +8,7 @@
     │   ├── TokenizerError                  no end token, a template that cannot be rendered
     │   ├── RunFolderError                  the run's folder: in use, another recipe's, not writable
     │   ├── HardwareError                   the machine cannot do what the recipe asks
+    │   ├── RewardError                     a reward of grpo: its file, its function, what it gives
     │   └── ExportError                     nothing to merge, an adapter of another base
     │       └── TargetTaken                     the folder that an export should become is somebody's
     ├── DoesNotFit                      3   it does not fit in memory
@@ -108,6 +109,10 @@ class RunFolderError(UserError):
 
 class HardwareError(UserError):
     """This machine cannot do what the recipe asks."""
+
+
+class RewardError(UserError):
+    """A reward: its file, its function, or what it gives for answers."""
 
 
 class ExportError(UserError):

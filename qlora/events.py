@@ -67,6 +67,7 @@ class Plan(Event):
     attention: str = ""  # what attends: sdpa or eager with a mask, or a kernel that takes documents
     resume: str | None = None  # what a resumed run equals; None: the uninterrupted one, bit for bit
     starts_from: str | None = None  # the adapter that it begins with; None: fresh matrices
+    cards: tuple[Mapping[str, Any], ...] = ()  # of several processes: each one's share of a step, need and settings
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Evaluated(Event):
 
 @dataclass(frozen=True)
 class Preferred(Event):
-    """How pairs of answers (of kto: answers) were told apart: of a step's rows before its update, or `evaluated`.
+    """How pairs of answers (or marked answers) were told apart: of a step's rows before its update, or `evaluated`.
 
     `accuracy` is a share of 0 to 1; rewards are means over answers (`step/objectives.py`). `divergence` is KTO's, in
     nats an answer; `kl` that of the reference from the model on evaluation rows, in nats a token; `likelier` the share

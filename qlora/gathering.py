@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,10 @@ from qlora.copy_stream import CopyStream
 from qlora.errors import DoesNotFit, QloraError, TrainingStopped
 from qlora.processes import Place
 
+T = TypeVar("T")
 GATHER_SECONDS = 600  # for bytes of processes that have just said that they are there
 POLL_SECONDS = 0.0005  # Python handles signals between looks
+SLOW_POLL_SECONDS = 0.01
 ALIGNMENT = 16  # bytes: the widest load of a GPU's kernel, as of blobs; a part begins where one may
 NOTHING = -1  # what a process says that wants nothing more
 _FAILED = -1000  # less its exit code: one that can take part no more
@@ -40,12 +42,12 @@ _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 
 def finished(begin: Callable[[], Any], seconds: float) -> None:
     """Begin a collective and see it done. Raises RuntimeError where it is not, or a process is gone."""
-    until = time.monotonic() + seconds
+    began = time.monotonic()
     work = begin()
     while not work.is_completed():
-        if time.monotonic() > until:
+        if (waited := time.monotonic() - began) > seconds:
             raise RuntimeError(f"no answer for {seconds:.0f} s")
-        time.sleep(POLL_SECONDS)
+        time.sleep(POLL_SECONDS if waited < 1 else SLOW_POLL_SECONDS)  # process 0 may study for hours
     work.wait()
 
 
@@ -147,16 +149,29 @@ class Gathers:
     @contextmanager
     def session(self) -> Iterator[None]:
         """All processes compute inside, each what is its own, and leave it together, however it ends for one of them.
-        Nothing happens where nothing is held in parts."""
+        Nothing happens where nothing is held in parts. One inside of another ends by itself, for all as well."""
         if self.holder is None:
             yield
             return
-        self._begin(self.wait_seconds)
+        is_inner, seconds = self.is_open, self._seconds
+        if not is_inner:
+            self._begin(self.wait_seconds)
         self.holder.forget()
         try:
             yield
         finally:
             self.serve()
+            if is_inner:
+                self._begin(seconds)
+
+    def shared(self, work: Callable[[], T]) -> Callable[[], T]:
+        """The same work, in a session."""
+
+        def within() -> T:
+            with self.session():
+                return work()
+
+        return within
 
     @contextmanager
     def loading(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
+from qlora import grpo_keys
 from qlora.errors import RecipeError
 from qlora.recipe.pins import COMMIT, folder_split, parse_hub_rows
 from qlora.recipe.problems import LineIndex
@@ -66,6 +67,7 @@ def _without_places(recipe: Recipe) -> dict[str, Any]:
         values["model"]["chat_template"] = "local"  # the run has its text
     if os.path.isabs(values["lora"]["from"] or ""):
         values["lora"]["from"] = "local"  # `starting_adapter` compares what it holds
+    values["train"]["rewards"] = grpo_keys.without_places(values["train"]["rewards"])
     tables = (values[table][key] for table, _, key in (name.partition(".") for name in TABLES))
     for place in (values["model"], *chain.from_iterable(tables)):
         name = "base" if "base" in place else "path"

@@ -25,8 +25,8 @@ from qlora.run_record import relocated as relocated
 from qlora.version import __version__
 
 # What we write in a run's folder: under these names nothing may be a link, wherever it leads.
-_FILES = {RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE}
-OURS = {*RESULTS, "tokenizer", "start", "reference", *_FILES}
+_FILES = {RECIPE_FILE, RUN_FILE, LOCK_FILE, EVENTS_FILE, "rewards.json"}
+OURS = {*RESULTS, "tokenizer", "start", "reference", "generations", *_FILES}
 PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets")
 
 

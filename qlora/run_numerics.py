@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora import device as hardware
-from qlora import numerics, processes, run_folder
+from qlora import numerics, run_folder
 from qlora.events import Notice, Sink
 from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe
@@ -48,7 +48,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         head_block=(recorded.head_block or 0) if recorded else None,  # a new run's follows from where its head is
         functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
         mlp_tile=TILE_ROWS if recorded is None else recorded.mlp_tile,
-        compiled=compiled.choose(recipe.model.compile if processes.of_run().size == 1 else False, device, recorded),
+        compiled=compiled.choose(recipe.model.compile, device, recorded),
         dtype=precision.choose(recipe.model.dtype, device, recorded),
         experts=experts.choose(base.config, device, recorded),
     )

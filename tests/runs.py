@@ -10,7 +10,7 @@ from typing import Any
 from qlora import api
 from qlora.disk import sha256_file
 from qlora.errors import StoppedBySignal
-from qlora.events import Event, Recorder, Sinks
+from qlora.events import End, Event, Recorder, Sinks
 from qlora.recipe.reading import load_recipe
 from qlora.stop import StopRequest
 
@@ -65,6 +65,22 @@ class StopAfter:
 
     def close(self) -> None:
         pass
+
+
+PEAK = Path("/proc/self/clear_refs")  # Linux: "5" sets this process's highest resident memory back (proc(5))
+
+
+def straight_and_resumed(folder: Path, base: Path, settings: tuple[str, ...], steps: int) -> tuple[Path, Recorder, End]:
+    """A run without a break, which must be the same as one stopped after 2 steps: its folder, its events, its end."""
+    straight, stopped = (write_recipe(folder / name, base) for name in ("straight", "stopped"))
+    if PEAK.is_file():  # what other tests took in this process is none of this run's peak
+        PEAK.write_text("5")
+    sink = train(straight, *settings)
+    train(stopped, *settings, stop_after=2)
+    train(stopped, *settings, mode="resume")
+    assert hashes(straight, steps) == hashes(stopped, steps)
+    (end,) = (event for event in sink.events if isinstance(event, End))
+    return run_dir(straight), sink, end
 
 
 def train(recipe: Path, *overrides: str, mode: api.Mode = "new", stop_after: int | None = None) -> Recorder:

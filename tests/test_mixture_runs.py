@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora import api
 from qlora.errors import ExportError, UserError
-from qlora.events import End, Notice, Recorder
+from qlora.events import Notice, Recorder
 from tests import runs
 from tests.mixtures import make_base, tensor_hashes
 
@@ -53,8 +53,6 @@ SETTINGS = (
 )
 MOST_KL = 0.15  # nats: the experts' own 16 bit beside the 4 bit that was trained on, of random weights at their widest
 
-PEAK = Path("/proc/self/clear_refs")
-
 
 def is_expert(name: str) -> bool:
     return ".experts." in name or ".block_sparse_moe.input_linear" in name
@@ -63,15 +61,7 @@ def is_expert(name: str) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixture_is_trained_stopped_gone_on_with_and_merged(family: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base", shards=2)
-    one, other = (runs.write_recipe(tmp_path / name, base) for name in ("straight", "stopped"))
-    if PEAK.is_file():  # what other tests took in this process is none of this run's peak (proc(5))
-        PEAK.write_text("5")
-    sink = runs.train(one, *SETTINGS)
-    runs.train(other, *SETTINGS, stop_after=2)
-    runs.train(other, *SETTINGS, mode="resume")
-    assert runs.hashes(one, STEPS) == runs.hashes(other, STEPS)
-    run_dir = runs.run_dir(one)
-    (end,) = (event for event in sink.events if isinstance(event, End))
+    run_dir, _, end = runs.straight_and_resumed(tmp_path, base, SETTINGS, STEPS)
     peak = end.memory["peak"]
     assert 0.9 * peak["measured"] <= peak["predicted"] <= 1.25 * peak["measured"]
     assert end.memory["weights"]["predicted"] >= end.memory["weights"]["measured"]
@@ -166,15 +156,7 @@ WITH_EXPERTS = (*SETTINGS, "lora.experts=true", "lora.r=4")
 def test_experts_are_trained_stopped_gone_on_with_and_merged(family: str, tmp_path: Path) -> None:
     """With adapters on the experts: every expert that was hit is another one in the export, under its own name."""
     base = make_base(family, tmp_path / "base", shards=2)
-    one, other = (runs.write_recipe(tmp_path / name, base) for name in ("straight", "stopped"))
-    if PEAK.is_file():
-        PEAK.write_text("5")
-    sink = runs.train(one, *WITH_EXPERTS)
-    runs.train(other, *WITH_EXPERTS, stop_after=2)
-    runs.train(other, *WITH_EXPERTS, mode="resume")
-    assert runs.hashes(one, STEPS) == runs.hashes(other, STEPS)
-    run_dir = runs.run_dir(one)
-    (end,) = (event for event in sink.events if isinstance(event, End))
+    run_dir, sink, end = runs.straight_and_resumed(tmp_path, base, WITH_EXPERTS, STEPS)
     for part, least in (("peak", 0.9), ("adapters", 1.0), ("optimizer", 1.0)):
         about = end.memory[part]
         assert least * about["measured"] <= about["predicted"] <= 1.25 * about["measured"], (part, about)

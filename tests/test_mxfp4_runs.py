@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora import api
-from qlora.events import End, Notice, Recorder
+from qlora.events import Notice, Recorder
 from qlora.model.load import load_base
 from qlora.recipe.sections import QuantizationSection
 from tests import runs
@@ -27,7 +27,6 @@ SETTINGS = (
     *("eval.samples=1", "data.eval_fraction=0.25", "data.max_length=96", "checkpoint.every_steps=1"),
 )
 MOST_KL = 0.15  # nats: attention in 16 bit beside the 4 bit that was trained on, of random weights at their widest
-PEAK = Path("/proc/self/clear_refs")
 
 
 def plainly(folder: Path) -> Any:
@@ -41,15 +40,7 @@ def plainly(folder: Path) -> Any:
 
 def test_gpt_oss_in_mxfp4_is_trained_stopped_gone_on_with_and_merged(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", shards=2)
-    one, other = (runs.write_recipe(tmp_path / name, base) for name in ("straight", "stopped"))
-    if PEAK.is_file():  # what other tests took in this process is none of this run's peak (proc(5))
-        PEAK.write_text("5")
-    sink = runs.train(one, *SETTINGS)
-    runs.train(other, *SETTINGS, stop_after=2)
-    runs.train(other, *SETTINGS, mode="resume")
-    assert runs.hashes(one, STEPS) == runs.hashes(other, STEPS)
-    run_dir = runs.run_dir(one)
-    (end,) = (event for event in sink.events if isinstance(event, End))
+    run_dir, sink, end = runs.straight_and_resumed(tmp_path, base, SETTINGS, STEPS)
     peak, weights = end.memory["peak"], end.memory["weights"]
     assert 0.9 * peak["measured"] <= peak["predicted"] <= 1.25 * peak["measured"]
     assert weights["measured"] <= weights["predicted"] <= 1.15 * weights["measured"]  # rounded up to 512 bytes each

@@ -14,7 +14,7 @@ from qlora.events import Recorder
 from qlora.export.artifacts import ExportOptions
 from qlora.model.cpu_matmul import fast_matmul
 from qlora.recipe.reading import load_recipe
-from qlora.training.questions import same_answer
+from qlora.rewards.compare import same_answer
 from tests.export import llama
 
 ROOT = Path(__file__).parent.parent

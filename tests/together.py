@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from qlora.report.files import read_events
 from qlora.training.loop import Training
 from tests.attacks.terminals import begun, command
@@ -62,6 +64,14 @@ def _wait(pid: int, until: float) -> int:
 
 def masters(recipe: Path, step: int) -> Path:
     return run_dir(recipe) / "checkpoints" / f"step-{step:06d}" / "optimizer.safetensors"
+
+
+def apart(one: Path, other: Path, step: int) -> float:
+    """The largest difference of two runs' fp32 weights."""
+    left, right = (load_file(masters(recipe, step)) for recipe in (one, other))
+    names = [name for name in left if name.startswith("master/")]
+    assert names and left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in names)
 
 
 def events(recipe: Path, kind: str) -> list[dict[str, Any]]:

@@ -5,7 +5,9 @@
 The reference is the base; the model is the base with noise on every weight. Our loss goes the whole way of a step
 (packed rows, answers as documents, head in chunks), TRL's through `compute_loss` of its trainer over one batch of all
 rows. KTO's mismatched answers are handed over too: TRL takes the answer of the row before, ours is of the row behind
-that has another question. Leaves with 1 where a loss differs by more than 1e-4 of it.
+that has another question. Of ORPO the odds ratio's part is compared: TRL's own loss of answers is one of questions too,
+over the tokens of a batch, where the paper's equation 6 has that of answers. Leaves with 1 where a loss differs by more
+than 1e-4 of it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MOST_OFF = 1e-4
 NOISE = 0.02
-OBJECTIVES = {"dpo": {"loss_type": "sigmoid"}, "ipo": {"loss_type": "ipo"}, "kto": {}}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "dpo": {"loss_type": "sigmoid"},
+    "ipo": {"loss_type": "ipo"},
+    "orpo": {},
+    "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.7},
+    "kto": {"desirable_weight": 1.5, "undesirable_weight": 0.75},
+}
+OURS: dict[str, dict[str, float]] = {
+    "orpo": {"sft_weight": 0.0},
+    "simpo": {"simpo_gamma": 0.7},
+    "kto": OBJECTIVES["kto"],
+}
 BETA = 0.3
 
 
@@ -111,7 +124,8 @@ def _loss(model: Any, reference: Any, split: Any, others: Any, name: str) -> flo
 
     others = replace(others, preference=others.preference._replace(reference=told(others)))
     whole = replace(split, preference=split.preference._replace(reference=told(split), others=others))
-    objective, parts = PreferenceObjective(ObjectiveKeys(objective=name, beta=BETA)), CausalParts.of(model)  # type: ignore[arg-type]
+    keys = ObjectiveKeys.model_validate({"objective": name, "beta": BETA, **OURS.get(name, {})})
+    objective, parts = PreferenceObjective(keys), CausalParts.of(model)
     batches = [collate(whole, [members], 0, 1024) for members in packs]
     with torch.no_grad():
         objective.begin(batches, lambda batch: batch_logprobs(parts, batch))
@@ -131,6 +145,8 @@ def trl_loss(place: Path, name: str) -> float:
 
     told = json.loads((place / "rows.json").read_text())
     rows, others = told["rows"], told["others"]
+    if name in ("orpo", "simpo"):
+        return trl_loss_without_reference(place, name, rows)
     model, reference = (
         AutoModelForCausalLM.from_pretrained(place / one, dtype=torch.float32, trust_remote_code=False)
         for one in ("model", "reference")
@@ -154,7 +170,8 @@ def trl_loss(place: Path, name: str) -> float:
             }
             for at, (row, other) in enumerate(zip(rows, others, strict=True))
         ]
-        config, trainer_class = KTOConfig(per_device_train_batch_size=len(data), **common), KTOTrainer
+        kind = {**common, **OBJECTIVES[name]}
+        config, trainer_class = KTOConfig(per_device_train_batch_size=len(data), **kind), KTOTrainer
     else:
         data = [
             {"prompt_ids": one["question"], "chosen_ids": one["answer"], "rejected_ids": other["answer"]}
@@ -180,6 +197,42 @@ def trl_loss(place: Path, name: str) -> float:
     trainer.model.eval()
     with torch.no_grad():
         return float(trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs)))
+
+
+def trl_loss_without_reference(place: Path, name: str, rows: list[dict[str, list[int]]]) -> float:
+    """TRL's loss of tensors of all rows: their making is left out, their work from there on is its trainer's own."""
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32, trust_remote_code=False)
+    trainer = object.__new__(ORPOTrainer if name == "orpo" else CPOTrainer)
+    known: dict[str, Any] = {
+        "is_encoder_decoder": False,
+        "padding_value": 0,
+        "pad_token_id": 0,
+        "aux_loss_enabled": False,
+    }
+    known |= {"accelerator": Accelerator(cpu=True), "beta": BETA, "alpha": 0.0, "label_smoothing": 0.0}
+    for key, value in {**known, **OBJECTIVES[name]}.items():
+        setattr(trainer, key, value)
+    batch: dict[str, Any] = {}
+    for side, some in (("chosen", rows[::2]), ("rejected", rows[1::2])):
+        longest = max(len(row["question"]) + len(row["answer"]) for row in some)
+        ids, labels = torch.zeros(len(some), longest, dtype=torch.int64), torch.full((len(some), longest), -100)
+        mask = torch.zeros_like(ids)
+        for at, row in enumerate(some):
+            begin, end = len(row["question"]), len(row["question"]) + len(row["answer"])
+            ids[at, :end] = torch.tensor(row["question"] + row["answer"])
+            labels[at, begin:end], mask[at, :end] = torch.tensor(row["answer"]), 1
+        batch |= {f"{side}_input_ids": ids, f"{side}_labels": labels, f"{side}_attention_mask": mask}
+    with torch.no_grad():
+        if name == "orpo":
+            better, worse, *_ = trainer.concatenated_forward(model, batch)
+            return float(-trainer.odds_ratio_loss(better, worse)[0].mean())
+        return float(trainer.get_batch_loss_metrics(model, batch)[0])
 
 
 if __name__ == "__main__":

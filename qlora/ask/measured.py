@@ -14,9 +14,9 @@ from typing import Any
 
 from qlora.ask.likelihood import Asked, RowScores
 from qlora.data.documents.language import language_of
+from qlora.rewards.compare import same_answer, without_thoughts
 from qlora.study import metrics, ratios
 from qlora.study.words import LANGUAGES
-from qlora.training.questions import same_answer, without_thoughts
 
 MOST_SOURCES = 50
 

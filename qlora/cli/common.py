@@ -46,6 +46,7 @@ OPTIONS = {
     "`tokenizer_pre`": "--tokenizer-pre",
     "`merge_base`": "--base",
     "`overrides` ": "--set ",
+    "`rewards`": "--rewards",
     "`imatrix`": "--imatrix",
     "`weights`": "--weights",
     "`max_length`": "--max-length",

@@ -60,7 +60,7 @@ def _section(title: str, section: type[Section]) -> str:
 
 
 def _default(field: Any) -> str:
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     if value is PydanticUndefined:
         return "required"
     return "" if value is None or value == {} else f"`{json.dumps(value)}`"

@@ -30,6 +30,14 @@ def train(
         bool,
         typer.Option("--verify-resume", help="Prove in a few steps that a resumed run equals an uninterrupted one."),
     ] = False,
+    rewards: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rewards",
+            metavar="FILE.py:FUNCTION",
+            help="For grpo: a Python function that judges answers; repeatable, and given again with --resume.",
+        ),
+    ] = None,
     new: Annotated[
         Path | None,
         typer.Option("--new", metavar="NAME.toml", help="Write a first recipe that fits --base and --data, and stop."),
@@ -67,7 +75,7 @@ def train(
     elif new is not None or base is not None or data is not None:
         common.run(lambda: recipes.first_recipe(new, base, data))
     else:
-        common.run(lambda: _run(recipe, set_ or [], wanted))
+        common.run(lambda: _run(recipe, set_ or [], wanted, rewards or []))
 
 
 def _answer(text: str) -> None:
@@ -100,7 +108,7 @@ def _keys() -> str:
     )
 
 
-def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
+def _run(recipe: Path | None, overrides: list[str], wanted: list[str], rewards: list[str]) -> None:
     """`wanted` holds at most one of: resume, fresh, check, verify-resume."""
     from qlora.errors import Problem, RecipeError
     from qlora.stop import StopRequest
@@ -116,28 +124,31 @@ def _run(recipe: Path | None, overrides: list[str], wanted: list[str]) -> None:
     screen = common.Screen(None, stop)
     with common.Signals(stop, screen):
         try:
-            last = _work(recipe, overrides, wanted[0] if wanted else "new", screen)
+            last = _work(recipe, overrides, (wanted[0] if wanted else "new", rewards), screen)
         finally:
             screen.close()
     if last:
         common.tell(shown.one_line(redact(last)))
 
 
-def _work(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
+Wanted = tuple[str, list[str]]  # what is to be done, and the functions that judge answers
+
+
+def _work(path: Path, overrides: list[str], asked: Wanted, screen: common.Screen) -> str | None:
     """Do what is wanted. Returns a line to be said when the screen is closed."""
     if (place := processes.launched()).size == 1:
-        return _lead(path, overrides, wanted, screen)
+        return _lead(path, overrides, asked, screen)
     from qlora.cli import together
 
-    with together.joined(place, wanted, screen.stop) as first:
-        return _lead(path, overrides, wanted, screen) if first else None
+    with together.joined(place, asked[0], screen.stop) as first:
+        return _lead(path, overrides, asked, screen) if first else None
 
 
-def _lead(path: Path, overrides: list[str], wanted: str, screen: common.Screen) -> str | None:
+def _lead(path: Path, overrides: list[str], asked: Wanted, screen: common.Screen) -> str | None:
     """`_work` of the only process, or of the first of several."""
     from qlora.recipe.reading import load_recipe
 
-    last = None
+    last, (wanted, rewards) = None, asked
     files.user_path(path, "the recipe")
     loaded = load_recipe(path, overrides)
     from qlora import api, determinism
@@ -154,14 +165,14 @@ def _lead(path: Path, overrides: list[str], wanted: str, screen: common.Screen) 
     if processes.of_run().size == 1:  # else every process has done so
         cards.settle(sink)
     if wanted == "check":
-        common.tell(*api.check(loaded, sink=sink).lines())
+        common.tell(*api.check(loaded, sink=sink, rewards=rewards).lines())
     elif wanted == "verify-resume":
         from qlora.cli.verify_resume import verify_resume
 
-        common.tell(str(verify_resume(loaded, path.stem, sink)))
+        common.tell(str(verify_resume(loaded, path.stem, sink, rewards)))
     else:
         mode: api.Mode = "resume" if wanted == "resume" else "fresh" if wanted == "fresh" else "new"
-        result = api.train(loaded, name=path.stem, mode=mode, sink=sink, stop=screen.stop)
+        result = api.train(loaded, mode=mode, sink=sink, stop=screen.stop, name=path.stem, rewards=rewards)
         if aside := result.set_aside:
             last = f"kept: {aside.folder} ({aside.bytes / 2**20:,.1f} MiB), the run that was here before"
     return last

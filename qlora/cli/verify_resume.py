@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,18 +53,20 @@ class Proof:
         return f"resume is right to rounding: {self.tensors} master tensors after {end} differ by {moved}"
 
 
-def verify_resume(recipe: Recipe, name: str, sink: Sink) -> Proof:
-    """Raises TrainingStopped when the two runs differ, and whatever error the runs themselves end with."""
+def verify_resume(recipe: Recipe, name: str, sink: Sink, rewards: Sequence[str] = ()) -> Proof:
+    """Raises TrainingStopped when the two runs differ, and whatever error the runs themselves end with. `rewards`:
+    functions that judge answers, as the command takes them."""
+    judged = [word for one in rewards for word in ("--rewards", one)]
     with TemporaryDirectory(prefix="qlora-verify-resume-") as place:
         straight, resumed = Path(place) / "straight", Path(place) / "resumed"
         sink.emit(Progress("uninterrupted run", 0, 1))
-        _train(recipe, straight, name)
+        _train(recipe, straight, name, *judged)
         target = resumed / name
         half = folder_of(target, HALF)
         shutil.copytree(folder_of(straight / name, HALF), half)
         shutil.copyfile(straight / name / run_folder.RECIPE_FILE, target / run_folder.RECIPE_FILE)
         sink.emit(Progress("resumed run", 0, 1))
-        _train(recipe, resumed, name, "--resume")
+        _train(recipe, resumed, name, "--resume", *judged)
         ends = folder_of(straight / name, STEPS), folder_of(target, STEPS)
         saved = at_step(straight / name, STEPS)
         if saved and saved.state.numerics and saved.state.numerics.deterministic is False:

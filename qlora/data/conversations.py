@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.data.column_words import Reading, detect, renamed
 from qlora.data.formats import Conversation, to_conversation
 from qlora.data.judged import to_judged
+from qlora.data.rewarded import to_rewarded
 from qlora.data.row_json import RowError, RowTooLong
 from qlora.data.source_files import SourceFile
 from qlora.data.sources import SourceRow, raw_rows
@@ -43,6 +44,8 @@ def conversation_of(
             raise row
         if format in JUDGED:
             return to_judged(row, format)
+        if format == "grpo":
+            return to_rewarded(row)
         reading, name = Reading(format.replace("documents", "text")), file_of(where)
         if format == "auto":
             reading = readings.get(name) or detect(row)

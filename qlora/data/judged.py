@@ -49,7 +49,7 @@ def _pair(row: Row) -> Judged:
     better, worse = _sides(row)
     answers = {name: _opened(row[name], name) for name in (better, worse)}
     rest = {key: value for key, value in row.items() if key not in answers}
-    read = {name: _read(rest, value, name) for name, value in answers.items()}
+    read = {name: read_with(rest, value, name) for name, value in answers.items()}
     chosen, rejected = read[better], read[worse]
     if chosen.messages == rejected.messages:
         raise RowError(f"{better} and {worse} are the same")
@@ -59,7 +59,7 @@ def _pair(row: Row) -> Judged:
             raise RowError(f"{name} adds no answer to what both of them say")
     if not any(message["role"] == "user" for message in chosen.messages[:shared]):
         raise RowError(f"{better} and {worse} do not answer the same question", file_hint=_PAIR)
-    messages, worse_messages = (_from(one.messages, shared) for one in (chosen, rejected))
+    messages, worse_messages = (context_before(one.messages, shared) for one in (chosen, rejected))
     return Judged(messages, chosen.tools, remarks=chosen.remarks, worse=worse_messages)
 
 
@@ -86,7 +86,7 @@ def _opened(value: Any, name: str) -> Any:
     return [value] if isinstance(value, Mapping) else value
 
 
-def _read(rest: Row, answer: Any, name: str) -> Conversation:
+def read_with(rest: Row, answer: Any, name: str) -> Conversation:
     """The conversation that ends with this answer."""
     try:
         whole = isinstance(answer, list) and is_turns(answer) and _role(answer[0]) != "assistant"
@@ -131,7 +131,7 @@ def _shared(one: tuple[Message, ...], other: tuple[Message, ...]) -> int:
     return next((at for at in range(least) if one[at] != other[at]), least)
 
 
-def _from(messages: tuple[Message, ...], first: int) -> tuple[Message, ...]:
+def context_before(messages: tuple[Message, ...], first: int) -> tuple[Message, ...]:
     """The messages, of which answers before `first` are context."""
     return tuple(
         {**message, "train": False} if at < first and message["role"] == "assistant" else message
@@ -159,5 +159,5 @@ def _marked(row: Row) -> Judged:
     last = len(conversation.messages) - 1
     if conversation.text is not None or conversation.messages[last]["role"] != "assistant":
         raise RowError("it does not end with an answer that the mark could be of")
-    judged = Judged(_from(conversation.messages, last), conversation.tools, remarks=conversation.remarks)
+    judged = Judged(context_before(conversation.messages, last), conversation.tools, remarks=conversation.remarks)
     return replace(judged, sign=1.0 if good else -1.0)

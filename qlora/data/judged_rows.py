@@ -20,6 +20,7 @@ from qlora.objective_keys import JUDGED
 
 Placed = tuple[str, MadeRow | RowError]
 SAME = "its two answers have the same tokens"
+LONGER = 'raise data.max_length, or leave out what is over it: data.truncation = "drop"'
 
 
 def rows(
@@ -83,8 +84,9 @@ def _pair(where: str, pair: tuple[MadeRow, MadeRow], max_length: int, cuts: bool
         return
     left = [row._replace(ids=row.ids[:max_length], weights=row.weights[:max_length]) for row in pair]
     if left[0].ids == left[1].ids:
-        yield where, RowError(f"its two answers have the same first {max_length} tokens")
+        yield where, RowError(f"its two answers have the same first {max_length} tokens", hint=LONGER)
     elif not all(any(row.weights) for row in left):
-        yield where, RowError(f"within max_length = {max_length} tokens one of its two answers has not begun")
+        what = f"within max_length = {max_length} tokens one of its two answers has not begun"
+        yield where, RowError(what, hint=LONGER)
     else:
         yield from ((where, row) for row in pair)

@@ -29,6 +29,7 @@ class Judgements(TypedDict, total=False):
     answer_T: torch.Tensor
     signs_R: torch.Tensor
     reference_R: torch.Tensor
+    paired: bool
 
 
 def unit_size(split: PreparedSplit) -> int:
@@ -90,7 +91,8 @@ def judgements(
     signs_R = torch.zeros(len(rows))
     signs_R[answer_T] = signed_N[trained_N].sign()
     reference_R = torch.zeros(len(rows)) if given is None else torch.tensor([float(given[row]) for row in rows])
-    return {"answer_T": answer_T, "signs_R": signs_R, "reference_R": reference_R}
+    paired = split.preference.paired
+    return {"answer_T": answer_T, "signs_R": signs_R, "reference_R": reference_R, "paired": paired}
 
 
 def with_packing(split: PreparedSplit, packing: bool) -> PreparedSplit:

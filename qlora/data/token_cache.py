@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
+from qlora.data.rewarded import Rewarded
 from qlora.errors import DataError, foreign_failures
 
 if TYPE_CHECKING:
@@ -28,11 +29,12 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class Prompt(NamedTuple):
-    """What an answer is generated from, and the answer that the row gives."""
+    """What an answer is generated from, and the answer that the row gives; `columns` of a row of grpo: all it has."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     expected: str
+    columns: dict[str, Any] | None = None
 
 
 class MadeRow(NamedTuple):
@@ -382,4 +384,8 @@ def _prompt_json(conversation: Conversation) -> str:
     if not last or "tool_calls" in messages[last] or not messages[last].get("train", True):
         return ""
     prompt = Prompt(list(messages[:last]), list(conversation.tools or ()) or None, messages[last]["content"])
-    return _ENCODER.encode(prompt._asdict())
+    values = prompt._asdict()
+    if isinstance(conversation, Rewarded):
+        return _ENCODER.encode({**values, "columns": dict(conversation.columns)})
+    del values["columns"]  # which caches of other rows never had
+    return _ENCODER.encode(values)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora.errors import UserError
-from qlora.importers import datasets, tracking
-from qlora.importers.draft import Draft, Rules, as_shown, carried, left, off, ours
+from qlora.importers import datasets, preferences, tracking
+from qlora.importers.draft import Draft, Rules, carried, left, off, ours
 from qlora.importers.values import (
     ITS_TOKENS,
     ONE_GPU,
@@ -98,12 +97,46 @@ def _bnb(draft: Draft, key: str, value: Any) -> None:
 
 
 def _other_goal(draft: Draft, key: str, value: Any) -> None:
-    """Preferences, rewards and their like: rows of another kind, and another loss. Raises UserError."""
+    """Rewards and their like: rows of another kind, and another loss. Raises UserError."""
     if value in (False, "false"):
         draft.ours(key, "off, as here")
         return
-    what = f"{key} = {as_shown(key, value)}: the configuration asks for another goal than imitating answers"
-    raise UserError(what, "supervised fine-tuning is what can be imported")
+    preferences.refuse(key, value)
+
+
+def _preference(draft: Draft, table: dict[str, Any]) -> None:
+    """`rl` and what decides its strength (src/axolotl/core/builders/rl.py). Raises UserError for another goal."""
+    wanted = table.pop("rl", None)
+    if wanted in (None, False, "false"):
+        if wanted is not None:
+            draft.ours("rl", "off, as here")
+        return
+    objective = wanted
+    if wanted == "dpo" and (loss := table.pop("dpo_loss_type", None)) is not None:
+        objective = preferences.named_loss("dpo_loss_type", loss)
+        draft.ours("dpo_loss_type", f"with rl: {preferences.KEY} = {objective}")
+    if objective not in preferences.OBJECTIVES:
+        preferences.refuse("rl", wanted)
+    beside = table.pop("trl", None)
+    beside = {f"trl.{key}": value for key, value in beside.items()} if isinstance(beside, dict) else {}
+    known = (
+        "trl.beta",
+        "rl_beta",
+        "orpo_alpha",
+        "dpo_beta",
+    )  # the first that is set decides; the last is an older name
+    given = [(key, value) for key in known if (value := beside.pop(key, table.pop(key, None))) is not None]
+    preferences.begin(draft, "rl", objective, given[0] if given else None)
+    for key, value in given[1:]:
+        draft.ours(key, f"{given[0][0]} decides: {value}")
+    for key, value in beside.items():
+        draft.leave(key, value, "read for rewards alone")
+    if objective == "simpo":
+        carried("train.simpo_gamma", number)(draft, "simpo_gamma", table.pop("simpo_gamma", preferences.GAMMA))
+        weight = table.pop("cpo_alpha", preferences.CPO_ALPHA)
+        carried("train.sft_weight", number, preferences.OF_TOKENS)(draft, "cpo_alpha", weight)
+    if objective == "orpo":
+        draft.leave("rl", "orpo", preferences.OF_QUESTIONS)
 
 
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "flash_attn_cross_entropy", "flash_attn_rms_norm")
@@ -143,15 +176,24 @@ RULES: Rules = {
     "chat_template_jinja": left("write it to a file, and name that in model.chat_template"),
     "sequence_len": carried("data.max_length", positive),
     "sample_packing": carried("data.packing", switch),
-    "train_on_inputs": _loss,
+    "train_on_inputs": preferences.not_of(preferences.ANSWERS_ALONE, _loss),
     "val_set_size": carried("data.eval_fraction", share),
     "excess_length_strategy": _overlong,
     "num_epochs": carried("train.epochs", number),
     "lr_scheduler": scheduler,
     "optimizer": carried("train.optimizer", optimizer),
     "early_stopping_patience": carried("eval.early_stopping_patience", positive),
-    **dict.fromkeys(("rl", "reward_model", "process_reward_model", "num_labels"), _other_goal),
-    **dict.fromkeys(("trl", "ebft", "gdpo", "orpo_alpha", "rl_beta", "diffusion"), _other_goal),
+    **dict.fromkeys(("reward_model", "process_reward_model", "num_labels"), _other_goal),
+    **dict.fromkeys(("trl", "ebft", "gdpo", "diffusion"), _other_goal),
+    **dict.fromkeys(("rl_beta", "orpo_alpha", "dpo_beta", "dpo_loss_type"), ours("read beside rl alone")),
+    **dict.fromkeys(("simpo_gamma", "cpo_alpha"), ours("read for simpo alone")),
+    "dpo_label_smoothing": preferences.of(("dpo",), "train.label_smoothing"),
+    "rpo_alpha": preferences.of(("dpo", "ipo"), "train.sft_weight", note=preferences.OF_TOKENS),
+    **{f"kto_{name}": rule for name, rule in preferences.WEIGHTS.items()},
+    **dict.fromkeys(("dpo_use_weighting", "dpo_norm_loss", "dpo_loss_weights"), off("not built")),
+    **dict.fromkeys(("dpo_padding_free", "dpo_use_logits_to_keep", "dpo_generate_during_eval"), ours(SPEED)),
+    "precompute_ref_log_probs": ours("each answer is asked once, and kept"),
+    "max_prompt_len": left("a question is not cut apart from its answer"),
     **dict.fromkeys(("special_tokens", "tokens", "eot_tokens", "resize_token_embeddings_to_32x"), left(ITS_TOKENS)),
     **dict.fromkeys(("model_type", "tokenizer_type", "processor_type", "tokenizer_config"), ours(ITS_TOKENS)),
     **dict.fromkeys(("tokenizer_use_fast", "tokenizer_legacy", "is_llama_derived_model"), ours(ITS_TOKENS)),
@@ -208,6 +250,7 @@ def _besides_linear(draft: Draft, value: Any) -> None:
 
 def settle(draft: Draft, table: dict[str, Any]) -> None:
     """What several keys say together."""
+    _preference(draft, table)
     micro, passes = table.pop("micro_batch_size", 1), table.pop("gradient_accumulation_steps", 1)
     if (whole := table.pop("batch_size", None)) is not None:
         draft.leave("batch_size", whole, "micro_batch_size × gradient_accumulation_steps is taken")

@@ -1,4 +1,8 @@
-"""Rows that another trainer names, as sources of ours: a local file or folder, or a data set of the hub."""
+"""Rows that another trainer names, as sources of ours: a local file or folder, or a data set of the hub.
+
+Rows of preference need no format: the objective, which is known before them, says how they are read. Their columns are
+named where they have other names than the usual ones.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,20 @@ _INFO_COLUMNS = {  # LLaMA-Factory's names of columns, by format, as the format'
     },
     "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
 }
+# Names of columns of preference, axolotl's `field_…` and LLaMA-Factory's, as our own; others keep theirs.
+_JUDGED_COLUMNS = {
+    **{name: name for name in ("chosen", "rejected", "prompt", "system", "completion", "label", "messages", "tools")},
+    "query": "input",
+    "response": "completion",
+    "kto_tag": "label",
+}
+# Columns that are a question by their name, whether they are one text or turns.
+_QUESTIONS = (
+    *("prompt", "question", "instruction", "input", "query", "messages", "conversations", "conversation"),
+    *("chosen", "completion"),  # whole conversations
+)
+# axolotl's kinds of such rows, whatever template they are written with; and those with other shapes.
+_JUDGED_KINDS = ("argilla", "argilla_chat", "icr", "intel", "prompt_pairs", "ultra", "default", "passthrough")
 # axolotl's column of a chat, and the keys of a turn's role and text: of `chat_template`, and of the older `sharegpt`.
 _CHAT, _LEGACY = ("messages", "role", "content"), ("conversations", "from", "value")
 _TURNS = {("from", "value"): "sharegpt", ("role", "content"): "messages"}
@@ -83,7 +101,10 @@ def _entry(draft: Draft, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     known |= {"message_field_role", "message_field_content", "ds_type", "roles_to_train", "field_tools", "text_column"}
     known |= {f"field_{name}" for name in ("instruction", "input", "output", "system")}
     kind = entry.get("type") or ("pretrain" if key.startswith("pretraining") else "")
-    if isinstance(kind, Mapping):
+    if draft.values.get("train.objective", "sft") != "sft":
+        known |= {f"field_{name}" for name in _JUDGED_COLUMNS} | {"roles", "train_on_split"}
+        _judged(draft, key, kind, entry, table)
+    elif isinstance(kind, Mapping):
         for name in ("instruction", "input", "output", "system"):
             if isinstance(column := kind.get(f"field_{name}"), str):
                 table.setdefault("columns", {})[name] = column
@@ -105,6 +126,31 @@ def _entry(draft: Draft, key: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     shown = ", ".join(f"{name} = {as_shown(name, item)}" for name, item in table.items())
     draft.note(key, f"a source of rows: {shown}")
     return table
+
+
+def _judged(draft: Draft, key: str, kind: Any, entry: Mapping[str, Any], table: dict[str, Any]) -> None:
+    """A source of pairs, or of marked answers: its columns, and what of its kind is not theirs."""
+    named = kind if isinstance(kind, Mapping) else entry
+    columns = _judged_columns({name: named.get(f"field_{name}") for name in _JUDGED_COLUMNS})
+    if columns:
+        table["columns"] = columns
+    if isinstance(kind, Mapping):
+        if written := [str(name) for name in kind if not str(name).startswith("field_")]:
+            why = "a prompt of its own: the base's template is taken"
+            draft.leave(f"{key}.type", ", ".join(written), why)
+        return
+    template, _, shape = str(kind).replace(":", ".").partition(".")
+    if shape and shape not in _JUDGED_KINDS:
+        draft.leave(f"{key}.type", kind, "this kind of rows is not known here: the columns are to tell")
+    elif template and template not in ("chat_template", "user_defined", "passthrough"):
+        draft.leave(f"{key}.type", kind, f"the style {as_shown('', template)}: the base's own template is taken")
+
+
+def _judged_columns(found: Mapping[str, Any]) -> dict[str, str]:
+    """Of names of columns by another trainer's word: those that are to be named, by ours."""
+    own = {_JUDGED_COLUMNS[word]: name for word, name in found.items() if word in _JUDGED_COLUMNS and name}
+    usual = {"messages": _QUESTIONS, "prompt": _QUESTIONS, "input": _QUESTIONS}
+    return {ours: name for ours, name in own.items() if name != ours and name not in usual.get(ours, ())}
 
 
 def _kind(draft: Draft, key: str, kind: str, entry: Mapping[str, Any], table: dict[str, Any]) -> None:
@@ -217,7 +263,13 @@ def _listed(draft: Draft, key: str, entry: Mapping[str, Any], folder: Path) -> d
     form = entry.get("formatting", "alpaca")
     columns = entry.get("columns")
     tags = entry.get("tags")
-    if form in _INFO_COLUMNS:
+    if compares := draft.values.get("train.objective", "sft") != "sft":
+        named = columns if isinstance(columns, Mapping) else {}
+        if renamed := _judged_columns({str(word): name for word, name in named.items()}):
+            table["columns"] = renamed
+        if others := sorted(map(str, set(named) - set(_JUDGED_COLUMNS) - {"history"})):
+            draft.leave(f"{key}.columns", ", ".join(others), "columns that text has no use for")
+    elif form in _INFO_COLUMNS:
         as_messages = form == "sharegpt" and isinstance(tags, Mapping) and tags.get("role_tag") == "role"
         table["format"] = "messages" if as_messages else str(form)
         named = columns if isinstance(columns, Mapping) else {}
@@ -229,7 +281,8 @@ def _listed(draft: Draft, key: str, entry: Mapping[str, Any], folder: Path) -> d
             table["columns"] = renamed
         if others := sorted(set(named) - set(own)):
             draft.leave(f"{key}.columns", ", ".join(others), "columns that text has no use for")
-    for name in sorted(set(entry) - {"file_name", "hf_hub_url", "formatting", "columns", "tags", "split"}):
+    read = {"file_name", "hf_hub_url", "formatting", "columns", "tags", "split", *(("ranking",) if compares else ())}
+    for name in sorted(set(entry) - read):
         draft.leave(f"{key}.{name}", entry[name], "has no counterpart in a source of rows")
     draft.note(
         key, f"a source of rows: {', '.join(f'{name} = {as_shown(name, item)}' for name, item in table.items())}"

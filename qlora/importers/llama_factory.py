@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qlora.errors import UserError
-from qlora.importers import datasets
+from qlora.importers import datasets, preferences
 from qlora.importers.draft import Draft, Rules, as_shown, carried, left, off, ours
 from qlora.importers.values import (
     ITS_TOKENS,
@@ -74,15 +73,38 @@ def _tuning(draft: Draft, key: str, value: Any) -> None:
         draft.leave(key, value, "adapters are trained here: the base itself never")
 
 
-def _stage(draft: Draft, key: str, value: Any) -> None:
-    """Raises UserError for what is no supervised learning."""
+def _stage(draft: Draft, table: dict[str, Any]) -> None:
+    """The goal, and what decides its strength. Raises UserError for rewards and their like."""
+    if (stage := table.get("stage")) in (None, "sft"):
+        return
+    if stage == "pt":
+        draft.carry("stage", "data.loss_on", "all", "every token of raw text")
+    elif stage in ("dpo", "kto"):
+        del table["stage"]
+        loss = table.pop("pref_loss", None)
+        objective = "kto" if stage == "kto" else preferences.named_loss("pref_loss", loss or "sigmoid")
+        if loss is not None:
+            draft.ours("pref_loss", "read for dpo alone" if stage == "kto" else f"{preferences.KEY} = {objective}")
+        beta = table.pop("pref_beta", None)
+        preferences.begin(draft, "stage", objective, None if beta is None else ("pref_beta", beta))
+        if objective == "simpo":
+            carried("train.simpo_gamma", number)(draft, "simpo_gamma", table.pop("simpo_gamma", preferences.GAMMA))
+        if (weight := table.pop("pref_ftx", None)) is not None and (weight != 0 or objective != "kto"):
+            preferences.more_of_answers(draft, "pref_ftx", weight)
+    else:
+        preferences.refuse("stage", stage, "stages sft, pt, dpo and kto are what can be imported")
+
+
+def _imitated(draft: Draft, key: str, value: Any) -> None:
+    """What is left of `stage` once goals are settled."""
     if value == "sft":
         draft.ours(key, "supervised fine-tuning, as here")
-    elif value == "pt":
-        draft.carry(key, "data.loss_on", "all", "every token of raw text")
-    else:
-        what = f"stage = {as_shown(key, value)}: the configuration asks for another goal than imitating answers"
-        raise UserError(what, "stages sft and pt are what can be imported")
+
+
+def _starting(draft: Draft, key: str, value: Any) -> None:
+    datasets.adapter(draft, key, value)
+    if "lora.from" in draft.values and preferences.goal(draft) in ("dpo", "ipo", "kto"):
+        draft.leave("ref_model", "not set", "compared with the base without that adapter there, with it here")
 
 
 def _template(draft: Draft, key: str, value: Any) -> None:
@@ -110,7 +132,14 @@ RULES: Rules = {
     "quantization_type": carried("quantization.type", text),
     "double_quantization": carried("quantization.double_quant", switch),
     "finetuning_type": _tuning,
-    "stage": _stage,
+    "stage": _imitated,
+    **dict.fromkeys(("pref_loss", "pref_beta", "pref_ftx"), ours("read by stages dpo and kto alone")),
+    "simpo_gamma": ours("read for simpo alone"),
+    "dpo_label_smoothing": preferences.of(("dpo",), "train.label_smoothing"),
+    "kto_chosen_weight": preferences.WEIGHTS["desirable_weight"],
+    "kto_rejected_weight": preferences.WEIGHTS["undesirable_weight"],
+    **dict.fromkeys(("ref_model", "ref_model_adapters", "ref_model_quantization_bit"), left(preferences.REFERENCE)),
+    **dict.fromkeys(("pref_bco_weight", "ld_alpha"), off("not built")),
     "lora_rank": carried("lora.r", positive),
     "lora_alpha": carried("lora.alpha", number),
     "lora_dropout": carried("lora.dropout", number),
@@ -126,13 +155,15 @@ RULES: Rules = {
     "cutoff_len": carried("data.max_length", positive),
     "packing": carried("data.packing", switch),
     "neat_packing": ours("packed rows never see each other"),
-    "train_on_prompt": carried("data.loss_on", lambda said: "all" if switch(said) else "assistant"),
+    "train_on_prompt": preferences.not_of(
+        preferences.ANSWERS_ALONE, carried("data.loss_on", lambda said: "all" if switch(said) else "assistant")
+    ),
     "val_size": carried("data.eval_fraction", share),
     "disable_gradient_checkpointing": _recomputed,
     "max_samples": left("all rows are read; a source's weight below 1 draws a part of them"),
     "mask_history": off("a turn alone is not trained: mark messages with train = false"),
     "default_system": left("write it into the rows, or into a template of your own"),
-    "adapter_name_or_path": datasets.adapter,
+    "adapter_name_or_path": _starting,
     "mix_strategy": left("rows are mixed by each source's weight"),
     "loraplus_lr_ratio": left("one learning rate for all"),
     "save_only_model": off("a checkpoint is whole here"),
@@ -177,6 +208,7 @@ def _packing(draft: Draft, table: dict[str, Any]) -> None:
 
 def settle(draft: Draft, table: dict[str, Any]) -> None:
     """What several keys say together, or one says beside its own."""
+    _stage(draft, table)
     micro, passes = table.pop("per_device_train_batch_size", 8), table.pop("gradient_accumulation_steps", 1)
     batches(draft, ("per_device_train_batch_size", micro), ("gradient_accumulation_steps", passes))
     bits = table.pop("quantization_bit", None)

@@ -1,10 +1,11 @@
-"""TRL's SFTConfig and script arguments, as JSON or YAML: keys, and defaults that change what is learned."""
+"""TRL's configurations of SFT, DPO, KTO, ORPO and CPO (SimPO) and script arguments, as JSON or YAML."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qlora.importers import datasets
+from qlora.errors import UserError
+from qlora.importers import datasets, preferences
 from qlora.importers.draft import Draft, Rules, as_shown, carried, left, off, ours
 from qlora.importers.values import (
     ITS_TOKENS,
@@ -43,6 +44,24 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # trl/trainer/sft_trainer.py: `completion_only_loss` of None is whether the first row has `prompt` and `completion`.
+# A file does not name its trainer; these keys, or a `loss_type`, do. TRL 1.16: trl/trainer/{dpo,kto}_config.py and
+# trl/experimental/{orpo,cpo}/*_config.py.
+_OF_DPO = (
+    *("precompute_ref_log_probs", "precompute_ref_batch_size", "label_smoothing", "f_divergence_type", "rpo_alpha"),
+    *("sync_ref_model", "ref_model_mixup_alpha", "use_weighting", "discopop_tau", "ld_alpha", "loss_weights"),
+)
+_OF_KTO = ("desirable_weight", "undesirable_weight")
+_OF_OTHERS = (
+    *("num_generations", "reward_funcs", "reward_weights", "num_ppo_epochs", "center_rewards_coefficient", "lmbda"),
+    *("reward_model_path", "value_model_path", "response_length", "temperature_teacher"),
+)
+_PLAIN = ("nll", "chunked_nll")
+_SUPERVISED = (*_PLAIN, "dft")
+_OF_ORPO = ("is_encoder_decoder", "generate_during_eval")  # where no loss_type is: CPO has one
+_UNTOLD = "beta: several trainers of TRL have it, and no other key says which one this is for"
+_TELL = "add loss_type: sigmoid for DPO (ipo for IPO, kto for KTO, simpo for SimPO), is_encoder_decoder: false for ORPO"
+_LEARNING_RATE = 1e-6  # of all four, where SFTConfig has 2e-5
+
 _COMPLETIONS = (
     'of rows with prompt and completion, the completion alone is trained there: data.loss_on = "assistant" is that'
 )
@@ -85,6 +104,46 @@ def _field(draft: Draft, key: str, value: Any) -> None:
     draft.note(key, f"columns = {{ text = {value!r} }}")
 
 
+def _goal(table: dict[str, Any]) -> tuple[str, str] | None:
+    """The objective and the key that tells it; None of supervised learning. Raises UserError for another goal."""
+    loss = table.get("loss_type")
+    if other := next((key for key in _OF_OTHERS if key in table), None):
+        preferences.refuse(other, table[other])
+    if loss == "kto" or any(key in table for key in _OF_KTO):
+        if loss not in (None, "kto"):
+            preferences.refuse("loss_type", loss)
+        return "kto", "loss_type" if loss else next(key for key in _OF_KTO if key in table)
+    if loss is not None and loss not in _SUPERVISED:
+        if loss in ("sigmoid", "hinge") and "cpo_alpha" in table:
+            preferences.refuse("cpo_alpha", table["cpo_alpha"], "CPO is built with loss_type: simpo alone")
+        return preferences.named_loss("loss_type", loss), "loss_type"
+    if of_dpo := next((key for key in _OF_DPO if key in table), None):
+        return "dpo", of_dpo
+    if "beta" not in table:
+        return None
+    if of_orpo := next((key for key in _OF_ORPO if key in table), None):
+        return "orpo", of_orpo
+    raise UserError(_UNTOLD, _TELL)
+
+
+def _preference(draft: Draft, table: dict[str, Any]) -> None:
+    """The goal, what decides its strength, and defaults that are others than SFT's."""
+    if (told := _goal(table)) is None:
+        return
+    objective, key = told
+    beta = table.pop("beta", None)
+    preferences.begin(draft, key, objective, None if beta is None else ("beta", beta))
+    table.pop("loss_type", None)
+    if objective == "simpo":
+        carried("train.simpo_gamma", number)(draft, "simpo_gamma", table.pop("simpo_gamma", preferences.GAMMA))
+        weight = table.pop("cpo_alpha", preferences.CPO_ALPHA)
+        carried("train.sft_weight", number, preferences.OF_TOKENS)(draft, "cpo_alpha", weight)
+    if objective == "orpo":
+        draft.leave("beta", beta, preferences.OF_QUESTIONS)
+    if "learning_rate" not in table:
+        draft.carry("learning_rate", "train.learning_rate", _LEARNING_RATE, "not set: its default")
+
+
 def _loss(draft: Draft, key: str, value: Any) -> None:
     if value not in (True, "true"):
         draft.ours(key, "off: every token is trained")
@@ -94,6 +153,28 @@ def _loss(draft: Draft, key: str, value: Any) -> None:
         draft.carry(
             key, "data.loss_on", "assistant", "of rows with prompt and completion; chats are trained whole there"
         )
+
+
+def _supervised_loss(draft: Draft, key: str, value: Any) -> None:
+    """SFT's; those of preference have decided the goal (`settle`)."""
+    if value in _PLAIN:
+        draft.ours(key, "the loss of each trained token, as here")
+    else:
+        draft.leave(key, value, "not built")
+
+
+def _divergence(draft: Draft, key: str, value: Any) -> None:
+    if value == "reverse_kl":
+        draft.ours(key, "the divergence of its paper, as here")
+    else:
+        preferences.refuse(key, value)
+
+
+def _truncation(draft: Draft, key: str, value: Any) -> None:
+    if value == "keep_start":
+        draft.ours(key, "rows are cut to their first tokens, as here")
+    else:
+        draft.leave(key, value, "rows are cut to their first tokens here")
 
 
 RULES: Rules = {
@@ -128,17 +209,40 @@ RULES: Rules = {
     **dict.fromkeys(("max_length", "max_seq_length"), carried("data.max_length", positive)),
     "packing": carried("data.packing", switch),
     **dict.fromkeys(("packing_strategy", "padding_free", "eval_packing", "pad_to_multiple_of"), ours(SPEED)),
-    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), _loss),
+    **dict.fromkeys(
+        ("assistant_only_loss", "completion_only_loss"), preferences.not_of(preferences.ANSWERS_ALONE, _loss)
+    ),
+    **preferences.WEIGHTS,
+    "label_smoothing": preferences.of(("dpo",), "train.label_smoothing"),
+    "rpo_alpha": preferences.of(("dpo", "ipo"), "train.sft_weight", note=preferences.OF_TOKENS),
+    **dict.fromkeys(("simpo_gamma", "cpo_alpha"), ours("read for simpo alone")),
+    **dict.fromkeys(("use_weighting", "sync_ref_model", "ld_alpha"), off("not built")),
+    "f_divergence_type": _divergence,
+    **dict.fromkeys(("ref_model", "ref_model_init_kwargs", "ref_adapter_name"), left(preferences.REFERENCE)),
+    "precompute_ref_log_probs": ours("each answer is asked once, and kept"),
+    **dict.fromkeys(
+        (
+            *("precompute_ref_batch_size", "discopop_tau", "f_alpha_divergence_coef", "ref_model_mixup_alpha"),
+            *("ref_model_sync_steps", "disable_dropout", "generate_during_eval", "is_encoder_decoder"),
+            *("label_pad_token_id", "padding_value", "loss_weights", "model_adapter_name", "train_sampling_strategy"),
+            *("use_logits_to_keep", "alpha", "use_liger_loss"),
+        ),
+        ours("says nothing beside what is carried"),
+    ),
+    **dict.fromkeys(("max_prompt_length", "max_completion_length"), left("rows are cut at data.max_length alone")),
+    "truncation_mode": _truncation,
     "chat_template_path": carried("model.chat_template", text),
     **dict.fromkeys(("eos_token", "pad_token"), left(ITS_TOKENS)),
     **dict.fromkeys(("activation_offloading", "disable_tqdm", "log_level", "use_cpu", "use_cache"), ours(SPEED)),
-    **dict.fromkeys(("loss_type", "model_init_kwargs", "shuffle_dataset"), off("not built")),
+    **dict.fromkeys(("model_init_kwargs", "shuffle_dataset"), off("not built")),
+    "loss_type": _supervised_loss,
     "data_seed": ours("train.seed decides the order"),
 }
 
 
 def settle(draft: Draft, table: dict[str, Any]) -> None:
     """What several keys say together, or one says beside its own."""
+    _preference(draft, table)
     for key in ("dataset_name", "train_file"):  # before what is said of them
         if table.get(key) is not None:
             RULES[key](draft, key, table.pop(key))
@@ -152,7 +256,8 @@ def settle(draft: Draft, table: dict[str, Any]) -> None:
             draft.ours("bnb_4bit_quant_type", f"{said}: read for 4 bit alone")
         if not is_on(table.get("load_in_8bit")):
             draft.carry("load_in_4bit", "quantization.type", "none", 'off: 16 bit; "nf4" takes a quarter of that')
-    if not any(table.get(key) in (True, "true") for key in ("assistant_only_loss", "completion_only_loss")):
+    asked = ("assistant_only_loss", "completion_only_loss")
+    if preferences.goal(draft) == "sft" and not any(table.get(key) in (True, "true") for key in asked):
         draft.carry("assistant_only_loss", "data.loss_on", "all", "not set: of chats, every token")
         if table.get("completion_only_loss") is None:  # what its rows are decides then
             draft.leave("completion_only_loss", "not set", _COMPLETIONS)

@@ -73,7 +73,8 @@ def free(recipe: Recipe, machine: Machine) -> tuple[Lever, ...]:
     there = [lever for lever in LEVERS if lever.key.partition(".")[2] in known]
     whole, memory = setting is True or setting == "auto", recipe.memory
     asks = {EMBEDDING: True, OFFLOAD: setting is not False, STREAM: whole and memory.shard_weights is not True}
-    asks[SHARD] = whole and memory.stream_weights is not True and processes.of_run().size > 1
+    several = processes.of_run().size > 1 and not recipe.data.documents  # a study is one process's, and comes before
+    asks[SHARD] = whole and memory.stream_weights is not True and several
     return tuple(lever for lever in there if asks[lever.key] and value_of(recipe, lever.key) == "auto")
 
 

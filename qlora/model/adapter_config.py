@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import SchemaError, SchemaValidator, core_schema
+from pydantic_core import SchemaValidator
 
-from qlora import files, foreign_json
+from qlora import files, foreign_json, linear_regex
 from qlora.errors import ExportError
 from qlora.foreign_json import ForeignFileError, ForeignModel
 from qlora.model.identity import BaseIdentity
@@ -33,13 +33,12 @@ MAX_PATH = 4_096  # PATH_MAX of Linux
 MAX_REGEXES = 100
 # How much matching may be asked for: the sum over all of them of their length, times what their counted repetitions
 # multiply it by, times the number of modules. Measured for the worst patterns found: 0.1 µs a unit, 2 s in all.
-MAX_MATCHING = 20_000_000
+MAX_MATCHING = linear_regex.MOST_COST
 # peft is given a pattern for each value. EVA, which gives out the most different ranks, stays below 64.
 MAX_DISTINCT = 256
 
 _HINT = "save the adapter again, or get a clean copy of it"
 _PLAIN = re.compile(r"[\w.\-]+")
-_REPEATED = re.compile(r"\{(\d+)(?:,(\d*))?\}")
 
 Number = TypeVar("Number", int, float)
 
@@ -166,7 +165,7 @@ def first_matches(patterns: Mapping[str, Number], modules: Sequence[str], where:
     """
     plain = {pattern: at for at, pattern in enumerate(patterns) if _PLAIN.fullmatch(pattern)}
     regexes = [pattern for pattern in patterns if pattern not in plain]
-    if len(regexes) > MAX_REGEXES or sum(map(_cost, regexes)) * len(modules) > MAX_MATCHING:
+    if len(regexes) > MAX_REGEXES or sum(map(linear_regex.cost, regexes)) * len(modules) > MAX_MATCHING:
         what = f"{where}: {len(regexes):,} regular expressions for {len(modules):,} modules are too much to match"
         raise ExportError(what, "write modules' names in place of regular expressions")
     engines = {at: _engine(pattern, where) for at, pattern in enumerate(patterns) if pattern not in plain}
@@ -184,21 +183,11 @@ def first_matches(patterns: Mapping[str, Number], modules: Sequence[str], where:
 
 
 def _engine(pattern: str, where: str) -> SchemaValidator:
-    schema = core_schema.str_schema(pattern=rf"^(?:.*\.)?({pattern})$", regex_engine="rust-regex")
     try:
-        return SchemaValidator(schema)
-    except SchemaError as error:
-        reason = " ".join(str(error).split()).rpartition("error: ")[2] or "it is too large"
-        what = f"{where}: the pattern {shown(pattern)} cannot be matched safely ({reason[:100]})"
+        return linear_regex.engine(rf"^(?:.*\.)?({pattern})$")
+    except linear_regex.UnsafePatternError as error:
+        what = f"{where}: the pattern {shown(pattern)} cannot be matched safely ({error})"
         raise ExportError(what, "write modules' names, or a pattern without look-around and references") from error
-
-
-def _cost(pattern: str) -> int:
-    """The pattern's length, times what its counted repetitions could multiply it by."""
-    cost = len(pattern)
-    for least, most in _REPEATED.findall(pattern):
-        cost = min(cost * max(1, int(least[:9]), int(most[:9] or 0)), MAX_MATCHING + 1)
-    return cost
 
 
 def shown(name: str) -> str:

@@ -8,7 +8,6 @@ safe, and older names that are only read for compatibility (`rope_theta`, `pretr
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 import json
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import CodeType
 from typing import Any
 
 from qlora.model.config_bounds import LABELS, RETURNED
@@ -101,11 +101,37 @@ def _names(model_type: str) -> frozenset[str]:
 
 @lru_cache(256)
 def _names_of(file: Path) -> frozenset[str]:
-    """Identifiers, attributes, arguments and texts that stand alone; comments and docstrings are neither."""
+    """Identifiers, attributes, arguments and texts that stand alone; comments are none of them.
+
+    Of the compiled source, in which the interpreter has them listed: a walk over its syntax tree takes 30 times as
+    long, a fifth of a first estimate. What a class calls its own methods is no name that is read.
+    """
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            names.add(node.value)
-        found = (getattr(node, part, None) for part in ("id", "attr", "arg"))
-        names.update(name for name in found if isinstance(name, str))
-    return frozenset(names)
+    todo = [(compile(file.read_text(encoding="utf-8"), file.name, "exec", dont_inherit=True), False)]
+    while todo:
+        code, in_class = todo.pop()
+        inner, texts = _constants(code)
+        own = {one.co_name for one in inner} if in_class else set()
+        names |= {*code.co_names} - own
+        names.update(text for text in (*code.co_varnames, *code.co_freevars, *code.co_cellvars, *texts))
+        todo += [(one, _is_class(one)) for one in inner]
+    return frozenset(name for name in names if name.isidentifier())
+
+
+def _constants(code: CodeType) -> tuple[list[CodeType], list[str]]:
+    """What is defined inside, and texts, those of tuples and sets of texts as well."""
+    inner, texts, todo = [], [], list(code.co_consts)
+    while todo:
+        constant = todo.pop()
+        if isinstance(constant, CodeType):
+            inner.append(constant)
+        elif isinstance(constant, str):
+            texts.append(constant)
+        elif isinstance(constant, (tuple, frozenset)):
+            todo.extend(constant)
+    return inner, texts
+
+
+def _is_class(code: CodeType) -> bool:
+    """A class' body begins by naming its module."""
+    return "__qualname__" in code.co_names and "__module__" in code.co_names

@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora import document_keys, files, foreign_json, foreign_toml, memory_keys, objective_keys
+from qlora import document_keys, files, foreign_json, foreign_toml, grpo_keys, memory_keys, objective_keys
 from qlora.errors import Problem, RecipeError, UserError
 from qlora.recipe import sections
 from qlora.recipe.problems import LineIndex, Location, apply_override, explain_unknown_key, short, toml_problem
@@ -98,7 +98,8 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) ->
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:
     """The recipe with every default written out, as TOML that reads back to an equal recipe."""
-    idle = set() if recipe.data.documents else {"study", "exam"}  # without documents they would be refused
+    idle: dict[str, Any] = {"train": set(grpo_keys.KEYS) if recipe.train.objective != "grpo" else set()}
+    idle |= {} if recipe.data.documents else {"study": True, "exam": True}  # without documents they would be refused
     return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, exclude=idle))
 
 
@@ -206,7 +207,7 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
     rounded_plainly = ("hf", "adapter-gguf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
     checks = (
         (
-            isinstance(batch, int) and isinstance(micro, int) and batch < micro,
+            isinstance(batch, int) and isinstance(micro, int) and batch * train.answers_per_row < micro,
             "train.micro_batch_size",
             f"train.micro_batch_size ({micro}) is more than train.batch_size ({batch})",
             "a step of batch_size rows runs micro_batch_size rows at a time: lower micro_batch_size",
@@ -305,7 +306,7 @@ def with_paths(recipe: Recipe, placed: Callable[[str, Location], str]) -> Recipe
             pairs = zip(entries, paths, strict=True)
             changed[table][key] = tuple(entry.model_copy(update={"path": path}) for entry, path in pairs)
     tables = {table: getattr(recipe, table).model_copy(update=new) for table, new in changed.items() if new}
-    return recipe.model_copy(update=tables)
+    return recipe.model_copy(update=tables | grpo_keys.with_paths(recipe.train, placed))
 
 
 def _local(text: str, folder: Path, key: Location, index: LineIndex, problems: list[Problem]) -> Path:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora.document_keys import DocumentsSection
 from qlora.memory_keys import PlaceKeys
-from qlora.objective_keys import ObjectiveKeys
+from qlora.objective_keys import ObjectiveKeys, usual_rate
 from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Sinks, Text
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
@@ -73,7 +73,7 @@ class LoraSection(Section):
 
 
 SourceFormat = Literal[
-    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "documents", "preference", "kto"
+    "auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "documents", "preference", "kto", "grpo"
 ]
 
 
@@ -87,7 +87,7 @@ class SourceSection(Section):
         "auto",
         description="How a row is read; auto: the format whose columns are all there, also under usual other names; "
         "documents: passages of md, html, txt, pdf, docx and epub as plain text, which teaches style, not facts; "
-        "preference (chosen, rejected) and kto (completion, label) are for other objectives than sft",
+        "preference (chosen, rejected), kto (completion, label), grpo (prompt, answer): of objectives other than sft",
     )
     weight: float = Field(1.0, gt=0, le=100, description="Times each row is seen in an epoch; 0.5 draws half of them")
     columns: dict[Text, Text] = Field(
@@ -141,7 +141,9 @@ class TrainSection(ObjectiveKeys):
         1,
         description="Rows per forward pass: a step of 16 at 4 runs 4 passes; auto: the fastest that fits memory.limit",
     )
-    learning_rate: float = Field(2e-4, gt=0, le=1, description="Learning rate at its peak")
+    learning_rate: float = Field(
+        default_factory=usual_rate, gt=0, le=1, description="Learning rate at its peak (orpo 8e-5, dpo and others 1e-5)"
+    )
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Course of the learning rate after the warm-up"
     )

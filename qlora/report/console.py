@@ -24,7 +24,9 @@ from rich.text import Text
 
 from qlora import events
 from qlora.report import exam
-from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline, told_apart
+from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline, told_apart, worth
+from qlora.report.team import card_lines
+from qlora.reward_events import Rewarded
 from qlora.units import layers_of
 
 PLAIN_SECONDS = 5.0  # at most one plain progress line in this time
@@ -62,7 +64,7 @@ class ConsoleSink:
         self.last_eval: events.Evaluated | None = None
         self.task: events.Progress | None = None
         self.plain_at = 0.0
-        self.preferred = ""  # how the last step told its pairs apart
+        self.preferred = ""  # how the last step told its pairs apart, or what its answers were worth
         self.title = ""
         self.sample_step = -1
         self.handlers: dict[type[events.Event], Callable[[Any], None]] = {
@@ -73,6 +75,7 @@ class ConsoleSink:
             events.StepDone: self._step,
             events.Evaluated: self._evaluated,
             events.Preferred: self._preferred,
+            Rewarded: self._rewarded,
             events.Routed: self._routed,
             events.Sampled: self._sampled,
             events.Saved: self._saved,
@@ -158,8 +161,14 @@ class ConsoleSink:
 
     def _preferred(self, event: events.Preferred) -> None:
         words = told_apart(event.accuracy, event.margin, event.divergence, event.kl)
-        if event.evaluated:
-            self._print(Text(f"of {event.compared:,} held out: {words}", style="cyan"))
+        self._of_answers(event.compared if event.evaluated else 0, words)
+
+    def _rewarded(self, event: Rewarded) -> None:
+        self._of_answers(event.answers if event.evaluated else 0, worth(event))
+
+    def _of_answers(self, held_out: int, words: str) -> None:
+        if held_out:
+            self._print(Text(f"of {held_out:,} held out: {words}", style="cyan"))
         else:
             self.preferred = words
 
@@ -295,6 +304,8 @@ def plan_table(plan: events.Plan) -> Table:
         error = plan.memory.get("error_bytes", 0)  # a plan of an older run has none
         beside = f" ± {human_bytes(error)}" if error else ""
         table.add_row("memory", f"{human_bytes(peak)}{beside} predicted at the peak, {human_bytes(limit)} allowed{why}")
+    if plan.cards:
+        table.add_row("cards", card_lines(plan.cards))
     if plan.resume is not None:
         table.add_row("resume", plan.resume)
     return table

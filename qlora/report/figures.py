@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from qlora.events import Progress
+from qlora.reward_events import Rewarded
 
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 SPARK = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
+NAMED_REWARDS = 8  # in a line
+NAME_SHOWN = 40  # characters of a reward's name
 
 
 def human_bytes(count: float) -> str:
@@ -83,3 +86,20 @@ def told_apart(accuracy: float, margin: float | None, divergence: float | None, 
     if kl is not None:
         parts.append(f"KL to the reference {kl:.4f} nats a token")
     return " · ".join(parts)
+
+
+def worth(told: Rewarded) -> str:
+    """What a model's own answers were worth, in a line."""
+    each = [f"{short_name(name)} {value:.3f}" for name, value in list(told.rewards.items())[:NAMED_REWARDS]]
+    parts = [f"reward {told.reward:.3f}" + (f" ({', '.join(each)})" if each else "")]
+    if told.kl is not None:
+        parts.append(f"KL {told.kl:.4f}")
+    parts.append(f"{told.tokens:.0f} tokens")
+    shares = {"cut": told.cut, "groups all alike": told.without_signal, "tokens clipped": told.clipped}
+    parts += [f"{share:.0%} {name}" for name, share in shares.items() if share]
+    return " · ".join(parts)
+
+
+def short_name(name: str) -> str:
+    """Of a reward: a pattern may be long."""
+    return name if len(name) <= NAME_SHOWN else f"{name[:NAME_SHOWN]}…"

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from qlora import foreign_json
 from qlora.foreign_json import ForeignFileError
@@ -82,6 +82,9 @@ class Steps:
         self.columns = {name: array("d", (column[at] for at in order)) for name, column in self.columns.items()}
 
 
+Of = TypeVar("Of", run_events.Preference, run_events.Rewards)
+
+
 class RunLog:
     """A run, as its events tell it so far. `feed` takes the next line; the rest is there to be read."""
 
@@ -92,6 +95,7 @@ class RunLog:
         self.evaluations: dict[int, run_events.Evaluation] = {}
         self.samples: list[run_events.Sample] = []  # of the last step that has some
         self.preferred: tuple[dict[int, run_events.Preference], ...] = ({}, {})  # of steps, of evaluations
+        self.rewarded: tuple[dict[int, run_events.Rewards], ...] = ({}, {})
         self.routing: run_events.Routing | None = None  # of the last evaluation, of a mixture of experts
         self.told: dict[tuple[str, str], Told] = {}
         self.saved: Counter[str] = Counter()
@@ -160,8 +164,8 @@ class RunLog:
         done = read.resumed_from_step or 0  # a run without a checkpoint begins anew
         self.steps.forget_after(done)
         self.evaluations = {step: one for step, one in self.evaluations.items() if step <= done}
-        kept = ({step: one for step, one in found.items() if step <= done} for found in self.preferred)
-        self.preferred = tuple(kept)
+        self.preferred = tuple(_until(done, found) for found in self.preferred)
+        self.rewarded = tuple(_until(done, found) for found in self.rewarded)
         pause = self._pause if self.processes else 0.0
         if len(self.processes) < MAX_KEPT:
             self.processes.append(Process(self.at, done, pause))
@@ -182,11 +186,16 @@ class RunLog:
         self._mark("evaluated", f"evaluated at step {read.step:,}")
 
     def _was_preferred(self, read: run_events.Preference) -> None:
-        kept = self.preferred[read.evaluated]
+        self._put(self.preferred[read.evaluated], read, "preferences")
+
+    def _was_rewarded(self, read: run_events.Rewards) -> None:
+        self._put(self.rewarded[read.evaluated], read, "rewards")
+
+    def _put(self, kept: dict[int, Of], read: Of, kind: str) -> None:
         if read.step in kept or len(kept) < MAX_STEPS // 10:
             kept[read.step] = read
         else:
-            self.left_out["preferences"] += 1
+            self.left_out[kind] += 1
 
     def _routed(self, read: run_events.Routing) -> None:
         self.routing = read
@@ -272,11 +281,16 @@ class RunLog:
         counter[kind if kind in counter or len(counter) < 20 else "others"] += 1
 
 
+def _until(step: int, found: Mapping[int, Of]) -> dict[int, Of]:
+    return {at: one for at, one in found.items() if at <= step}
+
+
 _READERS: dict[str, tuple[type[run_events.Read], Callable[[RunLog, Any], None]]] = {
     "start": (run_events.Started, RunLog._started),
     "plan": (run_events.Planned, RunLog._planned),
     "eval": (run_events.Evaluation, RunLog._evaluated),
     "preference": (run_events.Preference, RunLog._was_preferred),
+    "rewards": (run_events.Rewards, RunLog._was_rewarded),
     "routing": (run_events.Routing, RunLog._routed),
     "sample": (run_events.Sample, RunLog._sampled),
     "notice": (run_events.Said, RunLog._noticed),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -25,6 +26,7 @@ from qlora.events import Evaluated, Event, Notice, Preferred, Sink, Start, StepD
 from qlora.recipe.reading import FREE_SECTIONS, Recipe
 from qlora.redaction import redact_all
 from qlora.report.run_files import flattened
+from qlora.reward_events import Rewarded
 from qlora.shown import plain_values
 
 FOLDER = "trackers"  # in the run's folder
@@ -37,8 +39,9 @@ PACKAGES = {
 PROJECT = "qlora"  # under which a tracker that has projects keeps the runs
 _MAX_RECORD_BYTES = 1 << 28
 _STEP = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_bytes")
-_SIDES = ("train", "eval", "preference", "preference_eval")
+_SIDES = ("train", "eval", "preference", "preference_eval", "rewards", "rewards_eval")
 _PREFERENCE = ("accuracy", "margin", "better_reward", "worse_reward", "divergence", "kl")
+_REWARDS = ("reward", "tokens", "cut", "without_signal", "kl", "clipped", "mismatch")
 _EVALUATION = ("loss", "perplexity", "exact_match")
 # What wandb would record beside what it is given: the repository, the command line with its arguments, the screen.
 _WANDB = {
@@ -103,6 +106,15 @@ class TrackerSink:
         elif isinstance(event, Preferred):
             side = "preference_eval" if event.evaluated else "preference"
             self._log(side, event.step, {key: getattr(event, key) for key in _PREFERENCE})
+        elif isinstance(event, Rewarded):
+            # Not every tracker takes every name, and a pattern may have anything in it.
+            names = (
+                f"reward_{number}_{re.sub(r'[^a-zA-Z0-9]+', '_', name)[:40]}"
+                for number, name in enumerate(event.rewards, 1)
+            )
+            of_each = dict(zip(names, event.rewards.values(), strict=True))
+            side = "rewards_eval" if event.evaluated else "rewards"
+            self._log(side, event.step, {**{key: getattr(event, key) for key in _REWARDS}, **of_each})
         elif isinstance(event, Evaluated):
             self._log("eval", event.step, {key: getattr(event, key) for key in _EVALUATION})
 

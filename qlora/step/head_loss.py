@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from qlora.batch import Batch
 from qlora.device import is_card
 from qlora.step import loss
+from qlora.step.group_relative import GroupObjective
 from qlora.step.kernels import operators, trial
 from qlora.step.loss import TILE_ROWS, LogitsTransform, Objective, SupervisedObjective, softcap
 from qlora.step.objectives import PreferenceObjective
@@ -80,7 +81,7 @@ Weigh = Callable[[Tensor], tuple[Tensor, Tensor]]  # of log-probabilities: what 
 def weights_of(objective: Objective, batch: Batch) -> Tensor | Weigh | None:
     """The weight of each trained token's negative log-probability in the sum, or what makes them of log-probabilities;
     None where they are more than weights."""
-    if isinstance(objective, PreferenceObjective):
+    if isinstance(objective, PreferenceObjective | GroupObjective):
         return partial(objective.weigh, batch=batch)
     if not isinstance(objective, SupervisedObjective) or batch.label_ids_TK is not None:
         return None

@@ -12,8 +12,8 @@ answer of a pair, s the logistic function:
            Hong et al. 2024, 2403.07691, equations 6 and 7
     simpo  -log s(beta pi_w / n_w - beta pi_l / n_l - gamma)
            Meng et al. 2024, 2405.14734, equation 6
-    kto    1 - s(beta (pi - ref - z)) of a good answer, 1 - s(beta (z - pi + ref)) of a bad one
-           Ethayarajh et al. 2024, 2402.01306, equation 8 with lambda 1; z is the KL of the step (`begin`)
+    kto    a (1 - s(beta (pi - ref - z))) of a good answer, b (1 - s(beta (z - pi + ref))) of a bad one
+           Ethayarajh et al. 2024, 2402.01306, equation 8; a and b are its lambdas, z is the KL of the step (`begin`)
 
 `sft_weight` adds the mean negative log-likelihood of the better answer's tokens (Pang et al. 2024, 2404.19733, equation
 1). A step's loss is the mean over all of its pairs (of kto: over its answers), whatever micro-batches they are in.
@@ -21,7 +21,7 @@ answer of a pair, s the logistic function:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,10 @@ from torch.nn.functional import logsigmoid
 
 from qlora.batch import Batch
 from qlora.objective_keys import ObjectiveKeys
+from qlora.step.group_relative import GroupObjective
 from qlora.step.loss import Objective, SupervisedObjective
+
+Share = Callable[[Sequence[Batch], Callable[[Batch], Tensor]], Sequence[Tensor]]  # what is asked of each, in order
 
 # The surest that a mean log-probability is taken to be: at 0 the odds of ORPO are infinite, and so is their gradient.
 SUREST = -(2.0**-20)
@@ -60,15 +63,15 @@ class Figures(NamedTuple):
     log-probabilities (orpo, simpo).
     """
 
-    compared: float  # pairs, of kto answers
-    right: float  # of these, whose better answer has the higher reward, ties half (of kto: a good one over z)
+    compared: float  # pairs; of marked answers, these
+    right: float  # of these, whose better answer has the higher reward, ties half (marked: a good one over z)
     better: float  # answers
     worse: float
     better_reward: float  # sums
     worse_reward: float
     loss: float  # of all tokens of all answers, in nats
     tokens: float
-    likelier: float  # pairs whose better answer is the likelier one, a token; 0 of kto
+    likelier: float  # pairs whose better answer is the likelier one, a token; 0 of marked answers
 
     @classmethod
     def of(cls, values: Iterable[Tensor]) -> Figures:
@@ -77,6 +80,8 @@ class Figures(NamedTuple):
 
 def objective_of(keys: ObjectiveKeys) -> Objective:
     """What a run with these keys minimizes."""
+    if keys.objective == "grpo":
+        return GroupObjective(keys)
     return SupervisedObjective() if keys.objective == "sft" else PreferenceObjective(keys)
 
 
@@ -89,6 +94,11 @@ def answers_of(logprobs_T: Tensor, batch: Batch) -> Answers:
     return Answers(logprobs_R, tokens_R, batch.reference_R, batch.signs_R)
 
 
+def alone(batches: Sequence[Batch], ask: Callable[[Batch], Tensor]) -> list[Tensor]:
+    """A `Share` of one process."""
+    return [ask(batch) for batch in batches]
+
+
 class PreferenceObjective:
     """An `Objective` (see `loss.py`) over answers, with the figures of what it was asked about since `begin`."""
 
@@ -97,18 +107,24 @@ class PreferenceObjective:
         self.seen: list[Tensor] = []  # of each micro-batch, on its device: the values of `Figures`
         self.divergence: Tensor | float = 0.0  # z of kto
 
-    def begin(self, batches: Iterable[Batch], ask: Callable[[Batch], Tensor]) -> None:
-        """Begin with the micro-batches of a step, or of an evaluation; `ask` gives a batch's log-probabilities.
+    def begin(self, batches: Sequence[Batch], ask: Callable[[Batch], Tensor], share: Share = alone) -> None:
+        """Begin with the micro-batches of a step, or of an evaluation; `ask` gives a batch's log-probabilities, `share`
+        has them all asked, by whichever process.
 
         KTO's z is the mean of pi - ref over answers that belong to other questions, 0 at least, without a gradient
         (equation 8, and its estimate from a micro-batch below it; TRL takes the next answer of a micro-batch as well).
         It is one number of the whole step here, so that it does not depend on how many micro-batches that has.
         """
-        self.seen, self.divergence = [], 0.0
+        self.seen.clear()
+        self.divergence = 0.0
         if self.keys.objective != "kto":
             return
-        gains = [answers_of(ask(other), other).gains_R for batch in batches for other in batch.others]
-        if gains:
+
+        def of_others(batch: Batch) -> Tensor:
+            gains = [answers_of(ask(other), other).gains_R for other in batch.others]
+            return torch.cat(gains) if gains else torch.zeros(0)
+
+        if gains := [one.float() for one in share(batches, of_others) if one.numel()]:
             self.divergence = torch.cat(gains).mean().clamp(min=0.0)
 
     def weight(self, batch: Batch) -> float:
@@ -119,7 +135,7 @@ class PreferenceObjective:
         answers = answers_of(logprobs_T, batch)
         losses, rewards_R = self._of_marks(answers) if self.keys.objective == "kto" else self._of_pairs(answers)
         with torch.no_grad():
-            self.seen.append(self._figures(answers, rewards_R))
+            self.seen.append(self._figures(answers, rewards_R, batch.paired))
         return losses.sum()
 
     def weigh(self, logprobs_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -157,16 +173,18 @@ class PreferenceObjective:
     def _of_marks(self, answers: Answers) -> tuple[Tensor, Tensor]:
         beta = self.keys.strength
         above_R = beta * (answers.gains_R - self.divergence)
-        return 1 - torch.sigmoid(answers.signs_R * above_R), beta * answers.gains_R
+        weights_R = torch.where(answers.signs_R > 0, self.keys.of_good, self.keys.of_bad)
+        return weights_R * (1 - torch.sigmoid(answers.signs_R * above_R)), beta * answers.gains_R
 
-    def _figures(self, answers: Answers, rewards_R: Tensor) -> Tensor:
-        good_R = answers.signs_R > 0
-        if self.keys.objective == "kto":
-            right = answers.signs_R * (rewards_R - self.keys.strength * self.divergence) > 0
-        else:
+    def _figures(self, answers: Answers, rewards_R: Tensor, paired: bool) -> Tensor:
+        good_R, means_R = answers.signs_R > 0, answers.means_R
+        if paired:
             right = 0.5 + 0.5 * torch.sign(rewards_R[0::2] - rewards_R[1::2])  # the same model says: half
-        ones, means_R = torch.ones_like(right), answers.means_R
-        likelier = torch.zeros_like(right) if self.keys.objective == "kto" else means_R[0::2] > means_R[1::2]
+            likelier = means_R[0::2] > means_R[1::2]
+        else:
+            right = answers.signs_R * (rewards_R - self.keys.strength * self.divergence) > 0
+            likelier = torch.zeros_like(right)
+        ones = torch.ones_like(right)
         values = (
             *(ones, right, good_R, ~good_R),
             *(torch.where(good_R, rewards_R, 0.0), torch.where(good_R, 0.0, rewards_R)),

@@ -58,18 +58,7 @@ class Dropped:
 
     def record(self) -> dict[str, Any]:
         """A line of dropped.jsonl."""
-        asked = self.question
-        return {
-            "key": asked.key,
-            "passage": asked.passage,
-            "sentence": asked.sentence,
-            "kind": asked.kind,
-            "purpose": asked.purpose,
-            "question": asked.text,
-            "answer": None if self.answer is None else self.answer.text,
-            "reason": self.reason,
-            "detail": self.detail,
-        }
+        return self.question.dropped(None if self.answer is None else self.answer.text, self.reason, self.detail)
 
 
 @dataclass(frozen=True)

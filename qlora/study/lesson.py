@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk, run_folder
+from qlora import disk, processes, run_folder
 from qlora.data.chat import ChatTokenizer
 from qlora.data.documents.chunks import Passage, unique_passages
 from qlora.data.prepare import PreparedData, PreparedSplit
@@ -170,6 +170,8 @@ class Lesson:
         recipe = self._of_length(learnt.studied, run_dir, base.commit, teacher.sink)
         frames = (self.frame, learnt.studied.frame)
         exam = RunExam.of(folder, self.passages, recipe, (teacher, frames, learnt.base))
+        if processes.of_run().size > 1:
+            exam = replace(exam, learnt=learnt)
         with keeping(teacher.stop, folder), phase("exam"):
             exam.before()
         read = learnt.labels if recipe.study.labels == "soft" else None

@@ -20,6 +20,7 @@ from qlora.errors import DataError, Problem, RecipeError, RunFolderError, Traini
 from qlora.events import Notice, Sink
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import EvalSection
+from qlora.rewards.sources import RewardSource
 from qlora.shown import one_line
 from qlora.stop import StopAsked, StopRequest
 from qlora.study import defaults, exam_questions
@@ -50,10 +51,13 @@ class Material:
 
 
 class Found(NamedTuple):
-    """What a run was given: its base, and its documents where it has some."""
+    """What a run was given: its base, its documents where it has some, what judges the answers that it draws, or the
+    lesson that another process had of the documents (`training/handing.py`)."""
 
     base: BaseFolder
     material: Material | None
+    rewards: tuple[RewardSource, ...] = ()
+    lesson: Any = None
 
 
 def read(

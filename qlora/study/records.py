@@ -34,6 +34,20 @@ class Question:
     round: Count  # 2: asked again, because no question of the first round stood for its sentence
     text: str
 
+    def dropped(self, answer: str | None, reason: str, detail: str) -> dict[str, Any]:
+        """A line of dropped.jsonl. `detail` is the number, name or other question that gave the reason."""
+        return {
+            "key": self.key,
+            "passage": self.passage,
+            "sentence": self.sentence,
+            "kind": self.kind,
+            "purpose": self.purpose,
+            "question": self.text,
+            "answer": answer,
+            "reason": reason,
+            "detail": detail,
+        }
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora import disk, files, run_folder
 from qlora.data.documents.chunks import Passage
@@ -28,12 +28,14 @@ MAX_CARD_BYTES = 1 << 20
 @dataclass(frozen=True)
 class RunExam:
     """`frames`: in which rows are served, and in which the base reads better (see `exam.Asker`). `base` names the
-    weights that answer: hash of them, as they are held."""
+    weights that answer: hash of them, as they are held. `learnt`: the rows (`lesson.Learnt`), for other
+    processes that train."""
 
     asked: exam.Exam
     teacher: Teacher
     frames: tuple[Frame, Frame]
     base: str
+    learnt: Any = None
 
     @classmethod
     def of(

@@ -34,18 +34,7 @@ class Leak:
 
     def record(self) -> dict[str, Any]:
         """A line of dropped.jsonl."""
-        asked = self.candidate.question
-        return {
-            "key": asked.key,
-            "passage": asked.passage,
-            "sentence": asked.sentence,
-            "kind": asked.kind,
-            "purpose": asked.purpose,
-            "question": asked.text,
-            "answer": self.candidate.answer.text,
-            "reason": self.reason,
-            "detail": self.exam,
-        }
+        return self.candidate.question.dropped(self.candidate.answer.text, self.reason, self.exam)
 
 
 @dataclass(frozen=True)

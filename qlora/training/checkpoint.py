@@ -27,6 +27,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from qlora import disk, foreign_json, run_folder
+from qlora.dealing import Shares
 from qlora.device import to_host
 from qlora.errors import ModelError, RunFolderError
 from qlora.events import Notice, Saved, Sink
@@ -80,9 +81,12 @@ class RunState:
     stopped_early: bool = False
     micro_batch_size: Annotated[int, Field(ge=1, le=MOST)] | None = None  # what fitted: a resumed run goes on with it
     gradient_checkpointing: bool | Annotated[int, Field(ge=1, le=MOST)] | None = None  # the first so many layers
+    answers_at_once: Annotated[int, Field(ge=1, le=MOST)] | None = None
+    answers: str | None = None  # sha256 of the drawing that the last step learned from
     delivered: DeliveredLoss | None = None  # of the best step
     loss_scale: LossScale | None = None  # of fp16
     numerics: Numerics | None = None  # what its numbers depend on; None where an older version saved it
+    shares: Shares | None = None  # of several processes
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def snapshot(
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
         belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
-        models = {"delivered": state.delivered, "numerics": state.numerics, "loss_scale": state.loss_scale}
+        names = ("delivered", "numerics", "loss_scale", "shares")
+        models = {name: getattr(state, name) for name in names}
         as_values = {name: None if model is None else model.model_dump() for name, model in models.items()}
         content = {"format": FORMAT, "state": {**asdict(state), **as_values}, **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")

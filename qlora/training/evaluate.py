@@ -9,26 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-from qlora.batch import Batch
+from torch import Tensor
+
 from qlora.data.chat import ChatTokenizer
 from qlora.data.layout import Layout
-from qlora.data.loader import collate, eval_packs
 from qlora.data.prepare import PreparedSplit
-from qlora.events import Evaluated, Preferred, Progress, Sampled
-from qlora.export.verify.evaluation import EvalRows, mean, summed_loss
+from qlora.events import Evaluated, Preferred, Sampled
+from qlora.export.verify.evaluation import EvalRows, mean
 from qlora.model import generate, routing
 from qlora.model.delivered_loss import DeliveredLoss
 from qlora.recipe.sections import DataSection, EvalSection
+from qlora.reward_events import Rewarded
+from qlora.rewards.compare import same_answer
 from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
-from qlora.training import preferences
+from qlora.training import measuring, preferences
 from qlora.training.checkpoint import RunState
+from qlora.training.dividing import Shares
 from qlora.training.phases import PhaseClock
-from qlora.training.questions import Question, answer_tokens, questions_of, same_answer
+from qlora.training.questions import Question, answer_tokens, questions_of
 from qlora.training.recovery import OomRecovery
 
 
@@ -50,11 +53,13 @@ class RunEvaluation:
     recovery: OomRecovery
     clock: PhaseClock
     began: preferences.Began | None = None  # what the model is compared with
+    judge: Callable[[int], Rewarded | None] | None = None  # of objectives that draw answers: what they are worth
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
+    shares: Shares = field(default_factory=Shares)  # with other processes
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
     routed: Sequence[routing.LayerRouting] = ()  # of the last measuring, of a mixture of experts
-    preferred: Preferred | None = None  # and of an objective of preference
+    told: Preferred | Rewarded | None = None  # and of an objective of preference, or of rewards
     delivered: DeliveredLoss | None = None  # what the last measuring says to whoever checks the adapter later
 
     @cached_property
@@ -64,13 +69,20 @@ class RunEvaluation:
     def try_longest(self) -> None:
         """One micro-batch of the longest rows, for what it takes in memory."""
         with evaluating(self.model):
-            batch = self._batch(eval_packs(self.split, self.data)[: self.recovery.settings.micro_batch_size])
-            batch_loss(self.parts, batch.to(self.recovery.device), self.objective)
+            batch_loss(self.parts, self.rows()[0].to(self.recovery.device), self.objective)
+
+    def rows(self) -> EvalRows:
+        """The rows in micro-batches as large as they are now."""
+        at_once, layout = self.recovery.settings.micro_batch_size, Layout.on(self.recovery.device)
+        return EvalRows(self.split, self.data, self.chat.pad_id, at_once, layout)
 
     def loss(self, step: int) -> float:
-        """The objective's mean over all evaluation rows; nats per trained token where it is supervised."""
+        """The objective's mean over all evaluation rows; nats per trained token where it is supervised, and less than
+        no reward where answers are judged."""
         with self.clock.phase("evaluation"):
-            return self.recovery.run_forward(step, partial(self._loss, step))
+            loss = self.recovery.run_forward(step, partial(self._loss, step))
+            self.told = self.judge(step) if self.judge else self.told
+        return loss if not isinstance(self.told, Rewarded) else -self.told.reward
 
     def exact_match(self, step: int) -> float | None:
         """Share of questions answered exactly; None where that was not asked for, or no row is a question."""
@@ -78,7 +90,7 @@ class RunEvaluation:
         if not chosen:
             return None
         with self.clock.phase("evaluation"):
-            answers = self.recovery.run_generation(step, lambda: self._answers(chosen))
+            answers = self.recovery.run_generation(step, lambda: self.answers(len(chosen)))
         return sum(same_answer(a, q.expected) for a, q in zip(answers, chosen, strict=True)) / len(chosen)
 
     def sample_baseline(self, step: int) -> None:
@@ -94,8 +106,8 @@ class RunEvaluation:
     def emit_eval(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
         perplexity = preferences.perplexity(self.objective, loss)
         self.recovery.sink.emit(Evaluated(step, loss, perplexity, matches, len(self.split.lengths), best))
-        if self.preferred is not None and self.preferred.step == step and loss is not None:
-            self.recovery.sink.emit(self.preferred)
+        if self.told is not None and self.told.step == step and loss is not None:
+            self.recovery.sink.emit(self.told)
         if self.routed and loss is not None:
             self.recovery.sink.emit(routing.event(step, self.routed))
 
@@ -104,26 +116,20 @@ class RunEvaluation:
         for question, before, after in zip(self.samples, self.untuned_answers, answers, strict=True):
             self.recovery.sink.emit(Sampled(step, question.asked, question.expected, before, after))
 
-    def _batch(self, packs: Sequence[tuple[int, ...]]) -> Batch:
-        layout = Layout.on(self.recovery.device)
-        return collate(self.split, packs, self.chat.pad_id, self.data.max_length, layout)
+    def losses(self, rows: EvalRows) -> list[tuple[Tensor, float]]:
+        """Of each micro-batch its summed loss and what it counts, whichever process computes it."""
+        told = measuring.Told(self.check_stop, self.recovery.sink)
+        return measuring.losses(self.model, self.parts, self.objective, rows, told, self.shares)
 
     def _loss(self, step: int) -> float:
-        at_once, layout = self.recovery.settings.micro_batch_size, Layout.on(self.recovery.device)
-        rows = EvalRows(self.split, self.data, self.chat.pad_id, at_once, layout)
-        losses, done, packs = [], 0, sum(map(len, rows.micro_batches))
-        preferences.begin(self.objective, rows.batches(), self.model, self.parts, self.recovery.device)
+        rows = self.rows()
+        with self.shares.called({"do": "evaluate"}, self.recovery.settings):
+            losses = self.losses(rows)
         with evaluating(self.model):
-            for batch in rows.batches():
-                self.check_stop()
-                losses.append(summed_loss(self.parts, self.objective, batch, self.recovery.device))
-                done += len(batch.input_ids_BS)
-                self.recovery.sink.emit(Progress("evaluate", done, packs))
-            first = lambda: next(iter(rows.batches())).to(self.recovery.device)  # noqa: E731
-            self.routed = routing.compared(self.model, self.parts, first)
+            self.routed = routing.compared(self.model, self.parts, lambda: rows[0].to(self.recovery.device))
         of_run = (self.objective, self.model, self.parts)
-        kl = preferences.kl_to_reference(*of_run, rows.batches(), self.began) if self.began else None
-        self.preferred = preferences.figures(self.objective, step, evaluated=True, kl=kl)
+        kl = preferences.kl_to_reference(*of_run, rows, self.began) if self.began else None
+        self.told = preferences.figures(self.objective, step, evaluated=True, kl=kl)
         self.delivered = rows.record(step, preferences.plain_losses(self.objective, losses))
         return mean(losses)
 
@@ -131,27 +137,20 @@ class RunEvaluation:
         if not questions:
             return []
         with self.clock.phase("samples"):
-            return self.recovery.run_generation(step, lambda: self._answers(questions, untuned, generate.SAMPLE_TOKENS))
+            few = partial(self.answers, len(questions), untuned, generate.SAMPLE_TOKENS)
+            return self.recovery.run_generation(step, few)
 
-    def _answers(self, questions: Sequence[Question], untuned: bool = False, limit: int | None = None) -> list[str]:
-        """Greedy answers as text, of the tuned model or of the base under it."""
-
-        def watch(done: int, total: int) -> None:
-            self.check_stop()
-            self.recovery.sink.emit(Progress("answer", done, total, "tokens"))
-
-        tokenizer, count = self.chat.tokenizer, answer_tokens(questions, self.chat)
-        with evaluating(self.model), self.model.disable_adapter() if untuned else nullcontext():
-            produced = generate.greedy(
-                self.model,
-                [q.prompt_ids for q in questions],
-                self.chat.end_token_ids,
-                min(count, limit) if limit else count,
-                self.chat.pad_id,
-                batch_size=self.recovery.settings.answers_at_once,
-                watch=watch,
-            )
-        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in produced]
+    def answers(self, count: int, untuned: bool = False, limit: int | None = None) -> list[str]:
+        """Greedy answers to the first questions as text, of the tuned model or of the base under it. Without a `limit`
+        they are of the weights that this process has now, which may be none of training's."""
+        chosen, now = self.questions[:count], self.recovery.settings
+        longest = answer_tokens(chosen, self.chat)
+        asked = measuring.Asked(chosen, now.answers_at_once, min(longest, limit) if limit else longest, self.chat)
+        told = measuring.Told(self.check_stop, self.recovery.sink)
+        word = {"do": "answer", "count": count, "untuned": untuned, "limit": limit, "weights": limit is None}
+        called = self.shares.called(word, now) if count > now.answers_at_once else nullcontext()
+        with evaluating(self.model), self.model.disable_adapter() if untuned else nullcontext(), called:
+            return measuring.answers(self.model, asked, told, self.shares)
 
 
 def with_evaluation(state: RunState, loss: float, patience: int) -> RunState:

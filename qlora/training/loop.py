@@ -20,10 +20,11 @@ from qlora import determinism, loss_scale
 from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
 from qlora.data.layout import Layout
+from qlora.dealing import Cut
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
-from qlora.memory.measured import measure, peak_bytes
+from qlora.memory.measured import peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention, compiled, expert_check, weight_moving
 from qlora.model.adapter_folder import delivered_step
@@ -38,11 +39,13 @@ from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, preferences, processes, reference, schedule, selfcheck
+from qlora.training import health, preferences, processes, reference, rollouts, schedule, selfcheck
+from qlora.training.answered import AnsweredBatches
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
+from qlora.training.ending import ended
 from qlora.training.evaluate import RunEvaluation, with_evaluation
-from qlora.training.memory_plan import MemorySettings, compare
+from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
 from qlora.training.step_batches import Pack, StepBatches
@@ -95,6 +98,9 @@ class Training:
         memory = replace(job.memory, may_move=weight_moving.movable(self.causal_lm, recipe.memory, job.device))
         self.recovery = OomRecovery(memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
+        self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery)
+        self.parts_of_step = self.parts if self.rollouts is None else self.rollouts.parts
+        self.partners = processes.of_run(self.optimizer, job.stop, self.keep, preferences.seen_by(self.objective))
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
         which = self.causal_lm.base_identity
@@ -107,13 +113,16 @@ class Training:
         self.at_start = health.fingerprints(self.optimizer.masters)
         self.spills = SpillWatch(job.device, job.sink)
         self.completed = RunState(loss_scale=loss_scale.of_new_run())  # the last state that may be saved
-        keep = lambda: self.checkpointer.save(self.completed, last_chance=True)  # noqa: E731
-        self.partners = processes.of_run(self.optimizer, job.stop, keep)
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
         job = self.job
-        self.batches = StepBatches.of(job.data.train, section, self.train, job.chat.pad_id, Layout.of_run(job.device))
+        rows, pad_id = job.data.train, job.chat.pad_id
+        self.batches: StepBatches | AnsweredBatches
+        if self.rollouts is None:
+            self.batches = StepBatches.of(rows, section, self.train, pad_id, Layout.of_run(job.device))
+        else:
+            self.batches = self.rollouts.over(section)
         self.evaluation: RunEvaluation | None = None
         if len(job.data.eval.lengths):
             self.evaluation = RunEvaluation(
@@ -127,8 +136,13 @@ class Training:
                 recovery=self.recovery,
                 clock=job.clock,
                 began=partial(reference.as_it_began, job),
+                judge=None if self.rollouts is None else self.rollouts.judged,
                 check_stop=job.stop.check,
+                shares=self.partners,
             )
+
+    def keep(self) -> None:
+        self.checkpointer.save(self.completed, last_chance=True)
 
     def saved(self) -> str:
         """What of this run is on the disk, for an error."""
@@ -147,8 +161,10 @@ class Training:
         if check is not None and self.batches.data.packing and check.leak_message:
             self.sink.emit(Notice("packing", f"switched off: {check.leak_message}"))
             self._use_rows(self.batches.data.model_copy(update={"packing": False}))
-        self.job = replace(self.job, data=reference.prepared(self.job, self.parts, self.batches.data))
-        self._use_rows(self.batches.data)
+        data, now = self.batches.data, self.recovery.settings
+        self.partners.load(self.job, data, now)
+        self.job = replace(self.job, data=reference.prepared(self.job, self.parts, data, self.partners, now))
+        self._use_rows(data)
         if why := self.optimizer.moments.not_paged:
             self.sink.emit(Notice("optimizer", f"{self.train.optimizer}: {why}"))
         counts = self.job.model.get_nb_trainable_parameters()
@@ -161,7 +177,7 @@ class Training:
         if resume_from is not None:
             self.completed = self._with_best(resume_from)
         self.checkpointer.check_room()
-        self.partners.begin(self.job, self.batches.data, self.recovery.settings, plan.accumulation)
+        self.partners.begin(self.job, plan.accumulation)
         return self.completed
 
     def _with_best(self, resume_from: Checkpoint) -> RunState:
@@ -186,13 +202,7 @@ class Training:
         if self.is_finished(state):
             return
 
-        def step() -> None:
-            micro = self.recovery.settings.micro_batch_size
-            # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
-            batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
-            self._gather_gradient(state, batches, 1.0)
-            self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
-            self.optimizer.step(0.0)
+        step = partial(self.dry_step, state)
 
         def work() -> None:
             with expert_check.watched(self.causal_lm):
@@ -206,6 +216,14 @@ class Training:
             restoring(partial(compiled.settle, self.causal_lm, step, self.batches.layout.width, self.sink))
         if self.recovery.settings.offloaded:
             self.sink.emit(Notice("memory", self.pool.said))
+
+    def dry_step(self, state: RunState) -> None:
+        micro = self.recovery.settings.micro_batch_size
+        # Twice, as in a step of several micro-batches: the second one finds the gradients of the first.
+        batches = [self.batches.longest(micro)] * min(2, math.ceil(self.batches.batch_size / micro))
+        self._gather_gradient(state, batches, 1.0)
+        self.optimizer.clip(self.optimizer.gradient_norm(), self.train.max_grad_norm)
+        self.optimizer.step(0.0)
 
     def evaluate_baseline(self, state: RunState) -> RunState:
         """Ask the untuned model the sample and exact-match questions; measure its loss when nothing is trained yet."""
@@ -225,20 +243,21 @@ class Training:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
         packs = self.batches.order.packs_of_step(state.step)
-        micro = self.recovery.settings.micro_batch_size
-        batches = self.ahead.take((tuple(packs), micro))
+        if self.rollouts is not None:
+            state = self.rollouts.before(state, packs)
+        lengths = self.batches.lengths(packs)
+        cut = self.partners.cut(state, lengths, self.recovery.settings)
+        batches = self.ahead.take((tuple(packs), cut))
         step_weight = sum(self.objective.weight(batch) for batch in batches)
 
-        def gather() -> list[torch.Tensor]:
-            now = self.recovery.settings.micro_batch_size
-            fitting = batches if now == micro else self._micro_batches((packs, now))
-            work = partial(self._gather_gradient, state, fitting, step_weight)
-            return self.partners.gather(state, self.recovery.settings, work)
+        def work(now: Cut) -> list[torch.Tensor]:
+            fitting = batches if now == cut else self._micro_batches((packs, now))
+            return self._gather_gradient(state, fitting, step_weight)
 
+        gather = lambda: self.partners.gather(state, lengths, self.recovery.settings, work)  # noqa: E731
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
-        if state.step + 1 < self.batches.steps:  # a GPU is still at this one
-            following = tuple(self.batches.order.packs_of_step(state.step + 1))
-            self.ahead.prepare((following, self.recovery.settings.micro_batch_size))
+        if state.step + 1 < self.batches.steps and self.rollouts is None:  # a GPU is still at this one
+            self.ahead.prepare(self._following(state))
         self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
@@ -256,7 +275,7 @@ class Training:
             self.optimizer.clip(norm, self.train.max_grad_norm)
             self.recovery.run_once(lambda: self.optimizer.step(rate))
         else:
-            self._skip(state, losses, packs)
+            self._skip(state, losses, packs, self.partners.cut(state, lengths, self.recovery.settings))
         seconds = time.monotonic() - started
         tokens = self.batches.tokens(packs)
         done = StepDone(
@@ -273,6 +292,7 @@ class Training:
         )
         self.spills.after_step(done)
         state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
+        state = self.partners.after_step(state, self.recovery.settings)
         self.completed = state
         if state.skipped_in_a_row >= health.SKIPS_BEFORE_STOPPING:
             self.checkpointer.save(state, last_chance=True)
@@ -280,10 +300,17 @@ class Training:
         if is_finite:
             self.sink.emit(done)
             preferences.emit(self.objective, done.step, self.sink)
+            if self.rollouts is not None:
+                self.rollouts.emit(done.step)
         return state
 
-    def _micro_batches(self, wanted: tuple[Sequence[Pack], int]) -> list[Batch]:
-        """Packs in micro-batches of so many rows."""
+    def _following(self, state: RunState) -> tuple[tuple[Pack, ...], Cut]:
+        """What the step after the one that follows `state` reads."""
+        packs = tuple(self.batches.order.packs_of_step(state.step + 1))
+        return packs, self.partners.cut(state, self.batches.lengths(packs), self.recovery.settings)
+
+    def _micro_batches(self, wanted: tuple[Sequence[Pack], Cut]) -> list[Batch]:
+        """Packs in micro-batches."""
         return [in_one_block(batch, self.job.device) for batch in self.batches.micro_batches(*wanted)]
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
@@ -292,7 +319,7 @@ class Training:
         return determinism.exactly(work, self.optimizer.zero_gradients, self.job.device, self.sink)
 
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
-        preferences.begin(self.objective, batches, self.job.model, self.parts, self.job.device)
+        preferences.begin(self.objective, batches, self.job.model, self.parts, self.partners.shared)
         self.job.model.train()
         losses = []
         for micro_step, batch in enumerate(batches):
@@ -302,13 +329,14 @@ class Training:
                 continue
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)
-            losses.append(forward_backward(self.parts, placed, self.objective, step_weight, self.train.neftune_alpha))
+            share = (self.objective, step_weight, self.train.neftune_alpha)
+            losses.append(forward_backward(self.parts_of_step, placed, *share))
         self.job.stop.check()
         return losses
 
-    def _skip(self, state: RunState, losses: Sequence[torch.Tensor], packs: Sequence[Pack]) -> None:
+    def _skip(self, state: RunState, losses: Sequence[torch.Tensor], packs: Sequence[Pack], cut: Cut) -> None:
         self.optimizer.zero_gradients()
-        micro_batches = self.batches.in_micro_batches(packs, self.recovery.settings.micro_batch_size)
+        micro_batches = self.batches.in_micro_batches(packs, cut)
         rows = health.rows_behind(torch.stack(list(losses)).tolist(), micro_batches, self.job.data.train)
         message = f"loss or gradient not finite: step skipped, weights unchanged; its rows: {rows}"
         self.sink.emit(Recovered(state.step + 1, message))
@@ -392,25 +420,8 @@ class Training:
         return state
 
     def end(self, reason: str, state: RunState | None = None, delivered: int | None = None) -> End:
-        state = state or self.completed
-        folder = self.job.run_dir / "adapter"
-        return End(
-            reason=reason,
-            step=state.step,
-            steps=self.batches.steps,
-            seconds=state.seconds,
-            tokens=state.tokens,
-            trained_tokens=state.trained_tokens,
-            train_loss=state.train_loss,
-            eval_loss=state.eval_loss,
-            exact_match_before=state.exact_match_before,
-            exact_match_after=state.exact_match_after,
-            peak_bytes=peak_bytes(self.job.device),
-            adapter=str(folder) if folder.is_dir() else None,
-            adapter_step=delivered if delivered is not None else state.best_step,
-            memory=compare(self.recovery.settings, measure(self.job.model, self.optimizer, self.job.device)),
-            phases={name: round(seconds, 3) for name, seconds in self.job.clock.seconds.items()},
-        )
+        said = (reason, self.batches.steps, delivered)
+        return ended(self.job, state or self.completed, self.optimizer, self.recovery.settings, said)
 
     # --- memory --------------------------------------------------------------------------------------------------
 

@@ -15,18 +15,27 @@ from qlora.events import Preferred, Sink
 from qlora.export.verify.fidelity import MOST_TOKENS
 from qlora.model.weight_receiving import device_of
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating, hidden_states
-from qlora.step.loss import Objective
-from qlora.step.objectives import Figures, PreferenceObjective
+from qlora.step.group_relative import GroupObjective
+from qlora.step.loss import Objective, SupervisedObjective
+from qlora.step.objectives import Figures, PreferenceObjective, Share
 
 Began = Callable[[], AbstractContextManager[bool]]  # inside, the model is what the run began with, if that is known
 
 
-def begin(objective: Objective, batches: Iterable[Batch], model: Any, parts: CausalParts, device: torch.device) -> None:
+def begin(objective: Objective, batches: Sequence[Batch], model: Any, parts: CausalParts, share: Share) -> None:
     """Before the micro-batches of a step, or of an evaluation: what the objective must know of all of them."""
+    if isinstance(objective, GroupObjective):
+        objective.begin()
     if not isinstance(objective, PreferenceObjective):
         return
+    device = device_of(model.get_base_model())
     with evaluating(model):
-        objective.begin(batches, lambda batch: batch_logprobs(parts, batch.to(device)))
+        objective.begin(batches, lambda batch: batch_logprobs(parts, batch.to(device)), share)
+
+
+def seen_by(objective: Objective) -> list[Tensor] | None:
+    """Where an objective of preference keeps the figures of each micro-batch since `begin`; None of supervised rows."""
+    return objective.seen if isinstance(objective, PreferenceObjective) else None
 
 
 def figures(objective: Objective, step: int, evaluated: bool = False, kl: float | None = None) -> Preferred | None:
@@ -41,7 +50,8 @@ def figures(objective: Objective, step: int, evaluated: bool = False, kl: float 
     margin = None if better is None or worse is None else better - worse
     divergence = float(objective.divergence) if objective.keys.objective == "kto" else None
     accuracy = seen.right / seen.compared
-    likelier = None if divergence is not None else seen.likelier / seen.compared
+    marked = seen.compared == seen.better + seen.worse  # answers by themselves, without a better or a worse one
+    likelier = None if marked else seen.likelier / seen.compared
     return Preferred(step, evaluated, round(seen.compared), accuracy, margin, better, worse, divergence, kl, likelier)
 
 
@@ -98,7 +108,7 @@ def plain_losses(objective: Objective, losses: Sequence[tuple[Tensor, float]]) -
 
 
 def perplexity(objective: Objective, loss: float | None) -> float | None:
-    """Of a supervised loss; that of preference is none of words."""
-    if loss is None or isinstance(objective, PreferenceObjective):
+    """Of a supervised loss; that of preference, or of rewards, is none of words."""
+    if loss is None or not isinstance(objective, SupervisedObjective):
         return None
     return math.exp(min(loss, 700.0))

@@ -1,10 +1,10 @@
 """A run of several processes: the micro-batches of a step are dealt to them, and their gradients are added up.
 
-Process 0 runs the loop as if it were alone: it alone has the run's folder, evaluates, saves and decides. The others
-follow (`training/follower.py`): they wait for its word, compute micro-batch j of a step where j mod N is their number,
-and make the same update. Each micro-batch's loss is divided by the weight of the whole step, so the gradients' sum is
-that of one process, whatever the rows' lengths; it is one `all_reduce` of the flat fp32 buffer. What is random follows
-from the step and from j.
+Process 0 runs the loop as if it were alone: it alone has the run's folder, saves and decides. The others follow
+(`training/follower.py`): they wait for its word, compute the micro-batches of a step that are theirs by the shares that
+it tells (`training/sharing.py`), and make the same update. Each micro-batch's loss is divided by the weight of the
+whole step, so the gradients' sum is that of one process, whatever the rows' lengths; it is one `all_reduce` of the flat
+fp32 buffer. What is random follows from the step and from the micro-batch's number in it.
 
 Words go by gloo over the host's network, as JSON, and so do the flags that every process shows before gradients are
 summed: one that ran out of memory, was asked to stop or has failed says so there, and nobody waits for it in NCCL. A
@@ -13,12 +13,10 @@ process that is killed closes its connections, which the others notice at once; 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,19 +26,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora import device as hardware
-from qlora import gathering
+from qlora import gathering, numerics
+from qlora.dealing import Cut, dealt, in_order
 from qlora.errors import DoesNotFit, Problem, RecipeError, TrainingStopped
-from qlora.events import Notice
+from qlora.events import Notice, Sinks
+from qlora.foreign_json import checked, parse_object
 from qlora.gathering import Gathers, Network, finished
-from qlora.guarded import Attempt
 from qlora.processes import Place
+from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked, StopRequest
+from qlora.training import dividing, exchanging, handing
 from qlora.training.checkpoint import RunState
+from qlora.training.dividing import FINE, NO_MEMORY, STOP, Item, Shares, Word
 from qlora.training.memory_plan import MemorySettings
-from qlora.training.words import Word, of_settings, word_of
+from qlora.training.sharing import Sharing, Stopwatch
+from qlora.training.words import of_settings, word_of
 
 if TYPE_CHECKING:
     from qlora.training.setup import Job
@@ -49,23 +52,19 @@ JOIN_SECONDS = 600  # for all processes to be there; torchrun starts them within
 WAIT_SECONDS = 1800  # for the slowest process's part of a step: its first step may compile kernels
 WORD_SECONDS = 86_400  # for process 0's next word: it evaluates, saves and tokenizes alone
 LEAVE_SECONDS = 60  # to be told that the run is over
-SAME_EVERY = 100  # steps between comparisons of the processes' weights
-FINE, NO_MEMORY, STOP = 0, 1000, 1001  # what a process shows; else the exit code of its error
+RANK_BYTES = 1024  # of what a process says of its card, as JSON
+Work = Callable[[Cut], list[Tensor]]  # this process's part of a step: the loss of each of all its micro-batches
+SHARED_OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
 
 
 def refuse_unbuilt(recipe: Recipe) -> None:
     """Raises RecipeError for what several processes do not do yet."""
-    unbuilt = {
-        "train.objective": recipe.train.objective != "sft" and f'"{recipe.train.objective}"',
-        "data.documents": bool(recipe.data.documents) and "documents to be learnt by heart",
-        "model.compile": recipe.model.compile is True and "true",
-    }
-    if problems := [
-        Problem(key, f"{what}: not built for several processes", "start it as one process, without torchrun")
-        for key, what in unbuilt.items()
-        if what
-    ]:
-        raise RecipeError(problems)
+    if recipe.memory.shard_weights is True and recipe.data.documents:
+        what = "the others would load their parts of the base before process 0 has studied: not built with documents"
+        raise RecipeError([Problem("memory.shard_weights", what, "take it out, or set memory.stream_weights = true")])
+    if recipe.train.objective not in SHARED_OBJECTIVES:
+        what = f'"{recipe.train.objective}": not built for several processes'
+        raise RecipeError([Problem("train.objective", what, "start it as one process, without torchrun")])
 
 
 class Channel:
@@ -105,10 +104,23 @@ class Channel:
         work = lambda: dist.all_reduce(values, dist.ReduceOp.MAX, group=self._words, async_op=True)  # noqa: E731
         self._do(work, WAIT_SECONDS)
 
+    def tell_ranks(self, own: Rank) -> tuple[Rank, ...]:
+        """What each process computes with, by their numbers."""
+        content = torch.zeros(self.place.size, RANK_BYTES, dtype=torch.uint8)
+        encoded = own.model_dump_json().encode()[:RANK_BYTES]
+        content[self.place.rank, : len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        self.largest(content)
+        words = [bytes(row).rstrip(b"\0") for row in content.numpy()]
+        return tuple(checked(Rank, parse_object(word, f"process {n}"), f"process {n}") for n, word in enumerate(words))
+
     def add(self, values: Tensor) -> None:
         """Each value on the device becomes the sum of all processes'."""
         work = lambda: dist.all_reduce(values, group=self._gradients, async_op=True)  # noqa: E731
         self._do(work, WAIT_SECONDS)
+
+    def collect(self, values: Tensor) -> None:
+        """Each integer on the host becomes the sum of all processes'."""
+        self._do(lambda: dist.all_reduce(values, group=self._words, async_op=True), WAIT_SECONDS)
 
     def copy(self, values: Tensor) -> None:
         """Values on the host become those of process 0."""
@@ -139,97 +151,36 @@ def _gone(place: Place, why: str) -> TrainingStopped:
     return TrainingStopped(what, "look for its own error above, then go on with mode='resume'")
 
 
-@dataclass
-class Shown:
-    """What each process shows before gradients are summed."""
-
-    codes: list[int]
-    complete: Tensor  # which parameters have a gradient somewhere
-
-    @property
-    def worst(self) -> tuple[int, int]:
-        """A process that is not fine, and its code: one that failed before one that was asked to stop."""
-        order = [code for code in self.codes if code not in (FINE, NO_MEMORY, STOP)] or [
-            code for code in (STOP, NO_MEMORY) if code in self.codes
-        ]
-        return (self.codes.index(order[0]), order[0]) if order else (0, FINE)
-
-
-def shown(channel: Channel, optimizer: AdapterOptimizer, code: int, step: int) -> Shown:
-    """Show how this process's part of a step went, and see the others'."""
-    gradients = optimizer.gradients
-    complete = [int(key in gradients) for key in optimizer.masters]
-    return _shown(channel, code, _digest(optimizer) if step % SAME_EVERY == 0 else 0, complete, step)
-
-
-def show_failure(channel: Channel, code: int, parameters: int) -> None:
-    """The same of a process that has not come so far as to have an optimizer."""
-    _shown(channel, code, 0, [0] * parameters, 1)
-
-
-def _shown(channel: Channel, code: int, digest: int, complete: list[int], step: int) -> Shown:
-    size, rank = channel.place.size, channel.place.rank
-    values = torch.zeros(2 * size + len(complete), dtype=torch.int64)
-    values[rank], values[size + rank], values[2 * size :] = code, digest, torch.tensor(complete)
-    channel.largest(values)
-    digests = values[size : 2 * size].tolist()
-    if len(set(digests)) > 1:
-        other = next(number for number, digest in enumerate(digests) if digest != digests[0])
-        what = f"step {step}: the weights of process {other} are not those of process 0"
-        raise TrainingStopped(what, "the newest checkpoint is whole: go on with mode='resume'; please report this")
-    return Shown(values[:size].tolist(), values[2 * size :])
-
-
-def _digest(optimizer: AdapterOptimizer) -> int:
-    sha = hashlib.sha256()
-    for master in optimizer.masters.values():
-        sha.update(hardware.to_host(master).contiguous().numpy().data)
-    return int.from_bytes(sha.digest()[:7], "little") + 1
-
-
-def add_up(channel: Channel, optimizer: AdapterOptimizer, losses: Tensor, complete: Tensor) -> None:
-    """The step's gradient and its micro-batches' losses, of all processes."""
-    keys = [key for key, there in zip(optimizer.masters, complete.tolist(), strict=True) if there]
-    channel.add(optimizer.flat_gradient(keys))
-    channel.add(losses)
-
-
-def trained(optimizer: AdapterOptimizer) -> str:
-    """sha256 of names and shapes of what is trained: processes exchange it in one order, without names."""
-    shapes = [(key, list(master.shape)) for key, master in optimizer.masters.items()]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
-
-
-def copy_state(channel: Channel, optimizer: AdapterOptimizer, counters: Mapping[str, int]) -> None:
-    """Process 0's masters and moments, in every process; `counters` are its numbers of updates."""
-    if channel.place.rank:
-        optimizer.updates = dict(counters)  # they decide which moments there are
-    tensors, _ = optimizer.state()
-    for name in sorted(tensors):
-        channel.copy(tensors[name].view(torch.uint8))
-    if channel.place.rank:
-        optimizer.load_state(tensors, counters)
-
-
-class Partners:
+class Partners(Shares):
     """The other processes of a run, as the loop knows them: here there are none."""
 
-    def begin(self, job: Job, data: DataSection, settings: MemorySettings, micro_batches: int) -> None:
-        """When rows and memory are settled."""
+    def load(self, job: Job, data: DataSection, settings: MemorySettings) -> None:
+        """When base, rows and memory are settled."""
+
+    def begin(self, job: Job, micro_batches: int) -> None:
+        """When all is settled, and the state that the run begins or goes on with is in the optimizer."""
+
+    def cut(self, _state: RunState, lengths: Sequence[int], settings: MemorySettings) -> Cut:
+        """The micro-batches of a step whose packs have so many tokens, and whose they are."""
+        return in_order(len(lengths), settings.micro_batch_size)
 
     def mine(self, _micro_step: int) -> bool:
         """Whether this process computes that micro-batch of the step under way."""
         return True
 
-    def gather(self, _state: RunState, _settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def gather(self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work) -> list[Tensor]:
         """The loss of each micro-batch of the step, whose gradient is in the optimizer then. `work` does ours."""
-        return work()
+        return work(self.cut(state, lengths, settings))
+
+    def after_step(self, state: RunState, _settings: MemorySettings) -> RunState:
+        """With what the processes' shares of the next steps follow from."""
+        return state
 
     def update(self, rate: float) -> None:
         """The update that is made here is theirs too."""
 
     def lost(self) -> None:
-        """A process is gone, or has failed: what is done is kept."""
+        """Where a process is gone, what is done is kept."""
 
     def end(self) -> None:
         """No step follows."""
@@ -239,59 +190,128 @@ class Leader(Partners):
     """Process 0's side."""
 
     def __init__(
-        self, channel: Channel, optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None]
+        self,
+        channel: Channel,
+        optimizer: AdapterOptimizer,
+        stop: StopRequest,
+        keep: Callable[[], None],
+        seen: list[Tensor] | None = None,
     ) -> None:
-        self.channel, self.optimizer, self.stop, self.keep = channel, optimizer, stop, keep
+        self.channel, self.optimizer, self.stop, self.keep, self.seen = channel, optimizer, stop, keep, seen
         self._dealing = self._have_state = self._kept = False
+        self._owners: tuple[int, ...] = ()  # of the step that is being computed
+        self._sharing: Sharing | None = None
 
-    def begin(self, job: Job, data: DataSection, settings: MemorySettings, micro_batches: int) -> None:
+    @property
+    def sharing(self) -> Sharing:
+        assert self._sharing is not None, "`load` comes first"
+        return self._sharing
+
+    def load(self, job: Job, data: DataSection, settings: MemorySettings) -> None:
+        self._sharing = Sharing.of(settings, self.channel.place.size, job.recipe, job.sink)
+        word = word_of(job, data, settings, self._told(settings))
+        if self.channel.has_begun:  # of what is shared the others have loaded their parts
+            self.channel.tell({"do": "settle"} | {key: word[key] for key in ("packing", "settings")})
+            return
+        self.channel.tell(word)
+        handing.give(self.channel, job.recipe, handing.learnt_by(job))
+
+    def begin(self, job: Job, micro_batches: int) -> None:
         size = self.channel.place.size
         most = -(-micro_batches // size)
         message = f"{size} processes: of {micro_batches} micro-batches a step each computes at most {most}"
+        if self.sharing.others:
+            message = f"{size} processes with unequal cards: each computes of a step what its speed is worth"
         if idle := max(0, size - micro_batches):
             message += f"; {idle} of them have none: lower train.micro_batch_size or raise train.batch_size"
-        job.sink.emit(Notice("processes", message, size))
-        word = word_of(job, data, settings)
-        if self.channel.has_begun:
-            word = {"do": "settle"} | {key: word[key] for key in ("numerics", "packing", "settings")}
-        self.channel.tell(word)
+        summed = exchanging.bytes_of_step(self.optimizer, micro_batches, self.seen)
+        job.sink.emit(Notice("processes", f"{message}; {summed / 2**20:,.2f} MiB a step are added up", size))
+        self._have_state = False  # what was asked of them before was asked of the untrained model
+        if job.recipe.train.objective != "sft":
+            handing.give_reference(self.channel, self.channel.tell, job.data)
 
     def mine(self, micro_step: int) -> bool:
-        return not self._dealing or micro_step % self.channel.place.size == 0
+        return not self._dealing or self._owners[micro_step] == 0
 
-    def gather(self, state: RunState, settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def cut(self, state: RunState, lengths: Sequence[int], settings: MemorySettings) -> Cut:
+        return self.sharing.cut(state, lengths, settings)
+
+    def after_step(self, state: RunState, settings: MemorySettings) -> RunState:
+        return self.sharing.after_step(state, settings)
+
+    def _told(self, settings: MemorySettings) -> list[Word]:
+        return [of_settings(one) for one in self.sharing.settings(settings)]
+
+    @contextmanager
+    def called(self, word: Word, settings: MemorySettings) -> Iterator[None]:
         with self._keeping():
-            return self._gather(state, settings, work)
+            self._copy_state()
+            pieces = {name: getattr(settings, name) for name in ("micro_batch_size", "answers_at_once")}
+            self.channel.tell({**word, "settings": [{**one, **pieces} for one in self._told(settings)]})
+            if word.get("weights"):
+                exchanging.copy_weights(self.channel, self.optimizer)
+            with self._dealt():
+                yield
 
-    def _gather(self, state: RunState, settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def shared(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
+        if not self._dealing:
+            return super().shared(items, work)
+        return dividing.divided(self.channel, items, work, self._ended)
+
+    def gather(self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work) -> list[Tensor]:
+        with self._keeping():
+            while (losses := self._gather(state, lengths, settings, work)) is None:
+                self.optimizer.zero_gradients()
+            return losses
+
+    def _gather(
+        self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work
+    ) -> list[Tensor] | None:
+        """None where another process takes smaller settings, and the step is to be done again."""
         self._copy_state()
+        shares, measures = self.sharing.shares(state, settings), self.sharing.measures(state)
+        cut = dealt(lengths, shares)
         scale = None if state.loss_scale is None else state.loss_scale.model_dump()
-        self.channel.tell({"do": "step", "step": state.step, "scale": scale, "settings": of_settings(settings)})
-        losses, code = None, 1  # what is raised by `work` is shown to the others, who wait for our part
+        word: Word = {"do": "step", "step": state.step, "scale": scale, "settings": self._told(settings)}
+        self.channel.tell({**word, "shares": shares.model_dump(), "measures": measures})
+        self._owners, watch = cut.owners, Stopwatch(self.optimizer.device, measures)
+        with self._dealt():
+            losses, found, reason = dividing.shown(
+                self.channel.gathers.shared(lambda: watch.during(lambda: work(cut))),
+                lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step, watch.took),
+            )
+        if losses is None or found.worst[1] != FINE:
+            rank, code = found.worst
+            why = f"CUDA out of memory in process {rank} of {len(found.codes)}: see its own lines"
+            if code == NO_MEMORY and rank and self.sharing.smaller(rank, why, state.step + 1):
+                return None
+            self._ended(found.codes, reason)
+        if measures:
+            self.sharing.measured = cut.work_of(lengths, len(found.codes)), found.took
+        together = torch.stack(losses)
+        exchanging.add_up(self.channel, self.optimizer, together, found.complete, self.seen)
+        return list(together)
+
+    @contextmanager
+    def _dealt(self) -> Iterator[None]:
+        """Inside, work is shared with the others, who have been told of it."""
         self._dealing = True
         try:
-            with self.channel.gathers.session(), Attempt() as memory:
-                losses, code = work(), FINE
-            code = NO_MEMORY if losses is None else code
-        except StopAsked:
-            code = STOP
-            raise
+            yield
         finally:
             self._dealing = False
-            found = shown(self.channel, self.optimizer, code, state.step)
-        rank, code = found.worst
+
+    def _ended(self, codes: list[int], reason: str) -> NoReturn:
+        """Raises what comes of a process that is not fine; `reason`: why memory ran out here."""
+        rank, code = dividing.worst(codes)
         if code == NO_MEMORY:
-            reason = memory.reason if rank == 0 else "see its own lines"
-            raise torch.OutOfMemoryError(f"CUDA out of memory in process {rank} of {len(found.codes)}: {reason}")
+            reason = reason if rank == 0 else "see its own lines"
+            raise torch.OutOfMemoryError(f"CUDA out of memory in process {rank} of {len(codes)}: {reason}")
         if code == STOP:
             if not self.stop.is_set:
                 self.stop.set(15)  # SIGTERM: how a launcher ends processes
             raise StopAsked
-        if code != FINE or losses is None:
-            self._failed(rank, code)
-        together = torch.stack(losses)
-        add_up(self.channel, self.optimizer, together, found.complete)
-        return list(together)
+        self._failed(rank, code)
 
     def update(self, rate: float) -> None:
         with self._keeping():
@@ -325,11 +345,13 @@ class Leader(Partners):
             return
         _, counters = self.optimizer.state()
         word = {"do": "state", "counters": counters, "parameters": len(self.optimizer.masters)}
-        self.channel.tell({**word, "trained": trained(self.optimizer)})
-        rank, code = shown(self.channel, self.optimizer, FINE, step=1).worst
+        run = numerics.of_run()
+        numbers = None if run is None else run.model_dump(mode="json")  # the dry run may have decided some
+        self.channel.tell({**word, "trained": exchanging.trained(self.optimizer), "numerics": numbers})
+        rank, code = exchanging.shown(self.channel, self.optimizer, FINE, step=1).worst
         if code != FINE:
             self._failed(rank, code)
-        copy_state(self.channel, self.optimizer, counters)
+        exchanging.copy_state(self.channel, self.optimizer, counters)
         self._have_state = True
 
     def _failed(self, rank: int, code: int) -> NoReturn:
@@ -340,10 +362,30 @@ class Follower(Partners):
     """As the others' own training knows them."""
 
     def __init__(self, channel: Channel) -> None:
-        self.place = channel.place
+        self.channel, self.is_dealing = channel, False
+        self.owners: tuple[int, ...] = ()  # of the step under way, as it was told
 
     def mine(self, micro_step: int) -> bool:
-        return micro_step % self.place.size == self.place.rank
+        return not self.is_dealing or self.owners[micro_step] == self.channel.place.rank
+
+    def shared(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
+        if not self.is_dealing:
+            return super().shared(items, work)
+        return dividing.divided(self.channel, items, work, self._ended)
+
+    @contextmanager
+    def dealt(self) -> Iterator[None]:
+        """Inside, this process does its part of what process 0 has told of."""
+        self.is_dealing = True
+        try:
+            yield
+        finally:
+            self.is_dealing = False
+
+    def _ended(self, codes: list[int], _reason: str) -> NoReturn:
+        if dividing.worst(codes)[1] == NO_MEMORY:
+            raise torch.OutOfMemoryError("CUDA out of memory in a process of the run")
+        raise StopAsked  # process 0 says what is to be done
 
 
 def leave(channel: Channel) -> None:
@@ -375,13 +417,17 @@ def joined(channel: Channel) -> Iterator[None]:
 
 def _begin_early(channel: Channel, job: Job) -> None:
     """All load at once a base of which each holds a part: process 0's own checks need the others' parts."""
-    channel.tell(word_of(job, job.recipe.data, job.memory))
+    sharing = Sharing.of(job.memory, channel.place.size, job.recipe, Sinks())
+    told = [of_settings(one) for one in sharing.settings(job.memory)]
+    channel.tell(word_of(job, job.recipe.data, job.memory, told))
     channel.has_begun = True
 
 
-def of_run(optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None]) -> Partners:
-    """The partners of the run that is under way; `keep` saves its last completed step."""
+def of_run(
+    optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None], seen: list[Tensor] | None = None
+) -> Partners:
+    """The partners of the run that is under way; `keep` saves its last completed step, `seen` is the objective's."""
     channel = _CHANNEL.get()
     if channel is None:
         return Partners()
-    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep)
+    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep, seen)

@@ -1,9 +1,7 @@
-"""Evaluation rows as questions: what is asked, how long an answer may be, and when one is the one that was wanted."""
+"""Evaluation rows as questions: what is asked, and how long an answer may be."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +9,6 @@ from itertools import islice
 from qlora.data.chat import ChatTokenizer
 from qlora.data.prepare import PreparedSplit
 
-_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 EXTRA_TOKENS = 8  # exact match allows the longest expected answer and a little more
 
 
@@ -28,7 +25,7 @@ def questions_of(split: PreparedSplit, chat: ChatTokenizer, limit: int) -> list[
     """The first `limit` rows of a split that have a question and an answer."""
     found: list[Question] = []
     prompts = filter(None, map(split.prompt, range(len(split.lengths))))
-    for messages, tools, expected in islice(prompts, limit):
+    for messages, tools, expected, _ in islice(prompts, limit):
         asked = next((m["content"] for m in reversed(messages) if m.get("role") == "user"), "")
         found.append(Question(chat.prompt_ids(messages, tools), str(asked or ""), expected))
     return found
@@ -38,17 +35,3 @@ def answer_tokens(questions: Sequence[Question], chat: ChatTokenizer) -> int:
     """How long an answer to one of the questions may be for exact match; 0 without a question."""
     lengths = [len(chat.tokenizer.encode(q.expected, add_special_tokens=False)) for q in questions]
     return max(lengths) + EXTRA_TOKENS if lengths else 0
-
-
-def same_answer(given: str, expected: str) -> bool:
-    """Equal after NFC, strip and casefold; a leading block of reasoning is not part of an answer."""
-    return _normal(given) == _normal(expected)
-
-
-def without_thoughts(text: str) -> str:
-    """An answer without a leading block of reasoning."""
-    return _THINKING.sub("", text)
-
-
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFC", without_thoughts(text)).strip().casefold()

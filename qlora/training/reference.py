@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -31,34 +32,91 @@ from qlora.saving import WRITE_ERRORS
 from qlora.starting_adapter import START, started_from
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.objectives import answers_of
+from qlora.training.dividing import Shares
+from qlora.training.memory_plan import MemorySettings
 from qlora.training.setup import Job
 
 FOLDER, FILE = "reference", "logprobs.safetensors"
+_PLAIN = ("sft", "grpo")  # whose rows show an answer; of answers that are drawn, the reference is asked then
 CODE_VERSION = 1  # raise it whenever the numbers come out otherwise
 
 Logprobs = dict[str, torch.Tensor]  # by the name of a split
 
 
-def prepared(job: Job, parts: CausalParts, section: DataSection) -> PreparedData:
+class AskedOf(NamedTuple):
+    """A split, and whether the model answers as it is, or with its adapters off."""
+
+    name: str
+    split: PreparedSplit
+    as_it_is: bool
+
+
+def prepared(
+    job: Job, parts: CausalParts, section: DataSection, shares: Shares, settings: MemorySettings
+) -> PreparedData:
     """The rows as the objective needs them; `section` has packing as it is really done. Called before any weight of
-    the run has changed, so that the model is where the run began.
+    the run has changed, so that the model is where the run began. `shares`: other processes answer some of them.
 
     Raises DataError for rows of another objective, RunFolderError where the start of the run is gone.
     """
     data, keys = job.data, job.recipe.train
     for split in (data.train, data.eval):
-        if split.lengths and (split.preference is None) != (keys.objective == "sft"):
+        if split.lengths and (split.preference is None) != (keys.objective in _PLAIN):
             what = f'train.objective = "{keys.objective}" does not learn from rows of this format'
             raise DataError(what, 'name the format: "preference" for pairs, "kto" for marked answers; others for "sft"')
-    if keys.objective == "sft":
+    if keys.objective in _PLAIN:
         return data
-    train, evaluation = (_of_objective(split, section, keys.objective) for split in (data.train, data.eval))
-    if keys.needs_reference:
-        asked = _Asked(job, parts, section, {**_named("train", train), **_named("eval", evaluation)})
-        with job.clock.phase("checks"):
-            found = asked.logprobs()
-        train, evaluation = _with(train, "train", found), _with(evaluation, "eval", found)
+    data = judged(data, section, keys.objective)
+    if not keys.needs_reference:
+        return data
+    with job.clock.phase("checks"):
+        return given(data, _Asked(job, parts, section, splits_of(data), shares, settings).logprobs())
+
+
+def judged(data: PreparedData, section: DataSection, objective: str) -> PreparedData:
+    """The rows as an objective of preference needs them, without what a reference says."""
+    train, evaluation = (_of_objective(split, section, objective) for split in (data.train, data.eval))
     return replace(data, train=train, eval=evaluation)
+
+
+def given(data: PreparedData, found: Logprobs) -> PreparedData:
+    """These rows, with what the reference said."""
+    return replace(data, train=_with(data.train, "train", found), eval=_with(data.eval, "eval", found))
+
+
+def splits_of(data: PreparedData) -> dict[str, PreparedSplit]:
+    """The splits that a reference is asked about, by name, in one order."""
+    return {**_named("train", data.train), **_named("eval", data.eval)}
+
+
+def told(data: PreparedData) -> Logprobs:
+    """What the reference said of each split; nothing where there is none."""
+    said = {name: split.preference and split.preference.reference for name, split in splits_of(data).items()}
+    return {name: torch.tensor(one) for name, one in said.items() if one}
+
+
+def answers(job: Job, parts: CausalParts, section: DataSection, asked: AskedOf, shares: Shares) -> list[float]:
+    """Log-probability of each answer of a split. A pack at a time: whatever fits later, these numbers stay the same;
+    each is done by one process."""
+    name, split, as_it_is = asked
+    done = 0
+    packs, layout = eval_packs(split, section), Layout.on(job.device)
+
+    def answered(pack: tuple[int, ...]) -> torch.Tensor:
+        nonlocal done
+        job.stop.check()
+        batch = collate(split, [pack], job.chat.pad_id, section.max_length, layout).to(job.device)
+        said = answers_of(batch_logprobs(parts, batch), batch).logprobs_R
+        done += 1
+        job.sink.emit(Progress(f"reference: {name}", done, len(packs)))
+        return said
+
+    found = [0.0] * len(split.lengths)
+    with evaluating(job.model), nullcontext() if as_it_is else job.model.disable_adapter():
+        for pack, said in zip(packs, shares.shared(packs, answered), strict=True):
+            for row, value in zip(pack, said.tolist(), strict=True):
+                found[row] = value
+    return found
 
 
 @contextmanager
@@ -110,6 +168,8 @@ class _Asked:
     parts: CausalParts
     section: DataSection
     splits: dict[str, PreparedSplit]
+    shares: Shares
+    settings: MemorySettings
 
     def logprobs(self) -> Logprobs:
         """From the run's folder where they are of this very question; else asked for, and put there."""
@@ -119,7 +179,7 @@ class _Asked:
         if self.job.recipe.lora.from_adapter is not None and disk.verify_folder(self.job.run_dir / START) is not None:
             what = f"{self.job.run_dir / START}: the adapter that the run compares with is gone or changed"
             raise RunFolderError(what, "put it back to go on, or start anew with mode='fresh'")
-        found = {name: torch.tensor(self._asked(name, split)) for name, split in self.splits.items()}
+        found = {name: torch.tensor(self._asked(name)) for name in self.splits}
         try:
             about = {"kind": FOLDER, "key": key}
             made = disk.publish_folder(folder, lambda place: save_file(found, place / FILE), about)
@@ -170,17 +230,9 @@ class _Asked:
         self._say(f"{folder} is not read ({damage or 'it has other rows'}): the reference is asked again")
         return None
 
-    def _asked(self, name: str, split: PreparedSplit) -> list[float]:
-        """Log-probability of each row's answer. A pack at a time: whatever fits later, these numbers stay the same."""
-        job, found = self.job, [0.0] * len(split.lengths)
-        packs, layout = eval_packs(split, self.section), Layout.on(job.device)
-        off = nullcontext() if job.recipe.lora.from_adapter is not None else job.model.disable_adapter()
-        with evaluating(job.model), off:
-            for number, pack in enumerate(packs, 1):
-                job.stop.check()
-                batch = collate(split, [pack], job.chat.pad_id, self.section.max_length, layout).to(job.device)
-                answers = answers_of(batch_logprobs(self.parts, batch), batch)
-                for row, value in zip(pack, answers.logprobs_R.tolist(), strict=True):
-                    found[row] = value
-                job.sink.emit(Progress(f"reference: {name}", number, len(packs)))
-        return found
+    def _asked(self, name: str) -> list[float]:
+        as_it_is = self.job.recipe.lora.from_adapter is not None
+        word = {"do": "reference", "split": name, "as_it_is": as_it_is}
+        with self.shares.called(word, self.settings):
+            asked = AskedOf(name, self.splits[name], as_it_is)
+            return answers(self.job, self.parts, self.section, asked, self.shares)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qlora.model.base_folder import BaseFolder
     from qlora.model.base_watch import BaseWatch
     from qlora.model.tokenizer_files import TokenizerFiles
+    from qlora.rewards.scoring import Rewards
     from qlora.stop import StopRequest
     from qlora.study.lesson import Lesson
     from qlora.study.material import Found
@@ -58,6 +59,7 @@ class Job:
     clock: PhaseClock
     watch: BaseWatch
     exam: RunExam | None = None  # of what documents taught
+    rewards: Rewards | None = None  # what answers that grpo draws are worth
 
 
 class Prepared(NamedTuple):
@@ -144,7 +146,8 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
     from qlora.study.lesson import Lesson
     from qlora.training import memory_plan, questions
 
-    base, lesson, planned = found.base, None, None
+    base, planned = found.base, None
+    lesson: Lesson | None = found.lesson
     with clock.phase("rows"):
         chat, data = prepare_rows(recipe, tokenizer, sink)
         asked = questions.questions_of(data.eval, chat, max(recipe.eval.samples, recipe.eval.exact_match_rows))
@@ -153,6 +156,7 @@ def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink,
         say_stray_padding(chat.tokenizer, rows, base.name, sink)
         if found.material is not None:
             lesson = Lesson.of(found.material, recipe, chat, sink)
+        if lesson is not None:
             planned = lesson.foreseen(data)
     with clock.phase("checks", "plan memory"):
         foresee_gguf(recipe.export, base, tokenizer, chat.template, sink)

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from base64 import b64encode
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlora import device as hardware
 from qlora import numerics
 from qlora.recipe.sections import DataSection
+from qlora.training import handing
+from qlora.training.dividing import Word
 from qlora.training.memory_plan import MemorySettings
 
 if TYPE_CHECKING:
     from qlora.training.setup import Job
 
-Word = dict[str, Any]
 
-
-def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
+def word_of(job: Job, data: DataSection, settings: MemorySettings, told: list[Word]) -> Word:
     """All that another process needs to load the same run, its rows and its base read by itself."""
     recipe, plan, planner = job.recipe, settings.plan, settings.planner
-    idle = set() if recipe.data.documents else {"study", "exam"}  # as in a run's recipe.toml
     chosen = recipe if plan is None else recipe.model_copy(update={"memory": plan.recipe.memory})
     limit = planner.estimator.machine.limit_bytes if planner and not hardware.is_card(job.device) else None
-    numbers = numerics.of_run()
+    numbers, learnt = numerics.of_run(), handing.learnt_by(job)
     return {
         "do": "begin",
-        "recipe": chosen.model_dump(mode="json", exclude_none=True, exclude=idle),
+        "recipe": handing.without_documents(chosen, learnt),
+        "study": handing.told(recipe, learnt),
         "tokenizer": {name: b64encode(data).decode() for name, data in job.tokenizer.content.items()},
         "numerics": None if numbers is None else numbers.model_dump(mode="json"),
         "commit": job.base.commit,
@@ -34,7 +34,7 @@ def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
         "rows": job.data.fingerprint,
         "packing": data.packing,
         "limit": limit,
-        "settings": of_settings(settings),
+        "settings": told,
     }
 
 
@@ -42,6 +42,7 @@ def of_settings(settings: MemorySettings) -> Word:
     """What decides about memory and may change under way."""
     return {
         "micro_batch_size": settings.micro_batch_size,
+        "answers_at_once": settings.answers_at_once,
         "gradient_checkpointing": settings.gradient_checkpointing,
         "offload_activations": settings.offload_activations,
         "place": asdict(settings.place),

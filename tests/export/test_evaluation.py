@@ -75,7 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Any:
 def recorded(model: Any, rows: EvalRows) -> DeliveredLoss:
     parts = CausalParts.of(model.get_base_model())
     with evaluating(model):
-        losses = [summed_loss(parts, SupervisedObjective(), batch, CPU) for batch in rows.batches()]
+        losses = [summed_loss(parts, SupervisedObjective(), batch, CPU) for batch in rows]
     record = rows.record(3, losses)
     assert record is not None
     return record

@@ -106,7 +106,7 @@ def test_what_it_does_by_default_is_carried_where_it_differs(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "more", ["rl: dpo", "reward_model: true", "rl: grpo\ntrl: {beta: 0.1}", "ebft: {mode: strided}"]
+    "more", ["rl: ppo", "reward_model: true", "rl: grpo\ntrl: {beta: 0.1}", "ebft: {mode: strided}"]
 )
 def test_another_goal_is_refused(tmp_path: Path, more: str) -> None:
     with pytest.raises(UserError, match="another goal"):

@@ -82,7 +82,7 @@ def test_sixteen_bit_is_what_no_bits_mean(tmp_path: Path) -> None:
     assert recipe_of(found).quantization.type == "none" and recipe_of(found).data.loss_on == "all"
 
 
-@pytest.mark.parametrize("stage", ["dpo", "ppo", "kto", "rm"])
+@pytest.mark.parametrize("stage", ["ppo", "rm"])
 def test_another_goal_is_refused(tmp_path: Path, stage: str) -> None:
     with pytest.raises(UserError, match="another goal"):
         imported(tmp_path, f"model_name_or_path: a/b\nstage: {stage}\nfinetuning_type: lora\ncutoff_len: 9\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,12 @@ from torch import Tensor
 from qlora.data import judged_splits
 from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
-from qlora.events import Recorder
-from qlora.model import adapters, load
-from qlora.model.resolve import resolve
 from qlora.objective_keys import ObjectiveKeys
-from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating, forward_backward
 from qlora.step.loss import SupervisedObjective
 from qlora.step.objectives import Figures, PreferenceObjective, answers_of, objective_of
 from tests.data.judged_cases import judged_split
+from tests.step.adapted import adapted, gradients
 
 PAIRS = [(5, 9, 6), (3, 4, 12), (7, 2, 2), (4, 20, 1), (6, 5, 8)]
 KEYS: dict[str, dict[str, Any]] = {
@@ -34,21 +30,13 @@ KEYS: dict[str, dict[str, Any]] = {
     "orpo": {"beta": 0.25},
     "simpo": {"simpo_gamma": 0.4, "sft_weight": 0.1},
     "kto": {"beta": 0.4},
+    "weighed kto": {"objective": "kto", "beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.6},
 }
 
 
 @pytest.fixture(scope="module")
 def model(llama: Path) -> Any:
-    """The tiny base in fp32 with fp32 adapters whose B is not zero."""
-    base = resolve(str(llama), "main", Recorder())
-    network = load.load_base(base, QuantizationSection(type="none"), "auto", torch.device("cpu"), Recorder()).float()
-    wrapped = adapters.attach(network, LoraSection(r=4), seed=0, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in adapters.trainable(wrapped).items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return wrapped.train()
+    return adapted(llama)
 
 
 def keys_of(name: str) -> ObjectiveKeys:
@@ -98,7 +86,8 @@ def plain_loss(model: Any, split: PreparedSplit, keys: ObjectiveKeys) -> Tensor:
         z = torch.stack(gains).mean().clamp(min=0)
         for row, (logprob, _) in enumerate(asked):
             above = beta * (logprob - reference[row] - z)
-            losses.append(1 - sigmoid(above if row % 2 == 0 else -above))
+            good, bad = keys.desirable_weight or 1.0, keys.undesirable_weight or 1.0
+            losses.append(good * (1 - sigmoid(above)) if row % 2 == 0 else bad * (1 - sigmoid(-above)))
         return torch.stack(losses).mean()
     for row in range(0, len(asked), 2):
         (w, n_w), (l, n_l) = asked[row], asked[row + 1]  # noqa: E741
@@ -120,12 +109,6 @@ def plain_loss(model: Any, split: PreparedSplit, keys: ObjectiveKeys) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def gradients(model: Any, work: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss = work()
-    return float(loss), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("loss_chunk", [0, 7])  # the head is asked again, or comes with its gradient
 @pytest.mark.parametrize("name", list(KEYS))
@@ -140,10 +123,10 @@ def test_loss_and_gradient_are_the_papers(model: Any, name: str, loss_chunk: int
         objective = objective_of(keys)
         assert isinstance(objective, PreferenceObjective)
         weight = sum(objective.weight(batch) for batch in batches)
-        assert weight == (10 if name == "kto" else 5)
+        assert weight == (10 if keys.objective == "kto" else 5)
         with evaluating(model):
             objective.begin(batches, lambda batch: batch_logprobs(parts, batch))
-        assert 0 < float(objective.divergence) < 9 or name != "kto"
+        assert 0 < float(objective.divergence) < 9 or keys.objective != "kto"
         return torch.stack([forward_backward(parts, batch, objective, weight) for batch in batches]).sum() / weight
 
     def plain() -> Tensor:
@@ -174,23 +157,29 @@ def test_what_the_step_knows_of_its_answers(model: Any) -> None:
 def test_figures_count_pairs_and_answers(model: Any) -> None:
     split = with_reference(judged_split(PAIRS))
     parts = CausalParts.of(model.get_base_model())
-    batches = [collate(split, [(0, 1, 2, 3)], 0, 64), collate(split, [(4, 5)], 0, 64)]
-    for name in ("dpo", "kto"):
-        objective = objective_of(keys_of(name))
+    pairs = [collate(split, [(0, 1, 2, 3)], 0, 64), collate(split, [(4, 5)], 0, 64)]
+    for name in ("dpo", "kto", "marked"):
+        objective = objective_of(keys_of("kto" if name == "marked" else name))
+        batches = [replace(batch, paired=name != "marked") for batch in pairs]
         assert isinstance(objective, PreferenceObjective)
         with torch.no_grad():
             objective.begin(batches, lambda batch: batch_logprobs(parts, batch))
             for batch in batches:
                 objective.loss(batch_logprobs(parts, batch), batch)
         seen = Figures.of(objective.seen)
-        assert (seen.compared, seen.better, seen.worse, seen.tokens) == (6 if name == "kto" else 3, 3, 3, 35)
+        assert [batch.paired for batch in pairs] == [True, True]
+        assert (seen.compared, seen.better, seen.worse, seen.tokens) == (6 if name == "marked" else 3, 3, 3, 35)
         with torch.no_grad():
             plain = [float(plain_logprob(model.get_base_model(), split, row)[0]) for row in range(6)]
         assert seen.loss == pytest.approx(-sum(plain), rel=1e-5)
         rewards = [objective.keys.strength * (x - r) for x, r in zip(plain, split.preference.reference, strict=False)]  # type: ignore[union-attr, arg-type]
         assert seen.better_reward == pytest.approx(sum(rewards[0::2]), rel=1e-4)
         assert seen.worse_reward == pytest.approx(sum(rewards[1::2]), rel=1e-4)
-        if name == "dpo":
+        above = [reward - objective.keys.strength * float(objective.divergence) for reward in rewards]
+        if name == "marked":
+            assert seen.right == sum(x > 0 for x in above[0::2]) + sum(x < 0 for x in above[1::2])
+            assert seen.likelier == 0
+        else:
             assert seen.right == sum(w > l for w, l in zip(rewards[0::2], rewards[1::2], strict=True))  # noqa: E741
         objective.begin([], lambda batch: torch.zeros(0))
         assert not objective.seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ class Scripted(RunEvaluation):
         limit = max(self.section.samples, self.section.exact_match_rows)
         return [Question([n], f"question {n}", f"question {n}" if n else "another") for n in range(min(limit, 4))]
 
-    def _answers(self, questions: Sequence[Question], untuned: bool = False, limit: int | None = None) -> list[str]:
+    def answers(self, count: int, untuned: bool = False, limit: int | None = None) -> list[str]:
         if self.recovery.settings.answers_at_once > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB.")
-        return ["no" if untuned else question.asked for question in questions]
+        return ["no" if untuned else question.asked for question in self.questions[:count]]
 
 
 def evaluation_of(recorder: Recorder, **section: int) -> RunEvaluation:

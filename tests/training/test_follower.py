@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import changed
 from qlora.model.load import load_base
-from qlora.training import follower, processes
+from qlora.training import exchanging, follower, processes
 from qlora.training.follower import Following
 from qlora.training.loop import Training
 from tests.runs import hashes, run_dir, write_recipe
-from tests.together import Ended, Hook, events, masters, stops_after, train
+from tests.together import Ended, Hook, apart, events, masters, stops_after, train
 
 LOADED = load_base  # what a run imports lies in this process, from which its processes are forked
 STEPS = 6
@@ -59,19 +58,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> dict[str, Pa
     return made
 
 
-def apart(one: Path, other: Path, step: int = STEPS) -> float:
-    """The largest difference of two runs' fp32 weights."""
-    left, right = (load_file(masters(recipe, step)) for recipe in (one, other))
-    names = [name for name in left if name.startswith("master/")]
-    assert names and left.keys() == right.keys()
-    return max(float((left[name] - right[name]).abs().max()) for name in names)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "packing"), [(2, "true"), (2, "false"), (4, "true"), (4, "false")])
 def test_they_end_where_one_does(tmp_path: Path, llama: Path, alone: dict[str, Path], count: int, packing: str) -> None:
     recipe = together(tmp_path, llama, count, f"data.packing={packing}")
-    assert apart(alone[packing], recipe, 2) <= 1e-6 and apart(alone[packing], recipe) <= 1e-6
+    assert apart(alone[packing], recipe, 2) <= 1e-6 and apart(alone[packing], recipe, STEPS) <= 1e-6
     for kind, keys in (("step", ("step", "tokens", "trained_tokens", "learning_rate")), ("eval", ("step", "rows"))):
         ones, theirs = events(alone[packing], kind), events(recipe, kind)
         assert [[event[key] for key in keys] for event in ones] == [[event[key] for key in keys] for event in theirs]
@@ -132,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_them(tmp_path: Path, llama: Path, 
     assert second.codes == [143], second.said
     third = train(recipe, 4, *SETTINGS, flag="--resume")
     assert third.codes == [0] * 4, third.said
-    assert apart(alone["true"], recipe) <= 1e-6
+    assert apart(alone["true"], recipe, STEPS) <= 1e-6
     assert [event["step"] for event in events(recipe, "step")] == list(range(1, STEPS + 1))
 
 
@@ -164,7 +155,7 @@ def test_one_that_is_killed_ends_all_with_the_last_step_saved(
     assert ended.codes[1] == -9
     lost(ended, recipe, 4, "another process of the run is gone")
     assert train(recipe, 1, *SETTINGS, flag="--resume").codes == [0]
-    assert apart(alone["true"], recipe) <= 1e-6
+    assert apart(alone["true"], recipe, STEPS) <= 1e-6
 
 
 @pytest.mark.slow
@@ -222,7 +213,7 @@ def test_memory_that_runs_out_in_one_makes_all_of_them_smaller(tmp_path: Path, l
     assert ended.codes == [0, 0] and ended.said[1] == "", ended.said
     said = [event["message"] for event in events(two, "recovered")]
     assert len(said) == 1 and "process 1 of 2" in said[0] and "micro-batches of 1 instead of 2" in said[0]
-    assert apart(one, two) <= 1e-6
+    assert apart(one, two, STEPS) <= 1e-6
 
 
 @pytest.mark.slow
@@ -243,7 +234,7 @@ def test_one_that_cannot_hold_its_part_is_named_with_exit_code_3(tmp_path: Path,
 def test_weights_that_are_not_the_same_any_more_end_the_run(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "SAME_EVERY", 3)
+    monkeypatch.setattr(exchanging, "SAME_EVERY", 3)
     recipe = write_recipe(tmp_path, llama)
     change = at_step(3, lambda training: training.optimizer._master.add_(1e-7))
     ended = train(recipe, 2, *FAST, hooks={1: change})

@@ -97,7 +97,10 @@ def test_rows_of_another_objective_are_refused(
 
 
 def test_pairs_are_answers_for_kto(tmp_path: Path, llama: Path) -> None:
+    """Each is learned by itself, and told apart from the other one to its question."""
     recipe = write_recipe(tmp_path, llama, "dpo")
     recipe.write_text(recipe.read_text().replace('"rows.jsonl"\n', '"rows.jsonl"\nformat = "preference"\n'))
     told = train(recipe, *ALL, 'train.objective="kto"').of("preference")
-    assert told[0].as_dict()["compared"] == 12 and told[0].as_dict()["divergence"] is not None
+    first, last = told[0].as_dict(), told[-1].as_dict()
+    assert first["compared"] == 6 and first["divergence"] is not None and first["accuracy"] == 0.5
+    assert last["evaluated"] and last["accuracy"] >= 0.9 and last["likelier"] is not None

@@ -1,16 +1,11 @@
-"""When an answer is the one that was wanted, and how long it may be."""
+"""How long an answer may be."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-from qlora.training.questions import EXTRA_TOKENS, Question, answer_tokens, same_answer, without_thoughts
-
-
-def test_an_answer_is_compared_without_thoughts_case_or_forms_of_letters() -> None:
-    assert same_answer("<think>hm</think> Zürich ", "zu\u0308rich") and not same_answer("Zurich", "Zürich")
-    assert without_thoughts("<think>hm</think> It.").strip() == "It."
+from qlora.training.questions import EXTRA_TOKENS, Question, answer_tokens
 
 
 def test_an_answer_may_be_a_little_longer_than_the_longest() -> None:

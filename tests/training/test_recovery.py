@@ -274,9 +274,9 @@ def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeyp
     once = iter([True] + [False] * 1000)
     answers_once = iter([True] + [False] * 1000)
     from qlora.model import generate
-    from qlora.training import evaluate
+    from qlora.training import measuring
 
-    summed_loss, greedy = evaluate.summed_loss, generate.greedy
+    summed_loss, greedy = measuring.summed_loss, generate.greedy
 
     def failing(real: Callable[..., Any], when: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -287,8 +287,8 @@ def test_evaluation_and_answers_recover_too(tmp_path: Path, llama: Path, monkeyp
         return call
 
     monkeypatch.setattr(loop.Training, "dry_run", lambda self, state: None)
-    monkeypatch.setattr(evaluate, "summed_loss", failing(summed_loss, once))
-    monkeypatch.setattr(evaluate.generate, "greedy", failing(greedy, answers_once))
+    monkeypatch.setattr(measuring, "summed_loss", failing(summed_loss, once))
+    monkeypatch.setattr(generate, "greedy", failing(greedy, answers_once))
     again = train(recipe, *RUN, "train.micro_batch_size=2", "eval.samples=2", "data.eval_fraction=0.2", mode="fresh")
     told = " ".join(values(again, "recovered", "message"))
     assert "8 instead of 16 answers at once" in told and "micro-batches of 1 instead of 2" in told

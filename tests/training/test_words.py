@@ -13,4 +13,5 @@ def test_a_place_is_told_with_who_shares_it() -> None:
     settings = MemorySettings(2, True, place=Place(host_embedding=True, shards=3))
     told = json.loads(json.dumps(of_settings(settings)))
     assert Place(**told.pop("place")) == settings.place
+    assert told.pop("answers_at_once") == settings.answers_at_once
     assert told == {"micro_batch_size": 2, "gradient_checkpointing": True, "offload_activations": False}

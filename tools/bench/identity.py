@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from this_machine import commit, hardware  # noqa: E402
 
 from qlora.third_party import let_waiting_threads_sleep  # noqa: E402
 
@@ -146,8 +146,8 @@ def main() -> None:
         results: dict[str, Any] = {
             "bytes": total,
             "tensors": len(base.tensors),
-            "cpu": platform.processor(),
-            "cores": os.cpu_count(),
+            "hardware": hardware(),
+            "commit": commit(),
             "threads": torch.get_num_threads(),
             "device": str(current()),
             "torch": torch.__version__,

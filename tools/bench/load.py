@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,6 +29,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from this_machine import commit, hardware, versions  # noqa: E402
 
 STARTS = ("plain", "first", "second")
 SAMPLE_SECONDS = 0.01
@@ -172,7 +173,8 @@ def main() -> None:
             base = random_base(Path(place) / "base", asked.gigabytes)
             time.sleep(3)  # files that were written just now are not known by their times
         results = measure(base, Path(place) / "cache", asked.repeats, asked.threads)
-    results |= {"cpu": platform.processor(), "cores": os.cpu_count(), "threads": asked.threads}
+    made = {"hardware": hardware(), "commit": commit(), "versions": versions(("torch", "transformers", "bitsandbytes"))}
+    results |= {**made, "threads": asked.threads}
     print(f"second / plain: {results['second_to_plain']:.3f}")
     if asked.out:
         asked.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -3,11 +3,15 @@
     python tools/bench/step.py --base recipes/quickstart/base --length 400 --vs trl --trl-python VENV/bin/python
     python tools/bench/step.py --shape 8b --length 2048 --vs trl --trl-python VENV/bin/python
     python tools/bench/step.py --shape 8b --length 2048 --vs unsloth --unsloth-python VENV/bin/python
+    python tools/bench/step.py --base recipes/quickstart/base --length 400 --objective dpo --vs trl --vs trl-once \
+        --trl-python VENV/bin/python
 
 Each stack works in a process of its own, and the processes take turns (ours, theirs, ours, theirs, …), so that a
 machine that grows warm or is shared weighs on both alike. Both read the same base from the same folder, train the same
 rows of random tokens, every token trained, with the same adapters and optimizer. Ours is measured a second time with
-several documents a row (--documents), as real packs have them: other kernels keep them apart. The figures go into a
+several documents a row (--documents), as real packs have them: other kernels keep them apart. With `--objective dpo` a
+row is a pair, of whose two answers every token is trained; our reference has been asked before the first step, TRL's is
+asked within each, and as `trl-once` before them (`precompute_ref_log_probs`). The figures go into a
 table and, with hardware, versions and commit, into a JSON file in tools/bench/results/.
 """
 
@@ -39,6 +43,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, bool]] = {
     "14b": (5120, 17408, 40, 40, 8, 151936, False),
 }
 PACKED = "qlora, packed"  # ours with several documents a row, beside ours with one
+ONCE = "trl-once"  # TRL's reference asked before the steps, as ours is
 MARK = "BENCH-RESULT "
 FIGURES = ("trained_tokens_per_second", "peak_bytes")
 
@@ -61,16 +66,18 @@ def main() -> None:
             gradient_checkpointing=arguments.checkpointing == "both",
             theirs_checkpointing=arguments.checkpointing != "none",
             threads=arguments.threads,
+            objective=arguments.objective,
         )
-        packed = [PACKED] if arguments.documents > 1 else []
+        packed = [PACKED] if arguments.documents > 1 and arguments.objective == "sft" else []
         stacks = ["qlora", *packed, *arguments.vs]
         found: dict[str, list[dict[str, Any]]] = {stack: [] for stack in stacks}
         for turn in range(arguments.repeats):
             for stack in stacks:
                 print(f"turn {turn + 1} of {arguments.repeats}: {stack}", file=sys.stderr)
-                pythons = {"trl": arguments.trl_python, "unsloth": arguments.unsloth_python}
+                pythons = {"trl": arguments.trl_python, ONCE: arguments.trl_python, "unsloth": arguments.unsloth_python}
                 python = pythons.get(stack, sys.executable)
                 asked = replace(settings, documents=arguments.documents) if stack == PACKED else settings
+                asked = replace(settings, asks_once=True) if stack == ONCE else asked
                 found[stack].append(run_worker(stack, python, asked))
         report = summary(settings, found, arguments.shape if not arguments.base else Path(base).name)
     show(report)
@@ -99,14 +106,22 @@ def parse() -> argparse.Namespace:
         help="who recomputes layers; 'theirs': what the defaults of both do where memory allows it",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of each process")
-    parser.add_argument("--vs", choices=["trl", "unsloth"], action="append", default=[], help="a stack beside ours")
+    parser.add_argument("--objective", choices=["sft", "dpo"], default="sft")
+    parser.add_argument(
+        "--vs", choices=["trl", ONCE, "unsloth"], action="append", default=[], help="a stack beside ours"
+    )
     parser.add_argument("--trl-python", default=sys.executable, help="python of an environment with trl")
     parser.add_argument("--unsloth-python", default=sys.executable, help="python of one with unsloth")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="name of the results file")
-    parser.add_argument("--worker", choices=["qlora", PACKED, "trl", "unsloth"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["qlora", PACKED, "trl", ONCE, "unsloth"], help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.objective == "sft" and ONCE in asked.vs:
+        parser.error("--vs trl-once: supervised rows are compared with no reference; give --objective dpo")
+    if asked.objective == "dpo" and "unsloth" in asked.vs:
+        parser.error("--vs unsloth: pairs are measured beside TRL alone")
+    return asked
 
 
 def run_worker(stack: str, python: str, settings: Settings) -> dict[str, Any]:
@@ -239,11 +254,13 @@ def commit() -> str:
 def default_name(report: Mapping[str, Any]) -> str:
     device = "cpu" if report["hardware"]["device"] == "cpu" else report["hardware"]["device"].lower().replace(" ", "-")
     settings = report["settings"]
-    return f"step-{device}-{report['base']}-{settings['rows']}x{settings['length']}-r{settings['r']}"
+    step = "step" if settings["objective"] == "sft" else f"step-{settings['objective']}"
+    return f"{step}-{device}-{report['base']}-{settings['rows']}x{settings['length']}-r{settings['r']}"
 
 
 def show(report: Mapping[str, Any]) -> None:
-    print(f"{report['base']}: {report['settings']['rows']} × {report['settings']['length']} tokens, ", end="")
+    unit = " of each side of a pair" if report["settings"]["objective"] == "dpo" else ""
+    print(f"{report['base']}: {report['settings']['rows']} × {report['settings']['length']} tokens{unit}, ", end="")
     print(f"r {report['settings']['r']}, {report['settings']['optimizer']}, on {report['hardware']['device']}")
     print(f"{'':14}{'trained tokens/s':>18}{'peak MiB':>12}")
     for stack, figures in report["medians"].items():

@@ -31,6 +31,19 @@ class Settings:
     theirs_checkpointing: bool
     threads: int
     documents: int = 1  # that share a row: real packs hold several, and take other kernels than one document does
+    objective: str = "sft"  # of dpo a row is a pair: a question of half of the length and two answers of as many tokens
+    asks_once: bool = False  # whether TRL's reference is asked before the steps, as ours is, and not within each
+
+    @property
+    def answer(self) -> int:
+        """Tokens of each answer of a pair."""
+        return self.length - self.length // 2
+
+    @property
+    def trained(self) -> int:
+        """Trained tokens of a step."""
+        row = self.length - self.documents if self.objective == "sft" else 2 * self.answer
+        return self.rows * row * self.accumulation
 
 
 def token_rows(settings: Settings, vocabulary: int) -> list[list[list[int]]]:
@@ -38,6 +51,12 @@ def token_rows(settings: Settings, vocabulary: int) -> list[list[list[int]]]:
     chance = random.Random(7)
     one = [[chance.randrange(4, vocabulary) for _ in range(settings.length)] for _ in range(settings.rows)]
     return [one for _ in range(settings.accumulation)]
+
+
+def pairs_of(settings: Settings, row: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """A question and two answers of a row's tokens; the second one has them in another order."""
+    question, answer = list(row[: settings.length // 2]), list(row[settings.length // 2 :])
+    return question, answer, answer[::-1]
 
 
 def synchronize(device_type: str) -> None:
@@ -61,12 +80,11 @@ def figures_of(
 
     import torch
 
-    trained = settings.rows * (settings.length - settings.documents) * settings.accumulation
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     on_gpu = device_type == "cuda"
     return {
         "seconds": [round(value, 4) for value in seconds],
-        "trained_tokens_per_second": round(trained / statistics.median(seconds), 2),
+        "trained_tokens_per_second": round(settings.trained / statistics.median(seconds), 2),
         "peak_bytes": int(torch.cuda.max_memory_allocated()) if on_gpu else int(peak - before),
         "peak_of": "tensors on the GPU" if on_gpu else "resident memory above that after imports",
         "loss": round(loss, 4),

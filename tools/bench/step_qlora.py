@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import bitsandbytes  # noqa: F401  (the other stack has these before it counts too)
 import peft  # noqa: F401
 import torch
-from step_measure import Settings, figures_of, resident_bytes, synchronize, token_rows
+from step_measure import Settings, figures_of, pairs_of, resident_bytes, synchronize, token_rows
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoModelForCausalLM  # noqa: F401
@@ -20,17 +21,18 @@ from qlora import heap
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
-from qlora.data.token_cache import PreparedSplit
+from qlora.data.token_cache import Preference, PreparedSplit
 from qlora.device import is_card, release
 from qlora.events import Sinks
 from qlora.model import adapters, load, lora_functions
 from qlora.model.cpu_matmul import fast_matmul, has_bf16_products
 from qlora.model.resolve import resolve
+from qlora.objective_keys import ObjectiveKeys
 from qlora.recipe.sections import LoraSection, QuantizationSection
-from qlora.step.forward import CausalParts, forward_backward
+from qlora.step.forward import CausalParts, batch_logprobs, evaluating, forward_backward
 from qlora.step.kernels import trial
 from qlora.step.layerwise import set_gradient_checkpointing
-from qlora.step.loss import SupervisedObjective
+from qlora.step.objectives import PreferenceObjective, answers_of, objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training.setup import pick_device
 
@@ -50,14 +52,24 @@ def run(settings: Settings) -> dict[str, Any]:
     parts = CausalParts.of(causal_lm)
     optimizer = AdapterOptimizer(adapters.trainable(peft_model), settings.optimizer, 0.0)
     vocabulary = causal_lm.config.get_text_config().vocab_size
-    micro_batches = [micro_batch(rows, settings.documents).to(device) for rows in token_rows(settings, vocabulary)]
+    made = [
+        pairs(settings, rows) if settings.objective == "dpo" else micro_batch(rows, settings.documents)
+        for rows in token_rows(settings, vocabulary)
+    ]
+    micro_batches = [batch.to(device) for batch in made]
+    objective = objective_of(ObjectiveKeys.model_validate({"objective": settings.objective}))
+    if settings.objective == "dpo":  # asked once before a run, and kept
+        with evaluating(peft_model), peft_model.disable_adapter():
+            told = [answers_of(batch_logprobs(parts, batch), batch).logprobs_R for batch in micro_batches]
+        micro_batches = [replace(batch, reference_R=one) for batch, one in zip(micro_batches, told, strict=True)]
     release(device)  # and its peak is counted from here
-    objective = SupervisedObjective()
     step_weight = sum(objective.weight(batch) for batch in micro_batches)
     seconds = []
     peft_model.train()
 
     def step() -> Tensor:
+        if isinstance(objective, PreferenceObjective):
+            objective.seen = []
         loss = sum(forward_backward(parts, batch, objective, step_weight) for batch in micro_batches)
         optimizer.clip(optimizer.gradient_norm(), 1.0)
         optimizer.step(1e-4)
@@ -105,6 +117,19 @@ def micro_batch(rows: Sequence[Sequence[int]], documents: int) -> Batch:
     split = PreparedSplit(tokens, lengths, trained, [""] * len(parts), [0] * len(parts))
     packs = [tuple(range(first, first + documents)) for first in range(0, len(parts), documents)]
     return collate(split, packs, 0, len(rows[0]))
+
+
+def pairs(settings: Settings, rows: Sequence[Sequence[int]]) -> Batch:
+    """Each row as a pair, whose two sides share a pack of twice its length."""
+    tokens = []
+    for row in rows:
+        question, *answers = pairs_of(settings, row)
+        for answer, sign in zip(answers, (1.0, -1.0), strict=True):
+            tokens.append(TokenRow([*question, *answer], [*[0.0] * len(question), *[sign] * len(answer)]))
+    lengths, trained = [settings.length] * len(tokens), [settings.answer] * len(tokens)
+    split = PreparedSplit(tokens, lengths, trained, [""] * len(tokens), [0] * len(tokens))
+    split = replace(split, preference=Preference(paired=True))
+    return collate(split, [(first, first + 1) for first in range(0, len(tokens), 2)], 0, 2 * settings.length)
 
 
 def split_evenly(row: Sequence[int], count: int) -> list[Sequence[int]]:

@@ -1,4 +1,4 @@
-"""TRL's side of `step.py`: SFTTrainer with peft, as its documentation has it."""
+"""TRL's side of `step.py`: SFTTrainer and DPOTrainer with peft, as their documentation has it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from step_measure import Settings, figures_of, resident_bytes, synchronize, token_rows
+from step_measure import Settings, figures_of, pairs_of, resident_bytes, synchronize, token_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 
@@ -56,22 +56,35 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def trained(model: Any, settings: Settings, before: int, lora: LoraConfig | None) -> dict[str, Any]:
-    """What SFTTrainer's steps take; `lora` for a model that has no adapters yet."""
+    """What the trainer's steps take; `lora` for a model that has no adapters yet."""
     on_gpu = torch.cuda.is_available()
     vocabulary = model.config.get_text_config().vocab_size
     rows = [row for batch in token_rows(settings, vocabulary) for row in batch] * (settings.steps + 1)
     clock = Clock("cuda" if on_gpu else "cpu")
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
+        trainer = (SFTTrainer if settings.objective == "sft" else Pairs)(
             model=model,
             args=config_of(settings, scratch, on_gpu),
-            train_dataset=Dataset.from_list([{"input_ids": row} for row in rows]),
+            train_dataset=Dataset.from_list([row_of(settings, row) for row in rows]),
             processing_class=tokenizer_of(settings.base, vocabulary),
             peft_config=lora,
             callbacks=[clock],
         )
         trainer.train()
     return figures_of(settings, clock.seconds[1:], clock.losses[-1], before, clock.device_type)
+
+
+def row_of(settings: Settings, row: list[int]) -> dict[str, list[int]]:
+    if settings.objective == "sft":
+        return {"input_ids": row}
+    return dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pairs_of(settings, row), strict=True))
+
+
+class Pairs(DPOTrainer):  # type: ignore[misc]
+    """Takes the tokens that it is given, of which it would make prompts and answers itself."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
 
 
 def load(base: str, on_gpu: bool) -> Any:
@@ -90,13 +103,16 @@ def load(base: str, on_gpu: bool) -> Any:
 
 
 def config_of(settings: Settings, scratch: str, on_gpu: bool) -> Any:
-    return SFTConfig(
+    own: dict[str, Any] = {"packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    if settings.objective != "sft":
+        own = {"precompute_ref_log_probs": settings.asks_once}
+    return (SFTConfig if settings.objective == "sft" else DPOConfig)(
+        **own,
         output_dir=scratch,
         per_device_train_batch_size=settings.rows,
         gradient_accumulation_steps=settings.accumulation,
         max_steps=settings.steps + 1,
         max_length=settings.length,
-        packing=False,
         gradient_checkpointing=settings.theirs_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         optim=OPTIMIZERS[settings.optimizer],
@@ -108,7 +124,6 @@ def config_of(settings: Settings, scratch: str, on_gpu: bool) -> Any:
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=on_gpu,
     )
 

@@ -52,8 +52,8 @@ class ComparedLoss:
 
 
 @dataclass(frozen=True)
-class EvalRows:
-    """Evaluation rows in the micro-batches in which they are measured."""
+class EvalRows(Sequence[Batch]):
+    """Evaluation rows in the micro-batches in which they are measured; each is made when it is asked for."""
 
     split: PreparedSplit
     section: DataSection
@@ -67,9 +67,11 @@ class EvalRows:
         packs = eval_packs(self.split, self.section)
         return [packs[start : start + self.packs_at_once] for start in range(0, len(packs), self.packs_at_once)]
 
-    def batches(self) -> Iterator[Batch]:
-        for packs in self.micro_batches:
-            yield collate(self.split, packs, self.pad_id, self.section.max_length, self.layout)
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __getitem__(self, number: Any) -> Any:  # no slices
+        return collate(self.split, self.micro_batches[number], self.pad_id, self.section.max_length, self.layout)
 
     def sample(self, every: int) -> Iterator[Batch]:
         """The rows of every `every`-th micro-batch, each pack alone: memory may be scarcer here."""

@@ -1,0 +1,36 @@
+"""The last event of a training: its totals, and what memory it took beside what was predicted."""
+
+from __future__ import annotations
+
+from qlora.events import End
+from qlora.memory.measured import measure, peak_bytes
+from qlora.step.optimizer import AdapterOptimizer
+from qlora.training.checkpoint import RunState
+from qlora.training.memory_plan import MemorySettings, compare
+from qlora.training.setup import Job
+
+_OF_STATE = ("step", "seconds", "tokens", "trained_tokens", "train_loss", "eval_loss")
+
+
+def ended(
+    job: Job,
+    state: RunState,
+    optimizer: AdapterOptimizer,
+    settings: MemorySettings,
+    said: tuple[str, int, int | None],
+) -> End:
+    """`said`: why it ended, how many steps there were to be, and whose adapter is delivered where that is known."""
+    reason, steps, delivered = said
+    folder = job.run_dir / "adapter"
+    return End(
+        reason=reason,
+        steps=steps,
+        **{name: getattr(state, name) for name in _OF_STATE},
+        exact_match_before=state.exact_match_before,
+        exact_match_after=state.exact_match_after,
+        peak_bytes=peak_bytes(job.device),
+        adapter=str(folder) if folder.is_dir() else None,
+        adapter_step=delivered if delivered is not None else state.best_step,
+        memory=compare(settings, measure(job.model, optimizer, job.device)),
+        phases={name: round(seconds, 3) for name, seconds in job.clock.seconds.items()},
+    )
