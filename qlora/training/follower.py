@@ -71,10 +71,13 @@ def follow(channel: Channel, stop: StopRequest) -> None:
 
 def _confess(channel: Channel, code: int) -> None:
     """Show that the run was not loaded, as soon as process 0 asks."""
-    while (word := channel.tell(None))["do"] == "judged":
-        handing.taken_reference(channel, word)
+    while (word := channel.tell(None))["do"] in ("judged", "settle"):
+        if word["do"] == "judged":
+            handing.taken_reference(channel, word)
     if word["do"] == "state":
         exchanging.show_failure(channel, code, word["parameters"])
+    elif word["do"] == "serve":
+        channel.gathers.fail(code)
 
 
 @contextmanager
@@ -127,6 +130,11 @@ class Following(Training):
         self.channel, self.follower, self.is_compiled = channel, self.partners, False
         self._use_rows(job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._apply(self.recovery.settings)
+        self._take(word)
+
+    def settle(self, word: Word) -> None:
+        """What process 0's checks have changed since it began."""
+        self._use_rows(self.job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._take(word)
 
     def take_state(self, word: Word) -> None:
@@ -195,7 +203,7 @@ class Following(Training):
         work = partial(self._gather_gradient, state, batches, step_weight)
         with suppress(StopAsked), self.follower.dealt():
             losses, found, _ = dividing.shown(
-                partial(watch.during, work),
+                self.channel.gathers.shared(partial(watch.during, work)),
                 lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step, watch.took),
             )
         if losses is None or found is None or found.worst[1] != FINE:
@@ -235,7 +243,11 @@ def _follow(channel: Channel, training: Following) -> None:
     norm: torch.Tensor | None = None
     with Guarded("training", "lower data.max_length or lora.r, or use a smaller base"):
         while (word := channel.tell(None))["do"] != "end":
-            if word["do"] == "state":
+            if word["do"] == "serve":
+                channel.gathers.answer()
+            elif word["do"] == "settle":
+                training.settle(word)
+            elif word["do"] == "state":
                 training.take_state(word)
             elif word["do"] == "judged":
                 training.take_judged(word)

@@ -81,6 +81,7 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
         except StopAsked:
             raise training.stopped() from None
         except TrainingStopped:
+            training.partners.lost()
             job.sink.emit(training.end("stopped by itself"))
             raise
         finally:
