@@ -38,7 +38,7 @@ FLOORS = {
     "report": 3,
     "run_record": 3,
     "recorded": 3,
-    "rewards": 3,
+    "rewards": 4,
     "run_numerics": 5,
     "starting_adapter": 5,
     "determinism": 3,

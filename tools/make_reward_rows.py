@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 from make_quickstart_rows import product_names
@@ -23,6 +24,7 @@ from quickstart_world import Fact, fill, make_world
 BASE_SEED = 1  # of the quickstart base's world (its README.md names the command)
 SEED = 13
 MANNERS = ("{v} friend", "{v} owner", "{v} judge", "{v} lawyer")  # whom it is said to, a token each
+RELATIONS = 8  # those that most things have
 TRAIN_ROWS, EVAL_ROWS = 256, 64
 EVAL_SHARE = 0.25  # of the things
 
@@ -31,7 +33,8 @@ def rows() -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, s
     """Warm-up (prompt, completion), and questions (prompt, answer) to train on and to evaluate."""
     rng = random.Random(f"rewards {SEED}")
     world = make_world(BASE_SEED, frozenset(product_names()))
-    relations = sorted({fact.relation.name for fact in world.facts})
+    counted = Counter(fact.relation.name for fact in world.facts)
+    relations = sorted(counted, key=lambda name: (-counted[name], name))[:RELATIONS]
     rng.shuffle(relations)
     manner = {name: MANNERS[number % len(MANNERS)] for number, name in enumerate(relations)}
     things = sorted({fact.entity for fact in world.facts})
@@ -43,7 +46,8 @@ def rows() -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, s
 
     def drawn(count: int, evaluated: bool) -> list[Fact]:
         """As many facts of each manner, so that none is a better guess than another."""
-        there = [fact for fact in rng.sample(world.facts, len(world.facts)) if (fact.entity in kept) == evaluated]
+        facts = [fact for fact in rng.sample(world.facts, len(world.facts)) if fact.relation.name in manner]
+        there = [fact for fact in facts if (fact.entity in kept) == evaluated]
         of_each = [[fact for fact in there if manner[fact.relation.name] == one] for one in MANNERS]
         return [fact for group in zip(*of_each, strict=False) for fact in group][:count]
 

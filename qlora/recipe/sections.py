@@ -183,7 +183,6 @@ class MemorySection(Section):
         "auto",
         description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
     )
-
     stream_weights: bool | Literal["auto"] = Field(
         "auto", description="Keep the frozen layers in the host's memory and copy each to the GPU as it is computed"
     )
@@ -276,8 +275,7 @@ class OutputSection(Section):
     """Where the run's folder is made."""
 
     dir: Text = Field(
-        "runs",
-        description="Where runs stand, each under its recipe's name; relative to the current folder",
+        "runs", description="Where runs stand, each under its recipe's name; relative to the current folder"
     )
 
 
