@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qlora import determinism, disk, files, numerics, run_folder, starting_adapter
 from qlora.checked import Checked
+from qlora.collections_off import without_collections
 from qlora.device import current, lift_limit, release
 from qlora.errors import DoesNotFit, ExportError, Problem, RecipeError, TrainingStopped, UserError
 from qlora.events import Notice, Sink, Sinks
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from qlora.export.combination import Combination
     from qlora.export.push import Push
     from qlora.memory.estimate import Estimate
+    from qlora.memory.hardware import Machine, TeamCard
     from qlora.memory.question import Question
+    from qlora.memory.team_question import TeamQuestion
     from qlora.model.base_folder import BaseFolder
     from qlora.numerics import Numerics
     from qlora.training.checkpoint import Checkpoint, RunState
@@ -262,12 +265,13 @@ def merge_and_export(
     become one; "adapter" is then a format too. `push` sends what was made to a repository of the hub; of one run,
     "adapter" then means the one that it delivered. What is there already, of just this request, is not made again.
     """
-    from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
-    from qlora.export.push import Contents, made_before, open_destination
-    from qlora.export.staging import check_part
-    from qlora.export.targets import check_place
-    from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
-    from qlora.pushing import delivered
+    with without_collections():
+        from qlora.export.artifacts import ExportOptions, Report, plan_artifacts
+        from qlora.export.push import Contents, made_before, open_destination
+        from qlora.export.staging import check_part
+        from qlora.export.targets import check_place
+        from qlora.export_source import adapters_of, hash_of_request, name_of_all, produced
+        from qlora.pushing import delivered
 
     chosen, formats = options or ExportOptions(), [to] if isinstance(to, str) else list(to)
     as_it_lies = push is not None and combine is None and "adapter" in formats
@@ -301,7 +305,8 @@ def merge_and_export(
 
 def export_options(**chosen: Any) -> ExportOptions:
     """`ExportOptions` of an export, for callers that must not import torch before they need it."""
-    from qlora.export.artifacts import ExportOptions
+    with without_collections():
+        from qlora.export.artifacts import ExportOptions
 
     return ExportOptions(**chosen)
 
@@ -339,6 +344,16 @@ def question(
     """What is asked about a recipe's memory, ready to be answered several times."""
     from qlora.memory import hardware
     from qlora.memory.baselines import BASELINES
+
+    if gpu is not None and vram is not None:
+        raise RecipeError([Problem("qlora-estimate", "`gpu` and `vram` both name the limit", "give one of them")])
+    if stack not in BASELINES:
+        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
+    return _question(recipe, hardware.asked_for(gpu, vram, recipe.memory.limit), stack, sink)
+
+
+def _question(recipe: Recipe, machine: Machine, stack: str, sink: Sink | None) -> Question:
+    from qlora.memory.baselines import BASELINES
     from qlora.memory.estimate import Estimator
     from qlora.memory.question import Question
     from qlora.model import row_packing
@@ -346,16 +361,19 @@ def question(
     from qlora.model.resolve import resolve_config
     from qlora.study import room
 
-    if gpu is not None and vram is not None:
-        raise RecipeError([Problem("qlora-estimate", "`gpu` and `vram` both name the limit", "give one of them")])
-    if stack not in BASELINES:
-        raise RecipeError([Problem("qlora-estimate", f"no stack {stack!r}", f"one of: {', '.join(BASELINES)}")])
-    machine = hardware.asked_for(gpu, vram, recipe.memory.limit)
     config = resolve_config(recipe.model.base, recipe.model.revision, gate(sink))
     text, _ = text_config(config, recipe.model.base)
     estimator = Estimator(text, recipe.model.base, machine, BASELINES[stack])
     recipe, estimator.asks, documents = room.foreseen(starting_adapter.sized(recipe), gate(sink))
     return Question(row_packing.settled(recipe, config, gate(sink)), estimator, documents)
+
+
+def team_question(recipe: Recipe, cards: Sequence[TeamCard], *, sink: Sink | None = None) -> TeamQuestion:
+    """As `question`, about several cards of one run."""
+    from qlora.memory.team_question import TeamQuestion
+
+    first = cards[0].machine
+    return TeamQuestion.of(_question(recipe, first, "qlora", sink), cards)
 
 
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:

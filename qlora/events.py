@@ -67,6 +67,7 @@ class Plan(Event):
     attention: str = ""  # what attends: sdpa or eager with a mask, or a kernel that takes documents
     resume: str | None = None  # what a resumed run equals; None: the uninterrupted one, bit for bit
     starts_from: str | None = None  # the adapter that it begins with; None: fresh matrices
+    cards: tuple[Mapping[str, Any], ...] = ()  # of several processes: each one's share of a step, need and settings
 
 
 @dataclass(frozen=True)

@@ -125,11 +125,15 @@ def settled(given: R) -> R:
     if recipe.train.objective == "sft":
         return given
     meant = {"auto": _OF_ROWS.get(recipe.train.objective, "preference")}
-    sides = {
+    sides: dict[str, Any] = {
         side: tuple(one.model_copy(update={"format": meant.get(one.format, one.format)}) for one in sources)
         for side in ("train", "eval")
         if (sources := getattr(recipe.data, side))
     }
+    if recipe.train.objective == "grpo":
+        sides["packing"] = (
+            False  # of answers, which are not known beforehand; and of rows that they are measured beside
+        )
     data = recipe.data.model_copy(update=sides)
     return cast(R, recipe.model_copy(update={"data": data})) if sides else given
 

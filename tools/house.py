@@ -54,6 +54,7 @@ FASTER = (
     "training/handing.py",
     "training/exchanging.py",
     "training/processes.py",
+    "training/sharing.py",
     "training/follower.py",
     "training/answered.py",
     "training/ending.py",

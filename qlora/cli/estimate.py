@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from qlora import shown
-from qlora.cli import common
+from qlora.cli import common, team_estimate
+from qlora.collections_off import without_collections
 from qlora.redaction import redact_all
+
+if TYPE_CHECKING:
+    from qlora.memory.hardware import TeamCard
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -23,8 +24,14 @@ PLOT_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 @app.command(cls=common.Command)
 def estimate(
     what: Annotated[str, typer.Argument(metavar="RECIPE_OR_MODEL", help="A recipe, a hub name, or a folder.")],
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help='A card, such as "RTX 4090".')] = None,
-    vram: Annotated[str | None, typer.Option("--vram", metavar="SIZE", help="A size, such as 8GiB.")] = None,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option("--gpu", metavar="NAME", help='A card, such as "RTX 4090"; again, or "2x 3090", for several.'),
+    ] = None,
+    vram: Annotated[
+        list[str] | None,
+        typer.Option("--vram", metavar="SIZE", help="A size, such as 8GiB; again, or 2x24GB, for several cards."),
+    ] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Search settings that fit, and print the recipe change.")] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Draw where the peak stands, layer by layer, and what changes would save.")
@@ -46,9 +53,9 @@ def estimate(
     Without --gpu or --vram the limit is the recipe's memory.limit, or what this machine has free. Exit code 3 when it
     does not fit.
     """
-    asked = {"gpu": gpu, "vram": vram, "stack": stack}
+    asked = {"gpu": gpu or [], "vram": vram or [], "stack": stack}
     wanted = _Wanted(fit, explain, plot, as_json)
-    with _without_collections():
+    with without_collections():  # the command ends before cycles would matter; a simulation looks for its own
         common.run(lambda: _run(what, set_ or [], asked, wanted))
 
 
@@ -61,25 +68,14 @@ class _Wanted(NamedTuple):
     as_json: bool
 
 
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Python looks for cycles among its objects whenever it has made some hundreds: a sixth of the processor time of
-    imports and one simulation, which looks for its own. The command ends before they would matter."""
-    looks = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if looks:
-            gc.enable()
-
-
 def _run(what: str, overrides: list[str], asked: dict[str, Any], wanted: _Wanted) -> None:
-    _refuse_early(asked, wanted.plot)
-    unusable = _unusable_card() if asked["gpu"] is None and asked["vram"] is None else None
+    if cards := _refuse_early(asked, wanted):
+        return team_estimate.run(what, overrides, cards, wanted.fit, wanted.as_json)
+    one = {name: next(iter(asked[name]), None) for name in ("gpu", "vram")}
+    unusable = _unusable_card() if one == {"gpu": None, "vram": None} else None
     from qlora import api
 
-    question = api.question(api.recipe_or_model(what, overrides), **asked)
+    question = api.question(api.recipe_or_model(what, overrides), **one, stack=asked["stack"])
     if wanted.plot is not None:
         _plot(question, wanted.plot)
     plans = question.search() if wanted.fit else []
@@ -104,16 +100,26 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], wanted: _Wanted
         raise question.does_not_fit()
 
 
-def _refuse_early(asked: dict[str, Any], plot: Path | None) -> None:
-    """What needs no model to be wrong is refused before anything slow is imported."""
-    from qlora.memory import hardware
+def _refuse_early(asked: dict[str, Any], wanted: _Wanted) -> tuple[TeamCard, ...]:
+    """What needs no model to be wrong is refused before anything slow is imported. The cards, where several are asked
+    about."""
+    from qlora.errors import Problem, RecipeError
+    from qlora.memory.hardware import asked_cards
 
-    if asked["gpu"] is not None or asked["vram"] is not None:
-        hardware.asked_for(asked["gpu"], asked["vram"], "auto")
-    if plot is not None:
+    cards = asked_cards(asked["gpu"], asked["vram"])
+    if wanted.plot is not None:
         from qlora.report.picture import check_place
 
-        check_place(plot)
+        check_place(wanted.plot)
+    if len(cards) < 2:
+        return ()
+    if asked["gpu"] and asked["vram"]:
+        raise RecipeError([Problem("qlora-estimate", "`gpu` and `vram` both name the limit", "give one of them")])
+    of_one = {"--plot": wanted.plot is not None, "--explain": wanted.explain, "--stack": asked["stack"] != "qlora"}
+    if flags := [flag for flag, given in of_one.items() if given]:
+        problem = f"{' and '.join(flags)}: of one card, and {len(cards)} are asked about"
+        raise RecipeError([Problem("qlora-estimate", problem, "name one card, or leave that out")])
+    return cards
 
 
 def _unusable_card() -> str | None:

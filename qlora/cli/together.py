@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from qlora import determinism, processes
+from qlora import determinism, processes, ranks
 from qlora.cli import cards
 from qlora.errors import HardwareError
 from qlora.events import Sinks
@@ -27,11 +27,14 @@ def joined(place: Place, wanted: str, stop: StopRequest) -> Iterator[bool]:
     with processes.taken(place), ExitStack() as stack:
         cards.settle(Sinks())
         from qlora import device
+        from qlora.memory import several
         from qlora.training.processes import Channel
         from qlora.training.processes import joined as channel_of_run
 
         channel = Channel(place, device.current())
+        told = channel.tell_ranks(several.this_rank())
         if place.rank == 0:
+            stack.enter_context(ranks.told(told))  # who decides for all
             stack.enter_context(channel_of_run(channel))
             yield True
             return

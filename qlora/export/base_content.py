@@ -12,15 +12,26 @@ from typing import Any
 from blake3 import blake3
 from torch import Tensor
 
+from qlora import device
 from qlora.disk import sha256_text
 from qlora.events import Sink
 from qlora.export import base_check
 from qlora.export.artifacts import Source
 from qlora.model import identity
+from qlora.model.base_folder import BaseFolder
 from qlora.model.base_watch import stamps_of
 from qlora.model.identity import BaseIdentity
 from qlora.model.meta_model import taken_tensors
-from qlora.model.tensors import TensorEntry, as_bytes, refuse_not_finite
+from qlora.model.tensors import TensorEntry, as_bytes, refuse_not_finite, total_bytes
+from qlora.page_cache import LeftAsFound
+
+
+def left_as_found(base: BaseFolder, passes: int) -> LeftAsFound | None:
+    """What reads a base so that it does not stay in the page cache, where nobody would find it there: it is read once
+    in all, or is too large. Of a file larger than the cache the beginning has left it when the end comes in; half of
+    the memory is what others may want."""
+    too_large = total_bytes(base.tensors.values()) > device.available_ram() // 2
+    return LeftAsFound() if passes < 2 or too_large else None
 
 
 class BaseContent:

@@ -22,6 +22,7 @@ from qlora.events import Fidelity as FidelityEvent
 from qlora.export import cards, hf, kept_codes
 from qlora.export import imatrix as importance
 from qlora.export.artifacts import DTYPES, Artifact, ExportedArtifact, ExportOptions, Report, Source
+from qlora.export.base_content import left_as_found
 from qlora.export.combine import copy_adapter
 from qlora.export.gguf import lora, write
 from qlora.export.gguf import plan as gguf_plan
@@ -32,6 +33,7 @@ from qlora.export.gguf.quant_mixes import QUANTS
 from qlora.export.gguf.rope import Key
 from qlora.export.gguf.write import GgufFile, Tools
 from qlora.export.kept_codes import KeptCodes
+from qlora.export.merge.experts import Reading
 from qlora.export.merge.merge import Merge
 from qlora.export.merge.parts import MergeBase
 from qlora.export.staging import StagedExport, check_disk
@@ -40,6 +42,7 @@ from qlora.export.verify.checks import Inspection
 from qlora.export.verify.fidelity import Fidelity
 from qlora.export.verify.reference import TrainedReference, trained_reference
 from qlora.model.tokenizer_files import of_export
+from qlora.page_cache import LeftAsFound
 from qlora.run_folder import dataset_name, kept
 
 IMATRIX_FILE = "imatrix.gguf"
@@ -63,6 +66,7 @@ class _Job:
     merge_base: MergeBase | None = None
     reference: TrainedReference = field(init=False)
     codes: KeptCodes | None = None
+    cache: LeftAsFound | None = None
     staged: dict[str, StagedExport] = field(default_factory=dict)
     tensors: dict[str, int] = field(default_factory=dict)
     inspections: dict[str, Inspection] = field(default_factory=dict)
@@ -75,7 +79,8 @@ class _Job:
 
     def merge(self, dtype: torch.dtype = torch.float32) -> Merge:
         assert self.merge_base is not None, "only an adapter alone is written without a merge"
-        merge = replace(self.source.merge(self.merge_base, dtype), watch=self.reference.content.watched)
+        merge = replace(self.source.merge(self.merge_base, dtype), reading=Reading(cache=self.cache))
+        merge = replace(merge, watch=self.reference.content.watched)
         return merge if self.codes is None else replace(merge, codes=self.codes.read)
 
     def identity(self, merge: Merge) -> dict[str, str]:
@@ -125,6 +130,8 @@ def produce(
         job.merge_base = _choose_base(job, merge_base) if merging else None
         if job.merge_base == "nf4":
             job.codes = stack.enter_context(kept_codes.opened(source, job.reference.content, sink))
+        passes = bool(job.named("hf")) + bool(job.named("gguf-")) + options.verify
+        job.cache = left_as_found(source.base, passes)
         _write_hf(job)
         _write_ggufs(job)
         _write_adapter(job)

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from qlora.model.generate import forward_parameters, keeps_keys_alone, name_of_cache
+from qlora.model.sampled import chosen_of
 
 META = torch.device("meta")
 LIKELIEST = 64  # of a token's log-probabilities that are looked at
+TEMPERATURE = 0.5  # any: what is divided takes as much
 
 
 class Asked(NamedTuple):
     """One batch, in tokens: `rows` prompts that share `shared` tokens, have `own` apart, and are answered with `new`.
 
     With `scored`, answers of `new` tokens are read in place of being written, and so many logits of a row are kept.
+    `drawn`, where it is not 0: each token is drawn from all that there are (`model/sampled.py`), as GRPO does.
     """
 
     rows: int
@@ -30,6 +33,7 @@ class Asked(NamedTuple):
     own: int
     new: int
     scored: int = 0
+    drawn: int = 0
 
 
 Asks = tuple[tuple[str, tuple[Asked, ...]], ...]  # of each phase, the batches that may be its largest
@@ -42,7 +46,11 @@ def as_asked(plain: PlainAsks) -> Asks:
 
 def halved(asks: Asks) -> Asks:
     """With half of the rows, as a study goes on where memory runs out."""
-    return tuple((phase, tuple(one._replace(rows=max(1, one.rows // 2)) for one in batches)) for phase, batches in asks)
+    return tuple((phase, tuple(map(half, batches))) for phase, batches in asks)
+
+
+def half(asked: Asked) -> Asked:
+    return asked._replace(rows=max(1, asked.rows // 2))
 
 
 def most_rows(asks: Asks) -> int:
@@ -75,7 +83,7 @@ def _write(model: Any, asked: Asked) -> None:
             cache, known = copy.deepcopy(beginning), asked.shared
             cache.batch_repeat_interleave(rows)
     output = _read(model, rows, length - known, length, cache, 1)
-    _next(output.logits)
+    _next(output.logits, asked)
     cache = output.get(name)
     if not keeps_keys_alone(cache):  # its own kind of memory: as long as it will be, at once
         return
@@ -83,7 +91,7 @@ def _write(model: Any, asked: Asked) -> None:
         more = _more(layer, asked.new - 1)
         longer = [torch.cat((one, one[:, :, :1].expand(-1, -1, more, -1)), 2) for one in _kept(layer)]
         layer.keys, layer.values = longer
-    _next(_read(model, rows, 1, length + asked.new, cache, 1).logits)
+    _next(_read(model, rows, 1, length + asked.new, cache, 1).logits, asked)
     del beginning, output  # which live until here, as in the loop that writes
 
 
@@ -99,7 +107,11 @@ def _kept(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def _next(logits_BSV: Tensor) -> None:
+def _next(logits_BSV: Tensor, asked: Asked) -> None:
+    if asked.drawn:
+        numbers_B1 = torch.empty(asked.rows, 1, dtype=torch.int64, device=META)
+        chosen_of(logits_BSV[:, -1], numbers_B1, TEMPERATURE)
+        return
     logprobs_BV = logits_BSV[:, -1].float().log_softmax(dim=-1)
     logprobs_BV.topk(min(LIKELIEST, logprobs_BV.shape[1]), dim=-1)
 

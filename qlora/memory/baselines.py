@@ -115,6 +115,8 @@ BASELINES: dict[str, Baseline] = {
 
 def _objective_of(batch: Batch) -> Objective:
     """Whichever compares answers does: they differ in what they do with a number an answer."""
+    if batch.drawn_KT is not None:  # with what each way may read
+        return objective_of(ObjectiveKeys(objective="grpo", num_iterations=2))
     return objective_of(ObjectiveKeys(objective="sft" if batch.signs_R is None else "dpo"))
 
 

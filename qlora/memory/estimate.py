@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora.errors import DoesNotFit
-from qlora.memory import calibration, host, levers, margins, overheads, throughput
-from qlora.memory.asking import PlainAsks, as_asked, halved, most_rows
+from qlora.memory import at_once, calibration, host, levers, margins, overheads, throughput
+from qlora.memory.asking import PlainAsks, as_asked, most_rows
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.hardware import Machine
 from qlora.memory.host_weights import from_disk
@@ -21,7 +21,7 @@ from qlora.memory.spec import spec_of
 from qlora.memory.throughput import Speed
 from qlora.memory.trace import most_multiprocessors
 from qlora.model.family_facts import facts_of
-from qlora.model.generate import SAMPLE_TOKENS
+from qlora.model.generate import ANSWERS_AT_ONCE, SAMPLE_TOKENS
 from qlora.model.weight_receiving import Place
 from qlora.model.weight_stores import STAGING_BLOBS
 from qlora.recipe.reading import Recipe
@@ -43,6 +43,7 @@ class DataFacts:
     `rows_of_pack`: of tensors, that a pack may become where the sides of a pair do not share one.
 
     `answer_tokens` is the longest answer of exact match, 0 without one. `asks` are the batches of a study.
+    `asked_tokens` is the longest prompt to which GRPO draws answers.
     No row of a micro-batch has more than `trained` tokens with a loss (0: all may have), nor, in the first epoch, more
     than `documents`. Half of the documents are no longer than `typical`: no plan asks for shorter rows than that.
     """
@@ -57,6 +58,7 @@ class DataFacts:
     answer_tokens: int = 0
     rows_of_pack: int = 1
     asks: PlainAsks = ()
+    asked_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Estimate(Drawn):
     savings: Mapping[str, Saving] = field(default_factory=dict)  # what levers are likely to save, by key
     waiting_bytes: int = 0  # of the host's memory: weights, and inputs of layers
     host_limit_bytes: int | None = None  # what it has for them; None: not known
+    answers_at_once: int = ANSWERS_AT_ONCE  # that are drawn, or asked for
 
     @property
     def fits(self) -> bool:
@@ -190,7 +193,7 @@ class Estimator:
             "train": simulation.peak_of(TRAIN_PHASES).total,
             "selfcheck": simulation.phases["selfcheck"].total,
             "evaluate": simulation.peak_of(("evaluate", "update")).total,
-            "generate": simulation.peak_of(("generate", "update")).total,
+            "generate": simulation.peak_of(("generate", "draw", "update")).total,
             "resume": sum(simulation.kept.values()),
             **{phase: simulation.phases[phase].total for phase, _ in workload.asks},
         }
@@ -230,6 +233,7 @@ class Estimator:
             speed=speed,
             waiting_bytes=waiting,
             host_limit_bytes=machine.host_bytes,
+            answers_at_once=ANSWERS_AT_ONCE if workload.draws is None else workload.draws.rows,
             savings=self._savings(workload, simulator),
         )
 
@@ -272,7 +276,9 @@ class Estimator:
         if recipe.train.deterministic and machine.gpu is not None:
             workload = replace(workload, multiprocessors=most_multiprocessors(machine.gpu.gigabytes))
         workload = of_model(workload, int(self.text.num_hidden_layers))
-        return self._asking_as_fits(replace(workload, asks=as_asked(facts.asks if facts else self.asks)), simulator)
+        workload = replace(workload, asks=as_asked(facts.asks if facts else self.asks))
+        limit = machine.limit_bytes - self._terms(False, rows_are_read=True)["context"]
+        return at_once.drawing(at_once.asking(workload, simulator, limit), simulator, limit)
 
     def _terms(self, deterministic: bool, rows_are_read: bool) -> dict[str, int]:
         if self.machine.device_type != "cuda":
@@ -282,17 +288,6 @@ class Estimator:
             "context": overheads.context_bytes(self.machine.gpu)[0],
             **overheads.workspace_terms(capability, deterministic),
         }
-
-    def _asking_as_fits(self, workload: Workload, simulator: Simulator) -> Workload:
-        """With as many prompts at once as there is memory for: a study asks fewer where it runs out."""
-        limit = self.machine.limit_bytes - self._terms(False, rows_are_read=True)["context"]
-        while most_rows(workload.asks) > 1:
-            simulation = simulator.run(workload)
-            highest = simulation.peak_of([phase for phase, _ in workload.asks]).total
-            if highest <= max(limit, simulation.peak_of(TRAIN_PHASES).total):
-                break
-            workload = replace(workload, asks=halved(workload.asks))
-        return workload
 
     def _beside_tensors(self, simulation: Simulation, workload: Workload) -> int:
         """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
@@ -309,7 +304,7 @@ class Estimator:
             return margins.on_host(tensors, copied)
         weights = round(worst.parts["weights"] * factor)
         of_context = overheads.context_bytes(self.machine.gpu)[1]
-        gaps = margins.Gaps(weights, simulator.drawn.cast_bytes, simulator.drawn.eager)
+        gaps = margins.Gaps(weights, simulator.drawn.cast_bytes)
         return margins.of_tensors(tensors, self.correction) + margins.of_gaps(tensors, gaps) + of_context
 
     def _notes(self, simulation: Simulation, workload: Workload) -> tuple[str, ...]:
@@ -323,6 +318,8 @@ class Estimator:
             notes.append(f"as the stack {self.baseline.name!r} would train it, not as qlora-train does")
         if workload.asks:
             notes.append(f"study and exam: {most_rows(workload.asks)} prompts at once")
+        if (draws := workload.draws) is not None:
+            notes.append(f"answers: {draws.rows} drawn at once, of {draws.new} tokens to prompts of {draws.own}")
         if workload.samples:
             notes.append(f"samples: prompts of {workload.prompt_tokens} tokens, answers of {workload.new_tokens}")
         return tuple(notes)
@@ -351,6 +348,8 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
             f"train.micro_batch_size = {rows:,} with data.max_length = {length:,}: {rows * length:,} tokens in one pass"
         )
         raise DoesNotFit(what, f"no memory holds more than {MOST_TOKENS:,}: lower train.micro_batch_size")
+    draws = at_once.draws_of(recipe, facts.asked_tokens if facts else None, batch)
+    length = length if draws is None else max(length, draws.own + draws.new)
     prompt = facts.prompt_tokens if facts else max(1, int(length * PROMPT_SHARE))
     exact = evaluates and recipe.eval.exact_match_rows > 0
     answer = facts.answer_tokens if facts else (length - prompt if exact else 0)  # the rest of the row
@@ -368,9 +367,10 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         prompt_tokens=prompt,
         new_tokens=max(SAMPLE_TOKENS, answer),
         documents=facts.documents if facts else 0,
-        trained=min(facts.trained, length) if facts else 0,
+        trained=min(max(facts.trained, draws.new if draws else 0), length) if facts else 0,
         offloads=recipe.memory.offload_activations is True,
-        compares=train.objective != "sft",
+        compares=train.objective not in ("sft", "grpo"),
+        draws=draws,
         rows_of_pack=rows_of_pack,
     )
 
@@ -378,7 +378,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
 def batch_size_of(recipe: Recipe, facts: DataFacts | None) -> int | None:
     """Rows of a step; None where the recipe leaves it to rows that are not known."""
     batch = recipe.train.batch_size
-    return (facts.batch_size if facts else None) or (None if batch == "auto" else batch)
+    return (facts.batch_size if facts else None) or (None if batch == "auto" else batch * recipe.train.answers_per_row)
 
 
 def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A size that cards are sold in means what the driver leaves of such a card: an "8
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora import device, processes
@@ -32,6 +33,10 @@ DRAWN_GIGABYTES = (4, 6, 8, 12, 16, 24)  # of cards that people have
 _ON_THE_BOX = re.compile(r"\s*(\d{1,3})(?:\.0+)?\s*(?:g|gb|gib)?\s*", re.IGNORECASE)
 
 
+MOST_CARDS = 64  # of one run that is asked about
+_COUNT = re.compile(r"\s*(\d{1,4})\s*[x×]\s*(?=\S)(.+)", re.IGNORECASE)  # "2x RTX 3090"
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where a run is to take place: "cuda" or "cpu", the card (for speed and scratch), and the bytes it may use."""
@@ -41,6 +46,14 @@ class Machine:
     source: str  # where the limit comes from, for people
     gpu: Gpu | None = None
     host_bytes: int | None = None  # of RAM, for what waits there; None: it is not this machine that is asked about
+
+
+@dataclass(frozen=True)
+class TeamCard:
+    """Of one process of a run on several, with its name for people."""
+
+    name: str
+    machine: Machine
 
 
 def left_of(gigabytes: int) -> int:
@@ -69,6 +82,27 @@ def asked_for(gpu: str | None, vram: str | None, limit: str) -> Machine:
         card = find(gpu)
         return Machine("cuda", card.usable_bytes, f"{card.label}{DRIVER_KEEPS}", card)
     return this_machine(limit) if vram is None else _of_size(vram)
+
+
+def asked_cards(gpus: Sequence[str], vrams: Sequence[str]) -> tuple[TeamCard, ...]:
+    """Those that a question names, in their order; "2x RTX 3090" are two. Raises HardwareError."""
+    named = [(name, None) for name in _counted(gpus)] + [(None, size) for size in _counted(vrams)]
+    machines = [asked_for(gpu, vram, "auto") for gpu, vram in named]
+    return tuple(
+        TeamCard(machine.gpu.label if gpu and machine.gpu else str(vram).strip(), machine)
+        for (gpu, vram), machine in zip(named, machines, strict=True)
+    )
+
+
+def _counted(names: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in names:
+        count = _COUNT.fullmatch(name)
+        times, what = (int(count[1]), count[2]) if count else (1, name)
+        if not times >= 1 or len(found) + times > MOST_CARDS:
+            raise HardwareError(f"{name[:60]!r}: {times} cards", f"a run has 1 to {MOST_CARDS} of them")
+        found += [what] * times
+    return found
 
 
 def _of_size(vram: str) -> Machine:

@@ -8,7 +8,9 @@ a second slot with fewer lanes, is slower). Copies are of pinned memory.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from qlora import processes
 from qlora.memory.card_names import Gpu
 
 # PCI Express Base Specification 4.0: 16 GT/s a lane, 128 bits of 130 are payload, in each direction by itself.
@@ -30,13 +32,17 @@ _FEWER_LANES: tuple[tuple[str, int], ...] = (
     (r"^(Radeon PRO W6600|Radeon PRO W7500|Radeon PRO W7600)$", 8),
     (r" Laptop$", 8),
 )
+# Of several cards on one board: a desktop's processor has 16 lanes for graphics, which two slots share by 8 (AMD AM4
+# and AM5, Intel LGA 1200 to 1851); workstations have more, and NVLink is faster: neither is assumed.
+LANES_BESIDE_OTHERS = 8
 _ONE_MEMORY = re.compile(r"^(Jetson|GB10|MI300A)")  # the system's is the card's: a copy reads it and writes it
 
 
 def lanes(gpu: Gpu) -> int:
-    """PCIe lanes of a card."""
+    """PCIe lanes of a card, of a run on several cards of one board those that it has beside the others."""
     name = re.sub(r" \d+GB$", "", gpu.name)  # of cards that are sold in several sizes
-    return next((count for pattern, count in _FEWER_LANES if re.search(pattern, name)), LANES)
+    own = next((count for pattern, count in _FEWER_LANES if re.search(pattern, name)), LANES)
+    return min(own, LANES_BESIDE_OTHERS) if processes.of_run().local_size > 1 else own
 
 
 def copied_bytes_per_second(gpu: Gpu) -> float:
@@ -44,3 +50,10 @@ def copied_bytes_per_second(gpu: Gpu) -> float:
     if _ONE_MEMORY.search(gpu.name):
         return gpu.gigabytes_per_second * 1e9 / 2
     return lanes(gpu) * LANE_BYTES * MOVED_SHARE
+
+
+def between_bytes_per_second(gpus: Sequence[Gpu]) -> float:
+    """From each of several cards to the next, all at once: over PCIe and, as drivers of GeForce cards allow no way from
+    card to card, through the host's memory, where each of the two copies has its own direction."""
+    least = LANES_BESIDE_OTHERS * LANE_BYTES * MOVED_SHARE
+    return min([least, *map(copied_bytes_per_second, gpus)])

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import Changes, changed, differences, halved, mildest, toml_value, value_of
-from qlora.memory.estimate import DataFacts, Estimate, Estimator
+from qlora.memory.estimate import DataFacts, Estimate, Estimator, batch_size_of
 from qlora.memory.levers import EMBEDDING, LEVERS, STREAM, free, with_what_levers_ask
 from qlora.memory.search import LARGEST_MICRO_BATCH, Found, Search, reasons
 from qlora.recipe.reading import Recipe
@@ -24,6 +24,7 @@ RESERVE_SHARE = 0.05  # of the limit, kept free by plans: what other programs ta
 MOST_PLANS = 3  # that a search shows
 SHORTEST_LENGTH = 256  # what a search may cut rows to
 SMALLEST_RANK = 4
+SHORTEST_ANSWER = 64  # tokens, to which answers that are drawn may be cut
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Planner:
         if key not in self._known:
             facts, most = self.facts, recipe.data.max_length
             if facts is not None:  # rows are never longer than the recipe's limit, which a plan may lower
-                facts = replace(facts, longest=min(facts.longest, most), prompt_tokens=min(facts.prompt_tokens, most))
+                cut = ("longest", "prompt_tokens", "asked_tokens")
+                facts = replace(facts, **{key: min(getattr(facts, key), most) for key in cut})
             self._known[key] = self.estimator.estimate(recipe, facts)
         return self._known[key]
 
@@ -86,8 +88,8 @@ class Planner:
         return [self._plan(recipe, search, found) for found in search.fitting(MOST_PLANS)]
 
     def _search(self, recipe: Recipe) -> Search:
-        batch_size = (self.facts.batch_size if self.facts else None) or recipe.train.batch_size
-        most = LARGEST_MICRO_BATCH if batch_size == "auto" else min(LARGEST_MICRO_BATCH, batch_size)
+        batch_size = batch_size_of(recipe, self.facts)
+        most = LARGEST_MICRO_BATCH if batch_size is None else min(LARGEST_MICRO_BATCH, batch_size)
         open_levers = free(recipe, self.estimator.machine)
         return Search(self.ask, with_what_levers_ask(recipe), self.estimator.layers, open_levers, most)
 
@@ -213,6 +215,10 @@ def _levers(recipe: Recipe, on_card: bool, shortest: int) -> Iterator[Changes]:
         yield {"train.optimizer": "paged_adamw_8bit"}
     if recipe.quantization.type == "none":
         yield {"quantization.type": "nf4"}
+    if train.objective == "grpo":
+        for length in halved(train.max_completion_length, SHORTEST_ANSWER):
+            yield {"train.max_completion_length": length}
+        shortest = max(shortest, train.max_completion_length + 1)  # a question has room beside its answer
     for length in halved(recipe.data.max_length, shortest):
         yield {"data.max_length": length}
     for rank in halved(recipe.lora.r, SMALLEST_RANK):

@@ -44,28 +44,28 @@ class Question:
 
     def decided(self, changes: Changes | None = None) -> Plan:
         """As `estimate`: the recipe with its "auto" keys decided, and why they are what they are."""
-        with self._simulating():
+        with self.simulating():
             plan = decided(self.estimator, changed(self.recipe, changes or {}), None)
         return of_limit(plan, self.machine.limit_bytes)
 
     def explain(self, plan: Plan) -> Explained:
         """Where the peak stands, of a plan that was found or as a run decides."""
-        with self._simulating():
+        with self.simulating():
             return explain(Planner(self.estimator), plan)
 
     def search(self) -> list[Plan]:
         """Plans that fit with the reserve that a run keeps for what it decides itself, the fastest first."""
-        with self._simulating():
+        with self.simulating():
             plans = Planner(with_reserve(self.estimator)).search(self.recipe)
         return [of_limit(plan, self.machine.limit_bytes) for plan in plans]
 
     def does_not_fit(self) -> DoesNotFit:
         planner = Planner(self.estimator)
-        with self._simulating():
+        with self.simulating():
             return does_not_fit(planner, planner.decide(self.recipe).recipe)
 
     @contextmanager
-    def _simulating(self) -> Iterator[None]:
+    def simulating(self) -> Iterator[None]:
         """transformers' code runs here, on meta tensors and by a stranger's configuration."""
         with foreign_failures() as failure:
             yield

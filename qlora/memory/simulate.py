@@ -46,6 +46,7 @@ from qlora.model.weight_streaming import inside
 from qlora.step import head_blocks, head_loss, loss, offload
 from qlora.step.experts import IN_CHUNKS, IN_TRITON
 from qlora.step.forward import CausalParts, batch_logprobs
+from qlora.step.group_relative import Known
 from qlora.step.kernels import trial
 from qlora.step.layerwise import recomputable
 from qlora.step.optimizer import AdapterOptimizer
@@ -246,6 +247,10 @@ class _MetaModel:
                 if workload.samples:
                     live.begin("generate")
                     self._answer(workload)
+                if workload.draws is not None:
+                    live.packed = True  # prompts are padded, which masks show
+                    live.begin("draw")
+                    ask(self.model, workload.draws)
             live.begin("end")
             paged = self._paged_bytes(optimizer, workload.optimizer)
             optimizer.detach()
@@ -387,6 +392,10 @@ def _batch(workload: Workload) -> Batch:
     lengths = workload.document_lengths
     starts = torch.empty(len(lengths) + 1, dtype=torch.int32, device=META)
     batch = Batch(ids[0], ids[1], ids[2], ids[3], weights, trained, starts, lengths, not workload.packed)
+    if workload.draws is not None:
+        signs = torch.empty(workload.rows, dtype=torch.float32, device=META)
+        known_KT = torch.empty(len(Known._fields), len(trained), dtype=torch.float32, device=META)
+        return replace(batch, signs_R=signs, drawn_KT=known_KT)
     if not workload.compares:
         return batch
     signs, reference = (torch.empty(-(-len(lengths) // 2) * 2, dtype=torch.float32, device=META) for _ in range(2))

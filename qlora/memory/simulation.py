@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora.memory import tape
-from qlora.memory.asking import Asks
+from qlora.memory.asking import Asked, Asks
 from qlora.memory.baselines import BASELINES, Baseline
 from qlora.memory.operations import Work
 from qlora.memory.trace import Peak
@@ -60,7 +60,8 @@ class Workload:
     inputs wait on the host.
 
     `accumulates`: a step has several micro-batches, so that gradients live while one runs. `samples` prompts of
-    `prompt_tokens` are answered with `new_tokens` between steps; 0 is none. `asks` are the batches of a study.
+    `prompt_tokens` are answered with `new_tokens` between steps; 0 is none. `asks` are the batches of a study, `draws`
+    a batch of the answers that a step of GRPO learns from.
     """
 
     rows: int
@@ -82,6 +83,7 @@ class Workload:
     asks: Asks = ()
     recomputed: int = 0
     offloads: bool = False
+    draws: Asked | None = None
 
     @property
     def recompute(self) -> bool | int:

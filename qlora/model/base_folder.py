@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora import files
+from qlora.collections_off import without_collections
 from qlora.disk import sha256_text
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
@@ -133,6 +134,7 @@ def check_code(config: Mapping[str, Any], where: str) -> None:
             raise ModelError(what, _FROM_ITS_PUBLISHER)
 
 
+@without_collections()  # it imports transformers' models
 def check_model_type(config: Mapping[str, Any], where: str) -> None:
     """Raises ModelError when transformers knows no causal model of this kind. The slowest check, so the last."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES

@@ -103,8 +103,8 @@ def _names(model_type: str) -> frozenset[str]:
 def _names_of(file: Path) -> frozenset[str]:
     """Identifiers, attributes, arguments and texts that stand alone; comments are none of them.
 
-    Of the compiled source, in which the interpreter has them listed: a walk over its syntax tree takes 30 times as long,
-    a fifth of a first estimate. What a class calls its own methods is no name that is read.
+    Of the compiled source, in which the interpreter has them listed: a walk over its syntax tree takes 30 times as
+    long, a fifth of a first estimate. What a class calls its own methods is no name that is read.
     """
     names: set[str] = set()
     todo = [(compile(file.read_text(encoding="utf-8"), file.name, "exec", dont_inherit=True), False)]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from qlora import numerics
+from qlora.collections_off import without_collections
 from qlora.errors import ModelError, foreign_failures
 from qlora.model import attention as our_attention
 from qlora.model import experts, key_sharing, mxfp4_config
@@ -63,6 +64,7 @@ class MetaModel:
     experts: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
 
+@without_collections()
 def build(base: BaseFolder, attention: str = "auto") -> MetaModel:
     """`base` without weights, with `attention` "auto", "sdpa" or "eager".
 

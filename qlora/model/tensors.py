@@ -26,6 +26,8 @@ from qlora.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+    from qlora.page_cache import LeftAsFound
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -168,27 +170,35 @@ def read_tensor(
 
 
 def read_ahead(
-    entry: TensorEntry, spans: Sequence[tuple[int, int]], see: Callable[[torch.Tensor], None] | None = None
+    entry: TensorEntry,
+    spans: Sequence[tuple[int, int]],
+    see: Callable[[torch.Tensor], None] | None = None,
+    cache: LeftAsFound | None = None,
 ) -> Generator[torch.Tensor, None, None]:
     """The rows of each of `spans`, in memory of their own, as `read_tensor` gives them.
 
     The file is opened once, and a thread reads about AHEAD_BYTES of what comes next while the rows before are used; it
-    ends with the iterator. It calls `see` with the rows that it has read, before anybody else has them.
+    ends with the iterator. It calls `see` with the rows that it has read, before anybody else has them. With `cache`
+    nothing of them stays in the page cache that was not there.
     """
+    row_bytes = entry.nbytes // max(1, entry.shape[0])
 
     def read(stream: IO[bytes], span: tuple[int, int]) -> torch.Tensor:
         rows = _read(entry, stream, span, None)
+        if cache is not None:
+            cache.leave(stream, *(entry.offset + row * row_bytes for row in span))
         if see is not None:
             see(rows)
         return rows
 
-    if len(spans) < 2:
-        with _open(entry.opened) as stream:
-            yield from (read(stream, span) for span in spans)
-        return
-    largest = max(end - start for start, end in spans) * (entry.nbytes // max(1, entry.shape[0]))
-    reads: deque[Future[torch.Tensor]] = deque()
     with _open(entry.opened) as stream:
+        if cache is not None:
+            cache.see(stream)
+        if len(spans) < 2:
+            yield from (read(stream, span) for span in spans)
+            return
+        largest = max(end - start for start, end in spans) * row_bytes
+        reads: deque[Future[torch.Tensor]] = deque()
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # twice what the system reads ahead
         thread = ThreadPoolExecutor(1, thread_name_prefix="read")

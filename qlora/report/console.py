@@ -25,6 +25,7 @@ from rich.text import Text
 from qlora import events
 from qlora.report import exam
 from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline, told_apart, worth
+from qlora.report.team import card_lines
 from qlora.reward_events import Rewarded
 from qlora.units import layers_of
 
@@ -303,6 +304,8 @@ def plan_table(plan: events.Plan) -> Table:
         error = plan.memory.get("error_bytes", 0)  # a plan of an older run has none
         beside = f" ± {human_bytes(error)}" if error else ""
         table.add_row("memory", f"{human_bytes(peak)}{beside} predicted at the peak, {human_bytes(limit)} allowed{why}")
+    if plan.cards:
+        table.add_row("cards", card_lines(plan.cards))
     if plan.resume is not None:
         table.add_row("resume", plan.resume)
     return table

@@ -40,6 +40,14 @@ class Memory(Read):
     components: dict[str, int] = Field(default_factory=dict, max_length=100)
 
 
+class PlannedCard(Read):
+    card: str
+    share: float
+    packs_of_step: int
+    needed_bytes: int
+    limit_bytes: int
+
+
 class Planned(Read):
     train_rows: int
     eval_rows: int
@@ -57,6 +65,7 @@ class Planned(Read):
     arithmetic: str = ""
     memory: Memory | None = None
     attention: str = ""
+    cards: list[PlannedCard] = Field(default_factory=list, max_length=4096)
 
 
 class Evaluation(Read):

@@ -19,6 +19,7 @@ from qlora.data.chat import TokenRow
 from qlora.data.layout import Layout
 from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
+from qlora.dealing import Cut
 from qlora.events import Plan
 from qlora.recipe.sections import DataSection, TrainSection
 from qlora.step.group_relative import Known, token_weight
@@ -164,14 +165,19 @@ class AnsweredBatches:
         """Prompts with each of their answers."""
         return sum(len(answer.prompt_ids) + len(answer.token_ids) for answer in self.answers_of(packs))
 
-    def in_micro_batches(self, packs: Sequence[Pack], micro_batch_size: int) -> list[Sequence[Pack]]:
+    def lengths(self, packs: Sequence[Pack]) -> list[int]:
+        """Of each answer with its prompt: a cut is of answers."""
+        return [len(answer.prompt_ids) + len(answer.token_ids) for answer in self.answers_of(packs)]
+
+    def in_micro_batches(self, packs: Sequence[Pack], cut: Cut) -> list[Sequence[Pack]]:
         """Of each micro-batch, the rows that it answers."""
         rows = [answer.row for answer in self.answers_of(packs)]
-        parts = (rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size))
-        return [[(row,) for row in dict.fromkeys(part)] for part in parts]
+        return [[(row,) for row in dict.fromkeys(rows[place] for place in part)] for part in cut.parts]
 
-    def micro_batches(self, packs: Sequence[Pack], micro_batch_size: int) -> list[Batch]:
-        return self.batches_of(self.answers_of(packs), micro_batch_size)
+    def micro_batches(self, packs: Sequence[Pack], cut: Cut) -> list[Batch]:
+        answers = self.answers_of(packs)
+        parts = zip(cut.parts, cut.rows, strict=True)
+        return [self.batch([answers[place] for place in part], rows) for part, rows in parts]
 
     def batches_of(self, answers: Sequence[Answer], micro_batch_size: int) -> list[Batch]:
         starts = range(0, len(answers), micro_batch_size)

@@ -27,6 +27,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from qlora import disk, foreign_json, run_folder
+from qlora.dealing import Shares
 from qlora.device import to_host
 from qlora.errors import ModelError, RunFolderError
 from qlora.events import Notice, Saved, Sink
@@ -85,6 +86,7 @@ class RunState:
     delivered: DeliveredLoss | None = None  # of the best step
     loss_scale: LossScale | None = None  # of fp16
     numerics: Numerics | None = None  # what its numbers depend on; None where an older version saved it
+    shares: Shares | None = None  # of several processes
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def snapshot(
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
         belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
-        models = {"delivered": state.delivered, "numerics": state.numerics, "loss_scale": state.loss_scale}
+        names = ("delivered", "numerics", "loss_scale", "shares")
+        models = {name: getattr(state, name) for name in names}
         as_values = {name: None if model is None else model.model_dump() for name, model in models.items()}
         content = {"format": FORMAT, "state": {**asdict(state), **as_values}, **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")

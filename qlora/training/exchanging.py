@@ -29,35 +29,37 @@ class Shown:
 
     codes: list[int]
     complete: Tensor  # which parameters have a gradient somewhere
+    took: tuple[int, ...] = ()  # microseconds of each, where they were measured
 
     @property
     def worst(self) -> tuple[int, int]:
         return worst(self.codes)
 
 
-def shown(joint: Joint, optimizer: AdapterOptimizer, code: int, step: int) -> Shown:
-    """Show how this process's part of a step went, and see the others'."""
+def shown(joint: Joint, optimizer: AdapterOptimizer, code: int, step: int, took: int = 0) -> Shown:
+    """Show how this process's part of a step went, and in how many microseconds, and see the others'."""
     gradients = optimizer.gradients
     complete = [int(key in gradients) for key in optimizer.masters]
-    return _shown(joint, code, _digest(optimizer) if step % SAME_EVERY == 0 else 0, complete, step)
+    return _shown(joint, (code, took), _digest(optimizer) if step % SAME_EVERY == 0 else 0, complete, step)
 
 
 def show_failure(joint: Joint, code: int, parameters: int) -> None:
     """The same of a process that has not come so far as to have an optimizer."""
-    _shown(joint, code, 0, [0] * parameters, 1)
+    _shown(joint, (code, 0), 0, [0] * parameters, 1)
 
 
-def _shown(joint: Joint, code: int, digest: int, complete: list[int], step: int) -> Shown:
-    size, rank = joint.place.size, joint.place.rank
-    values = torch.zeros(2 * size + len(complete), dtype=torch.int64)
-    values[rank], values[size + rank], values[2 * size :] = code, digest, torch.tensor(complete)
+def _shown(joint: Joint, part: tuple[int, int], digest: int, complete: list[int], step: int) -> Shown:
+    size, rank, known = joint.place.size, joint.place.rank, 2 * joint.place.size + len(complete)
+    values = torch.zeros(known + size, dtype=torch.int64)
+    values[rank], values[size + rank], values[2 * size : known] = part[0], digest, torch.tensor(complete)
+    values[known + rank] = part[1]
     joint.largest(values)
     digests = values[size : 2 * size].tolist()
     if len(set(digests)) > 1:
         other = next(number for number, digest in enumerate(digests) if digest != digests[0])
         what = f"step {step}: the weights of process {other} are not those of process 0"
         raise TrainingStopped(what, "the newest checkpoint is whole: go on with mode='resume'; please report this")
-    return Shown(values[:size].tolist(), values[2 * size :])
+    return Shown(values[:size].tolist(), values[2 * size : known], tuple(values[known:].tolist()))
 
 
 def _digest(optimizer: AdapterOptimizer) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qlora import determinism, loss_scale, numerics
+from qlora import dealing, determinism, loss_scale, numerics, processes
 from qlora.data.prepare import PreparedData
 from qlora.device import release_memory
 from qlora.errors import ModelError, QloraError, RunFolderError, TrainingStopped
@@ -41,6 +41,8 @@ from qlora.training.handing import Handed
 from qlora.training.loop import Training
 from qlora.training.processes import Channel, Follower
 from qlora.training.setup import Job, prepare_job
+from qlora.training.sharing import Stopwatch
+from qlora.training.step_batches import Pack
 
 NOWHERE = Path("/nonexistent")  # a follower's run folder: nothing is read or written there
 
@@ -102,7 +104,7 @@ def _loaded(
 def _recipe(word: Word) -> Recipe:
     """The run's, as it concerns a follower: nothing to begin with, to keep or to export, and memory as decided."""
     recipe = Recipe.model_validate(word["recipe"])
-    settings = word["settings"]
+    settings = word["settings"][processes.of_run().rank]
     values: dict[str, Any] = {
         f"train.{name}": settings[name] for name in ("micro_batch_size", "gradient_checkpointing")
     }
@@ -122,7 +124,7 @@ class Following(Training):
         self.channel, self.follower, self.is_compiled = channel, self.partners, False
         self._use_rows(job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._apply(self.recovery.settings)
-        self._take(word["settings"])
+        self._take(word)
 
     def take_state(self, word: Word) -> None:
         try:
@@ -160,7 +162,7 @@ class Following(Training):
 
     def take_part(self, word: Word) -> None:
         """In what is neither a step nor its update: an evaluation, answers, what the reference says."""
-        self._take(word["settings"])
+        self._take(word)
         if word.get("weights"):
             exchanging.copy_weights(self.channel, self.optimizer)
         with Attempt(), suppress(StopAsked), self.follower.dealt():
@@ -180,22 +182,24 @@ class Following(Training):
         """Our part of a step, and then the whole gradient with its norm; None where the step is not done."""
         scale = None if word["scale"] is None else checked(LossScale, word["scale"], "process 0")
         state = RunState(step=word["step"], loss_scale=scale)
-        self._take(word["settings"])
+        self._take(word)
         self.optimizer.zero_gradients()
-        packs, micro = tuple(self.batches.order.packs_of_step(state.step)), self.recovery.settings.micro_batch_size
-        batches = self.ahead.take((packs, micro))
+        shares = checked(dealing.Shares, word["shares"], "process 0")
+        packs, cut = self._dealt(state.step, shares)
+        batches, self.follower.owners = self.ahead.take((packs, cut)), cut.owners
         step_weight = sum(self.objective.weight(batch) for batch in batches)
-        losses = found = None
+        losses, found, watch = None, None, Stopwatch(self.job.device, word["measures"])
+        work = partial(self._gather_gradient, state, batches, step_weight)
         with suppress(StopAsked), self.follower.dealt():
             losses, found, _ = dividing.shown(
-                partial(self._gather_gradient, state, batches, step_weight),
-                lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step),
+                partial(watch.during, work),
+                lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step, watch.took),
             )
         if losses is None or found is None or found.worst[1] != FINE:
             self._let_go()
             return None
         if state.step + 1 < self.batches.steps:
-            self.ahead.prepare((tuple(self.batches.order.packs_of_step(state.step + 1)), micro))
+            self.ahead.prepare(self._dealt(state.step + 1, shares))
         seen = preferences.seen_by(self.objective)
         exchanging.add_up(self.channel, self.optimizer, torch.stack(losses), found.complete, seen)
         self.optimizer.unscale(loss_scale.factor_of(scale))
@@ -210,8 +214,14 @@ class Following(Training):
         self.recovery.free()
         release_memory(self.job.device)
 
-    def _take(self, told: Word) -> None:
-        """Process 0's settings, where they are others now."""
+    def _dealt(self, step: int, shares: dealing.Shares) -> tuple[tuple[Pack, ...], dealing.Cut]:
+        """The packs of a step, and who computes which of them."""
+        packs = tuple(self.batches.order.packs_of_step(step))
+        return packs, dealing.dealt(self.batches.lengths(packs), shares)
+
+    def _take(self, word: Word) -> None:
+        """Our settings as process 0 has them, where they are others now."""
+        told = word["settings"][self.channel.place.rank]
         settings = replace(self.recovery.settings, **{**told, "place": Place(**told["place"])})
         if settings != self.recovery.settings:
             self.recovery.settings = settings

@@ -20,6 +20,7 @@ from qlora import determinism, loss_scale
 from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
 from qlora.data.layout import Layout
+from qlora.dealing import Cut
 from qlora.errors import StoppedBySignal, TrainingStopped
 from qlora.events import End, Notice, Recovered, StepDone
 from qlora.guarded import Guarded
@@ -243,20 +244,19 @@ class Training:
         packs = self.batches.order.packs_of_step(state.step)
         if self.rollouts is not None:
             state = self.rollouts.before(state, packs)
-        micro = self.recovery.settings.micro_batch_size
-        batches = self.ahead.take((tuple(packs), micro))
+        lengths = self.batches.lengths(packs)
+        cut = self.partners.cut(state, lengths, self.recovery.settings)
+        batches = self.ahead.take((tuple(packs), cut))
         step_weight = sum(self.objective.weight(batch) for batch in batches)
 
-        def gather() -> list[torch.Tensor]:
-            now = self.recovery.settings.micro_batch_size
-            fitting = batches if now == micro else self._micro_batches((packs, now))
-            work = partial(self._gather_gradient, state, fitting, step_weight)
-            return self.partners.gather(state, self.recovery.settings, work)
+        def work(now: Cut) -> list[torch.Tensor]:
+            fitting = batches if now == cut else self._micro_batches((packs, now))
+            return self._gather_gradient(state, fitting, step_weight)
 
+        gather = lambda: self.partners.gather(state, lengths, self.recovery.settings, work)  # noqa: E731
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
         if state.step + 1 < self.batches.steps and self.rollouts is None:  # a GPU is still at this one
-            following = tuple(self.batches.order.packs_of_step(state.step + 1))
-            self.ahead.prepare((following, self.recovery.settings.micro_batch_size))
+            self.ahead.prepare(self._following(state))
         self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
@@ -274,7 +274,7 @@ class Training:
             self.optimizer.clip(norm, self.train.max_grad_norm)
             self.recovery.run_once(lambda: self.optimizer.step(rate))
         else:
-            self._skip(state, losses, packs)
+            self._skip(state, losses, packs, self.partners.cut(state, lengths, self.recovery.settings))
         seconds = time.monotonic() - started
         tokens = self.batches.tokens(packs)
         done = StepDone(
@@ -291,6 +291,7 @@ class Training:
         )
         self.spills.after_step(done)
         state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
+        state = self.partners.after_step(state, self.recovery.settings)
         self.completed = state
         if state.skipped_in_a_row >= health.SKIPS_BEFORE_STOPPING:
             self.checkpointer.save(state, last_chance=True)
@@ -302,8 +303,13 @@ class Training:
                 self.rollouts.emit(done.step)
         return state
 
-    def _micro_batches(self, wanted: tuple[Sequence[Pack], int]) -> list[Batch]:
-        """Packs in micro-batches of so many rows."""
+    def _following(self, state: RunState) -> tuple[tuple[Pack, ...], Cut]:
+        """What the step after the one that follows `state` reads."""
+        packs = tuple(self.batches.order.packs_of_step(state.step + 1))
+        return packs, self.partners.cut(state, self.batches.lengths(packs), self.recovery.settings)
+
+    def _micro_batches(self, wanted: tuple[Sequence[Pack], Cut]) -> list[Batch]:
+        """Packs in micro-batches."""
         return [in_one_block(batch, self.job.device) for batch in self.batches.micro_batches(*wanted)]
 
     def _gather_gradient(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
@@ -327,9 +333,9 @@ class Training:
         self.job.stop.check()
         return losses
 
-    def _skip(self, state: RunState, losses: Sequence[torch.Tensor], packs: Sequence[Pack]) -> None:
+    def _skip(self, state: RunState, losses: Sequence[torch.Tensor], packs: Sequence[Pack], cut: Cut) -> None:
         self.optimizer.zero_gradients()
-        micro_batches = self.batches.in_micro_batches(packs, self.recovery.settings.micro_batch_size)
+        micro_batches = self.batches.in_micro_batches(packs, cut)
         rows = health.rows_behind(torch.stack(list(losses)).tolist(), micro_batches, self.job.data.train)
         message = f"loss or gradient not finite: step skipped, weights unchanged; its rows: {rows}"
         self.sink.emit(Recovered(state.step + 1, message))

@@ -1,10 +1,10 @@
 """A run of several processes: the micro-batches of a step are dealt to them, and their gradients are added up.
 
-Process 0 runs the loop as if it were alone: it alone has the run's folder, evaluates, saves and decides. The others
-follow (`training/follower.py`): they wait for its word, compute micro-batch j of a step where j mod N is their number,
-and make the same update. Each micro-batch's loss is divided by the weight of the whole step, so the gradients' sum is
-that of one process, whatever the rows' lengths; it is one `all_reduce` of the flat fp32 buffer. What is random follows
-from the step and from j.
+Process 0 runs the loop as if it were alone: it alone has the run's folder, saves and decides. The others follow
+(`training/follower.py`): they wait for its word, compute the micro-batches of a step that are theirs by the shares that
+it tells (`training/sharing.py`), and make the same update. Each micro-batch's loss is divided by the weight of the
+whole step, so the gradients' sum is that of one process, whatever the rows' lengths; it is one `all_reduce` of the flat
+fp32 buffer. What is random follows from the step and from the micro-batch's number in it.
 
 Words go by gloo over the host's network, as JSON, and so do the flags that every process shows before gradients are
 summed: one that ran out of memory, was asked to stop or has failed says so there, and nobody waits for it in NCCL. A
@@ -29,9 +29,12 @@ from torch import Tensor
 
 from qlora import device as hardware
 from qlora import numerics
+from qlora.dealing import Cut, dealt, in_order
 from qlora.errors import DoesNotFit, Problem, RecipeError, TrainingStopped
 from qlora.events import Notice
+from qlora.foreign_json import checked, parse_object
 from qlora.processes import Place
+from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
 from qlora.step.optimizer import AdapterOptimizer
@@ -40,6 +43,7 @@ from qlora.training import dividing, exchanging, handing
 from qlora.training.checkpoint import RunState
 from qlora.training.dividing import FINE, NO_MEMORY, STOP, Item, Shares, Word
 from qlora.training.memory_plan import MemorySettings
+from qlora.training.sharing import Sharing, Stopwatch
 
 if TYPE_CHECKING:
     from qlora.training.setup import Job
@@ -49,7 +53,9 @@ WAIT_SECONDS = 1800  # for the slowest process's part of a step: its first step 
 WORD_SECONDS = 86_400  # for process 0's next word: it evaluates, saves and tokenizes alone
 LEAVE_SECONDS = 60  # to be told that the run is over
 POLL_SECONDS = 0.0005  # Python handles signals between looks
+RANK_BYTES = 1024  # of what a process says of its card, as JSON
 SLOW_POLL_SECONDS = 0.01
+Work = Callable[[Cut], list[Tensor]]  # this process's part of a step: the loss of each of all its micro-batches
 SHARED_OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
 
 
@@ -90,6 +96,15 @@ class Channel:
         work = lambda: dist.all_reduce(values, dist.ReduceOp.MAX, group=self._words, async_op=True)  # noqa: E731
         self._do(work, WAIT_SECONDS)
 
+    def tell_ranks(self, own: Rank) -> tuple[Rank, ...]:
+        """What each process computes with, by their numbers."""
+        content = torch.zeros(self.place.size, RANK_BYTES, dtype=torch.uint8)
+        encoded = own.model_dump_json().encode()[:RANK_BYTES]
+        content[self.place.rank, : len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        self.largest(content)
+        words = [bytes(row).rstrip(b"\0") for row in content.numpy()]
+        return tuple(checked(Rank, parse_object(word, f"process {n}"), f"process {n}") for n, word in enumerate(words))
+
     def add(self, values: Tensor) -> None:
         """Each value on the device becomes the sum of all processes'."""
         work = lambda: dist.all_reduce(values, group=self._gradients, async_op=True)  # noqa: E731
@@ -128,7 +143,7 @@ def _gone(place: Place, why: str) -> TrainingStopped:
     return TrainingStopped(what, "look for its own error above, then go on with mode='resume'")
 
 
-def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
+def word_of(job: Job, data: DataSection, settings: MemorySettings, told: list[Word]) -> Word:
     """All that another process needs to load the same run, its rows and its base read by itself."""
     recipe, plan, planner = job.recipe, settings.plan, settings.planner
     chosen = recipe if plan is None else recipe.model_copy(update={"memory": plan.recipe.memory})
@@ -145,7 +160,7 @@ def word_of(job: Job, data: DataSection, settings: MemorySettings) -> Word:
         "rows": job.data.fingerprint,
         "packing": data.packing,
         "limit": limit,
-        "settings": of_settings(settings),
+        "settings": told,
     }
 
 
@@ -169,13 +184,21 @@ class Partners(Shares):
     def begin(self, job: Job, micro_batches: int) -> None:
         """When all is settled, and the state that the run begins or goes on with is in the optimizer."""
 
+    def cut(self, _state: RunState, lengths: Sequence[int], settings: MemorySettings) -> Cut:
+        """The micro-batches of a step whose packs have so many tokens, and whose they are."""
+        return in_order(len(lengths), settings.micro_batch_size)
+
     def mine(self, _micro_step: int) -> bool:
         """Whether this process computes that micro-batch of the step under way."""
         return True
 
-    def gather(self, _state: RunState, _settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def gather(self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work) -> list[Tensor]:
         """The loss of each micro-batch of the step, whose gradient is in the optimizer then. `work` does ours."""
-        return work()
+        return work(self.cut(state, lengths, settings))
+
+    def after_step(self, state: RunState, _settings: MemorySettings) -> RunState:
+        """With what the processes' shares of the next steps follow from."""
+        return state
 
     def update(self, rate: float) -> None:
         """The update that is made here is theirs too."""
@@ -197,15 +220,25 @@ class Leader(Partners):
     ) -> None:
         self.channel, self.optimizer, self.stop, self.keep, self.seen = channel, optimizer, stop, keep, seen
         self._dealing = self._have_state = False
+        self._owners: tuple[int, ...] = ()  # of the step that is being computed
+        self._sharing: Sharing | None = None
+
+    @property
+    def sharing(self) -> Sharing:
+        assert self._sharing is not None, "`load` comes first"
+        return self._sharing
 
     def load(self, job: Job, data: DataSection, settings: MemorySettings) -> None:
-        self.channel.tell(word_of(job, data, settings))
+        self._sharing = Sharing.of(settings, self.channel.place.size, job.recipe, job.sink)
+        self.channel.tell(word_of(job, data, settings, self._told(settings)))
         handing.give(self.channel, job.recipe, handing.learnt_by(job))
 
     def begin(self, job: Job, micro_batches: int) -> None:
         size = self.channel.place.size
         most = -(-micro_batches // size)
         message = f"{size} processes: of {micro_batches} micro-batches a step each computes at most {most}"
+        if self.sharing.others:
+            message = f"{size} processes with unequal cards: each computes of a step what its speed is worth"
         if idle := max(0, size - micro_batches):
             message += f"; {idle} of them have none: lower train.micro_batch_size or raise train.batch_size"
         summed = exchanging.bytes_of_step(self.optimizer, micro_batches, self.seen)
@@ -215,13 +248,23 @@ class Leader(Partners):
             handing.give_reference(self.channel, self.channel.tell, job.data)
 
     def mine(self, micro_step: int) -> bool:
-        return not self._dealing or micro_step % self.channel.place.size == 0
+        return not self._dealing or self._owners[micro_step] == 0
+
+    def cut(self, state: RunState, lengths: Sequence[int], settings: MemorySettings) -> Cut:
+        return self.sharing.cut(state, lengths, settings)
+
+    def after_step(self, state: RunState, settings: MemorySettings) -> RunState:
+        return self.sharing.after_step(state, settings)
+
+    def _told(self, settings: MemorySettings) -> list[Word]:
+        return [of_settings(one) for one in self.sharing.settings(settings)]
 
     @contextmanager
     def called(self, word: Word, settings: MemorySettings) -> Iterator[None]:
         with self._keeping():
             self._copy_state()
-            self.channel.tell({**word, "settings": of_settings(settings)})
+            pieces = {name: getattr(settings, name) for name in ("micro_batch_size", "answers_at_once")}
+            self.channel.tell({**word, "settings": [{**one, **pieces} for one in self._told(settings)]})
             if word.get("weights"):
                 exchanging.copy_weights(self.channel, self.optimizer)
             with self._dealt():
@@ -232,20 +275,36 @@ class Leader(Partners):
             return super().shared(items, work)
         return dividing.divided(self.channel, items, work, self._ended)
 
-    def gather(self, state: RunState, settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def gather(self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work) -> list[Tensor]:
         with self._keeping():
-            return self._gather(state, settings, work)
+            while (losses := self._gather(state, lengths, settings, work)) is None:
+                self.optimizer.zero_gradients()
+            return losses
 
-    def _gather(self, state: RunState, settings: MemorySettings, work: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def _gather(
+        self, state: RunState, lengths: Sequence[int], settings: MemorySettings, work: Work
+    ) -> list[Tensor] | None:
+        """None where another process takes smaller settings, and the step is to be done again."""
         self._copy_state()
+        shares, measures = self.sharing.shares(state, settings), self.sharing.measures(state)
+        cut = dealt(lengths, shares)
         scale = None if state.loss_scale is None else state.loss_scale.model_dump()
-        self.channel.tell({"do": "step", "step": state.step, "scale": scale, "settings": of_settings(settings)})
+        word: Word = {"do": "step", "step": state.step, "scale": scale, "settings": self._told(settings)}
+        self.channel.tell({**word, "shares": shares.model_dump(), "measures": measures})
+        self._owners, watch = cut.owners, Stopwatch(self.optimizer.device, measures)
         with self._dealt():
             losses, found, reason = dividing.shown(
-                work, lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step)
+                lambda: watch.during(lambda: work(cut)),
+                lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step, watch.took),
             )
         if losses is None or found.worst[1] != FINE:
+            rank, code = found.worst
+            why = f"CUDA out of memory in process {rank} of {len(found.codes)}: see its own lines"
+            if code == NO_MEMORY and rank and self.sharing.smaller(rank, why, state.step + 1):
+                return None
             self._ended(found.codes, reason)
+        if measures:
+            self.sharing.measured = cut.work_of(lengths, len(found.codes)), found.took
         together = torch.stack(losses)
         exchanging.add_up(self.channel, self.optimizer, together, found.complete, self.seen)
         return list(together)
@@ -315,9 +374,10 @@ class Follower(Partners):
 
     def __init__(self, channel: Channel) -> None:
         self.channel, self.is_dealing = channel, False
+        self.owners: tuple[int, ...] = ()  # of the step under way, as it was told
 
     def mine(self, micro_step: int) -> bool:
-        return not self.is_dealing or micro_step % self.channel.place.size == self.channel.place.rank
+        return not self.is_dealing or self.owners[micro_step] == self.channel.place.rank
 
     def shared(self, items: Sequence[Item], work: Callable[[Item], Tensor]) -> list[Tensor]:
         if not self.is_dealing:

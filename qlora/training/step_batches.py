@@ -15,6 +15,7 @@ from qlora.data.judged_splits import apart
 from qlora.data.layout import ON_CPU, Layout
 from qlora.data.loader import TrainOrder, collate
 from qlora.data.prepare import PreparedSplit
+from qlora.dealing import Cut
 from qlora.events import Plan
 from qlora.memory.plan import as_event
 from qlora.recipe.sections import DataSection, TrainSection
@@ -77,6 +78,7 @@ class StepBatches:
                 f"{batch} {unit} a step = {math.ceil(batch / micro)} micro-batches of {micro}"
             ),
             memory=None if now.plan is None else as_event(now.plan),
+            cards=() if now.cards is None else now.cards.as_event(batch),
         )
 
     def longest(self, micro_batch_size: int) -> Batch:
@@ -87,12 +89,17 @@ class StepBatches:
     def tokens(self, packs: Sequence[Pack]) -> int:
         return sum(self.split.lengths[row] for pack in packs for row in pack)
 
-    def in_micro_batches(self, packs: Sequence[Pack], micro_batch_size: int) -> list[Sequence[Pack]]:
-        return [packs[start : start + micro_batch_size] for start in range(0, len(packs), micro_batch_size)]
+    def lengths(self, packs: Sequence[Pack]) -> list[int]:
+        """Of each pack alone, with its padding."""
+        multiple, least = self.layout.multiple, self.layout.width
+        return [max(least, -(-self.tokens([pack]) // multiple) * multiple) for pack in packs]
 
-    def micro_batches(self, packs: Sequence[Pack], micro_batch_size: int) -> list[Batch]:
-        chosen = self.in_micro_batches(packs, micro_batch_size)
-        return [self.micro_batch(few, micro_batch_size) for few in chosen]
+    def in_micro_batches(self, packs: Sequence[Pack], cut: Cut) -> list[Sequence[Pack]]:
+        return [[packs[place] for place in part] for part in cut.parts]
+
+    def micro_batches(self, packs: Sequence[Pack], cut: Cut) -> list[Batch]:
+        chosen = self.in_micro_batches(packs, cut)
+        return [self.micro_batch(few, rows) for few, rows in zip(chosen, cut.rows, strict=True)]
 
     def micro_batch(self, packs: Sequence[Pack], rows: int) -> Batch:
         """The packs as rows of tensors, of a step whose micro-batches have `rows`."""

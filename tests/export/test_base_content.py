@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from qlora import device
 from qlora.errors import ExportError
 from qlora.events import Recorder
 from qlora.export import hf
+from qlora.export.base_content import left_as_found
 from qlora.model import tensors
 from qlora.model.identity import read_through
 from qlora.model.meta_model import build, taken_tensors
 from qlora.model.resolve import resolve
+from qlora.page_cache import LeftAsFound
 from tests.export.cases import KINDS, edit, exported, of_peft, trained
 from tests.families import make_base
 from tests.runs import change_unsampled_value
@@ -116,3 +119,25 @@ def test_values_that_are_not_finite_end_the_reading(tmp_path: Path) -> None:
     entry = tensors.read_header(file)["model.norm.weight"]
     seen: list[torch.Tensor] = []
     assert torch.equal(next(tensors.read_ahead(entry, [(0, entry.shape[0])], seen.append)), seen[0])
+
+
+def test_a_base_that_nobody_finds_in_the_page_cache_again_is_not_kept_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = resolve(str(make_base("llama", tmp_path / "base")), "main", Recorder())
+    size = sum(entry.nbytes for entry in base.tensors.values())
+    monkeypatch.setattr(device, "available_ram", lambda: 2 * size)
+    assert left_as_found(base, 1) and not left_as_found(base, 2)
+    monkeypatch.setattr(device, "available_ram", lambda: 2 * size - 2)
+    assert left_as_found(base, 2), "its beginning would be gone when its end is read"
+
+
+@pytest.mark.parametrize(("to", "kept"), [(["hf"], False), (["hf", "gguf"], True)])
+def test_an_export_reads_by_it_where_it_reads_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: list[str], kept: bool
+) -> None:
+    _, adapter = adapter_on(tmp_path, "some")
+    left: list[int] = []
+    monkeypatch.setattr(LeftAsFound, "leave", lambda self, stream, start, end: left.append(end - start))
+    exported(adapter, to=to, merge_base="full", out=tmp_path / "out")
+    assert bool(left) != kept

@@ -46,7 +46,8 @@ def count_step(folder: Path, workload: Workload, lora: LoraSection) -> Counted:
     set_gradient_checkpointing(causal_lm, workload.gradient_checkpointing, keep_random_state=False)
     optimizer = AdapterOptimizer(adapters.trainable(model), workload.optimizer, 0.0)
     batch = real_batch(workload, causal_lm.config.get_text_config().vocab_size)
-    objective = objective_of(ObjectiveKeys(objective="dpo" if workload.compares else "sft"))
+    kind = "grpo" if workload.draws is not None else "dpo" if workload.compares else "sft"
+    objective = objective_of(ObjectiveKeys(objective=kind, **({"num_iterations": 2} if kind == "grpo" else {})))  # type: ignore[arg-type]
     model.train()
     _give_gradients(optimizer)
     optimizer.step(0.0)
@@ -80,6 +81,8 @@ def real_batch(workload: Workload, vocabulary: int) -> Batch:
     documents = (torch.arange(length) >= half).long().repeat(rows, 1)
     trained = torch.arange(rows * length)
     batch = Batch(ids, positions, documents, torch.roll(ids, -1, 1), torch.ones(rows, length), trained)
+    if workload.draws is not None:
+        return replace(batch, signs_R=torch.ones(rows), drawn_KT=torch.zeros(4, rows * length))
     if not workload.compares:
         return batch
     answers = (documents + 2 * torch.arange(rows)[:, None]).flatten()

@@ -13,7 +13,9 @@ from qlora.memory.asking import Asked, _more, as_asked, ask, halved, most_rows
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
 from qlora.memory.trace import LiveBytes
+from qlora.model import generate
 from qlora.model.attention import OnMeta
+from qlora.model.sampled import draw
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.study.generation import Manner, score, write
 from tests.families import make_base, make_config
@@ -29,7 +31,9 @@ def counted(model: Any, asked: Asked) -> int:
     prompts = [[*beginning, row + 3, *range(3, 2 + asked.own)] for row in range(asked.rows)]
     with LiveBytes("cpu") as live:
         live.begin("asked")
-        if asked.scored:
+        if asked.drawn:
+            draw(model, prompts, [str(row) for row in range(asked.rows)], 0.7, generate.Asked((), asked.new, 0))
+        elif asked.scored:
             score(model, prompts, [[4] * asked.new] * asked.rows, 0)
         else:
             write(model, prompts, Manner(asked.new, frozenset(), 0))
@@ -49,7 +53,9 @@ def simulated(text: Any, asked: Asked) -> int:
 
 @pytest.mark.parametrize(("family", "window"), [("llama", {}), ("gemma3", {}), ("gemma3", {"sliding_window": 64})])
 @pytest.mark.parametrize(
-    "asked", [Asked(6, 96, 24, 40), Asked(6, 0, 120, 24), Asked(6, 0, 40, 24, 25)], ids=["shared", "apart", "scored"]
+    "asked",
+    [Asked(6, 96, 24, 40), Asked(6, 0, 120, 24), Asked(6, 0, 40, 24, 25), Asked(6, 0, 80, 40, drawn=1)],
+    ids=["shared", "apart", "scored", "drawn"],
 )
 def test_what_is_asked_is_counted(family: str, window: dict[str, int], asked: Asked, tmp_path: Path) -> None:
     """Not under, and over by at most 15 %; also of prompts that are longer than a window."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qlora import processes
 from qlora.memory.card_names import find
-from qlora.memory.links import copied_bytes_per_second, lanes
+from qlora.memory.links import between_bytes_per_second, copied_bytes_per_second, lanes
+from qlora.processes import Place
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,12 @@ def test_published_rates_of_copies() -> None:
 
 def test_a_card_that_shares_the_system_s_memory_copies_at_its_speed() -> None:
     assert copied_bytes_per_second(find("GB10")) == 273e9 / 2
+
+
+def test_cards_of_one_board_share_its_lanes() -> None:
+    """Two slots have 8 each; a card that has fewer is the slowest."""
+    both = [find("RTX 3090"), find("RTX 3060 12GB")]
+    assert between_bytes_per_second(both) == copied_bytes_per_second(find("RTX 4060"))
+    assert between_bytes_per_second([*both, find("RX 6500 XT 4GB")]) == copied_bytes_per_second(find("RX 6500 XT 4GB"))
+    with processes.taken(Place(0, 2, 0, 2)):
+        assert lanes(both[0]) == 8 and lanes(find("RX 6500 XT 4GB")) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from qlora.memory import simulate, trace
+from qlora.memory.asking import Asked
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
 from qlora.model import lora_functions
@@ -66,6 +68,23 @@ def test_comparing_answers_is_estimated_as_counted_and_takes_little_more(
     assert estimated == pytest.approx(counted.by_profiler, rel=0.01)
     alone = count_step(folder, Workload(2, length, **shape), LORA)  # type: ignore[arg-type]
     assert counted.by_profiler <= 1.25 * alone.by_profiler
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_learning_from_drawn_answers_is_estimated_as_counted(family: str, tmp_path: Path) -> None:
+    """Within 1 %, as any step; what is drawn has a phase of its own."""
+    folder = make_base(family, tmp_path / family, overrides=WIDER)
+    draws = Asked(8, 0, 96, 160, drawn=1)
+    workload = Workload(2, 256, optimizer="adamw_8bit", documents=2, draws=draws)
+    counted = count_step(folder, workload, LORA)
+    text = text_config(load_json(folder / "config.json"), family)[0]
+    estimated = simulated(text, workload)
+    assert estimated == pytest.approx(counted.by_mode, rel=0.01)
+    assert estimated == pytest.approx(counted.by_profiler, rel=0.01)
+    spec = ModelSpec(text, "tiny", LORA, QuantizationSection(), target="cpu")
+    more, fewer = (Simulator(spec, True).run(replace(workload, draws=draws._replace(rows=rows))) for rows in (64, 8))
+    assert set(more.phases) - set(Simulator(spec, True).run(replace(workload, draws=None)).phases) == {"draw"}
+    assert more.worst == more.phases["draw"] and more.worst.total > fewer.phases["draw"].total
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,23 +156,24 @@ HANDBOOK = ROOT / "recipes" / "manuals" / "documents" / "pumps.md"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", ["soft", "hard"])
-def test_documents_are_studied_by_one_and_trained_by_all(tmp_path: Path, labels: str) -> None:
-    made = []
-    for count in (1, 2):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        (folder / "doc.md").write_text("".join(HANDBOOK.read_text().splitlines(keepends=True)[:8]))
-        recipe = folder / "tiny.toml"
-        recipe.write_text(
-            f'[model]\nbase = "{ROOT / "recipes" / "manuals" / "base"}"\n[[data.documents]]\npath = "doc.md"\n'
-            f'[study]\nquestions = 12\nlabels = "{labels}"\nkinds = ["fact", "backward", "case"]\nhold = 0.0\n'
-            "with_passage = 0.0\nprobe = false\n[exam]\nquestions = 4\n[train]\nbatch_size = 3\nmicro_batch_size = 1\n"
-            f'max_steps = 3\noptimizer = "adamw"\n[data]\npacking = false\n[output]\ndir = "{folder / "runs"}"\n'
-            '[checkpoint]\nevery_steps = 1\nkeep = 9\n[report]\nsinks = ["jsonl"]\n'
-        )
-        ended = train(recipe, count)
-        assert ended.codes == [0] * count and ended.said[1:] == [""] * (count - 1), ended.said
-        made.append(recipe)
-    assert apart(*made, 3) <= 1e-6
-    assert (run_dir(made[1]) / "study" / "exam.json").read_bytes()
+def test_documents_are_studied_by_one_and_trained_by_all(tmp_path: Path) -> None:
+    """By two, and then anew by one, which asks nothing again."""
+    (tmp_path / "doc.md").write_text("".join(HANDBOOK.read_text().splitlines(keepends=True)[:5]))
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(
+        f'[model]\nbase = "{ROOT / "recipes" / "manuals" / "base"}"\n[[data.documents]]\npath = "doc.md"\n'
+        '[study]\nquestions = 8\nkinds = ["fact"]\nhold = 0.0\nwith_passage = 0.0\nprobe = false\n'
+        "[exam]\nquestions = 1\n[train]\nbatch_size = 3\nmicro_batch_size = 1\n"
+        f'max_steps = 2\noptimizer = "adamw"\n[data]\npacking = false\n[output]\ndir = "{tmp_path / "runs"}"\n'
+        '[checkpoint]\nevery_steps = 1\nkeep = 9\n[report]\nsinks = ["jsonl"]\n'
+    )
+    ended = train(recipe, 2)
+    assert ended.codes == [0, 0] and ended.said[1] == "", ended.said
+    assert (run_dir(recipe) / "study" / "exam.json").is_file()
+    together = tmp_path / "together" / recipe.name
+    shutil.copytree(run_dir(recipe), run_dir(together))
+    assert train(recipe, 1, flag="--fresh").codes == [0]
+    assert apart(together, recipe, 2) <= 1e-6
+    assert [event["trained_tokens"] for event in events(recipe, "step")] == [
+        event["trained_tokens"] for event in events(together, "step")
+    ]

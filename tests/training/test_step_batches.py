@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qlora.dealing import in_order
 from qlora.recipe.sections import TrainSection
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.step_batches import StepBatches
@@ -22,9 +23,12 @@ def rows_of(packing: bool, **train: int) -> StepBatches:
 def test_micro_batches_of_any_size_are_the_same_rows(packing: bool, micro_batch_size: int) -> None:
     rows = rows_of(packing, batch_size=4, epochs=1)
     packs = rows.order.packs_of_step(0)
-    parts = rows.in_micro_batches(packs, micro_batch_size)
+    cut = in_order(len(packs), micro_batch_size)
+    alone = [rows.micro_batch([pack], 1).input_ids_BS.shape[1] for pack in packs]
+    assert rows.lengths(packs) == alone
+    parts = rows.in_micro_batches(packs, cut)
     assert [pack for part in parts for pack in part] == packs
-    batches = rows.micro_batches(packs, micro_batch_size)
+    batches = rows.micro_batches(packs, cut)
     assert [batch.rows for batch in batches] == [len(part) for part in parts]
     whole = rows.micro_batch(packs, 4)
     kept = [batch.input_ids_BS.flatten()[batch.trained_T] for batch in batches]

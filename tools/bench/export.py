@@ -3,7 +3,7 @@
     python tools/bench/export.py --folder DIR [--shape 8b|tiny] [--layers N] [--jobs hf-full,q8_0] [--name NAME]
 
 The model (Llama 3.1 8B's shape: 16 GB) is made in DIR and removed at the end; beside it lies one copy or one export at
-a time, so that 8B needs 33 GB. Each job is a process of its own, begun with nothing of the model in the page cache,
+a time, so that 8B needs 33 GB. Each job is a `qlora-export`, begun with nothing of the model in the page cache,
 and its time counts from its start to its end, imports and flushing to the disk included. `cp` is timed before each job;
 beside it stands `cp` with a flush, since an export does not end before its bytes are on the disk. Counted are seconds
 of processors (user and system), bytes that came from the disk and went to it, resident memory at its highest (files
@@ -56,12 +56,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 4096,
     },
 }
-JOBS: dict[str, dict[str, Any]] = {
-    "hf-full": {"to": "hf", "merge_base": "full"},
-    "hf-nf4": {"to": "hf", "merge_base": "nf4"},
-    "q8_0": {"to": "gguf", "merge_base": "full", "quants": ["q8_0"]},
-    "q4_k_m": {"to": "gguf", "merge_base": "full", "quants": ["q4_k_m"]},
-    "q8_0+q4_k_m": {"to": "gguf", "merge_base": "full", "quants": ["q8_0", "q4_k_m"]},
+JOBS = {
+    "hf-full": "--to hf --base full",
+    "hf-nf4": "--to hf --base nf4",
+    "q8_0": "--to gguf --base full --quant q8_0",
+    "q4_k_m": "--to gguf --base full --quant q4_k_m",
+    "q8_0+q4_k_m": "--to gguf --base full --quant q8_0 --quant q4_k_m",
 }
 
 
@@ -92,11 +92,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--jobs", default="hf-full,hf-nf4,q8_0,q4_k_m", help=f"of {', '.join(JOBS)}")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.job:
-        run_job(chosen.folder, chosen.job)
-        return
     shape = {**SHAPES[chosen.shape], **({"num_hidden_layers": chosen.layers} if chosen.layers else {})}
     work = Path(chosen.folder).resolve() / "export-bench"
     check_room(work, shape)
@@ -215,8 +211,7 @@ def measure(work: Path, jobs: list[str]) -> list[Measured]:
     for job in jobs:
         copies.append(timed_copy(work))
         forget(work)
-        command = [sys.executable, __file__, "--folder", str(work), "--job", job]
-        done.append(watched(job, command, work / "out"))
+        done.append(watched(job, export_command(work, job), work / "out"))
         plain, flushed = copies[-1][0].seconds, copies[-1][1]
         print(f"{job}: {done[-1].seconds:.1f} s, cp {plain:.1f} s, flushed {flushed:.1f} s", file=sys.stderr)
     plain, flushed = statistics.median(one.seconds for one, _ in copies), statistics.median(one for _, one in copies)
@@ -225,12 +220,10 @@ def measure(work: Path, jobs: list[str]) -> list[Measured]:
     return [replace(one, over_cp=one.seconds / plain, over_cp_flushed=one.seconds / flushed) for one in rows]
 
 
-def run_job(work: Path, job: str) -> None:
-    """The export itself, in a process of its own."""
-    from qlora import api
-
-    options = api.export_options(verify=False)
-    api.merge_and_export(work / "adapter", out=work / "out", options=options, **JOBS[job])
+def export_command(work: Path, job: str) -> list[str]:
+    """The export itself, as it is typed."""
+    command = [sys.executable, "-m", "qlora.cli.export", str(work / "adapter"), "--out", str(work / "out")]
+    return [*command, *JOBS[job].split(), "--no-verify", "--json"]
 
 
 def timed_copy(work: Path) -> tuple[Measured, float]:
@@ -262,7 +255,7 @@ def forget(folder: Path) -> None:
 def watched(job: str, command: list[str], made: Path, at_the_end: Callable[[], object] = lambda: None) -> Measured:
     """A command and what it took. What it `made` is weighed and removed, after `at_the_end`."""
     load, began, peak_kib = os.getloadavg()[0], time.perf_counter(), (0, 0)
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while True:
         ended, status, used = os.wait4(process.pid, os.WNOHANG)
         if ended:

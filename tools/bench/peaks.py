@@ -6,9 +6,10 @@
 
 `results/peaks.json` holds the published rows (address, settings, what was measured) and the sources' roles: margins
 were set by those called "fitting", and looked at beside those called "held out" (README.md says how far);
-`peaks-blind.json` was written down, settings and all, before a row of it was simulated. A row is
-there only if each of its settings that matters is stated and can be expressed; measured is `allocated` (torch's live
-tensors), `reserved` (what torch took from the driver) or `process` (that and the context).
+`peaks-blind.json` was written down, settings and all, before a row of it was simulated, and says which of it turned
+out not to be peaks of stated settings. A row is there only if each of its settings that matters is stated and can be
+expressed; measured is `allocated` (torch's live tensors), `reserved` (what torch took from the driver) or `process`
+(that and the context).
 """
 
 from __future__ import annotations
@@ -52,32 +53,25 @@ CARDS = {
     "RTX PRO 6000": (120, 96),
 }
 F32, BF16 = torch.float32, torch.bfloat16
+_TRAINER: Mapping[str, Any] = {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted", "reentrant": True}
+# trl's SFTTrainer over a base in 4 bit: peft casts all of it to float32, and trl embeddings and head back, not the
+# norms (trl/trainer/utils.py, peft_module_casting_to_bf16)
+_TRL: Mapping[str, Any] = {**_TRAINER, "autocast": True, "casts_back": True, "norms": F32}
 STACKS: Mapping[str, Mapping[str, Any]] = {
     # a loop of one's own over peft: prepare_model_for_kbit_training, float16, no autocast, the output kept
     "peft loop": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True, "half": True},
     # transformers' Trainer (4.48): adapters in float32, the base as it was loaded; autocast where bf16 is asked for
-    "trainer, 16 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted"},
-    "trainer, 4 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted", "autocast": True},
+    "trainer, 16 bit": _TRAINER,
+    "trainer, 4 bit": {**_TRAINER, "autocast": True},
     # and with 4.45, whose models give float32 logits
-    "trainer 4.45, 16 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted", "float_logits": True},
-    "trainer 4.45, 4 bit": {
-        "dtype": BF16,
-        "adapter_dtype": F32,
-        "loss": "shifted",
-        "float_logits": True,
-        "autocast": True,
-    },
-    # and through trl's SFTTrainer (0.9), which has peft prepare the base and then casts embeddings and head back
-    "trl 0.9, 4 bit": {
-        "dtype": BF16,
-        "adapter_dtype": F32,
-        "loss": "shifted",
-        "float_logits": True,
-        "autocast": True,
-        "casts_back": True,
-    },
-    # and with 4.32 and peft 0.5; Qwen's own model leaves its logits as they are. peft 0.6 gave adapters the base's type
-    "trainer 4.32, 16 bit": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted, then float"},
+    "trainer 4.45, 16 bit": {**_TRAINER, "float_logits": True},
+    "trainer 4.45, 4 bit": {**_TRAINER, "float_logits": True, "autocast": True},
+    # and through trl's SFTTrainer, with 4.45 and before, and with 4.48
+    "trl 0.9, 4 bit": {**_TRL, "float_logits": True},
+    "trl 0.13, 4 bit": _TRL,
+    # with 4.32 and peft 0.5, asked for bf16; Qwen's own model leaves its logits as they are. peft 0.6 gave adapters the
+    # base's type
+    "trainer 4.32, 16 bit": {**_TRAINER, "loss": "shifted, then float", "autocast": True},
     # a loop of one's own over peft: a bf16 base, adapters in float32, the loss of bf16 logits
     "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted as they are"},
     # and over a quantized base that peft prepared: all that is not in 4 bit in float32
@@ -138,7 +132,7 @@ def simulate(row: Mapping[str, Any], shapes: Mapping[str, Any], known: dict[str,
         settings["recompute"],
         optimizer=settings.get("optimizer", "adamw"),
         packed=False,
-        accumulates=False,
+        accumulates=settings.get("accumulates", False),
         evaluates=False,
     )
     done = simulator.run(workload)
@@ -170,7 +164,7 @@ def compare(row: Mapping[str, Any], simulated: Simulated) -> Compared:
     capability, gigabytes = CARDS[settings["card"]]
     gpu = Gpu(settings["card"], gigabytes, gigabytes << 30, 0.0, 0.0, capability)
     predicted = simulated.tensors + sum(overheads.workspace_terms(capability).values())
-    gap = margins.Gaps(simulated.weights, simulated.cast, settings["attention"] == "eager")
+    gap = margins.Gaps(simulated.weights, simulated.cast)
     error = margins.of_tensors(simulated.tensors, Correction())
     what = next(name for name in ("process", "reserved", "allocated") if name in measured)
     if what != "allocated":
@@ -186,19 +180,19 @@ def table(content: Mapping[str, Any]) -> list[str]:
     """A line a row, and for each source and role what the issue of an estimate is: median and worst."""
     lines = [f"{'model':24}{'settings':46}{'what':10}{'measured':>9}{'said':>8}{'margin':>8}{'off':>8}{'over':>8}"]
     found: dict[str, list[Compared]] = {}
+    left_out = content.get("left out", {})
     for row in content["rows"]:
-        one = compare(row, Simulated(**row["simulated"]))
-        role = content["roles"][row["source"]]
-        for group in (row["source"], role, "all"):
+        one, source = compare(row, Simulated(**row["simulated"])), row["source"]
+        role = content["roles"][source]
+        for group in (source, role, "all") if source not in left_out else (f"{source}, left out",):
             found.setdefault(group, []).append(one)
         settings = row["settings"]
         words = f"{row['stack']}, {settings['quantization']}, {settings['rows']} x {settings['length']}"
         sizes = "".join(f"{count / 2**30:>8.2f}" for count in (one.measured, one.predicted, one.error))
         words = f"{words}, {settings['attention']}"
         lines.append(f"{row['model'][:23]:24}{words[:45]:46}{one.what:10} {sizes}{one.off:>8.1%}{one.over:>8.1%}")
-    for group, of_group in found.items():
-        lines.append(summary(group, of_group))
-    return lines
+    lines += [summary(group, of_group) for group, of_group in found.items()]
+    return lines + [f"{source} is left out: {reason}" for source, reason in left_out.items()]
 
 
 def summary(name: str, rows: Sequence[Compared]) -> str:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from qlora.batch import Batch
+from qlora.layer_partners import ON_DEVICE, Inputs
 from qlora.memory.baselines import Baseline
 from qlora.step.forward import CausalParts
 
@@ -68,6 +70,23 @@ class Stack(Baseline):
     float_logits: bool = False
     keeps_inputs: bool = False
     casts_back: bool = False
+    reentrant: bool = False
+    norms: torch.dtype | None = None
+
+    def set_checkpointing(self, causal_lm: Any, layers: bool | int, inputs: Inputs = ON_DEVICE) -> None:
+        super().set_checkpointing(causal_lm, layers, inputs)
+        if self.reentrant and layers and causal_lm.supports_gradient_checkpointing:
+            causal_lm.enable_input_require_grads()
+            causal_lm._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=self._recompute)
+
+    def _recompute(self, layer: Any, *inputs: Any) -> Any:
+        """As `Trainer` has it by default: a pass of its own inside the backward pass, where modes are off."""
+
+        def computed(*given: Any) -> Any:
+            with self.computing():
+                return layer(*given)
+
+        return checkpoint(computed, *inputs, use_reentrant=True, preserve_rng_state=False)
 
     def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         return LOSSES[self.loss](logits_TV, targets_T) if self.loss else super().loss_of(logits_TV, targets_T)
@@ -95,6 +114,9 @@ class Stack(Baseline):
                 id(one.weight): one.weight for one in (model.get_input_embeddings(), model.get_output_embeddings())
             }
             before += [weight.numel() * 4 for weight in tables.values()]
+        for name, module in model.named_modules() if self.norms and quantized else ():
+            if "norm" in name:
+                module.to(self.norms)
         if self.half and not quantized:
             model.half()
         if self.kernel is not None:

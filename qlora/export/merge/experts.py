@@ -34,6 +34,7 @@ from qlora.model.meta_model import MetaModel
 from qlora.model.nf4 import BLOCK
 from qlora.model.tensors import TensorEntry, read_ahead, read_tensor
 from qlora.model.weight_names import text_name
+from qlora.page_cache import LeftAsFound
 from qlora.recipe.sections import QuantizationSection
 
 # 2 MiB of fp32: stays in the cache between its steps, and its memory is taken and freed without new pages from the
@@ -77,10 +78,14 @@ class ExpertPart:
 
 @dataclass
 class Reading:
-    """What is kept while a model is merged: B of the last projections, codes of the last experts."""
+    """What is kept while a model is merged: B of the last projections, codes of the last experts.
+
+    `cache`: by which the base's rows are read that are not to stay in the page cache.
+    """
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     codes: dict[tuple[str, int], Slab] = field(default_factory=dict)
+    cache: LeftAsFound | None = None
 
 
 def is_multimodal(base: BaseFolder) -> bool:
@@ -221,7 +226,7 @@ def _base_blocks(
             see(whole)
         yield whole[0].t() if part.transposed else whole[0]
     else:
-        with closing(read_ahead(part.entry, spans, see)) as blocks:
+        with closing(read_ahead(part.entry, spans, see, reading.cache)) as blocks:
             yield from blocks
 
 

@@ -63,7 +63,7 @@ class Merge:
     """A base with its adapter, planned by `make_plan`, ready to be merged into `dtype` (fp32, bf16 or fp16).
 
     `codes` gives a parameter of the base in 4 bit as it is kept already, or None; `watch`, what sees all rows of a
-    tensor of the base as it is read, or None; `of_experts` is what is kept while experts are merged.
+    tensor of the base as it is read, or None; `reading` is what is kept meanwhile.
     """
 
     base: BaseFolder
@@ -75,7 +75,7 @@ class Merge:
     dtype: torch.dtype = torch.bfloat16
     codes: Callable[[str], nf4.Quantized | None] = lambda parameter: None
     watch: Callable[[str, TensorEntry], Callable[[Tensor], None] | None] = lambda tensor, entry: None
-    of_experts: Reading = field(default_factory=Reading, compare=False, repr=False)
+    reading: Reading = field(default_factory=Reading, compare=False, repr=False)
 
     def tensors(self) -> list[MergedTensor]:
         """Every tensor of the merged model, in the order of the base's own.
@@ -142,7 +142,7 @@ class Merge:
         """Blocks of rows of one parameter, merged, on the CPU."""
         if source.expert is not None:
             watched = partial(self.watch, source.tensor)
-            for block in merged_blocks(source.expert, unit, self.device, self.of_experts, watched):
+            for block in merged_blocks(source.expert, unit, self.device, self.reading, watched):
                 yield block.to(dtype=self._dtype(source)).cpu()
             return
         add = _adder(source.lora, self.device, lambda: self._base_blocks(source, 1)) if source.lora else None
@@ -175,7 +175,7 @@ class Merge:
         yield from self._read_ahead(source, spans) if read is None else (read(*span) for span in spans)
 
     def _read_ahead(self, source: ParameterSource, spans: list[tuple[int, int]]) -> Generator[Tensor, None, None]:
-        return read_ahead(source.entry, spans, self.watch(source.tensor, source.entry))
+        return read_ahead(source.entry, spans, self.watch(source.tensor, source.entry), self.reading.cache)
 
     def _experts(self, source: ParameterSource) -> Iterator[Tensor]:
         """Experts in MXFP4 in bf16, one after the other, with the sides that their parameter has: (1, in, out)."""
