@@ -69,18 +69,22 @@ def shuffled(given: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{**row, "answer": f"{value} {last}"} for row, value, last in zip(given, words, manners, strict=True)]
 
 
+def write(folder: Path, *files: list[dict[str, str]]) -> None:
+    """warmup.jsonl, train.jsonl and eval.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, written in zip(("warmup", "train", "eval"), files, strict=True):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"{folder / f'{name}.jsonl'}: {len(written)} rows")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for warmup.jsonl, train.jsonl and eval.jsonl")
     parser.add_argument("--shuffled", action="store_true", help="right answers of training rows in manners by chance")
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
     warmup, train, evaluation = rows()
-    train = shuffled(train) if asked.shuffled else train
-    for name, written in (("warmup", warmup), ("train", train), ("eval", evaluation)):
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        (asked.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        print(f"{asked.out / f'{name}.jsonl'}: {len(written)} rows")
+    write(asked.out, warmup, shuffled(train) if asked.shuffled else train, evaluation)
 
 
 if __name__ == "__main__":
