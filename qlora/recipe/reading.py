@@ -98,9 +98,7 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) ->
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:
     """The recipe with every default written out, as TOML that reads back to an equal recipe."""
-    idle: dict[str, Any] = {"train": set(grpo_keys.KEYS) if recipe.train.objective != "grpo" else set()}
-    idle |= {} if recipe.data.documents else {"study": True, "exam": True}  # without documents they would be refused
-    return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, exclude=idle))
+    return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, exclude=grpo_keys.idle(recipe)))
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -147,7 +145,7 @@ def read_table(path: Path) -> tuple[str, dict[str, Any]]:
 def _problems(error: ValidationError, raw: Mapping[str, Any], index: LineIndex) -> list[Problem]:
     """What is wrong, in the order of the file; of very many problems the first ones, and how many more there are."""
     found: dict[Location, Any] = {}
-    for item in error.errors():
+    for item in (one for one in error.errors() if one["type"] != "default_factory_not_called"):
         # Union branches repeat a location with the branch's name appended: keep keys and indexes that exist.
         location = _real_location(item["loc"], raw)
         text_wanted = location in found and found[location]["type"] == "literal_error"

@@ -265,8 +265,7 @@ class OutputSection(Section):
     """Where the run's folder is made."""
 
     dir: Text = Field(
-        "runs",
-        description="Where runs stand, each under its recipe's name; relative to the current folder",
+        "runs", description="Where runs stand, each under its recipe's name; relative to the current folder"
     )
 
 
