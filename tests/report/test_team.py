@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora import events
+from qlora.report.console import plan_table
 from qlora.report.team import card_lines, team_view
 
 GIB = 1 << 30
@@ -47,6 +49,13 @@ def test_each_card_has_its_share_its_need_and_what_is_left() -> None:
 def test_the_one_that_cannot_is_named_with_what_is_missing() -> None:
     text = drawn({**TEAM, "sharded": True, "cards": [card("big", 0.75, 10, 24), card("small", 0.25, 13.5, 12)]})
     assert "small cannot hold its part" in text and "-1.50 GiB" in text and "a part of every layer" in text
+
+
+def test_a_run_s_plan_has_them_on_the_screen() -> None:
+    out = io.StringIO()
+    plan = events.Plan(1, 2, 3, 4, 5, 6, 7, 8, 9, 1.5, 10, 11, True, False, 12, "x", cards=tuple(TEAM["cards"]))
+    Console(file=out, width=160).print(plan_table(plan))
+    assert "1: small: 25% of a step, 4 packs" in out.getvalue()
 
 
 def test_a_plan_says_it_in_a_line_a_card() -> None:
