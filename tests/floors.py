@@ -147,7 +147,17 @@ LINES = {
             "selfcheck",
             "health",
         ),
-        *("step_batches", "best_adapter", "setup", "reference", "ending", "answered", "generations", "rollouts"),
+        *(
+            "step_batches",
+            "best_adapter",
+            "setup",
+            "reference",
+            "ending",
+            "answered",
+            "generations",
+            "rollouts",
+            "rows_of_run",
+        ),
         *("handing", "exchanging", "sharing", "words", "processes", "loop", "follower"),
     ],
     "export": [

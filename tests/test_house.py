@@ -37,6 +37,7 @@ FASTER = (
     "training/ending.py",
     "training/generations.py",
     "training/rollouts.py",
+    "training/rows_of_run.py",
 )  # the same step, smaller, faster or shared, or other losses than a plain run's: no part of it
 
 

@@ -61,6 +61,7 @@ FASTER = (
     "training/ending.py",
     "training/generations.py",
     "training/rollouts.py",
+    "training/rows_of_run.py",
 )
 MODULES_A_LINE = 3
 

@@ -44,6 +44,7 @@ from qlora.training.setup import Job, prepare_job
 from qlora.training.sharing import Stopwatch
 from qlora.training.step_batches import Pack
 
+_WHERE = {True: "host", False: "device"}  # embeddings, as a recipe says it
 NOWHERE = Path("/nonexistent")  # a follower's run folder: nothing is read or written there
 
 
@@ -111,7 +112,9 @@ def _recipe(word: Word) -> Recipe:
     values: dict[str, Any] = {
         f"train.{name}": settings[name] for name in ("micro_batch_size", "gradient_checkpointing")
     }
+    place = settings["place"]
     values |= {"memory.offload_activations": settings["offload_activations"]}
+    values |= {"memory.stream_weights": place["streams"], "memory.embedding": _WHERE[place["host_embedding"]]}
     values |= {"lora.from_adapter": None, "lora.init": "default", "export.formats": (), "report.sinks": ()}
     if word["limit"]:
         values["memory.limit"] = f"{word['limit']}B"

@@ -17,7 +17,6 @@ from qlora.memory import calibration, hardware, host, overheads, recomputing, se
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.measured import Measured
 from qlora.memory.plan import Plan, Planner, choose
-from qlora.memory.several import CardPlans
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import ANSWERS_AT_ONCE
 from qlora.model.meta_model import has_head, text_config
@@ -42,7 +41,7 @@ class MemorySettings:
     offload_activations: bool = False
     may_offload: bool = False  # on a GPU, where the recipe leaves it open
     may_move: Place = field(default_factory=Place)  # of weights, to the host (`weight_moving`)
-    cards: CardPlans | None = None  # of a run of several processes
+    cards: several.CardPlans | None = None  # of a run of several processes
 
     @property
     def offloaded(self) -> bool | int:
