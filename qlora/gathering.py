@@ -177,11 +177,16 @@ class Gathers:
     def loading(self) -> Iterator[None]:
         """As `session`, of what makes the holder: a process that fails inside can take part no more, and says so."""
         self._begin(self.idle_seconds)
+        code: int | None = 1  # of what is no error of ours
         try:
             yield
-        except BaseException as error:
-            self.fail(error.exit_code if isinstance(error, QloraError) else 1)
+            code = None
+        except QloraError as error:
+            code = error.exit_code
             raise
+        finally:
+            if code is not None:
+                self.fail(code)
         self.serve()
 
     def answer(self) -> None:

@@ -38,8 +38,8 @@ def usual_rate(section: Mapping[str, Any]) -> float:
     return LEARNING_RATES[section.get("objective", "sft")]
 
 
-class ObjectiveKeys(GrpoKeys):
-    """What a step minimizes."""
+class Minimized(Section):
+    """What a step minimizes: the keys. (Classes of keys are parted so that pages have grpo's behind all others.)"""
 
     objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo"] = Field(
         "sft",
@@ -66,6 +66,10 @@ class ObjectiveKeys(GrpoKeys):
     undesirable_weight: float | None = Field(
         None, gt=0, le=1000, description="kto: weight of each bad answer; where good ones are many, good ÷ bad (1.0)"
     )
+
+
+class ObjectiveKeys(GrpoKeys, Minimized):
+    """What a step minimizes, and what follows from the keys."""
 
     @property
     def strength(self) -> float:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qlora.document_keys import DocumentsSection
 from qlora.memory_keys import PlaceKeys
-from qlora.objective_keys import ObjectiveKeys, usual_rate
+from qlora.objective_keys import Minimized, ObjectiveKeys, usual_rate
 from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Sinks, Text
 
 # What [export] formats may name. The quants are those of qlora.export.gguf.quant_mixes (a test compares the two).
@@ -125,8 +125,8 @@ class DataSection(Section):
     max_bad_rows: Count = Field(0, description="Broken rows to leave out, counted and listed, before giving up")
 
 
-class TrainSection(ObjectiveKeys):
-    """The optimization."""
+class _TrainKeys(Minimized):
+    """The optimization: what is minimized stands before the learning rate that follows from it."""
 
     epochs: float | None = Field(
         None, gt=0, le=1_000_000, description="Passes over the training rows (3 unless max_steps is given)"
@@ -167,6 +167,10 @@ class TrainSection(ObjectiveKeys):
     deterministic: bool = Field(
         True, description="On a GPU, sum in one order only: a resumed run is the same bit for bit; false is faster"
     )
+
+
+class TrainSection(ObjectiveKeys, _TrainKeys):
+    """The optimization."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
