@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from qlora import grpo_keys
 from qlora.grpo_keys import GrpoKeys
+from qlora.recipe_values import Section
 
 R = TypeVar("R")  # a recipe, which stands on a higher floor
 OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto", "grpo")
