@@ -177,7 +177,7 @@ class _MetaModel:
         with self.live, OnMeta(spec.target):
             self.live.begin("load")
             with self.live.region("weights"):
-                load_nothing(model, spec.quantization, spec.place, MetaStore(self.live))
+                load_nothing(model, spec.quantization, spec.place, MetaStore(self.live, spec.place.shards))
                 if (streamed := inside(model)) is not None:
                     streamed.ring.prepare()
                 self.host_bytes, self.tables = of_model(model), (of_tables(model), of_head(model))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.gathering import Gathers
 from qlora.processes import Place
 from qlora.training.dividing import FINE, NO_MEMORY, STOP
 
@@ -15,7 +16,8 @@ class Wire:
     """A channel to one other process, which shows `code` and a gradient of ones for `its` parameters."""
 
     def __init__(self, code: int = FINE, its: int = 4, digest: int | None = None) -> None:
-        self.place, self.is_open = Place(0, 2, 0, 2), True
+        self.place, self.is_open, self.has_begun = Place(0, 2, 0, 2), True, False
+        self.gathers = Gathers(self, lambda: None, 1.0, 1.0)  # type: ignore[arg-type]
         self.code, self.its, self.digest, self.words, self.added = code, its, digest, [], []
         self.asked = 0
 
