@@ -31,11 +31,13 @@ FASTER = (
     "training/exchanging.py",
     "training/processes.py",
     "training/sharing.py",
+    "training/words.py",
     "training/follower.py",
     "training/answered.py",
     "training/ending.py",
     "training/generations.py",
     "training/rollouts.py",
+    "training/rows_of_run.py",
 )  # the same step, smaller, faster or shared, or other losses than a plain run's: no part of it
 
 

@@ -55,11 +55,13 @@ FASTER = (
     "training/exchanging.py",
     "training/processes.py",
     "training/sharing.py",
+    "training/words.py",
     "training/follower.py",
     "training/answered.py",
     "training/ending.py",
     "training/generations.py",
     "training/rollouts.py",
+    "training/rows_of_run.py",
 )
 MODULES_A_LINE = 3
 

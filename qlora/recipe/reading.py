@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora import document_keys, files, foreign_json, foreign_toml, grpo_keys, objective_keys
+from qlora import document_keys, files, foreign_json, foreign_toml, grpo_keys, memory_keys, objective_keys
 from qlora.errors import Problem, RecipeError, UserError
 from qlora.recipe import sections
 from qlora.recipe.problems import LineIndex, Location, apply_override, explain_unknown_key, short, toml_problem
@@ -210,18 +210,7 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             f"train.micro_batch_size ({micro}) is more than train.batch_size ({batch})",
             "a step of batch_size rows runs micro_batch_size rows at a time: lower micro_batch_size",
         ),
-        (
-            recipe.memory.offload_activations is True and train.gradient_checkpointing is False,
-            "memory.offload_activations",
-            "memory.offload_activations = true, but train.gradient_checkpointing = false recomputes no layer",
-            'inputs of recomputed layers alone can wait on the host: gradient_checkpointing = "auto" recomputes some',
-        ),
-        (
-            recipe.memory.stream_weights is True and str(train.gradient_checkpointing) not in ("True", "auto"),
-            "train.gradient_checkpointing",
-            "memory.stream_weights recomputes every layer: its weights are gone before the backward pass",
-            'set train.gradient_checkpointing = "auto" or true, or memory.stream_weights = false',
-        ),
+        *memory_keys.checks(recipe.memory, train.gradient_checkpointing),
         (
             wants_eval_rows and not data.eval and data.eval_fraction == 0,
             "data.eval_fraction",

@@ -1,8 +1,10 @@
-"""The last event of a training: its totals, and what memory it took beside what was predicted."""
+"""What is said at the end of a step, and at that of a training: figures, totals, predicted memory beside measured."""
 
 from __future__ import annotations
 
-from qlora.events import End
+import torch
+
+from qlora.events import End, StepDone
 from qlora.memory.measured import measure, peak_bytes
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training.checkpoint import RunState
@@ -33,4 +35,27 @@ def ended(
         adapter_step=delivered if delivered is not None else state.best_step,
         memory=compare(settings, measure(job.model, optimizer, job.device)),
         phases={name: round(seconds, 3) for name, seconds in job.clock.seconds.items()},
+    )
+
+
+def step_done(
+    at: tuple[int, float],
+    numbers: tuple[float, float, float],
+    tokens: tuple[int, int],
+    seconds: float,
+    device: torch.device,
+) -> StepDone:
+    """A step's number and epoch; its loss, learning rate and gradient norm; its tokens, and those that were trained."""
+    (step, epoch), (loss, rate, norm), (read, trained) = at, numbers, tokens
+    return StepDone(
+        step=step,
+        epoch=epoch,
+        loss=loss,
+        learning_rate=rate,
+        grad_norm=norm,
+        tokens=read,
+        trained_tokens=trained,
+        tokens_per_second=read / seconds,
+        peak_bytes=peak_bytes(device),
+        seconds=seconds,
     )

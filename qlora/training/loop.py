@@ -19,12 +19,10 @@ import torch
 from qlora import determinism, loss_scale
 from qlora.batch import Batch
 from qlora.data.ahead import Ahead, in_one_block
-from qlora.data.layout import Layout
 from qlora.dealing import Cut
 from qlora.errors import StoppedBySignal, TrainingStopped
-from qlora.events import End, Notice, Recovered, StepDone
+from qlora.events import End, Notice, Recovered
 from qlora.guarded import Guarded
-from qlora.memory.measured import peak_bytes
 from qlora.memory.spilling import SpillWatch
 from qlora.model import adapters, attention, compiled, expert_check, weight_moving
 from qlora.model.adapter_folder import delivered_step
@@ -39,16 +37,25 @@ from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, preferences, processes, reference, rollouts, schedule, selfcheck
-from qlora.training.answered import AnsweredBatches
+from qlora.training import (
+    health,
+    preferences,
+    processes,
+    reference,
+    rollouts,
+    rows_of_run,
+    schedule,
+    selfcheck,
+    sharing,
+)
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
-from qlora.training.ending import ended
-from qlora.training.evaluate import RunEvaluation, with_evaluation
+from qlora.training.ending import ended, step_done
+from qlora.training.evaluate import with_evaluation
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
-from qlora.training.step_batches import Pack, StepBatches
+from qlora.training.step_batches import Pack
 
 
 def run(job: Job, resume_from: Checkpoint | None) -> RunState:
@@ -74,6 +81,7 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
         except StopAsked:
             raise training.stopped() from None
         except TrainingStopped:
+            training.partners.lost()
             job.sink.emit(training.end("stopped by itself"))
             raise
         finally:
@@ -98,7 +106,6 @@ class Training:
         self.recovery = OomRecovery(memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
         self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery)
-        self.parts_of_step = self.parts if self.rollouts is None else self.rollouts.parts
         self.partners = processes.of_run(self.optimizer, job.stop, self.keep, preferences.seen_by(self.objective))
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)
@@ -115,30 +122,9 @@ class Training:
 
     def _use_rows(self, section: DataSection) -> None:
         """The rows to train and those to evaluate, packed or not."""
-        job = self.job
-        rows, pad_id = job.data.train, job.chat.pad_id
-        self.batches: StepBatches | AnsweredBatches
-        if self.rollouts is None:
-            self.batches = StepBatches.of(rows, section, self.train, pad_id, Layout.of_run(job.device))
-        else:
-            self.batches = self.rollouts.over(section)
-        self.evaluation: RunEvaluation | None = None
-        if len(job.data.eval.lengths):
-            self.evaluation = RunEvaluation(
-                model=job.model,
-                parts=self.parts,
-                objective=self.objective,
-                chat=job.chat,
-                split=job.data.eval,
-                data=section,
-                section=job.recipe.eval,
-                recovery=self.recovery,
-                clock=job.clock,
-                began=partial(reference.as_it_began, job),
-                judge=None if self.rollouts is None else self.rollouts.judged,
-                check_stop=job.stop.check,
-                shares=self.partners,
-            )
+        of_step = (self.parts, self.objective, self.rollouts)
+        self.batches = rows_of_run.batches_of(self.job, section, self.rollouts)
+        self.evaluation = rows_of_run.evaluation_of(self.job, section, of_step, self.recovery, self.partners)
 
     def keep(self) -> None:
         self.checkpointer.save(self.completed, last_chance=True)
@@ -242,8 +228,7 @@ class Training:
         """One optimizer step, or, when its numbers are not finite, none."""
         started = time.monotonic()
         packs = self.batches.order.packs_of_step(state.step)
-        if self.rollouts is not None:
-            state = self.rollouts.before(state, packs)
+        state = self.rollouts.before(state, packs) if self.rollouts else state
         lengths = self.batches.lengths(packs)
         cut = self.partners.cut(state, lengths, self.recovery.settings)
         batches = self.ahead.take((tuple(packs), cut))
@@ -255,8 +240,8 @@ class Training:
 
         gather = lambda: self.partners.gather(state, lengths, self.recovery.settings, work)  # noqa: E731
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
-        if state.step + 1 < self.batches.steps and self.rollouts is None:  # a GPU is still at this one
-            self.ahead.prepare(self._following(state))
+        if state.step + 1 < self.batches.steps and not self.rollouts:  # a GPU is still at this one
+            self.ahead.prepare(sharing.following(self.partners.cut, self.batches, state, self.recovery.settings))
         self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
@@ -275,20 +260,9 @@ class Training:
             self.recovery.run_once(lambda: self.optimizer.step(rate))
         else:
             self._skip(state, losses, packs, self.partners.cut(state, lengths, self.recovery.settings))
-        seconds = time.monotonic() - started
-        tokens = self.batches.tokens(packs)
-        done = StepDone(
-            step=state.step + 1,
-            epoch=self.batches.order.epoch_of_step(state.step + 1),
-            loss=loss_value,
-            learning_rate=rate,
-            grad_norm=norm_value,
-            tokens=tokens,
-            trained_tokens=sum(int(batch.trained_T.numel()) for batch in batches),
-            tokens_per_second=tokens / seconds,
-            peak_bytes=peak_bytes(self.job.device),
-            seconds=seconds,
-        )
+        epoch, numbers = self.batches.order.epoch_of_step(state.step + 1), (loss_value, rate, norm_value)
+        tokens = (self.batches.tokens(packs), sum(int(batch.trained_T.numel()) for batch in batches))
+        done = step_done((state.step + 1, epoch), numbers, tokens, time.monotonic() - started, self.job.device)
         self.spills.after_step(done)
         state = self.recovery.settings.kept_in(health.after_step(state, done, is_finite, self.sink))
         state = self.partners.after_step(state, self.recovery.settings)
@@ -298,15 +272,8 @@ class Training:
             raise health.too_many_skips(state)
         if is_finite:
             self.sink.emit(done)
-            preferences.emit(self.objective, done.step, self.sink)
-            if self.rollouts is not None:
-                self.rollouts.emit(done.step)
+            rollouts.emit(self.rollouts, self.objective, done.step, self.sink)
         return state
-
-    def _following(self, state: RunState) -> tuple[tuple[Pack, ...], Cut]:
-        """What the step after the one that follows `state` reads."""
-        packs = tuple(self.batches.order.packs_of_step(state.step + 1))
-        return packs, self.partners.cut(state, self.batches.lengths(packs), self.recovery.settings)
 
     def _micro_batches(self, wanted: tuple[Sequence[Pack], Cut]) -> list[Batch]:
         """Packs in micro-batches."""
@@ -320,7 +287,7 @@ class Training:
     def _micro_steps(self, state: RunState, batches: Sequence[Batch], step_weight: float) -> list[torch.Tensor]:
         preferences.begin(self.objective, batches, self.job.model, self.parts, self.partners.shared)
         self.job.model.train()
-        losses = []
+        parts, losses = self.rollouts.parts if self.rollouts else self.parts, []
         for micro_step, batch in enumerate(batches):
             self.job.stop.check()
             if batch.trained_T.numel() == 0 or not self.partners.mine(micro_step):
@@ -329,7 +296,7 @@ class Training:
             seed_micro_batch(self.train.seed, state.step, micro_step)
             placed = batch.to(self.job.device)
             share = (self.objective, step_weight, self.train.neftune_alpha)
-            losses.append(forward_backward(self.parts_of_step, placed, *share))
+            losses.append(forward_backward(parts, placed, *share))
         self.job.stop.check()
         return losses
 

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache, partial
 from qlora.data.layout import Layout
 from qlora.data.token_cache import Prompt
 from qlora.errors import DataError, RunFolderError
-from qlora.events import Notice, Progress
+from qlora.events import Notice, Progress, Sink
 from qlora.model import generate, sampled
 from qlora.recipe.sections import DataSection
 from qlora.reward_events import Rewarded
@@ -25,7 +25,7 @@ from qlora.starting_adapter import START
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.group_relative import GroupObjective, Seen, advantages_of, at_temperature, without_signal
 from qlora.step.loss import Objective
-from qlora.training import reference
+from qlora.training import preferences, reference
 from qlora.training.answered import Answer, AnsweredBatches
 from qlora.training.checkpoint import RunState
 from qlora.training.generations import FOLDER, Kept
@@ -45,6 +45,14 @@ def of_run(job: Job, parts: CausalParts, objective: Objective, recovery: OomReco
         return None
     parts = replace(parts, transform=at_temperature(parts.transform, job.recipe.train.temperature))
     return Rollouts(job, parts, objective, recovery)
+
+
+def emit(drawn: Rollouts | None, objective: Objective, step: int, sink: Sink) -> None:
+    """What the objective has seen of the step that was done; nothing of a supervised one."""
+    if drawn is not None:
+        drawn.emit(step)
+    else:
+        preferences.emit(objective, step, sink)
 
 
 class Rollouts:

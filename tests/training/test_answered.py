@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlora.data.layout import Layout
+from qlora.dealing import in_order
 from qlora.training.answered import Order
 from qlora.training.memory_plan import MemorySettings
 from tests.training.answer_cases import LENGTHS, batches_over, drawn, train_section
@@ -44,7 +45,7 @@ def test_steps_ask_rows_and_learn_answers() -> None:
     assert [batches.order.epoch_of_step(step) for step in range(5)] == [0, 0.5, 1, 1.5, 2]
     assert isinstance(batches.order, Order) and batches.order.epoch_packs(0) == packs[0]
     assert batches.tokens(packs[0]) == sum(asked + count for asked, count, _ in LENGTHS)
-    assert batches.in_micro_batches(packs[0], 4) == [[(0,), (1,)], [(1,)]]
+    assert batches.in_micro_batches(packs[0], in_order(6, 4)) == [[(0,), (1,)], [(1,)]]
     limited = batches_over(answers, train_section(batch_size=2, num_iterations=2, max_steps=5))
     assert limited.steps == 5
 

@@ -149,7 +149,7 @@ def test_memory_that_runs_out_in_drawing_halves_what_is_drawn_at_once(
     monkeypatch.setattr(rollouts.sampled, "draw", failing(real, 1, error))
     recorder = train(recipes[0], *some)
     (recovered,) = recorder.of("recovered")
-    assert recovered.as_dict()["step"] == 2 and "8 instead of 16 answers at once" in recovered.as_dict()["message"]
+    assert recovered.as_dict()["step"] == 2 and "4 instead of 8 answers at once" in recovered.as_dict()["message"]
     monkeypatch.setattr(rollouts.sampled, "draw", failing(real, 1, error))
     train(recipes[1], *some, stop_after=2)
     seen: list[int] = []
@@ -160,7 +160,7 @@ def test_memory_that_runs_out_in_drawing_halves_what_is_drawn_at_once(
 
     monkeypatch.setattr(rollouts.sampled, "draw", watching)
     train(recipes[1], *some, mode="resume")
-    assert seen == [8] and hashes(recipes[0], 3) == hashes(recipes[1], 3)
+    assert seen == [4] and hashes(recipes[0], 3) == hashes(recipes[1], 3)
 
 
 def test_memory_that_runs_out_in_the_update_leaves_the_answers(
