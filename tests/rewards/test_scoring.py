@@ -46,7 +46,7 @@ def test_scores_are_summed_by_their_weights() -> None:
 
 SCHEMA = {
     "type": "object",
-    "properties": {"n": {"type": "integer", "minimum": 1}, "name": {"type": "string", "pattern": "^(a+)+$"}},
+    "properties": {"n": {"type": "integer", "minimum": 1}, "name": {"type": "string", "pattern": "^(a+)+$"}, "x": {}},
     "required": ["n"],
     "additionalProperties": False,
 }
@@ -61,7 +61,7 @@ def test_a_schema_judges_strict_json(tmp_path: Path) -> None:
         '{"n": 0}',
         '{"n": 3, "m": 1}',
         "n: 3",
-        '{"n": NaN}',
+        '{"n": 3, "x": NaN}',
     ]
     answers += [json.dumps({"n": 1, "name": "a" * 40 + "b"}), "[" * 100_000, '```json\n{"n": 3}\n```', '{"n": 1e999}']
     with rewards_of([f"json_schema:{tmp_path / 'answer.json'}"]) as rewards:
