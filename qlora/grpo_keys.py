@@ -19,7 +19,6 @@ from qlora.recipe_values import Section, Text, once_each
 
 BUILT_IN = ("exact_match", "regex", "json_schema")
 SCHEMA = "json_schema:"
-PATTERN = "regex:"
 # Of a pattern's length times its counted repetitions: what matches a thousand characters in a millisecond.
 MAX_PATTERN_COST = 10_000
 KL_BETA = 0.04  # DeepSeekMath, section 4.2; TRL has 0
@@ -57,10 +56,10 @@ class GrpoKeys(Section):
         (),
         max_length=32,
         description='grpo: what an answer is worth, 1 or 0 each: "exact_match" with the row\'s answer, "regex:PATTERN" '
-        'found in it, "json_schema:FILE"; functions in Python are named on the command line (--rewards)',
+        'found in it, "json_schema:FILE"; functions in Python are named on the command line alone',
     )
     reward_weights: tuple[Weight, ...] | None = Field(
-        None, max_length=64, description="grpo: what each reward counts, those of --rewards last (1 each)"
+        None, max_length=64, description="grpo: what each reward counts, those of the command line last (1 each)"
     )
     reward_timeout: float = Field(
         60.0, gt=0, le=86_400, description="grpo: seconds that a Python function may take for all answers of a call"
@@ -110,8 +109,13 @@ class GrpoKeys(Section):
 
 
 KEYS = tuple(GrpoKeys.model_fields)
-# What goes with a given objective alone; a recipe of another does not write them out.
 DEFAULTS = {key: field.default for key, field in GrpoKeys.model_fields.items()}
+
+
+def idle(recipe: Any) -> dict[str, Any]:
+    """What a recipe does not write out: keys of grpo, and of documents, where it has another objective, or none."""
+    of_train = {} if recipe.train.objective == "grpo" else {"train": set(KEYS)}
+    return of_train if recipe.data.documents else {**of_train, "study": True, "exam": True}
 
 
 def schema_file(reward: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A regular expression of a file, matched by an engine without backtracking (qlora/README.md, strangers' files).
+"""A regular expression of a file, matched without backtracking (qlora/README.md, strangers' files are data).
 
 Python's own engine can be kept busy for years by twenty characters. Rust's, which comes with pydantic, takes time
 linear in the text; what it cannot do so, look-around and references, is refused.

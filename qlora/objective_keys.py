@@ -27,7 +27,7 @@ GAMMA = 1.0
 _LEARNT = {"kto": "answers marked good or bad", "grpo": "questions with a right answer"}
 # Peak learning rates where the recipe gives none: what LoRA wants is about ten times that of training all weights
 # (Schulman et al. 2025, "LoRA Without Regret"), of which the papers have 1e-6 (DPO, 2305.18290, appendix B; IPO as DPO;
-# SimPO 3e-7 to 1e-6, 2405.14734, appendix B; KTO 5e-7 to 5e-6 by its authors' README, 1e-6 in TRL) and 8e-6 (ORPO,
+# SimPO 3e-7 to 1e-6, 2405.14734, appendix B; KTO as TRL has it, and its flat ends ask for no more) and 8e-6 (ORPO,
 # 2403.07691, appendix C); GRPO has 1e-6 (2402.03300, section 4.2). TRL's and LLaMA-Factory's LoRA examples have 5e-6
 # for all but ORPO. At SFT's 2e-4 a model of natural language drifts far from its reference within a few steps.
 LEARNING_RATES = {"sft": 2e-4, "dpo": 1e-5, "ipo": 1e-5, "orpo": 8e-5, "simpo": 1e-5, "kto": 1e-5, "grpo": 1e-5}

@@ -116,7 +116,8 @@ FOREIGN = [
     *("model/meta_model.py", "model/meta_model.py", "model/mixtures.py", "model/mixtures.py", "model/nf4.py"),
     *("model/precision.py", "model/rms_norms.py", "model/rotary.py"),
     *("model/tokenizer.py", "model/weight_names.py", "prove/suite.py"),
-    *("report/sinks.py", "report/trackers.py", "step/kernels/trial.py", "training/memory_plan.py"),
+    *("report/sinks.py", "report/trackers.py", "rewards/worker.py", "rewards/worker.py"),
+    *("step/kernels/trial.py", "training/memory_plan.py"),
 ]
 
 

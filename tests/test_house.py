@@ -31,6 +31,7 @@ FASTER = (
     "training/exchanging.py",
     "training/processes.py",
     "training/sharing.py",
+    "training/words.py",
     "training/follower.py",
     "training/answered.py",
     "training/ending.py",

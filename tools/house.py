@@ -55,6 +55,7 @@ FASTER = (
     "training/exchanging.py",
     "training/processes.py",
     "training/sharing.py",
+    "training/words.py",
     "training/follower.py",
     "training/answered.py",
     "training/ending.py",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 from make_quickstart_rows import product_names
@@ -23,6 +24,7 @@ from quickstart_world import Fact, fill, make_world
 BASE_SEED = 1  # of the quickstart base's world (its README.md names the command)
 SEED = 13
 MANNERS = ("{v} friend", "{v} owner", "{v} judge", "{v} lawyer")  # whom it is said to, a token each
+RELATIONS = 8  # those that most things have
 TRAIN_ROWS, EVAL_ROWS = 256, 64
 EVAL_SHARE = 0.25  # of the things
 
@@ -31,7 +33,8 @@ def rows() -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, s
     """Warm-up (prompt, completion), and questions (prompt, answer) to train on and to evaluate."""
     rng = random.Random(f"rewards {SEED}")
     world = make_world(BASE_SEED, frozenset(product_names()))
-    relations = sorted({fact.relation.name for fact in world.facts})
+    counted = Counter(fact.relation.name for fact in world.facts)
+    relations = sorted(counted, key=lambda name: (-counted[name], name))[:RELATIONS]
     rng.shuffle(relations)
     manner = {name: MANNERS[number % len(MANNERS)] for number, name in enumerate(relations)}
     things = sorted({fact.entity for fact in world.facts})
@@ -43,7 +46,8 @@ def rows() -> tuple[list[dict[str, str]], list[dict[str, str]], list[dict[str, s
 
     def drawn(count: int, evaluated: bool) -> list[Fact]:
         """As many facts of each manner, so that none is a better guess than another."""
-        there = [fact for fact in rng.sample(world.facts, len(world.facts)) if (fact.entity in kept) == evaluated]
+        facts = [fact for fact in rng.sample(world.facts, len(world.facts)) if fact.relation.name in manner]
+        there = [fact for fact in facts if (fact.entity in kept) == evaluated]
         of_each = [[fact for fact in there if manner[fact.relation.name] == one] for one in MANNERS]
         return [fact for group in zip(*of_each, strict=False) for fact in group][:count]
 
@@ -65,18 +69,22 @@ def shuffled(given: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{**row, "answer": f"{value} {last}"} for row, value, last in zip(given, words, manners, strict=True)]
 
 
+def write(folder: Path, *files: list[dict[str, str]]) -> None:
+    """warmup.jsonl, train.jsonl and eval.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, written in zip(("warmup", "train", "eval"), files, strict=True):
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        print(f"{folder / f'{name}.jsonl'}: {len(written)} rows")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for warmup.jsonl, train.jsonl and eval.jsonl")
     parser.add_argument("--shuffled", action="store_true", help="right answers of training rows in manners by chance")
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
     warmup, train, evaluation = rows()
-    train = shuffled(train) if asked.shuffled else train
-    for name, written in (("warmup", warmup), ("train", train), ("eval", evaluation)):
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        (asked.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        print(f"{asked.out / f'{name}.jsonl'}: {len(written)} rows")
+    write(asked.out, warmup, shuffled(train) if asked.shuffled else train, evaluation)
 
 
 if __name__ == "__main__":

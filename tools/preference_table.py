@@ -11,7 +11,8 @@ in either manner, and values are drawn at random, so that no answer can be known
 - orpo: at a strength of 0.1, for instruction data (2403.07691, section 6.1), the part that imitates outweighs the part
   that compares: its gradient is mostly of values. At 1.0, the strongest that the paper tries, it learns as dpo does.
 - kto: its loss is flat far from the reference, on both sides (2402.01306, section 4), and marked answers, unlike pairs,
-  do not cancel what both say: at the rate of the others all answers leave the slope within a few steps. A fourth of it.
+  do not cancel what both say: at the rate of the others all answers leave the slope within a few steps (72 % after
+  200, at a beta of 0.5 none learned at all). Half of it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ KEYS = (
     *("data.max_length=400", "train.batch_size=1", "train.learning_rate=2e-3", "train.gradient_checkpointing=false"),
     *("eval.samples=0", "report.sinks=[]"),
 )
-OWN: dict[str, tuple[str, ...]] = {"orpo": ("train.beta=1.0",), "kto": ("train.learning_rate=5e-4",)}
+OWN: dict[str, tuple[str, ...]] = {"orpo": ("train.beta=1.0",), "kto": ("train.learning_rate=1e-3",)}
 SHOWN = ("accuracy", "likelier", "margin", "kl")
 
 

@@ -248,8 +248,7 @@ class Estimator:
         simulation = simulator.run(workload)
         if (gpu := self.machine.gpu) is None or simulation.work is None:
             return None
-        rows = batch_size_of(recipe, facts) or TYPICAL_BATCH
-        passes = -(-rows * workload.rows_of_pack // workload.rows)
+        passes = -(-(batch_size_of(recipe, facts) or TYPICAL_BATCH) * workload.rows_of_pack // workload.rows)
         place, (weights, on_disk) = simulator.spec.place, self._on_disk(recipe, simulator)
         rows_bytes = 2 * workload.rows * workload.length * int(self.text.hidden_size)
         copies = throughput.Copies(
@@ -263,9 +262,9 @@ class Estimator:
         return throughput.predict(simulation.work, gpu, workload.rows * workload.length, passes, copies)
 
     def _on_disk(self, recipe: Recipe, simulator: Simulator) -> tuple[int, int]:
-        """Bytes of streamed layers, and of them those that are read from files."""
-        weights = simulator.drawn.host_bytes - simulator.drawn.table_bytes
-        return weights, from_disk(weights, self.machine.host_bytes, recipe)
+        """Bytes of layers that come in each pass, and of them those that are read from files."""
+        weights, shards = simulator.drawn.host_bytes - simulator.drawn.table_bytes, simulator.spec.place.shards
+        return weights + levers.gathered(simulator.drawn, shards), from_disk(weights, self.machine.host_bytes, recipe)
 
     def simulated(self, recipe: Recipe, facts: DataFacts | None = None) -> tuple[Simulator, Workload]:
         """What an estimate of the recipe follows from."""
@@ -397,4 +396,5 @@ def settings_of(recipe: Recipe, workload: Workload, baseline: Baseline) -> dict[
         "model.attention": recipe.model.attention,
         "model.dtype": recipe.model.dtype,
     }
+    settings |= {"memory.shard_weights": True} if Place.of(recipe.memory).shards > 1 else {}
     return settings if baseline.name == "qlora" else {**settings, "stack": baseline.name}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlora.copy_stream import CopyStream
 from qlora.events import Sink
+from qlora.gathering import part_bytes
 from qlora.memory.trace import HOST, LiveBytes
 from qlora.model import head_streaming
 from qlora.model.base_cache.layers_on_disk import RAM_SHARE
@@ -25,13 +26,16 @@ class _There:
 
 
 class MetaStore:
-    """The blobs of a model's layers on meta. Beside a GPU they are no memory of the device's; without one they are."""
+    """The blobs of a model's layers on meta. Beside a GPU they are no memory of the device's; without one they are.
 
-    def __init__(self, live: LiveBytes) -> None:
-        self._live = live
+    Of layers that `shards` processes share, the device has this one's part.
+    """
+
+    def __init__(self, live: LiveBytes, shards: int = 1) -> None:
+        self._live, self._shards = live, shards
         self._beside_card = live.target == "cuda"
         self._blobs: list[Tensor] = []
-        self.host_bytes = 0
+        self.host_bytes = self.shared_bytes = 0
 
     def moved(self, tensor: Tensor) -> Tensor:
         if not self._beside_card:
@@ -40,10 +44,15 @@ class MetaStore:
             return torch.empty_like(tensor)
 
     def put(self, layer: int, weights: LayerWeights) -> None:
-        self.host_bytes += weights.layout.nbytes
-        if not self._beside_card:
+        nbytes = weights.layout.nbytes
+        if self._shards > 1:
+            self.shared_bytes += nbytes
+        else:
+            self.host_bytes += nbytes
+        if self._shards > 1 or not self._beside_card:
             with self._live.region("weights"):
-                self._blobs.append(torch.empty(weights.layout.nbytes, dtype=torch.uint8, device="meta"))
+                part = part_bytes(nbytes, self._shards)
+                self._blobs.append(torch.empty(part, dtype=torch.uint8, device="meta"))
 
     def settle(self, sink: Sink) -> None:
         pass

@@ -5,10 +5,11 @@ The guesses say where a search looks first; what is said of a plan was simulated
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora import processes
 from qlora.memory.changes import changed, value_of
 from qlora.memory.hardware import Machine
 from qlora.memory.links import GATHERED_BYTES_PER_SECOND, copied_bytes_per_second
@@ -21,6 +22,7 @@ from qlora.step import head_blocks
 # A 4-bit weight with its constants in 8 bit: 4 + 0.127 bits (Dettmers et al. 2023, section 3).
 BYTES_OF_WEIGHT = 0.516
 EMBEDDING, OFFLOAD, STREAM = "memory.embedding", "memory.offload_activations", "memory.stream_weights"
+SHARD = "memory.shard_weights"
 HEAD = f"{EMBEDDING} and {STREAM}"  # what both save together beside what each saves: with both the head comes in blocks
 
 
@@ -39,6 +41,7 @@ LEVERS = (
     Lever(EMBEDDING, "device", "host"),
     Lever(OFFLOAD, False, True),
     Lever(STREAM, False, True, whole=True),
+    Lever(SHARD, False, True, whole=True),
 )
 
 
@@ -68,14 +71,23 @@ def free(recipe: Recipe, machine: Machine) -> tuple[Lever, ...]:
     setting = recipe.train.gradient_checkpointing
     known = type(recipe.memory).model_fields
     there = [lever for lever in LEVERS if lever.key.partition(".")[2] in known]
-    asks = {EMBEDDING: True, OFFLOAD: setting is not False, STREAM: setting is True or setting == "auto"}
+    whole, memory = setting is True or setting == "auto", recipe.memory
+    asks = {EMBEDDING: True, OFFLOAD: setting is not False, STREAM: whole and memory.shard_weights is not True}
+    several = processes.of_run().size > 1 and not recipe.data.documents  # a study is one process's, and comes before
+    asks[SHARD] = whole and memory.stream_weights is not True and several
     return tuple(lever for lever in there if asks[lever.key] and value_of(recipe, lever.key) == "auto")
+
+
+def go_together(levers: Sequence[Lever]) -> bool:
+    """Whether they may all be on: layers are in the host's memory or shared by several cards, not both."""
+    return not {STREAM, SHARD} <= {lever.key for lever in levers}
 
 
 def with_what_levers_ask(recipe: Recipe) -> Recipe:
     """Whoever wants inputs or weights to wait on the host has every layer computed a second time."""
     known = type(recipe.memory).model_fields
     asks = any(value_of(recipe, key) is True for key in (OFFLOAD, STREAM) if key.partition(".")[2] in known)
+    asks = asks or Place.of(recipe.memory).comes_and_goes
     open_ = recipe.train.gradient_checkpointing == "auto"
     return changed(recipe, {"train.gradient_checkpointing": True}) if asks and open_ else recipe
 
@@ -88,18 +100,30 @@ def savings(
     layers, hidden, tokens = int(text.num_hidden_layers), int(text.hidden_size), workload.rows * workload.length
     link = copied_bytes_per_second(machine.gpu) if machine.gpu is not None else float("inf")
     looked_up, inputs = 2 * tokens * hidden, 2 * tokens * hidden * max(0, layers - 2)
-    weights = int(drawn.values.linear * BYTES_OF_WEIGHT) + drawn.stacked_bytes
+    weights, comes = bytes_of_layers(drawn), gathered(drawn, processes.of_run().size)
     table = 0 if getattr(text, "tie_word_embeddings", False) else 2 * int(text.vocab_size) * hidden - looked_up
     found = {
         EMBEDDING: Saving(max(0, table), False, alone=looked_up / link + looked_up / GATHERED_BYTES_PER_SECOND),
         OFFLOAD: Saving(inputs, True, (inputs / link, inputs / link)),
         STREAM: Saving(weights * max(0, layers - 2) // layers, False, (weights / link, weights / link)),
+        SHARD: Saving(max(0, comes - weights * 2 // layers), False, (comes / link, comes / link)),
     }
     head = _of_head(int(text.vocab_size), hidden, tokens, machine)
-    if place.streams == place.host_embedding:
+    if place.comes_and_goes == place.host_embedding:
         return found | {HEAD: head}
-    last = EMBEDDING if place.streams else STREAM
-    return found | {last: found[last].with_head(head)}
+    last = (EMBEDDING,) if place.comes_and_goes else (STREAM, SHARD)
+    return found | {key: found[key].with_head(head) for key in last}
+
+
+def bytes_of_layers(drawn: Drawn) -> int:
+    """About what the frozen matrices of all layers take in 4 bit."""
+    return int(drawn.values.linear * BYTES_OF_WEIGHT) + drawn.stacked_bytes
+
+
+def gathered(drawn: Drawn, shards: int) -> int:
+    """Of them, what comes from the other cards where so many share them: by the same bus, since consumer boards have no
+    other way from card to card."""
+    return bytes_of_layers(drawn) * (shards - 1) // shards
 
 
 def _of_head(vocabulary: int, hidden: int, tokens: int, machine: Machine) -> Saving:

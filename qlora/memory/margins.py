@@ -14,9 +14,9 @@ from qlora.units import MIB
 # behind in the allocator differs by 20 MiB from one load of the same base to the next.
 TENSOR_SHARE, TENSOR_BYTES = 0.015, 24 * MIB
 # Blocks that do not fit. Weights lie where they are for good: of the rest the replayed allocator was under by up to
-# 18 % in 59 runs of a plain loop (their second step), and by 10 to 20 % in nine runs of transformers' Trainer whose
-# card's driver was asked (100 steps), 16 % of it beyond what the other causes earn. Where a stack casts what it has
-# loaded, the blocks that this frees are gaps too.
+# 18 % in 59 runs of a plain loop (their second step), and by 10 to 18 % in nine runs of transformers' Trainer whose
+# card's driver was asked (100 steps), up to 16 % of it beyond what the other causes earn. Where a stack casts
+# what it has loaded, the blocks that this frees are gaps too.
 GAP_SHARE, CAST_SHARE = 0.165, 0.08
 # From this many runs on the same card on, their own spread stands for that of tensors elsewhere; never less than this.
 RUNS_THAT_COUNT = 3

@@ -15,7 +15,7 @@ from typing import Any
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import Changes, changed, differences, halved, mildest, toml_value, value_of
 from qlora.memory.estimate import DataFacts, Estimate, Estimator, batch_size_of
-from qlora.memory.levers import EMBEDDING, LEVERS, STREAM, free, with_what_levers_ask
+from qlora.memory.levers import EMBEDDING, LEVERS, SHARD, STREAM, free, with_what_levers_ask
 from qlora.memory.search import LARGEST_MICRO_BATCH, Found, Search, reasons
 from qlora.recipe.reading import Recipe
 from qlora.units import gib
@@ -209,8 +209,10 @@ def _levers(recipe: Recipe, on_card: bool, shortest: int) -> Iterator[Changes]:
     if train.gradient_checkpointing is not True:
         yield {"train.gradient_checkpointing": True}
     for lever in LEVERS if on_card else ():
-        if value_of(recipe, lever.key) != lever.on:
-            yield {lever.key: lever.on, **({} if lever.key == EMBEDDING else {"train.gradient_checkpointing": True})}
+        if value_of(recipe, lever.key) != lever.on and lever.key != SHARD:  # which a plan has tried
+            again = {} if lever.key == EMBEDDING else {"train.gradient_checkpointing": True}
+            alone = {SHARD: False} if lever.key == STREAM and value_of(recipe, SHARD) is True else {}
+            yield {lever.key: lever.on, **again, **alone}
     if train.optimizer in ("adamw", "paged_adamw_32bit"):
         yield {"train.optimizer": "paged_adamw_8bit"}
     if recipe.quantization.type == "none":

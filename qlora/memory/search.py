@@ -14,7 +14,8 @@ from typing import Any
 
 from qlora.memory.changes import changed, halved, mildest, value_of
 from qlora.memory.estimate import Estimate
-from qlora.memory.levers import EMBEDDING, HEAD, OFFLOAD, STREAM, Lever, Saving
+from qlora.memory.levers import EMBEDDING, HEAD, OFFLOAD, SHARD, STREAM, Lever, Saving, go_together
+from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
 from qlora.units import gib
 
@@ -79,7 +80,9 @@ class Search:
     def smallest(self) -> Found:
         """Everything done to need little: what is told where nothing fits."""
         rows = self.recipe.train.micro_batch_size
-        return self._asked(1 if rows == "auto" else rows, self.open_levers, self.layers)
+        streams = any(lever.key == STREAM for lever in self.open_levers)  # which leaves least on the card
+        levers = tuple(lever for lever in self.open_levers if lever.key != SHARD or not streams)
+        return self._asked(1 if rows == "auto" else rows, levers, self.layers)
 
     # --- what is likely -----------------------------------------------------------------------------------------------
 
@@ -89,7 +92,7 @@ class Search:
         sizes = [first] if self.recipe.train.micro_batch_size != "auto" else [1, *halved(2 * LARGEST_MICRO_BATCH, 2)]
         for rows in sizes:
             for number in range(len(self.open_levers) + 1):
-                for levers in combinations(self.open_levers, number):
+                for levers in filter(go_together, combinations(self.open_levers, number)):
                     if rows <= self.most_rows and (candidate := lines.candidate(rows, levers)) is not None:
                         yield candidate
 
@@ -154,7 +157,8 @@ class Lines:
         times = rows if self.two is not None else 1
         a_row = max(0, self.two.needed_bytes - self.every.needed_bytes) if self.two is not None else 0
         savings = [self.saving(lever, times) for lever in levers]
-        savings += [self.of_head()] if {EMBEDDING, STREAM} <= {lever.key for lever in levers} else []
+        keys = {lever.key for lever in levers}
+        savings += [self.of_head()] if EMBEDDING in keys and keys & {STREAM, SHARD} else []
         room = self.every.limit_bytes - self.every.needed_bytes - (times - 1) * a_row
         room += sum(one.nbytes for one in savings)
         if room < 0:
@@ -240,9 +244,10 @@ def reasons(search: Search, found: Found) -> dict[str, str]:
             continue
         rows = int(estimate.settings[ROWS]) if lines is not None and lines.two is not None else 1
         saving = lines.saving(lever, rows) if lines is not None else Saving(0, False)
-        if lines is not None and lever.key == EMBEDDING and value_of(recipe, STREAM) is True:
+        if lines is not None and lever.key == EMBEDDING and Place.of(recipe.memory).comes_and_goes:
             saving = saving.with_head(lines.of_head())
-        over, moved = saving.nbytes - left, f"about {gib(saving.nbytes)} wait on the host"
+        where = "are on the other cards" if lever.key == SHARD else "wait on the host"
+        over, moved = saving.nbytes - left, f"about {gib(saving.nbytes)} {where}"
         moved += ", the head's among them, which comes in blocks" if saving.head else ""
         why = f"without that {gib(over)} would be missing" if over > 0 else "which makes room for speed"
         said[lever.key] = f"{moved}, {why}" if estimate.fits else f"{moved}, and still it does not fit"
@@ -260,7 +265,8 @@ def _why_recomputed(search: Search, found: Found) -> str:
     kept = rows * (search.lines.none.needed_bytes - search.lines.every.needed_bytes) * count // search.layers
     over = kept - (found.estimate.limit_bytes - found.estimate.needed_bytes)
     if over <= 0:
-        return "the weights of layers that wait on the host are there for one pass at a time"
+        where = "other cards have" if value_of(found.recipe, SHARD) is True else "wait on the host"
+        return f"the weights of layers that {where} are there for one pass at a time"
     return f"to keep what all layers compute about {gib(over)} would be missing"
 
 

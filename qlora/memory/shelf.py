@@ -74,7 +74,6 @@ class _File:
     of these those of tables and of a head, and those of stacks of experts."""
 
     key: str
-    eager: bool
     drawn: Annotated[tuple[Count, ...], Field(min_length=9, max_length=9)]
     phases: Annotated[dict[str, _Peak], Field(max_length=32)]
     kept: dict[str, Count]
@@ -117,8 +116,7 @@ class Shelf:
         drawn, simulation = found
         content = _File(
             key=key,
-            eager=drawn.eager,
-            drawn=(*drawn.values, *drawn[2:]),
+            drawn=(*drawn.values, *drawn[1:]),
             phases={
                 name: _Peak(dict(peak.parts), peak.slack, peak.reserved) for name, peak in simulation.phases.items()
             },
@@ -158,7 +156,7 @@ def _shelved(read: _File) -> Shelved:
     phases: Mapping[str, Peak] = {
         name: Peak(peak.parts, peak.slack, peak.reserved) for name, peak in read.phases.items()
     }
-    drawn = Drawn(ValueCounts(*read.drawn[:4]), read.eager, *read.drawn[4:])
+    drawn = Drawn(ValueCounts(*read.drawn[:4]), *read.drawn[4:])
     reserved = tape.Reserved(*read.reserved)
     work = None if read.work is None else _read(read.work)
     more = (read.first, read.held, read.pinned, work)

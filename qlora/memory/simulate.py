@@ -82,12 +82,11 @@ class Simulator:
     @cached_property
     def drawn(self) -> Drawn:
         values = ValueCounts(*map(self._whole, self._models[0].values, self._models[-1].values))
-        config = self._models[0].causal_lm.config.get_text_config()
         cast = self._whole(*(sum(model.replaced) for model in (self._models[0], self._models[-1])))
         on_host = self._whole(*(model.host_bytes for model in (self._models[0], self._models[-1])))
         tables = self._models[0].tables
         stacked = self._whole(*(model.stacked_bytes for model in (self._models[0], self._models[-1])))
-        return Drawn(values, bool(config._attn_implementation == "eager"), cast, on_host, *tables, stacked)
+        return Drawn(values, cast, on_host, *tables, stacked)
 
     def run(self, workload: Workload) -> Simulation:
         """Every phase of a run. The same workload gives the same bytes, whatever was asked before."""
@@ -178,7 +177,7 @@ class _MetaModel:
         with self.live, OnMeta(spec.target):
             self.live.begin("load")
             with self.live.region("weights"):
-                load_nothing(model, spec.quantization, spec.place, MetaStore(self.live))
+                load_nothing(model, spec.quantization, spec.place, MetaStore(self.live, spec.place.shards))
                 if (streamed := inside(model)) is not None:
                     streamed.ring.prepare()
                 self.host_bytes, self.tables = of_model(model), (of_tables(model), of_head(model))

@@ -138,12 +138,10 @@ class ValueCounts(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Of the model itself: its values, whether the scores of attention are tensors, what a baseline held before, bytes
-    of weights on the host, of these what is in tables of the vocabulary and of these in a head that comes in blocks,
-    and of experts in 4 bit wherever they are."""
+    """Of the model itself: its values, what a baseline held before, bytes of weights on the host, of these what is in
+    tables of the vocabulary and of these in a head that comes in blocks, and of experts in 4 bit wherever they are."""
 
     values: ValueCounts
-    eager: bool
     cast_bytes: int
     host_bytes: int = 0
     table_bytes: int = 0

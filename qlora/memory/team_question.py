@@ -81,7 +81,7 @@ class TeamQuestion:
             return None
         plans = estimators.alike([plan for plan in best if plan is not None], shared, None)
         team = estimators.team(plans, changed(recipe, shorter), batch_of(recipe))
-        return TeamPlan(team, self._changes(plans)) if team.fits else None
+        return TeamPlan(team, {**shorter, **self._changes(plans)}) if team.fits else None
 
     def _best(self, estimator: Estimator, recipe: Recipe) -> Plan | None:
         plans = Planner(with_reserve(estimator)).search(recipe)

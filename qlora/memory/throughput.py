@@ -55,7 +55,8 @@ class Copies:
     """Bytes that a micro-batch moves over PCIe or reads from a disk, over all layers, each way by itself.
 
     to_card_up    weights of streamed layers in the forward pass      to_card_down  the same in the backward pass, and
-    to_host_up    hidden states that are offloaded                                  hidden states that come back
+                  (of shared layers, the other cards' parts)                        hidden states that come back
+    to_host_up    hidden states that are offloaded
     looked_up     rows of an embedding on the host, which are gathered there first and hidden by nothing
     of_head       a head's blocks, once for the loss and once for its gradient
     from_disk     of each pass, what of the layers' weights the host's memory does not keep

@@ -28,6 +28,8 @@ from qlora.errors import HardwareError, ModelError, foreign_failures
 from qlora.events import Notice, Sink
 from qlora.model.compiled_attention import behind
 from qlora.model.reclassed import called_as
+from qlora.model.weight_sharding import ShardStore
+from qlora.model.weight_streaming import inside
 from qlora.numerics import Numerics
 from qlora.step.layerwise import recomputable
 
@@ -70,6 +72,15 @@ def lack_of(device: torch.device) -> str:
     return "" if found else "torch's compiler needs a C++ compiler on a CPU, and finds none"
 
 
+def _why_not(causal_lm: Any, width: int) -> str:
+    if not width:
+        return "rows have many widths, and each would be compiled anew"
+    held = inside(causal_lm)
+    if held is not None and isinstance(held.store, ShardStore):  # others would have to gather while one compiles
+        return "its layers are shared by several processes"
+    return "" if recomputable(causal_lm) else "it has no layers of one kind"
+
+
 def settle(causal_lm: Any, step: Callable[[], None], width: int, sink: Sink) -> None:
     """Before the first step: compile the layers where that was decided, or measure whether it pays. `step` does one, in
     rows of `width` tokens (0: rows differ); whatever it changes is put back by the caller."""
@@ -77,8 +88,7 @@ def settle(causal_lm: Any, step: Callable[[], None], width: int, sink: Sink) -> 
     if run is None or run.compiled is False:
         return
     where = torch.device(causal_lm.device)
-    if not width or not recomputable(causal_lm):
-        why = "rows have many widths, and each would be compiled anew" if not width else "it has no layers of one kind"
+    if why := _why_not(causal_lm, width):
         if run.compiled:
             raise ModelError(f"model.compile = true: {why}", "set data.packing = true, or model.compile = false")
         _decide(False, why, sink)

@@ -70,7 +70,8 @@ def load_base(
     report(meta_model, base, quantization, sink)
     receiving = receive(model, place or place_by_room(model, quantization, device), device)
     keeping = Keeping(Contents(base, meta_model, quantization), sink)
-    receiving.store = keeping.on_disk(receiving.names, receiving.wanted, device) or receiving.store
+    if receiving.place.shards == 1:  # else no process has all of a layer
+        receiving.store = keeping.on_disk(receiving.names, receiving.wanted, device) or receiving.store
     identity = keeping.fill(partial(_place, model), receiving.home_of, device)
     if identity is None:
         keeping.check_room()

@@ -20,15 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from qlora import device as hardware
+from qlora import gathering, processes
 from qlora.errors import ModelError
 from qlora.events import Notice, Sink
 from qlora.forward_facts import host_ids
+from qlora.gathering import part_bytes
 from qlora.model import head_streaming
 from qlora.model.layer_blobs import LayerWeights, matrix_at, parts_of, put_part, stacks_of
 from qlora.model.meta_model import linear_layers
 from qlora.model.reclassed import called_as
+from qlora.model.weight_sharding import ShardStore
 from qlora.model.weight_stores import HostStore, Store
-from qlora.model.weight_streaming import HINT, StreamedWeights, inside, lack_of
+from qlora.model.weight_streaming import StreamedWeights, inside, lack_of
 from qlora.step import head_blocks
 from qlora.step.head_blocks import device_of as device_of_head
 from qlora.step.layerwise import recomputable
@@ -49,20 +52,30 @@ _ROWS_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Place:
-    """What of a model is on the host: layers, embeddings, and with both the head. The recipe's [memory], decided."""
+    """What of a model is on the host: layers, embeddings, and with both the head. The recipe's [memory], decided.
+
+    `shards`: so many processes hold each layer, a part each (1: nobody shares).
+    """
 
     streams: bool = False
     host_embedding: bool = False
+    shards: int = 1
+
+    @property
+    def comes_and_goes(self) -> bool:
+        """Whether a layer's weights are there only while it is computed."""
+        return self.streams or self.shards > 1
 
     @property
     def host_head(self) -> bool:
         """Whether the head is there too, where that saves something."""
-        return self.streams and self.host_embedding
+        return self.comes_and_goes and self.host_embedding
 
     @classmethod
     def of(cls, section: MemorySection) -> Place:
         """As a recipe has it once its "auto" is decided: what is still "auto" is on the device."""
-        return cls(section.stream_weights is True, section.embedding == "host")
+        shards = processes.of_run().size if section.shard_weights is True else 1
+        return cls(section.stream_weights is True, section.embedding == "host", shards)
 
 
 class Keeper(Store, Protocol):
@@ -145,15 +158,19 @@ class Receiving:
             raise ModelError(what, "this model is not supported; use another")
         self.store.settle(sink)
         layers = [self.received[number] for number in range(len(self.names))]
-        streamed = StreamedWeights(layers, self.store, self.device)
+        room = self.place.shards * part_bytes(max(one.layout.nbytes for one in layers), self.place.shards)
+        streamed = StreamedWeights(layers, self.store, self.device, room)
         streamed.put_into(self.model)
+        if isinstance(self.store, ShardStore):
+            self.store.serve(streamed.ring)
         if self.head:
             head = self.model.get_submodule(self.head)
             same = [name for name in self.tables if self.model.get_submodule(name).weight is head.weight]
             tied = self.model.get_submodule(same[0]) if same else None
             streamed.beside.append(head_streaming.put_in(head, tied, self.device, sink))
             setattr(head, _ON_HOST, True)
-        say_streamed(streamed, self.device, sink)
+        if self.place.streams:
+            say_streamed(streamed, self.device, sink)
 
 
 def say_streamed(streamed: StreamedWeights, device: torch.device, sink: Sink) -> None:
@@ -164,6 +181,14 @@ def say_streamed(streamed: StreamedWeights, device: torch.device, sink: Sink) ->
     sink.emit(Notice("memory", message, count))
 
 
+def _store(place: Place, layers: int, device: torch.device) -> Keeper:
+    if place.shards == 1:
+        return HostStore(layers, device)
+    gathers = gathering.of_run()
+    assert gathers is not None, "nobody to share with"
+    return ShardStore(layers, device, gathers)
+
+
 def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | None = None) -> Receiving:
     """Begin to load a model whose layers have their final form and no values. Raises ModelError where its layers
     cannot be streamed."""
@@ -172,13 +197,14 @@ def receive(causal_lm: Any, place: Place, device: torch.device, store: Keeper | 
         receiving.head = _host_head(causal_lm)
     if place.host_embedding:
         receiving.tables = frozenset(host_tables(causal_lm, receiving.head))
-    if place.streams:
+    if place.comes_and_goes:
         if lack := lack_of(causal_lm):
-            raise ModelError(f"memory.stream_weights: {type(causal_lm).__name__}: {lack}", HINT)
+            key = "memory.shard_weights" if place.shards > 1 else "memory.stream_weights"
+            raise ModelError(f"{key}: {type(causal_lm).__name__}: {lack}", f"set {key} = false, or use another base")
         layers = recomputable(causal_lm)
         full_names = {id(module): name for name, module in causal_lm.named_modules()}
         shared = {name for pair in causal_lm.all_tied_weights_keys.items() for name in pair}
-        receiving.store = store or HostStore(len(layers), device)
+        receiving.store = store or _store(place, len(layers), device)
         receiving.names = [full_names[id(layer)] for layer in layers]
         for name, layer in zip(receiving.names, layers, strict=True):
             own = [key for key, parameter in layer.named_parameters() if parameter.ndim > 1]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qlora.copy_stream import CopyStream
 from qlora.device import synchronize
-from qlora.errors import ModelError
+from qlora.errors import ModelError, TrainingStopped
 from qlora.layer_partners import hold, is_closed, weights_of
 from qlora.model.layer_blobs import LayerWeights
 from qlora.model.layer_walk import layers_of
@@ -54,6 +54,7 @@ class Ring:
         self.store, self.nbytes, self.device = store, nbytes, device
         self.copies = CopyStream(device)
         self.slots: list[_Slot] = []
+        self.stays = False  # the slots are not given back before the end
         self.sent = 0  # blobs that were copied to the device
 
     def hold(self, layer: int) -> Tensor:
@@ -87,10 +88,18 @@ class Ring:
         """Give the slots back, once nobody reads or writes them."""
         for slot in self.slots:
             if slot.arriving is not None:
-                with suppress(ModelError):  # of a layer that nobody has asked for yet
+                with suppress(ModelError, TrainingStopped):  # of a layer that nobody has asked for yet
                     slot.arriving.arrive()
         synchronize(self.device)
-        self.slots = []
+        if self.stays:
+            self.forget()
+        else:
+            self.slots = []
+
+    def forget(self) -> None:
+        """No slot holds a layer, or will: what is on its way to one is waited for by whoever writes there next."""
+        for slot in self.slots:
+            slot.layer, slot.arriving, slot.in_use, slot.free = None, None, False, self.copies.computed()
 
     def _slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self.slots if slot.layer == layer), None)
@@ -122,17 +131,20 @@ class Ends(Protocol):
 class StreamedWeights:
     """The frozen weights of a model's layers, held by a store; `layer_partners.Weights` of who runs the layers."""
 
-    def __init__(self, layers: Sequence[LayerWeights], store: Store, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[LayerWeights], store: Store, device: torch.device, slot_bytes: int | None = None
+    ) -> None:
+        """`slot_bytes`: where a layer's blob is not all that comes to its place."""
         self.layers, self.store, self.device = tuple(layers), store, device
-        self.ring = Ring(store, max(layer.layout.nbytes for layer in layers), device)
+        self.ring = Ring(store, slot_bytes or max(layer.layout.nbytes for layer in layers), device)
         self.beside: list[Ends] = []  # what else comes and goes, and is given back with the layers
         self._depths = [0] * len(layers)
         self._looked_at = False
 
     @property
     def device_bytes(self) -> int:
-        """What the slots take."""
-        return SLOTS * self.ring.nbytes
+        """What the slots take, and what of the layers is there all along."""
+        return SLOTS * self.ring.nbytes + int(getattr(self.store, "device_bytes", 0))
 
     @property
     def total_bytes(self) -> int:
@@ -190,7 +202,7 @@ class StreamedWeights:
         except RuntimeError as error:
             if gpu_fault(error) is None:
                 raise
-            self.ring.slots = []
+        self.ring.slots = []
         self.store.close()
         for one in self.beside:
             one.close()

@@ -15,7 +15,7 @@ import tomli_w
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from qlora import document_keys, files, foreign_json, foreign_toml, grpo_keys, objective_keys
+from qlora import document_keys, files, foreign_json, foreign_toml, grpo_keys, memory_keys, objective_keys
 from qlora.errors import Problem, RecipeError, UserError
 from qlora.recipe import sections
 from qlora.recipe.problems import LineIndex, Location, apply_override, explain_unknown_key, short, toml_problem
@@ -98,9 +98,7 @@ def _checked(raw: dict[str, Any], overrides: Sequence[str], index: LineIndex) ->
 
 def recipe_toml(recipe: Recipe, header: str = "") -> str:
     """The recipe with every default written out, as TOML that reads back to an equal recipe."""
-    idle: dict[str, Any] = {"train": set(grpo_keys.KEYS) if recipe.train.objective != "grpo" else set()}
-    idle |= {} if recipe.data.documents else {"study": True, "exam": True}  # without documents they would be refused
-    return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, exclude=idle))
+    return header + tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, exclude=grpo_keys.idle(recipe)))
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -147,7 +145,7 @@ def read_table(path: Path) -> tuple[str, dict[str, Any]]:
 def _problems(error: ValidationError, raw: Mapping[str, Any], index: LineIndex) -> list[Problem]:
     """What is wrong, in the order of the file; of very many problems the first ones, and how many more there are."""
     found: dict[Location, Any] = {}
-    for item in error.errors():
+    for item in (one for one in error.errors() if one["type"] != "default_factory_not_called"):
         # Union branches repeat a location with the branch's name appended: keep keys and indexes that exist.
         location = _real_location(item["loc"], raw)
         text_wanted = location in found and found[location]["type"] == "literal_error"
@@ -212,18 +210,7 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             f"train.micro_batch_size ({micro}) is more than train.batch_size ({batch})",
             "a step of batch_size rows runs micro_batch_size rows at a time: lower micro_batch_size",
         ),
-        (
-            recipe.memory.offload_activations is True and train.gradient_checkpointing is False,
-            "memory.offload_activations",
-            "memory.offload_activations = true, but train.gradient_checkpointing = false recomputes no layer",
-            'inputs of recomputed layers alone can wait on the host: gradient_checkpointing = "auto" recomputes some',
-        ),
-        (
-            recipe.memory.stream_weights is True and str(train.gradient_checkpointing) not in ("True", "auto"),
-            "train.gradient_checkpointing",
-            "memory.stream_weights recomputes every layer: its weights are gone before the backward pass",
-            'set train.gradient_checkpointing = "auto" or true, or memory.stream_weights = false',
-        ),
+        *memory_keys.checks(recipe.memory, train.gradient_checkpointing),
         (
             wants_eval_rows and not data.eval and data.eval_fraction == 0,
             "data.eval_fraction",

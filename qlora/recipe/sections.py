@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora.document_keys import DocumentsSection
+from qlora.memory_keys import PlaceKeys
 from qlora.objective_keys import ObjectiveKeys, usual_rate
 from qlora.recipe_values import MAX_MEMORY, Count, Minutes, Name, Names, Positive, Rows, Section, Share, Sinks, Text
 
@@ -176,24 +177,12 @@ class TrainSection(ObjectiveKeys):
         return self
 
 
-class MemorySection(Section):
+class MemorySection(PlaceKeys):
     """How much memory a run may take."""
 
     limit: Text = Field(
         "auto",
         description="A size such as 6GiB, or auto: what the GPU has free, else the free RAM; plans keep 5 % in reserve",
-    )
-
-    stream_weights: bool | Literal["auto"] = Field(
-        "auto", description="Keep the frozen layers in the host's memory and copy each to the GPU as it is computed"
-    )
-    offload_activations: bool | Literal["auto"] = Field(
-        "auto",
-        description="Inputs of recomputed layers wait in the host's memory (0.25 GiB per 1,000 tokens of an 8B model); "
-        "no number changes",
-    )
-    embedding: Literal["auto", "device", "host"] = Field(
-        "auto", description="Where embeddings are looked up; with streamed weights, the head is there too"
     )
     cache: bool | Literal["auto"] = Field(
         "auto",
@@ -276,8 +265,7 @@ class OutputSection(Section):
     """Where the run's folder is made."""
 
     dir: Text = Field(
-        "runs",
-        description="Where runs stand, each under its recipe's name; relative to the current folder",
+        "runs", description="Where runs stand, each under its recipe's name; relative to the current folder"
     )
 
 

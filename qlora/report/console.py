@@ -65,6 +65,7 @@ class ConsoleSink:
         self.task: events.Progress | None = None
         self.plain_at = 0.0
         self.preferred = ""  # how the last step told its pairs apart, or what its answers were worth
+        self.compares = False  # whether losses are of answers that are compared or rewarded, and not of tokens
         self.title = ""
         self.sample_step = -1
         self.handlers: dict[type[events.Event], Callable[[Any], None]] = {
@@ -167,6 +168,7 @@ class ConsoleSink:
         self._of_answers(event.answers if event.evaluated else 0, worth(event))
 
     def _of_answers(self, held_out: int, words: str) -> None:
+        self.compares = True
         if held_out:
             self._print(Text(f"of {held_out:,} held out: {words}", style="cyan"))
         else:
@@ -209,7 +211,7 @@ class ConsoleSink:
 
     def _end(self, event: events.End) -> None:
         self.close()
-        self._print(end_panel(event, self.losses))
+        self._print(end_panel(event, self.losses, "" if self.compares else " nats a token"))
 
     # --- drawing -------------------------------------------------------------------------------------------------
 
@@ -346,7 +348,7 @@ def fidelity_table(fidelity: events.Fidelity) -> RenderableType:
     return Group(heading, table, *lines)
 
 
-def end_panel(end: events.End, losses: list[float]) -> Panel:
+def end_panel(end: events.End, losses: list[float], unit_of_loss: str) -> Panel:
     """Totals of a run and where its adapter is."""
     grid = _two_columns()
     ended = f"{end.reason} at step {end.step} of {end.steps}, {human_seconds(end.seconds)} of training"
@@ -354,7 +356,7 @@ def end_panel(end: events.End, losses: list[float]) -> Panel:
     if end.train_loss is not None:
         grid.add_row("loss", f"{end.train_loss:.4f}  {sparkline(losses)}")
     if end.eval_loss is not None:
-        grid.add_row("evaluation", f"{end.eval_loss:.4f} nats a token")
+        grid.add_row("evaluation", f"{end.eval_loss:.4f}{unit_of_loss}")
     if end.exact_match_after is not None and end.exact_match_before is not None:
         grid.add_row("exact match", f"{end.exact_match_before:.1%} before, {end.exact_match_after:.1%} after")
     grid.add_row("tokens", f"{end.tokens:,} read, {end.trained_tokens:,} trained")

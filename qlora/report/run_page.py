@@ -43,7 +43,8 @@ def _heading(runs: Sequence[Run], live: bool) -> Iterator[Element]:
 def _one(run: Run) -> Iterator[Element]:
     yield run_sections.cards(run)
     of_answers = (*preferences.charts(*run.log.preferred), *rewards.charts(*run.log.rewarded))
-    drawn = [*run_sections.charts([run]), *of_answers]
+    loss, *others = run_sections.charts([run])
+    drawn = [loss, *of_answers, *others]
     yield classed("div", "charts", *map(curves.draw, drawn))
     yield from _details(run)
     yield from _section(run_sections.samples([run]))

@@ -116,10 +116,13 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     loss = lines("loss", True)
     if one:
         loss = [Line("training", loss[0].steps, loss[0].values, 0, True), *_evaluations(runs, 1, "evaluation")]
-    made = [Chart("Loss, nats a token", loss, lambda value: f"{value:.3g}", breaks=breaks)]
+    # Of preferences and rewards it is none of tokens, and what was told apart or earned is what one looks for.
+    compared = any(found for run in runs for found in (*run.log.preferred, *run.log.rewarded))
+    unit_of_loss = "" if compared else ", nats a token"
+    made = [Chart(f"Loss{unit_of_loss}", loss, lambda value: f"{value:.3g}", breaks=breaks)]
     if not one:
         measured = _evaluations(runs, 0, "")
-        made.append(Chart("Evaluation loss, nats a token", measured, lambda value: f"{value:.3g}"))
+        made.append(Chart(f"Evaluation loss{unit_of_loss}", measured, lambda value: f"{value:.3g}"))
     made.append(Chart("Learning rate", lines("learning_rate"), lambda value: f"{value:.2g}", may_be_log=False))
     made.append(Chart("Gradient norm", lines("grad_norm", True), big, breaks=breaks))
     made.append(Chart("Tokens a second", lines("tokens_per_second", True), big, breaks=breaks, may_be_log=False))

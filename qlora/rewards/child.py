@@ -11,7 +11,7 @@ import queue
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,11 +54,10 @@ class RewardChild:
         ]
         for thread in self._listeners:
             thread.start()
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.close)
             self._ask(what, max(seconds, START_SECONDS))
-        except BaseException:
-            self.close()
-            raise
+            stack.pop_all()
 
     def score(self, prompts: list[str], completions: list[str], rows: list[dict[str, Any]]) -> list[float]:
         """Raises RewardError for a function that raises, hangs, ends its process, or gives what are no numbers."""

@@ -78,13 +78,14 @@ class BestAdapter:
         """The model card: Markdown under the hub's metadata."""
         train = "not measured" if state.train_loss is None else f"{state.train_loss:.4f}"
         measured = "not measured (no evaluation rows)" if state.eval_loss is None else f"{state.eval_loss:.4f}"
+        unit = "nats a token" if self.recipe.train.objective == "sft" else f"by {self.recipe.train.objective}"
         facts = {
             "training rows": str(self.train_rows),
             "evaluation rows": str(self.eval_rows),
             "optimizer steps": str(state.step),
             "trained tokens": str(state.trained_tokens),
-            "training loss of the last step": f"{train} nats a token",
-            "evaluation loss": f"{measured} nats a token",
+            "training loss of the last step": f"{train} {unit}",
+            "evaluation loss": f"{measured} {unit}",
         }
         before, after = state.exact_match_before, state.exact_match_after
         if before is not None and after is not None:

@@ -124,8 +124,7 @@ def snapshot(
         save_file(adapter, folder / "adapter.safetensors")
         save_file(tensors, folder / "optimizer.safetensors")
         belongs = {"counters": counters, "fingerprints": fingerprints.as_dict()}
-        names = ("delivered", "numerics", "loss_scale", "shares")
-        models = {name: getattr(state, name) for name in names}
+        models = {name: getattr(state, name) for name in ("delivered", "numerics", "loss_scale", "shares")}
         as_values = {name: None if model is None else model.model_dump() for name, model in models.items()}
         content = {"format": FORMAT, "state": {**asdict(state), **as_values}, **belongs}
         disk.write_atomic(folder / "state.json", json.dumps(content, indent=1) + "\n")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qlora.errors import QloraError
+from qlora.gathering import Gathers
 from qlora.guarded import Attempt
 from qlora.processes import Place
 from qlora.stop import StopAsked
@@ -37,6 +38,8 @@ Ends = Callable[[list[int], str], NoReturn]  # raises what comes of the processe
 
 class Joint(Protocol):
     """What connects the processes (`processes.Channel`)."""
+
+    gathers: Gathers
 
     @property
     def place(self) -> Place: ...
@@ -101,7 +104,8 @@ def divided(joint: Joint, items: Sequence[Item], work: Callable[[Item], Tensor],
     own: dict[int, Tensor] = {}
     for start in range(0, len(items), ROUND * size):
         numbers = range(start + rank, min(start + ROUND * size, len(items)), size)
-        done, codes, reason = shown(partial(_part, items, numbers, work), partial(_codes, joint))
+        part = joint.gathers.shared(partial(_part, items, numbers, work))
+        done, codes, reason = shown(part, partial(_codes, joint))
         if done is None or worst(codes)[1] != FINE:
             ends(codes, reason)
         own |= done or {}

@@ -44,6 +44,7 @@ from qlora.training.setup import Job, prepare_job
 from qlora.training.sharing import Stopwatch
 from qlora.training.step_batches import Pack
 
+_WHERE = {True: "host", False: "device"}  # embeddings, as a recipe says it
 NOWHERE = Path("/nonexistent")  # a follower's run folder: nothing is read or written there
 
 
@@ -70,10 +71,13 @@ def follow(channel: Channel, stop: StopRequest) -> None:
 
 def _confess(channel: Channel, code: int) -> None:
     """Show that the run was not loaded, as soon as process 0 asks."""
-    while (word := channel.tell(None))["do"] == "judged":
-        handing.taken_reference(channel, word)
+    while (word := channel.tell(None))["do"] in ("judged", "settle"):
+        if word["do"] == "judged":
+            handing.taken_reference(channel, word)
     if word["do"] == "state":
         exchanging.show_failure(channel, code, word["parameters"])
+    elif word["do"] == "serve":
+        channel.gathers.fail(code)
 
 
 @contextmanager
@@ -108,7 +112,9 @@ def _recipe(word: Word) -> Recipe:
     values: dict[str, Any] = {
         f"train.{name}": settings[name] for name in ("micro_batch_size", "gradient_checkpointing")
     }
+    place = settings["place"]
     values |= {"memory.offload_activations": settings["offload_activations"]}
+    values |= {"memory.stream_weights": place["streams"], "memory.embedding": _WHERE[place["host_embedding"]]}
     values |= {"lora.from_adapter": None, "lora.init": "default", "export.formats": (), "report.sinks": ()}
     if word["limit"]:
         values["memory.limit"] = f"{word['limit']}B"
@@ -124,6 +130,11 @@ class Following(Training):
         self.channel, self.follower, self.is_compiled = channel, self.partners, False
         self._use_rows(job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._apply(self.recovery.settings)
+        self._take(word)
+
+    def settle(self, word: Word) -> None:
+        """What process 0's checks have changed since it began."""
+        self._use_rows(self.job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._take(word)
 
     def take_state(self, word: Word) -> None:
@@ -192,7 +203,7 @@ class Following(Training):
         work = partial(self._gather_gradient, state, batches, step_weight)
         with suppress(StopAsked), self.follower.dealt():
             losses, found, _ = dividing.shown(
-                partial(watch.during, work),
+                self.channel.gathers.shared(partial(watch.during, work)),
                 lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step, watch.took),
             )
         if losses is None or found is None or found.worst[1] != FINE:
@@ -232,7 +243,11 @@ def _follow(channel: Channel, training: Following) -> None:
     norm: torch.Tensor | None = None
     with Guarded("training", "lower data.max_length or lora.r, or use a smaller base"):
         while (word := channel.tell(None))["do"] != "end":
-            if word["do"] == "state":
+            if word["do"] == "serve":
+                channel.gathers.answer()
+            elif word["do"] == "settle":
+                training.settle(word)
+            elif word["do"] == "state":
                 training.take_state(word)
             elif word["do"] == "judged":
                 training.take_judged(word)

@@ -37,7 +37,17 @@ from qlora.step.layerwise import recomputable, set_gradient_checkpointing
 from qlora.step.objectives import objective_of
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked
-from qlora.training import health, preferences, processes, reference, rollouts, rows_of_run, schedule, selfcheck
+from qlora.training import (
+    health,
+    preferences,
+    processes,
+    reference,
+    rollouts,
+    rows_of_run,
+    schedule,
+    selfcheck,
+    sharing,
+)
 from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.ending import ended, step_done
@@ -71,6 +81,7 @@ def run(job: Job, resume_from: Checkpoint | None) -> RunState:
         except StopAsked:
             raise training.stopped() from None
         except TrainingStopped:
+            training.partners.lost()
             job.sink.emit(training.end("stopped by itself"))
             raise
         finally:
@@ -230,7 +241,7 @@ class Training:
         gather = lambda: self.partners.gather(state, lengths, self.recovery.settings, work)  # noqa: E731
         losses = self.recovery.run(state.step + 1, gather, self.optimizer.zero_gradients)
         if state.step + 1 < self.batches.steps and not self.rollouts:  # a GPU is still at this one
-            self.ahead.prepare(self._following(state))
+            self.ahead.prepare(sharing.following(self.partners.cut, self.batches, state, self.recovery.settings))
         self.optimizer.unscale(loss_scale.factor_of(state.loss_scale))
         norm = self.optimizer.gradient_norm()
         # The one question that a step asks the device: is all of it finite? Only then does the update happen.
@@ -263,11 +274,6 @@ class Training:
             self.sink.emit(done)
             rollouts.emit(self.rollouts, self.objective, done.step, self.sink)
         return state
-
-    def _following(self, state: RunState) -> tuple[tuple[Pack, ...], Cut]:
-        """What the step after the one that follows `state` reads."""
-        packs = tuple(self.batches.order.packs_of_step(state.step + 1))
-        return packs, self.partners.cut(state, self.batches.lengths(packs), self.recovery.settings)
 
     def _micro_batches(self, wanted: tuple[Sequence[Pack], Cut]) -> list[Batch]:
         """Packs in micro-batches."""

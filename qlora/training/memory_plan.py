@@ -17,7 +17,6 @@ from qlora.memory import calibration, hardware, host, overheads, recomputing, se
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.measured import Measured
 from qlora.memory.plan import Plan, Planner, choose
-from qlora.memory.several import CardPlans
 from qlora.model.base_folder import BaseFolder
 from qlora.model.generate import ANSWERS_AT_ONCE
 from qlora.model.meta_model import has_head, text_config
@@ -42,7 +41,7 @@ class MemorySettings:
     offload_activations: bool = False
     may_offload: bool = False  # on a GPU, where the recipe leaves it open
     may_move: Place = field(default_factory=Place)  # of weights, to the host (`weight_moving`)
-    cards: CardPlans | None = None  # of a run of several processes
+    cards: several.CardPlans | None = None  # of a run of several processes
 
     @property
     def offloaded(self) -> bool | int:
@@ -58,7 +57,7 @@ class MemorySettings:
             return replace(self, offload_activations=True)
         if self.may_move.host_embedding and not self.place.host_embedding:
             return replace(self, place=replace(self.place, host_embedding=True))
-        last = self.may_move.streams and not self.place.streams and self.gradient_checkpointing is True
+        last = self.may_move.streams and not self.place.comes_and_goes and self.gradient_checkpointing is True
         return self.fewer_rows() or (replace(self, place=replace(self.place, streams=True)) if last else None)
 
     def fewer_rows(self) -> MemorySettings | None:
@@ -69,7 +68,7 @@ class MemorySettings:
         rows, recompute = state.micro_batch_size, state.gradient_checkpointing
         if rows is None or recompute is None:
             return self
-        recompute = True if self.place.streams else recompute
+        recompute = True if self.place.comes_and_goes else recompute
         at_once = state.answers_at_once or self.answers_at_once
         return replace(self, micro_batch_size=rows, gradient_checkpointing=recompute, answers_at_once=at_once)
 
@@ -133,6 +132,8 @@ def _most_trained(recipe: Recipe, data: PreparedData, longest: int) -> int:
 def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> MemorySettings:
     """The settings of the run, with "auto" decided. Raises DoesNotFit, with remedies, when nothing fits the limit."""
     machine = hardware.this_machine(recipe.memory.limit)
+    if recipe.memory.shard_weights is True and processes.of_run().size == 1:
+        sink.emit(Notice("memory", "memory.shard_weights = true: one process holds all of the base"))
     if recipe.memory.limit == "auto":
         # What is left does not count what this process has taken already (its CUDA context too); the estimate does.
         expected = overheads.context_bytes(machine.gpu)[0]

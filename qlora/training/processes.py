@@ -14,13 +14,11 @@ process that is killed closes its connections, which the others notice at once; 
 from __future__ import annotations
 
 import json
-import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -28,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qlora import device as hardware
-from qlora import numerics
+from qlora import gathering, numerics
 from qlora.dealing import Cut, dealt, in_order
 from qlora.errors import DoesNotFit, Problem, RecipeError, TrainingStopped
-from qlora.events import Notice
+from qlora.events import Notice, Sinks
 from qlora.foreign_json import checked, parse_object
+from qlora.gathering import Gathers, Network, finished
 from qlora.processes import Place
 from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
@@ -44,6 +43,7 @@ from qlora.training.checkpoint import RunState
 from qlora.training.dividing import FINE, NO_MEMORY, STOP, Item, Shares, Word
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.sharing import Sharing, Stopwatch
+from qlora.training.words import of_settings, word_of
 
 if TYPE_CHECKING:
     from qlora.training.setup import Job
@@ -52,15 +52,16 @@ JOIN_SECONDS = 600  # for all processes to be there; torchrun starts them within
 WAIT_SECONDS = 1800  # for the slowest process's part of a step: its first step may compile kernels
 WORD_SECONDS = 86_400  # for process 0's next word: it evaluates, saves and tokenizes alone
 LEAVE_SECONDS = 60  # to be told that the run is over
-POLL_SECONDS = 0.0005  # Python handles signals between looks
 RANK_BYTES = 1024  # of what a process says of its card, as JSON
-SLOW_POLL_SECONDS = 0.01
 Work = Callable[[Cut], list[Tensor]]  # this process's part of a step: the loss of each of all its micro-batches
 SHARED_OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
 
 
 def refuse_unbuilt(recipe: Recipe) -> None:
     """Raises RecipeError for what several processes do not do yet."""
+    if recipe.memory.shard_weights is True and recipe.data.documents:
+        what = "the others would load their parts of the base before process 0 has studied: not built with documents"
+        raise RecipeError([Problem("memory.shard_weights", what, "take it out, or set memory.stream_weights = true")])
     if recipe.train.objective not in SHARED_OBJECTIVES:
         what = f'"{recipe.train.objective}": not built for several processes'
         raise RecipeError([Problem("train.objective", what, "start it as one process, without torchrun")])
@@ -77,13 +78,20 @@ class Channel:
             limit = timedelta(seconds=WORD_SECONDS)
             self._words = dist.new_group(backend="gloo", timeout=limit)
             self._gradients = dist.new_group(backend="nccl", timeout=limit) if on_card else self._words
+            wires = Network(place, self._gradients if on_card else None, self._lose, limit)
         except (RuntimeError, ValueError) as error:
             raise _gone(place, " ".join(str(error).split())[:200]) from error
+        self.gathers = Gathers(wires, lambda: self._tell({"do": "serve"}), WAIT_SECONDS, WORD_SECONDS)
+        self.has_begun = False  # process 0's first word was told
         if on_card:  # NCCL takes its buffers now, so that what is free is known when the run is planned
             self.add(torch.zeros(1, device=device))
 
     def tell(self, word: Word | None, seconds: float = WORD_SECONDS) -> Word:
-        """Process 0's word, to all."""
+        """Process 0's word, to all; what it gathered alone until then is over."""
+        self.gathers.end(min(seconds, WAIT_SECONDS))
+        return self._tell(word, seconds)
+
+    def _tell(self, word: Word | None, seconds: float = WORD_SECONDS) -> Word:
         encoded = json.dumps(word).encode() if word is not None else b""
         size = torch.tensor([len(encoded)])
         self._do(lambda: dist.broadcast(size, 0, group=self._words, async_op=True), seconds)
@@ -119,60 +127,28 @@ class Channel:
         self._do(lambda: dist.broadcast(values, 0, group=self._words, async_op=True), WAIT_SECONDS)
 
     def close(self) -> None:
+        self.gathers.close()
         if self.is_open:
             self.is_open = False
             with suppress(RuntimeError):
                 dist.destroy_process_group()
 
     def _do(self, begin: Callable[[], Any], seconds: float) -> None:
-        began = time.monotonic()
         try:
-            work = begin()
-            while not work.is_completed():
-                if (waited := time.monotonic() - began) > seconds:
-                    raise RuntimeError(f"no answer for {seconds:.0f} s")
-                time.sleep(POLL_SECONDS if waited < 1 else SLOW_POLL_SECONDS)  # process 0 may study for hours
-            work.wait()
+            if not self.is_open:
+                raise RuntimeError("as was seen before")
+            finished(begin, seconds)
         except RuntimeError as error:
-            self.is_open = False  # what is under way cannot be ended in order
-            raise _gone(self.place, " ".join(str(error).split())[-200:]) from error
+            raise self._lose(error) from error
+
+    def _lose(self, error: RuntimeError) -> TrainingStopped:
+        self.is_open = False  # what is under way cannot be ended in order
+        return _gone(self.place, " ".join(str(error).split())[-200:])
 
 
 def _gone(place: Place, why: str) -> TrainingStopped:
     what = f"{place}: another process of the run is gone or does not answer ({why})"
     return TrainingStopped(what, "look for its own error above, then go on with mode='resume'")
-
-
-def word_of(job: Job, data: DataSection, settings: MemorySettings, told: list[Word]) -> Word:
-    """All that another process needs to load the same run, its rows and its base read by itself."""
-    recipe, plan, planner = job.recipe, settings.plan, settings.planner
-    chosen = recipe if plan is None else recipe.model_copy(update={"memory": plan.recipe.memory})
-    limit = planner.estimator.machine.limit_bytes if planner and not hardware.is_card(job.device) else None
-    numbers, learnt = numerics.of_run(), handing.learnt_by(job)
-    return {
-        "do": "begin",
-        "recipe": handing.without_documents(chosen, learnt),
-        "study": handing.told(recipe, learnt),
-        "tokenizer": {name: b64encode(data).decode() for name, data in job.tokenizer.content.items()},
-        "numerics": None if numbers is None else numbers.model_dump(mode="json"),
-        "commit": job.base.commit,
-        "base": job.base.fingerprint,
-        "rows": job.data.fingerprint,
-        "packing": data.packing,
-        "limit": limit,
-        "settings": told,
-    }
-
-
-def of_settings(settings: MemorySettings) -> Word:
-    """What decides about memory and may change under way."""
-    return {
-        "micro_batch_size": settings.micro_batch_size,
-        "answers_at_once": settings.answers_at_once,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "offload_activations": settings.offload_activations,
-        "place": asdict(settings.place),
-    }
 
 
 class Partners(Shares):
@@ -203,6 +179,9 @@ class Partners(Shares):
     def update(self, rate: float) -> None:
         """The update that is made here is theirs too."""
 
+    def lost(self) -> None:
+        """Where a process is gone, what is done is kept."""
+
     def end(self) -> None:
         """No step follows."""
 
@@ -219,7 +198,7 @@ class Leader(Partners):
         seen: list[Tensor] | None = None,
     ) -> None:
         self.channel, self.optimizer, self.stop, self.keep, self.seen = channel, optimizer, stop, keep, seen
-        self._dealing = self._have_state = False
+        self._dealing = self._have_state = self._kept = False
         self._owners: tuple[int, ...] = ()  # of the step that is being computed
         self._sharing: Sharing | None = None
 
@@ -230,7 +209,11 @@ class Leader(Partners):
 
     def load(self, job: Job, data: DataSection, settings: MemorySettings) -> None:
         self._sharing = Sharing.of(settings, self.channel.place.size, job.recipe, job.sink)
-        self.channel.tell(word_of(job, data, settings, self._told(settings)))
+        word = word_of(job, data, settings, self._told(settings))
+        if self.channel.has_begun:  # of what is shared the others have loaded their parts
+            self.channel.tell({"do": "settle"} | {key: word[key] for key in ("packing", "settings")})
+            return
+        self.channel.tell(word)
         handing.give(self.channel, job.recipe, handing.learnt_by(job))
 
     def begin(self, job: Job, micro_batches: int) -> None:
@@ -294,7 +277,7 @@ class Leader(Partners):
         self._owners, watch = cut.owners, Stopwatch(self.optimizer.device, measures)
         with self._dealt():
             losses, found, reason = dividing.shown(
-                lambda: watch.during(lambda: work(cut)),
+                self.channel.gathers.shared(lambda: watch.during(lambda: work(cut))),
                 lambda code: exchanging.shown(self.channel, self.optimizer, code, state.step, watch.took),
             )
         if losses is None or found.worst[1] != FINE:
@@ -343,9 +326,18 @@ class Leader(Partners):
         try:
             yield
         except (TrainingStopped, DoesNotFit):
+            self._keep()
+            raise
+
+    def _keep(self) -> None:
+        if not self._kept:
+            self._kept = True
             self.optimizer.zero_gradients()
             self.keep()
-            raise
+
+    def lost(self) -> None:
+        if not self.channel.is_open:
+            self._keep()
 
     def _copy_state(self) -> None:
         """Once: see whether all have loaded, and give them the state that the run begins or goes on with."""
@@ -363,10 +355,7 @@ class Leader(Partners):
         self._have_state = True
 
     def _failed(self, rank: int, code: int) -> NoReturn:
-        what = f"process {rank} of {self.channel.place.size} has failed with exit code {code}: its own lines say why"
-        if code == DoesNotFit.exit_code:
-            raise DoesNotFit(what, "every card must hold its part: lower data.max_length or lora.r, or leave it out")
-        raise TrainingStopped(what, "see to it, then go on with mode='resume'")
+        raise gathering.failure(self.channel.place, rank, code)
 
 
 class Follower(Partners):
@@ -414,11 +403,24 @@ _CHANNEL: ContextVar[Channel | None] = ContextVar("qlora_channel", default=None)
 def joined(channel: Channel) -> Iterator[None]:
     """Inside the block, a run of this process is that of all."""
     token = _CHANNEL.set(channel)
+    if channel.place.rank == 0:
+        channel.gathers.tell = partial(_begin_early, channel)
     try:
-        yield
+        with gathering.taken(channel.gathers):
+            try:
+                yield
+            finally:
+                leave(channel)
     finally:
         _CHANNEL.reset(token)
-        leave(channel)
+
+
+def _begin_early(channel: Channel, job: Job) -> None:
+    """All load at once a base of which each holds a part: process 0's own checks need the others' parts."""
+    sharing = Sharing.of(job.memory, channel.place.size, job.recipe, Sinks())
+    told = [of_settings(one) for one in sharing.settings(job.memory)]
+    channel.tell(word_of(job, job.recipe.data, job.memory, told))
+    channel.has_begun = True
 
 
 def of_run(

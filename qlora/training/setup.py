@@ -111,6 +111,7 @@ def prepare_job(
     model is empty.
     """
     from qlora import device as hardware
+    from qlora import gathering
     from qlora.model import emptied
     from qlora.model.base_watch import BaseWatch
     from qlora.model.cpu_matmul import fast_matmul
@@ -121,13 +122,15 @@ def prepare_job(
         heap.settle()  # as the estimate takes for granted
     chat, data, memory, lesson = prepared = prepare(recipe, found, tokenizer, sink, clock)
     with fast_matmul(device), ExitStack() as stack:
-        model = load_model(recipe, base, prepared, clock)
+        job = Job(recipe, run_dir, None, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch)
+        with gathering.loading(memory.place.shards, job):
+            model = load_model(recipe, base, prepared, clock)
         stack.callback(emptied.empty, model)
         starting_adapter.put_on(model, recipe, base, run_dir)
         if lesson is not None:
             teacher = lesson.teacher(model, device, sink, stop, memory.beside_weights)
             recipe, data, exam = lesson.learn(teacher, run_dir, base, data, clock.phase)
-        yield Job(recipe, run_dir, model, base, tokenizer, chat, data, device, sink, stop, memory, clock, watch, exam)
+        yield replace(job, recipe=recipe, model=model, data=data, exam=exam)
 
 
 def prepare(recipe: Recipe, found: Found, tokenizer: TokenizerFiles, sink: Sink, clock: PhaseClock) -> Prepared:

@@ -23,8 +23,10 @@ from qlora.memory.plan import Plan
 from qlora.memory.several import draws
 from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
+from qlora.training.answered import AnsweredBatches
 from qlora.training.checkpoint import RunState
 from qlora.training.memory_plan import MemorySettings
+from qlora.training.step_batches import Pack, StepBatches
 
 # The first step compiles kernels and fills the allocator; three more are enough to tell cards apart that differ by more
 # than the packs of one step do: a share is a whole number of micro-batches.
@@ -46,6 +48,17 @@ class Stopwatch:
             hardware.synchronize(self.device)
             self.took = max(1, round(1e6 * (clock() - began)))
         return done
+
+
+def following(
+    cut: Callable[[RunState, Sequence[int], MemorySettings], Cut],
+    batches: StepBatches | AnsweredBatches,
+    state: RunState,
+    settings: MemorySettings,
+) -> tuple[tuple[Pack, ...], Cut]:
+    """The packs of the step after the one that follows `state`, and its micro-batches."""
+    packs = tuple(batches.order.packs_of_step(state.step + 1))
+    return packs, cut(state, batches.lengths(packs), settings)
 
 
 @dataclass
@@ -126,7 +139,7 @@ class Sharing:
         self.opened = True
         if state.shares is not None and known is not state.shares:
             before = len(state.shares.cards)
-            message = f"shared by {self.count} processes from now on, {before} before: the cards are others"
+            message = f"shared by {self.count} processes from now on, by {before} before, whose shares hold no more"
             self.sink.emit(Notice("shares", message, self.count))
         elif state.shares is not None:  # what fitted goes on
             self.others = {

@@ -90,9 +90,8 @@ class StepBatches:
         return sum(self.split.lengths[row] for pack in packs for row in pack)
 
     def lengths(self, packs: Sequence[Pack]) -> list[int]:
-        """Of each pack alone, with its padding."""
         multiple, least = self.layout.multiple, self.layout.width
-        return [max(least, -(-self.tokens([pack]) // multiple) * multiple) for pack in packs]
+        return [max(least, -(-self.tokens([pack]) // multiple) * multiple) for pack in packs]  # with padding
 
     def in_micro_batches(self, packs: Sequence[Pack], cut: Cut) -> list[Sequence[Pack]]:
         return [[packs[place] for place in part] for part in cut.parts]

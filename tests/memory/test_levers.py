@@ -30,7 +30,7 @@ def test_levers_are_open_where_the_recipe_leaves_them_so_and_there_is_a_card() -
 def test_what_levers_are_likely_to_save() -> None:
     """Of Llama-3.1-8B at 2,048 tokens: inputs 16 MiB a layer, an embedding of 0.98 GiB, 3.35 GiB of layers in 4 bit."""
     text = make_config("llama", vocab=128_256, overrides={"hidden_size": 4096, "num_hidden_layers": 32})
-    drawn = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), False, 0)
+    drawn = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), 0)
     card = hardware.asked_for("RTX 4090", None, "auto")
     found = savings(text, Workload(1, 2048), drawn, card)
     assert found[OFFLOAD].nbytes == 30 * 16 << 20
@@ -43,7 +43,7 @@ def test_what_levers_are_likely_to_save() -> None:
 def test_experts_are_of_what_streaming_saves() -> None:
     """They are no layers that "all-linear" means, and nine tenths of a mixture."""
     text, card = make_config("llama", overrides={"num_hidden_layers": 4}), hardware.asked_for("RTX 4090", None, "auto")
-    without, there = (Drawn(ValueCounts(10**9, 1, 1, 1), False, 0, stacked_bytes=stacked) for stacked in (0, 8 * GIB))
+    without, there = (Drawn(ValueCounts(10**9, 1, 1, 1), 0, stacked_bytes=stacked) for stacked in (0, 8 * GIB))
     found = [savings(text, Workload(1, 2048), drawn, card)[STREAM] for drawn in (without, there)]
     assert found[1].nbytes - found[0].nbytes == 8 * GIB * 2 // 4
     assert found[1].beside[0] > 10 * found[0].beside[0]
@@ -52,7 +52,7 @@ def test_experts_are_of_what_streaming_saves() -> None:
 def test_with_layers_and_embeddings_the_head_goes() -> None:
     """Of 0.98 GiB the two places of its blocks stay, 0.12 GiB; whichever of the two is taken second has it."""
     text = make_config("llama", vocab=128_256, overrides={"hidden_size": 4096, "num_hidden_layers": 32})
-    drawn, card = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), False, 0), hardware.asked_for("RTX 4090", None, "auto")
+    drawn, card = Drawn(ValueCounts(6_979_321_856, 1, 1, 1), 0), hardware.asked_for("RTX 4090", None, "auto")
 
     def found(place: Place) -> Mapping[str, Saving]:
         return savings(text, Workload(1, 2048), drawn, card, place)

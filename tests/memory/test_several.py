@@ -11,39 +11,21 @@ import pytest
 from qlora import api, ranks
 from qlora.errors import DoesNotFit
 from qlora.memory import several
-from qlora.memory.estimate import Estimate, ValueCounts
 from qlora.memory.hardware import Machine, TeamCard, asked_cards
 from qlora.memory.several import NCCL_BYTES, Estimators, plans_of_run
 from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
-from tests.memory.by_hand import AUTO, ByHand, recipe
+from tests.memory.by_hand import AUTO, recipe
 from tests.memory.cases import GIB
 from tests.memory.shapes import config_folder
+from tests.memory.teams import HandCard
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-class Team(ByHand):
-    """By hand, of a card whose speed is its table's."""
-
-    asks = ()
-
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(0)
-        self.machine = machine
-
-    def estimate(self, recipe: Recipe, facts: Any = None) -> Estimate:
-        found = super().estimate(recipe, facts)
-        rows, speed = found.settings["train.micro_batch_size"], self.machine.gpu.teraflops if self.machine.gpu else 0.0
-        return replace(found, tokens_per_second=speed * (1 + rows / 100) * found.tokens_per_second / rows)
-
-    def values(self, _recipe: Recipe) -> ValueCounts:
-        return cast(ValueCounts, type("Values", (), {"adapter": 1000}))
-
-
 def team(gpus: list[str], *settings: str) -> tuple[Estimators, Recipe]:
     asked = recipe(*AUTO, "train.batch_size=16", *settings)
-    return Estimators(asked_cards(gpus, []), lambda machine: cast(Any, Team(machine))), asked
+    return Estimators(asked_cards(gpus, []), lambda machine: cast(Any, HandCard(machine))), asked
 
 
 def test_a_3090_and_a_3060_share_by_speed_and_each_by_its_memory() -> None:
@@ -68,7 +50,7 @@ def test_where_something_is_drawn_for_each_all_compute_the_same_micro_batches() 
 def test_cards_of_one_kind_share_a_plan_by_the_one_that_has_least_free() -> None:
     first, second = asked_cards(["2x 3090"], [])
     less = TeamCard(second.name, replace(second.machine, limit_bytes=20 * GIB))
-    of = Estimators([first, less], lambda machine: cast(Any, Team(machine)))
+    of = Estimators([first, less], lambda machine: cast(Any, HandCard(machine)))
     assert of.kinds == [(0, 1)] and of.each[0].machine.limit_bytes == 20 * GIB - 2 * NCCL_BYTES
     asked = recipe(*AUTO)
     members = of.team(of.decided(asked, None), asked, 16).members
@@ -97,14 +79,14 @@ def told(*names: str) -> tuple[Rank, ...]:
 def test_a_run_plans_each_of_its_cards() -> None:
     """What NCCL takes is gone already from what they have free, and is shown as in a question."""
     own = Machine("cuda", 23 * GIB, "free on it", asked_cards(["3090"], [])[0].machine.gpu)
-    estimator: Any = Team(own)
+    estimator: Any = HandCard(own)
     estimator.text, asked = None, recipe("train.micro_batch_size=1", "train.gradient_checkpointing=true")
     assert plans_of_run(estimator, asked, None) is None
     with ranks.told(told("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 3090")):
         cards = several.cards_of(ranks.of_run(), own, "auto")
         assert [card.machine.limit_bytes for card in cards] == [23 * GIB, 24_000_000_000]
         assert several.cards_of(ranks.of_run(), own, "5GiB")[1].machine.limit_bytes == 5 * GIB
-    of = Estimators(cards, lambda machine: cast(Any, Team(machine)), exchanging=False)
+    of = Estimators(cards, lambda machine: cast(Any, HandCard(machine)), exchanging=False)
     assert of.each[0].machine.limit_bytes in (23 * GIB, 24_000_000_000)
     first, _ = of.team(of.decided(asked, None), asked, 2).members
     assert first.plan.estimate.limit_bytes == 23 * GIB + NCCL_BYTES

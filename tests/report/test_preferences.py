@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 
-from qlora.events import Evaluated, Event, Preferred, StepDone
+from qlora.events import End, Evaluated, Event, Preferred, StepDone
 from qlora.report import preferences
 from qlora.report.console import ConsoleSink, Terminal
 from qlora.report.page import page
 from qlora.report.run_log import RunLog
+from qlora.report.run_page import page_of
+from tests.report.runs_told import whole
+from tests.report.test_run_page import run_in
 
 TOLD: tuple[Event, ...] = (
     Preferred(1, False, 4, 0.25, 0.125, 0.5, 0.375, None),
@@ -26,9 +31,11 @@ def test_what_events_say_stands_on_the_page() -> None:
     assert list(steps) == [1, 2] and list(evaluations) == [1] and not log.unreadable
     titles = [(chart.title, [line.name for line in chart.lines]) for chart in preferences.charts(steps, evaluations)]
     both = ["training", "evaluation"]
-    assert titles == [("Answers told apart, %", both), ("Margin of rewards", both)]
+    rewards = ("Rewards of held-out answers", ["better", "worse"])
+    assert titles == [("Answers told apart, %", both), ("Margin of rewards", both), rewards]
     html = page("run", *preferences.section(evaluations))
     assert all(shown in html for shown in ("75.0 %", "1.5000", "-0.5000", "0.0375"))
+    assert ">KL</th>" in html and not any(f">{empty}</th>" in html for empty in ("divergence", "likelier"))
     assert not list(preferences.charts({}, {})) and not list(preferences.section({}))
 
 
@@ -52,3 +59,21 @@ def test_the_screen_says_it_beside_the_losses() -> None:
     assert "loss 0.5000 · best so far" in text and "perplexity" not in text
     assert "of 8 held out: 75.0% told apart · margin 1.500 · KL to the reference 0.0375 nats a token" in text
     assert "before it: 100.0% told apart · divergence 2.500 nats an answer" in text
+
+
+def test_a_loss_of_answers_is_not_called_one_of_tokens(tmp_path: Path) -> None:
+    """Neither on the screen nor on the page, whose first curves are what was told apart."""
+    end = End("finished", 2, 2, 1.0, 10, 5, 0.5, 0.25, None, None, 1 << 20, None, None)
+    screens = []
+    for compares in (True, False):
+        out = io.StringIO()
+        sink = ConsoleSink(Terminal(out, width=200))
+        for event in (*(TOLD if compares else ()), end):
+            sink.emit(event)
+        screens.append(out.getvalue())
+    assert "0.2500" in screens[0] and "nats a token" not in screens[0].partition("ended")[2]
+    assert "0.2500 nats a token" in screens[1]
+    told = [f"{json.dumps({'time': '2026-02-01T00:00:00Z', **event.as_dict()})}\n" for event in TOLD]
+    page = page_of([run_in(tmp_path, [*whole(), *told])])
+    titles = re.findall(r"<h3>(.*?)</h3>", page)
+    assert titles[:3] == ["Loss", "Answers told apart, %", "Margin of rewards"]

@@ -10,6 +10,7 @@ import torch
 
 from qlora.events import Recorder
 from qlora.recipe.sections import EvalSection
+from qlora.step.loss import SupervisedObjective
 from qlora.training.checkpoint import RunState
 from qlora.training.evaluate import RunEvaluation, with_evaluation
 from qlora.training.memory_plan import MemorySettings
@@ -42,7 +43,7 @@ def evaluation_of(recorder: Recorder, **section: int) -> RunEvaluation:
     return Scripted(
         model=unused,
         parts=unused,
-        objective=unused,
+        objective=SupervisedObjective(),
         chat=unused,
         split=split_of([3] * 5),
         data=data_of(),

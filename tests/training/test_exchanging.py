@@ -14,7 +14,7 @@ from qlora.step.objectives import Figures
 from qlora.training.dividing import FINE
 from qlora.training.exchanging import add_up, bytes_of_step, copy_weights, shown
 from tests.training.cases import optimizer
-from tests.training.test_processes import Wire
+from tests.training.wires import Wire
 
 
 def test_weights_are_compared_now_and_then() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import changed
+from qlora.model import compiled
 from qlora.model.load import load_base
 from qlora.training import exchanging, follower, processes
 from qlora.training.follower import Following
@@ -88,6 +89,33 @@ def test_so_do_other_ways_to_train(tmp_path: Path, llama: Path, keys: tuple[str,
     one = together(tmp_path / "one", llama, 1, "train.max_steps=3", "eval.samples=0", *keys)
     two = together(tmp_path / "two", llama, 2, "train.max_steps=3", "eval.samples=0", *keys)
     assert apart(one, two, 3) <= 1e-6
+
+
+def through_a_plain_backend() -> None:
+    compiled.BACKEND = "aot_eager"
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_in_all_of_them(tmp_path: Path, llama: Path) -> None:
+    """As in one process; a model that some of them did not compile would train too, with other roundings."""
+    keys = ("train.max_steps=2", "eval.samples=0", "model.compile=true", "lora.dropout=0", "train.neftune_alpha=0")
+    counted = tmp_path / "counted"
+
+    def hook() -> None:
+        through_a_plain_backend()
+        real = compiled.put_in
+
+        def put_in(*arguments: Any) -> None:
+            with counted.open("a") as file:
+                file.write("compiled\n")
+            real(*arguments)
+
+        compiled.put_in = put_in
+
+    one = together(tmp_path / "one", llama, 1, *keys, hooks={0: through_a_plain_backend})
+    two = together(tmp_path / "two", llama, 2, *keys, hooks={0: hook, 1: hook})
+    assert counted.read_text().split() == ["compiled"] * 2
+    assert apart(one, two, 2) <= 1e-6
 
 
 @pytest.mark.slow

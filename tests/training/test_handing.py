@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ from qlora.data.prepare import NO_ROWS
 from qlora.model.load import load_base
 from qlora.processes import Place
 from qlora.recipe.reading import load_recipe
+from qlora.study import exam, exam_questions, lesson
 from qlora.study.labels import COLUMNS, Labels
 from qlora.study.lesson import Learnt
 from qlora.study.rows import StudyRow, with_rows_of
 from qlora.training import handing
 from tests.runs import run_dir
 from tests.together import apart, events, stops_after, train
+from tests.training.cases import DOCUMENT_KEYS, script, write_manuals
 from tests.training.preference_cases import write_recipe
 
 LOADED = load_base  # what a run imports lies in this process, from which its processes are forked
-ROOT = Path(__file__).parents[2]
 PAIRS = (
     "train.max_steps=3",
     "train.batch_size=5",
@@ -120,17 +120,17 @@ def test_rows_of_a_study_arrive_as_they_were_made(tmp_path: Path, labels: str) -
         '[model]\nbase = "a/b"\n[[data.train]]\npath = "own.jsonl"\n[[data.documents]]\npath = "doc.md"\n'
         f'[[data.train]]\npath = "study/rows.jsonl"\nformat = "messages"\n[study]\nlabels = "{labels}"\n'
     )
-    recipe, channel, lesson = load_recipe(path), Held(), learnt()
-    word = handing.told(recipe, lesson)
-    bare = load_recipe(path).model_validate(handing.without_documents(recipe, lesson))
+    recipe, channel, of_study = load_recipe(path), Held(), learnt()
+    word = handing.told(recipe, of_study)
+    bare = load_recipe(path).model_validate(handing.without_documents(recipe, of_study))
     assert not bare.data.documents and [source.path for source in bare.data.train] == [recipe.data.train[0].path]
-    handing.give(channel, recipe, lesson)  # type: ignore[arg-type]
+    handing.give(channel, recipe, of_study)  # type: ignore[arg-type]
     assert len(channel.held) == (labels == "soft")
     channel.place = Place(1, 2, 1, 2)
     handed = handing.taken(channel, bare, word)  # type: ignore[arg-type]
     assert handed is not None and handed.recipe.data.train == recipe.data.train
     whole, data, exam = handed.learn(None, tmp_path, None, NO_ROWS, None)
-    expected = with_rows_of(NO_ROWS, lesson.rows, 1, lesson.labels if labels == "soft" else None)
+    expected = with_rows_of(NO_ROWS, of_study.rows, 1, of_study.labels if labels == "soft" else None)
     assert whole.data.train == recipe.data.train and exam is None
     assert data.fingerprint == expected.fingerprint and data.train.sources == [1, 1]
     assert list(data.train.rows) == list(expected.train.rows)
@@ -152,28 +152,27 @@ def test_what_the_reference_said_arrives() -> None:
     assert found["train"].tolist() == [-1.5, -2.25] and found["eval"].numel() == 0
 
 
-HANDBOOK = ROOT / "recipes" / "manuals" / "documents" / "pumps.md"
+def scripted() -> None:
+    """The study is a script, the exam's answers are short."""
+    lesson.study = script([])
+    lesson.HOLD_TOKENS = exam.MAX_TOKENS = 4
+    exam.neutral_prompts = lambda: ["What is rain?"]
+    exam_questions.UNANSWERABLE = 1
 
 
 @pytest.mark.slow
-def test_documents_are_studied_by_one_and_trained_by_all(tmp_path: Path) -> None:
-    """By two, and then anew by one, which asks nothing again."""
-    (tmp_path / "doc.md").write_text("".join(HANDBOOK.read_text().splitlines(keepends=True)[:5]))
-    recipe = tmp_path / "tiny.toml"
-    recipe.write_text(
-        f'[model]\nbase = "{ROOT / "recipes" / "manuals" / "base"}"\n[[data.documents]]\npath = "doc.md"\n'
-        '[study]\nquestions = 8\nkinds = ["fact"]\nhold = 0.0\nwith_passage = 0.0\nprobe = false\n'
-        "[exam]\nquestions = 1\n[train]\nbatch_size = 3\nmicro_batch_size = 1\n"
-        f'max_steps = 2\noptimizer = "adamw"\n[data]\npacking = false\n[output]\ndir = "{tmp_path / "runs"}"\n'
-        '[checkpoint]\nevery_steps = 1\nkeep = 9\n[report]\nsinks = ["jsonl"]\n'
-    )
-    ended = train(recipe, 2)
-    assert ended.codes == [0, 0] and ended.said[1] == "", ended.said
-    assert (run_dir(recipe) / "study" / "exam.json").is_file()
-    together = tmp_path / "together" / recipe.name
-    shutil.copytree(run_dir(recipe), run_dir(together))
-    assert train(recipe, 1, flag="--fresh").codes == [0]
-    assert apart(together, recipe, 2) <= 1e-6
-    assert [event["trained_tokens"] for event in events(recipe, "step")] == [
-        event["trained_tokens"] for event in events(together, "step")
-    ]
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_documents_are_studied_by_one_and_trained_by_all(tmp_path: Path, llama: Path, labels: str) -> None:
+    made = []
+    settings = (*DOCUMENT_KEYS, f'study.labels="{labels}"', "train.max_steps=2", "train.batch_size=3")
+    settings = (*settings, "train.micro_batch_size=1", "data.packing=false", 'train.optimizer="adamw"')
+    for count in (1, 2):
+        recipe = write_manuals(tmp_path / str(count), llama)
+        ended = train(recipe, count, *settings, 'report.sinks=["jsonl"]', hooks={0: scripted})
+        assert ended.codes == [0] * count and ended.said[1:] == [""] * (count - 1), ended.said
+        assert (run_dir(recipe) / "study" / "exam.json").is_file()
+        made.append(recipe)
+    assert apart(*made, 2) <= 1e-6
+    ones, theirs = (events(recipe, "step") for recipe in made)
+    assert [event["trained_tokens"] for event in ones] == [event["trained_tokens"] for event in theirs]
+    assert [event["loss"] for event in theirs] == pytest.approx([event["loss"] for event in ones], abs=1e-5)

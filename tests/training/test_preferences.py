@@ -11,7 +11,9 @@ import torch
 from qlora import api
 from qlora.errors import QloraError
 from qlora.events import Recorder
-from qlora.training import loop, reference
+from qlora.objective_keys import ObjectiveKeys
+from qlora.step.objectives import objective_of
+from qlora.training import loop, preferences, reference
 from tests.runs import hashes, run_dir, train, values
 from tests.training.preference_cases import ALL, notices, write_recipe
 
@@ -104,3 +106,25 @@ def test_pairs_are_answers_for_kto(tmp_path: Path, llama: Path) -> None:
     first, last = told[0].as_dict(), told[-1].as_dict()
     assert first["compared"] == 6 and first["divergence"] is not None and first["accuracy"] == 0.5
     assert last["evaluated"] and last["accuracy"] >= 0.9 and last["likelier"] is not None
+
+
+def test_the_divergence_of_a_step_is_asked_of_all_who_share_it() -> None:
+    """KTO's z is a mean over the answers of the whole step: each process asks about its own part and gets the rest."""
+
+    class Model(torch.nn.Linear):
+        def get_base_model(self) -> torch.nn.Module:
+            return self
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self
+
+    asked: list[int] = []
+
+    def share(items: Any, _ask: Any) -> list[torch.Tensor]:
+        asked.append(len(items))
+        return [torch.tensor([1.5, 0.5]), torch.zeros(0), torch.tensor([4.0]), torch.zeros(0)]
+
+    objective: Any = objective_of(ObjectiveKeys(objective="kto"))
+    unused: Any = None
+    preferences.begin(objective, [unused] * 4, Model(1, 1), unused, share)
+    assert asked == [4] and float(objective.divergence) == 2.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,54 +11,20 @@ from torch import Tensor
 from qlora.dealing import Cut
 from qlora.errors import DoesNotFit, RecipeError, TrainingStopped
 from qlora.events import Recorder
-from qlora.processes import Place
 from qlora.recipe.reading import load_recipe, recipe_of_base
 from qlora.stop import StopAsked, StopRequest
 from qlora.training import processes
 from qlora.training.checkpoint import RunState
-from qlora.training.dividing import FINE, NO_MEMORY, STOP
+from qlora.training.dividing import NO_MEMORY, STOP
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.processes import Leader, Partners
 from qlora.training.sharing import Sharing
 from tests.runs import write_recipe
 from tests.training.cases import optimizer
+from tests.training.wires import Wire
 
 SETTINGS = MemorySettings(1, False)
 LENGTHS = [64] * 5  # of the packs of a step
-
-
-class Wire:
-    """A channel to one other process, which shows `code` and a gradient of ones for `its` parameters."""
-
-    def __init__(self, code: int = FINE, its: int = 4, digest: int | None = None) -> None:
-        self.place, self.is_open = Place(0, 2, 0, 2), True
-        self.code, self.its, self.digest, self.words, self.added = code, its, digest, [], []
-        self.asked = 0
-
-    def tell(self, word: dict[str, Any] | None, _seconds: float = 0) -> dict[str, Any]:
-        assert word is not None
-        self.words.append(word["do"])
-        return word
-
-    def largest(self, values: Tensor) -> None:
-        self.asked += 1
-        values[3] = values[2] if self.digest is None else self.digest
-        if self.asked > 1 or self.code not in (NO_MEMORY, STOP):  # it has loaded before it runs out of memory
-            values[1] = self.code
-            values[4 : 4 + self.its] = torch.maximum(values[4 : 4 + self.its], torch.tensor(1))
-
-    def add(self, values: Tensor) -> None:
-        self.added.append(values.clone())
-        values += 1
-
-    def collect(self, values: Tensor) -> None:
-        pass
-
-    def copy(self, values: Tensor) -> None:
-        pass
-
-    def close(self) -> None:
-        self.is_open = False
 
 
 def leader(wire: Wire) -> tuple[Leader, StopRequest, list[str]]:

@@ -92,7 +92,7 @@ def test_other_cards_than_the_state_s_begin_anew_and_it_is_said() -> None:
     of = unequal()
     kept = Shares(rows=(1, 1, 1), speeds=(1000, 100, 1), cards=("a", "b", "c"))
     assert of.shares(RunState(step=3, shares=kept), OWN).speeds == (1000, 500)
-    assert said(of) == ["shared by 2 processes from now on, 3 before: the cards are others"]
+    assert said(of) == ["shared by 2 processes from now on, by 3 before, whose shares hold no more"]
     same = unequal()
     assert same.shares(RunState(step=3, shares=of.first.model_copy(update={"speeds": (1000, 7)})), OWN).speeds[1] == 7
     assert not said(same)

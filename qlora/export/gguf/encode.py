@@ -94,7 +94,8 @@ def begin(
     block, size = GGML_QUANT_SIZES[kind]
     assert columns % block == 0, f"{name}: rows of {columns} values cannot be {kind.name}"
     rows = rows_RC.contiguous().view(-1, columns)
-    _check_range(rows, kind, name)
+    if kind != GGMLQuantizationType.Q8_0:  # whose blocks' largest values are looked at as they are found
+        _check_range(rows, kind, name)
     shape = (*rows_RC.shape[:-1], columns // block * size)
     if kind == GGMLQuantizationType.F32:
         return Encoding(rows.numpy().view(np.uint8).reshape(shape))
@@ -108,8 +109,8 @@ def begin(
         piece = torch.from_numpy(out[start:end])
         if kind in _SIXTEEN_BIT:
             piece.view(_SIXTEEN_BIT[kind]).copy_(rows[start:end])
-        else:
-            _write_q8_0(rows[start:end], piece)
+        elif not _write_q8_0(rows[start:end], piece) < _LIMITS[kind]:  # true for NaN too
+            _check_range(rows, kind, name)
     return Encoding(out.reshape(shape))
 
 
@@ -144,21 +145,24 @@ def _check_importance(importance_C: np.ndarray | None, columns: int, name: str) 
     return np.ascontiguousarray(np.maximum(importance_C, seen.min()), dtype=np.float32)
 
 
-def _write_q8_0(rows_RC: Tensor, out_RB: Tensor) -> None:
+def _write_q8_0(rows_RC: Tensor, out_RB: Tensor) -> float:
     """Blocks of 32: float16 scale (largest magnitude / 127), then 32 int8 (ggml-quants.c, quantize_row_q8_0_ref).
+    Returns the largest magnitude of all, NaN where there is one.
 
     Codes are of the value times 1 / scale, in float32, before the scale itself is rounded. Where 1 / scale is infinite
     (a block of zeros, or all below 4e-37) the codes are zeros.
     """
     rows = rows_RC.shape[0]
     blocks = rows_RC.view(rows, -1, 32)
-    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    scale = largest / 127
     inverse = 1 / scale
     codes = blocks * torch.where(torch.isfinite(inverse), inverse, 0.0)
-    codes += torch.copysign(torch.tensor(BELOW_HALF), codes)
+    codes.add_(codes.sign(), alpha=BELOW_HALF)
     out = out_RB.view(torch.int8).view(rows, -1, 34)
     out[..., :2] = scale.to(torch.float16).view(torch.int8)
     out[..., 2:] = codes  # the conversion to int8 cuts off
+    return float(largest.max()) if largest.numel() else 0.0
 
 
 def _quantize(
