@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 MOST_OFF = 1e-4
 WAYS: dict[str, dict[str, Any]] = {
     "grpo": {"beta": 0.04},
+    "the clipped term alone": {"num_iterations": 2, "beta": 0.0},
     "grpo, two steps on a drawing": {"num_iterations": 2, "beta": 0.2, "epsilon_high": 0.28},
     "dr_grpo": {"loss_type": "dr_grpo", "num_iterations": 2, "temperature": 0.7},
 }
