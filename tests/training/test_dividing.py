@@ -25,8 +25,8 @@ class Left(Exception):
 class Unsharded:
     """Of weights that every process has whole."""
 
-    def shared(self, work: Callable[[], Any]) -> Any:
-        return work()
+    def shared(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        return work
 
 
 class Thread:
