@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -22,11 +22,22 @@ class Left(Exception):
     """What `ends` raises: the worst process and its code."""
 
 
+class Unsharded:
+    """Of weights that every process has whole."""
+
+    def shared(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        return work
+
+
 class Thread:
     """One of `size` joined threads."""
 
     def __init__(self, rank: int, size: int, joined: threading.Barrier, board: list[Tensor]) -> None:
         self.place, self.joined, self.board = Place(rank, size, rank, size), joined, board
+
+    @property
+    def gathers(self) -> Any:
+        return Unsharded()
 
     def _exchanged(self, values: Tensor, how: Callable[[Tensor], Tensor]) -> None:
         self.board[self.place.rank] = values.clone()
