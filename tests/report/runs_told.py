@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from qlora.report.run_files import Run, events_of, run_of
+
 BEGIN = datetime(2026, 1, 31, 23, 0, tzinfo=UTC)
 PLAN = {
     "train_rows": 900,
@@ -102,3 +104,8 @@ def write(folder: Path, lines: Iterator[str] | list[str], recipe: str = "") -> P
     if recipe:
         (folder / "recipe.toml").write_text(recipe, encoding="utf-8")
     return folder
+
+
+def run_in(folder: Path, lines: list[str], recipe: str = "", name: str = "") -> Run:
+    write(folder, lines, recipe)
+    return run_of(folder, name or folder.name, events_of(folder))

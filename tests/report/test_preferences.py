@@ -13,8 +13,7 @@ from qlora.report.console import ConsoleSink, Terminal
 from qlora.report.page import page
 from qlora.report.run_log import RunLog
 from qlora.report.run_page import page_of
-from tests.report.runs_told import whole
-from tests.report.test_run_page import run_in
+from tests.report.runs_told import run_in, whole
 
 TOLD: tuple[Event, ...] = (
     Preferred(1, False, 4, 0.25, 0.125, 0.5, 0.375, None),

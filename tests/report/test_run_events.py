@@ -9,6 +9,7 @@ from qlora import events, foreign_json
 from qlora.events import Event
 from qlora.report.run_events import Exam, ExportNote, Planned
 from qlora.report.run_log import RunLog
+from qlora.reward_events import Rewarded
 from tests.report.cases import FIGURES
 from tests.report.runs_told import PLAN
 
@@ -19,6 +20,7 @@ WRITTEN: tuple[Event, ...] = (
     events.StepDone(1, 0.1, 2.0, 1e-3, 0.5, 100, 40, 50.0, 1 << 20, 2.0),
     events.Evaluated(0, None, None, 0.5, 3, False),
     events.Preferred(1, True, 8, 0.75, 0.5, 0.25, -0.25, None, 0.01, 0.5),
+    Rewarded(1, True, 8, 0.25, {"exact_match": 0.25}, 12.5, 0.5, 0.75, 0.0125, 0.0, 0.001),
     events.Routed(1, (1.0, 0.5), (0.25, 0.5), (0.0, 0.125)),
     events.Sampled(1, "a", "b", "c", "d"),
     events.Saved("adapter", 1, "p", 3),

@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 
 from qlora.report.page import CHILDREN
-from qlora.report.run_files import Run, events_of, run_of
 from qlora.report.run_page import page_of
 from tests.report.cases import FIGURES
 from tests.report.pages import ATTACKS, browser, judged, opened
-from tests.report.runs_told import end, line, start, step, whole, write
-
-
-def run_in(folder: Path, lines: list[str], recipe: str = "", name: str = "") -> Run:
-    write(folder, lines, recipe)
-    return run_of(folder, name or folder.name, events_of(folder))
+from tests.report.runs_told import end, line, run_in, start, step, whole
 
 
 def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
