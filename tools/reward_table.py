@@ -1,6 +1,6 @@
 """GRPO over the quickstart base, several seeds, and its control: exact match on held-out questions, before and after.
 
-    python tools/reward_table.py [--seeds 1 2 3] [--steps 100] [--out FOLDER]
+    python tools/reward_table.py [--seeds 1 2 3] [--steps 50] [--out FOLDER]
 
 Rows are those of make_reward_rows.py. A few supervised steps teach the manners of an answer and nothing of which is
 right; GRPO goes on from there by exact match alone. The control is the same run, judged by shuffled_reward.py.
@@ -51,7 +51,7 @@ r = 32
 """
 GRPO = """
 objective = "grpo"
-batch_size = 16
+batch_size = 12
 micro_batch_size = 32
 num_generations = 8
 max_completion_length = 12
@@ -74,7 +74,7 @@ def recipe_of(folder: Path, name: str, text: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, help="folder for rows and runs; a temporary one without")
     asked = parser.parse_args()
     folder = asked.out or Path(tempfile.mkdtemp(prefix="qlora-rewards-"))
