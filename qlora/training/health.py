@@ -114,9 +114,11 @@ def check_moved(optimizer: AdapterOptimizer, at_start: Mapping[str, bytes], step
     still = [module for module, names in modules.items() if all(now[name] == at_start[name] for name in names)]
     if inert := sorted({*without, *still}):
         why = "never had a gradient" if inert[0] in without else "did not move"
+        hint = "leave them out of lora.target_modules, or report this base; the run's state is saved"
+        if len(without) == len(modules):  # so it is where all answers of grpo were worth the same
+            hint = "look at the rows, at train.rewards or train.learning_rate: no step said what to change"
         raise TrainingStopped(
-            f"{len(inert)} of {len(modules)} adapted modules learned nothing in {steps} steps: {inert[0]} {why}",
-            "leave them out of lora.target_modules, or report this base; the run's state is saved",
+            f"{len(inert)} of {len(modules)} adapted modules learned nothing in {steps} steps: {inert[0]} {why}", hint
         )
 
 

@@ -103,7 +103,9 @@ def test_kills_at_any_moment(work: Path, tmp_path: Path) -> None:
         shutil.rmtree(out)
     moments = random.Random(11)
     went_on = killed = 0
-    for kill in range(KILLS):
+    for kill in range(3 * KILLS):
+        if killed >= KILLS and went_on >= KILLS // 4:
+            break
         number = child(lambda: merge(work, out))
         # Half of them at any moment, half at any moment after the first point to go on from: on a busy machine the time
         # before that point varies by more than the whole merge takes on an idle one.
@@ -112,7 +114,9 @@ def test_kills_at_any_moment(work: Path, tmp_path: Path) -> None:
             time.sleep(0.001)
         time.sleep(moments.uniform(0.0, seconds / (4 if kill % 2 else 1)))
         os.kill(number, signal.SIGKILL)
-        killed += status_of(number) == -signal.SIGKILL
+        was_killed = status_of(number) == -signal.SIGKILL
+        killed += was_killed
+        seconds *= 1 if was_killed else 0.7  # it was measured beside other work, which is over
         if out.exists():
             assert manifest(out) == expected
             shutil.rmtree(out)

@@ -154,6 +154,8 @@ def of_type(hint: Any, chance: Random, name: str) -> Any:
         return {**FIGURES, "dropped": {text: 3}, "advice": [text]}
     if name == "versions":
         return {text: text}
+    if name == "rewards":
+        return {text: 0.5}
     return {} if name == "phases" else None
 
 
