@@ -65,6 +65,7 @@ class ConsoleSink:
         self.task: events.Progress | None = None
         self.plain_at = 0.0
         self.preferred = ""  # how the last step told its pairs apart, or what its answers were worth
+        self.judged = -1  # the step whose evaluation is of rewards, which its loss is minus the mean of
         self.compares = False  # whether losses are of answers that are compared or rewarded, and not of tokens
         self.title = ""
         self.sample_step = -1
@@ -151,7 +152,7 @@ class ConsoleSink:
         self.task = None
         self.last_eval = event
         parts = [f"evaluation at step {event.step}:"] if event.step else ["untuned base:"]
-        if event.loss is not None:
+        if event.loss is not None and event.step != self.judged:
             words = "" if event.perplexity is None else f" · perplexity {event.perplexity:.2f}"
             parts.append(f"loss {event.loss:.4f}{words}")
         if event.exact_match is not None:
@@ -165,6 +166,8 @@ class ConsoleSink:
         self._of_answers(event.compared if event.evaluated else 0, words)
 
     def _rewarded(self, event: Rewarded) -> None:
+        if event.evaluated:
+            self.judged = event.step
         self._of_answers(event.answers if event.evaluated else 0, worth(event))
 
     def _of_answers(self, held_out: int, words: str) -> None:

@@ -74,7 +74,9 @@ def cards(run: Run) -> Element:
     if rate is not None:
         made.append(card(big(rate), "tokens/s, median"))
     if best is not None:
-        made.append(card(figure(best), "evaluation loss, best"))
+        of_rewards = bool(log.rewarded[True])  # whose loss is minus their mean
+        name = "reward held out, best" if of_rewards else "evaluation loss, best"
+        made.append(card(figure(-best if of_rewards else best), name))
     if end is not None and end.exact_match_after is not None:
         before = f", {percent(end.exact_match_before)} before" if end.exact_match_before is not None else ""
         made.append(card(percent(end.exact_match_after), f"exact match{before}"))
@@ -115,7 +117,8 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
 
     loss = lines("loss", True)
     if one:
-        loss = [Line("training", loss[0].steps, loss[0].values, 0, True), *_evaluations(runs, 1, "evaluation")]
+        loss = [Line("training", loss[0].steps, loss[0].values, 0, True)]
+        loss += [] if one.log.rewarded[True] else _evaluations(runs, 1, "evaluation")
     # Of preferences and rewards it is none of tokens, and what was told apart or earned is what one looks for.
     compared = any(found for run in runs for found in (*run.log.preferred, *run.log.rewarded))
     unit_of_loss = "" if compared else ", nats a token"

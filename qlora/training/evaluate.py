@@ -105,9 +105,9 @@ class RunEvaluation:
 
     def emit_eval(self, step: int, loss: float | None, matches: float | None, best: bool) -> None:
         perplexity = preferences.perplexity(self.objective, loss)
-        self.recovery.sink.emit(Evaluated(step, loss, perplexity, matches, len(self.split.lengths), best))
-        if self.told is not None and self.told.step == step and loss is not None:
+        if self.told is not None and self.told.step == step and loss is not None:  # which says what the loss is of
             self.recovery.sink.emit(self.told)
+        self.recovery.sink.emit(Evaluated(step, loss, perplexity, matches, len(self.split.lengths), best))
         if self.routed and loss is not None:
             self.recovery.sink.emit(routing.event(step, self.routed))
 
