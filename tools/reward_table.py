@@ -1,6 +1,6 @@
 """GRPO over the quickstart base, several seeds, and its control: exact match on held-out questions, before and after.
 
-    python tools/reward_table.py [--seeds 1 2 3] [--steps 50] [--out FOLDER]
+    python tools/reward_table.py [--seeds 1 2 3] [--steps 80] [--out FOLDER]
 
 Rows are those of make_reward_rows.py. A few supervised steps teach the manners of an answer and nothing of which is
 right; GRPO goes on from there by exact match alone. The control is the same run, judged by shuffled_reward.py.
@@ -71,25 +71,35 @@ def recipe_of(folder: Path, name: str, text: str) -> Path:
     return path
 
 
+def warmed(folder: Path) -> float:
+    """Write the rows and train the warm-up; its exact match on held-out questions."""
+    write(folder, *rows())
+    state = api.train(load_recipe(recipe_of(folder, "warmup", WARMUP)), name="warmup", mode="fresh").state
+    return float(state.exact_match_after or 0.0)
+
+
+def judged(folder: Path, seed: int, steps: int, function: str = "") -> tuple[float, float]:
+    """Exact match before and after GRPO from the warm-up, by exact match or by a function of a file."""
+    keys = [f"train.seed={seed}", f"train.max_steps={steps}"]
+    keys += [] if function else ['train.rewards=["exact_match"]']
+    recipe = load_recipe(recipe_of(folder, "grpo", GRPO), keys)
+    name = f"{'shuffled' if function else 'exact'}-{seed}"
+    state = api.train(recipe, name=name, mode="fresh", rewards=[function] if function else []).state
+    return float(state.exact_match_before or 0.0), float(state.exact_match_after or 0.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--out", type=Path, help="folder for rows and runs; a temporary one without")
     asked = parser.parse_args()
     folder = asked.out or Path(tempfile.mkdtemp(prefix="qlora-rewards-"))
-    write(folder, *rows())
-    warmup = api.train(load_recipe(recipe_of(folder, "warmup", WARMUP)), name="warmup", mode="fresh")
-    print(f"after the warm-up: {warmup.state.exact_match_after:.1%}", flush=True)
-    grpo, judges = recipe_of(folder, "grpo", GRPO), {"exact match": "", "shuffled": "tools/shuffled_reward.py:score"}
-    for name, function in judges.items():
+    print(f"after the warm-up: {warmed(folder):.1%}", flush=True)
+    for name, function in {"exact match": "", "shuffled": f"{ROOT}/tools/shuffled_reward.py:score"}.items():
         for seed in asked.seeds:
-            keys = [f"train.seed={seed}", f"train.max_steps={asked.steps}"]
-            keys += [] if function else ['train.rewards=["exact_match"]']
-            functions = [str(ROOT / function)] if function else []
-            recipe = load_recipe(grpo, keys)
-            state = api.train(recipe, name=f"{name.split()[0]}-{seed}", mode="fresh", rewards=functions).state
-            print(f"{name}, seed {seed}: {state.exact_match_before:.1%} -> {state.exact_match_after:.1%}", flush=True)
+            before, after = judged(folder, seed, asked.steps, function)
+            print(f"{name}, seed {seed}: {before:.1%} -> {after:.1%}", flush=True)
 
 
 if __name__ == "__main__":
