@@ -22,6 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # and a child forked from threads would han
 # Files of minutes: the first to be begun, since a file's tests stay in one process and the others fill what is left.
 LONGEST = (
     *("tests/test_manuals.py", "tests/test_quickstart.py", "tests/faults/test_signals.py", "tests/faults/test_kill.py"),
+    # Hundreds of forks each, which cost four times as much in a worker that has grown to 3 GB.
+    *("tests/faults/test_kept_bases.py", "tests/faults/test_stops.py", "tests/faults/test_disk_full.py"),
     *("tests/faults/test_resume_everywhere.py", "tests/attacks/test_fuzz.py", "tests/cli/test_verify_resume.py"),
 )
 

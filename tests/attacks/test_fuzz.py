@@ -58,7 +58,7 @@ def test_fifty_inputs(few: tuple[list[dict[str, Any]], str], door: str) -> None:
     check(few[0], door, FEW)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 @pytest.mark.parametrize("door", DOORS)
 def test_more_inputs(many: list[dict[str, Any]], door: str) -> None:
     check(many, door, MANY)

@@ -80,7 +80,7 @@ SLOW_RECIPES = ("glm-4.7-flash-24gb", "qwen3.6-35b-a3b-24gb", "gpt-oss-20b-16gb"
 @pytest.mark.parametrize(
     "file",
     [
-        pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in SLOW_RECIPES else [])
+        pytest.param(file, id=file.stem, marks=[pytest.mark.every] if file.stem in SLOW_RECIPES else [])
         for file in sorted(RECIPES.glob("*.toml"))
     ],
 )

@@ -248,11 +248,20 @@ def check(case: Case, folder: Path) -> None:
     assert not unseen
 
 
-def marked(cases: Sequence[Case], families: Collection[str], fast: Collection[str]) -> list[Any]:
-    """The cases of these families as pytest's parameters: a few in the fast suite, one for each mechanism."""
+def marked(
+    cases: Sequence[Case], families: Collection[str], fast: Collection[str], slow: Collection[str] | None = None
+) -> list[Any]:
+    """The cases of these families as pytest's parameters: a few in the fast suite, one for each mechanism; where `slow`
+    names families, CI runs theirs beside them, and the others are of those that it leaves out."""
     chosen = [case for case in cases if case.model_type in families]
     assert set(fast) <= {case.name for case in chosen}
-    return [pytest.param(case, id=case.name, marks=() if case.name in fast else pytest.mark.slow) for case in chosen]
+
+    def mark(case: Case) -> Any:
+        if case.name in fast:
+            return ()
+        return pytest.mark.slow if slow is None or case.model_type in slow else pytest.mark.every
+
+    return [pytest.param(case, id=case.name, marks=mark(case)) for case in chosen]
 
 
 def refused(cases: Sequence[Case], model_type: str, fields: Mapping[str, Any], message: str) -> None:
