@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 STEPS = 100
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo"])
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
 def test_what_was_a_matter_of_chance_is_told_apart(tmp_path: Path, name: str) -> None:
     """With a reference, and with none."""
     before, after = preference_table.trained(tmp_path, name, STEPS)

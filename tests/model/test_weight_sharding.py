@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from contextlib import nullcontext
 from functools import partial
@@ -103,7 +104,9 @@ def test_a_mixture_of_experts_is_shared_too(tmp_path: Path) -> None:
 
 def peak(base: Path, place: Place, gathers: Gathers | None) -> list[int]:
     """Live bytes at most while the base is loaded, and in a step, by the stand-in's allocator: what is on the host for
-    a moment is among them."""
+    a moment is among them. Garbage is looked for as in a young process: of a large heap, late."""
+    gc.freeze()
+    gc.collect()
     with pytest.MonkeyPatch.context() as patch, rehearsal(patch, Card()) as card:
         with gathering.loading(place.shards, None):
             model = tuned(base, place, LoraSection(r=1, target_modules=["q_proj"]), PLAIN)
