@@ -9,15 +9,18 @@ right; GRPO goes on from there by exact match alone. The control is the same run
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
-from make_reward_rows import rows, write
-
-from qlora import api
-from qlora.recipe.reading import load_recipe
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+from make_reward_rows import rows, write  # noqa: E402
+
+from qlora import api  # noqa: E402
+from qlora.recipe.reading import load_recipe  # noqa: E402
+
 COMMON = f"""
 [model]
 base = "{(ROOT / "recipes" / "quickstart" / "base").as_posix()}"
