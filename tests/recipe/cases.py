@@ -36,18 +36,19 @@ def other_defaults(defaults: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in before.items():
-            _default(name, value)
+        for name, (value, factory) in before.items():
+            _default(name, value, factory)
 
 
-def _default(name: str, value: Any) -> Any:
-    """Give a key this default; returns the one that it had."""
+def _default(name: str, value: Any, factory: Any = None) -> tuple[Any, Any]:
+    """Give a key this default, or what makes one; returns what it had."""
     table, key = name.split(".")
     field = Recipe.model_fields[table]
     section = field.annotation
     assert isinstance(section, type) and issubclass(section, Section)
-    before = section.model_fields[key].default
-    section.model_fields[key].default = value
+    declared = section.model_fields[key]
+    before = declared.default, declared.default_factory
+    declared.default, declared.default_factory = value, factory
     section.model_rebuild(force=True)
     if not field.is_required():
         field.default = section()
