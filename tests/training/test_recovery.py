@@ -141,13 +141,13 @@ def test_a_resumed_run_that_may_not_pack_evaluates_with_the_new_size_too(
         fail_at(patch, 0)
         train(recipe, *settings, stop_after=2)
     sizes = []
-    batch = RunEvaluation._batch
+    rows = RunEvaluation.rows
 
-    def counted(self: Any, packs: Any) -> Any:
+    def counted(self: Any) -> Any:
         sizes.append(self.recovery.settings.micro_batch_size)
-        return batch(self, packs)
+        return rows(self)
 
-    monkeypatch.setattr(RunEvaluation, "_batch", counted)
+    monkeypatch.setattr(RunEvaluation, "rows", counted)
     recorder = train(recipe, *settings, mode="resume")
     assert "switched off" in str(values(recorder, "notice", "message"))
     assert values(recorder, "plan", "micro_batch_size") == [2] and set(sizes) == {2}

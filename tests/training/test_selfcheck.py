@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qlora.training import loop
+from qlora.training.evaluate import RunEvaluation
 from tests.runs import EVERYTHING, hashes, train, values, write_recipe
 
 RUN = (*EVERYTHING, "train.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep=9")
@@ -36,7 +37,7 @@ def test_it_tries_the_longest_rows_an_update_and_an_evaluation(
     widths: list[int] = []
     updates: list[float] = []
     evaluated: list[int] = []
-    real, step, longest = loop.forward_backward, loop.AdapterOptimizer.step, loop.RunEvaluation.try_longest
+    real, step, longest = loop.forward_backward, loop.AdapterOptimizer.step, RunEvaluation.try_longest
 
     def forward_backward(parts: Any, batch: Any, *rest: Any) -> Any:
         widths.append(batch.input_ids_BS.shape[1])
@@ -53,7 +54,7 @@ def test_it_tries_the_longest_rows_an_update_and_an_evaluation(
 
     monkeypatch.setattr(loop, "forward_backward", forward_backward)
     monkeypatch.setattr(loop.AdapterOptimizer, "step", update)
-    monkeypatch.setattr(loop.RunEvaluation, "try_longest", try_longest)
+    monkeypatch.setattr(RunEvaluation, "try_longest", try_longest)
     train(write_recipe(tmp_path, llama), *RUN, "data.packing=false")
     assert widths[0] == widths[1] == max(widths) and evaluated == [2]
     assert len(updates) == 5  # the dry run's and four steps
