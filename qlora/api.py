@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from qlora.export.combination import Combination
     from qlora.export.push import Push
     from qlora.memory.estimate import Estimate
-    from qlora.memory.hardware import Machine, TeamCard
+    from qlora.memory.hardware import Machine, RunCard
+    from qlora.memory.multi_gpu_question import MultiGpuQuestion
     from qlora.memory.question import Question
-    from qlora.memory.team_question import TeamQuestion
     from qlora.model.base_folder import BaseFolder
     from qlora.numerics import Numerics
     from qlora.training.checkpoint import Checkpoint, RunState
@@ -368,12 +368,12 @@ def _question(recipe: Recipe, machine: Machine, stack: str, sink: Sink | None) -
     return Question(row_packing.settled(recipe, config, gate(sink)), estimator, documents)
 
 
-def team_question(recipe: Recipe, cards: Sequence[TeamCard], *, sink: Sink | None = None) -> TeamQuestion:
+def multi_gpu_question(recipe: Recipe, cards: Sequence[RunCard], *, sink: Sink | None = None) -> MultiGpuQuestion:
     """As `question`, about several cards of one run."""
-    from qlora.memory.team_question import TeamQuestion
+    from qlora.memory.multi_gpu_question import MultiGpuQuestion
 
     first = cards[0].machine
-    return TeamQuestion.of(_question(recipe, first, "qlora", sink), cards)
+    return MultiGpuQuestion.of(_question(recipe, first, "qlora", sink), cards)
 
 
 def _export(run_dir: Path, section: ExportSection, sink: Sink) -> tuple[ExportedArtifact, ...]:

@@ -29,6 +29,7 @@ FASTER = (
     "training/measuring.py",
     "training/handing.py",
     "training/exchanging.py",
+    "training/channel.py",
     "training/processes.py",
     "training/sharing.py",
     "training/words.py",

@@ -49,7 +49,7 @@ NOT_REHEARSED = {
     "device.py::measure_context": "where a command begins; tests/test_device.py, tests/cli/test_cards.py",
     "device.py::context_taken: return measured": "where it was measured; tests/test_device.py",
     "device.py::on_default_stream": "nothing computes beside the default stream yet; tests/test_device.py",
-    "memory/several.py::this_rank: card = ": "where several processes join; tests/memory/test_several.py",
+    "memory/multi_gpu.py::this_rank: card = ": "where several processes join; tests/memory/test_multi_gpu.py",
     "training/words.py::word_of: limit = ": "what several processes are told; tests/training/test_words.py",
     **dict.fromkeys(
         (f"device.py::{name}" for name in ("facts", "trouble", "trouble_in_sight", "has_xpu")),

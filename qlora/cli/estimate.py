@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 from qlora import shown
-from qlora.cli import common, team_estimate
+from qlora.cli import common, multi_gpu_estimate
 from qlora.collections_off import without_collections
 from qlora.redaction import redact_all
 
 if TYPE_CHECKING:
-    from qlora.memory.hardware import TeamCard
+    from qlora.memory.hardware import RunCard
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -70,7 +70,7 @@ class _Wanted(NamedTuple):
 
 def _run(what: str, overrides: list[str], asked: dict[str, Any], wanted: _Wanted) -> None:
     if cards := _refuse_early(asked, wanted):
-        return team_estimate.run(what, overrides, cards, wanted.fit, wanted.as_json)
+        return multi_gpu_estimate.run(what, overrides, cards, wanted.fit, wanted.as_json)
     one = {name: next(iter(asked[name]), None) for name in ("gpu", "vram")}
     unusable = _unusable_card() if one == {"gpu": None, "vram": None} else None
     from qlora import api
@@ -100,7 +100,7 @@ def _run(what: str, overrides: list[str], asked: dict[str, Any], wanted: _Wanted
         raise question.does_not_fit()
 
 
-def _refuse_early(asked: dict[str, Any], wanted: _Wanted) -> tuple[TeamCard, ...]:
+def _refuse_early(asked: dict[str, Any], wanted: _Wanted) -> tuple[RunCard, ...]:
     """What needs no model to be wrong is refused before anything slow is imported. The cards, where several are asked
     about."""
     from qlora.errors import Problem, RecipeError

@@ -27,12 +27,12 @@ def joined(place: Place, wanted: str, stop: StopRequest) -> Iterator[bool]:
     with processes.taken(place), ExitStack() as stack:
         cards.settle(Sinks())
         from qlora import device
-        from qlora.memory import several
-        from qlora.training.processes import Channel
+        from qlora.memory import multi_gpu
+        from qlora.training.channel import Channel
         from qlora.training.processes import joined as channel_of_run
 
         channel = Channel(place, device.current())
-        told = channel.tell_ranks(several.this_rank())
+        told = channel.tell_ranks(multi_gpu.this_rank())
         if place.rank == 0:
             stack.enter_context(ranks.told(told))  # who decides for all
             stack.enter_context(channel_of_run(channel))

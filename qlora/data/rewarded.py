@@ -29,13 +29,13 @@ MAX_COLUMNS_BYTES = 1 << 20  # of a row's columns as JSON: they are kept beside 
 
 
 @dataclass(frozen=True)
-class Rewarded(Conversation):
+class RewardedRow(Conversation):
     """`messages` end with the right answer; `columns` is the row as it stands in its file."""
 
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
-def to_rewarded(row: Mapping[str, Any]) -> Rewarded:
+def to_rewarded(row: Mapping[str, Any]) -> RewardedRow:
     """Read one row. Raises RowError."""
     names = {plain_word(name): name for name, value in row.items() if not is_blank(value)}
     for better, worse in preferences_of(names):
@@ -48,7 +48,7 @@ def to_rewarded(row: Mapping[str, Any]) -> Rewarded:
     messages = context_before(conversation.messages, last)
     # What is unread of a row is handed to functions, but for a second question.
     remarks = tuple(one for one in conversation.remarks if one.name not in row or _asks(one.name))
-    return Rewarded(messages, conversation.tools, remarks=remarks, columns=_kept(row))
+    return RewardedRow(messages, conversation.tools, remarks=remarks, columns=_kept(row))
 
 
 def _answered(row: Mapping[str, Any], name: str, answer: str) -> Conversation:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qlora.data.chat import TokenRow
 from qlora.data.formats import Conversation, Message
-from qlora.data.rewarded import Rewarded
+from qlora.data.rewarded import RewardedRow
 from qlora.errors import DataError, foreign_failures
 
 if TYPE_CHECKING:
@@ -385,7 +385,7 @@ def _prompt_json(conversation: Conversation) -> str:
         return ""
     prompt = Prompt(list(messages[:last]), list(conversation.tools or ()) or None, messages[last]["content"])
     values = prompt._asdict()
-    if isinstance(conversation, Rewarded):
+    if isinstance(conversation, RewardedRow):
         return _ENCODER.encode({**values, "columns": dict(conversation.columns)})
     del values["columns"]  # which caches of other rows never had
     return _ENCODER.encode(values)

@@ -49,7 +49,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class TeamCard:
+class RunCard:
     """Of one process of a run on several, with its name for people."""
 
     name: str
@@ -84,12 +84,12 @@ def asked_for(gpu: str | None, vram: str | None, limit: str) -> Machine:
     return this_machine(limit) if vram is None else _of_size(vram)
 
 
-def asked_cards(gpus: Sequence[str], vrams: Sequence[str]) -> tuple[TeamCard, ...]:
+def asked_cards(gpus: Sequence[str], vrams: Sequence[str]) -> tuple[RunCard, ...]:
     """Those that a question names, in their order; "2x RTX 3090" are two. Raises HardwareError."""
     named = [(name, None) for name in _counted(gpus)] + [(None, size) for size in _counted(vrams)]
     machines = [asked_for(gpu, vram, "auto") for gpu, vram in named]
     return tuple(
-        TeamCard(machine.gpu.label if gpu and machine.gpu else str(vram).strip(), machine)
+        RunCard(machine.gpu.label if gpu and machine.gpu else str(vram).strip(), machine)
         for (gpu, vram), machine in zip(named, machines, strict=True)
     )
 

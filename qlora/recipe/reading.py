@@ -199,10 +199,9 @@ def _hint(dotted: str, item: Any) -> str:
 
 def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
     """What no single key shows, and keys of [export] that would do nothing; found now, not when training has ended."""
-    train, data, lora, export = recipe.train, recipe.data, recipe.lora, recipe.export
+    train, data, lora = recipe.train, recipe.data, recipe.lora
     batch, micro = train.batch_size, train.micro_batch_size
     wants_eval_rows = recipe.eval.exact_match_rows or recipe.eval.early_stopping_patience
-    rounded_plainly = ("hf", "adapter-gguf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
     checks = (
         (
             isinstance(batch, int) and isinstance(micro, int) and batch * train.answers_per_row < micro,
@@ -217,6 +216,31 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             "[eval] asks for evaluation rows, but data.eval_fraction is 0 and there is no [[data.eval]]",
             "set data.eval_fraction = 0.05 or add [[data.eval]] with a path",
         ),
+        *_of_export(recipe),
+        (
+            lora.experts and (lora.dropout > 0 or lora.use_dora or lora.init == "eva"),
+            "lora.experts",
+            f"lora.experts = true and {_not_with_experts(lora)} cannot go together",
+            "adapters on experts are plain products of two matrices: take one of the two lines out",
+        ),
+        (
+            lora.use_dora and lora.init == "eva",
+            "lora.init",
+            'lora.init = "eva" and lora.use_dora cannot go together (DoRA starts from the plain LoRA product)',
+            "use one of them",
+        ),
+        *objective_keys.cross_checks(recipe),
+    )
+    found = [(key.split("."), what, hint) for wrong, key, what, hint in checks if wrong]
+    places = (tuple(int(part) if part.isdigit() else part for part in parts) for parts, _, _ in found)
+    return [Problem(index.where(place), what, hint) for place, (_, what, hint) in zip(places, found, strict=True)]
+
+
+def _of_export(recipe: Recipe) -> tuple[memory_keys.Check, ...]:
+    """Keys of [export] that would do nothing, and forms that cannot hold what is trained."""
+    export, lora = recipe.export, recipe.lora
+    rounded_plainly = ("hf", "adapter-gguf", "gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")
+    return (
         (
             export.imatrix and set(export.formats) <= set(rounded_plainly),
             "export.imatrix",
@@ -230,16 +254,10 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             'add "hf" or "gguf:q8_0", or take it out',
         ),
         (
-            "adapter-gguf" in export.formats and (lora.use_dora or lora.modules_to_save),
+            "adapter-gguf" in export.formats and (lora.use_dora or bool(lora.modules_to_save)),
             "export.formats",
             "adapter-gguf cannot hold what lora.use_dora and lora.modules_to_save train",
             'merge it instead: formats = ["gguf:q8_0"]',
-        ),
-        (
-            lora.experts and (lora.dropout > 0 or lora.use_dora or lora.init == "eva"),
-            "lora.experts",
-            f"lora.experts = true and {_not_with_experts(lora)} cannot go together",
-            "adapters on experts are plain products of two matrices: take one of the two lines out",
         ),
         (
             lora.experts and "adapter-gguf" in export.formats,
@@ -247,17 +265,7 @@ def cross_checks(recipe: Recipe, index: LineIndex) -> list[Problem]:
             "adapter-gguf cannot hold adapters on experts (lora.experts)",
             'merge it instead: formats = ["hf"]',
         ),
-        (
-            lora.use_dora and lora.init == "eva",
-            "lora.init",
-            'lora.init = "eva" and lora.use_dora cannot go together (DoRA starts from the plain LoRA product)',
-            "use one of them",
-        ),
-        *objective_keys.cross_checks(recipe),
     )
-    found = [(key.split("."), what, hint) for wrong, key, what, hint in checks if wrong]
-    places = (tuple(int(part) if part.isdigit() else part for part in parts) for parts, _, _ in found)
-    return [Problem(index.where(place), what, hint) for place, (_, what, hint) in zip(places, found, strict=True)]
 
 
 def _not_with_experts(lora: sections.LoraSection) -> str:

@@ -25,7 +25,7 @@ from rich.text import Text
 from qlora import events
 from qlora.report import exam
 from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline, told_apart, worth
-from qlora.report.team import card_lines
+from qlora.report.multi_gpu import card_lines
 from qlora.reward_events import Rewarded
 from qlora.units import layers_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qlora.report import curves, preferences, rewards, run_sections, run_team
+from qlora.report import curves, preferences, rewards, run_multi_gpu, run_sections
 from qlora.report.figures import human_bytes
 from qlora.report.page import Element, classed, element, page, table
 from qlora.report.run_files import Run, without_places
@@ -55,7 +55,7 @@ def _one(run: Run) -> Iterator[Element]:
 def _details(run: Run) -> Iterator[Element]:
     yield from _section(preferences.section(run.log.preferred[True]))
     yield from _section(rewards.section(run.log.rewarded[True]))
-    yield from _section(run_team.section(run.log.plan))
+    yield from _section(run_multi_gpu.section(run.log.plan))
     yield from _section(run_sections.memory(run))
     yield from _section(run_sections.happened(run))
 

@@ -37,7 +37,7 @@ Ends = Callable[[list[int], str], NoReturn]  # raises what comes of the processe
 
 
 class Joint(Protocol):
-    """What connects the processes (`processes.Channel`)."""
+    """What connects the processes (`channel.Channel`)."""
 
     gathers: Gathers
 
@@ -57,7 +57,7 @@ class Joint(Protocol):
         """Values on the host become those of process 0."""
 
 
-class Shares:
+class Division:
     """How a run's work is shared: here it is one process's."""
 
     @contextmanager
@@ -99,7 +99,7 @@ def shown(work: Callable[[], Result], show: Callable[[int], Shown]) -> tuple[Res
 
 
 def divided(joint: Joint, items: Sequence[Item], work: Callable[[Item], Tensor], ends: Ends) -> list[Tensor]:
-    """`Shares.shared` of this process's part; every process calls it with the same items."""
+    """`Division.shared` of this process's part; every process calls it with the same items."""
     size, rank = joint.place.size, joint.place.rank
     own: dict[int, Tensor] = {}
     for start in range(0, len(items), ROUND * size):

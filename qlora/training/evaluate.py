@@ -29,7 +29,7 @@ from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import Objective
 from qlora.training import measuring, preferences
 from qlora.training.checkpoint import RunState
-from qlora.training.dividing import Shares
+from qlora.training.dividing import Division
 from qlora.training.phases import PhaseClock
 from qlora.training.questions import Question, answer_tokens, questions_of
 from qlora.training.recovery import OomRecovery
@@ -55,7 +55,7 @@ class RunEvaluation:
     began: preferences.Began | None = None  # what the model is compared with
     judge: Callable[[int], Rewarded | None] | None = None  # of objectives that draw answers: what they are worth
     check_stop: Callable[[], None] = lambda: None  # raises when it is time to leave
-    shares: Shares = field(default_factory=Shares)  # with other processes
+    shares: Division = field(default_factory=Division)  # with other processes
     samples: Sequence[Question] = ()  # what the untuned model has answered
     untuned_answers: Sequence[str] = ()
     routed: Sequence[routing.LayerRouting] = ()  # of the last measuring, of a mixture of experts

@@ -35,11 +35,12 @@ from qlora.recipe.reading import Recipe
 from qlora.stop import StopAsked, StopRequest
 from qlora.study.material import Found
 from qlora.training import dividing, exchanging, handing, preferences, reference, selfcheck
+from qlora.training.channel import Channel
 from qlora.training.checkpoint import RunState
 from qlora.training.dividing import FINE, Word
 from qlora.training.handing import Handed
 from qlora.training.loop import Training
-from qlora.training.processes import Channel, Follower
+from qlora.training.processes import Follower
 from qlora.training.setup import Job, prepare_job
 from qlora.training.sharing import Stopwatch
 from qlora.training.step_batches import Pack

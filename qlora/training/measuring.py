@@ -21,7 +21,7 @@ from qlora.model.weight_receiving import device_of
 from qlora.step.forward import CausalParts, evaluating
 from qlora.step.loss import Objective
 from qlora.training import preferences
-from qlora.training.dividing import Shares
+from qlora.training.dividing import Division
 from qlora.training.questions import Question
 
 
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 def losses(
-    model: Any, parts: CausalParts, objective: Objective, rows: EvalRows, told: Told, shares: Shares
+    model: Any, parts: CausalParts, objective: Objective, rows: EvalRows, told: Told, shares: Division
 ) -> list[tuple[Tensor, float]]:
     """Of each micro-batch its summed loss, fp64, and what it counts; what an objective of preference has seen of all of
     them is in it then."""
@@ -65,7 +65,7 @@ def losses(
     return [(one[1], float(one[0])) for one in found]
 
 
-def answers(model: Any, asked: Asked, told: Told, shares: Shares) -> list[str]:
+def answers(model: Any, asked: Asked, told: Told, shares: Division) -> list[str]:
     """Greedy answers as text."""
     prompts, chat = [question.prompt_ids for question in asked.questions], asked.chat
     together = generate.asked_together(prompts, asked.at_once)

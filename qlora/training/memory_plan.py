@@ -13,7 +13,7 @@ from qlora.data.loader import TrainOrder
 from qlora.data.prepare import PreparedData
 from qlora.errors import foreign_failures
 from qlora.events import Notice, Sink
-from qlora.memory import calibration, hardware, host, overheads, recomputing, several
+from qlora.memory import calibration, hardware, host, multi_gpu, overheads, recomputing
 from qlora.memory.estimate import DataFacts, Estimator
 from qlora.memory.measured import Measured
 from qlora.memory.plan import Plan, Planner, choose
@@ -41,7 +41,7 @@ class MemorySettings:
     offload_activations: bool = False
     may_offload: bool = False  # on a GPU, where the recipe leaves it open
     may_move: Place = field(default_factory=Place)  # of weights, to the host (`weight_moving`)
-    cards: several.CardPlans | None = None  # of a run of several processes
+    cards: multi_gpu.CardPlans | None = None  # of a run of several processes
 
     @property
     def offloaded(self) -> bool | int:
@@ -148,7 +148,7 @@ def plan_run(recipe: Recipe, base: BaseFolder, facts: DataFacts, sink: Sink) -> 
     with foreign_failures() as failure:  # a model that does what meta tensors cannot: reads a value, calls a kernel
         if machine.device_type == "cpu":
             estimator.ask_process(recipe, facts)
-        cards = several.plans_of_run(estimator, recipe, facts)
+        cards = multi_gpu.plans_of_run(estimator, recipe, facts)
         plan = cards.plans[0] if cards else choose(estimator, recipe, facts)
     if failure.error:
         reason = failure.reason[:120]

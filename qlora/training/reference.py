@@ -32,7 +32,7 @@ from qlora.saving import WRITE_ERRORS
 from qlora.starting_adapter import START, started_from
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.objectives import answers_of
-from qlora.training.dividing import Shares
+from qlora.training.dividing import Division
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.setup import Job
 
@@ -52,7 +52,7 @@ class AskedOf(NamedTuple):
 
 
 def prepared(
-    job: Job, parts: CausalParts, section: DataSection, shares: Shares, settings: MemorySettings
+    job: Job, parts: CausalParts, section: DataSection, shares: Division, settings: MemorySettings
 ) -> PreparedData:
     """The rows as the objective needs them; `section` has packing as it is really done. Called before any weight of
     the run has changed, so that the model is where the run began. `shares`: other processes answer some of them.
@@ -95,7 +95,7 @@ def told(data: PreparedData) -> Logprobs:
     return {name: torch.tensor(one) for name, one in said.items() if one}
 
 
-def answers(job: Job, parts: CausalParts, section: DataSection, asked: AskedOf, shares: Shares) -> list[float]:
+def answers(job: Job, parts: CausalParts, section: DataSection, asked: AskedOf, shares: Division) -> list[float]:
     """Log-probability of each answer of a split. A pack at a time: whatever fits later, these numbers stay the same;
     each is done by one process."""
     name, split, as_it_is = asked
@@ -168,7 +168,7 @@ class _Asked:
     parts: CausalParts
     section: DataSection
     splits: dict[str, PreparedSplit]
-    shares: Shares
+    shares: Division
     settings: MemorySettings
 
     def logprobs(self) -> Logprobs:

@@ -10,7 +10,7 @@ from qlora.step.forward import CausalParts
 from qlora.step.loss import Objective
 from qlora.training import reference
 from qlora.training.answered import AnsweredBatches
-from qlora.training.dividing import Shares
+from qlora.training.dividing import Division
 from qlora.training.evaluate import RunEvaluation
 from qlora.training.recovery import OomRecovery
 from qlora.training.rollouts import Rollouts
@@ -31,7 +31,7 @@ def evaluation_of(
     section: DataSection,
     of_step: tuple[CausalParts, Objective, Rollouts | None],
     recovery: OomRecovery,
-    shares: Shares,
+    shares: Division,
 ) -> RunEvaluation | None:
     """What the run is measured with; None of a run without evaluation rows."""
     if not len(job.data.eval.lengths):

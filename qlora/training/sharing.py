@@ -1,8 +1,8 @@
 """How a run's steps are shared by its processes, as process 0 decides it: with `qlora/dealing.py`, by the state.
 
 Cards of one kind share alike, and no clock is asked: the same run has the same bits. Where they differ, the first steps
-go by the predicted speeds (`memory/several.py`), some of them are measured, and the shares that follow stand from then
-on. They are in the run's state, what was measured of them as well, so that a resumed run goes on as it would have.
+go by the predicted speeds (`memory/multi_gpu.py`), some of them are measured, and the shares that follow stand from
+then on. They are in the run's state, what was measured of them as well, so that a resumed run goes on as it would have.
 
 Each card has settings of its own: one that runs out of memory takes smaller ones alone.
 """
@@ -19,8 +19,8 @@ import torch
 from qlora import device as hardware
 from qlora.dealing import Cut, Shares, dealt, relative
 from qlora.events import Notice, Recovered, Sink
+from qlora.memory.multi_gpu import draws
 from qlora.memory.plan import Plan
-from qlora.memory.several import draws
 from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
 from qlora.training.answered import AnsweredBatches
@@ -83,7 +83,7 @@ class Sharing:
             return cls(count, recipe, sink, alike)
         plans = cards.estimators.by_card(cards.plans)
         others = {number: _with_plan(settings, plan) for number, plan in enumerate(plans) if number}
-        shares = cards.team(count).shares
+        shares = cards.whole(count).shares
         return cls(count, recipe, sink, shares.model_copy(update={"settled": False}), others)
 
     def settings(self, own: MemorySettings) -> list[MemorySettings]:

@@ -15,7 +15,7 @@ from qlora.errors import DataError
 from qlora.processes import Place
 from qlora.stop import StopAsked
 from qlora.training import dividing
-from qlora.training.dividing import FINE, NO_MEMORY, STOP, Shares, divided, worst
+from qlora.training.dividing import FINE, NO_MEMORY, STOP, Division, divided, worst
 
 
 class Left(Exception):
@@ -93,7 +93,7 @@ def test_all_get_every_result_to_the_last_bit(size: int, count: int) -> None:
 
 
 def test_alone_it_is_the_work_itself() -> None:
-    assert Shares().shared([1, 2], torch.tensor) == [torch.tensor(1), torch.tensor(2)]
+    assert Division().shared([1, 2], torch.tensor) == [torch.tensor(1), torch.tensor(2)]
 
 
 @pytest.mark.parametrize(

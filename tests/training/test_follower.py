@@ -15,7 +15,7 @@ from qlora.errors import DoesNotFit
 from qlora.memory.changes import changed
 from qlora.model import compiled
 from qlora.model.load import load_base
-from qlora.training import exchanging, follower, processes
+from qlora.training import channel, exchanging, follower
 from qlora.training.follower import Following
 from qlora.training.loop import Training
 from tests.runs import hashes, run_dir, write_recipe
@@ -190,7 +190,7 @@ def test_one_that_is_killed_ends_all_with_the_last_step_saved(
 def test_one_that_hangs_is_waited_for_no_longer_than_is_said(
     tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "WAIT_SECONDS", 5)
+    monkeypatch.setattr(channel, "WAIT_SECONDS", 5)
     recipe = write_recipe(tmp_path, llama)
     # It comes back when process 0 has gone, and ends by itself.
     hang = at_step(3, lambda _: signal.sigtimedwait([], 12))

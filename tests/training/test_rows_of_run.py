@@ -9,7 +9,7 @@ import torch
 
 from qlora.data.token_cache import PreparedSplit, TokenRow
 from qlora.recipe.sections import DataSection, EvalSection, SourceSection, TrainSection
-from qlora.training.dividing import Shares
+from qlora.training.dividing import Division
 from qlora.training.rows_of_run import batches_of, evaluation_of
 from qlora.training.step_batches import StepBatches
 
@@ -42,8 +42,8 @@ def test_a_run_is_measured_where_it_has_rows_for_that() -> None:
     drawn: Any = SimpleNamespace(judged="judged")
     of_step: Any = (None, "objective", drawn)
     recovery: Any = None
-    assert evaluation_of(job(0), DATA, of_step, recovery, Shares()) is None
-    made = evaluation_of(job(2), DATA, of_step, recovery, Shares())
+    assert evaluation_of(job(0), DATA, of_step, recovery, Division()) is None
+    made = evaluation_of(job(2), DATA, of_step, recovery, Division())
     assert made is not None and (made.judge, made.objective, made.data) == ("judged", "objective", DATA)
-    plain = evaluation_of(job(2), DATA, (of_step[0], of_step[1], None), recovery, Shares())
+    plain = evaluation_of(job(2), DATA, (of_step[0], of_step[1], None), recovery, Division())
     assert plain is not None and plain.judge is None

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from qlora.dealing import Cut, Shares, dealt
-from qlora.memory import several
+from qlora.memory import multi_gpu
 from qlora.memory.changes import changed
-from qlora.memory.several import ROWS, Estimators
+from qlora.memory.multi_gpu import ROWS, Estimators
 from qlora.report.files import read_events
 from qlora.training import sharing
 from qlora.training.loop import Training
@@ -44,7 +44,7 @@ def card(name: str, tokens_per_second: float, free_bytes: int | None = None, row
     `rows` at once."""
 
     def hook() -> None:
-        this_rank, micro_steps, done = several.this_rank, Training._micro_steps, [0.0]
+        this_rank, micro_steps, done = multi_gpu.this_rank, Training._micro_steps, [0.0]
 
         def named() -> Any:
             own = this_rank()
@@ -55,7 +55,7 @@ def card(name: str, tokens_per_second: float, free_bytes: int | None = None, row
             done[0] += sum(batch.input_ids_BS.numel() for batch in mine) / tokens_per_second
             return micro_steps(training, state, batches, *rest)
 
-        several.this_rank, Training._micro_steps = named, counted  # type: ignore[method-assign]
+        multi_gpu.this_rank, Training._micro_steps = named, counted  # type: ignore[method-assign]
         sharing.clock = lambda: done[0]  # type: ignore[assignment]
         if rows:
             decided = Estimators.decided
@@ -63,7 +63,7 @@ def card(name: str, tokens_per_second: float, free_bytes: int | None = None, row
             def smaller(of: Estimators, recipe: Any, facts: Any) -> Any:
                 plans = decided(of, recipe, facts)
                 assert len(plans) == 2
-                return [plans[0], several.decided(of.each[1], changed(recipe, {ROWS: rows}), facts)]
+                return [plans[0], multi_gpu.decided(of.each[1], changed(recipe, {ROWS: rows}), facts)]
 
             Estimators.decided = smaller  # type: ignore[method-assign]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora.foreign_json import checked
 from qlora.report.run_events import Planned
-from qlora.report.run_team import section
+from qlora.report.run_multi_gpu import section
 
 COUNTS = ("train_rows", "eval_rows", "packs", "tokens_per_epoch", "trained_tokens_per_epoch", "batch_size", "steps")
 MORE = ("micro_batch_size", "trainable_parameters", "total_parameters", "max_length")

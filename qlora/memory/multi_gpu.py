@@ -21,7 +21,7 @@ from qlora.memory import hardware, host, links, overheads
 from qlora.memory.card_names import of_this_machine
 from qlora.memory.changes import changed, value_of
 from qlora.memory.estimate import TYPICAL_BATCH, DataFacts, Estimate, Estimator
-from qlora.memory.hardware import Machine, TeamCard
+from qlora.memory.hardware import Machine, RunCard
 from qlora.memory.plan import Plan, Planner, decided, does_not_fit
 from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
@@ -49,7 +49,7 @@ def this_rank() -> Rank:
     return Rank(name=card.name, on_card=True, capability=capability, host_bytes=machine.host_bytes, **sizes)
 
 
-def cards_of(told: Sequence[Rank], own: Machine, limit: str) -> tuple[TeamCard, ...]:
+def cards_of(told: Sequence[Rank], own: Machine, limit: str) -> tuple[RunCard, ...]:
     """Those of all processes, of which process 0 runs on `own`; `limit` is `memory.limit`, which holds for each."""
     given = None if limit == "auto" else parse_bytes(limit)
 
@@ -61,12 +61,12 @@ def cards_of(told: Sequence[Rank], own: Machine, limit: str) -> tuple[TeamCard, 
         return Machine("cuda", given or rank.free_bytes, source, gpu, rank.host_bytes)
 
     machines = (own, *map(machine, told[1:]))
-    return tuple(TeamCard(rank.name, one) for rank, one in zip(told, machines, strict=True))
+    return tuple(RunCard(rank.name, one) for rank, one in zip(told, machines, strict=True))
 
 
 @dataclass(frozen=True)
-class Member:
-    """One card of a team: `share` is of a step's tokens, `packs` of a step's packs."""
+class RankPlan:
+    """One card of a run: `share` is of a step's tokens, `packs` of a step's packs."""
 
     name: str
     plan: Plan
@@ -91,13 +91,13 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Team:
+class MultiGpuPlan:
     """The plan of several cards. `exchange_seconds` is what adding up the gradients takes, once a step.
 
     `tokens_per_second` is of all together, 0 where no speed is known.
     """
 
-    members: tuple[Member, ...]
+    members: tuple[RankPlan, ...]
     shares: Shares
     batch_size: int
     exchange_bytes: int
@@ -144,9 +144,7 @@ class Estimators:
     """Of the cards of a run, by their processes' numbers: one for each kind, which `make` gives of the card that has
     least free of its kind. `exchanging`: what NCCL takes is still to come off their limits."""
 
-    def __init__(
-        self, cards: Sequence[TeamCard], make: Callable[[Machine], Estimator], exchanging: bool = True
-    ) -> None:
+    def __init__(self, cards: Sequence[RunCard], make: Callable[[Machine], Estimator], exchanging: bool = True) -> None:
         self.cards = tuple(cards)
         kinds = list(dict.fromkeys((card.name, card.machine.gpu) for card in cards))
         self.kinds = [
@@ -195,7 +193,7 @@ class Estimators:
                 error = does_not_fit(Planner(one, facts), plan.recipe)
                 raise error if len(self.kinds) == 1 else of_card(error, self.cards, kind)
 
-    def team(self, plans: Sequence[Plan], recipe: Recipe, batch: int, shares: Shares | None = None) -> Team:
+    def whole(self, plans: Sequence[Plan], recipe: Recipe, batch: int, shares: Shares | None = None) -> MultiGpuPlan:
         """The plans put together for steps of `batch` packs: `plans` are of each kind, `shares` are others than follow
         from them."""
         shown = [self._shown(plan, card) for plan, card in zip(self.by_card(plans), self.cards, strict=True)]
@@ -210,7 +208,7 @@ class Estimators:
         gradient = 4 * self.each[0].values(recipe).adapter
         exchange = exchange_seconds(gradient, [card.machine for card in self.cards])
         members = tuple(
-            Member(card.name, plan, done / max(1, sum(work)), count)
+            RankPlan(card.name, plan, done / max(1, sum(work)), count)
             for card, plan, done, count in zip(self.cards, shown, work, packs, strict=True)
         )
         speeds = [plan.estimate.tokens_per_second for plan in shown]
@@ -221,7 +219,7 @@ class Estimators:
             sum(map(max, zip_longest(*rounds, fillvalue=0.0))) if sharded else max(map(sum, rounds), default=0.0)
         )
         whole = sum(work) / (computing + exchange) if rounds else 0.0
-        return Team(members, shares, batch, gradient if self.exchange else 0, exchange, whole)
+        return MultiGpuPlan(members, shares, batch, gradient if self.exchange else 0, exchange, whole)
 
     def by_card(self, plans: Sequence[Plan]) -> list[Plan]:
         """Of each card, by the plans of the kinds."""
@@ -230,7 +228,7 @@ class Estimators:
             found |= dict.fromkeys(kind, plan)
         return [found[number] for number in range(len(self.cards))]
 
-    def _shown(self, plan: Plan, card: TeamCard) -> Plan:
+    def _shown(self, plan: Plan, card: RunCard) -> Plan:
         """With what the exchange takes, and the whole limit of that card."""
         limit = card.machine.limit_bytes + self._given_back
         return replace(plan, estimate=with_exchange(plan.estimate, limit, self.exchange, self.margin))
@@ -280,7 +278,7 @@ def exchange_seconds(nbytes: int, machines: Sequence[Machine]) -> float:
     return 2 * (len(gpus) - 1) / len(gpus) * nbytes / links.between_bytes_per_second(gpus)
 
 
-def of_card(error: DoesNotFit, cards: Sequence[TeamCard], numbers: Sequence[int]) -> DoesNotFit:
+def of_card(error: DoesNotFit, cards: Sequence[RunCard], numbers: Sequence[int]) -> DoesNotFit:
     """The error of a kind of card, by name and by the numbers of its processes."""
     who = f"process {numbers[0]}" if len(numbers) == 1 else f"processes {', '.join(map(str, numbers))}"
     leave = "or leave that card out (CUDA_VISIBLE_DEVICES, and fewer processes)"
@@ -313,10 +311,10 @@ class CardPlans:
 
     def as_event(self, batch: int) -> tuple[dict[str, Any], ...]:
         """What a plan says of each card: plain values."""
-        return tuple(one.as_dict() for one in self.team(batch).members)
+        return tuple(one.as_dict() for one in self.whole(batch).members)
 
-    def team(self, batch: int, shares: Shares | None = None) -> Team:
-        return self.estimators.team(self.plans, self.recipe, batch, shares)
+    def whole(self, batch: int, shares: Shares | None = None) -> MultiGpuPlan:
+        return self.estimators.whole(self.plans, self.recipe, batch, shares)
 
 
 def planned(estimators: Estimators, recipe: Recipe, facts: DataFacts | None) -> CardPlans:

@@ -10,27 +10,27 @@ import pytest
 
 from qlora import api, ranks
 from qlora.errors import DoesNotFit
-from qlora.memory import several
-from qlora.memory.hardware import Machine, TeamCard, asked_cards
-from qlora.memory.several import NCCL_BYTES, Estimators, plans_of_run
+from qlora.memory import multi_gpu
+from qlora.memory.hardware import Machine, RunCard, asked_cards
+from qlora.memory.multi_gpu import NCCL_BYTES, Estimators, plans_of_run
 from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
 from tests.memory.by_hand import AUTO, recipe
 from tests.memory.cases import GIB
+from tests.memory.hand_cards import HandCard
 from tests.memory.shapes import config_folder
-from tests.memory.teams import HandCard
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def team(gpus: list[str], *settings: str) -> tuple[Estimators, Recipe]:
+def whole(gpus: list[str], *settings: str) -> tuple[Estimators, Recipe]:
     asked = recipe(*AUTO, "train.batch_size=16", *settings)
     return Estimators(asked_cards(gpus, []), lambda machine: cast(Any, HandCard(machine))), asked
 
 
 def test_a_3090_and_a_3060_share_by_speed_and_each_by_its_memory() -> None:
-    of, asked = team(["3090", "3060 12GB"])
-    found = of.team(of.decided(asked, None), asked, 16)
+    of, asked = whole(["3090", "3060 12GB"])
+    found = of.whole(of.decided(asked, None), asked, 16)
     rows = [one.plan.estimate.settings["train.micro_batch_size"] for one in found.members]
     assert rows == [4, 2] and found.fits  # of 1,024 tokens, 4 MiB each where they are kept
     assert [one.packs for one in found.members] == [12, 4] and [one.share for one in found.members] == [0.75, 0.25]
@@ -40,7 +40,7 @@ def test_a_3090_and_a_3060_share_by_speed_and_each_by_its_memory() -> None:
 
 
 def test_where_something_is_drawn_for_each_all_compute_the_same_micro_batches() -> None:
-    of, asked = team(["3090", "3060 12GB"], "lora.dropout=0.1")
+    of, asked = whole(["3090", "3060 12GB"], "lora.dropout=0.1")
     plans = of.decided(asked, None)
     assert [plan.estimate.settings["train.micro_batch_size"] for plan in plans] == [2, 2]
     assert plans[0].reasons["train.micro_batch_size"] == "as another card needs it"
@@ -49,23 +49,23 @@ def test_where_something_is_drawn_for_each_all_compute_the_same_micro_batches() 
 
 def test_cards_of_one_kind_share_a_plan_by_the_one_that_has_least_free() -> None:
     first, second = asked_cards(["2x 3090"], [])
-    less = TeamCard(second.name, replace(second.machine, limit_bytes=20 * GIB))
+    less = RunCard(second.name, replace(second.machine, limit_bytes=20 * GIB))
     of = Estimators([first, less], lambda machine: cast(Any, HandCard(machine)))
     assert of.kinds == [(0, 1)] and of.each[0].machine.limit_bytes == 20 * GIB - 2 * NCCL_BYTES
     asked = recipe(*AUTO)
-    members = of.team(of.decided(asked, None), asked, 16).members
+    members = of.whole(of.decided(asked, None), asked, 16).members
     assert [one.packs for one in members] == [8, 8]
     assert [one.plan.estimate.limit_bytes for one in members] == [first.machine.limit_bytes, 20 * GIB]
 
 
 def test_a_card_that_cannot_hold_its_part_is_named_with_what_to_do() -> None:
-    of, asked = team(["3090", "RTX 2050 laptop"], "data.max_length=3000", "train.micro_batch_size=1")
+    of, asked = whole(["3090", "RTX 2050 laptop"], "data.max_length=3000", "train.micro_batch_size=1")
     with pytest.raises(DoesNotFit) as caught:
         of.refuse(of.decided(asked, None), None)
     assert caught.value.exit_code == 3
     assert caught.value.what.startswith("process 1 of 2, RTX 2050 Laptop, 4 GB, cannot hold its part: needs 4.93 GiB")
     assert "data.max_length = " in caught.value.hint and "leave that card out" in caught.value.hint
-    alike, _ = team(["2x RTX 2050 laptop"])
+    alike, _ = whole(["2x RTX 2050 laptop"])
     with pytest.raises(DoesNotFit) as caught:
         alike.refuse(alike.decided(asked, None), None)
     assert "process" not in caught.value.what  # all of them: nothing to leave out
@@ -83,12 +83,12 @@ def test_a_run_plans_each_of_its_cards() -> None:
     estimator.text, asked = None, recipe("train.micro_batch_size=1", "train.gradient_checkpointing=true")
     assert plans_of_run(estimator, asked, None) is None
     with ranks.told(told("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 3090")):
-        cards = several.cards_of(ranks.of_run(), own, "auto")
+        cards = multi_gpu.cards_of(ranks.of_run(), own, "auto")
         assert [card.machine.limit_bytes for card in cards] == [23 * GIB, 24_000_000_000]
-        assert several.cards_of(ranks.of_run(), own, "5GiB")[1].machine.limit_bytes == 5 * GIB
+        assert multi_gpu.cards_of(ranks.of_run(), own, "5GiB")[1].machine.limit_bytes == 5 * GIB
     of = Estimators(cards, lambda machine: cast(Any, HandCard(machine)), exchanging=False)
     assert of.each[0].machine.limit_bytes in (23 * GIB, 24_000_000_000)
-    first, _ = of.team(of.decided(asked, None), asked, 2).members
+    first, _ = of.whole(of.decided(asked, None), asked, 2).members
     assert first.plan.estimate.limit_bytes == 23 * GIB + NCCL_BYTES
     assert first.plan.estimate.components["exchange"] == NCCL_BYTES
     assert not first.plan.estimate.error_bytes
@@ -97,24 +97,24 @@ def test_a_run_plans_each_of_its_cards() -> None:
 def test_processes_without_cards_are_alike_unless_they_say_otherwise() -> None:
     own = Machine("cpu", 8 * GIB, "RAM available")
     cpu = Rank(name="cpu", on_card=False, total_bytes=0, free_bytes=4 * GIB)
-    assert [one.machine for one in several.cards_of((cpu, cpu), own, "auto")] == [own, own]
+    assert [one.machine for one in multi_gpu.cards_of((cpu, cpu), own, "auto")] == [own, own]
     small = cpu.model_copy(update={"name": "small cpu", "free_bytes": GIB})
-    assert several.cards_of((cpu, small), own, "auto")[1].machine == Machine("cpu", GIB, "small cpu")
-    assert several.this_rank().name == "cpu" and several.this_rank().free_bytes > 0
+    assert multi_gpu.cards_of((cpu, small), own, "auto")[1].machine == Machine("cpu", GIB, "small cpu")
+    assert multi_gpu.this_rank().name == "cpu" and multi_gpu.this_rank().free_bytes > 0
 
 
 def test_what_is_exchanged_goes_twice_around_over_the_slowest_link() -> None:
     machines = [card.machine for card in asked_cards(["2x 3090"], [])]
-    assert several.exchange_seconds(1 << 30, machines) == pytest.approx((1 << 30) / 12.6e9, rel=0.01)  # 8 lanes each
-    assert several.exchange_seconds(1 << 30, machines * 2) == pytest.approx(1.5 * (1 << 30) / 12.6e9, rel=0.01)
-    assert several.exchange_seconds(1 << 30, machines[:1]) == 0.0
+    assert multi_gpu.exchange_seconds(1 << 30, machines) == pytest.approx((1 << 30) / 12.6e9, rel=0.01)  # 8 lanes each
+    assert multi_gpu.exchange_seconds(1 << 30, machines * 2) == pytest.approx(1.5 * (1 << 30) / 12.6e9, rel=0.01)
+    assert multi_gpu.exchange_seconds(1 << 30, machines[:1]) == 0.0
 
 
 def test_two_equal_cards_need_what_one_does_and_the_exchange(tmp_path: Path) -> None:
     """By the simulation: part by part the same but for the named one, whose margin is added too."""
     asked = api.recipe_or_model(str(config_folder(BASE, tmp_path)), ["train.gradient_checkpointing=true"])
     one = api.question(asked, gpu="3090").estimate()
-    first, second = api.team_question(asked, asked_cards(["2x 3090"], [])).decided().members
+    first, second = api.multi_gpu_question(asked, asked_cards(["2x 3090"], [])).decided().members
     assert first.plan.estimate == second.plan.estimate and (first.packs, second.packs) == (8, 8)
     two = first.plan.estimate
     assert two.components == {**one.components, "exchange": NCCL_BYTES}

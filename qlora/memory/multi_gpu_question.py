@@ -9,13 +9,13 @@ from typing import Any
 
 from qlora import processes
 from qlora.errors import DoesNotFit
-from qlora.memory import several
+from qlora.memory import multi_gpu
 from qlora.memory.changes import changed, toml_value, value_of
 from qlora.memory.estimate import Estimator
-from qlora.memory.hardware import Machine, TeamCard
+from qlora.memory.hardware import Machine, RunCard
+from qlora.memory.multi_gpu import SHARD, Estimators, MultiGpuPlan, batch_of, of_card
 from qlora.memory.plan import Plan, Planner, does_not_fit, with_reserve
 from qlora.memory.question import Question
-from qlora.memory.several import SHARD, Estimators, Team, batch_of, of_card
 from qlora.processes import Place
 from qlora.recipe.reading import Recipe
 
@@ -23,27 +23,27 @@ LEARNED = ("data.max_length", "lora.r")  # what is the same on all cards, or ano
 
 
 @dataclass(frozen=True)
-class TeamPlan:
-    """A team with the recipe's lines that it asks for; keys that cards decide for themselves are "auto" in them."""
+class MultiGpuChange:
+    """The plan of all cards with the recipe's lines that it asks for, in which keys that each decides are "auto"."""
 
-    team: Team
+    whole: MultiGpuPlan
     changes: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         lines = [f"{key} = {toml_value(value)}" for key, value in self.changes.items()]
-        return {"changes": self.changes, "lines": lines, **self.team.as_dict()}
+        return {"changes": self.changes, "lines": lines, **self.whole.as_dict()}
 
 
 @dataclass(frozen=True)
-class TeamQuestion:
+class MultiGpuQuestion:
     """A recipe and the cards that it is to run on. `question` is about any of them alone."""
 
     question: Question
-    cards: tuple[TeamCard, ...]
+    cards: tuple[RunCard, ...]
     estimators: Estimators
 
     @classmethod
-    def of(cls, question: Question, cards: Sequence[TeamCard]) -> TeamQuestion:
+    def of(cls, question: Question, cards: Sequence[RunCard]) -> MultiGpuQuestion:
         one = question.estimator
 
         def make(machine: Machine) -> Estimator:
@@ -53,13 +53,13 @@ class TeamQuestion:
 
         return cls(question, tuple(cards), Estimators(cards, make))
 
-    def decided(self) -> Team:
+    def decided(self) -> MultiGpuPlan:
         """With "auto" keys decided as a run does."""
         recipe = self.question.recipe
         with self._simulating():
-            return self.estimators.team(self.estimators.decided(recipe, None), recipe, batch_of(recipe))
+            return self.estimators.whole(self.estimators.decided(recipe, None), recipe, batch_of(recipe))
 
-    def search(self) -> list[TeamPlan]:
+    def search(self) -> list[MultiGpuChange]:
         """Plans in which every card holds its part, the fastest first: where the recipe leaves it open, with the whole
         base on each card and with layers shared."""
         recipe, found = self.question.recipe, []
@@ -69,10 +69,10 @@ class TeamQuestion:
             for tried in [changed(recipe, {SHARD: way}) for way in (False, True)] if open_ else [recipe]:
                 if (plan := self._found(tried)) is not None:
                     found.append(plan)
-        return sorted(found, key=lambda plan: -plan.team.tokens_per_second)
+        return sorted(found, key=lambda plan: -plan.whole.tokens_per_second)
 
-    def _found(self, recipe: Recipe) -> TeamPlan | None:
-        estimators, shared = self.estimators, several.as_shared(recipe, len(self.cards))
+    def _found(self, recipe: Recipe) -> MultiGpuChange | None:
+        estimators, shared = self.estimators, multi_gpu.as_shared(recipe, len(self.cards))
         best = [self._best(one, shared) for one in estimators.each]
         if shorter := self._least(recipe, best):
             shared = changed(shared, shorter)
@@ -80,8 +80,8 @@ class TeamQuestion:
         if not all(best):
             return None
         plans = estimators.alike([plan for plan in best if plan is not None], shared, None)
-        team = estimators.team(plans, changed(recipe, shorter), batch_of(recipe))
-        return TeamPlan(team, {**shorter, **self._changes(plans)}) if team.fits else None
+        whole = estimators.whole(plans, changed(recipe, shorter), batch_of(recipe))
+        return MultiGpuChange(whole, {**shorter, **self._changes(plans)}) if whole.fits else None
 
     def _best(self, estimator: Estimator, recipe: Recipe) -> Plan | None:
         plans = Planner(with_reserve(estimator)).search(recipe)

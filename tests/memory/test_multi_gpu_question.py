@@ -11,19 +11,19 @@ import pytest
 from qlora import api
 from qlora.errors import DoesNotFit, HardwareError
 from qlora.memory.hardware import asked_cards
+from qlora.memory.multi_gpu import NCCL_BYTES, Estimators
+from qlora.memory.multi_gpu_question import MultiGpuQuestion
 from qlora.memory.question import Question
-from qlora.memory.several import NCCL_BYTES, Estimators
-from qlora.memory.team_question import TeamQuestion
 from tests.memory.by_hand import AUTO, recipe
 from tests.memory.cases import NAMES
+from tests.memory.hand_cards import HandCard
 from tests.memory.shapes import config_folder
-from tests.memory.teams import HandCard
 
 
-def asked(gpus: list[str], *settings: str) -> TeamQuestion:
+def asked(gpus: list[str], *settings: str) -> MultiGpuQuestion:
     cards = asked_cards(gpus, [])
     estimators = Estimators(cards, lambda machine: cast(Any, HandCard(machine)))
-    return TeamQuestion(Question(recipe(*settings), estimators.each[0]), cards, estimators)
+    return MultiGpuQuestion(Question(recipe(*settings), estimators.each[0]), cards, estimators)
 
 
 def test_cards_are_named_one_by_one_or_counted() -> None:
@@ -40,8 +40,8 @@ def test_cards_are_named_one_by_one_or_counted() -> None:
 def test_a_search_gives_each_card_what_it_holds_and_says_so_in_one_recipe() -> None:
     """What cards decide for themselves is "auto" in it; what is learned is the same on all."""
     (plan, *_) = asked(["3090", "RTX 2050 laptop"], "train.micro_batch_size=1", "data.max_length=4096").search()
-    members = plan.team.members
-    assert plan.team.fits and plan.changes["data.max_length"] == 1024
+    members = plan.whole.members
+    assert plan.whole.fits and plan.changes["data.max_length"] == 1024
     assert len({one.plan.recipe.data.max_length for one in members}) == 1
     assert plan.changes["train.micro_batch_size"] == "auto" and "train.gradient_checkpointing" not in plan.changes
     assert 'train.micro_batch_size = "auto"' in plan.as_dict()["lines"]
@@ -63,12 +63,12 @@ def test_70b_on_two_cards_of_24_gb_keeps_half_of_each_layer_on_each(tmp_path: Pa
     """Whole it fits neither; the answer is of layers that the cards share."""
     base = str(config_folder(NAMES[70], tmp_path))
     settings = ["memory.stream_weights=false", "train.gradient_checkpointing=true", "data.max_length=1024"]
-    question = api.team_question(api.recipe_or_model(base, settings), asked_cards([], ["2x24GB"]))
-    team = question.decided()
-    first, second = (one.plan.estimate for one in team.members)
-    assert team.sharded and team.fits and first == second
+    question = api.multi_gpu_question(api.recipe_or_model(base, settings), asked_cards([], ["2x24GB"]))
+    whole = question.decided()
+    first, second = (one.plan.estimate for one in whole.members)
+    assert whole.sharded and whole.fits and first == second
     assert 17 * 2**30 < first.components["weights"] < 22 * 2**30  # 35.3 GB in 4 bit: half of it, and two layers
-    assert team.tokens_per_second > 0 and first.components["exchange"] == NCCL_BYTES
+    assert whole.tokens_per_second > 0 and first.components["exchange"] == NCCL_BYTES
     whole = api.recipe_or_model(base, [*settings, "memory.shard_weights=false"])
-    alone = api.team_question(whole, asked_cards([], ["2x24GB"]))
+    alone = api.multi_gpu_question(whole, asked_cards([], ["2x24GB"]))
     assert not alone.decided().fits and not alone.decided().sharded

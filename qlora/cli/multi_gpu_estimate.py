@@ -9,17 +9,17 @@ from qlora.cli import common
 from qlora.redaction import redact_all
 
 if TYPE_CHECKING:
-    from qlora.memory.hardware import TeamCard
+    from qlora.memory.hardware import RunCard
 
 
-def run(what: str, overrides: list[str], cards: tuple[TeamCard, ...], fit: bool, as_json: bool) -> None:
+def run(what: str, overrides: list[str], cards: tuple[RunCard, ...], fit: bool, as_json: bool) -> None:
     """Raises DoesNotFit where a card cannot hold its part."""
     from qlora import api
 
-    question = api.team_question(api.recipe_or_model(what, overrides), cards)
+    question = api.multi_gpu_question(api.recipe_or_model(what, overrides), cards)
     plans = question.search() if fit else []
-    team = plans[0].team if plans else question.decided()
-    answer: dict[str, Any] = team.as_dict()
+    whole = plans[0].whole if plans else question.decided()
+    answer: dict[str, Any] = whole.as_dict()
     if fit:
         answer["plans"] = [plan.as_dict() for plan in plans]
     if as_json:
@@ -27,17 +27,17 @@ def run(what: str, overrides: list[str], cards: tuple[TeamCard, ...], fit: bool,
     else:
         with common.answering():
             _show(answer)
-    if not team.fits:
+    if not whole.fits:
         raise question.does_not_fit()
 
 
 def _show(answer: dict[str, Any]) -> None:
     from qlora.report.console import Terminal
-    from qlora.report.team import team_view
+    from qlora.report.multi_gpu import multi_gpu_view
 
     console = Terminal()
     answer = shown.plain_values(redact_all(answer))
-    console.print(team_view(answer))
+    console.print(multi_gpu_view(answer))
     for number, plan in enumerate(answer.get("plans", ())):
         lines = ", ".join(plan["lines"]) or "none: it fits as it is"
         how = "layers shared by all" if plan["sharded"] else "the whole base on each"
