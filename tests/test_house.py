@@ -7,39 +7,10 @@ import subprocess
 import sys
 
 from tests.floors import FLOORS, MODULES, PACKAGE, ROOT
+from tools.house import WINGS
 
 PAGE = (PACKAGE / "README.md").read_text(encoding="utf-8")
 SPINE_AT_MOST = 5700
-FASTER = (
-    "step/kernels/",
-    "step/lora_linear.py",
-    "step/experts.py",
-    "step/expert_lora.py",
-    "step/tiled_mlp.py",
-    "step/head_loss.py",
-    "step/head_blocks.py",
-    "step/offload.py",
-    "step/objectives.py",
-    "step/group_relative.py",
-    "step/soft_labels.py",
-    "training/reference.py",
-    "training/preferences.py",
-    "training/questions.py",
-    "training/dividing.py",
-    "training/measuring.py",
-    "training/handing.py",
-    "training/exchanging.py",
-    "training/channel.py",
-    "training/processes.py",
-    "training/sharing.py",
-    "training/words.py",
-    "training/follower.py",
-    "training/answered.py",
-    "training/ending.py",
-    "training/generations.py",
-    "training/rollouts.py",
-    "training/rows_of_run.py",
-)  # the same step, smaller, faster or shared, or other losses than a plain run's: no part of it
 
 
 def drawn_modules() -> list[tuple[int, str]]:
@@ -81,7 +52,7 @@ def test_the_spine_is_counted_and_short() -> None:
         str(path.relative_to(PACKAGE))
         for room in ("recipe", "step", "training")
         for path in (PACKAGE / room).rglob("*.py")
-        if not str(path.relative_to(PACKAGE)).startswith(FASTER)
+        if not str(path.relative_to(PACKAGE)).startswith(WINGS)
     }
     walks = {f"data/{name}.py" for name in ("sources", "formats", "chat", "packing", "prepare", "loader")}
     walks |= {f"model/{name}.py" for name in ("resolve", "load", "nf4", "adapters")}

@@ -33,8 +33,9 @@ SPINE: dict[str, tuple[str, ...]] = {
     "A step": ("step",),
     "A run": ("training",),
 }
-# What makes the same step smaller or faster and changes nothing of what it does, and losses that a plain run has not.
-FASTER = (
+# Of these rooms, what a reader of a plain run may leave closed: what makes the same step smaller, faster or shared by
+# several processes; other losses than a plain run's; its last event, and how rows and evaluation are put together.
+WINGS = (
     "step/kernels",
     "step/lora_linear.py",
     "step/experts.py",
@@ -163,7 +164,7 @@ def expanded(entries: tuple[str, ...]) -> list[Path]:
             files += [place / "__init__.py", *(place / f"{name}.py" for name in architecture("LINES")[entry])]
         elif place.is_file():
             files.append(place)
-    return [file for file in files if not name_of(file).startswith(FASTER)]
+    return [file for file in files if not name_of(file).startswith(WINGS)]
 
 
 def name_of(file: Path) -> str:

@@ -10,8 +10,8 @@ models cap them, at 7 or 16.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -70,25 +70,25 @@ def sharing_of(adapted: Mapping[str, nn.Module], causal_lm: Any) -> list[Sharing
     `adapted` are modules of `causal_lm` by their full names.
     """
     names = {id(module): name for name, module in adapted.items()}
-    watched = _Watched()
     linears = [one for one in causal_lm.modules() if isinstance(one, nn.Linear) or id(one) in names]
     experts = [module for _, module in experts_in(causal_lm)]
-    with (
-        foreign_failures(trial=True) as failure,
-        evaluating(causal_lm),
-        skipping(experts),
-        reclassed(linears, watched.class_of),
-    ):
-        hidden_states(CausalParts.of(causal_lm), _few_tokens(causal_lm))
-    if failure.error:
-        return []
     groups: dict[tuple[str, int], list[str]] = defaultdict(list)
     counts: dict[int, int] = defaultdict(int)
-    for layer, inputs in watched.calls:
-        counts[id(layer)] += 1
-        if id(layer) in names:
-            owner, _, name = names[id(layer)].rpartition(".")
-            groups[owner, id(inputs)].append(name)
+    with _watched() as watched:
+        with (
+            foreign_failures(trial=True) as failure,
+            evaluating(causal_lm),
+            skipping(experts),
+            reclassed(linears, watched.class_of),
+        ):
+            hidden_states(CausalParts.of(causal_lm), _few_tokens(causal_lm))
+        if failure.error:
+            return []
+        for layer, inputs in watched.calls:
+            counts[id(layer)] += 1
+            if id(layer) in names:
+                owner, _, name = names[id(layer)].rpartition(".")
+                groups[owner, id(inputs)].append(name)
     return [
         Sharing(causal_lm.get_submodule(owner), tuple(members))
         for (owner, _), members in groups.items()
@@ -117,8 +117,7 @@ def unread_of(gated: Sequence[Gated], causal_lm: Any) -> set[int]:
         stack.enter_context(torch.enable_grad())
         if (streamed := inside(causal_lm)) is not None:
             stack.enter_context(streamed.looked_at())
-        watched = _Watched()
-        stack.callback(watched.calls.clear)  # a class lives until cycles are collected, and would hold every graph
+        watched = stack.enter_context(_watched())
         stack.enter_context(reclassed(linears, watched.class_of))
         stack.enter_context(reclassed([one.module for one in gated], _marked))
         for layer in recomputable(causal_lm):
@@ -207,6 +206,18 @@ class _Watched:
         return Replaced
 
 
+@contextmanager
+def _watched(answers: dict[int, Tensor] | None = None) -> Iterator[_Watched]:
+    """Calls that are known inside the block alone: its classes live until Python looks for cycles, and would hold every
+    input, on a GPU too, with its graph."""
+    watched = _Watched(answers=answers or {})
+    try:
+        yield watched
+    finally:
+        watched.calls.clear()
+        watched.answers.clear()
+
+
 def _by_owner(adapted: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     owners: dict[str, list[str]] = defaultdict(list)
     for name in adapted:
@@ -234,11 +245,12 @@ def _order(module: nn.Module, names: Sequence[str]) -> tuple[str, str, str] | No
 def _order_by(
     module: nn.Module, layers: Sequence[nn.Module], inputs: Tensor, answers: Sequence[Tensor]
 ) -> tuple[int, int, int] | None:
-    watched = _Watched(answers={id(layer): answer for layer, answer in zip(layers, answers, strict=True)})
-    with reclassed(layers, watched.class_of):
-        output = type(module).forward(module, inputs)
-    calls = {id(layer): given for layer, given in watched.calls}
-    if len(watched.calls) != 3 or len(calls) != 3 or not isinstance(output, Tensor):
+    known = {id(layer): answer for layer, answer in zip(layers, answers, strict=True)}
+    with _watched(known) as watched:
+        with reclassed(layers, watched.class_of):
+            output = type(module).forward(module, inputs)
+        calls, count = {id(layer): given for layer, given in watched.calls}, len(watched.calls)
+    if count != 3 or len(calls) != 3 or not isinstance(output, Tensor):
         return None
     for gate, up, down in permutations(range(3)):
         first, second, last = (calls[id(layers[at])] for at in (gate, up, down))

@@ -15,6 +15,7 @@ from qlora.memory.hardware import Machine, RunCard, asked_cards
 from qlora.memory.multi_gpu import NCCL_BYTES, Estimators, plans_of_run
 from qlora.ranks import Rank
 from qlora.recipe.reading import Recipe
+from tests.card import Card, rehearsal
 from tests.memory.by_hand import AUTO, recipe
 from tests.memory.cases import GIB
 from tests.memory.hand_cards import HandCard
@@ -120,3 +121,11 @@ def test_two_equal_cards_need_what_one_does_and_the_exchange(tmp_path: Path) -> 
     assert two.components == {**one.components, "exchange": NCCL_BYTES}
     assert two.peak_bytes == one.peak_bytes + NCCL_BYTES and two.error_bytes == one.error_bytes + NCCL_BYTES
     assert two.limit_bytes == one.limit_bytes and two.components["gradients"] > 0  # added up where they are
+
+
+def test_a_process_with_a_card_says_what_it_is_and_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rehearsal(monkeypatch, Card(8 * GIB)):
+        rank = multi_gpu.this_rank()
+    assert (rank.name, rank.on_card, rank.capability) == ("NVIDIA GeForce RTX 3070", True, 86)
+    assert rank.total_bytes == 8 * GIB and 7 * GIB < rank.free_bytes <= rank.total_bytes
+    assert rank.host_bytes is not None and rank.host_bytes > 0

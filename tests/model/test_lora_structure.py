@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -100,3 +101,23 @@ def test_an_output_that_is_read_as_well_is_not_unread(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(layer, "forward", twice)
     assert unread_of(mlps_of(model), model) == set()
+
+
+def test_what_was_looked_at_is_not_held_until_cycles_are_collected() -> None:
+    """Classes that watch are cycles by themselves; no tensor is behind them, which on a card would be its memory."""
+    register()
+    model: Any = make_model(make_config("qwen3"))
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and "head" not in name}
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        gated = gated_of(layers, model)
+        assert gated and sharing_of(layers, model)
+        unread_of(gated, model)
+        gc.collect()
+        assert not [one for one in gc.garbage if isinstance(one, Tensor) and one.numel() > 1]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from contextlib import nullcontext
 from functools import partial
@@ -104,17 +103,7 @@ def test_a_mixture_of_experts_is_shared_too(tmp_path: Path) -> None:
 
 def peak(base: Path, place: Place, gathers: Gathers | None) -> list[int]:
     """Live bytes at most while the base is loaded, and in a step, by the stand-in's allocator: what is on the host for
-    a moment is among them. Garbage is looked for as in a young process: of a large heap, late."""
-    usual = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(50, 2, 2)
-    try:
-        return _peak(base, place, gathers)
-    finally:
-        gc.set_threshold(*usual)
-
-
-def _peak(base: Path, place: Place, gathers: Gathers | None) -> list[int]:
+    a moment is among them."""
     with pytest.MonkeyPatch.context() as patch, rehearsal(patch, Card()) as card:
         with gathering.loading(place.shards, None):
             model = tuned(base, place, LoraSection(r=1, target_modules=["q_proj"]), PLAIN)
@@ -135,9 +124,8 @@ def test_a_rank_needs_at_most_0_6_of_what_one_process_needs(tmp_path: Path) -> N
     ended, given = share(tmp_path, *[partial(peak, base, SHARED)] * 2, seconds=60.0)
     assert ended.codes == [0, 0], ended.said
     for ranks in given:
-        loading, step = (most / whole for most, whole in zip(ranks, one, strict=True))
-        assert 0.5 < step <= 0.6, (ranks, one)
-        assert 0.5 < loading <= 0.7, (ranks, one)  # with a layer or three on their way, which are on the host
+        assert 0.5 < max(ranks) / max(one) <= 0.6, (ranks, one)
+        assert all(most / whole <= 0.6 for most, whole in zip(ranks, one, strict=True)), (ranks, one)
 
 
 def test_what_is_streamed_not_is_shared_not(tmp_path: Path) -> None:
