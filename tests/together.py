@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from qlora.report.files import read_events
@@ -92,3 +93,16 @@ def stops_after(step: int) -> Hook:
         Training._micro_steps = stopping  # type: ignore[method-assign]
 
     return hook
+
+
+def runs_out_at(step: int) -> None:
+    """In this process memory runs out in the step after that one, the first time that it is tried."""
+    gather, tried = Training._micro_steps, []
+
+    def failing(training: Training, state: Any, *rest: Any) -> Any:
+        if state.step == step and not tried:
+            tried.append(state.step)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB.")
+        return gather(training, state, *rest)
+
+    Training._micro_steps = failing  # type: ignore[method-assign]

@@ -33,3 +33,18 @@ def gradients(model: Any, work: Callable[[], Tensor]) -> tuple[float, Tensor]:
     model.zero_grad(set_to_none=True)
     loss = work()
     return float(loss), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def is_the_formula(model: Any, ours: Callable[[], Tensor], plain: Callable[[], Tensor]) -> None:
+    """The loss that `ours` gives and the gradients that it leaves are those of the plain formula, within 1e-5."""
+
+    def differentiated() -> Tensor:
+        loss = plain()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    loss, gradient = gradients(model, ours)
+    expected, of_plain = gradients(model, differentiated)
+    assert abs(loss - expected) <= 1e-5 * max(1.0, abs(expected))
+    assert float((gradient - of_plain).abs().max()) <= 1e-5 * max(1.0, float(of_plain.abs().max()))
+    assert float(of_plain.abs().max()) > 1e-4

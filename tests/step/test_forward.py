@@ -9,8 +9,6 @@ import torch
 
 from qlora import numerics
 from qlora.batch import Batch
-from qlora.events import Recorder
-from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import (
     CausalParts,
     batch_logprobs,
@@ -21,23 +19,12 @@ from qlora.step.forward import (
 )
 from qlora.step.loss import Objective, SupervisedObjective, chunk_tokens
 from tests.card import Card, rehearsal
+from tests.step.adapted import adapted
 
 
 @pytest.fixture(scope="module")
 def model(llama: Path):  # type: ignore[no-untyped-def]
-    """The tiny base in fp32 with fp32 adapters whose B is not zero."""
-    from qlora.model import adapters, load
-    from qlora.model.resolve import resolve
-
-    base = resolve(str(llama), "main", Recorder())
-    network = load.load_base(base, QuantizationSection(type="none"), "auto", torch.device("cpu"), Recorder()).float()
-    wrapped = adapters.attach(network, LoraSection(r=4), seed=0, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in adapters.trainable(wrapped).items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return wrapped.train()
+    return adapted(llama)
 
 
 def batch_of(rows: list[list[int]], trained: list[int]) -> Batch:

@@ -123,8 +123,8 @@ def signed_anew(folder: Path, **files: bytes) -> Path:
     return folder
 
 
-def poison_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a streamed layer leaves behind in its slot holds no weight of anybody's."""
+def poison_slots(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+    """What a layer that came leaves behind in its slot holds no weight of anybody's; for good in a process of a run."""
     let_go = Ring.let_go
 
     def poison(ring: Ring, layer: int) -> None:
@@ -134,7 +134,10 @@ def poison_slots(monkeypatch: pytest.MonkeyPatch) -> None:
             slot.blob.fill_(0xFF)
             slot.layer = None
 
-    monkeypatch.setattr(Ring, "let_go", poison)
+    if monkeypatch is None:
+        Ring.let_go = poison  # type: ignore[method-assign]
+    else:
+        monkeypatch.setattr(Ring, "let_go", poison)
 
 
 def damage(path: Path) -> None:

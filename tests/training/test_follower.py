@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qlora.errors import DoesNotFit
 from qlora.memory.changes import changed
@@ -19,7 +19,7 @@ from qlora.training import channel, exchanging, follower
 from qlora.training.follower import Following
 from qlora.training.loop import Training
 from tests.runs import hashes, run_dir, write_recipe
-from tests.together import Ended, Hook, apart, events, masters, stops_after, train
+from tests.together import Ended, Hook, apart, events, masters, runs_out_at, stops_after, train
 
 LOADED = load_base  # what a run imports lies in this process, from which its processes are forked
 STEPS = 6
@@ -222,18 +222,7 @@ def test_without_the_first_the_others_end_and_its_checkpoint_is_whole(tmp_path: 
 @pytest.mark.slow
 def test_memory_that_runs_out_in_one_makes_all_of_them_smaller(tmp_path: Path, llama: Path) -> None:
     """As it makes the only process of a run smaller, at the same step."""
-
-    def hook() -> None:
-        gather, tried = Training._micro_steps, []
-
-        def failing(training: Training, state: Any, *rest: Any) -> Any:
-            if state.step == 2 and not tried:
-                tried.append(state.step)
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB.")
-            return gather(training, state, *rest)
-
-        Training._micro_steps = failing  # type: ignore[method-assign]
-
+    hook = partial(runs_out_at, 2)
     settings = (*FAST, "train.batch_size=8", "train.micro_batch_size=2", "train.gradient_checkpointing=true")
     one, two = write_recipe(tmp_path / "one", llama), write_recipe(tmp_path / "two", llama)
     assert train(one, 1, *settings, hooks={0: hook}).codes == [0]

@@ -15,13 +15,14 @@ from qlora.errors import DoesNotFit, ModelError, RecipeError
 from qlora.gathering import Gathers
 from qlora.model import weight_sharding
 from qlora.model.load import load_base
-from qlora.model.weight_streaming import Ring, StreamedWeights
+from qlora.model.weight_streaming import StreamedWeights
 from qlora.recipe.reading import load_recipe
 from qlora.training.evaluate import RunEvaluation
 from qlora.training.loop import Training
 from tests.runs import EVERYTHING, hashes, run_dir, values, write_recipe
 from tests.runs import train as train_here
 from tests.together import Ended, Hook, events, masters, stops_after, train
+from tests.training.cases import poison_slots
 
 LOADED = load_base  # what a run imports lies in this process, from which its processes are forked
 STEPS = 20
@@ -55,7 +56,7 @@ def resident(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
 @pytest.mark.slow
 def test_twenty_steps(tmp_path: Path, llama: Path, resident: Path) -> None:
     recipe = write_recipe(tmp_path, llama)
-    ran(recipe, *SHARED, hooks=dict.fromkeys((0, 1), poisoned))
+    ran(recipe, *SHARED, hooks=dict.fromkeys((0, 1), poison_slots))
     assert hashes(recipe, STEPS) == hashes(resident, STEPS)
     for kind in ("step", "eval", "samples"):
         ones, theirs = ([_numbers(event) for event in events(one, kind)] for one in (resident, recipe))
@@ -68,20 +69,6 @@ def test_twenty_steps(tmp_path: Path, llama: Path, resident: Path) -> None:
 
 def _numbers(event: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in event.items() if key in ("step", "loss", "grad_norm", "tuned", "exact_match")}
-
-
-def poisoned() -> None:
-    """What a layer leaves behind holds no weight of anybody's."""
-    let_go = Ring.let_go
-
-    def poison(ring: Ring, layer: int) -> None:
-        slot = ring._slot_of(layer)
-        let_go(ring, layer)
-        if slot is not None and not slot.blob.is_meta:
-            slot.blob.fill_(0xFF)
-            slot.layer = None
-
-    Ring.let_go = poison  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

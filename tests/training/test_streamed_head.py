@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from qlora.model.head_streaming import StreamedHead
-from qlora.model.weight_streaming import Ring
 from qlora.step import head_blocks
 from tests.card import MIB, Card, rehearsal
 from tests.families import make_base
 from tests.runs import EVERYTHING, hashes, run_dir, train, values, write_recipe
+from tests.training.cases import poison_slots
 
 STEPS = 20
 ALL = (*EVERYTHING, f"train.max_steps={STEPS}", "checkpoint.every_steps=5")
@@ -31,16 +31,7 @@ RESIDENT, ON = ((*ALL, *place) for place in PLACES)
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of 128 rows, of which nothing is left where they were."""
     monkeypatch.setattr(head_blocks, "MOST_ROWS", 128)
-    let_go = Ring.let_go
-
-    def poison(ring: Ring, layer: int) -> None:
-        slot = ring._slot_of(layer)
-        let_go(ring, layer)
-        if slot is not None and not slot.blob.is_meta:
-            slot.blob.fill_(0xFF)
-            slot.layer = None
-
-    monkeypatch.setattr(Ring, "let_go", poison)
+    poison_slots(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

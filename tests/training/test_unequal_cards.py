@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qlora.dealing import Cut, Shares, dealt
 from qlora.memory import multi_gpu
@@ -21,7 +20,7 @@ from qlora.training import sharing
 from qlora.training.loop import Training
 from qlora.training.processes import Partners
 from tests.runs import hashes, run_dir, write_recipe
-from tests.together import Hook, apart, masters, stops_after, train
+from tests.together import Hook, apart, masters, runs_out_at, stops_after, train
 
 STEPS = 7
 SETTINGS = (
@@ -133,15 +132,7 @@ def test_a_card_with_less_memory_computes_smaller_micro_batches(tmp_path: Path, 
 
     def short() -> None:
         SLOW()
-        gather, tried = Training._micro_steps, []
-
-        def failing(training: Training, state: Any, *rest: Any) -> Any:
-            if state.step == 1 and not tried:
-                tried.append(state.step)
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB.")
-            return gather(training, state, *rest)
-
-        Training._micro_steps = failing  # type: ignore[method-assign]
+        runs_out_at(1)
 
     def as_shared() -> None:
         def cut(_: Partners, state: Any, lengths: Any, _settings: Any) -> Cut:
