@@ -93,14 +93,6 @@ class GroupObjective:
             self.seen.append(self._seen(logprobs_T, known, cut_T < gains_T, divergences_T))
         return (losses_T * batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)).sum()
 
-    def weigh(self, logprobs_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The weight of each token's negative log-probability in the gradient of the summed loss, and that loss."""
-        logprobs_T = logprobs_T.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss(logprobs_T, batch)
-        (gradient_T,) = torch.autograd.grad(loss, logprobs_T)
-        return -gradient_T, loss.detach()
-
     def _seen(self, logprobs_T: Tensor, known: Known, clipped_T: Tensor, divergences_T: Tensor) -> Tensor:
         divergences_T = divergences_T if self.keys.needs_reference else torch.zeros_like(divergences_T)
         mismatch_T = (logprobs_T - known.drawn_T).abs()

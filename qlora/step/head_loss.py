@@ -82,10 +82,19 @@ def weights_of(objective: Objective, batch: Batch) -> Tensor | Weigh | None:
     """The weight of each trained token's negative log-probability in the sum, or what makes them of log-probabilities;
     None where they are more than weights."""
     if isinstance(objective, PreferenceObjective | GroupObjective):
-        return partial(objective.weigh, batch=batch)
+        return partial(_weighed, objective=objective, batch=batch)
     if not isinstance(objective, SupervisedObjective) or batch.label_ids_TK is not None:
         return None
     return batch.loss_weights_BS.flatten().index_select(0, batch.trained_T)
+
+
+def _weighed(logprobs_T: Tensor, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The weight of each token's negative log-probability in the gradient of the summed loss, and that loss."""
+    logprobs_T = logprobs_T.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = objective.loss(logprobs_T, batch)
+    (gradient_T,) = torch.autograd.grad(loss, logprobs_T)
+    return -gradient_T, loss.detach()
 
 
 def share_and_loss(

@@ -138,14 +138,6 @@ class PreferenceObjective:
             self.seen.append(self._figures(answers, rewards_R, batch.paired))
         return losses.sum()
 
-    def weigh(self, logprobs_T: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The weight of each token's negative log-probability in the gradient of the summed loss, and that loss."""
-        logprobs_T = logprobs_T.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = self.loss(logprobs_T, batch)
-        (gradient_T,) = torch.autograd.grad(loss, logprobs_T)
-        return -gradient_T, loss.detach()
-
     def _of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """Losses of the pairs, and the reward of each answer."""
         keys, beta = self.keys, self.keys.strength

@@ -16,6 +16,7 @@ from qlora.data.loader import collate
 from qlora.data.token_cache import PreparedSplit
 from qlora.objective_keys import ObjectiveKeys
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating, forward_backward
+from qlora.step.head_loss import weights_of
 from qlora.step.loss import SupervisedObjective
 from qlora.step.objectives import Figures, PreferenceObjective, answers_of, objective_of
 from tests.data.judged_cases import judged_split
@@ -181,7 +182,9 @@ def test_a_sure_model_has_finite_odds() -> None:
     split = with_reference(judged_split([(2, 3, 3)]))
     batch = collate(split, [(0, 1)], 0, 16)
     objective = PreferenceObjective(keys_of("orpo"))
-    weights, loss = objective.weigh(torch.zeros(6), batch)
+    weigh = weights_of(objective, batch)
+    assert callable(weigh)
+    weights, loss = weigh(torch.zeros(6))
     assert math.isfinite(float(loss)) and bool(weights.isfinite().all())
 
 
