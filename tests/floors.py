@@ -451,6 +451,7 @@ LINES = {
         "picture",
         "exam",
         "evaluation",
+        "fidelity",
         "console",
         "drawn",
         "notebook",

@@ -151,10 +151,11 @@ class Report(Drawn):
 
     def drawing(self) -> RenderableType:
         """The table of fidelity; without one, the folders, which are told as they get their names."""
-        from qlora.report import console, results
+        from qlora.report import results
+        from qlora.report.fidelity import fidelity_table
 
         if self.told is not None:
-            return console.fidelity_table(self.told)
+            return fidelity_table(self.told)
         sent = [] if self.pushed is None else [f"pushed to {self.pushed.url}"]
         return results.text([*(f"{one.format}  {one.bytes:,} bytes  {one.folder}" for one in self.products), *sent])
 

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from qlora import events
 from qlora.report import exam
+from qlora.report.fidelity import fidelity_table
 from qlora.report.figures import SPARK_WIDTH, how_far, human_bytes, human_seconds, sparkline, told_apart, worth
 from qlora.report.multi_gpu import card_lines
 from qlora.reward_events import Rewarded
@@ -151,15 +152,18 @@ class ConsoleSink:
     def _evaluated(self, event: events.Evaluated) -> None:
         self.task = None
         self.last_eval = event
-        parts = [f"evaluation at step {event.step}:"] if event.step else ["untuned base:"]
+        parts = []
         if event.loss is not None and event.step != self.judged:
-            words = "" if event.perplexity is None else f" · perplexity {event.perplexity:.2f}"
-            parts.append(f"loss {event.loss:.4f}{words}")
+            parts.append(f"loss {event.loss:.4f}")
+        if event.perplexity is not None:
+            parts.append(f"perplexity {event.perplexity:.2f}")
         if event.exact_match is not None:
-            parts.append(f"· exact match {event.exact_match:.1%}")
+            parts.append(f"exact match {event.exact_match:.1%}")
         if event.best and event.exact_match is None:
-            parts.append("· best so far")
-        self._print(Text(" ".join(parts), style="cyan"))
+            parts.append("best so far")
+        about = f"evaluation at step {event.step}" if event.step else "untuned base"
+        if parts:
+            self._print(Text(f"{about}: {' · '.join(parts)}", style="cyan"))
 
     def _preferred(self, event: events.Preferred) -> None:
         words = told_apart(event.accuracy, event.margin, event.divergence, event.kl)
@@ -214,7 +218,13 @@ class ConsoleSink:
 
     def _end(self, event: events.End) -> None:
         self.close()
-        self._print(end_panel(event, self.losses, "" if self.compares else " nats a token"))
+        self._print(end_panel(event, self.losses, self._measured))
+
+    def _measured(self, loss: float) -> str:
+        """An evaluation's loss with its unit; of rewards it is minus their mean."""
+        if self.judged >= 0:
+            return f"reward {-loss:.4f}"
+        return f"{loss:.4f}" if self.compares else f"{loss:.4f} nats a token"
 
     # --- drawing -------------------------------------------------------------------------------------------------
 
@@ -260,7 +270,7 @@ class ConsoleSink:
         grid.add_row("", ProgressBar(total=max(total, 1), completed=step.step, width=width))
         grid.add_row("loss", Text.assemble((f"{step.loss:.4f}  ", "bold"), (sparkline(self.losses, width), "green")))
         if self.last_eval is not None and self.last_eval.loss is not None:
-            grid.add_row("evaluation", f"{self.last_eval.loss:.4f} at step {self.last_eval.step}")
+            grid.add_row("evaluation", f"{self._measured(self.last_eval.loss)} at step {self.last_eval.step}")
         if self.preferred:
             grid.add_row("answers", self.preferred)
         grid.add_row("rate", f"{step.learning_rate:.2e}   gradient norm {step.grad_norm:.3f}")
@@ -326,32 +336,7 @@ def sample_table(sample: events.Sampled) -> Table:
     return table
 
 
-def fidelity_table(fidelity: events.Fidelity) -> RenderableType:
-    """How near each export is to the trained model, a line each, and who measured which."""
-    figures = ("mean KL, nats", "perplexity", "same token", "size")
-    columns = [Column("", no_wrap=True), *(Column(name, justify="right", no_wrap=True) for name in figures)]
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    by: dict[str, list[str]] = {}
-    for entry in fidelity.entries:
-        by.setdefault(entry["measured_by"], []).append(entry["name"])
-        table.add_row(
-            Text(entry["name"]),
-            "0" if entry["kl"] == 0 else f"{entry['kl']:.1e}",
-            f"{entry['perplexity']:.4f}",
-            f"{entry['top1']:.1%}",
-            human_bytes(entry["bytes"]) if entry["bytes"] else "",
-        )
-    counted = f"{fidelity.positions:,} tokens of {fidelity.rows:,} {fidelity.texts}"
-    measured = "; ".join(f"{', '.join(names)} by {who}" for who, names in by.items())
-    heading = Text(f"how near to the trained model, on {counted}", style="bold")
-    lines = [Text(f"measured: {measured}", style="dim")]
-    if (loss := fidelity.evaluation) is not None:
-        compared = f"{loss['here']:.4f} nats a token here, {loss['delivered']:.4f} as the run delivered it"
-        lines.append(Text(f"the trained model's loss on {loss['rows']:,} evaluation rows: {compared}", style="dim"))
-    return Group(heading, table, *lines)
-
-
-def end_panel(end: events.End, losses: list[float], unit_of_loss: str) -> Panel:
+def end_panel(end: events.End, losses: list[float], measured: Callable[[float], str]) -> Panel:
     """Totals of a run and where its adapter is."""
     grid = _two_columns()
     ended = f"{end.reason} at step {end.step} of {end.steps}, {human_seconds(end.seconds)} of training"
@@ -359,7 +344,7 @@ def end_panel(end: events.End, losses: list[float], unit_of_loss: str) -> Panel:
     if end.train_loss is not None:
         grid.add_row("loss", f"{end.train_loss:.4f}  {sparkline(losses)}")
     if end.eval_loss is not None:
-        grid.add_row("evaluation", f"{end.eval_loss:.4f}{unit_of_loss}")
+        grid.add_row("evaluation", measured(end.eval_loss))
     if end.exact_match_after is not None and end.exact_match_before is not None:
         grid.add_row("exact match", f"{end.exact_match_before:.1%} before, {end.exact_match_after:.1%} after")
     grid.add_row("tokens", f"{end.tokens:,} read, {end.trained_tokens:,} trained")
