@@ -61,7 +61,9 @@ class Kept:
         return self.run_dir / FOLDER / f"step-{step + 1:06d}.jsonl"
 
     def write(self, step: int, answers: Sequence[Answer]) -> str:
-        """Put those of `step`, counted from 0, on the disk; the sha256 of the file. Raises OSError."""
+        """Put those of `step`, counted from 0, on the disk; the sha256 of the file. Raises OSError, and UnsafePathError
+        where the folder has become a link: what lies behind it is somebody's."""
+        files.refuse_links(self.run_dir, self.path(step))
         content = "".join(json.dumps(self._line(step, answer)) + "\n" for answer in answers)
         path = self.path(step)
         if not path.parent.is_dir():

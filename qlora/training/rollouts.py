@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 
+from qlora import files
 from qlora.data.layout import Layout
 from qlora.data.token_cache import Prompt
 from qlora.errors import DataError, RunFolderError
@@ -163,7 +164,7 @@ class Rollouts:
     def _keep(self, first: int, answers: Sequence[Answer]) -> str | None:
         try:
             return self.kept.write(first, answers)
-        except WRITE_ERRORS as error:
+        except (*WRITE_ERRORS, files.UnsafePathError) as error:
             reason = getattr(error, "strerror", None) or error
             if self._writes:
                 self._say(f"{self.job.run_dir / FOLDER} cannot be written ({reason}): answers are not kept")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora.files import UnsafePathError
 from qlora.training import generations
 from qlora.training.generations import Kept
 from tests.training.answer_cases import drawn
@@ -67,3 +68,16 @@ def test_the_oldest_go_where_all_are_too_much(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(generations, "MOST_BYTES", 1)
     one.write(4, judged())
     assert [path.name for path in (tmp_path / "generations").glob("step-*")] == ["step-000005.jsonl"]
+
+
+def test_nothing_is_written_or_removed_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of somebody's, whose files have names like ours, put in the place of ours while the run goes on."""
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    run.mkdir()
+    theirs.mkdir()
+    (theirs / "step-000001.jsonl").write_text("mine\n")
+    (run / "generations").symlink_to(theirs)
+    monkeypatch.setattr(generations, "MOST_BYTES", 1)
+    with pytest.raises(UnsafePathError, match="generations is a link"):
+        kept(run).write(1, judged())
+    assert {path.name: path.read_text() for path in theirs.iterdir()} == {"step-000001.jsonl": "mine\n"}
