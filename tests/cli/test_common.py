@@ -32,6 +32,7 @@ CODES = {
     errors.HardwareError: 2,
     errors.ExportError: 2,
     errors.TargetTaken: 2,
+    errors.RewardError: 2,
     errors.DoesNotFit: 3,
     errors.TrainingStopped: 4,
     errors.StoppedBySignal: 143,

@@ -21,6 +21,8 @@ from tests.memory.cases import GIB, NAMES, ask
 from tests.memory.shapes import SHAPES, config_folder
 
 ON_HOST = ("memory.stream_weights=true", 'memory.embedding="host"')
+HELD = ("train.gradient_checkpointing=true", "memory.offload_activations=false")
+RESIDENT = ("memory.stream_weights=false", 'memory.embedding="device"')
 EIGHT: dict[str, Any] = SHAPES[NAMES[8]]
 LAYER = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336  # values of its matrices
 TABLE_BYTES = 128_256 * 4096 * 2
@@ -64,9 +66,9 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Estimate,
     """8B, rank 16, resident and streamed, by the length of a row."""
     found, folder = {}, tmp_path_factory.mktemp("shapes")
     for length in (2048, 8192, 32768):
-        settings = (f"data.max_length={length}", "eval.samples=0", "train.gradient_checkpointing=true")
+        settings = (f"data.max_length={length}", "eval.samples=0", *HELD)
         found[length] = (
-            ask(folder, 8, *settings, gpu="RTX 4090"),
+            ask(folder, 8, *settings, *RESIDENT, gpu="RTX 4090"),
             ask(folder, 8, *settings, *ON_HOST, gpu="RTX 4090"),
         )
     return found
@@ -96,8 +98,7 @@ def test_what_a_card_has_no_room_for_fits_streamed(name: str, vram: str, tmp_pat
     settings = ("data.max_length=2048", "train.gradient_checkpointing=true")
     streamed = api.question(api.recipe_or_model(str(folder), (*settings, *ON_HOST)), vram=vram).estimate()
     assert streamed.fits
-    stays = ("memory.stream_weights=false", 'memory.embedding="device"')
-    resident = api.question(api.recipe_or_model(str(folder), (*settings, *stays)), vram=vram).estimate()
+    resident = api.question(api.recipe_or_model(str(folder), (*settings, *RESIDENT)), vram=vram).estimate()
     assert not resident.fits
 
 
