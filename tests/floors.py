@@ -297,6 +297,7 @@ LINES = {
         *(
             "cpu_matmul",
             "document_mask",
+            "cpu_attention",
             "document_attention",
             "sink_attention",
             "compiled_attention",

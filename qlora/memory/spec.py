@@ -13,7 +13,7 @@ from qlora.memory.hardware import Machine
 from qlora.memory.simulation import ModelSpec
 from qlora.model import experts, precision
 from qlora.model.attention import kernel_of
-from qlora.model.attention_choice import assumed
+from qlora.model.attention_choice import assumed, assumed_on_cpu
 from qlora.model.meta_model import choose_attention
 from qlora.model.weight_receiving import Place
 from qlora.recipe.reading import Recipe
@@ -44,9 +44,9 @@ def _dtype(machine: Machine, wanted: str) -> torch.dtype:
 
 def _kernel(text: Any, name: str, machine: Machine, wanted: str) -> str | None:
     """What attends without a mask."""
-    if machine.device_type != "cuda":
-        return None
     named, gpu, run = choose_attention(text, wanted, name), machine.gpu, numerics.of_run()
     if run is not None and run.attention is not None:
         return kernel_of(run.attention)
+    if machine.device_type != "cuda":
+        return assumed_on_cpu(text, named, wanted)
     return assumed(text, named, wanted, gpu.capability if gpu else 86)

@@ -3,7 +3,7 @@
 By default a GPU takes the first of `varlen` and `efficient` (`flex` for a model that caps its scores) that passes: a
 forward and a backward pass over three short documents with the model's own heads and, where it has windows, a window,
 against the documents one by one on the CPU; then the whole model's hidden states against those with today's mask.
-What passes none keeps the mask. A CPU keeps it too, and takes the documents one by one where it is asked to.
+What passes none keeps the mask. A CPU takes the documents one by one, but for models with caps or sinks.
 """
 
 from __future__ import annotations
@@ -72,14 +72,18 @@ def passing(
     config: Any, name: str, wanted: str, device: torch.device, recorded: str | None, lacks: list[str]
 ) -> Iterator[str]:
     """The kernels that pass their trial, the first that `choose` names first; why the others don't goes to `lacks`."""
-    if wanted not in ("auto", "varlen") or (wanted == "auto" and not is_card(device)):
+    if wanted not in ("auto", "varlen"):
         return
     lack = lack_of(config, name)
+    if not is_card(device) and wanted == "auto":
+        lack = lack or _lack_on_cpu(config)
     if wanted == "auto" and recorded == name:
         lacks.append(lack or "no kernel passed its trial when this run began")
         return
     lacks += [lack] if lack else []
-    found = () if lack else candidates(config, one_by_one=wanted == "varlen" and _has_no_kernels(device))
+    # What stands in for a card is one to "auto": it tries a card's kernels, and has none.
+    alone = _has_no_kernels(device) and (wanted == "varlen" or not is_card(device))
+    found = () if lack else candidates(config, one_by_one=alone)
     before = [kernel for kernel in found if name_of(kernel) == recorded]
     for kernel in dict.fromkeys([*before, *found]):
         if lack := tried(kernel, heads_of(config), device):
@@ -95,9 +99,12 @@ def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
     """
     _settle_sinks(model, device, sink)
     run, name = numerics.of_run(), today(model)
+    # Opened to be looked at: on a CPU the two passes that try a kernel take longer than they save.
+    as_it_is = run is None and wanted == "auto" and not is_card(device)
     lacks: list[str] = []
     recorded, taken = run.attention if run else None, False
-    for kernel in passing(model.config.get_text_config(), name, wanted, device, recorded, lacks):
+    config = model.config.get_text_config()
+    for kernel in () if as_it_is else passing(config, name, wanted, device, recorded, lacks):
         lack = _differs(model, kernel, (name, name_of(kernel)), device)
         if not lack:
             model.config._attn_implementation, taken = name_of(kernel), True
@@ -107,7 +114,7 @@ def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
         raise _impossible("; ".join(lacks))
     if run is not None:
         numerics.correct(run.model_copy(update={"attention": today(model)}))
-    if lacks and not taken:
+    if lacks and not taken and is_card(device):
         sink.emit(Notice("attention", f"packed documents are kept apart by a mask of S × S: {'; '.join(lacks)}"))
     if wanted == "auto" and today(model) == "eager":
         sink.emit(Notice("attention", "eager attention is used: sdpa cannot compute this model's attention"))
@@ -140,6 +147,13 @@ def assumed(
     return next((kernel for kernel in found if kernel != "varlen" or has_flash), None)
 
 
+def assumed_on_cpu(config: Any, name: str, wanted: str) -> str | None:
+    """The same of a CPU."""
+    if wanted not in ("auto", "varlen") or lack_of(config, name) or (wanted == "auto" and _lack_on_cpu(config)):
+        return None
+    return candidates(config, one_by_one=True)[0]
+
+
 def lack_of(config: Any, name: str) -> str:
     """Why a model that attends under that name keeps its mask; "" where a kernel may be tried."""
     if not getattr(config, "num_attention_heads", None):
@@ -154,6 +168,12 @@ def lack_of(config: Any, name: str) -> str:
     if heads.width > MOST_HEAD_DIM or heads.width % HEAD_DIM_MULTIPLE:
         return f"its heads are {heads.width} wide"
     return ""
+
+
+def _lack_on_cpu(config: Any) -> str:
+    """What the kernel of a CPU does not compute; masks then stay, with which transformers computes it."""
+    heads = heads_of(config)
+    return "its scores are capped, or have sinks" if heads.softcap is not None or heads.sinks else ""
 
 
 def heads_of(config: Any) -> Heads:

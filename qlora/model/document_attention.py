@@ -7,8 +7,8 @@ part of the document before it. None of them asks the device anything.
 `varlen` is torch's flash attention by `cu_seqlens` (Dao 2023; aten/native/transformers/cuda/flash_attn): Ampere and
 later, and not in builds for native Windows. `efficient` is the memory-efficient kernel (Rabe & Staats 2021;
 mem_eff_attention), which every card and system has, with keys repeated for the heads that share them. `flex` compiles
-the cap into its kernel and skips blocks of other documents. `one_by_one` says what all of them compute, in plain
-products of each document alone: the reference, and what a CPU computes where it is asked to.
+the cap into its kernel and skips blocks of other documents. `one_by_one` says what all of them compute, each
+document alone: the reference, and what a CPU computes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from qlora.model import cpu_attention
 from qlora.model.document_mask import DocumentMask
 
 Kernel = Callable[[Tensor, Tensor, Tensor, DocumentMask, float | None, float | None], Tensor]
@@ -172,6 +173,9 @@ def one_by_one(
 ) -> Tensor:
     """Each document by itself, by sdpa, or by its scores where they are capped."""
     lengths, window = mask.batch.document_lengths, mask.window
+    if softcap is None and (query.is_cpu or query.is_meta) and _sees_all(mask) and query.shape[-1] == value.shape[-1]:
+        output = cpu_attention.by_documents(flat(query), flat(key), flat(value), lengths, scale)
+        return output.view(*output_shape(query))
     parts = []
     for q, k, v in zip(*(torch.split(flat(one), list(lengths)) for one in (query, key, value)), strict=True):
         alone = (q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None])

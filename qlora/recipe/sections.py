@@ -25,8 +25,8 @@ class ModelSection(Section):
     revision: Text = Field("main", description="Hub branch, tag or commit; the run records the commit")
     attention: Literal["auto", "sdpa", "varlen", "eager"] = Field(
         "auto",
-        description="varlen: packed documents without a mask of S x S; auto: that on a GPU where a trial of it passes, "
-        "else sdpa, or eager where sdpa cannot compute the model (Gemma 2's softcap)",
+        description="varlen: packed documents without a mask of S x S; auto: that where a trial of it passes, else "
+        "sdpa, or eager where sdpa cannot compute the model (Gemma 2's softcap)",
     )
     dtype: Literal["auto", "bf16", "fp16"] = Field(
         "auto", description="Layers compute in it; auto: bf16, or fp16 with a scaled loss on a GPU without bf16 (T4)"

@@ -12,7 +12,7 @@ from qlora import numerics
 from qlora.errors import ModelError
 from qlora.events import Recorder
 from qlora.model import attention, attention_choice, document_attention
-from qlora.model.attention_choice import Heads, assumed, lack_of, settle, tried
+from qlora.model.attention_choice import Heads, assumed, assumed_on_cpu, lack_of, settle, tried
 from qlora.model.base_folder import BaseFolder
 from qlora.numerics import Numerics
 from tests import all_families
@@ -182,20 +182,38 @@ def test_a_kernel_that_the_model_does_not_take_leaves_the_next_one(
 def test_a_run_that_began_with_a_mask_says_why_it_keeps_it(
     base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = Numerics(attention="sdpa")
+    begun = Numerics(attention=attention.NAME)
     with numerics.in_force(begun):
         model = load(base_of("llama"), "none")
         said = settled(model, "auto", {"varlen": document_attention.one_by_one}, monkeypatch).of("notice")
     assert attention.shown(model) == "sdpa" and "when this run began" in str(said[0])
 
 
-def test_a_cpu_keeps_its_mask_unless_it_is_asked(base_of: Callable[[str], BaseFolder]) -> None:
-    for wanted, chosen in (("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager"), ("varlen", "one by one")):
-        assert attention.shown(load(base_of("qwen3"), "none", wanted)) == chosen
-    model = load(base_of("gemma2"), "none")
+def test_a_run_on_a_cpu_takes_documents_one_by_one(base_of: Callable[[str], BaseFolder]) -> None:
+    """Who only opens a model is not kept waiting by a trial; a run that began with a mask goes on with it."""
+    for wanted, alone, in_a_run in (
+        *(("auto", "sdpa", "one by one"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")),
+        ("varlen", "one by one", "one by one"),
+    ):
+        assert attention.shown(load(base_of("qwen3"), "none", wanted)) == alone
+        with numerics.in_force(Numerics()):
+            assert attention.shown(load(base_of("qwen3"), "none", wanted)) == in_a_run
+            assert assumed_on_cpu(make_config("qwen3"), attention.NAME, wanted) == (
+                in_a_run if in_a_run == "one by one" else None
+            )
+    model, recorder = load(base_of("llama"), "none"), Recorder()
+    with numerics.in_force(Numerics(attention=attention.NAME)):
+        settle(model, "auto", CPU, recorder)
+    assert attention.shown(model) == "sdpa" and not recorder.of("notice")
+
+
+def test_a_cpu_keeps_the_mask_of_models_with_caps(base_of: Callable[[str], BaseFolder]) -> None:
+    with numerics.in_force(Numerics()):
+        model = load(base_of("gemma2"), "none")
+    assert assumed_on_cpu(make_config("gemma2"), "eager", "auto") is None
     recorder = Recorder()
     settle(model, "auto", CPU, recorder)
-    assert "eager attention is used" in str(recorder.of("notice")[0])
+    assert attention.shown(model) == "eager" and "eager attention is used" in str(recorder.of("notice")[0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""Documents one by one on a CPU: against their definition in float64, and what is computed and kept for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora.model.cpu_attention import SHORT, by_documents
+
+HEADS, SHARED, WIDTH = 4, 2, 16
+LENGTHS = (5, 1, SHORT + 16, 30)
+
+
+def drawn(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    """Query, key and value (N, heads, D)."""
+    generator = torch.Generator().manual_seed(3)
+    states = [torch.randn(sum(LENGTHS), heads, WIDTH, generator=generator) for heads in (HEADS, SHARED, SHARED)]
+    return [one.to(device, dtype).requires_grad_() for one in states]
+
+
+def by_definition(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    parts = []
+    for q, k, v in zip(*(torch.split(one, LENGTHS) for one in (query, key, value)), strict=True):
+        k, v = (one.repeat_interleave(HEADS // SHARED, dim=1) for one in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+        ahead = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(ahead, float("-inf")).softmax(dim=-1)
+        parts.append(torch.einsum("hij,jhd->ihd", weights, v))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)])
+def test_output_and_gradients_are_those_of_the_definition(dtype: torch.dtype, tolerance: float) -> None:
+    """bf16 has 8 bits: what comes out is rounded once, within 1/256 of it."""
+    states = drawn(dtype)
+    exact = [one.detach().double().requires_grad_() for one in states]
+    gradient = torch.randn(sum(LENGTHS), HEADS, WIDTH, generator=torch.Generator().manual_seed(4)).to(dtype)
+    found, right = by_documents(*states, LENGTHS, 0.3), by_definition(*exact, 0.3)
+    found.backward(gradient)
+    right.backward(gradient.double())  # type: ignore[no-untyped-call]
+    assert found.dtype == dtype
+    for one, other in zip((found, *(one.grad for one in states)), (right, *(one.grad for one in exact)), strict=True):
+        assert one is not None and other is not None
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+class Seen(TorchDispatchMode):  # type: ignore[misc]
+    """What attention is computed of: tokens and type of each query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries: list[tuple[int, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "flash_attention" in func.name():
+            at = 1 if "backward" in func.name() else 0
+            self.queries.append((args[at].shape[2], args[at].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_each_document_is_computed_alone_and_short_ones_in_fp32(device: str) -> None:
+    """That is why it is fast; a run's estimate, on meta, computes the same."""
+    states, kept = drawn(torch.bfloat16, device), []
+    with Seen() as seen, torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        by_documents(*states, LENGTHS, None).sum().backward()  # type: ignore[no-untyped-call]
+    once = [(length, torch.float32 if length <= SHORT else torch.bfloat16) for length in LENGTHS]
+    assert seen.queries == once * 2
+    assert {one.dtype for one in kept if one.dim() == 3 and one.shape[-1] == WIDTH} == {torch.bfloat16}
+    sizes = sum(one.nbytes for one in kept if one.shape[-1] == WIDTH)
+    assert sizes == 2 * sum(LENGTHS) * WIDTH * (2 * HEADS + 2 * SHARED), "query, key, value, output: no copies"
