@@ -19,10 +19,9 @@ from tests.mixtures import make_base, tensor_hashes
 # In this order of the issue that asked for them.
 FAMILIES = [
     "qwen3_moe",
-    pytest.param("gpt_oss", marks=pytest.mark.slow),
     *(
         pytest.param(family, marks=pytest.mark.every)
-        for family in ("qwen3_5_moe_text", "gemma4_text", "glm4_moe_lite", "mixtral", "deepseek_v3")
+        for family in ("gpt_oss", "qwen3_5_moe_text", "gemma4_text", "glm4_moe_lite", "mixtral", "deepseek_v3")
     ),
 ]
 # Of each kind of layout: an expert and matrix a tensor; in turns and transposed; by head; a state; fused; permuted.

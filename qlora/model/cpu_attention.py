@@ -34,7 +34,7 @@ class _ByDocuments(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None
     ) -> Tensor:
-        output_NHD, logsumexps = torch.empty_like(query), []
+        output_NHD, logsumexps = query.new_empty(query.shape), []  # in the order that the next layer reads
         for place, (q, k, v) in _apart(lengths, query, key, value):
             found, logsumexp = _FORWARD(q, k, v, 0.0, True, scale=scale)
             output_NHD[place] = found[0].transpose(0, 1)

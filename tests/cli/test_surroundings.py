@@ -18,6 +18,7 @@ from qlora.cli import surroundings
 from qlora.errors import UserError
 from tests.attacks.terminals import command, foreign_controls, under_terminal, with_streams
 from tests.runs import run_dir, write_recipe
+from tests.sampling import sampled
 
 FULL = "/dev/full"
 CLOSED: dict[str, dict[int, str | None]] = {
@@ -95,7 +96,7 @@ def test_whole_commands_with_all_streams_closed(tmp_path: Path, llama: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CLOSED if name != "all closed"])
+@pytest.mark.parametrize("name", sampled([*CLOSED], ">&-", "2>/dev/full", "one closed, one full"))
 def test_whole_commands_with_streams_of_any_kind(tmp_path: Path, llama: Path, name: str) -> None:
     whole_commands(tmp_path, llama, name)
 

@@ -17,6 +17,7 @@ from tests.families import make_base
 from tests.faults.cases import EVERY, tripwire
 from tests.faults.forks import finished, fork
 from tests.model.base_cache.cases import aged, assert_same, kept, load
+from tests.sampling import sampled
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="needs fork")]
 
@@ -31,7 +32,10 @@ def loading(base: Path, at: int, counts: Path | None = None) -> Any:
     return fork(work)
 
 
-@pytest.mark.parametrize("before", ["nothing", "another form", "a damaged one", "a kept one"])
+BEFORE = ("nothing", "another form", "a damaged one", "a kept one")
+
+
+@pytest.mark.parametrize("before", sampled(BEFORE, "nothing", "a damaged one"))
 def test_a_kill_at_any_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
     base = aged(make_base("llama", tmp_path / "base"))
     plain, _ = load(base, cache=False)

@@ -17,6 +17,7 @@ from qlora.report.files import read_events
 from qlora.stop import StopRequest
 from qlora.training.evaluate import RunEvaluation
 from tests.runs import hashes, run_dir, train, values, write_recipe
+from tests.sampling import sampled
 
 SETTINGS = (
     *("train.max_steps=6", "train.batch_size=2", "data.max_length=48", "data.eval_fraction=0.4", "lora.r=4"),
@@ -53,7 +54,8 @@ def evaluations(recipe: Path) -> list[tuple[int, float]]:
     return [(event["step"], event["loss"]) for event in events if event["event"] == "eval"]
 
 
-@pytest.mark.parametrize(("step", "samples"), [(2, 1), (4, 0), (6, 1)])  # without samples nothing but the loss leaves
+# Without samples nothing but the loss leaves.
+@pytest.mark.parametrize(("step", "samples"), sampled([(2, 1), (4, 0), (6, 1)], (2, 1), (4, 0)))
 def test_an_evaluation_that_was_stopped_is_made_anew(
     tmp_path: Path, llama: Path, straight: tuple[dict[str, str], list[tuple[int, float]]], step: int, samples: int
 ) -> None:
@@ -162,7 +164,7 @@ def test_a_stop_after_the_best_was_delivered_again_keeps_the_last_state(ending: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [False, True], indirect=True)
+@pytest.mark.parametrize("ending", sampled([False, True], True), indirect=True)
 def test_a_stop_at_any_moment_of_the_end_changes_nothing(ending: Ending) -> None:
     straight = ending.with_stop("", "")
     expected = weights(ending.recipe)

@@ -24,7 +24,7 @@ def spec_of(family: str, **overrides: object) -> ModelSpec:
 @pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize(
     ("family", "layers"),
-    [("llama", 7), pytest.param("gemma2", 10, marks=pytest.mark.slow)],
+    [("llama", 7), pytest.param("gemma2", 10, marks=pytest.mark.every)],
 )
 def test_a_part_is_what_the_whole_model_takes_with_it(
     family: str, layers: int, offloads: bool, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import Workload
 from qlora.recipe.reading import Recipe, recipe_of_base
 from tests.families import make_config
+from tests.sampling import sampled
 
 GIB = 1 << 30
 MOVE, STORE = Lever("memory.offload_activations", False, True), Lever("memory.limit", "auto", "1GiB", whole=True)
@@ -138,7 +139,7 @@ def test_each_choice_has_its_reason() -> None:
     assert reasons(looked, found)["train.gradient_checkpointing"] == "there is room to keep what every layer computes"
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("share", sampled([0.2, 0.5, 0.9], 0.5))
 def test_a_real_search_simulates_at_most_nine_times(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     text = make_config("llama", vocab=512, overrides={"num_hidden_layers": 8})
     recipe = recipe_of_base("some/base", ["data.max_length=8192", "eval.samples=0"])

@@ -23,6 +23,7 @@ from qlora.step import offload
 from tests.families import make_base, make_config
 from tests.memory.counted import count_step
 from tests.mixtures import make_config as make_mixture
+from tests.sampling import sampled
 from tests.step.launches import LLAMA_8B
 
 ROOT = Path(__file__).parent.parent.parent
@@ -92,7 +93,7 @@ def test_learning_from_drawn_answers_is_estimated_as_counted(family: str, tmp_pa
     [
         ("llama", 7),
         pytest.param("gemma2", 8, marks=pytest.mark.slow),
-        pytest.param("gemma3", 14, marks=pytest.mark.slow),
+        pytest.param("gemma3", 14, marks=pytest.mark.every),
     ],
 )
 @pytest.mark.parametrize("recompute", [True, False], ids=["checkpointing", "plain"])
@@ -254,7 +255,7 @@ def test_what_a_program_has_frozen_stays_frozen() -> None:
     assert gc.get_freeze_count() > 0
 
 
-@pytest.mark.parametrize("layers", [7, 16])
+@pytest.mark.parametrize("layers", sampled([7, 16], 7))
 def test_inputs_on_the_host_are_no_device_memory(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card all but the top layer's are pinned, and two of them on the device at a time; a CPU has one memory."""
     monkeypatch.setattr(offload, "SMALLEST_BYTES", 0)

@@ -127,7 +127,7 @@ def test_what_was_trained_in_fp16_is_exported_opened_and_measured(tmp_path: Path
         assert isinstance(chat.ask("What is the price of lamp 1?").text, str)
 
 
-@pytest.mark.slow
+@pytest.mark.every
 def test_the_quickstart_learns_as_much_as_in_bf16(tmp_path: Path) -> None:
     losses = {}
     for dtype in ("bf16", "fp16"):

@@ -13,6 +13,7 @@ from qlora.step import offload
 from qlora.step.offload import Pool
 from tests.card import MIB, Card, rehearsal
 from tests.runs import EVERYTHING, hashes, train, values, write_recipe
+from tests.sampling import sampled
 
 STEPS = 20
 ALL = (*EVERYTHING, f"train.max_steps={STEPS}", "train.gradient_checkpointing=true", "checkpoint.every_steps=5")
@@ -97,7 +98,7 @@ def run_out(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(offload, "_pairs", counted)
 
 
-@pytest.mark.parametrize("at", [9, 10])
+@pytest.mark.parametrize("at", sampled([9, 10], 10))
 def test_memory_runs_out_on_the_way_up_and_on_the_way_down(
     tmp_path: Path, llama: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,12 +15,13 @@ from qlora.objective_keys import ObjectiveKeys
 from qlora.step.objectives import objective_of
 from qlora.training import loop, preferences, reference
 from tests.runs import hashes, run_dir, train, values
+from tests.sampling import sampled
 from tests.training.preference_cases import ALL, notices, write_recipe
 
 OBJECTIVES = ("dpo", "ipo", "orpo", "simpo", "kto")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", sampled(OBJECTIVES, "dpo", "orpo", "kto"))
 def test_a_run_tells_answers_apart_and_goes_on_bit_for_bit(tmp_path: Path, llama: Path, objective: str) -> None:
     """Packed, accumulated, with dropout, NEFTune, evaluations and samples."""
     straight, halves = (write_recipe(tmp_path / name, llama, objective) for name in ("one", "two"))

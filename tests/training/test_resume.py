@@ -13,6 +13,7 @@ from qlora.errors import RunFolderError
 from qlora.model import lora_functions
 from qlora.report.files import read_events
 from tests.runs import EVERYTHING, hashes, run_dir, train, values, write_recipe
+from tests.sampling import sampled
 from tests.training.cases import signed_anew
 
 # Without dropout, which is peft's to compute: layers are computed by our own functions.
@@ -98,7 +99,13 @@ def test_with_every_default(tmp_path: Path, llama: Path) -> None:
     assert hashes(two, 4) == hashes(one, 4)
 
 
-@pytest.mark.parametrize(("packing", "optimizer"), [*(("true", one) for one in OPTIMIZERS), ("false", OPTIMIZERS[0])])
+PACKED_AND_NOT = [*(("true", one) for one in OPTIMIZERS), ("false", OPTIMIZERS[0])]
+
+
+@pytest.mark.parametrize(
+    ("packing", "optimizer"),
+    sampled(PACKED_AND_NOT, PACKED_AND_NOT[0], ("true", "lion_8bit"), PACKED_AND_NOT[-1]),
+)
 def test_every_optimizer_packed_and_not(tmp_path: Path, llama: Path, optimizer: str, packing: str) -> None:
     settings = (f"train.optimizer={optimizer}", f"data.packing={packing}", "train.max_steps=4", "train.batch_size=3")
     one, two = write_recipe(tmp_path / "one", llama), write_recipe(tmp_path / "two", llama)

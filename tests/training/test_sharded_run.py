@@ -21,6 +21,7 @@ from qlora.training.evaluate import RunEvaluation
 from qlora.training.loop import Training
 from tests.runs import EVERYTHING, hashes, run_dir, values, write_recipe
 from tests.runs import train as train_here
+from tests.sampling import sampled
 from tests.together import Ended, Hook, events, masters, stops_after, train
 from tests.training.cases import poison_slots
 
@@ -138,7 +139,7 @@ def run_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", sampled([0, 1], 1))
 def test_memory_that_runs_out_in_the_middle_of_a_pass_of_one(tmp_path: Path, llama: Path, rank: int) -> None:
     """The others get the layers that they are still to compute; then all do the same rows again, fewer at a time."""
     settings = (*FEW, "train.batch_size=8", "train.micro_batch_size=2", "train.gradient_checkpointing=true")

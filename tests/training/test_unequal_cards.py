@@ -20,6 +20,7 @@ from qlora.training import sharing
 from qlora.training.loop import Training
 from qlora.training.processes import Partners
 from tests.runs import hashes, run_dir, write_recipe
+from tests.sampling import sampled
 from tests.together import Hook, apart, masters, runs_out_at, stops_after, train
 
 STEPS = 7
@@ -107,7 +108,7 @@ def test_they_share_by_what_was_measured_and_end_where_one_does(tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", sampled([2, 5], 2))
 def test_stopped_while_it_measures_or_later_it_goes_on_bit_for_bit(
     tmp_path: Path, llama: Path, straight: Path, step: int
 ) -> None:

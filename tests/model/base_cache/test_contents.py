@@ -17,6 +17,7 @@ from qlora.recipe.sections import QuantizationSection
 from tests import mixtures
 from tests.families import FAMILIES, make_base
 from tests.model.base_cache.cases import aged, base_at, kept, load
+from tests.sampling import sampled
 
 
 def contents_of(folder: Path, quantization: QuantizationSection) -> Contents:
@@ -27,7 +28,7 @@ def contents_of(folder: Path, quantization: QuantizationSection) -> Contents:
     return Contents(base, meta_model, quantization)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, "llama", "gemma2", "phi3"))
 def test_the_size_is_known_to_the_byte(tmp_path: Path, family: str) -> None:
     base = aged(make_base(family, tmp_path / "base"))
     for form in (QuantizationSection(), QuantizationSection(double_quant=False)):

@@ -26,6 +26,7 @@ from tests.families import FAMILIES, make_base
 from tests.model.base_cache.cases import CPU, aged, assert_same, base_at, counted, kept, load
 from tests.model.conftest import logits, stored_in_4bit
 from tests.runs import change_unsampled_value, hashes, train, values, write_recipe
+from tests.sampling import sampled
 
 STREAMED = Place(streams=True)
 FORMS = [QuantizationSection(type=kind, double_quant=double) for kind in ("nf4", "fp4") for double in (True, False)]
@@ -267,7 +268,7 @@ def test_two_at_once_write_one(base: Path) -> None:
 
 
 @pytest.mark.parametrize("failing", ["mkdir", "open", "fsync", "rename"])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("code", sampled([errno.ENOSPC, errno.EROFS, errno.EDQUOT], errno.ENOSPC))
 def test_a_disk_that_refuses_costs_nothing_but_the_cache(
     base: Path, monkeypatch: pytest.MonkeyPatch, failing: str, code: int
 ) -> None:
