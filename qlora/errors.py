@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import clear_frames
 
 from qlora import out_of_memory, redaction, shown
 
@@ -176,11 +177,24 @@ def foreign_failures(memory_too: bool = False, trial: bool = False) -> Iterator[
         failed = out_of_memory.gpu_is_lost(error) if trial else out_of_memory.gpu_fault(error)
         if not memory_too and (ran_out or failed):
             raise
-        failure.error = error
+        failure.error = _alone(error)
     except BaseException as error:
         if not _is_panic(error):
             raise
-        failure.error = error
+        failure.error = _alone(error)
+
+
+def _alone(error: BaseException) -> BaseException:
+    """The error without what the functions that it went through had in their hands.
+
+    Who catches it keeps it, and its traceback keeps who caught it: tensors of a trial that failed would stay, on a GPU
+    too, until Python next looks for such circles.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        clear_frames(link.__traceback__)
+        link = link.__context__
+    return error
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import signal
+import weakref
 
 import pytest
 
@@ -65,6 +67,29 @@ def test_whatever_a_library_raises_is_caught_and_has_a_reason() -> None:
     with foreign_failures() as failure:
         pass
     assert failure.error is None
+
+
+def test_what_a_failed_trial_computed_with_is_let_go_at_once() -> None:
+    """The error is kept, and its traceback keeps who caught it: a circle, in which a GPU's memory would wait."""
+    held = weakref.WeakSet[Exception]()
+
+    def computing(at_hand: Exception) -> None:
+        held.add(at_hand)
+        try:
+            raise KeyError("in the kernel") from None
+        except KeyError as error:
+            raise RuntimeError("behind it") from error
+
+    def caught() -> str:
+        with foreign_failures(trial=True) as failure:
+            computing(Exception("a tensor's place"))
+        return failure.reason
+
+    gc.disable()
+    try:
+        assert caught() == "behind it" and not held
+    finally:
+        gc.enable()
 
 
 def test_our_own_errors_and_interrupts_pass() -> None:
