@@ -71,9 +71,13 @@ def test_whatever_a_library_raises_is_caught_and_has_a_reason() -> None:
 
 def test_what_a_failed_trial_computed_with_is_let_go_at_once() -> None:
     """The error is kept, and its traceback keeps who caught it: a circle, in which a GPU's memory would wait."""
-    held = weakref.WeakSet[Exception]()
 
-    def computing(at_hand: Exception) -> None:
+    class Tensors(set[str]):
+        __hash__ = object.__hash__
+
+    held: weakref.WeakSet[set[str]] = weakref.WeakSet()
+
+    def computing(at_hand: set[str]) -> None:
         held.add(at_hand)
         try:
             raise KeyError("in the kernel") from None
@@ -82,7 +86,7 @@ def test_what_a_failed_trial_computed_with_is_let_go_at_once() -> None:
 
     def caught() -> str:
         with foreign_failures(trial=True) as failure:
-            computing(Exception("a tensor's place"))
+            computing(Tensors())
         return failure.reason
 
     gc.disable()
