@@ -31,7 +31,7 @@ def spec(card: str | None, baseline: str = "qlora", **changes: object) -> ModelS
 
 def test_a_new_run_decides_by_the_machine() -> None:
     cpu = spec(None)
-    assert (cpu.kernel, cpu.functions, cpu.loss_chunk, cpu.dtype) == (None, None, None, torch.bfloat16)
+    assert (cpu.kernel, cpu.functions, cpu.loss_chunk, cpu.dtype) == ("one by one", None, None, torch.bfloat16)
     assert spec("RTX 3060 12GB").kernel is not None and spec("RTX 3060 12GB").dtype == torch.bfloat16
     assert spec("T4").dtype == torch.float16
     assert spec("RTX 3060 12GB", **STREAMED).place == Place(streams=True)
