@@ -36,7 +36,10 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     wanted = recipe.model.attention
     as_before = wanted == "auto" and recorded is not None and recorded.attention == "eager"
     named = choose_attention(text, "eager" if as_before else wanted, base.name)
-    kernel, _ = choose(text, named, wanted, device, recorded.attention if recorded else None)
+    before = recorded.attention if recorded else None
+    if recorded is not None and before is None and not hardware.is_card(device):
+        before = named  # from before this was recorded: a CPU attended with a mask
+    kernel, _ = choose(text, named, wanted, device, before)
     chunk = chunk_tokens(text.vocab_size, hardware.is_card(device))
     exact = recipe.train.deterministic and (recorded is None or recorded.deterministic is not False)
     return Numerics(

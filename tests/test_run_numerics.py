@@ -30,7 +30,7 @@ def test_a_cpu_is_known_by_its_instructions_and_threads(tmp_path: Path, llama: P
     found = decided(tmp_path, llama, CPU, None)
     assert found.device == "cpu" and found.threads == torch.get_num_threads()
     assert found.capability == torch.backends.cpu.get_cpu_capability()
-    assert found.attention == "qlora_sdpa" and found.deterministic is True
+    assert found.attention == "qlora_one_by_one" and found.deterministic is True
     assert decided(tmp_path, llama, CPU, None, "model.attention=eager").attention == "eager"
 
 

@@ -82,7 +82,7 @@ def passing(
         return
     lacks += [lack] if lack else []
     # What stands in for a card is one to "auto": it tries a card's kernels, and has none.
-    alone = _has_no_kernels(device) and (wanted == "varlen" or not is_card(device))
+    alone = not is_card(device) or (wanted == "varlen" and _has_no_kernels(device))
     found = () if lack else candidates(config, one_by_one=alone)
     before = [kernel for kernel in found if name_of(kernel) == recorded]
     for kernel in dict.fromkeys([*before, *found]):
@@ -99,12 +99,9 @@ def settle(model: Any, wanted: str, device: torch.device, sink: Sink) -> None:
     """
     _settle_sinks(model, device, sink)
     run, name = numerics.of_run(), today(model)
-    # Opened to be looked at: on a CPU the two passes that try a kernel take longer than they save.
-    as_it_is = run is None and wanted == "auto" and not is_card(device)
     lacks: list[str] = []
     recorded, taken = run.attention if run else None, False
-    config = model.config.get_text_config()
-    for kernel in () if as_it_is else passing(config, name, wanted, device, recorded, lacks):
+    for kernel in passing(model.config.get_text_config(), name, wanted, device, recorded, lacks):
         lack = _differs(model, kernel, (name, name_of(kernel)), device)
         if not lack:
             model.config._attn_implementation, taken = name_of(kernel), True

@@ -59,11 +59,11 @@ def test_a_kernel_that_cuda_refuses_ends_no_run(
             raise RuntimeError(text)
         return document_attention.one_by_one(*arguments)
 
-    model = load(base_of("llama"), "none")
+    model = load(base_of("llama"), "none", "sdpa")
     settled(model, "auto", {"varlen": refused, "efficient": document_attention.one_by_one}, monkeypatch)
     assert attention.shown(model) == "efficient"
     assert text[:100] in tried("varlen", HEADS, CPU) and len(asked) == 2
-    model, refuses_from[0] = load(base_of("llama"), "none"), len(asked) + 1
+    model, refuses_from[0] = load(base_of("llama"), "none", "sdpa"), len(asked) + 1
     said = settled(model, "auto", {"varlen": refused}, monkeypatch).of("notice")
     assert attention.shown(model) == "sdpa" and text[:100] in str(said[0])
 
@@ -75,7 +75,7 @@ def test_a_gpu_that_is_lost_in_a_trial_ends_the_run(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        settled(load(base_of("llama"), "none"), "auto", {"varlen": lost}, monkeypatch)
+        settled(load(base_of("llama"), "none", "sdpa"), "auto", {"varlen": lost}, monkeypatch)
 
 
 def shifted(*arguments: Any) -> Any:
@@ -106,7 +106,7 @@ def leaking(*arguments: Any) -> Any:
 def test_the_first_that_passes_is_taken(
     base_of: Callable[[str], BaseFolder], family: str, kernels: tuple[str, ...], chosen: str, monkeypatch: Any
 ) -> None:
-    model = load(base_of(family), "none")
+    model = load(base_of(family), "none", "auto" if family == "gemma2" else "sdpa")
     working = dict.fromkeys(kernels, document_attention.one_by_one)
     said = [event.as_dict()["message"] for event in settled(model, "auto", working, monkeypatch).of("notice")]
     assert attention.shown(model) == chosen
@@ -118,10 +118,10 @@ def test_the_first_that_passes_is_taken(
 def test_a_kernel_that_is_wrong_is_not_taken(
     base_of: Callable[[str], BaseFolder], wrong: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(base_of("mistral"), "none")
+    model = load(base_of("mistral"), "none", "sdpa")
     recorder = settled(model, "auto", {"varlen": wrong, "efficient": document_attention.one_by_one}, monkeypatch)
     assert attention.shown(model) == "efficient" and not recorder.of("notice")
-    model = load(base_of("mistral"), "none")
+    model = load(base_of("mistral"), "none", "sdpa")
     said = str(settled(model, "auto", {"varlen": wrong}, monkeypatch).of("notice")[0])
     assert attention.shown(model) == "sdpa" and "varlen: off by" in said and "efficient: no kernel image" in said
 
@@ -129,7 +129,7 @@ def test_a_kernel_that_is_wrong_is_not_taken(
 def test_documents_that_were_asked_for_are_refused_where_they_cannot_be(
     base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(base_of("mistral"), "none")
+    model = load(base_of("mistral"), "none", "sdpa")
     model.config.attention_dropout = 0.1
     with pytest.raises(ModelError, match="it drops attention while training") as error:
         settle(model, "varlen", CPU, Recorder())
@@ -139,7 +139,7 @@ def test_documents_that_were_asked_for_are_refused_where_they_cannot_be(
 def test_a_model_whose_layers_do_not_hand_documents_on_keeps_its_mask(
     base_of: Callable[[str], BaseFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(base_of("llama"), "none")
+    model = load(base_of("llama"), "none", "sdpa")
     layer = model.model.layers[0]
     real = layer.forward
 
@@ -169,11 +169,11 @@ def test_a_kernel_that_the_model_does_not_take_leaves_the_next_one(
             raise RuntimeError("no kernel without gradients")
         return document_attention.one_by_one(*arguments)
 
-    model = load(base_of("llama"), "none")
+    model = load(base_of("llama"), "none", "sdpa")
     both = {"varlen": trains_only, "efficient": document_attention.one_by_one}
     assert not settled(model, "auto", both, monkeypatch).of("notice")
     assert attention.shown(model) == "efficient"
-    model = load(base_of("llama"), "none")
+    model = load(base_of("llama"), "none", "sdpa")
     said = str(settled(model, "auto", {"varlen": trains_only}, monkeypatch).of("notice")[0])
     assert attention.shown(model) == "sdpa"
     assert "no kernel without gradients" in said and "efficient: no kernel image" in said
@@ -184,32 +184,26 @@ def test_a_run_that_began_with_a_mask_says_why_it_keeps_it(
 ) -> None:
     begun = Numerics(attention=attention.NAME)
     with numerics.in_force(begun):
-        model = load(base_of("llama"), "none")
+        model = load(base_of("llama"), "none", "sdpa")
         said = settled(model, "auto", {"varlen": document_attention.one_by_one}, monkeypatch).of("notice")
     assert attention.shown(model) == "sdpa" and "when this run began" in str(said[0])
 
 
-def test_a_run_on_a_cpu_takes_documents_one_by_one(base_of: Callable[[str], BaseFolder]) -> None:
-    """Who only opens a model is not kept waiting by a trial; a run that began with a mask goes on with it."""
-    for wanted, alone, in_a_run in (
-        *(("auto", "sdpa", "one by one"), ("sdpa", "sdpa", "sdpa"), ("eager", "eager", "eager")),
-        ("varlen", "one by one", "one by one"),
-    ):
-        assert attention.shown(load(base_of("qwen3"), "none", wanted)) == alone
-        with numerics.in_force(Numerics()):
-            assert attention.shown(load(base_of("qwen3"), "none", wanted)) == in_a_run
-            assert assumed_on_cpu(make_config("qwen3"), attention.NAME, wanted) == (
-                in_a_run if in_a_run == "one by one" else None
-            )
-    model, recorder = load(base_of("llama"), "none"), Recorder()
+def test_a_cpu_takes_documents_one_by_one(base_of: Callable[[str], BaseFolder]) -> None:
+    """A run that began with a mask goes on with it."""
+    for wanted, chosen in (("auto", "one by one"), ("sdpa", "sdpa"), ("eager", "eager"), ("varlen", "one by one")):
+        assert attention.shown(load(base_of("qwen3"), "none", wanted)) == chosen
+        assumed_too = assumed_on_cpu(make_config("qwen3"), attention.NAME, wanted)
+        assert assumed_too == (chosen if chosen == "one by one" else None)
+    recorder = Recorder()
     with numerics.in_force(Numerics(attention=attention.NAME)):
+        model = load(base_of("llama"), "none")
         settle(model, "auto", CPU, recorder)
     assert attention.shown(model) == "sdpa" and not recorder.of("notice")
 
 
 def test_a_cpu_keeps_the_mask_of_models_with_caps(base_of: Callable[[str], BaseFolder]) -> None:
-    with numerics.in_force(Numerics()):
-        model = load(base_of("gemma2"), "none")
+    model = load(base_of("gemma2"), "none")
     assert assumed_on_cpu(make_config("gemma2"), "eager", "auto") is None
     recorder = Recorder()
     settle(model, "auto", CPU, recorder)

@@ -45,11 +45,11 @@ class HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("wanted", ["auto", "varlen"])
+@pytest.mark.parametrize("wanted", ["sdpa", "varlen"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_reads_nothing_back(base_of: Callable[[str], BaseFolder], family: str, wanted: str) -> None:
     """Forward, backward with recomputed layers, loss: with the mask as with documents."""
-    model = load(base_of(family), "none", wanted).float()
+    model = load(base_of(family), "none", "auto" if (family, wanted) == ("gemma2", "sdpa") else wanted).float()
     model.get_input_embeddings().weight.requires_grad_(True)
     model.train()
     set_gradient_checkpointing(model, True, keep_random_state=False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoModelForCausalLM  # noqa: F401
 
-from qlora import heap, numerics
+from qlora import heap
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
@@ -27,7 +27,6 @@ from qlora.events import Sinks
 from qlora.model import adapters, load, lora_functions
 from qlora.model.cpu_matmul import fast_matmul, has_bf16_products
 from qlora.model.resolve import resolve
-from qlora.numerics import Numerics
 from qlora.objective_keys import ObjectiveKeys
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating, forward_backward
@@ -45,8 +44,7 @@ def run(settings: Settings) -> dict[str, Any]:
         heap.settle()
     before = resident_bytes()
     base = resolve(settings.base, "main", Sinks())
-    with numerics.in_force(Numerics()):  # as a run does, which tries how to attend
-        model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
+    model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
     functions = lora_functions.choose(LoraSection(), None, trial.work(device))
     peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0, functions=functions)
     causal_lm = peft_model.get_base_model()
