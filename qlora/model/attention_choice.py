@@ -3,7 +3,7 @@
 By default a GPU takes the first of `varlen` and `efficient` (`flex` for a model that caps its scores) that passes: a
 forward and a backward pass over three short documents with the model's own heads and, where it has windows, a window,
 against the documents one by one on the CPU; then the whole model's hidden states against those with today's mask.
-What passes none keeps the mask. A CPU takes the documents one by one, but for models with caps or sinks.
+What passes none keeps the mask. A CPU takes the documents one by one, but for mixtures and models with caps or sinks.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qlora.model import sink_attention
 from qlora.model.attention import NAME, SINKS, name_of
 from qlora.model.document_attention import HEAD_DIM_MULTIPLE, KERNELS, MOST_HEAD_DIM, Kernel, has_varlen, one_by_one
 from qlora.model.document_mask import DocumentMask
+from qlora.model.mixtures import speaks_of_experts
 from qlora.model.sink_attention import SinkKernel, by_definition, has_sinks
 
 # Documents of the trial: of more and of less than a block of 128, and shorter than WINDOW. Together two such blocks:
@@ -168,9 +169,12 @@ def lack_of(config: Any, name: str) -> str:
 
 
 def _lack_on_cpu(config: Any) -> str:
-    """What the kernel of a CPU does not compute; masks then stay, with which transformers computes it."""
+    """What the kernel of a CPU does not compute, and mixtures: two passes to try it would take the memory of many
+    experts at once while the model is loaded. Masks then stay."""
     heads = heads_of(config)
-    return "its scores are capped, or have sinks" if heads.softcap is not None or heads.sinks else ""
+    if heads.softcap is not None or heads.sinks:
+        return "its scores are capped, or have sinks"
+    return "it is a mixture" if speaks_of_experts(config.to_dict()) else ""
 
 
 def heads_of(config: Any) -> Heads:

@@ -15,7 +15,7 @@ from qlora.model import attention, attention_choice, document_attention
 from qlora.model.attention_choice import Heads, assumed, assumed_on_cpu, lack_of, settle, tried
 from qlora.model.base_folder import BaseFolder
 from qlora.numerics import Numerics
-from tests import all_families
+from tests import all_families, mixtures
 from tests.card import Card, rehearsal
 from tests.families import make_config
 from tests.model.conftest import CPU, load
@@ -202,9 +202,12 @@ def test_a_cpu_takes_documents_one_by_one(base_of: Callable[[str], BaseFolder]) 
     assert attention.shown(model) == "sdpa" and not recorder.of("notice")
 
 
-def test_a_cpu_keeps_the_mask_of_models_with_caps(base_of: Callable[[str], BaseFolder]) -> None:
+def test_a_cpu_keeps_the_mask_of_models_with_caps_and_of_mixtures(base_of: Callable[[str], BaseFolder]) -> None:
     model = load(base_of("gemma2"), "none")
     assert assumed_on_cpu(make_config("gemma2"), "eager", "auto") is None
+    mixture = mixtures.make_config("qwen3_moe")
+    assert assumed_on_cpu(mixture, attention.NAME, "auto") is None, "loading takes no expert's memory but the largest's"
+    assert assumed_on_cpu(mixture, attention.NAME, "varlen") == "one by one"
     recorder = Recorder()
     settle(model, "auto", CPU, recorder)
     assert attention.shown(model) == "eager" and "eager attention is used" in str(recorder.of("notice")[0])

@@ -50,8 +50,8 @@ def test_no_more_than_a_layer_is_in_memory_twice(kind: str, tmp_path: Path, monk
         model = opened(base, Place(streams=True), quantization=quantization)
         held, layer = inside(model), card.highest - card.live
         assert held is not None
-        # A layer's matrices, its blob, its pieces as they are pinned; and what the trial of attention takes.
-        assert layer <= 4 * held.layers[0].layout.nbytes + MIB / 2
+        # A layer's matrices, its blob, its pieces as they are pinned; and the trial of attention, 560 KiB.
+        assert layer <= 4 * held.layers[0].layout.nbytes + 0.6 * MIB
         assert held.total_bytes == 12 * held.layers[0].layout.nbytes
         matrices = [one for layer in recomputable(model) for name, one in layer.named_parameters() if "proj" in name]
         assert len(matrices) == 12 * 7 and not any(matrix.numel() for matrix in matrices)
