@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qlora import gathering
 from qlora.errors import ModelError
 from qlora.events import Progress, Sink
 from qlora.model import attention_choice, expert_loading, experts, precision
@@ -92,7 +93,9 @@ def load_base(
     precision.settle(model, dtype)
     attention_choice.settle(model.eval(), attention, device, sink)
     precision.try_out(model, base.name, device, sink)
-    if dtype == torch.bfloat16:  # from which fp16 is made as well
+    together = gathering.of_run()
+    first = together is None or together.place.local_rank == 0  # of those that load at the same time, one keeps it
+    if dtype == torch.bfloat16 and first:  # from which fp16 is made as well
         keeping.keep(model, identity)
     return settled(model, sink)  # type: ignore[no-any-return]
 
