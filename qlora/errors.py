@@ -190,10 +190,13 @@ def _alone(error: BaseException) -> BaseException:
     Who catches it keeps it, and its traceback keeps who caught it: tensors of a trial that failed would stay, on a GPU
     too, until Python next looks for such circles.
     """
-    link: BaseException | None = error
-    while link is not None:
+    waiting, seen = [error], {id(error)}
+    while waiting:
+        link = waiting.pop()
         clear_frames(link.__traceback__)
-        link = link.__context__
+        behind = [one for one in (link.__cause__, link.__context__) if one is not None and id(one) not in seen]
+        seen |= set(map(id, behind))  # a library may have made a circle of them
+        waiting += behind
     return error
 
 

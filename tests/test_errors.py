@@ -96,6 +96,14 @@ def test_what_a_failed_trial_computed_with_is_let_go_at_once() -> None:
         gc.enable()
 
 
+def test_errors_that_name_each_other_in_a_circle_end() -> None:
+    one, other = KeyError("one"), KeyError("other")
+    one.__context__, other.__cause__ = other, one
+    with foreign_failures() as failure:
+        raise other
+    assert failure.error is other
+
+
 def test_our_own_errors_and_interrupts_pass() -> None:
     for error in (errors.ModelError("a", "b"), KeyboardInterrupt()):
         with pytest.raises(type(error)), foreign_failures():

@@ -29,13 +29,19 @@ LORA = LoraSection(r=4, dropout=0.1)
 STREAMED = Place(streams=True, host_embedding=True)
 
 
-def opened(base: Path, place: Place, quantization: QuantizationSection | None = None) -> Any:
+def opened(base: Path, place: Place, quantization: QuantizationSection | None = None, attention: str = "auto") -> Any:
     found = resolve(str(base), "main", Sinks())
-    return load.load_base(found, quantization or QuantizationSection(), "auto", CPU, Sinks(), place=place)
+    return load.load_base(found, quantization or QuantizationSection(), attention, CPU, Sinks(), place=place)
 
 
-def tuned(base: Path, place: Place, lora: LoraSection = LORA, quantization: QuantizationSection | None = None) -> Any:
-    model = adapters.attach(opened(base, place, quantization), lora, 0, functions="qlora")
+def tuned(
+    base: Path,
+    place: Place,
+    lora: LoraSection = LORA,
+    quantization: QuantizationSection | None = None,
+    attention: str = "auto",
+) -> Any:
+    model = adapters.attach(opened(base, place, quantization, attention), lora, 0, functions="qlora")
     with torch.no_grad():
         for number, parameter in enumerate(adapters.trainable(model).values()):
             drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))

@@ -33,8 +33,15 @@ def base_of(family: str, folder: Path, layers: int = 3, **overrides: Any) -> Pat
     return make_base(family, folder, overrides={"num_hidden_layers": layers, "layer_types": None, **overrides})
 
 
-def opened(base: Path, place: Place | None, sink: Any = None, quantization: QuantizationSection = NF4) -> Any:
-    return load.load_base(resolve(str(base), "main", Sinks()), quantization, "auto", CPU, sink or Sinks(), place=place)
+def opened(
+    base: Path,
+    place: Place | None,
+    sink: Any = None,
+    quantization: QuantizationSection = NF4,
+    attention: str = "auto",
+) -> Any:
+    settings = (quantization, attention, CPU, sink or Sinks())
+    return load.load_base(resolve(str(base), "main", Sinks()), *settings, place=place)
 
 
 def test_what_is_still_auto_is_on_the_device() -> None:
@@ -47,11 +54,12 @@ def test_no_more_than_a_layer_is_in_memory_twice(kind: str, tmp_path: Path, monk
     """On the stand-in, whose memory is the host's as well: a layer is packed while its matrices are there."""
     base, quantization = base_of("llama", tmp_path, 12), QuantizationSection(type=kind)  # type: ignore[arg-type]
     with rehearsal(monkeypatch, Card()) as card:
-        model = opened(base, Place(streams=True), quantization=quantization)
+        # With sdpa, of which no trial is made: what that takes, 560 KiB of any model of these heads, is not looked at.
+        model = opened(base, Place(streams=True), quantization=quantization, attention="sdpa")
         held, layer = inside(model), card.highest - card.live
         assert held is not None
-        # A layer's matrices, its blob, its pieces as they are pinned; and the trial of attention, 560 KiB.
-        assert layer <= 4 * held.layers[0].layout.nbytes + 0.6 * MIB
+        # A layer's matrices, its blob, its pieces as they are pinned; and tables of codes, 2 KiB and less a matrix.
+        assert layer <= 4 * held.layers[0].layout.nbytes + MIB / 32
         assert held.total_bytes == 12 * held.layers[0].layout.nbytes
         matrices = [one for layer in recomputable(model) for name, one in layer.named_parameters() if "proj" in name]
         assert len(matrices) == 12 * 7 and not any(matrix.numel() for matrix in matrices)
