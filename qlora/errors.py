@@ -21,6 +21,7 @@ An error is written for the person who meets it: `what` says what is wrong and w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def foreign_failures(memory_too: bool = False, trial: bool = False) -> Iterator[
     with `memory_too`, in a process that has a limit of its own for one file. In a `trial`, of a kernel that another can
     stand in for, they are answers too: only a GPU that is lost passes.
     """
-    failure = ForeignFailure()
+    failure, handled = ForeignFailure(), sys.exception()
     try:
         yield failure
     except QloraError:
@@ -177,27 +178,26 @@ def foreign_failures(memory_too: bool = False, trial: bool = False) -> Iterator[
         failed = out_of_memory.gpu_is_lost(error) if trial else out_of_memory.gpu_fault(error)
         if not memory_too and (ran_out or failed):
             raise
-        failure.error = _alone(error)
+        failure.error = error
     except BaseException as error:
         if not _is_panic(error):
             raise
-        failure.error = _alone(error)
+        failure.error = error
+    forget_frames(failure.error, handled)
 
 
-def _alone(error: BaseException) -> BaseException:
-    """The error without what the functions that it went through had in their hands.
+def forget_frames(error: BaseException | None, handled: BaseException | None) -> None:
+    """Let go of what the calls behind an error held, tensors of a whole model among it, however long the error lives.
 
-    Who catches it keeps it, and its traceback keeps who caught it: tensors of a trial that failed would stay, on a GPU
-    too, until Python next looks for such circles.
+    A notebook keeps the last error, and so does whoever catches one and goes on: its traceback keeps him as well, a
+    circle that stays until Python next looks for such. `handled` is what the caller was handling before, whose frames
+    are his.
     """
-    waiting, seen = [error], {id(error)}
-    while waiting:
-        link = waiting.pop()
-        clear_frames(link.__traceback__)
-        behind = [one for one in (link.__cause__, link.__context__) if one is not None and id(one) not in seen]
-        seen |= set(map(id, behind))  # a library may have made a circle of them
-        waiting += behind
-    return error
+    seen: set[int] = set()
+    while error is not None and error is not handled and id(error) not in seen:
+        seen.add(id(error))
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _is_panic(error: BaseException) -> bool:

@@ -6,13 +6,12 @@ Work that can be done in smaller pieces is not done in here alone: `training/rec
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 from qlora import out_of_memory
-from qlora.errors import DoesNotFit, QloraError, TrainingStopped
+from qlora.errors import DoesNotFit, QloraError, TrainingStopped, forget_frames
 
 
 class Guarded:
@@ -65,19 +64,6 @@ class Attempt:
             return False
         self.reason = out_of_memory.reason(error)
         return True
-
-
-def forget_frames(error: BaseException | None, handled: BaseException | None) -> None:
-    """Let go of what the calls behind an error held, tensors of a whole model among it, however long the error lives.
-
-    A notebook keeps the last error, and so does whoever catches one and goes on. `handled` is what the caller was
-    handling before, whose frames are his.
-    """
-    seen: set[int] = set()
-    while error is not None and error is not handled and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 @contextmanager

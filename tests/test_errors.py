@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import re
 import signal
+import sys
 import weakref
 
 import pytest
+import torch
 
 from qlora import errors
-from qlora.errors import DataError, Problem, QloraError, RecipeError, StoppedBySignal, foreign_failures
+from qlora.errors import DataError, Problem, QloraError, RecipeError, StoppedBySignal, foreign_failures, forget_frames
 
 
 def drawn() -> dict[str, tuple[str | None, int | None]]:
@@ -102,6 +104,36 @@ def test_errors_that_name_each_other_in_a_circle_end() -> None:
     with foreign_failures() as failure:
         raise other
     assert failure.error is other
+
+
+def test_an_error_that_is_kept_keeps_no_tensor_and_the_callers_frames_stay() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def deep() -> None:
+        big = torch.ones(64)
+        held.append(weakref.ref(big))
+        raise ValueError("deep")
+
+    def work() -> None:
+        try:
+            deep()
+        except ValueError as error:
+            raise KeyError("above") from error
+
+    def callers() -> None:
+        own = torch.ones(8)
+        held.append(weakref.ref(own))
+        raise OSError("his own error, which he is handling")
+
+    try:
+        callers()
+    except OSError:
+        handled = sys.exception()
+        with pytest.raises(KeyError) as caught:
+            work()
+        assert held[1]() is not None
+        forget_frames(caught.value, handled)
+        assert held[1]() is None and held[0]() is not None
 
 
 def test_our_own_errors_and_interrupts_pass() -> None:

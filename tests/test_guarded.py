@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 
 import pytest
 import torch
 
 from qlora.errors import DoesNotFit, ModelError, TrainingStopped
-from qlora.guarded import Attempt, Guarded, forget_frames
+from qlora.guarded import Attempt, Guarded
 
 
 def test_memory_that_runs_out_is_exit_3_with_what_to_change() -> None:
@@ -53,33 +52,3 @@ def test_an_attempt_holds_on_to_nothing() -> None:
     with Attempt() as memory:
         pass
     assert memory.reason == ""
-
-
-def test_an_error_that_is_kept_keeps_no_tensor_and_the_callers_frames_stay() -> None:
-    held: list[weakref.ref[torch.Tensor]] = []
-
-    def deep() -> None:
-        big = torch.ones(64)
-        held.append(weakref.ref(big))
-        raise ValueError("deep")
-
-    def work() -> None:
-        try:
-            deep()
-        except ValueError as error:
-            raise KeyError("above") from error
-
-    def callers() -> None:
-        own = torch.ones(8)
-        held.append(weakref.ref(own))
-        raise OSError("his own error, which he is handling")
-
-    try:
-        callers()
-    except OSError:
-        handled = sys.exception()
-        with pytest.raises(KeyError) as caught:
-            work()
-        assert held[1]() is not None
-        forget_frames(caught.value, handled)
-        assert held[1]() is None and held[0]() is not None

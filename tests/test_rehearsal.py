@@ -50,7 +50,7 @@ NOT_REHEARSED = {
     "device.py::context_taken: return measured": "where it was measured; tests/test_device.py",
     "device.py::on_default_stream": "nothing computes beside the default stream yet; tests/test_device.py",
     "memory/multi_gpu.py::this_rank: card = ": "where several processes join; tests/memory/test_multi_gpu.py",
-    "training/channel.py::": "NCCL, where several processes join; tests/training/test_channel.py",
+    "training/channel.py::Channel.__init__": "NCCL, where several processes join; tests/training/test_channel.py",
     "training/words.py::word_of: limit = ": "what several processes are told; tests/training/test_words.py",
     **dict.fromkeys(
         (f"device.py::{name}" for name in ("facts", "trouble", "trouble_in_sight", "has_xpu")),

@@ -16,7 +16,7 @@ import gguf
 import torch
 
 from qlora import disk
-from qlora.errors import DoesNotFit, ExportError
+from qlora.errors import DoesNotFit, ExportError, forget_frames
 from qlora.events import Exported, Notice, Sink
 from qlora.events import Fidelity as FidelityEvent
 from qlora.export import cards, hf, kept_codes
@@ -302,6 +302,7 @@ def _verify(job: _Job) -> None:
             job.inspections[artifact.key] = found
             _refuse_far(found.fidelity, job.options.max_kl)
         except (ExportError, DoesNotFit) as error:
+            forget_frames(error, None)  # what was compared is not kept while others are
             job.failures[artifact.key] = error
 
 

@@ -139,11 +139,11 @@ def test_nothing_but_our_own_readers_opens_data() -> None:
                 name = called.rpartition(".")[2]
                 assert name not in ("load_dataset", "load_dataset_builder", "read_pickle", "read_csv", "literal_eval")
                 assert called not in ("eval", "numpy.load", "np.load", "marshal.loads", "__import__"), path
-                runs_code |= {path.name} if called == "exec" else set()
+                runs_code |= {path} if called == "exec" else set()
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 assert not {"pandas", "pickle", "marshal", "shelve", "dill", "joblib"} & set(names), path
-    assert runs_code == {"worker.py"}
+    assert [path.parts[-2:] for path in runs_code] == [("rewards", "worker.py")]
 
 
 def test_only_the_hubs_module_and_the_lock_know_the_network() -> None:
