@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.families import END_OF_TURN_ID, PAD_ID, make_model, make_tokenizer, split_into_shards
+from tests.sampling import sampled
 
 VOCAB = 384
 _SHAPE: Mapping[str, Any] = {
@@ -121,10 +121,7 @@ MIXTURES: Mapping[str, Mapping[str, Any]] = {
 }
 # Of the default run; the others are slow ones.
 FEW = ("qwen3_moe", "gpt_oss", "qwen3_5_moe_text", "glm4_moe_lite")
-FAMILIES = [
-    *FEW,
-    *(pytest.param(family, marks=pytest.mark.every) for family in MIXTURES if family not in FEW),
-]
+FAMILIES = sampled(sorted(MIXTURES, key=lambda family: family not in FEW), *FEW)
 # Experts narrower than the model is wide (2 I < H), whose rows are no multiple of 64: what hides no exchanged sides.
 NARROW = 24
 

@@ -23,20 +23,15 @@ from qlora.model.resolve import resolve
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from tests.export.cases import NF4, exported, kl, logits, merge_of, of_peft, opened, trained
 from tests.mixtures import make_base, narrow
+from tests.sampling import sampled
 
 PLAIN = QuantizationSection(type="none")
 LORA = LoraSection(r=4, alpha=16, experts=True)
 ON_NF4: dict[str, Any] = {"merge_base": "nf4", "quantization": NF4, "dtype": torch.bfloat16}
 # A tensor an expert (gate, up and down; w1, w3 and w2), all of them in one (as they are, and transposed).
-FORMS = [
-    "qwen3_moe",
-    "gpt_oss",
-    "granitemoe",
-    *(
-        pytest.param(family, marks=pytest.mark.every)
-        for family in ("mixtral", "gemma4_text", "glm4_moe_lite", "qwen3_5_moe_text", "nemotron_h", "lfm2_moe", "jamba")
-    ),
-]
+FEW = ("qwen3_moe", "gpt_oss", "granitemoe")
+MORE = ("mixtral", "gemma4_text", "glm4_moe_lite", "qwen3_5_moe_text", "nemotron_h", "lfm2_moe", "jamba")
+FORMS = sampled((*FEW, *MORE), *FEW)
 
 
 def base_of(family: str, folder: Path, shape: str = "wide") -> Path:

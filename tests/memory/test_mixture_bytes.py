@@ -23,6 +23,7 @@ from qlora.step.experts import IN_CHUNKS, IN_TRITON, Routing
 from qlora.step.kernels import trial
 from tests import mixtures
 from tests.memory.mixture_shapes import PUBLISHED, QWEN3, config_of
+from tests.sampling import sampled
 
 GIB = 2**30
 # Of a card with 24 GB, what its driver leaves.
@@ -50,9 +51,7 @@ NAME = "Qwen3-30B-A3B"
 QUICK = ("gpt-oss-20b", "Gemma 4 26B-A4B")
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.every) for name in PUBLISHED if name not in QUICK)]
-)
+@pytest.mark.parametrize("name", sampled(PUBLISHED, *QUICK))
 def test_weights_take_what_was_counted(name: str) -> None:
     """Without a byte of them: the model as loading would leave it, on meta."""
     _, _, gib, billions = PUBLISHED[name]
@@ -66,10 +65,7 @@ def test_weights_take_what_was_counted(name: str) -> None:
     assert 8 * sum(slab.nbytes for slab in slabs) / values == pytest.approx(4.127, abs=0.001)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["Qwen3-30B-A3B", *(pytest.param(name, marks=pytest.mark.every) for name in STREAMED if name != "Qwen3-30B-A3B")],
-)
+@pytest.mark.parametrize("name", sampled(STREAMED, "Qwen3-30B-A3B"))
 def test_streamed_no_more_than_slots_and_head_are_on_the_card(name: str) -> None:
     """While it is loaded too: the experts of a layer are on the host before the next layer's come."""
     place = Place(streams=True, host_embedding=True)

@@ -9,10 +9,11 @@ import pytest
 from qlora import api
 from qlora.memory.question import Question
 from tests.memory.mixture_shapes import PUBLISHED, folder_of
+from tests.sampling import sampled
 
 GIB = 1 << 30
 SMALL = "Qwen3-30B-A3B"
-OTHERS = [pytest.param(name, marks=pytest.mark.every) for name in PUBLISHED if name != SMALL]
+OTHERS = sampled(name for name in PUBLISHED if name != SMALL)
 
 
 def question(name: str, parent: Path, vram: str, *overrides: str) -> Question:

@@ -110,9 +110,7 @@ def test_from_the_disk(tmp_path: Path, base: Path, resident: dict[str, str], mon
 
 
 # On the way up and on the way down of the first step.
-@pytest.mark.parametrize(
-    "at", [32, pytest.param(33, marks=pytest.mark.every), pytest.param(30, marks=pytest.mark.every)]
-)
+@pytest.mark.parametrize("at", sampled([32, 33, 30], 32))
 def test_memory_runs_out_while_experts_come(
     tmp_path: Path, base: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
